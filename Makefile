@@ -1,0 +1,64 @@
+# Each of `make demo` and `make test` is all that a fresh machine with python3 and a C++ compiler needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f)
+
+.PHONY: demo test bench lint format cuda-check wheel-check clean
+
+demo: $(VENV)/built
+	$(BIN)/perta demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest bench -c bench/pytest.ini --benchmark-only --benchmark-group-by=group
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Compiles every CUDA source without linking or running it.
+cuda-check:
+	@command -v nvcc >/dev/null || { echo "cuda-check: skipped, nvcc is not on PATH"; exit 0; }; \
+	for source in csrc/cuda/*.cu; do \
+	  echo "nvcc $$source"; \
+	  nvcc -std=c++17 --fmad=false -Werror all-warnings -Icsrc -Icsrc/cuda -arch=sm_90 -c $$source -o /dev/null || exit 1; \
+	done
+
+# A wheel built without CUDA, imported from a directory of its own.
+wheel-check: $(VENV)/built
+	rm -rf build/wheel-check
+	PERTA_CUDA=0 $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel-check .
+	$(BIN)/pip install --quiet --no-deps --target build/wheel-check/site build/wheel-check/*.whl
+	cd build/wheel-check && PYTHONPATH=site ../../$(BIN)/python -c \
+	  "import perta_fast._C as c, perta_fast.kernels, sys; print(c.__file__, c.build_info()); sys.exit(c.build_info()['cuda'])"
+
+$(VENV)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "perta_fast: $(PYTHON) was not found; install Python 3.11 to 3.13 or run: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" || \
+	  { echo "perta_fast: $$($(PYTHON) --version) is not supported; it takes 3.11 to 3.13: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+	  { echo "perta_fast: this Python cannot make virtual environments; install python3-venv"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "perta_fast: no C++ compiler was found; install g++ (Debian: apt install g++) or clang"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first and exactly, so that nothing later chooses another build of it.
+$(VENV)/torch: $(VENV)/python
+	$(BIN)/pip install --quiet torch==2.13.0
+	@touch $@
+
+$(VENV)/built: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info perta_fast/_C*.so

@@ -1,0 +1,195 @@
+"""Whole commands on checkpoints in files: what a user waits for, and what the disk allows.
+
+Every contender runs in a fresh process with the inputs in the page cache (or, with
+PERTA_BENCH_COLD=1, evicted from it before every run) and writes a fresh directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench import limits
+from bench.checkpoints import IMPORTANCES, MERGED, CheckpointSet
+from bench.conditions import threads
+from bench.contest import (
+    ROOT,
+    Outcome,
+    Sample,
+    Unavailable,
+    alternate,
+    replay,
+    replayed,
+    run_child,
+)
+from bench.peers import mergekit_task_arithmetic as mergekit
+from bench.tables import Row
+
+WHOLE = "apply: whole process"
+PHASE = "apply: the apply phase against copying the same bytes"
+LAM = 1.0
+
+WHOLE_PROCESS = {
+    "perta apply": "ours",
+    "careful script": "peer",
+    "research script": "peer",
+    "mergekit task_arithmetic": "peer",
+    "cat inputs; cp model": "limit",
+    "import torch": "limit",
+}
+APPLY_PHASE = {"apply phase": "ours", "copy": "limit", "copy with fsync": "limit"}
+NOTES = {
+    "mergekit task_arithmetic": "three inputs, plain task vector, bfloat16 arithmetic",
+    "import torch": "nothing but the interpreter and the import",
+}
+
+
+def inputs(checkpoints: CheckpointSet) -> list[str]:
+    """The command-line options that name the five inputs."""
+    options: list[str] = []
+    for name in MERGED + IMPORTANCES:
+        options += [f"--{name.replace('_', '-')}", str(checkpoints.path(name))]
+    return options
+
+
+def ours(checkpoints: CheckpointSet, out: Path) -> list[str]:
+    """The command under test."""
+    options = ["--rule", "grad", "--lam", str(LAM), "--out", str(out), "--quiet"]
+    return [sys.executable, "-m", "perta_fast", "apply", *inputs(checkpoints), *options]
+
+
+def peer(script: str, checkpoints: CheckpointSet, out: Path) -> list[str]:
+    """The command of a script in peers/."""
+    path = ROOT / "bench" / "peers" / f"{script}.py"
+    options = ["--lam", str(LAM), "--out", str(out)]
+    return [sys.executable, str(path), *inputs(checkpoints), *options]
+
+
+def read_and_copy(checkpoints: CheckpointSet, out: Path) -> list[str]:
+    """A shell that reads every input and copies the model."""
+    files = [str(path) for name in MERGED + IMPORTANCES for path in checkpoints.files(name)]
+    copy = shlex.join(["cp", "-r", str(checkpoints.path("model")), str(out)])
+    return ["sh", "-c", f"cat {shlex.join(files)} >/dev/null; {copy}"]
+
+
+@pytest.fixture(scope="module")
+def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[str, Outcome]:
+    """All contenders of both groups, measured in one alternation."""
+    out = workspace / "out"
+    recipe = workspace / "recipe.yaml"
+    paths = {name: checkpoints.path(name) for name in MERGED}
+    mergekit.write_recipe(recipe, lam=LAM, **paths)
+    read = [checkpoints.files(name) for name in MERGED + IMPORTANCES]
+    phases: list[Sample] = []
+
+    def fresh(measure: Callable[[], Sample]) -> Callable[[], Sample]:
+        def run() -> Sample:
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()  # what an earlier contender left to write is not charged to this one
+            if os.environ.get("PERTA_BENCH_COLD") == "1":
+                limits.evict([path for files in read for path in files])
+            try:
+                return measure()
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+
+        return run
+
+    def measure_ours() -> Sample:
+        sample = run_child(ours(checkpoints, out))
+        report = json.loads((out / "perta_report.json").read_text())
+        phases.append(Sample(float(report["phases"]["apply"]["seconds"])))
+        return sample
+
+    def measure_mergekit() -> Sample:
+        program = mergekit.executable()
+        if program is None:
+            raise Unavailable("mergekit-yaml: not on PATH, and PERTA_BENCH_MERGEKIT is not set")
+        command = mergekit.command(program, recipe, out, threads=threads())
+        return run_child(command, variables={"HF_HUB_OFFLINE": "1"})
+
+    def copy(fsync: bool) -> Sample:
+        return Sample(limits.copy_files(read, out, threads=threads(), fsync=fsync))
+
+    results = alternate(
+        {
+            "perta apply": fresh(measure_ours),
+            "careful script": fresh(lambda: run_child(peer("careful_script", checkpoints, out))),
+            "research script": fresh(lambda: run_child(peer("research_script", checkpoints, out))),
+            "mergekit task_arithmetic": fresh(measure_mergekit),
+            "cat inputs; cp model": fresh(lambda: run_child(read_and_copy(checkpoints, out))),
+            "import torch": fresh(lambda: run_child([sys.executable, "-c", "import torch"])),
+            "copy": fresh(lambda: copy(fsync=False)),
+            "copy with fsync": fresh(lambda: copy(fsync=True)),
+        },
+        rounds,
+    )
+    whole = results["perta apply"]
+    results["apply phase"] = whole if isinstance(whole, Exception) else phases[1:]
+    return results
+
+
+def bytes_moved(checkpoints: CheckpointSet, contender: str) -> int | None:
+    """Bytes read and written by a contender, each counted once."""
+    if contender == "import torch":
+        return None
+    read = MERGED if contender.startswith("mergekit") else MERGED + IMPORTANCES
+    return sum(checkpoints.size(name) for name in read) + checkpoints.size("model")
+
+
+@replayed
+@pytest.mark.parametrize("contender", WHOLE_PROCESS)
+def bench_whole_process(
+    contender: str,
+    outcomes: dict[str, Outcome],
+    checkpoints: CheckpointSet,
+    board: list[Row],
+    benchmark: Any,
+) -> None:
+    """Wall time and peak memory of a command from start to exit."""
+    facts: dict[str, Any] = {"bytes": bytes_moved(checkpoints, contender)}
+    if contender in NOTES:
+        facts["note"] = NOTES[contender]
+    role = WHOLE_PROCESS[contender]
+    outcome = outcomes[contender]
+    board.append(replay(benchmark, outcome, group=WHOLE, contender=contender, role=role, **facts))
+
+
+@replayed
+@pytest.mark.parametrize("contender", APPLY_PHASE)
+def bench_apply_phase(
+    contender: str,
+    outcomes: dict[str, Outcome],
+    checkpoints: CheckpointSet,
+    board: list[Row],
+    benchmark: Any,
+) -> None:
+    """The phase that moves the tensors, as our report states it, and the copying limit."""
+    role = APPLY_PHASE[contender]
+    moved = bytes_moved(checkpoints, contender)
+    outcome = outcomes[contender]
+    row = replay(benchmark, outcome, group=PHASE, contender=contender, role=role, bytes=moved)
+    board.append(row)
+
+
+def bench_outputs_agree(checkpoints: CheckpointSet, workspace: Path) -> None:
+    """Ours and the careful script write the same bits, so that the times compare like with like."""
+    mine, theirs = workspace / "ours", workspace / "careful"
+    run_child(ours(checkpoints, mine))
+    run_child(peer("careful_script", checkpoints, theirs))
+    for path in checkpoints.files("model"):
+        expected = load_file(theirs / path.name)
+        for name, tensor in load_file(mine / path.name).items():
+            assert torch.equal(tensor, expected[name]), f"{name} differs"
+    shutil.rmtree(mine)
+    shutil.rmtree(theirs)

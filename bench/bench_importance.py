@@ -1,0 +1,58 @@
+"""The `grad` estimator against a plain training backward over the same batches.
+
+Times alternate in this process; peak memory is that of a fresh process that runs a contender once.
+The backward is a limit: an estimate needs all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from bench.contest import Contender, Outcome, Sample, alternate, replay, replayed, run_child
+from bench.importance_job import JOBS, ROLES, make_model, make_tokens
+from bench.tables import Row
+
+GROUP = "importance: grad against a training backward"
+
+
+@pytest.fixture(scope="module")
+def outcomes(rounds: int) -> dict[str, Outcome]:
+    """All contenders, measured in one alternation."""
+    model, tokens = make_model(), make_tokens()
+
+    def timed(name: str) -> Contender:
+        def measure() -> Sample:
+            start = time.perf_counter()
+            JOBS[name](model, tokens)
+            seconds = time.perf_counter() - start
+            model.zero_grad(set_to_none=True)
+            return Sample(seconds)
+
+        return measure
+
+    return alternate({name: timed(name) for name in JOBS}, rounds)
+
+
+def peaks(contender: str) -> dict[str, float]:
+    """Peak memory of one run in a fresh process, in bytes."""
+    seen = run_child([sys.executable, "-m", "bench.importance_job", contender]).seen
+    return {name: seen[name] for name in ("peak_rss", "peak_anonymous") if name in seen}
+
+
+@replayed
+@pytest.mark.parametrize("contender", JOBS)
+def bench_importance(contender: str, outcomes: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
+    """Wall time of one estimate over 32 samples of 128 tokens, and its peak memory."""
+    row = replay(
+        benchmark,
+        outcomes[contender],
+        group=GROUP,
+        contender=contender,
+        role=ROLES[contender],
+        **peaks(contender),
+    )
+    board.append(row)

@@ -1,0 +1,113 @@
+"""The rescaled subtraction alone, on arrays in memory, in place.
+
+GB/s count each byte once: five inputs read (three for the plain task vector), theta written. The
+copy limit moves as many bytes, half of them writes; the operation writes at most a quarter, and
+writes cost more than reads, so a ratio to the limit above one is possible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import perta_fast as pf
+from bench.arrays import contest, roles
+from bench.contest import Outcome, replay, replayed
+from bench.tables import Row
+from perta_fast.ops import reference
+
+LAM = 1e-3  # theta is updated again and again and must stay in range
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Storage types, and the rule: exponent p, or the plain task vector where p is None."""
+
+    weights: torch.dtype
+    importance: torch.dtype
+    p: float | None
+
+    def __str__(self) -> str:
+        weights = str(self.weights).removeprefix("torch.")
+        if self.p is None:
+            return f"{weights}, tv"
+        importance = str(self.importance).removeprefix("torch.")
+        return f"{weights}, importance {importance}, p={self.p:g}"
+
+
+STORAGE = (
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32),
+)
+CASES = [Case(*storage, p) for storage in STORAGE for p in (1.0, 2.0)]
+CASES += [Case(dtype, dtype, None) for dtype in (torch.bfloat16, torch.float32)]
+
+
+@dataclasses.dataclass
+class Measured:
+    """The outcomes of one case."""
+
+    case: Case
+    moved: int
+    outcomes: dict[str, Outcome]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds: int) -> Measured:
+    """All contenders on one case."""
+    case: Case = request.param
+    generator = torch.Generator(device).manual_seed(0)
+
+    def values(dtype: torch.dtype, scale: float) -> torch.Tensor:
+        drawn = torch.empty(elements, device=device).normal_(0.0, scale, generator=generator)
+        return drawn.to(dtype)
+
+    theta, tuned, base = (values(case.weights, 0.02) for _ in range(3))
+    forget = retain = None
+    if case.p is not None:
+        forget, retain = (values(case.importance, 1e-4) for _ in range(2))
+    p = case.p or 1.0
+    arrays = (theta, tuned, base, forget, retain)
+    moved = theta.nbytes + sum(array.nbytes for array in arrays if array is not None)
+
+    def formula() -> None:
+        theta.copy_(reference.rescaled_subtract(*arrays, LAM, p, 1.0, None))
+
+    compiled = torch.compile(formula)
+
+    def ours(backend: str) -> None:
+        pf.ops.rescaled_subtract_(*arrays, lam=LAM, p=p, backend=backend)
+
+    outcomes = contest(
+        device,
+        rounds,
+        moved=moved,
+        eager=formula,
+        compiled=compiled,
+        ours=ours,
+    )
+    return Measured(case, moved, outcomes)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Take the contenders that the chosen device has."""
+    if "contender" in metafunc.fixturenames:
+        metafunc.parametrize("contender", roles(metafunc.config.getoption("--bench-device")))
+
+
+@replayed
+def bench_subtract(measured: Measured, contender: str, device: str, board: list[Row], benchmark: Any) -> None:
+    """One contender on one case."""
+    row = replay(
+        benchmark,
+        measured.outcomes[contender],
+        group=f"subtract, {device}: {measured.case}",
+        contender=contender,
+        role=roles(device)[contender],
+        bytes=measured.moved,
+    )
+    board.append(row)

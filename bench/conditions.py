@@ -1,0 +1,66 @@
+"""The conditions under which a benchmark ran, as far as they can be published."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def threads() -> int:
+    """Processors that this process may run on: the thread count of every contender."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's model name, without anything that tells one machine from another."""
+    table = Path("/proc/cpuinfo")
+    if table.exists():
+        for line in table.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def kernel() -> str:
+    """Operating system with major and minor version; the rest of the release can be private."""
+    return f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
+
+
+def version(package: str) -> str:
+    """The installed version of ``package``, or "absent"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def memory_gib() -> float:
+    """Main memory in GiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def conditions(device: str) -> dict[str, str]:
+    """What a reader needs to judge a result taken on ``device`` ("cpu" or "cuda")."""
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{processor()}, {threads()} threads, {memory_gib():.0f} GiB",
+    }
+    if device == "cuda":
+        result["device"] = f"{torch.cuda.get_device_name()}; host: {result['device']}"
+        result["cuda"] = str(torch.version.cuda)
+        result["triton"] = version("triton")
+    result |= {
+        "system": kernel(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
+    }
+    return result

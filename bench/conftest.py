@@ -1,0 +1,114 @@
+"""Options, conditions, shared inputs and the closing tables of the benchmarks.
+
+Run from the repository: ``python -m pytest bench`` or ``python -m pytest bench/bench_apply.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.checkpoints import CheckpointSet, write_checkpoint_set
+from bench.conditions import conditions, threads
+from bench.tables import Row, groups, table
+
+BOARD = pytest.StashKey[list[Row]]()
+CONDITIONS = pytest.StashKey[dict[str, str]]()
+OPTIONS: tuple[tuple[str, str, type, str], ...] = (
+    ("params", "500_000_000", int, "parameters of the file benchmarks' checkpoints"),
+    ("elements", "64_000_000", int, "elements of the in-memory benchmarks' arrays"),
+    ("rounds", "5", int, "measured rounds of every contender"),
+    ("device", "cpu", str, "cpu or cuda, for the in-memory benchmarks"),
+    ("dir", "", str, "where the checkpoints are made (default: the temporary directory)"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --bench-params and the like; each has an environment variable PERTA_BENCH_PARAMS."""
+    group = parser.getgroup("perta_fast benchmarks")
+    for name, default, kind, text in OPTIONS:
+        value = os.environ.get(f"PERTA_BENCH_{name.upper()}", default)
+        group.addoption(f"--bench-{name}", type=kind, default=kind(value), help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note the conditions before anything is measured."""
+    torch.set_num_threads(threads())
+    rows: list[Row] = []
+    config.stash[BOARD] = rows
+    seen = conditions(config.getoption("--bench-device"))
+    for name in ("params", "elements", "rounds"):
+        seen[name] = f"{config.getoption(f'--bench-{name}'):,}"
+    cold = os.environ.get("PERTA_BENCH_COLD") == "1"
+    seen["input files"] = "evicted before every run" if cold else "in the page cache"
+    config.stash[CONDITIONS] = seen
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Print the conditions once."""
+    return [f"{name}: {value}" for name, value in config.stash[CONDITIONS].items()]
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, str]:
+    """Publish the conditions in place of pytest-benchmark's own record, which names the host."""
+    return config.stash[CONDITIONS]
+
+
+def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
+    """Results are tied to versions, not to commits."""
+    return {}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print one table a group."""
+    rows = config.stash[BOARD]
+    for group, members in groups(rows).items():
+        terminalreporter.section(group)
+        for line in table(members):
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def board(pytestconfig: pytest.Config) -> list[Row]:
+    """The rows for the closing tables."""
+    return pytestconfig.stash[BOARD]
+
+
+@pytest.fixture(scope="session")
+def rounds(pytestconfig: pytest.Config) -> int:
+    """Measured rounds of every contender."""
+    return int(pytestconfig.getoption("--bench-rounds"))
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """Where the in-memory benchmarks run."""
+    return str(pytestconfig.getoption("--bench-device"))
+
+
+@pytest.fixture(scope="session")
+def elements(pytestconfig: pytest.Config) -> int:
+    """Length of the in-memory benchmarks' arrays."""
+    return int(pytestconfig.getoption("--bench-elements"))
+
+
+@pytest.fixture(scope="session")
+def workspace(pytestconfig: pytest.Config) -> Iterator[Path]:
+    """A fresh directory on the disk that the file benchmarks use, removed afterwards."""
+    parent = pytestconfig.getoption("--bench-dir") or None
+    folder = Path(tempfile.mkdtemp(prefix="perta-bench-", dir=parent))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(pytestconfig: pytest.Config, workspace: Path) -> CheckpointSet:
+    """Model, base, tuned and importances of about --bench-params parameters."""
+    return write_checkpoint_set(workspace / "inputs", pytestconfig.getoption("--bench-params"))

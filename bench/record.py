@@ -1,0 +1,105 @@
+"""Write RESULTS.md from pytest-benchmark's JSON: ``python -m bench.record RUN.json ...``.
+
+The measurements themselves are kept in results.json, one entry a group; a new run of a group
+replaces the old one, and other groups stay. Without arguments the tables are written again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.arrays import roles
+from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
+from bench.bench_importance import GROUP
+from bench.importance_job import ROLES
+from bench.tables import MISSING, Row, groups, table
+
+FOLDER = Path(__file__).resolve().parent
+STORE = FOLDER / "results.json"
+RESULTS = FOLDER / "RESULTS.md"
+
+PLANNED = {
+    WHOLE: "Whole commands",
+    PHASE: "Whole commands",
+    GROUP: "Importance",
+    "subtract, cpu": "Rescaled subtraction in memory",
+    "subtract, cuda": "Rescaled subtraction on a GPU",
+    "fold, cpu": "Gradient folding in memory",
+    "fold, cuda": "Gradient folding on a GPU",
+}
+PREAMBLE = """\
+# Benchmark results
+
+Written by `python -m bench.record`; do not edit. Times are medians over rounds in which every
+contender of a table ran once, in rotating order; "time / ours" is the median of the ratios within
+rounds. GB/s (10⁹ bytes) count each byte once; "of limit" compares them with the fastest limit of
+the table. How to run: `python -m pytest bench --benchmark-json=run.json`, then
+`python -m bench.record run.json`; on a machine with an NVIDIA GPU, `bench/gpu.sh`.
+"""
+
+Store = dict[str, dict[str, Any]]
+
+
+def load() -> Store:
+    """Read the measurements recorded so far."""
+    return json.loads(STORE.read_text()) if STORE.exists() else {}
+
+
+def expected(group: str) -> dict[str, str]:
+    """Contenders and roles that a complete run of ``group`` has."""
+    if group in (WHOLE, PHASE):
+        return WHOLE_PROCESS if group == WHOLE else APPLY_PHASE
+    if group == GROUP:
+        return ROLES
+    return roles("cuda" if ", cuda" in group else "cpu")
+
+
+def add(store: Store, run: dict[str, Any]) -> None:
+    """Put the groups of one pytest-benchmark run into ``store``."""
+    rows: list[Row] = [entry["extra_info"] for entry in run["benchmarks"] if entry["extra_info"]]
+    for group, members in groups(rows).items():
+        seen = {row["contender"] for row in members}
+        for contender, role in expected(group).items():
+            if contender not in seen:
+                members.append({"contender": contender, "role": role, "seconds": []})
+        store[group] = {"conditions": run["machine_info"], "rows": members}
+
+
+def render(store: Store) -> str:
+    """Return the text of RESULTS.md."""
+    lines = [PREAMBLE]
+    heading = ""
+    for prefix, title in PLANNED.items():
+        if title != heading:
+            lines += [f"## {title}", ""]
+            heading = title
+        found = [group for group in store if group.startswith(prefix)]
+        if not found:
+            lines += [f"### {prefix}", "", f"{MISSING[0].upper()}{MISSING[1:]}.", ""]
+        shown = ""
+        for group in found:
+            conditions = store[group]["conditions"]
+            described = "; ".join(f"{name} {value}" for name, value in conditions.items())
+            lines += [f"### {group}", "", *table(store[group]["rows"]), ""]
+            if described != shown:
+                lines += [f"Conditions: {described}.", ""]
+                shown = described
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(paths: list[str]) -> int:
+    """Record the runs in ``paths`` and write the tables."""
+    store = load()
+    for path in paths:
+        add(store, json.loads(Path(path).read_text()))
+    if store:
+        STORE.write_text(json.dumps(store, indent=1, ensure_ascii=False) + "\n")
+    RESULTS.write_text(render(store))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

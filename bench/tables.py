@@ -1,0 +1,89 @@
+"""Tables of benchmark rows, for the terminal and for RESULTS.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+Row = dict[str, Any]
+
+MISSING = "not yet measured"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration with three significant digits and a fitting unit."""
+    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}"
+    raise AssertionError
+
+
+def bytes_text(size: float | None) -> str:
+    """A size in MB (10^6 bytes)."""
+    return "" if size is None else f"{size / 1e6:,.0f} MB"
+
+
+def ratio(row: Row, other: Row) -> float:
+    """Median over rounds of ``row``'s time divided by ``other``'s in the same round."""
+    pairs = zip(row["seconds"], other["seconds"], strict=False)
+    return float(median(mine / theirs for mine, theirs in pairs))
+
+
+def gigabytes_per_second(row: Row) -> float | None:
+    """Bytes moved per second at the median time, in units of 10^9."""
+    return row["bytes"] / median(row["seconds"]) / 1e9 if row.get("bytes") else None
+
+
+def fastest(rows: Sequence[Row], role: str) -> Row | None:
+    """The row of that role with the smallest median."""
+    candidates = [row for row in rows if row["role"] == role and row.get("seconds")]
+    return min(candidates, key=lambda row: median(row["seconds"]), default=None)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines for the rows of one group: times, ratios, bytes per second, peak memory.
+
+    Columns that no row fills are left out. "time / ours" is the median of the ratios within rounds,
+    "of limit" compares bytes per second with those of the fastest limit.
+    """
+    ours, limit = fastest(rows, "ours"), fastest(rows, "limit")
+    header = ["contender", "role", "median", "fastest – slowest", "time / ours", "GB/s", "of limit"]
+    header += ["peak RSS", "peak anonymous", "note"]
+    body: list[list[str]] = []
+    for row in rows:
+        if not row.get("seconds"):
+            body.append([row["contender"], row["role"], MISSING] + [""] * 6 + [row.get("note", "")])
+            continue
+        times = row["seconds"]
+        speed = gigabytes_per_second(row)
+        share = ""
+        if speed and limit and limit.get("bytes") and row is not limit:
+            share = f"{speed / (gigabytes_per_second(limit) or speed):.2f}"
+        body.append(
+            [
+                row["contender"],
+                row["role"],
+                seconds_text(median(times)),
+                f"{seconds_text(min(times))} – {seconds_text(max(times))}",
+                f"{ratio(row, ours):.2f}" if ours else "",
+                f"{speed:.1f}" if speed else "",
+                share,
+                bytes_text(row.get("peak_rss")),
+                bytes_text(row.get("peak_anonymous")),
+                row.get("note", ""),
+            ]
+        )
+    kept = [i for i in range(len(header)) if any(line[i] for line in body)]
+    lines = ["| " + " | ".join(header[i] for i in kept) + " |"]
+    lines.append("|" + "---|" * len(kept))
+    lines += ["| " + " | ".join(line[i] for i in kept) + " |" for line in body]
+    return lines
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by group, both in order of first appearance."""
+    result: dict[str, list[Row]] = {}
+    for row in rows:
+        result.setdefault(row["group"], []).append(row)
+    return result

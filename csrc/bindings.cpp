@@ -1,0 +1,141 @@
+// The Python module perta_fast._C. It takes addresses, counts and codes and trusts them: perta_fast.ops and
+// perta_fast.application check every argument first. The GIL is released while a kernel runs.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/operations.h"
+#include "cpu/parallel.h"
+#ifdef PERTA_WITH_CUDA
+#include "cuda/operations.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+const perta::BlockKernels* kernels = perta::best_kernels();
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+perta::DType dtype(int code) {
+  if (code < 0 || code > 2) throw py::value_error("dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  return static_cast<perta::DType>(code);
+}
+
+perta::RescaleArrays arrays(Address out, Address theta, Address tuned, Address base, Address forget,
+                            Address retain, const py::tuple& dtypes) {
+  if (dtypes.size() != 5) throw py::value_error("five dtype codes are needed");
+  const auto code = [&](size_t i) { return dtype(dtypes[i].cast<int>()); };
+  return {pointer(out),    pointer(theta), pointer(tuned), pointer(base), pointer(forget),
+          pointer(retain), code(0),        code(1),        code(2),       code(3),
+          code(4)};
+}
+
+perta::RescaleOptions options(Address forget, float lam, float p, float alpha,
+                              const std::optional<float>& threshold) {
+  return {lam, alpha, p, threshold.value_or(0.0f), forget != 0, threshold.has_value()};
+}
+
+py::dict rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
+                           Address retain, const py::tuple& dtypes, size_t n, float lam, float p, float alpha,
+                           std::optional<float> threshold, int threads) {
+  const perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
+  const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
+  perta::RescaleStatistics statistics;
+  {
+    py::gil_scoped_release released;
+    statistics = perta::rescaled_subtract(*kernels, all, how, n, threads);
+  }
+  py::dict result;
+  result["sum_weight"] = statistics.sum_weight;
+  result["sum_squared_theta"] = statistics.sum_squared_theta;
+  result["sum_squared_change"] = statistics.sum_squared_change;
+  result["changed"] = statistics.changed;
+  result["nonzero_task"] = statistics.nonzero_task;
+  result["nonfinite_out"] = statistics.nonfinite_out;
+  result["nonfinite_forget"] = statistics.nonfinite_forget;
+  result["nonfinite_retain"] = statistics.nonfinite_retain;
+  return result;
+}
+
+void fold(Address accumulator, Address gradient, int dtype_code, bool squared, size_t n, int threads) {
+  const perta::DType type = dtype(dtype_code);
+  py::gil_scoped_release released;
+  perta::fold(*kernels, static_cast<float*>(pointer(accumulator)), pointer(gradient), type, squared, n,
+              threads);
+}
+
+void select_instruction_set(const std::string& name) {
+  const perta::BlockKernels* chosen =
+      name == "best" ? perta::best_kernels() : perta::kernels_named(name.c_str());
+  if (chosen == nullptr) throw py::value_error("this processor or build has no instruction set '" + name + "'");
+  kernels = chosen;
+}
+
+#ifdef PERTA_WITH_CUDA
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+void cuda_rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
+                            Address retain, const py::tuple& dtypes, size_t n, float lam, float p, float alpha,
+                            std::optional<float> threshold, Address stream) {
+  const perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
+  const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
+  py::gil_scoped_release released;
+  check(perta::cuda::rescaled_subtract(all, how, n, pointer(stream)));
+}
+
+void cuda_fold(Address accumulator, Address gradient, int dtype_code, bool squared, size_t n, Address stream) {
+  const perta::DType type = dtype(dtype_code);
+  py::gil_scoped_release released;
+  check(perta::cuda::fold(static_cast<float*>(pointer(accumulator)), pointer(gradient), type, squared, n,
+                          pointer(stream)));
+}
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["instruction_set"] = kernels->name;
+  py::list sets;
+  for (const char* name : {"portable", "avx2", "avx512"})
+    if (perta::kernels_named(name) != nullptr) sets.append(name);
+  info["instruction_sets"] = sets;
+#ifdef PERTA_WITH_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["threads"] = perta::available_threads();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of perta_fast; called through perta_fast.ops.";
+  m.def("rescaled_subtract", &rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"),
+        py::arg("base"), py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"),
+        py::arg("n"), py::arg("lam"), py::arg("p"), py::arg("alpha"), py::arg("threshold"),
+        py::arg("threads"));
+  m.def("fold", &fold, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"), py::arg("squared"),
+        py::arg("n"), py::arg("threads"));
+  m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
+  m.def("build_info", &build_info);
+  m.def("available_threads", &perta::available_threads);
+#ifdef PERTA_WITH_CUDA
+  m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"),
+        py::arg("base"), py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"),
+        py::arg("n"), py::arg("lam"), py::arg("p"), py::arg("alpha"), py::arg("threshold"), py::arg("stream"));
+  m.def("cuda_fold", &cuda_fold, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"),
+        py::arg("squared"), py::arg("n"), py::arg("stream"));
+#endif
+}

@@ -1,0 +1,48 @@
+// Which compiled set of block kernels runs on this processor.
+
+#include "block_kernels.h"
+
+namespace perta {
+
+extern const BlockKernels kernels_portable;
+#ifdef PERTA_HAVE_X86
+extern const BlockKernels kernels_avx2;
+extern const BlockKernels kernels_avx512;
+#endif
+
+namespace {
+
+bool runs_here(const BlockKernels& kernels) {
+#ifdef PERTA_HAVE_X86
+  if (&kernels == &kernels_avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2");
+#endif
+  return &kernels == &kernels_portable;
+}
+
+const BlockKernels* const widest_first[] = {
+#ifdef PERTA_HAVE_X86
+    &kernels_avx512,
+    &kernels_avx2,
+#endif
+    &kernels_portable,
+};
+
+}  // namespace
+
+const BlockKernels* best_kernels() {
+  for (const BlockKernels* kernels : widest_first)
+    if (runs_here(*kernels)) return kernels;
+  return &kernels_portable;
+}
+
+const BlockKernels* kernels_named(const char* name) {
+  for (const BlockKernels* kernels : widest_first)
+    if (strcmp(kernels->name, name) == 0 && runs_here(*kernels)) return kernels;
+  return nullptr;
+}
+
+}  // namespace perta

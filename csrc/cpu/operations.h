@@ -1,0 +1,15 @@
+// The operations on whole arrays in memory, spread over threads.
+#pragma once
+
+#include "block_kernels.h"
+
+namespace perta {
+
+RescaleStatistics rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays,
+                                    const RescaleOptions& options, size_t n, int threads);
+
+// accumulator += gradient, or += gradient^2.
+void fold(const BlockKernels& kernels, float* accumulator, const void* gradient, DType dtype, bool squared,
+          size_t n, int threads);
+
+}  // namespace perta

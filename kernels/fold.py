@@ -1,0 +1,27 @@
+"""accumulator += gradient, or += gradient^2, in Triton; product and sum are not fused."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def _fold(accumulator_pointer, gradient_pointer, n, SQUARED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    total = tl.load(accumulator_pointer + offsets, mask=inside, other=0.0)
+    gradient = tl.load(gradient_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+    if SQUARED:
+        gradient = gradient * gradient
+    tl.store(accumulator_pointer + offsets, total + gradient, mask=inside)
+
+
+def fold_triton_(accumulator: Tensor, gradient: Tensor, squared: bool) -> None:
+    """Launch on checked arguments; see ``perta_fast.ops.accumulate_``."""
+    n = accumulator.numel()
+    if n:
+        _fold[(triton.cdiv(n, BLOCK),)](
+            accumulator, gradient, n, SQUARED=squared, BLOCK=BLOCK, enable_fp_fusion=False
+        )

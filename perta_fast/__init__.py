@@ -1,0 +1,61 @@
+"""Per-parameter task arithmetic (PerTA, arXiv 2601.22030) for checkpoints of any size.
+
+    theta_out = theta_full - lam * w * (theta_f - theta_0),   w = I_f^p / (I_f^p + alpha * I_r^p)
+
+Names are imported on first use, so that what needs no torch does not wait for it.
+"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perta_fast import ops
+    from perta_fast.application import apply
+    from perta_fast.errors import InputError, PertaError, RunError
+    from perta_fast.importance.estimate import estimate_importance
+    from perta_fast.importance.store import Importance
+    from perta_fast.live import apply_to_module_
+    from perta_fast.report import Report
+    from perta_fast.unlearning import unlearn
+    from perta_fast.verification import verify
+
+_HOMES = {
+    "Importance": "perta_fast.importance.store",
+    "InputError": "perta_fast.errors",
+    "PertaError": "perta_fast.errors",
+    "Report": "perta_fast.report",
+    "RunError": "perta_fast.errors",
+    "apply": "perta_fast.application",
+    "apply_to_module_": "perta_fast.live",
+    "estimate_importance": "perta_fast.importance.estimate",
+    "unlearn": "perta_fast.unlearning",
+    "verify": "perta_fast.verification",
+}
+
+__all__ = [
+    "Importance",
+    "InputError",
+    "PertaError",
+    "Report",
+    "RunError",
+    "apply",
+    "apply_to_module_",
+    "estimate_importance",
+    "ops",
+    "unlearn",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("perta_fast.ops")
+    if name == "__version__":
+        return metadata.version("perta-fast")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'perta_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

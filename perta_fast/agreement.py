@@ -1,0 +1,141 @@
+"""Which tensor of the model meets which tensors of the others, settled before a byte is written."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from perta_fast.checkpoint import OUTPUT_HEADS, Checkpoint, tied_partner
+from perta_fast.dtypes import COPIED, KERNEL_CODES
+from perta_fast.errors import InputError
+from perta_fast.safetensors_file import TensorEntry
+
+CopyReason = Literal["not floating point", "not covered by the importance"]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor of the model: subtracted (``copied`` is None) or copied for a reason."""
+
+    theta: TensorEntry
+    base: TensorEntry | None = None
+    tuned: TensorEntry | None = None
+    forget_importance: TensorEntry | None = None
+    retain_importance: TensorEntry | None = None
+    copied: CopyReason | None = None
+
+
+def plan_tensors(
+    model: Checkpoint,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    forget_importance: Checkpoint | None,
+    retain_importance: Checkpoint | None,
+) -> list[TensorPlan]:
+    """Match every tensor of ``model`` with its sources, in the model's order.
+
+    A tied output head may be stored or left out, in each checkpoint separately. Raises InputError, naming
+    checkpoint and tensor, where names or shapes disagree, a type cannot be computed with, or an importance
+    belongs to another model.
+    """
+    for other in (base, tuned):
+        _check_same_names(model, other)
+    if forget_importance is not None and retain_importance is not None:
+        _check_importance_names(model, forget_importance, retain_importance)
+    return [
+        _plan_tensor(name, model, base, tuned, forget_importance, retain_importance) for name in model.tensors
+    ]
+
+
+def _plan_tensor(
+    name: str,
+    model: Checkpoint,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    forget_importance: Checkpoint | None,
+    retain_importance: Checkpoint | None,
+) -> TensorPlan:
+    theta = model.tensors[name]
+    if theta.dtype in COPIED:
+        return TensorPlan(theta, copied="not floating point")
+    sources = [theta, _resolve(base, name), _resolve(tuned, name)]
+    if forget_importance is not None and retain_importance is not None:
+        key = _importance_key(name, model, forget_importance)
+        if key is None:
+            return TensorPlan(theta, copied="not covered by the importance")
+        sources += [forget_importance.tensors[key], retain_importance.tensors[key]]
+    for entry in sources:
+        if entry.shape != theta.shape:
+            raise InputError(
+                f"tensor {name}: shape {list(theta.shape)} in {theta.path}, "
+                f"{list(entry.shape)} in {entry.path}; these are not of one model"
+            )
+        if entry.dtype not in KERNEL_CODES:
+            raise InputError(
+                f"tensor {entry.name} in {entry.path} is {entry.dtype}; "
+                "save the checkpoint as float32, bfloat16 or float16 first"
+            )
+    return TensorPlan(*sources)
+
+
+def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:
+    """The tensor, or its tied partner where the checkpoint stores only that one."""
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        partner = tied_partner(name, checkpoint.tensors)
+        assert partner is not None, "_check_same_names has let only tied heads through"
+        entry = checkpoint.tensors[partner]
+    return entry
+
+
+def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
+    missing = [
+        name
+        for name in model.tensors
+        if name not in other.tensors
+        and model.tensors[name].dtype not in COPIED
+        and not (name in OUTPUT_HEADS and tied_partner(name, other.tensors))
+    ]
+    if missing:
+        raise InputError(f"{other.path}: lacks {_names(missing)}, which {model.path} has")
+    extra = [
+        name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED
+    ]
+    for name in list(extra):
+        partner = tied_partner(name, other.tensors) if name in OUTPUT_HEADS else None
+        if partner is not None and partner in model.tensors:
+            if not other.equal(name, partner):
+                raise InputError(f"{other.path}: {name} differs from {partner}, but {model.path} ties the two")
+            extra.remove(name)
+    if extra:
+        raise InputError(f"{other.path}: has {_names(extra)}, which {model.path} lacks")
+
+
+def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Checkpoint) -> None:
+    _check_subset(forget.path, forget.tensors, retain.path, retain.tensors)
+    _check_subset(retain.path, retain.tensors, forget.path, forget.tensors)
+    unknown = [name for name in forget.tensors if name not in model.tensors]
+    if unknown:
+        raise InputError(f"{forget.path}: has {_names(unknown)}, which {model.path} lacks")
+
+
+def _check_subset(path: Path, names: Iterable[str], other_path: Path, others: Mapping[str, object]) -> None:
+    missing = [name for name in names if name not in others]
+    if missing:
+        raise InputError(f"{other_path}: lacks {_names(missing)}, which {path} has")
+
+
+def _importance_key(name: str, model: Checkpoint, importance: Checkpoint) -> str | None:
+    if name in importance.tensors:
+        return name
+    # A tied pair has one importance, under one of its two names; both copies on disk must stay equal.
+    partner = tied_partner(name, model.tensors)
+    if partner is not None and partner in importance.tensors and model.equal(name, partner):
+        return partner
+    return None
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {shown}{rest}"

@@ -1,0 +1,190 @@
+"""A directory of safetensors shards: a model as transformers saves it, or an importance as this package does."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perta_fast.dtypes import KERNEL_CODES
+from perta_fast.errors import InputError
+from perta_fast.safetensors_file import SafetensorsFile, TensorEntry
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx")
+
+# Names under which model families keep the two matrices that may be one (tied embeddings).
+OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+INPUT_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Opened shards: headers read and checked, data mapped only where it is used.
+
+    ``shards`` maps file names to files in the order of the index; ``tensors`` maps each tensor to its place.
+    """
+
+    path: Path
+    shards: Mapping[str, SafetensorsFile] = field(repr=False)
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+    index: Path | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, stem: str = "model") -> "Checkpoint":
+        """Open ``path``, a directory with ``{stem}.safetensors`` or ``{stem}.safetensors.index.json``.
+
+        Reads headers only. Raises InputError, naming file and tensor, for whatever is missing, malformed,
+        truncated, pickled, or outside the directory.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such directory; a model of the hub must be downloaded first: "
+                "hf download NAME --local-dir DIR"
+            )
+        if not path.is_dir():
+            raise InputError(f"{path}: is not a directory; give the one that holds {stem}.safetensors")
+        index = path / f"{stem}.safetensors.index.json"
+        single = path / f"{stem}.safetensors"
+        if index.exists():
+            weight_map = _read_index(index)
+            shards = {name: SafetensorsFile.open(path / name) for name in _shard_names(index, weight_map)}
+            tensors = _tensors_of(index, weight_map, shards)
+            return cls(path, shards, tensors, index)
+        if single.exists():
+            shard = SafetensorsFile.open(single)
+            return cls(path, {single.name: shard}, shard.tensors)
+        raise InputError(_why_nothing_found(path, stem))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size for entry in self.tensors.values())
+
+    def file_of(self, entry: TensorEntry) -> SafetensorsFile:
+        """The shard that holds ``entry``."""
+        return self.shards[entry.path.name]
+
+    def files(self) -> Iterator[Path]:
+        """Every file that this checkpoint's tensors depend on."""
+        if self.index is not None:
+            yield self.index
+        for shard in self.shards.values():
+            yield shard.path
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same bytes as the same type."""
+        a, b = self.tensors[first], self.tensors[second]
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        x = self.file_of(a).data[a.begin : a.end]
+        y = self.file_of(b).data[b.begin : b.end]
+        step = 1 << 24
+        same = all(bool((x[i : i + step] == y[i : i + step]).all()) for i in range(0, a.size, step))
+        self.file_of(a).release(a.begin, a.end)
+        self.file_of(b).release(b.begin, b.end)
+        return same
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """A copy of one tensor in memory, in its own dtype (float32, bfloat16 or float16).
+
+        Raises InputError if there is no such tensor or its type is another.
+        """
+        import torch
+
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise InputError(f"{self.path}: has no tensor {name}")
+        if entry.dtype not in KERNEL_CODES:
+            raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry.dtype]
+        source = self.file_of(entry).data[entry.begin : entry.end]
+        result = torch.empty(entry.shape, dtype=dtype)
+        if entry.size:
+            result.view(-1).view(torch.uint8).numpy()[:] = source
+        self.file_of(entry).release(entry.begin, entry.end)
+        return result
+
+
+def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
+    """The other matrix that ``name`` may be tied with: the input embedding for an output head, and back."""
+    if name in OUTPUT_HEADS:
+        candidates = [other for other in names if other.endswith(INPUT_EMBEDDINGS)]
+    elif name.endswith(INPUT_EMBEDDINGS):
+        candidates = [other for other in names if other in OUTPUT_HEADS]
+    else:
+        return None
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def conversion_command(path: Path) -> str:
+    """The shell command that rewrites pickled weights as safetensors, beside ``path``."""
+    source, target = str(path), f"{path}-safetensors"
+    program = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r}); "
+        f"T.from_pretrained({source!r}).save_pretrained({target!r})"
+    )
+    return f"python -c {shlex.quote(program)}"
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_bytes())
+    except OSError as error:
+        raise InputError(f"{index}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{index}: is not JSON") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map")
+    for name, shard in weight_map.items():
+        # A plain file name only: an index must not reach outside its directory.
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise InputError(f"{index}: tensor {name}: shard {shard!r} is not a file name in this directory")
+    return weight_map
+
+
+def _shard_names(index: Path, weight_map: dict[str, str]) -> list[str]:
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (index.parent / name).exists():
+            raise InputError(f"{index}: names the shard {name}, which is not there; fetch it again")
+    return names
+
+
+def _tensors_of(
+    index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]
+) -> dict[str, TensorEntry]:
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            raise InputError(f"{index}: puts tensor {name} into {shard}, which does not hold it")
+    for shard_name, file in shards.items():
+        for name in file.tensors:
+            if weight_map.get(name) != shard_name:
+                raise InputError(f"{file.path}: holds tensor {name}, which the index does not place there")
+    return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+
+
+def _why_nothing_found(path: Path, stem: str) -> str:
+    names = sorted(entry.name for entry in path.iterdir())
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    if stem == "model" and pickled:
+        return (
+            f"{path}: holds pickled weights ({pickled[0]}), which are never loaded here. If you trust them, "
+            f"convert them with: {conversion_command(path)}"
+        )
+    if "adapter_config.json" in names:
+        return f"{path}: holds a PEFT adapter; merge it into its base model and save that checkpoint first"
+    return f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"

@@ -1,0 +1,35 @@
+"""Storage types by their safetensors names."""
+
+from math import prod
+from typing import Final
+
+# The types that the arithmetic reads and writes, with the codes of the compiled kernels (csrc/dtype.h).
+KERNEL_CODES: Final = {"F32": 0, "BF16": 1, "F16": 2}
+
+# Types of buffers and counters: never part of a task vector, always copied.
+COPIED: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+
+ITEM_SIZES: Final = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+
+
+def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a dense tensor of ``shape`` stored as ``dtype`` (a safetensors name)."""
+    return ITEM_SIZES[dtype] * prod(shape)

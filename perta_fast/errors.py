@@ -1,0 +1,17 @@
+"""What can go wrong, in two kinds: the caller's input, and the run itself."""
+
+
+class PertaError(Exception):
+    """Base of every error that this package raises on purpose; its text is meant for the user."""
+
+    exit_status = 1
+
+
+class InputError(PertaError, ValueError):
+    """Bad arguments or bad input: nothing was done. The command line exits with status 2."""
+
+    exit_status = 2
+
+
+class RunError(PertaError, RuntimeError):
+    """The run failed on the way (disk full, unreadable file). Exit status 1; inputs are untouched."""

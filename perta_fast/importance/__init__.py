@@ -1,0 +1,1 @@
+"""Per-parameter importance: estimated on data, kept as safetensors shards."""

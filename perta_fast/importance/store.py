@@ -1,0 +1,153 @@
+"""Importance on disk: safetensors shards with an index, tensor names as in the model, metadata in each shard."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perta_fast.checkpoint import Checkpoint
+from perta_fast.dtypes import byte_count
+from perta_fast.errors import InputError
+from perta_fast.output import OutputDirectory, check_space, write_fully
+from perta_fast.rules import ESTIMATORS, Estimator
+from perta_fast.safetensors_file import build_header
+
+if TYPE_CHECKING:
+    import torch
+
+STEM = "importance"
+FORMAT = "perta-importance"
+SHARD_BYTES = 5_000_000_000
+_REQUIRED = ("estimator", "data_hash", "sample_count", "evaluated_at")
+
+
+@dataclass(frozen=True)
+class ImportanceMetadata:
+    """Where an importance comes from.
+
+    estimator: "grad" (signed mean of per-sample gradients) or "empirical-fisher" (mean of their squares).
+    data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and cut to the length limit.
+    evaluated_at: the model directory, or "live module".
+    """
+
+    estimator: Estimator
+    data_hash: str
+    sample_count: int
+    truncated_count: int
+    label_count: int
+    evaluated_at: str
+    perta_fast_version: str
+    torch_version: str
+    transformers_version: str
+
+
+@dataclass
+class Importance:
+    """Accumulated importance: float32 tensors by parameter name, and where they come from.
+
+    ``directory`` is where it was saved to or loaded from, None while it lives in memory only.
+    """
+
+    tensors: "Mapping[str, torch.Tensor]"
+    metadata: ImportanceMetadata
+    directory: Path | None = None
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write shards and index; the directory appears only when complete.
+
+        Raises InputError if it exists and is not empty, RunError if it cannot be written.
+        """
+        target = OutputDirectory(directory, overwrite=overwrite)
+        check_space(target.final, sum(4 * tensor.numel() for tensor in self.tensors.values()))
+        with target:
+            save_shards(self.tensors, _as_strings(self.metadata), target.path)
+            target.commit()
+        self.directory = target.final
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Importance":
+        """Read a saved importance; each tensor is read from disk when it is asked for."""
+        checkpoint = Checkpoint.open(directory, STEM)
+        found = read_metadata(checkpoint)
+        numbers = ("sample_count", "truncated_count", "label_count")
+        values = {
+            key: int(found.get(key, 0)) if key in numbers else found.get(key, "")
+            for key in ImportanceMetadata.__dataclass_fields__
+        }
+        return cls(_LazyTensors(checkpoint), ImportanceMetadata(**values), Path(directory))  # type: ignore[arg-type]
+
+
+class _LazyTensors(Mapping[str, "torch.Tensor"]):
+    """The tensors of a checkpoint, read one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        if name not in self._checkpoint.tensors:
+            raise KeyError(name)
+        return self._checkpoint.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.tensors)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.tensors)
+
+
+def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata of an importance. Raises InputError if the shards disagree or are no importance."""
+    tables = [dict(shard.metadata) for shard in checkpoint.shards.values()]
+    if any(table != tables[0] for table in tables):
+        raise InputError(f"{checkpoint.path}: its shards come from different runs; estimate it again")
+    table = tables[0]
+    missing = [key for key in _REQUIRED if key not in table]
+    if table.get("format") != FORMAT or missing or table["estimator"] not in ESTIMATORS:
+        raise InputError(f"{checkpoint.path}: is not an importance made by: perta importance")
+    if not all(table.get(key, "0").isdecimal() for key in ("sample_count", "truncated_count", "label_count")):
+        raise InputError(f"{checkpoint.path}: its metadata has counts that are not whole numbers")
+    return table
+
+
+def save_shards(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], directory: Path) -> None:
+    """Write ``tensors`` as float32 shards of at most ``SHARD_BYTES`` (one tensor at least), with an index."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = 4 * tensor.numel()
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    weight_map = {}
+    for number, names in enumerate(groups, start=1):
+        file = STEM if len(groups) == 1 else f"{STEM}-{number:05d}-of-{len(groups):05d}"
+        path = directory / f"{file}.safetensors"
+        _save_shard({name: tensors[name] for name in names}, metadata, path)
+        weight_map.update(dict.fromkeys(names, path.name))
+    if len(groups) > 1:
+        total = sum(4 * tensor.numel() for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _save_shard(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], path: Path) -> None:
+    layout = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, offsets = build_header(layout, metadata)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        write_fully(descriptor, memoryview(header), 0)
+        for name, tensor in tensors.items():
+            if byte_count(*layout[name]):
+                data = tensor.detach().float().cpu().contiguous().numpy().reshape(-1)
+                write_fully(descriptor, memoryview(data).cast("B"), offsets[name])
+    finally:
+        os.close(descriptor)
+
+
+def _as_strings(metadata: ImportanceMetadata) -> dict[str, str]:
+    table = {key: str(value) for key, value in asdict(metadata).items()}
+    return {"format": FORMAT, "format_version": "1", **table}

@@ -1,0 +1,49 @@
+"""What a directory holds: a checkpoint, an importance, or the output of a run."""
+
+from collections import Counter
+from pathlib import Path
+
+from perta_fast.checkpoint import Checkpoint
+from perta_fast.importance.store import STEM, read_metadata
+from perta_fast.report import FILE_NAME, Report
+
+
+def describe(path: str | Path, *, every_tensor: bool = False) -> str:
+    """Text for a person; headers and reports are read, weights are not.
+
+    every_tensor: list each tensor too. Raises InputError if ``path`` is none of the three or is damaged.
+    """
+    path = Path(path)
+    is_importance = any(
+        (path / name).exists() for name in (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+    )
+    checkpoint = Checkpoint.open(path, STEM if is_importance else "model")
+    lines = [f"{path}: {'importance' if is_importance else 'checkpoint'}", *_totals(checkpoint)]
+    if is_importance:
+        lines += [f"  {key}: {value}" for key, value in sorted(read_metadata(checkpoint).items())]
+    if (path / FILE_NAME).exists():
+        report = Report.load(path)
+        lines += ["unlearned with perta_fast:", f"  {report.started} to {report.finished}"]
+        lines += [f"  {line}" for line in report.summary().splitlines()]
+        lines += [f"  {role}: {found['path']}" for role, found in report.inputs.items()]
+        lines += [
+            f"  {role} data: {found['samples']} samples, {found['path']}" for role, found in report.data.items()
+        ]
+    if every_tensor:
+        lines += [
+            f"  {name}  {entry.dtype}  {list(entry.shape)}  {entry.path.name}"
+            for name, entry in checkpoint.tensors.items()
+        ]
+    return "\n".join(lines)
+
+
+def _totals(checkpoint: Checkpoint) -> list[str]:
+    elements: Counter[str] = Counter()
+    for entry in checkpoint.tensors.values():
+        elements[entry.dtype] += entry.count
+    parts = ", ".join(f"{count:,} {dtype}" for dtype, count in elements.most_common())
+    return [
+        f"  {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} shards, "
+        f"{checkpoint.size / 1e9:.3f} GB",
+        f"  elements: {parts}",
+    ]

@@ -1,0 +1,66 @@
+"""Every operation in plain torch, as its formula reads. Nothing here is fast; everything fast is held to it."""
+
+import torch
+from torch import Tensor
+
+
+def raised(importance: Tensor, p: float) -> Tensor:
+    """|I|^p in float32; by magnitude, because a mean gradient is stored with its sign."""
+    magnitude = importance.float().abs()
+    if p == 1:
+        return magnitude
+    if p == 2:
+        return magnitude * magnitude
+    # In double, then rounded: exact for p = 1/2, where torch's own float32 root is not always the nearest.
+    return magnitude.double().pow(torch.tensor(p).item()).float()
+
+
+def weights(
+    forget_importance: Tensor,
+    retain_importance: Tensor,
+    p: float,
+    alpha: float,
+    threshold: float | None,
+) -> Tensor:
+    """w = I_f^p / (I_f^p + alpha I_r^p), 0 where both are 0; with a threshold, 1 where w exceeds it, else 0."""
+    numerator = raised(forget_importance, p)
+    denominator = numerator + alpha * raised(retain_importance, p)
+    w = torch.where(denominator == 0, 0, numerator / denominator)
+    return w if threshold is None else (w > threshold).float()
+
+
+def rescaled_subtract(
+    theta: Tensor,
+    tuned: Tensor,
+    base: Tensor,
+    forget_importance: Tensor | None,
+    retain_importance: Tensor | None,
+    lam: float,
+    p: float,
+    alpha: float,
+    threshold: float | None,
+) -> Tensor:
+    """theta - lam w (theta_f - theta_0), in float32, rounded once; theta itself where that step is zero."""
+    task_vector = tuned.float() - base.float()
+    if forget_importance is None or retain_importance is None:
+        step = lam * task_vector
+    else:
+        step = lam * weights(forget_importance, retain_importance, p, alpha, threshold) * task_vector
+    return torch.where(step == 0, theta, (theta.float() - step).to(theta.dtype))
+
+
+def accumulate_(accumulator: Tensor, gradient: Tensor) -> None:
+    """accumulator += gradient."""
+    accumulator.add_(gradient.float())
+
+
+def accumulate_square_(accumulator: Tensor, gradient: Tensor) -> None:
+    """accumulator += gradient^2."""
+    accumulator.add_(gradient.float() * gradient.float())
+
+
+def accumulate_squared_gradients_(fisher: Tensor, activations: Tensor, output_gradients: Tensor) -> None:
+    """fisher += sum over n of (delta_n^T a_n)^2."""
+    for a, delta in zip(activations.float(), output_gradients.float(), strict=True):
+        gradient = delta.T @ a  # (d_out, d_in)
+        fisher.add_(gradient * gradient)

@@ -1,0 +1,162 @@
+"""A new directory that appears whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from perta_fast.errors import InputError, RunError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two runs on one output are then not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+
+class OutputDirectory:
+    """Builds ``final`` under a hidden name beside it and renames it at the end.
+
+    Used as a context manager; write below ``path``, then call ``commit``. Leaving without a commit, by an error
+    or an interrupt, removes what was written. After a kill the hidden directory stays invisible to every reader
+    and the next run to the same place clears it away.
+
+    Raises InputError if ``final`` exists and is not empty (unless ``overwrite``) or equals one of ``inputs``,
+    RunError if the place cannot be written.
+    """
+
+    def __init__(self, final: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+        self.final = Path(os.path.abspath(final))
+        self._overwrite = overwrite
+        self.path = self.final.with_name(f".{self.final.name}.perta-partial")
+        self._lock: int | None = None
+        check_output(self.final, overwrite=overwrite, inputs=inputs)
+
+    def __enter__(self) -> "OutputDirectory":
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._acquire()
+            for entry in self.path.iterdir():  # left over from a run that was killed
+                _remove(entry)
+        except OSError as error:
+            self._release()
+            raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
+        return self
+
+    def _acquire(self) -> None:
+        if fcntl is None:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            self._lock = None
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunError(f"{self.final}: another run is writing it now") from error
+            raise
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def commit(self) -> None:
+        """Make everything durable and put the directory in its place.
+
+        With ``overwrite`` the old directory is set aside until the new one stands, then removed.
+        """
+        sync_tree(self.path)
+        aside = self.final.with_name(f".{self.final.name}.perta-replaced")
+        _remove(aside)
+        if self.final.exists():
+            self.final.rename(aside)
+        try:
+            self.path.rename(self.final)
+        except OSError:
+            if aside.exists():
+                aside.rename(self.final)
+            raise
+        sync_directory(self.final.parent)
+        _remove(aside)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _remove(self.path)  # gone already after a commit
+        self._release()
+        if isinstance(error, OSError):
+            raise RunError(_explain(self.final, error)) from error
+
+
+def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Raise InputError if a run must not write to ``final``."""
+    resolved = final.resolve()
+    for path in inputs:
+        source = Path(path).resolve()
+        if resolved == source or resolved in source.parents:
+            raise InputError(f"{final}: is or contains the input {path}; choose another output directory")
+    if final.exists() and not final.is_dir():
+        raise InputError(f"{final}: exists and is not a directory")
+    if final.is_dir() and any(final.iterdir()) and not overwrite:
+        raise InputError(f"{final}: exists and is not empty; choose another directory or pass --overwrite")
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise RunError if the file system that will hold ``directory`` has fewer than ``needed`` bytes free."""
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{directory}: needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free; "
+            "nothing was written"
+        )
+
+
+def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``, however little each call takes."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below ``directory``, and the directories themselves, to the disk."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(root))
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush the entries of one directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _explain(final: Path, error: OSError) -> str:
+    advice = {
+        errno.ENOSPC: "the disk is full: free some space or choose another disk",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "the file would exceed this process's file size limit (ulimit -f)",
+        errno.EROFS: "the file system is read-only",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return f"{final}: could not be written: {advice}. The inputs are untouched and nothing was left behind"

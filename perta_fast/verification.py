@@ -1,0 +1,196 @@
+"""Check a finished run: hashes again, and tensors again by the reference."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perta_fast.agreement import TensorPlan
+from perta_fast.application import Sources, open_sources
+from perta_fast.checkpoint import Checkpoint
+from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.hashing import hash_file
+from perta_fast.progress import byte_bar
+from perta_fast.report import Report
+from perta_fast.rules import Rule
+from perta_fast.safetensors_file import TensorEntry
+
+SAMPLED = 8  # tensors recomputed unless all are asked for
+_CHUNK = 1 << 22  # elements compared at a time
+
+
+@dataclass
+class Verification:
+    """What was checked. ``problems`` is empty if everything that could be checked is right.
+
+    files: hashes that agree. recomputed: tensors equal, bit for bit, to the reference. bounded: tensors whose
+    every element lies between theta and theta - lam * tau, checked where the importances were not kept.
+    unchecked: what could not be checked, and why.
+    """
+
+    files: int = 0
+    recomputed: int = 0
+    bounded: int = 0
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The outcome in plain sentences."""
+        lines = [f"{self.files} files have the hashes in the report."]
+        if self.recomputed:
+            lines.append(f"{self.recomputed} tensors equal the reference's result bit for bit.")
+        if self.bounded:
+            lines.append(f"{self.bounded} tensors lie between theta and theta - lambda * tau everywhere.")
+        lines += [f"Not checked: {line}." for line in self.unchecked]
+        lines += [f"WRONG: {line}." for line in self.problems]
+        lines.append("Verification failed." if self.problems else "Nothing wrong was found.")
+        return "\n".join(lines)
+
+
+def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress: bool = True) -> Verification:
+    """Recompute the hashes of a run's output and inputs, and tensors of its output from the inputs.
+
+    directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them
+    drawn with ``seed``. Inputs are looked for where they were; what is gone is said to be unchecked.
+    Raises InputError if there is no report. Writes nothing.
+    """
+    directory = Path(directory)
+    report = Report.load(directory)
+    result = Verification()
+    places: dict[str, tuple[Path, dict[str, Any]]] = {"output": (directory, report.output["files"])}
+    for role, found in report.inputs.items():
+        if found.get("kept", True):
+            places[role] = (Path(found["path"]), found["files"])
+    intact = _check_hashes(places, result, progress)
+    if "output" in intact:
+        _check_tensors(directory, report, intact, result, full, seed, progress)
+    return result
+
+
+def _check_hashes(
+    places: dict[str, tuple[Path, dict[str, Any]]], result: Verification, progress: bool
+) -> set[str]:
+    """Return the roles whose files are all there and unchanged."""
+    intact = set()
+    total = sum(row["bytes"] for _, files in places.values() for row in files.values())
+    with byte_bar(total, "hashes", progress) as bar:
+        for role, (path, files) in places.items():
+            missing = [name for name in files if not (path / name).exists()]
+            if missing and role != "output":
+                result.unchecked.append(f"{role}: {path / missing[0]} is gone")
+                continue
+            wrong = [f"{path / name} is gone" for name in missing]
+            for name in files.keys() - set(missing):
+                if hash_file(path / name, bar.update) == files[name]["blake3"]:
+                    result.files += 1
+                else:
+                    wrong.append(f"{path / name} has changed since the run")
+            result.problems += wrong
+            if not wrong:
+                intact.add(role)
+    return intact
+
+
+def _check_tensors(
+    directory: Path,
+    report: Report,
+    intact: set[str],
+    result: Verification,
+    full: bool,
+    seed: int,
+    progress: bool,
+) -> None:
+    absent = {"model", "base", "tuned"} - intact
+    if absent:
+        result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
+        return
+    rule = Rule.of(report.rule, report.lam, report.p, report.alpha, report.threshold)
+    exact = rule.estimator is None or {"forget_importance", "retain_importance"} <= intact
+    places = {role: Path(found["path"]) for role, found in report.inputs.items()}
+    sources = open_sources(
+        rule if exact else Rule.of("tv", report.lam),
+        places["model"],
+        places["base"],
+        places["tuned"],
+        places.get("forget_importance") if exact else None,
+        places.get("retain_importance") if exact else None,
+    )
+    if not exact:
+        result.unchecked.append("weights, because the importances were not kept (--save-importance)")
+    output = Checkpoint.open(directory)
+    actions = {row.name: row.action for row in report.tensors}
+    plans = sources.plans
+    if not full and len(plans) > SAMPLED:
+        plans = random.Random(seed).sample(plans, SAMPLED)
+    with byte_bar(sum(plan.theta.size for plan in plans), "tensors", progress) as bar:
+        for plan in plans:
+            copied = actions[plan.theta.name].startswith("copied")
+            if not _tensor_is_right(plan, sources, output, rule, exact, copied):
+                result.problems.append(f"tensor {plan.theta.name} is not what the inputs give")
+            elif exact or copied:
+                result.recomputed += 1
+            else:
+                result.bounded += 1
+            bar.update(plan.theta.size)
+
+
+def _tensor_is_right(
+    plan: TensorPlan,
+    sources: Sources,
+    output: Checkpoint,
+    rule: Rule,
+    exact: bool,
+    copied: bool,
+) -> bool:
+    found = output.tensors.get(plan.theta.name)
+    if found is None or (found.dtype, found.shape) != (plan.theta.dtype, plan.theta.shape):
+        return False
+    for begin in range(0, plan.theta.count, _CHUNK):
+        count = min(_CHUNK, plan.theta.count - begin)
+        if copied:
+            same = _bytes(output, found, begin, count) == _bytes(sources.model, plan.theta, begin, count)
+        else:
+            same = _chunk_is_right(plan, sources, output, found, rule, exact, begin, count)
+        if not same:
+            return False
+    return True
+
+
+def _chunk_is_right(
+    plan: TensorPlan,
+    sources: Sources,
+    output: Checkpoint,
+    found: TensorEntry,
+    rule: Rule,
+    exact: bool,
+    begin: int,
+    count: int,
+) -> bool:
+    import torch
+
+    from perta_fast.ops import reference
+
+    arrays = [_floats(checkpoint, entry, begin, count) for checkpoint, entry in sources.operands(plan)]
+    theta, tuned, base, *importances = arrays
+    forget, retain = importances or (None, None)
+    settings = (rule.lam, rule.p, rule.alpha, rule.threshold)
+    # Without importances this is the whole step, w = 1: the far end of where the result may lie.
+    expected = reference.rescaled_subtract(theta, tuned, base, forget, retain, *settings)
+    actual = _floats(output, found, begin, count)
+    if exact:
+        return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
+    low, high = torch.minimum(theta, expected), torch.maximum(theta, expected)
+    return bool(((low <= actual) & (actual <= high)).all())
+
+
+def _bytes(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> bytes:
+    width = ITEM_SIZES[entry.dtype]
+    start = entry.begin + begin * width
+    return checkpoint.file_of(entry).data[start : start + count * width].tobytes()
+
+
+def _floats(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> Any:
+    import torch
+
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry.dtype]
+    return torch.frombuffer(bytearray(_bytes(checkpoint, entry, begin, count)), dtype=dtype)
