@@ -1,0 +1,19 @@
+"""What every test shares: no network, Triton's interpreter where there is no GPU, and small checkpoints made once."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
+
+from tests.models import Job, write_job
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """model, base and tuned in bfloat16 shards, with forget and retain data; shared, so never written to."""
+    return write_job(tmp_path_factory.mktemp("job"))
