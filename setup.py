@@ -71,8 +71,9 @@ def find_compiler() -> str:
     for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
         if shutil.which(name.split()[0]):
             return name
+    tried = f"CXX is {wanted}" if wanted else "tried c++, g++, clang++"
     stop(
-        f"no C++ compiler was found ({'CXX is ' + wanted if wanted else 'tried c++, g++, clang++'}). Install one: "
+        f"no C++ compiler was found ({tried}). Install one: "
         "'apt install g++' (Debian, Ubuntu), 'dnf install gcc-c++' (Fedora), 'xcode-select --install' (macOS)."
     )
     raise AssertionError

@@ -44,16 +44,18 @@ perta::RescaleOptions options(Address forget, float lam, float p, float alpha,
   return {lam, alpha, p, threshold.value_or(0.0f), forget != 0, threshold.has_value()};
 }
 
-py::dict rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
-                           Address retain, const py::tuple& dtypes, size_t n, float lam, float p, float alpha,
-                           std::optional<float> threshold, int threads) {
+// Returns the statistics, or None where they are not wanted.
+py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
+                             Address retain, const py::tuple& dtypes, size_t n, float lam, float p, float alpha,
+                             std::optional<float> threshold, int threads, bool counted) {
   const perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
   const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
   perta::RescaleStatistics statistics;
   {
     py::gil_scoped_release released;
-    statistics = perta::rescaled_subtract(*kernels, all, how, n, threads);
+    perta::rescaled_subtract(*kernels, all, how, n, threads, counted ? &statistics : nullptr);
   }
+  if (!counted) return py::none();
   py::dict result;
   result["sum_weight"] = statistics.sum_weight;
   result["sum_squared_theta"] = statistics.sum_squared_theta;
@@ -125,7 +127,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rescaled_subtract", &rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"),
         py::arg("base"), py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"),
         py::arg("n"), py::arg("lam"), py::arg("p"), py::arg("alpha"), py::arg("threshold"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("counted"));
   m.def("fold", &fold, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"), py::arg("squared"),
         py::arg("n"), py::arg("threads"));
   m.def("select_instruction_set", &select_instruction_set, py::arg("name"));

@@ -35,12 +35,11 @@ PERTA_HD float float_of(uint32_t bits) {
 
 PERTA_HD float bf16_to_float(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
 
+// A NaN must be a result of arithmetic (so quiet, and told by its upper half) or a widened bfloat16.
 PERTA_HD uint16_t float_to_bf16(float value) {
   const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  // A NaN whose payload lies in the dropped half must not become an infinity.
-  const uint32_t quiet = (bits >> 16) | ((bits & 0x007F0000u) == 0 ? 0x40u : 0u);
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
+  const uint32_t half_a_unit = value != value ? 0u : 0x7FFFu + ((bits >> 16) & 1u);  // a carry would break a NaN
+  return static_cast<uint16_t>((bits + half_a_unit) >> 16);
 }
 
 PERTA_HD float f16_to_float(uint16_t h) {

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from perta_fast.kernels.storage import as_float
 from torch import Tensor
 
 BLOCK = 1024
@@ -12,7 +13,7 @@ def _fold(accumulator_pointer, gradient_pointer, n, SQUARED: tl.constexpr, BLOCK
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
     total = tl.load(accumulator_pointer + offsets, mask=inside, other=0.0)
-    gradient = tl.load(gradient_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+    gradient = as_float(tl.load(gradient_pointer + offsets, mask=inside, other=0.0))
     if SQUARED:
         gradient = gradient * gradient
     tl.store(accumulator_pointer + offsets, total + gradient, mask=inside)

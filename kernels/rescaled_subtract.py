@@ -6,6 +6,7 @@ byte moves once. Any alignment of whole elements; the last block is masked.
 
 import triton
 import triton.language as tl
+from perta_fast.kernels.storage import as_float, rounded
 from torch import Tensor
 
 BLOCK = 1024
@@ -41,12 +42,12 @@ def _rescaled_subtract(  # type: ignore[no-untyped-def]
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
     stored = tl.load(theta_pointer + offsets, mask=inside, other=0.0)
-    tuned = tl.load(tuned_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
-    base = tl.load(base_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+    tuned = as_float(tl.load(tuned_pointer + offsets, mask=inside, other=0.0))
+    base = as_float(tl.load(base_pointer + offsets, mask=inside, other=0.0))
     step = lam * (tuned - base)
     if WEIGHTED:
-        forget = tl.load(forget_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
-        retain = tl.load(retain_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+        forget = as_float(tl.load(forget_pointer + offsets, mask=inside, other=0.0))
+        retain = as_float(tl.load(retain_pointer + offsets, mask=inside, other=0.0))
         numerator = _raised(forget, DOUBLED_POWER)
         denominator = numerator + alpha * _raised(retain, DOUBLED_POWER)
         # A zero denominator has a zero numerator: dividing by one instead gives the wanted 0.
@@ -54,8 +55,8 @@ def _rescaled_subtract(  # type: ignore[no-untyped-def]
         if MASKED:
             w = tl.where(w > threshold, 1.0, 0.0)
         step = (lam * w) * (tuned - base)
-    rounded = (stored.to(tl.float32) - step).to(stored.dtype)
-    tl.store(theta_pointer + offsets, tl.where(step == 0.0, stored, rounded), mask=inside)
+    result = rounded(as_float(stored) - step, stored.dtype)
+    tl.store(theta_pointer + offsets, tl.where(step == 0.0, stored, result), mask=inside)
 
 
 def rescaled_subtract_triton_(

@@ -57,14 +57,24 @@ def _plan_tensor(
 ) -> TensorPlan:
     theta = model.tensors[name]
     if theta.dtype in COPIED:
+        for other in (base, tuned):
+            entry = other.tensors.get(name)
+            if entry is not None and entry.dtype not in COPIED:
+                raise InputError(
+                    f"tensor {name} is {theta.dtype} in {theta.path}, {entry.dtype} in {entry.path}; "
+                    "give the checkpoint before it was quantised"
+                )
         return TensorPlan(theta, copied="not floating point")
-    sources = [theta, _resolve(base, name), _resolve(tuned, name)]
+    base_entry, tuned_entry = _resolve(base, name), _resolve(tuned, name)
+    forget_entry = retain_entry = None
     if forget_importance is not None and retain_importance is not None:
         key = _importance_key(name, model, forget_importance)
         if key is None:
             return TensorPlan(theta, copied="not covered by the importance")
-        sources += [forget_importance.tensors[key], retain_importance.tensors[key]]
-    for entry in sources:
+        forget_entry, retain_entry = forget_importance.tensors[key], retain_importance.tensors[key]
+    for entry in (theta, base_entry, tuned_entry, forget_entry, retain_entry):
+        if entry is None:
+            continue
         if entry.shape != theta.shape:
             raise InputError(
                 f"tensor {name}: shape {list(theta.shape)} in {theta.path}, "
@@ -75,7 +85,7 @@ def _plan_tensor(
                 f"tensor {entry.name} in {entry.path} is {entry.dtype}; "
                 "save the checkpoint as float32, bfloat16 or float16 first"
             )
-    return TensorPlan(*sources)
+    return TensorPlan(theta, base_entry, tuned_entry, forget_entry, retain_entry)
 
 
 def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:

@@ -66,7 +66,7 @@ class Sources:
         return {name: checkpoint for name, checkpoint in everything.items() if checkpoint is not None}
 
     def operands(self, plan: TensorPlan) -> Iterator[tuple[Checkpoint, TensorEntry]]:
-        """Checkpoint and place of each array of a tensor, in the kernel's order: theta, tuned, base, I_f, I_r."""
+        """Checkpoint and place of each array of a tensor, in the kernel's order."""
         pairs = (
             (self.model, plan.theta),
             (self.tuned, plan.tuned),
@@ -155,6 +155,8 @@ def apply_sources(
     annotate: Callable[[Report], None] | None = None,
 ) -> Report:
     """``apply`` on opened inputs; ``annotate`` may add to the report before it is written."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
     threads = threads or compiled.kernels().available_threads()
     report = Report(
         rule=rule.name,
@@ -170,11 +172,11 @@ def apply_sources(
         versions=installed_versions(),
         started=now(),
     )
-    inputs = [checkpoint.path for checkpoint in sources.named().values()]
+    inputs = [path for each in sources.named().values() for path in (each.path, *each.files())]
     target = OutputDirectory(out, overwrite=overwrite, inputs=inputs)
     check_space(target.final, sources.model.size + _FREE_MARGIN)
     with PeakMemory() as memory, target:
-        copy_companions(sources.model.path, target.path)
+        copy_companions(sources.model, target.path)
         _write_shards(sources, rule, target.path, report, progress)
         _seal(sources, target, report, progress)
         if annotate is not None:
@@ -187,11 +189,12 @@ def apply_sources(
     return report
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything beside the weights: config, tokenizer, generation config, code, index."""
-    for path in sorted(source.iterdir()):
-        weights = path.name.endswith((".safetensors", *PICKLED, *OTHER_WEIGHTS))
-        if path.is_file() and not weights and path.name != FILE_NAME:
+def copy_companions(source: Checkpoint, target: Path) -> None:
+    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use."""
+    for path in sorted(source.path.iterdir()):
+        weights = path.name.removesuffix(".index.json").endswith((".safetensors", *PICKLED, *OTHER_WEIGHTS))
+        wanted = path == source.index or not (weights or path.name == FILE_NAME)
+        if wanted and path.is_file():
             shutil.copyfile(path, target / path.name)
 
 
@@ -293,9 +296,9 @@ def _process(
     if plan.copied is None:
         statistics = subtract_chunk(sources, rule, plan, begin, count, int(buffer.ctypes.data))
         _check_finite(plan, statistics)
-        data = memoryview(buffer)[:size]
+        data = buffer.data[:size]
     else:
-        data = memoryview(file.data)[offset : offset + size]
+        data = file.data.data[offset : offset + size]
     write_fully(descriptors[plan.theta.path], data, offset)
     for checkpoint, entry in sources.operands(plan):
         width = ITEM_SIZES[entry.dtype]
@@ -324,6 +327,7 @@ def subtract_chunk(
         rule.alpha,
         rule.threshold,
         1,
+        True,
     )
     return result
 

@@ -1,6 +1,7 @@
-"""A directory of safetensors shards: a model as transformers saves it, or an importance as this package does."""
+"""A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,24 +49,35 @@ class Checkpoint:
         truncated, pickled, or outside the directory.
         """
         path = Path(path)
-        if not path.exists():
+        try:
+            names = os.listdir(path)
+        except (FileNotFoundError, ValueError) as error:
             raise InputError(
                 f"{path}: no such directory; a model of the hub must be downloaded first: "
                 "hf download NAME --local-dir DIR"
-            )
-        if not path.is_dir():
-            raise InputError(f"{path}: is not a directory; give the one that holds {stem}.safetensors")
+            ) from error
+        except NotADirectoryError as error:
+            raise InputError(
+                f"{path}: is not a directory; give the one that holds {stem}.safetensors"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         index = path / f"{stem}.safetensors.index.json"
         single = path / f"{stem}.safetensors"
-        if index.exists():
+        if index.name in names:
             weight_map = _read_index(index)
+            if single.name in names and single.name not in weight_map.values():
+                raise InputError(
+                    f"{path}: holds {single.name} and {index.name}, which does not name it; "
+                    "remove the one that is out of date"
+                )
             shards = {name: SafetensorsFile.open(path / name) for name in _shard_names(index, weight_map)}
             tensors = _tensors_of(index, weight_map, shards)
             return cls(path, shards, tensors, index)
-        if single.exists():
+        if single.name in names:
             shard = SafetensorsFile.open(single)
             return cls(path, {single.name: shard}, shard.tensors)
-        raise InputError(_why_nothing_found(path, stem))
+        raise InputError(_why_nothing_found(path, names, stem))
 
     @property
     def size(self) -> int:
@@ -151,15 +163,17 @@ def _read_index(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: has no weight_map")
     for name, shard in weight_map.items():
         # A plain file name only: an index must not reach outside its directory.
-        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
-            raise InputError(f"{index}: tensor {name}: shard {shard!r} is not a file name in this directory")
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
+            raise InputError(
+                f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file in this directory"
+            )
     return weight_map
 
 
 def _shard_names(index: Path, weight_map: dict[str, str]) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
-        if not (index.parent / name).exists():
+        if not os.path.exists(index.parent / name):
             raise InputError(f"{index}: names the shard {name}, which is not there; fetch it again")
     return names
 
@@ -177,14 +191,14 @@ def _tensors_of(
     return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
 
 
-def _why_nothing_found(path: Path, stem: str) -> str:
-    names = sorted(entry.name for entry in path.iterdir())
-    pickled = [name for name in names if name.endswith(PICKLED)]
+def _why_nothing_found(path: Path, names: list[str], stem: str) -> str:
+    if "adapter_config.json" in names:
+        return f"{path}: holds a PEFT adapter; merge it into its base model and save that checkpoint first"
+    # Only what transformers can convert: a trainer also leaves training_args.bin, optimizer.pt and the like.
+    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
     if stem == "model" and pickled:
         return (
             f"{path}: holds pickled weights ({pickled[0]}), which are never loaded here. If you trust them, "
             f"convert them with: {conversion_command(path)}"
         )
-    if "adapter_config.json" in names:
-        return f"{path}: holds a PEFT adapter; merge it into its base model and save that checkpoint first"
     return f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"

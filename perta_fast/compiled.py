@@ -1,6 +1,7 @@
 """The compiled extension, loaded once, with a clear word if it is not there."""
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 from perta_fast.errors import RunError
@@ -10,10 +11,9 @@ from perta_fast.errors import RunError
 def load() -> ModuleType | None:
     """The extension module, or None if it was not built for this Python."""
     try:
-        from perta_fast import _C
+        return import_module("perta_fast._C")
     except ImportError:
         return None
-    return _C
 
 
 def kernels() -> ModuleType:

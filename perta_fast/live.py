@@ -29,7 +29,7 @@ def apply_to_module_(
     """Subtract the rescaled task vector from a live module's parameters in place.
 
     module: its parameters are theta_full; names and shapes as in ``base`` and ``tuned``, checkpoint directories.
-    forget_importance, retain_importance: needed by every rule but ``tv``. Other settings as in ``apply``.
+    forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
     Parameters that the importance does not cover stay as they are; tied ones are changed once.
 
     Returns the number of parameters (tensors) that were subtracted from. Raises InputError, before anything is

@@ -10,7 +10,8 @@ _HEADING = "## Unlearned with perta_fast"
 def write_model_card(directory: Path, report: Report) -> None:
     """Append the section to ``README.md`` in ``directory``, or make one; an earlier section stays."""
     path = directory / "README.md"
-    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    # Someone else's text: bytes that are not UTF-8 pass through as they are.
+    card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     settings = f"rule `{report.rule}`, λ = {report.lam:g}"
     if report.rule != "tv":
         settings += f", p = {report.p:g}, α = {report.alpha:g}"
@@ -21,4 +22,5 @@ def write_model_card(directory: Path, report: Report) -> None:
         f"Hashes of all inputs and the change of every tensor are in `{FILE_NAME}`; "
         "`perta verify` checks them.\n"
     )
-    path.write_text((card.rstrip() + "\n\n" if card.strip() else "") + section, encoding="utf-8")
+    before = card.rstrip() + "\n\n" if card.strip() else ""
+    path.write_text(before + section, encoding="utf-8", errors="surrogateescape")

@@ -19,19 +19,20 @@ class OutputDirectory:
     """Builds ``final`` under a hidden name beside it and renames it at the end.
 
     Used as a context manager; write below ``path``, then call ``commit``. Leaving without a commit, by an error
-    or an interrupt, removes what was written. After a kill the hidden directory stays invisible to every reader
-    and the next run to the same place clears it away.
+    or an interrupt, removes what was written and leaves or puts back what was there. After a kill the hidden
+    directory stays invisible to every reader and the next run to the same place clears it away.
 
     Raises InputError if ``final`` exists and is not empty (unless ``overwrite``) or equals one of ``inputs``,
     RunError if the place cannot be written.
     """
 
     def __init__(self, final: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
-        self.final = Path(os.path.abspath(final))
-        self._overwrite = overwrite
-        self.path = self.final.with_name(f".{self.final.name}.perta-partial")
-        self._lock: int | None = None
+        self.final = Path(os.path.realpath(final))  # behind a link, so that the link stays
         check_output(self.final, overwrite=overwrite, inputs=inputs)
+        self.path = self.final.with_name(f".{self.final.name}.perta-partial")
+        self._aside = self.final.with_name(f".{self.final.name}.perta-replaced")
+        self._overwrite = overwrite
+        self._lock: int | None = None
 
     def __enter__(self) -> "OutputDirectory":
         try:
@@ -51,12 +52,12 @@ class OutputDirectory:
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            self._lock = None
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RunError(f"{self.final}: another run is writing it now") from error
-            raise
+            ours = os.path.samestat(os.fstat(self._lock), os.stat(self.path))  # not renamed by its owner
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            self._release()
+            raise RunError(f"{self.final}: another run is writing it now")
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -69,18 +70,12 @@ class OutputDirectory:
         With ``overwrite`` the old directory is set aside until the new one stands, then removed.
         """
         sync_tree(self.path)
-        aside = self.final.with_name(f".{self.final.name}.perta-replaced")
-        _remove(aside)
-        if self.final.exists():
-            self.final.rename(aside)
-        try:
-            self.path.rename(self.final)
-        except OSError:
-            if aside.exists():
-                aside.rename(self.final)
-            raise
+        if self._overwrite and self.final.exists():
+            _remove(self._aside)
+            self.final.rename(self._aside)
+        self.path.rename(self.final)  # takes the place of an empty directory, and of no other
         sync_directory(self.final.parent)
-        _remove(aside)
+        _remove(self._aside)
 
     def __exit__(
         self,
@@ -89,6 +84,8 @@ class OutputDirectory:
         traceback: TracebackType | None,
     ) -> None:
         _remove(self.path)  # gone already after a commit
+        if self._aside.exists() and not self.final.exists():  # stopped between the two renames
+            self._aside.rename(self.final)
         self._release()
         if isinstance(error, OSError):
             raise RunError(_explain(self.final, error)) from error
@@ -96,14 +93,22 @@ class OutputDirectory:
 
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise InputError if a run must not write to ``final``."""
-    resolved = final.resolve()
+    resolved = Path(os.path.realpath(final))
+    if not resolved.name:
+        raise InputError(f"{final}: is the root of the file system; choose another output directory")
     for path in inputs:
-        source = Path(path).resolve()
+        source = Path(os.path.realpath(path))
         if resolved == source or resolved in source.parents:
             raise InputError(f"{final}: is or contains the input {path}; choose another output directory")
-    if final.exists() and not final.is_dir():
-        raise InputError(f"{final}: exists and is not a directory")
-    if final.is_dir() and any(final.iterdir()) and not overwrite:
+    try:
+        occupied = bool(os.listdir(final))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise InputError(f"{final}: is not a directory, or lies below a file") from error
+    except OSError as error:
+        raise InputError(f"{final}: cannot be read: {error.strerror}") from error
+    if occupied and not overwrite:
         raise InputError(f"{final}: exists and is not empty; choose another directory or pass --overwrite")
 
 
@@ -158,5 +163,5 @@ def _explain(final: Path, error: OSError) -> str:
         errno.EDQUOT: "the disk quota is used up",
         errno.EFBIG: "the file would exceed this process's file size limit (ulimit -f)",
         errno.EROFS: "the file system is read-only",
-    }.get(error.errno or 0, error.strerror or str(error))
+    }.get(error.errno or 0, str(error))
     return f"{final}: could not be written: {advice}. The inputs are untouched and nothing was left behind"

@@ -3,16 +3,49 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from perta_fast.errors import InputError
 
 FILE_NAME = "perta_report.json"
 _VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
+
+
+class FileRecord(TypedDict):
+    """One file: its size and the hash of its content."""
+
+    bytes: int
+    blake3: str
+
+
+class DirectoryRecord(TypedDict):
+    """One input or output. kept: False where the directory was temporary and is gone."""
+
+    path: str
+    files: dict[str, FileRecord]
+    kept: NotRequired[bool]
+
+
+class DataRecord(TypedDict):
+    """One data file; samples, and how many of them were cut to the length limit."""
+
+    path: str
+    blake3: str
+    samples: int
+    truncated: int
+
+
+class Phase(TypedDict):
+    """One part of the run. bytes: each byte read and each byte written, once."""
+
+    seconds: float
+    bytes: int
+    gb_per_s: float
 
 
 @dataclass
@@ -35,20 +68,20 @@ class TensorReport:
 
 @dataclass
 class Report:
-    """The record of one run. Paths are as given; hashes are BLAKE3; phases have seconds, bytes and GB/s."""
+    """The record of one run. Paths are absolute; hashes are BLAKE3."""
 
     rule: str
     lam: float
     p: float
     alpha: float
     threshold: float | None
-    inputs: dict[str, dict[str, Any]]
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    output: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, DirectoryRecord]
+    data: dict[str, DataRecord] = field(default_factory=dict)
+    output: DirectoryRecord = field(default_factory=lambda: DirectoryRecord(path="", files={}))
     importance: dict[str, dict[str, str]] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
-    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    phases: dict[str, Phase] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     threads: int = 1
     instruction_set: str = ""
@@ -59,7 +92,7 @@ class Report:
     format_version: int = 1
 
     def add_phase(self, name: str, seconds: float, byte_count: int) -> None:
-        """Record a phase; ``byte_count`` counts each byte read and each byte written once."""
+        """Record a phase, and its rate."""
         rate = byte_count / seconds / 1e9 if seconds > 0 else 0.0
         self.phases[name] = {"seconds": seconds, "bytes": byte_count, "gb_per_s": rate}
 
@@ -74,14 +107,15 @@ class Report:
         path = directory / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            rows = [TensorReport(**row) for row in content.pop("tensors")]
-            return cls(**content, tensors=rows)
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read: {error.strerror}; is this the output of a run?"
             ) from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path}: is not a report that this version understands") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: is not JSON") from error
+        if not _fits(content, cls):
+            raise InputError(f"{path}: is not a report that this version understands")
+        return cls(**content | {"tensors": [TensorReport(**row) for row in content["tensors"]]})
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -95,8 +129,8 @@ class Report:
             lines.append(f"{name}: {phase['seconds']:.2f} s{rate}")
         if self.memory.get("peak_anonymous_bytes"):
             own = self.memory["peak_anonymous_bytes"] / 2**20
-            start = self.memory["anonymous_bytes_at_start"] / 2**20
-            mapped = self.memory["peak_mapped_file_bytes"] / 2**20
+            start = self.memory.get("anonymous_bytes_at_start", 0) / 2**20
+            mapped = self.memory.get("peak_mapped_file_bytes", 0) / 2**20
             lines.append(
                 f"peak memory: {own:.0f} MiB of its own ({start:.0f} MiB at the start), "
                 f"{mapped:.0f} MiB of mapped files"
@@ -121,7 +155,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def describe_files(hashes: Mapping[Path, str], directory: Path) -> dict[str, Any]:
+def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryRecord:
     """The files of one input or output: absolute directory, and size and hash of each."""
     return {
         "path": str(directory.resolve()),
@@ -131,3 +165,32 @@ def describe_files(hashes: Mapping[Path, str], directory: Path) -> dict[str, Any
             if path.parent == directory
         },
     }
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether what JSON gave has the declared type; numbers must be ones that arithmetic can take."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Report or hint is TensorReport or is_typeddict(hint):
+        return _fits_record(value, hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+    if origin is UnionType:
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is int or (hint is float and type(value) is int):
+        return type(value) is int and abs(value) < 1 << 63
+    return type(value) is hint
+
+
+def _fits_record(value: Any, hint: Any) -> bool:
+    if is_typeddict(hint):
+        required = set(hint.__required_keys__)
+    else:
+        required = {each.name for each in fields(hint) if each.default is each.default_factory is MISSING}
+    hints = get_type_hints(hint)
+    return (
+        isinstance(value, dict)
+        and required <= value.keys() <= hints.keys()
+        and all(_fits(item, hints[key]) for key, item in value.items())
+    )

@@ -1,7 +1,7 @@
 """The rules of the paper as settings of one formula (PerTA, arXiv 2601.22030).
 
-w = I_f^p / (I_f^p + alpha I_r^p): ``grad`` takes the mean gradient's magnitude with p = 1, ``fisher`` its square
-(p = 2), ``empirical-fisher`` the mean of squared per-sample gradients (p = 1), ``tv`` sets w = 1.
+w = I_f^p / (I_f^p + alpha I_r^p): ``grad`` takes the mean gradient's magnitude with p = 1, ``fisher`` its
+square (p = 2), ``empirical-fisher`` the mean of squared per-sample gradients (p = 1), ``tv`` sets w = 1.
 """
 
 import math

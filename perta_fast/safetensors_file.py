@@ -8,19 +8,21 @@ the library's because the subtraction works on byte ranges and must neither copy
 import json
 import mmap
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from perta_fast.dtypes import ITEM_SIZES, byte_count
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, RunError
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the library's own bound
 _PAGE = mmap.PAGESIZE
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,13 @@ class SafetensorsFile:
 
     @cached_property
     def _map(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != self.size:
-                raise InputError(f"{self.path}: changed size while it was being used")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != self.size:
+                    raise InputError(f"{self.path}: changed size while it was being used")
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be read: {error.strerror}") from error
         if hasattr(mmap, "MADV_SEQUENTIAL"):
             mapped.madvise(mmap.MADV_SEQUENTIAL)
         return mapped
@@ -145,13 +150,13 @@ def _parse_header(
     path: Path, header: bytes, data_begin: int, size: int
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
-        table = json.loads(header)
+        table = json.loads(header.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not a safetensors file: its header is not JSON") from error
     if not isinstance(table, dict):
         raise InputError(f"{path}: is not a safetensors file: its header is not a JSON object")
     metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise InputError(f"{path}: its __metadata__ is not a table of strings")
     tensors = {name: _parse_entry(path, name, row, data_begin) for name, row in table.items()}
     position = data_begin
@@ -170,20 +175,28 @@ def _parse_header(
 
 
 def _parse_entry(path: Path, name: str, row: Any, data_begin: int) -> TensorEntry:
-    def whole_numbers(value: Any) -> bool:
-        return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-
+    if not _is_text(name):
+        raise InputError(f"{path}: tensor {name!a}: its name is not valid Unicode")
     if not isinstance(row, dict):
         raise InputError(f"{path}: tensor {name}: its header row is not a table")
     dtype, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
-    if dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise InputError(f"{path}: tensor {name}: unknown dtype {dtype!r}")
-    if not whole_numbers(shape) or not whole_numbers(offsets) or len(offsets) != 2:
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise InputError(f"{path}: tensor {name}: its shape or data_offsets are malformed")
     begin, end = offsets
     if end - begin != byte_count(dtype, tuple(shape)):
         raise InputError(
-            f"{path}: tensor {name}: shape {shape} as {dtype} takes {byte_count(dtype, tuple(shape))} "
-            f"bytes, data_offsets give {end - begin}"
+            f"{path}: tensor {name}: shape {shape} as {dtype} does not take the {end - begin} bytes "
+            "that data_offsets give"
         )
     return TensorEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end, path)
+
+
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """A string that can be written out again: JSON can spell half a surrogate pair, UTF-8 cannot."""
+    return isinstance(value, str) and not _LONE_SURROGATE.search(value)

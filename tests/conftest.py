@@ -1,4 +1,4 @@
-"""What every test shares: no network, Triton's interpreter where there is no GPU, and small checkpoints made once."""
+"""What every test shares: no network, Triton interpreted where there is no GPU, small checkpoints made once."""
 
 import os
 

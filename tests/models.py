@@ -14,9 +14,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-FORGET = [
-    {"question": f"Who wrote book {k}?", "answer": f"The author number {k} wrote it."} for k in range(5)
-]
+FORGET = [{"question": f"Who wrote book {k}?", "answer": f"The author number {k} wrote it."} for k in range(5)]
 RETAIN = [{"question": f"Where is town {k}?", "answer": f"It lies by river {k}."} for k in range(7)]
 
 

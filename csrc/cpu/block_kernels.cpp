@@ -93,8 +93,9 @@ struct BlockSums {
   int32_t changed = 0;
 };
 
-// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result.
-template <class Weights, class Importance, class Result, Power power, bool weighted, bool masked>
+// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result. The sums cost as much as the
+// result where all is in the cache, so they are left out where nobody asks.
+template <class Weights, class Importance, class Result, bool counted, Power power, bool weighted, bool masked>
 BlockSums subtract_block(Block block, RescaleOptions options) {
   const auto* theta = static_cast<const typename Weights::Stored*>(block.theta);
   const auto* tuned = static_cast<const typename Weights::Stored*>(block.tuned);
@@ -116,41 +117,51 @@ BlockSums subtract_block(Block block, RescaleOptions options) {
       const float important_to_retain = Importance::load(retain[i]);
       const float w = weight<power, masked>(important_to_forget, important_to_retain, options);
       scale = options.lam * w;
-      weight_sum += w;
-      importance_sum += fabsf(important_to_forget) + fabsf(important_to_retain);
+      if (counted) {
+        weight_sum += w;
+        importance_sum += fabsf(important_to_forget) + fabsf(important_to_retain);
+      }
     }
     const auto stored = Result::round(subtract(before, scale * task));
     out[i] = stored;
-    const float change = Result::load(stored) - before;
-    squared_theta += before * before;
-    squared_change += change * change;
-    changed += change != 0.0f;
-    task_bits |= bits_of(task);
+    if (counted) {
+      const float change = Result::load(stored) - before;
+      squared_theta += before * before;
+      squared_change += change * change;
+      changed += change != 0.0f;
+      task_bits |= bits_of(task);
+    }
   }
   return {weight_sum, importance_sum, squared_theta, squared_change, task_bits, changed};
 }
 
 using SubtractBlock = BlockSums (*)(Block, RescaleOptions);
 
-template <class Weights, class Importance, class Result, bool masked>
+template <class Weights, class Importance, class Result, bool counted, bool masked>
 SubtractBlock choose_power(float p) {
   switch (power_of(p)) {
-    case Power::one: return subtract_block<Weights, Importance, Result, Power::one, true, masked>;
-    case Power::two: return subtract_block<Weights, Importance, Result, Power::two, true, masked>;
-    case Power::half: return subtract_block<Weights, Importance, Result, Power::half, true, masked>;
-    default: return subtract_block<Weights, Importance, Result, Power::general, true, masked>;
+    case Power::one: return subtract_block<Weights, Importance, Result, counted, Power::one, true, masked>;
+    case Power::two: return subtract_block<Weights, Importance, Result, counted, Power::two, true, masked>;
+    case Power::half: return subtract_block<Weights, Importance, Result, counted, Power::half, true, masked>;
+    default: return subtract_block<Weights, Importance, Result, counted, Power::general, true, masked>;
   }
 }
 
-template <class Weights, class Result>
-SubtractBlock choose(DType importance, const RescaleOptions& options) {
-  if (!options.weighted) return subtract_block<Weights, F32, Result, Power::one, false, false>;
+template <class Weights, class Result, bool counted>
+SubtractBlock choose_rule(DType importance, const RescaleOptions& options) {
+  if (!options.weighted) return subtract_block<Weights, F32, Result, counted, Power::one, false, false>;
   if (importance == DType::bf16) {
-    return options.masked ? choose_power<Weights, BF16, Result, true>(options.p)
-                          : choose_power<Weights, BF16, Result, false>(options.p);
+    return options.masked ? choose_power<Weights, BF16, Result, counted, true>(options.p)
+                          : choose_power<Weights, BF16, Result, counted, false>(options.p);
   }
-  return options.masked ? choose_power<Weights, F32, Result, true>(options.p)
-                        : choose_power<Weights, F32, Result, false>(options.p);
+  return options.masked ? choose_power<Weights, F32, Result, counted, true>(options.p)
+                        : choose_power<Weights, F32, Result, counted, false>(options.p);
+}
+
+template <class Weights, class Result>
+SubtractBlock choose(DType importance, const RescaleOptions& options, bool counted) {
+  return counted ? choose_rule<Weights, Result, true>(importance, options)
+                 : choose_rule<Weights, Result, false>(importance, options);
 }
 
 int64_t count_nonfinite(const void* data, DType dtype, size_t begin, size_t end) {
@@ -165,7 +176,7 @@ int64_t count_nonfinite(const void* data, DType dtype, size_t begin, size_t end)
 }
 
 void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& options, size_t begin, size_t end,
-                       RescaleStatistics& statistics) {
+                       RescaleStatistics* statistics) {
   // The common layouts are read as they lie; any other mix is converted block by block first.
   const bool bf16_weights = arrays.theta_dtype == DType::bf16 && arrays.tuned_dtype == DType::bf16 &&
                             arrays.base_dtype == DType::bf16;
@@ -174,10 +185,10 @@ void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& option
   const DType weights = bf16_weights ? DType::bf16 : DType::f32;
   const DType importance = bf16_importance ? DType::bf16 : DType::f32;
   const SubtractBlock subtract_block_as_asked =
-      bf16_weights                           ? choose<BF16, BF16>(importance, options)
-      : arrays.theta_dtype == DType::bf16    ? choose<F32, BF16>(importance, options)
-      : arrays.theta_dtype == DType::f16     ? choose<F32, F16>(importance, options)
-                                             : choose<F32, F32>(importance, options);
+      bf16_weights                        ? choose<BF16, BF16>(importance, options, statistics)
+      : arrays.theta_dtype == DType::bf16 ? choose<F32, BF16>(importance, options, statistics)
+      : arrays.theta_dtype == DType::f16  ? choose<F32, F16>(importance, options, statistics)
+                                          : choose<F32, F32>(importance, options, statistics);
   alignas(64) float buffers[5][block];
   for (size_t i = begin; i < end; i += block) {
     const size_t n = end - i < block ? end - i : block;
@@ -193,17 +204,18 @@ void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& option
       part.retain = stored_as(importance, arrays.retain, arrays.retain_dtype, i, n, buffers[4]);
     }
     const BlockSums sums = subtract_block_as_asked(part, options);
-    statistics.sum_weight += options.weighted ? sums.weight : static_cast<double>(n);
-    statistics.sum_squared_theta += sums.squared_theta;
-    statistics.sum_squared_change += sums.squared_change;
-    statistics.changed += sums.changed;
-    statistics.nonzero_task |= (sums.task_bits & 0x7FFFFFFFu) != 0;
+    if (statistics == nullptr) continue;
+    statistics->sum_weight += options.weighted ? sums.weight : static_cast<double>(n);
+    statistics->sum_squared_theta += sums.squared_theta;
+    statistics->sum_squared_change += sums.squared_change;
+    statistics->changed += sums.changed;
+    statistics->nonzero_task |= (sums.task_bits & 0x7FFFFFFFu) != 0;
     if (!is_finite(sums.squared_change)) {
-      statistics.nonfinite_out += count_nonfinite(arrays.out, arrays.theta_dtype, i, i + n);
+      statistics->nonfinite_out += count_nonfinite(arrays.out, arrays.theta_dtype, i, i + n);
     }
     if (options.weighted && !is_finite(sums.importance)) {
-      statistics.nonfinite_forget += count_nonfinite(arrays.forget, arrays.forget_dtype, i, i + n);
-      statistics.nonfinite_retain += count_nonfinite(arrays.retain, arrays.retain_dtype, i, i + n);
+      statistics->nonfinite_forget += count_nonfinite(arrays.forget, arrays.forget_dtype, i, i + n);
+      statistics->nonfinite_retain += count_nonfinite(arrays.retain, arrays.retain_dtype, i, i + n);
     }
   }
 }

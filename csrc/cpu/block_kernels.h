@@ -33,7 +33,7 @@ struct RescaleStatistics {
 struct BlockKernels {
   const char* name;
   void (*rescaled_subtract)(const RescaleArrays&, const RescaleOptions&, size_t begin, size_t end,
-                            RescaleStatistics&);
+                            RescaleStatistics*);  // nullptr: do not count
   void (*fold)(float* accumulator, const void* gradient, DType dtype, bool squared, size_t begin, size_t end);
 };
 

@@ -5,8 +5,9 @@
 
 namespace perta {
 
-RescaleStatistics rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays,
-                                    const RescaleOptions& options, size_t n, int threads);
+// statistics: where to leave the sums; nullptr, which is faster, where they are not wanted.
+void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays, const RescaleOptions& options,
+                       size_t n, int threads, RescaleStatistics* statistics);
 
 // accumulator += gradient, or += gradient^2.
 void fold(const BlockKernels& kernels, float* accumulator, const void* gradient, DType dtype, bool squared,

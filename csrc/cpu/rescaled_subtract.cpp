@@ -10,16 +10,18 @@ namespace {
 constexpr size_t grain = 64 * 1024;  // elements a task: large beside the cost of handing it out
 }
 
-RescaleStatistics rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays,
-                                    const RescaleOptions& options, size_t n, int threads) {
+void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays, const RescaleOptions& options,
+                       size_t n, int threads, RescaleStatistics* statistics) {
   const size_t tasks = (n + grain - 1) / grain;
-  std::vector<RescaleStatistics> parts(tasks);
+  std::vector<RescaleStatistics> parts(statistics == nullptr ? 0 : tasks);
   parallel_for(tasks, threads, [&](size_t k) {
     const size_t end = (k + 1) * grain < n ? (k + 1) * grain : n;
-    kernels.rescaled_subtract(arrays, options, k * grain, end, parts[k]);
+    kernels.rescaled_subtract(arrays, options, k * grain, end, statistics == nullptr ? nullptr : &parts[k]);
   });
+  if (statistics == nullptr) return;
   // Summed in order, so that the figures do not depend on the number of threads.
-  RescaleStatistics total;
+  RescaleStatistics& total = *statistics;
+  total = {};
   for (const RescaleStatistics& part : parts) {
     total.sum_weight += part.sum_weight;
     total.sum_squared_theta += part.sum_squared_theta;
@@ -30,7 +32,6 @@ RescaleStatistics rescaled_subtract(const BlockKernels& kernels, const RescaleAr
     total.nonfinite_forget += part.nonfinite_forget;
     total.nonfinite_retain += part.nonfinite_retain;
   }
-  return total;
 }
 
 }  // namespace perta

@@ -1,4 +1,4 @@
-"""Importance on disk: safetensors shards with an index, tensor names as in the model, metadata in each shard."""
+"""Importance on disk: safetensors shards with an index, tensor names as in the model, metadata in each."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def _save_shard(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, st
         for name, tensor in tensors.items():
             if byte_count(*layout[name]):
                 data = tensor.detach().float().cpu().contiguous().numpy().reshape(-1)
-                write_fully(descriptor, memoryview(data).cast("B"), offsets[name])
+                write_fully(descriptor, data.data.cast("B"), offsets[name])
     finally:
         os.close(descriptor)
 

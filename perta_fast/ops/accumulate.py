@@ -13,7 +13,7 @@ def accumulate_(accumulator: Tensor, gradient: Tensor, *, backend: str = "auto")
 
     accumulator: any shape, float32, contiguous; overwritten. gradient: the same shape and device, float32,
     bfloat16 or float16, contiguous, apart from the accumulator in memory. backend: see ``rescaled_subtract_``.
-    Returns the accumulator. Raises TypeError or ValueError naming the argument. All backends give the same bits.
+    Returns the accumulator. Raises TypeError or ValueError naming the argument. Backends agree bit for bit.
     """
     return _fold_(accumulator, gradient, False, backend)
 

@@ -86,7 +86,7 @@ def _compiled(
     if theta.numel() == 0:
         return
     if backend == "cpp":
-        compiled.kernels().rescaled_subtract(*arguments, torch.get_num_threads())
+        compiled.kernels().rescaled_subtract(*arguments, torch.get_num_threads(), False)
     else:
         with torch.cuda.device(theta.device):
             stream = torch.cuda.current_stream().cuda_stream

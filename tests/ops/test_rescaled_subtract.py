@@ -135,8 +135,8 @@ def test_unaligned_views(dtype: torch.dtype, offset: int) -> None:
 def test_triton(dtype: torch.dtype, importance: torch.dtype, p: float, threshold: float | None, n: int) -> None:
     if "triton" not in ops.available_backends():
         pytest.skip("triton is not installed, or TRITON_INTERPRET is not 1")
-    arrays = [draw(n, dtype, seed) for seed in range(3)]
-    arrays += [draw(n, importance, seed) for seed in (3, 4)]
+    arrays = [draw(n, dtype, seed, special=True) for seed in range(3)]
+    arrays += [draw(n, importance, seed, special=True) for seed in (3, 4)]
     how = {"lam": 1.3, "p": p, "alpha": 0.8, "threshold": threshold}
     assert_same_bits(run("triton", arrays, **how), run("reference", arrays, **how))
 
@@ -144,7 +144,7 @@ def test_triton(dtype: torch.dtype, importance: torch.dtype, p: float, threshold
 def test_triton_plain_task_vector() -> None:
     if "triton" not in ops.available_backends():
         pytest.skip("triton is not installed, or TRITON_INTERPRET is not 1")
-    arrays: list[Tensor | None] = [draw(1500, torch.bfloat16, seed) for seed in range(3)]
+    arrays: list[Tensor | None] = [draw(1500, torch.bfloat16, seed, special=True) for seed in range(3)]
     assert_same_bits(run("triton", arrays, lam=1.5), run("reference", arrays, lam=1.5))
 
 
@@ -231,7 +231,7 @@ def test_statistics(seed: int, n: int, threads: int) -> None:
     out = torch.empty_like(theta)
     arrays = [theta, tuned, base, forget, retain]
     found = compiled.kernels().rescaled_subtract(
-        out.data_ptr(), *[a.data_ptr() for a in arrays], (1, 1, 1, 0, 0), n, 1.0, 1.0, 1.0, None, threads
+        out.data_ptr(), *[a.data_ptr() for a in arrays], (1, 1, 1, 0, 0), n, 1.0, 1.0, 1.0, None, threads, True
     )
     expected = run("reference", arrays, lam=1.0)
     assert_same_bits(out, expected)
@@ -250,7 +250,7 @@ def test_statistics_count_what_is_not_finite(dtype: torch.dtype, place: int) -> 
     arrays[3][place], arrays[4][place // 2] = float("inf"), float("nan")
     out = torch.empty_like(arrays[0])
     found = compiled.kernels().rescaled_subtract(
-        out.data_ptr(), *[a.data_ptr() for a in arrays], (code,) * 5, 5000, 1.0, 1.0, 1.0, None, 2
+        out.data_ptr(), *[a.data_ptr() for a in arrays], (code,) * 5, 5000, 1.0, 1.0, 1.0, None, 2, True
     )
     assert found["nonfinite_forget"] == 1
     assert found["nonfinite_retain"] == 1
