@@ -1,0 +1,54 @@
+"""Every command and every piece of Python in the README, run as printed on small checkpoints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import write_job
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"^ *```(sh|python)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+SHELL = [block for kind, block in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == "sh"]
+PYTHON = [block for kind, block in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == "python"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the inputs that the README names."""
+    made = tmp_path_factory.mktemp("readme")
+    write_job(made)
+    return made
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a block, without its continued lines and comments."""
+    return [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(SHELL) >= 4
+    assert len(PYTHON) >= 2
+
+
+@pytest.mark.parametrize("block", SHELL)
+def test_commands(block: str, folder: Path) -> None:
+    for command in commands(block):
+        program, *arguments = command.split()
+        if program == "make":  # run by .ci/run on a clean clone
+            assert f"{arguments[0]}:" in (README.parent / "Makefile").read_text()
+            assert f"make {arguments[0]}" in (README.parent / ".ci" / "run").read_text()
+            continue
+        assert program == "perta", command
+        done = subprocess.run(
+            [sys.executable, "-m", "perta_fast", *arguments], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python(block: str, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
