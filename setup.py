@@ -37,16 +37,18 @@ CXX_FLAGS = [
 INSTRUCTION_SETS = {"portable": []}
 if X86:
     CXX_FLAGS.append("-DPERTA_HAVE_X86")
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mf16c"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mf16c", "-mfma"]
     INSTRUCTION_SETS["avx512"] = [
-        "-mavx2",
-        "-mf16c",
+        *INSTRUCTION_SETS["avx2"],
         "-mavx512f",
         "-mavx512bw",
         "-mavx512dq",
         "-mavx512vl",
         "-mprefer-vector-width=512",
     ]
+# Sources compiled once per instruction set, with flags of their own: products and sums may be fused in the Fisher
+# alone, which is held to a tolerance and not to bits.
+PER_INSTRUCTION_SET = {"block_kernels": [], "fisher_kernels": ["-ffp-contract=fast"]}
 CUDA_ARCHS = ("80", "90", "100")
 
 
@@ -115,7 +117,7 @@ def _cuda_library(nvcc: str) -> Path | None:
 
 
 def ninja_text(compiler: str, cuda: Cuda | None, module: Path) -> str:
-    """The build file: one edge a source file, block_kernels.cpp once an instruction set."""
+    """The build file: one edge a source file, and some once an instruction set."""
     import pybind11
 
     includes = [ROOT / "csrc", ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"]
@@ -141,9 +143,10 @@ def ninja_text(compiler: str, cuda: Cuda | None, module: Path) -> str:
     ]
     edges: list[tuple[str, str, Path, list[str]]] = [("bindings.o", "cxx", ROOT / "csrc" / "bindings.cpp", [])]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        if source.name == "block_kernels.cpp":
+        if source.stem in PER_INSTRUCTION_SET:
             for name, more in INSTRUCTION_SETS.items():
-                edges.append((f"block_kernels_{name}.o", "cxx", source, [f"-DPERTA_ISA={name}", *more]))
+                flags_of_its_own = [f"-DPERTA_ISA={name}", *more, *PER_INSTRUCTION_SET[source.stem]]
+                edges.append((f"{source.stem}_{name}.o", "cxx", source, flags_of_its_own))
         else:
             edges.append((f"{source.stem}.o", "cxx", source, []))
     if cuda is not None:

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -75,6 +76,27 @@ void fold(Address accumulator, Address gradient, int dtype_code, bool squared, s
               threads);
 }
 
+void accumulate_fisher(Address fisher, Address gradient, Address activations, Address output_gradients,
+                       int activations_dtype, int output_gradients_dtype, size_t d_in, size_t d_out, Address samples,
+                       size_t sample_count, int threads) {
+  const perta::FisherArrays arrays{static_cast<float*>(pointer(fisher)),
+                                   static_cast<float*>(pointer(gradient)),
+                                   pointer(activations),
+                                   pointer(output_gradients),
+                                   dtype(activations_dtype),
+                                   dtype(output_gradients_dtype),
+                                   d_in,
+                                   d_out,
+                                   static_cast<const perta::SampleRows*>(pointer(samples)),
+                                   sample_count};
+  bool complete;
+  {
+    py::gil_scoped_release released;
+    complete = perta::accumulate_fisher(*kernels, arrays, threads);
+  }
+  if (!complete) throw std::bad_alloc();
+}
+
 void select_instruction_set(const std::string& name) {
   const perta::BlockKernels* chosen =
       name == "best" ? perta::best_kernels() : perta::kernels_named(name.c_str());
@@ -130,6 +152,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::arg("counted"));
   m.def("fold", &fold, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"), py::arg("squared"),
         py::arg("n"), py::arg("threads"));
+  m.def("accumulate_fisher", &accumulate_fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"),
+        py::arg("output_gradients"), py::arg("activations_dtype"), py::arg("output_gradients_dtype"),
+        py::arg("d_in"), py::arg("d_out"), py::arg("samples"), py::arg("sample_count"), py::arg("threads"));
   m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
   m.def("build_info", &build_info);
   m.def("available_threads", &perta::available_threads);

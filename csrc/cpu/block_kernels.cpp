@@ -242,8 +242,11 @@ void fold(float* accumulator, const void* gradient, DType dtype, bool squared, s
 #define PERTA_TABLE(isa) PERTA_JOIN(kernels_, isa)
 #define PERTA_TEXT(isa) #isa
 #define PERTA_NAME(isa) PERTA_TEXT(isa)
+#define PERTA_FISHER(isa) PERTA_JOIN(accumulate_fisher_, isa)
 
+void PERTA_FISHER(PERTA_ISA)(const FisherArrays&, FisherBlock, float*);  // in fisher_kernels.cpp
 extern const BlockKernels PERTA_TABLE(PERTA_ISA);
-const BlockKernels PERTA_TABLE(PERTA_ISA) = {PERTA_NAME(PERTA_ISA), rescaled_subtract, fold};
+const BlockKernels PERTA_TABLE(PERTA_ISA) = {PERTA_NAME(PERTA_ISA), PERTA_FISHER(PERTA_ISA),
+                                             rescaled_subtract, fold};
 
 }  // namespace perta

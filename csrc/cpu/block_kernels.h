@@ -1,6 +1,7 @@
 // What is compiled once per instruction set: the work on a run of elements, on one thread.
 #pragma once
 
+#include "fisher_kernels.h"
 #include "rescale.h"
 
 namespace perta {
@@ -32,6 +33,7 @@ struct RescaleStatistics {
 
 struct BlockKernels {
   const char* name;
+  FisherKernel fisher;
   void (*rescaled_subtract)(const RescaleArrays&, const RescaleOptions&, size_t begin, size_t end,
                             RescaleStatistics*);  // nullptr: do not count
   void (*fold)(float* accumulator, const void* gradient, DType dtype, bool squared, size_t begin, size_t end);

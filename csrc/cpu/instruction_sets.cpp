@@ -16,9 +16,9 @@ bool runs_here(const BlockKernels& kernels) {
 #ifdef PERTA_HAVE_X86
   if (&kernels == &kernels_avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   }
-  if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2");
+  if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return &kernels == &kernels_portable;
 }

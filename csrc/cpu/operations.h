@@ -13,4 +13,7 @@ void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays,
 void fold(const BlockKernels& kernels, float* accumulator, const void* gradient, DType dtype, bool squared,
           size_t n, int threads);
 
+// False if there was no memory for the packed rows and columns: then only a part was accumulated.
+bool accumulate_fisher(const BlockKernels& kernels, const FisherArrays& arrays, int threads);
+
 }  // namespace perta

@@ -26,11 +26,14 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     return (*found, "reference")
 
 
-def choose(backend: str, device: torch.device) -> str:
-    """The backend to use. Raises ValueError if the one asked for is unknown or cannot serve ``device``."""
+def choose(backend: str, device: torch.device, serving: tuple[str, ...] = BACKENDS) -> str:
+    """The backend to use, of those that the operation has (``serving``).
+
+    Raises ValueError if the one asked for is unknown or cannot serve ``device``.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    available = available_backends(device)
+    available = tuple(name for name in available_backends(device) if name in serving)
     if backend == "auto":
         return available[0]
     if backend not in available:

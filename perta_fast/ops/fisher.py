@@ -3,42 +3,128 @@
 import torch
 from torch import Tensor
 
+from perta_fast import compiled
 from perta_fast.ops import reference
-from perta_fast.ops.backends import DTYPE_CODES
+from perta_fast.ops.backends import DTYPE_CODES, choose, overlap
 
 
 def accumulate_squared_gradients_(
-    fisher: Tensor, activations: Tensor, output_gradients: Tensor, *, backend: str = "auto"
+    fisher: Tensor,
+    activations: Tensor,
+    output_gradients: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    gradient: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """Add each sample's squared weight gradient to ``fisher`` in place.
+    """Add each sample's squared weight gradient to ``fisher`` in place (PerTA, arXiv 2601.22030, I_f and I_r).
 
-    fisher: (d_out, d_in) float32; overwritten. activations: (N, T, d_in), output_gradients: (N, T, d_out), on
-    the same device, each float32, bfloat16 or float16; rows of zeros (padding) contribute nothing.
-    backend: "auto" or "reference", the only one so far. Returns fisher. Raises TypeError or ValueError naming
-    the argument. Memory: one sample's gradient, (d_out, d_in) float32.
+    A linear map y = W a has, for sample n, the gradient G_n = delta_n^T a_n, a sum over its tokens. Then
+    fisher += sum_n G_n^2 and, where asked for, gradient += sum_n G_n, from one pass; no G_n is ever stored.
+
+    fisher: (d_out, d_in) float32, contiguous; overwritten. gradient: the same, or None.
+    activations: (N, T, d_in); output_gradients: (N, T, d_out); contiguous, on the same device, each float32,
+    bfloat16 or float16. lengths: (N,) integers between 0 and T: how many tokens of each sample count, from its
+    first; what follows is not read. None: all of them.
+    Or without padding: activations (M, d_in), output_gradients (M, d_out), and ``lengths``, which sum to M, say
+    how many consecutive rows belong to each sample.
+    backend: "auto", "reference", "cpp" (CPU), "triton".
+
+    Returns fisher. Sums are float32; backends agree to a relative error of 1e-5 of the norm in float32.
+    Raises TypeError or ValueError naming the argument. Memory: a few MB a thread; the reference holds the
+    gradient of one sample.
     """
-    for name, tensor in (
-        ("fisher", fisher),
-        ("activations", activations),
-        ("output_gradients", output_gradients),
-    ):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.dtype not in DTYPE_CODES:
-            raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
-        if tensor.device != fisher.device:
-            raise ValueError(f"{name} is on {tensor.device}; {fisher.device} is needed")
-    if fisher.dtype != torch.float32 or fisher.dim() != 2:
-        raise ValueError(f"fisher is {fisher.dtype} of {fisher.dim()} dimensions; float32 of 2 is needed")
-    if activations.dim() != 3 or activations.shape[2] != fisher.shape[1]:
-        raise ValueError(
-            f"activations has shape {tuple(activations.shape)}; (N, T, {fisher.shape[1]}) is needed"
-        )
-    wanted = (*activations.shape[:2], fisher.shape[0])
+    inputs = {"activations": activations, "output_gradients": output_gradients}
+    accumulators = {"fisher": fisher} | ({} if gradient is None else {"gradient": gradient})
+    for name, tensor in (accumulators | inputs).items():
+        _check(name, tensor, fisher)
+    for name, tensor in accumulators.items():
+        if tensor.dtype != torch.float32 or tensor.dim() != 2 or tensor.shape != fisher.shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; float32 (d_out, d_in) is needed"
+            )
+        for other, source in ({"fisher": fisher} | inputs).items():
+            if other != name and overlap(tensor, source):
+                raise ValueError(f"{name} shares memory with {other}, and is overwritten")
+    d_out, d_in = fisher.shape
+    if activations.dim() not in (2, 3) or activations.shape[-1] != d_in:
+        raise ValueError(f"activations has shape {tuple(activations.shape)}; (N, T, {d_in}) is needed")
+    wanted = (*activations.shape[:-1], d_out)
     if tuple(output_gradients.shape) != wanted:
         raise ValueError(f"output_gradients has shape {tuple(output_gradients.shape)}; {wanted} is needed")
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend {backend!r} does not serve this operation; available: reference")
+    samples = _sample_rows(activations, lengths)
+    chosen = choose(backend, fisher.device, serving=("reference", "cpp", "triton"))
+    rows = activations.flatten(0, -2), output_gradients.flatten(0, -2)
     with torch.no_grad():
-        reference.accumulate_squared_gradients_(fisher, activations, output_gradients)
+        if chosen == "cpp":
+            _compiled(fisher, gradient, *rows, samples)
+        elif chosen == "triton":
+            from perta_fast.kernels.fisher import accumulate_squared_gradients_triton_
+
+            accumulate_squared_gradients_triton_(fisher, gradient, *rows, samples)
+        else:
+            reference.accumulate_squared_gradients_(fisher, gradient, *rows, samples)
     return fisher
+
+
+def _check(name: str, tensor: Tensor, like: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in DTYPE_CODES:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}; {like.device} is needed")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def _sample_rows(activations: Tensor, lengths: Tensor | None) -> Tensor:
+    """(N, 2) int64 on the CPU: first row of each sample, and the row after its last, of the flat inputs."""
+    padded = activations.dim() == 3
+    if lengths is None:
+        if not padded:
+            raise ValueError("lengths is needed where activations has no sample dimension")
+        count, tokens = activations.shape[:2]
+        begins = torch.arange(count) * tokens
+        return torch.stack([begins, begins + tokens], dim=1)
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a torch.Tensor, not {type(lengths).__name__}")
+    if lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; integers (N,) are needed"
+        )
+    lengths = lengths.to("cpu", torch.int64)
+    if padded:
+        count, tokens = activations.shape[:2]
+        if len(lengths) != count or bool(((lengths < 0) | (lengths > tokens)).any()):
+            raise ValueError(f"lengths must be {count} numbers between 0 and {tokens}, one a sample")
+        begins = torch.arange(count) * tokens
+    else:
+        if bool((lengths < 0).any()) or int(lengths.sum()) != len(activations):
+            raise ValueError(
+                f"lengths must not be negative and must sum to {len(activations)}, the number of rows"
+            )
+        begins = lengths.cumsum(0) - lengths
+    return torch.stack([begins, begins + lengths], dim=1)
+
+
+def _compiled(
+    fisher: Tensor, gradient: Tensor | None, activations: Tensor, output_gradients: Tensor, samples: Tensor
+) -> None:
+    if fisher.numel() == 0:
+        return
+    compiled.kernels().accumulate_fisher(
+        fisher.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        activations.data_ptr(),
+        output_gradients.data_ptr(),
+        DTYPE_CODES[activations.dtype],
+        DTYPE_CODES[output_gradients.dtype],
+        *reversed(fisher.shape),
+        samples.data_ptr(),
+        len(samples),
+        torch.get_num_threads(),
+    )
+    for accumulator in (fisher, gradient):
+        if accumulator is not None:
+            torch.autograd.graph.increment_version(accumulator)

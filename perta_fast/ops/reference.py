@@ -59,8 +59,18 @@ def accumulate_square_(accumulator: Tensor, gradient: Tensor) -> None:
     accumulator.add_(gradient.float() * gradient.float())
 
 
-def accumulate_squared_gradients_(fisher: Tensor, activations: Tensor, output_gradients: Tensor) -> None:
-    """fisher += sum over n of (delta_n^T a_n)^2."""
-    for a, delta in zip(activations.float(), output_gradients.float(), strict=True):
-        gradient = delta.T @ a  # (d_out, d_in)
-        fisher.add_(gradient * gradient)
+def accumulate_squared_gradients_(
+    fisher: Tensor, gradient: Tensor | None, activations: Tensor, output_gradients: Tensor, samples: Tensor
+) -> None:
+    """fisher += sum over n of (delta_n^T a_n)^2; gradient += sum over n of delta_n^T a_n.
+
+    activations: (M, d_in), output_gradients: (M, d_out), of which the rows [begin, end) in ``samples`` (N, 2)
+    belong to sample n.
+    """
+    for begin, end in samples.tolist():
+        sample_gradient = (
+            output_gradients[begin:end].float().T @ activations[begin:end].float()
+        )  # (d_out, d_in)
+        fisher.add_(sample_gradient * sample_gradient)
+        if gradient is not None:
+            gradient.add_(sample_gradient)

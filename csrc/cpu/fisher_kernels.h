@@ -1,0 +1,47 @@
+// What is compiled once per instruction set for the per-sample Fisher of a linear map.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace perta {
+
+// Rows [begin, end) of both inputs belong to one sample.
+struct SampleRows {
+  int64_t begin;
+  int64_t end;
+};
+
+struct FisherArrays {
+  float* fisher;                 // (d_out, d_in), += sum over samples of (delta_n^T a_n)^2
+  float* gradient;               // (d_out, d_in), += sum over samples of delta_n^T a_n; nullptr: not wanted
+  const void* activations;       // (rows, d_in)
+  const void* output_gradients;  // (rows, d_out)
+  DType activations_dtype;
+  DType output_gradients_dtype;
+  size_t d_in;
+  size_t d_out;
+  const SampleRows* samples;
+  size_t sample_count;
+};
+
+// A part of the matrix: rows [row, row_end), columns [column, column_end).
+struct FisherBlock {
+  size_t row;
+  size_t row_end;
+  size_t column;
+  size_t column_end;
+};
+
+// Samples are packed in batches of about this many tokens, so that what is packed stays in the second-level cache;
+// a longer sample is a batch of its own.
+constexpr size_t fisher_batch_tokens = 512;
+constexpr size_t largest_tile_rows = 8, largest_tile_columns = 48;  // over all instruction sets
+
+// All samples' contributions to one block, on one thread. scratch: for the packed rows and columns, fit for a batch,
+// (block rows, rounded up to a tile + largest_tile_columns) floats a token.
+using FisherKernel = void (*)(const FisherArrays&, FisherBlock, float* scratch);
+
+}  // namespace perta
