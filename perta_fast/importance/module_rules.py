@@ -1,0 +1,333 @@
+"""How one module gives each sample's own parameter gradients from a batched backward pass.
+
+While a rule is installed it stands in for the module's ``forward``, which computes the same values. The weights of
+linear maps are folded inside the backward pass by the fused operation; all other parameters are small or few enough
+that each sample's gradient can exist until the pass is over.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from perta_fast.ops import accumulate_squared_gradients_
+
+
+class Unfit(Exception):
+    """A module was called in a way that its rule does not understand."""
+
+
+@dataclass
+class Target:
+    """Where a parameter's gradients go: sums over samples of squares and, if wanted, of the gradients themselves."""
+
+    fisher: Tensor  # float32, the parameter's shape
+    gradient: Tensor | None
+
+    def add(self, gradients: Tensor) -> None:
+        """Add per-sample gradients, (N, *shape)."""
+        gradients = gradients.float()
+        self.fisher.add_(gradients.square().sum(0))
+        if self.gradient is not None:
+            self.gradient.add_(gradients.sum(0))
+
+    def add_outer(self, activations: Tensor, output_gradients: Tensor, lengths: Tensor | None) -> None:
+        """Add delta_n^T a_n of every sample; see ``accumulate_squared_gradients_``."""
+        accumulate_squared_gradients_(
+            self.fisher,
+            activations.contiguous(),
+            output_gradients.contiguous(),
+            lengths=lengths,
+            gradient=self.gradient,
+        )
+
+
+@dataclass
+class BatchShape:
+    """The batch on its way through the model: N samples, padded on the right to T tokens."""
+
+    count: int
+    tokens: int
+    lengths: Tensor  # (N,) int64 on the CPU: real tokens of each sample
+
+    def by_sample(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``tensor`` as (N, R, d), and how many of the R rows of each sample are real (None: all may be).
+
+        tensor: (N, T, d), (N, T, ..., d) or other (N, ..., d), or (N * T, d). Raises Unfit for other shapes.
+        """
+        if tensor.dim() >= 3 and tensor.shape[0] == self.count:
+            rows = tensor.flatten(1, -2)
+            padded_last = tensor.shape[1] == self.tokens
+            return rows, self.lengths * (rows.shape[1] // self.tokens) if padded_last else None
+        if tensor.dim() == 2 and tensor.shape[0] == self.count * self.tokens:
+            return tensor.view(self.count, self.tokens, -1), self.lengths
+        if tensor.dim() == 2 and tensor.shape[0] == self.count:
+            return tensor[:, None], None
+        raise Unfit(f"shape {tuple(tensor.shape)} in a batch of {self.count} samples of {self.tokens} tokens")
+
+    def rows_a_sample(self, value: Any) -> int:
+        """How many leading rows of an argument belong to each sample; 0 if it has no sample dimension."""
+        leading = value.shape[0] if isinstance(value, Tensor) and value.dim() > 0 else 0
+        return {self.count: 1, self.count * self.tokens: self.tokens}.get(leading, 0)
+
+
+@dataclass
+class ModuleRule:
+    """A module whose forward is replaced while ``installed``; ``targets`` by the name of its own parameters."""
+
+    module: nn.Module
+    targets: dict[str, Target]
+    batch: BatchShape = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.original: Callable[..., Any] = self.module.forward
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """What the module computes, in a form that gives per-sample gradients."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Fold what the batch has left; called after the backward pass."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Stand in for the module's forward."""
+        before = self.module.__dict__.get("forward")
+        self.module.forward = self.forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.module.forward
+            else:
+                self.module.forward = before  # type: ignore[method-assign]
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b, whose backward hands x and the output's gradient to a rule instead of computing W's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rule: "LinearRule", anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rule = rule
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        ctx.rule.fold(x, delta)
+        return (delta @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+@dataclass
+class LinearRule(ModuleRule):
+    """nn.Linear, and GPT-2's Conv1D, which keeps its weight the other way round.
+
+    deferred: the weight takes part in several calls, whose gradients must be summed before they are squared: each
+    call's activations wait for the end of the pass. embedding: the rule of an input embedding that is tied to this
+    output head. sparse: most of the output's gradient is zero by whole tokens (a head under masked labels).
+    """
+
+    deferred: list[tuple[Tensor, Tensor]] | None = None
+    embedding: "EmbeddingRule | None" = None
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transposed = isinstance(self.module, Conv1D)
+        self._bias_sums: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.batch.by_sample(x)  # refuses early what the backward pass could not fold
+        weight: Any = self.module.weight
+        anchor = torch.zeros((), device=x.device, requires_grad=True)  # the output must have a backward pass
+        result: Tensor = _Linear.apply(x, weight.T if self.transposed else weight, self.module.bias, self, anchor)
+        return result
+
+    def fold(self, x: Tensor, delta: Tensor) -> None:
+        """Fold one call."""
+        activations, lengths = self.batch.by_sample(x)
+        deltas, _ = self.batch.by_sample(delta)
+        if "bias" in self.targets:
+            self._bias_sums.append(deltas.float().sum(1))
+        if "weight" not in self.targets:
+            return
+        if self.deferred is not None:
+            self.deferred.append((activations, deltas))
+            return
+        if self.embedding is not None:
+            self.embedding.meet_head(activations, deltas)
+        if self.sparse:
+            kept = deltas.any(-1)
+            activations, deltas, lengths = activations[kept], deltas[kept], kept.sum(1)
+        self._add(activations, deltas, lengths)
+
+    def _add(self, activations: Tensor, deltas: Tensor, lengths: Tensor | None) -> None:
+        pair = (deltas, activations) if self.transposed else (activations, deltas)
+        self.targets["weight"].add_outer(*pair, lengths)
+
+    def finish(self) -> None:
+        if self._bias_sums:
+            self.targets["bias"].add(torch.stack(self._bias_sums).sum(0))
+            self._bias_sums.clear()
+        if self.deferred:
+            activations, deltas = (torch.cat(parts, 1) for parts in zip(*self.deferred, strict=True))
+            self._add(activations, deltas, None)
+            self.deferred.clear()
+
+
+@contextmanager
+def _parameters_replaced(module: nn.Module, replacements: dict[str, Tensor]) -> Iterator[None]:
+    before = module._parameters
+    module._parameters = {**before, **replacements}  # type: ignore[dict-item]
+    try:
+        yield
+    finally:
+        module._parameters = before
+
+
+@dataclass
+class EmbeddingRule(ModuleRule):
+    """An embedding looks its tokens up in a small table with one row for each token of each sample.
+
+    Autograd sums the gradients of a row's occurrences, which is that sample's gradient of that token's vector.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._table: Tensor | None = None  # (U, d), a leaf
+        self._tokens = self._starts = torch.empty(0)
+        self._head: Tensor | None = None  # (U, d): the tied head's gradient at the same rows
+
+    def forward(self, ids: Tensor) -> Any:  # type: ignore[override]
+        module: Any = self.module
+        if ids.dim() != 2 or ids.shape[0] not in (1, self.batch.count):
+            raise Unfit(f"token ids of shape {tuple(ids.shape)}")
+        ids = ids.expand(self.batch.count, -1)  # positions are given once for all samples
+        vocabulary = module.weight.shape[0]
+        numbers = ids + vocabulary * torch.arange(self.batch.count, device=ids.device)[:, None]
+        pairs, rows = numbers.unique(return_inverse=True)  # sorted by sample
+        if self._table is None:
+            self._tokens = pairs % vocabulary
+            samples = torch.arange(self.batch.count + 1, device=ids.device)
+            self._starts = torch.searchsorted(pairs, samples * vocabulary)
+            self._table = module.weight.detach()[self._tokens].requires_grad_()
+        padding, module.padding_idx = module.padding_idx, None
+        try:
+            with _parameters_replaced(module, {"weight": self._table}):
+                return self.original(rows)
+        finally:
+            module.padding_idx = padding
+
+    def meet_head(self, activations: Tensor, deltas: Tensor) -> None:
+        """Keep the tied head's per-sample gradient at the tokens of each sample, for the cross term."""
+        bounds = self._starts.tolist()
+        parts = [
+            deltas[n][:, self._tokens[bounds[n] : bounds[n + 1]]].float().T @ activations[n].float()
+            for n in range(len(activations))
+        ]
+        self._head = torch.cat(parts)
+
+    def finish(self) -> None:
+        if self._table is None:
+            return
+        if self._table.grad is not None:
+            target, own = self.targets["weight"], self._table.grad.to_dense().float()
+            if self.module.padding_idx is not None:  # its vector has no gradient by definition
+                own[self._tokens == self.module.padding_idx] = 0
+            # With a tied head H_n, whose square is folded on its own: (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n).
+            squares = own * own if self._head is None else own * (own + 2 * self._head)
+            target.fisher.index_add_(0, self._tokens, squares)
+            if target.gradient is not None:
+                target.gradient.index_add_(0, self._tokens, own)
+        self._table = self._head = None
+
+
+@dataclass
+class ElementwiseRule(ModuleRule):
+    """Scales and shifts of the last dimension (norms): each sample is given a copy of the vector to itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._copies: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        rows, flat = x, x.dim() == 2 and x.shape[0] == self.batch.count * self.batch.tokens
+        if flat:
+            rows = x.view(self.batch.count, self.batch.tokens, -1)
+        if rows.shape[0] != self.batch.count:
+            raise Unfit(f"shape {tuple(x.shape)}")
+        middle = [1] * (rows.dim() - 2)
+        copies = {}
+        for name in self.targets:
+            if name not in self._copies:
+                vector = self.module._parameters[name]
+                assert vector is not None
+                self._copies[name] = vector.detach().expand(self.batch.count, *vector.shape).requires_grad_()
+            copies[name] = self._copies[name].view(self.batch.count, *middle, -1)
+        result = self._compute(rows, copies, *arguments, **keywords)
+        return result.view(x.shape) if flat else result
+
+    def _compute(self, x: Tensor, copies: dict[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
+        if isinstance(self.module, nn.LayerNorm):  # torch's kernel takes no batched scale
+            result = functional.layer_norm(x.float(), self.module.normalized_shape, None, None, self.module.eps)
+            scale, shift = (copies.get(name, getattr(self.module, name)) for name in ("weight", "bias"))
+            result = result if scale is None else result * scale.float()
+            return (result if shift is None else result + shift.float()).to(x.dtype)
+        with _parameters_replaced(self.module, copies):
+            return self.original(x, *arguments, **keywords)
+
+    def finish(self) -> None:
+        for name, copies in self._copies.items():
+            if copies.grad is not None:
+                self.targets[name].add(copies.grad)
+        self._copies.clear()
+
+
+@dataclass
+class SeparateRule(ModuleRule):
+    """Any other module without parts of its own: it alone is called once a sample."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        results = []
+
+        def part(value: Any, number: int) -> Any:
+            rows = self.batch.rows_a_sample(value)
+            return value[number * rows : (number + 1) * rows] if rows else value
+
+        for n in range(self.batch.count):
+            own = {name: self._leaf(name) for name in self.targets}
+            given = [part(value, n) for value in arguments]
+            named = {name: part(value, n) for name, value in keywords.items()}
+            with _parameters_replaced(self.module, own):
+                results.append(self.original(*given, **named))
+        return _joined(results)
+
+    def _leaf(self, name: str) -> Tensor:
+        parameter = self.module._parameters[name]
+        assert parameter is not None
+        leaf, target = parameter.detach().requires_grad_(), self.targets[name]
+
+        def fold(complete: Tensor) -> None:
+            assert complete.grad is not None
+            target.add(complete.grad[None])
+            complete.grad = None
+
+        leaf.register_post_accumulate_grad_hook(fold)
+        return leaf
+
+
+def _joined(results: list[Any]) -> Any:
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.cat(results)
+    if isinstance(first, tuple) and all(isinstance(part, Tensor) for result in results for part in result):
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    raise Unfit(f"a result of type {type(first).__name__}")
