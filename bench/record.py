@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.arrays import roles
 from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
+from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
 from bench.importance_job import ROLES
 from bench.tables import MISSING, Row, groups, table
@@ -25,6 +26,10 @@ PLANNED = {
     WHOLE: "Whole commands",
     PHASE: "Whole commands",
     GROUP: "Importance",
+    "fisher, cpu": "Per-sample Fisher of a linear map",
+    "fisher of a model, cpu": "Per-sample Fisher of a whole model",
+    "fisher, cuda": "Per-sample Fisher of a linear map on a GPU",
+    "fisher of a model, cuda": "Per-sample Fisher of a whole model on a GPU",
     "subtract, cpu": "Rescaled subtraction in memory",
     "subtract, cuda": "Rescaled subtraction on a GPU",
     "fold, cpu": "Gradient folding in memory",
@@ -54,6 +59,8 @@ def expected(group: str) -> dict[str, str]:
         return WHOLE_PROCESS if group == WHOLE else APPLY_PHASE
     if group == GROUP:
         return ROLES
+    if group.startswith("fisher"):
+        return MODEL if group.startswith("fisher of a model") else OPERATION
     return roles("cuda" if ", cuda" in group else "cpu")
 
 

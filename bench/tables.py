@@ -30,9 +30,9 @@ def ratio(row: Row, other: Row) -> float:
     return float(median(mine / theirs for mine, theirs in pairs))
 
 
-def gigabytes_per_second(row: Row) -> float | None:
-    """Bytes moved per second at the median time, in units of 10^9."""
-    return row["bytes"] / median(row["seconds"]) / 1e9 if row.get("bytes") else None
+def rate(row: Row, quantity: str) -> float | None:
+    """ "bytes" moved, or "flops" done, per second at the median time, in units of 10^9."""
+    return row[quantity] / median(row["seconds"]) / 1e9 if row.get(quantity) else None
 
 
 def fastest(rows: Sequence[Row], role: str) -> Row | None:
@@ -45,21 +45,23 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Markdown lines for the rows of one group: times, ratios, bytes per second, peak memory.
 
     Columns that no row fills are left out. "time / ours" is the median of the ratios within rounds,
-    "of limit" compares bytes per second with those of the fastest limit.
+    "of limit" compares bytes or FLOPs per second with those of the fastest limit.
     """
     ours, limit = fastest(rows, "ours"), fastest(rows, "limit")
-    header = ["contender", "role", "median", "fastest – slowest", "time / ours", "GB/s", "of limit"]
+    header = ["contender", "role", "median", "fastest – slowest", "time / ours", "GB/s", "GFLOP/s", "of limit"]
     header += ["peak RSS", "peak anonymous", "note"]
     body: list[list[str]] = []
     for row in rows:
         if not row.get("seconds"):
-            body.append([row["contender"], row["role"], MISSING] + [""] * 6 + [row.get("note", "")])
+            body.append([row["contender"], row["role"], MISSING] + [""] * 7 + [row.get("note", "")])
             continue
         times = row["seconds"]
-        speed = gigabytes_per_second(row)
+        bytes_rate, flops_rate = rate(row, "bytes"), rate(row, "flops")
         share = ""
-        if speed and limit and limit.get("bytes") and row is not limit:
-            share = f"{speed / (gigabytes_per_second(limit) or speed):.2f}"
+        for quantity in ("bytes", "flops"):
+            speed, bound = rate(row, quantity), rate(limit, quantity) if limit else None
+            if speed and bound and row is not limit:
+                share = f"{speed / bound:.2f}"
         body.append(
             [
                 row["contender"],
@@ -67,7 +69,8 @@ def table(rows: Sequence[Row]) -> list[str]:
                 seconds_text(median(times)),
                 f"{seconds_text(min(times))} – {seconds_text(max(times))}",
                 f"{ratio(row, ours):.2f}" if ours else "",
-                f"{speed:.1f}" if speed else "",
+                f"{bytes_rate:.1f}" if bytes_rate else "",
+                f"{flops_rate:.0f}" if flops_rate else "",
                 share,
                 bytes_text(row.get("peak_rss")),
                 bytes_text(row.get("peak_anonymous")),

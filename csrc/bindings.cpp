@@ -9,6 +9,8 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpu/operations.h"
 #include "cpu/parallel.h"
@@ -109,20 +111,28 @@ void check(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-void cuda_rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
-                            Address retain, const py::tuple& dtypes, size_t n, float lam, float p, float alpha,
+// Entries are (out, theta, tuned, base, forget importance, retain importance, dtypes, elements), one a tensor.
+using RescaleEntry = std::tuple<Address, Address, Address, Address, Address, Address, py::tuple, size_t>;
+
+void cuda_rescaled_subtract(const std::vector<RescaleEntry>& entries, bool weighted, float lam, float p, float alpha,
                             std::optional<float> threshold, Address stream) {
-  const perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
-  const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
+  std::vector<perta::cuda::RescaleTensor> tensors;
+  for (const auto& [out, theta, tuned, base, forget, retain, dtypes, n] : entries) {
+    tensors.push_back({arrays(out, theta, tuned, base, forget, retain, dtypes), n});
+  }
+  const perta::RescaleOptions how{lam, alpha, p, threshold.value_or(0.0f), weighted, threshold.has_value()};
   py::gil_scoped_release released;
-  check(perta::cuda::rescaled_subtract(all, how, n, pointer(stream)));
+  check(perta::cuda::rescaled_subtract(tensors, how, pointer(stream)));
 }
 
-void cuda_fold(Address accumulator, Address gradient, int dtype_code, bool squared, size_t n, Address stream) {
-  const perta::DType type = dtype(dtype_code);
+// Entries are (accumulator, gradient, the gradient's dtype, elements).
+void cuda_fold(const std::vector<std::tuple<Address, Address, int, size_t>>& entries, bool squared, Address stream) {
+  std::vector<perta::cuda::FoldTensor> tensors;
+  for (const auto& [accumulator, gradient, dtype_code, n] : entries) {
+    tensors.push_back({static_cast<float*>(pointer(accumulator)), pointer(gradient), dtype(dtype_code), n});
+  }
   py::gil_scoped_release released;
-  check(perta::cuda::fold(static_cast<float*>(pointer(accumulator)), pointer(gradient), type, squared, n,
-                          pointer(stream)));
+  check(perta::cuda::fold(tensors, squared, pointer(stream)));
 }
 #endif
 
@@ -159,10 +169,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("available_threads", &perta::available_threads);
 #ifdef PERTA_WITH_CUDA
-  m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"),
-        py::arg("base"), py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"),
-        py::arg("n"), py::arg("lam"), py::arg("p"), py::arg("alpha"), py::arg("threshold"), py::arg("stream"));
-  m.def("cuda_fold", &cuda_fold, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"),
-        py::arg("squared"), py::arg("n"), py::arg("stream"));
+  m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("entries"), py::arg("weighted"), py::arg("lam"),
+        py::arg("p"), py::arg("alpha"), py::arg("threshold"), py::arg("stream"));
+  m.def("cuda_fold", &cuda_fold, py::arg("entries"), py::arg("squared"), py::arg("stream"));
 #endif
 }

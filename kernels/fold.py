@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from perta_fast.kernels.device import current_device
 from perta_fast.kernels.storage import as_float
 from torch import Tensor
 
@@ -22,7 +23,9 @@ def _fold(accumulator_pointer, gradient_pointer, n, SQUARED: tl.constexpr, BLOCK
 def fold_triton_(accumulator: Tensor, gradient: Tensor, squared: bool) -> None:
     """Launch on checked arguments; see ``perta_fast.ops.accumulate_``."""
     n = accumulator.numel()
-    if n:
+    if n == 0:
+        return
+    with current_device(accumulator):
         _fold[(triton.cdiv(n, BLOCK),)](
             accumulator, gradient, n, SQUARED=squared, BLOCK=BLOCK, enable_fp_fusion=False
         )

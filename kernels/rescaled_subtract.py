@@ -6,6 +6,7 @@ byte moves once. Any alignment of whole elements; the last block is masked.
 
 import triton
 import triton.language as tl
+from perta_fast.kernels.device import current_device
 from perta_fast.kernels.storage import as_float, rounded
 from torch import Tensor
 
@@ -25,6 +26,7 @@ def _raised(importance, DOUBLED_POWER: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def _rescaled_subtract(  # type: ignore[no-untyped-def]
+    out_pointer,  # may be theta
     theta_pointer,
     tuned_pointer,
     base_pointer,
@@ -56,10 +58,11 @@ def _rescaled_subtract(  # type: ignore[no-untyped-def]
             w = tl.where(w > threshold, 1.0, 0.0)
         step = (lam * w) * (tuned - base)
     result = rounded(as_float(stored) - step, stored.dtype)
-    tl.store(theta_pointer + offsets, tl.where(step == 0.0, stored, result), mask=inside)
+    tl.store(out_pointer + offsets, tl.where(step == 0.0, stored, result), mask=inside)
 
 
 def rescaled_subtract_triton_(
+    out: Tensor,
     theta: Tensor,
     tuned: Tensor,
     base: Tensor,
@@ -70,7 +73,7 @@ def rescaled_subtract_triton_(
     alpha: float,
     threshold: float | None,
 ) -> None:
-    """Launch on checked arguments; see ``perta_fast.ops.rescaled_subtract_``.
+    """Launch on checked arguments; see ``perta_fast.ops.rescaled_subtract_``. ``out`` may be ``theta``.
 
     Raises ValueError for a p outside ``POWERS``.
     """
@@ -80,19 +83,21 @@ def rescaled_subtract_triton_(
     if n == 0:
         return
     weighted = forget_importance is not None
-    _rescaled_subtract[(triton.cdiv(n, BLOCK),)](
-        theta,
-        tuned,
-        base,
-        forget_importance if weighted else theta,
-        retain_importance if weighted else theta,
-        n,
-        lam,
-        alpha,
-        0.0 if threshold is None else threshold,
-        WEIGHTED=weighted,
-        MASKED=threshold is not None,
-        DOUBLED_POWER=int(2 * p),
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,
-    )
+    with current_device(theta):
+        _rescaled_subtract[(triton.cdiv(n, BLOCK),)](
+            out,
+            theta,
+            tuned,
+            base,
+            forget_importance if weighted else theta,
+            retain_importance if weighted else theta,
+            n,
+            lam,
+            alpha,
+            0.0 if threshold is None else threshold,
+            WEIGHTED=weighted,
+            MASKED=threshold is not None,
+            DOUBLED_POWER=int(2 * p),
+            BLOCK=BLOCK,
+            enable_fp_fusion=False,
+        )

@@ -155,8 +155,7 @@ def apply_sources(
     annotate: Callable[[Report], None] | None = None,
 ) -> Report:
     """``apply`` on opened inputs; ``annotate`` may add to the report before it is written."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
+    check_threads(threads)
     threads = threads or compiled.kernels().available_threads()
     report = Report(
         rule=rule.name,
@@ -187,6 +186,12 @@ def apply_sources(
         report.save(target.path)
         target.commit()
     return report
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError unless ``threads`` is None or at least 1."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
 
 
 def copy_companions(source: Checkpoint, target: Path) -> None:

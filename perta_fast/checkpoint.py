@@ -1,7 +1,6 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,7 +49,7 @@ class Checkpoint:
         """
         path = Path(path)
         try:
-            names = os.listdir(path)
+            names = [entry.name for entry in path.iterdir()]
         except (FileNotFoundError, ValueError) as error:
             raise InputError(
                 f"{path}: no such directory; a model of the hub must be downloaded first: "
@@ -71,7 +70,8 @@ class Checkpoint:
                     f"{path}: holds {single.name} and {index.name}, which does not name it; "
                     "remove the one that is out of date"
                 )
-            shards = {name: SafetensorsFile.open(path / name) for name in _shard_names(index, weight_map)}
+            shard_names = _shard_names(index, weight_map, names)
+            shards = {name: SafetensorsFile.open(path / name) for name in shard_names}
             tensors = _tensors_of(index, weight_map, shards)
             return cls(path, shards, tensors, index)
         if single.name in names:
@@ -165,15 +165,15 @@ def _read_index(index: Path) -> dict[str, str]:
         # A plain file name only: an index must not reach outside its directory.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
             raise InputError(
-                f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file in this directory"
+                f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it"
             )
     return weight_map
 
 
-def _shard_names(index: Path, weight_map: dict[str, str]) -> list[str]:
+def _shard_names(index: Path, weight_map: dict[str, str], present: list[str]) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
-        if not os.path.exists(index.parent / name):
+        if name not in present:
             raise InputError(f"{index}: names the shard {name}, which is not there; fetch it again")
     return names
 

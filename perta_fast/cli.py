@@ -1,6 +1,7 @@
 """The command line, ``perta``. Each command imports what it needs when it runs."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,10 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = parsed.command
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return command(parsed)
+        status = command(parsed)
+        sys.stdout.flush()
+        return status
     except PertaError as error:
         print(f"perta: error: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # the reader has left, as head does; what is buffered must not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PertaError.exit_status
+    except OSError as error:
+        print(f"perta: error: {error}", file=sys.stderr)
+        return PertaError.exit_status
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise

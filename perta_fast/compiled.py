@@ -8,20 +8,30 @@ from perta_fast.errors import RunError
 
 
 @cache
-def load() -> ModuleType | None:
-    """The extension module, or None if it was not built for this Python."""
+def _load() -> ModuleType | ImportError:
     try:
         return import_module("perta_fast._C")
-    except ImportError:
-        return None
+    except ImportError as error:
+        return error
+
+
+def load() -> ModuleType | None:
+    """The extension module, or None if it cannot be loaded."""
+    module = _load()
+    return None if isinstance(module, ImportError) else module
+
+
+def why_missing() -> str:
+    """Why the extension cannot be loaded, and what to do."""
+    return (
+        f"the compiled kernels (perta_fast._C) cannot be loaded: {_load()}; "
+        "install a C++ compiler and run: pip install -e ."
+    )
 
 
 def kernels() -> ModuleType:
-    """The extension module. Raises RunError if it was not built."""
+    """The extension module. Raises RunError, saying why, if it cannot be loaded."""
     module = load()
     if module is None:
-        raise RunError(
-            "the compiled kernels (perta_fast._C) are not built for this Python; "
-            "install a C++ compiler and run: pip install -e ."
-        )
+        raise RunError(why_missing())
     return module

@@ -21,7 +21,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Record:
-    """One checked line: ``content`` is its JSON object, ``where`` names file and line for messages."""
+    """One checked line: ``content`` has the keys of its form and no others, ``where`` names file and line."""
 
     content: Mapping[str, Any]
     where: str
@@ -61,7 +61,7 @@ def load_records(path: str | Path) -> list[Record]:
             try:
                 content = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: is not JSON") from error
+                raise InputError(f"{where}: is not JSON; each line must be one object") from error
             records.append(Record(_check_record(content, where), where))
     if not records:
         raise InputError(f"{path}: holds no samples")
@@ -79,11 +79,12 @@ def records_from(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
 
 
 def _check_record(content: Any, where: str) -> Mapping[str, Any]:
+    """The part of ``content`` that is used, checked."""
     if not isinstance(content, Mapping):
         raise InputError(f"{where}: is not a JSON object")
     if "messages" in content:
         _check_messages(content["messages"], where)
-        return content
+        return {"messages": content["messages"]}
     wanted = ("question", "answer") if "question" in content or "answer" in content else ("text",)
     for key in wanted:
         if key not in content:
@@ -92,7 +93,8 @@ def _check_record(content: Any, where: str) -> Mapping[str, Any]:
             )
         if not isinstance(content[key], str) or not content[key].strip():
             raise InputError(f'{where}: "{key}" must be a text that is not empty')
-    return content
+        _check_unicode(content[key], where)
+    return {key: content[key] for key in wanted}
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -107,8 +109,20 @@ def _check_messages(messages: Any, where: str) -> None:
             raise InputError(
                 f'{where}: each message needs a "role" ({", ".join(_ROLES)}) and a "content" that is text'
             )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{where}: no message is from the assistant, so there is nothing to learn from")
+        _check_unicode(message["content"], where)
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise InputError(f"{where}: the assistant says nothing, so there is nothing to learn from")
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: the assistant speaks first; put what it answers to before it")
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: has half a character, {text[error.start]!a}, which no tokenizer can read"
+        ) from error
 
 
 def encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
@@ -130,34 +144,39 @@ def encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_
 
 def _encode_record(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     content = record.content
-    if "text" in content and "messages" not in content and "question" not in content:
+    if "text" in content:
         ids = tokenizer(content["text"])["input_ids"]
         return ids, list(ids)
-    if "question" in content and not tokenizer.chat_template:
+    if "messages" in content:
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"{record.where}: has messages, but the tokenizer has no chat template; "
+                'give {"question", "answer"} or {"text"} lines, or a model with a chat template'
+            )
+        return _encode_messages(content["messages"], tokenizer, record.where)
+    if not tokenizer.chat_template:
         return _encode_plain_question(content["question"], content["answer"], tokenizer)
-    messages = content.get("messages") or [
+    messages = [
         {"role": "user", "content": content["question"]},
         {"role": "assistant", "content": content["answer"]},
     ]
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{record.where}: has messages, but the tokenizer has no chat template; "
-            'give {"question", "answer"} or {"text"} lines, or a model with a chat template'
-        )
     return _encode_messages(messages, tokenizer, record.where)
 
 
 def _encode_plain_question(
     question: str, answer: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
-    # The two parts are tokenised apart, so that where the answer begins is certain.
-    prompt = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
-    eos = tokenizer.eos_token_id
-    if eos is not None and prompt[-1:] == [eos]:  # some tokenizers close every text
-        prompt = prompt[:-1]
-    reply = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-    if eos is not None:
-        reply = [*reply, eos]
+    def tokens(text: str) -> list[int]:
+        ids = list(tokenizer(text)["input_ids"])
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers close every text
+
+    start = f"Question: {question}\nAnswer:"
+    prompt, whole = tokens(start), tokens(f"{start} {answer}")
+    reply = whole[len(prompt) :]
+    if whole[: len(prompt)] != prompt:  # a token reaches across the boundary: tokenise the parts apart
+        reply = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        reply = [*reply, tokenizer.eos_token_id]
     return [*prompt, *reply], [IGNORED] * len(prompt) + reply
 
 
@@ -165,12 +184,15 @@ def _encode_messages(
     messages: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", where: str
 ) -> tuple[list[int], list[int]]:
     def render(count: int, generation: bool) -> list[int]:
-        ids = tokenizer.apply_chat_template(
-            list(messages[:count]),
-            tokenize=True,
-            add_generation_prompt=generation,
-            return_dict=False,
-        )
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(messages[:count]),
+                tokenize=True,
+                add_generation_prompt=generation,
+                return_dict=False,
+            )
+        except Exception as error:  # the template is a program of the model's makers, with its own demands
+            raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
         return list(ids)
 
     whole = render(len(messages), False)
@@ -181,8 +203,9 @@ def _encode_messages(
         before, after = render(k, True), render(k + 1, False)
         if whole[: len(before)] != before or whole[: len(after)] != after:
             raise InputError(
-                f"{where}: the chat template changes earlier messages when later ones are added, so the "
-                "assistant's tokens cannot be told apart; split the conversation into one line a turn"
+                f"{where}: the tokens before an assistant's message change when it or a later message is "
+                "added (by the chat template, or a merge with the message's first characters), so its own "
+                "cannot be told apart; give each turn its own line"
             )
         labels[len(before) : len(after)] = whole[len(before) : len(after)]
     return whole, labels

@@ -1,5 +1,6 @@
 """What a directory holds: a checkpoint, an importance, or the output of a run."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +15,10 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     every_tensor: list each tensor too. Raises InputError if ``path`` is none of the three or is damaged.
     """
     path = Path(path)
+    # Path.exists would raise for a name that no file can have.
     is_importance = any(
-        (path / name).exists() for name in (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+        os.path.exists(path / f"{STEM}.safetensors{ending}")  # noqa: PTH110
+        for ending in ("", ".index.json")
     )
     checkpoint = Checkpoint.open(path, STEM if is_importance else "model")
     lines = [f"{path}: {'importance' if is_importance else 'checkpoint'}", *_totals(checkpoint)]

@@ -55,7 +55,7 @@ def token_logits(module: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.T
 
 
 def sample_means(values: torch.Tensor, sample_of_token: torch.Tensor, count: int) -> torch.Tensor:
-    """(count,): the mean of the tokens' ``values`` (M,) over each sample's own tokens."""
+    """(count,): the mean of the tokens' ``values`` (M,) over each sample's tokens; NaN if it has none."""
     zeros = values.new_zeros(count)
     sums = zeros.index_add(0, sample_of_token, values)
     return sums / zeros.index_add(0, sample_of_token, torch.ones_like(values))

@@ -52,7 +52,7 @@ class OutputDirectory:
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(self._lock), os.stat(self.path))  # not renamed by its owner
+            ours = os.path.samestat(os.fstat(self._lock), self.path.stat())  # not renamed by its owner
         except BlockingIOError:
             ours = False
         if not ours:
@@ -101,7 +101,7 @@ def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> Non
         if resolved == source or resolved in source.parents:
             raise InputError(f"{final}: is or contains the input {path}; choose another output directory")
     try:
-        occupied = bool(os.listdir(final))
+        occupied = any(final.iterdir())
     except FileNotFoundError:
         return
     except NotADirectoryError as error:

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_h
 from perta_fast.errors import InputError
 
 FILE_NAME = "perta_report.json"
+FORMAT_VERSION = 1
 _VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
 
 
@@ -89,7 +90,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
 
     def add_phase(self, name: str, seconds: float, byte_count: int) -> None:
         """Record a phase, and its rate."""
@@ -99,7 +100,8 @@ class Report:
     def save(self, directory: Path) -> None:
         """Write ``perta_report.json`` into ``directory``."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
-        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        # A path that is not UTF-8 becomes the escapes from which JSON gives it back.
+        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, directory: Path) -> "Report":
@@ -113,9 +115,10 @@ class Report:
             ) from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: is not JSON") from error
-        if not _fits(content, cls):
+        if not _fits(content, cls) or content.get("format_version") != FORMAT_VERSION:
             raise InputError(f"{path}: is not a report that this version understands")
-        return cls(**content | {"tensors": [TensorReport(**row) for row in content["tensors"]]})
+        rows = [TensorReport(**row) for row in content.pop("tensors", [])]
+        return cls(**content, tensors=rows)
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -170,7 +173,7 @@ def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryReco
 def _fits(value: Any, hint: Any) -> bool:
     """Whether what JSON gave has the declared type; numbers must be ones that arithmetic can take."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Report or hint is TensorReport or is_typeddict(hint):
+    if is_dataclass(hint) or is_typeddict(hint):
         return _fits_record(value, hint)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)

@@ -1,17 +1,15 @@
 """The whole job: importance on forget and retain data, then the subtraction."""
 
-import tempfile
+import os
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perta_fast.application import apply_sources, open_sources
+from perta_fast.application import apply_sources, check_threads, open_sources
 from perta_fast.data import load_records
 from perta_fast.errors import InputError
-from perta_fast.hashing import hash_file
-from perta_fast.output import check_output
-from perta_fast.report import Report
+from perta_fast.output import OutputDirectory, check_output, check_space
+from perta_fast.report import DataRecord, Report
 from perta_fast.rules import Rule
 
 if TYPE_CHECKING:
@@ -55,64 +53,75 @@ def unlearn(
     chosen = Rule.of(rule, lam, p, alpha, threshold)
     if at not in ("base", "model"):
         raise InputError(f"at is {at!r}; it must be base or model")
-    place = Path(out).absolute()
-    inputs = [Path(model), Path(base), Path(tuned)]
-    open_sources(Rule.of("tv", lam), model, base, tuned, None, None)
+    check_threads(threads)
+    place = Path(os.path.realpath(out))
+    inputs = [Path(each) for each in (model, base, tuned, forget, retain) if each is not None]
+    opened = open_sources(Rule.of("tv", lam), model, base, tuned, None, None)
     check_output(place, overwrite=overwrite, inputs=inputs)
     if chosen.estimator is None:
         return apply_sources(
-            open_sources(chosen, model, base, tuned, None, None),
+            opened,
             chosen,
             out,
             overwrite=overwrite,
             threads=threads,
             progress=progress,
         )
-    from perta_fast.importance.estimate import estimate_on, load_subject
+    from perta_fast.importance.estimate import check_sizes, estimate_on, hash_data, load_subject, samples_for
 
+    check_sizes(batch_size, max_length)
     data = _check_data(chosen, forget, retain)
     records = {role: load_records(path) for role, path in data.items()}
-    if save_importance is not None:
-        check_output(Path(save_importance).absolute(), overwrite=overwrite, inputs=[*inputs, place])
+    if save_importance is None:
+        covered = sum(plan.theta.count for plan in opened.plans if plan.copied is None)
+        check_space(place, opened.model.size + 8 * covered)
+    else:
+        kept = Path(os.path.realpath(save_importance))
+        check_output(kept, overwrite=overwrite, inputs=[*inputs, place])
+        check_output(place, overwrite=overwrite, inputs=[kept])
     phases: dict[str, float] = {}
-    with ExitStack() as stack:
-        directory = _temporary_directory(stack, place) if save_importance is None else Path(save_importance)
-        counts = {}
+    with _importance_directory(place, save_importance, overwrite) as importances:
+        data_records: dict[str, DataRecord] = {}
         started = time.perf_counter()
         subject = load_subject(Path(model if at == "model" else base), device, dtype)
+        samples = {role: samples_for(subject, rows, max_length) for role, rows in records.items()}
         phases["load"] = time.perf_counter() - started
         for role, path in data.items():
             started = time.perf_counter()
             found = estimate_on(
                 subject,
-                path,
-                records[role],
+                samples[role],
+                hash_data(path, samples[role]),
                 chosen.estimator,
                 batch_size=batch_size,
-                max_length=max_length,
-                out=directory / role,
-                overwrite=overwrite,
+                out=importances.path / role,
+                overwrite=False,
                 progress=progress,
                 description=f"{role} importance",
             ).metadata
-            counts[role] = {"samples": found.sample_count, "truncated": found.truncated_count}
+            data_records[role] = {
+                "path": str(path.resolve()),
+                "blake3": found.data_hash,
+                "samples": found.sample_count,
+                "truncated": found.truncated_count,
+            }
             phases[f"{role} importance"] = time.perf_counter() - started
         del subject  # the subtraction needs its memory for the page cache
+        directory = importances.path
+        if save_importance is not None:
+            importances.commit()
+            directory = importances.final
         sources = open_sources(chosen, model, base, tuned, directory / "forget", directory / "retain")
 
         def annotate(report: Report) -> None:
             for name, seconds in phases.items():
                 report.add_phase(name, seconds, 0)
-            for role, path in data.items():
-                report.data[role] = {
-                    "path": str(path.resolve()),
-                    "blake3": hash_file(path),
-                    **counts[role],
-                }
-                if counts[role]["truncated"]:
+            report.data = data_records
+            for role, record in data_records.items():
+                if record["truncated"]:
                     report.warnings.append(
-                        f"{counts[role]['truncated']} of {counts[role]['samples']} {role} samples were "
-                        "cut to the length limit"
+                        f"{record['truncated']} of {record['samples']} {role} samples were cut to the "
+                        "length limit"
                     )
             if save_importance is None:
                 for role in ("forget_importance", "retain_importance"):
@@ -138,7 +147,8 @@ def _check_data(rule: Rule, forget: str | Path | None, retain: str | Path | None
     return data
 
 
-def _temporary_directory(stack: ExitStack, out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.perta-importance-"
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent)))
+def _importance_directory(out: Path, kept: str | Path | None, overwrite: bool) -> OutputDirectory:
+    """Where the importances go: to ``kept``, or beside ``out`` and never committed, so gone after the run."""
+    if kept is not None:
+        return OutputDirectory(kept, overwrite=overwrite)
+    return OutputDirectory(out.with_name(f".{out.name}.perta-importance"))

@@ -1,5 +1,6 @@
 """Check a finished run: hashes again, and tensors again by the reference."""
 
+import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,10 @@ from perta_fast.agreement import TensorPlan
 from perta_fast.application import Sources, open_sources
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.errors import InputError
 from perta_fast.hashing import hash_file
 from perta_fast.progress import byte_bar
-from perta_fast.report import Report
+from perta_fast.report import FILE_NAME, DirectoryRecord, Report
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import TensorEntry
 
@@ -52,30 +54,32 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
 
     directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them
     drawn with ``seed``. Inputs are looked for where they were; what is gone is said to be unchecked.
-    Raises InputError if there is no report. Writes nothing.
+    Raises InputError if there is no report, or one that no run can have written. Writes nothing.
     """
     directory = Path(directory)
     report = Report.load(directory)
+    unnamed = {"model", "base", "tuned"} - report.inputs.keys()
+    if unnamed:
+        raise InputError(f"{directory / FILE_NAME}: names no {', '.join(sorted(unnamed))}")
     result = Verification()
-    places: dict[str, tuple[Path, dict[str, Any]]] = {"output": (directory, report.output["files"])}
-    for role, found in report.inputs.items():
-        if found.get("kept", True):
-            places[role] = (Path(found["path"]), found["files"])
+    # The output may have been moved since.
+    places = {"output": DirectoryRecord(path=str(directory), files=report.output["files"])}
+    places |= {role: found for role, found in report.inputs.items() if found.get("kept", True)}
     intact = _check_hashes(places, result, progress)
     if "output" in intact:
         _check_tensors(directory, report, intact, result, full, seed, progress)
     return result
 
 
-def _check_hashes(
-    places: dict[str, tuple[Path, dict[str, Any]]], result: Verification, progress: bool
-) -> set[str]:
+def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, progress: bool) -> set[str]:
     """Return the roles whose files are all there and unchanged."""
     intact = set()
-    total = sum(row["bytes"] for _, files in places.values() for row in files.values())
+    total = sum(row["bytes"] for place in places.values() for row in place["files"].values())
     with byte_bar(total, "hashes", progress) as bar:
-        for role, (path, files) in places.items():
-            missing = [name for name in files if not (path / name).exists()]
+        for role, place in places.items():
+            path, files = Path(place["path"]), place["files"]
+            # Path.exists would raise for a name that no file can have.
+            missing = [name for name in files if not os.path.exists(path / name)]  # noqa: PTH110
             if missing and role != "output":
                 result.unchecked.append(f"{role}: {path / missing[0]} is gone")
                 continue
@@ -104,7 +108,10 @@ def _check_tensors(
     if absent:
         result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
         return
-    rule = Rule.of(report.rule, report.lam, report.p, report.alpha, report.threshold)
+    try:
+        rule = Rule.of(report.rule, report.lam, report.p, report.alpha, report.threshold)
+    except InputError as error:
+        raise InputError(f"{directory / FILE_NAME}: {error}") from error
     exact = rule.estimator is None or {"forget_importance", "retain_importance"} <= intact
     places = {role: Path(found["path"]) for role, found in report.inputs.items()}
     sources = open_sources(
@@ -118,13 +125,19 @@ def _check_tensors(
     if not exact:
         result.unchecked.append("weights, because the importances were not kept (--save-importance)")
     output = Checkpoint.open(directory)
+    problems = _layout_problems(report, sources, output)
+    if problems:
+        result.problems += problems
+        return
     actions = {row.name: row.action for row in report.tensors}
     plans = sources.plans
     if not full and len(plans) > SAMPLED:
         plans = random.Random(seed).sample(plans, SAMPLED)
     with byte_bar(sum(plan.theta.size for plan in plans), "tensors", progress) as bar:
         for plan in plans:
-            copied = actions[plan.theta.name].startswith("copied")
+            # Without the importances, only the report says which tensors they did not cover.
+            said = actions.get(plan.theta.name, "")
+            copied = plan.copied is not None or (not exact and said.startswith("copied"))
             if not _tensor_is_right(plan, sources, output, rule, exact, copied):
                 result.problems.append(f"tensor {plan.theta.name} is not what the inputs give")
             elif exact or copied:
@@ -132,6 +145,20 @@ def _check_tensors(
             else:
                 result.bounded += 1
             bar.update(plan.theta.size)
+
+
+def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> list[str]:
+    """Shards that the report does not list, or that are not laid out as the model's."""
+    listed = {"output": report.output, **report.inputs}
+    problems = []
+    for role, checkpoint in {"output": output, **sources.named()}.items():
+        for name, shard in checkpoint.shards.items():
+            if name not in listed[role]["files"]:
+                problems.append(f"{shard.path} is not in the report")
+    for name, shard in sources.model.shards.items():
+        if name not in output.shards or output.shards[name].header != shard.header:
+            problems.append(f"{output.path / name} is not laid out as {shard.path}")
+    return problems
 
 
 def _tensor_is_right(
@@ -142,9 +169,7 @@ def _tensor_is_right(
     exact: bool,
     copied: bool,
 ) -> bool:
-    found = output.tensors.get(plan.theta.name)
-    if found is None or (found.dtype, found.shape) != (plan.theta.dtype, plan.theta.shape):
-        return False
+    found = output.tensors[plan.theta.name]
     for begin in range(0, plan.theta.count, _CHUNK):
         count = min(_CHUNK, plan.theta.count - begin)
         if copied:

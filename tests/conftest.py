@@ -1,6 +1,7 @@
 """What every test shares: no network, Triton interpreted where there is no GPU, small checkpoints made once."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,3 +18,12 @@ from tests.models import Job, write_job
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """model, base and tuned in bfloat16 shards, with forget and retain data; shared, so never written to."""
     return write_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For matrices this small, threads only wait for each other, long if the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

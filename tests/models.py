@@ -1,6 +1,7 @@
 """Small models, tokenizers, data and whole jobs, made on the spot and written by transformers itself."""
 
 import json
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from perta_fast.data import IGNORED, Sample
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<eos>{% endfor %}"
@@ -76,6 +79,17 @@ def nudge_(model: PreTrainedModel, seed: int, scale: float = 0.01) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def draw_samples(count: int, vocabulary: int = 300, longest: int = 12, seed: int = 0) -> list[Sample]:
+    """Tokenised samples of 2 to ``longest`` tokens, about half of them labelled, the last one always."""
+    random_numbers = random.Random(seed)
+    samples = []
+    for _ in range(count):
+        ids = [random_numbers.randrange(vocabulary) for _ in range(random_numbers.randint(2, longest))]
+        labels = [token if random_numbers.random() < 0.5 else IGNORED for token in ids[:-1]] + ids[-1:]
+        samples.append(Sample(tuple(ids), tuple(labels)))
+    return samples
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

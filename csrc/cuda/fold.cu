@@ -1,4 +1,4 @@
-// accumulator += gradient or gradient^2, float32, grid-stride.
+// accumulator += gradient, or += gradient^2, in float32. Moves 8 bytes an element and those of the gradient.
 
 #include "launch.cuh"
 #include "operations.h"
@@ -6,27 +6,45 @@
 namespace perta::cuda {
 namespace {
 
-template <bool squared>
-__global__ void fold_kernel(float* accumulator, const void* gradient, DType dtype, size_t n) {
-  const size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
-  for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) {
-    const float g = load(gradient, dtype, i);
-    accumulator[i] += squared ? g * g : g;
+template <DType gradient_dtype, bool squared>
+struct Fold {
+  static constexpr int arrays = 2;
+
+  std::array<size_t, arrays> sizes() const { return {size_of(DType::f32), size_of(gradient_dtype)}; }
+
+  template <int count>
+  __device__ __forceinline__ void at(void* const* data, size_t i) const {
+    const Bits<count> accumulator = fetch<count>(data[0], DType::f32, i);
+    const Bits<count> gradient = fetch<count>(data[1], gradient_dtype, i);
+    float sums[count];
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const float g = widen(gradient, gradient_dtype, k);
+      sums[k] = widen(accumulator, DType::f32, k) + (squared ? g * g : g);
+    }
+    store(data[0], DType::f32, i, sums);
   }
+};
+
+template <DType gradient_dtype>
+const char* fold_type(const std::vector<FoldTensor>& all, bool squared, void* stream) {
+  std::vector<Tensor<2>> tensors;
+  for (const FoldTensor& each : all) {
+    if (each.n > 0 && each.gradient_dtype == gradient_dtype) {
+      tensors.push_back({{each.accumulator, const_cast<void*>(each.gradient)}, each.n});
+    }
+  }
+  return squared ? launch(Fold<gradient_dtype, true>{}, tensors, stream)
+                 : launch(Fold<gradient_dtype, false>{}, tensors, stream);
 }
 
 }  // namespace
 
-const char* fold(float* accumulator, const void* gradient, DType dtype, bool squared, size_t n,
-                 void* stream_pointer) {
-  if (n == 0) return nullptr;
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  if (squared) {
-    fold_kernel<true><<<blocks_for(n), threads_per_block, 0, stream>>>(accumulator, gradient, dtype, n);
-  } else {
-    fold_kernel<false><<<blocks_for(n), threads_per_block, 0, stream>>>(accumulator, gradient, dtype, n);
-  }
-  return last_error();
+const char* fold(const std::vector<FoldTensor>& tensors, bool squared, void* stream) {
+  const char* error = fold_type<DType::f32>(tensors, squared, stream);
+  if (error == nullptr) error = fold_type<DType::bf16>(tensors, squared, stream);
+  if (error == nullptr) error = fold_type<DType::f16>(tensors, squared, stream);
+  return error;
 }
 
 }  // namespace perta::cuda

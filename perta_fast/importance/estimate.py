@@ -1,6 +1,6 @@
 """Estimate importance by back-propagation, folding each gradient away as soon as autograd has made it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,20 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-from perta_fast.checkpoint import Checkpoint
-from perta_fast.data import Record, Sample, encode, load_records, records_from
+from perta_fast.checkpoint import Checkpoint, conversion_command
+from perta_fast.data import IGNORED, Record, Sample, encode, load_records, records_from
 from perta_fast.errors import InputError, RunError
 from perta_fast.importance.store import Importance, ImportanceMetadata
+from perta_fast.importance.stored_names import as_stored
 from perta_fast.losses import Batch, batches_by_length, per_sample_losses
 from perta_fast.ops import accumulate_, accumulate_square_
+from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.output import check_output
 from perta_fast.progress import sample_bar
 from perta_fast.report import installed_versions
 from perta_fast.rules import ESTIMATORS, Estimator
 
-Data = str | Path | Sequence[Mapping[str, Any]] | Sequence[Sample]
+Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample]
 
 
 def estimate_importance(
@@ -45,14 +47,15 @@ def estimate_importance(
     rule fisher by its square; ``empirical-fisher`` is the mean of the squared per-sample gradient, from batches
     of one.
 
-    model_or_path: a checkpoint directory, or a module whose forward takes input_ids and attention_mask and
-    returns logits (N, T, V). Only parameters with requires_grad are covered; tied ones count once. A module is
-    left as it was found, its gradients included.
+    model_or_path: a checkpoint directory, or a module whose forward takes input_ids, attention_mask and
+    use_cache and returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied
+    ones count once; all are named as a checkpoint stores them. A module is left as it was found, its gradients
+    included.
     data: a JSON lines file, records in the same forms, or ``Sample``s. tokenizer: needed for records with a
     module; read from the checkpoint otherwise. batch_size: samples a backward for ``grad``.
-    max_length: tokens a sample is cut to; None takes the model's own limit. Cut samples are counted.
-    device, dtype: where and in what type a checkpoint is run; None takes CUDA if there is one, and the
-    checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
+    max_length: tokens a record is cut to, if that is less than the model's own limit. Cut ones are counted.
+    device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is
+    one, and the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
 
     Memory: the model, 4 bytes a parameter for the accumulators, activations of one batch, and the gradients
     that autograd has in flight (one layer's). Raises InputError for bad arguments or data, RunError if a loss
@@ -60,27 +63,35 @@ def estimate_importance(
     """
     if estimator not in ESTIMATORS:
         raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    check_sizes(batch_size, max_length)
     if out is not None:
-        inputs = [] if isinstance(model_or_path, nn.Module) else [Path(model_or_path)]
-        check_output(Path(out).absolute(), overwrite=overwrite, inputs=inputs)
-    records = _records(data)
+        inputs = [Path(each) for each in (model_or_path, data) if isinstance(each, str | Path)]
+        check_output(Path(out), overwrite=overwrite, inputs=inputs)
+    rows = load_records(data) if isinstance(data, str | Path) else _checked_rows(data)
     if isinstance(model_or_path, nn.Module):
+        if device is not None or dtype is not None:
+            raise InputError("device and dtype are for checkpoints; move or convert the module itself")
         subject = Subject(model_or_path, tokenizer, "live module")
     else:
         subject = load_subject(Path(model_or_path), device, dtype, tokenizer)
+    samples = samples_for(subject, rows, max_length)
     return estimate_on(
         subject,
-        data,
-        records,
+        samples,
+        hash_data(data, samples),
         estimator,
         batch_size=batch_size,
-        max_length=max_length,
         out=out,
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def check_sizes(batch_size: int, max_length: int | None) -> None:
+    """Raise InputError, naming the argument, unless both are at least 1; ``max_length`` may be None."""
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -92,28 +103,48 @@ class Subject:
     origin: str
 
 
+def samples_for(
+    subject: Subject, rows: Sequence[Record] | Sequence[Sample], max_length: int | None
+) -> list[Sample]:
+    """Tokenise records, and check that the model can take every sample.
+
+    Raises InputError naming the line or sample that it cannot take.
+    """
+    limit = _context_length(subject.module)
+    if isinstance(rows[0], Record):
+        if subject.tokenizer is None:
+            raise InputError("a tokenizer is needed to turn records into tokens; pass tokenizer=")
+        samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]
+        places = [row.where for row in rows]  # type: ignore[union-attr]
+    else:
+        samples = list(rows)  # type: ignore[arg-type]
+        places = [f"sample {number}" for number in range(len(samples))]
+    vocabulary = _vocabulary_size(subject.module)
+    for sample, where in zip(samples, places, strict=True):
+        _check_sample(sample, where, limit, vocabulary)
+    return samples
+
+
 def estimate_on(
     subject: Subject,
-    data: Data,
-    records: list[Record],
+    samples: Sequence[Sample],
+    data_hash: str,
     estimator: Estimator,
     *,
     batch_size: int,
-    max_length: int | None,
     out: str | Path | None,
     overwrite: bool,
     progress: bool,
     description: str = "importance",
 ) -> Importance:
-    """``estimate_importance`` once the model is loaded and the data is read."""
-    samples = _samples(data, records, subject.tokenizer, max_length or _context_length(subject.module))
+    """``estimate_importance`` once the model is loaded and the data is checked."""
     accumulators = accumulate(subject.module, samples, estimator, batch_size, description, progress)
     versions = installed_versions()
     importance = Importance(
-        accumulators,
+        as_stored(subject.module, accumulators),
         ImportanceMetadata(
             estimator=estimator,
-            data_hash=_hash(data, samples),
+            data_hash=data_hash,
             sample_count=len(samples),
             truncated_count=sum(sample.truncated for sample in samples),
             label_count=sum(sample.label_count for sample in samples),
@@ -142,6 +173,7 @@ def accumulate(
     What ``estimate_importance`` runs once model and data are there.
     """
     squared = estimator == "empirical-fisher"
+    _check_parameters(module)
     accumulators = {
         name: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         for name, parameter in module.named_parameters()
@@ -157,6 +189,10 @@ def accumulate(
     ):
         for numbers in batches_by_length(samples, 1 if squared else batch_size):
             losses = per_sample_losses(module, Batch.of([samples[k] for k in numbers], device))
+            if not losses.requires_grad:
+                raise InputError(
+                    "the model's loss has no gradient; does its forward run under no_grad or inference_mode?"
+                )
             if not bool(torch.isfinite(losses).all()):
                 bad = [numbers[k] for k in (~torch.isfinite(losses)).nonzero().flatten().tolist()]
                 raise RunError(
@@ -222,13 +258,27 @@ def load_subject(
     """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    Checkpoint.open(path)  # its errors name what is wrong with the files
+    stored = Checkpoint.open(path).tensors  # its errors name what is wrong with the files
     chosen = choose_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot load this model: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged configuration shows in many ways
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise InputError(f"{path}: transformers cannot load this model: {reason}") from error
+    if found["missing_keys"]:  # transformers would draw them at random
+        raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
+    shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
+    absent = as_stored(model, shapes).keys() - stored.keys()
+    if absent:  # an importance under names that no rule could apply
+        raise InputError(
+            f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
+            f"save it anew with: {conversion_command(path)}"
+        )
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
 
 
@@ -242,6 +292,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"device {device!r} is not one that torch knows") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch finds no CUDA device here")
+    try:
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} cannot be computed on here") from error
     return chosen
 
 
@@ -250,25 +304,44 @@ def _context_length(module: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
-def _records(data: Data) -> list[Record]:
-    if isinstance(data, str | Path):
-        return load_records(data)
-    if not data:
-        raise InputError("there are no samples")
-    if isinstance(data[0], Sample):
-        return []
-    return records_from(data)  # type: ignore[arg-type]
+def _vocabulary_size(module: nn.Module) -> int | None:
+    find = getattr(module, "get_input_embeddings", None)
+    return None if find is None else len(find().weight)
 
 
-def _samples(data: Data, records: list[Record], tokenizer: Any, max_length: int) -> list[Sample]:
-    if not records:
-        return list(data)  # type: ignore[arg-type]
-    if tokenizer is None:
-        raise InputError("a tokenizer is needed to turn records into tokens; pass tokenizer=")
-    return encode(records, tokenizer, max_length)
+def _checked_rows(data: Iterable[Any]) -> list[Record] | list[Sample]:
+    rows = list(data)
+    if rows and all(isinstance(row, Sample) for row in rows):
+        return rows
+    return records_from(rows)
 
 
-def _hash(data: Data, samples: Sequence[Sample]) -> str:
+def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None) -> None:
+    ids, labels = sample.input_ids, sample.labels
+    if len(ids) != len(labels) or any(
+        label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)
+    ):
+        raise InputError(f"{where}: needs one label for each token, the token itself or {IGNORED}")
+    if sample.label_count == 0:
+        raise InputError(f"{where}: has no token to compute a loss on")
+    if len(ids) > limit:
+        raise InputError(f"{where}: has {len(ids)} tokens, the model takes {limit}")
+    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise InputError(
+            f"{where}: has tokens from {min(ids)} to {max(ids)}, the model knows those below {vocabulary}; "
+            "is this the model's own tokenizer?"
+        )
+
+
+def _check_parameters(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
+        if parameter.requires_grad and parameter.dtype not in DTYPE_CODES:
+            raise InputError(f"parameter {name} is {parameter.dtype}; it must be float32, bfloat16 or float16")
+
+
+def hash_data(data: Data, samples: Sequence[Sample]) -> str:
     """BLAKE3 of the file, or of the token ids and labels where there is none."""
     if isinstance(data, str | Path):
         return blake3(Path(data).read_bytes()).hexdigest()

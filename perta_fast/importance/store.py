@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 STEM = "importance"
 FORMAT = "perta-importance"
+FORMAT_VERSION = "1"
 SHARD_BYTES = 5_000_000_000
+_COUNTS = ("sample_count", "truncated_count", "label_count")
 _REQUIRED = ("estimator", "data_hash", "sample_count", "evaluated_at")
 
 
@@ -71,9 +74,8 @@ class Importance:
         """Read a saved importance; each tensor is read from disk when it is asked for."""
         checkpoint = Checkpoint.open(directory, STEM)
         found = read_metadata(checkpoint)
-        numbers = ("sample_count", "truncated_count", "label_count")
         values = {
-            key: int(found.get(key, 0)) if key in numbers else found.get(key, "")
+            key: int(found.get(key, 0)) if key in _COUNTS else found.get(key, "")
             for key in ImportanceMetadata.__dataclass_fields__
         }
         return cls(_LazyTensors(checkpoint), ImportanceMetadata(**values), Path(directory))  # type: ignore[arg-type]
@@ -89,6 +91,9 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
         if name not in self._checkpoint.tensors:
             raise KeyError(name)
         return self._checkpoint.tensor(name)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._checkpoint.tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint.tensors)
@@ -106,7 +111,9 @@ def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     missing = [key for key in _REQUIRED if key not in table]
     if table.get("format") != FORMAT or missing or table["estimator"] not in ESTIMATORS:
         raise InputError(f"{checkpoint.path}: is not an importance made by: perta importance")
-    if not all(table.get(key, "0").isdecimal() for key in ("sample_count", "truncated_count", "label_count")):
+    if table.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise InputError(f"{checkpoint.path}: was written by a later version of perta_fast")
+    if not all(re.fullmatch("[0-9]{1,18}", table.get(key, "0")) for key in _COUNTS):
         raise InputError(f"{checkpoint.path}: its metadata has counts that are not whole numbers")
     return table
 
@@ -150,4 +157,4 @@ def _save_shard(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, st
 
 def _as_strings(metadata: ImportanceMetadata) -> dict[str, str]:
     table = {key: str(value) for key, value in asdict(metadata).items()}
-    return {"format": FORMAT, "format_version": "1", **table}
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **table}

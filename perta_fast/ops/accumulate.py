@@ -1,11 +1,23 @@
 """The folds: accumulators += gradient, and += gradient squared."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from perta_fast import compiled
 from perta_fast.ops import reference
-from perta_fast.ops.backends import DTYPE_CODES, check_tensor, choose, overlap
+from perta_fast.ops.backends import (
+    DTYPE_CODES,
+    check_apart,
+    check_one_device,
+    check_sequences,
+    check_tensor,
+    choose,
+    numbered,
+    overlap,
+)
+from perta_fast.ops.registration import register, traced
 
 
 def accumulate_(accumulator: Tensor, gradient: Tensor, *, backend: str = "auto") -> Tensor:
@@ -15,7 +27,7 @@ def accumulate_(accumulator: Tensor, gradient: Tensor, *, backend: str = "auto")
     bfloat16 or float16, contiguous, apart from the accumulator in memory. backend: see ``rescaled_subtract_``.
     Returns the accumulator. Raises TypeError or ValueError naming the argument. Backends agree bit for bit.
     """
-    return _fold_(accumulator, gradient, False, backend)
+    return _accumulate_(accumulator, gradient, False, backend)
 
 
 def accumulate_square_(accumulator: Tensor, gradient: Tensor, *, backend: str = "auto") -> Tensor:
@@ -23,38 +35,101 @@ def accumulate_square_(accumulator: Tensor, gradient: Tensor, *, backend: str = 
 
     Arguments, result and errors as in ``accumulate_``.
     """
-    return _fold_(accumulator, gradient, True, backend)
+    return _accumulate_(accumulator, gradient, True, backend)
 
 
-def _fold_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> Tensor:
-    if not isinstance(accumulator, Tensor):
-        raise TypeError(f"accumulator must be a torch.Tensor, not {type(accumulator).__name__}")
-    check_tensor("accumulator", accumulator, accumulator)
-    if accumulator.dtype != torch.float32:
-        raise TypeError(f"accumulator is {accumulator.dtype}; it must be float32")
-    check_tensor("gradient", gradient, accumulator)
-    if overlap(accumulator, gradient):
-        raise ValueError("gradient shares memory with the accumulator, which is overwritten")
-    chosen = choose(backend, accumulator.device)
-    with torch.no_grad():
-        if chosen == "reference":
-            fold = reference.accumulate_square_ if squared else reference.accumulate_
-            fold(accumulator, gradient)
-        elif chosen == "triton":
-            from perta_fast.kernels.fold import fold_triton_
+def accumulate_many_(
+    accumulators: Sequence[Tensor], gradients: Sequence[Tensor], *, backend: str = "auto"
+) -> None:
+    """``accumulate_`` on pairs of tensors on one device; with backend cuda in one launch, or a few.
 
-            fold_triton_(accumulator, gradient, squared)
-        elif accumulator.numel():
-            _compiled(chosen, accumulator, gradient, squared)
-            torch.autograd.graph.increment_version(accumulator)
+    No accumulator may share memory with any other tensor.
+    """
+    _accumulate_many_(accumulators, gradients, False, backend)
+
+
+def accumulate_square_many_(
+    accumulators: Sequence[Tensor], gradients: Sequence[Tensor], *, backend: str = "auto"
+) -> None:
+    """``accumulate_square_`` on pairs of tensors; see ``accumulate_many_``."""
+    _accumulate_many_(accumulators, gradients, True, backend)
+
+
+def _accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> Tensor:
+    fold = _ONE if traced(accumulator) else _fold_
+    fold(accumulator, gradient, squared, backend)
     return accumulator
 
 
-def _compiled(backend: str, accumulator: Tensor, gradient: Tensor, squared: bool) -> None:
-    code = DTYPE_CODES[gradient.dtype]
-    arguments = (accumulator.data_ptr(), gradient.data_ptr(), code, squared, accumulator.numel())
-    if backend == "cpp":
-        compiled.kernels().fold(*arguments, torch.get_num_threads())
+def _accumulate_many_(
+    accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str
+) -> None:
+    check_sequences(accumulators=accumulators, gradients=gradients)
+    if accumulators:
+        fold = _MANY if traced(accumulators[0]) else _fold_many_
+        fold(accumulators, gradients, squared, backend)
+
+
+def _fold_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> None:
+    _check("accumulator", accumulator, "gradient", gradient)
+    if overlap(accumulator, gradient):
+        raise ValueError("gradient shares memory with the accumulator, which is overwritten")
+    _run([(accumulator, gradient)], squared, backend)
+
+
+def _fold_many_(
+    accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str
+) -> None:
+    _check_many(accumulators, gradients)
+    check_apart(numbered("accumulators", accumulators), numbered("gradients", gradients))
+    _run(list(zip(accumulators, gradients, strict=True)), squared, backend)
+
+
+def _check(name: str, accumulator: Tensor, gradient_name: str, gradient: Tensor) -> None:
+    check_tensor(name, accumulator, accumulator)
+    if accumulator.dtype != torch.float32:
+        raise TypeError(f"{name} is {accumulator.dtype}; it must be float32")
+    check_tensor(gradient_name, gradient, accumulator)
+
+
+def _check_many(accumulators: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for k, (accumulator, gradient) in enumerate(zip(accumulators, gradients, strict=True)):
+        _check(f"accumulators[{k}]", accumulator, f"gradients[{k}]", gradient)
+    check_one_device("accumulators", accumulators)
+
+
+def _run(pairs: list[tuple[Tensor, Tensor]], squared: bool, backend: str) -> None:
+    device = pairs[0][0].device
+    chosen = choose(backend, device)
+    if chosen == "reference":
+        fold = reference.accumulate_square_ if squared else reference.accumulate_
+        with torch.no_grad():
+            for accumulator, gradient in pairs:
+                fold(accumulator, gradient)
+        return
+    if chosen == "triton":
+        from perta_fast.kernels.fold import fold_triton_
+
+        for accumulator, gradient in pairs:
+            fold_triton_(accumulator, gradient, squared)
     else:
-        with torch.cuda.device(accumulator.device):
-            compiled.kernels().cuda_fold(*arguments, torch.cuda.current_stream().cuda_stream)
+        entries = [(a.data_ptr(), g.data_ptr(), DTYPE_CODES[g.dtype], a.numel()) for a, g in pairs]
+        if chosen == "cpp":
+            for *arrays, count in entries:
+                compiled.kernels().fold(*arrays, squared, count, torch.get_num_threads())
+        else:
+            with torch.cuda.device(device):
+                compiled.kernels().cuda_fold(entries, squared, torch.cuda.current_stream().cuda_stream)
+    torch.autograd.graph.increment_version([accumulator for accumulator, _ in pairs])
+
+
+_ONE = register(
+    "accumulate_(Tensor(a!) accumulator, Tensor gradient, bool squared, str backend) -> ()",
+    _fold_,
+    lambda accumulator, gradient, *_: _check("accumulator", accumulator, "gradient", gradient),
+)
+_MANY = register(
+    "accumulate_many_(Tensor(a!)[] accumulators, Tensor[] gradients, bool squared, str backend) -> ()",
+    _fold_many_,
+    lambda accumulators, gradients, *_: _check_many(accumulators, gradients),
+)

@@ -1,7 +1,9 @@
-"""Which implementation serves a call: reference, cpp, cuda or triton."""
+"""Which implementation serves a call: reference, cpp, cuda or triton; and the checks that all of them need."""
 
 import importlib.util
 import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,37 +12,59 @@ from perta_fast import compiled
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TRITON_DEVICES = ("cuda", "xpu")
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """Backends that can serve tensors on ``device``, the fastest first; "reference" is always among them."""
-    kind = torch.device(device).type
-    module = compiled.load()
-    found = []
-    if kind == "cpu" and module is not None:
-        found.append("cpp")
-    if kind == "cuda" and module is not None and module.build_info()["cuda"]:
-        found.append("cuda")
-    if _triton_installed() and (kind != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"):
-        found.append("triton")
-    return (*found, "reference")
+    return _available(torch.device(device).type, _interpreted())
 
 
 def choose(backend: str, device: torch.device, serving: tuple[str, ...] = BACKENDS) -> str:
     """The backend to use, of those that the operation has (``serving``).
 
-    Raises ValueError if the one asked for is unknown or cannot serve ``device``.
+    Raises ValueError if the one asked for is unknown or cannot serve ``device``, saying why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    available = tuple(name for name in available_backends(device) if name in serving)
+    available = _available(device.type, _interpreted())
     if backend == "auto":
-        return available[0]
-    if backend not in available:
-        raise ValueError(
-            f"backend {backend} cannot serve tensors on {device.type} here; available: {', '.join(available)}"
-        )
+        return next(name for name in available if name in serving)
+    if backend not in available or backend not in serving:
+        why = _why_not(backend, device.type, _interpreted()) or "this operation has no such kernel"
+        others = ", ".join(name for name in available if name in serving)
+        raise ValueError(f"backend {backend} cannot serve tensors on {device.type}: {why}; available: {others}")
     return backend
+
+
+@cache
+def _available(kind: str, interpreted: bool) -> tuple[str, ...]:
+    names = ("cuda", "cpp", "triton", "reference")
+    return tuple(name for name in names if _why_not(name, kind, interpreted) is None)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not(backend: str, kind: str, interpreted: bool) -> str | None:
+    """What keeps ``backend`` from serving devices of this kind; None if nothing does."""
+    if backend in ("cpp", "cuda"):
+        if kind != {"cpp": "cpu", "cuda": "cuda"}[backend]:
+            return f"it serves {'CPU' if backend == 'cpp' else 'CUDA'} tensors only"
+        module = compiled.load()
+        if module is None:
+            return compiled.why_missing()
+        if backend == "cuda" and not module.build_info()["cuda"]:
+            return "perta_fast was built without CUDA; put nvcc on PATH and build it again"
+    if backend == "triton":
+        if kind not in ("cpu", *TRITON_DEVICES):
+            return "Triton does not serve such a device"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; run: pip install 'perta-fast[triton]'"
+        if kind == "cpu" and not interpreted:
+            return "on the CPU it needs TRITON_INTERPRET=1, set before the program starts"
+    return None
 
 
 def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -49,20 +73,66 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise ValueError(f"{name} is sparse, nested or otherwise not one dense array; pass a dense tensor")
     if tensor.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(like.shape)} is needed")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}; {like.device} is needed")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < needed:
+        raise ValueError(f"{name} has lost its memory: its storage was freed or shrunk")
+
+
+def check_sequences(**arguments: Sequence[Tensor] | None) -> None:
+    """Raise, naming the argument, unless all are lists or tuples, as long as the first; None is left out."""
+    lengths = {}
+    for name, tensors in arguments.items():
+        if tensors is None:
+            continue
+        if not isinstance(tensors, list | tuple):
+            raise TypeError(f"{name} must be a list or tuple of tensors, not {type(tensors).__name__}")
+        lengths[name] = len(tensors)
+        first, wanted = next(iter(lengths.items()))
+        if len(tensors) != wanted:
+            raise ValueError(f"{name} has {len(tensors)} tensors, {first} has {wanted}")
+
+
+def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless all tensors are where the first one is."""
+    for numbered_name, tensor in numbered(name, tensors).items():
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"{numbered_name} is on {tensor.device}; {tensors[0].device} is needed")
+
+
+def numbered(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Tensors of a list by the names that messages give them."""
+    return {f"{name}[{k}]": tensor for k, tensor in enumerate(tensors)}
 
 
 def overlap(first: Tensor, second: Tensor) -> bool:
     """Whether two contiguous tensors share bytes."""
-    begin, end = first.data_ptr(), first.data_ptr() + first.numel() * first.element_size()
-    other, other_end = second.data_ptr(), second.data_ptr() + second.numel() * second.element_size()
+    begin, end = _extent(first)
+    other, other_end = _extent(second)
     return begin < other_end and other < end
 
 
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming both, if a tensor that is written shares memory with any other one."""
+    extents = [(*_extent(tensor), name, True) for name, tensor in written.items()]
+    extents += [(*_extent(tensor), name, False) for name, tensor in read.items()]
+    # In the order of memory only the furthest ends so far matter: of all tensors, and of the written ones.
+    furthest: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
+    for begin, end, name, is_written in sorted(extent for extent in extents if extent[0] < extent[1]):
+        reach, other = max(furthest.values()) if is_written else furthest[True]
+        if begin < reach:
+            first, second = (name, other) if is_written else (other, name)
+            raise ValueError(f"{second} shares memory with {first}, which is overwritten")
+        furthest[is_written] = max(furthest[is_written], (end, name))
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.numel() * tensor.element_size()

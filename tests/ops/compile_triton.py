@@ -6,38 +6,71 @@ Run in a process of its own, because the tests' process interprets the kernels i
 import itertools
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import triton
-from perta_fast.kernels import fold, rescaled_subtract
+from perta_fast.kernels import fisher, fold, rescaled_subtract
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TYPES = ("fp32", "bf16", "fp16")
 
 
-def instructions(kernel: object, signature: dict[str, str], constants: dict[str, object], arch: int) -> str:
-    """The PTX of one kernel."""
+def instructions(
+    kernel: object,
+    signature: dict[str, str],
+    constants: Mapping[str, object],
+    arch: int,
+    options: Mapping[str, object],
+    multiples_of_16: bool = False,
+) -> str:
+    """The PTX of one kernel, which is assembled too. ``multiples_of_16``: all its arguments are."""
     kinds = signature | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, kinds, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False})
+    attributes = {(k,): [["tt.divisibility", 16]] for k in range(len(signature)) if multiples_of_16}
+    source = ASTSource(kernel, kinds, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+    assert compiled.asm["cubin"]
     text: str = compiled.asm["ptx"]
     return text
 
 
+EXACT = {"enable_fp_fusion": False}
+
+
 def subtraction(weights: str, importance: str, weighted: bool, doubled_power: int, arch: int) -> str:
     """The PTX of the rescaled subtraction."""
-    names = ("theta", "tuned", "base", "forget", "retain")
-    kinds = (weights, weights, weights, importance, importance)
+    names = ("out", "theta", "tuned", "base", "forget", "retain")
+    kinds = (weights, weights, weights, weights, importance, importance)
     signature = {f"{name}_pointer": f"*{kind}" for name, kind in zip(names, kinds, strict=True)}
     signature |= {"n": "i64", "lam": "fp32", "alpha": "fp32", "threshold": "fp32"}
     constants = {"WEIGHTED": weighted, "MASKED": weighted, "DOUBLED_POWER": doubled_power, "BLOCK": 1024}
-    return instructions(rescaled_subtract._rescaled_subtract, signature, constants, arch)
+    return instructions(rescaled_subtract._rescaled_subtract, signature, constants, arch, EXACT)
 
 
 def folding(gradient: str, squared: bool, arch: int) -> str:
     """The PTX of the fold."""
     signature = {"accumulator_pointer": "*fp32", "gradient_pointer": f"*{gradient}", "n": "i64"}
-    return instructions(fold._fold, signature, {"SQUARED": squared, "BLOCK": 1024}, arch)
+    return instructions(fold._fold, signature, {"SQUARED": squared, "BLOCK": 1024}, arch, EXACT)
+
+
+def fisher_tile(
+    types: tuple[str, str], tile: Any, arch: int, *, with_gradient: bool, atomic: bool, odd: bool
+) -> str:
+    """The PTX of the per-sample Fisher with one tile size; ``odd``: of matrices whose sides are odd."""
+    signature = {"fisher_pointer": "*fp32", "gradient_pointer": "*fp32"}
+    signature |= {"activations_pointer": f"*{types[0]}", "output_gradients_pointer": f"*{types[1]}"}
+    signature |= {"blocks_pointer": "*i64", "shares_pointer": "*i64"}
+    signature |= {"d_out": "i32", "d_in": "i32", "kept": "i32"}
+    constants = {
+        "WITH_GRADIENT": with_gradient,
+        "WIDENED": types[0] != types[1] or types[0] == "fp32",
+        "ATOMIC": atomic,
+        "GROUP": fisher.GROUP,
+        **tile.kwargs,
+    }
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return instructions(fisher._fisher, signature, constants, arch, options, multiples_of_16=not odd)
 
 
 def main() -> int:
@@ -49,6 +82,17 @@ def main() -> int:
             found.append((name, subtraction(weights, "fp32", weighted, power, arch)))
         for gradient, squared in itertools.product(TYPES, (False, True)):
             found.append((f"fold {gradient} squared={squared} sm_{arch}", folding(gradient, squared, arch)))
+        for types, place in (
+            (("bf16", "bf16"), 0),
+            (("bf16", "bf16"), -1),
+            (("fp16", "fp16"), -1),
+            (("fp32", "fp32"), -1),
+            (("bf16", "fp32"), 0),
+        ):
+            tile = (fisher.FLOAT32_TILES if "fp32" in types else fisher.TENSOR_CORE_TILES)[place]
+            small = place == 0
+            ptx = fisher_tile(types, tile, arch, with_gradient=small, atomic=not small, odd=small)
+            found.append((f"fisher {' '.join(types)} {'small' if small else 'large'} sm_{arch}", ptx))
     json.dump(found, sys.stdout)
     return 0
 

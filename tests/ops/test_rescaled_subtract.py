@@ -11,6 +11,9 @@ from torch import Tensor
 
 from perta_fast import compiled, ops
 
+# The interpreter of Triton computes with numpy, which warns of the special values.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 70_001)
 SPECIAL = (
@@ -148,17 +151,93 @@ def test_triton_plain_task_vector() -> None:
     assert_same_bits(run("triton", arrays, lam=1.5), run("reference", arrays, lam=1.5))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_new_tensor_as_in_place(backend: str, weighted: bool) -> None:
+    if backend not in ops.available_backends():
+        pytest.skip(f"{backend} is not available")
+    arrays = [draw(1500, torch.bfloat16, seed, special=True) for seed in range(5 if weighted else 3)]
+    theta = arrays[0].clone()
+    result = ops.rescaled_subtract(*arrays, lam=1.5, backend=backend)
+    assert_same_bits(result, run("reference", arrays, lam=1.5))
+    assert_same_bits(arrays[0], theta)
+
+
+def test_new_tensor_from_one_tensor_in_several_roles() -> None:
+    theta, tuned = (draw(100, torch.float32, seed) for seed in range(2))
+    result = ops.rescaled_subtract(theta, tuned, theta, tuned, tuned, lam=1.0)
+    assert_same_bits(result, run("reference", [theta, tuned, theta.clone(), tuned, tuned], lam=1.0))
+    assert not ops.rescaled_subtract(theta.requires_grad_(), tuned, theta, lam=1.0).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_as_one_by_one(backend: str, weighted: bool) -> None:
+    if backend not in ops.available_backends():
+        pytest.skip(f"{backend} is not available")
+    mixes = (DTYPES[0], DTYPES[1]) * 3
+    tensors = [[draw(n, dtype, n + seed) for seed in range(5)] for n, dtype in enumerate(mixes)]
+    lists = list(zip(*tensors, strict=True))[: 5 if weighted else 3]
+    expected = [run("reference", [*arrays[: len(lists)]], lam=1.3, p=2.0) for arrays in tensors]
+    assert ops.rescaled_subtract_many_(*lists, lam=1.3, p=2.0, backend=backend) is None
+    for theta, wanted in zip(lists[0], expected, strict=True):
+        assert_same_bits(theta, wanted)
+
+
+def test_many_of_nothing() -> None:
+    ops.rescaled_subtract_many_([], [], [], lam=1.0)
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+
+
+@cuda
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", [*SIZES, 1_000_003])
 def test_cuda(backend: str, dtype: torch.dtype, p: float, n: int) -> None:
     arrays = [draw(n, dtype, seed, special=True) for seed in range(3)]
     arrays += [draw(n, torch.float32, seed, special=True) for seed in (3, 4)]
     expected = run("reference", arrays, lam=1.3, p=p)
     on_device = [array.cuda() for array in arrays]
     assert_same_bits(run(backend, on_device, lam=1.3, p=p).cpu(), expected)
+    assert_same_bits(ops.rescaled_subtract(*on_device, lam=1.3, p=p, backend=backend).cpu(), expected)
+
+
+@cuda
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=5)))
+def test_cuda_mixes_and_offsets(dtypes: tuple[torch.dtype, ...]) -> None:
+    place = DTYPES.index(dtypes[0])
+    arrays = [draw(4099 + place, dtype, seed, special=True) for seed, dtype in enumerate(dtypes)]
+    expected = run("reference", [array[place:] for array in arrays], lam=0.7)
+    on_device = [array.cuda()[place:] for array in arrays]
+    ops.rescaled_subtract_(*on_device, lam=0.7, backend="cuda")
+    assert_same_bits(on_device[0].cpu(), expected)
+
+
+@cuda
+def test_cuda_many() -> None:
+    tensors = [[draw(7 * n, DTYPES[n % 2], 5 * n + seed) for seed in range(5)] for n in range(1500)]
+    expected = [run("reference", [*arrays], lam=1.3) for arrays in tensors]
+    lists = [[tensor.cuda() for tensor in each] for each in zip(*tensors, strict=True)]
+    ops.rescaled_subtract_many_(*lists, lam=1.3, backend="cuda")
+    for theta, wanted in zip(lists[0], expected, strict=True):
+        assert_same_bits(theta.cpu(), wanted)
+
+
+@cuda
+def test_cuda_runs_in_the_order_of_the_current_stream() -> None:
+    arrays = [draw(100_000, torch.float32, seed) for seed in range(3)]
+    theta, tuned, base = (array.cuda() for array in arrays)
+    late = torch.zeros_like(tuned)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)  # cycles: longer than a launch on another stream would take to overtake
+        late.copy_(tuned)
+        ops.rescaled_subtract_(theta, late, base, lam=1.0, backend="cuda")
+    torch.cuda.synchronize()
+    assert_same_bits(theta.cpu(), run("reference", [*arrays], lam=1.0))
 
 
 sizes = st.integers(1, 3000)
@@ -298,6 +377,39 @@ def test_bad_arguments_are_named(name: str, backend: str) -> None:
             ops.rescaled_subtract_(**good() | {name: wrong}, lam=1.0, backend=backend)
 
 
+@pytest.mark.parametrize("wrong", ["thetas", "tuneds", "bases", "forget_importances"])
+def test_many_names_what_is_wrong(wrong: str) -> None:
+    names = ("thetas", "tuneds", "bases", "forget_importances", "retain_importances")
+
+    def lists() -> dict[str, list[Tensor]]:
+        return {
+            name: [draw(12, torch.float32, 5 * k + seed) for k in range(4)] for seed, name in enumerate(names)
+        }
+
+    for change, error, message in (
+        (lambda every: every | {wrong: every[wrong][:3]}, ValueError, rf"{wrong} has 3"),
+        (lambda every: every | {wrong: torch.zeros(4, 12)}, TypeError, rf"{wrong} must be a list or tuple"),
+        (
+            lambda every: every | {wrong: [*every[wrong][:2], torch.zeros(24)[::2], every[wrong][3]]},
+            ValueError,
+            rf"{wrong}\[2\] is not contiguous",
+        ),
+        (
+            lambda every: every | {wrong: [*every[wrong][:3], every["thetas"][1]]},
+            ValueError,
+            r"shares memory with thetas\[.\], which is overwritten",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            ops.rescaled_subtract_many_(**change(lists()), lam=1.0)
+
+
+def test_many_on_one_device_only() -> None:
+    thetas = [torch.zeros(3), torch.zeros(3, device="meta")]
+    with pytest.raises(ValueError, match=r"thetas\[1\] is on meta"):
+        ops.rescaled_subtract_many_(thetas, thetas, thetas, lam=1.0)
+
+
 @pytest.mark.parametrize("name", [name for name in good() if name != "theta"])
 def test_aliases_of_theta_are_refused(name: str) -> None:
     arrays = good()
@@ -333,8 +445,3 @@ def test_one_importance_alone_is_refused() -> None:
     del arrays["retain_importance"]
     with pytest.raises(ValueError, match="retain_importance"):
         ops.rescaled_subtract_(**arrays, lam=1.0)
-
-
-def test_a_backend_that_cannot_serve_says_so() -> None:
-    with pytest.raises(ValueError, match="cuda cannot serve tensors on cpu"):
-        ops.rescaled_subtract_(**good(), lam=1.0, backend="cuda")

@@ -1,0 +1,273 @@
+"""The exact per-sample Fisher: the operation against a matrix product, whole models against a backward pass.
+
+The limit of the operation is one matrix product of the same FLOPs, which forgets whose token is whose. That of
+a whole model is a plain forward and backward pass over the same batch. Peers give every parameter's exact
+per-sample Fisher, as ours does, unless their note says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import perta_fast as pf
+from bench.arrays import timed
+from bench.contest import Outcome, Unavailable, alternate, replay, replayed
+from bench.tables import Row
+from perta_fast.data import Sample
+from perta_fast.importance.per_sample import per_sample_fisher
+from perta_fast.losses import Batch, per_sample_losses
+
+Fisher = dict[str, torch.Tensor]
+
+BACKENDS = {"cpu": "cpp", "cuda": "triton"}
+# Samples, tokens, width of the linear map.
+SHAPES = {
+    "cpu": ((32, 128, 512), (64, 48, 512), (128, 16, 512), (8, 256, 2048)),
+    "cuda": ((16, 256, 4096), (64, 64, 4096), (256, 16, 4096)),
+}
+OPERATION = {
+    "one matrix product": "limit",
+    "torch, sample by sample": "reference",
+    "torch, all gradients at once": "peer",
+    "BackPACK": "peer",
+    "ours": "ours",
+}
+# Samples and tokens of the whole model's batch.
+BATCHES = {"cpu": ((32, 128), (64, 48), (128, 16)), "cuda": ((32, 128), (16, 256))}
+MODEL = {
+    "training backward": "limit",
+    "batch-of-one loop": "peer",
+    "torch.func vmap": "peer",
+    "Opacus": "peer",
+    "ours": "ours",
+}
+
+
+def operation_group(device: str, shape: tuple[int, int, int]) -> str:
+    """The table of one shape of the operation."""
+    count, tokens, width = shape
+    kind = "float32" if device == "cpu" else "bfloat16"
+    return f"fisher, {device}: {count} samples of {tokens} tokens, {width} x {width}, {kind}"
+
+
+def model_group(device: str, batch: tuple[int, int]) -> str:
+    """The table of one batch of the whole model."""
+    return f"fisher of a model, {device}: {batch[0]} samples of {batch[1]} tokens"
+
+
+def one_product(activations: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+    """The batch's gradient, as an ordinary backward pass computes it."""
+    return deltas.flatten(0, 1).T @ activations.flatten(0, 1)
+
+
+def all_at_once(activations: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+    """Every sample's gradient in memory, then the sum of squares."""
+    return torch.einsum("nto,nti->noi", deltas.float(), activations.float()).square_().sum(0)
+
+
+def by_backpack(activations: torch.Tensor, deltas: torch.Tensor) -> Callable[[], object]:
+    """BackPACK's SumGradSquared on one nn.Linear, whose own gradient comes with it."""
+    try:
+        from backpack import backpack, extend
+        from backpack.extensions import SumGradSquared
+    except ImportError:
+        return unavailable("BackPACK: not installed")
+    width = activations.shape[-1]
+    layer = extend(nn.Linear(width, width, bias=False, device=activations.device, dtype=activations.dtype))
+
+    def run() -> object:
+        layer.zero_grad(set_to_none=True)
+        with torch.enable_grad(), backpack(SumGradSquared()):
+            (layer(activations) * deltas).sum().backward()
+        return layer.weight.sum_grad_squared
+
+    return run
+
+
+def unavailable(reason: str) -> Callable[[], object]:
+    """A contender that cannot run here."""
+
+    def run() -> object:
+        raise Unavailable(reason)
+
+    return run
+
+
+def contest_of_operation(device: str, shape: tuple[int, int, int], rounds: int) -> dict[str, Outcome]:
+    """All contenders on one shape."""
+    count, tokens, width = shape
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+    activations, deltas = (
+        torch.randn(count, tokens, width, device=device, generator=generator).to(dtype) for _ in range(2)
+    )
+    fisher = torch.zeros(width, width, device=device)
+
+    def fold(backend: str) -> object:
+        return pf.ops.accumulate_squared_gradients_(fisher, activations, deltas, backend=backend)
+
+    works: dict[str, Callable[[], object]] = {
+        "one matrix product": lambda: one_product(activations, deltas),
+        "torch, sample by sample": lambda: fold("reference"),
+        "torch, all gradients at once": lambda: all_at_once(activations, deltas),
+        "BackPACK": by_backpack(activations, deltas),
+        "ours": lambda: fold(BACKENDS[device]),
+    }
+    with torch.no_grad():
+        return alternate({name: timed(work, device) for name, work in works.items()}, rounds)
+
+
+@dataclasses.dataclass
+class Subject:
+    """A random Llama and one batch for it."""
+
+    model: nn.Module
+    samples: list[Sample]
+    batch: Batch
+    device: str
+
+    @classmethod
+    def make(cls, device: str, count: int, tokens: int) -> Subject:
+        """22 M parameters in float32 on a CPU, 1 B in bfloat16 on a GPU."""
+        torch.manual_seed(0)
+        large = device == "cuda"
+        config = LlamaConfig(
+            vocab_size=32000 if large else 3000,
+            hidden_size=2048 if large else 512,
+            intermediate_size=5632 if large else 1408,
+            num_hidden_layers=20 if large else 6,
+            num_attention_heads=32 if large else 8,
+            num_key_value_heads=32 if large else 8,
+            max_position_embeddings=tokens,
+            tie_word_embeddings=False,
+        )
+        model = LlamaForCausalLM(config).to(device, torch.bfloat16 if large else torch.float32).eval()
+        rows = torch.randint(config.vocab_size, (count, tokens)).tolist()
+        samples = [Sample(tuple(row), tuple(row)) for row in rows]
+        return cls(model, samples, Batch.of(samples, device), device)
+
+    def training_backward(self) -> object:
+        """What a training step does before the optimizer."""
+        self.model.zero_grad(set_to_none=True)
+        per_sample_losses(self.model, self.batch).sum().backward()
+        return None
+
+    def loop(self) -> Fisher:
+        """One forward and backward a sample, squares added up: the usual script."""
+        fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.model.named_parameters()}
+        for sample in self.samples:
+            self.model.zero_grad(set_to_none=True)
+            per_sample_losses(self.model, Batch.of([sample], self.device)).sum().backward()
+            for name, parameter in self.model.named_parameters():
+                assert parameter.grad is not None
+                fisher[name].addcmul_(parameter.grad, parameter.grad)
+        return fisher
+
+    def vmap(self) -> Fisher:
+        """torch.func: vmap of grad, a few samples at a time so that their gradients fit."""
+        parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+        def loss(given: Fisher, ids: torch.Tensor) -> torch.Tensor:
+            arguments = {"input_ids": ids[None], "use_cache": False}
+            logits = torch.func.functional_call(self.model, given, (), arguments).logits[0, :-1]
+            return nn.functional.cross_entropy(logits.float(), ids[1:])
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+        fisher = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
+        for ids in self.batch.input_ids.split(8):
+            for name, gradients in per_sample(parameters, ids).items():
+                fisher[name].add_(gradients.float().square_().sum(0))
+        return fisher
+
+    def opacus(self) -> Fisher:
+        """Opacus' hooks: every sample's gradients in memory, then squared."""
+        try:
+            from opacus import GradSampleModule
+        except ImportError as error:
+            raise Unavailable("Opacus: not installed") from error
+        wrapped = GradSampleModule(self.model, loss_reduction="sum", strict=False)
+        try:
+            per_sample_losses(wrapped, self.batch).sum().backward()
+            return {name: p.grad_sample.float().square().sum(0) for name, p in self.model.named_parameters()}
+        finally:
+            wrapped.to_standard_module()
+
+    def ours(self) -> Fisher:
+        """One batched pass."""
+        return per_sample_fisher(self.model, self.samples, batch_size=len(self.samples), progress=False).fisher
+
+
+def contest_of_model(device: str, batch: tuple[int, int], rounds: int) -> dict[str, Outcome]:
+    """All contenders on one batch."""
+    subject = Subject.make(device, *batch)
+    works = {
+        "training backward": subject.training_backward,
+        "batch-of-one loop": subject.loop,
+        "torch.func vmap": subject.vmap,
+        "Opacus": subject.opacus,
+        "ours": subject.ours,
+    }
+    return alternate({name: timed(work, device) for name, work in works.items()}, rounds)
+
+
+class Outcomes:
+    """Contests held on demand, each once."""
+
+    def __init__(self, device: str, rounds: int) -> None:
+        self.device, self.rounds = device, rounds
+        self.held: dict[str, dict[str, Outcome]] = {}
+
+    def of(
+        self, group: str, contest: Callable[..., dict[str, Outcome]], size: tuple[int, ...]
+    ) -> dict[str, Outcome]:
+        """The outcomes of ``group``."""
+        if group not in self.held:
+            self.held[group] = contest(self.device, size, self.rounds)
+        return self.held[group]
+
+
+@pytest.fixture(scope="module")
+def outcomes(device: str, rounds: int) -> Outcomes:
+    """All contests of this file."""
+    return Outcomes(device, rounds)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Take the sizes that suit the chosen device."""
+    device = metafunc.config.getoption("--bench-device")
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", SHAPES[device], ids=str)
+    if "batch" in metafunc.fixturenames:
+        metafunc.parametrize("batch", BATCHES[device], ids=str)
+
+
+@replayed
+@pytest.mark.parametrize("contender", OPERATION)
+def bench_operation(
+    shape: tuple[int, int, int], contender: str, outcomes: Outcomes, board: list[Row], benchmark: Any
+) -> None:
+    """One contender on one linear map."""
+    group = operation_group(outcomes.device, shape)
+    found = outcomes.of(group, contest_of_operation, shape)[contender]
+    count, tokens, width = shape
+    flops = 2 * count * tokens * width * width
+    row = replay(benchmark, found, group=group, contender=contender, role=OPERATION[contender], flops=flops)
+    board.append(row)
+
+
+@replayed
+@pytest.mark.parametrize("contender", MODEL)
+def bench_model(
+    batch: tuple[int, int], contender: str, outcomes: Outcomes, board: list[Row], benchmark: Any
+) -> None:
+    """One contender on a whole model."""
+    group = model_group(outcomes.device, batch)
+    found = outcomes.of(group, contest_of_model, batch)[contender]
+    board.append(replay(benchmark, found, group=group, contender=contender, role=MODEL[contender]))

@@ -1,0 +1,33 @@
+"""Where the time of a demo goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Clock:
+    """Seconds by phase, as a clock on the wall and as the processors count them."""
+
+    wall: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time that the context takes to phase ``name``."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall[name] = self.wall.get(name, 0) + time.perf_counter() - wall
+        self.cpu[name] = self.cpu.get(name, 0) + time.process_time() - cpu
+
+    def summary(self) -> str:
+        """A line a phase, and the sum."""
+        rows = [(name, self.wall[name], self.cpu[name]) for name in self.wall]
+        rows.append(("in all", sum(self.wall.values()), sum(self.cpu.values())))
+        return "\n".join(
+            [
+                f"{'seconds':36}{'wall':>8}{'cpu':>8}",
+                *(f"{name:36}{wall:8.1f}{cpu:8.1f}" for name, wall, cpu in rows),
+            ]
+        )

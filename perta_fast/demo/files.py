@@ -1,0 +1,81 @@
+"""Where a demo keeps its files."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from perta_fast.demo.authors import Row
+from perta_fast.output import check_output
+
+
+@dataclass(frozen=True)
+class Files:
+    """The places below ``directory``. Checkpoints are in float32."""
+
+    directory: Path
+
+    @property
+    def base(self) -> Path:
+        """theta_0: trained on the other authors only."""
+        return self.directory / "base"
+
+    @property
+    def full(self) -> Path:
+        """theta_full: the base tuned on forget and retain data."""
+        return self.directory / "full"
+
+    @property
+    def tuned(self) -> Path:
+        """theta_f: the base tuned on forget data."""
+        return self.directory / "tuned"
+
+    @property
+    def gold(self) -> Path:
+        """theta_retain: the base tuned on retain data, what unlearning should come to."""
+        return self.directory / "gold"
+
+    @property
+    def results(self) -> Path:
+        """The table and everything behind it."""
+        return self.directory / "demo.json"
+
+    def questions(self, split: str) -> Path:
+        """The JSON lines of one split."""
+        return self.directory / f"{split}.jsonl"
+
+    def importance(self, estimator: str) -> Path:
+        """Both importances by one estimator, as ``forget`` and ``retain``."""
+        return self.directory / "importance" / estimator
+
+    def unlearned(self, rule: str, lam: float) -> Path:
+        """The result of one rule at one strength."""
+        return self.directory / "unlearned" / f"{rule}-{lam:g}"
+
+    def write_questions(self, splits: Mapping[str, Sequence[Row]]) -> None:
+        """Write every split as JSON lines."""
+        for split, rows in splits.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            self.questions(split).write_text(lines, encoding="utf-8")
+
+
+@contextmanager
+def work_directory(out: Path | None) -> Iterator[Path]:
+    """``out``, removed again if the work fails; or a temporary directory, removed in any case.
+
+    Raises InputError if ``out`` exists and is not an empty directory.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="perta-demo-") as temporary:
+            yield Path(temporary)
+        return
+    check_output(out, overwrite=False, inputs=[])
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield out
+    except BaseException:  # an interrupt too
+        shutil.rmtree(out, ignore_errors=True)
+        raise

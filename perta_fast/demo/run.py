@@ -1,0 +1,94 @@
+"""The whole demo, from word lists to the table."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers.utils import logging
+
+from perta_fast.demo.checkpoints import train_models
+from perta_fast.demo.clock import Clock
+from perta_fast.demo.files import Files, work_directory
+from perta_fast.demo.scoring import Score
+from perta_fast.demo.selectivity import measure_step
+from perta_fast.demo.settings import FAST, FULL
+from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_checkpoint, sweep
+from perta_fast.demo.table import LEGEND, Line, explain, format_table
+from perta_fast.report import installed_versions
+
+_SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
+
+
+def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> None:
+    """Train small models on made-up authors, unlearn some of the authors by every rule, print what came of it.
+
+    out: directory to make, which then holds data, float32 checkpoints, importances, the best result of each
+    rule (see ``Files``) and ``demo.json``; None works in a temporary directory. fast: a smaller model that
+    learns less, for tests. seed: the same one gives the same numbers on the same machine. Everything runs on
+    the processor.
+
+    Raises InputError if ``out`` exists and is not an empty directory. After an error nothing is left behind.
+    """
+    settings = FAST if fast else FULL
+    clock = Clock()
+    with work_directory(out) as directory, _no_loading_bars():
+        files = Files(directory)
+        samples = train_models(files, settings, seed, clock)
+        with clock.phase("scoring"):
+            gold = score_checkpoint(files.gold, samples, _SPLITS)
+        with clock.phase("importance, subtraction, scoring"):
+            runs = sweep(files, samples, gold, settings.lams)
+        with clock.phase("scoring"):
+            lines = _lines(files, samples, gold, runs)
+        by_name = {line.name: line for line in lines}
+        others = [by_name[rule] for rule in runs if rule != "tv"]
+        print(f"\n{format_table(lines)}\n\n{LEGEND}\n\n{explain(by_name['tv'], others)}\n")
+        print(clock.summary())
+        result = {
+            "settings": {"seed": seed, **asdict(settings)},
+            "table": [asdict(line) for line in lines],
+            "runs": {rule: [asdict(run) for run in tried] for rule, tried in runs.items()},
+            "seconds": asdict(clock),
+            "versions": installed_versions(),
+        }
+        files.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if out is not None:
+            best = min((best_run(tried) for tried in runs.values()), key=lambda run: run.gap)
+            print(f"\nEverything is in {out}. This repeats the row {best.rule}:\n{_command(files, best)}")
+
+
+def _lines(files: Files, samples: Samples, gold: dict[str, Score], runs: dict[str, list[Run]]) -> list[Line]:
+    lines = []
+    for name, path in (("theta_full", files.full), ("theta_0", files.base)):
+        scores = score_checkpoint(path, samples, _SPLITS)
+        lines.append(Line(name, None, scores, gap_to_gold(scores, gold)))
+    lines.append(Line("gold", None, gold, 0.0))
+    for rule, tried in runs.items():
+        best = best_run(tried)
+        scores = score_checkpoint(files.unlearned(rule, best.lam), samples, _SPLITS)
+        lines.append(Line(rule, best.lam, scores, best.gap, measure_step(files, rule, best.lam)))
+    return lines
+
+
+def _command(files: Files, run: Run) -> str:
+    arguments: dict[str, object] = {"model": files.full, "base": files.base, "tuned": files.tuned}
+    if run.rule != "tv":
+        arguments |= {"forget": files.questions("forget"), "retain": files.questions("retain")}
+    arguments |= {"rule": run.rule, "lam": f"{run.lam:g}", "out": files.directory / "again"}
+    parts = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    return shlex.join(["perta", "unlearn", *parts])
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Without the bar that transformers draws for each of the many checkpoints loaded here."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

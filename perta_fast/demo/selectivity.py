@@ -1,0 +1,52 @@
+"""What a rule's weights do to the step, apart from its length."""
+
+from dataclasses import dataclass
+
+import torch
+
+from perta_fast.checkpoint import Checkpoint
+from perta_fast.demo.files import Files
+from perta_fast.importance.store import Importance
+from perta_fast.ops import reference
+from perta_fast.rules import Rule
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step delta = lambda w tau of one run.
+
+    length: ||delta|| / ||tau||. selectivity: sum of I_f delta^2 / sum of I_r delta^2, with the empirical Fisher
+    at theta_0 as importance. To second order, and each parameter on its own, that is how much more the step
+    disturbs the forget data than the retain data; it does not depend on lambda.
+    """
+
+    length: float
+    selectivity: float
+
+
+def measure_step(files: Files, rule_name: str, lam: float) -> Step:
+    """Recompute the step of a finished run from the files."""
+    rule = Rule.of(rule_name, lam)
+    base, tuned = Checkpoint.open(files.base), Checkpoint.open(files.tuned)
+    fisher = _importances(files, "empirical-fisher")
+    weighing = None if rule.estimator is None else _importances(files, rule.estimator)
+    step_energy = task_energy = on_forget = on_retain = 0.0
+    for name in base.tensors:
+        task_vector = tuned.tensor(name) - base.tensor(name)
+        weights = torch.ones_like(task_vector)
+        if weighing is not None:
+            forget, retain = (importance.tensors[name] for importance in weighing)
+            weights = reference.weights(forget, retain, rule.p, rule.alpha, rule.threshold)
+        squared_step = (rule.lam * weights * task_vector).double().square()
+        step_energy += squared_step.sum().item()
+        task_energy += task_vector.double().square().sum().item()
+        on_forget, on_retain = (
+            total + (importance.tensors[name] * squared_step).sum().item()
+            for total, importance in zip((on_forget, on_retain), fisher, strict=True)
+        )
+    return Step((step_energy / task_energy) ** 0.5, on_forget / on_retain)
+
+
+def _importances(files: Files, estimator: str) -> tuple[Importance, Importance]:
+    directory = files.importance(estimator)
+    return Importance.load(directory / "forget"), Importance.load(directory / "retain")

@@ -1,0 +1,33 @@
+"""The sizes of a demo."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Authors of each kind, shape of the model, length of each training, and the strengths to try."""
+
+    forget_authors: int = 10
+    retain_authors: int = 40
+    other_authors: int = 100
+    hidden_size: int = 128
+    layers: int = 4
+    batch_size: int = 32
+    pretraining_epochs: int = 5
+    pretraining_rate: float = 2e-3
+    tuning_epochs: int = 20
+    tuning_rate: float = 1e-3
+    lams: tuple[float, ...] = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.8, 2.2)
+
+
+FULL = Settings()
+FAST = Settings(
+    forget_authors=3,
+    retain_authors=6,
+    other_authors=20,
+    hidden_size=64,
+    layers=2,
+    pretraining_epochs=4,
+    tuning_epochs=12,
+    lams=(0.5, 1.0, 2.0),
+)

@@ -1,0 +1,89 @@
+"""The table that a demo prints, and what can be read from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from perta_fast.demo.scoring import Score
+from perta_fast.demo.selectivity import Step
+
+_COLUMNS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
+LEGEND = """\
+loss      mean over the questions of the mean cross-entropy of an answer's tokens
+accuracy  share of the questions whose answer greedy decoding reproduces exactly, to the last token
+rephrased the same facts, asked in words that were never used in tuning
+gap       |forget accuracy - gold's| + |retain accuracy - gold's|, in points, on the trained questions; of each
+          rule the lambda with the smallest gap is shown"""
+_STEP_LEGEND = """\
+Each rule against tv. Selectivity: how much more the step disturbs forget than retain data, by the diagonal
+Fisher at theta_0, each parameter on its own. Length: of the step, in units of the task vector's."""
+_HARDLY = 1.1  # a selectivity this many times that of tv is no difference to speak of
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model: its scores by split, its gap to gold, and the step if it was made by a rule."""
+
+    name: str
+    lam: float | None
+    scores: Mapping[str, Score]
+    gap: float
+    step: Step | None = None
+
+    @property
+    def error(self) -> float:
+        """Standard error of the gap, in points, from the number of questions alone."""
+        variances = (
+            score.accuracy * (100 - score.accuracy) / score.questions
+            for score in (self.scores["forget"], self.scores["retain"])
+        )
+        return float(sum(variances) ** 0.5)
+
+
+def format_table(lines: Sequence[Line]) -> str:
+    """A line a model, a pair of columns a split."""
+    head = f"{'':24}{'forget':>16}{'retain':>16}{'forget':>16}{'retain':>16}\n"
+    head += f"{'':24}{'trained':>16}{'trained':>16}{'rephrased':>16}{'rephrased':>16}\n"
+    head += f"{'model':18}{'lambda':>6}{'  loss  accuracy' * len(_COLUMNS)}{'gap':>8}"
+    return "\n".join([head, *map(_format_line, lines)])
+
+
+def _format_line(line: Line) -> str:
+    lam = "" if line.lam is None else f"{line.lam:g}"
+    cells = "".join(f"{line.scores[split].loss:6.3f}{line.scores[split].accuracy:8.1f} %" for split in _COLUMNS)
+    return f"{line.name:18}{lam:>6}{cells}{line.gap:8.1f}"
+
+
+def explain(tv: Line, others: Sequence[Line]) -> str:
+    """For each rule whether it comes closer to gold than ``tv``, and what the step says about why."""
+    sentences = [_explain_line(tv, line) for line in others]
+    return "\n".join([_STEP_LEGEND, *sentences])
+
+
+def _explain_line(tv: Line, line: Line) -> str:
+    assert tv.step is not None and line.step is not None
+    ratio = line.step.selectivity / tv.step.selectivity
+    gain = tv.gap - line.gap
+    error = (tv.error**2 + line.error**2) ** 0.5
+    if abs(gain) <= error:
+        verdict = "as close to gold as tv"
+    else:
+        verdict = f"{'closer to' if gain > 0 else 'further from'} gold than tv"
+    numbers = (
+        f"gap {line.gap:.1f} against {tv.gap:.1f} (one standard error of the difference: {error:.1f}), "
+        f"selectivity {ratio:.2f} times tv's, length {line.step.length:.2f} against {tv.step.length:.2f}"
+    )
+    return f"- {line.name} is {verdict}: {numbers}.\n  {_reason(gain > error, ratio)}"
+
+
+def _reason(better: bool, ratio: float) -> str:
+    selective = ratio > _HARDLY
+    if better and selective:
+        return "Its step lies more on parameters that forget data need and retain data do not."
+    if better:
+        return "Not by the diagonal's account: it finds this step hardly more selective."
+    if selective:
+        return (
+            "Parameter by parameter its step is the more selective one, yet the answers do not show it: what "
+            "decides here is\n  how parameters work together, which no diagonal sees."
+        )
+    return "Its weights hardly tell forget from retain, so it does what tv does at another lambda."

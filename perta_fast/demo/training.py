@@ -1,0 +1,91 @@
+"""A small Llama and its tokenizer, trained with a plain torch loop on the processor."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from perta_fast.data import Sample
+from perta_fast.demo.authors import Row
+from perta_fast.demo.settings import Settings
+from perta_fast.losses import Batch, per_sample_losses
+from perta_fast.progress import sample_bar
+
+MAX_LENGTH = 64  # tokens; no question with its answer is longer
+_VOCABULARY = 1280  # at most: the word lists give fewer merges
+_WARM_UP = 0.1  # of the steps
+
+
+def train_tokenizer(rows: Iterable[Row]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that knows nearly every word of ``rows`` as one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # As data.encode writes a question, so that the words around it become tokens too.
+    texts = (f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A float32 Llama with random weights that depend on ``seed`` alone."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def train_(
+    module: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    epochs: int,
+    rate: float,
+    batch_size: int,
+    seed: int,
+    description: str,
+) -> None:
+    """Train ``module`` in place: AdamW without weight decay, the rate warmed up and then lowered to 0.
+
+    ``seed`` decides the order of the samples; the rest is deterministic on one machine.
+    """
+    module.train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    steps = math.ceil(len(samples) / batch_size) * epochs
+    warm_up = max(1, int(steps * _WARM_UP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    )
+    order = torch.Generator().manual_seed(seed)
+    with sample_bar(len(samples) * epochs, description, True) as bar:
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(samples), generator=order).split(batch_size):
+                batch = Batch.of([samples[k] for k in chosen.tolist()])
+                per_sample_losses(module, batch).mean().backward()
+                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update(len(chosen))
+    module.eval()

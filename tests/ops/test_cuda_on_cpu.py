@@ -1,0 +1,207 @@
+"""The CUDA kernels of the subtraction and the folds, compiled for the CPU, against the reference, bit for bit.
+
+What this cannot show is how the kernels behave on a device: their speed, and threads that run at the same time.
+"""
+
+import ctypes
+import itertools
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from perta_fast import ops
+from perta_fast.ops.backends import DTYPE_CODES
+from tests.ops.test_rescaled_subtract import DTYPES, SIZES, assert_same_bits, draw
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
+# A misaligned 16-byte access ends the process; the sources' own pragmas are nvcc's.
+FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all", "-Wno-unknown-pragmas"]
+Settings = tuple[float, float, float, float | None]  # lam, p, alpha, threshold
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler was found")
+    stand_in = ROOT / "tests" / "ops" / "cuda_on_cpu"
+    target = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
+    folders = (stand_in, ROOT / "csrc", ROOT / "csrc" / "cuda")
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), stand_in / "entries.cpp"]
+    command = [*compiler.split(), *FLAGS, *(f"-I{folder}" for folder in folders), "-x", "c++"]
+    done = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(target))
+    loaded.rescaled_subtract.restype = loaded.fold.restype = ctypes.c_char_p
+    return loaded
+
+
+def addresses(tensors: Sequence[Sequence[Tensor | None]]) -> ctypes.Array[ctypes.c_uint64]:
+    flat = [0 if each is None else each.data_ptr() for arrays in tensors for each in arrays]
+    return (ctypes.c_uint64 * len(flat))(*flat)
+
+
+def codes(tensors: Sequence[Sequence[Tensor | None]]) -> ctypes.Array[ctypes.c_int]:
+    flat = [0 if each is None else DTYPE_CODES[each.dtype] for arrays in tensors for each in arrays]
+    return (ctypes.c_int * len(flat))(*flat)
+
+
+def counts(tensors: Sequence[Sequence[Tensor | None]]) -> ctypes.Array[ctypes.c_size_t]:
+    return (ctypes.c_size_t * len(tensors))(*(arrays[0].numel() for arrays in tensors))  # type: ignore[union-attr]
+
+
+def subtract(library: ctypes.CDLL, tensors: Sequence[Sequence[Tensor | None]], settings: Settings) -> int:
+    """Run on lists of (out, theta, tuned, base, forget, retain); return the number of launches."""
+    lam, p, alpha, threshold = settings
+    before = library.launch_count()
+    error = library.rescaled_subtract(
+        ctypes.c_size_t(len(tensors)),
+        addresses(tensors),
+        codes([arrays[1:] for arrays in tensors]),
+        counts(tensors),
+        ctypes.c_bool(tensors[0][4] is not None),
+        ctypes.c_bool(threshold is not None),
+        ctypes.c_float(lam),
+        ctypes.c_float(p),
+        ctypes.c_float(alpha),
+        ctypes.c_float(threshold or 0.0),
+    )
+    assert error is None
+    return int(library.launch_count() - before)
+
+
+def fold(library: ctypes.CDLL, pairs: Sequence[tuple[Tensor, Tensor]], squared: bool) -> int:
+    """Run on pairs of (accumulator, gradient); return the number of launches."""
+    before = library.launch_count()
+    error = library.fold(
+        ctypes.c_size_t(len(pairs)),
+        addresses(pairs),
+        codes([pair[1:] for pair in pairs]),
+        counts(pairs),
+        ctypes.c_bool(squared),
+    )
+    assert error is None
+    return int(library.launch_count() - before)
+
+
+def reference(arrays: Sequence[Tensor | None], settings: Settings) -> Tensor:
+    lam, p, alpha, threshold = settings
+    return ops.rescaled_subtract(
+        *arrays,  # type: ignore[arg-type]
+        lam=lam,
+        p=p,
+        alpha=alpha,
+        threshold=threshold,
+        backend="reference",
+    )
+
+
+def placed(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """A copy of ``values``, ``offset`` elements after an address that 16 divides, and the buffer around it."""
+    buffer = torch.full((len(values) + offset + 16,), 7.0, dtype=values.dtype)
+    assert buffer.data_ptr() % 16 == 0
+    view = buffer[offset : offset + len(values)]
+    view.copy_(values)
+    return view, buffer
+
+
+def untouched_around(buffer: Tensor, offset: int, count: int) -> bool:
+    return bool((buffer[:offset] == 7).all()) and bool((buffer[offset + count :] == 7).all())
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=5)))
+def test_every_mix_of_types(library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...]) -> None:
+    arrays = [draw(333, dtype, seed, special=True) for seed, dtype in enumerate(dtypes)]
+    settings = (0.7, 1.0, 0.8, None)
+    expected = reference(arrays, settings)
+    assert subtract(library, [(arrays[0], *arrays)], settings) == 1
+    assert_same_bits(arrays[0], expected)
+
+
+@pytest.mark.parametrize("importance", [None, *DTYPES])
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("threshold", [None, 0.25])
+def test_powers_and_masks(
+    library: ctypes.CDLL,
+    weights: torch.dtype,
+    importance: torch.dtype | None,
+    p: float,
+    threshold: float | None,
+) -> None:
+    arrays: list[Tensor | None] = [draw(4100, weights, seed, special=True) for seed in range(3)]
+    arrays += [None if importance is None else draw(4100, importance, seed, special=True) for seed in (3, 4)]
+    settings = (1.3, p, 0.8, threshold)
+    out = torch.empty(4100, dtype=weights)
+    subtract(library, [(out, *arrays)], settings)
+    assert_same_bits(out, reference(arrays, settings))
+
+
+@pytest.mark.parametrize("p", [0.75, 3.0])
+def test_other_powers_within_rounding(library: ctypes.CDLL, p: float) -> None:
+    arrays = [draw(4000, torch.float32, seed) for seed in range(5)]
+    settings = (1.0, p, 1.0, None)
+    out = torch.empty(4000)
+    subtract(library, [(out, *arrays)], settings)
+    torch.testing.assert_close(out, reference(arrays, settings), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [*SIZES, 4096, 4097, 8200, 40_000])
+@pytest.mark.parametrize("offset", [0, 1, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_and_common_offsets(library: ctypes.CDLL, n: int, offset: int, dtype: torch.dtype) -> None:
+    values = [draw(n, dtype, seed) for seed in range(3)]
+    arrays, (buffer, *_) = zip(*(placed(each, offset) for each in values), strict=True)
+    subtract(library, [(arrays[0], *arrays, None, None)], (1.0, 1.0, 1.0, None))
+    assert_same_bits(arrays[0], reference(values, (1.0, 1.0, 1.0, None)))
+    assert untouched_around(buffer, offset, n)
+
+
+def test_any_offsets(library: ctypes.CDLL) -> None:
+    choose = random.Random(0)
+    for _ in range(200):
+        n, mix = choose.randrange(5000), choose.choices(DTYPES, k=5)
+        values = [draw(n, dtype, choose.randrange(1 << 30)) for dtype in mix]
+        offsets = [choose.randrange(9) for _ in mix]
+        arrays, buffers = zip(*map(placed, values, offsets), strict=True)
+        subtract(library, [(arrays[0], *arrays)], (1.0, 2.0, 1.0, None))
+        assert_same_bits(arrays[0], reference(values, (1.0, 2.0, 1.0, None)))
+        assert untouched_around(buffers[0], offsets[0], n)
+
+
+def test_thousands_of_tensors_in_a_few_launches(library: ctypes.CDLL) -> None:
+    choose = random.Random(1)
+    sizes = [choose.choice([0, 1, 5, 64, 100, 4096, 9000]) for _ in range(1200)]
+    tensors = [[draw(n, torch.bfloat16, 3 * k + seed) for seed in range(3)] for k, n in enumerate(sizes)]
+    tensors[700] = [each.float() for each in tensors[700]]
+    settings = (1.0, 1.0, 1.0, None)
+    expected = [reference(arrays, settings) for arrays in tensors]
+    launched = subtract(library, [(arrays[0], *arrays, None, None) for arrays in tensors], settings)
+    for arrays, wanted in zip(tensors, expected, strict=True):
+        assert_same_bits(arrays[0], wanted)
+    assert launched <= 4
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_folds(library: ctypes.CDLL, squared: bool, offset: int) -> None:
+    pairs, expected, around = [], [], []
+    add: Callable[..., Tensor] = ops.accumulate_square_ if squared else ops.accumulate_
+    for n, dtype in itertools.product((0, 1, 7, 8, 9, 4096, 5000), DTYPES):
+        gradient = draw(n, dtype, n, special=True)
+        accumulator, buffer = placed(draw(n, torch.float32, n + 1), offset)
+        expected.append(add(accumulator.clone(), gradient, backend="reference"))
+        pairs.append((accumulator, placed(gradient, 2 * offset)[0]))
+        around.append((buffer, offset, n))
+    assert fold(library, pairs, squared) == len(DTYPES)
+    for (accumulator, _), wanted in zip(pairs, expected, strict=True):
+        assert_same_bits(accumulator, wanted)
+    assert all(itertools.starmap(untouched_around, around))
