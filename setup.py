@@ -46,8 +46,8 @@ if X86:
         "-mavx512vl",
         "-mprefer-vector-width=512",
     ]
-# Sources compiled once per instruction set, with flags of their own: products and sums may be fused in the Fisher
-# alone, which is held to a tolerance and not to bits.
+# Sources compiled once per instruction set, with flags of their own: products and sums may be fused in the
+# Fisher alone, which is held to a tolerance and not to bits.
 PER_INSTRUCTION_SET = {"block_kernels": [], "fisher_kernels": ["-ffp-contract=fast"]}
 CUDA_ARCHS = ("80", "90", "100")
 

@@ -1,8 +1,8 @@
 """How one module gives each sample's own parameter gradients from a batched backward pass.
 
-While a rule is installed it stands in for the module's ``forward``, which computes the same values. The weights of
-linear maps are folded inside the backward pass by the fused operation; all other parameters are small or few enough
-that each sample's gradient can exist until the pass is over.
+While a rule is installed it stands in for the module's ``forward``, and computes the same values. The weights
+of linear maps are folded inside the backward pass by the fused operation; all other parameters are small or few
+enough for each sample's gradient to exist for a while.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ class Unfit(Exception):
 
 @dataclass
 class Target:
-    """Where a parameter's gradients go: sums over samples of squares and, if wanted, of the gradients themselves."""
+    """Where a parameter's gradients go: sums over samples of their squares and, if wanted, of themselves."""
 
     fisher: Tensor  # float32, the parameter's shape
     gradient: Tensor | None
@@ -99,28 +99,30 @@ class ModuleRule:
     def installed(self) -> Iterator[None]:
         """Stand in for the module's forward."""
         before = self.module.__dict__.get("forward")
-        self.module.forward = self.forward  # type: ignore[method-assign]
+        self.module.forward = self.forward
         try:
             yield
         finally:
             if before is None:
                 del self.module.forward
             else:
-                self.module.forward = before  # type: ignore[method-assign]
+                self.module.forward = before
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b, whose backward hands x and the output's gradient to a rule instead of computing W's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rule: "LinearRule", anchor: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rule: "LinearRule", anchor: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.rule = rule
         return functional.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.rule.fold(x, delta)
         return (delta @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
@@ -130,9 +132,9 @@ class _Linear(torch.autograd.Function):
 class LinearRule(ModuleRule):
     """nn.Linear, and GPT-2's Conv1D, which keeps its weight the other way round.
 
-    deferred: the weight takes part in several calls, whose gradients must be summed before they are squared: each
-    call's activations wait for the end of the pass. embedding: the rule of an input embedding that is tied to this
-    output head. sparse: most of the output's gradient is zero by whole tokens (a head under masked labels).
+    deferred: the weight takes part in several calls, whose gradients must be summed before they are squared:
+    what each call leaves waits for the end of the pass. embedding: the rule of the input embedding that is tied
+    to this output head. sparse: the output's gradient may be zero at whole tokens (a head, where labels are masked).
     """
 
     deferred: list[tuple[Tensor, Tensor]] | None = None
@@ -144,11 +146,12 @@ class LinearRule(ModuleRule):
         self.transposed = isinstance(self.module, Conv1D)
         self._bias_sums: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         self.batch.by_sample(x)  # refuses early what the backward pass could not fold
         weight: Any = self.module.weight
         anchor = torch.zeros((), device=x.device, requires_grad=True)  # the output must have a backward pass
-        result: Tensor = _Linear.apply(x, weight.T if self.transposed else weight, self.module.bias, self, anchor)
+        matrix = weight.T if self.transposed else weight
+        result: Tensor = _Linear.apply(x, matrix, self.module.bias, self, anchor)
         return result
 
     def fold(self, x: Tensor, delta: Tensor) -> None:
@@ -206,7 +209,7 @@ class EmbeddingRule(ModuleRule):
         self._tokens = self._starts = torch.empty(0)
         self._head: Tensor | None = None  # (U, d): the tied head's gradient at the same rows
 
-    def forward(self, ids: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, ids: Tensor) -> Any:
         module: Any = self.module
         if ids.dim() != 2 or ids.shape[0] not in (1, self.batch.count):
             raise Unfit(f"token ids of shape {tuple(ids.shape)}")
@@ -242,7 +245,7 @@ class EmbeddingRule(ModuleRule):
             target, own = self.targets["weight"], self._table.grad.to_dense().float()
             if self.module.padding_idx is not None:  # its vector has no gradient by definition
                 own[self._tokens == self.module.padding_idx] = 0
-            # With a tied head H_n, whose square is folded on its own: (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n).
+            # A tied head folds its own square: (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n).
             squares = own * own if self._head is None else own * (own + 2 * self._head)
             target.fisher.index_add_(0, self._tokens, squares)
             if target.gradient is not None:

@@ -1,7 +1,7 @@
-"""The exact per-sample Fisher of a whole model, from one batched backward pass a batch.
+"""The exact per-sample Fisher of a whole model, from one backward pass a batch.
 
-Every module with parameters is given a rule (``module_rules``) after a look at how it is called. A parameter that no
-rule fits is left to batches of one.
+Every module with parameters is given a rule (``module_rules``) after a look at how it is called. A parameter
+that no rule fits is left to batches of one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from perta_fast.importance.module_rules import (
 )
 from perta_fast.losses import Batch, per_sample_losses
 
-# The look at the model is a batch of these sizes: two unlike primes, so that a shape tells which dimension is which.
+# The look takes a batch of these sizes: two unlike primes, so that a shape tells which dimension is which.
 _LOOK_SAMPLES, _LOOK_TOKENS = 5, 7
 
 
@@ -54,7 +54,8 @@ class Plan:
     def backward(self, module: nn.Module, samples: Sequence[Sample], device: torch.device) -> Tensor:
         """One batch forward, backward and folded, with the plan installed; return each sample's loss."""
         batch = Batch.of(samples, device)
-        shape = BatchShape(*batch.input_ids.shape, torch.tensor([len(sample.input_ids) for sample in samples]))
+        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+        shape = BatchShape(len(samples), batch.input_ids.shape[1], lengths)
         for rule in self.rules:
             rule.batch = shape
         losses = per_sample_losses(module, batch)
@@ -66,50 +67,67 @@ class Plan:
 
 
 def plan_for(module: nn.Module, samples: Sequence[Sample], targets: Mapping[str, Target]) -> Plan:
-    """Choose a rule for each module that holds a parameter of ``targets``, from how a small batch runs through it."""
+    """Choose a rule for each module with a parameter of ``targets``, from how a few samples run through it."""
     names = {parameter: name for name, parameter in module.named_parameters() if name in targets}
-    owners: dict[str, list[nn.Module]] = {name: [] for name in targets}
+    uses: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in targets}
     for part in module.modules():
-        for parameter in part._parameters.values():
+        for key, parameter in part._parameters.items():
             if parameter in names:
-                owners[names[parameter]].append(part)
-    seen = _look(module, samples, {part for parts in owners.values() for part in parts})
+                uses[names[parameter]].append((part, key))
+    seen = _look(module, samples, {part for places in uses.values() for part, _ in places})
     rules: dict[nn.Module, ModuleRule] = {}
     plan = Plan([])
-
-    def rule_of(part: nn.Module, name: str) -> ModuleRule:
-        kind = seen[part].kind
-        assert kind is not None
-        own = next(key for key, parameter in part._parameters.items() if parameter is not None and names.get(parameter) == name)
-        rule = rules.setdefault(part, kind(part, {}))
-        rule.targets[own] = targets[name]
-        return rule
-
-    for name, parts in owners.items():
-        kinds = [seen[part].kind for part in parts]
-        calls = [seen[part].calls for part in parts]
-        if not parts or None in kinds or 0 in calls:
+    for name, places in uses.items():
+        found = [seen[part] for part, _ in places]
+        if not _can_be_combined(found):
             plan.left.append(name)
-        elif sum(calls) == 1 or kinds == [ElementwiseRule]:
-            rule_of(parts[0], name)
-        elif all(kind is LinearRule for kind in kinds):
-            waiting: list[tuple[Tensor, Tensor]] = []
-            for part in parts:
-                rule = rule_of(part, name)
-                assert isinstance(rule, LinearRule)
-                rule.deferred = waiting
-        elif sorted(kind.__name__ for kind in kinds if kind) == ["EmbeddingRule", "LinearRule"] and sum(calls) == 2:
-            embedding, head = sorted((rule_of(part, name) for part in parts), key=lambda rule: type(rule).__name__)
-            assert isinstance(head, LinearRule) and isinstance(embedding, EmbeddingRule)
-            head.embedding = embedding
-        else:
-            plan.left.append(name)
-    head_module = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    for part, rule in rules.items():
-        if isinstance(rule, LinearRule):
-            rule.sparse = part is head_module
+            continue
+        chosen = [_rule_for(part, seen[part], rules) for part, _ in places]
+        for rule, (_, key) in zip(chosen, places, strict=True):
+            rule.targets[key] = targets[name]
+        _combine(chosen, sum(each.calls for each in found))
+    head = rules.get(_output_head(module))
+    if isinstance(head, LinearRule):
+        head.sparse = True
     plan.rules = list(rules.values())
     return plan
+
+
+def _can_be_combined(found: Sequence["_Seen"]) -> bool:
+    """Whether a parameter's gradients from these modules can be summed by sample before they are squared."""
+    kinds = [each.kind for each in found]
+    if not found or None in kinds or any(each.calls == 0 for each in found):
+        return False
+    calls = sum(each.calls for each in found)
+    return calls == 1 or kinds == [ElementwiseRule] or set(kinds) == {LinearRule} or _is_tied(kinds, calls)
+
+
+def _is_tied(kinds: Sequence[type[ModuleRule] | None], calls: int) -> bool:
+    """An input embedding and an output head, each called once."""
+    return len(kinds) == calls == 2 and set(kinds) == {EmbeddingRule, LinearRule}
+
+
+def _combine(rules: Sequence[ModuleRule], calls: int) -> None:
+    """Let the rules of one parameter know of each other."""
+    linear = [rule for rule in rules if isinstance(rule, LinearRule)]
+    if _is_tied([type(rule) for rule in rules], calls):
+        (linear[0].embedding,) = (rule for rule in rules if isinstance(rule, EmbeddingRule))
+    elif linear and calls > 1:
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for rule in linear:
+            rule.deferred = waiting
+
+
+def _rule_for(part: nn.Module, seen: "_Seen", rules: dict[nn.Module, ModuleRule]) -> ModuleRule:
+    assert seen.kind is not None
+    if part not in rules:
+        rules[part] = seen.kind(part, {})
+    return rules[part]
+
+
+def _output_head(module: nn.Module) -> Any:
+    find = getattr(module, "get_output_embeddings", None)
+    return None if find is None else find()
 
 
 @dataclass
@@ -177,10 +195,13 @@ def _fits(
     result: Any,
 ) -> bool:
     """Whether the rule computes what the module did."""
-    unused = torch.empty(0)
-    rule = kind(part, {key: Target(unused, None) for key, value in part._parameters.items() if value is not None})
+    unused = Target(torch.empty(0), None)
+    rule = kind(part, {key: unused for key, value in part._parameters.items() if value is not None})
     rule.batch = shape
     try:
+        if kind is LinearRule:  # its arithmetic is known
+            shape.by_sample(arguments[0])
+            return len(arguments) == 1 and not keywords
         with torch.enable_grad():
             again = rule.forward(*arguments, **keywords)
     except Exception:  # whatever a stranger's module makes of it, the rule is not for this module
