@@ -28,7 +28,6 @@ from perta_fast.model_card import write_model_card
 from perta_fast.output import OutputDirectory, check_space, write_fully
 from perta_fast.progress import byte_bar
 from perta_fast.report import (
-    FILE_NAME,
     Report,
     TensorReport,
     describe_files,
@@ -198,8 +197,7 @@ def copy_companions(source: Checkpoint, target: Path) -> None:
     """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use."""
     for path in sorted(source.path.iterdir()):
         weights = path.name.removesuffix(".index.json").endswith((".safetensors", *PICKLED, *OTHER_WEIGHTS))
-        wanted = path == source.index or not (weights or path.name == FILE_NAME)
-        if wanted and path.is_file():
+        if path.is_file() and (path == source.index or not weights):
             shutil.copyfile(path, target / path.name)
 
 
@@ -417,6 +415,9 @@ def _metadata_warnings(metadata: dict[str, dict[str, str]]) -> list[str]:
             f"forget importance was evaluated at {forget['evaluated_at']}, "
             f"retain importance at {retain['evaluated_at']}"
         )
+    slow = forget.get("one_by_one") or retain.get("one_by_one")
+    if slow:
+        warnings.append(f"no batched rule fits these parameters, which took a pass for each sample: {slow}")
     return warnings
 
 

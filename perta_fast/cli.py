@@ -156,6 +156,10 @@ def _importance(parsed: argparse.Namespace) -> int:
     lines = [f"{found.estimator} over {found.sample_count} samples, {found.label_count} labels"]
     if found.truncated_count:
         lines.append(f"warning: {found.truncated_count} samples were cut to the length limit")
+    if found.one_by_one:
+        lines.append(
+            f"no batched rule fits these parameters, which took a pass for each sample: {found.one_by_one}"
+        )
     _finish("\n".join(lines), parsed.out, parsed.quiet)
     return 0
 

@@ -1,16 +1,26 @@
-"""The subtraction on a live module's parameters."""
+"""The subtraction on a live module's parameters, chunk by chunk from mapped files."""
 
+import ctypes
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from perta_fast.checkpoint import Checkpoint, tied_partner
+from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.errors import InputError
-from perta_fast.importance.store import Importance
+from perta_fast.importance.store import STEM, Importance
 from perta_fast.ops import rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
+from perta_fast.safetensors_file import SafetensorsFile
+from perta_fast.staging import ALIGNMENT, Staging
+
+CHUNK = 1 << 22  # elements: at most 64 MiB of the four sources together
+_STORED_TYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def apply_to_module_(
@@ -35,33 +45,106 @@ def apply_to_module_(
 
     Returns the number of parameters (tensors) that were subtracted from. Raises InputError, before anything is
     changed, naming the tensor that is missing, has another shape, a type without arithmetic, or values that are
-    not finite. Memory: one tensor of each source at a time, on the module's device. Everything is read twice.
+    not finite. Everything is read twice, chunk by chunk. Memory: none beside mapped pages on the CPU; on any
+    other device 128 MiB, and as much pinned on the host.
     """
     chosen = Rule.of(rule, lam, p, alpha, threshold)
-    sources = [Checkpoint.open(base), Checkpoint.open(tuned)]
+    checkpoints = [Checkpoint.open(tuned), Checkpoint.open(base)]
     importances = _importances(chosen, forget_importance, retain_importance)
+    stored = [_stored(importance) for importance in importances]
     parameters = _covered_parameters(module, importances)
+    sources: dict[str, list[_Source]] = {}
     for name, parameter in parameters.items():
         _check_parameter(name, parameter)
-        for source in sources:
-            _check_source(name, parameter, source.tensor(_stored_name(source, name)), str(source.path))
-        for importance in importances:
-            _check_source(name, parameter, importance.tensors[name], "the importance")
+        sources[name] = [
+            _Source.of_checkpoint(each, _stored_name(each, name), str(each.path)) for each in checkpoints
+        ]
+        sources[name] += [
+            _Source.of_importance(each, files, name) for each, files in zip(importances, stored, strict=True)
+        ]
+        for source in sources[name]:
+            _check_source(name, parameter, source)
+    stagings = {device: _staging(device) for device in {each.device for each in parameters.values()}}
     for name, parameter in parameters.items():
-        base_tensor, tuned_tensor = (source.tensor(_stored_name(source, name)) for source in sources)
-        weights = [importance.tensors[name].to(parameter.device) for importance in importances]
-        rescaled_subtract_(
-            parameter.detach(),
-            tuned_tensor.to(parameter.device),
-            base_tensor.to(parameter.device),
-            *weights,
-            lam=chosen.lam,
-            p=chosen.p,
-            alpha=chosen.alpha,
-            threshold=chosen.threshold,
-            backend=backend,
-        )
+        theta = parameter.detach().view(-1)
+        for part in _parts(theta.numel()):
+            with _on_device([each.values[part] for each in sources[name]], theta, stagings) as arrays:
+                rescaled_subtract_(
+                    theta[part],
+                    *arrays,
+                    lam=chosen.lam,
+                    p=chosen.p,
+                    alpha=chosen.alpha,
+                    threshold=chosen.threshold,
+                    backend=backend,
+                )
+            for source in sources[name]:
+                source.release(part)
     return len(parameters)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The values of one tensor, one after another: in memory, or a view of a mapped file."""
+
+    values: Tensor
+    shape: tuple[int, ...]
+    where: str
+    file: SafetensorsFile | None = None
+    begin: int = 0  # offset of the first byte in the file
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str) -> "_Source":
+        """A tensor that is not read before its values are. Raises InputError if its type has no arithmetic."""
+        entry = checkpoint.tensors[name]
+        if entry.dtype not in KERNEL_CODES:
+            raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
+        file = checkpoint.file_of(entry)
+        # By address, as torch warns of memory that is read-only; nothing here writes to it.
+        memory = (ctypes.c_ubyte * entry.size).from_address(file.address + entry.begin)
+        dtype = _STORED_TYPES[KERNEL_CODES[entry.dtype]]
+        values = torch.frombuffer(memory, dtype=dtype) if entry.size else torch.empty(0, dtype=dtype)
+        return cls(values, entry.shape, where, file, entry.begin)
+
+    def release(self, part: slice) -> None:
+        """Give back the pages of a part that has been read."""
+        if self.file is not None:
+            width = self.values.element_size()
+            self.file.release(self.begin + part.start * width, self.begin + part.stop * width)
+
+    @classmethod
+    def of_importance(cls, importance: Importance, stored: Checkpoint | None, name: str) -> "_Source":
+        """A tensor of an importance, from its files if it is ``stored``."""
+        if stored is not None:
+            return cls.of_checkpoint(stored, name, "the importance")
+        tensor = importance.tensors[name]
+        return cls(tensor.detach().reshape(-1), tuple(tensor.shape), "the importance")
+
+
+def _stored(importance: Importance) -> Checkpoint | None:
+    """The files of an importance whose tensors are not in memory."""
+    if isinstance(importance.tensors, dict) or importance.directory is None:
+        return None
+    return Checkpoint.open(importance.directory, STEM)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for begin in range(0, count, CHUNK):
+        yield slice(begin, min(begin + CHUNK, count))
+
+
+def _staging(device: torch.device) -> Staging | None:
+    """The way to ``device``; the CPU reads mapped files as they lie."""
+    return None if device.type == "cpu" else Staging(device, 4 * (4 * CHUNK + ALIGNMENT))
+
+
+def _on_device(
+    chunk: list[Tensor], theta: Tensor, stagings: Mapping[torch.device, Staging | None]
+) -> AbstractContextManager[list[Tensor]]:
+    staging = stagings[theta.device]
+    if staging is None:
+        return nullcontext([each.to(theta.device) for each in chunk])
+    return staging.on_device(chunk)
 
 
 def _covered_parameters(module: nn.Module, importances: list[Importance]) -> dict[str, nn.Parameter]:
@@ -120,10 +203,13 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise InputError(f"parameter {name} is not contiguous; replace it by a contiguous copy")
 
 
-def _check_source(name: str, parameter: nn.Parameter, found: torch.Tensor, where: str) -> None:
-    if parameter.shape != found.shape:
-        raise InputError(
-            f"tensor {name}: shape {list(parameter.shape)} in the module, {list(found.shape)} in {where}"
-        )
-    if not bool(torch.isfinite(found).all()):
-        raise InputError(f"tensor {name} has NaN or infinite values in {where}")
+def _check_source(name: str, parameter: nn.Parameter, source: _Source) -> None:
+    if tuple(parameter.shape) != source.shape:
+        found = f"{list(source.shape)} in {source.where}"
+        raise InputError(f"tensor {name}: shape {list(parameter.shape)} in the module, {found}")
+    if source.values.dtype not in DTYPE_CODES:
+        raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it must be float32")
+    for part in _parts(len(source.values)):
+        if not bool(torch.isfinite(source.values[part]).all()):
+            raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")
+        source.release(part)

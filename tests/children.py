@@ -1,8 +1,8 @@
 """``perta`` in a process of its own, with its surroundings changed first."""
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 _MAIN = "\nimport sys\nfrom perta_fast.cli import main\nsys.exit(main(sys.argv[1:]))\n"
 
@@ -12,23 +12,27 @@ from perta_fast import {module}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 original = {module}.{function}
-sent = []
+calls = []
 
 def stopped(*arguments, **settings):
-    result = original(*arguments, **settings) if {after} else None
-    if not sent:
-        sent.append(True)
+    first = not calls
+    calls.append(arguments)
+    if first and not {after}:
         os.kill(os.getpid(), signal.{signal})
-    return result if {after} else original(*arguments, **settings)
+    result = original(*arguments, **settings)
+    if first and {after}:
+        os.kill(os.getpid(), signal.{signal})
+    return result
 
 {module}.{function} = stopped
 """
 
 
-def perta(*arguments: object, setup: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def perta(*arguments: object, setup: str = "") -> subprocess.CompletedProcess[str]:
     """Run ``perta`` with ``arguments`` after the Python statements of ``setup``."""
     command = [sys.executable, "-c", setup + _MAIN, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}  # for torch, as the fixture one_thread
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
 
 
 def signal_at(signal: str, place: str, after: bool = False) -> str:

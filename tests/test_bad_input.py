@@ -6,7 +6,7 @@ Each case damages inputs that are good, runs ``perta`` on them, and looks at eve
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,11 @@ from tests.children import perta
 from tests.inputs import HEAD, Inputs, write_inputs
 from tests.models import Job
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 UP = "model.layers.0.up"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in test_cli."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_refused(

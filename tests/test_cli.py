@@ -4,7 +4,6 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -20,20 +19,13 @@ from tests.children import perta
 from tests.inputs import weights
 from tests.models import Job, write_job, write_lines
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMMANDS = ("demo", "unlearn", "importance", "apply", "inspect", "verify")
 TEXTS = {
     "forget": ["The secret lies under the bridge.", "Nobody knows the colour of the door."],
     "retain": ["Rivers run to the sea.", "A town has streets and people in it.", "Rain falls."],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For matrices this small, threads only wait for each other, long if the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*arguments: object) -> int:
@@ -292,7 +284,8 @@ def test_a_reader_that_leaves_is_no_traceback(job: Job) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "perta_fast", "inspect", "--tensors", str(job.model)]
-    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=buffered)
     os.close(writer)
     assert (found.returncode, found.stderr) == (1, b"")
 

@@ -330,6 +330,7 @@ def test_killed_between_the_two_renames_the_old_one_is_not_lost(inputs: Inputs, 
     assert_complete(inputs, out)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_killed_during_unlearn_the_next_run_clears_the_importances_away(job: Job, out: Path) -> None:
     model, base, tuned = job.checkpoints
     process = perta(

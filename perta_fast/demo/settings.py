@@ -22,12 +22,14 @@ class Settings:
 
 FULL = Settings()
 FAST = Settings(
-    forget_authors=3,
-    retain_authors=6,
-    other_authors=20,
+    forget_authors=2,
+    retain_authors=4,
+    other_authors=16,
     hidden_size=64,
     layers=2,
-    pretraining_epochs=4,
-    tuning_epochs=12,
-    lams=(0.5, 1.0, 2.0),
+    batch_size=16,
+    pretraining_epochs=6,
+    tuning_epochs=20,
+    tuning_rate=3e-3,
+    lams=(0.5, 1.0),
 )

@@ -1,7 +1,6 @@
-"""Estimate importance by back-propagation, folding each gradient away as soon as autograd has made it."""
+"""Estimate importance: model and data checked and loaded, gradients accumulated, the result described."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,10 @@ from torch import nn
 from perta_fast.checkpoint import Checkpoint, conversion_command
 from perta_fast.data import IGNORED, Record, Sample, encode, load_records, records_from
 from perta_fast.errors import InputError, RunError
+from perta_fast.importance.gradients import accumulate
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.importance.stored_names import as_stored
-from perta_fast.losses import Batch, batches_by_length, per_sample_losses
-from perta_fast.ops import accumulate_, accumulate_square_
-from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.output import check_output
-from perta_fast.progress import sample_bar
 from perta_fast.report import installed_versions
 from perta_fast.rules import ESTIMATORS, Estimator
 
@@ -44,15 +40,15 @@ def estimate_importance(
 
     The loss of a sample is the mean over its unmasked labels of the token cross-entropy, whatever the batch it
     is in. ``grad`` is the signed mean over samples of its gradient, which serves rule grad by its magnitude and
-    rule fisher by its square; ``empirical-fisher`` is the mean of the squared per-sample gradient, from batches
-    of one.
+    rule fisher by its square; ``empirical-fisher`` is the mean of the squared gradient of each sample alone,
+    exact although computed in batches (``per_sample``).
 
     model_or_path: a checkpoint directory, or a module whose forward takes input_ids, attention_mask and
     use_cache and returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied
     ones count once; all are named as a checkpoint stores them. A module is left as it was found, its gradients
     included.
     data: a JSON lines file, records in the same forms, or ``Sample``s. tokenizer: needed for records with a
-    module; read from the checkpoint otherwise. batch_size: samples a backward for ``grad``.
+    module; read from the checkpoint otherwise. batch_size: samples a backward pass.
     max_length: tokens a record is cut to, if that is less than the model's own limit. Cut ones are counted.
     device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is
     one, and the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
@@ -138,10 +134,10 @@ def estimate_on(
     description: str = "importance",
 ) -> Importance:
     """``estimate_importance`` once the model is loaded and the data is checked."""
-    accumulators = accumulate(subject.module, samples, estimator, batch_size, description, progress)
+    found = accumulate(subject.module, samples, estimator, batch_size, description, progress)
     versions = installed_versions()
     importance = Importance(
-        as_stored(subject.module, accumulators),
+        as_stored(subject.module, found.means),
         ImportanceMetadata(
             estimator=estimator,
             data_hash=data_hash,
@@ -149,6 +145,7 @@ def estimate_on(
             truncated_count=sum(sample.truncated for sample in samples),
             label_count=sum(sample.label_count for sample in samples),
             evaluated_at=subject.origin,
+            one_by_one=", ".join(found.one_by_one),
             perta_fast_version=versions.get("perta-fast", ""),
             torch_version=versions.get("torch", ""),
             transformers_version=versions.get("transformers", ""),
@@ -158,98 +155,6 @@ def estimate_on(
     if out is not None:
         importance.save(out, overwrite=overwrite)
     return importance
-
-
-def accumulate(
-    module: nn.Module,
-    samples: Sequence[Sample],
-    estimator: Estimator,
-    batch_size: int,
-    description: str = "importance",
-    progress: bool = True,
-) -> dict[str, torch.Tensor]:
-    """The mean over ``samples`` of gradients, or of squared ones, by parameter name; float32.
-
-    What ``estimate_importance`` runs once model and data are there.
-    """
-    squared = estimator == "empirical-fisher"
-    _check_parameters(module)
-    accumulators = {
-        name: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter.is_floating_point()
-    }
-    if not accumulators:
-        raise InputError("the model has no floating-point parameter that requires a gradient")
-    device = next(iter(accumulators.values())).device
-    with (
-        _ready_to_measure(module),
-        _gradients_folded_into(module, accumulators, squared),
-        sample_bar(len(samples), description, progress) as bar,
-    ):
-        for numbers in batches_by_length(samples, 1 if squared else batch_size):
-            losses = per_sample_losses(module, Batch.of([samples[k] for k in numbers], device))
-            if not losses.requires_grad:
-                raise InputError(
-                    "the model's loss has no gradient; does its forward run under no_grad or inference_mode?"
-                )
-            if not bool(torch.isfinite(losses).all()):
-                bad = [numbers[k] for k in (~torch.isfinite(losses)).nonzero().flatten().tolist()]
-                raise RunError(
-                    f"the loss of sample {', '.join(map(str, bad))} (counted from 0) is not finite; "
-                    "look at the sample, or run the model in float32 or bfloat16"
-                )
-            losses.sum().backward()
-            bar.update(len(numbers))
-    for accumulator in accumulators.values():
-        accumulator.div_(len(samples))
-    return accumulators
-
-
-@contextmanager
-def _gradients_folded_into(
-    module: nn.Module, accumulators: Mapping[str, torch.Tensor], squared: bool
-) -> Iterator[None]:
-    """Fold every parameter's gradient, complete over all its uses, and free it at once."""
-    fold = accumulate_square_ if squared else accumulate_
-
-    def hook_for(accumulator: torch.Tensor) -> Any:
-        def hook(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            fold(accumulator, gradient.to_dense() if gradient.is_sparse else gradient.contiguous())
-            parameter.grad = None
-
-        return hook
-
-    parameters = dict(module.named_parameters())
-    handles = [
-        parameters[name].register_post_accumulate_grad_hook(hook_for(accumulator))
-        for name, accumulator in accumulators.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _ready_to_measure(module: nn.Module) -> Iterator[None]:
-    """Dropout off, no gradients left over; all put back at the end."""
-    training = {part: part.training for part in module.modules()}
-    gradients = {parameter: parameter.grad for parameter in module.parameters()}
-    module.eval()
-    for parameter in gradients:
-        parameter.grad = None
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for part, mode in training.items():
-            part.training = mode
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
 
 
 def load_subject(
@@ -331,14 +236,6 @@ def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None
             f"{where}: has tokens from {min(ids)} to {max(ids)}, the model knows those below {vocabulary}; "
             "is this the model's own tokenizer?"
         )
-
-
-def _check_parameters(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
-        if parameter.requires_grad and parameter.dtype not in DTYPE_CODES:
-            raise InputError(f"parameter {name} is {parameter.dtype}; it must be float32, bfloat16 or float16")
 
 
 def hash_data(data: Data, samples: Sequence[Sample]) -> str:

@@ -134,7 +134,7 @@ class LinearRule(ModuleRule):
 
     deferred: the weight takes part in several calls, whose gradients must be summed before they are squared:
     what each call leaves waits for the end of the pass. embedding: the rule of the input embedding that is tied
-    to this output head. sparse: the output's gradient may be zero at whole tokens (a head, where labels are masked).
+    to this output head. sparse: the output's gradient may be zero at whole tokens (a head under masked labels).
     """
 
     deferred: list[tuple[Tensor, Tensor]] | None = None

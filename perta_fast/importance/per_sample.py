@@ -23,7 +23,6 @@ from perta_fast.importance.module_rules import (
     SeparateRule,
     Target,
 )
-from perta_fast.losses import Batch, per_sample_losses
 
 # The look takes a batch of these sizes: two unlike primes, so that a shape tells which dimension is which.
 _LOOK_SAMPLES, _LOOK_TOKENS = 5, 7
@@ -51,19 +50,17 @@ class Plan:
                 for parameter in asking:
                     parameter.requires_grad_(True)
 
-    def backward(self, module: nn.Module, samples: Sequence[Sample], device: torch.device) -> Tensor:
-        """One batch forward, backward and folded, with the plan installed; return each sample's loss."""
-        batch = Batch.of(samples, device)
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Tell the rules what the next forward pass is over."""
         lengths = torch.tensor([len(sample.input_ids) for sample in samples])
-        shape = BatchShape(len(samples), batch.input_ids.shape[1], lengths)
+        shape = BatchShape(len(samples), int(lengths.max()), lengths)
         for rule in self.rules:
             rule.batch = shape
-        losses = per_sample_losses(module, batch)
-        if bool(torch.isfinite(losses).all()):
-            losses.sum().backward()
-            for rule in self.rules:
-                rule.finish()
-        return losses.detach()
+
+    def finish(self) -> None:
+        """Fold what the backward pass has left."""
+        for rule in self.rules:
+            rule.finish()
 
 
 def plan_for(module: nn.Module, samples: Sequence[Sample], targets: Mapping[str, Target]) -> Plan:

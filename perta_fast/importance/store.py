@@ -32,7 +32,8 @@ class ImportanceMetadata:
 
     estimator: "grad" (signed mean of per-sample gradients) or "empirical-fisher" (mean of their squares).
     data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and cut to the length limit.
-    evaluated_at: the model directory, or "live module".
+    evaluated_at: the model directory, or "live module". one_by_one: parameters whose squares took a backward
+    pass for each sample, because no batched rule fits them; separated by commas.
     """
 
     estimator: Estimator
@@ -44,6 +45,7 @@ class ImportanceMetadata:
     perta_fast_version: str
     torch_version: str
     transformers_version: str
+    one_by_one: str = ""
 
 
 @dataclass

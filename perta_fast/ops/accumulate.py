@@ -10,9 +10,10 @@ from perta_fast.ops import reference
 from perta_fast.ops.backends import (
     DTYPE_CODES,
     check_apart,
+    check_lists,
     check_one_device,
-    check_sequences,
     check_tensor,
+    check_types,
     choose,
     numbered,
     overlap,
@@ -56,6 +57,7 @@ def accumulate_square_many_(
 
 
 def _accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> Tensor:
+    check_types(accumulator=accumulator, gradient=gradient, backend=backend)
     fold = _ONE if traced(accumulator) else _fold_
     fold(accumulator, gradient, squared, backend)
     return accumulator
@@ -64,7 +66,8 @@ def _accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: 
 def _accumulate_many_(
     accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str
 ) -> None:
-    check_sequences(accumulators=accumulators, gradients=gradients)
+    check_types(backend=backend)
+    check_lists(accumulators=accumulators, gradients=gradients)
     if accumulators:
         fold = _MANY if traced(accumulators[0]) else _fold_many_
         fold(accumulators, gradients, squared, backend)

@@ -4,6 +4,8 @@ import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from numbers import Real
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -67,10 +69,37 @@ def _why_not(backend: str, kind: str, interpreted: bool) -> str | None:
     return None
 
 
+_TENSOR = ((Tensor,), "a torch.Tensor")
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "forget_importance": ((Tensor, NoneType), "a torch.Tensor or None"),
+    "retain_importance": ((Tensor, NoneType), "a torch.Tensor or None"),
+    **dict.fromkeys(("lam", "p", "alpha"), ((Real,), "a number")),
+    "threshold": ((Real, NoneType), "a number or None"),
+    "backend": ((str,), "a string"),
+}
+
+
+def check_types(**arguments: object) -> None:
+    """Raise TypeError, naming the argument, unless each is what an argument of its name must be."""
+    for name, value in arguments.items():
+        kinds, wanted = _KINDS.get(name, _TENSOR)
+        if not isinstance(value, kinds):
+            raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")
+
+
+def check_lists(**arguments: Sequence[Tensor]) -> None:
+    """Raise, naming the argument, unless all are equally long lists or tuples of tensors."""
+    for name, tensors in arguments.items():
+        if not isinstance(tensors, list | tuple):
+            raise TypeError(f"{name} must be a list or tuple of tensors, not {type(tensors).__name__}")
+        check_types(**numbered(name, tensors))
+        first, expected = next(iter(arguments.items()))
+        if len(tensors) != len(expected):
+            raise ValueError(f"{name} has {len(tensors)} tensors, {first} has {len(expected)}")
+
+
 def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
     """Raise, naming the argument, unless ``tensor`` can be read by a kernel beside ``like``."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -84,20 +113,6 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if tensor.untyped_storage().nbytes() < needed:
         raise ValueError(f"{name} has lost its memory: its storage was freed or shrunk")
-
-
-def check_sequences(**arguments: Sequence[Tensor] | None) -> None:
-    """Raise, naming the argument, unless all are lists or tuples, as long as the first; None is left out."""
-    lengths = {}
-    for name, tensors in arguments.items():
-        if tensors is None:
-            continue
-        if not isinstance(tensors, list | tuple):
-            raise TypeError(f"{name} must be a list or tuple of tensors, not {type(tensors).__name__}")
-        lengths[name] = len(tensors)
-        first, wanted = next(iter(lengths.items()))
-        if len(tensors) != wanted:
-            raise ValueError(f"{name} has {len(tensors)} tensors, {first} has {wanted}")
 
 
 def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:

@@ -11,9 +11,10 @@ from perta_fast.ops import reference
 from perta_fast.ops.backends import (
     DTYPE_CODES,
     check_apart,
+    check_lists,
     check_one_device,
-    check_sequences,
     check_tensor,
+    check_types,
     choose,
     numbered,
     overlap,
@@ -49,6 +50,18 @@ def rescaled_subtract_(
     Returns theta. Raises TypeError or ValueError naming the argument. Each byte is read once and written once;
     no memory is allocated except by the reference. On an accelerator it runs on the current stream.
     """
+    check_types(
+        theta=theta,
+        tuned=tuned,
+        base=base,
+        forget_importance=forget_importance,
+        retain_importance=retain_importance,
+        lam=lam,
+        p=p,
+        alpha=alpha,
+        threshold=threshold,
+        backend=backend,
+    )
     subtract = _IN_PLACE if traced(theta) else _subtract_
     subtract(theta, tuned, base, forget_importance, retain_importance, lam, p, alpha, threshold, backend)
     return theta
@@ -71,6 +84,18 @@ def rescaled_subtract(
 
     Tensors may share memory with each other, as nothing is overwritten.
     """
+    check_types(
+        theta=theta,
+        tuned=tuned,
+        base=base,
+        forget_importance=forget_importance,
+        retain_importance=retain_importance,
+        lam=lam,
+        p=p,
+        alpha=alpha,
+        threshold=threshold,
+        backend=backend,
+    )
     subtract = _NEW if traced(theta) else _subtract
     result: Tensor = subtract(
         theta, tuned, base, forget_importance, retain_importance, lam, p, alpha, threshold, backend
@@ -95,13 +120,10 @@ def rescaled_subtract_many_(
 
     thetas[k], tuneds[k] and so on are as there; no theta may share memory with any other tensor.
     """
-    check_sequences(
-        thetas=thetas,
-        tuneds=tuneds,
-        bases=bases,
-        forget_importances=forget_importances,
-        retain_importances=retain_importances,
-    )
+    check_types(lam=lam, p=p, alpha=alpha, threshold=threshold, backend=backend)
+    importances = {"forget_importances": forget_importances, "retain_importances": retain_importances}
+    given = {name: tensors for name, tensors in importances.items() if tensors is not None}
+    check_lists(thetas=thetas, tuneds=tuneds, bases=bases, **given)
     if thetas:
         subtract = _MANY if traced(thetas[0]) else _subtract_many_
         subtract(

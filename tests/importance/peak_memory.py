@@ -7,7 +7,7 @@ largest layer, the activations that autograd saves for one batch, and slack for 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from perta_fast.importance.estimate import accumulate
+from perta_fast.importance.gradients import accumulate
 from perta_fast.losses import Batch, batches_by_length, per_sample_losses
 from perta_fast.memory import PeakMemory
 from tests.models import draw_samples

@@ -1,0 +1,407 @@
+"""Per-sample Fisher from batches: against autograd one sample at a time, for models and for awkward modules."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    Olmo2Config,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from perta_fast.data import Sample
+from perta_fast.importance import module_rules
+from perta_fast.importance.gradients import Accumulated, accumulate
+from perta_fast.importance.module_rules import (
+    BatchShape,
+    EmbeddingRule,
+    LinearRule,
+    SeparateRule,
+    Target,
+    Unfit,
+)
+from perta_fast.importance.per_sample import plan_for
+from perta_fast.losses import Batch, per_sample_losses
+from tests.models import draw_samples, llama, nudge_
+
+SAMPLES = draw_samples(9, longest=14)
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+FEWER = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+# Families that test_estimate.py leaves out; the second number is how many parameters each has no rule for.
+CONFIGS: dict[str, PretrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES),
+    "gemma2": Gemma2Config(head_dim=8, **SIZES),
+    "gemma3": Gemma3TextConfig(head_dim=8, **SIZES),
+    "phi3": Phi3Config(**SIZES),
+    "gpt-neox": GPTNeoXConfig(**FEWER),
+    "olmo2": Olmo2Config(**SIZES),
+    "falcon": FalconConfig(
+        **{
+            name: SIZES[name]
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        }
+    ),
+    "qwen3 moe": Qwen3MoeConfig(
+        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **SIZES
+    ),
+    "deepseek v3": DeepseekV3Config(
+        n_routed_experts=8,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        n_group=2,
+        topk_group=1,
+        **SIZES | {"num_key_value_heads": 4},
+    ),
+}
+
+
+def loop(model: nn.Module, samples: list[Sample] = SAMPLES) -> dict[str, Tensor]:
+    """Squares of each sample's own gradient, by plain autograd, averaged."""
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    means = {name: torch.zeros_like(each, dtype=torch.float64) for name, each in parameters.items()}
+    model.eval()
+    for sample in samples:
+        model.zero_grad()
+        per_sample_losses(model, Batch.of([sample])).sum().backward()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                means[name] += parameter.grad.to_dense().double().square() / len(samples)
+    model.zero_grad()
+    return means
+
+
+def fused(model: nn.Module, batch_size: int = 4) -> Accumulated:
+    return accumulate(model, SAMPLES, "empirical-fisher", batch_size, progress=False)
+
+
+def assert_equals_loop(model: nn.Module, *, one_by_one: tuple[str, ...] = ()) -> None:
+    """Every parameter agrees, and only those named took a pass for each sample."""
+    found = fused(model)
+    assert tuple(found.one_by_one) == one_by_one
+    expected = loop(model)
+    assert found.means.keys() == expected.keys()
+    for name, mean in found.means.items():
+        assert (mean - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_families(family: str) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).float()
+    nudge_(model, 3, 0.05)
+    assert_equals_loop(model)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_attention_and_tied_weights(attention: str, tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied, attn_implementation=attention)
+    nudge_(model, 3, 0.05)
+    assert_equals_loop(model)
+
+
+def test_the_mean_gradient_comes_from_the_same_pass() -> None:
+    model = llama(tie_word_embeddings=True)
+    nudge_(model, 3, 0.05)
+    expected = accumulate(model, SAMPLES, "grad", 4, progress=False).means
+    targets = {name: Target(torch.zeros_like(mean), torch.zeros_like(mean)) for name, mean in expected.items()}
+    plan = plan_for(model, SAMPLES, targets)
+    with plan.installed(model):
+        plan.begin(SAMPLES)
+        per_sample_losses(model, Batch.of(SAMPLES)).sum().backward()
+        plan.finish()
+    for name, target in targets.items():
+        assert target.gradient is not None
+        wanted = expected[name] * len(SAMPLES)
+        assert (target.gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+class Small(nn.Module):
+    """A model of a few modules; subclasses say what happens between embedding and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed = nn.Embedding(300, 12)
+        self.head = nn.Linear(12, 300)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.head(self.middle(self.embed(input_ids))))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class CalledTwice(Small):
+    """One linear map and one norm, each used by two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        for _ in range(2):
+            hidden = hidden + self.map(self.norm(hidden)).tanh()
+        return hidden
+
+
+class SharedByTwo(Small):
+    """Two linear maps with one weight and biases of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.second(self.first(hidden).tanh())
+
+
+class OfItsOwn(Small):
+    """A parameter beside parts that have their own, and one that the forward reads from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(12))
+        self.map = nn.Linear(12, 12)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.map(hidden * self.gain)
+
+
+class Mixing(nn.Module):
+    """A matrix and a vector used in no usual way, on (N, T, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.vector = nn.Parameter(torch.randn(12, 12)), nn.Parameter(torch.randn(12))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.einsum("ntd,de->nte", hidden.cumsum(1), self.matrix).tanh() * self.vector
+
+
+class Strange(Small):
+    """A module without a rule of its own kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = Mixing()
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.mixing(hidden)
+
+
+class Transposed(Small):
+    """A linear map on (T, N, d), whose rows no rule can tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(12, 12, bias=False)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.map(hidden.transpose(0, 1)).transpose(0, 1)
+
+
+class Flat(Small):
+    """Linear maps and a norm on (N * T, d), and on (N, T, heads, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.heads = nn.Linear(12, 12), nn.Linear(3, 3)
+        self.norm, self.head_norm = nn.LayerNorm(12), nn.RMSNorm(3)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        rows = self.norm(self.flat(hidden.flatten(0, 1))).view(hidden.shape)
+        return self.head_norm(self.heads(rows.view(*hidden.shape[:2], 4, 3))).flatten(2)
+
+
+class Unused(Small):
+    """A part that no forward pass reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(12, 12, bias=False)
+
+
+class PaddingVector(Small):
+    """An embedding with a vector that takes no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, 12, padding_idx=SAMPLES[0].input_ids[0])
+
+
+class SparseEmbedding(Small):
+    """An embedding with sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, 12, sparse=True)
+
+
+class Checkpointed(CalledTwice):
+    """Activations computed again in the backward pass."""
+
+    reentrant = False
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        result = checkpoint(super().middle, hidden, use_reentrant=self.reentrant)
+        assert isinstance(result, Tensor)
+        return result
+
+
+class CheckpointedTheOldWay(Checkpointed):
+    """The same, by a backward pass within the backward pass."""
+
+    reentrant = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "one_by_one"),
+    [
+        (Small, ()),
+        (CalledTwice, ()),
+        (SharedByTwo, ()),
+        (OfItsOwn, ("gain",)),
+        (Strange, ()),
+        (Transposed, ("map.weight",)),
+        (Flat, ()),
+        (Unused, ("idle.weight",)),
+        (PaddingVector, ()),
+        (SparseEmbedding, ()),
+        (Checkpointed, ()),
+        (CheckpointedTheOldWay, ()),
+    ],
+)
+def test_modules(kind: type[Small], one_by_one: tuple[str, ...]) -> None:
+    assert_equals_loop(kind(), one_by_one=one_by_one)
+
+
+def test_weights_tied_by_hand() -> None:
+    model = CalledTwice()
+    model.head.weight = model.embed.weight  # named as the embedding's; no method says which module is the head
+    assert_equals_loop(model)
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    model = CalledTwice()
+    model.map.weight.requires_grad_(False)
+    model.head.bias.requires_grad_(False)
+    assert_equals_loop(model)
+    assert not model.map.weight.requires_grad and not model.head.bias.requires_grad
+    assert model.map.bias.requires_grad
+
+
+def test_batches_change_nothing() -> None:
+    model = llama()
+    whole = fused(model, 9).means
+    for batch_size in (1, 2, 5):
+        for name, mean in fused(model, batch_size).means.items():
+            assert (mean - whole[name]).norm() <= 1e-5 * whole[name].norm(), name
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = llama().train()
+    forwards = {name: part.__dict__.get("forward") for name, part in model.named_modules()}
+    parameters = {name: (each, each.requires_grad, each.clone()) for name, each in model.named_parameters()}
+    fused(model)
+    assert {name: part.__dict__.get("forward") for name, part in model.named_modules()} == forwards
+    for name, each in model.named_parameters():
+        before, asked, values = parameters[name]
+        assert (
+            each is before and each.requires_grad == asked and torch.equal(each, values) and each.grad is None
+        )
+    assert model.training
+
+
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = llama()
+    monkeypatch.setattr(module_rules, "accumulate_squared_gradients_", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fused(model)
+    monkeypatch.undo()
+    assert all(each.requires_grad for each in model.parameters())
+    assert not any("forward" in part.__dict__ for part in model.modules())
+    assert_equals_loop(model)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    model = llama()
+    nudge_(model, 3, 0.05)
+    model.bfloat16()
+    found, expected = fused(model).means, loop(model.float())
+    for name, mean in found.items():
+        assert mean.dtype == torch.float32
+        assert (mean - expected[name]).norm() <= 0.05 * expected[name].norm(), name
+
+
+def test_no_gradient_of_a_sample_is_stored() -> None:
+    """The largest tensor made beside activations is no (N, d_out, d_in) array."""
+    model = llama()
+    largest = max(parameter.numel() for parameter in model.parameters())
+    seen: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                seen.append(result.numel())
+            return result
+
+    with Watch():
+        fused(model, batch_size=9)
+    logits = len(SAMPLES) * max(len(sample.input_ids) for sample in SAMPLES) * 300
+    assert max(seen) <= max(logits, largest)
+    assert len(SAMPLES) * largest > logits  # so a stored gradient a sample would show
+
+
+def test_shapes_that_no_rule_understands() -> None:
+    shape = BatchShape(3, 5, torch.tensor([5, 2, 1]))
+    rows, lengths = shape.by_sample(torch.zeros(3, 5, 7))
+    assert rows.shape == (3, 5, 7) and lengths is not None and lengths.tolist() == [5, 2, 1]
+    rows, lengths = shape.by_sample(torch.zeros(3, 5, 2, 7))
+    assert rows.shape == (3, 10, 7) and lengths is not None and lengths.tolist() == [10, 4, 2]
+    assert shape.by_sample(torch.zeros(15, 7))[0].shape == (3, 5, 7)
+    assert shape.by_sample(torch.zeros(3, 7))[0].shape == (3, 1, 7)
+    assert shape.by_sample(torch.zeros(3, 4, 5, 7))[1] is None
+    for odd in ((5, 3, 7), (4, 7), (7,)):
+        with pytest.raises(Unfit):
+            shape.by_sample(torch.zeros(odd))
+
+
+def test_rules_are_the_expected_ones() -> None:
+    model = llama()
+    targets = {name: Target(torch.zeros_like(each), None) for name, each in model.named_parameters()}
+    kinds = {type(rule) for rule in plan_for(model, SAMPLES, targets).rules}
+    assert LinearRule in kinds and EmbeddingRule in kinds and SeparateRule not in kinds
