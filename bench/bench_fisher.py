@@ -21,7 +21,6 @@ from bench.arrays import timed
 from bench.contest import Outcome, Unavailable, alternate, replay, replayed
 from bench.tables import Row
 from perta_fast.data import Sample
-from perta_fast.importance.per_sample import per_sample_fisher
 from perta_fast.losses import Batch, per_sample_losses
 
 Fisher = dict[str, torch.Tensor]
@@ -199,9 +198,12 @@ class Subject:
         finally:
             wrapped.to_standard_module()
 
-    def ours(self) -> Fisher:
-        """One batched pass."""
-        return per_sample_fisher(self.model, self.samples, batch_size=len(self.samples), progress=False).fisher
+    def ours(self) -> object:
+        """The public function: planning, one batched pass, averaging and checks."""
+        size = len(self.samples)
+        return pf.estimate_importance(
+            self.model, self.samples, "empirical-fisher", batch_size=size, progress=False
+        )
 
 
 def contest_of_model(device: str, batch: tuple[int, int], rounds: int) -> dict[str, Outcome]:

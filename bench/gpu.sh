@@ -1,48 +1,87 @@
 #!/usr/bin/env bash
-# Build, test and measure everything that runs on an NVIDIA GPU, in one call:
+# Build, test and measure everything that runs on an NVIDIA GPU, in one call of less than nine minutes:
 #
 #     bench/gpu.sh [FOLDER]
 #
-# Uses the python3 on PATH, whose torch must see a GPU, and the CUDA compiler on PATH. Results go
-# into bench/RESULTS.md and bench/results.json and, with the log of the run, into FOLDER if given.
-# PERTA_BENCH_ELEMENTS and PERTA_BENCH_ROUNDS change the sizes.
-set -euo pipefail
+# Uses the python3 on PATH, whose torch must see a GPU and which has what the extra [dev] names, and the CUDA
+# compiler on PATH; installs this checkout there, editable. Results go into bench/RESULTS.md and
+# bench/results.json and, with the log, into FOLDER if given. What did not finish in its time, or could not run,
+# is listed at the end as not measured.
+# PERTA_BENCH_ELEMENTS and PERTA_BENCH_ROUNDS change the sizes, PERTA_BENCH_SECONDS the time for all (520).
+set -uo pipefail
 cd "$(dirname "$0")/.."
 
-folder=${1:-}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-if [ -n "$folder" ]; then
-    mkdir -p "$folder"
-    exec > >(tee "$folder/gpu.log") 2>&1
-fi
+seconds=${PERTA_BENCH_SECONDS:-520}
+folder=${1:-$(mktemp -d)}
+mkdir -p "$folder"
+exec > >(tee "$folder/gpu.log") 2>&1
+summary=()
+failed=0
 
-echo '== conditions'
-python3 -c '
-import sys, torch
-if not torch.cuda.is_available():
-    sys.exit("bench/gpu.sh needs a GPU that torch can use: torch.cuda.is_available() is False")
-print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())'
+# stage NAME LIMIT COMMAND...: run it, for LIMIT seconds and no longer than the whole may take.
+stage() {
+    local name=$1 limit=$2 status=0 began=$SECONDS
+    shift 2
+    echo "== $name"
+    if ((limit > seconds - SECONDS)); then limit=$((seconds - SECONDS)); fi
+    if ((limit < 5)); then
+        summary+=("$name: not measured, no time left")
+        failed=1
+        return 1
+    fi
+    timeout --signal=INT --kill-after=10 "$limit" "$@" || status=$?  # interrupted, pytest still writes results
+    case $status in
+        0) summary+=("$name: done in $((SECONDS - began)) s") ;;
+        124 | 137) summary+=("$name: not measured to the end, stopped after $((SECONDS - began)) s") ;;
+        *) summary+=("$name: FAILED with exit status $status after $((SECONDS - began)) s") ;;
+    esac
+    if ((status)); then failed=1; fi
+    return "$status"
+}
+
+# measure FILE LIMIT: run one benchmark and record what it measured.
+measure() {
+    local result="$folder/$1.json"
+    if [ ! -e "bench/$1.py" ]; then
+        summary+=("$1: not measured, there is no such benchmark")
+        return
+    fi
+    stage "$1" "$2" python3 -m pytest "bench/$1.py" -q -c bench/pytest.ini --bench-device cuda \
+        --bench-rounds "${PERTA_BENCH_ROUNDS:-10}" --bench-elements "${PERTA_BENCH_ELEMENTS:-256000000}" \
+        --benchmark-json="$result"
+    if [ -s "$result" ]; then python3 -m bench.record "$result"; fi
+}
+
+stage 'conditions' 60 python3 -c '
+import torch
+assert torch.cuda.is_available(), "bench/gpu.sh needs a GPU that torch can use"
+import blake3, hypothesis, ninja, pybind11, pytest, pytest_benchmark, safetensors, transformers, triton
+print("torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
+print(torch.cuda.get_device_name(), "compute capability %d.%d" % torch.cuda.get_device_capability())' || exit 1
 nvcc --version | tail -n 1
 
-echo '== build'
-PERTA_CUDA=1 python3 setup.py build_ext --inplace
+# For this device alone, which is quicker than for all.
+PERTA_CUDA_ARCHS=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+export PERTA_CUDA=1 PERTA_CUDA_ARCHS
+stage 'build' 180 python3 -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1
 
-echo '== test'
-tested=0
-python3 -m pytest tests -q -k 'cuda or triton' || tested=$?
-
-echo '== measure'
-measured=0
-python3 -m pytest bench/bench_subtract.py bench/bench_fold.py -q --bench-device cuda \
-    --bench-rounds "${PERTA_BENCH_ROUNDS:-20}" --bench-elements "${PERTA_BENCH_ELEMENTS:-256000000}" \
-    --benchmark-json="$scratch/run.json" || measured=$?
-
-if [ -s "$scratch/run.json" ]; then
-    python3 -m bench.record "$scratch/run.json"
-    if [ -n "$folder" ]; then
-        cp bench/RESULTS.md bench/results.json "$scratch/run.json" "$folder"/
-    fi
+stage 'tests' 150 python3 -m pytest tests/ops tests/test_live.py tests/test_live_copies.py -q -k 'cuda or triton or live'
+if command -v compute-sanitizer >/dev/null; then
+    # Without torch's cache of device memory, so that a step over the end of a tensor is seen.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage 'compute-sanitizer' 100 \
+        compute-sanitizer --tool memcheck --error-exitcode 99 \
+        python3 -m pytest -q tests/ops/test_rescaled_subtract.py::test_cuda_many \
+        tests/ops/test_accumulate.py::test_cuda tests/ops/test_triton_fisher.py::test_types
+else
+    summary+=('compute-sanitizer: not measured, it is not on PATH')
 fi
-echo "== tests: exit status $tested; measurements: exit status $measured"
-exit $((tested || measured))
+
+measure bench_subtract 110
+measure bench_fold 60
+measure bench_fisher 200
+
+cp bench/RESULTS.md bench/results.json "$folder"/ 2>/dev/null
+echo '== summary'
+printf '%s\n' "${summary[@]}"
+echo "results: $folder"
+exit "$failed"

@@ -172,13 +172,14 @@ def _launch(
     )
 
 
-def programs_a_tile(tiles: int, samples: int, processors: int) -> int:
+def programs_a_tile(tiles: int, samples: int, multiprocessors: int) -> int:
     """Over how many programs to divide the samples: the fewest that keep nine tenths of the device busy."""
 
     def busy(programs: int) -> float:
-        return tiles * programs / (triton.cdiv(tiles * programs, processors) * processors)
+        rounds = triton.cdiv(tiles * programs, multiprocessors)
+        return tiles * programs / (rounds * multiprocessors)
 
-    choices = range(1, max(1, min(samples, 4 * processors // tiles)) + 1)
+    choices = range(1, max(1, min(samples, 4 * multiprocessors // tiles)) + 1)
     return next((programs for programs in choices if busy(programs) >= 0.9), max(choices, key=busy))
 
 
@@ -191,7 +192,8 @@ def _plan(
     # A sample must not be divided: its sum is squared as a whole.
     borders = [0, *accumulate(triton.cdiv(end - begin, block) for begin, end in rows)]
     shares = [borders[bisect_left(borders, k * len(blocks) / programs)] for k in range(programs + 1)]
-    table = torch.tensor([*chain.from_iterable(blocks), *shares]).to(device)
+    table = torch.tensor([*chain.from_iterable(blocks), *shares], pin_memory=device.type != "cpu")
+    table = table.to(device, non_blocking=True)
     return table[: 2 * len(blocks)], table[2 * len(blocks) :]
 
 

@@ -20,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 the run failed, 2 bad arguments or bad input."""
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = parsed.command
+    if getattr(parsed, "quiet", False):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = command(parsed)

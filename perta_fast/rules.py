@@ -11,6 +11,7 @@ from typing import Literal
 from perta_fast.errors import InputError
 
 Estimator = Literal["grad", "empirical-fisher"]
+EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
 ESTIMATORS: tuple[Estimator, ...] = ("grad", "empirical-fisher")
 RULES = ("tv", "grad", "fisher", "empirical-fisher")
 

@@ -53,7 +53,7 @@ class Staging:
         the device already are passed through.
         """
         slot = next(self._slots)
-        pass  # before the host buffer is written again
+        slot.copied.synchronize()  # before the host buffer is written again
         arrays, end = [], 0
         for array in chunk:
             if array.device == self._device:

@@ -14,7 +14,7 @@ from perta_fast.errors import InputError
 from perta_fast.hashing import hash_file
 from perta_fast.progress import byte_bar
 from perta_fast.report import FILE_NAME, DirectoryRecord, Report
-from perta_fast.rules import Rule
+from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.safetensors_file import TensorEntry
 
 SAMPLED = 8  # tensors recomputed unless all are asked for
@@ -25,9 +25,10 @@ _CHUNK = 1 << 22  # elements compared at a time
 class Verification:
     """What was checked. ``problems`` is empty if everything that could be checked is right.
 
-    files: hashes that agree. recomputed: tensors equal, bit for bit, to the reference. bounded: tensors whose
-    every element lies between theta and theta - lam * tau, checked where the importances were not kept.
-    unchecked: what could not be checked, and why.
+    files: hashes that agree. recomputed: tensors equal to the reference's, bit for bit (where p is none of
+    ``EXACT_POWERS``, up to the last bit of a power). bounded: tensors whose every element lies between theta
+    and theta - lam * tau, checked where the importances were not kept. unchecked: what could not be checked,
+    and why.
     """
 
     files: int = 0
@@ -202,8 +203,12 @@ def _chunk_is_right(
     # Without importances this is the whole step, w = 1: the far end of where the result may lie.
     expected = reference.rescaled_subtract(theta, tuned, base, forget, retain, *settings)
     actual = _floats(output, found, begin, count)
-    if exact:
+    if exact and (forget is None or rule.p in EXACT_POWERS):
         return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
+    if exact:  # another power's last bit may differ, and then the step's, and the result's
+        slack = 4 * torch.finfo(torch.float32).eps * abs(rule.lam) * (tuned.float() - base.float()).abs()
+        slack += torch.finfo(theta.dtype).eps * expected.float().abs()
+        return bool(((actual.float() - expected.float()).abs() <= slack).all())
     low, high = torch.minimum(theta, expected), torch.maximum(theta, expected)
     return bool(((low <= actual) & (actual <= high)).all())
 

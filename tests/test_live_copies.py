@@ -122,6 +122,12 @@ class _CopiesOn(TorchDispatchMode):
         return target
 
 
+def staging_on(runtime: Runtime, size: int) -> staging.Staging:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_device_module", lambda device: runtime)
+        return staging.Staging(DEVICE, size)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=8),
@@ -131,15 +137,13 @@ class _CopiesOn(TorchDispatchMode):
 )
 def test_any_order_that_the_events_allow(sizes: list[int], seed: int, pace: float, arrays: int) -> None:
     runtime = Runtime(seed)
+    way = staging_on(runtime, arrays * staging.ALIGNMENT)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float32)[:arrays]
     chunks = [
         [draw((size,), dtype, 10 * k + j) for j, dtype in enumerate(dtypes)] for k, size in enumerate(sizes)
     ]
     expected = [sum(each.float() for each in chunk) for chunk in chunks]
     results = [torch.zeros(size) for size in sizes]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_device_module", lambda device: runtime)
-        way = staging.Staging(DEVICE, arrays * staging.ALIGNMENT)
     for chunk, result in zip(chunks, results, strict=True):
         with way.on_device(chunk) as on_device:
             for source in chunk:
@@ -150,6 +154,17 @@ def test_any_order_that_the_events_allow(sizes: list[int], seed: int, pace: floa
     runtime.finish()
     for result, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(result, wanted)
+
+
+def test_the_host_is_two_chunks_ahead_of_the_device() -> None:
+    runtime = Runtime(0)
+    way = staging_on(runtime, staging.ALIGNMENT)
+    runtime.advance = lambda: pytest.fail("the host waits for the device")  # type: ignore[method-assign]
+    for _ in range(2):
+        with way.on_device([torch.zeros(3)]):
+            pass
+    with pytest.raises(pytest.fail.Exception, match="the host waits"), way.on_device([torch.zeros(3)]):
+        pass
 
 
 def test_what_is_on_the_device_is_passed_through() -> None:

@@ -317,3 +317,12 @@ def test_a_damaged_report_never_breaks_the_check(data: st.DataObject, out: Path)
     except PertaError as error:
         assert str(out) in str(error) or str(out.parent) in str(error)
     assert fingerprint(out) == before
+
+
+def test_other_powers_are_recomputed_up_to_rounding(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "power"
+    apply(*inputs.all, rule="grad", p=1.7, lam=0.5, out=out)
+    assert not verify(out, full=True).problems
+    name = next(name for name, tensor in inputs.tensors["forget"].items() if tensor.numel() > 8)
+    forge(out, name, lambda tensor: (tensor.double() * (1 + 2**-5)).to(tensor.dtype))
+    assert [problem for problem in verify(out, full=True).problems if name in problem]

@@ -36,11 +36,12 @@ def score_checkpoint(path: Path, samples: Samples, splits: Sequence[str]) -> dic
 
 
 def gap_to_gold(scores: Mapping[str, Score], gold: Mapping[str, Score]) -> float:
-    """|forget accuracy - gold's| + |retain accuracy - gold's|, in percentage points; 0 is perfect unlearning.
+    """|forget accuracy - gold's| + what retain accuracy lacks to gold's, in percentage points.
 
-    Forgetting too little and forgetting more than gold, which has never seen the data, count alike.
+    Forgetting too little counts like forgetting more than gold, which has never seen the data. 0 is perfect.
     """
-    return sum(abs(scores[split].accuracy - gold[split].accuracy) for split in ("forget", "retain"))
+    forgetting = abs(scores["forget"].accuracy - gold["forget"].accuracy)
+    return forgetting + max(0.0, gold["retain"].accuracy - scores["retain"].accuracy)
 
 
 def sweep(

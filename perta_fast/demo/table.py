@@ -11,8 +11,8 @@ LEGEND = """\
 loss      mean over the questions of the mean cross-entropy of an answer's tokens
 accuracy  share of the questions whose answer greedy decoding reproduces exactly, to the last token
 rephrased the same facts, asked in words that were never used in tuning
-gap       |forget accuracy - gold's| + |retain accuracy - gold's|, in points, on the trained questions; of each
-          rule the lambda with the smallest gap is shown"""
+gap       |forget accuracy - gold's| + what retain accuracy lacks to gold's, in points, on trained questions;
+          of each rule the lambda with the smallest gap is shown"""
 _STEP_LEGEND = """\
 Each rule against tv. Selectivity: how much more the step disturbs forget than retain data, by the diagonal
 Fisher at theta_0, each parameter on its own. Length: of the step, in units of the task vector's."""
@@ -54,36 +54,41 @@ def _format_line(line: Line) -> str:
 
 
 def explain(tv: Line, others: Sequence[Line]) -> str:
-    """For each rule whether it comes closer to gold than ``tv``, and what the step says about why."""
-    sentences = [_explain_line(tv, line) for line in others]
-    return "\n".join([_STEP_LEGEND, *sentences])
+    """Whether each rule comes closer to gold than ``tv``, and what its step says about why."""
+    lines = [_STEP_LEGEND]
+    rules_by_reason: dict[str, list[str]] = {}
+    for line in others:
+        numbers, reason = _compare(tv, line)
+        lines.append(f"- {line.name} {numbers}")
+        rules_by_reason.setdefault(reason, []).append(line.name)
+    lines += [f"{', '.join(rules)}: {reason}" for reason, rules in rules_by_reason.items()]
+    return "\n".join(lines)
 
 
-def _explain_line(tv: Line, line: Line) -> str:
+def _compare(tv: Line, line: Line) -> tuple[str, str]:
     assert tv.step is not None and line.step is not None
     ratio = line.step.selectivity / tv.step.selectivity
     gain = tv.gap - line.gap
     error = (tv.error**2 + line.error**2) ** 0.5
     if abs(gain) <= error:
-        verdict = "as close to gold as tv"
+        verdict = "is as close to gold as tv"
     else:
-        verdict = f"{'closer to' if gain > 0 else 'further from'} gold than tv"
+        verdict = f"is {'closer to' if gain > 0 else 'further from'} gold than tv"
     numbers = (
-        f"gap {line.gap:.1f} against {tv.gap:.1f} (one standard error of the difference: {error:.1f}), "
-        f"selectivity {ratio:.2f} times tv's, length {line.step.length:.2f} against {tv.step.length:.2f}"
+        f"{verdict}: gap {line.gap:.1f} against {tv.gap:.1f} (standard error of the difference {error:.1f}),\n"
+        f"  selectivity {ratio:.2f} times tv's, length {line.step.length:.2f} against {tv.step.length:.2f}"
     )
-    return f"- {line.name} is {verdict}: {numbers}.\n  {_reason(gain > error, ratio)}"
+    return numbers, _reason(gain > error, ratio > _HARDLY)
 
 
-def _reason(better: bool, ratio: float) -> str:
-    selective = ratio > _HARDLY
-    if better and selective:
-        return "Its step lies more on parameters that forget data need and retain data do not."
-    if better:
-        return "Not by the diagonal's account: it finds this step hardly more selective."
+def _reason(closer: bool, selective: bool) -> str:
+    if closer and selective:
+        return "the step lies more on parameters that forget data need and retain data do not."
+    if closer:
+        return "not by the diagonal's account, which finds the step hardly more selective than tv's."
     if selective:
         return (
-            "Parameter by parameter its step is the more selective one, yet the answers do not show it: what "
-            "decides here is\n  how parameters work together, which no diagonal sees."
+            "parameter by parameter the step is more selective than tv's, but the answers do not show it:\n"
+            "what decides here is how parameters act together, which no diagonal sees."
         )
-    return "Its weights hardly tell forget from retain, so it does what tv does at another lambda."
+    return "the weights hardly tell forget from retain, so the step does what tv's does at another lambda."

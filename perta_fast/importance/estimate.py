@@ -19,6 +19,8 @@ from perta_fast.output import check_output
 from perta_fast.report import installed_versions
 from perta_fast.rules import ESTIMATORS, Estimator
 
+_CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
+
 Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample]
 
 
@@ -167,9 +169,9 @@ def load_subject(
     chosen = choose_device(device)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
         )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, **_CLOSED)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged configuration shows in many ways

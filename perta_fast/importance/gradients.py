@@ -67,6 +67,8 @@ def accumulate(
                     _backward(module, samples, 1, bar.update, unreached=True)
     for mean in means.values():
         mean.div_(len(samples))
+        if estimator == "empirical-fisher":
+            mean.clamp_(min=0)  # a tied head and embedding meet as H^2 + (E^2 + 2 E H), which may round below 0
     return result
 
 

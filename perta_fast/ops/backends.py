@@ -98,21 +98,26 @@ def check_lists(**arguments: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} has {len(tensors)} tensors, {first} has {len(expected)}")
 
 
-def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise, naming the argument, unless ``tensor`` can be read by a kernel beside ``like``."""
+def check_array(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise, naming the argument, unless ``tensor`` is one dense array on ``device`` that a kernel can read."""
     if tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
     if tensor.layout != torch.strided or tensor.is_nested:
         raise ValueError(f"{name} is sparse, nested or otherwise not one dense array; pass a dense tensor")
-    if tensor.shape != like.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(like.shape)} is needed")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}; {like.device} is needed")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; {device} is needed")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if tensor.untyped_storage().nbytes() < needed:
         raise ValueError(f"{name} has lost its memory: its storage was freed or shrunk")
+
+
+def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+    """``check_array``, and that ``tensor`` has the shape of ``like``."""
+    check_array(name, tensor, like.device)
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(like.shape)} is needed")
 
 
 def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:
@@ -149,5 +154,7 @@ def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> No
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
+    if tensor.is_meta:  # holds no memory
+        return 0, 0
     begin = tensor.data_ptr()
     return begin, begin + tensor.numel() * tensor.element_size()

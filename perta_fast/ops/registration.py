@@ -26,8 +26,6 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     return operator
 
 
-def traced(tensor: object) -> bool:
-    """Whether a call must go through torch's dispatcher: it is being compiled, or its tensors hold no data."""
-    return torch.compiler.is_compiling() or (
-        isinstance(tensor, Tensor) and (type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta)
-    )
+def traced(tensor: Tensor) -> bool:
+    """Whether a call must go through torch's dispatcher: it is being compiled, or has no plain tensors."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter)

@@ -121,6 +121,8 @@ def rescaled_subtract_many_(
     thetas[k], tuneds[k] and so on are as there; no theta may share memory with any other tensor.
     """
     check_types(lam=lam, p=p, alpha=alpha, threshold=threshold, backend=backend)
+    if (forget_importances is None) != (retain_importances is None):
+        raise ValueError("forget_importances and retain_importances go together: give both or neither")
     importances = {"forget_importances": forget_importances, "retain_importances": retain_importances}
     given = {name: tensors for name, tensors in importances.items() if tensors is not None}
     check_lists(thetas=thetas, tuneds=tuneds, bases=bases, **given)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,18 @@ from perta_fast.importance import store
 from perta_fast.importance.store import ImportanceMetadata
 from tests.checkpoints import draw, read_checkpoint, same_bytes, write_importance
 
-METADATA = ImportanceMetadata("grad", "ab" * 32, 12, 3, 345, "/models/a é", "0.1", "2.13", "5.24")
+METADATA = ImportanceMetadata(
+    estimator="grad",
+    data_hash="ab" * 32,
+    sample_count=12,
+    truncated_count=3,
+    label_count=345,
+    evaluated_at="/models/a é",
+    perta_fast_version="0.1",
+    torch_version="2.13",
+    transformers_version="5.24",
+    one_by_one="a.weight, a.bias",
+)
 TENSORS = {
     "a.weight": draw((7, 5), seed=1),
     "a.bias": draw((7,), seed=2),
@@ -212,7 +223,6 @@ def test_metadata_of_the_first_days_is_read(tmp_path: Path) -> None:
     loaded = Importance.load(write_importance(tmp_path / "old", {"a": torch.ones(3)}))
     assert (loaded.metadata.sample_count, loaded.metadata.truncated_count) == (3, 0)
     assert loaded.metadata.torch_version == ""
-    assert len(fields(loaded.metadata)) == 9
 
 
 def test_shards_of_different_runs(tmp_path: Path, small_shards: int) -> None:

@@ -52,6 +52,33 @@ def test_cuda(fold, dtype: torch.dtype, backend: str) -> None:  # type: ignore[n
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize(
+    ("fold", "fold_many"),
+    [(ops.accumulate_, ops.accumulate_many_), (ops.accumulate_square_, ops.accumulate_square_many_)],
+)
+def test_many_as_one_by_one(fold, fold_many, backend: str) -> None:  # type: ignore[no-untyped-def]
+    if backend not in ops.available_backends():
+        pytest.skip(f"{backend} is not available")
+    pairs = [pair(7 * n, DTYPES[n % 3], n) for n in range(6)]
+    expected = [fold(accumulator.clone(), gradient, backend="reference") for accumulator, gradient in pairs]
+    accumulators, gradients = zip(*pairs, strict=True)
+    assert fold_many(accumulators, gradients, backend=backend) is None
+    for actual, wanted in zip(accumulators, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+    fold_many([], [], backend=backend)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_many_on_cuda() -> None:
+    pairs = [pair(3 * n, DTYPES[n % 3], n) for n in range(2000)]
+    expected = [ops.accumulate_(accumulator.clone(), gradient) for accumulator, gradient in pairs]
+    on_device = [[tensor.cuda() for tensor in tensors] for tensors in zip(*pairs, strict=True)]
+    ops.accumulate_many_(*on_device, backend="cuda")
+    for actual, wanted in zip(on_device[0], expected, strict=True):
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5000), st.sampled_from(DTYPES), st.integers(0, 2**31), st.data())
 def test_splitting_changes_nothing(n: int, dtype: torch.dtype, seed: int, data: st.DataObject) -> None:
@@ -80,6 +107,20 @@ def test_bad_arguments_are_named(fold) -> None:  # type: ignore[no-untyped-def]
         fold(torch.zeros(12, dtype=torch.bfloat16), good)
     with pytest.raises(ValueError, match="backend"):
         fold(torch.zeros(12), good, backend="fast")
+
+
+def test_many_name_what_is_wrong() -> None:
+    whole, other = torch.zeros(12), torch.zeros(6)
+    with pytest.raises(ValueError, match="gradients has 1 tensors, accumulators has 2"):
+        ops.accumulate_many_([other, whole], [other.clone()])
+    with pytest.raises(ValueError, match=r"gradients\[1\] has shape"):
+        ops.accumulate_many_([whole, other], [whole.clone(), whole.clone()])
+    with pytest.raises(TypeError, match=r"accumulators\[0\] is torch.float16; it must be float32"):
+        ops.accumulate_many_([other.half()], [other])
+    with pytest.raises(
+        ValueError, match=r"gradients\[1\] shares memory with accumulators\[0\], which is overw"
+    ):
+        ops.accumulate_many_([whole[:6], other], [torch.zeros(6), whole[5:11]])
 
 
 def test_counts_as_an_in_place_change_for_autograd() -> None:
