@@ -17,7 +17,7 @@ class Settings:
     pretraining_rate: float = 2e-3
     tuning_epochs: int = 20
     tuning_rate: float = 1e-3
-    lams: tuple[float, ...] = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.8, 2.2)
+    lams: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3)
 
 
 FULL = Settings()

@@ -88,7 +88,8 @@ def _reason(closer: bool, selective: bool) -> str:
         return "not by the diagonal's account, which finds the step hardly more selective than tv's."
     if selective:
         return (
-            "parameter by parameter the step is more selective than tv's, but the answers do not show it:\n"
-            "what decides here is how parameters act together, which no diagonal sees."
+            "parameter by parameter the step is more selective than tv's, but the answers do not show it beyond "
+            "chance:\nthis diagonal is not what decides here. It leaves out how parameters act together, and holds "
+            "for small steps."
         )
     return "the weights hardly tell forget from retain, so the step does what tv's does at another lambda."

@@ -53,7 +53,7 @@ def test_table_shows_every_number() -> None:
     [
         (20.0, 2.0, "closer to gold than tv", "lies more on parameters that forget data need"),
         (20.0, 1.0, "closer to gold than tv", "not by the diagonal's account"),
-        (39.0, 2.0, "as close to gold as tv", "how parameters act together"),
+        (39.0, 2.0, "as close to gold as tv", "this diagonal is not what decides"),
         (60.0, 1.0, "further from gold than tv", "hardly tell forget from retain"),
     ],
 )
