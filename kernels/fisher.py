@@ -3,8 +3,8 @@
 One program makes one tile of the result. It multiplies block after block of tokens into float32 registers and,
 wherever a sample ends, adds the square of what they hold to a second set of registers, which is stored once, at
 the end. The blocks of all samples are one loop, so that loads run ahead over the samples' borders. FLOPs: 2 a
-token and element, as in an ordinary backward. Where there are too few tiles to fill the device, several programs
-share one, each with samples of its own, and add to it atomically, in no fixed order.
+token and element, as in an ordinary backward. Where there are too few tiles to fill the device, several
+programs share one, each with samples of its own, and add to it atomically, in no fixed order.
 
 Inputs in one 16-bit type are multiplied as they are, all others in float32 (IEEE, no tensor cores).
 """

@@ -106,12 +106,6 @@ class _Source:
         values = torch.frombuffer(memory, dtype=dtype) if entry.size else torch.empty(0, dtype=dtype)
         return cls(values, entry.shape, where, file, entry.begin)
 
-    def release(self, part: slice) -> None:
-        """Give back the pages of a part that has been read."""
-        if self.file is not None:
-            width = self.values.element_size()
-            self.file.release(self.begin + part.start * width, self.begin + part.stop * width)
-
     @classmethod
     def of_importance(cls, importance: Importance, stored: Checkpoint | None, name: str) -> "_Source":
         """A tensor of an importance, from its files if it is ``stored``."""
@@ -119,6 +113,12 @@ class _Source:
             return cls.of_checkpoint(stored, name, "the importance")
         tensor = importance.tensors[name]
         return cls(tensor.detach().reshape(-1), tuple(tensor.shape), "the importance")
+
+    def release(self, part: slice) -> None:
+        """Give back the pages of a part that has been read."""
+        if self.file is not None:
+            width = self.values.element_size()
+            self.file.release(self.begin + part.start * width, self.begin + part.stop * width)
 
 
 def _stored(importance: Importance) -> Checkpoint | None:
@@ -208,7 +208,7 @@ def _check_source(name: str, parameter: nn.Parameter, source: _Source) -> None:
         found = f"{list(source.shape)} in {source.where}"
         raise InputError(f"tensor {name}: shape {list(parameter.shape)} in the module, {found}")
     if source.values.dtype not in DTYPE_CODES:
-        raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it must be float32")
+        raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it has no arithmetic")
     for part in _parts(len(source.values)):
         if not bool(torch.isfinite(source.values[part]).all()):
             raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")

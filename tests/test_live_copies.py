@@ -222,6 +222,28 @@ def test_chunks_of_a_module_make_the_whole(
         assert name == "none" or not torch.equal(found, model[name]), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_module_on_cuda_as_on_the_cpu(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "CHUNK", 1 << 16)
+    tensors = [
+        {"large": draw((300, 1001), dtype, seed), "small": draw((7,), dtype, seed)}
+        for seed, dtype in enumerate([torch.bfloat16] * 3 + [torch.float32] * 2)
+    ]
+    paths = [write_checkpoint(tmp_path / name, each) for name, each in zip("bt", tensors[1:3], strict=True)]
+    paths += [
+        write_importance(tmp_path / name, each, "grad") for name, each in zip("fr", tensors[3:], strict=True)
+    ]
+    on_cpu, on_cuda = Model(tensors[0]), Model(tensors[0]).cuda()
+    apply_to_module_(on_cpu, *paths, rule="grad", lam=1.5)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    apply_to_module_(on_cuda, *paths, rule="grad", lam=1.5, backend=backend)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * (16 * live.CHUNK + 2048)
+    for found, expected in zip(on_cuda.parameters(), on_cpu.parameters(), strict=True):
+        assert same_bytes(found.detach().cpu(), expected.detach())
+
+
 def test_importance_in_memory_of_a_type_without_arithmetic(tmp_path: Path) -> None:
     tensors = {"small": draw((5,))}
     paths = [write_checkpoint(tmp_path / name, tensors) for name in ("base", "tuned")]

@@ -18,7 +18,7 @@ namespace perta::cuda {
 
 constexpr int threads_per_block = 256;
 constexpr int width = 8;  // elements of a group: 16 bytes of a 16-bit type, twice 16 of float32
-constexpr size_t chunk = 2 * width * threads_per_block;
+constexpr size_t chunk = 2 * width * threads_per_block;  // elements that a block takes at a time
 constexpr size_t parameter_bytes = CUDART_VERSION >= 12010 ? 32764 : 4096;  // what a launch takes
 
 // The bits of one element or of a group, each in the lower part of a word or, 16-bit types of a group, two a word.
@@ -97,7 +97,8 @@ struct Table {
 
 template <class Operation, int capacity>
 __global__ void __launch_bounds__(threads_per_block)
-    walk(const __grid_constant__ Table<Operation::arrays, capacity> table, const __grid_constant__ Operation operation) {
+    walk(const __grid_constant__ Table<Operation::arrays, capacity> table,
+         const __grid_constant__ Operation operation) {
   for (uint32_t number = blockIdx.x; number < table.chunks; number += gridDim.x) {
     uint32_t low = 0, high = table.count;  // the chunk's tensor: the last with first_chunk <= number
     while (high - low > 1) {

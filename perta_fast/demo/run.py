@@ -76,7 +76,7 @@ def _lines(files: Files, samples: Samples, gold: dict[str, Score], runs: dict[st
 def _command(files: Files, run: Run) -> str:
     arguments: dict[str, object] = {"model": files.full, "base": files.base, "tuned": files.tuned}
     if run.rule != "tv":
-        arguments |= {"forget": files.questions("forget"), "retain": files.questions("retain")}
+        arguments |= {"forget": files.questions("forget"), "retain": files.questions("retain"), "device": "cpu"}
     arguments |= {"rule": run.rule, "lam": f"{run.lam:g}", "out": files.directory / "again"}
     parts = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     return shlex.join(["perta", "unlearn", *parts])

@@ -15,7 +15,8 @@ gap       |forget accuracy - gold's| + what retain accuracy lacks to gold's, in 
           of each rule the lambda with the smallest gap is shown"""
 _STEP_LEGEND = """\
 Each rule against tv. Selectivity: how much more the step disturbs forget than retain data, by the diagonal
-Fisher at theta_0, each parameter on its own. Length: of the step, in units of the task vector's."""
+Fisher at theta_0, each parameter on its own. Length: of the step, in units of the task vector's. A standard
+error takes all questions as independent draws."""
 _HARDLY = 1.1  # a selectivity this many times that of tv is no difference to speak of
 
 
@@ -88,8 +89,8 @@ def _reason(closer: bool, selective: bool) -> str:
         return "not by the diagonal's account, which finds the step hardly more selective than tv's."
     if selective:
         return (
-            "parameter by parameter the step is more selective than tv's, but the answers do not show it beyond "
-            "chance:\nthis diagonal is not what decides here. It leaves out how parameters act together, and holds "
-            "for small steps."
+            "\n  parameter by parameter the step is more selective than tv's, but the answers do not show it"
+            "\n  beyond chance: this diagonal is not what decides here. It leaves out how parameters act"
+            "\n  together, and holds for small steps only."
         )
     return "the weights hardly tell forget from retain, so the step does what tv's does at another lambda."
