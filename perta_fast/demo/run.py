@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from perta_fast.demo.checkpoints import train_models
@@ -34,7 +35,7 @@ def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> N
     """
     settings = FAST if fast else FULL
     clock = Clock()
-    with work_directory(out) as directory, _no_loading_bars():
+    with work_directory(out) as directory, _no_loading_bars(), _threads(settings.threads):
         files = Files(directory)
         samples = train_models(files, settings, seed, clock)
         with clock.phase("scoring"):
@@ -92,3 +93,14 @@ def _no_loading_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """With ``count`` threads in torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

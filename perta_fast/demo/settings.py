@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Authors of each kind, shape of the model, length of each training, and the strengths to try."""
+    """Authors of each kind, shape of the model, length of each training, and the strengths to try.
+
+    threads: that torch computes with; None leaves it the number it has.
+    """
 
     forget_authors: int = 10
     retain_authors: int = 40
@@ -18,6 +21,7 @@ class Settings:
     tuning_epochs: int = 20
     tuning_rate: float = 1e-3
     lams: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3)
+    threads: int | None = None
 
 
 FULL = Settings()
@@ -32,4 +36,5 @@ FAST = Settings(
     tuning_epochs=20,
     tuning_rate=3e-3,
     lams=(0.5, 1.0),
+    threads=1,  # with matrices this small a second one mostly waits, and on a busy machine both do
 )

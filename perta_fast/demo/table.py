@@ -62,7 +62,7 @@ def explain(tv: Line, others: Sequence[Line]) -> str:
         numbers, reason = _compare(tv, line)
         lines.append(f"- {line.name} {numbers}")
         rules_by_reason.setdefault(reason, []).append(line.name)
-    lines += [f"{', '.join(rules)}: {reason}" for reason, rules in rules_by_reason.items()]
+    lines += [f"{', '.join(rules)}:{reason}" for reason, rules in rules_by_reason.items()]
     return "\n".join(lines)
 
 
@@ -84,13 +84,13 @@ def _compare(tv: Line, line: Line) -> tuple[str, str]:
 
 def _reason(closer: bool, selective: bool) -> str:
     if closer and selective:
-        return "the step lies more on parameters that forget data need and retain data do not."
+        return " the step lies more on parameters that forget data need and retain data do not."
     if closer:
-        return "not by the diagonal's account, which finds the step hardly more selective than tv's."
+        return " not by the diagonal's account, which finds the step hardly more selective than tv's."
     if selective:
         return (
             "\n  parameter by parameter the step is more selective than tv's, but the answers do not show it"
             "\n  beyond chance: this diagonal is not what decides here. It leaves out how parameters act"
             "\n  together, and holds for small steps only."
         )
-    return "the weights hardly tell forget from retain, so the step does what tv's does at another lambda."
+    return " the weights hardly tell forget from retain, so the step does what tv's does at another lambda."

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from perta_fast import compiled
 from perta_fast.ops import reference
-from perta_fast.ops.backends import DTYPE_CODES, choose, overlap
+from perta_fast.ops.backends import DTYPE_CODES, check_array, check_types, choose, overlap
+from perta_fast.ops.registration import register, traced
 
 
 def accumulate_squared_gradients_(
@@ -34,65 +35,83 @@ def accumulate_squared_gradients_(
     Raises TypeError or ValueError naming the argument. Memory: a few MB a thread; the reference holds the
     gradient of one sample.
     """
+    check_types(fisher=fisher, activations=activations, output_gradients=output_gradients, backend=backend)
+    check_types(
+        **{name: each for name, each in (("lengths", lengths), ("gradient", gradient)) if each is not None}
+    )
+    accumulate = _OPERATOR if traced(fisher) else _accumulate_
+    accumulate(fisher, activations, output_gradients, lengths, gradient, backend)
+    return fisher
+
+
+def _accumulate_(
+    fisher: Tensor,
+    activations: Tensor,
+    output_gradients: Tensor,
+    lengths: Tensor | None,
+    gradient: Tensor | None,
+    backend: str,
+) -> None:
+    _check(fisher, activations, output_gradients, lengths, gradient)
+    others = {"fisher": fisher, "activations": activations, "output_gradients": output_gradients}
+    for name, tensor in {"fisher": fisher, "gradient": gradient}.items():
+        for other, source in others.items():
+            if tensor is not None and other != name and overlap(tensor, source):
+                raise ValueError(f"{name} shares memory with {other}, and is overwritten")
+    samples = _sample_rows(activations, lengths)
+    chosen = choose(backend, fisher.device, serving=("reference", "cpp", "triton"))
+    arrays = fisher, gradient, activations.flatten(0, -2), output_gradients.flatten(0, -2), samples
+    if chosen == "reference":
+        with torch.no_grad():
+            reference.accumulate_squared_gradients_(*arrays)
+        return
+    if chosen == "triton":
+        from perta_fast.kernels.fisher import accumulate_squared_gradients_triton_
+
+        accumulate_squared_gradients_triton_(*arrays)
+    else:
+        _compiled(*arrays)
+    torch.autograd.graph.increment_version([each for each in (fisher, gradient) if each is not None])
+
+
+def _check(
+    fisher: Tensor,
+    activations: Tensor,
+    output_gradients: Tensor,
+    lengths: Tensor | None,
+    gradient: Tensor | None,
+) -> None:
+    """Raise unless everything fits, as far as types, shapes and devices tell."""
     inputs = {"activations": activations, "output_gradients": output_gradients}
     accumulators = {"fisher": fisher} | ({} if gradient is None else {"gradient": gradient})
     for name, tensor in (accumulators | inputs).items():
-        _check(name, tensor, fisher)
+        check_array(name, tensor, fisher.device)
     for name, tensor in accumulators.items():
         if tensor.dtype != torch.float32 or tensor.dim() != 2 or tensor.shape != fisher.shape:
             raise ValueError(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; float32 (d_out, d_in) is needed"
             )
-        for other, source in ({"fisher": fisher} | inputs).items():
-            if other != name and overlap(tensor, source):
-                raise ValueError(f"{name} shares memory with {other}, and is overwritten")
     d_out, d_in = fisher.shape
     if activations.dim() not in (2, 3) or activations.shape[-1] != d_in:
         raise ValueError(f"activations has shape {tuple(activations.shape)}; (N, T, {d_in}) is needed")
     wanted = (*activations.shape[:-1], d_out)
     if tuple(output_gradients.shape) != wanted:
         raise ValueError(f"output_gradients has shape {tuple(output_gradients.shape)}; {wanted} is needed")
-    samples = _sample_rows(activations, lengths)
-    chosen = choose(backend, fisher.device, serving=("reference", "cpp", "triton"))
-    rows = activations.flatten(0, -2), output_gradients.flatten(0, -2)
-    with torch.no_grad():
-        if chosen == "cpp":
-            _compiled(fisher, gradient, *rows, samples)
-        elif chosen == "triton":
-            from perta_fast.kernels.fisher import accumulate_squared_gradients_triton_
-
-            accumulate_squared_gradients_triton_(fisher, gradient, *rows, samples)
-        else:
-            reference.accumulate_squared_gradients_(fisher, gradient, *rows, samples)
-    return fisher
-
-
-def _check(name: str, tensor: Tensor, like: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-    if tensor.dtype not in DTYPE_CODES:
-        raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}; {like.device} is needed")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+    if lengths is None and activations.dim() == 2:
+        raise ValueError("lengths is needed where activations has no sample dimension")
+    if lengths is not None:
+        vector = lengths.layout == torch.strided and not lengths.is_nested and lengths.dim() == 1
+        if not vector or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError("lengths must be integers (N,): int32 or int64, dense")
 
 
 def _sample_rows(activations: Tensor, lengths: Tensor | None) -> Tensor:
     """(N, 2) int64 on the CPU: first row of each sample, and the row after its last, of the flat inputs."""
     padded = activations.dim() == 3
     if lengths is None:
-        if not padded:
-            raise ValueError("lengths is needed where activations has no sample dimension")
         count, tokens = activations.shape[:2]
         begins = torch.arange(count) * tokens
         return torch.stack([begins, begins + tokens], dim=1)
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths must be a torch.Tensor, not {type(lengths).__name__}")
-    if lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; integers (N,) are needed"
-        )
     lengths = lengths.to("cpu", torch.int64)
     if padded:
         count, tokens = activations.shape[:2]
@@ -125,6 +144,11 @@ def _compiled(
         len(samples),
         torch.get_num_threads(),
     )
-    for accumulator in (fisher, gradient):
-        if accumulator is not None:
-            torch.autograd.graph.increment_version(accumulator)
+
+
+_OPERATOR = register(
+    "accumulate_squared_gradients_(Tensor(a!) fisher, Tensor activations, Tensor output_gradients, "
+    "Tensor? lengths, Tensor(b!)? gradient, str backend) -> ()",
+    _accumulate_,
+    lambda *arguments: _check(*arguments[:5]),
+)

@@ -64,6 +64,7 @@ NUMBERS: dict[str, Any] = {
 BACKENDS: tuple[Any, ...] = ("auto", "reference", "cpp", "cuda", "triton", "fast", None, 1, ["cpp"])
 SUBTRACTION = ("theta", "tuned", "base", "forget_importance", "retain_importance")
 FOLD = ("accumulator", "gradient")
+FISHER = ("fisher", "gradient", "activations", "output_gradients")
 MANY = tuple(f"{name}s" for name in SUBTRACTION)
 MANY_FOLD = tuple(f"{name}s" for name in FOLD)
 
@@ -134,3 +135,29 @@ def test_many(chosen: list[tuple[str, ...]], place: int, instead: str, data: st.
     call(ops.rescaled_subtract_many_, lists | {"lam": 1.0})
     folds = dict(zip(MANY_FOLD, (lists["thetas"], lists["tuneds"]), strict=True))
     call(ops.accumulate_many_, folds)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(*[tensors] * 4),
+    st.sampled_from([None, "lengths", *TENSORS]),
+    st.sampled_from(BACKENDS),
+    st.none() | st.tuples(st.sampled_from(FISHER), st.sampled_from(FISHER)),
+)
+def test_fisher(
+    chosen: tuple[str, ...], lengths: str | None, backend: Any, alias: tuple[str, str] | None
+) -> None:
+    """All arrays are 3 x 4 but the output gradients, which are 3 x 3: the linear map is 3 x 4, on 3 rows."""
+    made = {name: TENSORS[kind]() for name, kind in zip(FISHER, chosen, strict=True)}
+    deltas = made["output_gradients"]
+    if (
+        isinstance(deltas, Tensor)
+        and deltas.layout == torch.strided
+        and not deltas.is_nested
+        and deltas.dim() == 2
+    ):
+        made["output_gradients"] = deltas if chosen[3] == "freed" else deltas[:, :3].contiguous()
+    if alias is not None:
+        made[alias[1]] = made[alias[0]]
+    given = torch.tensor([1, 0, 2]) if lengths == "lengths" else lengths and TENSORS[lengths]()
+    call(ops.accumulate_squared_gradients_, made | {"lengths": given, "backend": backend})
