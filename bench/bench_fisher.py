@@ -191,12 +191,13 @@ class Subject:
             from opacus import GradSampleModule
         except ImportError as error:
             raise Unavailable("Opacus: not installed") from error
-        wrapped = GradSampleModule(self.model, loss_reduction="sum", strict=False)
+        wrapped = GradSampleModule(self.model.train(), loss_reduction="sum", strict=False)  # no dropout here
         try:
             per_sample_losses(wrapped, self.batch).sum().backward()
             return {name: p.grad_sample.float().square().sum(0) for name, p in self.model.named_parameters()}
         finally:
             wrapped.to_standard_module()
+            self.model.eval()
 
     def ours(self) -> object:
         """The public function: planning, one batched pass, averaging and checks."""
