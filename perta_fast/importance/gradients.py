@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perta_fast.data import Sample
 from perta_fast.errors import InputError, RunError
 from perta_fast.importance.module_rules import Target
-from perta_fast.importance.per_sample import Plan, plan_for
+from perta_fast.importance.per_sample import Plan, only_asking, plan_for
 from perta_fast.losses import Batch, batches_by_length, per_sample_losses
 from perta_fast.ops import accumulate_, accumulate_square_
 from perta_fast.ops.backends import DTYPE_CODES
@@ -63,7 +63,7 @@ def accumulate(
                 result.one_by_one = plan.left
                 left = {name: means[name] for name in plan.left}
                 bar.reset(len(samples))
-                with _only_asking(module, left), _gradients_folded_into(module, left, squared=True):
+                with only_asking(module, left), _gradients_folded_into(module, left, squared=True):
                     _backward(module, samples, 1, bar.update, unreached=True)
     for mean in means.values():
         mean.div_(len(samples))
@@ -138,19 +138,6 @@ def _gradients_folded_into(module: nn.Module, sums: Mapping[str, Tensor], square
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _only_asking(module: nn.Module, names: Mapping[str, Tensor]) -> Iterator[None]:
-    """No parameter but those named asks autograd for a gradient."""
-    silent = [p for name, p in module.named_parameters() if p.requires_grad and name not in names]
-    try:
-        for parameter in silent:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in silent:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

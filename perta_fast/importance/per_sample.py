@@ -4,7 +4,7 @@ Every module with parameters is given a rule (``module_rules``) after a look at 
 that no rule fits is left to batches of one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,19 @@ from perta_fast.importance.module_rules import (
 _LOOK_SAMPLES, _LOOK_TOKENS = 5, 7
 
 
+@contextmanager
+def only_asking(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """No parameter but those named asks autograd for a gradient."""
+    silent = [p for name, p in module.named_parameters() if p.requires_grad and name not in names]
+    try:
+        for parameter in silent:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in silent:
+            parameter.requires_grad_(True)
+
+
 @dataclass
 class Plan:
     """Rules to install, and the names of parameters that none fits."""
@@ -38,17 +51,11 @@ class Plan:
     @contextmanager
     def installed(self, module: nn.Module) -> Iterator[None]:
         """Rules stand in for their modules and no parameter asks autograd for a gradient."""
-        asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
         with ExitStack() as stack:
             for rule in self.rules:
                 stack.enter_context(rule.installed())
-            try:
-                for parameter in asking:
-                    parameter.requires_grad_(False)
-                yield
-            finally:
-                for parameter in asking:
-                    parameter.requires_grad_(True)
+            stack.enter_context(only_asking(module, ()))
+            yield
 
     def begin(self, samples: Sequence[Sample]) -> None:
         """Tell the rules what the next forward pass is over."""

@@ -1,14 +1,12 @@
 """The per-sample Fisher of a linear map: the reference against autograd, backends against the reference."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perta_fast import compiled, ops
+from perta_fast import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # N, T, d_out, d_in: nothing, one of each, odd, at a tile's edges, more than one block, a sample beyond a batch.
@@ -25,16 +23,6 @@ SHAPES = (
     (2, 600, 17, 50),
     (70, 16, 24, 96),
 )
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = compiled.kernels()
-    if request.param not in module.build_info()["instruction_sets"]:
-        pytest.skip(f"this processor or build has no {request.param}")
-    module.select_instruction_set(request.param)
-    yield request.param
-    module.select_instruction_set("best")
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

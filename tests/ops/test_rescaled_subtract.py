@@ -1,7 +1,6 @@
 """Every backend of the rescaled subtraction against the reference, bit for bit, and its properties."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,16 +36,6 @@ SPECIAL = (
     1.0 + 3 * 2**-8,
     1.0 + 2**-11,  # ties between two float16 neighbours
 )
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = compiled.kernels()
-    if request.param not in module.build_info()["instruction_sets"]:
-        pytest.skip(f"this processor or build has no {request.param}")
-    module.select_instruction_set(request.param)
-    yield request.param
-    module.select_instruction_set("best")
 
 
 def draw(n: int, dtype: torch.dtype, seed: int, special: bool = False) -> Tensor:
