@@ -126,6 +126,8 @@ def ninja_text(compiler: str, cuda: Cuda | None, module: Path) -> str:
     link = ["-shared", "-pthread"]
     if sys.platform == "darwin":
         link = ["-bundle", "-undefined dynamic_lookup"]
+    elif sys.platform == "linux":
+        link.append("-ldl")  # older C libraries keep dlsym apart
     if cuda is not None:
         flags.append("-DPERTA_WITH_CUDA")
         link += [f"-L{cuda.library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include <dlfcn.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sched.h>
@@ -92,10 +93,41 @@ Pool& pool() {
 
 thread_local bool inside = false;
 
+// GOMP_parallel(body, data, threads, flags) of the OpenMP runtime that torch works with, once torch is loaded.
+// Its threads spin for a while after every operation of torch, and would keep a pool of ours from the processors.
+using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+const pid_t loaded_in = getpid();
+
+OpenMPParallel openmp_parallel() {
+  static std::atomic<OpenMPParallel> found{nullptr};
+  if (found == nullptr) found = reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return getpid() == loaded_in ? found.load() : nullptr;  // a forked child has none of the runtime's threads
+}
+
+struct Shared {
+  const std::function<void(size_t)>& work;
+  const size_t count;
+  std::atomic<size_t> next{0};
+};
+
+void drain(void* shared) {
+  Shared& tasks = *static_cast<Shared*>(shared);
+  inside = true;
+  for (size_t k = tasks.next.fetch_add(1); k < tasks.count; k = tasks.next.fetch_add(1)) tasks.work(k);
+  inside = false;
+}
+
 }  // namespace
 
 void parallel_for(size_t count, int threads, const std::function<void(size_t)>& work) {
   if (count > 1 && threads > 1 && !inside) {
+    if (const OpenMPParallel parallel = openmp_parallel()) {
+      // As many threads as torch uses, even for fewer tasks: another number would make the runtime start anew.
+      Shared shared{work, count};
+      parallel(drain, &shared, static_cast<unsigned>(threads), 0);
+      return;
+    }
     Pool& shared = pool();
     std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
     if (lock.owns_lock()) {

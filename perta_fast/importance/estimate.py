@@ -249,7 +249,7 @@ def hash_data(data: Data, samples: Sequence[Sample]) -> str:
 
 def _check_finite(importance: Importance) -> None:
     for name, tensor in importance.tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # a NaN is both
             raise RunError(
                 f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)"
             )

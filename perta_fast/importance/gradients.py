@@ -140,12 +140,26 @@ def _gradients_folded_into(module: nn.Module, sums: Mapping[str, Tensor], square
             handle.remove()
 
 
+def _keep_checkpointing(module: nn.Module) -> None:
+    """Let layers that were told to checkpoint their activations do so, which transformers ties to training.
+
+    The mode is set on these layers alone and not on their parts; a model with dropout is left in evaluation.
+    """
+    config = getattr(module, "config", None)
+    if config is None or any(value for name, value in vars(config).items() if "drop" in name):
+        return
+    for part in module.modules():
+        if getattr(part, "gradient_checkpointing", False) is True:
+            part.training = True
+
+
 @contextmanager
 def _ready_to_measure(module: nn.Module) -> Iterator[None]:
     """Dropout off, no gradients left over; all put back at the end."""
     training = {part: part.training for part in module.modules()}
     gradients = {parameter: parameter.grad for parameter in module.parameters()}
     module.eval()
+    _keep_checkpointing(module)
     for parameter in gradients:
         parameter.grad = None
     try:

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from perta_fast.ops import accumulate_squared_gradients_
 
+_WORTH_GATHERING = 0.8  # share of tokens with a gradient below which a copy of them costs less than the zeros
+
 
 class Unfit(Exception):
     """A module was called in a way that its rule does not understand."""
@@ -169,7 +171,8 @@ class LinearRule(ModuleRule):
             self.embedding.meet_head(activations, deltas)
         if self.sparse:
             kept = deltas.any(-1)
-            activations, deltas, lengths = activations[kept], deltas[kept], kept.sum(1)
+            if int(kept.sum()) < _WORTH_GATHERING * kept.numel():
+                activations, deltas, lengths = activations[kept], deltas[kept], kept.sum(1)
         self._add(activations, deltas, lengths)
 
     def _add(self, activations: Tensor, deltas: Tensor, lengths: Tensor | None) -> None:

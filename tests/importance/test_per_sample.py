@@ -34,6 +34,7 @@ from perta_fast.importance.module_rules import (
 )
 from perta_fast.importance.per_sample import plan_for
 from perta_fast.losses import Batch, per_sample_losses
+from perta_fast.rules import Estimator
 from tests.models import draw_samples, llama, nudge_
 
 SAMPLES = draw_samples(9, longest=14)
@@ -303,6 +304,31 @@ class CheckpointedTheOldWay(Checkpointed):
 )
 def test_modules(kind: type[Small], one_by_one: tuple[str, ...]) -> None:
     assert_equals_loop(kind(), one_by_one=one_by_one)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", ["grad", "empirical-fisher"])
+def test_layers_checkpoint_when_told_to(estimator: Estimator, reentrant: bool) -> None:
+    model = llama()
+    expected = accumulate(model, SAMPLES, estimator, len(SAMPLES), progress=False).means
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    modes = {part: part.training for part in model.modules()}
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    means = accumulate(model, SAMPLES, estimator, len(SAMPLES), progress=False).means
+    assert calls.count(True) >= (1 if reentrant else 2)  # the old way's first pass keeps no graph
+    assert len(calls) == (2 if estimator == "grad" else 3)  # one more look at how modules are called
+    assert {part: part.training for part in model.modules()} == modes
+    for name, mean in means.items():
+        assert (mean - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+def test_dropout_stays_off_under_checkpointing() -> None:
+    model = llama(attention_dropout=0.5)
+    expected = fused(model).means
+    model.gradient_checkpointing_enable()
+    for name, mean in fused(model).means.items():
+        assert torch.equal(mean, expected[name]), name
 
 
 def test_weights_tied_by_hand() -> None:
