@@ -11,23 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from perta_fast import ops
     from perta_fast.application import apply
-    from perta_fast.errors import InputError, PertaError, RunError
+    from perta_fast.errors import InputError, Interrupted, PertaError, RunError
     from perta_fast.importance.estimate import estimate_importance
     from perta_fast.importance.store import Importance
     from perta_fast.live import apply_to_module_
     from perta_fast.report import Report
+    from perta_fast.resuming import resume
+    from perta_fast.sweeping import sweep
+    from perta_fast.trade_off import Sweep
     from perta_fast.unlearning import unlearn
     from perta_fast.verification import verify
 
 _HOMES = {
     "Importance": "perta_fast.importance.store",
     "InputError": "perta_fast.errors",
+    "Interrupted": "perta_fast.errors",
     "PertaError": "perta_fast.errors",
     "Report": "perta_fast.report",
     "RunError": "perta_fast.errors",
+    "Sweep": "perta_fast.trade_off",
     "apply": "perta_fast.application",
     "apply_to_module_": "perta_fast.live",
     "estimate_importance": "perta_fast.importance.estimate",
+    "resume": "perta_fast.resuming",
+    "sweep": "perta_fast.sweeping",
     "unlearn": "perta_fast.unlearning",
     "verify": "perta_fast.verification",
 }
@@ -35,13 +42,17 @@ _HOMES = {
 __all__ = [
     "Importance",
     "InputError",
+    "Interrupted",
     "PertaError",
     "Report",
     "RunError",
+    "Sweep",
     "apply",
     "apply_to_module_",
     "estimate_importance",
     "ops",
+    "resume",
+    "sweep",
     "unlearn",
     "verify",
 ]

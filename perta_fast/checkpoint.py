@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx")
 
+# What an unfinished in-place run keeps in the model's directory: see in_place.py.
+JOURNAL = ".perta-journal"
+JOB = "job.json"
+
 # Names under which model families keep the two matrices that may be one (tied embeddings).
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 INPUT_EMBEDDINGS = (
@@ -41,11 +45,14 @@ class Checkpoint:
     index: Path | None = None
 
     @classmethod
-    def open(cls, path: str | Path, stem: str = "model") -> "Checkpoint":
+    def open(
+        cls, path: str | Path, stem: str = "model", *, unfinished: bool = False, index: Path | None = None
+    ) -> "Checkpoint":
         """Open ``path``, a directory with ``{stem}.safetensors`` or ``{stem}.safetensors.index.json``.
 
         Reads headers only. Raises InputError, naming file and tensor, for whatever is missing, malformed,
-        truncated, pickled, or outside the directory.
+        truncated, pickled, or outside the directory, and for a model that an in-place run has left half done.
+        unfinished: open even that. index: the index lies here instead.
         """
         path = Path(path)
         try:
@@ -61,9 +68,12 @@ class Checkpoint:
             ) from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        index = path / f"{stem}.safetensors.index.json"
+        if not unfinished and (path / JOURNAL / JOB).exists():
+            raise InputError(f"{path}: an in-place run has not been finished; finish it with: perta resume {path}")
+        if index is None and f"{stem}.safetensors.index.json" in names:
+            index = path / f"{stem}.safetensors.index.json"
         single = path / f"{stem}.safetensors"
-        if index.name in names:
+        if index is not None:
             weight_map = _read_index(index)
             if single.name in names and single.name not in weight_map.values():
                 raise InputError(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from perta_fast.errors import PertaError
+from perta_fast.errors import Interrupted, PertaError
 from perta_fast.rules import ESTIMATORS, RULES
 
 _INTERRUPTED = 130
@@ -44,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return PertaError.exit_status
-    except KeyboardInterrupt:
-        print(
-            "perta: interrupted; the inputs are untouched and no partial output is left. "
-            "Run the same command again to start over",
-            file=sys.stderr,
+    except KeyboardInterrupt as error:
+        untouched = (
+            "interrupted; the inputs are untouched and no partial output is left. "
+            "Run the same command again to start over"
         )
+        print(f"perta: {error if isinstance(error, Interrupted) else untouched}", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -68,8 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_unlearn(commands)
     _add_importance(commands)
     _add_apply(commands)
+    _add_sweep(commands)
     _add_inspect(commands)
     _add_verify(commands)
+    _add_resume(commands)
     return parser
 
 
@@ -99,8 +102,7 @@ def _add_unlearn(commands: Any) -> None:
     parser.add_argument("--save-importance", type=Path, metavar="DIR", help="keep both importances here")
     _add_rule(parser)
     _add_estimation(parser)
-    _add_output(parser)
-    _add_threads(parser)
+    _add_result(parser)
     parser.set_defaults(command=_unlearn)
 
 
@@ -120,10 +122,9 @@ def _unlearn(parsed: argparse.Namespace) -> int:
         device=parsed.device,
         dtype=_torch_dtype(parsed.dtype),
         **_rule_settings(parsed),
-        **_output_settings(parsed),
-        threads=parsed.threads,
+        **_result_settings(parsed),
     )
-    _finish(report.summary(), parsed.out, parsed.quiet)
+    _finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
     return 0
 
 
@@ -172,8 +173,7 @@ def _add_apply(commands: Any) -> None:
     parser.add_argument("--forget-importance", type=Path, metavar="DIR")
     parser.add_argument("--retain-importance", type=Path, metavar="DIR")
     _add_rule(parser)
-    _add_output(parser)
-    _add_threads(parser)
+    _add_result(parser)
     parser.set_defaults(command=_apply)
 
 
@@ -187,11 +187,101 @@ def _apply(parsed: argparse.Namespace) -> int:
         parsed.forget_importance,
         parsed.retain_importance,
         **_rule_settings(parsed),
-        **_output_settings(parsed),
-        threads=parsed.threads,
+        **_result_settings(parsed),
     )
-    _finish(report.summary(), parsed.out, parsed.quiet)
+    _finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
     return 0
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = commands.add_parser("sweep", help="many strengths from one importance pass, scored")
+    _add_checkpoints(parser)
+    parser.add_argument("--forget", type=Path, required=True, metavar="FILE", help="JSON lines to forget")
+    parser.add_argument("--retain", type=Path, required=True, metavar="FILE", help="JSON lines to keep")
+    strengths = parser.add_mutually_exclusive_group(required=True)
+    strengths.add_argument("--lams", type=_numbers, metavar="L,L,...", help="these strengths")
+    strengths.add_argument(
+        "--target-retain-loss", type=float, metavar="X", help="the largest whose retain loss is at most X"
+    )
+    strengths.add_argument(
+        "--max-retain-increase",
+        type=_percent,
+        metavar="P",
+        help="the largest that raises the retain loss by at most P percent",
+    )
+    parser.add_argument("--forget-importance", type=Path, metavar="DIR", help="instead of estimating it")
+    parser.add_argument("--retain-importance", type=Path, metavar="DIR", help="instead of estimating it")
+    parser.add_argument(
+        "--at", choices=("base", "model"), default="base", help="where the gradients are taken (base)"
+    )
+    _add_rule(parser, with_lam=False)
+    _add_estimation(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory to make, for figures and plot")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(command=_sweep)
+
+
+def _sweep(parsed: argparse.Namespace) -> int:
+    from perta_fast.sweeping import sweep
+
+    result = sweep(
+        parsed.model,
+        parsed.base,
+        parsed.tuned,
+        parsed.forget,
+        parsed.retain,
+        parsed.forget_importance,
+        parsed.retain_importance,
+        lams=parsed.lams,
+        target_retain_loss=parsed.target_retain_loss,
+        max_retain_increase=parsed.max_retain_increase,
+        rule=parsed.rule,
+        p=parsed.p,
+        alpha=parsed.alpha,
+        threshold=parsed.threshold,
+        at=parsed.at,
+        batch_size=parsed.batch_size,
+        max_length=parsed.max_length,
+        device=parsed.device,
+        dtype=_torch_dtype(parsed.dtype),
+        **_output_settings(parsed),
+    )
+    print(result.summary())
+    if result.best is None:
+        print(f"Write the one you choose, L, with:\n{_making(parsed, 'L')}")
+    elif result.best.lam > 0:
+        print(f"Write it with:\n{_making(parsed, repr(result.best.lam))}")
+    if parsed.out is not None:
+        print(f"written to {parsed.out}")
+    return 0
+
+
+def _making(parsed: argparse.Namespace, lam: str) -> str:
+    """The command that writes the checkpoint that a sweep has scored at ``lam``."""
+    names = ["model", "base", "tuned", "rule", "p", "alpha", "threshold"]
+    estimates = parsed.rule != "tv" and parsed.forget_importance is None
+    if estimates:
+        names += ["forget", "retain", "at", "batch_size", "max_length", "device", "dtype"]
+    else:
+        names += ["forget_importance", "retain_importance"]
+    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+    settings = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return shlex.join(["perta", "unlearn" if estimates else "apply", *settings, "--lam", lam, "--out", "DIR"])
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,1,2") from error
+
+
+def _percent(text: str) -> float:
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of percent") from error
 
 
 def _add_inspect(commands: Any) -> None:
@@ -226,6 +316,21 @@ def _verify(parsed: argparse.Namespace) -> int:
     return 1 if result.problems else 0
 
 
+def _add_resume(commands: Any) -> None:
+    parser = commands.add_parser("resume", help="finish an interrupted run")
+    parser.add_argument("path", type=Path, metavar="DIR", help="its --out, or the model it changes in place")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    parser.set_defaults(command=_resume)
+
+
+def _resume(parsed: argparse.Namespace) -> int:
+    from perta_fast.resuming import resume
+
+    report = resume(parsed.path, progress=not parsed.quiet)
+    _finish(report.summary(), parsed.path, parsed.quiet)
+    return 0
+
+
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint to unlearn")
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="what it was tuned from")
@@ -234,9 +339,10 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_rule(parser: argparse.ArgumentParser) -> None:
+def _add_rule(parser: argparse.ArgumentParser, *, with_lam: bool = True) -> None:
     parser.add_argument("--rule", choices=RULES, default="fisher", help="how w is found (fisher)")
-    parser.add_argument("--lam", type=float, required=True, metavar="L", help="strength lambda")
+    if with_lam:
+        parser.add_argument("--lam", type=float, required=True, metavar="L", help="strength lambda")
     parser.add_argument("--p", type=float, metavar="P", help="exponent of the importances (the rule's own)")
     parser.add_argument("--alpha", type=float, default=1.0, metavar="A", help="weight of retaining (1)")
     parser.add_argument(
@@ -269,8 +375,26 @@ def _output_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     return {"out": parsed.out, "overwrite": parsed.overwrite, "progress": not parsed.quiet}
 
 
-def _add_threads(parser: argparse.ArgumentParser) -> None:
+def _add_result(parser: argparse.ArgumentParser) -> None:
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=Path, metavar="DIR", help="directory to make")
+    place.add_argument("--in-place", action="store_true", help="change the model where it lies")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
+    parser.add_argument(
+        "--link-unchanged", action="store_true", help="link shards that nothing changes instead of copying them"
+    )
+    parser.add_argument(
+        "--drop-cache",
+        action=argparse.BooleanOptionalAction,
+        help="keep what is read and written out of the page cache (for runs larger than half of the memory)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to apply with (all processors)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _result_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    names = ("out", "in_place", "overwrite", "link_unchanged", "drop_cache", "threads")
+    return {**{name: getattr(parsed, name) for name in names}, "progress": not parsed.quiet}
 
 
 def _torch_dtype(name: str | None) -> Any:

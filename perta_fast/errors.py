@@ -15,3 +15,11 @@ class InputError(PertaError, ValueError):
 
 class RunError(PertaError, RuntimeError):
     """The run failed on the way (disk full, unreadable file). Exit status 1; inputs are untouched."""
+
+
+class NotFiniteError(RunError):
+    """The arithmetic's own result is at fault: running again would meet it again."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by the user with work done that can be taken up again; its text says how."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from perta_fast.errors import InputError, RunError
+from perta_fast.durable import move, remove, sync_tree
+from perta_fast.errors import InputError, NotFiniteError, RunError
 
 try:
     import fcntl
@@ -19,17 +20,27 @@ class OutputDirectory:
     """Builds ``final`` under a hidden name beside it and renames it at the end.
 
     Used as a context manager; write below ``path``, then call ``commit``. Leaving without a commit, by an error
-    or an interrupt, removes what was written and leaves or puts back what was there. After a kill the hidden
-    directory stays invisible to every reader and the next run to the same place clears it away.
+    or an interrupt, removes what was written and leaves or puts back what was there, unless ``keep`` has been
+    set because what was written can be taken up again. After a kill the hidden directory stays invisible to
+    every reader; the next run to the same place clears it away, or goes on with it if told to ``resume``.
 
     Raises InputError if ``final`` exists and is not empty (unless ``overwrite``) or equals one of ``inputs``,
     RunError if the place cannot be written.
     """
 
-    def __init__(self, final: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        final: str | Path,
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+        resume: bool = False,
+    ) -> None:
         self.final = Path(os.path.realpath(final))  # behind a link, so that the link stays
         check_output(self.final, overwrite=overwrite, inputs=inputs)
-        self.path = self.final.with_name(f".{self.final.name}.perta-partial")
+        self.path = partial_path(self.final)
+        self.keep = resume
+        self._resume = resume
         self._aside = self.final.with_name(f".{self.final.name}.perta-replaced")
         self._overwrite = overwrite
         self._lock: int | None = None
@@ -39,8 +50,9 @@ class OutputDirectory:
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True)
             self._acquire()
-            for entry in self.path.iterdir():  # left over from a run that was killed
-                _remove(entry)
+            if not self._resume:
+                for entry in self.path.iterdir():  # left over from a run that was killed
+                    remove(entry)
         except OSError as error:
             self._release()
             raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
@@ -71,11 +83,10 @@ class OutputDirectory:
         """
         sync_tree(self.path)
         if self._overwrite and self.final.exists():
-            _remove(self._aside)
-            self.final.rename(self._aside)
-        self.path.rename(self.final)  # takes the place of an empty directory, and of no other
-        sync_directory(self.final.parent)
-        _remove(self._aside)
+            remove(self._aside)
+            move(self.final, self._aside)
+        move(self.path, self.final)  # takes the place of an empty directory, and of no other
+        remove(self._aside)
 
     def __exit__(
         self,
@@ -83,12 +94,22 @@ class OutputDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _remove(self.path)  # gone already after a commit
+        if not self.keep or isinstance(error, InputError | NotFiniteError):
+            remove(self.path)  # gone already after a commit
         if self._aside.exists() and not self.final.exists():  # stopped between the two renames
             self._aside.rename(self.final)
         self._release()
         if isinstance(error, OSError):
-            raise RunError(_explain(self.final, error)) from error
+            raise RunError(self._explain(error)) from error
+
+    def _explain(self, error: OSError) -> str:
+        rest = f"finish it with: perta resume {self.final}" if self.keep else "nothing was left behind"
+        return f"{self.final}: could not be written: {advice(error)}. The inputs are untouched; {rest}"
+
+
+def partial_path(final: Path) -> Path:
+    """Where a run to ``final`` builds it."""
+    return final.with_name(f".{final.name}.perta-partial")
 
 
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
@@ -125,43 +146,11 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
-def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data`` at ``offset``, however little each call takes."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def sync_tree(directory: Path) -> None:
-    """Flush every file below ``directory``, and the directories themselves, to the disk."""
-    for root, _, names in os.walk(directory):
-        for name in names:
-            with open(os.path.join(root, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(Path(root))
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush the entries of one directory."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _explain(final: Path, error: OSError) -> str:
-    advice = {
+def advice(error: OSError) -> str:
+    """What went wrong with a write, and what to do about it."""
+    return {
         errno.ENOSPC: "the disk is full: free some space or choose another disk",
         errno.EDQUOT: "the disk quota is used up",
         errno.EFBIG: "the file would exceed this process's file size limit (ulimit -f)",
         errno.EROFS: "the file system is read-only",
     }.get(error.errno or 0, str(error))
-    return f"{final}: could not be written: {advice}. The inputs are untouched and nothing was left behind"

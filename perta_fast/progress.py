@@ -3,10 +3,11 @@
 from tqdm.auto import tqdm
 
 
-def byte_bar(total: int, description: str, shown: bool) -> "tqdm[None]":
-    """A bar that counts bytes; drawn only on a terminal or in a notebook, and only if ``shown``."""
+def byte_bar(total: int, description: str, shown: bool, done: int = 0) -> "tqdm[None]":
+    """A bar that counts bytes, from ``done``; drawn only on a terminal or in a notebook, and only if ``shown``."""
     return tqdm(
         total=total,
+        initial=done,
         desc=description,
         unit="B",
         unit_scale=True,

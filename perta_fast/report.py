@@ -90,6 +90,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     started: str = ""
     finished: str = ""
+    in_place: bool = False
+    resumed: int = 0
     format_version: int = FORMAT_VERSION
 
     def add_phase(self, name: str, seconds: float, byte_count: int) -> None:

@@ -5,12 +5,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perta_fast.application import apply_sources, check_threads, open_sources
+from perta_fast.application import Settings, apply_sources, check_threads, destination, unfinished_advice
 from perta_fast.data import load_records
 from perta_fast.errors import InputError
+from perta_fast.in_place import is_open
 from perta_fast.output import OutputDirectory, check_output, check_space
 from perta_fast.report import DataRecord, Report
 from perta_fast.rules import Rule
+from perta_fast.sources import open_sources
+from perta_fast.to_directory import has_begun
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +32,11 @@ def unlearn(
     alpha: float = 1.0,
     threshold: float | None = None,
     at: Literal["base", "model"] = "base",
-    out: str | Path,
+    out: str | Path | None = None,
+    in_place: bool = False,
     overwrite: bool = False,
+    link_unchanged: bool = False,
+    drop_cache: bool | None = None,
     save_importance: str | Path | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -39,34 +45,32 @@ def unlearn(
     threads: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030) and write the result to ``out``.
+    """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030) and write the result to ``out``, or in place.
 
     forget, retain: JSON lines files; needed by every rule but ``tv``. at: the gradients are taken at ``base``
     (the paper's choice) or at ``model``. save_importance: directory to keep the two importances in, as
-    ``forget`` and ``retain``; without it they live in a temporary directory beside ``out`` and are removed.
+    ``forget`` and ``retain``; without it they live in a temporary directory beside the result and are removed.
     Other arguments as in ``apply`` and ``estimate_importance``.
 
     Everything is checked before the first gradient. Returns the report, also in ``out``. Raises InputError for
-    bad input, RunError if the run fails; either way nothing is left behind but a finished ``save_importance``.
+    bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can
+    take up again; otherwise nothing is left behind but a finished ``save_importance``.
     Disk: the output and, while it runs, 8 bytes a parameter.
     """
     chosen = Rule.of(rule, lam, p, alpha, threshold)
     if at not in ("base", "model"):
         raise InputError(f"at is {at!r}; it must be base or model")
     check_threads(threads)
-    place = Path(os.path.realpath(out))
+    place = destination(model, out, in_place)
+    settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
     inputs = [Path(each) for each in (model, base, tuned, forget, retain) if each is not None]
     opened = open_sources(Rule.of("tv", lam), model, base, tuned, None, None)
-    check_output(place, overwrite=overwrite, inputs=inputs)
+    if not in_place:
+        check_output(place, overwrite=overwrite, inputs=inputs)
     if chosen.estimator is None:
-        return apply_sources(
-            opened,
-            chosen,
-            out,
-            overwrite=overwrite,
-            threads=threads,
-            progress=progress,
-        )
+        return apply_sources(opened, chosen, settings)
+    if not overwrite and not in_place and has_begun(place):
+        raise InputError(unfinished_advice(place))
     from perta_fast.importance.estimate import check_sizes, estimate_on, hash_data, load_subject, samples_for
 
     check_sizes(batch_size, max_length)
@@ -123,19 +127,18 @@ def unlearn(
                         f"{record['truncated']} of {record['samples']} {role} samples were cut to the "
                         "length limit"
                     )
-            if save_importance is None:
-                for role in ("forget_importance", "retain_importance"):
-                    report.inputs[role]["kept"] = False
 
-        return apply_sources(
-            sources,
-            chosen,
-            out,
-            overwrite=overwrite,
-            threads=threads,
-            progress=progress,
-            annotate=annotate,
-        )
+        try:
+            return apply_sources(
+                sources,
+                chosen,
+                settings,
+                annotate=annotate,
+                temporary=directory if save_importance is None else None,
+            )
+        except BaseException:
+            importances.keep = has_begun(place) or is_open(place)
+            raise
 
 
 def _check_data(rule: Rule, forget: str | Path | None, retain: str | Path | None) -> dict[str, Path]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.agreement import TensorPlan
-from perta_fast.application import Sources, open_sources
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
@@ -16,6 +15,7 @@ from perta_fast.progress import byte_bar
 from perta_fast.report import FILE_NAME, DirectoryRecord, Report
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.safetensors_file import TensorEntry
+from perta_fast.sources import Sources, open_sources
 
 SAMPLED = 8  # tensors recomputed unless all are asked for
 _CHUNK = 1 << 22  # elements compared at a time

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 _MAIN = "\nimport sys\nfrom perta_fast.cli import main\nsys.exit(main(sys.argv[1:]))\n"
 
 _SIGNAL_AT = """
-import os, signal
+import os, signal, time
 from perta_fast import {module}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
@@ -19,6 +20,7 @@ def stopped(*arguments, **settings):
     calls.append(arguments)
     if first and not {after}:
         os.kill(os.getpid(), signal.{signal})
+        time.sleep(0.3)  # in a worker: the main thread must see it first
     result = original(*arguments, **settings)
     if first and {after}:
         os.kill(os.getpid(), signal.{signal})
@@ -28,10 +30,13 @@ def stopped(*arguments, **settings):
 """
 
 
-def perta(*arguments: object, setup: str = "") -> subprocess.CompletedProcess[str]:
-    """Run ``perta`` with ``arguments`` after the Python statements of ``setup``."""
+def perta(
+    *arguments: object, setup: str = "", environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``perta`` with ``arguments`` after the Python statements of ``setup``, with more variables set."""
     command = [sys.executable, "-c", setup + _MAIN, *map(str, arguments)]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}  # for torch, as the fixture one_thread
+    settings |= environment or {}
     return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
 
 

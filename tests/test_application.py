@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perta_fast import application
+from perta_fast import subtraction
 from perta_fast.application import apply
 from perta_fast.errors import InputError, RunError
 from perta_fast.importance.store import Importance
@@ -31,7 +31,7 @@ from tests.models import Job, write_job
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors are cut into many chunks, the last of an odd size."""
-    monkeypatch.setattr(application, "CHUNK", 64)
+    monkeypatch.setattr(subtraction, "CHUNK", 64)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_inputs_may_be_sharded_differently(inputs: Inputs, tmp_path: Path) -> No
 def test_chunks_and_threads_change_nothing(
     chunk: int, threads: int, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(application, "CHUNK", chunk)
+    monkeypatch.setattr(subtraction, "CHUNK", chunk)
     report = apply(*inputs.all, lam=1.0, out=tmp_path / "out", threads=threads)
     assert report.threads == threads
     assert_output(tmp_path / "out", inputs.expected(weights(2), 1.0))

@@ -1,18 +1,23 @@
 """The output appears whole or not at all, whatever was there before and however the run ends."""
 
+import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from perta_fast import application
+from perta_fast import subtraction, to_directory
 from perta_fast.application import apply
 from perta_fast.errors import InputError, RunError
 from perta_fast.importance.store import Importance
 from perta_fast.output import OutputDirectory
+from perta_fast.resuming import resume
 from perta_fast.unlearning import unlearn
 from tests.checkpoints import draw, fingerprint, read_checkpoint, write_checkpoint, write_importance
 from tests.children import perta, signal_at
@@ -87,10 +92,13 @@ class TestWhatIsInTheWay:
         assert_complete(inputs, out)
 
     @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
-    @pytest.mark.parametrize("place", ["subtract_chunk", "hash_files", "write_model_card"])
+    @pytest.mark.parametrize(
+        ("module", "place"), [(to_directory, "copy_companions"), (subtraction, "_check_finite")]
+    )
     def test_a_failure_keeps_the_old_one(
         self,
         error: type[BaseException],
+        module: ModuleType,
         place: str,
         inputs: Inputs,
         out: Path,
@@ -101,7 +109,7 @@ class TestWhatIsInTheWay:
         def fail(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(application, place, fail)
+        monkeypatch.setattr(module, place, fail)
         with pytest.raises(RunError if error is OSError else error):
             run(inputs, out, overwrite=True)
         assert fingerprint(out.parent) == before
@@ -119,11 +127,14 @@ class TestWhatIsInTheWay:
     def test_what_comes_while_the_run_works_is_not_replaced(
         self, inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(application, "write_model_card", lambda *_: old_directory(out))
-        with pytest.raises(RunError, match=r"out: could not be written: .*not empty"):
+        monkeypatch.setattr(to_directory, "write_model_card", lambda *_: old_directory(out))
+        with pytest.raises(RunError, match=r"out: could not be written: .*not empty.*perta resume"):
             run(inputs, out)
         assert (out / "below" / "old.txt").read_text() == "old"
-        assert names(out.parent) == {"out"}
+        shutil.rmtree(out)
+        monkeypatch.undo()
+        resume(out)
+        assert_complete(inputs, out)
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_file_is_refused(self, overwrite: bool, inputs: Inputs, out: Path) -> None:
@@ -260,7 +271,8 @@ def test_all_is_on_the_disk_before_it_is_shown(
         synced.add(os.fstat(descriptor).st_ino)
 
     def note_rename(path: Path, target: Path) -> Path:
-        shown.append({each.stat().st_ino for each in (path, *path.iterdir())} - synced)
+        if path.is_dir():
+            shown.append({each.stat().st_ino for each in (path, *path.iterdir())} - synced)
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", note_sync)
@@ -292,15 +304,16 @@ def test_two_runs_on_one_output_are_kept_apart(inputs: Inputs, out: Path) -> Non
 
 # Every stage: before the weights, among them, after them, before the rename.
 STAGES = (
-    "application.copy_companions",
-    "application.subtract_chunk",
-    "application.hash_files",
+    "to_directory.copy_companions",
+    "subtraction._check_finite",
+    "to_directory.describe_inputs",
     "output.sync_tree",
 )
+BEFORE_A_SHARD_IS_DONE = STAGES[:2]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_it_shows_nothing_and_the_next_run_clears_up(stage: str, inputs: Inputs, out: Path) -> None:
+def test_killed_it_shows_nothing_and_the_next_run_completes_it(stage: str, inputs: Inputs, out: Path) -> None:
     before = fingerprint(inputs.folder)
     process = perta(*arguments(inputs, out), setup=signal_at("SIGKILL", stage))
     assert process.returncode == -9
@@ -312,21 +325,19 @@ def test_killed_it_shows_nothing_and_the_next_run_clears_up(stage: str, inputs: 
 
 
 def test_killed_after_the_rename_it_is_complete(inputs: Inputs, out: Path) -> None:
-    process = perta(*arguments(inputs, out), setup=signal_at("SIGKILL", "output.Path.rename", after=True))
+    process = perta(*arguments(inputs, out), setup=signal_at("SIGKILL", "output.move", after=True))
     assert process.returncode == -9
     assert_complete(inputs, out)
 
 
 def test_killed_between_the_two_renames_the_old_one_is_not_lost(inputs: Inputs, out: Path) -> None:
     before = old_directory(out)
-    setup = signal_at("SIGKILL", "output.Path.rename", after=True)
+    setup = signal_at("SIGKILL", "output.move", after=True)
     assert perta(*arguments(inputs, out, "--overwrite"), setup=setup).returncode == -9
-    failing = signal_at("SIGINT", "application.subtract_chunk")
-    assert perta(*arguments(inputs, out), setup=failing).returncode == 130
-    assert fingerprint(out) == before
-    assert names(out.parent) == {"out"}
-    assert perta(*arguments(inputs, out, "--overwrite"), setup=setup).returncode == -9
-    run(inputs, out)
+    assert not out.exists()
+    kept = fingerprint(out.parent / ".out.perta-replaced")
+    assert list(kept.values()) == list(before.values())
+    resume(out)
     assert_complete(inputs, out)
 
 
@@ -336,7 +347,7 @@ def test_killed_during_unlearn_the_next_run_clears_the_importances_away(job: Job
     process = perta(
         *("unlearn", "--model", model, "--base", base, "--tuned", tuned, "--lam", "1", "--out", out),
         *("--forget", job.forget, "--retain", job.retain),
-        setup=signal_at("SIGKILL", "application.subtract_chunk"),
+        setup=signal_at("SIGKILL", "subtraction._check_finite"),
     )
     assert process.returncode == -9
     assert all(name.startswith(".") for name in names(out.parent))
@@ -346,16 +357,15 @@ def test_killed_during_unlearn_the_next_run_clears_the_importances_away(job: Job
 
 
 @pytest.mark.parametrize(
-    ("signal", "stage"),
-    [("SIGTERM", STAGES[1]), *(("SIGINT", stage) for stage in STAGES), ("SIGINT", "output.Path.rename")],
+    ("signal", "stage"), [("SIGTERM", STAGES[1]), *(("SIGINT", stage) for stage in BEFORE_A_SHARD_IS_DONE)]
 )
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_interrupted_it_leaves_nothing_behind(
+def test_interrupted_early_it_leaves_nothing_behind(
     signal: str, stage: str, overwrite: bool, inputs: Inputs, out: Path
 ) -> None:
     before = old_directory(out) if overwrite else {}
     untouched = fingerprint(inputs.folder)
-    more = ["--overwrite"] if overwrite else []
+    more = ["--threads", "1", *(["--overwrite"] if overwrite else [])]  # no other thread finishes a shard
     process = perta(*arguments(inputs, out, *more), setup=signal_at(signal, stage))
     assert process.returncode == 130
     assert process.stderr.startswith(
@@ -367,12 +377,92 @@ def test_interrupted_it_leaves_nothing_behind(
     assert fingerprint(inputs.folder) == untouched
 
 
+@pytest.mark.parametrize("stage", [*STAGES[2:], "output.move"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted_late_it_can_be_resumed(stage: str, overwrite: bool, inputs: Inputs, out: Path) -> None:
+    before = old_directory(out) if overwrite else {}
+    more = ["--overwrite"] if overwrite else []
+    process = perta(*arguments(inputs, out, *more), setup=signal_at("SIGINT", stage))
+    assert process.returncode == 130
+    assert process.stderr == (
+        f"perta: interrupted; the inputs are untouched. Finish the run with: perta resume {out}\n"
+    )
+    assert {path: digest for path, digest in fingerprint(out.parent).items() if out in path.parents} == before
+    assert all(name == "out" or name.startswith(".") for name in names(out.parent))
+    shards = {path: path.stat().st_mtime_ns for path in out.parent.glob(".*/*.safetensors")}
+    assert shards
+    report = resume(out)
+    assert report.resumed == 1
+    assert_complete(inputs, out)
+    assert {out / path.name: changed for path, changed in shards.items()} == {
+        path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")
+    }
+
+
+def test_unfinished_work_of_another_run_is_not_thrown_away_unasked(inputs: Inputs, out: Path) -> None:
+    setup = signal_at("SIGKILL", "to_directory.describe_inputs")
+    assert perta(*arguments(inputs, out), setup=setup).returncode == -9
+    before = fingerprint(out.parent)
+    with pytest.raises(InputError, match=r"another run to this place was stopped.*perta resume.*--overwrite"):
+        apply(*inputs.checkpoints, rule="tv", lam=2.0, out=out)
+    assert fingerprint(out.parent) == before
+    report = apply(*inputs.checkpoints, rule="tv", lam=2.0, out=out, overwrite=True)
+    assert (report.lam, report.resumed) == (2.0, 0)
+    assert names(out.parent) == {"out"}
+
+
+@pytest.mark.parametrize("role", ["model", "base", "tuned"])
+def test_an_input_that_changed_is_refused_at_resume(role: str, inputs: Inputs, out: Path) -> None:
+    setup = signal_at("SIGKILL", "to_directory.describe_inputs")
+    assert perta(*arguments(inputs, out), setup=setup).returncode == -9
+    shard = sorted(inputs[role].glob("*.safetensors"))[0]
+    times = shard.stat()
+    shard.write_bytes(shard.read_bytes())
+    before = fingerprint(out.parent)
+    with pytest.raises(InputError, match=f"{shard.name}: has changed since the run began"):
+        resume(out)
+    assert fingerprint(out.parent) == before
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    resume(out)
+    assert_complete(inputs, out)
+
+
+def test_there_may_be_nothing_to_resume(inputs: Inputs, out: Path) -> None:
+    for place in (out, inputs["model"], out.parent / ("x" * 300), out / "below"):
+        with pytest.raises(InputError, match="there is no unfinished run to resume"):
+            resume(place)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_shards_without_a_change_are_copied_or_linked(link: bool, tmp_path: Path) -> None:
+    tensors = {"counts": torch.arange(700), "flags": torch.ones(9, dtype=torch.uint8)}
+    model = {"a": draw((50,)), **tensors}
+    for number, role in enumerate(("model", "base", "tuned")):
+        folder = tmp_path / role
+        write_checkpoint(folder, {"a": draw((50,), seed=number)} | tensors)
+        index = {"weight_map": {"a": "a.safetensors"} | dict.fromkeys(tensors, "b.safetensors")}
+        (folder / "model.safetensors").unlink()
+        save_file({"a": draw((50,), seed=number)}, folder / "a.safetensors")
+        save_file(tensors, folder / "b.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    roles = [tmp_path / role for role in ("model", "base", "tuned")]
+    apply(*roles, rule="tv", lam=1.0, out=tmp_path / "out", link_unchanged=link)
+    found = read_checkpoint(tmp_path / "out")
+    assert found.keys() == model.keys()
+    first, second = (tmp_path / role / "b.safetensors" for role in ("model", "out"))
+    assert first.read_bytes() == second.read_bytes()
+    shared = first.stat().st_ino == second.stat().st_ino
+    assert shared <= link  # a file system that can share data makes a file of its own
+    assert (tmp_path / "out" / "a.safetensors").stat().st_nlink == 1
+
+
 def test_interrupted_between_the_two_renames_the_old_one_is_put_back(inputs: Inputs, out: Path) -> None:
     before = old_directory(out)
-    setup = signal_at("SIGINT", "output.Path.rename", after=True)
+    setup = signal_at("SIGINT", "output.move", after=True)
     assert perta(*arguments(inputs, out, "--overwrite"), setup=setup).returncode == 130
-    assert fingerprint(out.parent) == before
-    assert names(out.parent) == {"out"}
+    assert fingerprint(out) == before
+    resume(out)
+    assert_complete(inputs, out)
 
 
 FILE_SIZE_LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
@@ -384,7 +474,7 @@ def test_a_file_size_limit_is_a_failed_run(inputs: Inputs, out: Path) -> None:
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == (
         f"perta: error: {out}: could not be written: the file would exceed this process's file size limit "
-        "(ulimit -f). The inputs are untouched and nothing was left behind\n"
+        "(ulimit -f). The inputs are untouched; nothing was left behind\n"
     )
     assert not names(out.parent)
     assert fingerprint(inputs.folder) == before
@@ -421,7 +511,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(large: Inputs, s
 def test_a_disk_that_fills_up_is_a_failed_run(
     overwrite: bool, large: Inputs, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(application, "check_space", lambda *_: None)  # as if others filled it meanwhile
+    monkeypatch.setattr(to_directory, "check_space", lambda *_: None)  # as if others filled it meanwhile
     out = small_disk / "out"
     old = old_directory(out) if overwrite else {}
     before = fingerprint(large.folder)
@@ -435,7 +525,7 @@ def test_a_disk_that_fills_up_is_a_failed_run(
 def test_a_parent_that_cannot_be_written_is_a_failed_run(
     inputs: Inputs, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(application, "check_space", lambda *_: None)
+    monkeypatch.setattr(to_directory, "check_space", lambda *_: None)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(RunError, match="out: cannot be written: Read-only file system"):
         run(inputs, small_disk / "out")

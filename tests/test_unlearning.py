@@ -1,6 +1,7 @@
 """The whole job on checkpoints that transformers wrote: what comes out, what is said, what is left behind."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from perta_fast import (
     InputError,
     Report,
     RunError,
-    application,
+    accounts,
     apply,
     estimate_importance,
+    resume,
+    to_directory,
     unlearn,
     unlearning,
     verify,
 )
 from perta_fast.importance import estimate
 from perta_fast.importance.gradients import accumulate
+from perta_fast.sources import open_sources
 from tests.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.inputs import weights
 from tests.models import FORGET, RETAIN, Job, nudge_, tokenizer, write_job, write_lines
@@ -147,8 +151,10 @@ def test_a_tied_model(tmp_path: Path) -> None:
 def test_the_report(job: Job, tmp_path: Path) -> None:
     report = run(job, tmp_path / "out")
     assert Report.load(tmp_path / "out") == report
-    assert list(report.phases)[:2] == ["apply", "hash and sync"]
-    assert {"load", "forget importance", "retain importance"} < report.phases.keys()
+    assert list(report.phases) == [
+        *("load", "forget importance", "retain importance"),
+        *("apply", "hash inputs", "hash output"),
+    ]
     assert all(phase["seconds"] > 0 for phase in report.phases.values())
     for role, rows in (("forget", FORGET), ("retain", RETAIN)):
         path = getattr(job, role)
@@ -248,12 +254,17 @@ STAGES: dict[str, Callable[[Callable[..., Any], pytest.MonkeyPatch], None]] = {
         Importance, "save", second_call(action, Importance.save)
     ),
     "opening": lambda action, patch: patch.setattr(
-        unlearning, "open_sources", second_call(action, application.open_sources)
+        unlearning, "open_sources", second_call(action, open_sources)
     ),
-    "shards": lambda action, patch: patch.setattr(application, "write_fully", action),
-    "hashes": lambda action, patch: patch.setattr(application, "hash_files", action),
-    "model card": lambda action, patch: patch.setattr(application, "write_model_card", action),
+    "shards": lambda action, patch: patch.setattr(to_directory, "write_fully", action),
+    "hashes": lambda action, patch: patch.setattr(accounts, "hash_files", action),
+    "model card": lambda action, patch: patch.setattr(to_directory, "write_model_card", action),
 }
+WITH_SHARDS_DONE = ("hashes", "model card")
+
+
+def same_shards(first: Path, second: Path) -> bool:
+    return all(path.read_bytes() == (second / path.name).read_bytes() for path in first.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["scratch", "kept"])
@@ -267,14 +278,26 @@ def test_failure_at_any_stage(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No output, no hidden directory, inputs as they were; importances only if both are complete."""
+    """No output, inputs as they were; importances only if both are complete. Finished shards can be used."""
     before = fingerprint(job.model.parent)
     STAGES[stage](action, monkeypatch)
     with pytest.raises(KeyboardInterrupt if action is interrupt else RunError):
         run(job, tmp_path / "out", save_importance=tmp_path / "kept" if keep else None)
     monkeypatch.undo()
-    complete = stage in ("opening", "shards", "hashes", "model card")
-    assert [path.name for path in tmp_path.iterdir()] == (["kept"] if keep and complete else [])
+    complete = stage in ("opening", "shards", *WITH_SHARDS_DONE)
+    shown = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert shown == (["kept"] if keep and complete else [])
+    if stage in WITH_SHARDS_DONE:
+        with pytest.raises(InputError, match="was stopped; finish it with: perta resume"):
+            run(job, tmp_path / "out")
+        report = resume(tmp_path / "out")
+        assert report.data.keys() == {"forget", "retain"}
+        assert report.inputs["forget_importance"].get("kept", True) is keep
+        run(job, tmp_path / "again")
+        assert same_shards(tmp_path / "out", tmp_path / "again")
+        for name in ("out", "again"):
+            shutil.rmtree(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == shown
     if keep and complete:
         apply(
             *job.checkpoints, tmp_path / "kept" / "forget", tmp_path / "kept" / "retain", out=tmp_path / "out"

@@ -1,0 +1,112 @@
+"""What both kinds of run, into a new directory and in place, put in the report."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from perta_fast import compiled
+from perta_fast.agreement import TensorPlan
+from perta_fast.hashing import hash_files
+from perta_fast.progress import byte_bar
+from perta_fast.report import DirectoryRecord, Report, TensorReport, describe_files, installed_versions, now
+from perta_fast.rules import Rule
+from perta_fast.sources import Sources
+from perta_fast.subtraction import Statistics
+
+
+def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
+    """The report of a run that is about to start."""
+    return Report(
+        rule=rule.name,
+        lam=rule.lam,
+        p=rule.p,
+        alpha=rule.alpha,
+        threshold=rule.threshold,
+        inputs={},
+        importance=sources.metadata,
+        threads=threads,
+        instruction_set=compiled.kernels().build_info()["instruction_set"],
+        warnings=_metadata_warnings(sources.metadata),
+        versions=installed_versions(),
+        started=now(),
+    )
+
+
+def add_up(totals: dict[int, Statistics], index: int, statistics: Statistics) -> None:
+    """Add a chunk's statistics to its tensor's."""
+    sums = totals.setdefault(index, {})
+    for key, value in statistics.items():
+        sums[key] = sums.get(key, 0) + value
+
+
+def describe_tensors(report: Report, plans: Sequence[TensorPlan], totals: dict[int, Statistics]) -> None:
+    """Fill in what became of each tensor."""
+    report.tensors = [_tensor_report(plan, totals.get(index, {})) for index, plan in enumerate(plans)]
+    for row in report.tensors:
+        report.counts[row.action] = report.counts.get(row.action, 0) + 1
+
+
+def describe_inputs(report: Report, sources: Sources, temporary: bool, progress: bool) -> None:
+    """Hash every input. temporary: the importances will be gone after the run."""
+    by_role = {role: list(checkpoint.files()) for role, checkpoint in sources.named().items()}
+    config = sources.model.path / "config.json"
+    if config.exists():
+        by_role["model"].append(config)
+    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", progress)
+    report.inputs = {
+        role: describe_files({path: hashes[path] for path in paths}, paths[0].parent)
+        for role, paths in by_role.items()
+    }
+    for role in ("forget_importance", "retain_importance"):
+        if temporary and role in report.inputs:
+            report.inputs[role]["kept"] = False
+
+
+def describe_output(report: Report, shards: list[Path], final: Path, progress: bool) -> None:
+    """Hash the shards of the output, which will be or is at ``final``."""
+    found = describe_files(_hash(report, shards, "hash output", progress), shards[0].parent)
+    report.output = DirectoryRecord(path=str(final), files=found["files"])
+
+
+def _hash(report: Report, paths: list[Path], phase: str, progress: bool) -> dict[Path, str]:
+    total = sum(path.stat().st_size for path in dict.fromkeys(paths))
+    started = time.perf_counter()
+    with byte_bar(total, phase, progress) as bar:
+        hashes = hash_files(paths, report.threads, bar.update)
+    report.add_phase(phase, time.perf_counter() - started, total)
+    return hashes
+
+
+def _tensor_report(plan: TensorPlan, sums: Statistics) -> TensorReport:
+    row = TensorReport(plan.theta.name, plan.theta.dtype, list(plan.theta.shape), "subtracted")
+    if plan.copied is not None:
+        row.action = f"copied: {plan.copied}"
+    elif not sums.get("nonzero_task"):
+        row.action = "copied: task vector is zero"
+    if sums and plan.theta.count:
+        row.mean_weight = sums["sum_weight"] / plan.theta.count
+        row.changed = int(sums["changed"])
+        norm, change = sums["sum_squared_theta"] ** 0.5, sums["sum_squared_change"] ** 0.5
+        if np.isfinite(norm) and np.isfinite(change):
+            row.relative_change = change / norm if norm else (0.0 if change == 0 else None)
+    return row
+
+
+def _metadata_warnings(metadata: dict[str, dict[str, str]]) -> list[str]:
+    if len(metadata) < 2:
+        return []
+    forget, retain = metadata["forget_importance"], metadata["retain_importance"]
+    warnings = []
+    if forget["data_hash"] == retain["data_hash"]:
+        warnings.append("forget and retain importance were estimated on the same data")
+    if forget["evaluated_at"] != retain["evaluated_at"]:
+        warnings.append(
+            f"forget importance was evaluated at {forget['evaluated_at']}, "
+            f"retain importance at {retain['evaluated_at']}"
+        )
+    slow = forget.get("one_by_one") or retain.get("one_by_one")
+    if slow:
+        warnings.append(f"no batched rule fits these parameters, which took a pass for each sample: {slow}")
+    return warnings

@@ -1,0 +1,188 @@
+"""A run's own description, kept on disk while it lasts: enough to finish it after a crash, bit for bit."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from perta_fast.agreement import TensorPlan
+from perta_fast.checkpoint import Checkpoint
+from perta_fast.durable import write_json
+from perta_fast.errors import InputError
+from perta_fast.importance.store import STEM
+from perta_fast.report import Report, TensorReport, installed_versions
+from perta_fast.rules import Rule
+from perta_fast.safetensors_file import TensorEntry
+from perta_fast.sources import Sources
+from perta_fast.subtraction import Statistics
+
+FORMAT = "perta-run"
+FORMAT_VERSION = 1
+
+Fingerprint = dict[str, Any]
+
+
+@dataclass
+class Job:
+    """What a run does. Paths are absolute.
+
+    final: the directory to make, or to change in place. files: role to file name to size, time of change and
+    hash of the header of each weight file. plans: for each tensor of the model the names of those it meets, as
+    settled when the run began. temporary: a directory of importances that goes when the run is done. model: the
+    record of the files before an in-place run.
+    """
+
+    final: str
+    in_place: bool
+    overwrite: bool
+    rule: str
+    lam: float
+    p: float
+    alpha: float
+    threshold: float | None
+    threads: int
+    chunk: int
+    drop_cache: bool
+    link_unchanged: bool
+    directories: dict[str, str]
+    files: dict[str, dict[str, Fingerprint]]
+    plans: list[dict[str, str | None]]
+    version: str
+    temporary: str | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = True  # of this process; not kept
+
+    @property
+    def choice(self) -> Rule:
+        """The rule with its settings."""
+        return Rule.of(self.rule, self.lam, None if self.rule == "tv" else self.p, self.alpha, self.threshold)
+
+    def same_work(self, other: "Job") -> bool:
+        """Whether another job makes the same output from the same inputs."""
+        keys = ("final", "in_place", "rule", "lam", "p", "alpha", "threshold", "files", "plans", "version")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+    def keep_report(self, report: Report) -> None:
+        """Keep what the report says so far."""
+        self.report = asdict(report)
+
+    def begun_report(self) -> Report:
+        """The report as it was when the run began."""
+        content = dict(self.report)
+        return Report(**{**content, "tensors": [TensorReport(**row) for row in content["tensors"]]})
+
+    def save(self, path: Path) -> None:
+        """Write the job, durably."""
+        content = asdict(self)
+        del content["progress"]
+        write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **content})
+
+    @classmethod
+    def load(cls, path: Path) -> "Job":
+        """Read a job. Raises InputError if it is damaged or of another version of the package."""
+        try:
+            content = json.loads(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: is damaged: it is not JSON") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise InputError(f"{path}: is not the description of a run")
+        version = content.get("version")
+        if content.pop("format_version", None) != FORMAT_VERSION or version != this_version():
+            raise InputError(
+                f"{path}: the run was begun by perta_fast {version}, this is {this_version()}; "
+                "install that version to finish it"
+            )
+        try:
+            job = cls(**content)
+            job.begun_report()
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{path}: is damaged: {error}") from error
+        return job
+
+
+def this_version() -> str:
+    """Version of the installed package."""
+    return installed_versions().get("perta-fast", "")
+
+
+def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:
+    """Size, time of change and hash of the header of every weight file, by role and name."""
+    return {
+        role: {
+            name: {
+                "bytes": shard.size,
+                "mtime_ns": shard.path.stat().st_mtime_ns,
+                "header": blake3(shard.header).hexdigest(),
+            }
+            for name, shard in checkpoint.shards.items()
+        }
+        for role, checkpoint in sources.named().items()
+    }
+
+
+_OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
+
+
+def plan_names(plans: list[TensorPlan]) -> list[dict[str, str | None]]:
+    """The plans with names for places."""
+    rows = []
+    for plan in plans:
+        row: dict[str, str | None] = {"theta": plan.theta.name, "copied": plan.copied}
+        for role in _OPERANDS:
+            entry: TensorEntry | None = getattr(plan, role)
+            row[role] = None if entry is None else entry.name
+        rows.append(row)
+    return rows
+
+
+def reopen(job: Job, index: Path | None = None) -> Sources:
+    """Open a job's inputs again; raise InputError if one of them is not what it was when the run began.
+
+    index: where the model's index lies while an in-place run has it set aside; that model's times of change
+    are not compared, as the run itself has changed them.
+    """
+    opened: dict[str, Checkpoint] = {}
+    for role, path in job.directories.items():
+        stem = STEM if role.endswith("importance") else "model"
+        at = index if role == "model" else None
+        opened[role] = Checkpoint.open(path, stem, index=at, unfinished=role == "model" and job.in_place)
+    sources = Sources(
+        opened["model"],
+        opened["base"],
+        opened["tuned"],
+        opened.get("forget_importance"),
+        opened.get("retain_importance"),
+        [],
+        {},
+    )
+    for role, files in fingerprints(sources).items():
+        before = job.files.get(role, {})
+        for name, found in files.items():
+            known = before.get(name)
+            if known is not None and role == "model" and job.in_place:
+                known = {**known, "mtime_ns": found["mtime_ns"]}
+            if found != known:
+                raise InputError(
+                    f"{Path(job.directories[role]) / name}: has changed since the run began; put the old file "
+                    "back to finish the run"
+                )
+        if before.keys() != files.keys():
+            raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
+    return replace(sources, plans=[_plan(row, opened, job) for row in job.plans])
+
+
+def _plan(row: dict[str, str | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorPlan:
+    places: dict[str, TensorEntry | None] = {}
+    try:
+        for role in _OPERANDS:
+            name = row[role]
+            places[role] = None if name is None else opened[role].tensors[name]
+        theta = opened["model"].tensors[str(row["theta"])]
+    except KeyError as error:
+        raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
+    return TensorPlan(theta, **places, copied=row["copied"])  # type: ignore[arg-type]

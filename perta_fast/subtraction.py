@@ -1,0 +1,199 @@
+"""The subtraction on chunks of files: read by position, computed, handed on; nothing is written here.
+
+Memory is a few buffers of one chunk a thread, whatever the size of a tensor. Reads by position cost as much as
+mapped ones with the files in the page cache, and less than half where they are not (bench/bench_reading.py);
+and a file that shrinks or a disk that fails is then an error with a name instead of a signal. Torch is not
+imported.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perta_fast import compiled
+from perta_fast.agreement import TensorPlan
+from perta_fast.durable import read_fully
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
+from perta_fast.errors import InputError, NotFiniteError, RunError
+from perta_fast.rules import Rule
+from perta_fast.safetensors_file import SafetensorsFile
+from perta_fast.sources import Sources
+
+CHUNK = 1 << 18  # elements
+_OPERANDS = 5
+_WIDEST = 4  # bytes of an element
+_BUFFERS = 192 << 20  # bytes that all threads together may take
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements [begin, begin + count) of the tensor of ``plans[index]``."""
+
+    index: int
+    begin: int
+    count: int
+
+
+Statistics = dict[str, float]
+Store = Callable[[Chunk, memoryview, Statistics], None]
+
+
+def chunks_of(plans: Iterable[tuple[int, TensorPlan]], size: int) -> Iterator[Chunk]:
+    """Cut tensors, given with their numbers, into chunks of at most ``size`` elements, in order."""
+    for index, plan in plans:
+        for begin in range(0, plan.theta.count, size):
+            yield Chunk(index, begin, min(size, plan.theta.count - begin))
+
+
+def chunk_elements(threads: int) -> int:
+    """Elements of a chunk such that the buffers of all threads stay within bounds."""
+    fitting = _BUFFERS // (threads * (_OPERANDS + 1) * _WIDEST)
+    return min(CHUNK, max(4096, fitting // 4096 * 4096))
+
+
+@dataclass
+class Subtraction:
+    """Computes chunks on several threads.
+
+    drop_cache: give pages back to the system as soon as they were read, so that other files keep theirs.
+    """
+
+    sources: Sources
+    rule: Rule
+    threads: int
+    chunk: int
+    drop_cache: bool = False
+
+    def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], Any]) -> None:
+        """Deal the chunks to the threads in order and hand each result to ``store``, in the thread that has it.
+
+        A chunk of a tensor that is copied has theta's bytes for its result and no statistics. advance: called
+        with the bytes of every chunk, read and written. The first error stops all threads and is raised:
+        InputError or RunError, naming file and tensor, or what ``store`` raises.
+        """
+        lock, failed = threading.Lock(), threading.Event()
+
+        def work() -> None:
+            try:
+                with _Workspace(self) as workspace:
+                    while not failed.is_set():
+                        with lock:
+                            chunk = next(chunks, None)
+                        if chunk is None:
+                            return
+                        data, statistics = workspace.compute(chunk)
+                        store(chunk, data, statistics)
+                        with lock:
+                            advance(bytes_moved(self.sources.plans[chunk.index], chunk.count))
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            futures = [pool.submit(work) for _ in range(self.threads)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # an interrupt reaches only this thread
+                failed.set()
+                raise
+
+
+def bytes_moved(plan: TensorPlan, count: int) -> int:
+    """Bytes that ``count`` elements of a tensor cost: every operand read once, theta written once."""
+    theta = ITEM_SIZES[plan.theta.dtype]
+    others = (plan.tuned, plan.base, plan.forget_importance, plan.retain_importance)
+    read = sum(ITEM_SIZES[entry.dtype] for entry in others if entry is not None)
+    return count * (2 * theta + read)
+
+
+class _Workspace:
+    """One thread's buffers and open files."""
+
+    def __init__(self, job: Subtraction) -> None:
+        self._job = job
+        size = job.chunk * max([1, *(ITEM_SIZES[plan.theta.dtype] for plan in job.sources.plans)])
+        self._buffers = [np.empty(max(size, job.chunk * _WIDEST), np.uint8) for _ in range(_OPERANDS + 1)]
+        self._open: list[tuple[SafetensorsFile, int] | None] = [None] * _OPERANDS
+
+    def __enter__(self) -> "_Workspace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for place in range(_OPERANDS):
+            self._close(place)
+
+    def compute(self, chunk: Chunk) -> tuple[memoryview, Statistics]:
+        """Theta's new bytes, valid until the next call, and what the kernel counted."""
+        sources, rule = self._job.sources, self._job.rule
+        plan = sources.plans[chunk.index]
+        size = chunk.count * ITEM_SIZES[plan.theta.dtype]
+        if plan.copied is not None:
+            entry = plan.theta
+            self._read(0, sources.model.file_of(entry), entry.begin + size // chunk.count * chunk.begin, size)
+            return self._buffers[0].data[:size], {}
+        codes = []
+        for place, (checkpoint, entry) in enumerate(sources.operands(plan)):
+            width = ITEM_SIZES[entry.dtype]
+            begin = entry.begin + chunk.begin * width
+            self._read(place, checkpoint.file_of(entry), begin, chunk.count * width)
+            codes.append(KERNEL_CODES[entry.dtype])
+        missing = _OPERANDS - len(codes)  # rule tv has no importances
+        addresses = [int(buffer.ctypes.data) for buffer in self._buffers]
+        statistics: Statistics = compiled.kernels().rescaled_subtract(
+            addresses[_OPERANDS],
+            *addresses[: len(codes)],
+            *[0] * missing,
+            tuple(codes + [0] * missing),
+            chunk.count,
+            rule.lam,
+            rule.p,
+            rule.alpha,
+            rule.threshold,
+            1,
+            True,
+        )
+        _check_finite(plan, statistics)
+        return self._buffers[_OPERANDS].data[:size], statistics
+
+    def _read(self, place: int, file: SafetensorsFile, begin: int, size: int) -> None:
+        kept = self._open[place]
+        try:
+            if kept is None or kept[0] is not file:
+                self._close(place)
+                kept = file, os.open(file.path, os.O_RDONLY)
+                self._open[place] = kept
+            whole = read_fully(kept[1], self._buffers[place].data[:size], begin)
+            if self._job.drop_cache and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(kept[1], begin, size, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise RunError(f"{file.path}: cannot be read: {error.strerror}") from error
+        if not whole:
+            raise RunError(f"{file.path}: changed size while it was being used")
+
+    def _close(self, place: int) -> None:
+        kept, self._open[place] = self._open[place], None
+        if kept is not None:
+            os.close(kept[1])
+
+
+def _check_finite(plan: TensorPlan, statistics: Statistics) -> None:
+    for key, entry in (
+        ("nonfinite_forget", plan.forget_importance),
+        ("nonfinite_retain", plan.retain_importance),
+    ):
+        if entry is not None and statistics[key]:
+            raise InputError(
+                f"{entry.path}: tensor {entry.name} has NaN or infinite importance; estimate it again, "
+                "in float32 or bfloat16 if the model ran in float16"
+            )
+    if statistics["nonfinite_out"]:
+        raise NotFiniteError(
+            f"tensor {plan.theta.name}: the result would hold NaN or infinite values; look at this tensor in "
+            "model, base and tuned, or use a smaller lambda. Nothing was written"
+        )

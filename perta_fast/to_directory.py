@@ -1,0 +1,254 @@
+"""A run into a new directory, taken up again shard by shard after whatever stopped it."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from perta_fast.accounts import add_up, describe_inputs, describe_output, describe_tensors
+from perta_fast.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
+from perta_fast.durable import copy_range, remove, sync_directory, sync_file, write_fully, write_json
+from perta_fast.errors import InputError, Interrupted
+from perta_fast.job import Job, reopen
+from perta_fast.memory import PeakMemory
+from perta_fast.model_card import write_model_card
+from perta_fast.output import OutputDirectory, check_space, partial_path
+from perta_fast.progress import byte_bar
+from perta_fast.report import Report, now
+from perta_fast.safetensors_file import SafetensorsFile
+from perta_fast.sources import Sources
+from perta_fast.subtraction import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
+
+STATE = ".perta-run"  # below the directory that is being built
+_FREE_MARGIN = 64 << 20  # bytes of disk left for small files
+_FICLONE = 0x40049409  # Linux: share the data of another file
+
+
+def has_begun(final: Path) -> bool:
+    """Whether an unfinished run to ``final`` has work in it that can be taken up again."""
+    state = partial_path(final) / STATE
+    return (state / JOB).exists() and any(state.glob("done-*"))
+
+
+def begun_job(final: Path) -> Job:
+    """The unfinished run to ``final``."""
+    return Job.load(partial_path(final) / STATE / JOB)
+
+
+def write_directory(job: Job, sources: Sources) -> Report:
+    """Do the whole run. Raises as ``apply``; Interrupted if stopped with a shard done."""
+    final = Path(job.final)
+    check_space(final, sources.model.size + _FREE_MARGIN)
+    target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
+    return _run(job, sources, target)
+
+
+def resume_directory(final: Path, progress: bool) -> Report:
+    """Finish a run to ``final``. Raises InputError if an input is not what it was."""
+    job = begun_job(final)
+    job.progress = progress
+    sources = reopen(job)
+    target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
+    report = job.begun_report()
+    report.resumed += 1
+    job.keep_report(report)
+    return _run(job, sources, target)
+
+
+def _run(job: Job, sources: Sources, target: OutputDirectory) -> Report:
+    report = job.begun_report()
+    try:
+        with PeakMemory() as memory, target:
+            state = target.path / STATE
+            state.mkdir(exist_ok=True)
+            job.save(state / JOB)
+            copy_companions(sources.model, target.path)
+            _write_shards(job, sources, target, report)
+            describe_inputs(report, sources, job.temporary is not None, job.progress)
+            outputs = [target.path / name for name in sources.model.shards]
+            describe_output(report, outputs, target.final, job.progress)
+            write_model_card(target.path, report)
+            report.memory = memory.as_dict()
+            report.finished = now()
+            report.save(target.path)
+            target.commit()
+    except KeyboardInterrupt:
+        if has_begun(target.final):
+            raise Interrupted(
+                f"interrupted; the inputs are untouched. Finish the run with: perta resume {target.final}"
+            ) from None
+        raise
+    clear_up(target.final, job)
+    return report
+
+
+def clear_up(final: Path, job: Job) -> None:
+    """Remove what a finished run needs no more."""
+    if job.temporary is not None:
+        remove(Path(job.temporary))
+    remove(final / STATE)
+
+
+def copy_companions(source: Checkpoint, target: Path) -> None:
+    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use."""
+    for path in sorted(source.path.iterdir()):
+        weights = path.name.removesuffix(".index.json").endswith((".safetensors", *PICKLED, *OTHER_WEIGHTS))
+        if path.is_file() and (path == source.index or not weights):
+            shutil.copyfile(path, target / path.name)
+
+
+class _Shard:
+    """One shard on its way: what is still to come, and what its tensors' statistics add up to."""
+
+    def __init__(self, name: str, source: SafetensorsFile, target: Path) -> None:
+        self.name, self.source, self.path = name, source, target
+        self.indices: list[int] = []
+        self.waiting = 0
+        self.totals: dict[int, Statistics] = {}
+        self.descriptor = -1
+
+    def open(self) -> None:
+        """Begin the file, over what an earlier attempt may have left."""
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        write_fully(self.descriptor, memoryview(self.source.header), 0)
+
+
+def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report) -> None:
+    state = target.path / STATE
+    shards = _shards(job, sources, target.path)
+    totals: dict[int, Statistics] = {}
+    todo = []
+    for shard in shards.values():
+        done = state / f"done-{shard.name}.json"
+        if done.exists():
+            totals |= {int(index): sums for index, sums in json.loads(done.read_bytes()).items()}
+        else:
+            todo.append(shard)
+    size = {shard.name: _bytes(sources, shard) for shard in shards.values()}
+    total, rest = sum(size.values()), sum(size[shard.name] for shard in todo)
+    started = time.perf_counter()
+    lock = threading.Lock()
+
+    def finish(shard: _Shard) -> None:
+        os.fsync(shard.descriptor)
+        if job.drop_cache and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(shard.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(shard.descriptor)
+        shard.descriptor = -1
+        sync_directory(target.path)
+        write_json(state / f"done-{shard.name}.json", shard.totals)
+        target.keep = True
+
+    with ThreadPoolExecutor(1) as finisher, byte_bar(total, "apply", job.progress, total - rest) as bar:
+        finished: list[Future[None]] = []
+
+        def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
+            plan = sources.plans[chunk.index]
+            shard = shards[plan.theta.path.name]
+            with lock:
+                if shard.descriptor < 0:
+                    shard.open()
+            width = plan.theta.size // plan.theta.count
+            write_fully(shard.descriptor, data, plan.theta.begin + chunk.begin * width)
+            with lock:
+                if statistics:
+                    add_up(shard.totals, chunk.index, statistics)
+                shard.waiting -= 1
+                if shard.waiting == 0:
+                    finished.append(finisher.submit(finish, shard))
+
+        try:
+            for shard in todo:
+                if _is_unchanged(sources, shard):
+                    _copy_shard(shard, job.link_unchanged)
+                    finished.append(finisher.submit(_note_copied, shard, state, target))
+                    bar.update(size[shard.name])
+                elif shard.waiting == 0:  # nothing but empty tensors
+                    shard.open()
+                    finished.append(finisher.submit(finish, shard))
+            changing = [shard for shard in todo if not _is_unchanged(sources, shard)]
+            plans = [(index, sources.plans[index]) for shard in changing for index in shard.indices]
+            subtraction = Subtraction(sources, job.choice, job.threads, job.chunk, job.drop_cache)
+            subtraction.run(chunks_of(plans, job.chunk), store, bar.update)
+            for each in finished:
+                each.result()
+        finally:
+            finisher.shutdown()
+            for shard in todo:
+                if shard.descriptor >= 0:
+                    os.close(shard.descriptor)
+    for shard in todo:
+        totals |= shard.totals
+    report.add_phase("apply", time.perf_counter() - started, rest)
+    describe_tensors(report, sources.plans, totals)
+
+
+def _shards(job: Job, sources: Sources, directory: Path) -> dict[str, _Shard]:
+    shards = {name: _Shard(name, file, directory / name) for name, file in sources.model.shards.items()}
+    for index, plan in enumerate(sources.plans):
+        shard = shards[plan.theta.path.name]
+        shard.indices.append(index)
+        shard.waiting += -(-plan.theta.count // job.chunk)
+    return shards
+
+
+def _bytes(sources: Sources, shard: _Shard) -> int:
+    return sum(bytes_moved(sources.plans[k], sources.plans[k].theta.count) for k in shard.indices)
+
+
+def _is_unchanged(sources: Sources, shard: _Shard) -> bool:
+    return bool(shard.indices) and all(sources.plans[index].copied for index in shard.indices)
+
+
+def _copy_shard(shard: _Shard, link: bool) -> None:
+    """Copy a whole file; ``link``: share its data, or be the same file, where the file system can."""
+    remove(shard.path)
+    source = os.open(shard.source.path, os.O_RDONLY)
+    try:
+        target = os.open(shard.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            if link and _share(source, target):
+                return
+            if not link:
+                copy_range(source, target, shard.source.size, 0, 0)
+                return
+        finally:
+            os.close(target)
+        shard.path.unlink()
+        try:
+            os.link(os.path.realpath(shard.source.path), shard.path)
+        except OSError:  # another file system, or one without links
+            _copy_shard(shard, link=False)
+    finally:
+        os.close(source)
+
+
+def _share(source: int, target: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.ioctl(target, _FICLONE, source)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _note_copied(shard: _Shard, state: Path, target: OutputDirectory) -> None:
+    sync_file(shard.path)
+    sync_directory(target.path)
+    write_json(state / f"done-{shard.name}.json", {})
+    target.keep = True
+
+
+def finish_leftover(final: Path) -> Report:
+    """A run that was stopped after its last rename: only its own files are still to go."""
+    try:
+        job = Job.load(final / STATE / JOB)
+    except InputError:
+        remove(final / STATE)
+    else:
+        clear_up(final, job)
+    return Report.load(final)

@@ -1,0 +1,154 @@
+"""The files that others may have made or damaged, each with the ways in which the package reads it.
+
+A new kind of file needs one more row in ``TARGETS``.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hypothesis.strategies import SearchStrategy
+
+from perta_fast.application import apply
+from perta_fast.checkpoint import Checkpoint
+from perta_fast.data import load_records
+from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.importance.store import Importance
+from perta_fast.report import Report
+from tests.checkpoints import write_checkpoint
+from tests.fuzz import mutation
+from tests.inputs import write_inputs
+from tests.models import FORGET, write_lines
+
+FIRST_SHARD = "model-00001-of-00002.safetensors"
+TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The author."}]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file of a finished run.
+
+    file: its place below the folder of ``write_run``. damage: draws damaged bytes in place of its own. read:
+    opens the damaged file, given its path, as the package does; PertaError is a refusal, AssertionError a wrong
+    result. commands: those of ``COMMANDS`` that read it.
+    """
+
+    file: str
+    damage: Callable[[bytes], SearchStrategy[bytes]]
+    read: Callable[[Path], None]
+    commands: tuple[str, ...] = ()
+
+
+# Command lines, below the folder of ``write_run``.
+COMMANDS: dict[str, str] = {
+    "inspect model": "inspect --tensors model",
+    "inspect forget": "inspect --tensors forget",
+    "inspect out": "inspect --tensors out",
+    "verify": "verify --quiet --full out",
+    "apply": (
+        "apply --quiet --threads 1 --model model --base base --tuned tuned --forget-importance forget "
+        "--retain-importance retain --rule grad --lam 0.5 --out new"
+    ),
+}
+
+
+def write_run(folder: Path) -> None:
+    """The inputs and the output of ``perta apply``, and a data file."""
+    inputs = write_inputs(folder, shards=2)
+    for path in inputs["base"].iterdir():
+        path.unlink()
+    inputs["base"].rmdir()
+    write_checkpoint(inputs["base"], inputs.tensors["base"])
+    write_lines(folder / "data.jsonl", [FORGET[0], {"text": "A text."}, {"messages": TALK}])
+    apply(*inputs.all, rule="grad", lam=0.5, threads=1, out=folder / "out", progress=False)
+
+
+def _read_weights(file: Path, stem: str = "model") -> None:
+    """What is opened must be what the headers say, and every byte of data must belong to one tensor."""
+    opened = Checkpoint.open(file.parent, stem)
+    expected = {}
+    for path in file.parent.glob("*.safetensors"):
+        content = path.read_bytes()
+        begin = 8 + int.from_bytes(content[:8], "little")
+        table = json.loads(content[8:begin])
+        table.pop("__metadata__", None)
+        place = 0
+        for row in sorted(table.values(), key=lambda row: row["data_offsets"]):
+            assert row["data_offsets"] == [place, place + math.prod(row["shape"]) * ITEM_SIZES[row["dtype"]]]
+            place = row["data_offsets"][1]
+        assert begin + place == len(content)
+        for name, row in table.items():
+            first, last = row["data_offsets"]
+            expected[name] = (row["dtype"], row["shape"], content[begin + first : begin + last])
+    found = {
+        name: (entry.dtype, list(entry.shape), opened.file_of(entry).path.read_bytes()[entry.begin : entry.end])
+        for name, entry in opened.tensors.items()
+    }
+    assert found == expected
+
+
+def _read_importance(file: Path) -> None:
+    metadata = Importance.load(file.parent).metadata
+    _read_weights(file, "importance")
+    shard = min(file.parent.glob("*.safetensors")).read_bytes()
+    table = json.loads(shard[8 : 8 + int.from_bytes(shard[:8], "little")])["__metadata__"]
+    assert metadata.sample_count == int(table["sample_count"]) >= 0
+    assert (metadata.estimator, metadata.data_hash) == (table["estimator"], table["data_hash"])
+
+
+def _read_report(file: Path) -> None:
+    report = Report.load(file.parent)
+    assert report.summary()
+    assert contains(asdict(report), json.loads(file.read_bytes()))
+
+
+def _read_data(file: Path) -> None:
+    records = load_records(file)
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    assert len(records) == sum(bool(line.strip()) for line in lines)
+    for record in records:
+        assert record.content
+        assert contains(json.loads(lines[int(record.where.rsplit(" ", 1)[1]) - 1]), dict(record.content))
+
+
+def contains(whole: Any, part: Any) -> bool:
+    """Whether ``whole`` has all that ``part`` has: the same lists, and in its tables at least the same rows."""
+    if isinstance(whole, dict) and isinstance(part, dict):
+        return all(key in whole and contains(whole[key], value) for key, value in part.items())
+    if isinstance(whole, list) and isinstance(part, list):
+        return len(whole) == len(part) and all(map(contains, whole, part))
+    return repr(whole) == repr(part)  # NaN is itself here, and True is not 1
+
+
+TARGETS: dict[str, Target] = {
+    "single file": Target("base/model.safetensors", mutation.safetensors, _read_weights, ("apply", "verify")),
+    "shard": Target(
+        f"model/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect model", "apply", "verify")
+    ),
+    "index": Target(
+        "model/model.safetensors.index.json",
+        mutation.index,
+        _read_weights,
+        ("inspect model", "apply", "verify"),
+    ),
+    "importance shard": Target(
+        "forget/importance-00001-of-00002.safetensors",
+        mutation.safetensors,
+        _read_importance,
+        ("inspect forget", "apply", "verify"),
+    ),
+    "importance index": Target(
+        "forget/importance.safetensors.index.json",
+        mutation.index,
+        _read_importance,
+        ("inspect forget", "apply", "verify"),
+    ),
+    "output shard": Target(
+        f"out/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect out", "verify")
+    ),
+    "report": Target("out/perta_report.json", mutation.json_document, _read_report, ("inspect out", "verify")),
+    "data": Target("data.jsonl", mutation.json_lines, _read_data),
+}

@@ -1,0 +1,124 @@
+"""Damaged files, thousands of them: refused by name or read rightly; nothing else, ever.
+
+For every file of ``TARGETS`` hypothesis draws damage to its bytes and to what they mean. The package, and the
+commands that read the file, must then refuse it with an error of their own or give a right result, and must
+change nothing on the disk either way. A few hundred inputs in an ordinary run; at least 100,000 with
+
+    PERTA_SOAK=1 python -m pytest tests/fuzz
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perta_fast import cli
+from perta_fast.errors import PertaError
+from tests.fuzz.targets import COMMANDS, TARGETS, write_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SOAK = os.environ.get("PERTA_SOAK") == "1"
+PAIRS = [(target, command) for target, row in TARGETS.items() for command in row.commands]
+PATIENCE = 60  # seconds after which an input of a few kilobytes has hung the reader
+
+
+def examples(ordinary: int, soak: int) -> settings:
+    """How many inputs each test draws."""
+    return settings(
+        max_examples=soak if SOAK else ordinary,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; each test puts back what it damages."""
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def damaged_file(data: st.DataObject, target: str, run: Path) -> Iterator[bool]:
+    """Damage the file of ``target`` for a while; True if it is not the same then.
+
+    Nothing below ``run`` may change before it is put back, and what is done to it must come to an end.
+    """
+    path = run / TARGETS[target].file
+    original = path.read_bytes()
+    content = data.draw(TARGETS[target].damage(original))
+    path.write_bytes(content)
+    before = contents(run)
+    old = signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(PATIENCE)
+    try:
+        yield content != original
+        assert contents(run) == before
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+        path.write_bytes(original)
+
+
+def _give_up(number: int, frame: FrameType | None) -> None:
+    raise AssertionError("the reader does not come to an end")
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
+    """Everything below ``folder``, and when it was last changed."""
+    return {
+        path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@given(data=st.data())
+@examples(ordinary=120, soak=12_000)
+def test_reading(target: str, run: Path, data: st.DataObject) -> None:
+    with damaged_file(data, target, run):
+        try:
+            TARGETS[target].read(run / TARGETS[target].file)
+        except PertaError as error:
+            assert str(run) in str(error)
+
+
+@pytest.mark.parametrize(("target", "command"), PAIRS)
+@given(data=st.data())
+@examples(ordinary=25, soak=500)
+def test_commands(
+    target: str, command: str, run: Path, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    with damaged_file(data, target, run) as changed:
+        status, out, err = perta(COMMANDS[command])
+        if err:
+            assert (status in (1, 2), out, err.count("\n")) == (True, "", 1)
+            assert err.startswith("perta: error: ")
+        elif command == "apply":
+            assert (status, perta("verify --quiet --full new")[0]) == (0, 0)
+            shutil.rmtree("new")
+        elif command == "verify":
+            # A report may be damaged where it does not matter, a file that it has the hash of may not.
+            assert status == (1 if "WRONG: " in out else 0)
+            assert status == 1 or target == "report" or not changed
+        else:
+            assert status == 0
+
+
+def perta(line: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of one command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(line.split())
+    return status, out.getvalue(), err.getvalue()
