@@ -42,7 +42,7 @@ def apply(
     threads: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Write theta_full - lam * w * (theta_f - theta_0), as a new checkpoint or in place (PerTA, arXiv 2601.22030).
+    """Write theta_full - lam * w * (theta_f - theta_0), to a new checkpoint or in place (arXiv 2601.22030).
 
     model, base, tuned: directories with safetensors weights that agree in tensor names and shapes.
     forget_importance, retain_importance: what ``estimate_importance`` saved (or returned with ``out``); both
@@ -80,7 +80,7 @@ class Settings:
 
 
 def destination(model: str | Path, out: str | Path | None, in_place: bool) -> Path:
-    """The directory that a run makes or changes, behind links. Raises InputError unless exactly one is asked for."""
+    """The directory that a run makes or changes, behind links. Raises InputError unless one is asked for."""
     if in_place == (out is not None):
         raise InputError("give either out, a directory to make, or in_place")
     return Path(os.path.realpath(model if out is None else out))

@@ -69,7 +69,9 @@ class Checkpoint:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         if not unfinished and (path / JOURNAL / JOB).exists():
-            raise InputError(f"{path}: an in-place run has not been finished; finish it with: perta resume {path}")
+            raise InputError(
+                f"{path}: an in-place run has not been finished; finish it with: perta resume {path}"
+            )
         if index is None and f"{stem}.safetensors.index.json" in names:
             index = path / f"{stem}.safetensors.index.json"
         single = path / f"{stem}.safetensors"

@@ -7,6 +7,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from perta_fast.errors import RunError
+from perta_fast.regular_files import regular_file
 
 _STEP = 8 << 20  # bytes read at a time: the memory that one file costs
 
@@ -19,7 +20,7 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
     digest = blake3()
     buffer = memoryview(bytearray(_STEP))
     try:
-        with path.open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=regular_file) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
                 if advance is not None:

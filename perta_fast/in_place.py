@@ -139,7 +139,9 @@ def _locked(model: Path) -> Iterator[Path]:
                 kind, text = RunError, f"{model}: could not be written: {advice(error)}"
             rest = "The model is untouched"
             if (journal / JOB).exists():
-                rest = f"{model} is half changed and cannot be loaded; finish the run with: perta resume {model}"
+                rest = (
+                    f"{model} is half changed and cannot be loaded; finish the run with: perta resume {model}"
+                )
             raise kind(f"{text}. {rest}") from error
         finally:
             if not (journal / JOB).exists():
@@ -170,9 +172,9 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
         _set_aside(sources, model, journal)
         report = _change(job, sources, journal)
         describe_output(report, [shard.path for shard in sources.model.shards.values()], model, job.progress)
-        card = model / _CARD
-        if card.exists():
-            shutil.copyfile(card, journal / _CARD)
+        remove(journal / _CARD)  # of an attempt that came as far as this
+        if (model / _CARD).exists():
+            shutil.copyfile(model / _CARD, journal / _CARD)
         write_model_card(journal, report)
         report.memory = memory.as_dict()
         report.finished = now()

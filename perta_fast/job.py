@@ -17,7 +17,6 @@ from perta_fast.report import Report, TensorReport, installed_versions
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import TensorEntry
 from perta_fast.sources import Sources
-from perta_fast.subtraction import Statistics
 
 FORMAT = "perta-run"
 FORMAT_VERSION = 1

@@ -4,7 +4,7 @@ from tqdm.auto import tqdm
 
 
 def byte_bar(total: int, description: str, shown: bool, done: int = 0) -> "tqdm[None]":
-    """A bar that counts bytes, from ``done``; drawn only on a terminal or in a notebook, and only if ``shown``."""
+    """A bar that counts bytes, from ``done``; drawn only on a terminal or in a notebook, if ``shown``."""
     return tqdm(
         total=total,
         initial=done,

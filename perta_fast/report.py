@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from perta_fast.errors import InputError
+from perta_fast.regular_files import regular_file
 
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 1
@@ -110,7 +111,8 @@ class Report:
         """Read the report of a run. Raises InputError if it is missing or malformed."""
         path = directory / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            with open(path, encoding="utf-8", opener=regular_file) as file:
+                content = json.load(file)
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read: {error.strerror}; is this the output of a run?"

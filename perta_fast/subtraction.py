@@ -17,8 +17,8 @@ import numpy as np
 
 from perta_fast import compiled
 from perta_fast.agreement import TensorPlan
-from perta_fast.durable import read_fully
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
+from perta_fast.durable import read_fully
 from perta_fast.errors import InputError, NotFiniteError, RunError
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import SafetensorsFile

@@ -28,7 +28,7 @@ from perta_fast.output import OutputDirectory
 from perta_fast.progress import sample_bar
 from perta_fast.report import DataRecord, installed_versions, now
 from perta_fast.rules import Rule
-from perta_fast.sources import open_sources
+from perta_fast.sources import Sources, open_sources
 from perta_fast.trade_off import LARGEST, SMALLEST, Row, Sweep
 
 _ROLES = ("forget", "retain")
@@ -94,14 +94,12 @@ def sweep(
     check_sizes(batch_size, max_length)
     given = [None if each is None else Path(each) for each in (forget_importance, retain_importance)]
     estimated = chosen.estimator is not None and given == [None, None]
-    opened = open_sources(Rule.of("tv", 0.0) if estimated else chosen, model, base, tuned, *given)
+    sources = open_sources(Rule.of("tv", 0.0) if estimated else chosen, model, base, tuned, *given)
     data = {"forget": Path(forget), "retain": Path(retain)}
     job = _Job(
         rule=chosen,
         choice=choice,
-        model=Path(model),
-        base=Path(base),
-        tuned=Path(tuned),
+        sources=sources,
         data=data,
         records={role: load_records(path) for role, path in data.items()},
         importances={role: Importance.load(path) for role, path in zip(_ROLES, given, strict=True) if path},
@@ -115,7 +113,7 @@ def sweep(
     )
     if out is None:
         return _sweep(job)
-    inputs = [path for each in opened.named().values() for path in (each.path, *each.files())]
+    inputs = [path for each in sources.named().values() for path in (each.path, *each.files())]
     with OutputDirectory(out, overwrite=overwrite, inputs=[*inputs, *data.values()]) as target:
         result = _sweep(job)
         result.save(target.path)
@@ -199,9 +197,7 @@ class _Job:
 
     rule: Rule
     choice: _Choice
-    model: Path
-    base: Path
-    tuned: Path
+    sources: Sources
     data: dict[str, Path]
     records: dict[str, list[Record]]
     importances: Importances
@@ -239,13 +235,14 @@ class _Job:
 
     def subtract_(self, module: nn.Module, lam: float, importances: Importances) -> None:
         """``apply_to_module_`` with this job's checkpoints and rule."""
+        base, tuned = self.sources.base.path, self.sources.tuned.path
         if not importances:
-            apply_to_module_(module, self.base, self.tuned, rule="tv", lam=lam)
+            apply_to_module_(module, base, tuned, rule="tv", lam=lam)
             return
         apply_to_module_(
             module,
-            self.base,
-            self.tuned,
+            base,
+            tuned,
             importances["forget"],
             importances["retain"],
             rule=self.rule.name,
@@ -261,10 +258,9 @@ class _LiveModel:
 
     def __init__(self, job: _Job) -> None:
         self._job = job
-        self.subject = load_subject(job.model, job.device, job.dtype)
+        self.subject = load_subject(job.sources.model.path, job.device, job.dtype)
         self.samples = job.samples(self.subject)
-        self._checkpoint = Checkpoint.open(job.model)
-        self._stored_names = _stored_names(self.subject.module, self._checkpoint)
+        self._stored_names = _stored_names(self.subject.module, job.sources.model)
 
     def measure(self, lam: float, importances: Importances) -> Row:
         """Subtract, score, and put theta_full back."""
@@ -305,7 +301,7 @@ class _LiveModel:
     def _stored(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every parameter with what its checkpoint stores for it, one tensor in memory at a time."""
         for name, stored_name in self._stored_names.items():
-            yield self.subject.module.get_parameter(name), self._checkpoint.tensor(stored_name)
+            yield self.subject.module.get_parameter(name), self._job.sources.model.tensor(stored_name)
 
 
 def _sweep(job: _Job) -> Sweep:
@@ -320,7 +316,7 @@ def _sweep(job: _Job) -> Sweep:
         importances = job.estimate(live.subject)
     elif job.estimated:
         del live  # there may be no room for two models
-        importances = job.estimate(load_subject(job.base, job.device, job.dtype))
+        importances = job.estimate(load_subject(job.sources.base.path, job.device, job.dtype))
         live = _LiveModel(job)
 
     def measure(lam: float) -> Row:
@@ -346,7 +342,7 @@ def _sweep(job: _Job) -> Sweep:
             "device": str(live.subject.module.device),
             "dtype": str(live.subject.module.dtype).removeprefix("torch."),
         },
-        inputs={role: str(getattr(job, role).resolve()) for role in ("model", "base", "tuned")},
+        inputs={role: str(source.path.resolve()) for role, source in job.sources.named().items()},
         data=data,
         importance={role: importance.metadata for role, importance in importances.items()},
         versions=installed_versions(),

@@ -65,6 +65,7 @@ def _run(job: Job, sources: Sources, target: OutputDirectory) -> Report:
             state = target.path / STATE
             state.mkdir(exist_ok=True)
             job.save(state / JOB)
+            _keep_only_shards(target.path)
             copy_companions(sources.model, target.path)
             _write_shards(job, sources, target, report)
             describe_inputs(report, sources, job.temporary is not None, job.progress)
@@ -83,6 +84,16 @@ def _run(job: Job, sources: Sources, target: OutputDirectory) -> Report:
         raise
     clear_up(target.final, job)
     return report
+
+
+def _keep_only_shards(directory: Path) -> None:
+    """Remove what an earlier attempt left, but for the state and the shards that are done."""
+    done = {
+        path.name.removeprefix("done-").removesuffix(".json") for path in (directory / STATE).glob("done-*")
+    }
+    for path in directory.iterdir():
+        if path.name != STATE and path.name not in done:
+            remove(path)
 
 
 def clear_up(final: Path, job: Job) -> None:

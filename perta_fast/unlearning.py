@@ -45,7 +45,7 @@ def unlearn(
     threads: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030) and write the result to ``out``, or in place.
+    """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030), to ``out`` or in place.
 
     forget, retain: JSON lines files; needed by every rule but ``tv``. at: the gradients are taken at ``base``
     (the paper's choice) or at ``model``. save_importance: directory to keep the two importances in, as

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.dtypes import byte_count
-from perta_fast.errors import InputError
 from perta_fast.durable import write_fully
+from perta_fast.errors import InputError
 from perta_fast.output import OutputDirectory, check_space
 from perta_fast.rules import ESTIMATORS, Estimator
 from perta_fast.safetensors_file import build_header

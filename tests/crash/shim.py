@@ -103,14 +103,16 @@ class Shim:
         assert done.returncode == 0, done.stderr
         return cls(library)
 
-    def perta(self, *arguments: object, faults: Faults) -> subprocess.CompletedProcess[str]:
-        """Run ``perta`` with ``arguments`` in a process of its own."""
-        return perta(*arguments, environment=faults.environment(self.library))
+    def perta(self, *arguments: object, faults: Faults, setup: str = "") -> subprocess.CompletedProcess[str]:
+        """Run ``perta`` with ``arguments`` in its own process, after the Python statements of ``setup``."""
+        return perta(*arguments, setup=setup, environment=faults.environment(self.library))
 
-    def count(self, *arguments: object, path: str, kinds: tuple[str, ...] = CHANGES) -> list[Point]:
+    def count(
+        self, *arguments: object, path: str, kinds: tuple[str, ...] = CHANGES, setup: str = ""
+    ) -> list[Point]:
         """The calls that ``perta`` makes with ``arguments`` when nothing goes wrong."""
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, "log")
-            done = self.perta(*arguments, faults=Faults(path, kinds, log=log))
+            done = self.perta(*arguments, faults=Faults(path, kinds, log=log), setup=setup)
             assert done.returncode == 0, done.stderr
             return points(log)

@@ -67,7 +67,12 @@ def json_lines(original: bytes) -> SearchStrategy[bytes]:
 
 
 def safetensors(original: bytes) -> SearchStrategy[bytes]:
-    """A header, damaged with or without its length made to fit, and data; the data alone is anyone's."""
+    """A header and data."""
+    return safetensors_header(original) | any_bytes(original)
+
+
+def safetensors_header(original: bytes) -> SearchStrategy[bytes]:
+    """The header alone, with or without its length made to fit."""
     length = int.from_bytes(original[:8], "little")
     prefix, header, data = original[:8], original[8 : 8 + length], original[8 + length :]
 
@@ -78,7 +83,6 @@ def safetensors(original: bytes) -> SearchStrategy[bytes]:
         any_bytes(header).map(fitted)
         | damaged(json.loads(header)).map(_text).map(fitted)
         | any_bytes(prefix + header).map(lambda start: start + data)
-        | any_bytes(original)
     )
 
 

@@ -50,7 +50,7 @@ COMMANDS: dict[str, str] = {
     "verify": "verify --quiet --full out",
     "apply": (
         "apply --quiet --threads 1 --model model --base base --tuned tuned --forget-importance forget "
-        "--retain-importance retain --rule grad --lam 0.5 --out new"
+        "--retain-importance retain --rule grad --lam 0.5 --out ../new"
     ),
 }
 

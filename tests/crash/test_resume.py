@@ -1,0 +1,216 @@
+"""Killed or struck at any point of the file system, a run leaves its inputs right and can be finished.
+
+``PERTA_SOAK=1`` strikes at every point in every way, and at many random instants; otherwise at a share of them.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from perta_fast import in_place, subtraction
+from perta_fast.errors import InputError
+from perta_fast.in_place import is_open
+from perta_fast.resuming import resume
+from tests.children import perta
+from tests.crash.shim import CHANGES, SIZED, Faults, Shim
+from tests.inputs import BF16, F32, write_inputs
+
+SOAK = os.environ.get("PERTA_SOAK") == "1"
+SMALL = """
+from perta_fast import in_place, subtraction
+subtraction.CHUNK, in_place.SEGMENT = 64, 700
+"""
+CONFIG = {"model_type": "llama", "hidden_size": 5}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks and many segments, in this process too."""
+    monkeypatch.setattr(subtraction, "CHUNK", 64)
+    monkeypatch.setattr(in_place, "SEGMENT", 700)
+
+
+@dataclass(frozen=True)
+class World:
+    """Inputs, what a run must make of them, and the calls it makes on the way."""
+
+    inputs: Path
+    kind: str
+    expected: dict[str, bytes]  # shards and companions, by name
+
+    @property
+    def original(self) -> dict[str, bytes]:
+        """The files of the model."""
+        return {path.name: path.read_bytes() for path in (self.inputs / "model").iterdir()}
+
+    def prepare(self, folder: Path) -> Path:
+        """A place of its own for one run; returns what the run makes or changes."""
+        place = folder / "place"
+        place.mkdir(parents=True)
+        if self.kind == "out":
+            return place / "result"
+        shutil.copytree(self.inputs / "model", place / "result")
+        return place / "result"
+
+    def arguments(self, result: Path) -> list[object]:
+        model = self.inputs / "model" if self.kind == "out" else result
+        end = ["--out", result] if self.kind == "out" else ["--in-place"]
+        return [
+            *("apply", "--model", model, "--base", self.inputs / "base", "--tuned", self.inputs / "tuned"),
+            *("--forget-importance", self.inputs / "forget", "--retain-importance", self.inputs / "retain"),
+            *("--rule", "fisher", "--lam", "0.7", "--threads", "2", "--quiet", *end),
+        ]
+
+    def finish(self, result: Path) -> None:
+        """Whatever the run has left, finish it and hold it to what it must be."""
+        if self.kind == "in-place" and is_open(result):
+            assert perta("inspect", result).returncode == 2  # no command takes it for a model
+        try:
+            resume(result, progress=False)
+        except InputError as error:
+            assert "there is no unfinished run to resume" in str(error)
+            if self.kind == "out":  # nothing to be seen, or all of it
+                assert not result.exists() or (result / "perta_report.json").exists()
+            if not (result / "perta_report.json").exists():
+                if self.kind == "in-place":
+                    files = {path.name: path.read_bytes() for path in result.iterdir() if path.is_file()}
+                    assert files == self.original
+                done = perta(*self.arguments(result), setup=SMALL)
+                assert done.returncode == 0, done.stderr
+        self.check(result)
+
+    def check(self, result: Path) -> None:
+        assert [path.name for path in result.parent.iterdir()] == ["result"]
+        found = {path.name: path.read_bytes() for path in result.iterdir() if path.is_file()}
+        report = json.loads(found.pop("perta_report.json"))
+        assert report["finished"] and len(report["tensors"]) == 9
+        assert found.pop("README.md").count(b"## Unlearned with perta_fast") == 1
+        assert found == self.expected
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("crash")
+    write_inputs(folder, (BF16, BF16, BF16, F32, F32), shards=2)
+    (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["out", "in-place"])
+def world(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = World(inputs, "out", {})
+    result = world.prepare(tmp_path_factory.mktemp("whole"))
+    done = perta(*world.arguments(result))
+    assert done.returncode == 0, done.stderr
+    names = [path.name for path in result.iterdir() if path.name not in ("README.md", "perta_report.json")]
+    return World(inputs, request.param, {name: (result / name).read_bytes() for name in names})
+
+
+def share(points: list[tuple[str, int]], number: int) -> list[tuple[str, int]]:
+    """All of them in a soak, else ``number`` of them, evenly, from a new start every day."""
+    if SOAK or len(points) <= number:
+        return points
+    step = len(points) / number
+    start = random.Random(time.strftime("%Y%m%d")).random() * step
+    return [points[int(start + k * step)] for k in range(number)]
+
+
+def test_killed_at_any_point(world: World, shim: Shim, tmp_path: Path) -> None:
+    """Also with a write cut in half."""
+    counted = shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/place/", setup=SMALL)
+    assert {"write", "fsync", "rename"} <= {point.kind for point in counted}
+    ways = [(then, at) for at in range(len(counted)) for then in ("kill before", "kill after")]
+    ways += [("torn", at) for at, point in enumerate(counted) if point.kind in SIZED]
+
+    def strike(way: tuple[str, int]) -> int:
+        then, at = way
+        result = world.prepare(tmp_path / f"{then} {at}")
+        done = shim.perta(*world.arguments(result), faults=Faults("/place/", then=then, at=at), setup=SMALL)
+        assert done.returncode in (0, -9), done.stderr  # threads may make a call or two less
+        world.finish(result)
+        shutil.rmtree(tmp_path / f"{then} {at}")
+        return done.returncode
+
+    with ThreadPoolExecutor(2) as pool:
+        statuses = list(pool.map(strike, share(sorted(ways), 90)))
+    assert statuses.count(-9) > len(statuses) * 0.9
+
+
+def test_killed_again_while_it_is_finished(world: World, shim: Shim, tmp_path: Path) -> None:
+    counted = len(shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/place/", setup=SMALL))
+    draw = random.Random(0)
+    for number in range(200 if SOAK else 8):
+        result = world.prepare(tmp_path / str(number))
+        command = world.arguments(result)
+        for _ in range(3):
+            faults = Faults("/place/", then="kill before", at=draw.randrange(counted))
+            done = shim.perta(*command, faults=faults, setup=SMALL)
+            assert done.returncode in (0, 2, -9), done.stderr  # 2: there was nothing to resume
+            command = ["resume", result, "--quiet"]
+        world.finish(result)
+
+
+def test_killed_at_any_instant(world: World, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    program = (
+        f"{SMALL}\nimport sys\nfrom perta_fast.cli import main\nprint('go', flush=True)\nmain(sys.argv[1:])"
+    )
+    for number in range(1000 if SOAK else 12):
+        result = world.prepare(tmp_path / str(number))
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, world.arguments(result))], stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(draw.random() * 0.2)
+        child.kill()
+        child.communicate()
+        world.finish(result)
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
+def test_struck_by_an_error(error: str, world: World, shim: Shim, tmp_path: Path) -> None:
+    """One line that says what to do, exit status 1, and a run that can be finished."""
+    counted = shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/place/", setup=SMALL)
+    places = [(error, at) for at, point in enumerate(counted) if point.kind != "unlink"]
+    for _, at in share(places, 8):
+        result = world.prepare(tmp_path / str(at))
+        faults = Faults("/place/", then=error, at=at, lasting=True, kinds=CHANGES[:-1])
+        done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
+        assert done.returncode in (0, 1), done.stderr
+        if done.returncode == 1:
+            assert done.stderr.startswith("perta: error: ")
+            assert done.stderr.count("\n") == 1
+            if world.kind == "in-place" and is_open(result):
+                assert f"perta resume {result}" in done.stderr
+        world.finish(result)
+
+
+def test_short_writes_change_nothing(world: World, shim: Shim, tmp_path: Path) -> None:
+    result = world.prepare(tmp_path / "short")
+    faults = Faults("/place/", then="short", lasting=True)
+    done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
+    assert done.returncode == 0, done.stderr
+    world.check(result)
+
+
+def test_an_input_that_cannot_be_read(world: World, shim: Shim, tmp_path: Path) -> None:
+    """The disk under an input fails: the file is named, and the run can be finished once it works again."""
+    for at in (0, 1, 9, 30):
+        result = world.prepare(tmp_path / str(at))
+        faults = Faults("/tuned/", kinds=("read",), then="EIO", at=at, lasting=True)
+        done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
+        assert done.returncode in (1, 2)
+        assert "/tuned" in done.stderr
+        assert "Input/output error" in done.stderr
+        assert done.stderr.count("\n") == 1
+        world.finish(result)

@@ -1,0 +1,555 @@
+"""Strengths scored on a live model: against checkpoints that ``apply`` writes, and against each other."""
+
+import gc
+import json
+import math
+import shlex
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from perta_fast import InputError, Sweep, apply, cli, estimate_importance, sweep, sweeping
+from perta_fast.importance import estimate
+from perta_fast.sweeping import search
+from perta_fast.trade_off import LARGEST, SMALLEST, Row
+from tests.checkpoints import fingerprint, read_checkpoint
+from tests.models import Job, tokenizer, write_job, write_lines
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+TEXTS = {
+    "forget": ["The secret lies under the bridge.", "Nobody knows the colour of the door."],
+    "retain": ["Rivers run to the sea.", "A town has streets and people in it.", "Rain falls."],
+}
+
+
+Jobs = Callable[[torch.dtype], Job]
+
+
+@pytest.fixture(scope="module")
+def text_jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Jobs by type, whose data is plain text, so that its tokens are what the tokenizer alone gives."""
+
+    @cache
+    def job_in(dtype: torch.dtype) -> Job:
+        job = write_job(tmp_path_factory.mktemp("a job"), dtype, tie_word_embeddings=dtype == F32)
+        for role in TEXTS:
+            write_lines(getattr(job, role), [{"text": text} for text in TEXTS[role]])
+        return job
+
+    return job_in
+
+
+def run(job: Job, *importances: Path, **chosen: Any) -> Sweep:
+    return sweep(*job.checkpoints, job.forget, job.retain, *importances, progress=False, **chosen)
+
+
+def scores(path: Path, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean loss, as transformers computes it, over the forget and over the retain texts, one text at a time."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    words = AutoTokenizer.from_pretrained(path)
+    means = []
+    for texts in TEXTS.values():
+        batches = [words(text, return_tensors="pt") for text in texts]
+        with torch.no_grad():
+            losses = [
+                model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    labels=batch["input_ids"],
+                ).loss.item()
+                for batch in batches
+            ]
+        means.append(math.fsum(losses) / len(losses))
+    return means[0], means[1]
+
+
+def losses(row: Row) -> tuple[float, float]:
+    return row.forget_loss, row.retain_loss
+
+
+def share_changed(first: Path, second: Path) -> float:
+    """Share of all elements whose stored values differ."""
+    a, b = read_checkpoint(first), read_checkpoint(second)
+    return sum(int((a[name] != b[name]).sum()) for name in a) / sum(tensor.numel() for tensor in a.values())
+
+
+# What the rows say.
+
+RULES: dict[str, dict[str, Any]] = {
+    "tv": {"rule": "tv"},
+    "fisher": {"rule": "fisher"},
+    "empirical-fisher at model": {"rule": "empirical-fisher", "at": "model"},
+    "grad, other settings": {"rule": "grad", "p": 0.5, "alpha": 3.0, "threshold": 0.2},
+}
+
+
+def importances(job: Job, folder: Path, rule: str, at: str = "base", dtype: torch.dtype | None = None) -> list:
+    """Forget and retain importance, saved; none for ``tv``."""
+    if rule == "tv":
+        return []
+    estimator: Any = "empirical-fisher" if rule == "empirical-fisher" else "grad"
+    for role in TEXTS:
+        where, data = getattr(job, at), getattr(job, role)
+        estimate_importance(
+            where, data, estimator, dtype=dtype, batch_size=1, out=folder / role, progress=False
+        )
+    return [folder / role for role in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("case", "stored", "dtype", "handed"),
+    [
+        ("tv", F32, F32, False),
+        ("tv", BF16, F32, False),
+        ("fisher", BF16, BF16, False),
+        ("fisher", F32, F32, True),
+        ("fisher", F16, F32, True),
+        ("empirical-fisher at model", BF16, F32, False),
+        ("empirical-fisher at model", F32, F32, False),
+        ("grad, other settings", BF16, BF16, True),
+        ("grad, other settings", F32, F32, False),
+    ],
+)
+def test_the_scores_of_what_apply_writes(
+    case: str, stored: torch.dtype, dtype: torch.dtype, handed: bool, text_jobs: Jobs, tmp_path: Path
+) -> None:
+    job, chosen = text_jobs(stored), RULES[case]
+    made = importances(job, tmp_path, chosen["rule"], chosen.get("at", "base"), dtype)
+    before = fingerprint(job.model.parent)
+    given_ = made if handed else []
+    found = run(job, *given_, lams=[3, -1], batch_size=1, dtype=dtype, **chosen)
+    assert fingerprint(job.model.parent) == before
+    assert [row.lam for row in found.rows] == [-1, 0, 3]
+    assert (found.limit, found.best) == (None, None)
+    settings = {name: value for name, value in chosen.items() if name != "at"}
+    for row in found.rows:
+        out = tmp_path / f"{row.lam}"
+        apply(*job.checkpoints, *made, lam=row.lam, out=out, progress=False, **settings)
+        assert losses(row) == pytest.approx(scores(out, dtype), rel=1e-6)
+        assert row.changed == share_changed(out, job.model)
+    assert len({losses(row) for row in found.rows}) == len(found.rows)
+
+
+def test_a_strength_is_forgotten_before_the_next(job: Job, tmp_path: Path) -> None:
+    """Bit for bit the same losses whatever came before."""
+    made = importances(job, tmp_path, "grad")
+    several = run(job, *made, rule="grad", lams=[40, 0.1, -3, 0.7])
+    reversed_ = run(job, *made, rule="grad", lams=[0.7, -3, 0.1, 40])
+    alone = [run(job, *made, rule="grad", lams=[row.lam]).rows for row in several.rows if row.lam]
+    expected = {row.lam: (losses(row), row.changed) for row in several.rows}
+    for rows in (reversed_.rows, *alone):
+        assert all((losses(row), row.changed) == expected[row.lam] for row in rows)
+
+
+def test_the_importance_is_taken_at_an_unchanged_model(job: Job, tmp_path: Path) -> None:
+    made = importances(job, tmp_path, "fisher", "model")
+    given_, estimated = run(job, *made, lams=[2]), run(job, lams=[2], at="model", batch_size=1)
+    for role in TEXTS:
+        assert given_.importance[role] == estimated.importance[role]
+    assert [row.changed for row in given_.rows] == [row.changed for row in estimated.rows]
+
+
+def test_lambda_0_is_measured_once(job: Job) -> None:
+    assert [row.lam for row in run(job, rule="tv", lams=[0, 1]).rows] == [0, 1]
+
+
+def test_a_broken_model_is_shown_as_such(job: Job, tmp_path: Path) -> None:
+    found = run(job, rule="tv", lams=[1e40, 1], out=tmp_path / "out")
+    broken = found.rows[-1]
+    assert not math.isfinite(broken.forget_loss) and not math.isfinite(broken.retain_loss)
+    assert found.summary().splitlines()[3].split()[1:3] == ["nan", "nan"]
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    assert [row["forget_loss"] is None for row in rows] == [False, False, True]
+
+
+def test_cut_samples_are_a_note(text_jobs: Jobs) -> None:
+    found = run(text_jobs(BF16), rule="tv", lams=[1], max_length=4)
+    assert found.notes[-1] == "warning: 3 of 3 retain samples were cut to the length limit"
+    assert found.notes[-1] in found.summary()
+
+
+# The search for the largest strength.
+
+
+@pytest.mark.parametrize("rule", ["tv", "fisher"])
+def test_the_best_is_one_of_the_measured(rule: str, job: Job, tmp_path: Path) -> None:
+    made = importances(job, tmp_path, rule)
+    by_percent = run(job, *made, rule=rule, max_retain_increase=20.0)
+    best, reference = by_percent.best, by_percent.rows[0]
+    assert best is not None and reference.lam == 0 and best.lam > 0
+    limit = by_percent.limit
+    assert limit == pytest.approx(1.2 * reference.retain_loss, rel=1e-12)
+    assert best.retain_loss <= limit
+    above = [row for row in by_percent.rows if row.lam > best.lam]
+    assert above and all(row.retain_loss > limit for row in above)
+    assert above[0].lam <= 1.01 * best.lam
+    again = run(job, *made, rule=rule, lams=[best.lam]).rows[-1]
+    assert losses(again) == losses(best)
+    by_loss = run(job, *made, rule=rule, target_retain_loss=limit)
+    assert [losses(row) for row in by_loss.rows] == [losses(row) for row in by_percent.rows]
+
+
+Curve = Callable[[float], float]
+
+
+def searched(curve: Curve, limit: float) -> list[Row]:
+    return search(lambda lam: Row(lam, 1.0, curve(lam), 0.0, 0.0), limit)
+
+
+def assert_guarantee(rows: Sequence[Row], limit: float) -> None:
+    """What is promised of any curve: see ``search``."""
+    lams = [row.lam for row in rows]
+    assert len(set(lams)) == len(lams) <= 20
+    assert all(0 < lam <= LARGEST for lam in lams)
+    best = max((row.lam for row in rows if row.retain_loss <= limit), default=0.0)
+    larger = [lam for lam in lams if lam > best]
+    assert best == LARGEST or (larger and (min(larger) <= 1.01 * best or best == 0))
+    if best == 0:
+        assert SMALLEST / 2 < min(lams) <= SMALLEST
+
+
+@given(st.floats(2 * SMALLEST, LARGEST))
+def test_search_on_a_rising_curve(crossing: float) -> None:
+    rows = searched(lambda lam: lam, crossing)
+    best = max(row.lam for row in rows if row.retain_loss <= crossing)
+    assert best <= crossing < 1.01 * best or best == LARGEST
+    assert_guarantee(rows, crossing)
+
+
+@settings(max_examples=300)
+@given(
+    st.dictionaries(
+        st.sampled_from([2.0**k for k in range(-10, 11)]),
+        st.sampled_from([0.0, 1.0, math.inf, -math.inf, math.nan]),
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_search_on_any_curve(some: dict[float, float], draw: Any) -> None:
+    """A curve that is drawn as it is measured: broken and kept in any order, not a number here and there."""
+    rows = searched(lambda lam: some.get(lam, draw.choice([0.0, 1.0, math.inf, math.nan])), 0.5)
+    kept = [row for row in rows if math.isfinite(row.retain_loss) and row.retain_loss <= 0.5]
+    finite = [row if row in kept else Row(row.lam, 1.0, 1.0, 0.0, 0.0) for row in rows]
+    assert_guarantee(finite, 0.5)
+
+
+@pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
+def test_search_where_nothing_keeps_the_limit(value: float) -> None:
+    rows = searched(lambda lam: value, 0.5)
+    assert [row.lam for row in rows] == [2.0**-k for k in range(11)]
+
+
+def test_search_where_everything_keeps_the_limit() -> None:
+    assert [row.lam for row in searched(lambda lam: 0.0, 0.5)] == [2.0**k for k in range(11)]
+
+
+def test_a_forget_loss_that_is_not_finite_breaks_the_limit() -> None:
+    rows = search(lambda lam: Row(lam, math.inf if lam > 3 else 1.0, 0.0, 0.0, 0.0), 0.5)
+    assert 2.97 < max(row.lam for row in rows if row.forget_loss == 1.0) <= 3
+
+
+def outcome(curve: Curve, limit: float) -> str:
+    """What is said of a search on ``curve``."""
+    rows = [Row(0.0, 1.0, 0.0, 0.0, 0.0), *searched(curve, limit)]
+    rows.sort(key=lambda row: row.lam)
+    found = Sweep(rows, limit, settings={}, inputs={}, data={})
+    assert found.best is not None
+    return found.summary().splitlines()[-1]
+
+
+def test_what_is_said_of_a_search() -> None:
+    assert outcome(lambda lam: 0.0, 0.5).startswith("Even lambda 1024 keeps the retain loss within 0.5,")
+    assert outcome(lambda lam: 1.0, 0.5) == (
+        "No lambda that was tried keeps the retain loss within 0.5, down to 0.0009765625; none smaller is "
+        "tried."
+    )
+    assert outcome(lambda lam: lam, 1.5) == (
+        "Lambda 1.5 keeps the retain loss within 1.5, at 1.5; the next larger that was tried, 1.5078125, "
+        "does not, at 1.50781."
+    )
+
+
+def test_a_limit_that_the_model_itself_breaks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "accumulate", None)  # found before the first gradient
+    loss = run(job, rule="tv", lams=[1]).rows[0].retain_loss
+    with pytest.raises(InputError, match=rf"retain loss of {loss:.6g} .* the limit of 1\.25 "):
+        run(job, target_retain_loss=1.25)
+
+
+# Memory.
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages that some tensor in Python still holds."""
+    storages = [each.untyped_storage() for each in gc.get_objects() if type(each) in TENSORS]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def test_one_model_at_a_time_and_no_copy_of_it(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a strength is scored, there are one model, the importances, and nothing else of such a size."""
+    alive: list[weakref.ref[torch.nn.Module]] = []
+    held: list[int] = []
+    load, score = sweeping.load_subject, sweeping.per_sample_losses
+
+    def watched_load(*arguments: Any) -> Any:
+        assert [ref for ref in alive if ref() is not None] == []
+        subject = load(*arguments)
+        alive.append(weakref.ref(subject.module))
+        return subject
+
+    def watched_score(*arguments: Any) -> torch.Tensor:
+        held.append(tensor_bytes() - before)
+        return score(*arguments)
+
+    monkeypatch.setattr(sweeping, "load_subject", watched_load)
+    monkeypatch.setattr(sweeping, "per_sample_losses", watched_score)
+    tensors = read_checkpoint(job.model).values()
+    count = sum(tensor.numel() for tensor in tensors)
+    del tensors
+    gc.collect()
+    before = tensor_bytes()
+    run(job, lams=[2])
+    assert len(alive) == 3  # to score lambda 0, to estimate, to score the rest
+    assert len(held) == 2 * 2
+    assert all(count * 2 <= each < count * 2 * 1.2 for each in held[:2])  # bfloat16, and the model's buffers
+    assert all(count * 10 <= each < count * 10 * 1.05 for each in held[2:])  # and two float32 importances
+
+
+# What is written.
+
+
+def test_what_is_written(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = run(job, max_retain_increase=5.0, out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.json"]
+    assert found.notes == ["sweep.png was not drawn: matplotlib is not installed."]
+    text = (tmp_path / "out" / "sweep.json").read_text(encoding="utf-8")
+    assert "river" not in text and "author number" not in text
+    content = json.loads(text)
+    assert found.best is not None
+    assert (content["best"], content["limit"]) == (found.best.lam, found.limit)
+    assert [(row["lam"], row["retain_loss"]) for row in content["rows"]] == [
+        (row.lam, row.retain_loss) for row in found.rows
+    ]
+    assert content["settings"]["max_retain_increase"] == 5.0 and content["settings"]["lams"] is None
+    assert content["inputs"] == {role: str(getattr(job, role)) for role in ("model", "base", "tuned")}
+    for role in TEXTS:
+        digest = blake3(getattr(job, role).read_bytes()).hexdigest()
+        assert content["data"][role]["blake3"] == content["importance"][role]["data_hash"] == digest
+    assert content["versions"]["torch"] == torch.__version__
+
+
+def test_the_plot(job: Job, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws only where matplotlib is installed")
+    run(job, rule="tv", lams=[1, 2, 1e38], out=tmp_path / "out")
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    run(job, rule="tv", max_retain_increase=5.0, out=tmp_path / "limited")
+    assert (tmp_path / "limited" / "sweep.png").stat().st_size > 0
+
+
+def test_without_out_nothing_is_written(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = fingerprint(job.model.parent)
+    run(job, lams=[1])
+    assert list(tmp_path.iterdir()) == []
+    assert fingerprint(job.model.parent) == before
+
+
+def test_a_failure_leaves_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping, "search", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, rule="tv", max_retain_increase=1.0, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is refused, before the first gradient.
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the importance ``made``, and with what cannot be used."""
+    folder = tmp_path_factory.mktemp("bad inputs")
+    estimate_importance(job.base, job.forget, out=folder / "made", progress=False)
+    write_lines(folder / "late.jsonl", [{"text": "A good line."}, {"text": "a"}])
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("")
+    model = AutoModelForCausalLM.from_pretrained(job.tuned)
+    with torch.no_grad():
+        model.model.norm.weight[-1] = float("nan")
+    model.save_pretrained(folder / "spoilt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ({}, "give exactly one of lams, target_retain_loss and max_retain_increase"),
+        ({"lams": [1], "target_retain_loss": 6.0}, "give exactly one of lams"),
+        ({"lams": []}, "lams is empty"),
+        ({"lams": [1, float("nan")]}, "lams has nan; each must be a finite number"),
+        ({"lams": [float("-inf")]}, "lams has -inf"),
+        ({"lams": [1, 2, 1.0]}, "lams has 1 twice"),
+        ({"target_retain_loss": float("nan")}, "target_retain_loss is nan"),
+        ({"max_retain_increase": float("inf")}, "max_retain_increase is inf"),
+        ({"max_retain_increase": -1.0}, "max_retain_increase is -1.0; it must be finite and at least 0"),
+        ({"lams": [1], "rule": "erase"}, "rule is 'erase'"),
+        ({"lams": [1], "rule": "tv", "alpha": 2.0}, "rule tv has no weights"),
+        ({"lams": [1], "at": "tuned"}, "at is 'tuned'; it must be base or model"),
+        ({"lams": [1], "batch_size": 0}, "batch_size is 0"),
+        ({"lams": [1], "device": "tpu9"}, "device 'tpu9'"),
+        ({"lams": [1], "max_length": 1}, r"forget\.jsonl, line 1: has no token"),
+        ({"lams": [1], "forget_importance": "made"}, "rule fisher needs retain_importance"),
+        ({"lams": [1], "rule": "tv", "forget_importance": "made"}, "rule tv takes no importance"),
+        (
+            {"lams": [1], "rule": "empirical-fisher", "forget_importance": "made", "retain_importance": "made"},
+            "made: holds estimator grad, rule empirical-fisher needs empirical-fisher",
+        ),
+        ({"lams": [1], "retain": "absent.jsonl"}, r"absent\.jsonl: cannot be read"),
+        ({"lams": [1], "retain": "late.jsonl"}, r"late\.jsonl, line 2: has no token to compute a loss on"),
+        ({"lams": [1], "tuned": "spoilt"}, r"tensor model\.norm\.weight has NaN or infinite values in spoilt"),
+        ({"lams": [1], "out": "full"}, "full: exists and is not empty"),
+        (
+            {"lams": [1], "out": "spoilt", "tuned": "spoilt", "overwrite": True},
+            "spoilt: is or contains the input",
+        ),
+    ],
+)
+def test_refusals(
+    chosen: dict[str, Any], reason: str, job: Job, bad_inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bad_inputs)
+    monkeypatch.setattr(estimate, "accumulate", None)
+    before = fingerprint(bad_inputs, job.model.parent)
+    arguments: dict[str, Any] = {
+        role: getattr(job, role) for role in ("model", "base", "tuned", "forget", "retain")
+    }
+    with pytest.raises(InputError, match=reason):
+        sweep(**(arguments | chosen), progress=False)
+    assert fingerprint(bad_inputs, job.model.parent) == before
+
+
+def test_experts_that_transformers_joins_are_refused(tmp_path: Path, job: Job) -> None:
+    model = MixtralForCausalLM(MixtralConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"stores model\.layers\.0\.mlp\..* one by one with: perta apply"):
+        sweep(*[tmp_path] * 3, job.forget, job.retain, lams=[1], progress=False)
+
+
+# The command.
+
+
+def arguments_of(job: Job, *more: object) -> list[str]:
+    model, base, tuned = job.checkpoints
+    paths = ["--model", model, "--base", base, "--tuned", tuned, "--forget", job.forget, "--retain", job.retain]
+    return [str(each) for each in ["sweep", *paths, *more]]
+
+
+@pytest.mark.parametrize("way", ["unlearn", "apply", "tv"])
+def test_the_command_that_is_printed_makes_what_was_scored(
+    way: str, text_jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = text_jobs(BF16)
+    more: list[object] = ["--max-retain-increase", "20%", "--batch-size", 1, "--rule", "grad", "--p", 2]
+    if way == "unlearn":
+        more += ["--at", "model", "--alpha", 0.5, "--dtype", "float32"]
+    elif way == "apply":
+        forget, retain = importances(job, tmp_path, "grad")
+        more += ["--forget-importance", forget, "--retain-importance", retain, "--threshold", 0.3]
+    else:
+        more[-4:] = ["--rule", "tv", "--dtype", "float32"]
+    assert cli.main(arguments_of(job, *more, "--out", tmp_path / "figures")) == 0
+    printed = capsys.readouterr().out.splitlines()
+    command = next(line for line in printed if line.startswith("perta "))
+    assert printed[-1] == f"written to {tmp_path / 'figures'}"
+    program, *arguments = shlex.split(command)
+    assert (program, arguments[0]) == ("perta", "unlearn" if way == "unlearn" else "apply")
+    assert arguments[-1] == "DIR"
+    assert cli.main([*arguments[:-1], str(tmp_path / "out"), "--quiet"]) == 0
+    content = json.loads((tmp_path / "figures" / "sweep.json").read_text())
+    best = next(row for row in content["rows"] if row["lam"] == content["best"])
+    run_in = F32 if "float32" in more else BF16
+    assert (best["forget_loss"], best["retain_loss"]) == pytest.approx(
+        scores(tmp_path / "out", run_in), rel=1e-6
+    )
+
+
+def test_the_table(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments_of(job, "--lams", "2,0.5", "--quiet")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["lambda", "forget", "loss", "retain", "loss", "changed", "seconds"]
+    rows = run(job, lams=[0.5, 2]).rows
+    assert [line.split()[:3] for line in lines[1:4]] == [
+        [f"{row.lam:g}", f"{row.forget_loss:.4f}", f"{row.retain_loss:.4f}"] for row in rows
+    ]
+    assert lines[4] == "Write the one you choose, L, with:"
+    assert lines[5].startswith("perta unlearn ") and lines[5].endswith(" --lam L --out DIR")
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "one of the arguments --lams --target-retain-loss --max-retain-increase is required"),
+        (["--lams", "1", "--target-retain-loss", "2"], "not allowed with argument --lams"),
+        (["--lams", "a,b"], "argument --lams: 'a,b' is not a list of numbers like 0.5,1,2"),
+        (["--lams", ""], "argument --lams: '' is not a list of numbers"),
+        (["--lams", "1,,2"], "argument --lams: '1,,2' is not a list of numbers"),
+        (
+            ["--max-retain-increase", "much"],
+            "argument --max-retain-increase: 'much' is not a number of percent",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_read(
+    more: list[str], words: str, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments_of(job, *more))
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and words in captured.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--lams", "1,nan"], "lams has nan; each must be a finite number"),
+        (["--lams", "1,2,1"], "lams has 1 twice"),
+        (["--max-retain-increase=-5"], "max_retain_increase is -5.0"),
+        (["--target-retain-loss", "0.5"], "breaks the limit of 0.5 on the retain loss already"),
+        (["--lams", "1", "--rule", "tv", "--p", "2"], "rule tv has no weights"),
+    ],
+)
+def test_arguments_that_cannot_be_used(
+    more: list[str], words: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments_of(job, *more, "--out", tmp_path / "out")) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("perta: error: ") and words in last
+    assert list(tmp_path.iterdir()) == []
