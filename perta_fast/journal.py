@@ -25,7 +25,7 @@ from perta_fast.errors import RunError
 SLOTS = 3
 START = 4096  # the first piece's position in a segment
 _MAGIC = b"PERTAJNL"
-_START = struct.Struct("<8sQQQ32s")  # magic, number, offset and length of the table, hash of the table
+_START = struct.Struct("<8sQQ32s")  # magic, offset and length of the table, hash of the table
 _STEP = 1 << 20
 _TABLE_LIMIT = 1 << 28
 
@@ -76,13 +76,14 @@ class Segment:
         self.state = state
         table = json.dumps(
             {
+                "number": self.number,
                 "pieces": [[p.name, p.offset, p.size, p.position, p.blake3] for p in self.pieces],
                 "state": state,
             }
         ).encode()
         place = max([START, *(piece.position + piece.size for piece in self.pieces)])
         write_fully(self.descriptor, memoryview(table), place)
-        start = _START.pack(_MAGIC, self.number, place, len(table), blake3(table).digest())
+        start = _START.pack(_MAGIC, place, len(table), blake3(table).digest())
         write_fully(self.descriptor, memoryview(start), 0)
         self.sync()
 
@@ -149,14 +150,17 @@ def _parse(path: Path, slot: int, descriptor: int) -> Segment | None:
     start = os.pread(descriptor, _START.size, 0)
     if len(start) < _START.size:
         return None
-    magic, number, place, length, digest = _START.unpack(start)
-    if magic != _MAGIC or number % SLOTS != slot or length > _TABLE_LIMIT or place >= 1 << 62:
+    magic, place, length, digest = _START.unpack(start)
+    if magic != _MAGIC or length > _TABLE_LIMIT or place >= 1 << 62:
         return None
     table = os.pread(descriptor, length, place)
     if blake3(table).digest() != digest:
         return None
     content = json.loads(table)  # the hash is right, so this is what a run has written
-    segment = Segment(number, path, descriptor, [Piece(*row) for row in content["pieces"]], content["state"])
+    number, pieces = content["number"], [Piece(*row) for row in content["pieces"]]
+    if number % SLOTS != slot:
+        return None
+    segment = Segment(number, path, descriptor, pieces, content["state"])
     return segment if all(_intact(descriptor, piece) for piece in segment.pieces) else None
 
 
