@@ -154,7 +154,7 @@ def _parse(path: Path, slot: int, descriptor: int) -> Segment | None:
     if magic != _MAGIC or length > _TABLE_LIMIT or place >= 1 << 62:
         return None
     table = os.pread(descriptor, length, place)
-    if blake3(table).digest() != digest:
+    if len(table) != length or blake3(table).digest() != digest:
         return None
     content = json.loads(table)  # the hash is right, so this is what a run has written
     number, pieces = content["number"], [Piece(*row) for row in content["pieces"]]
