@@ -41,6 +41,7 @@ LAM = 1.0
 
 WHOLE_PROCESS = {
     "perta apply": "ours",
+    "perta apply --in-place": "ours",
     "careful script": "peer",
     "research script": "peer",
     "mergekit task_arithmetic": "peer",
@@ -50,6 +51,7 @@ WHOLE_PROCESS = {
 APPLY_PHASE = {"apply phase": "ours", "copy": "limit", "copy with fsync": "limit"}
 NOTES = {
     "mergekit task_arithmetic": "three inputs, plain task vector, bfloat16 arithmetic",
+    "perta apply --in-place": "hashes and checks everything first, then writes each byte twice and syncs it",
     "import torch": "nothing but the interpreter and the import",
 }
 
@@ -66,6 +68,13 @@ def ours(checkpoints: CheckpointSet, out: Path) -> list[str]:
     """The command under test."""
     options = ["--rule", "grad", "--lam", str(LAM), "--out", str(out), "--quiet"]
     return [sys.executable, "-m", "perta_fast", "apply", *inputs(checkpoints), *options]
+
+
+def ours_in_place(checkpoints: CheckpointSet, model: Path) -> list[str]:
+    """The command under test, on a copy of the model."""
+    options = ["--rule", "grad", "--lam", str(LAM), "--in-place", "--quiet"]
+    others = inputs(checkpoints)[2:]
+    return [sys.executable, "-m", "perta_fast", "apply", "--model", str(model), *others, *options]
 
 
 def peer(script: str, checkpoints: CheckpointSet, out: Path) -> list[str]:
@@ -111,6 +120,11 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
         phases.append(Sample(float(report["phases"]["apply"]["seconds"])))
         return sample
 
+    def measure_in_place() -> Sample:
+        shutil.copytree(checkpoints.path("model"), out)
+        os.sync()
+        return run_child(ours_in_place(checkpoints, out))
+
     def measure_mergekit() -> Sample:
         program = mergekit.executable()
         if program is None:
@@ -124,6 +138,7 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
     results = alternate(
         {
             "perta apply": fresh(measure_ours),
+            "perta apply --in-place": fresh(measure_in_place),
             "careful script": fresh(lambda: run_child(peer("careful_script", checkpoints, out))),
             "research script": fresh(lambda: run_child(peer("research_script", checkpoints, out))),
             "mergekit task_arithmetic": fresh(measure_mergekit),

@@ -15,6 +15,7 @@ from bench.arrays import roles
 from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
+from bench.bench_reading import WAYS
 from bench.importance_job import ROLES
 from bench.tables import MISSING, Row, groups, table
 
@@ -25,6 +26,7 @@ RESULTS = FOLDER / "RESULTS.md"
 PLANNED = {
     WHOLE: "Whole commands",
     PHASE: "Whole commands",
+    "reading": "Reading the inputs",
     GROUP: "Importance",
     "fisher, cpu": "Per-sample Fisher of a linear map",
     "fisher of a model, cpu": "Per-sample Fisher of a whole model",
@@ -59,6 +61,8 @@ def expected(group: str) -> dict[str, str]:
         return WHOLE_PROCESS if group == WHOLE else APPLY_PHASE
     if group == GROUP:
         return ROLES
+    if group.startswith("reading"):
+        return WAYS
     if group.startswith("fisher"):
         return MODEL if group.startswith("fisher of a model") else OPERATION
     return roles("cuda" if ", cuda" in group else "cpu")

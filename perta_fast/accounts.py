@@ -9,6 +9,7 @@ import numpy as np
 from perta_fast import compiled
 from perta_fast.agreement import TensorPlan
 from perta_fast.hashing import hash_files
+from perta_fast.job import Job
 from perta_fast.progress import byte_bar
 from perta_fast.report import DirectoryRecord, Report, TensorReport, describe_files, installed_versions, now
 from perta_fast.rules import Rule
@@ -48,33 +49,33 @@ def describe_tensors(report: Report, plans: Sequence[TensorPlan], totals: dict[i
         report.counts[row.action] = report.counts.get(row.action, 0) + 1
 
 
-def describe_inputs(report: Report, sources: Sources, temporary: bool, progress: bool) -> None:
-    """Hash every input. temporary: the importances will be gone after the run."""
+def describe_inputs(report: Report, sources: Sources, job: Job) -> None:
+    """Hash every input."""
     by_role = {role: list(checkpoint.files()) for role, checkpoint in sources.named().items()}
     config = sources.model.path / "config.json"
     if config.exists():
         by_role["model"].append(config)
-    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", progress)
+    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", job)
     report.inputs = {
         role: describe_files({path: hashes[path] for path in paths}, paths[0].parent)
         for role, paths in by_role.items()
     }
     for role in ("forget_importance", "retain_importance"):
-        if temporary and role in report.inputs:
+        if job.temporary is not None and role in report.inputs:
             report.inputs[role]["kept"] = False
 
 
-def describe_output(report: Report, shards: list[Path], final: Path, progress: bool) -> None:
+def describe_output(report: Report, shards: list[Path], final: Path, job: Job) -> None:
     """Hash the shards of the output, which will be or is at ``final``."""
-    found = describe_files(_hash(report, shards, "hash output", progress), shards[0].parent)
+    found = describe_files(_hash(report, shards, "hash output", job), shards[0].parent)
     report.output = DirectoryRecord(path=str(final), files=found["files"])
 
 
-def _hash(report: Report, paths: list[Path], phase: str, progress: bool) -> dict[Path, str]:
+def _hash(report: Report, paths: list[Path], phase: str, job: Job) -> dict[Path, str]:
     total = sum(path.stat().st_size for path in dict.fromkeys(paths))
     started = time.perf_counter()
-    with byte_bar(total, phase, progress) as bar:
-        hashes = hash_files(paths, report.threads, bar.update)
+    with byte_bar(total, phase, job.progress) as bar:
+        hashes = hash_files(paths, report.threads, bar.update, job.drop_cache)
     report.add_phase(phase, time.perf_counter() - started, total)
     return hashes
 

@@ -97,6 +97,12 @@ def sync_directory(directory: Path) -> None:
     sync_file(directory)
 
 
+def drop_pages(descriptor: int, begin: int = 0, size: int = 0) -> None:
+    """Give the clean pages of ``[begin, begin + size)`` back to the system; size 0 means to the end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a directory with all that it holds; nothing there is no error."""
     if path.is_dir() and not path.is_symlink():

@@ -6,16 +6,18 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from perta_fast.durable import drop_pages
 from perta_fast.errors import RunError
 from perta_fast.regular_files import regular_file
 
 _STEP = 8 << 20  # bytes read at a time: the memory that one file costs
 
 
-def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+def hash_file(path: Path, advance: Callable[[int], None] | None = None, drop_cache: bool = False) -> str:
     """BLAKE3 of the file's content as 64 hexadecimal digits (what the ``b3sum`` command prints).
 
-    advance: called with the number of bytes read each time. Raises RunError if the file cannot be read.
+    advance: called with the number of bytes read each time. drop_cache: what was read does not stay in the page
+    cache. Raises RunError if the file cannot be read.
     """
     digest = blake3()
     buffer = memoryview(bytearray(_STEP))
@@ -23,6 +25,8 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
         with open(path, "rb", buffering=0, opener=regular_file) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
+                if drop_cache:
+                    drop_pages(file.fileno())
                 if advance is not None:
                     advance(count)
     except OSError as error:
@@ -31,9 +35,13 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
 
 
 def hash_files(
-    paths: Iterable[Path], threads: int, advance: Callable[[int], None] | None = None
+    paths: Iterable[Path],
+    threads: int,
+    advance: Callable[[int], None] | None = None,
+    drop_cache: bool = False,
 ) -> dict[Path, str]:
-    """Hash each file, up to ``threads`` at a time."""
+    """Hash each file, up to ``threads`` at a time; see ``hash_file``."""
     unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(unique, pool.map(lambda path: hash_file(path, advance), unique), strict=True))
+        hashes = pool.map(lambda path: hash_file(path, advance, drop_cache), unique)
+        return dict(zip(unique, hashes, strict=True))

@@ -55,7 +55,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
     with PeakMemory() as memory, _locked(model) as journal:
         report = job.begun_report()
         report.in_place = True
-        describe_inputs(report, sources, job.temporary is not None, job.progress)
+        describe_inputs(report, sources, job)
         report.inputs["model"]["kept"] = False
         _rehearse(job, sources, report)
         job.keep_report(report)
@@ -68,8 +68,9 @@ def resume_in_place(model: Path, progress: bool) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
     with PeakMemory() as memory, _locked(model) as journal:
         job = Job.load(journal / JOB)
+        moved = {job.directories["model"]: str(model)}
+        job.directories = {role: moved.get(path, path) for role, path in job.directories.items()}
         job.final, job.progress = str(model), progress
-        job.directories = {**job.directories, "model": str(model)}
         set_aside = [path for path in journal.glob("*.safetensors.index.json") if path.is_file()]
         sources = reopen(job, set_aside[0] if set_aside else None)
         report = job.begun_report()
@@ -80,7 +81,10 @@ def resume_in_place(model: Path, progress: bool) -> Report:
 
 
 def _check_files(job: Job, sources: Sources) -> None:
-    """Raise InputError if changing the model's files would change anything else, or is not possible."""
+    """Raise InputError if changing the model's files would change anything else, or is not possible.
+
+    The base may be the model itself: a chunk is read for both before it is changed.
+    """
     model = sources.model
     places = {}
     for shard in model.shards.values():
@@ -98,11 +102,13 @@ def _check_files(job: Job, sources: Sources) -> None:
     for plan in sources.plans:
         for checkpoint, entry in sources.operands(plan):
             status = entry.path.stat()
-            same_file = checkpoint is not model and (status.st_dev, status.st_ino) in places
-            if same_file and (entry.name, entry.begin) != (plan.theta.name, plan.theta.begin):
+            if checkpoint is model or (status.st_dev, status.st_ino) not in places:
+                continue
+            same_place = (entry.path.resolve(), entry.begin) == (plan.theta.path.resolve(), plan.theta.begin)
+            if not same_place or checkpoint.path.resolve() != model.path.resolve():
                 raise InputError(
-                    f"{entry.path}: tensor {entry.name} is read for {plan.theta.name} after it would have been "
-                    "changed; write to a new directory with --out"
+                    f"{entry.path}: tensor {entry.name}, which is read for {plan.theta.name}, lies in a file "
+                    "that would be changed; write to a new directory with --out"
                 )
 
 
@@ -171,7 +177,7 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
     if not (journal / _SEALED).exists():
         _set_aside(sources, model, journal)
         report = _change(job, sources, journal)
-        describe_output(report, [shard.path for shard in sources.model.shards.values()], model, job.progress)
+        describe_output(report, [shard.path for shard in sources.model.shards.values()], model, job)
         remove(journal / _CARD)  # of an attempt that came as far as this
         if (model / _CARD).exists():
             shutil.copyfile(model / _CARD, journal / _CARD)
@@ -212,7 +218,7 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
     for segment in valid_segments(journal):
         with segment:
             segment.sync()  # a process that was killed may have left it to the system
-            segment.apply(shards)
+            segment.apply(shards, job.drop_cache)
             done, number = segment.state["chunks"], segment.number + 1
             totals = {int(index): sums for index, sums in segment.state["totals"].items()}
     moved = sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans if plan.copied is None)
@@ -225,7 +231,7 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
     def complete(segment: Segment, state: object) -> None:
         with segment:
             segment.seal(state)
-            segment.apply(shards)
+            segment.apply(shards, job.drop_cache)
 
     with ThreadPoolExecutor(1) as behind, byte_bar(moved, "change", job.progress, skipped) as bar:
         for group in _groups(sources, chunks):

@@ -148,8 +148,8 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
     opened: dict[str, Checkpoint] = {}
     for role, path in job.directories.items():
         stem = STEM if role.endswith("importance") else "model"
-        at = index if role == "model" else None
-        opened[role] = Checkpoint.open(path, stem, index=at, unfinished=role == "model" and job.in_place)
+        changing = _is_changed_by(job, role)
+        opened[role] = Checkpoint.open(path, stem, index=index if changing else None, unfinished=changing)
     sources = Sources(
         opened["model"],
         opened["base"],
@@ -163,7 +163,7 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
         before = job.files.get(role, {})
         for name, found in files.items():
             known = before.get(name)
-            if known is not None and role == "model" and job.in_place:
+            if known is not None and _is_changed_by(job, role):
                 known = {**known, "mtime_ns": found["mtime_ns"]}
             if found != known:
                 raise InputError(
@@ -173,6 +173,11 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
         if before.keys() != files.keys():
             raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
     return replace(sources, plans=[_plan(row, opened, job) for row in job.plans])
+
+
+def _is_changed_by(job: Job, role: str) -> bool:
+    """Whether an input is the model that the run changes; the base can be that too."""
+    return job.in_place and job.directories[role] == job.directories["model"]
 
 
 def _plan(row: dict[str, str | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorPlan:

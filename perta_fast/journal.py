@@ -19,7 +19,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.durable import copy_range, write_fully
+from perta_fast.durable import copy_range, drop_pages, write_fully
 from perta_fast.errors import RunError
 
 SLOTS = 3
@@ -91,8 +91,11 @@ class Segment:
         """Flush the segment to the disk."""
         os.fsync(self.descriptor)
 
-    def apply(self, shards: Mapping[str, Path]) -> None:
-        """Write the pieces into the shards, given by name, and flush those."""
+    def apply(self, shards: Mapping[str, Path], drop_cache: bool = False) -> None:
+        """Write the pieces into the shards, given by name, and flush those.
+
+        drop_cache: neither they nor the segment stay in the page cache.
+        """
         targets: dict[str, int] = {}
         try:
             for piece in self.pieces:
@@ -101,6 +104,9 @@ class Segment:
                 copy_range(self.descriptor, targets[piece.name], piece.size, piece.position, piece.offset)
             for target in targets.values():
                 os.fsync(target)
+            if drop_cache:
+                for descriptor in (self.descriptor, *targets.values()):
+                    drop_pages(descriptor)
         finally:
             for target in targets.values():
                 os.close(target)

@@ -18,7 +18,7 @@ import numpy as np
 from perta_fast import compiled
 from perta_fast.agreement import TensorPlan
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
-from perta_fast.durable import read_fully
+from perta_fast.durable import drop_pages, read_fully
 from perta_fast.errors import InputError, NotFiniteError, RunError
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import SafetensorsFile
@@ -169,8 +169,8 @@ class _Workspace:
                 kept = file, os.open(file.path, os.O_RDONLY)
                 self._open[place] = kept
             whole = read_fully(kept[1], self._buffers[place].data[:size], begin)
-            if self._job.drop_cache and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(kept[1], begin, size, os.POSIX_FADV_DONTNEED)
+            if self._job.drop_cache:
+                drop_pages(kept[1], begin, size)
         except OSError as error:
             raise RunError(f"{file.path}: cannot be read: {error.strerror}") from error
         if not whole:

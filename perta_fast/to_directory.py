@@ -10,7 +10,15 @@ from pathlib import Path
 
 from perta_fast.accounts import add_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
-from perta_fast.durable import copy_range, remove, sync_directory, sync_file, write_fully, write_json
+from perta_fast.durable import (
+    copy_range,
+    drop_pages,
+    remove,
+    sync_directory,
+    sync_file,
+    write_fully,
+    write_json,
+)
 from perta_fast.errors import InputError, Interrupted
 from perta_fast.job import Job, reopen
 from perta_fast.memory import PeakMemory
@@ -68,9 +76,9 @@ def _run(job: Job, sources: Sources, target: OutputDirectory) -> Report:
             _keep_only_shards(target.path)
             copy_companions(sources.model, target.path)
             _write_shards(job, sources, target, report)
-            describe_inputs(report, sources, job.temporary is not None, job.progress)
+            describe_inputs(report, sources, job)
             outputs = [target.path / name for name in sources.model.shards]
-            describe_output(report, outputs, target.final, job.progress)
+            describe_output(report, outputs, target.final, job)
             write_model_card(target.path, report)
             report.memory = memory.as_dict()
             report.finished = now()
@@ -145,8 +153,8 @@ def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: R
 
     def finish(shard: _Shard) -> None:
         os.fsync(shard.descriptor)
-        if job.drop_cache and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(shard.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if job.drop_cache:
+            drop_pages(shard.descriptor)
         os.close(shard.descriptor)
         shard.descriptor = -1
         sync_directory(target.path)

@@ -144,6 +144,16 @@ def test_a_torn_call_takes_half_and_kills(name: str, shim: Shim, tmp_path: Path)
     assert (tmp_path / "run" / "a").stat().st_size == (5 if written else 0)
 
 
+@pytest.mark.parametrize("name", ["os.fsync", "os.rename", "os.ftruncate"])
+def test_a_call_without_halves_is_made(name: str, shim: Shim, tmp_path: Path) -> None:
+    done = python(shim, tmp_path / "short", call_once(name), only(name, tmp_path / "short", then="short"))
+    assert done.stdout == "None\nwent on\n", done.stderr
+    done = python(shim, tmp_path / "torn", call_once(name), only(name, tmp_path / "torn", then="torn"))
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
+    for then in ("short", "torn"):
+        assert untouched(tmp_path / then / "run") == (name == "os.fsync")
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_kill_comes_before_or_after_the_call(name: str, shim: Shim, tmp_path: Path) -> None:
     for then in ("kill before", "kill after"):

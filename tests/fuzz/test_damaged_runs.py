@@ -38,17 +38,11 @@ class Unfinished:
 
 
 TARGETS = {
-    "job in the journal": Unfinished("in-place", "model/.perta-journal/job.json", mutation.json_document),
-    "last segment": Unfinished("in-place", "model/.perta-journal/segment-1", mutation.any_bytes),
     "segment before": Unfinished("in-place", "model/.perta-journal/segment-0", mutation.any_bytes),
     "index set aside": Unfinished(
         "in-place", "model/.perta-journal/model.safetensors.index.json", mutation.index
     ),
     "header of a shard": Unfinished("in-place", f"model/{SHARD}", mutation.safetensors_header),
-    "job": Unfinished("out", ".model.perta-partial/.perta-run/job.json", mutation.json_document),
-    "note of a shard": Unfinished(
-        "out", f".model.perta-partial/.perta-run/done-{SHARD}.json", mutation.json_document
-    ),
 }
 
 

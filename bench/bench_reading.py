@@ -1,0 +1,112 @@
+"""How the subtraction's inputs are best read: by position into buffers, or through a mapping.
+
+Both compute every chunk and write nothing. Warm: the files are in the page cache. Cold: they are evicted from
+it before every run, so that a disk is measured too; a virtual machine's disk may be cached below it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import limits
+from bench.checkpoints import IMPORTANCES, MERGED, CheckpointSet
+from bench.conditions import threads
+from bench.contest import Contender, Outcome, Sample, alternate, replay, replayed
+from bench.tables import Row
+from perta_fast import compiled
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
+from perta_fast.rules import Rule
+from perta_fast.sources import Sources, open_sources
+from perta_fast.subtraction import CHUNK, Chunk, Subtraction, chunks_of
+
+RULE = Rule.of("grad", 1.0)
+WAYS = {"by position": "ours", "mapped": "reference"}
+STATES = ("warm", "cold")
+
+
+def by_position(sources: Sources) -> None:
+    """What a run does, but for the writing."""
+    chunks = chunks_of(enumerate(sources.plans), CHUNK)
+    Subtraction(sources, RULE, threads(), CHUNK).run(chunks, lambda *_: None, lambda _: None)
+
+
+def mapped(sources: Sources) -> None:
+    """The kernel works on the mapped files themselves; pages that were read are given back."""
+    chunks, lock = chunks_of(enumerate(sources.plans), CHUNK), threading.Lock()
+
+    def work() -> None:
+        out = np.empty(CHUNK * 4, np.uint8)
+        while True:
+            with lock:
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            subtract_mapped(sources, chunk, out)
+
+    with ThreadPoolExecutor(threads()) as pool:
+        for done in [pool.submit(work) for _ in range(threads())]:
+            done.result()
+
+
+def subtract_mapped(sources: Sources, chunk: Chunk, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """One chunk, at the addresses where the files are mapped."""
+    places = []
+    for checkpoint, entry in sources.operands(sources.plans[chunk.index]):
+        width = ITEM_SIZES[entry.dtype]
+        begin = entry.begin + chunk.begin * width
+        places.append(
+            (checkpoint.file_of(entry), begin, begin + chunk.count * width, KERNEL_CODES[entry.dtype])
+        )
+    compiled.kernels().rescaled_subtract(
+        out.ctypes.data,
+        *(file.address + begin for file, begin, _, _ in places),
+        tuple(code for *_, code in places),
+        chunk.count,
+        *(RULE.lam, RULE.p, RULE.alpha, RULE.threshold),
+        1,
+        True,
+    )
+    for file, begin, end, _ in places:
+        file.release(begin, end)
+
+
+@pytest.fixture(scope="module")
+def outcomes(checkpoints: CheckpointSet, rounds: int) -> dict[str, dict[str, Outcome]]:
+    """Both ways, warm and cold."""
+    files = [path for name in MERGED + IMPORTANCES for path in checkpoints.files(name)]
+
+    def measured(state: str, way: str) -> Contender:
+        def run() -> Sample:
+            sources = open_sources(RULE, *(checkpoints.path(name) for name in MERGED + IMPORTANCES))
+            if state == "cold":
+                limits.evict(files)
+            started = time.perf_counter()
+            (by_position if way == "by position" else mapped)(sources)
+            return Sample(time.perf_counter() - started)
+
+        return run
+
+    return {state: alternate({way: measured(state, way) for way in WAYS}, rounds) for state in STATES}
+
+
+@replayed
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+def bench_reading(
+    state: str,
+    way: str,
+    outcomes: dict[str, dict[str, Outcome]],
+    checkpoints: CheckpointSet,
+    board: list[Row],
+    benchmark: Any,
+) -> None:
+    """Read and compute everything."""
+    moved = sum(checkpoints.size(name) for name in MERGED + IMPORTANCES)
+    found, group = outcomes[state][way], f"reading: {state} files"
+    board.append(replay(benchmark, found, group=group, contender=way, role=WAYS[way], bytes=moved))
