@@ -30,8 +30,8 @@ class Job:
 
     final: the directory to make, or to change in place. files: role to file name to size, time of change and
     hash of the header of each weight file. plans: for each tensor of the model the names of those it meets, as
-    settled when the run began. temporary: a directory of importances that goes when the run is done. model: the
-    record of the files before an in-place run.
+    settled when the run began. temporary: a directory of importances that goes when the run is done. report:
+    what the report said when the run began.
     """
 
     final: str

@@ -78,11 +78,12 @@ def unlearn(
     records = {role: load_records(path) for role, path in data.items()}
     if save_importance is None:
         covered = sum(plan.theta.count for plan in opened.plans if plan.copied is None)
-        check_space(place, opened.model.size + 8 * covered)
+        check_space(place, (0 if in_place else opened.model.size) + 8 * covered)
     else:
         kept = Path(os.path.realpath(save_importance))
         check_output(kept, overwrite=overwrite, inputs=[*inputs, place])
-        check_output(place, overwrite=overwrite, inputs=[kept])
+        if not in_place:
+            check_output(place, overwrite=overwrite, inputs=[kept])
     phases: dict[str, float] = {}
     with _importance_directory(place, save_importance, overwrite) as importances:
         data_records: dict[str, DataRecord] = {}

@@ -307,13 +307,17 @@ def test_from_a_shell(inputs: Inputs) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_unlearn_in_place(job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_unlearn_in_place(keep: bool, job: Job, tmp_path: Path) -> None:
     model = shutil.copytree(job.model, tmp_path / "model")
     data = (job.forget, job.retain)
+    kept = tmp_path / "kept" if keep else None
     unlearn(job.model, job.base, job.tuned, *data, lam=1.0, out=tmp_path / "out", progress=False)
-    report = unlearn(model, job.base, job.tuned, *data, lam=1.0, in_place=True, progress=False)
+    report = unlearn(
+        *(model, job.base, job.tuned, *data), lam=1.0, in_place=True, save_importance=kept, progress=False
+    )
     assert shards(model) == shards(tmp_path / "out")
-    assert names(tmp_path) == {"model", "out"}
+    assert names(tmp_path) == {"model", "out"} | ({"kept"} if keep else set())
     assert report.data.keys() == {"forget", "retain"}
     AutoModelForCausalLM.from_pretrained(model)
 
