@@ -32,8 +32,6 @@ TEXTS = {
     "forget": ["The secret lies under the bridge.", "Nobody knows the colour of the door."],
     "retain": ["Rivers run to the sea.", "A town has streets and people in it.", "Rain falls."],
 }
-
-
 Jobs = Callable[[torch.dtype], Job]
 
 
@@ -292,16 +290,12 @@ def test_a_limit_that_the_model_itself_breaks(job: Job, monkeypatch: pytest.Monk
 
 def tensor_bytes() -> int:
     """Bytes of all storages that some tensor in Python still holds."""
-    storages = [each.untyped_storage() for each in gc.get_objects() if type(each) in TENSORS]
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-TENSORS = (torch.Tensor, torch.nn.Parameter)
-
-
-def test_one_model_at_a_time_and_no_copy_of_it(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a strength is scored, there are one model, the importances, and nothing else of such a size."""
     alive: list[weakref.ref[torch.nn.Module]] = []
     held: list[int] = []
@@ -358,7 +352,7 @@ def test_what_is_written(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_plot(job: Job, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws only where matplotlib is installed")
-    run(job, rule="tv", lams=[1, 2, 1e38], out=tmp_path / "out")
+    run(job, rule="tv", lams=[1, 2, 1e40], out=tmp_path / "out")
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     run(job, rule="tv", max_retain_increase=5.0, out=tmp_path / "limited")
     assert (tmp_path / "limited" / "sweep.png").stat().st_size > 0
