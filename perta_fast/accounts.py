@@ -61,7 +61,7 @@ def describe_inputs(report: Report, sources: Sources, job: Job) -> None:
         for role, paths in by_role.items()
     }
     for role in ("forget_importance", "retain_importance"):
-        if job.temporary is not None and role in report.inputs:
+        if job.temporary and role in report.inputs:
             report.inputs[role]["kept"] = False
 
 

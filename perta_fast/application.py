@@ -92,12 +92,12 @@ def apply_sources(
     settings: Settings,
     *,
     annotate: Callable[[Report], None] | None = None,
-    temporary: Path | None = None,
+    temporary: bool = False,
 ) -> Report:
     """``apply`` on opened inputs.
 
-    annotate: adds to the report before the work begins. temporary: the importances' directory, to be removed
-    when the run is done.
+    annotate: adds to the report before the work begins. temporary: the importances lie at ``scratch_path`` of
+    the result, and are removed when the run is done.
     """
     check_threads(settings.threads)
     threads = settings.threads or compiled.kernels().available_threads()
@@ -122,7 +122,7 @@ def apply_sources(
         files=fingerprints(sources),
         plans=plan_names(sources.plans),
         version=this_version(),
-        temporary=None if temporary is None else str(temporary.resolve()),
+        temporary=temporary,
         progress=settings.progress,
     )
     job.keep_report(report)

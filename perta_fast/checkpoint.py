@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.errors import InputError
+from perta_fast.regular_files import regular_file
 from perta_fast.safetensors_file import SafetensorsFile, TensorEntry
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ def conversion_command(path: Path) -> str:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        content = json.loads(index.read_bytes())
+        with open(index, "rb", opener=regular_file) as file:
+            content = json.load(file)
     except OSError as error:
         raise InputError(f"{index}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -406,8 +406,10 @@ def _torch_dtype(name: str | None) -> Any:
 
 
 def _finish(summary: str, out: Path, quiet: bool) -> None:
+    from perta_fast.report import printable
+
     if not quiet:
-        print(f"{summary}\nwritten to {out}")
+        print(printable(f"{summary}\nwritten to {out}"))
 
 
 def _version() -> str:

@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
+from perta_fast.errors import InputError
+from perta_fast.regular_files import regular_file
+
 
 def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``, however little each call takes."""
@@ -62,9 +67,26 @@ def write_file(path: Path, data: bytes) -> None:
     move(beside, path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """``write_file`` of a JSON text."""
-    write_file(path, json.dumps(content).encode())
+def write_record(path: Path, content: Any) -> None:
+    """``write_file`` of JSON with its hash."""
+    text = json.dumps(content)
+    write_file(path, f"{blake3(text.encode()).hexdigest()}\n{text}\n".encode())
+
+
+def read_record(path: Path) -> Any:
+    """What ``write_record`` wrote. Raises InputError if the file cannot be read or has been damaged."""
+    try:
+        with open(path, "rb", opener=regular_file) as file:
+            digest, _, text = file.read().partition(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    text = text.removesuffix(b"\n")
+    if blake3(text).hexdigest().encode() != digest:
+        raise InputError(f"{path}: is damaged: it does not have the hash that it was written with")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged: it is not JSON") from error
 
 
 def move(source: Path, target: Path) -> None:

@@ -11,22 +11,23 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TypedDict
 
 from perta_fast.accounts import add_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.checkpoint import JOB, JOURNAL
 from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.durable import move, remove, sync_directory, sync_file, write_file
+from perta_fast.durable import move, read_record, remove, sync_directory, sync_file, write_file, write_record
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError
 from perta_fast.job import Job, reopen
 from perta_fast.journal import START, Segment, new_segment, valid_segments
 from perta_fast.memory import PeakMemory
 from perta_fast.model_card import write_model_card
-from perta_fast.output import advice, check_space
+from perta_fast.output import advice, check_space, scratch_path
 from perta_fast.progress import byte_bar
-from perta_fast.report import FILE_NAME, Report, now
+from perta_fast.report import FILE_NAME, Report, fits, now
 from perta_fast.sources import Sources
 from perta_fast.subtraction import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
 
@@ -36,6 +37,7 @@ except ImportError:  # not a POSIX system: two runs on one model are then not ke
     fcntl = None  # type: ignore[assignment]
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
+_APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
 _SEALED = "sealed"  # in the journal: the shards are done, only small files are still to be put in their places
 _CARD = "README.md"
 _FREE_MARGIN = 16 << 20
@@ -193,8 +195,8 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
             move(path, model / path.name)
     (journal / JOB).unlink()
     sync_directory(journal)
-    if job.temporary is not None:
-        remove(Path(job.temporary))
+    if job.temporary:
+        remove(scratch_path(model))
     return Report.load(model)
 
 
@@ -210,17 +212,17 @@ def _set_aside_files(journal: Path) -> list[Path]:
     return [*journal.glob("*.safetensors.index.json"), journal / "config.json"]
 
 
+class _State(TypedDict):
+    """What a segment says of the run so far: chunks that are done, and what they add up to."""
+
+    chunks: int
+    totals: dict[str, Statistics]
+
+
 def _change(job: Job, sources: Sources, journal: Path) -> Report:
     """Replay what the journal holds, then compute the rest."""
     shards = {name: shard.path for name, shard in sources.model.shards.items()}
-    done, number = 0, 0
-    totals: dict[int, Statistics] = {}
-    for segment in valid_segments(journal):
-        with segment:
-            segment.sync()  # a process that was killed may have left it to the system
-            segment.apply(shards, job.drop_cache)
-            done, number = segment.state["chunks"], segment.number + 1
-            totals = {int(index): sums for index, sums in segment.state["totals"].items()}
+    done, number, totals = _replay(job, sources, journal)
     moved = sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans if plan.copied is None)
     chunks = _changing(job, sources)
     skipped = sum(bytes_moved(sources.plans[c.index], c.count) for c in islice(chunks, done))
@@ -228,9 +230,10 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
     subtraction = Subtraction(sources, job.choice, job.threads, job.chunk, job.drop_cache)
     last: Future[None] | None = None
 
-    def complete(segment: Segment, state: object) -> None:
+    def complete(segment: Segment, state: _State) -> None:
         with segment:
             segment.seal(state)
+            write_record(journal / _APPLYING, segment.number)
             segment.apply(shards, job.drop_cache)
 
     with ThreadPoolExecutor(1) as behind, byte_bar(moved, "change", job.progress, skipped) as bar:
@@ -244,7 +247,10 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
                 segment.close()
                 raise
             done, number = done + len(group), number + 1
-            state = {"chunks": done, "totals": {index: dict(sums) for index, sums in totals.items()}}
+            state: _State = {
+                "chunks": done,
+                "totals": {str(index): dict(sums) for index, sums in totals.items()},
+            }
             last = behind.submit(complete, segment, state)
         if last is not None:
             last.result()
@@ -252,6 +258,46 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
     report.add_phase("change", time.perf_counter() - started, moved - skipped)
     describe_tensors(report, sources.plans, totals)
     return report
+
+
+def _replay(job: Job, sources: Sources, journal: Path) -> tuple[int, int, dict[int, Statistics]]:
+    """Bring the shards up to the last whole segment: chunks done, number of the next segment, totals.
+
+    Raises InputError, with nothing written, if a segment that may be in the shards is not whole any more: its
+    chunks would be subtracted a second time.
+    """
+    shards = {name: shard.path for name, shard in sources.model.shards.items()}
+    reached = read_record(journal / _APPLYING) if (journal / _APPLYING).exists() else -1
+    done, number = 0, 0
+    totals: dict[int, Statistics] = {}
+    with ExitStack() as stack:
+        segments = [stack.enter_context(segment) for segment in valid_segments(journal)]
+        states = [_read_state(segment, sources) for segment in segments]
+        if reached > (segments[-1].number if segments else -1):
+            raise InputError(
+                f"{journal}: is damaged: segment {reached} is not what was written and may be in the shards; "
+                "begin again with a copy of the model as it was"
+            )
+        for segment, state in zip(segments, states, strict=True):
+            segment.sync()  # a process that was killed may have left it to the system
+            write_record(journal / _APPLYING, max(reached, segment.number))
+            segment.apply(shards, job.drop_cache)
+            done, number = state["chunks"], segment.number + 1
+            totals = {int(index): sums for index, sums in state["totals"].items()}
+    return done, number, totals
+
+
+def _read_state(segment: Segment, sources: Sources) -> _State:
+    """The state of a segment; raise InputError unless all of it belongs to this run."""
+    shards, numbers = sources.model.shards, {str(index) for index in range(len(sources.plans))}
+    inside = all(
+        piece.name in shards and 0 <= piece.offset <= shards[piece.name].size - piece.size
+        for piece in segment.pieces
+    )
+    state: _State = segment.state
+    if not inside or not fits(state, _State) or not state["totals"].keys() <= numbers:
+        raise InputError(f"{segment.path}: does not belong to the run on {sources.model.path}")
+    return state
 
 
 def _fill(

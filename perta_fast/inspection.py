@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.importance.store import STEM, read_metadata
-from perta_fast.report import FILE_NAME, Report
+from perta_fast.report import FILE_NAME, Report, printable
 
 
 def describe(path: str | Path, *, every_tensor: bool = False) -> str:
@@ -37,7 +37,7 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
             f"  {name}  {entry.dtype}  {list(entry.shape)}  {entry.path.name}"
             for name, entry in checkpoint.tensors.items()
         ]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _totals(checkpoint: Checkpoint) -> list[str]:

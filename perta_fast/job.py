@@ -1,6 +1,5 @@
 """A run's own description, kept on disk while it lasts: enough to finish it after a crash, bit for bit."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,10 +9,10 @@ from blake3 import blake3
 
 from perta_fast.agreement import TensorPlan
 from perta_fast.checkpoint import Checkpoint
-from perta_fast.durable import write_json
+from perta_fast.durable import read_record, write_record
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM
-from perta_fast.report import Report, TensorReport, installed_versions
+from perta_fast.report import Report, TensorReport, fits, installed_versions
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import TensorEntry
 from perta_fast.sources import Sources
@@ -30,8 +29,8 @@ class Job:
 
     final: the directory to make, or to change in place. files: role to file name to size, time of change and
     hash of the header of each weight file. plans: for each tensor of the model the names of those it meets, as
-    settled when the run began. temporary: a directory of importances that goes when the run is done. report:
-    what the report said when the run began.
+    settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the run is
+    done. report: what the report said when the run began.
     """
 
     final: str
@@ -50,8 +49,8 @@ class Job:
     files: dict[str, dict[str, Fingerprint]]
     plans: list[dict[str, str | None]]
     version: str
-    temporary: str | None = None
-    report: Mapping[str, Any] = field(default_factory=dict)
+    temporary: bool = False
+    report: dict[str, Any] = field(default_factory=dict)
     progress: bool = True  # of this process; not kept
 
     @property
@@ -70,24 +69,18 @@ class Job:
 
     def begun_report(self) -> Report:
         """The report as it was when the run began."""
-        content = dict(self.report)
-        return Report(**{**content, "tensors": [TensorReport(**row) for row in content["tensors"]]})
+        return Report(**{**self.report, "tensors": [TensorReport(**row) for row in self.report["tensors"]]})
 
     def save(self, path: Path) -> None:
         """Write the job, durably."""
         content = asdict(self)
         del content["progress"]
-        write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **content})
+        write_record(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **content})
 
     @classmethod
     def load(cls, path: Path) -> "Job":
         """Read a job. Raises InputError if it is damaged or of another version of the package."""
-        try:
-            content = json.loads(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is damaged: it is not JSON") from error
+        content = read_record(path)
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise InputError(f"{path}: is not the description of a run")
         version = content.get("version")
@@ -96,12 +89,9 @@ class Job:
                 f"{path}: the run was begun by perta_fast {version}, this is {this_version()}; "
                 "install that version to finish it"
             )
-        try:
-            job = cls(**content)
-            job.begun_report()
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{path}: is damaged: {error}") from error
-        return job
+        if not fits(content, cls) or not fits(content["report"], Report):
+            raise InputError(f"{path}: is not a description that this version understands")
+        return cls(**content)
 
 
 def this_version() -> str:

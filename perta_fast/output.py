@@ -146,6 +146,11 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
+def scratch_path(place: Path) -> Path:
+    """Where the importances of a run to, or on, ``place`` are kept until it is done."""
+    return partial_path(place.with_name(f".{place.name}.perta-importance"))
+
+
 def advice(error: OSError) -> str:
     """What went wrong with a write, and what to do about it."""
     return {

@@ -119,7 +119,7 @@ class Report:
             ) from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: is not JSON") from error
-        if not _fits(content, cls) or content.get("format_version") != FORMAT_VERSION:
+        if not fits(content, cls) or content.get("format_version") != FORMAT_VERSION:
             raise InputError(f"{path}: is not a report that this version understands")
         rows = [TensorReport(**row) for row in content.pop("tensors", [])]
         return cls(**content, tensors=rows)
@@ -144,6 +144,11 @@ class Report:
             )
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what no stream can take: the bytes of a path that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def now() -> str:
@@ -174,17 +179,19 @@ def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryReco
     }
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether what JSON gave has the declared type; numbers must be ones that arithmetic can take."""
+    if hint is Any:
+        return True
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint) or is_typeddict(hint):
         return _fits_record(value, hint)
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
     if origin is UnionType:
-        return any(_fits(value, argument) for argument in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if hint is int or (hint is float and type(value) is int):
         return type(value) is int and abs(value) < 1 << 63
     return type(value) is hint
@@ -199,5 +206,5 @@ def _fits_record(value: Any, hint: Any) -> bool:
     return (
         isinstance(value, dict)
         and required <= value.keys() <= hints.keys()
-        and all(_fits(item, hints[key]) for key, item in value.items())
+        and all(fits(item, hints[key]) for key, item in value.items())
     )

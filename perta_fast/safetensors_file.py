@@ -19,6 +19,7 @@ import numpy as np
 
 from perta_fast.dtypes import ITEM_SIZES, byte_count
 from perta_fast.errors import InputError, RunError
+from perta_fast.regular_files import regular_file
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the library's own bound
 _PAGE = mmap.PAGESIZE
@@ -64,7 +65,7 @@ class SafetensorsFile:
         Raises InputError, naming the file, if it is missing, unreadable, truncated or not safetensors.
         """
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=regular_file) as file:
                 size = os.fstat(file.fileno()).st_size
                 prefix = file.read(8)
                 length = _header_length(path, prefix, size)
@@ -79,7 +80,7 @@ class SafetensorsFile:
     @cached_property
     def _map(self) -> mmap.mmap:
         try:
-            with self.path.open("rb") as file:
+            with open(self.path, "rb", opener=regular_file) as file:
                 if os.fstat(file.fileno()).st_size != self.size:
                     raise InputError(f"{self.path}: changed size while it was being used")
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

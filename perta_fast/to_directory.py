@@ -1,6 +1,5 @@
 """A run into a new directory, taken up again shard by shard after whatever stopped it."""
 
-import json
 import os
 import shutil
 import threading
@@ -13,19 +12,20 @@ from perta_fast.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
 from perta_fast.durable import (
     copy_range,
     drop_pages,
+    read_record,
     remove,
     sync_directory,
     sync_file,
     write_fully,
-    write_json,
+    write_record,
 )
 from perta_fast.errors import InputError, Interrupted
 from perta_fast.job import Job, reopen
 from perta_fast.memory import PeakMemory
 from perta_fast.model_card import write_model_card
-from perta_fast.output import OutputDirectory, check_space, partial_path
+from perta_fast.output import OutputDirectory, check_space, partial_path, scratch_path
 from perta_fast.progress import byte_bar
-from perta_fast.report import Report, now
+from perta_fast.report import Report, fits, now
 from perta_fast.safetensors_file import SafetensorsFile
 from perta_fast.sources import Sources
 from perta_fast.subtraction import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
@@ -106,8 +106,8 @@ def _keep_only_shards(directory: Path) -> None:
 
 def clear_up(final: Path, job: Job) -> None:
     """Remove what a finished run needs no more."""
-    if job.temporary is not None:
-        remove(Path(job.temporary))
+    if job.temporary:
+        remove(scratch_path(final))
     remove(final / STATE)
 
 
@@ -143,7 +143,7 @@ def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: R
     for shard in shards.values():
         done = state / f"done-{shard.name}.json"
         if done.exists():
-            totals |= {int(index): sums for index, sums in json.loads(done.read_bytes()).items()}
+            totals |= _read_totals(done, shard)
         else:
             todo.append(shard)
     size = {shard.name: _bytes(sources, shard) for shard in shards.values()}
@@ -158,7 +158,7 @@ def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: R
         os.close(shard.descriptor)
         shard.descriptor = -1
         sync_directory(target.path)
-        write_json(state / f"done-{shard.name}.json", shard.totals)
+        write_record(state / f"done-{shard.name}.json", shard.totals)
         target.keep = True
 
     with ThreadPoolExecutor(1) as finisher, byte_bar(total, "apply", job.progress, total - rest) as bar:
@@ -203,6 +203,14 @@ def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: R
         totals |= shard.totals
     report.add_phase("apply", time.perf_counter() - started, rest)
     describe_tensors(report, sources.plans, totals)
+
+
+def _read_totals(path: Path, shard: _Shard) -> dict[int, Statistics]:
+    content = read_record(path)
+    expected = set(map(str, shard.indices))
+    if not fits(content, dict[str, Statistics]) or not content.keys() <= expected:
+        raise InputError(f"{path}: is not the note of a finished shard")
+    return {int(index): sums for index, sums in content.items()}
 
 
 def _shards(job: Job, sources: Sources, directory: Path) -> dict[str, _Shard]:
@@ -258,7 +266,7 @@ def _share(source: int, target: int) -> bool:
 def _note_copied(shard: _Shard, state: Path, target: OutputDirectory) -> None:
     sync_file(shard.path)
     sync_directory(target.path)
-    write_json(state / f"done-{shard.name}.json", {})
+    write_record(state / f"done-{shard.name}.json", {})
     target.keep = True
 
 

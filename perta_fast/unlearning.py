@@ -135,7 +135,7 @@ def unlearn(
                 chosen,
                 settings,
                 annotate=annotate,
-                temporary=directory if save_importance is None else None,
+                temporary=save_importance is None,
             )
         except BaseException:
             importances.keep = has_begun(place) or is_open(place)

@@ -12,7 +12,7 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
 from perta_fast.hashing import hash_file
 from perta_fast.progress import byte_bar
-from perta_fast.report import FILE_NAME, DirectoryRecord, Report
+from perta_fast.report import FILE_NAME, DirectoryRecord, Report, printable
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.safetensors_file import TensorEntry
 from perta_fast.sources import Sources, open_sources
@@ -47,7 +47,7 @@ class Verification:
         lines += [f"Not checked: {line}." for line in self.unchecked]
         lines += [f"WRONG: {line}." for line in self.problems]
         lines.append("Verification failed." if self.problems else "Nothing wrong was found.")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress: bool = True) -> Verification:

@@ -1,12 +1,12 @@
 """A model changed where it lies: the same bytes as a run into a new directory, and what is refused."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from transformers import AutoModelForCausalLM
 
 from perta_fast import (
@@ -24,6 +24,8 @@ from perta_fast import (
     verify,
 )
 from perta_fast.cli import main
+from perta_fast.durable import read_record, write_record
+from perta_fast.journal import new_segment
 from tests.checkpoints import draw, fingerprint, write_checkpoint, write_raw
 from tests.children import perta, signal_at
 from tests.inputs import BF16, F16, F32, Inputs, write_inputs
@@ -251,9 +253,10 @@ class TestAnOpenRun:
             resume(open_run["model"])
 
     @pytest.mark.parametrize("damage", [b"", b"{}", b"[" * 100_000, b'{"format": "perta-run"}', b"\xff"])
-    def test_a_damaged_description_is_refused(self, damage: bytes, open_run: Inputs) -> None:
+    @pytest.mark.parametrize("hashed", [False, True])
+    def test_a_damaged_description_is_refused(self, damage: bytes, hashed: bool, open_run: Inputs) -> None:
         job = open_run["model"] / ".perta-journal" / "job.json"
-        job.write_bytes(damage)
+        job.write_bytes(blake3(damage).hexdigest().encode() + b"\n" + damage if hashed else damage)
         before = fingerprint(open_run["model"])
         with pytest.raises(InputError, match=r"job\.json: "):
             resume(open_run["model"])
@@ -261,9 +264,55 @@ class TestAnOpenRun:
 
     def test_another_version_is_refused(self, open_run: Inputs) -> None:
         path = open_run["model"] / ".perta-journal" / "job.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": "0.0"}))
+        write_record(path, read_record(path) | {"version": "0.0"})
         with pytest.raises(InputError, match=r"begun by perta_fast 0\.0, .*install that version"):
             resume(open_run["model"])
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("lam", None), ("p", []), ("directories", None), ("plans", [{}]), ("report", {})]
+    )
+    def test_a_description_of_other_types_is_refused(self, key: str, value: object, open_run: Inputs) -> None:
+        path = open_run["model"] / ".perta-journal" / "job.json"
+        write_record(path, read_record(path) | {key: value})
+        with pytest.raises(InputError):
+            resume(open_run["model"])
+
+    def test_a_segment_that_may_have_been_applied_must_be_whole(self, open_run: Inputs) -> None:
+        """Else its chunks would be subtracted a second time."""
+        journal = open_run["model"] / ".perta-journal"
+        applied = read_record(journal / "applying")
+        segment = journal / f"segment-{applied % 3}"
+        content = bytearray(segment.read_bytes())
+        content[5000] ^= 1
+        for number in range(applied + 1, applied + 3):  # as if these had not been begun
+            (journal / f"segment-{number % 3}").unlink(missing_ok=True)
+        segment.write_bytes(content)
+        before = shards(open_run["model"])
+        with pytest.raises(
+            InputError, match=rf"segment {applied} is not what was written and may be in the shards"
+        ):
+            resume(open_run["model"])
+        assert shards(open_run["model"]) == before
+
+    def test_a_segment_of_another_run_is_refused(self, open_run: Inputs) -> None:
+        model = open_run["model"]
+        for name, state in (("config.json", {"chunks": 0, "totals": {}}), ("model.safetensors", {})):
+            with new_segment(model / ".perta-journal", 7) as segment:
+                segment.put(name, 0, memoryview(b"evil"), 4096)
+                segment.seal(state)
+            before = shards(model)
+            with pytest.raises(InputError, match="segment-1: does not belong to the run"):
+                resume(model)
+            assert shards(model) == before
+
+    def test_nothing_else_can_be_removed(self, open_run: Inputs, tmp_path: Path) -> None:
+        precious = tmp_path / "precious"
+        precious.mkdir()
+        path = open_run["model"] / ".perta-journal" / "job.json"
+        write_record(path, read_record(path) | {"temporary": str(precious)})
+        with pytest.raises(InputError, match="not a description that this version understands"):
+            resume(open_run["model"])
+        assert precious.exists()
 
 
 def test_leftovers_of_a_finished_run_are_never_replayed(

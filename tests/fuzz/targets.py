@@ -5,6 +5,7 @@ A new kind of file needs one more row in ``TARGETS``.
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from perta_fast.data import load_records
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
 from perta_fast.report import Report
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_importance
 from tests.fuzz import mutation
 from tests.inputs import write_inputs
 from tests.models import FORGET, write_lines
@@ -46,6 +47,7 @@ class Target:
 COMMANDS: dict[str, str] = {
     "inspect model": "inspect --tensors model",
     "inspect forget": "inspect --tensors forget",
+    "inspect retain": "inspect --tensors retain",
     "inspect out": "inspect --tensors out",
     "verify": "verify --quiet --full out",
     "apply": (
@@ -56,12 +58,11 @@ COMMANDS: dict[str, str] = {
 
 
 def write_run(folder: Path) -> None:
-    """The inputs and the output of ``perta apply``, and a data file."""
+    """The inputs of ``perta apply``, some in one file and some in two, its output, and a data file."""
     inputs = write_inputs(folder, shards=2)
-    for path in inputs["base"].iterdir():
-        path.unlink()
-    inputs["base"].rmdir()
-    write_checkpoint(inputs["base"], inputs.tensors["base"])
+    for role, write in (("base", write_checkpoint), ("forget", write_importance)):
+        shutil.rmtree(inputs[role])
+        write(inputs[role], inputs.tensors[role])
     write_lines(folder / "data.jsonl", [FORGET[0], {"text": "A text."}, {"messages": TALK}])
     apply(*inputs.all, rule="grad", lam=0.5, threads=1, out=folder / "out", progress=False)
 
@@ -134,17 +135,23 @@ TARGETS: dict[str, Target] = {
         _read_weights,
         ("inspect model", "apply", "verify"),
     ),
-    "importance shard": Target(
-        "forget/importance-00001-of-00002.safetensors",
+    "importance": Target(
+        "forget/importance.safetensors",
         mutation.safetensors,
         _read_importance,
         ("inspect forget", "apply", "verify"),
     ),
-    "importance index": Target(
-        "forget/importance.safetensors.index.json",
+    "shard of an importance": Target(
+        "retain/importance-00001-of-00002.safetensors",
+        mutation.safetensors,
+        _read_importance,
+        ("inspect retain", "apply", "verify"),
+    ),
+    "index of an importance": Target(
+        "retain/importance.safetensors.index.json",
         mutation.index,
         _read_importance,
-        ("inspect forget", "apply", "verify"),
+        ("inspect retain", "apply", "verify"),
     ),
     "output shard": Target(
         f"out/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect out", "verify")

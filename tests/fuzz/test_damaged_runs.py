@@ -38,6 +38,12 @@ class Unfinished:
 
 
 TARGETS = {
+    "last segment": Unfinished("in-place", "model/.perta-journal/segment-1", mutation.any_bytes),
+    "job in the journal": Unfinished("in-place", "model/.perta-journal/job.json", mutation.any_bytes),
+    "job": Unfinished("out", ".model.perta-partial/.perta-run/job.json", mutation.any_bytes),
+    "note of a shard": Unfinished(
+        "out", f".model.perta-partial/.perta-run/done-{SHARD}.json", mutation.any_bytes
+    ),
     "segment before": Unfinished("in-place", "model/.perta-journal/segment-0", mutation.any_bytes),
     "index set aside": Unfinished(
         "in-place", "model/.perta-journal/model.safetensors.index.json", mutation.index
