@@ -142,6 +142,8 @@ def _locked(model: Path) -> Iterator[Path]:
                 ) from None
             raise
         except (PertaError, OSError) as error:
+            if isinstance(error, InputError) and (journal / JOB).exists():
+                raise  # says itself what to do
             kind, text = type(error), str(error)
             if isinstance(error, OSError):
                 kind, text = RunError, f"{model}: could not be written: {advice(error)}"
