@@ -54,7 +54,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
     _check_files(job, sources)
     changing = sum(plan.theta.size for plan in sources.plans if plan.copied is None)
     check_space(model, 3 * min(SEGMENT, changing) + _FREE_MARGIN)
-    with PeakMemory() as memory, _locked(model) as journal:
+    with PeakMemory() as memory, _locked(model) as journal, _explained(model):
         report = job.begun_report()
         report.in_place = True
         describe_inputs(report, sources, job)
@@ -68,7 +68,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
 
 def resume_in_place(model: Path, progress: bool) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
-    with PeakMemory() as memory, _locked(model) as journal:
+    with PeakMemory() as memory, _locked(model) as journal, _explained(model):
         job = Job.load(journal / JOB)
         moved = {job.directories["model"]: str(model)}
         job.directories = {role: moved.get(path, path) for role, path in job.directories.items()}
@@ -134,30 +134,32 @@ def _locked(model: Path) -> Iterator[Path]:
                 remove(entry)
         try:
             yield journal
-        except KeyboardInterrupt:
-            if (journal / JOB).exists():
-                raise Interrupted(
-                    f"interrupted; {model} is half changed and cannot be loaded. Finish the run with: "
-                    f"perta resume {model}"
-                ) from None
-            raise
-        except (PertaError, OSError) as error:
-            if isinstance(error, InputError) and (journal / JOB).exists():
-                raise  # says itself what to do
-            kind, text = type(error), str(error)
-            if isinstance(error, OSError):
-                kind, text = RunError, f"{model}: could not be written: {advice(error)}"
-            rest = "The model is untouched"
-            if (journal / JOB).exists():
-                rest = (
-                    f"{model} is half changed and cannot be loaded; finish the run with: perta resume {model}"
-                )
-            raise kind(f"{text}. {rest}") from error
         finally:
-            if not (journal / JOB).exists():
+            if not is_open(model):
                 remove(journal)
     finally:
         os.close(lock)
+
+
+@contextmanager
+def _explained(model: Path) -> Iterator[None]:
+    """Failures say what has become of the model."""
+    half_changed = f"{model} is half changed and cannot be loaded; finish the run with: perta resume {model}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_open(model):
+            raise Interrupted(f"interrupted; {half_changed}") from None
+        raise
+    except (PertaError, OSError, MemoryError) as error:
+        if isinstance(error, InputError) and is_open(model):
+            raise  # an input is not what it was, and the message says what to do
+        kind, text = type(error) if isinstance(error, PertaError) else RunError, str(error)
+        if isinstance(error, OSError):
+            text = f"{model}: could not be written: {advice(error)}"
+        elif isinstance(error, MemoryError):
+            text = "out of memory"
+        raise kind(f"{text}. {half_changed if is_open(model) else 'The model is untouched'}") from error
 
 
 def _rehearse(job: Job, sources: Sources, report: Report) -> None:

@@ -186,7 +186,7 @@ def open_run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> Inputs:
     (inputs["model"] / "config.json").write_text("{}")
     with monkeypatch.context() as patch:
         stop_at_the_second_segment(patch)
-        with pytest.raises(Interrupted, match=r"half changed and cannot be loaded\. Finish .*perta resume"):
+        with pytest.raises(Interrupted, match=r"half changed and cannot be loaded; finish .*perta resume"):
             change(inputs)
     return inputs
 
@@ -343,8 +343,8 @@ def test_from_a_shell(inputs: Inputs) -> None:
     stopped = perta(*command, "--in-place", setup=signal_at("SIGINT", "in_place.describe_output"))
     assert stopped.returncode == 130
     assert stopped.stderr == (
-        f"perta: interrupted; {model} is half changed and cannot be loaded. "
-        f"Finish the run with: perta resume {model}\n"
+        f"perta: interrupted; {model} is half changed and cannot be loaded; "
+        f"finish the run with: perta resume {model}\n"
     )
     refused = perta(*command, "--in-place")
     assert (refused.returncode, refused.stdout) == (2, "")
