@@ -100,6 +100,7 @@ def _add_unlearn(commands: Any) -> None:
         "--at", choices=("base", "model"), default="base", help="where the gradients are taken (base)"
     )
     parser.add_argument("--save-importance", type=Path, metavar="DIR", help="keep both importances here")
+    _add_stream(parser)
     _add_rule(parser)
     _add_estimation(parser)
     _add_result(parser)
@@ -117,6 +118,7 @@ def _unlearn(parsed: argparse.Namespace) -> int:
         parsed.retain,
         at=parsed.at,
         save_importance=parsed.save_importance,
+        stream=parsed.stream,
         batch_size=parsed.batch_size,
         max_length=parsed.max_length,
         device=parsed.device,
@@ -138,6 +140,7 @@ def _add_importance(commands: Any) -> None:
         default="grad",
         help="grad serves the rules grad and fisher (default)",
     )
+    _add_stream(parser)
     _add_estimation(parser)
     _add_output(parser)
     parser.set_defaults(command=_importance)
@@ -154,6 +157,7 @@ def _importance(parsed: argparse.Namespace) -> int:
         max_length=parsed.max_length,
         device=parsed.device,
         dtype=_torch_dtype(parsed.dtype),
+        stream=parsed.stream,
         **_output_settings(parsed),
     ).metadata
     lines = [f"{found.estimator} over {found.sample_count} samples, {found.label_count} labels"]
@@ -352,6 +356,14 @@ def _add_rule(parser: argparse.ArgumentParser, *, with_lam: bool = True) -> None
 
 def _rule_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(parsed, name) for name in ("rule", "lam", "p", "alpha", "threshold")}
+
+
+def _add_stream(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="estimate with one decoder layer in memory at a time, for models larger than the memory",
+    )
 
 
 def _add_estimation(parser: argparse.ArgumentParser) -> None:

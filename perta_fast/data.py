@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,9 +49,18 @@ def load_records(path: str | Path) -> list[Record]:
     Raises InputError naming file and line for a line that is not one of the three forms, and for a file that
     is missing, unreadable or empty.
     """
+    return read_data(path)[0]
+
+
+def read_data(path: str | Path) -> tuple[list[Record], str]:
+    """``load_records``, and the BLAKE3 hash of the very bytes that they were parsed from.
+
+    The file is read once, so a pipe will do, and a file that changes meanwhile is not recorded wrongly.
+    """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -59,13 +70,13 @@ def load_records(path: str | Path) -> list[Record]:
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                content = json.loads(line)
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: is not JSON; each line must be one object") from error
-            records.append(Record(_check_record(content, where), where))
+            records.append(Record(_check_record(row, where), where))
     if not records:
         raise InputError(f"{path}: holds no samples")
-    return records
+    return records, blake3(content).hexdigest()
 
 
 def records_from(rows: Iterable[Mapping[str, Any]]) -> list[Record]:

@@ -1,10 +1,10 @@
 """Batches of samples, and each sample's own loss, independent of the batch it is in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from perta_fast.data import IGNORED, Sample
@@ -44,8 +44,11 @@ def batches_by_length(samples: Sequence[Sample], batch_size: int) -> Iterator[li
         yield order[begin : begin + batch_size]
 
 
-def token_logits(module: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (M, V) float32, targets (M,) and sample numbers (M,) of the M tokens that have a label."""
+def token_logits(module: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (M, V) float32, targets (M,) and sample numbers (M,) of the M tokens that have a label.
+
+    module: a causal language model, or what is called as one.
+    """
     logits = module(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).logits  # (N, T, V)
@@ -61,7 +64,7 @@ def sample_means(values: torch.Tensor, sample_of_token: torch.Tensor, count: int
     return sums / zeros.index_add(0, sample_of_token, torch.ones_like(values))
 
 
-def per_sample_losses(module: nn.Module, batch: Batch) -> torch.Tensor:
+def per_sample_losses(module: Callable[..., Any], batch: Batch) -> torch.Tensor:
     """(N,) float32: each sample's cross-entropy, averaged over its own labels."""
     logits, targets, sample_of_token = token_logits(module, batch)
     losses = functional.cross_entropy(logits, targets, reduction="none")

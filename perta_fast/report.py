@@ -70,7 +70,10 @@ class TensorReport:
 
 @dataclass
 class Report:
-    """The record of one run. Paths are absolute; hashes are BLAKE3."""
+    """The record of one run. Paths are absolute; hashes are BLAKE3.
+
+    data: by ``forget`` and ``retain``. settings: how the importances were estimated, where the run did that.
+    """
 
     rule: str
     lam: float
@@ -80,6 +83,7 @@ class Report:
     inputs: dict[str, DirectoryRecord]
     data: dict[str, DataRecord] = field(default_factory=dict)
     output: DirectoryRecord = field(default_factory=lambda: DirectoryRecord(path="", files={}))
+    settings: dict[str, str] = field(default_factory=dict)
     importance: dict[str, dict[str, str]] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)

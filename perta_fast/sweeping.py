@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.checkpoint import Checkpoint, tied_partner
-from perta_fast.data import Record, Sample, load_records
+from perta_fast.data import Record, Sample, read_data
 from perta_fast.errors import InputError
 from perta_fast.importance.estimate import (
     Subject,
     check_sizes,
     estimate_on,
-    hash_data,
     load_subject,
     samples_for,
 )
@@ -96,12 +95,14 @@ def sweep(
     estimated = chosen.estimator is not None and given == [None, None]
     sources = open_sources(Rule.of("tv", 0.0) if estimated else chosen, model, base, tuned, *given)
     data = {"forget": Path(forget), "retain": Path(retain)}
+    read = {role: read_data(path) for role, path in data.items()}
     job = _Job(
         rule=chosen,
         choice=choice,
         sources=sources,
         data=data,
-        records={role: load_records(path) for role, path in data.items()},
+        records={role: records for role, (records, _) in read.items()},
+        hashes={role: digest for role, (_, digest) in read.items()},
         importances={role: Importance.load(path) for role, path in zip(_ROLES, given, strict=True) if path},
         estimated=estimated,
         at=at,
@@ -113,8 +114,7 @@ def sweep(
     )
     if out is None:
         return _sweep(job)
-    inputs = [path for each in sources.named().values() for path in (each.path, *each.files())]
-    with OutputDirectory(out, overwrite=overwrite, inputs=[*inputs, *data.values()]) as target:
+    with OutputDirectory(out, overwrite=overwrite, inputs=[*sources.paths(), *data.values()]) as target:
         result = _sweep(job)
         result.save(target.path)
         target.commit()
@@ -200,6 +200,7 @@ class _Job:
     sources: Sources
     data: dict[str, Path]
     records: dict[str, list[Record]]
+    hashes: dict[str, str]
     importances: Importances
     estimated: bool
     at: Literal["base", "model"]
@@ -218,11 +219,11 @@ class _Job:
         assert self.rule.estimator is not None
         samples = self.samples(subject)
         found = {}
-        for role, path in self.data.items():
+        for role in self.data:
             found[role] = estimate_on(
                 subject,
                 samples[role],
-                hash_data(path, samples[role]),
+                self.hashes[role],
                 self.rule.estimator,
                 batch_size=self.batch_size,
                 out=None,
@@ -308,7 +309,7 @@ def _sweep(job: _Job) -> Sweep:
     started = now()
     importances = job.importances
     live = _LiveModel(job)
-    data = {role: _describe(path, live.samples[role]) for role, path in job.data.items()}
+    data = {role: _describe(path, job.hashes[role], live.samples[role]) for role, path in job.data.items()}
     # Where importances are still to come, w = 1 serves: at lam 0 nothing is subtracted, but all is checked.
     reference = live.measure(0.0, importances)
     limit = job.choice.limit(reference)
@@ -356,10 +357,10 @@ def _sweep(job: _Job) -> Sweep:
     )
 
 
-def _describe(path: Path, samples: Sequence[Sample]) -> DataRecord:
+def _describe(path: Path, digest: str, samples: Sequence[Sample]) -> DataRecord:
     return {
         "path": str(path.resolve()),
-        "blake3": hash_data(path, samples),
+        "blake3": digest,
         "samples": len(samples),
         "truncated": sum(sample.truncated for sample in samples),
     }

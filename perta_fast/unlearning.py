@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from perta_fast.application import Settings, apply_sources, check_threads, destination, unfinished_advice
-from perta_fast.data import load_records
+from perta_fast.data import read_data
 from perta_fast.errors import InputError
 from perta_fast.in_place import is_open
 from perta_fast.output import OutputDirectory, check_output, check_space
@@ -38,6 +38,7 @@ def unlearn(
     link_unchanged: bool = False,
     drop_cache: bool | None = None,
     save_importance: str | Path | None = None,
+    stream: bool = False,
     batch_size: int = 8,
     max_length: int | None = None,
     device: "str | torch.device | None" = None,
@@ -47,15 +48,17 @@ def unlearn(
 ) -> Report:
     """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030), to ``out`` or in place.
 
-    forget, retain: JSON lines files; needed by every rule but ``tv``. at: the gradients are taken at ``base``
-    (the paper's choice) or at ``model``. save_importance: directory to keep the two importances in, as
+    forget, retain: JSON lines files; needed by every rule but ``tv``, which has no use for them and only puts
+    their hashes and counts in the report. Each is read once, so a pipe will do. at: the gradients are taken at
+    ``base`` (the paper's choice) or at ``model``. save_importance: directory to keep the two importances in, as
     ``forget`` and ``retain``; without it they live in a temporary directory beside the result and are removed.
+    stream: estimate with one decoder layer in memory at a time, for models larger than the memory.
     Other arguments as in ``apply`` and ``estimate_importance``.
 
     Everything is checked before the first gradient. Returns the report, also in ``out``. Raises InputError for
     bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can
     take up again; otherwise nothing is left behind but a finished ``save_importance``.
-    Disk: the output and, while it runs, 8 bytes a parameter.
+    Disk: the output and, while it runs, 8 bytes a parameter; with ``stream`` see ``estimate_importance`` too.
     """
     chosen = Rule.of(rule, lam, p, alpha, threshold)
     if at not in ("base", "model"):
@@ -68,14 +71,23 @@ def unlearn(
     if not in_place:
         check_output(place, overwrite=overwrite, inputs=inputs)
     if chosen.estimator is None:
-        return apply_sources(opened, chosen, settings)
+        if save_importance is not None:
+            raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
+        named = _read_named(forget, retain)
+
+        def note(report: Report) -> None:
+            report.data = named
+
+        return apply_sources(opened, chosen, settings, annotate=note)
     if not overwrite and not in_place and has_begun(place):
         raise InputError(unfinished_advice(place))
-    from perta_fast.importance.estimate import check_sizes, estimate_on, hash_data, load_subject, samples_for
+    from perta_fast.importance.estimate import check_sizes, estimate_on, load_subject, samples_for
 
     check_sizes(batch_size, max_length)
     data = _check_data(chosen, forget, retain)
-    records = {role: load_records(path) for role, path in data.items()}
+    records, hashes = {}, {}
+    for role, path in data.items():
+        records[role], hashes[role] = read_data(path)
     if save_importance is None:
         covered = sum(plan.theta.count for plan in opened.plans if plan.copied is None)
         check_space(place, (0 if in_place else opened.model.size) + 8 * covered)
@@ -88,7 +100,7 @@ def unlearn(
     with _importance_directory(place, save_importance, overwrite) as importances:
         data_records: dict[str, DataRecord] = {}
         started = time.perf_counter()
-        subject = load_subject(Path(model if at == "model" else base), device, dtype)
+        subject = load_subject(Path(model if at == "model" else base), device, dtype, stream=stream)
         samples = {role: samples_for(subject, rows, max_length) for role, rows in records.items()}
         phases["load"] = time.perf_counter() - started
         for role, path in data.items():
@@ -96,7 +108,7 @@ def unlearn(
             found = estimate_on(
                 subject,
                 samples[role],
-                hash_data(path, samples[role]),
+                hashes[role],
                 chosen.estimator,
                 batch_size=batch_size,
                 out=importances.path / role,
@@ -122,6 +134,13 @@ def unlearn(
             for name, seconds in phases.items():
                 report.add_phase(name, seconds, 0)
             report.data = data_records
+            report.settings = {
+                "at": at,
+                "estimator": str(chosen.estimator),
+                "batch_size": str(batch_size),
+                "max_length": "the model's" if max_length is None else str(max_length),
+                "dtype": "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."),
+            }
             for role, record in data_records.items():
                 if record["truncated"]:
                     report.warnings.append(
@@ -140,6 +159,17 @@ def unlearn(
         except BaseException:
             importances.keep = has_begun(place) or is_open(place)
             raise
+
+
+def _read_named(forget: str | Path | None, retain: str | Path | None) -> dict[str, DataRecord]:
+    """Records of data that the rule has no use for, but that the caller names as the run's."""
+    named: dict[str, DataRecord] = {}
+    for role, given in (("forget", forget), ("retain", retain)):
+        if given is not None:
+            records, digest = read_data(given)
+            path = str(Path(given).resolve())
+            named[role] = {"path": path, "blake3": digest, "samples": len(records), "truncated": 0}
+    return named
 
 
 def _check_data(rule: Rule, forget: str | Path | None, retain: str | Path | None) -> dict[str, Path]:

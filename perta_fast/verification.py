@@ -9,8 +9,8 @@ from typing import Any
 from perta_fast.agreement import TensorPlan
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.errors import InputError
-from perta_fast.hashing import hash_file
+from perta_fast.errors import InputError, RunError
+from perta_fast.hashing import hash_file, hash_files
 from perta_fast.progress import byte_bar
 from perta_fast.report import FILE_NAME, DirectoryRecord, Report, printable
 from perta_fast.rules import EXACT_POWERS, Rule
@@ -28,33 +28,58 @@ class Verification:
     files: hashes that agree. recomputed: tensors equal to the reference's, bit for bit (where p is none of
     ``EXACT_POWERS``, up to the last bit of a power). bounded: tensors whose every element lies between theta
     and theta - lam * tau, checked where the importances were not kept. unchecked: what could not be checked,
-    and why.
+    and why. changed: data files that are no longer those of the run; as they are only read for importances
+    that the report has the hashes of, this says nothing against the output. claim: what the run says of its
+    output. tensors: how many the output has. agreement: how closely the recomputed ones agree.
     """
 
+    claim: str = ""
+    tensors: int = 0
+    agreement: str = "bit for bit"
     files: int = 0
     recomputed: int = 0
     bounded: int = 0
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """The outcome in plain sentences."""
-        lines = [f"{self.files} files have the hashes in the report."]
+        lines = [self._outcome(), f"{self.files} files have the hashes in the report."]
         if self.recomputed:
-            lines.append(f"{self.recomputed} tensors equal the reference's result bit for bit.")
+            lines.append(f"{self.recomputed} tensors equal the reference's result {self.agreement}.")
         if self.bounded:
             lines.append(f"{self.bounded} tensors lie between theta and theta - lambda * tau everywhere.")
+        lines += [f"Changed since the run, which is no fault of the output: {line}." for line in self.changed]
         lines += [f"Not checked: {line}." for line in self.unchecked]
         lines += [f"WRONG: {line}." for line in self.problems]
         lines.append("Verification failed." if self.problems else "Nothing wrong was found.")
         return printable("\n".join(lines))
+
+    def _outcome(self) -> str:
+        """What a reader who knows no more wants to know."""
+        if self.problems:
+            return f"Not confirmed, as something is wrong: {self.claim}."
+        if self.recomputed + self.bounded == 0:
+            return f"Not recomputed: {self.claim}. Only what is listed here was checked."
+        if self.bounded:
+            return (
+                f"Not refuted: {self.claim}. Without the weights, {self.bounded} of {self.tensors} tensors "
+                "could only be checked for bounds."
+            )
+        return (
+            f"{self.claim}: {self.files} files and {self.recomputed} of {self.tensors} tensors were checked, "
+            f"{self.agreement}."
+        )
 
 
 def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress: bool = True) -> Verification:
     """Recompute the hashes of a run's output and inputs, and tensors of its output from the inputs.
 
     directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them
-    drawn with ``seed``. Inputs are looked for where they were; what is gone is said to be unchecked.
+    drawn with ``seed``. Inputs are looked for where they were; what is gone is said to be unchecked. A data
+    file that changed is named, but is no problem of the output. After an in-place run theta is gone: then the
+    hashes of everything else are checked, and that the headers of the shards are those of the tensors reported.
     Raises InputError if there is no report, or one that no run can have written. Writes nothing.
     """
     directory = Path(directory)
@@ -62,12 +87,28 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     unnamed = {"model", "base", "tuned"} - report.inputs.keys()
     if unnamed:
         raise InputError(f"{directory / FILE_NAME}: names no {', '.join(sorted(unnamed))}")
-    result = Verification()
+    result = Verification(
+        claim=f"{directory} holds what rule {report.rule} with lambda {report.lam:g} gives on the inputs named",
+        tensors=len(report.tensors),
+    )
+    if report.rule != "tv" and report.p not in EXACT_POWERS:
+        result.agreement = "up to the last bit of a power"
     # The output may have been moved since.
     places = {"output": DirectoryRecord(path=str(directory), files=report.output["files"])}
-    places |= {role: found for role, found in report.inputs.items() if found.get("kept", True)}
+    places |= {
+        role: found
+        for role, found in report.inputs.items()
+        # An in-place run changes its model, which may be its base too.
+        if found.get("kept", True) and not (report.in_place and found["path"] == report.output["path"])
+    }
     intact = _check_hashes(places, result, progress)
-    if "output" in intact:
+    _check_data(report, result)
+    if "output" in intact and report.in_place:
+        result.unchecked.append(
+            "tensors, because the run changed the model in place and its old values are gone"
+        )
+        result.problems += _header_problems(report, Checkpoint.open(directory))
+    elif "output" in intact:
         _check_tensors(directory, report, intact, result, full, seed, progress)
     return result
 
@@ -85,8 +126,10 @@ def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, prog
                 result.unchecked.append(f"{role}: {path / missing[0]} is gone")
                 continue
             wrong = [f"{path / name} is gone" for name in missing]
-            for name in files.keys() - set(missing):
-                if hash_file(path / name, bar.update) == files[name]["blake3"]:
+            present = [name for name in files if name not in missing]
+            hashes = hash_files([path / name for name in present], os.cpu_count() or 1, bar.update)
+            for name in present:
+                if hashes[path / name] == files[name]["blake3"]:
                     result.files += 1
                 else:
                     wrong.append(f"{path / name} has changed since the run")
@@ -94,6 +137,40 @@ def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, prog
             if not wrong:
                 intact.add(role)
     return intact
+
+
+def _check_data(report: Report, result: Verification) -> None:
+    for role, found in report.data.items():
+        path = Path(found["path"])
+        if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises for impossible names)
+            result.unchecked.append(f"{role} data: {path} is gone")
+            continue
+        try:
+            same = hash_file(path) == found["blake3"]
+        except RunError as error:
+            result.unchecked.append(f"{role} data: {error}")
+            continue
+        if same:
+            result.files += 1
+        else:
+            result.changed.append(f"{role} data {path}")
+
+
+def _header_problems(report: Report, output: Checkpoint) -> list[str]:
+    """Where the shards do not hold the tensors that the report lists."""
+    problems = [
+        f"{shard.path} is not in the report"
+        for name, shard in output.shards.items()
+        if name not in report.output["files"]
+    ]
+    listed = {row.name: (row.dtype, row.shape) for row in report.tensors}
+    found = {name: (entry.dtype, list(entry.shape)) for name, entry in output.tensors.items()}
+    names = sorted(listed.keys() | found.keys())
+    return problems + [
+        f"tensor {name} is not of the type and shape in the report"
+        for name in names
+        if listed.get(name) != found.get(name)
+    ]
 
 
 def _check_tensors(

@@ -1,17 +1,20 @@
 """JSON lines in, token ids and labels out: the three forms, their bad lines, and where labels lie."""
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
-from perta_fast.data import IGNORED, Record, Sample, encode, load_records, records_from
+from perta_fast.data import IGNORED, Record, Sample, encode, load_records, read_data, records_from
 from tests.models import CHAT_TEMPLATE, FORGET, tokenizer, write_lines
 
 PLAIN, CHAT = tokenizer(), tokenizer(CHAT_TEMPLATE)
@@ -326,6 +329,18 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         load_records(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         load_records(tmp_path)
+
+
+def test_a_pipe_is_read_once_and_hashed_as_read(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}'
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+    writer.start()
+    records, digest = read_data(pipe)
+    writer.join()
+    assert [record.content["text"] for record in records] == ["one", "two"]
+    assert digest == blake3(content).hexdigest()
 
 
 def test_python_rows_are_checked_as_lines_are() -> None:

@@ -204,3 +204,10 @@ def test_a_damaged_report_is_refused_or_can_be_shown(
     assert found.summary()
     kept = {key: json.dumps(value) for key, value in content.items() if key != "tensors"}
     assert {key: json.dumps(value) for key, value in asdict(found).items() if key in kept} == kept
+
+
+def test_a_report_from_before_in_place_runs_is_read(report: dict[str, Any], tmp_path: Path) -> None:
+    older = {key: value for key, value in report.items() if key not in ("in_place", "resumed", "settings")}
+    (tmp_path / "perta_report.json").write_text(json.dumps(older))
+    found = Report.load(tmp_path)
+    assert (found.in_place, found.resumed, found.settings) == (False, 0, {})

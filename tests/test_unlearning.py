@@ -86,6 +86,27 @@ def test_task_vector_alone_needs_no_data(job: Job, tmp_path: Path) -> None:
     assert (report.data, report.importance) == ({}, {})
 
 
+def test_data_named_with_the_task_vector_alone_is_recorded(job: Job, tmp_path: Path) -> None:
+    report = run(job, tmp_path / "out", rule="tv")
+    for role, rows in (("forget", FORGET), ("retain", RETAIN)):
+        path = getattr(job, role)
+        digest = blake3(path.read_bytes()).hexdigest()
+        expected = {"path": str(path), "blake3": digest, "samples": len(rows), "truncated": 0}
+        assert report.data[role] == expected
+    assert Report.load(tmp_path / "out").data == report.data
+
+
+def test_how_the_importances_were_estimated_is_reported(job: Job, tmp_path: Path) -> None:
+    report = run(job, tmp_path / "out", at="model", batch_size=3, max_length=100, dtype=torch.float32)
+    assert report.settings == {
+        "at": "model",
+        "estimator": "grad",
+        "batch_size": "3",
+        "max_length": "100",
+        "dtype": "float32",
+    }
+
+
 def test_transformers_loads_the_output_and_generates(job: Job, tmp_path: Path) -> None:
     run(job, tmp_path / "out", lam=0.5)
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -325,6 +346,7 @@ LATE = {"text": "a"}  # a good line, but of a single token: found when it is tok
         ({"rule": "erase"}, "rule is 'erase'"),
         ({"lam": float("inf")}, "lam is inf"),
         ({"rule": "tv", "alpha": 2.0}, "rule tv has no weights"),
+        ({"rule": "tv", "save_importance": "kept"}, "rule tv takes no importance, so there is none to save"),
         ({"forget": None}, "rule fisher needs forget data"),
         ({"retain": None}, "rule fisher needs retain data"),
         ({"forget": "absent.jsonl"}, r"absent\.jsonl: cannot be read"),

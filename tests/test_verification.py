@@ -322,7 +322,81 @@ def test_a_damaged_report_never_breaks_the_check(data: st.DataObject, out: Path)
 def test_other_powers_are_recomputed_up_to_rounding(inputs: Inputs, tmp_path: Path) -> None:
     out = tmp_path / "power"
     apply(*inputs.all, rule="grad", p=1.7, lam=0.5, out=out)
-    assert not verify(out, full=True).problems
+    result = verify(out, full=True)
+    assert not result.problems
+    assert result.summary().splitlines()[0].endswith("tensors were checked, up to the last bit of a power.")
     name = next(name for name, tensor in inputs.tensors["forget"].items() if tensor.numel() > 8)
     forge(out, name, lambda tensor: (tensor.double() * (1 + 2**-5)).to(tensor.dtype))
     assert [problem for problem in verify(out, full=True).problems if name in problem]
+
+
+def test_the_outcome_is_said_first(inputs: Inputs, out: Path) -> None:
+    claim = f"{out} holds what rule grad with lambda 0.5 gives on the inputs named"
+    first = verify(out, full=True).summary().splitlines()[0]
+    checked = f"{FILE_COUNT} files and {TENSOR_COUNT} of {TENSOR_COUNT} tensors were checked"
+    assert first == f"{claim}: {checked}, bit for bit."
+    flip_bit(sorted(out.glob("*.safetensors"))[0], -1)
+    assert verify(out).summary().splitlines()[0] == f"Not confirmed, as something is wrong: {claim}."
+
+
+class TestData:
+    """Data files: what became of them says nothing against the output."""
+
+    @pytest.fixture
+    def data(self, out: Path) -> Path:
+        path = out.parent / "forget.jsonl"
+        path.write_bytes(b"lines")
+        record = {"path": str(path), "blake3": blake3(b"lines").hexdigest(), "samples": 1, "truncated": 0}
+        change_report(out, lambda report: report["data"].update(forget=record))
+        return path
+
+    def test_unchanged(self, data: Path, out: Path) -> None:
+        result = verify(out)
+        assert (result.files, result.changed, result.unchecked) == (FILE_COUNT + 1, [], [])
+
+    def test_changed(self, data: Path, out: Path) -> None:
+        flip_bit(data, 0)
+        result = verify(out)
+        assert (result.files, result.changed, result.problems) == (FILE_COUNT, [f"forget data {data}"], [])
+        assert (
+            f"Changed since the run, which is no fault of the output: forget data {data}." in result.summary()
+        )
+
+    def test_gone(self, data: Path, out: Path) -> None:
+        data.unlink()
+        result = verify(out)
+        assert (result.unchecked, result.changed) == ([f"forget data: {data} is gone"], [])
+
+
+class TestInPlace:
+    @pytest.fixture
+    def model(self, inputs: Inputs) -> Path:
+        apply(*inputs.all, rule="grad", lam=0.5, in_place=True, progress=False)
+        return inputs["model"]
+
+    def test_what_can_be_checked(self, model: Path) -> None:
+        result = verify(model, full=True)
+        assert (result.problems, result.recomputed, result.bounded) == ([], 0, 0)
+        assert result.files == FILE_COUNT - 3  # the model as it was
+        assert result.unchecked == [
+            "tensors, because the run changed the model in place and its old values are gone"
+        ]
+        assert result.summary().startswith(f"Not recomputed: {model} holds what rule grad")
+
+    def test_a_flipped_bit(self, model: Path) -> None:
+        path = sorted(model.glob("*.safetensors"))[1]
+        flip_bit(path, -1)
+        assert verify(model).problems == [f"{path} has changed since the run"]
+
+    def test_a_tensor_of_another_shape(self, model: Path) -> None:
+        def reshape(report: dict[str, Any]) -> None:
+            next(row for row in report["tensors"] if row["name"] == HEAD)["shape"] = [5, 37]
+
+        change_report(model, reshape)
+        assert verify(model).problems == [f"tensor {HEAD} is not of the type and shape in the report"]
+
+    def test_a_base_that_is_the_model_is_gone_too(self, inputs: Inputs) -> None:
+        model = inputs["model"]
+        apply(model, model, inputs["tuned"], rule="tv", lam=1.0, in_place=True, progress=False)
+        result = verify(model)
+        assert (result.problems, result.files) == ([], 2 + 3)  # the output, and what the tuned one has

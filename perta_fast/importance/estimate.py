@@ -3,21 +3,24 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from blake3 import blake3
 from torch import nn
 
 from perta_fast.checkpoint import Checkpoint, conversion_command
-from perta_fast.data import IGNORED, Record, Sample, encode, load_records, records_from
-from perta_fast.errors import InputError, RunError
-from perta_fast.importance.gradients import accumulate
+from perta_fast.data import IGNORED, Record, Sample, encode, read_data, records_from
+from perta_fast.errors import InputError
+from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.importance.stored_names import as_stored
 from perta_fast.output import check_output
 from perta_fast.report import installed_versions
 from perta_fast.rules import ESTIMATORS, Estimator
+
+if TYPE_CHECKING:
+    from perta_fast.streaming.skeleton import Skeleton
 
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
 
@@ -36,6 +39,7 @@ def estimate_importance(
     dtype: torch.dtype | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    stream: bool = False,
     progress: bool = True,
 ) -> Importance:
     """Per-parameter importance of a causal language model on ``data`` (PerTA, arXiv 2601.22030).
@@ -54,9 +58,13 @@ def estimate_importance(
     max_length: tokens a record is cut to, if that is less than the model's own limit. Cut ones are counted.
     device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is
     one, and the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
+    stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
+    ``out``, where the result is read from.
 
     Memory: the model, 4 bytes a parameter for the accumulators, activations of one batch, and the gradients
-    that autograd has in flight (one layer's). Raises InputError for bad arguments or data, RunError if a loss
+    that autograd has in flight (one layer's); with ``stream`` all this of one layer, or of the embedding or the
+    head if that is larger. Disk: with ``stream``, while it runs, the hidden states of all tokens at each layer
+    boundary. Raises InputError for bad arguments or data, RunError if a loss
     is not finite (naming the samples).
     """
     if estimator not in ESTIMATORS:
@@ -65,18 +73,23 @@ def estimate_importance(
     if out is not None:
         inputs = [Path(each) for each in (model_or_path, data) if isinstance(each, str | Path)]
         check_output(Path(out), overwrite=overwrite, inputs=inputs)
-    rows = load_records(data) if isinstance(data, str | Path) else _checked_rows(data)
+    rows: list[Record] | list[Sample]
+    rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
     if isinstance(model_or_path, nn.Module):
+        if stream:
+            raise InputError("stream is for checkpoint directories; a live module is in memory already")
         if device is not None or dtype is not None:
             raise InputError("device and dtype are for checkpoints; move or convert the module itself")
         subject = Subject(model_or_path, tokenizer, "live module")
     else:
-        subject = load_subject(Path(model_or_path), device, dtype, tokenizer)
+        if stream and out is None:
+            raise InputError("stream needs out: a directory to write the importance to")
+        subject = load_subject(Path(model_or_path), device, dtype, tokenizer, stream=stream)
     samples = samples_for(subject, rows, max_length)
     return estimate_on(
         subject,
         samples,
-        hash_data(data, samples),
+        digest or _hash_samples(samples),
         estimator,
         batch_size=batch_size,
         out=out,
@@ -94,11 +107,15 @@ def check_sizes(batch_size: int, max_length: int | None) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What importance is measured on: a module, its tokenizer if there is one, and where it came from."""
+    """What importance is measured on: a module, its tokenizer if there is one, and where it came from.
+
+    ``skeleton``: where the module's weights are read from, if it has none.
+    """
 
     module: nn.Module
     tokenizer: Any
     origin: str
+    skeleton: "Skeleton | None" = None
 
 
 def samples_for(
@@ -136,47 +153,76 @@ def estimate_on(
     description: str = "importance",
 ) -> Importance:
     """``estimate_importance`` once the model is loaded and the data is checked."""
-    found = accumulate(subject.module, samples, estimator, batch_size, description, progress)
-    versions = installed_versions()
-    importance = Importance(
-        as_stored(subject.module, found.means),
-        ImportanceMetadata(
+
+    def describe(one_by_one: Sequence[str]) -> ImportanceMetadata:
+        versions = installed_versions()
+        return ImportanceMetadata(
             estimator=estimator,
             data_hash=data_hash,
             sample_count=len(samples),
             truncated_count=sum(sample.truncated for sample in samples),
             label_count=sum(sample.label_count for sample in samples),
             evaluated_at=subject.origin,
-            one_by_one=", ".join(found.one_by_one),
+            one_by_one=", ".join(one_by_one),
             perta_fast_version=versions.get("perta-fast", ""),
             torch_version=versions.get("torch", ""),
             transformers_version=versions.get("transformers", ""),
-        ),
-    )
-    _check_finite(importance)
+        )
+
+    if subject.skeleton is not None:
+        from perta_fast.streaming.writing import write_importance
+
+        assert out is not None
+        return write_importance(
+            subject.skeleton,
+            samples,
+            estimator,
+            describe,
+            batch_size=batch_size,
+            out=out,
+            overwrite=overwrite,
+            description=description,
+            progress=progress,
+        )
+    found = accumulate(subject.module, samples, estimator, batch_size, description, progress)
+    importance = Importance(as_stored(subject.module, found.means), describe(found.one_by_one))
+    for name, tensor in importance.tensors.items():
+        check_finite(name, tensor)
     if out is not None:
         importance.save(out, overwrite=overwrite)
     return importance
 
 
 def load_subject(
-    path: Path, device: str | torch.device | None, dtype: torch.dtype | None, tokenizer: Any = None
+    path: Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    tokenizer: Any = None,
+    *,
+    stream: bool = False,
 ) -> Subject:
-    """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded."""
+    """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
+
+    stream: of the model its structure alone, the weights to be read layer by layer.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stored = Checkpoint.open(path).tensors  # its errors name what is wrong with the files
     chosen = choose_device(device)
+    skeleton = _open_skeleton(path, chosen, dtype) if stream else None
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
-        )
+        if skeleton is None:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
+            )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, **_CLOSED)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged configuration shows in many ways
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise InputError(f"{path}: transformers cannot load this model: {reason}") from error
+    if skeleton is not None:
+        return Subject(skeleton.model, tokenizer, str(path.resolve()), skeleton)
     if found["missing_keys"]:  # transformers would draw them at random
         raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
     shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
@@ -187,6 +233,12 @@ def load_subject(
             f"save it anew with: {conversion_command(path)}"
         )
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+
+
+def _open_skeleton(path: Path, device: torch.device, dtype: torch.dtype | None) -> "Skeleton":
+    from perta_fast.streaming.skeleton import Skeleton
+
+    return Skeleton.open(path, device, dtype)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -240,16 +292,6 @@ def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None
         )
 
 
-def hash_data(data: Data, samples: Sequence[Sample]) -> str:
-    """BLAKE3 of the file, or of the token ids and labels where there is none."""
-    if isinstance(data, str | Path):
-        return blake3(Path(data).read_bytes()).hexdigest()
+def _hash_samples(samples: Sequence[Sample]) -> str:
+    """BLAKE3 of token ids and labels, where there is no file."""
     return blake3(repr([(s.input_ids, s.labels) for s in samples]).encode()).hexdigest()
-
-
-def _check_finite(importance: Importance) -> None:
-    for name, tensor in importance.tensors.items():
-        if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # a NaN is both
-            raise RunError(
-                f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)"
-            )

@@ -52,7 +52,7 @@ def accumulate(
     result = Accumulated(means)
     with _ready_to_measure(module), sample_bar(len(samples), description, progress) as bar:
         if estimator == "grad":
-            with _gradients_folded_into(module, means, squared=False):
+            with gradients_folded_into(module, means, squared=False):
                 _backward(module, samples, batch_size, bar.update)
         else:
             plan = plan_for(module, samples, {name: Target(mean, None) for name, mean in means.items()})
@@ -63,7 +63,7 @@ def accumulate(
                 result.one_by_one = plan.left
                 left = {name: means[name] for name in plan.left}
                 bar.reset(len(samples))
-                with only_asking(module, left), _gradients_folded_into(module, left, squared=True):
+                with only_asking(module, left), gradients_folded_into(module, left, squared=True):
                     _backward(module, samples, 1, bar.update, unreached=True)
     for mean in means.values():
         mean.div_(len(samples))
@@ -94,17 +94,31 @@ def _backward(
             raise InputError(
                 "the model's loss has no gradient; does its forward run under no_grad or inference_mode?"
             )
-        if not bool(torch.isfinite(losses).all()):
-            bad = [numbers[k] for k in (~torch.isfinite(losses)).nonzero().flatten().tolist()]
-            raise RunError(
-                f"the loss of sample {', '.join(map(str, bad))} (counted from 0) is not finite; "
-                "look at the sample, or run the model in float32 or bfloat16"
-            )
+        check_losses(losses, numbers)
         if losses.requires_grad:
             losses.sum().backward()
         if plan is not None:
             plan.finish()
         advance(len(numbers))
+
+
+def check_losses(losses: Tensor, numbers: Sequence[int]) -> None:
+    """Raise RunError, naming the samples by ``numbers``, if a loss is not finite."""
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        bad = [numbers[k] for k in (~finite).nonzero().flatten().tolist()]
+        raise RunError(
+            f"the loss of sample {', '.join(map(str, bad))} (counted from 0) is not finite; "
+            "look at the sample, or run the model in float32 or bfloat16"
+        )
+
+
+def check_finite(name: str, mean: Tensor) -> None:
+    """Raise RunError if the importance of ``name`` is not finite."""
+    if mean.numel() and not bool(torch.isfinite(torch.stack(mean.aminmax())).all()):  # a NaN is both
+        raise RunError(
+            f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)"
+        )
 
 
 def _check_parameters(module: nn.Module) -> None:
@@ -116,7 +130,7 @@ def _check_parameters(module: nn.Module) -> None:
 
 
 @contextmanager
-def _gradients_folded_into(module: nn.Module, sums: Mapping[str, Tensor], squared: bool) -> Iterator[None]:
+def gradients_folded_into(module: nn.Module, sums: Mapping[str, Tensor], squared: bool) -> Iterator[None]:
     """Fold every parameter's gradient, complete over all its uses, and free it at once."""
     fold = accumulate_square_ if squared else accumulate_
 

@@ -204,13 +204,15 @@ class EmbeddingRule(ModuleRule):
     """An embedding looks its tokens up in a small table with one row for each token of each sample.
 
     Autograd sums the gradients of a row's occurrences, which is that sample's gradient of that token's vector.
+    ``head_gradient``, (U, d) float32: what a tied head has left at the same rows.
     """
+
+    head_gradient: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._table: Tensor | None = None  # (U, d), a leaf
         self._tokens = self._starts = torch.empty(0)
-        self._head: Tensor | None = None  # (U, d): the tied head's gradient at the same rows
 
     def forward(self, ids: Tensor) -> Any:
         module: Any = self.module
@@ -239,7 +241,7 @@ class EmbeddingRule(ModuleRule):
             deltas[n][:, self._tokens[bounds[n] : bounds[n + 1]]].float().T @ activations[n].float()
             for n in range(len(activations))
         ]
-        self._head = torch.cat(parts)
+        self.head_gradient = torch.cat(parts)
 
     def finish(self) -> None:
         if self._table is None:
@@ -249,11 +251,11 @@ class EmbeddingRule(ModuleRule):
             if self.module.padding_idx is not None:  # its vector has no gradient by definition
                 own[self._tokens == self.module.padding_idx] = 0
             # A tied head folds its own square: (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n).
-            squares = own * own if self._head is None else own * (own + 2 * self._head)
+            squares = own * own if self.head_gradient is None else own * (own + 2 * self.head_gradient)
             target.fisher.index_add_(0, self._tokens, squares)
             if target.gradient is not None:
                 target.gradient.index_add_(0, self._tokens, own)
-        self._table = self._head = None
+        self._table = self.head_gradient = None
 
 
 @dataclass

@@ -4,7 +4,7 @@ Every module with parameters is given a rule (``module_rules``) after a look at 
 that no rule fits is left to batches of one.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,15 +70,24 @@ class Plan:
             rule.finish()
 
 
-def plan_for(module: nn.Module, samples: Sequence[Sample], targets: Mapping[str, Target]) -> Plan:
-    """Choose a rule for each module with a parameter of ``targets``, from how a few samples run through it."""
+def plan_for(
+    module: nn.Module,
+    samples: Sequence[Sample],
+    targets: Mapping[str, Target],
+    run: Callable[..., Any] | None = None,
+) -> Plan:
+    """Choose a rule for each module with a parameter of ``targets``, from how a few samples run through it.
+
+    run: is called in place of ``module``, and runs the part of it that ``targets`` are of.
+    """
     names = {parameter: name for name, parameter in module.named_parameters() if name in targets}
     uses: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in targets}
     for part in module.modules():
         for key, parameter in part._parameters.items():
             if parameter in names:
                 uses[names[parameter]].append((part, key))
-    seen = _look(module, samples, {part for places in uses.values() for part, _ in places})
+    device = next(iter(names)).device
+    seen = _look(run or module, device, samples, {part for places in uses.values() for part, _ in places})
     rules: dict[nn.Module, ModuleRule] = {}
     plan = Plan([])
     for name, places in uses.items():
@@ -142,13 +151,19 @@ class _Seen:
     kind: type[ModuleRule] | None = None
 
 
-def _look(module: nn.Module, samples: Sequence[Sample], parts: set[nn.Module]) -> dict[nn.Module, _Seen]:
-    """Run a small batch through the model and try the rules on each module's own inputs."""
+def look_inputs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """The small batch that the look takes: token ids (N, T), padded on the right, and lengths (N,)."""
     chosen = [samples[k % len(samples)] for k in range(_LOOK_SAMPLES)]
     tokens = [sample.input_ids[:_LOOK_TOKENS] for sample in chosen]
     padded = [(*ids, *[0] * (_LOOK_TOKENS - len(ids))) for ids in tokens]
-    device = next(module.parameters()).device
-    lengths = torch.tensor([len(ids) for ids in tokens])
+    return torch.tensor(padded), torch.tensor([len(ids) for ids in tokens])
+
+
+def _look(
+    run: Callable[..., Any], device: torch.device, samples: Sequence[Sample], parts: set[nn.Module]
+) -> dict[nn.Module, _Seen]:
+    """Run a small batch through the model and try the rules on each module's own inputs."""
+    ids, lengths = look_inputs(samples)
     shape = BatchShape(_LOOK_SAMPLES, _LOOK_TOKENS, lengths)
     seen = {part: _Seen(kind=None if "forward" in part.__dict__ else LinearRule) for part in parts}
 
@@ -167,8 +182,8 @@ def _look(module: nn.Module, samples: Sequence[Sample], parts: set[nn.Module]) -
     handles = [part.register_forward_hook(hook, with_kwargs=True) for part in parts]
     try:
         with torch.no_grad():
-            module(
-                input_ids=torch.tensor(padded, device=device),
+            run(
+                input_ids=ids.to(device),
                 attention_mask=(torch.arange(_LOOK_TOKENS) < lengths[:, None]).long().to(device),
                 use_cache=False,
             )

@@ -68,7 +68,7 @@ class Importance:
         target = OutputDirectory(directory, overwrite=overwrite)
         check_space(target.final, sum(4 * tensor.numel() for tensor in self.tensors.values()))
         with target:
-            save_shards(self.tensors, _as_strings(self.metadata), target.path)
+            save_shards(self.tensors, as_strings(self.metadata), target.path)
             target.commit()
         self.directory = target.final
 
@@ -122,42 +122,66 @@ def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def save_shards(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], directory: Path) -> None:
-    """Write ``tensors`` as float32 shards of at most ``SHARD_BYTES`` (one tensor at least), with an index."""
+    """Write ``tensors`` as float32 shards, with an index; see ``ShardWriter``."""
+    writer = ShardWriter({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, directory)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+
+
+class ShardWriter:
+    """Float32 shards of at most ``SHARD_BYTES`` (one tensor at least), with an index, filled tensor by tensor.
+
+    Headers and index are written at once, from the names and shapes of all tensors; the tensors in any order.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], directory: Path
+    ) -> None:
+        self._places: dict[str, tuple[Path, int]] = {}
+        groups = _group(shapes)
+        for number, names in enumerate(groups, start=1):
+            file = STEM if len(groups) == 1 else f"{STEM}-{number:05d}-of-{len(groups):05d}"
+            path = directory / f"{file}.safetensors"
+            header, offsets = build_header({name: ("F32", shapes[name]) for name in names}, metadata)
+            _write(path, memoryview(header), 0)
+            self._places.update({name: (path, offsets[name]) for name in names})
+        if len(groups) > 1:
+            total = sum(byte_count("F32", shape) for shape in shapes.values())
+            weight_map = {name: path.name for name, (path, _) in self._places.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (directory / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+    def write(self, name: str, tensor: "torch.Tensor") -> None:
+        """Put one tensor in its place."""
+        if tensor.numel():
+            data = tensor.detach().float().cpu().contiguous().numpy().reshape(-1)
+            path, offset = self._places[name]
+            _write(path, data.data.cast("B"), offset)
+
+
+def _group(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """The names of each shard."""
     groups: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
-        size = 4 * tensor.numel()
+    for name, shape in shapes.items():
+        size = byte_count("F32", shape)
         if groups[-1] and filled + size > SHARD_BYTES:
             groups.append([])
             filled = 0
         groups[-1].append(name)
         filled += size
-    weight_map = {}
-    for number, names in enumerate(groups, start=1):
-        file = STEM if len(groups) == 1 else f"{STEM}-{number:05d}-of-{len(groups):05d}"
-        path = directory / f"{file}.safetensors"
-        _save_shard({name: tensors[name] for name in names}, metadata, path)
-        weight_map.update(dict.fromkeys(names, path.name))
-    if len(groups) > 1:
-        total = sum(4 * tensor.numel() for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return groups
 
 
-def _save_shard(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], path: Path) -> None:
-    layout = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
-    header, offsets = build_header(layout, metadata)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+def _write(path: Path, data: memoryview, offset: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        write_fully(descriptor, memoryview(header), 0)
-        for name, tensor in tensors.items():
-            if byte_count(*layout[name]):
-                data = tensor.detach().float().cpu().contiguous().numpy().reshape(-1)
-                write_fully(descriptor, data.data.cast("B"), offsets[name])
+        write_fully(descriptor, data, offset)
     finally:
         os.close(descriptor)
 
 
-def _as_strings(metadata: ImportanceMetadata) -> dict[str, str]:
+def as_strings(metadata: ImportanceMetadata) -> dict[str, str]:
+    """``metadata`` as the header of a shard keeps it."""
     table = {key: str(value) for key, value in asdict(metadata).items()}
     return {"format": FORMAT, "format_version": FORMAT_VERSION, **table}

@@ -1,0 +1,1 @@
+"""Importance of a model that does not fit in memory: one decoder layer at a time."""

@@ -1,0 +1,58 @@
+"""A process that prints the peak memory of a streamed estimate at 2 and 8 layers, and what one layer must take.
+
+All in bytes above what the process held before; the weights of both models are on disk.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from perta_fast import estimate_importance
+from perta_fast.memory import PeakMemory
+from tests.models import draw_samples, tokenizer
+
+SAMPLES = draw_samples(24, longest=8)
+
+
+def write(folder: Path, hidden: int, layers: int) -> int:
+    """A checkpoint; the bytes of one layer's weights."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return sum(4 * parameter.numel() for parameter in model.model.layers[0].parameters())
+
+
+def main(estimator: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+
+    def stream(name: str) -> None:
+        estimate_importance(
+            folder / name, SAMPLES, estimator, out=folder / f"{name}-out", stream=True, progress=False
+        )
+
+    write(folder / "tiny", 16, 1)
+    stream("tiny")  # what torch allocates once
+    write(folder / "shallow", 512, 2)
+    layer = write(folder / "deep", 512, 8)
+    peaks = []
+    for name in ("shallow", "deep"):
+        with PeakMemory() as memory:
+            stream(name)
+        peaks.append(memory.anonymous)
+        if name == "shallow":
+            start = memory.baseline
+    print(*(peak - start for peak in peaks), 2 * layer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
