@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from perta_fast.errors import InputError
 
 Forward = Callable[..., Tensor]
-_NOT_UNDERSTOOD = "streaming does not understand this model"
 StandIn = Callable[[int, Forward, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+
+_NOT_UNDERSTOOD = "streaming does not understand this model"
 
 
 class _Reached(Exception):
