@@ -94,7 +94,8 @@ class OutputDirectory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self.keep or isinstance(error, InputError | NotFiniteError):
+        hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
+        if hopeless or not self.keep:
             remove(self.path)  # gone already after a commit
         if self._aside.exists() and not self.final.exists():  # stopped between the two renames
             self._aside.rename(self.final)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from perta_fast.accounts import add_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
+from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.durable import (
     copy_range,
     drop_pages,
     read_record,
     remove,
     sync_directory,
-    sync_file,
     write_fully,
     write_record,
 )
@@ -120,114 +120,128 @@ def copy_companions(source: Checkpoint, target: Path) -> None:
 
 
 class _Shard:
-    """One shard on its way: what is still to come, and what its tensors' statistics add up to."""
+    """One shard on its way: its tensors, the chunks still to come, and what the statistics add up to."""
 
-    def __init__(self, name: str, source: SafetensorsFile, target: Path) -> None:
-        self.name, self.source, self.path = name, source, target
+    def __init__(self, name: str, source: SafetensorsFile, directory: Path) -> None:
+        self.name, self.source, self.path = name, source, directory / name
+        self.note = directory / STATE / f"done-{name}.json"
         self.indices: list[int] = []
+        self.bytes_moved = 0
         self.waiting = 0
         self.totals: dict[int, Statistics] = {}
-        self.descriptor = -1
+        self.descriptor: int | None = None
 
-    def open(self) -> None:
-        """Begin the file, over what an earlier attempt may have left."""
-        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        write_fully(self.descriptor, memoryview(self.source.header), 0)
+    def open(self) -> int:
+        """Begin the file, over what an earlier attempt may have left, unless it is begun."""
+        if self.descriptor is None:
+            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            write_fully(self.descriptor, memoryview(self.source.header), 0)
+        return self.descriptor
+
+    def close(self) -> None:
+        """Close the file if it is open."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+class _Writer:
+    """Takes chunks from many threads; a thread of its own flushes each shard that is complete and notes it."""
+
+    def __init__(self, job: Job, sources: Sources, shards: list[_Shard], target: OutputDirectory) -> None:
+        self._job, self._sources, self._target = job, sources, target
+        self._shards = {shard.name: shard for shard in shards}
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1)
+        self._finished: list[Future[None]] = []
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        for shard in self._shards.values():
+            shard.close()
+
+    def store(self, chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
+        """Write a chunk's bytes."""
+        theta = self._sources.plans[chunk.index].theta
+        shard = self._shards[theta.path.name]
+        with self._lock:
+            descriptor = shard.open()
+        write_fully(descriptor, data, theta.begin + chunk.begin * ITEM_SIZES[theta.dtype])
+        with self._lock:
+            add_up(shard.totals, chunk.index, statistics)
+            shard.waiting -= 1
+            if shard.waiting == 0:
+                self.finish(shard)
+
+    def finish(self, shard: _Shard) -> None:
+        """Have a shard flushed and noted, whose last byte is written."""
+        self._finished.append(self._thread.submit(self._flush, shard))
+
+    def wait(self) -> None:
+        """Until all are noted; raises what went wrong."""
+        for each in self._finished:
+            each.result()
+
+    def _flush(self, shard: _Shard) -> None:
+        descriptor = shard.open()
+        os.fsync(descriptor)
+        if self._job.drop_cache:
+            drop_pages(descriptor)
+        shard.close()
+        sync_directory(self._target.path)
+        write_record(shard.note, shard.totals)
+        self._target.keep = True
 
 
 def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report) -> None:
-    state = target.path / STATE
     shards = _shards(job, sources, target.path)
-    totals: dict[int, Statistics] = {}
-    todo = []
-    for shard in shards.values():
-        done = state / f"done-{shard.name}.json"
-        if done.exists():
-            totals |= _read_totals(done, shard)
-        else:
-            todo.append(shard)
-    size = {shard.name: _bytes(sources, shard) for shard in shards.values()}
-    total, rest = sum(size.values()), sum(size[shard.name] for shard in todo)
+    todo = [shard for shard in shards if not shard.note.exists()]
+    for shard in shards:
+        if shard not in todo:
+            shard.totals = _read_totals(shard)
+    total, rest = (sum(shard.bytes_moved for shard in group) for group in (shards, todo))
+    unchanged = [shard for shard in todo if all(sources.plans[index].copied for index in shard.indices)]
+    changing = [shard for shard in todo if shard not in unchanged]
     started = time.perf_counter()
-    lock = threading.Lock()
-
-    def finish(shard: _Shard) -> None:
-        os.fsync(shard.descriptor)
-        if job.drop_cache:
-            drop_pages(shard.descriptor)
-        os.close(shard.descriptor)
-        shard.descriptor = -1
-        sync_directory(target.path)
-        write_record(state / f"done-{shard.name}.json", shard.totals)
-        target.keep = True
-
-    with ThreadPoolExecutor(1) as finisher, byte_bar(total, "apply", job.progress, total - rest) as bar:
-        finished: list[Future[None]] = []
-
-        def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
-            plan = sources.plans[chunk.index]
-            shard = shards[plan.theta.path.name]
-            with lock:
-                if shard.descriptor < 0:
-                    shard.open()
-            width = plan.theta.size // plan.theta.count
-            write_fully(shard.descriptor, data, plan.theta.begin + chunk.begin * width)
-            with lock:
-                if statistics:
-                    add_up(shard.totals, chunk.index, statistics)
-                shard.waiting -= 1
-                if shard.waiting == 0:
-                    finished.append(finisher.submit(finish, shard))
-
-        try:
-            for shard in todo:
-                if _is_unchanged(sources, shard):
-                    _copy_shard(shard, job.link_unchanged)
-                    finished.append(finisher.submit(_note_copied, shard, state, target))
-                    bar.update(size[shard.name])
-                elif shard.waiting == 0:  # nothing but empty tensors
-                    shard.open()
-                    finished.append(finisher.submit(finish, shard))
-            changing = [shard for shard in todo if not _is_unchanged(sources, shard)]
-            plans = [(index, sources.plans[index]) for shard in changing for index in shard.indices]
-            subtraction = Subtraction(sources, job.choice, job.threads, job.chunk, job.drop_cache)
-            subtraction.run(chunks_of(plans, job.chunk), store, bar.update)
-            for each in finished:
-                each.result()
-        finally:
-            finisher.shutdown()
-            for shard in todo:
-                if shard.descriptor >= 0:
-                    os.close(shard.descriptor)
-    for shard in todo:
-        totals |= shard.totals
+    with (
+        byte_bar(total, "apply", job.progress, total - rest) as bar,
+        _Writer(job, sources, todo, target) as writer,
+    ):
+        for shard in unchanged:
+            _copy_shard(shard, job.link_unchanged)
+            shard.descriptor = os.open(shard.path, os.O_RDONLY)  # to be flushed
+            writer.finish(shard)
+            bar.update(shard.bytes_moved)
+        for shard in changing:
+            if shard.waiting == 0:  # nothing but empty tensors
+                writer.finish(shard)
+        plans = [(index, sources.plans[index]) for shard in changing for index in shard.indices]
+        subtraction = Subtraction(sources, job.choice, job.threads, job.chunk, job.drop_cache)
+        subtraction.run(chunks_of(plans, job.chunk), writer.store, bar.update)
+        writer.wait()
     report.add_phase("apply", time.perf_counter() - started, rest)
+    totals = {index: sums for shard in shards for index, sums in shard.totals.items()}
     describe_tensors(report, sources.plans, totals)
 
 
-def _read_totals(path: Path, shard: _Shard) -> dict[int, Statistics]:
-    content = read_record(path)
-    expected = set(map(str, shard.indices))
-    if not fits(content, dict[str, Statistics]) or not content.keys() <= expected:
-        raise InputError(f"{path}: is not the note of a finished shard")
+def _read_totals(shard: _Shard) -> dict[int, Statistics]:
+    content = read_record(shard.note)
+    if not fits(content, dict[str, Statistics]) or not content.keys() <= set(map(str, shard.indices)):
+        raise InputError(f"{shard.note}: is not the note of a finished shard")
     return {int(index): sums for index, sums in content.items()}
 
 
-def _shards(job: Job, sources: Sources, directory: Path) -> dict[str, _Shard]:
-    shards = {name: _Shard(name, file, directory / name) for name, file in sources.model.shards.items()}
+def _shards(job: Job, sources: Sources, directory: Path) -> list[_Shard]:
+    shards = {name: _Shard(name, file, directory) for name, file in sources.model.shards.items()}
     for index, plan in enumerate(sources.plans):
         shard = shards[plan.theta.path.name]
         shard.indices.append(index)
+        shard.bytes_moved += bytes_moved(plan, plan.theta.count)
         shard.waiting += -(-plan.theta.count // job.chunk)
-    return shards
-
-
-def _bytes(sources: Sources, shard: _Shard) -> int:
-    return sum(bytes_moved(sources.plans[k], sources.plans[k].theta.count) for k in shard.indices)
-
-
-def _is_unchanged(sources: Sources, shard: _Shard) -> bool:
-    return bool(shard.indices) and all(sources.plans[index].copied for index in shard.indices)
+    return list(shards.values())
 
 
 def _copy_shard(shard: _Shard, link: bool) -> None:
@@ -261,13 +275,6 @@ def _share(source: int, target: int) -> bool:
     except (ImportError, OSError):
         return False
     return True
-
-
-def _note_copied(shard: _Shard, state: Path, target: OutputDirectory) -> None:
-    sync_file(shard.path)
-    sync_directory(target.path)
-    write_record(state / f"done-{shard.name}.json", {})
-    target.keep = True
 
 
 def finish_leftover(final: Path) -> Report:
