@@ -38,6 +38,8 @@ from bench.tables import Row
 WHOLE = "apply: whole process"
 PHASE = "apply: the apply phase against copying the same bytes"
 LAM = 1.0
+COLD = os.environ.get("PERTA_BENCH_COLD") == "1"
+STATE = ", cold files" if COLD else ""  # ends the names of the tables
 
 WHOLE_PROCESS = {
     "perta apply": "ours",
@@ -105,7 +107,7 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
         def run() -> Sample:
             shutil.rmtree(out, ignore_errors=True)
             os.sync()  # what an earlier contender left to write is not charged to this one
-            if os.environ.get("PERTA_BENCH_COLD") == "1":
+            if COLD:
                 limits.evict([path for files in read for path in files])
             try:
                 return measure()
@@ -123,6 +125,8 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
     def measure_in_place() -> Sample:
         shutil.copytree(checkpoints.path("model"), out)
         os.sync()
+        if COLD:
+            limits.evict([*checkpoints.files("model"), *out.glob("*.safetensors")])
         return run_child(ours_in_place(checkpoints, out))
 
     def measure_mergekit() -> Sample:
@@ -177,7 +181,7 @@ def bench_whole_process(
         facts["note"] = NOTES[contender]
     role = WHOLE_PROCESS[contender]
     outcome = outcomes[contender]
-    board.append(replay(benchmark, outcome, group=WHOLE, contender=contender, role=role, **facts))
+    board.append(replay(benchmark, outcome, group=WHOLE + STATE, contender=contender, role=role, **facts))
 
 
 @replayed
@@ -193,7 +197,7 @@ def bench_apply_phase(
     role = APPLY_PHASE[contender]
     moved = bytes_moved(checkpoints, contender)
     outcome = outcomes[contender]
-    row = replay(benchmark, outcome, group=PHASE, contender=contender, role=role, bytes=moved)
+    row = replay(benchmark, outcome, group=PHASE + STATE, contender=contender, role=role, bytes=moved)
     board.append(row)
 
 

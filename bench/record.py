@@ -57,8 +57,8 @@ def load() -> Store:
 
 def expected(group: str) -> dict[str, str]:
     """Contenders and roles that a complete run of ``group`` has."""
-    if group in (WHOLE, PHASE):
-        return WHOLE_PROCESS if group == WHOLE else APPLY_PHASE
+    if group.startswith((WHOLE, PHASE)):
+        return WHOLE_PROCESS if group.startswith(WHOLE) else APPLY_PHASE
     if group == GROUP:
         return ROLES
     if group.startswith("reading"):
