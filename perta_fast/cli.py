@@ -96,9 +96,7 @@ def _add_unlearn(commands: Any) -> None:
     _add_checkpoints(parser)
     parser.add_argument("--forget", type=Path, metavar="FILE", help="JSON lines to forget")
     parser.add_argument("--retain", type=Path, metavar="FILE", help="JSON lines to keep")
-    parser.add_argument(
-        "--at", choices=("base", "model"), default="base", help="where the gradients are taken (base)"
-    )
+    _add_at(parser)
     parser.add_argument("--save-importance", type=Path, metavar="DIR", help="keep both importances here")
     _add_stream(parser)
     _add_rule(parser)
@@ -119,10 +117,7 @@ def _unlearn(parsed: argparse.Namespace) -> int:
         at=parsed.at,
         save_importance=parsed.save_importance,
         stream=parsed.stream,
-        batch_size=parsed.batch_size,
-        max_length=parsed.max_length,
-        device=parsed.device,
-        dtype=_torch_dtype(parsed.dtype),
+        **_estimation_settings(parsed),
         **_rule_settings(parsed),
         **_result_settings(parsed),
     )
@@ -153,10 +148,7 @@ def _importance(parsed: argparse.Namespace) -> int:
         parsed.model,
         parsed.data,
         parsed.estimator,
-        batch_size=parsed.batch_size,
-        max_length=parsed.max_length,
-        device=parsed.device,
-        dtype=_torch_dtype(parsed.dtype),
+        **_estimation_settings(parsed),
         stream=parsed.stream,
         **_output_settings(parsed),
     ).metadata
@@ -215,9 +207,7 @@ def _add_sweep(commands: Any) -> None:
     )
     parser.add_argument("--forget-importance", type=Path, metavar="DIR", help="instead of estimating it")
     parser.add_argument("--retain-importance", type=Path, metavar="DIR", help="instead of estimating it")
-    parser.add_argument(
-        "--at", choices=("base", "model"), default="base", help="where the gradients are taken (base)"
-    )
+    _add_at(parser)
     _add_rule(parser, with_lam=False)
     _add_estimation(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory to make, for figures and plot")
@@ -245,10 +235,7 @@ def _sweep(parsed: argparse.Namespace) -> int:
         alpha=parsed.alpha,
         threshold=parsed.threshold,
         at=parsed.at,
-        batch_size=parsed.batch_size,
-        max_length=parsed.max_length,
-        device=parsed.device,
-        dtype=_torch_dtype(parsed.dtype),
+        **_estimation_settings(parsed),
         **_output_settings(parsed),
     )
     print(result.summary())
@@ -374,6 +361,17 @@ def _add_estimation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="D", help="cpu or cuda (cuda if there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="type to run in (the checkpoint's)"
+    )
+
+
+def _estimation_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    names = ("batch_size", "max_length", "device")
+    return {**{name: getattr(parsed, name) for name in names}, "dtype": _torch_dtype(parsed.dtype)}
+
+
+def _add_at(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--at", choices=("base", "model"), default="base", help="where the gradients are taken (base)"
     )
 
 

@@ -20,13 +20,14 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None, drop_cac
     cache. Raises RunError if the file cannot be read.
     """
     digest = blake3()
-    buffer = memoryview(bytearray(_STEP))
+    buffer, done = memoryview(bytearray(_STEP)), 0
     try:
         with open(path, "rb", buffering=0, opener=regular_file) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
-                if drop_cache:
-                    drop_pages(file.fileno())
+                if drop_cache:  # not the pages that the system has read ahead
+                    drop_pages(file.fileno(), done, count)
+                done += count
                 if advance is not None:
                     advance(count)
     except OSError as error:

@@ -23,6 +23,7 @@ from perta_fast.durable import move, read_record, remove, sync_directory, sync_f
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError
 from perta_fast.job import Job, reopen
 from perta_fast.journal import START, Segment, new_segment, valid_segments
+from perta_fast.locking import lock
 from perta_fast.memory import PeakMemory
 from perta_fast.model_card import write_model_card
 from perta_fast.output import advice, check_space, scratch_path
@@ -30,11 +31,6 @@ from perta_fast.progress import byte_bar
 from perta_fast.report import FILE_NAME, Report, fits, now
 from perta_fast.sources import Sources
 from perta_fast.subtraction import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two runs on one model are then not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
@@ -75,9 +71,7 @@ def resume_in_place(model: Path, progress: bool) -> Report:
         job.final, job.progress = str(model), progress
         set_aside = [path for path in journal.glob("*.safetensors.index.json") if path.is_file()]
         sources = reopen(job, set_aside[0] if set_aside else None)
-        report = job.begun_report()
-        report.resumed += 1
-        job.keep_report(report)
+        job.take_up_again()
         job.save(journal / JOB)
         return _finish(job, sources, journal, memory)
 
@@ -120,15 +114,12 @@ def _locked(model: Path) -> Iterator[Path]:
     journal = model / JOURNAL
     try:
         journal.mkdir(exist_ok=True)
-        lock = os.open(journal, os.O_RDONLY)
+        descriptor = lock(journal)
+    except BlockingIOError:
+        raise RunError(f"{model}: another run is changing it now") from None
     except OSError as error:
         raise RunError(f"{model}: cannot be written: {error.strerror}") from error
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{model}: another run is changing it now") from None
         if not (journal / JOB).exists():  # left over from a run that was finished, or never began
             for entry in journal.iterdir():
                 remove(entry)
@@ -138,7 +129,7 @@ def _locked(model: Path) -> Iterator[Path]:
             if not is_open(model):
                 remove(journal)
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 @contextmanager
@@ -164,17 +155,20 @@ def _explained(model: Path) -> Iterator[None]:
 
 def _rehearse(job: Job, sources: Sources, report: Report) -> None:
     """Compute everything and keep nothing."""
-    moved = sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans if plan.copied is None)
+    moved = _bytes_to_move(sources)
     started = time.perf_counter()
     with byte_bar(moved, "check", job.progress) as bar:
-        subtraction = Subtraction(sources, job.choice, job.threads, job.chunk, job.drop_cache)
-        subtraction.run(_changing(job, sources), lambda *_: None, bar.update)
+        job.subtraction(sources).run(_changing(job, sources), lambda *_: None, bar.update)
     report.add_phase("check", time.perf_counter() - started, moved)
 
 
 def _changing(job: Job, sources: Sources) -> Iterator[Chunk]:
     plans = [(index, plan) for index, plan in enumerate(sources.plans) if plan.copied is None]
     return chunks_of(plans, job.chunk)
+
+
+def _bytes_to_move(sources: Sources) -> int:
+    return sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans if plan.copied is None)
 
 
 def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Report:
@@ -227,11 +221,11 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
     """Replay what the journal holds, then compute the rest."""
     shards = {name: shard.path for name, shard in sources.model.shards.items()}
     done, number, totals = _replay(job, sources, journal)
-    moved = sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans if plan.copied is None)
+    moved = _bytes_to_move(sources)
     chunks = _changing(job, sources)
     skipped = sum(bytes_moved(sources.plans[c.index], c.count) for c in islice(chunks, done))
     started = time.perf_counter()
-    subtraction = Subtraction(sources, job.choice, job.threads, job.chunk, job.drop_cache)
+    subtraction = job.subtraction(sources)
     last: Future[None] | None = None
 
     def complete(segment: Segment, state: _State) -> None:

@@ -16,6 +16,7 @@ from perta_fast.report import Report, TensorReport, fits, installed_versions
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import TensorEntry
 from perta_fast.sources import Sources
+from perta_fast.subtraction import Subtraction
 
 FORMAT = "perta-run"
 FORMAT_VERSION = 1
@@ -66,6 +67,16 @@ class Job:
     def keep_report(self, report: Report) -> None:
         """Keep what the report says so far."""
         self.report = asdict(report)
+
+    def take_up_again(self) -> None:
+        """Count one more time that the run goes on after it was stopped."""
+        report = self.begun_report()
+        report.resumed += 1
+        self.keep_report(report)
+
+    def subtraction(self, sources: Sources) -> Subtraction:
+        """The arithmetic on opened inputs, as this run does it."""
+        return Subtraction(sources, self.choice, self.threads, self.chunk, self.drop_cache)
 
     def begun_report(self) -> Report:
         """The report as it was when the run began."""

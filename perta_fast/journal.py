@@ -105,8 +105,9 @@ class Segment:
             for target in targets.values():
                 os.fsync(target)
             if drop_cache:
-                for descriptor in (self.descriptor, *targets.values()):
-                    drop_pages(descriptor)
+                drop_pages(self.descriptor)
+                for piece in self.pieces:  # not the pages that are read ahead for the next
+                    drop_pages(targets[piece.name], piece.offset, piece.size)
         finally:
             for target in targets.values():
                 os.close(target)

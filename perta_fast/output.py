@@ -9,11 +9,7 @@ from types import TracebackType
 
 from perta_fast.durable import move, remove, sync_tree
 from perta_fast.errors import InputError, NotFiniteError, RunError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two runs on one output are then not kept apart
-    fcntl = None  # type: ignore[assignment]
+from perta_fast.locking import lock
 
 
 class OutputDirectory:
@@ -49,27 +45,16 @@ class OutputDirectory:
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True)
-            self._acquire()
+            self._lock = lock(self.path)
             if not self._resume:
                 for entry in self.path.iterdir():  # left over from a run that was killed
                     remove(entry)
+        except BlockingIOError:
+            raise RunError(f"{self.final}: another run is writing it now") from None
         except OSError as error:
             self._release()
             raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
         return self
-
-    def _acquire(self) -> None:
-        if fcntl is None:
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(self._lock), self.path.stat())  # not renamed by its owner
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            self._release()
-            raise RunError(f"{self.final}: another run is writing it now")
 
     def _release(self) -> None:
         if self._lock is not None:

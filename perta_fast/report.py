@@ -106,9 +106,7 @@ class Report:
 
     def save(self, directory: Path) -> None:
         """Write ``perta_report.json`` into ``directory``."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
-        # A path that is not UTF-8 becomes the escapes from which JSON gives it back.
-        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        write_readable_json(directory / FILE_NAME, asdict(self))
 
     @classmethod
     def load(cls, directory: Path) -> "Report":
@@ -148,6 +146,12 @@ class Report:
             )
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` for people and programs; a path that is not UTF-8 comes back from its escapes."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def printable(text: str) -> str:

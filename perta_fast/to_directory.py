@@ -28,7 +28,7 @@ from perta_fast.progress import byte_bar
 from perta_fast.report import Report, fits, now
 from perta_fast.safetensors_file import SafetensorsFile
 from perta_fast.sources import Sources
-from perta_fast.subtraction import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
+from perta_fast.subtraction import Chunk, Statistics, bytes_moved, chunks_of
 
 STATE = ".perta-run"  # below the directory that is being built
 _FREE_MARGIN = 64 << 20  # bytes of disk left for small files
@@ -60,9 +60,7 @@ def resume_directory(final: Path, progress: bool) -> Report:
     job.progress = progress
     sources = reopen(job)
     target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
-    report = job.begun_report()
-    report.resumed += 1
-    job.keep_report(report)
+    job.take_up_again()
     return _run(job, sources, target)
 
 
@@ -219,8 +217,7 @@ def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: R
             if shard.waiting == 0:  # nothing but empty tensors
                 writer.finish(shard)
         plans = [(index, sources.plans[index]) for shard in changing for index in shard.indices]
-        subtraction = Subtraction(sources, job.choice, job.threads, job.chunk, job.drop_cache)
-        subtraction.run(chunks_of(plans, job.chunk), writer.store, bar.update)
+        job.subtraction(sources).run(chunks_of(plans, job.chunk), writer.store, bar.update)
         writer.wait()
     report.add_phase("apply", time.perf_counter() - started, rest)
     totals = {index: sums for shard in shards for index, sums in shard.totals.items()}

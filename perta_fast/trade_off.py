@@ -1,6 +1,5 @@
 """What a sweep has measured: forget loss against retain loss by strength, as a table, a file and a plot."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.importance.store import ImportanceMetadata
-from perta_fast.report import DataRecord
+from perta_fast.report import DataRecord, write_readable_json
 
 LARGEST = 1024.0  # the search for a strength goes no further up,
 SMALLEST = 1 / 1024  # and no further down
@@ -104,9 +103,7 @@ class Sweep:
             "best": None if best is None else best.lam,
             "rows": [{key: _finite_or_none(value) for key, value in asdict(row).items()} for row in self.rows],
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        # A path that is not UTF-8 becomes the escapes from which JSON gives it back.
-        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        write_readable_json(directory / FILE_NAME, content)
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -20,7 +20,7 @@ def stopped(*arguments, **settings):
     calls.append(arguments)
     if first and not {after}:
         os.kill(os.getpid(), signal.{signal})
-        time.sleep(0.3)  # in a worker: the main thread must see it first
+        time.sleep(1)  # in a worker: the main thread must see it first, on a busy machine too
     result = original(*arguments, **settings)
     if first and {after}:
         os.kill(os.getpid(), signal.{signal})
