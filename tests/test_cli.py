@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perta_fast import cli
+from perta_fast.commands import inspect
 from perta_fast.report import Report
 from tests.checkpoints import fingerprint, read_checkpoint
 from tests.children import perta
@@ -263,7 +264,7 @@ def test_what_goes_wrong_in_a_command_is_one_line(
     def fail(_: argparse.Namespace) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_inspect", fail)
+    monkeypatch.setattr(inspect, "run", fail)
     assert run("inspect", ".") == status
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -275,7 +276,7 @@ def test_a_defect_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
     def fail(_: argparse.Namespace) -> int:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(cli, "_inspect", fail)
+    monkeypatch.setattr(inspect, "run", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         run("inspect", ".")
 

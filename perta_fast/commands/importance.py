@@ -1,0 +1,53 @@
+"""``perta importance``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from perta_fast.commands.settings import (
+    add_estimation,
+    add_output,
+    add_stream,
+    estimation_settings,
+    finish,
+    output_settings,
+)
+from perta_fast.rules import ESTIMATORS
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("importance", help="estimate the importance of every parameter on data")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="where it is taken")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines")
+    parser.add_argument(
+        "--estimator",
+        choices=ESTIMATORS,
+        default="grad",
+        help="grad serves the rules grad and fisher (default)",
+    )
+    add_stream(parser)
+    add_estimation(parser)
+    add_output(parser)
+    parser.set_defaults(command=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from perta_fast.importance.estimate import estimate_importance
+
+    found = estimate_importance(
+        parsed.model,
+        parsed.data,
+        parsed.estimator,
+        **estimation_settings(parsed),
+        stream=parsed.stream,
+        **output_settings(parsed),
+    ).metadata
+    lines = [f"{found.estimator} over {found.sample_count} samples, {found.label_count} labels"]
+    if found.truncated_count:
+        lines.append(f"warning: {found.truncated_count} samples were cut to the length limit")
+    if found.one_by_one:
+        lines.append(
+            f"no batched rule fits these parameters, which took a pass for each sample: {found.one_by_one}"
+        )
+    finish("\n".join(lines), parsed.out, parsed.quiet)
+    return 0

@@ -1,0 +1,19 @@
+"""How a walk over a model's layers spends memory and scratch disk."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The choices that change a streamed run's cost and not its result, but for the order of sums.
+
+    batch_size: samples that run together. every: hidden states are kept on disk at each ``every``-th boundary
+    between layers; those between are computed again on the way back. groups: the samples are dealt into so many
+    groups, each walked by itself, with the sums of every layer on disk in between. overlap: the next layer's
+    weights are read, and the last layer's result written, while one computes; takes memory for both.
+    """
+
+    batch_size: int = 8
+    every: int = 1
+    groups: int = 1
+    overlap: bool = True
