@@ -1,6 +1,6 @@
 """Which tensor of the model meets which tensors of the others, settled before a byte is written."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,7 +68,7 @@ def _plan_tensor(
     base_entry, tuned_entry = _resolve(base, name), _resolve(tuned, name)
     forget_entry = retain_entry = None
     if forget_importance is not None and retain_importance is not None:
-        key = _importance_key(name, model, forget_importance)
+        key = importance_key(name, model, forget_importance.tensors)
         if key is None:
             return TensorPlan(theta, copied="not covered by the importance")
         forget_entry, retain_entry = forget_importance.tensors[key], retain_importance.tensors[key]
@@ -135,12 +135,13 @@ def _check_subset(path: Path, names: Iterable[str], other_path: Path, others: Ma
         raise InputError(f"{other_path}: lacks {_names(missing)}, which {path} has")
 
 
-def _importance_key(name: str, model: Checkpoint, importance: Checkpoint) -> str | None:
-    if name in importance.tensors:
+def importance_key(name: str, model: Checkpoint, names: Container[str]) -> str | None:
+    """Which of an importance's ``names`` is that of the model's tensor ``name``; None if it is not covered."""
+    if name in names:
         return name
     # A tied pair has one importance, under one of its two names; both copies on disk must stay equal.
     partner = tied_partner(name, model.tensors)
-    if partner is not None and partner in importance.tensors and model.equal(name, partner):
+    if partner is not None and partner in names and model.equal(name, partner):
         return partner
     return None
 

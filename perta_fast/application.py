@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perta_fast import compiled
 from perta_fast.accounts import begin_report
@@ -19,7 +20,10 @@ from perta_fast.report import Report
 from perta_fast.rules import Rule
 from perta_fast.sources import Sources, open_sources
 from perta_fast.subtraction import bytes_moved, chunk_elements
-from perta_fast.to_directory import begun_job, has_begun, resume_directory, write_directory
+from perta_fast.to_directory import begun_job, has_begun, resume_directory, write_directory, write_shards
+
+if TYPE_CHECKING:
+    from perta_fast.streaming.run import StreamedRun
 
 
 def apply(
@@ -93,11 +97,12 @@ def apply_sources(
     *,
     annotate: Callable[[Report], None] | None = None,
     temporary: bool = False,
+    streamed: "StreamedRun | None" = None,
 ) -> Report:
     """``apply`` on opened inputs.
 
     annotate: adds to the report before the work begins. temporary: the importances lie at ``scratch_path`` of
-    the result, and are removed when the run is done.
+    the result, and are removed when the run is done. streamed: finds the importances on the way.
     """
     check_threads(settings.threads)
     threads = settings.threads or compiled.kernels().available_threads()
@@ -123,6 +128,7 @@ def apply_sources(
         plans=plan_names(sources.plans),
         version=this_version(),
         temporary=temporary,
+        stream={} if streamed is None else dict(streamed.settings),
         progress=settings.progress,
     )
     job.keep_report(report)
@@ -133,7 +139,7 @@ def apply_sources(
         if not job.same_work(begun_job(settings.place)):
             raise InputError(unfinished_advice(settings.place))
         return resume_directory(settings.place, settings.progress)
-    return write_directory(job, sources)
+    return write_directory(job, sources, write_shards if streamed is None else streamed.fill)
 
 
 def unfinished_advice(place: Path) -> str:

@@ -31,7 +31,8 @@ class Job:
     final: the directory to make, or to change in place. files: role to file name to size, time of change and
     hash of the header of each weight file. plans: for each tensor of the model the names of those it meets, as
     settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the run is
-    done. report: what the report said when the run began.
+    done. stream: what a streamed run needs (``streaming.run``). report: what the report said when the run
+    began.
     """
 
     final: str
@@ -51,6 +52,7 @@ class Job:
     plans: list[dict[str, str | None]]
     version: str
     temporary: bool = False
+    stream: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     progress: bool = True  # of this process; not kept
 
@@ -61,7 +63,19 @@ class Job:
 
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
-        keys = ("final", "in_place", "rule", "lam", "p", "alpha", "threshold", "files", "plans", "version")
+        keys = (
+            "final",
+            "in_place",
+            "rule",
+            "lam",
+            "p",
+            "alpha",
+            "threshold",
+            "files",
+            "plans",
+            "version",
+            "stream",
+        )
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def keep_report(self, report: Report) -> None:

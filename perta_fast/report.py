@@ -72,7 +72,9 @@ class TensorReport:
 class Report:
     """The record of one run. Paths are absolute; hashes are BLAKE3.
 
-    data: by ``forget`` and ``retain``. settings: how the importances were estimated, where the run did that.
+    data: by ``forget`` and ``retain``. overlap: of a streamed run, seconds spent computing, reading weights and
+    writing results, and how many of the last two went by while it computed. settings: how the
+    importances were estimated, where the run did that.
     """
 
     rule: str
@@ -88,6 +90,7 @@ class Report:
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
+    overlap: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     threads: int = 1
     instruction_set: str = ""
@@ -136,6 +139,14 @@ class Report:
         for name, phase in self.phases.items():
             rate = f", {phase['gb_per_s']:.1f} GB/s" if phase["bytes"] else ""
             lines.append(f"{name}: {phase['seconds']:.2f} s{rate}")
+        if self.overlap:
+            read, write = (
+                (self.overlap[f"{k}_seconds"], self.overlap[f"{k}_hidden_seconds"]) for k in ("read", "write")
+            )
+            lines.append(
+                f"of this: computing {self.overlap['compute_seconds']:.2f} s; reading {read[0]:.2f} s, "
+                f"{read[1]:.2f} s of it hidden; writing {write[0]:.2f} s, {write[1]:.2f} s of it hidden"
+            )
         if self.memory.get("peak_anonymous_bytes"):
             own = self.memory["peak_anonymous_bytes"] / 2**20
             start = self.memory.get("anonymous_bytes_at_start", 0) / 2**20

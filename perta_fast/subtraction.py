@@ -8,9 +8,9 @@ imported.
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ class Subtraction:
     """Computes chunks on several threads.
 
     drop_cache: give pages back to the system as soon as they were read, so that other files keep theirs.
+    held: float32 importances, forget and retain, that are in memory instead of a file, by their plan's number.
     """
 
     sources: Sources
@@ -68,6 +69,7 @@ class Subtraction:
     threads: int
     chunk: int
     drop_cache: bool = False
+    held: Mapping[int, "Sequence[np.ndarray[Any, np.dtype[np.float32]]]"] = field(default_factory=dict)
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], Any]) -> None:
         """Deal the chunks to the threads in order and hand each result to ``store``, in the thread that has it.
@@ -143,8 +145,11 @@ class _Workspace:
             begin = entry.begin + chunk.begin * width
             self._read(place, checkpoint.file_of(entry), begin, chunk.count * width)
             codes.append(KERNEL_CODES[entry.dtype])
-        missing = _OPERANDS - len(codes)  # rule tv has no importances
         addresses = [int(buffer.ctypes.data) for buffer in self._buffers]
+        for array in self._job.held.get(chunk.index, ()):
+            addresses[len(codes)] = int(array[chunk.begin :].ctypes.data)
+            codes.append(KERNEL_CODES["F32"])
+        missing = _OPERANDS - len(codes)  # rule tv has no importances
         statistics: Statistics = compiled.kernels().rescaled_subtract(
             addresses[_OPERANDS],
             *addresses[: len(codes)],

@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,14 +32,18 @@ from perta_fast.sources import Sources
 from perta_fast.subtraction import Chunk, Statistics, bytes_moved, chunks_of
 
 STATE = ".perta-run"  # below the directory that is being built
+WALK = "walk.json"  # in the state of a streamed run: how far it has come
 _FREE_MARGIN = 64 << 20  # bytes of disk left for small files
 _FICLONE = 0x40049409  # Linux: share the data of another file
+
+# Writes the shards of a run's directory and says what became of each tensor; returns the sources to describe.
+Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
 
 
 def has_begun(final: Path) -> bool:
     """Whether an unfinished run to ``final`` has work in it that can be taken up again."""
     state = partial_path(final) / STATE
-    return (state / JOB).exists() and any(state.glob("done-*"))
+    return (state / JOB).exists() and ((state / WALK).exists() or any(state.glob("done-*")))
 
 
 def begun_job(final: Path) -> Job:
@@ -46,12 +51,12 @@ def begun_job(final: Path) -> Job:
     return Job.load(partial_path(final) / STATE / JOB)
 
 
-def write_directory(job: Job, sources: Sources) -> Report:
-    """Do the whole run. Raises as ``apply``; Interrupted if stopped with a shard done."""
+def write_directory(job: Job, sources: Sources, fill: Fill) -> Report:
+    """Do the whole run. Raises as ``apply``; Interrupted if stopped with a part done."""
     final = Path(job.final)
     check_space(final, sources.model.size + _FREE_MARGIN)
     target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
-    return _run(job, sources, target)
+    return _run(job, sources, target, fill)
 
 
 def resume_directory(final: Path, progress: bool) -> Report:
@@ -59,22 +64,26 @@ def resume_directory(final: Path, progress: bool) -> Report:
     job = begun_job(final)
     job.progress = progress
     sources = reopen(job)
+    fill: Fill = write_shards
+    if job.stream:
+        from perta_fast.streaming.run import StreamedRun
+
+        fill = StreamedRun.reopened(job).fill
     target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
     job.take_up_again()
-    return _run(job, sources, target)
+    return _run(job, sources, target, fill)
 
 
-def _run(job: Job, sources: Sources, target: OutputDirectory) -> Report:
+def _run(job: Job, sources: Sources, target: OutputDirectory, fill: Fill) -> Report:
     report = job.begun_report()
     try:
         with PeakMemory() as memory, target:
             state = target.path / STATE
             state.mkdir(exist_ok=True)
             job.save(state / JOB)
-            _keep_only_shards(target.path)
+            _keep_only_shards(target.path, sources)
             copy_companions(sources.model, target.path)
-            _write_shards(job, sources, target, report)
-            describe_inputs(report, sources, job)
+            describe_inputs(report, fill(job, sources, target, report), job)
             outputs = [target.path / name for name in sources.model.shards]
             describe_output(report, outputs, target.final, job)
             write_model_card(target.path, report)
@@ -92,11 +101,12 @@ def _run(job: Job, sources: Sources, target: OutputDirectory) -> Report:
     return report
 
 
-def _keep_only_shards(directory: Path) -> None:
-    """Remove what an earlier attempt left, but for the state and the shards that are done."""
-    done = {
-        path.name.removeprefix("done-").removesuffix(".json") for path in (directory / STATE).glob("done-*")
-    }
+def _keep_only_shards(directory: Path, sources: Sources) -> None:
+    """Remove what an earlier attempt left, but for its state and the shards that it has done or begun."""
+    state = directory / STATE
+    done = {path.name.removeprefix("done-").removesuffix(".json") for path in state.glob("done-*")}
+    if (state / WALK).exists():
+        done.update(sources.model.shards)
     for path in directory.iterdir():
         if path.name != STATE and path.name not in done:
             remove(path)
@@ -194,7 +204,8 @@ class _Writer:
         self._target.keep = True
 
 
-def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report) -> None:
+def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report) -> Sources:
+    """Subtract shard by shard, from importances on disk, if any; return ``sources``."""
     shards = _shards(job, sources, target.path)
     todo = [shard for shard in shards if not shard.note.exists()]
     for shard in shards:
@@ -222,6 +233,7 @@ def _write_shards(job: Job, sources: Sources, target: OutputDirectory, report: R
     report.add_phase("apply", time.perf_counter() - started, rest)
     totals = {index: sums for shard in shards for index, sums in shard.totals.items()}
     describe_tensors(report, sources.plans, totals)
+    return sources
 
 
 def _read_totals(shard: _Shard) -> dict[int, Statistics]:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +14,7 @@ from perta_fast.output import OutputDirectory, check_output, check_space
 from perta_fast.report import DataRecord, Report
 from perta_fast.rules import Rule
 from perta_fast.sources import open_sources
-from perta_fast.to_directory import has_begun
+from perta_fast.to_directory import begun_job, has_begun
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +80,9 @@ def unlearn(
             report.data = named
 
         return apply_sources(opened, chosen, settings, annotate=note)
-    if not overwrite and not in_place and has_begun(place):
+    if not overwrite and not in_place and has_begun(place) and not (stream and begun_job(place).stream):
         raise InputError(unfinished_advice(place))
-    from perta_fast.importance.estimate import check_sizes, estimate_on, load_subject, samples_for
+    from perta_fast.importance.estimate import check_sizes, describe, estimate_on, load_subject, samples_for
 
     check_sizes(batch_size, max_length)
     data = _check_data(chosen, forget, retain)
@@ -96,16 +97,70 @@ def unlearn(
         check_output(kept, overwrite=overwrite, inputs=[*inputs, place])
         if not in_place:
             check_output(place, overwrite=overwrite, inputs=[kept])
-    phases: dict[str, float] = {}
+    started = time.perf_counter()
+    subject = load_subject(Path(model if at == "model" else base), device, dtype, stream=stream)
+    samples = {role: samples_for(subject, rows, max_length) for role, rows in records.items()}
+    phases = {"load": time.perf_counter() - started}
+    device_used = str(subject.device)
+    data_records: dict[str, DataRecord] = {
+        role: {
+            "path": str(path.resolve()),
+            "blake3": hashes[role],
+            "samples": len(samples[role]),
+            "truncated": sum(each.truncated for each in samples[role]),
+        }
+        for role, path in data.items()
+    }
+
+    def annotate(report: Report) -> None:
+        for name, seconds in phases.items():
+            report.add_phase(name, seconds, 0)
+        report.data = data_records
+        report.settings = {
+            "at": at,
+            "estimator": str(chosen.estimator),
+            "batch_size": str(batch_size),
+            "max_length": "the model's" if max_length is None else str(max_length),
+            "dtype": "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."),
+            "device": device_used,
+            "stream": "yes" if stream else "no",
+        }
+        for role, record in data_records.items():
+            if record["truncated"]:
+                report.warnings.append(
+                    f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
+                )
+
+    if stream and not in_place:
+        import torch
+
+        from perta_fast.importance.store import as_strings
+        from perta_fast.streaming.run import StreamedRun, StreamSettings
+        from perta_fast.streaming.schedule import Schedule
+
+        assert subject.skeleton is not None
+        run = StreamedRun(
+            subject.skeleton,
+            samples,
+            StreamSettings(
+                subject=subject.origin,
+                device=device_used,
+                dtype=str(subject.module.dtype).removeprefix("torch."),
+                schedule=asdict(Schedule(batch_size)),
+                torch_threads=torch.get_num_threads(),
+                metadata={
+                    role: as_strings(describe(subject, samples[role], hashes[role], chosen.estimator))
+                    for role in data
+                },
+                save="" if save_importance is None else str(kept),
+                overwrite_saved=overwrite,
+            ),
+        )
+        return apply_sources(run.cover(opened), chosen, settings, annotate=annotate, streamed=run)
     with _importance_directory(place, save_importance, overwrite) as importances:
-        data_records: dict[str, DataRecord] = {}
-        started = time.perf_counter()
-        subject = load_subject(Path(model if at == "model" else base), device, dtype, stream=stream)
-        samples = {role: samples_for(subject, rows, max_length) for role, rows in records.items()}
-        phases["load"] = time.perf_counter() - started
-        for role, path in data.items():
+        for role in data:
             started = time.perf_counter()
-            found = estimate_on(
+            estimate_on(
                 subject,
                 samples[role],
                 hashes[role],
@@ -115,13 +170,7 @@ def unlearn(
                 overwrite=False,
                 progress=progress,
                 description=f"{role} importance",
-            ).metadata
-            data_records[role] = {
-                "path": str(path.resolve()),
-                "blake3": found.data_hash,
-                "samples": found.sample_count,
-                "truncated": found.truncated_count,
-            }
+            )
             phases[f"{role} importance"] = time.perf_counter() - started
         del subject  # the subtraction needs its memory for the page cache
         directory = importances.path
@@ -129,25 +178,6 @@ def unlearn(
             importances.commit()
             directory = importances.final
         sources = open_sources(chosen, model, base, tuned, directory / "forget", directory / "retain")
-
-        def annotate(report: Report) -> None:
-            for name, seconds in phases.items():
-                report.add_phase(name, seconds, 0)
-            report.data = data_records
-            report.settings = {
-                "at": at,
-                "estimator": str(chosen.estimator),
-                "batch_size": str(batch_size),
-                "max_length": "the model's" if max_length is None else str(max_length),
-                "dtype": "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."),
-            }
-            for role, record in data_records.items():
-                if record["truncated"]:
-                    report.warnings.append(
-                        f"{record['truncated']} of {record['samples']} {role} samples were cut to the "
-                        "length limit"
-                    )
-
         try:
             return apply_sources(
                 sources,

@@ -104,6 +104,8 @@ def test_how_the_importances_were_estimated_is_reported(job: Job, tmp_path: Path
         "batch_size": "3",
         "max_length": "100",
         "dtype": "float32",
+        "device": "cuda:0" if torch.cuda.is_available() else "cpu",
+        "stream": "no",
     }
 
 
@@ -266,7 +268,6 @@ def second_call(action: Callable[..., Any], original: Callable[..., Any]) -> Cal
 
 
 STAGES: dict[str, Callable[[Callable[..., Any], pytest.MonkeyPatch], None]] = {
-    "load": lambda action, patch: patch.setattr(estimate, "load_subject", action),
     "forget importance": lambda action, patch: patch.setattr(estimate, "accumulate", action),
     "retain importance": lambda action, patch: patch.setattr(
         estimate, "accumulate", second_call(action, accumulate)

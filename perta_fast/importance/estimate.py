@@ -117,6 +117,11 @@ class Subject:
     origin: str
     skeleton: "Skeleton | None" = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is run."""
+        return next(self.module.parameters()).device if self.skeleton is None else self.skeleton.device
+
 
 def samples_for(
     subject: Subject, rows: Sequence[Record] | Sequence[Sample], max_length: int | None
@@ -153,44 +158,52 @@ def estimate_on(
     description: str = "importance",
 ) -> Importance:
     """``estimate_importance`` once the model is loaded and the data is checked."""
-
-    def describe(one_by_one: Sequence[str]) -> ImportanceMetadata:
-        versions = installed_versions()
-        return ImportanceMetadata(
-            estimator=estimator,
-            data_hash=data_hash,
-            sample_count=len(samples),
-            truncated_count=sum(sample.truncated for sample in samples),
-            label_count=sum(sample.label_count for sample in samples),
-            evaluated_at=subject.origin,
-            one_by_one=", ".join(one_by_one),
-            perta_fast_version=versions.get("perta-fast", ""),
-            torch_version=versions.get("torch", ""),
-            transformers_version=versions.get("transformers", ""),
-        )
-
     if subject.skeleton is not None:
+        from perta_fast.streaming.schedule import Schedule
         from perta_fast.streaming.writing import write_importance
 
         assert out is not None
         return write_importance(
             subject.skeleton,
             samples,
-            estimator,
-            describe,
-            batch_size=batch_size,
+            describe(subject, samples, data_hash, estimator),
+            Schedule(batch_size),
             out=out,
             overwrite=overwrite,
             description=description,
             progress=progress,
         )
     found = accumulate(subject.module, samples, estimator, batch_size, description, progress)
-    importance = Importance(as_stored(subject.module, found.means), describe(found.one_by_one))
+    metadata = describe(subject, samples, data_hash, estimator, found.one_by_one)
+    importance = Importance(as_stored(subject.module, found.means), metadata)
     for name, tensor in importance.tensors.items():
         check_finite(name, tensor)
     if out is not None:
         importance.save(out, overwrite=overwrite)
     return importance
+
+
+def describe(
+    subject: Subject,
+    samples: Sequence[Sample],
+    data_hash: str,
+    estimator: Estimator,
+    one_by_one: Sequence[str] = (),
+) -> ImportanceMetadata:
+    """What an importance says of itself."""
+    versions = installed_versions()
+    return ImportanceMetadata(
+        estimator=estimator,
+        data_hash=data_hash,
+        sample_count=len(samples),
+        truncated_count=sum(sample.truncated for sample in samples),
+        label_count=sum(sample.label_count for sample in samples),
+        evaluated_at=subject.origin,
+        one_by_one=", ".join(one_by_one),
+        perta_fast_version=versions.get("perta-fast", ""),
+        torch_version=versions.get("torch", ""),
+        transformers_version=versions.get("transformers", ""),
+    )
 
 
 def load_subject(

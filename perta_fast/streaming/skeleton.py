@@ -1,6 +1,6 @@
 """A causal language model without its weights, which are read when their turn comes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +78,32 @@ class Skeleton:
         part: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         return part
 
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint that an importance covers, in its order."""
+        return {tensor: self.checkpoint.tensors[tensor].shape for tensor in self.stored.values()}
+
+    def as_stored(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Means of whole parts, by parameter name, under the names of the stored tensors."""
+        return {self.stored[name]: mean for name, mean in means.items()}
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The values of parameters, from the shards."""
+        dtype = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        return {name: self.checkpoint.tensor(self.stored[name]).to(dtype[name]) for name in names}
+
     @contextmanager
-    def in_memory(self, names: Sequence[str]) -> Iterator[None]:
-        """The parameters ``names`` have their values while the context lasts."""
-        wanted = set(names)
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Parameters have these values while the context lasts."""
         places: dict[Any, list[tuple[nn.Module, str]]] = {}
-        before = {p: name for name, p in self.model.named_parameters() if name in wanted}
+        before = {p: name for name, p in self.model.named_parameters() if name in values}
         for part in self.model.modules():
             for key, parameter in part._parameters.items():
                 if parameter in before:
                     places.setdefault(parameter, []).append((part, key))
         try:
             for parameter, uses in places.items():
-                value = nn.Parameter(self._read(before[parameter], parameter.dtype))
+                value = nn.Parameter(values[before[parameter]].to(self.device))
                 for part, key in uses:
                     part._parameters[key] = value
             yield
@@ -99,8 +112,11 @@ class Skeleton:
                 for part, key in uses:
                     part._parameters[key] = parameter
 
-    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.checkpoint.tensor(self.stored[name]).to(self.device, dtype)
+    @contextmanager
+    def in_memory(self, names: Sequence[str]) -> Iterator[None]:
+        """The parameters ``names`` have their values while the context lasts."""
+        with self.holding(self.read(names)):
+            yield
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:

@@ -5,15 +5,17 @@ reported, not a signal that ends the process.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
-import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
-from perta_fast.durable import write_fully
+from perta_fast.durable import read_fully, sync_file, write_fully
+from perta_fast.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,63 @@ class Piece:
         return pieces
 
 
+class FileState(TypedDict):
+    """What a spilled file holds: its type, the shape of a row (or of a whole tensor), and its hash."""
+
+    dtype: str
+    shape: list[int]
+    blake3: str
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A spill at the end of a step: its files, and what is still to be flushed and then removed."""
+
+    files: dict[str, FileState]
+    fresh: list[Path]
+    dead: list[Path]
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+        for path in self.fresh:
+            sync_file(path)
+
+    def clear(self) -> None:
+        """Remove what was forgotten; only once nothing durable names it any more."""
+        for path in self.dead:
+            path.unlink(missing_ok=True)
+
+
 class Spill:
     """Tensors of real tokens by name, and whole tensors that wait for their turn."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self._kinds: dict[str, tuple[torch.Size, torch.dtype]] = {}  # shape of a row, or of a whole tensor
+        self._hashes: dict[str, blake3] = {}
+        self._fresh: set[str] = set()
+        self._dead: set[str] = set()
 
     def write(self, name: str, piece: Piece, values: Tensor) -> None:
-        """Keep ``values`` (N, T, ...), of one type and row shape for all pieces, at its real tokens."""
+        """Keep ``values`` (N, T, ...) at its real tokens; pieces come in order, of one type and row shape."""
         self._kinds[name] = values.shape[2:], values.dtype
         self._write(name, values[piece.attention_mask.bool()], piece.begin)
 
     def _write(self, name: str, rows: Tensor, begin: int) -> None:
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT, 0o666)
+        start = os.O_TRUNC if begin == 0 else 0
+        if begin == 0:
+            self._hashes[name] = blake3()
+            self._dead.discard(name)
+        descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | start, 0o666)
         try:
             if data.size:
                 write_fully(descriptor, data.data, begin * (data.size // len(rows)))
+                self._hashes[name].update(data.data)
         finally:
             os.close(descriptor)
+        self._fresh.add(name)
 
     def read(self, name: str, piece: Piece) -> Tensor:
         """What was written, with zeros in place of padding, on the device of ``piece``."""
@@ -77,14 +116,27 @@ class Spill:
 
     def _read(self, name: str, shape: torch.Size, dtype: torch.dtype, begin: int = 0) -> Tensor:
         result = torch.empty(shape, dtype=dtype)
+        path = self._folder / name
         begin *= result.nbytes // max(1, len(result))
-        found = np.fromfile(self._folder / name, np.uint8, result.nbytes, offset=begin)
-        result.view(-1).view(torch.uint8).numpy()[:] = found
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            whole = read_fully(descriptor, result.view(-1).view(torch.uint8).numpy().data, begin)
+        finally:
+            os.close(descriptor)
+        if not whole:
+            raise RunError(f"{path}: changed size while it was being used")
         return result
 
-    def remove(self, name: str) -> None:
-        """Forget ``name``."""
-        (self._folder / name).unlink()
+    def holds(self, name: str) -> bool:
+        """Whether ``name`` was written and not forgotten."""
+        return name in self._kinds
+
+    def forget(self, name: str) -> None:
+        """``name`` is needed no more; its file goes when the step is settled."""
+        del self._kinds[name]
+        self._hashes.pop(name)
+        self._fresh.discard(name)
+        self._dead.add(name)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep a whole tensor of at least one dimension."""
@@ -94,5 +146,36 @@ class Spill:
     def take(self, name: str, device: torch.device) -> Tensor:
         """A tensor that was ``put``, which is forgotten."""
         tensor = self._read(name, *self._kinds[name]).to(device)
-        self.remove(name)
+        self.forget(name)
         return tensor
+
+    def settle(self) -> Settled:
+        """End a step."""
+        files: dict[str, FileState] = {
+            name: {
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": list(shape),
+                "blake3": self._hashes[name].hexdigest(),
+            }
+            for name, (shape, dtype) in self._kinds.items()
+        }
+        settled = Settled(files, self._paths(self._fresh), self._paths(self._dead))
+        self._fresh, self._dead = set(), set()
+        return settled
+
+    def _paths(self, names: set[str]) -> list[Path]:
+        return [self._folder / name for name in sorted(names)]
+
+    def restore(self, files: Mapping[str, FileState]) -> None:
+        """Go on from a settled step. Raises InputError if a file is not what it was then."""
+        for path in self._folder.iterdir():
+            if path.name not in files:
+                path.unlink()
+        for name, state in files.items():
+            path, digest = self._folder / name, blake3()
+            if path.is_file():
+                digest.update_mmap(path)
+            if digest.hexdigest() != state["blake3"]:
+                raise InputError(f"{path}: is not what the run wrote; start over with --overwrite")
+            self._kinds[name] = torch.Size(state["shape"]), getattr(torch, state["dtype"])
+            self._hashes[name] = digest

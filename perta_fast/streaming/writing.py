@@ -1,6 +1,7 @@
 """An importance written while it is computed, so that it is never in memory whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,49 +11,51 @@ from perta_fast.importance.gradients import check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
 from perta_fast.output import OutputDirectory, check_space
 from perta_fast.progress import sample_bar
-from perta_fast.rules import Estimator
+from perta_fast.streaming.data_pass import DataPass, Means
+from perta_fast.streaming.passage import Passage
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.skeleton import Skeleton
-from perta_fast.streaming.walk import Means, Walk, steps
+from perta_fast.streaming.walk import Walk, handlings
 
 
 def write_importance(
     skeleton: Skeleton,
     samples: Sequence[Sample],
-    estimator: Estimator,
-    describe: Callable[[Sequence[str]], ImportanceMetadata],
+    metadata: ImportanceMetadata,
+    schedule: Schedule,
     *,
-    batch_size: int,
     out: str | Path,
     overwrite: bool,
     description: str,
     progress: bool,
 ) -> Importance:
-    """Walk through ``skeleton`` and write each layer's means as soon as they are complete.
+    """Walk through ``skeleton`` and write each part's means as soon as they are complete.
 
-    describe: makes the metadata from the names of parameters that took a backward pass for each sample. The
-    scratch files lie in the hidden directory that becomes ``out``: an error or an interrupt removes both.
-    Returns the importance as it lies on disk. Raises RunError if a loss or a mean is not finite, or the disk is
-    full.
+    metadata: of the importance, but for the parameters that take a pass for each sample. The scratch files lie
+    in the hidden directory that becomes ``out``: an error or an interrupt removes both. Returns the importance
+    as it lies on disk. Raises RunError if a loss or a mean is not finite, or the disk is full.
     """
     target = OutputDirectory(out, overwrite=overwrite)
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
-    total = len(samples) * steps(len(skeleton.layers))
+    total = len(samples) * handlings(len(skeleton.layers), schedule)
     with target, sample_bar(total, description, progress) as bar:
         scratch = target.path / "scratch"
-        scratch.mkdir()
-        walk = Walk(skeleton, samples, estimator, batch_size, scratch, bar.update)
-        check_space(target.final, 4 * sum(map(prod, shapes.values())) + walk.scratch_bytes)
-        walk.forward()
-        layout = {stored: shapes[name] for name, stored in skeleton.stored.items()}
-        metadata = describe(walk.one_by_one)
-        writer = ShardWriter(layout, as_strings(metadata), target.path)
+        passage = Passage(skeleton.model, skeleton.layers, str(skeleton.checkpoint.path))
+        data = DataPass(skeleton, passage, samples, metadata.estimator, schedule, scratch, bar.update)
+        size = 4 * sum(map(prod, skeleton.stored_shapes.values()))
+        check_space(target.final, size + data.scratch_bytes)
+        writer: ShardWriter | None = None
 
-        def write(means: Means) -> None:
-            for name, mean in means.items():
-                check_finite(skeleton.stored[name], mean)
-                writer.write(skeleton.stored[name], mean)
+        def settle(done: int, means: Sequence[Means]) -> None:
+            nonlocal writer
+            data.spill.settle().clear()
+            for name, mean in skeleton.as_stored(means[0]).items():
+                check_finite(name, mean)
+                if writer is None:  # only now is it known which parameters take a pass for each sample
+                    found = replace(metadata, one_by_one=", ".join(data.one_by_one))
+                    writer = ShardWriter(skeleton.stored_shapes, as_strings(found), target.path)
+                writer.write(name, mean)
 
-        walk.backward(write)
+        Walk(skeleton, passage, [data], schedule).run(settle)
         remove(scratch)
         target.commit()
     return Importance.load(target.final)
