@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,10 +17,17 @@ from perta_fast.rules import Estimator
 from perta_fast.streaming.passage import Passage
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.skeleton import Skeleton
-from perta_fast.streaming.spill import Piece, Spill
+from perta_fast.streaming.spill import FileState, Piece, Settled, Spill
 
 Means = dict[str, Tensor]
 _Run = Callable[[Piece, bool], None]
+
+
+class PassState(TypedDict):
+    """What a pass needs to be taken up again: its ``one_by_one`` so far, and its spill."""
+
+    left: list[str]
+    files: dict[str, FileState]
 
 
 class DataPass:
@@ -84,15 +91,15 @@ class DataPass:
         """In the order of the model's parameters."""
         return [name for name, _ in self._skeleton.model.named_parameters() if name in self._left]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` described."""
+    def restore(self, state: PassState) -> None:
+        """Go on from where an earlier attempt had come."""
         self._left = set(state["left"])
         self.spill.restore(state["files"])
 
-    @property
-    def left(self) -> list[str]:
-        """What ``restore`` needs beside the files."""
-        return sorted(self._left)
+    def settle(self) -> tuple[PassState, Settled]:
+        """End a step: what ``restore`` will need, and what is still to be done with the files."""
+        settled = self.spill.settle()
+        return {"left": sorted(self._left), "files": settled.files}, settled
 
     # Forward.
 
@@ -296,7 +303,9 @@ class DataPass:
         if self._group:
             return {name: self.spill.take(_sum(name, self._group - 1), device) for name in names}
         parameters = dict(self._skeleton.model.named_parameters())
-        return {name: torch.zeros(parameters[name].shape, device=device) for name in names}
+        return {
+            name: torch.zeros(parameters[name].shape, dtype=torch.float32, device=device) for name in names
+        }
 
     def _kept(self, sums: Means) -> Means:
         """The means, after the last group; else nothing, and the sums wait on disk."""

@@ -7,9 +7,9 @@ each step a record of how far it has come. Everything that a record names was fl
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -28,12 +28,12 @@ from perta_fast.output import OutputDirectory, check_space
 from perta_fast.progress import sample_bar
 from perta_fast.report import Report, fits
 from perta_fast.sources import Sources
-from perta_fast.streaming.data_pass import DataPass, Means
+from perta_fast.streaming.data_pass import DataPass, Means, PassState
 from perta_fast.streaming.keeping import Keeping
 from perta_fast.streaming.passage import Passage
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.skeleton import Skeleton
-from perta_fast.streaming.spill import FileState, Settled
+from perta_fast.streaming.spill import Settled
 from perta_fast.streaming.walk import Walk, handlings
 from perta_fast.subtraction import Chunk, Statistics, chunks_of
 from perta_fast.to_directory import STATE, WALK
@@ -56,16 +56,11 @@ class StreamSettings(TypedDict):
     overwrite_saved: bool
 
 
-class _PassState(TypedDict):
-    left: list[str]
-    files: dict[str, FileState]
-
-
 class _WalkState(TypedDict):
     """How far a walk has come: steps done, each data set's spill, what the written tensors add up to."""
 
     done: int
-    passes: dict[str, _PassState]
+    passes: dict[str, PassState]
     totals: dict[str, Statistics]
 
 
@@ -89,7 +84,6 @@ class StreamedRun:
             role: [Sample(tuple(ids), tuple(labels), truncated) for ids, labels, truncated in rows[role]]
             for role in ROLES
         }
-        torch.set_num_threads(settings["torch_threads"])  # sums are taken apart by thread
         device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
         return cls(Skeleton.open(Path(settings["subject"]), device, dtype), samples, settings)
 
@@ -125,7 +119,11 @@ class StreamedRun:
         estimator = job.choice.estimator
         assert estimator is not None
         started = time.perf_counter()
-        with sample_bar(total, "unlearn", job.progress) as bar, ExitStack() as stack:
+        with (
+            _torch_threads(self.settings["torch_threads"]),
+            sample_bar(total, "unlearn", job.progress) as bar,
+            ExitStack() as stack,
+        ):
             skeleton = self._skeleton
             passage = Passage(skeleton.model, skeleton.layers, str(skeleton.checkpoint.path))
             passes = {
@@ -163,7 +161,22 @@ class StreamedRun:
             report.importance[f"{role}_importance"]["one_by_one"] = ", ".join(each.one_by_one)
         describe_tensors(report, sources.plans, writing.totals)
         _describe_time(report, walk, writing, time.perf_counter() - started)
-        return replace(sources, **kept)
+        return replace(
+            sources,
+            forget_importance=kept.get("forget_importance"),
+            retain_importance=kept.get("retain_importance"),
+        )
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Torch takes its sums apart by thread: as many as when the run began, for the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read_state(path: Path) -> _WalkState | None:
@@ -230,14 +243,13 @@ class _Writing:
 
     def settle(self, done: int, means: list[Means]) -> None:
         """Take over what a step has left, once the one before it is recorded."""
-        settled = {role: each.spill.settle() for role, each in self._passes.items()}
-        left = {role: each.left for role, each in self._passes.items()}
+        ends = {role: each.settle() for role, each in self._passes.items()}
         self._wait()
         if self._overlap:
-            self._pending = self._behind.submit(self._complete, done, means, settled, left)
+            self._pending = self._behind.submit(self._complete, done, means, ends)
         else:
             started = time.perf_counter()
-            self._complete(done, means, settled, left)
+            self._complete(done, means, ends)
             self.waited_seconds += time.perf_counter() - started
 
     def _wait(self) -> None:
@@ -247,24 +259,22 @@ class _Writing:
             pending.result()
             self.waited_seconds += time.perf_counter() - started
 
-    def _complete(
-        self, done: int, means: list[Means], settled: Mapping[str, Settled], left: Mapping[str, list[str]]
-    ) -> None:
+    def _complete(self, done: int, means: list[Means], ends: Mapping[str, tuple[PassState, Settled]]) -> None:
         started = time.perf_counter()
         if any(means):
             stored = dict(zip(self._passes, map(self._stored, means), strict=True))
             one_by_one = {role: ", ".join(each.one_by_one) for role, each in self._passes.items()}
             self._keeping.write(stored, one_by_one)
             self._subtract(self._held(stored))
-        for each in settled.values():
-            each.flush()
-        passes = {role: {"left": left[role], "files": each.files} for role, each in settled.items()}
+        for _, settled in ends.values():
+            settled.flush()
+        passes = {role: state for role, (state, _) in ends.items()}
         totals = {str(index): sums for index, sums in self.totals.items()}
         write_record(self._target.path / STATE / WALK, {"done": done, "passes": passes, "totals": totals})
         self._target.keep = True
         self._keeping.stay()
-        for each in settled.values():
-            each.clear()
+        for _, settled in ends.values():
+            settled.clear()
         self.seconds += time.perf_counter() - started
 
     def _stored(self, means: Means) -> dict[str, torch.Tensor]:
