@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from types import FrameType
 
-from perta_fast.commands import apply, demo, importance, inspect, resume, sweep, unlearn, verify
+from perta_fast.commands import apply, demo, eval, importance, inspect, resume, sweep, unlearn, verify
 from perta_fast.errors import Interrupted, PertaError
 
 _INTERRUPTED = 130
-_COMMANDS = (demo, unlearn, importance, apply, sweep, inspect, verify, resume)  # as the help lists them
+_COMMANDS = (demo, unlearn, importance, apply, sweep, eval, inspect, verify, resume)  # as the help lists them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,120 @@
+"""The scoring pass of an evaluation: 400 TOFU questions, each with its answer and five perturbed ones.
+
+The limit is a plain forward pass in the same batches (by length, logits for all tokens, nothing made of them).
+The usual way takes the samples as they come, with the loss of every token. Samples are random tokens, about as
+long as those of the data set.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.arrays import timed
+from bench.contest import Outcome, alternate, replay, replayed
+from bench.tables import Row
+from perta_fast.data import IGNORED, Sample
+from perta_fast.evaluation.scoring import score_tokens
+from perta_fast.losses import Batch, batches_by_length
+
+QUESTIONS, WRONG = 400, 5
+BATCH_SIZE = 16
+CONTENDERS = {
+    "plain forward": "limit",
+    "samples as they come, with loss": "peer",
+    "ours": "ours",
+    "ours, detailed for the right answers": "ours",
+}
+
+
+def make_samples() -> tuple[list[Sample], list[Sample]]:
+    """Right and wrong answers: questions of 10 to 35 tokens, answers of 20 to 80, about as TOFU has them."""
+    numbers = random.Random(0)
+
+    def sample(prompt: list[int]) -> Sample:
+        answer = [numbers.randrange(4096) for _ in range(numbers.randint(20, 80))]
+        return Sample(tuple(prompt + answer), tuple([IGNORED] * len(prompt) + answer))
+
+    right, wrong = [], []
+    for _ in range(QUESTIONS):
+        prompt = [numbers.randrange(4096) for _ in range(numbers.randint(10, 35))]
+        right.append(sample(prompt))
+        wrong += [sample(prompt) for _ in range(WRONG)]
+    return right, wrong
+
+
+def make_model(device: str) -> nn.Module:
+    """A Llama of 2.6 M parameters in float32 on a CPU, of 1 B in bfloat16 on a GPU."""
+    torch.manual_seed(0)
+    large = device == "cuda"
+    config = LlamaConfig(
+        vocab_size=32000 if large else 4096,
+        hidden_size=2048 if large else 192,
+        intermediate_size=5632 if large else 512,
+        num_hidden_layers=20 if large else 4,
+        num_attention_heads=32 if large else 6,
+        num_key_value_heads=32 if large else 6,
+        max_position_embeddings=256,
+        tie_word_embeddings=not large,
+    )
+    return LlamaForCausalLM(config).to(device, torch.bfloat16 if large else torch.float32).eval()
+
+
+@torch.inference_mode()
+def plain_forward(model: nn.Module, samples: list[Sample], device: str) -> None:
+    """Logits of every token, in batches by length."""
+    for numbers in batches_by_length(samples, BATCH_SIZE):
+        batch = Batch.of([samples[k] for k in numbers], device)
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+@torch.inference_mode()
+def as_they_come(model: nn.Module, samples: list[Sample], device: str) -> None:
+    """Batches in the order of the data and every token's loss, as an ordinary evaluation loop does it."""
+    for begin in range(0, len(samples), BATCH_SIZE):
+        batch = Batch.of(samples[begin : begin + BATCH_SIZE], device)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.labels[:, 1:], reduction="none")
+
+
+@pytest.fixture(scope="module")
+def outcomes(device: str, rounds: int) -> tuple[dict[str, Outcome], int]:
+    """All contenders, and the tokens in the samples."""
+    model = make_model(device)
+    right, wrong = make_samples()
+
+    def detailed() -> None:
+        score_tokens(model, right, batch_size=BATCH_SIZE, detailed=True)
+        score_tokens(model, wrong, batch_size=BATCH_SIZE)
+
+    works = {
+        "plain forward": lambda: plain_forward(model, right + wrong, device),
+        "samples as they come, with loss": lambda: as_they_come(model, right + wrong, device),
+        "ours": lambda: score_tokens(model, right + wrong, batch_size=BATCH_SIZE),
+        "ours, detailed for the right answers": detailed,
+    }
+    tokens = sum(len(sample.input_ids) for sample in right + wrong)
+    return alternate({name: timed(work, device) for name, work in works.items()}, rounds), tokens
+
+
+@replayed
+@pytest.mark.parametrize("contender", CONTENDERS)
+def bench_scoring(
+    contender: str,
+    outcomes: tuple[dict[str, Outcome], int],
+    device: str,
+    board: list[Row],
+    benchmark: Any,
+) -> None:
+    """One contender on all samples."""
+    found, tokens = outcomes
+    group = f"evaluation, {device}: {QUESTIONS} questions with {WRONG} wrong answers, {tokens:,} tokens"
+    board.append(
+        replay(benchmark, found[contender], group=group, contender=contender, role=CONTENDERS[contender])
+    )

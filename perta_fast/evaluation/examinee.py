@@ -1,0 +1,166 @@
+"""A model under evaluation: samples are scored and answered on it, and the scores become metrics."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from perta_fast.data import IGNORED, Record, Sample
+from perta_fast.errors import InputError
+from perta_fast.evaluation import metrics
+from perta_fast.evaluation.results import Metric, Reference, averaged
+from perta_fast.evaluation.scoring import TokenScores, greedy_answers, score_tokens
+from perta_fast.importance.estimate import Subject, samples_for
+
+MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+
+
+@dataclass
+class Examinee:
+    """A model and how it is run. ``data`` and ``notes`` gather what the record of the evaluation will say."""
+
+    subject: Subject
+    batch_size: int
+    max_length: int | None
+    max_new_tokens: int | None
+    show_text: bool
+    progress: bool
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def note_file(self, role: str, path: Path, digest: str, samples: int) -> None:
+        """Enter a data file into the record."""
+        self.data[role] = {"path": str(path.resolve()), "blake3": digest, "samples": samples}
+
+    def tokenise(self, records: Sequence[Record], role: str) -> list[Sample]:
+        """Tokens and labels; those cut to the length limit are counted in a note."""
+        samples = samples_for(self.subject, records, self.max_length)
+        if cut := sum(sample.truncated for sample in samples):
+            self.notes.append(f"{role}: {cut} of {len(samples)} samples were cut to the length limit")
+        return samples
+
+    def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
+        """One forward pass."""
+        scores = score_tokens(
+            self.subject.module,
+            samples,
+            batch_size=self.batch_size,
+            detailed=detailed,
+            progress=self.progress,
+            description=role,
+        )
+        if broken := sum(not math.isfinite(metrics.mean(each.log_probs)) for each in scores):
+            self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
+        return scores
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], role: str, new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Greedy answers, at most ``max_new_tokens`` long, or ``new_tokens`` if that was left open."""
+        return greedy_answers(
+            self.subject.module,
+            self.subject.tokenizer,
+            prompts,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens or new_tokens,
+            stop=stop,
+            progress=self.progress,
+            description=f"{role} answers",
+        )
+
+    def rouge(self, references: Sequence[str], answers: Sequence[str], key: str) -> Metric:
+        """ROUGE-L; ``key`` (rougeL_recall or rougeL_f1) is averaged."""
+        pairs = [metrics.rouge_l(*pair) for pair in zip(references, answers, strict=True)]
+        columns: dict[str, list[Any]] = {
+            "rougeL_recall": [recall for recall, _ in pairs],
+            "rougeL_f1": [f1 for _, f1 in pairs],
+        }
+        texts = {"ground_truth": references, "generation": answers} if self.show_text else {}
+        return averaged(key, columns.pop(key), **columns, **texts)
+
+
+def prompt_of(sample: Sample) -> tuple[int, ...]:
+    """The tokens before the first label."""
+    return sample.input_ids[: next(k for k, label in enumerate(sample.labels) if label != IGNORED)]
+
+
+def probabilities(scores: Sequence[TokenScores]) -> Metric:
+    """Mean ``probability``."""
+    return averaged(
+        "prob",
+        [metrics.probability(each.log_probs) for each in scores],
+        avg_loss=[-metrics.mean(each.log_probs) for each in scores],
+    )
+
+
+def memorisation(scores: Sequence[TokenScores]) -> tuple[Metric, Metric]:
+    """Extraction strength and exact memorisation; the last label, the end, does not count."""
+    hits = [each.hits[:-1] for each in scores]
+    return tuple(
+        _of_those_that_have(list(map(measure, hits)))
+        for measure in (metrics.extraction_strength, metrics.exact_memorization)
+    )  # type: ignore[return-value]
+
+
+def _of_those_that_have(values: list[float]) -> Metric:
+    """The mean without answers of one token, which have nothing but their end."""
+    known = [value for value in values if not math.isnan(value)]
+    return Metric(metrics.mean(known), [{"score": value} for value in values])
+
+
+def membership(
+    forget: Sequence[tuple[TokenScores, str]], holdout: Sequence[tuple[TokenScores, str]]
+) -> dict[str, Metric]:
+    """The ``MEMBERSHIP`` metrics from scores and texts: ``membership_auc`` of each score.
+
+    Samples carry ``score``: forget first, then holdout. Min-K leaves the last label out, as open-unlearning.
+    """
+    by_set = [
+        [
+            (
+                -metrics.mean(scores.log_probs),
+                metrics.zlib_score(scores.log_probs, text),
+                metrics.min_k(scores.log_probs[:-1]),
+                metrics.min_k(scores.standardised[:-1]),
+            )
+            for scores, text in rows
+        ]
+        for rows in (forget, holdout)
+    ]
+    found = {}
+    for place, name in enumerate(MEMBERSHIP):
+        ours, others = ([row[place] for row in rows] for rows in by_set)
+        samples = [
+            {"set": role, "score": score}
+            for role, scores in (("forget", ours), ("holdout", others))
+            for score in scores
+        ]
+        found[name] = Metric(metrics.membership_auc(ours, others), samples)
+    return found
+
+
+def privacy_leakage(found: dict[str, Metric], reference: Reference) -> Metric:
+    """PrivLeak from ``membership`` and a gold model's."""
+    return Metric(metrics.privacy_leakage(found["mia_min_k"].value, reference.value("mia_min_k")))
+
+
+def label_texts(examinee: Examinee, samples: Sequence[Sample]) -> list[str]:
+    """What the labels say."""
+    labels = [[label for label in sample.labels if label != IGNORED] for sample in samples]
+    texts: list[str] = examinee.subject.tokenizer.batch_decode(labels, skip_special_tokens=True)
+    return texts
+
+
+def in_groups(values: Sequence[float], sizes: Sequence[int]) -> list[Sequence[float]]:
+    """Cut ``values`` into runs of these sizes."""
+    ends = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    return [values[begin:end] for begin, end in pairwise(ends)]
+
+
+def require(path: str | Path | None, name: str, why: str) -> Path:
+    """``path``, or InputError."""
+    if path is None:
+        raise InputError(f"{name} is missing: {why}")
+    return Path(path)

@@ -1,0 +1,55 @@
+"""A user's own forget, retain and holdout data, in the forms that ``perta unlearn`` takes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from perta_fast.data import Record, read_data
+from perta_fast.evaluation.examinee import (
+    Examinee,
+    label_texts,
+    membership,
+    memorisation,
+    privacy_leakage,
+    probabilities,
+    prompt_of,
+)
+from perta_fast.evaluation.results import Metric, Reference, averaged
+from perta_fast.evaluation.scoring import TokenScores
+
+NEW_TOKENS = 200
+
+Files = Mapping[str, tuple[Path, list[Record], str]]
+
+
+def read_own_data(paths: Mapping[str, Path]) -> Files:
+    """Files by ``forget``, ``retain`` and ``holdout``: path, records and hash."""
+    return {role: (path, *read_data(path)) for role, path in paths.items()}
+
+
+def evaluate_own_data(examinee: Examinee, files: Files, reference: Reference | None) -> dict[str, Metric]:
+    """Loss, probability, extraction strength and exact memorisation of each set.
+
+    ROUGE-L too where all lines are questions. With a holdout set, the membership scores of the forget set; with
+    ``reference`` as well, PrivLeak.
+    """
+    found: dict[str, Metric] = {}
+    scored: dict[str, list[tuple[TokenScores, str]]] = {}
+    for role, (path, records, digest) in files.items():
+        examinee.note_file(role, path, digest, len(records))
+        samples = examinee.tokenise(records, role)
+        scores = examinee.score(samples, role, detailed=True)
+        scored[role] = list(zip(scores, label_texts(examinee, samples), strict=True))
+        probability = probabilities(scores)
+        losses = [sample["avg_loss"] for sample in probability.samples]
+        found |= {f"{role}_loss": averaged("avg_loss", losses), f"{role}_Q_A_Prob": probability}
+        if all("question" in record.content for record in records):
+            answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
+            truth = [record.content["answer"] for record in records]
+            found[f"{role}_Q_A_ROUGE"] = examinee.rouge(truth, answers, "rougeL_recall")
+        strength, exact = memorisation(scores)
+        found |= {f"{role}_extraction_strength": strength, f"{role}_exact_memorization": exact}
+    if "holdout" in scored:
+        found |= membership(scored["forget"], scored["holdout"])
+        if reference is not None:
+            found["privleak"] = privacy_leakage(found, reference)
+    return found

@@ -1,0 +1,135 @@
+"""What an evaluation has found: a table, a JSON file, and reading a gold model's file back."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perta_fast.errors import InputError
+from perta_fast.evaluation.metrics import mean
+from perta_fast.report import printable, write_readable_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its aggregate, and by sample, in the order of the data, what it was made of.
+
+    value: NaN where the model's scores are not finite, or there was nothing to score.
+    samples: empty for a metric that is made of other metrics. Texts only where they were asked for.
+    """
+
+    value: float
+    samples: Sequence[Mapping[str, Any]] = ()
+
+
+def averaged(key: str, values: Sequence[float], **others: Sequence[Any]) -> Metric:
+    """The mean of ``values``, which each sample has under ``key``, beside ``others``."""
+    columns = {key: values, **others}
+    return Metric(
+        mean(values), [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    )
+
+
+@dataclass
+class Evaluation:
+    """The record of one evaluation. Paths are absolute; hashes of data files are BLAKE3.
+
+    metrics: by open-unlearning's names. general: what lm-evaluation-harness gave, by task.
+    """
+
+    metrics: dict[str, Metric]
+    model: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    general: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    started: str = ""
+    finished: str = ""
+
+    def __getitem__(self, name: str) -> float:
+        """The aggregate of one metric."""
+        return self.metrics[name].value
+
+    def summary(self) -> str:
+        """A line a metric, and notes."""
+        width = max(map(len, self.metrics))
+        lines = [f"{name:{width}}  {each.value:.4g}" for name, each in self.metrics.items()]
+        for task, found in self.general.items():
+            lines += [f"{task}: {name} {value}" for name, value in found.items()]
+        return printable("\n".join([*lines, *self.notes]))
+
+    def save(self, path: Path) -> None:
+        """Write JSON; what is not finite becomes null."""
+        metrics = {
+            name: {
+                "agg_value": each.value,
+                "value_by_index": {str(number): sample for number, sample in enumerate(each.samples)},
+            }
+            for name, each in self.metrics.items()
+        }
+        content = {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
+        write_readable_json(path, _finite(content))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A gold model's results, by which forget quality and PrivLeak are measured."""
+
+    metrics: Mapping[str, Any]
+    origin: str
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Reference":
+        """Read a result file of ``perta eval``, or the TOFU_EVAL.json or MUSE_EVAL.json of open-unlearning."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: is not JSON; give the file that perta eval wrote") from error
+        metrics = content.get("metrics", content) if isinstance(content, dict) else None
+        if not isinstance(metrics, dict):
+            raise InputError(f"{path}: is not a file of results; give the one that perta eval wrote")
+        return cls(metrics, str(path))
+
+    def value(self, name: str) -> float:
+        """The aggregate of ``name``. Raises InputError if the file has none that is a finite number."""
+        return self._number(self._metric(name).get("agg_value"), name)
+
+    def values(self, name: str, key: str, count: int) -> list[float]:
+        """``key`` of every sample of ``name``. Raises InputError unless there are ``count``, all finite."""
+        samples = self._metric(name).get("value_by_index")
+        if not isinstance(samples, dict) or len(samples) != count:
+            found = len(samples) if isinstance(samples, dict) else 0
+            raise InputError(
+                f"{self.origin}: has {found} values of {name}, the forget set has {count} samples; "
+                "evaluate the gold model on the same split"
+            )
+        return [
+            self._number(sample.get(key) if isinstance(sample, dict) else None, name)
+            for sample in samples.values()
+        ]
+
+    def _metric(self, name: str) -> dict[str, Any]:
+        found = self.metrics.get(name)
+        if not isinstance(found, dict):
+            raise InputError(f"{self.origin}: lacks {name}; evaluate the gold model on the same data")
+        return found
+
+    def _number(self, value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{self.origin}: {name} is not a finite number: {value!r}")
+        return float(value)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,182 @@
+"""One evaluation from its arguments to its record: everything is checked before the model is loaded."""
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from perta_fast.durable import move
+from perta_fast.errors import InputError, RunError
+from perta_fast.evaluation.examinee import Examinee, require
+from perta_fast.evaluation.general import check_harness, general_ability
+from perta_fast.evaluation.muse import check_reference as check_muse_reference
+from perta_fast.evaluation.muse import evaluate_muse, read_muse
+from perta_fast.evaluation.own_data import evaluate_own_data, read_own_data
+from perta_fast.evaluation.results import Evaluation, Metric, Reference
+from perta_fast.evaluation.scoring import evaluation_mode
+from perta_fast.evaluation.tofu import check_reference as check_tofu_reference
+from perta_fast.evaluation.tofu import evaluate_tofu, read_tofu
+from perta_fast.importance.estimate import Subject, check_sizes, load_subject
+from perta_fast.report import installed_versions, now
+
+PathLike = str | Path
+
+
+def evaluate(
+    model_or_path: PathLike | nn.Module,
+    *,
+    suite: Literal["tofu", "muse"] | None = None,
+    data: PathLike | None = None,
+    split: str = "forget10",
+    forget: PathLike | None = None,
+    retain: PathLike | None = None,
+    holdout: PathLike | None = None,
+    reference: PathLike | None = None,
+    lm_eval: Sequence[str] = (),
+    tokenizer: Any = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    out: PathLike | None = None,
+    overwrite: bool = False,
+    show_text: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure what a causal language model has forgotten and kept, under open-unlearning's names.
+
+    model_or_path: a checkpoint directory, or a model of transformers with its ``tokenizer``; one that is given
+    is left as it was found. suite, data: TOFU, of which ``split`` is the forget set, or MUSE, in a directory
+    with the data set's own file names. Without a suite: forget, retain, holdout, JSON lines files as for
+    ``unlearn``, of which ``forget`` is needed.
+    reference: the result file of a gold model, by which forget quality and PrivLeak are measured.
+    lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers (the suite's own).
+    out: JSON file to write. It holds no text of any set unless ``show_text``.
+    batch_size, max_length, device, dtype: as for ``estimate_importance``; logits are compared in float32.
+
+    Raises InputError for bad input, before the model is loaded where possible, RunError if ``out`` cannot be
+    written. Memory: the model and the logits of one batch.
+    """
+    check_sizes(batch_size, max_length)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    target = None if out is None else _check_target(Path(out), overwrite)
+    gold = None if reference is None else Reference.load(reference)
+    work = _plan(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
+    _check_libraries()
+    if lm_eval:
+        check_harness()
+    started = now()
+    examinee = Examinee(
+        _subject(model_or_path, tokenizer, device, dtype),
+        batch_size,
+        max_length,
+        max_new_tokens,
+        show_text,
+        progress,
+    )
+    with evaluation_mode(examinee.subject.module):
+        metrics = work(examinee)
+        general = general_ability(examinee.subject, lm_eval, batch_size) if lm_eval else {}
+    result = Evaluation(
+        metrics=metrics,
+        model=examinee.subject.origin,
+        settings={
+            "suite": suite,
+            "split": split if suite == "tofu" else None,
+            "reference": None if reference is None else str(Path(reference).resolve()),
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "max_new_tokens": max_new_tokens,
+        },
+        data=examinee.data,
+        general=general,
+        versions=installed_versions(),
+        notes=examinee.notes,
+        started=started,
+        finished=now(),
+    )
+    if target is not None:
+        _write(result, target)
+    return result
+
+
+def _plan(
+    suite: str | None,
+    data: PathLike | None,
+    split: str,
+    own: dict[str, PathLike | None],
+    gold: Reference | None,
+) -> Callable[[Examinee], dict[str, Metric]]:
+    """Read and check all data; what is left to do on the model."""
+    given = {role: Path(path) for role, path in own.items() if path is not None}
+    if suite is None:
+        require(own["forget"], "forget", "give a suite with its data, or your own forget data")
+        if data is not None:
+            raise InputError("data is the directory of a suite; name the suite too")
+        files = read_own_data(given)
+        if gold is not None:
+            if "holdout" not in given:
+                raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
+            check_muse_reference(gold)
+        return lambda examinee: evaluate_own_data(examinee, files, gold)
+    if suite not in ("tofu", "muse"):
+        raise InputError(f"suite is {suite!r}; it must be tofu or muse")
+    if given:
+        raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
+    folder = require(data, "data", "the directory with the files of the suite")
+    if suite == "tofu":
+        sets = read_tofu(folder, split)
+        if gold is not None:
+            check_tofu_reference(gold, sets)
+        return lambda examinee: evaluate_tofu(examinee, sets, gold)
+    sets = read_muse(folder)
+    if gold is not None:
+        check_muse_reference(gold)
+    return lambda examinee: evaluate_muse(examinee, sets, gold)
+
+
+def _subject(
+    model_or_path: PathLike | nn.Module,
+    tokenizer: Any,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> Subject:
+    if not isinstance(model_or_path, nn.Module):
+        return load_subject(Path(model_or_path), device, dtype, tokenizer)
+    if device is not None or dtype is not None:
+        raise InputError("device and dtype are for checkpoints; move or convert the module itself")
+    if tokenizer is None:
+        raise InputError("a tokenizer is needed with a module; pass tokenizer=")
+    return Subject(model_or_path, tokenizer, "live module")
+
+
+def _check_libraries() -> None:
+    for name in ("rouge_score", "scipy", "sklearn"):
+        if find_spec(name) is None:
+            raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
+
+
+def _check_target(path: Path, overwrite: bool) -> Path:
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name the JSON file to write")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists; choose another name or overwrite it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: is not a directory")
+    return path
+
+
+def _write(result: Evaluation, path: Path) -> None:
+    beside = path.with_name(f".{path.name}.perta-partial")
+    try:
+        result.save(beside)
+        move(beside, path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""TOFU (arXiv 2401.06121): probability, ROUGE-L recall and truth ratio on its four sets, and what follows."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from perta_fast.errors import InputError
+from perta_fast.evaluation import metrics
+from perta_fast.evaluation.datasets import Rows, read_rows
+from perta_fast.evaluation.examinee import (
+    Examinee,
+    in_groups,
+    label_texts,
+    membership,
+    memorisation,
+    privacy_leakage,
+    probabilities,
+    prompt_of,
+)
+from perta_fast.evaluation.results import Metric, Reference, averaged
+from perta_fast.evaluation.scoring import TokenScores
+
+SPLITS = ("forget01", "forget05", "forget10")
+NEW_TOKENS = 200
+_UTILITY = (
+    *("retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"),
+    *("ra_Q_A_Prob_normalised", "ra_Q_A_ROUGE", "ra_Truth_Ratio"),
+    *("wf_Q_A_Prob_normalised", "wf_Q_A_ROUGE", "wf_Truth_Ratio"),
+)
+
+Scored = list[tuple[TokenScores, str]]
+
+
+def read_tofu(folder: Path, split: str) -> dict[str, Rows]:
+    """The four sets by the names that their metrics begin with; ``holdout`` too, where the folder has it.
+
+    The files have the names of the data set: ``forget10_perturbed`` and so on, .jsonl or .json.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    fictitious = ("question", "answer", "paraphrased_answer")
+    wrong = ("perturbed_answer",)
+    rows = {
+        "forget": read_rows(folder, f"{split}_perturbed", fictitious, wrong),
+        "retain": read_rows(folder, "retain_perturbed", fictitious, wrong),
+        "ra": read_rows(folder, "real_authors_perturbed", fictitious[:2], wrong),
+        "wf": read_rows(folder, "world_facts_perturbed", fictitious[:2], wrong),
+    }
+    holdout = split.replace("forget", "holdout")
+    if any((folder / f"{holdout}{ending}").is_file() for ending in (".jsonl", ".json")):
+        rows["holdout"] = read_rows(folder, holdout, fictitious[:2])
+    return rows
+
+
+def evaluate_tofu(examinee: Examinee, rows: dict[str, Rows], reference: Reference | None) -> dict[str, Metric]:
+    """All metrics of TOFU; with ``reference``, forget quality, and PrivLeak if there is a holdout set."""
+    found: dict[str, Metric] = {}
+    forget: Scored = []
+    for role in ("forget", "retain", "ra", "wf"):
+        scored = _evaluate_set(examinee, role, rows[role], found)
+        forget = forget or scored
+    found["model_utility"] = Metric(metrics.model_utility([found[name].value for name in _UTILITY]))
+    if "holdout" in rows:
+        found |= membership(forget, _score_answers(examinee, "holdout", rows["holdout"]))
+    if reference is not None:
+        found |= _forget_quality(found["forget_truth_ratio"], reference)
+        if "holdout" in rows:
+            found["privleak"] = privacy_leakage(found, reference)
+    return found
+
+
+def check_reference(reference: Reference, rows: dict[str, Rows]) -> None:
+    """Raise InputError unless the gold results have all that will be asked of them."""
+    reference.values("forget_truth_ratio", "score", len(rows["forget"].content))
+    if "holdout" in rows:
+        reference.value("mia_min_k")
+
+
+def _evaluate_set(examinee: Examinee, role: str, rows: Rows, found: dict[str, Metric]) -> Scored:
+    """Put the metrics of one set into ``found``; returns the scores and texts of its answers."""
+    fictitious = role in ("forget", "retain")
+    examinee.note_file(role, rows.path, rows.digest, len(rows.content))
+    samples = examinee.tokenise(rows.records("question", "answer"), role)
+    scores = examinee.score(samples, role, detailed=fictitious)
+    right = scores
+    if fictitious:
+        paraphrased = examinee.tokenise(rows.records("question", "paraphrased_answer"), f"{role} paraphrased")
+        right = examinee.score(paraphrased, f"{role} paraphrased")
+    perturbed = examinee.tokenise(rows.listed_records("question", "perturbed_answer"), f"{role} perturbed")
+    wrong_means = [metrics.mean(each.log_probs) for each in examinee.score(perturbed, f"{role} perturbed")]
+    wrong = in_groups(wrong_means, [len(row["perturbed_answer"]) for row in rows.content])
+
+    found[f"{role}_Q_A_Prob"] = probabilities(scores)
+    if not fictitious:
+        found[f"{role}_Q_A_Prob_normalised"] = _normalised(scores, wrong)
+    answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
+    found[f"{role}_Q_A_ROUGE"] = examinee.rouge(rows.texts("answer"), answers, "rougeL_recall")
+    ratios = [
+        metrics.truth_ratio(metrics.mean(each.log_probs), group)
+        for each, group in zip(right, wrong, strict=True)
+    ]
+    aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
+    name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
+    found[name] = Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
+    if fictitious:
+        prefix = "" if role == "forget" else "retain_"
+        strength, exact = memorisation(scores)
+        found |= {f"{prefix}extraction_strength": strength, f"{prefix}exact_memorization": exact}
+    return list(zip(scores, label_texts(examinee, samples), strict=True))
+
+
+def _score_answers(examinee: Examinee, role: str, rows: Rows) -> Scored:
+    examinee.note_file(role, rows.path, rows.digest, len(rows.content))
+    samples = examinee.tokenise(rows.records("question", "answer"), role)
+    scores = examinee.score(samples, role, detailed=True)
+    return list(zip(scores, label_texts(examinee, samples), strict=True))
+
+
+def _normalised(scores: Sequence[TokenScores], wrong: Sequence[Sequence[float]]) -> Metric:
+    values = [
+        metrics.normalised_probability(metrics.probability(each.log_probs), [math.exp(mean) for mean in group])
+        for each, group in zip(scores, wrong, strict=True)
+    ]
+    return averaged("prob", values)
+
+
+def _forget_quality(ratios: Metric, reference: Reference) -> dict[str, Metric]:
+    gold = reference.values("forget_truth_ratio", "score", len(ratios.samples))
+    quality = metrics.forget_quality([sample["score"] for sample in ratios.samples], gold)
+    log = math.log10(quality) if quality > 0 else float("nan")  # a p-value below what float64 holds has none
+    return {"forget_quality": Metric(quality), "forget_quality_log10": Metric(log)}
