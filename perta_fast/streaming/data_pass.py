@@ -58,33 +58,37 @@ class DataPass:
         self._last = len(skeleton.layers)  # the boundary above all layers
         self._batches = list(batches_by_length(samples, schedule.batch_size))
         ids, lengths = look_inputs(samples)
-        self._look = self._piece(ids.to(skeleton.device), lengths.tolist(), 0)
+        self._look = Piece(ids.to(skeleton.device), tuple(lengths.tolist()), 0)
         self._outside: Plan | None = None
         self._outside_targets: dict[str, Target] = {}
         self._left: set[str] = set()
         self.begin(0)
 
-    def _piece(self, ids: Tensor, lengths: Sequence[int], begin: int, numbers: tuple[int, ...] = ()) -> Piece:
-        return Piece(ids, tuple(lengths), begin, numbers)
-
     def begin(self, group: int) -> None:
         """Turn to one of the schedule's groups of samples."""
         self._group = group
-        count = len(self._batches)
         self._pieces: list[Piece] = []
         rows = 0
-        for numbers in self._batches[group * count // self._groups : (group + 1) * count // self._groups]:
+        for numbers in self._batches_of(group):
             ids = Batch.of([self._samples[k] for k in numbers], self._skeleton.device).input_ids
             lengths = [len(self._samples[k].input_ids) for k in numbers]
-            self._pieces.append(self._piece(ids, lengths, rows, tuple(numbers)))
+            self._pieces.append(Piece(ids, tuple(lengths), rows, tuple(numbers)))
             rows = self._pieces[-1].end
+
+    def _batches_of(self, group: int) -> list[list[int]]:
+        count = len(self._batches)
+        return self._batches[group * count // self._groups : (group + 1) * count // self._groups]
 
     @property
     def scratch_bytes(self) -> int:
         """Room that the files of hidden states and of their gradients take at most, in each group."""
         config: Any = self._skeleton.model.config
         row = config.get_text_config().hidden_size * config.dtype.itemsize
-        return int(row * self._pieces[-1].end * (self._last // self._every + self._every + 3))
+        tokens = max(
+            sum(len(self._samples[k].input_ids) for numbers in self._batches_of(group) for k in numbers)
+            for group in range(self._groups)
+        )
+        return int(row * tokens * (self._last // self._every + self._every + 3))
 
     @property
     def one_by_one(self) -> list[str]:
@@ -303,9 +307,7 @@ class DataPass:
         if self._group:
             return {name: self.spill.take(_sum(name, self._group - 1), device) for name in names}
         parameters = dict(self._skeleton.model.named_parameters())
-        return {
-            name: torch.zeros(parameters[name].shape, dtype=torch.float32, device=device) for name in names
-        }
+        return {name: torch.zeros(parameters[name].shape, dtype=torch.float32, device=device) for name in names}
 
     def _kept(self, sums: Means) -> Means:
         """The means, after the last group; else nothing, and the sums wait on disk."""

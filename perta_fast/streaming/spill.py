@@ -127,16 +127,12 @@ class Spill:
             raise RunError(f"{path}: changed size while it was being used")
         return result
 
-    def holds(self, name: str) -> bool:
-        """Whether ``name`` was written and not forgotten."""
-        return name in self._kinds
-
     def forget(self, name: str) -> None:
-        """``name`` is needed no more; its file goes when the step is settled."""
-        del self._kinds[name]
-        self._hashes.pop(name)
-        self._fresh.discard(name)
-        self._dead.add(name)
+        """``name`` is needed no more; its file, if anything was written, goes when the step is settled."""
+        if self._kinds.pop(name, None) is not None:
+            del self._hashes[name]
+            self._fresh.discard(name)
+            self._dead.add(name)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep a whole tensor of at least one dimension."""
