@@ -16,6 +16,7 @@ from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
 from bench.bench_reading import WAYS
+from bench.bench_stream import AGAINST, BEYOND, DEPTH, stream_roles
 from bench.importance_job import ROLES
 from bench.tables import MISSING, Row, groups, table
 
@@ -28,6 +29,9 @@ PLANNED = {
     PHASE: "Whole commands",
     "reading": "Reading the inputs",
     GROUP: "Importance",
+    DEPTH: "Streaming",
+    AGAINST: "Streaming",
+    BEYOND: "Streaming",
     "fisher, cpu": "Per-sample Fisher of a linear map",
     "fisher of a model, cpu": "Per-sample Fisher of a whole model",
     "fisher, cuda": "Per-sample Fisher of a linear map on a GPU",
@@ -59,6 +63,8 @@ def expected(group: str) -> dict[str, str]:
     """Contenders and roles that a complete run of ``group`` has."""
     if group.startswith((WHOLE, PHASE)):
         return WHOLE_PROCESS if group.startswith(WHOLE) else APPLY_PHASE
+    if group in (DEPTH, AGAINST, BEYOND):
+        return stream_roles(group)
     if group == GROUP:
         return ROLES
     if group.startswith("reading"):

@@ -1,0 +1,137 @@
+"""``perta unlearn --stream``: memory and time over depth, against the model in memory, and beyond the memory.
+
+Every run is a whole command in a fresh process. PERTA_BENCH_STREAM_HIDDEN sets the width of the models (1024).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.contest import Contender, Outcome, Sample, alternate, replay, replayed, run_child
+from bench.stream_models import StreamJob, write_stream_job
+from bench.tables import Row
+
+DEPTH = "stream: depth"
+AGAINST = "stream: against the model in memory"
+BEYOND = "stream: a checkpoint larger than the memory allowed"
+DEPTHS = (4, 8, 16, 32)
+COMPARED = 16  # layers
+WAYS = {"perta unlearn --stream": "ours", "perta unlearn": "limit"}
+LIMITED = {"perta unlearn --stream, limited": "ours"}
+SAMPLES, TOKENS = 16, 32
+MEMORY = 1536 << 20  # bytes of data that a limited process may have
+TIMES_MEMORY = 3
+HIDDEN = int(os.environ.get("PERTA_BENCH_STREAM_HIDDEN", "1024"))
+
+
+def stream_roles(group: str) -> dict[str, str]:
+    """Contenders and roles of one of the groups here."""
+    depths = {f"{layers} layers": "ours" for layers in DEPTHS}
+    return {DEPTH: depths, AGAINST: WAYS, BEYOND: LIMITED}[group]
+
+
+def run(job: StreamJob, folder: Path, *more: str, limit: int | None = None) -> Sample:
+    """One command; ``limit``: bytes that its heap, stacks and private mappings may take (ulimit -d)."""
+    out = folder / "out"
+    command = job.command(out, *more)
+    if limit is not None:
+        command = ["bash", "-c", f'ulimit -d {limit >> 10} && exec "$@"', "bash", *command]
+    try:
+        return run_child(command)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def jobs(workspace: Path) -> Iterator[dict[int, StreamJob]]:
+    """The same model at each depth, and one of a single narrow layer for what every run takes."""
+    folder = workspace / "stream"
+    made = {0: write_stream_job(folder / "0", 64, 1, SAMPLES, TOKENS)}
+    for layers in DEPTHS:
+        made[layers] = write_stream_job(folder / str(layers), HIDDEN, layers, SAMPLES, TOKENS)
+    yield made
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def over_depth(jobs: dict[int, StreamJob], workspace: Path, rounds: int) -> dict[str, Outcome]:
+    """Every depth streamed."""
+
+    def streamed(job: StreamJob) -> Contender:
+        return lambda: run(job, workspace, "--stream")
+
+    return alternate({f"{layers} layers": streamed(job) for layers, job in jobs.items()}, rounds)
+
+
+def fit(outcomes: dict[str, Outcome]) -> str:
+    """Least squares of the median times over depth."""
+    times = [median(sample.seconds for sample in outcomes[f"{layers} layers"]) for layers in DEPTHS]  # type: ignore[union-attr]
+    slope, start = np.polyfit(DEPTHS, times, 1)
+    error = np.array(times) - (start + slope * np.array(DEPTHS))
+    share = 1 - float(error @ error) / float(np.var(times) * len(times))
+    return f"time = {start:.2f} s + {slope:.3f} s x layers, R² {share:.4f}"
+
+
+@replayed
+@pytest.mark.parametrize("layers", DEPTHS)
+def bench_depth(
+    layers: int, jobs: dict[int, StreamJob], over_depth: dict[str, Outcome], board: list[Row], benchmark: Any
+) -> None:
+    """Peak memory must be that of a layer, whatever the depth; time must grow with it."""
+    found, least = over_depth[f"{layers} layers"], over_depth["0 layers"]
+    note = ""
+    if isinstance(found, list) and isinstance(least, list):
+        above = max(s.seen["peak_anonymous"] for s in found) - max(s.seen["peak_anonymous"] for s in least)
+        layer = jobs[layers].layer_parameters * (2 + 2 * 4 + 4)  # weights, two float32 sums, the task vector
+        note = f"{above / 1e6:.0f} MB above a run on a tiny model, {above / layer:.2f} times one layer's arrays"
+        if layers == DEPTHS[-1]:
+            note += f"; {fit(over_depth)}"
+    board.append(replay(benchmark, found, group=DEPTH, contender=f"{layers} layers", role="ours", note=note))
+
+
+@pytest.fixture(scope="module")
+def against(jobs: dict[int, StreamJob], workspace: Path, rounds: int) -> dict[str, Outcome]:
+    """Streamed and in memory, in turn."""
+
+    def measured(*more: str) -> Contender:
+        return lambda: run(jobs[COMPARED], workspace, *more)
+
+    ways = {"perta unlearn --stream": measured("--stream"), "perta unlearn": measured()}
+    return alternate(ways, rounds)
+
+
+@replayed
+@pytest.mark.parametrize("way", WAYS)
+def bench_against(way: str, against: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
+    """The same result; ``perta unlearn`` holds the model and both importances."""
+    board.append(replay(benchmark, against[way], group=AGAINST, contender=way, role=WAYS[way]))
+
+
+@replayed
+def bench_beyond(workspace: Path, board: list[Row], benchmark: Any) -> None:
+    """One run under a limit that the same command without --stream does not survive."""
+    hidden = 2 * HIDDEN
+    layer = (4 + 3 * 11 / 4) * hidden**2 * 2  # bytes
+    folder = workspace / "beyond"
+    job = write_stream_job(folder, hidden, int(TIMES_MEMORY * MEMORY / layer) + 1, 4, TOKENS)
+    assert job.size >= TIMES_MEMORY * MEMORY
+    try:
+        found = [run(job, workspace, "--stream", limit=MEMORY)]
+        with pytest.raises(RuntimeError, match="exit status"):  # so the limit is one
+            run(job, workspace, limit=MEMORY)
+    finally:
+        shutil.rmtree(folder)
+    note = (
+        f"{job.layers} layers, {job.size / 1e9:.1f} GB a checkpoint, {MEMORY / 1e9:.2f} GB allowed; "
+        "without --stream the same limit ends the run"
+    )
+    (name,) = LIMITED
+    board.append(replay(benchmark, found, group=BEYOND, contender=name, role="ours", note=note))
