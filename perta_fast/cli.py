@@ -9,7 +9,7 @@ from importlib import metadata
 from types import FrameType
 
 from perta_fast.commands import apply, demo, eval, importance, inspect, resume, sweep, unlearn, verify
-from perta_fast.errors import Interrupted, PertaError
+from perta_fast.errors import Interrupted, PertaError, is_out_of_memory
 
 _INTERRUPTED = 130
 _COMMANDS = (demo, unlearn, importance, apply, sweep, eval, inspect, verify, resume)  # as the help lists them
@@ -36,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"perta: error: {error}", file=sys.stderr)
         return PertaError.exit_status
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        if not is_out_of_memory(error):
             raise
         print(
-            "perta: error: out of memory; use a smaller --batch-size or --max-length. Nothing was written",
+            "perta: error: out of memory; use a smaller --batch-size or --max-length, or --stream if the command "
+            "has it. Nothing was written",
             file=sys.stderr,
         )
         return PertaError.exit_status

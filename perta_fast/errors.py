@@ -23,3 +23,9 @@ class NotFiniteError(RunError):
 
 class Interrupted(KeyboardInterrupt):
     """Stopped by the user with work done that can be taken up again; its text says how."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has a type of its own for that on devices, and none on the host."""
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, MemoryError) or named

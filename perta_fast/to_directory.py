@@ -20,7 +20,7 @@ from perta_fast.durable import (
     write_fully,
     write_record,
 )
-from perta_fast.errors import InputError, Interrupted
+from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
 from perta_fast.job import Job, reopen
 from perta_fast.memory import PeakMemory
 from perta_fast.model_card import write_model_card
@@ -96,6 +96,13 @@ def _run(job: Job, sources: Sources, target: OutputDirectory, fill: Fill) -> Rep
             raise Interrupted(
                 f"interrupted; the inputs are untouched. Finish the run with: perta resume {target.final}"
             ) from None
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) and has_begun(target.final):
+            raise RunError(
+                "out of memory; the inputs are untouched. Finish the run where more is free with: "
+                f"perta resume {target.final}, or start over with --overwrite and a smaller --batch-size"
+            ) from error
         raise
     clear_up(target.final, job)
     return report

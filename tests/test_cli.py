@@ -245,11 +245,19 @@ def test_dtype_is_the_one_to_run_in(job: Job, tmp_path: Path) -> None:
         assert float((low[name] - high[name]).norm()) < 0.1 * float(high[name].norm())
 
 
+def out_of_host_memory() -> RuntimeError:
+    """As torch itself says it."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
         (MemoryError(), 1, "perta: error: out of memory;"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "perta: error: out of memory;"),
+        (out_of_host_memory(), 1, "perta: error: out of memory;"),
         (KeyboardInterrupt(), 130, "perta: interrupted;"),
         (PermissionError(13, "Permission denied", "/x"), 1, "perta: error: [Errno 13] Permission denied: '/x'"),
     ],

@@ -155,6 +155,19 @@ def sum_of_writes(points: list[Point], at: int) -> int:
     return sum(point.kind == "write" for point in points[:at])
 
 
+def test_out_of_memory_half_way_back(job: Job, expected: dict[str, bytes], tmp_path: Path) -> None:
+    out = place_in(tmp_path)
+    starve = (
+        "import torch\nfrom perta_fast.streaming.data_pass import DataPass\n"
+        "def layer(*arguments):\n    torch.empty(1 << 60, dtype=torch.uint8)\nDataPass.layer = layer"
+    )
+    done = perta(*arguments(job, out), setup=starve)
+    assert done.returncode == 1
+    assert "out of memory" in done.stderr and f"perta resume {out}" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert finish(job, out, expected)
+
+
 KILLED_AT_THE_END = """
 import os, signal
 from perta_fast.streaming.data_pass import DataPass
