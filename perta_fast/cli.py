@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         print(
-            "perta: error: out of memory; use a smaller --batch-size or --max-length, or --stream if the command "
-            "has it. Nothing was written",
+            "perta: error: out of memory; use a smaller --batch-size or --max-length, or --stream if the "
+            "command has it. Nothing was written",
             file=sys.stderr,
         )
         return PertaError.exit_status

@@ -95,10 +95,10 @@ class DataPass:
         """In the order of the model's parameters."""
         return [name for name, _ in self._skeleton.model.named_parameters() if name in self._left]
 
-    def restore(self, state: PassState) -> None:
-        """Go on from where an earlier attempt had come."""
+    def restore(self, state: PassState, advance: Callable[[int], Any]) -> None:
+        """Go on from where an earlier attempt had come; ``advance`` is told the bytes that were checked."""
         self._left = set(state["left"])
-        self.spill.restore(state["files"])
+        self.spill.restore(state["files"], advance)
 
     def settle(self) -> tuple[PassState, Settled]:
         """End a step: what ``restore`` will need, and what is still to be done with the files."""

@@ -5,10 +5,10 @@ reported, not a signal that ends the process.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from blake3 import blake3
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from perta_fast.durable import read_fully, sync_file, write_fully
 from perta_fast.errors import InputError, RunError
+from perta_fast.hashing import hash_file
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Spill:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._kinds: dict[str, tuple[torch.Size, torch.dtype]] = {}  # shape of a row, or of a whole tensor
-        self._hashes: dict[str, blake3] = {}
+        self._hashes: dict[str, blake3] = {}  # of what is or was written
+        self._restored: dict[str, str] = {}  # hashes of what an earlier attempt wrote
         self._fresh: set[str] = set()
         self._dead: set[str] = set()
 
@@ -130,7 +132,8 @@ class Spill:
     def forget(self, name: str) -> None:
         """``name`` is needed no more; its file, if anything was written, goes when the step is settled."""
         if self._kinds.pop(name, None) is not None:
-            del self._hashes[name]
+            self._hashes.pop(name, None)
+            self._restored.pop(name, None)
             self._fresh.discard(name)
             self._dead.add(name)
 
@@ -151,7 +154,7 @@ class Spill:
             name: {
                 "dtype": str(dtype).removeprefix("torch."),
                 "shape": list(shape),
-                "blake3": self._hashes[name].hexdigest(),
+                "blake3": self._hashes[name].hexdigest() if name in self._hashes else self._restored[name],
             }
             for name, (shape, dtype) in self._kinds.items()
         }
@@ -162,16 +165,22 @@ class Spill:
     def _paths(self, names: set[str]) -> list[Path]:
         return [self._folder / name for name in sorted(names)]
 
-    def restore(self, files: Mapping[str, FileState]) -> None:
-        """Go on from a settled step. Raises InputError if a file is not what it was then."""
+    def restore(self, files: Mapping[str, FileState], advance: Callable[[int], Any]) -> None:
+        """Go on from a settled step. Raises InputError if a file is not what it was then.
+
+        advance: called with the bytes that were checked.
+        """
         for path in self._folder.iterdir():
             if path.name not in files:
                 path.unlink()
         for name, state in files.items():
-            path, digest = self._folder / name, blake3()
-            if path.is_file():
-                digest.update_mmap(path)
-            if digest.hexdigest() != state["blake3"]:
+            path = self._folder / name
+            if not path.is_file() or hash_file(path, advance) != state["blake3"]:
                 raise InputError(f"{path}: is not what the run wrote; start over with --overwrite")
             self._kinds[name] = torch.Size(state["shape"]), getattr(torch, state["dtype"])
-            self._hashes[name] = digest
+            self._restored[name] = state["blake3"]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self._folder.iterdir())

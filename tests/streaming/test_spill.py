@@ -71,7 +71,7 @@ def test_restored(tmp_path: Path) -> None:
     assert {path.name for path in settled.fresh} == {"a", "b"}
     spill.write("late", pieces()[0], given[0])
     again = Spill(tmp_path)
-    again.restore(settled.files)
+    again.restore(settled.files, lambda _: None)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
     for piece in pieces():
         assert torch.equal(again.read("a", piece), spill.read("a", piece))
@@ -90,4 +90,4 @@ def test_damaged_meanwhile(damage: str, tmp_path: Path) -> None:
     if damage == "gone":
         (tmp_path / "a").unlink()
     with pytest.raises(InputError, match="a: is not what the run wrote"):
-        Spill(tmp_path).restore(files)
+        Spill(tmp_path).restore(files, lambda _: None)
