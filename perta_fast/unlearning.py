@@ -65,6 +65,8 @@ def unlearn(
     if at not in ("base", "model"):
         raise InputError(f"at is {at!r}; it must be base or model")
     check_threads(threads)
+    if stream and link_unchanged and not in_place:
+        raise InputError("stream writes every shard as it goes; leave link_unchanged out")
     place = destination(model, out, in_place)
     settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
     inputs = [Path(each) for each in (model, base, tuned, forget, retain) if each is not None]

@@ -1,5 +1,6 @@
 """A streamed run gives what importances on disk and a subtraction after them give, however it is scheduled."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,29 @@ def test_what_the_report_says(job: Job, tmp_path: Path) -> None:
     for kind in ("read", "write"):
         assert seconds[f"{kind}_hidden_seconds"] <= seconds[f"{kind}_seconds"]
     assert "hidden" in report.summary()
+
+
+def test_in_place(job: Job, tmp_path: Path) -> None:
+    """The importances are on disk before the model is touched, and gone afterwards."""
+    run(job, tmp_path / "out", rule="empirical-fisher")
+    shutil.copytree(job.model, tmp_path / "model")
+    report = unlearn(
+        *(tmp_path / "model", job.base, job.tuned, job.forget, job.retain),
+        rule="empirical-fisher",
+        lam=0.7,
+        batch_size=2,
+        in_place=True,
+        stream=True,
+        progress=False,
+    )
+    assert report.settings["stream"] == "yes"
+    assert_same_weights(tmp_path / "out", tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "model"}
+
+
+def test_links_are_refused(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="leave link_unchanged out"):
+        run(job, tmp_path / "out", stream=True, link_unchanged=True)
 
 
 def test_a_result_that_is_not_finite(tmp_path: Path) -> None:
