@@ -5,8 +5,10 @@ Every run is a whole command in a fresh process. PERTA_BENCH_STREAM_HIDDEN sets 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bench.contest import Contender, Outcome, Sample, alternate, replay, replayed, run_child
 from bench.stream_models import StreamJob, write_stream_job
@@ -22,10 +25,12 @@ from bench.tables import Row
 DEPTH = "stream: depth"
 AGAINST = "stream: against the model in memory"
 BEYOND = "stream: a checkpoint larger than the memory allowed"
+LARGE = "stream: layers of a 70 B Llama, cuda"
 DEPTHS = (4, 8, 16, 32)
 COMPARED = 16  # layers
 WAYS = {"perta unlearn --stream": "ours", "perta unlearn": "limit"}
 LIMITED = {"perta unlearn --stream, limited": "ours"}
+ON_A_GPU = {"two layers, streamed": "ours", "matrix product": "limit"}
 SAMPLES, TOKENS = 16, 32
 MEMORY = 1536 << 20  # bytes of data that a limited process may have
 TIMES_MEMORY = 3
@@ -35,7 +40,7 @@ HIDDEN = int(os.environ.get("PERTA_BENCH_STREAM_HIDDEN", "1024"))
 def stream_roles(group: str) -> dict[str, str]:
     """Contenders and roles of one of the groups here."""
     depths = {f"{layers} layers": "ours" for layers in DEPTHS}
-    return {DEPTH: depths, AGAINST: WAYS, BEYOND: LIMITED}[group]
+    return {DEPTH: depths, AGAINST: WAYS, BEYOND: LIMITED, LARGE: ON_A_GPU}[group]
 
 
 def run(job: StreamJob, folder: Path, *more: str, limit: int | None = None) -> Sample:
@@ -135,3 +140,51 @@ def bench_beyond(workspace: Path, board: list[Row], benchmark: Any) -> None:
     )
     (name,) = LIMITED
     board.append(replay(benchmark, found, group=BEYOND, contender=name, role="ours", note=note))
+
+
+@pytest.fixture(scope="module")
+def large_layers(device: str, workspace: Path, rounds: int) -> dict[str, Outcome]:
+    """Two decoder layers of a 70 B Llama, streamed on a GPU, and one matrix product of its width."""
+    if device != "cuda":
+        pytest.skip("measured with --bench-device cuda")
+    folder, tokens, layers = workspace / "large", 512, 2
+    shape = {"intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+    job = write_stream_job(folder, 8192, layers, SAMPLES, tokens, **shape)
+
+    def streamed() -> Sample:
+        run_child(job.command(folder / "out", "--stream", "--device", "cuda"))
+        report = json.loads((folder / "out" / "perta_report.json").read_text())
+        seen = {"peak_device": report["memory"]["peak_device_bytes"], "tokens": 2 * SAMPLES * tokens}
+        # Each weight: forward, forward again, and the two products of the way back.
+        flops = 8 * layers * job.layer_parameters * seen["tokens"]
+        return Sample(report["overlap"]["compute_seconds"], {**seen, "flops": flops})
+
+    def product() -> Sample:
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        a @ b
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(20):
+            a @ b
+        torch.cuda.synchronize()
+        return Sample(time.perf_counter() - started, {"flops": 20 * 2 * 8192**3})
+
+    try:
+        return alternate({"two layers, streamed": streamed, "matrix product": product}, rounds)
+    finally:
+        shutil.rmtree(folder)
+
+
+@replayed
+@pytest.mark.parametrize("contender", ON_A_GPU)
+def bench_large_layers(
+    contender: str, large_layers: dict[str, Outcome], board: list[Row], benchmark: Any
+) -> None:
+    """Time that the walk computes, against a product of large matrices."""
+    found, note = large_layers[contender], ""
+    if isinstance(found, list) and "tokens" in found[0].seen:
+        rate = median(sample.seen["tokens"] / sample.seconds for sample in found)
+        peak = max(sample.seen["peak_device"] for sample in found)
+        note = f"{rate:.0f} tokens/s, {peak / 1e9:.1f} GB of device memory at most"
+    role = ON_A_GPU[contender]
+    board.append(replay(benchmark, found, group=LARGE, contender=contender, role=role, note=note))

@@ -81,8 +81,9 @@ def llama_shapes(config: dict[str, Any]) -> Shapes:
     shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{layer}self_attn.{name}.weight"] = (hidden, hidden)
+        keys = config["num_key_value_heads"] * config["head_dim"]
+        for name, rows in {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}.items():
+            shapes[f"{layer}self_attn.{name}.weight"] = (rows, hidden)
         shapes[f"{layer}mlp.gate_proj.weight"] = (wide, hidden)
         shapes[f"{layer}mlp.up_proj.weight"] = (wide, hidden)
         shapes[f"{layer}mlp.down_proj.weight"] = (hidden, wide)

@@ -39,14 +39,14 @@ stage() {
     return "$status"
 }
 
-# measure FILE LIMIT: run one benchmark and record what it measured.
+# measure FILE LIMIT [OPTIONS]: run one benchmark and record what it measured.
 measure() {
     local result="$folder/$1.json"
     if [ ! -e "bench/$1.py" ]; then
         summary+=("$1: not measured, there is no such benchmark")
         return
     fi
-    stage "$1" "$2" python3 -m pytest "bench/$1.py" -q -c bench/pytest.ini --bench-device cuda \
+    stage "$1" "$2" python3 -m pytest "bench/$1.py" "${@:3}" -q -c bench/pytest.ini --bench-device cuda \
         --bench-rounds "${PERTA_BENCH_ROUNDS:-10}" --bench-elements "${PERTA_BENCH_ELEMENTS:-256000000}" \
         --benchmark-json="$result"
     if [ -s "$result" ]; then python3 -m bench.record "$result"; fi
@@ -78,7 +78,8 @@ fi
 
 measure bench_subtract 110
 measure bench_fold 60
-measure bench_fisher 200
+measure bench_fisher 170
+measure bench_stream 150 -k large_layers
 
 cp bench/RESULTS.md bench/results.json "$folder"/ 2>/dev/null
 echo '== summary'

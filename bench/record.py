@@ -16,7 +16,7 @@ from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
 from bench.bench_reading import WAYS
-from bench.bench_stream import AGAINST, BEYOND, DEPTH, stream_roles
+from bench.bench_stream import AGAINST, BEYOND, DEPTH, LARGE, stream_roles
 from bench.importance_job import ROLES
 from bench.tables import MISSING, Row, groups, table
 
@@ -32,6 +32,7 @@ PLANNED = {
     DEPTH: "Streaming",
     AGAINST: "Streaming",
     BEYOND: "Streaming",
+    LARGE: "Streaming",
     "fisher, cpu": "Per-sample Fisher of a linear map",
     "fisher of a model, cpu": "Per-sample Fisher of a whole model",
     "fisher, cuda": "Per-sample Fisher of a linear map on a GPU",
@@ -63,7 +64,7 @@ def expected(group: str) -> dict[str, str]:
     """Contenders and roles that a complete run of ``group`` has."""
     if group.startswith((WHOLE, PHASE)):
         return WHOLE_PROCESS if group.startswith(WHOLE) else APPLY_PHASE
-    if group in (DEPTH, AGAINST, BEYOND):
+    if group in (DEPTH, AGAINST, BEYOND, LARGE):
         return stream_roles(group)
     if group == GROUP:
         return ROLES

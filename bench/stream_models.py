@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import string
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,22 @@ class StreamJob:
         places = [part for name in MERGED for part in (f"--{name}", self.folder / name)]
         data = [part for name in ("forget", "retain") for part in (f"--{name}", self.folder / f"{name}.jsonl")]
         settings = ["--rule", "fisher", "--lam", "1", "--batch-size", "8", "--quiet", "--overwrite"]
-        return ["perta", "unlearn", *map(str, [*places, *data, *settings, "--out", out, *more])]
+        return [
+            sys.executable,
+            "-m",
+            "perta_fast",
+            "unlearn",
+            *map(str, [*places, *data, *settings, "--out", out, *more]),
+        ]
 
 
-def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words: int) -> StreamJob:
-    """Write three bfloat16 checkpoints, and two files of ``samples`` texts of ``words`` words."""
+def write_stream_job(
+    folder: Path, hidden: int, layers: int, samples: int, words: int, **changes: int
+) -> StreamJob:
+    """Write three bfloat16 checkpoints, and two files of ``samples`` texts of ``words`` words.
+
+    changes: to the configuration.
+    """
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -50,6 +62,7 @@ def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
+        **changes,
     }
     shapes = llama_shapes(config)
     _write_data(folder, samples, words)

@@ -87,7 +87,7 @@ def _run(job: Job, sources: Sources, target: OutputDirectory, fill: Fill) -> Rep
             outputs = [target.path / name for name in sources.model.shards]
             describe_output(report, outputs, target.final, job)
             write_model_card(target.path, report)
-            report.memory = memory.as_dict()
+            report.memory |= memory.as_dict()
             report.finished = now()
             report.save(target.path)
             target.commit()

@@ -126,6 +126,8 @@ class StreamedRun:
         remove(state / _SCRATCH)
         for role, each in passes.items():
             report.importance[f"{role}_importance"]["one_by_one"] = ", ".join(each.one_by_one)
+        if self._skeleton.device.type == "cuda":
+            report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._skeleton.device)
         describe_tensors(report, sources.plans, writing.totals)
         _describe_time(report, walk, writing, time.perf_counter() - started)
         return replace(
