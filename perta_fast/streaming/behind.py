@@ -36,13 +36,17 @@ class WalkState(TypedDict):
     totals: dict[str, Statistics]
 
 
-def read_state(target: OutputDirectory) -> WalkState | None:
-    """The last record in a directory that is being built. Raises InputError if it is damaged."""
+def read_state(target: OutputDirectory, steps: int, tensors: int) -> WalkState | None:
+    """The last record in a directory that is being built, of a walk of ``steps`` over ``tensors``.
+
+    Raises InputError if it is damaged.
+    """
     path = target.path / STATE / WALK
     if not path.exists():
         return None
     state = read_record(path)
-    if not fits(state, WalkState):
+    indices = {str(index) for index in range(tensors)}
+    if not fits(state, WalkState) or not 0 <= state["done"] <= steps or not state["totals"].keys() <= indices:
         raise InputError(f"{path}: is not the record of a walk")
     found: WalkState = state
     return found

@@ -18,6 +18,7 @@ from perta_fast.agreement import importance_key
 from perta_fast.data import Sample
 from perta_fast.durable import read_record, remove, write_record
 from perta_fast.errors import InputError
+from perta_fast.importance.estimate import choose_device
 from perta_fast.job import Job
 from perta_fast.output import OutputDirectory, check_space, partial_path
 from perta_fast.progress import byte_bar, sample_bar
@@ -29,7 +30,7 @@ from perta_fast.streaming.keeping import Keeping
 from perta_fast.streaming.passage import Passage
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.skeleton import Skeleton
-from perta_fast.streaming.walk import Walk, handlings
+from perta_fast.streaming.walk import Walk, handlings, steps_of
 from perta_fast.to_directory import STATE
 
 _SAMPLES = "samples.json"
@@ -64,7 +65,12 @@ class StreamedRun:
     @classmethod
     def reopened(cls, job: Job) -> "StreamedRun":
         """The run that ``job`` describes. Raises InputError if what it left is damaged."""
-        if not fits(job.stream, StreamSettings):
+        types = {"float32", "bfloat16", "float16"}
+        if (
+            not fits(job.stream, StreamSettings)
+            or not fits(job.stream["schedule"], Schedule)
+            or job.stream["dtype"] not in types
+        ):
             raise InputError(f"{job.final}: the run's description is damaged")
         settings: StreamSettings = job.stream  # type: ignore[assignment]
         path = partial_path(Path(job.final)) / STATE / _SAMPLES
@@ -75,7 +81,7 @@ class StreamedRun:
             role: [Sample(tuple(ids), tuple(labels), truncated) for ids, labels, truncated in each]
             for role, each in rows.items()
         }
-        device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
+        device, dtype = choose_device(settings["device"]), getattr(torch, settings["dtype"])
         return cls(Skeleton.open(Path(settings["subject"]), device, dtype), samples, settings)
 
     def cover(self, sources: Sources) -> Sources:
@@ -99,7 +105,8 @@ class StreamedRun:
         state = target.path / STATE
         if not (state / _SAMPLES).exists():
             write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
-        begun = read_state(target)
+        steps = len(steps_of(len(self._skeleton.layers), self._schedule))
+        begun = read_state(target, steps, len(sources.plans))
         started = time.perf_counter()
         with (
             _torch_threads(self.settings["torch_threads"]),
@@ -118,8 +125,8 @@ class StreamedRun:
                 else:
                     done = begun["done"]
                     writing.totals = {int(index): sums for index, sums in begun["totals"].items()}
-                    self._restore(passes, begun, done == len(walk.steps), job.progress)
-                    bar.update(self._handlings() * done // len(walk.steps))
+                    self._restore(passes, begun, done == steps, job.progress)
+                    bar.update(self._handlings() * done // steps)
                 walk.run(writing.settle, done)
                 writing.finish()
             kept = keeping.commit()

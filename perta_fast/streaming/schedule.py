@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from perta_fast.errors import InputError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -17,3 +19,7 @@ class Schedule:
     every: int = 1
     groups: int = 1
     overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.every, self.groups) < 1:
+            raise InputError(f"{self}: batch size, every and groups must be at least 1")

@@ -175,7 +175,8 @@ class Spill:
                 path.unlink()
         for name, state in files.items():
             path = self._folder / name
-            if not path.is_file() or hash_file(path, advance) != state["blake3"]:
+            known = path.name == name and isinstance(getattr(torch, state["dtype"], None), torch.dtype)
+            if not known or not path.is_file() or hash_file(path, advance) != state["blake3"]:
                 raise InputError(f"{path}: is not what the run wrote; start over with --overwrite")
             self._kinds[name] = torch.Size(state["shape"]), getattr(torch, state["dtype"])
             self._restored[name] = state["blake3"]

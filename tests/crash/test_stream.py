@@ -11,10 +11,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from perta_fast.durable import read_record
+from perta_fast.checkpoint import JOB
+from perta_fast.durable import read_record, write_record
 from perta_fast.errors import InputError
 from perta_fast.output import partial_path
 from perta_fast.resuming import resume
@@ -186,6 +188,43 @@ def test_damaged_before_it_is_resumed(job: Job, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"{path}: is not what the run wrote; start over with --overwrite" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"done": 10_000},
+        {"done": -1},
+        {"passes": {}},
+        {"totals": {"99": {}}},
+        {"files": {"../../../../victim": {"dtype": "float32", "shape": [1], "blake3": ""}}},
+        {"files": {"hidden-0-0": {"dtype": "nn", "shape": [1], "blake3": ""}}},
+    ],
+    ids=str,
+)
+def test_a_record_that_no_run_has_written(change: dict[str, Any], half_done: Path, tmp_path: Path) -> None:
+    """Refused, whoever wrote it and its hash; nothing outside is touched."""
+    out = tmp_path / "result"
+    shutil.copytree(partial_path(half_done), partial_path(out))
+    state = partial_path(out) / STATE
+    record, job_record = read_record(state / WALK), read_record(state / JOB)
+    if "files" in change:
+        record["passes"]["forget"] |= change
+    else:
+        record |= change
+    write_record(state / WALK, record)
+    write_record(state / JOB, job_record | {"final": str(out), "stream": job_record["stream"] | {"save": ""}})
+    (tmp_path / "victim").write_text("precious")
+    with pytest.raises(InputError):
+        resume(out, progress=False)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.fixture(scope="module")
+def half_done(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = place_in(tmp_path_factory.mktemp("half"))
+    assert perta(*arguments(job, out), setup=KILLED_AT_THE_END).returncode == -signal.SIGKILL
+    return out
 
 
 def test_inputs_that_change_meanwhile(tmp_path: Path) -> None:
