@@ -1,5 +1,6 @@
 """A streamed run gives what importances on disk and a subtraction after them give, however it is scheduled."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perta_fast import Importance, InputError, unlearn, verify
+from perta_fast import Importance, InputError, RunError, resume, unlearn, verify
 from perta_fast.errors import NotFiniteError
 from perta_fast.report import Report
 from perta_fast.rules import RULES
 from perta_fast.streaming import schedule as schedules
+from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.walk import Step, handlings, steps_of
 from tests.checkpoints import read_checkpoint
@@ -162,6 +164,31 @@ def test_a_result_that_is_not_finite(tmp_path: Path) -> None:
     ):
         run(job, tmp_path / "out", lam=9, stream=True)
     assert [path.name for path in tmp_path.iterdir()] == ["job"]
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_a_shard_cut_short_meanwhile(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error with its name, not a signal; with the shard put back the run is finished."""
+    job = write_job(tmp_path / "job", max_shard_size="1GB")
+    run(job, tmp_path / "whole")
+    shard = job.model.parent / role / "model.safetensors"
+    content, before = shard.read_bytes(), shard.stat()
+    original = DataPass.head
+
+    def head(data: DataPass) -> object:
+        os.truncate(shard, len(content) // 2)
+        return original(data)
+
+    monkeypatch.setattr(DataPass, "head", head)
+    with pytest.raises(RunError, match=f"{role}/model.safetensors"):
+        run(job, tmp_path / "out", stream=True)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=f"{role}/model.safetensors: is truncated"):
+        resume(tmp_path / "out", progress=False)
+    shard.write_bytes(content)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    resume(tmp_path / "out", progress=False)
+    assert_same_weights(tmp_path / "whole", tmp_path / "out")
 
 
 def test_another_run_to_the_same_place(job: Job, tmp_path: Path) -> None:
