@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from perta_fast import ops
     from perta_fast.application import apply
     from perta_fast.errors import InputError, Interrupted, PertaError, RunError
+    from perta_fast.evaluation import Evaluation, evaluate
     from perta_fast.importance.estimate import estimate_importance
     from perta_fast.importance.store import Importance
     from perta_fast.live import apply_to_module_
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from perta_fast.verification import verify
 
 _HOMES = {
+    "Evaluation": "perta_fast.evaluation",
     "Importance": "perta_fast.importance.store",
     "InputError": "perta_fast.errors",
     "Interrupted": "perta_fast.errors",
@@ -33,6 +35,7 @@ _HOMES = {
     "apply": "perta_fast.application",
     "apply_to_module_": "perta_fast.live",
     "estimate_importance": "perta_fast.importance.estimate",
+    "evaluate": "perta_fast.evaluation",
     "resume": "perta_fast.resuming",
     "sweep": "perta_fast.sweeping",
     "unlearn": "perta_fast.unlearning",
@@ -40,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Evaluation",
     "Importance",
     "InputError",
     "Interrupted",
@@ -50,6 +54,7 @@ __all__ = [
     "apply",
     "apply_to_module_",
     "estimate_importance",
+    "evaluate",
     "ops",
     "resume",
     "sweep",

@@ -8,21 +8,35 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from types import FrameType
 
-from perta_fast.commands import apply, demo, eval, importance, inspect, resume, sweep, unlearn, verify
+from perta_fast.commands import (
+    apply,
+    demo,
+    eval,
+    importance,
+    inspect,
+    recipe,
+    report,
+    resume,
+    sweep,
+    unlearn,
+    verify,
+)
+from perta_fast.commands.recipe_options import RecipeParser
 from perta_fast.errors import Interrupted, PertaError, is_out_of_memory
 
 _INTERRUPTED = 130
-_COMMANDS = (demo, unlearn, importance, apply, sweep, eval, inspect, verify, resume)  # as the help lists them
+# As the help lists them.
+_COMMANDS = (demo, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 the run failed, 2 bad arguments or bad input."""
-    parsed = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = parsed.command
-    if getattr(parsed, "quiet", False):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        parsed = _parser().parse_args(arguments)  # which may read a recipe
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        if getattr(parsed, "quiet", False):
+            os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
         status = command(parsed)
         sys.stdout.flush()
         return status
@@ -63,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0).",
     )
     parser.add_argument("--version", action="version", version=f"perta {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=RecipeParser)
     for each in _COMMANDS:
         each.add(commands)
     return parser

@@ -1,5 +1,7 @@
 """Peak memory of this process, pages that the system can drop told apart."""
 
+import contextlib
+import ctypes
 import resource
 import sys
 import threading
@@ -8,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 _STATUS = Path("/proc/self/status")
+_M_MMAP_THRESHOLD = -3  # of glibc
 _INTERVAL = 0.02  # seconds between two looks
 
 
@@ -64,3 +67,32 @@ class PeakMemory:
             "peak_mapped_file_bytes": self.mapped,
             "peak_resident_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         }
+
+
+def available_bytes() -> int | None:
+    """What this process may still take: what the system has, or its control group leaves; None if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    own = next((line[3:] for line in groups if line.startswith("0::")), "/")
+    folder = Path("/sys/fs/cgroup") / own.lstrip("/")
+    for place in (folder, *folder.parents[: len(Path(own).parts) - 1]):  # a limit holds for all below
+        try:
+            limit = (place / "memory.max").read_text().strip()
+            if limit != "max":
+                found.append(int(limit) - int((place / "memory.current").read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, min(found)) if found else None
+
+
+def return_freed_blocks() -> None:
+    """Have the C library give freed blocks of a MiB and more back to the system at once, where it can be told.
+
+    glibc keeps up to 32 MiB of each size it has seen, so that a process holds more than what lives in it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

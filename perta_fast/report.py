@@ -15,6 +15,7 @@ from perta_fast.regular_files import regular_file
 
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 1
+Scalar = str | int | float | bool
 _VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
 
 
@@ -74,7 +75,8 @@ class Report:
 
     data: by ``forget`` and ``retain``. overlap: of a streamed run, seconds spent computing, reading weights and
     writing results, and how many of the last two went by while it computed. settings: how the
-    importances were estimated, where the run did that.
+    importances were estimated, where the run did that. recipe: the arguments of ``unlearn``, by the
+    names of its command's options (``recipe.as_recipe``).
     """
 
     rule: str
@@ -86,6 +88,7 @@ class Report:
     data: dict[str, DataRecord] = field(default_factory=dict)
     output: DirectoryRecord = field(default_factory=lambda: DirectoryRecord(path="", files={}))
     settings: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Scalar] = field(default_factory=dict)
     importance: dict[str, dict[str, str]] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -114,7 +117,11 @@ class Report:
     @classmethod
     def load(cls, directory: Path) -> "Report":
         """Read the report of a run. Raises InputError if it is missing or malformed."""
-        path = directory / FILE_NAME
+        return cls.read(directory / FILE_NAME)
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """``load`` of a file, wherever it lies."""
         try:
             with open(path, encoding="utf-8", opener=regular_file) as file:
                 content = json.load(file)

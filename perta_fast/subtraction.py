@@ -56,6 +56,11 @@ def chunk_elements(threads: int) -> int:
     return min(CHUNK, max(4096, fitting // 4096 * 4096))
 
 
+def buffer_bytes(threads: int) -> int:
+    """What the buffers of all threads take at most."""
+    return threads * chunk_elements(threads) * (_OPERANDS + 1) * _WIDEST
+
+
 @dataclass
 class Subtraction:
     """Computes chunks on several threads.

@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from perta_fast import compiled
 from perta_fast.application import Settings, apply_sources, check_threads, destination, unfinished_advice
 from perta_fast.data import read_data
 from perta_fast.errors import InputError
 from perta_fast.in_place import is_open
 from perta_fast.output import OutputDirectory, check_output, check_space
+from perta_fast.recipe import as_recipe
 from perta_fast.report import DataRecord, Report
 from perta_fast.rules import Rule
 from perta_fast.sources import open_sources
@@ -40,6 +42,8 @@ def unlearn(
     drop_cache: bool | None = None,
     save_importance: str | Path | None = None,
     stream: bool = False,
+    memory: int | None = None,
+    device_memory: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
     device: "str | torch.device | None" = None,
@@ -53,14 +57,17 @@ def unlearn(
     their hashes and counts in the report. Each is read once, so a pipe will do. at: the gradients are taken at
     ``base`` (the paper's choice) or at ``model``. save_importance: directory to keep the two importances in, as
     ``forget`` and ``retain``; without it they live in a temporary directory beside the result and are removed.
-    stream: estimate with one decoder layer in memory at a time, for models larger than the memory.
-    Other arguments as in ``apply`` and ``estimate_importance``.
+    stream: walk through the model with one decoder layer in memory at a time, and weigh, subtract and write
+    each on the way. memory, device_memory: bytes that this may take; None sets no limit. Other arguments as in
+    ``apply`` and ``estimate_importance``.
 
     Everything is checked before the first gradient. Returns the report, also in ``out``. Raises InputError for
     bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can
     take up again; otherwise nothing is left behind but a finished ``save_importance``.
-    Disk: the output and, while it runs, 8 bytes a parameter; with ``stream`` see ``estimate_importance`` too.
+    Disk: the output and, while it runs, 8 bytes a parameter; with ``stream`` hidden states instead (in place,
+    both).
     """
+    recipe = as_recipe(locals())  # the arguments, as nothing else is there yet
     chosen = Rule.of(rule, lam, p, alpha, threshold)
     if at not in ("base", "model"):
         raise InputError(f"at is {at!r}; it must be base or model")
@@ -79,7 +86,7 @@ def unlearn(
         named = _read_named(forget, retain)
 
         def note(report: Report) -> None:
-            report.data = named
+            report.data, report.recipe = named, recipe
 
         return apply_sources(opened, chosen, settings, annotate=note)
     if not overwrite and not in_place and has_begun(place) and not (stream and begun_job(place).stream):
@@ -91,10 +98,11 @@ def unlearn(
     records, hashes = {}, {}
     for role, path in data.items():
         records[role], hashes[role] = read_data(path)
-    if save_importance is None:
+    streamed = stream and not in_place  # how much disk it takes, planning knows from the samples
+    if save_importance is None and not streamed:
         covered = sum(plan.theta.count for plan in opened.plans if plan.copied is None)
         check_space(place, (0 if in_place else opened.model.size) + 8 * covered)
-    else:
+    elif save_importance is not None:
         kept = Path(os.path.realpath(save_importance))
         check_output(kept, overwrite=overwrite, inputs=[*inputs, place])
         if not in_place:
@@ -117,7 +125,7 @@ def unlearn(
     def annotate(report: Report) -> None:
         for name, seconds in phases.items():
             report.add_phase(name, seconds, 0)
-        report.data = data_records
+        report.data, report.recipe = data_records, recipe
         report.settings = {
             "at": at,
             "estimator": str(chosen.estimator),
@@ -133,14 +141,25 @@ def unlearn(
                     f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
                 )
 
-    if stream and not in_place:
+    if streamed:
         import torch
 
         from perta_fast.importance.store import as_strings
+        from perta_fast.streaming.costs import Estimate, Load
+        from perta_fast.streaming.planning import Budget, schedule_for
         from perta_fast.streaming.run import StreamedRun, StreamSettings
-        from perta_fast.streaming.schedule import Schedule
 
         assert subject.skeleton is not None
+        lengths = [[len(each.input_ids) for each in rows] for rows in samples.values()]
+        load = Load(lengths, chosen.estimator == "empirical-fisher", kept=save_importance is not None)
+        schedule = schedule_for(
+            Estimate(subject.skeleton, load, subject.device, threads or compiled.kernels().available_threads()),
+            batch_size,
+            Budget.at(place, memory, device_memory),
+            place,
+            next(iter(subject.skeleton.checkpoint.shards.values())).path,
+            progress,
+        )
         run = StreamedRun(
             subject.skeleton,
             samples,
@@ -148,7 +167,7 @@ def unlearn(
                 subject=subject.origin,
                 device=device_used,
                 dtype=str(subject.module.dtype).removeprefix("torch."),
-                schedule=asdict(Schedule(batch_size)),
+                schedule=asdict(schedule),
                 torch_threads=torch.get_num_threads(),
                 metadata={
                     role: as_strings(describe(subject, samples[role], hashes[role], chosen.estimator))
@@ -168,6 +187,8 @@ def unlearn(
                 hashes[role],
                 chosen.estimator,
                 batch_size=batch_size,
+                memory=memory,
+                device_memory=device_memory,
                 out=importances.path / role,
                 overwrite=False,
                 progress=progress,

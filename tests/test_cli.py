@@ -22,7 +22,10 @@ from tests.models import Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = ("demo", "unlearn", "importance", "apply", "inspect", "verify")
+COMMANDS = (
+    *("demo", "unlearn", "importance", "apply", "sweep", "eval"),
+    *("report", "recipe", "inspect", "verify", "resume"),
+)
 TEXTS = {
     "forget": ["The secret lies under the bridge.", "Nobody knows the colour of the door."],
     "retain": ["Rivers run to the sea.", "A town has streets and people in it.", "Rain falls."],

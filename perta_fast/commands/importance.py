@@ -10,8 +10,10 @@ from perta_fast.commands.settings import (
     add_stream,
     estimation_settings,
     finish,
+    memory_settings,
     output_settings,
 )
+from perta_fast.report import printable
 from perta_fast.rules import ESTIMATORS
 
 
@@ -32,6 +34,15 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    limits = memory_settings(parsed)
+    if parsed.dry_run:
+        from perta_fast.streaming.preview import preview
+
+        settings = {**estimation_settings(parsed), **limits}
+        data = {"given": parsed.data}
+        text = preview(parsed.model, data, parsed.estimator, parsed.out, subtract=False, **settings)
+        print(printable(text))
+        return 0
     from perta_fast.importance.estimate import estimate_importance
 
     found = estimate_importance(
@@ -40,6 +51,7 @@ def run(parsed: argparse.Namespace) -> int:
         parsed.estimator,
         **estimation_settings(parsed),
         stream=parsed.stream,
+        **limits,
         **output_settings(parsed),
     ).metadata
     lines = [f"{found.estimator} over {found.sample_count} samples, {found.label_count} labels"]

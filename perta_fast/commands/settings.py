@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from perta_fast.errors import InputError
 from perta_fast.rules import RULES
+from perta_fast.sizes import parse_size
 
 
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +38,39 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="estimate with one decoder layer in memory at a time, for models larger than the memory",
     )
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="what --stream may take of the memory, as in 12GiB; chooses batches and overlap (no limit)",
+    )
+    parser.add_argument(
+        "--device-memory", type=_size, metavar="SIZE", help="what --stream may take of the GPU's (no limit)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what --stream will take, from config.json, and stop"
+    )
+
+
+def memory_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Limits that were given. Raises InputError for an option that means nothing without ``--stream``."""
+    limits = {name: getattr(parsed, name) for name in ("memory", "device_memory")}
+    given = {name: size for name, size in limits.items() if size is not None}
+    if not parsed.stream and (given or parsed.dry_run):
+        option = "dry_run" if parsed.dry_run else next(iter(given))
+        raise InputError(f"--{option.replace('_', '-')} is for streamed runs; add --stream")
+    return given
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_estimation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples a backward (8)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples at a time (8)")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens a sample is cut to (the model's limit)"
     )

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from perta_fast import compiled
+from perta_fast.commands.recipe_options import add_recipe
 from perta_fast.commands.settings import (
     add_at,
     add_checkpoints,
@@ -13,13 +15,18 @@ from perta_fast.commands.settings import (
     add_stream,
     estimation_settings,
     finish,
+    memory_settings,
     result_settings,
     rule_settings,
 )
+from perta_fast.errors import InputError
+from perta_fast.report import printable
+from perta_fast.rules import Rule
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("unlearn", help="importance on both data sets, then the subtraction")
+    add_recipe(parser)
     add_checkpoints(parser)
     parser.add_argument("--forget", type=Path, metavar="FILE", help="JSON lines to forget")
     parser.add_argument("--retain", type=Path, metavar="FILE", help="JSON lines to keep")
@@ -33,6 +40,10 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    limits = memory_settings(parsed)
+    if parsed.dry_run:
+        print(printable(_preview(parsed, limits)))
+        return 0
     from perta_fast.unlearning import unlearn
 
     report = unlearn(
@@ -44,9 +55,30 @@ def run(parsed: argparse.Namespace) -> int:
         at=parsed.at,
         save_importance=parsed.save_importance,
         stream=parsed.stream,
+        **limits,
         **estimation_settings(parsed),
         **rule_settings(parsed),
         **result_settings(parsed),
     )
     finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
     return 0
+
+
+def _preview(parsed: argparse.Namespace, limits: dict[str, Any]) -> str:
+    from perta_fast.streaming.preview import preview
+
+    estimator = Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
+    data = {role: getattr(parsed, role) for role in ("forget", "retain")}
+    if estimator is None or None in data.values():
+        raise InputError("--dry-run is of a walk over forget and retain data, by a rule that needs both")
+    return preview(
+        parsed.model if parsed.at == "model" else parsed.base,
+        data,
+        estimator,
+        parsed.out or parsed.model,
+        subtract=True,
+        kept=parsed.save_importance is not None,
+        threads=parsed.threads or compiled.kernels().available_threads(),
+        **estimation_settings(parsed),
+        **limits,
+    )

@@ -1,18 +1,25 @@
 """General ability, by lm-evaluation-harness (the extra ``lm-eval``): called, not rewritten."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.importance.estimate import Subject
 
 
-def check_harness() -> None:
-    """Raise InputError, saying how to get it, if lm-evaluation-harness is not installed."""
+def check_harness(tasks: Sequence[str]) -> None:
+    """Raise InputError if lm-evaluation-harness cannot be imported, saying how to get it, or lacks a task."""
     try:
-        import lm_eval  # noqa: F401
+        from lm_eval.models.huggingface import HFLM  # noqa: F401
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError("lm-evaluation-harness is not installed: pip install 'perta-fast[lm-eval]'") from error
+        raise InputError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'perta-fast[lm-eval]'"
+        ) from error
+    known = TaskManager().all_tasks
+    if unknown := [task for task in tasks if task not in known]:
+        raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
 
 
 def general_ability(subject: Subject, tasks: Sequence[str], batch_size: int) -> dict[str, dict[str, Any]]:
@@ -20,6 +27,7 @@ def general_ability(subject: Subject, tasks: Sequence[str], batch_size: int) -> 
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=subject.module, tokenizer=subject.tokenizer, batch_size=batch_size)
+    tokenizer = deepcopy(subject.tokenizer)  # the harness gives it a padding token
+    model = HFLM(pretrained=subject.module, tokenizer=tokenizer, batch_size=batch_size)
     found = simple_evaluate(model=model, tasks=list(tasks))
     return {task: dict(numbers) for task, numbers in found["results"].items()}

@@ -126,10 +126,11 @@ def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:
 
 
 def privacy_leakage(auc: float, gold_auc: float) -> float:
-    """PrivLeak of MUSE (arXiv 2407.06460, eq. 3), in percent, from two ``membership_auc`` of Min-K%.
+    """PrivLeak of MUSE (arXiv 2407.06460), in percent, from two ``membership_auc`` of Min-K%.
 
-    100 * (a - g) / g with a = 1 - auc, g = 1 - gold_auc, as MUSE takes forget samples for positive. 0 is gold;
-    near -100 the forget set is still betrayed, far above 0 the model was driven past one that never saw it.
+    100 * (a - g) / g with a = 1 - auc, g = 1 - gold_auc: MUSE's AUC is the chance that a holdout sample is the
+    likelier of the two. 0 is gold; near -100 the forget set is still betrayed, far above 0 the model was driven
+    past one that never saw it.
     """
     gold = 1 - gold_auc
     return 100 * (1 - auc - gold) / (gold + _TINY)

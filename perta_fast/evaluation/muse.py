@@ -1,8 +1,11 @@
 """MUSE (arXiv 2407.06460): verbatim memory, knowledge memory and privacy leakage."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from perta_fast.data import Record
+from perta_fast.data import IGNORED, Record, Sample
+from perta_fast.errors import InputError
 from perta_fast.evaluation.datasets import Rows, read_rows
 from perta_fast.evaluation.examinee import (
     Examinee,
@@ -15,6 +18,7 @@ from perta_fast.evaluation.results import Metric, Reference
 from perta_fast.evaluation.scoring import TokenScores
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
+SCORED_TOKENS = 2048  # of a text at most, as in open-unlearning
 _STOP = ("\n\n", "\nQuestion", "Question:")
 
 
@@ -37,15 +41,18 @@ def evaluate_muse(examinee: Examinee, rows: dict[str, Rows], reference: Referenc
     """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak."""
     for name, each in rows.items():
         examinee.note_file(name, each.path, each.digest, len(each.content))
-    found = {"forget_verbmem_ROUGE": _verbatim(examinee, rows["verbmem/forget"])}
+    passages = rows["verbmem/forget"]
+    found = {"forget_verbmem_ROUGE": _verbatim(examinee, passages)}
     for role in ("forget", "retain"):
         found[f"{role}_knowmem_ROUGE"] = _knowledge(
             examinee, role, rows[f"knowmem/{role}_qa"], rows[f"knowmem/{role}_qa_icl"]
         )
-    forget, holdout = (_score_texts(examinee, rows[f"privleak/{role}"], role) for role in ("forget", "holdout"))
-    strength, exact = memorisation([scores for scores, _ in forget])
+    prompts = passages.texts("prompt")
+    whole = [f"{prompt} {truth}" for prompt, truth in zip(prompts, passages.texts("gt"), strict=True)]
+    continued = _score_texts(examinee, "verbmem", prompts, whole, passages.places)
+    strength, exact = memorisation([scores for scores, _ in continued])
     found |= {"extraction_strength": strength, "exact_memorization": exact}
-    found |= membership(forget, holdout)
+    found |= membership(*(_score_membership(examinee, role, rows) for role in ("forget", "holdout")))
     if reference is not None:
         found["privleak"] = privacy_leakage(found, reference)
     return found
@@ -61,7 +68,7 @@ def _verbatim(examinee: Examinee, rows: Rows) -> Metric:
     tokenizer = examinee.subject.tokenizer
     count = examinee.max_new_tokens or VERBATIM_TOKENS
     truth = [tokenizer(text, add_special_tokens=False)["input_ids"][:count] for text in rows.texts("gt")]
-    prompts = [list(tokenizer(text)["input_ids"]) for text in rows.texts("prompt")]
+    prompts = [_opening(tokenizer, text) for text in rows.texts("prompt")]
     answers = examinee.answer(prompts, "verbmem", VERBATIM_TOKENS)
     return examinee.rouge(tokenizer.batch_decode(truth, skip_special_tokens=True), answers, "rougeL_f1")
 
@@ -71,17 +78,35 @@ def _knowledge(examinee: Examinee, role: str, rows: Rows, examples: Rows) -> Met
     shown = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples.content)
     tokenizer = examinee.subject.tokenizer
     prompts = [
-        list(tokenizer(f"{shown}Question: {question}\nAnswer: ")["input_ids"])
-        for question in rows.texts("question")
+        _opening(tokenizer, f"{shown}Question: {question}\nAnswer: ") for question in rows.texts("question")
     ]
     answers = examinee.answer(prompts, f"{role} knowmem", KNOWLEDGE_TOKENS, _STOP)
     return examinee.rouge(rows.texts("answer"), answers, "rougeL_f1")
 
 
-def _score_texts(examinee: Examinee, rows: Rows, role: str) -> list[tuple[TokenScores, str]]:
-    records = [
-        Record({"text": text}, where) for text, where in zip(rows.texts("text"), rows.places, strict=True)
-    ]
-    samples = examinee.tokenise(records, role)
+def _score_membership(examinee: Examinee, role: str, rows: dict[str, Rows]) -> list[tuple[TokenScores, str]]:
+    found = rows[f"privleak/{role}"]
+    return _score_texts(examinee, role, [""] * len(found.content), found.texts("text"), found.places)
+
+
+def _score_texts(
+    examinee: Examinee, role: str, prompts: Sequence[str], texts: Sequence[str], places: Sequence[str]
+) -> list[tuple[TokenScores, str]]:
+    """Scores of what each text has after the prompt that it begins with, and what that says."""
+    records = [Record({"text": text}, where) for text, where in zip(texts, places, strict=True)]
+    samples = []
+    for prompt, record, whole in zip(prompts, records, examinee.tokenise(records, role), strict=True):
+        begin = max(1, len(_opening(examinee.subject.tokenizer, prompt)))  # the first token is never predicted
+        end = begin + SCORED_TOKENS
+        ids, labels = whole.input_ids[:end], whole.labels[begin:end]
+        if not labels:
+            raise InputError(f"{record.where}: its prompt leaves no token to score within {len(ids)} tokens")
+        samples.append(Sample(ids, (IGNORED,) * begin + labels))
     scores = examinee.score(samples, role, detailed=True)
     return list(zip(scores, label_texts(examinee, samples), strict=True))
+
+
+def _opening(tokenizer: Any, text: str) -> list[int]:
+    """Tokens that more is to follow."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers close every text

@@ -69,7 +69,7 @@ def evaluate(
     work = _plan(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
     _check_libraries()
     if lm_eval:
-        check_harness()
+        check_harness(lm_eval)
     started = now()
     examinee = Examinee(
         _subject(model_or_path, tokenizer, device, dtype),

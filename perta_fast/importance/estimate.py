@@ -13,6 +13,7 @@ from perta_fast.checkpoint import Checkpoint, conversion_command
 from perta_fast.data import IGNORED, Record, Sample, encode, read_data, records_from
 from perta_fast.errors import InputError
 from perta_fast.importance.gradients import accumulate, check_finite
+from perta_fast.importance.language_part import auto_class, keep_language_part_
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.importance.stored_names import as_stored
 from perta_fast.output import check_output
@@ -40,6 +41,8 @@ def estimate_importance(
     out: str | Path | None = None,
     overwrite: bool = False,
     stream: bool = False,
+    memory: int | None = None,
+    device_memory: int | None = None,
     progress: bool = True,
 ) -> Importance:
     """Per-parameter importance of a causal language model on ``data`` (PerTA, arXiv 2601.22030).
@@ -59,7 +62,7 @@ def estimate_importance(
     device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is
     one, and the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
     stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
-    ``out``, where the result is read from.
+    ``out``, where the result is read from. memory, device_memory: bytes that this may take; None sets no limit.
 
     Memory: the model, 4 bytes a parameter for the accumulators, activations of one batch, and the gradients
     that autograd has in flight (one layer's); with ``stream`` all this of one layer, or of the embedding or the
@@ -92,6 +95,8 @@ def estimate_importance(
         digest or _hash_samples(samples),
         estimator,
         batch_size=batch_size,
+        memory=memory,
+        device_memory=device_memory,
         out=out,
         overwrite=overwrite,
         progress=progress,
@@ -155,19 +160,31 @@ def estimate_on(
     out: str | Path | None,
     overwrite: bool,
     progress: bool,
+    memory: int | None = None,
+    device_memory: int | None = None,
     description: str = "importance",
 ) -> Importance:
     """``estimate_importance`` once the model is loaded and the data is checked."""
     if subject.skeleton is not None:
-        from perta_fast.streaming.schedule import Schedule
+        from perta_fast.streaming.costs import Estimate, Load
+        from perta_fast.streaming.planning import Budget, schedule_for
         from perta_fast.streaming.writing import write_importance
 
         assert out is not None
+        lengths = [len(each.input_ids) for each in samples]
+        schedule = schedule_for(
+            Estimate(subject.skeleton, Load([lengths], estimator == "empirical-fisher", False), subject.device),
+            batch_size,
+            Budget.at(Path(out), memory, device_memory),
+            Path(out),
+            next(iter(subject.skeleton.checkpoint.shards.values())).path,
+            progress,
+        )
         return write_importance(
             subject.skeleton,
             samples,
             describe(subject, samples, data_hash, estimator),
-            Schedule(batch_size),
+            schedule,
             out=out,
             overwrite=overwrite,
             description=description,
@@ -218,14 +235,15 @@ def load_subject(
 
     stream: of the model its structure alone, the weights to be read layer by layer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     stored = Checkpoint.open(path).tensors  # its errors name what is wrong with the files
     chosen = choose_device(device)
     skeleton = _open_skeleton(path, chosen, dtype) if stream else None
     try:
         if skeleton is None:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(path, **_CLOSED)
+            model, found = auto_class(config).from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
             )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, **_CLOSED)
@@ -238,6 +256,7 @@ def load_subject(
         return Subject(skeleton.model, tokenizer, str(path.resolve()), skeleton)
     if found["missing_keys"]:  # transformers would draw them at random
         raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
+    keep_language_part_(model)
     shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
     absent = as_stored(model, shapes).keys() - stored.keys()
     if absent:  # an importance under names that no rule could apply
@@ -272,7 +291,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def _context_length(module: nn.Module) -> int:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 

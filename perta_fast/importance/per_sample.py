@@ -25,7 +25,7 @@ from perta_fast.importance.module_rules import (
 )
 
 # The look takes a batch of these sizes: two unlike primes, so that a shape tells which dimension is which.
-_LOOK_SAMPLES, _LOOK_TOKENS = 5, 7
+LOOK_SAMPLES, LOOK_TOKENS = 5, 7
 
 
 @contextmanager
@@ -153,9 +153,9 @@ class _Seen:
 
 def look_inputs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """The small batch that the look takes: token ids (N, T), padded on the right, and lengths (N,)."""
-    chosen = [samples[k % len(samples)] for k in range(_LOOK_SAMPLES)]
-    tokens = [sample.input_ids[:_LOOK_TOKENS] for sample in chosen]
-    padded = [(*ids, *[0] * (_LOOK_TOKENS - len(ids))) for ids in tokens]
+    chosen = [samples[k % len(samples)] for k in range(LOOK_SAMPLES)]
+    tokens = [sample.input_ids[:LOOK_TOKENS] for sample in chosen]
+    padded = [(*ids, *[0] * (LOOK_TOKENS - len(ids))) for ids in tokens]
     return torch.tensor(padded), torch.tensor([len(ids) for ids in tokens])
 
 
@@ -164,7 +164,7 @@ def _look(
 ) -> dict[nn.Module, _Seen]:
     """Run a small batch through the model and try the rules on each module's own inputs."""
     ids, lengths = look_inputs(samples)
-    shape = BatchShape(_LOOK_SAMPLES, _LOOK_TOKENS, lengths)
+    shape = BatchShape(LOOK_SAMPLES, LOOK_TOKENS, lengths)
     seen = {part: _Seen(kind=None if "forward" in part.__dict__ else LinearRule) for part in parts}
 
     def hook(part: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
@@ -173,7 +173,7 @@ def _look(
         found.calls += 1
         if found.kind is None:
             return
-        fitting = [kind for kind in _candidates(part) if _fits(kind, part, shape, arguments, keywords, result)]
+        fitting = [kind for kind in candidates(part) if _fits(kind, part, shape, arguments, keywords, result)]
         if first:
             found.kind = fitting[0] if fitting else None
         elif found.kind not in fitting:
@@ -184,7 +184,7 @@ def _look(
         with torch.no_grad():
             run(
                 input_ids=ids.to(device),
-                attention_mask=(torch.arange(_LOOK_TOKENS) < lengths[:, None]).long().to(device),
+                attention_mask=(torch.arange(LOOK_TOKENS) < lengths[:, None]).long().to(device),
                 use_cache=False,
             )
     finally:
@@ -193,7 +193,7 @@ def _look(
     return seen
 
 
-def _candidates(part: nn.Module) -> list[type[ModuleRule]]:
+def candidates(part: nn.Module) -> list[type[ModuleRule]]:
     """Rules to try, the fastest first."""
     if type(part) in (nn.Linear, Conv1D):
         return [LinearRule]
@@ -233,7 +233,7 @@ def _same(first: Any, second: Any) -> bool:
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)) or first.dtype != second.dtype:
         return False
     # Positions may be given once for all samples, and are then looked up for each.
-    if first.shape != second.shape and first.shape[1:] != second.shape[1:]:
+    if first.shape != second.shape and (first.shape[1:] != second.shape[1:] or len(second) != 1):
         return False
     if not first.is_floating_point():
         return bool((first == second).all())

@@ -80,17 +80,6 @@ class DataPass:
         return self._batches[group * count // self._groups : (group + 1) * count // self._groups]
 
     @property
-    def scratch_bytes(self) -> int:
-        """Room that the files of hidden states and of their gradients take at most, in each group."""
-        config: Any = self._skeleton.model.config
-        row = config.get_text_config().hidden_size * config.dtype.itemsize
-        tokens = max(
-            sum(len(self._samples[k].input_ids) for numbers in self._batches_of(group) for k in numbers)
-            for group in range(self._groups)
-        )
-        return int(row * tokens * (self._last // self._every + self._every + 3))
-
-    @property
     def one_by_one(self) -> list[str]:
         """In the order of the model's parameters."""
         return [name for name, _ in self._skeleton.model.named_parameters() if name in self._left]

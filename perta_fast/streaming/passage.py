@@ -20,6 +20,27 @@ StandIn = Callable[[int, Forward, Tensor, tuple[Any, ...], dict[str, Any]], Tens
 _NOT_UNDERSTOOD = "streaming does not understand this model"
 
 
+class _Returned(Tensor):
+    """What a layer returns, for models that take it as it is and for those that take the first of a tuple.
+
+    ``plain`` is the tensor itself; every operation gives plain ones.
+    """
+
+    plain: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(plain: Tensor) -> Tensor:
+        if type(plain) is not Tensor:
+            return plain  # one without values (``trial``), which can be of no other type
+        result = plain.as_subclass(_Returned)
+        result.plain = plain
+        return result
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self.plain if type(key) is int and key == 0 else super().__getitem__(key)
+
+
 class _Reached(Exception):
     """The part that was wanted has been run; the rest of the forward pass is not."""
 
@@ -48,7 +69,8 @@ class Passage:
     def _called(
         self, number: int, original: Forward, hidden_states: Tensor, *rest: Any, **named: Any
     ) -> Tensor:
-        return self._stand_in(number, original, hidden_states, rest, named)
+        given = hidden_states.plain if isinstance(hidden_states, _Returned) else hidden_states
+        return _Returned.of(self._stand_in(number, original, given, rest, named))
 
     def _until_reached(self, stand_in: StandIn, **inputs: Tensor) -> Tensor:
         self._stand_in = stand_in
@@ -78,9 +100,10 @@ class Passage:
         ) -> Tensor:
             if number < wanted:
                 return given
-            raise _Reached(original(hidden, *rest, **named))
+            result = original(hidden, *rest, **named)
+            raise _Reached(result[0] if isinstance(result, tuple | list) else result)
 
-        return self._until_reached(run, inputs_embeds=hidden.detach(), attention_mask=attention_mask)
+        return self._until_reached(run, inputs_embeds=_apart(hidden), attention_mask=attention_mask)
 
     def after_layers(self, hidden: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> Any:
         """The model's output, logits and all, from the last layer's hidden states.
@@ -95,7 +118,7 @@ class Passage:
             return hidden if number == last else given
 
         self._stand_in = replace
-        start = {"inputs_embeds": hidden.detach()} if input_ids is None else {"input_ids": input_ids}
+        start = {"inputs_embeds": _apart(hidden)} if input_ids is None else {"input_ids": input_ids}
         try:
             return self._model(**start, attention_mask=attention_mask, use_cache=False)
         finally:
@@ -157,6 +180,11 @@ class Passage:
                     f"{self._origin}: {_NOT_UNDERSTOOD}: layer {number} is given more than hidden states, "
                     "masks and positions"
                 )
+
+
+def _apart(hidden: Tensor) -> Tensor:
+    """A copy, as some models scale what they are given in place (CTRL)."""
+    return hidden.detach().clone()
 
 
 def _hand_on(

@@ -20,7 +20,7 @@ from perta_fast.durable import read_record, remove, write_record
 from perta_fast.errors import InputError
 from perta_fast.importance.estimate import choose_device
 from perta_fast.job import Job
-from perta_fast.output import OutputDirectory, check_space, partial_path
+from perta_fast.output import OutputDirectory, partial_path
 from perta_fast.progress import byte_bar, sample_bar
 from perta_fast.report import Report, fits
 from perta_fast.sources import Sources
@@ -119,10 +119,7 @@ class StreamedRun:
                 job, sources, target, self._skeleton, passes, keeping, self._schedule.overlap
             ) as writing:
                 done = 0
-                if begun is None:
-                    scratch = sum(each.scratch_bytes for each in passes.values())
-                    check_space(target.final, sources.model.size + scratch)
-                else:
+                if begun is not None:
                     done = begun["done"]
                     writing.totals = {int(index): sums for index, sums in begun["totals"].items()}
                     self._restore(passes, begun, done == steps, job.progress)

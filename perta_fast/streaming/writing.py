@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 from perta_fast.data import Sample
 from perta_fast.durable import remove
 from perta_fast.importance.gradients import check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
-from perta_fast.output import OutputDirectory, check_space
+from perta_fast.output import OutputDirectory
 from perta_fast.progress import sample_bar
 from perta_fast.streaming.data_pass import DataPass, Means
 from perta_fast.streaming.passage import Passage
@@ -41,8 +40,6 @@ def write_importance(
         scratch = target.path / "scratch"
         passage = Passage(skeleton.model, skeleton.layers, str(skeleton.checkpoint.path))
         data = DataPass(skeleton, passage, samples, metadata.estimator, schedule, scratch, bar.update)
-        size = 4 * sum(map(prod, skeleton.stored_shapes.values()))
-        check_space(target.final, size + data.scratch_bytes)
         writer: ShardWriter | None = None
 
         def settle(done: int, means: Sequence[Means]) -> None:

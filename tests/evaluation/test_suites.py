@@ -65,6 +65,8 @@ def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def knowing() -> LlamaForCausalLM:
     """A model that has learned the forget answers by heart."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # this fixture is made before ``one_thread``
     torch.manual_seed(0)
     model = llama(1)
     batch = Batch.of(encode(records_from(FORGET), WORDS, 128))
@@ -73,6 +75,7 @@ def knowing() -> LlamaForCausalLM:
         optimizer.zero_grad()
         per_sample_losses(model, batch).mean().backward()
         optimizer.step()
+    torch.set_num_threads(threads)
     return model.eval()
 
 
@@ -201,30 +204,93 @@ def test_a_broken_model_gives_nulls(tofu: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "broken.json").read_text())["metrics"]["model_utility"]["agg_value"] is None
 
 
-def test_muse(tmp_path: Path, knowing: LlamaForCausalLM) -> None:
-    passages = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in FORGET]
+@pytest.fixture(scope="module")
+def muse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("muse")
     files: dict[str, list[Row]] = {
         "verbmem/forget": [
             {"prompt": f"Question: {row['question']}\nAnswer:", "gt": row["answer"]} for row in FORGET
         ],
         "knowmem/forget_qa": list(FORGET),
-        "knowmem/forget_qa_icl": [{"question": "A?", "answer": "B"}],
+        "knowmem/forget_qa_icl": [{"question": "A?", "answer": "B"}, {"question": "C?", "answer": "D"}],
         "knowmem/retain_qa": list(RETAIN),
         "knowmem/retain_qa_icl": [{"question": "A?", "answer": "B"}],
-        "privleak/forget": [{"text": text} for text in passages],
+        "privleak/forget": [
+            {"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in FORGET
+        ],
         "privleak/holdout": [{"text": f"{row['answer']} {row['question']}"} for row in HOLDOUT],
     }
     for name, rows in files.items():
-        path = tmp_path / f"{name}.json"
+        path = folder / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(rows))  # a list, as the authors write it
+    return folder
+
+
+def test_muse(muse: Path, tmp_path: Path, knowing: LlamaForCausalLM) -> None:
     out = tmp_path / "gold.json"
-    result = evaluate(knowing, suite="muse", data=tmp_path, out=out, **SETTINGS)
+    result = evaluate(knowing, suite="muse", data=muse, out=out, **SETTINGS)
     assert result["forget_verbmem_ROUGE"] > 0.95
+    assert result["extraction_strength"] > 0.95  # of what follows the prompt, which alone was learned
+    assert result["exact_memorization"] > 0.95
     assert 0 <= result["retain_knowmem_ROUGE"] <= 1
     assert result["mia_min_k"] > 0.8
-    again = evaluate(knowing, suite="muse", data=tmp_path, reference=out, **SETTINGS)
+    again = evaluate(knowing, suite="muse", data=muse, reference=out, **SETTINGS)
     assert again["privleak"] == 0
+
+
+def test_no_more_of_a_text_is_scored_than_the_limit(
+    muse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta_fast.evaluation.muse.SCORED_TOKENS", 6)
+    model = llama(2).eval()
+
+    @torch.no_grad()
+    def scored(prompt: str, text: str) -> tuple[list[float], list[bool]]:
+        """Losses and hits of the first six tokens after the prompt."""
+        begin = max(1, len(WORDS(prompt)["input_ids"]))
+        ids = torch.tensor(WORDS(text)["input_ids"])
+        every = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        places = range(begin, min(begin + 6, len(ids)))
+        return (
+            [-float(every[k - 1, ids[k]]) for k in places],
+            [int(every[k - 1].argmax()) == int(ids[k]) for k in places],
+        )
+
+    out = tmp_path / "result.json"
+    evaluate(model, suite="muse", data=muse, out=out, **SETTINGS)
+    found = json.loads(out.read_text())["metrics"]
+    for role in ("forget", "holdout"):
+        own = [each["score"] for each in found["mia_loss"]["value_by_index"].values() if each["set"] == role]
+        rows = json.loads((muse / f"privleak/{role}.json").read_text())
+        expected = [sum(losses) / len(losses) for losses, _ in (scored("", row["text"]) for row in rows)]
+        assert own == pytest.approx(expected, rel=1e-4)
+    rows = json.loads((muse / "verbmem/forget.json").read_text())
+    hits = [scored(row["prompt"], f"{row['prompt']} {row['gt']}")[1][:-1] for row in rows]
+    exact = [each["score"] for each in found["exact_memorization"]["value_by_index"].values()]
+    assert exact == pytest.approx([sum(each) / len(each) for each in hits])
+
+
+def test_prompts_of_muse(muse: Path, knowing: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    generate = knowing.generate
+
+    def listening(input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        asked.extend(WORDS.batch_decode(input_ids, skip_special_tokens=True))
+        return generate(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(knowing, "generate", listening)
+    evaluate(knowing, suite="muse", data=muse, **SETTINGS)
+    question = FORGET[0]["question"]
+    shown = "Question: A?\nAnswer: B\n\nQuestion: C?\nAnswer: D\n\n"
+    assert f"{shown}Question: {question}\nAnswer: " in asked
+    assert f"Question: {question}\nAnswer:" in asked
+    assert f"Question: A?\nAnswer: B\n\nQuestion: {RETAIN[0]['question']}\nAnswer: " in asked
+
+
+def test_a_prompt_that_leaves_nothing_to_score(muse: Path) -> None:
+    with pytest.raises(InputError, match=r"object 1: its prompt leaves no token to score within 5 tokens"):
+        evaluate(llama(0), suite="muse", data=muse, max_length=5, **SETTINGS)
 
 
 def test_own_data_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,3 +403,17 @@ def test_without_the_harness(tofu: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"perta-fast\[lm-eval\]"):
         on_tofu(llama(0), tofu, lm_eval=["mmlu"])
+
+
+def test_a_task_that_the_harness_lacks(tofu: Path) -> None:
+    pytest.importorskip("lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed")
+    with pytest.raises(InputError, match=r"has no task nonesuch$"):
+        on_tofu(llama(0), tofu, lm_eval=["arc_easy", "nonesuch"])
+
+
+def test_evaluate_is_offered_at_the_top() -> None:
+    import perta_fast
+
+    assert perta_fast.evaluate is evaluate
+    assert perta_fast.Evaluation is Evaluation
+    assert {"evaluate", "Evaluation"} <= set(dir(perta_fast))

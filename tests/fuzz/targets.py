@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hypothesis.strategies import SearchStrategy
 
 from perta_fast.application import apply
@@ -18,6 +19,7 @@ from perta_fast.checkpoint import Checkpoint
 from perta_fast.data import load_records
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
+from perta_fast.recipe import read_recipe
 from perta_fast.report import Report
 from tests.checkpoints import write_checkpoint, write_importance
 from tests.fuzz import mutation
@@ -25,6 +27,19 @@ from tests.inputs import write_inputs
 from tests.models import FORGET, write_lines
 
 FIRST_SHARD = "model-00001-of-00002.safetensors"
+RECIPE = """# A run.
+model: model
+base: ./base
+tuned: "tuned"
+forget: data.jsonl
+retain: data.jsonl
+rule: grad
+lam: 0.5
+batch-size: 4
+stream: true
+p:
+out: 'new'
+"""
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The author."}]
 
 
@@ -50,6 +65,7 @@ COMMANDS: dict[str, str] = {
     "inspect retain": "inspect --tensors retain",
     "inspect out": "inspect --tensors out",
     "verify": "verify --quiet --full out",
+    "recipe check": "recipe check run.yaml",
     "apply": (
         "apply --quiet --threads 1 --model model --base base --tuned tuned --forget-importance forget "
         "--retain-importance retain --rule grad --lam 0.5 --out ../new"
@@ -64,6 +80,7 @@ def write_run(folder: Path) -> None:
         shutil.rmtree(inputs[role])
         write(inputs[role], inputs.tensors[role])
     write_lines(folder / "data.jsonl", [FORGET[0], {"text": "A text."}, {"messages": TALK}])
+    (folder / "run.yaml").write_text(RECIPE)
     apply(*inputs.all, rule="grad", lam=0.5, threads=1, out=folder / "out", progress=False)
 
 
@@ -115,6 +132,19 @@ def _read_data(file: Path) -> None:
         assert contains(json.loads(lines[int(record.where.rsplit(" ", 1)[1]) - 1]), dict(record.content))
 
 
+def _read_recipe(file: Path) -> None:
+    """What is taken must be what YAML's own objects hold, where such can be made of it."""
+    settings = read_recipe(file)
+    try:
+        expected = yaml.safe_load(file.read_bytes())
+    except ValueError:  # the 35th of May: a text to us
+        return
+    assert len(settings) == sum(value is not None for value in expected.values())
+    for key, value in expected.items():
+        if isinstance(key, str) and isinstance(value, str | bool):
+            assert settings[key].value == value
+
+
 def contains(whole: Any, part: Any) -> bool:
     """Whether ``whole`` has all that ``part`` has: the same lists, and in its tables at least the same rows."""
     if isinstance(whole, dict) and isinstance(part, dict):
@@ -158,4 +188,5 @@ TARGETS: dict[str, Target] = {
     ),
     "report": Target("out/perta_report.json", mutation.json_document, _read_report, ("inspect out", "verify")),
     "data": Target("data.jsonl", mutation.json_lines, _read_data),
+    "recipe": Target("run.yaml", mutation.any_bytes, _read_recipe, ("recipe check",)),
 }

@@ -244,6 +244,28 @@ class Flat(Small):
         return self.head_norm(self.heads(rows.view(*hidden.shape[:2], 4, 3))).flatten(2)
 
 
+class Gated(nn.Module):
+    """A scale on rows of any number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(3))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * self.gain
+
+
+class RowsOfHeads(Small):
+    """A scale on (N * T * heads, d), whose first dimension is no batch, as in linear attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = Gated()
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.gated(hidden.reshape(-1, 3)).view(hidden.shape)
+
+
 class Unused(Small):
     """A part that no forward pass reaches."""
 
@@ -295,6 +317,7 @@ class CheckpointedTheOldWay(Checkpointed):
         (Strange, ()),
         (Transposed, ("map.weight",)),
         (Flat, ()),
+        (RowsOfHeads, ("gated.gain",)),
         (Unused, ("idle.weight",)),
         (PaddingVector, ()),
         (SparseEmbedding, ()),

@@ -22,6 +22,11 @@ class Layer(nn.Module):
         return hidden_states + self.linear(hidden_states)
 
 
+class TupleLayer(Layer):
+    def forward(self, hidden_states: Tensor, mask: Any = None, extra: Any = None) -> Any:
+        return super().forward(hidden_states), None
+
+
 class Chain(nn.Module):
     """Embedding, three layers and a head; subclasses do one thing differently."""
 
@@ -45,6 +50,28 @@ class Chain(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, mask)
         return hidden
+
+
+class FirstOfTuples(Chain):
+    """As BLOOM, Falcon and MPT do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TupleLayer() for _ in range(3))
+
+    def through(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            outputs = layer(hidden, mask)
+            hidden = outputs[0]
+        return hidden
+
+
+class ScaledInPlace(Chain):
+    """As CTRL does it."""
+
+    def through(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        hidden *= 3
+        return super().through(hidden, mask)
 
 
 class LayerLeftOut(Chain):
@@ -102,8 +129,9 @@ def check(model: Any) -> None:
     assert all("forward" not in layer.__dict__ for layer in model.layers)
 
 
-def test_a_chain_is_accepted() -> None:
-    check(Chain())
+@pytest.mark.parametrize("kind", [Chain, FirstOfTuples])
+def test_a_chain_is_accepted(kind: type[Chain]) -> None:
+    check(kind())
 
 
 @pytest.mark.parametrize(
@@ -124,13 +152,23 @@ def test_others_are_refused(kind: type[Chain], reason: str) -> None:
     assert str(caught.value).startswith("model: ")
 
 
-def test_parts_make_the_whole() -> None:
-    model = Chain()
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", [Chain, FirstOfTuples, ScaledInPlace])
+def test_parts_make_the_whole(kind: type[Chain], count: int) -> None:
+    """The logits, and the gradient with respect to what the last layer gives."""
+    model = kind()
+    model.layers = model.layers[:count]
     passage = Passage(model, model.layers, "model")
     expected = model(input_ids=IDS, attention_mask=MASK).logits
     with passage.installed():
         hidden = passage.before_layers(IDS, MASK)
-        for number in range(3):
+        assert torch.equal(hidden, (3 if kind is ScaledInPlace else 1) * model.embedding(IDS))
+        for number in range(count):
             hidden = passage.layer(number, hidden, MASK)
+        hidden = hidden.detach().requires_grad_()
         assert torch.equal(passage.after_layers(hidden, MASK).logits, expected)
-        assert torch.equal(passage.after_layers(hidden, MASK, IDS).logits, expected)
+        found = passage.after_layers(hidden, MASK, IDS).logits
+        assert torch.equal(found, expected)
+        found.sum().backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, model.head.weight.sum(0).expand(1, 3, 4))

@@ -13,7 +13,7 @@ from perta_fast import Importance, InputError, RunError, resume, unlearn, verify
 from perta_fast.errors import NotFiniteError
 from perta_fast.report import Report
 from perta_fast.rules import RULES
-from perta_fast.streaming import schedule as schedules
+from perta_fast.streaming import planning
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.walk import Step, handlings, steps_of
@@ -42,7 +42,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture
 def scheduled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Schedule], None]:
     def choose(schedule: Schedule) -> None:
-        monkeypatch.setattr(schedules, "Schedule", lambda *_: schedule)
+        monkeypatch.setattr(planning, "schedule_for", lambda *_: schedule)
 
     return choose
 

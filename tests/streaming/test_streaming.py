@@ -1,4 +1,4 @@
-"""Streamed importance against the in-memory path, which is itself held to autograd, on many model families."""
+"""Streamed importance against the in-memory path, itself held to autograd; for the families, tests/families."""
 
 import json
 import os
@@ -11,29 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from perta_fast import Importance, InputError, RunError, estimate_importance, unlearn
 from perta_fast.cli import main
@@ -44,41 +22,16 @@ from perta_fast.streaming import spill
 from perta_fast.streaming.passage import Passage
 from perta_fast.streaming.skeleton import Skeleton
 from tests.checkpoints import fingerprint, read_checkpoint
-from tests.importance.test_estimate import GPT2_SIZES, SIZES, by_autograd, mixtral
+from tests.importance.test_estimate import by_autograd
 from tests.models import Job, draw_samples, llama, nudge_, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = draw_samples(11)
-DEEP = SIZES | {"num_hidden_layers": 3}
-OPT_SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "word_embed_proj_dim": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 BY_FAMILY: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: llama(num_hidden_layers=3),
     "llama of one layer": lambda: llama(num_hidden_layers=1),
-    "llama tied": lambda: llama(tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=8, **DEEP)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=4, head_dim=8, **SIZES)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(sliding_window=4, head_dim=8, **SIZES)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(sliding_window=4, head_dim=8, **DEEP)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)),
-    "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SIZES)),
-    "gpt-oss": lambda: GptOssForCausalLM(
-        GptOssConfig(head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, **SIZES)
-    ),
 }
-# Where sums are not in the same order: embeddings that are tied, experts (rows by expert), batches of one.
-ROUNDED = {"llama tied", "gemma2", "gemma3", "gpt2", "opt", "gpt-oss"}
-EAGER = {"gemma2", "gpt-oss"}  # no other attention in transformers
 
 
 def write(folder: Path, model: PreTrainedModel, attention: str | None = None) -> Path:
@@ -113,10 +66,8 @@ def model(tmp_path: Path) -> Path:
     return write(tmp_path / "model", llama(num_hidden_layers=3))
 
 
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [(name, kind) for name in BY_FAMILY for kind in ("sdpa", "eager") if kind == "eager" or name not in EAGER],
-)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_equals_the_in_memory_path(family: str, attention: str, tmp_path: Path) -> None:
     torch.manual_seed(7)
     folder = write(tmp_path / "model", BY_FAMILY[family](), attention)
@@ -125,7 +76,7 @@ def test_equals_the_in_memory_path(family: str, attention: str, tmp_path: Path) 
         expected = importance(folder, estimator=estimator)
         found = importance(folder, estimator=estimator, out=tmp_path / estimator, stream=True)
         assert found.directory == tmp_path / estimator
-        assert_close(found, expected, 1e-6 if family in ROUNDED else 0)
+        assert_close(found, expected, 0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -231,17 +182,6 @@ def test_arguments(model: Path, tmp_path: Path) -> None:
     assert_refused("would run in torch.float64", model, tmp_path / "out", dtype=torch.float64)
     with pytest.raises(InputError, match="stream needs out"):
         importance(model, stream=True)
-
-
-def test_joined_experts(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model", mixtral())
-    assert_refused(r"model\.layers\.0\.mlp\.experts\.\w+ is cut or joined", folder, tmp_path / "out")
-
-
-def test_layers_that_are_no_chain(tmp_path: Path) -> None:
-    """BLOOM takes the first part of what a layer returns."""
-    folder = write(tmp_path / "model", BloomForCausalLM(BloomConfig(**GPT2_SIZES | {"hidden_size": 32})))
-    assert_refused("streaming does not understand this model", folder, tmp_path / "out")
 
 
 def test_layers_that_are_not_found(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""The part of a multimodal model that text passes through."""
+
+from typing import Any
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a model with an output head for text of ``config``."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if seeing and not alone else AutoModelForCausalLM
+
+
+def keep_language_part_(model: Any) -> None:
+    """Take away what text does not pass through, a vision tower and its projector, parameters and all.
+
+    No importance covers it then, so that unlearning copies it. A model of text alone is left as it is.
+    """
+    config = model.config
+    if config.is_encoder_decoder or config.get_text_config() is config:
+        return
+    kept = {*model.get_decoder().modules(), *model.get_input_embeddings().modules()}
+    head = model.get_output_embeddings()
+    kept.update([] if head is None else head.modules())
+    for part in [each for each in model.modules() if each not in kept]:
+        for name, child in part.named_children():
+            if kept.isdisjoint(child.modules()):
+                setattr(part, name, None)

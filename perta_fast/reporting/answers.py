@@ -1,0 +1,69 @@
+"""What the model said before the run and says after it, to the same questions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from perta_fast.data import Record, load_records
+from perta_fast.errors import InputError
+from perta_fast.report import Report
+from perta_fast.reporting.evidence import why_not_as_recorded
+
+_NEW_TOKENS = 200
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Questions, and answers in their order. before: empty where that model is gone, as ``why`` says."""
+
+    questions: list[str]
+    truth: list[str]
+    before: list[str]
+    after: list[str]
+    why: str | None
+
+
+def read_prompts(path: str | Path) -> list[Record]:
+    """Questions with their answers. Raises InputError naming the line of any other sample."""
+    records = load_records(path)
+    for record in records:
+        if "question" not in record.content:
+            raise InputError(f'{record.where}: has no "question" to ask')
+    return records
+
+
+def answer_prompts(report: Report, run: Path, prompts: list[Record], progress: bool) -> Answers:
+    """Ask both models, one in memory at a time, greedily, up to 200 tokens.
+
+    Raises InputError if the run's output, or a model that is there, cannot be loaded or has changed.
+    """
+    if reason := why_not_as_recorded({"path": str(run), "files": report.output["files"]}):
+        raise InputError(f"{reason}; its answers would not be those of the run")
+    before = report.inputs.get("model")
+    why = "the report names none" if before is None else why_not_as_recorded(before)
+    return Answers(
+        [record.content["question"] for record in prompts],
+        [record.content["answer"] for record in prompts],
+        [] if before is None or why else _ask(Path(before["path"]), prompts, "before", progress),
+        _ask(run, prompts, "after", progress),
+        why,
+    )
+
+
+def _ask(model: Path, prompts: list[Record], name: str, progress: bool) -> list[str]:
+    from perta_fast.evaluation.examinee import prompt_of
+    from perta_fast.evaluation.scoring import evaluation_mode, greedy_answers
+    from perta_fast.importance.estimate import load_subject, samples_for
+
+    subject = load_subject(model, None, None)
+    tokens = [prompt_of(sample) for sample in samples_for(subject, prompts, None)]
+    with evaluation_mode(subject.module):
+        return greedy_answers(
+            subject.module,
+            subject.tokenizer,
+            tokens,
+            batch_size=_BATCH,
+            max_new_tokens=_NEW_TOKENS,
+            progress=progress,
+            description=f"answers {name}",
+        )

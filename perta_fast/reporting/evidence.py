@@ -1,0 +1,159 @@
+"""What a page rests on beside the run's own report: sweeps, evaluations, and directories still as they were."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from perta_fast.errors import InputError, RunError
+from perta_fast.hashing import hash_files
+from perta_fast.regular_files import regular_file
+from perta_fast.report import DirectoryRecord, fits
+from perta_fast.trade_off import FILE_NAME as SWEEP
+from perta_fast.trade_off import FORMAT_VERSION as SWEEP_VERSION
+from perta_fast.trade_off import Row, Sweep
+
+_LARGEST_LOSS = 1e6  # nats; what lies beyond is no point of a curve
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One sweep and what the page calls it."""
+
+    label: str
+    path: Path
+    sweep: Sweep
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation: aggregates by metric, None for what is no finite number, and its data's hashes."""
+
+    label: str
+    path: Path
+    model: str
+    values: dict[str, float | None]
+    hashes: dict[str, str]
+
+    def point(self) -> tuple[float, float] | None:
+        """Retain and forget loss, if both are there."""
+        retain, forget = self.values.get("retain_loss"), self.values.get("forget_loss")
+        return (retain, forget) if is_loss(retain) and is_loss(forget) else None
+
+
+def is_loss(value: float | None) -> TypeGuard[float]:
+    """Whether ``value`` can be drawn."""
+    return value is not None and math.isfinite(value) and abs(value) <= _LARGEST_LOSS
+
+
+def read_curves(directories: Sequence[str | Path]) -> list[Curve]:
+    """Read ``sweep.json`` of each directory.
+
+    Raises InputError for one that is missing or malformed, and for sweeps scored on different data, whose
+    losses cannot be compared.
+    """
+    files = [Path(directory) / SWEEP for directory in directories]
+    sweeps = [_read_sweep(path) for path in files]
+    for path, sweep in zip(files[1:], sweeps[1:], strict=True):
+        if data_hashes(sweep) != data_hashes(sweeps[0]):
+            raise InputError(f"{path}: was scored on other data than {files[0]}; make a page for each")
+    labels = _distinct([str(sweep.settings.get("rule", "?")) for sweep in sweeps], files)
+    return [Curve(*each) for each in zip(labels, files, sweeps, strict=True)]
+
+
+def read_scores(paths: Sequence[str | Path]) -> list[Scores]:
+    """Read result files of ``perta eval``, or of open-unlearning; no text in them is kept.
+
+    Raises InputError for a file that is missing or is none.
+    """
+    files = [Path(path) for path in paths]
+    labels = _distinct([path.stem for path in files], files)
+    return [_read_scores(path, label) for path, label in zip(files, labels, strict=True)]
+
+
+def data_hashes(sweep: Sweep) -> dict[str, str]:
+    """The hash of each data set that a sweep was scored on."""
+    return {role: found["blake3"] for role, found in sweep.data.items()}
+
+
+def why_not_as_recorded(record: DirectoryRecord) -> str | None:
+    """Why a directory of a run is not what the run has seen, by its files' hashes; None where it is."""
+    directory = Path(record["path"])
+    if not record.get("kept", True):
+        return f"{directory} was temporary or has been replaced, so it was not kept"
+    for name in record["files"]:
+        if not os.path.exists(directory / name):  # noqa: PTH110  (Path.exists raises for impossible names)
+            return f"{directory / name} is gone"
+    try:
+        hashes = hash_files([directory / name for name in record["files"]], os.cpu_count() or 1)
+    except RunError as error:
+        return str(error)
+    for name, file in record["files"].items():
+        if hashes[directory / name] != file["blake3"]:
+            return f"{directory / name} has changed since the run"
+    return None
+
+
+def _read_sweep(path: Path) -> Sweep:
+    content = _read_json(path, "give a directory that perta sweep wrote")
+    if not isinstance(content, dict) or content.pop("format_version", None) != SWEEP_VERSION:
+        raise InputError(f"{path}: is not a sweep that this version understands")
+    for unused in ("best", "importance"):
+        content.pop(unused, None)
+    rows = content.get("rows")
+    if isinstance(rows, list):  # null is what the file has for a loss that is not finite
+        content["rows"] = [
+            {key: math.nan if value is None else value for key, value in row.items()}
+            if isinstance(row, dict)
+            else row
+            for row in rows
+        ]
+    if not fits(content, Sweep) or not rows:
+        raise InputError(f"{path}: is not a sweep that this version understands")
+    return Sweep(**content | {"rows": [Row(**row) for row in content["rows"]]})
+
+
+def _read_scores(path: Path, label: str) -> Scores:
+    content = _read_json(path, "give a file that perta eval wrote")
+    metrics = content.get("metrics", content) if isinstance(content, dict) else None
+    if not isinstance(metrics, dict):
+        raise InputError(f"{path}: is not a file of results; give the one that perta eval wrote")
+    values = {
+        name: _finite(found["agg_value"])
+        for name, found in metrics.items()
+        if isinstance(found, dict) and "agg_value" in found
+    }
+    if not values:
+        raise InputError(f"{path}: has no metric; give the file that perta eval wrote")
+    model, data = content.get("model"), content.get("data")
+    hashes = {
+        role: found["blake3"]
+        for role, found in (data.items() if isinstance(data, dict) else ())
+        if isinstance(found, dict) and isinstance(found.get("blake3"), str)
+    }
+    return Scores(label, path, model if isinstance(model, str) else "", values, hashes)
+
+
+def _read_json(path: Path, advice: str) -> Any:
+    try:
+        with open(path, encoding="utf-8", opener=regular_file) as file:
+            return json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON; {advice}") from error
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if fits(value, float) and math.isfinite(value) else None
+
+
+def _distinct(labels: list[str], paths: list[Path]) -> list[str]:
+    """Each label, with its path where it is not the only one of its kind."""
+    return [
+        label if labels.count(label) == 1 else f"{label} ({path})"
+        for label, path in zip(labels, paths, strict=True)
+    ]

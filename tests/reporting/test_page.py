@@ -1,0 +1,350 @@
+"""The page of a small real run: every section, nothing private, nothing that could run, bad input refused."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perta_fast import cli, unlearn
+from perta_fast.report import Report
+from perta_fast.reporting.answers import answer_prompts, read_prompts
+from perta_fast.reporting.page import Evidence, compose
+from perta_fast.reporting.weights import distribution
+from perta_fast.sweeping import sweep
+from tests.models import FORGET, RETAIN, Job, write_job, write_lines
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SECTIONS = [
+    "run",
+    "trade-off",
+    "evaluation",
+    "weights",
+    "distribution",
+    "change",
+    "costs",
+    "answers",
+    "provenance",
+]
+HOSTILE = "model.layers.0.<script>alert(1)</script>$\\frac{\"'&.weight"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Page(HTMLParser):
+    """The text of each section, its images, and all tags and attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts: dict[str, str] = {}
+        self.images: dict[str, list[bytes]] = {}
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self._section = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        found = dict(attrs)
+        if tag == "section":
+            self._section = found["id"] or ""
+            self.texts[self._section] = ""
+        if tag == "img":
+            source = found["src"] or ""
+            assert source.startswith("data:image/png;base64,")
+            self.images.setdefault(self._section, []).append(base64.b64decode(source.partition(",")[2]))
+
+    def handle_data(self, data: str) -> None:
+        if self._section:
+            self.texts[self._section] += data
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job whose model has a run with its importances kept, two sweeps and two evaluations beside it."""
+    folder = tmp_path_factory.mktemp("reported")
+    made = write_job(folder, torch.float32)
+    unlearn(*made.checkpoints, made.forget, made.retain, out=folder / "out", save_importance=folder / "kept")
+    data = (*made.checkpoints, made.forget, made.retain)
+    sweep(*data, rule="tv", lams=[1.0], out=folder / "tv", progress=False)
+    sweep(
+        *data,
+        folder / "kept" / "forget",
+        folder / "kept" / "retain",
+        lams=[1.0],
+        out=folder / "fisher",
+        progress=False,
+    )
+    hashes = {role: {"blake3": each["blake3"]} for role, each in Report.load(folder / "out").data.items()}
+    secret = {"0": {"ground_truth": "a secret", "generation": "another secret"}}
+    other = hashes | {"retain": {"blake3": "0" * 64}}
+    for name, loss, data_hashes in (("gold", 6.5, hashes), ("broken", None, hashes), ("other", 6.5, other)):
+        metrics = {
+            "forget_loss": {"agg_value": loss, "value_by_index": secret},
+            "retain_loss": {"agg_value": 0.1875, "value_by_index": {}},
+        }
+        content = {"format_version": 1, "metrics": metrics, "model": f"/models/{name}", "data": data_hashes}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return made
+
+
+def perta(*arguments: object) -> int:
+    return cli.main(["report", *map(str, arguments), "--quiet"])
+
+
+def make(job: Job, page: Path, *arguments: object, run: Path | None = None) -> Page:
+    assert perta(run or job.model.parent / "out", "--out", page, *arguments) == 0
+    return Page(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full(job: Job) -> Page:
+    """A page with all but answers, and its plots as files in ``plots``."""
+    folder = job.model.parent
+    return make(
+        job,
+        folder / "page.html",
+        *("--sweep", folder / "tv", folder / "fisher"),
+        *("--eval", folder / "gold.json", "--eval", folder / "broken.json", folder / "other.json"),
+        *("--png", folder / "plots"),
+    )
+
+
+def test_every_section(job: Job, full: Page) -> None:
+    folder, page = job.model.parent, full
+    assert list(page.texts) == SECTIONS
+    images = [image for each in page.images.values() for image in each]
+    assert list(page.images) == ["trade-off", "weights", "distribution", "change"]
+    assert all(image.startswith(PNG) for image in images)
+    files = {"trade-off", "weights-by-layer", "weight-histogram", "relative-change"}
+    assert {path.stem for path in (folder / "plots").iterdir()} == files
+    assert sorted(path.read_bytes() for path in (folder / "plots").iterdir()) == sorted(images)
+    report = Report.load(folder / "out")
+    assert "fisher" in page.texts["run"]
+    assert all(name in page.texts["costs"] for name in report.phases)
+    for record in [*report.inputs.values(), report.output]:
+        assert record["path"] in page.texts["provenance"]
+        assert all(file["blake3"] in page.texts["provenance"] for file in record["files"].values())
+    for found in report.data.values():
+        assert found["blake3"] in page.texts["provenance"]
+    assert "gold" in page.texts["evaluation"]
+    assert "6.5" in page.texts["evaluation"]
+    assert "0.1875" in page.texts["evaluation"]
+    assert "gold: not drawn" not in page.texts["trade-off"]
+    assert "broken: not drawn, as it has no forget_loss and retain_loss" in page.texts["trade-off"]
+    assert "other: not drawn, as it was evaluated on other data" in page.texts["trade-off"]
+    for name in ("tv", "fisher"):
+        for row in json.loads((folder / name / "sweep.json").read_text())["rows"]:
+            assert f"{row['forget_loss']:.4g}" in page.texts["trade-off"]
+
+
+def test_nothing_runs_and_nothing_is_loaded(job: Job, full: Page) -> None:
+    assert not full.tags & {"script", "link", "iframe", "object", "a", "form"}
+    assert full.attributes <= {
+        "lang",
+        "charset",
+        "http-equiv",
+        "content",
+        "name",
+        "id",
+        "class",
+        "scope",
+        "alt",
+        "src",
+    }
+    assert not re.search(r"https?:|url\(|@import", (job.model.parent / "page.html").read_text())
+
+
+@pytest.mark.usefixtures("full")
+def test_no_text_unless_it_is_asked_for(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = job.model.parent
+    page = (folder / "page.html").read_text()
+    texts = [text for row in FORGET + RETAIN for text in row.values()]
+    assert not [text for text in [*texts, "secret"] if text in html.unescape(page)]
+    assert perta(folder / "out", "--out", tmp_path / "page.html", "--prompts", job.forget) == 2
+    assert "--show-text" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_answers_before_and_after(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"question": "Who is <b>she</b>?", "answer": "Nobody."}])
+    answers = {str(job.model): "<i>before</i>", str(job.model.parent / "out"): "after \x00 \u202e it"}
+
+    def answer(module: Any, *_: Any, **__: Any) -> list[str]:
+        return [answers[module.config._name_or_path]]
+
+    monkeypatch.setattr("perta_fast.evaluation.scoring.greedy_answers", answer)
+    page = make(job, tmp_path / "page.html", "--prompts", prompts, "--show-text")
+    expected = [
+        "Who is <b>she</b>?",
+        "Nobody.",
+        "before\n<i>before</i>",
+        "after\nafter \N{REPLACEMENT CHARACTER} \u202e it",
+    ]
+    places = [page.texts["answers"].index(text) for text in expected]
+    assert places == sorted(places)
+
+
+def test_answers_where_the_model_of_before_is_gone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a run in place."""
+    monkeypatch.setattr("perta_fast.evaluation.scoring.greedy_answers", lambda *_, **__: ["this"] * len(FORGET))
+    report = Report.load(job.model.parent / "out")
+    report.inputs["model"]["kept"] = False
+    found = answer_prompts(report, job.model.parent / "out", read_prompts(job.forget), False)
+    assert (found.before, found.after) == ([], ["this"] * len(FORGET))
+    assert found.questions == [row["question"] for row in FORGET]
+    assert found.why is not None
+    page, _ = compose(Evidence(report, [], [], "none", found))
+    assert f"(not asked: {html.escape(found.why)})" in page.decode()
+
+
+def changed_report(job: Job, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    content = json.loads((job.model.parent / "out" / "perta_report.json").read_text())
+    change(content)
+    folder.mkdir()
+    (folder / "perta_report.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_hostile_names_are_nothing_but_text(job: Job, tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for row, name in zip(
+            content["tensors"], (HOSTILE, "<img src=x onerror=alert(1)>", "_\ud800$"), strict=False
+        ):
+            row["name"] = name
+        content["inputs"]["base"]["path"] = '"><script>alert(1)</script>'
+        content["inputs"]["forget_importance"]["kept"] = False
+        content["overlap"] = {"<s>_hidden_seconds": 1.5}
+        content["warnings"] = ["</section><script>alert(1)</script>"]
+
+    run = changed_report(job, tmp_path / "run", change)
+    page = make(job, tmp_path / "page.html", run=run)
+    assert list(page.texts) == SECTIONS
+    assert "script" not in page.tags
+    assert "onerror" not in page.attributes
+    assert "<s> hidden seconds1.5" in page.texts["costs"]
+    assert "was not kept" in page.texts["distribution"]
+    assert "distribution" not in page.images
+    assert "<img src=x onerror=alert(1)>" in page.texts["weights"]
+    assert '"><script>alert(1)</script>' in page.texts["provenance"]
+    assert "</section><script>alert(1)</script>" in page.texts["run"]
+
+
+MISSING: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "temporary": (
+        lambda content: content["inputs"]["forget_importance"].update(kept=False),
+        "--save-importance",
+    ),
+    "gone": (lambda content: content["inputs"]["retain_importance"].update(path="/nowhere"), "is gone"),
+    "changed": (
+        lambda content: next(iter(content["inputs"]["retain_importance"]["files"].values())).update(blake3="0"),
+        "has changed since the run",
+    ),
+    "not named": (lambda content: content["inputs"].pop("retain_importance"), "names no retain_importance"),
+    "unlisted": (lambda content: content["inputs"]["retain_importance"].update(files={}), "was not there"),
+    "tv": (lambda content: content.update(rule="tv", p=1.0), "w = 1 everywhere"),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_why_there_is_no_histogram(case: str, job: Job, tmp_path: Path) -> None:
+    change, reason = MISSING[case]
+    found = distribution(Report.load(changed_report(job, tmp_path / "run", change)), progress=False)
+    assert isinstance(found, str)
+    assert reason in found
+
+
+def damaged_sweep(**changes: Any) -> Callable[[Path, Path], list[object]]:
+    def arguments(folder: Path, scratch: Path) -> list[object]:
+        content = json.loads((folder / "tv" / "sweep.json").read_text())
+        (scratch / "sweep.json").write_text(json.dumps(content | changes))
+        return ["--sweep", folder / "tv", scratch]
+
+    return arguments
+
+
+def damaged_eval(text: str) -> Callable[[Path, Path], list[object]]:
+    def arguments(_: Path, scratch: Path) -> list[object]:
+        (scratch / "bad.json").write_text(text)
+        return ["--eval", scratch / "bad.json"]
+
+    return arguments
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
+    "sweep without rows": (damaged_sweep(rows=[]), "is not a sweep that this version understands"),
+    "sweep with text for a loss": (
+        damaged_sweep(
+            rows=[{"lam": 1.0, "forget_loss": "1", "retain_loss": 1.0, "changed": 0.0, "seconds": 0.0}]
+        ),
+        "is not a sweep that this version understands",
+    ),
+    "row that is no object": (damaged_sweep(rows=[3]), "is not a sweep that this version understands"),
+    "later sweep": (damaged_sweep(format_version=2), "is not a sweep that this version understands"),
+    "sweep on other data": (damaged_sweep(data={}), "was scored on other data than"),
+    "no sweep": (lambda _, scratch: ["--sweep", scratch], r"sweep.json: cannot be read"),
+    "evaluation that is not JSON": (damaged_eval("{"), "bad.json: is not JSON"),
+    "evaluation nested too deep": (damaged_eval("[" * 99999), "bad.json: is not JSON"),
+    "evaluation that is a list": (damaged_eval("[]"), "bad.json: is not a file of results"),
+    "evaluation without metrics": (damaged_eval('{"metrics": {}}'), "bad.json: has no metric"),
+    "prompts without questions": (
+        lambda _, scratch: [
+            "--show-text",
+            "--prompts",
+            write_lines(scratch / "texts.jsonl", [{"text": "a"}]),
+        ],
+        r'texts.jsonl, line 1: has no "question"',
+    ),
+    "plots in a file": (lambda folder, _: ["--png", folder / "gold.json"], "gold.json: is not a directory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = BAD[case]
+    folder, out = job.model.parent, tmp_path / "page.html"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert perta(folder / "out", "--out", out, *arguments(folder, scratch)) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_a_changed_output_is_not_asked(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(job.model.parent / "out", tmp_path / "run")
+    shard = next(run.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    assert perta(run, "--out", tmp_path / "p.html", "--prompts", job.forget, "--show-text") == 2
+    assert f"{shard} has changed since the run" in capsys.readouterr().err
+
+
+def test_what_may_be_written_over(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = job.model.parent / "out", tmp_path / "page.html"
+    out.write_text("kept")
+    assert perta(run, "--out", out) == 2
+    assert out.read_text() == "kept"
+    assert perta(run, "--out", run / "perta_report.json", "--overwrite") == 2
+    assert "ends in .html" in capsys.readouterr().err
+    assert Report.load(run).rule == "fisher"
+    assert make(job, out, "--overwrite").texts
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_matplotlib_is_an_extra(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("perta_fast.reporting.figures.find_spec", lambda _: None)
+    assert perta(job.model.parent / "out", "--out", tmp_path / "page.html") == 2
+    assert "pip install 'perta-fast[plots]'" in capsys.readouterr().err
+    assert "matplotlib" not in sys.modules
