@@ -52,7 +52,7 @@ class Skeleton(Structure):
         return as_stored(self.model, dict(means))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The values of parameters, from the shards; pinned where they go on to a GPU. See ``StoredWeights.read``."""
+        """The values of parameters, from the shards (``StoredWeights.read``); pinned on their way to a GPU."""
         values = self.weights.read(names)
         if self.device.type == "cuda":
             return {name: value.pin_memory() for name, value in values.items()}
