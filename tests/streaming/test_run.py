@@ -1,6 +1,7 @@
 """A streamed run gives what importances on disk and a subtraction after them give, however it is scheduled."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,26 @@ def test_in_place(job: Job, tmp_path: Path) -> None:
     assert report.settings["stream"] == "yes"
     assert_same_weights(tmp_path / "out", tmp_path / "model")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "model"}
+
+
+def test_too_little_memory(job: Job, tmp_path: Path) -> None:
+    """Refused before anything is written, with the least that would do, which then does."""
+    with pytest.raises(InputError, match=r"the least that would do is ([0-9]+) bytes") as caught:
+        run(job, tmp_path / "out", stream=True, memory=1 << 20)
+    assert list(tmp_path.iterdir()) == []
+    least = int(re.search("is ([0-9]+) bytes", str(caught.value))[1])  # type: ignore[index]
+    run(job, tmp_path / "out", stream=True, memory=least + (16 << 20))  # the process has grown meanwhile
+    run(job, tmp_path / "memory")
+    assert_same_weights(tmp_path / "memory", tmp_path / "out")
+
+
+def test_what_a_run_will_take_is_said_before(
+    job: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(job, tmp_path / "out", stream=True, progress=True)
+    said = capfd.readouterr().err
+    for line in ("memory: ", "disk: ", "arithmetic: ", "time: about ", "schedule: batches of 2"):
+        assert f"\n{line}" in f"\n{said}"
 
 
 def test_links_are_refused(job: Job, tmp_path: Path) -> None:
