@@ -21,6 +21,8 @@ from perta_fast.to_directory import begun_job, has_begun
 if TYPE_CHECKING:
     import torch
 
+    from perta_fast.streaming.schedule import Schedule
+
 
 def unlearn(
     model: str | Path,
@@ -122,6 +124,8 @@ def unlearn(
         for role, path in data.items()
     }
 
+    schedule: Schedule | None = None
+
     def annotate(report: Report) -> None:
         for name, seconds in phases.items():
             report.add_phase(name, seconds, 0)
@@ -133,7 +137,7 @@ def unlearn(
             "max_length": "the model's" if max_length is None else str(max_length),
             "dtype": "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."),
             "device": device_used,
-            "stream": "yes" if stream else "no",
+            "stream": str(schedule or ("yes" if stream else "no")),
         }
         for role, record in data_records.items():
             if record["truncated"]:

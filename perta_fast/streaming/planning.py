@@ -208,9 +208,7 @@ def describe(chosen: Chosen, rates: Rates) -> str:
         f"{format_size(costs.scratch_moved)} through the scratch disk",
         f"arithmetic: {costs.flops:.3g} FLOP in matrix products",
         f"time: about {duration(rates.seconds(costs, schedule.overlap))} at {rates}",
-        f"schedule: batches of {schedule.batch_size}, hidden states kept at "
-        f"{'every boundary' if schedule.every == 1 else f'one boundary in {schedule.every}'}, "
-        f"{schedule.groups} group{'s' * (schedule.groups > 1)}, {'' if schedule.overlap else 'no '}overlap",
+        f"schedule: {schedule}",
         *(f"  because {reason}" for reason in chosen.reasons),
         *(f"warning: {warning}" for warning in [*chosen.warnings, chosen.shortage] if warning),
     ]

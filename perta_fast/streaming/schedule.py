@@ -22,4 +22,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.every, self.groups) < 1:
-            raise InputError(f"{self}: batch size, every and groups must be at least 1")
+            raise InputError(f"{self!r}: batch size, every and groups must be at least 1")
+
+    def __str__(self) -> str:
+        kept = "every boundary" if self.every == 1 else f"one boundary in {self.every}"
+        return (
+            f"batches of {self.batch_size}, hidden states kept at {kept}, "
+            f"{self.groups} group{'s' * (self.groups > 1)}, {'' if self.overlap else 'no '}overlap"
+        )

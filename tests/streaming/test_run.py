@@ -118,7 +118,7 @@ def test_importances_that_are_kept(
 def test_what_the_report_says(job: Job, tmp_path: Path) -> None:
     expected = run(job, tmp_path / "memory", rule="empirical-fisher")
     report = run(job, tmp_path / "stream", rule="empirical-fisher", stream=True)
-    assert report.settings == expected.settings | {"stream": "yes"}
+    assert report.settings == expected.settings | {"stream": str(Schedule(2))}
     assert report.data == expected.data
     assert report.counts == expected.counts
     assert report.importance == expected.importance
