@@ -122,7 +122,8 @@ def test_stopped_by_the_user(job: Job, expected: dict[str, bytes], tmp_path: Pat
     stop = (
         "import os, signal\nfrom perta_fast.streaming.data_pass import DataPass\noriginal = DataPass.layer\n"
         "def layer(*arguments):\n    os.kill(os.getpid(), signal.SIGINT)\n    return original(*arguments)\n"
-        "DataPass.layer = layer"
+        "DataPass.layer = layer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)"  # ignored where tests run in the background
     )
     done = perta(*arguments(job, out), setup=stop)
     assert done.returncode == 130
