@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.data import Sample
-from perta_fast.errors import InputError, RunError
+from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.importance.module_rules import Target
 from perta_fast.importance.per_sample import Plan, only_asking, plan_for
 from perta_fast.losses import Batch, batches_by_length, per_sample_losses
@@ -103,20 +103,20 @@ def _backward(
 
 
 def check_losses(losses: Tensor, numbers: Sequence[int]) -> None:
-    """Raise RunError, naming the samples by ``numbers``, if a loss is not finite."""
+    """Raise NotFiniteError, naming the samples by ``numbers``, if a loss is not finite."""
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
         bad = [numbers[k] for k in (~finite).nonzero().flatten().tolist()]
-        raise RunError(
+        raise NotFiniteError(
             f"the loss of sample {', '.join(map(str, bad))} (counted from 0) is not finite; "
             "look at the sample, or run the model in float32 or bfloat16"
         )
 
 
 def check_finite(name: str, mean: Tensor) -> None:
-    """Raise RunError if the importance of ``name`` is not finite."""
+    """Raise NotFiniteError if the importance of ``name`` is not finite."""
     if mean.numel() and not bool(torch.isfinite(torch.stack(mean.aminmax())).all()):  # a NaN is both
-        raise RunError(
+        raise NotFiniteError(
             f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)"
         )
 

@@ -187,6 +187,24 @@ def test_a_result_that_is_not_finite(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["job"]
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", "what layer 1 makes of it"),
+        ("lm_head.weight", "the loss of sample"),
+    ],
+)
+def test_numbers_that_are_not_finite(tensor: str, message: str, tmp_path: Path) -> None:
+    """On the way forward, or at the head with half of the work done: named, and nothing is left."""
+    job = write_job(tmp_path / "job", torch.float32, max_shard_size="1GB")
+    tensors = load_file(job.base / "model.safetensors")
+    tensors[tensor].fill_(float("nan"))
+    save_file(tensors, job.base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotFiniteError, match=message):
+        run(job, tmp_path / "out", stream=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+
+
 @pytest.mark.parametrize("role", ["base", "tuned"])
 def test_a_shard_cut_short_meanwhile(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error with its name, not a signal; with the shard put back the run is finished."""
