@@ -149,20 +149,16 @@ def unlearn(
         import torch
 
         from perta_fast.importance.store import as_strings
-        from perta_fast.streaming.costs import Estimate, Load
-        from perta_fast.streaming.planning import Budget, schedule_for
+        from perta_fast.streaming.costs import Load
+        from perta_fast.streaming.planning import schedule_for
         from perta_fast.streaming.run import StreamedRun, StreamSettings
 
         assert subject.skeleton is not None
         lengths = [[len(each.input_ids) for each in rows] for rows in samples.values()]
         load = Load(lengths, chosen.estimator == "empirical-fisher", kept=save_importance is not None)
+        workers = threads or compiled.kernels().available_threads()
         schedule = schedule_for(
-            Estimate(subject.skeleton, load, subject.device, threads or compiled.kernels().available_threads()),
-            batch_size,
-            Budget.at(place, memory, device_memory),
-            place,
-            next(iter(subject.skeleton.checkpoint.shards.values())).path,
-            progress,
+            subject.skeleton, load, batch_size, place, memory, device_memory, workers, progress
         )
         run = StreamedRun(
             subject.skeleton,

@@ -166,19 +166,15 @@ def estimate_on(
 ) -> Importance:
     """``estimate_importance`` once the model is loaded and the data is checked."""
     if subject.skeleton is not None:
-        from perta_fast.streaming.costs import Estimate, Load
-        from perta_fast.streaming.planning import Budget, schedule_for
+        from perta_fast.streaming.costs import Load
+        from perta_fast.streaming.planning import schedule_for
         from perta_fast.streaming.writing import write_importance
 
         assert out is not None
         lengths = [len(each.input_ids) for each in samples]
+        load = Load([lengths], estimator == "empirical-fisher", subtract=False)
         schedule = schedule_for(
-            Estimate(subject.skeleton, Load([lengths], estimator == "empirical-fisher", False), subject.device),
-            batch_size,
-            Budget.at(Path(out), memory, device_memory),
-            Path(out),
-            next(iter(subject.skeleton.checkpoint.shards.values())).path,
-            progress,
+            subject.skeleton, load, batch_size, Path(out), memory, device_memory, 1, progress
         )
         return write_importance(
             subject.skeleton,

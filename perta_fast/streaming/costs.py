@@ -14,7 +14,7 @@ from perta_fast.importance.per_sample import LOOK_SAMPLES, LOOK_TOKENS
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.structure import Structure
 from perta_fast.streaming.trial import Cost, Trial
-from perta_fast.streaming.walk import Step, steps_of
+from perta_fast.streaming.walk import Step, names_of, steps_of
 from perta_fast.subtraction import buffer_bytes
 
 _SUM = 4  # bytes of an element of a sum
@@ -120,12 +120,7 @@ class Estimate:
         return steps_of(len(self.structure.layers), schedule)
 
     def _names(self, step: Step) -> list[str]:
-        structure = self.structure
-        if step.kind in ("embed", "end"):
-            return [structure.embedding]
-        if step.kind == "head":
-            return [] if structure.head is None else [structure.head]
-        return structure.by_layer[step.layer]
+        return names_of(step, self.structure)
 
     def _summed(self, step: Step) -> list[str]:
         """Parameters that have their sums in memory."""
@@ -272,8 +267,7 @@ class Estimate:
             order, size = sorted(lengths, reverse=True), schedule.batch_size
             batches = [sum(order[k : k + size]) for k in range(0, len(order), size)]
             for group in range(schedule.groups):
-                begin, end = (k * len(batches) // schedule.groups for k in (group, group + 1))
-                result[group] += sum(batches[begin:end])
+                result[group] += sum(schedule.of_group(batches, group))
         return result
 
     def _scratch_moved(self, schedule: Schedule) -> int:

@@ -52,7 +52,7 @@ class DataPass:
         self._passage = passage
         self._samples = samples
         self._squares = estimator == "empirical-fisher"
-        self._every, self._groups = schedule.every, schedule.groups
+        self._schedule = schedule
         self._advance = advance
         self.spill = Spill(scratch)
         self._last = len(skeleton.layers)  # the boundary above all layers
@@ -69,15 +69,11 @@ class DataPass:
         self._group = group
         self._pieces: list[Piece] = []
         rows = 0
-        for numbers in self._batches_of(group):
+        for numbers in self._schedule.of_group(self._batches, group):
             ids = Batch.of([self._samples[k] for k in numbers], self._skeleton.device).input_ids
             lengths = [len(self._samples[k].input_ids) for k in numbers]
             self._pieces.append(Piece(ids, tuple(lengths), rows, tuple(numbers)))
             rows = self._pieces[-1].end
-
-    def _batches_of(self, group: int) -> list[list[int]]:
-        count = len(self._batches)
-        return self._batches[group * count // self._groups : (group + 1) * count // self._groups]
 
     @property
     def one_by_one(self) -> list[str]:
@@ -132,7 +128,7 @@ class DataPass:
                     self._climb(number, piece, self._boundary(number), self._boundary(number + 1))
                     plan.finish()
                     self._advance(len(piece.numbers))
-        if not again and number % self._every:
+        if not again and number % self._schedule.every:
             self.spill.forget(self._boundary(number))
 
     def _climb(self, number: int, piece: Piece, below: str, above: str) -> None:
@@ -300,7 +296,7 @@ class DataPass:
 
     def _kept(self, sums: Means) -> Means:
         """The means, after the last group; else nothing, and the sums wait on disk."""
-        if self._group < self._groups - 1:
+        if self._group < self._schedule.groups - 1:
             for name, total in sums.items():
                 self.spill.put(_sum(name, self._group), total)
             return {}

@@ -12,9 +12,10 @@ import torch
 from perta_fast.errors import InputError
 from perta_fast.memory import PeakMemory, available_bytes, return_freed_blocks
 from perta_fast.sizes import format_size
-from perta_fast.streaming.costs import Costs, Estimate
+from perta_fast.streaming.costs import Costs, Estimate, Load
 from perta_fast.streaming.rates import Rates, measure_rates
 from perta_fast.streaming.schedule import Schedule
+from perta_fast.streaming.skeleton import Skeleton
 
 _MARGIN = 0.05  # share of the free disk that is left alone
 
@@ -97,17 +98,27 @@ def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chos
 
 
 def schedule_for(
-    estimate: Estimate, batch_size: int, budget: Budget, place: Path, shard: Path, announce: bool
+    skeleton: Skeleton,
+    load: Load,
+    batch_size: int,
+    place: Path,
+    memory: int | None,
+    device_memory: int | None,
+    threads: int,
+    announce: bool,
 ) -> Schedule:
-    """The schedule of a run that is about to start; ``announce``: say on standard error what it will take.
+    """The schedule of a run to ``place`` that is about to start.
 
-    shard: a file of weights to measure the speed of reading by. Raises InputError if memory or disk do not do.
+    announce: say on standard error what it will take. Raises InputError if memory or disk do not do.
     """
+    estimate = Estimate(skeleton, load, skeleton.device, threads)
+    budget = Budget.at(place, memory, device_memory)
     chosen = choose_schedule(estimate, batch_size, budget)
     chosen.check()
     if budget.memory is not None:
         return_freed_blocks()
     if announce:
+        shard = next(iter(skeleton.checkpoint.shards.values())).path
         print(describe(chosen, rates_for(estimate, chosen, place, shard)), file=sys.stderr)
     return chosen.schedule
 

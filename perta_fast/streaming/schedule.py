@@ -1,8 +1,12 @@
 """How a walk over a model's layers spends memory and scratch disk."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from perta_fast.errors import InputError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,11 @@ class Schedule:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.every, self.groups) < 1:
             raise InputError(f"{self!r}: batch size, every and groups must be at least 1")
+
+    def of_group(self, batches: Sequence[_T], group: int) -> Sequence[_T]:
+        """The batches of a data set that ``group`` walks with."""
+        begin, end = (k * len(batches) // self.groups for k in (group, group + 1))
+        return batches[begin:end]
 
     def __str__(self) -> str:
         kept = "every boundary" if self.every == 1 else f"one boundary in {self.every}"

@@ -16,6 +16,7 @@ from perta_fast.streaming.data_pass import DataPass, Means
 from perta_fast.streaming.passage import Passage
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.skeleton import Skeleton
+from perta_fast.streaming.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ def steps_of(layer_count: int, schedule: Schedule) -> list[Step]:
             steps.append(Step(group, "layer", layer))
         steps.append(Step(group, "end"))
     return steps
+
+
+def names_of(step: Step, structure: Structure) -> list[str]:
+    """The parameters whose values a step needs, beside the resident ones."""
+    if step.kind in ("embed", "end"):
+        return [structure.embedding]
+    if step.kind == "head":
+        return [] if structure.head is None else [structure.head]
+    return structure.by_layer[step.layer]
 
 
 def handlings(layer_count: int, schedule: Schedule) -> int:
@@ -111,17 +121,9 @@ class Walk:
 
     def _read(self, step: Step) -> dict[str, Tensor]:
         started = time.perf_counter()
-        values = self._skeleton.read(self._names(step))
+        values = self._skeleton.read(names_of(step, self._skeleton))
         self.read_seconds += time.perf_counter() - started
         return values
-
-    def _names(self, step: Step) -> list[str]:
-        skeleton = self._skeleton
-        if step.kind == "embed" or step.kind == "end":
-            return [skeleton.embedding]
-        if step.kind == "head":
-            return [] if skeleton.head is None else [skeleton.head]
-        return skeleton.by_layer[step.layer]
 
     @staticmethod
     def _do(step: Step, data: DataPass) -> Means:
