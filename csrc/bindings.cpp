@@ -47,11 +47,26 @@ perta::RescaleOptions options(Address forget, float lam, float p, float alpha,
   return {lam, alpha, p, threshold.value_or(0.0f), forget != 0, threshold.has_value()};
 }
 
-// Returns the statistics, or None where they are not wanted.
+// A task vector by its factors: left, right, rank, columns, scale, first element; see LowRank.
+using Factors = std::tuple<Address, Address, size_t, size_t, float, size_t>;
+
+perta::LowRank low_rank(const Factors& factors) {
+  const auto& [left, right, rank, columns, scale, first] = factors;
+  return {static_cast<const float*>(pointer(left)), static_cast<const float*>(pointer(right)), rank, columns, scale,
+          first};
+}
+
+// Returns the statistics, or None where they are not wanted. factors: the task vector, instead of tuned and base.
 py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
                              Address retain, const py::tuple& dtypes, size_t n, float lam, float p, float alpha,
-                             std::optional<float> threshold, int threads, bool counted) {
-  const perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
+                             std::optional<float> threshold, int threads, bool counted,
+                             const std::optional<Factors>& factors) {
+  perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
+  perta::LowRank task;
+  if (factors.has_value()) {
+    task = low_rank(*factors);
+    all.low_rank = &task;
+  }
   const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
   perta::RescaleStatistics statistics;
   {
@@ -125,6 +140,17 @@ void cuda_rescaled_subtract(const std::vector<RescaleEntry>& entries, bool weigh
   check(perta::cuda::rescaled_subtract(tensors, how, pointer(stream)));
 }
 
+void cuda_low_rank_subtract(Address out, Address theta, Address forget, Address retain, const py::tuple& dtypes,
+                            size_t n, float lam, float p, float alpha, std::optional<float> threshold,
+                            const Factors& factors, Address stream) {
+  perta::RescaleArrays all = arrays(out, theta, 0, 0, forget, retain, dtypes);
+  const perta::LowRank task = low_rank(factors);
+  all.low_rank = &task;
+  const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
+  py::gil_scoped_release released;
+  check(perta::cuda::low_rank_subtract({all, n}, how, pointer(stream)));
+}
+
 // Entries are (accumulator, gradient, the gradient's dtype, elements).
 void cuda_fold(const std::vector<std::tuple<Address, Address, int, size_t>>& entries, bool squared, Address stream) {
   std::vector<perta::cuda::FoldTensor> tensors;
@@ -159,7 +185,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rescaled_subtract", &rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"),
         py::arg("base"), py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"),
         py::arg("n"), py::arg("lam"), py::arg("p"), py::arg("alpha"), py::arg("threshold"),
-        py::arg("threads"), py::arg("counted"));
+        py::arg("threads"), py::arg("counted"), py::arg("factors") = py::none());
   m.def("fold", &fold, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"), py::arg("squared"),
         py::arg("n"), py::arg("threads"));
   m.def("accumulate_fisher", &accumulate_fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"),
@@ -171,6 +197,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef PERTA_WITH_CUDA
   m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("entries"), py::arg("weighted"), py::arg("lam"),
         py::arg("p"), py::arg("alpha"), py::arg("threshold"), py::arg("stream"));
+  m.def("cuda_low_rank_subtract", &cuda_low_rank_subtract, py::arg("out"), py::arg("theta"),
+        py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"), py::arg("n"), py::arg("lam"),
+        py::arg("p"), py::arg("alpha"), py::arg("threshold"), py::arg("factors"), py::arg("stream"));
   m.def("cuda_fold", &cuda_fold, py::arg("entries"), py::arg("squared"), py::arg("stream"));
 #endif
 }

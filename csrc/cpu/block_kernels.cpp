@@ -71,6 +71,38 @@ const void* stored_as(DType wanted, const void* data, DType dtype, size_t index,
   return buffer;
 }
 
+// Elements [begin, begin + n) of a task vector given by its factors. The products of an element are added in the
+// order of the rank, each sum rounded, and the scale comes last: every backend then gives the same bits.
+void multiply_factors(const LowRank& task, size_t begin, size_t n, float* out) {
+  size_t row = begin / task.columns, column = begin % task.columns;
+  for (size_t done = 0; done < n;) {
+    const size_t run = n - done < task.columns - column ? n - done : task.columns - column;
+    const float* left = task.left + row * task.rank;
+    const float* right = task.right + column;
+    float* sums = out + done;
+    for (size_t i = 0; i < run; ++i) sums[i] = 0.0f;
+    size_t k = 0;
+    for (; k + 4 <= task.rank; k += 4) {
+      const float a = left[k], b = left[k + 1], c = left[k + 2], d = left[k + 3];
+      const float* r = right + k * task.columns;
+      const float* s = r + task.columns;
+      const float* t = s + task.columns;
+      const float* u = t + task.columns;
+#pragma GCC ivdep
+      for (size_t i = 0; i < run; ++i) sums[i] = (((sums[i] + a * r[i]) + b * s[i]) + c * t[i]) + d * u[i];
+    }
+    for (; k < task.rank; ++k) {
+      const float* r = right + k * task.columns;
+#pragma GCC ivdep
+      for (size_t i = 0; i < run; ++i) sums[i] += left[k] * r[i];
+    }
+    for (size_t i = 0; i < run; ++i) sums[i] *= task.scale;
+    done += run;
+    ++row;
+    column = 0;
+  }
+}
+
 // One block as the inner loop sees it.
 struct Block {
   void* out;
@@ -178,8 +210,9 @@ int64_t count_nonfinite(const void* data, DType dtype, size_t begin, size_t end)
 void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& options, size_t begin, size_t end,
                        RescaleStatistics* statistics) {
   // The common layouts are read as they lie; any other mix is converted block by block first.
-  const bool bf16_weights = arrays.theta_dtype == DType::bf16 && arrays.tuned_dtype == DType::bf16 &&
-                            arrays.base_dtype == DType::bf16;
+  const LowRank* low_rank = arrays.low_rank;
+  const bool bf16_weights = low_rank == nullptr && arrays.theta_dtype == DType::bf16 &&
+                            arrays.tuned_dtype == DType::bf16 && arrays.base_dtype == DType::bf16;
   const bool bf16_importance = options.weighted && arrays.forget_dtype == DType::bf16 &&
                                arrays.retain_dtype == DType::bf16;
   const DType weights = bf16_weights ? DType::bf16 : DType::f32;
@@ -190,15 +223,23 @@ void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& option
       : arrays.theta_dtype == DType::f16  ? choose<F32, F16>(importance, options, statistics)
                                           : choose<F32, F32>(importance, options, statistics);
   alignas(64) float buffers[5][block];
+  // Given by its factors, the task vector is made block by block, and stands where theta_f does, with theta_0 = 0.
+  if (low_rank != nullptr) memset(buffers[2], 0, sizeof buffers[2]);
   for (size_t i = begin; i < end; i += block) {
     const size_t n = end - i < block ? end - i : block;
     Block part{const_cast<unsigned char*>(at(arrays.out, arrays.theta_dtype, i)),
                stored_as(weights, arrays.theta, arrays.theta_dtype, i, n, buffers[0]),
-               stored_as(weights, arrays.tuned, arrays.tuned_dtype, i, n, buffers[1]),
-               stored_as(weights, arrays.base, arrays.base_dtype, i, n, buffers[2]),
+               buffers[1],
+               buffers[2],
                nullptr,
                nullptr,
                n};
+    if (low_rank != nullptr) {
+      multiply_factors(*low_rank, low_rank->first + i, n, buffers[1]);
+    } else {
+      part.tuned = stored_as(weights, arrays.tuned, arrays.tuned_dtype, i, n, buffers[1]);
+      part.base = stored_as(weights, arrays.base, arrays.base_dtype, i, n, buffers[2]);
+    }
     if (options.weighted) {
       part.forget = stored_as(importance, arrays.forget, arrays.forget_dtype, i, n, buffers[3]);
       part.retain = stored_as(importance, arrays.retain, arrays.retain_dtype, i, n, buffers[4]);

@@ -6,6 +6,16 @@
 
 namespace perta {
 
+// A task vector of which only factors are stored: scale * left * right, as of a LoRA adapter.
+struct LowRank {
+  const float* left;   // (rows, rank)
+  const float* right;  // (rank, columns)
+  size_t rank;
+  size_t columns;
+  float scale;
+  size_t first;  // element of the matrix, row by row, at which the other arrays begin
+};
+
 struct RescaleArrays {
   void* out;  // may be theta itself, else overlaps nothing
   const void* theta;
@@ -18,6 +28,7 @@ struct RescaleArrays {
   DType base_dtype;
   DType forget_dtype;
   DType retain_dtype;
+  const LowRank* low_rank = nullptr;  // the task vector, if tuned and base are not read for it
 };
 
 struct RescaleStatistics {

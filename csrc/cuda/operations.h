@@ -23,6 +23,8 @@ struct FoldTensor {
 // Tensors of the same storage types share a launch. Each returns nullptr, or CUDA's description of what went wrong.
 const char* rescaled_subtract(const std::vector<RescaleTensor>& tensors, const RescaleOptions& options,
                               void* stream);
+// One tensor, whose arrays have low_rank set.
+const char* low_rank_subtract(const RescaleTensor& tensor, const RescaleOptions& options, void* stream);
 const char* fold(const std::vector<FoldTensor>& tensors, bool squared, void* stream);
 
 }  // namespace perta::cuda

@@ -4,7 +4,7 @@
 
 #include "launch.cuh"
 #include "operations.h"
-#include "rescale.h"
+#include "weighing.cuh"
 
 namespace perta::cuda {
 namespace {
@@ -20,14 +20,12 @@ struct AnyTypes {
   DType theta, tuned, base, forget, retain;
 };
 
-// general: p is none of 1, 2 and 1/2. The double-precision power has kernels of its own, as it needs more registers.
 template <class Types, bool weighted, bool general>
 struct RescaledSubtract {
   static constexpr int arrays = weighted ? 6 : 4;  // out, theta, tuned, base, and the two importances
 
   Types types;
-  RescaleOptions options;
-  Power power;
+  Weighing<general> weighing;
 
   std::array<size_t, arrays> sizes() const {
     const DType dtypes[] = {types.theta, types.theta, types.tuned, types.base, types.forget, types.retain};
@@ -50,26 +48,13 @@ struct RescaledSubtract {
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       const float task = widen(tuned, types.tuned, k) - widen(base, types.base, k);
-      float scale = options.lam;
+      float scale = weighing.options.lam;
       if constexpr (weighted) {
-        scale = options.lam * weigh(widen(forget, types.forget, k), widen(retain, types.retain, k));
+        scale *= weighing.weigh(widen(forget, types.forget, k), widen(retain, types.retain, k));
       }
       result[k] = subtract(widen(theta, types.theta, k), scale * task);
     }
     store(data[0], types.theta, i, result);
-  }
-
-  __device__ __forceinline__ float weigh(float forget, float retain) const {
-    if constexpr (general) return weigh_with<Power::general>(forget, retain);
-    if (power == Power::one) return weigh_with<Power::one>(forget, retain);
-    if (power == Power::two) return weigh_with<Power::two>(forget, retain);
-    return weigh_with<Power::half>(forget, retain);
-  }
-
-  template <Power chosen>
-  __device__ __forceinline__ float weigh_with(float forget, float retain) const {
-    return options.masked ? weight<chosen, true>(forget, retain, options)
-                          : weight<chosen, false>(forget, retain, options);
   }
 };
 
@@ -87,7 +72,7 @@ const char* run(Types types, const RescaleOptions& options, const std::vector<Re
     tensor.n = each.n;
     tensors.push_back(tensor);
   }
-  return launch(Operation{types, options, power_of(options.p)}, tensors, stream);
+  return launch(Operation{types, {options, power_of(options.p)}}, tensors, stream);
 }
 
 template <DType weights, DType importance>

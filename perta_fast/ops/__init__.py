@@ -8,6 +8,7 @@ from perta_fast.ops.accumulate import (
 )
 from perta_fast.ops.backends import available_backends
 from perta_fast.ops.fisher import accumulate_squared_gradients_
+from perta_fast.ops.low_rank import low_rank_subtract_
 from perta_fast.ops.rescaled_subtract import (
     rescaled_subtract,
     rescaled_subtract_,
@@ -21,6 +22,7 @@ __all__ = [
     "accumulate_square_many_",
     "accumulate_squared_gradients_",
     "available_backends",
+    "low_rank_subtract_",
     "rescaled_subtract",
     "rescaled_subtract_",
     "rescaled_subtract_many_",

@@ -73,7 +73,7 @@ _TENSOR = ((Tensor,), "a torch.Tensor")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "forget_importance": ((Tensor, NoneType), "a torch.Tensor or None"),
     "retain_importance": ((Tensor, NoneType), "a torch.Tensor or None"),
-    **dict.fromkeys(("lam", "p", "alpha"), ((Real,), "a number")),
+    **dict.fromkeys(("lam", "p", "alpha", "scale"), ((Real,), "a number")),
     "threshold": ((Real, NoneType), "a number or None"),
     "backend": ((str,), "a string"),
 }

@@ -42,6 +42,45 @@ def rescaled_subtract(
 ) -> Tensor:
     """theta - lam w (theta_f - theta_0), in float32, rounded once; theta itself where that step is zero."""
     task_vector = tuned.float() - base.float()
+    return subtract(theta, task_vector, forget_importance, retain_importance, lam, p, alpha, threshold)
+
+
+def low_rank_subtract(
+    theta: Tensor,
+    left: Tensor,
+    right: Tensor,
+    forget_importance: Tensor | None,
+    retain_importance: Tensor | None,
+    scale: float,
+    lam: float,
+    p: float,
+    alpha: float,
+    threshold: float | None,
+) -> Tensor:
+    """theta - lam w (scale left right); theta: (rows, columns), left: (rows, rank), right: (rank, columns)."""
+    task_vector = low_rank_task_vector(left, right, scale)
+    return subtract(theta, task_vector, forget_importance, retain_importance, lam, p, alpha, threshold)
+
+
+def low_rank_task_vector(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale left right, in float32, the products added one after another: the order is the same everywhere."""
+    total = left.new_zeros(len(left), right.shape[1])
+    for k in range(len(right)):
+        total = total + left[:, k, None] * right[k]
+    return scale * total
+
+
+def subtract(
+    theta: Tensor,
+    task_vector: Tensor,
+    forget_importance: Tensor | None,
+    retain_importance: Tensor | None,
+    lam: float,
+    p: float,
+    alpha: float,
+    threshold: float | None,
+) -> Tensor:
+    """theta - lam w task_vector, in float32, rounded once; theta itself where that step is zero."""
     if forget_importance is None or retain_importance is None:
         step = lam * task_vector
     else:

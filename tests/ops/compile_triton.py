@@ -38,13 +38,23 @@ def instructions(
 EXACT = {"enable_fp_fusion": False}
 
 
-def subtraction(weights: str, importance: str, weighted: bool, doubled_power: int, arch: int) -> str:
+def subtraction(
+    weights: str, importance: str, weighted: bool, doubled_power: int, arch: int, low_rank: bool = False
+) -> str:
     """The PTX of the rescaled subtraction."""
     names = ("out", "theta", "tuned", "base", "forget", "retain")
-    kinds = (weights, weights, weights, weights, importance, importance)
+    task = "fp32" if low_rank else weights
+    kinds = (weights, weights, task, task, importance, importance)
     signature = {f"{name}_pointer": f"*{kind}" for name, kind in zip(names, kinds, strict=True)}
     signature |= {"n": "i64", "lam": "fp32", "alpha": "fp32", "threshold": "fp32"}
-    constants = {"WEIGHTED": weighted, "MASKED": weighted, "DOUBLED_POWER": doubled_power, "BLOCK": 1024}
+    signature |= {"rank": "i32", "columns": "i32", "scale": "fp32"}
+    constants = {
+        "LOW_RANK": low_rank,
+        "WEIGHTED": weighted,
+        "MASKED": weighted,
+        "DOUBLED_POWER": doubled_power,
+        "BLOCK": 1024,
+    }
     return instructions(rescaled_subtract._rescaled_subtract, signature, constants, arch, EXACT)
 
 
@@ -80,6 +90,9 @@ def main() -> int:
         for weights, weighted, power in itertools.product(TYPES, (False, True), (1, 2, 4)):
             name = f"subtract {weights} weighted={weighted} 2p={power} sm_{arch}"
             found.append((name, subtraction(weights, "fp32", weighted, power, arch)))
+        for weights in TYPES:
+            name = f"subtract {weights} weighted=True low rank sm_{arch}"
+            found.append((name, subtraction(weights, "fp32", True, 4, arch, low_rank=True)))
         for gradient, squared in itertools.product(TYPES, (False, True)):
             found.append((f"fold {gradient} squared={squared} sm_{arch}", folding(gradient, squared, arch)))
         for types, place in (

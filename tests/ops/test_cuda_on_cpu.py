@@ -40,7 +40,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(target))
-    loaded.rescaled_subtract.restype = loaded.fold.restype = ctypes.c_char_p
+    loaded.rescaled_subtract.restype = loaded.low_rank_subtract.restype = loaded.fold.restype = ctypes.c_char_p
     return loaded
 
 
@@ -76,6 +76,30 @@ def subtract(library: ctypes.CDLL, tensors: Sequence[Sequence[Tensor | None]], s
     )
     assert error is None
     return int(library.launch_count() - before)
+
+
+def low_rank_subtract(
+    library: ctypes.CDLL, arrays: Sequence[Tensor | None], scale: float, settings: Settings
+) -> None:
+    """Run on (out, theta, left, right, forget, retain)."""
+    lam, p, alpha, threshold = settings
+    theta, right = arrays[1], arrays[3]
+    assert theta is not None and right is not None
+    error = library.low_rank_subtract(
+        addresses([arrays]),
+        codes([arrays[1:]]),
+        ctypes.c_size_t(theta.numel()),
+        ctypes.c_size_t(len(right)),
+        ctypes.c_size_t(theta.shape[1]),
+        ctypes.c_float(scale),
+        ctypes.c_bool(arrays[4] is not None),
+        ctypes.c_bool(threshold is not None),
+        ctypes.c_float(lam),
+        ctypes.c_float(p),
+        ctypes.c_float(alpha),
+        ctypes.c_float(threshold or 0.0),
+    )
+    assert error is None
 
 
 def fold(library: ctypes.CDLL, pairs: Sequence[tuple[Tensor, Tensor]], squared: bool) -> int:
@@ -205,3 +229,33 @@ def test_folds(library: ctypes.CDLL, squared: bool, offset: int) -> None:
     for (accumulator, _), wanted in zip(pairs, expected, strict=True):
         assert_same_bits(accumulator, wanted)
     assert all(itertools.starmap(untouched_around, around))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 3, 8), (40, 16, 129), (5, 4, 4096), (3, 0, 5), (0, 2, 4)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+def test_low_rank(
+    library: ctypes.CDLL, dtype: torch.dtype, shape: tuple[int, int, int], weighted: bool, p: float
+) -> None:
+    rows, rank, columns = shape
+    theta = draw(rows * columns, dtype, 1, special=True).view(rows, columns)
+    left = draw(rows * rank, torch.float32, 2).view(rows, rank)
+    right = draw(rank * columns, torch.float32, 3).view(rank, columns)
+    importances = [draw(theta.numel(), torch.bfloat16, seed, special=True).view_as(theta) for seed in (4, 5)]
+    chosen: list[Tensor | None] = [*importances] if weighted else [None, None]
+    expected = ops.low_rank_subtract_(
+        theta.clone(),
+        left,
+        right,
+        *chosen,
+        scale=0.7,
+        lam=1.3,
+        p=p,
+        alpha=0.8,
+        threshold=None,
+        backend="reference",
+    )
+    out = torch.empty_like(theta)
+    low_rank_subtract(library, [out, theta, left, right, *chosen], 0.7, (1.3, p, 0.8, None))
+    assert_same_bits(out, expected)

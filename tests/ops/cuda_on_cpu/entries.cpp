@@ -23,6 +23,19 @@ extern "C" const char* rescaled_subtract(size_t tensors, const uint64_t* address
   return perta::cuda::rescaled_subtract(all, {lam, alpha, p, threshold, weighted, masked}, nullptr);
 }
 
+// addresses: out, theta, left, right, forget, retain; dtypes: five, as above.
+extern "C" const char* low_rank_subtract(const uint64_t* addresses, const int* dtypes, size_t count, size_t rank,
+                                         size_t columns, float scale, bool weighted, bool masked, float lam, float p,
+                                         float alpha, float threshold) {
+  const auto dtype = [&](int i) { return static_cast<perta::DType>(dtypes[i]); };
+  const perta::LowRank task{static_cast<const float*>(pointer(addresses[2])),
+                            static_cast<const float*>(pointer(addresses[3])), rank, columns, scale, 0};
+  const perta::RescaleArrays arrays{pointer(addresses[0]), pointer(addresses[1]), nullptr, nullptr,
+                                    pointer(addresses[4]), pointer(addresses[5]), dtype(0), dtype(1), dtype(2),
+                                    dtype(3), dtype(4), &task};
+  return perta::cuda::low_rank_subtract({arrays, count}, {lam, alpha, p, threshold, weighted, masked}, nullptr);
+}
+
 // addresses: two a tensor (accumulator, gradient); dtypes: the gradient's.
 extern "C" const char* fold(size_t tensors, const uint64_t* addresses, const int* dtypes, const size_t* counts,
                             bool squared) {

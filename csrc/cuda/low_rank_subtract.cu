@@ -1,0 +1,82 @@
+// theta - lam w (scale left right): the task vector of a LoRA adapter, made in registers from its factors, which stay
+// in the caches. Moves each byte of theta and of the importances once, and no task vector at all.
+
+#include "launch.cuh"
+#include "operations.h"
+#include "weighing.cuh"
+
+namespace perta::cuda {
+namespace {
+
+template <bool weighted, bool general>
+struct LowRankSubtract {
+  static constexpr int arrays = weighted ? 4 : 2;  // out, theta, and the two importances
+
+  DType theta_dtype, forget_dtype, retain_dtype;
+  LowRank task;
+  Weighing<general> weighing;
+
+  std::array<size_t, arrays> sizes() const {
+    const DType dtypes[] = {theta_dtype, theta_dtype, forget_dtype, retain_dtype};
+    std::array<size_t, arrays> sizes;
+    for (int k = 0; k < arrays; ++k) sizes[k] = size_of(dtypes[k]);
+    return sizes;
+  }
+
+  template <int count>
+  __device__ __forceinline__ void at(void* const* data, size_t i) const {
+    const Bits<count> theta = fetch<count>(data[1], theta_dtype, i);
+    Bits<count> forget, retain;
+    if constexpr (weighted) {
+      forget = fetch<count>(data[2], forget_dtype, i);
+      retain = fetch<count>(data[3], retain_dtype, i);
+    }
+    const float* left[count];
+    const float* right[count];
+    float sums[count];
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const size_t element = task.first + i + k;
+      left[k] = task.left + element / task.columns * task.rank;
+      right[k] = task.right + element % task.columns;
+      sums[k] = 0.0f;
+    }
+    // In the order of the rank, as on the CPU, for the same bits.
+    for (size_t r = 0; r < task.rank; ++r) {
+#pragma unroll
+      for (int k = 0; k < count; ++k) sums[k] += left[k][r] * right[k][r * task.columns];
+    }
+    float result[count];
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      float scale = weighing.options.lam;
+      if constexpr (weighted) scale *= weighing.weigh(widen(forget, forget_dtype, k), widen(retain, retain_dtype, k));
+      result[k] = subtract(widen(theta, theta_dtype, k), scale * (task.scale * sums[k]));
+    }
+    store(data[0], theta_dtype, i, result);
+  }
+};
+
+template <bool weighted, bool general>
+const char* run(const RescaleTensor& tensor, const RescaleOptions& options, void* stream) {
+  using Operation = LowRankSubtract<weighted, general>;
+  const RescaleArrays& from = tensor.arrays;
+  const void* data[] = {from.out, from.theta, from.forget, from.retain};
+  Tensor<Operation::arrays> walked{};
+  for (int k = 0; k < Operation::arrays; ++k) walked.data[k] = const_cast<void*>(data[k]);
+  walked.n = tensor.n;
+  const Operation operation{from.theta_dtype, from.forget_dtype, from.retain_dtype, *from.low_rank,
+                            {options, power_of(options.p)}};
+  return launch(operation, std::vector<Tensor<Operation::arrays>>{walked}, stream);
+}
+
+}  // namespace
+
+const char* low_rank_subtract(const RescaleTensor& tensor, const RescaleOptions& options, void* stream) {
+  if (tensor.n == 0) return nullptr;
+  if (!options.weighted) return run<false, false>(tensor, options, stream);
+  return power_of(options.p) == Power::general ? run<true, true>(tensor, options, stream)
+                                               : run<true, false>(tensor, options, stream);
+}
+
+}  // namespace perta::cuda
