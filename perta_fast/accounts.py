@@ -8,6 +8,8 @@ import numpy as np
 
 from perta_fast import compiled
 from perta_fast.agreement import TensorPlan
+from perta_fast.distributed.dealing import deal
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.hashing import hash_files
 from perta_fast.job import Job
 from perta_fast.progress import byte_bar
@@ -19,7 +21,7 @@ from perta_fast.subtraction import Statistics
 
 def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
     """The report of a run that is about to start."""
-    return Report(
+    report = Report(
         rule=rule.name,
         lam=rule.lam,
         p=rule.p,
@@ -29,10 +31,12 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         importance=sources.metadata,
         threads=threads,
         instruction_set=compiled.kernels().build_info()["instruction_set"],
-        warnings=_metadata_warnings(sources.metadata),
         versions=installed_versions(),
         started=now(),
     )
+    for each in _metadata_warnings(sources.metadata):
+        report.warn(each)
+    return report
 
 
 def add_up(totals: dict[int, Statistics], index: int, statistics: Statistics) -> None:
@@ -49,15 +53,19 @@ def describe_tensors(report: Report, plans: Sequence[TensorPlan], totals: dict[i
         report.counts[row.action] = report.counts.get(row.action, 0) + 1
 
 
-def describe_inputs(report: Report, sources: Sources, job: Job) -> None:
-    """Hash every input."""
+def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
+    """Hash every input, the files dealt over ``ranks``."""
     by_role = {role: list(checkpoint.files()) for role, checkpoint in sources.named().items()}
     config = sources.model.path / "config.json"
     if config.exists():
         by_role["model"].append(config)
-    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", job)
+    if sources.adapter_config is not None:
+        by_role["tuned"].append(sources.adapter_config)
+    if not sources.base_is_read and report.settings.get("at") != "base":  # neither here nor for an importance
+        by_role["base"] = []
+    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", job, ranks)
     report.inputs = {
-        role: describe_files({path: hashes[path] for path in paths}, paths[0].parent)
+        role: describe_files({path: hashes[path] for path in paths}, sources.named()[role].path)
         for role, paths in by_role.items()
     }
     for role in ("forget_importance", "retain_importance"):
@@ -65,19 +73,25 @@ def describe_inputs(report: Report, sources: Sources, job: Job) -> None:
             report.inputs[role]["kept"] = False
 
 
-def describe_output(report: Report, shards: list[Path], final: Path, job: Job) -> None:
-    """Hash the shards of the output, which will be or is at ``final``."""
-    found = describe_files(_hash(report, shards, "hash output", job), shards[0].parent)
+def describe_output(
+    report: Report, shards: list[Path], final: Path, job: Job, ranks: Ranks = Ranks.ALONE
+) -> None:
+    """Hash the shards of the output, which will be or is at ``final``, dealt over ``ranks``."""
+    found = describe_files(_hash(report, shards, "hash output", job, ranks), shards[0].parent)
     report.output = DirectoryRecord(path=str(final), files=found["files"])
 
 
-def _hash(report: Report, paths: list[Path], phase: str, job: Job) -> dict[Path, str]:
-    total = sum(path.stat().st_size for path in dict.fromkeys(paths))
+def _hash(report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks) -> dict[Path, str]:
     started = time.perf_counter()
-    with byte_bar(total, phase, job.progress) as bar:
-        hashes = hash_files(paths, report.threads, bar.update, job.drop_cache)
-    report.add_phase(phase, time.perf_counter() - started, total)
-    return hashes
+    with ranks.together(phase):
+        sizes = {path: path.stat().st_size for path in dict.fromkeys(paths)}
+        files = list(sizes)
+        own = [files[k] for k in deal(list(sizes.values()), ranks.world)[ranks.rank]]
+        with byte_bar(sum(sizes[path] for path in own), phase, job.progress) as bar:
+            hashes = hash_files(own, report.threads, bar.update, job.drop_cache)
+    found = {path: digest for part in ranks.gather(hashes) for path, digest in part.items()}
+    report.add_phase(phase, time.perf_counter() - started, sum(sizes.values()))
+    return {path: found[path] for path in files}
 
 
 def _tensor_report(plan: TensorPlan, sums: Statistics) -> TensorReport:

@@ -108,17 +108,18 @@ class Checkpoint:
         for shard in self.shards.values():
             yield shard.path
 
-    def equal(self, first: str, second: str) -> bool:
-        """Whether two tensors hold the same bytes as the same type."""
-        a, b = self.tensors[first], self.tensors[second]
+    def equal(self, first: str, second: str, other: "Checkpoint | None" = None) -> bool:
+        """Whether two tensors hold the same bytes as the same type; the second may be of another checkpoint."""
+        other = other or self
+        a, b = self.tensors[first], other.tensors[second]
         if a.dtype != b.dtype or a.shape != b.shape:
             return False
         x = self.file_of(a).data[a.begin : a.end]
-        y = self.file_of(b).data[b.begin : b.end]
+        y = other.file_of(b).data[b.begin : b.end]
         step = 1 << 24
         same = all(bool((x[i : i + step] == y[i : i + step]).all()) for i in range(0, a.size, step))
         self.file_of(a).release(a.begin, a.end)
-        self.file_of(b).release(b.begin, b.end)
+        other.file_of(b).release(b.begin, b.end)
         return same
 
     def tensor(self, name: str) -> "torch.Tensor":
@@ -153,15 +154,19 @@ def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def conversion_command(path: Path) -> str:
-    """The shell command that rewrites pickled weights as safetensors, beside ``path``."""
+def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = "") -> str:
+    """The shell command that rewrites a checkpoint of transformers as plain safetensors, beside ``path``.
+
+    arguments: of from_pretrained; ``t`` is transformers. call: what is called on the model before it is saved.
+    """
     source, target = str(path), f"{path}-safetensors"
     program = (
-        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-        f"M.from_pretrained({source!r}, dtype='auto').save_pretrained({target!r}); "
-        f"T.from_pretrained({source!r}).save_pretrained({target!r})"
+        "import transformers as t; "
+        f"t.AutoModelForCausalLM.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}); "
+        f"t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({target!r})"
     )
-    return f"python -c {shlex.quote(program)}"
+    plain = set(program).isdisjoint('"$`\\!')  # then double quotes will do, which are easier to read
+    return f'python -c "{program}"' if plain else f"python -c {shlex.quote(program)}"
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -206,13 +211,19 @@ def _tensors_of(
 
 
 def _why_nothing_found(path: Path, names: list[str], stem: str) -> str:
-    if "adapter_config.json" in names:
-        return f"{path}: holds a PEFT adapter; merge it into its base model and save that checkpoint first"
+    if stem == "model" and "adapter_config.json" in names:
+        return f"{path}: holds a PEFT adapter, which only tuned can be; give the whole model here"
     # Only what transformers can convert: a trainer also leaves training_args.bin, optimizer.pt and the like.
     pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
     if stem == "model" and pickled:
         return (
             f"{path}: holds pickled weights ({pickled[0]}), which are never loaded here. If you trust them, "
             f"convert them with: {conversion_command(path)}"
+        )
+    other = sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
+    if stem == "model" and other:
+        return (
+            f"{path}: holds {other[0]}, which is for running a model, and no safetensors; "
+            "give the checkpoint that it was made from"
         )
     return f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"

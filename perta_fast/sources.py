@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from perta_fast.adapters import Adapter, is_adapter
 from perta_fast.agreement import TensorPlan, plan_tensors
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, read_metadata
+from perta_fast.quantised import open_plain
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import TensorEntry
 
@@ -23,6 +25,7 @@ class Sources:
     retain_importance: Checkpoint | None
     plans: list[TensorPlan]
     metadata: dict[str, dict[str, str]]
+    adapter_config: Path | None = None  # where ``tuned`` is the file of an adapter
 
     def named(self) -> dict[str, Checkpoint]:
         """The inputs by the names they have in the report."""
@@ -35,12 +38,17 @@ class Sources:
         }
         return {name: checkpoint for name, checkpoint in everything.items() if checkpoint is not None}
 
+    @property
+    def base_is_read(self) -> bool:
+        """Whether a task vector is a difference to the base; those of an adapter's factors are not."""
+        return any(plan.base is not None for plan in self.plans)
+
     def paths(self) -> list[Path]:
         """Every directory and file that is read."""
         return [path for each in self.named().values() for path in (each.path, *each.files())]
 
-    def operands(self, plan: TensorPlan) -> Iterator[tuple[Checkpoint, TensorEntry]]:
-        """Checkpoint and place of each array of a tensor, in the kernel's order."""
+    def operands(self, plan: TensorPlan) -> Iterator[tuple[int, Checkpoint, TensorEntry]]:
+        """The arrays of a tensor that lie in files: number among the kernel's five, checkpoint and entry."""
         pairs = (
             (self.model, plan.theta),
             (self.tuned, plan.tuned),
@@ -48,9 +56,9 @@ class Sources:
             (self.forget_importance, plan.forget_importance),
             (self.retain_importance, plan.retain_importance),
         )
-        for checkpoint, entry in pairs:
+        for number, (checkpoint, entry) in enumerate(pairs):
             if checkpoint is not None and entry is not None:
-                yield checkpoint, entry
+                yield number, checkpoint, entry
 
 
 def open_sources(
@@ -62,7 +70,9 @@ def open_sources(
     retain_importance: Path | None,
 ) -> Sources:
     """Open and match all inputs; raise InputError naming what is wrong with them."""
-    opened = [Checkpoint.open(path) for path in (model, base, tuned)]
+    opened = [open_plain(path) for path in (model, base)]
+    adapter = Adapter.open(tuned) if is_adapter(tuned) else None
+    opened.append(open_plain(tuned) if adapter is None else adapter.checkpoint)
     importances: list[Checkpoint | None] = [None, None]
     metadata = {}
     if rule.estimator is not None:
@@ -79,5 +89,6 @@ def open_sources(
                 )
     elif forget_importance is not None or retain_importance is not None:
         raise InputError("rule tv takes no importance; leave it out or choose another rule")
-    plans = plan_tensors(opened[0], opened[1], opened[2], importances[0], importances[1])
-    return Sources(opened[0], opened[1], opened[2], importances[0], importances[1], plans, metadata)
+    plans = plan_tensors(opened[0], opened[1], adapter or opened[2], importances[0], importances[1])
+    config = None if adapter is None else adapter.config
+    return Sources(opened[0], opened[1], opened[2], importances[0], importances[1], plans, metadata, config)

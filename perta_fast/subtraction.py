@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from perta_fast import compiled
+from perta_fast.adapters import LowRank, Matrix
 from perta_fast.agreement import TensorPlan
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.durable import drop_pages, read_fully
@@ -25,7 +26,8 @@ from perta_fast.safetensors_file import SafetensorsFile
 from perta_fast.sources import Sources
 
 CHUNK = 1 << 18  # elements
-_OPERANDS = 5
+_OPERANDS = 5  # theta, theta_f, theta_0, and the importances
+_FORGET_IMPORTANCE = 3
 _WIDEST = 4  # bytes of an element
 _BUFFERS = 192 << 20  # bytes that all threads together may take
 
@@ -84,10 +86,11 @@ class Subtraction:
         InputError or RunError, naming file and tensor, or what ``store`` raises.
         """
         lock, failed = threading.Lock(), threading.Event()
+        factors = _Factors(self.threads)
 
         def work() -> None:
             try:
-                with _Workspace(self) as workspace:
+                with _Workspace(self, factors) as workspace:
                     while not failed.is_set():
                         with lock:
                             chunk = next(chunks, None)
@@ -119,11 +122,28 @@ def bytes_moved(plan: TensorPlan, count: int) -> int:
     return count * (2 * theta + read)
 
 
+class _Factors:
+    """The factors of the tensors that the threads are at, read once for all of them."""
+
+    def __init__(self, threads: int) -> None:
+        self._most, self._lock = threads, threading.Lock()
+        self._read: dict[int, tuple[Matrix, Matrix]] = {}
+
+    def of(self, index: int, update: LowRank) -> tuple[Matrix, Matrix]:
+        """Left and right factor for the tensor of ``plans[index]``; tensors come in order."""
+        with self._lock:
+            if index not in self._read:
+                if len(self._read) == self._most:
+                    del self._read[next(iter(self._read))]
+                self._read[index] = update.factors()
+            return self._read[index]
+
+
 class _Workspace:
     """One thread's buffers and open files."""
 
-    def __init__(self, job: Subtraction) -> None:
-        self._job = job
+    def __init__(self, job: Subtraction, factors: "_Factors") -> None:
+        self._job, self._factors = job, factors
         size = job.chunk * max([1, *(ITEM_SIZES[plan.theta.dtype] for plan in job.sources.plans)])
         self._buffers = [np.empty(max(size, job.chunk * _WIDEST), np.uint8) for _ in range(_OPERANDS + 1)]
         self._open: list[tuple[SafetensorsFile, int] | None] = [None] * _OPERANDS
@@ -144,22 +164,25 @@ class _Workspace:
             entry = plan.theta
             self._read(0, sources.model.file_of(entry), entry.begin + size // chunk.count * chunk.begin, size)
             return self._buffers[0].data[:size], {}
-        codes = []
-        for place, (checkpoint, entry) in enumerate(sources.operands(plan)):
+        addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0 where there is no such array
+        for place, checkpoint, entry in sources.operands(plan):
             width = ITEM_SIZES[entry.dtype]
             begin = entry.begin + chunk.begin * width
             self._read(place, checkpoint.file_of(entry), begin, chunk.count * width)
-            codes.append(KERNEL_CODES[entry.dtype])
-        addresses = [int(buffer.ctypes.data) for buffer in self._buffers]
-        for array in self._job.held.get(chunk.index, ()):
-            addresses[len(codes)] = int(array[chunk.begin :].ctypes.data)
-            codes.append(KERNEL_CODES["F32"])
-        missing = _OPERANDS - len(codes)  # rule tv has no importances
+            addresses[place] = int(self._buffers[place].ctypes.data)
+            codes[place] = KERNEL_CODES[entry.dtype]
+        for place, array in enumerate(self._job.held.get(chunk.index, ()), _FORGET_IMPORTANCE):
+            addresses[place] = int(array[chunk.begin :].ctypes.data)
+            codes[place] = KERNEL_CODES["F32"]
+        factors = None
+        if plan.low_rank is not None:
+            left, right = self._factors.of(chunk.index, plan.low_rank)
+            places = int(left.ctypes.data), int(right.ctypes.data)
+            factors = (*places, *right.shape, plan.low_rank.scale, chunk.begin)
         statistics: Statistics = compiled.kernels().rescaled_subtract(
-            addresses[_OPERANDS],
-            *addresses[: len(codes)],
-            *[0] * missing,
-            tuple(codes + [0] * missing),
+            int(self._buffers[_OPERANDS].ctypes.data),
+            *addresses,
+            tuple(codes),
             chunk.count,
             rule.lam,
             rule.p,
@@ -167,6 +190,7 @@ class _Workspace:
             rule.threshold,
             1,
             True,
+            factors,
         )
         _check_finite(plan, statistics)
         return self._buffers[_OPERANDS].data[:size], statistics

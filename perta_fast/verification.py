@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perta_fast.adapters import LowRank
 from perta_fast.agreement import TensorPlan
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
 from perta_fast.hashing import hash_file, hash_files
-from perta_fast.progress import byte_bar
+from perta_fast.progress import Progress, byte_bar
 from perta_fast.report import FILE_NAME, DirectoryRecord, Report, printable
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.safetensors_file import TensorEntry
@@ -73,14 +74,17 @@ class Verification:
         )
 
 
-def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress: bool = True) -> Verification:
+def verify(
+    directory: str | Path, *, full: bool = False, seed: int = 0, progress: Progress = True
+) -> Verification:
     """Recompute the hashes of a run's output and inputs, and tensors of its output from the inputs.
 
     directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them
     drawn with ``seed``. Inputs are looked for where they were; what is gone is said to be unchecked. A data
     file that changed is named, but is no problem of the output. After an in-place run theta is gone: then the
     hashes of everything else are checked, and that the headers of the shards are those of the tensors reported.
-    Raises InputError if there is no report, or one that no run can have written. Writes nothing.
+    progress: as in ``apply``. Raises InputError if there is no report, or one that no run can have written.
+    Writes nothing.
     """
     directory = Path(directory)
     report = Report.load(directory)
@@ -113,7 +117,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     return result
 
 
-def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, progress: bool) -> set[str]:
+def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, progress: Progress) -> set[str]:
     """Return the roles whose files are all there and unchanged."""
     intact = set()
     total = sum(row["bytes"] for place in places.values() for row in place["files"].values())
@@ -180,7 +184,7 @@ def _check_tensors(
     result: Verification,
     full: bool,
     seed: int,
-    progress: bool,
+    progress: Progress,
 ) -> None:
     absent = {"model", "base", "tuned"} - intact
     if absent:
@@ -230,6 +234,8 @@ def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> li
     listed = {"output": report.output, **report.inputs}
     problems = []
     for role, checkpoint in {"output": output, **sources.named()}.items():
+        if role == "base" and not sources.base_is_read:
+            continue
         for name, shard in checkpoint.shards.items():
             if name not in listed[role]["files"]:
                 problems.append(f"{shard.path} is not in the report")
@@ -273,21 +279,39 @@ def _chunk_is_right(
 
     from perta_fast.ops import reference
 
-    arrays = [_floats(checkpoint, entry, begin, count) for checkpoint, entry in sources.operands(plan)]
-    theta, tuned, base, *importances = arrays
-    forget, retain = importances or (None, None)
-    settings = (rule.lam, rule.p, rule.alpha, rule.threshold)
+    arrays: list[Any] = [None] * 5
+    for number, checkpoint, entry in sources.operands(plan):
+        arrays[number] = _floats(checkpoint, entry, begin, count)
+    theta, tuned, base, forget, retain = arrays
+    if plan.low_rank is None:
+        task_vector = tuned.float() - base.float()
+    else:
+        task_vector = _low_rank_chunk(plan.low_rank, begin, count)
     # Without importances this is the whole step, w = 1: the far end of where the result may lie.
-    expected = reference.rescaled_subtract(theta, tuned, base, forget, retain, *settings)
+    settings = (rule.lam, rule.p, rule.alpha, rule.threshold)
+    expected = reference.subtract(theta, task_vector, forget, retain, *settings)
     actual = _floats(output, found, begin, count)
     if exact and (forget is None or rule.p in EXACT_POWERS):
         return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
     if exact:  # another power's last bit may differ, and then the step's, and the result's
-        slack = 4 * torch.finfo(torch.float32).eps * abs(rule.lam) * (tuned.float() - base.float()).abs()
+        slack = 4 * torch.finfo(torch.float32).eps * abs(rule.lam) * task_vector.abs()
         slack += torch.finfo(theta.dtype).eps * expected.float().abs()
         return bool(((actual.float() - expected.float()).abs() <= slack).all())
     low, high = torch.minimum(theta, expected), torch.maximum(theta, expected)
     return bool(((low <= actual) & (actual <= high)).all())
+
+
+def _low_rank_chunk(update: LowRank, begin: int, count: int) -> Any:
+    """Elements of a task vector given by its factors, from the rows that they lie in."""
+    import torch
+
+    from perta_fast.ops import reference
+
+    left, right = map(torch.from_numpy, update.factors())
+    columns = right.shape[1]
+    first, end = begin // columns, -(-(begin + count) // columns)
+    rows = reference.low_rank_task_vector(left[first:end], right, update.scale)
+    return rows.view(-1)[begin - first * columns :][:count]
 
 
 def _bytes(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> bytes:

@@ -249,7 +249,7 @@ def test_a_directory_without_weights_says_what_it_lacks(stem: str, tmp_path: Pat
 def test_an_adapter_is_refused_by_name(weights: str, tmp_path: Path) -> None:
     for name in ("adapter_config.json", weights, "training_args.bin"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match="holds a PEFT adapter; merge it"):
+    with pytest.raises(InputError, match="holds a PEFT adapter, which only tuned can be"):
         Checkpoint.open(tmp_path)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from hypothesis.strategies import SearchStrategy
 
+from perta_fast.adapters import Adapter
 from perta_fast.application import apply
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.data import load_records
@@ -21,7 +22,7 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
 from perta_fast.recipe import read_recipe
 from perta_fast.report import Report
-from tests.checkpoints import write_checkpoint, write_importance
+from tests.checkpoints import draw, write_checkpoint, write_importance
 from tests.fuzz import mutation
 from tests.inputs import write_inputs
 from tests.models import FORGET, write_lines
@@ -64,7 +65,11 @@ COMMANDS: dict[str, str] = {
     "inspect forget": "inspect --tensors forget",
     "inspect retain": "inspect --tensors retain",
     "inspect out": "inspect --tensors out",
+    "inspect adapter": "inspect --tensors adapter",
     "verify": "verify --quiet --full out",
+    "apply adapter": (
+        "apply --quiet --threads 1 --model model --base base --tuned adapter --rule tv --lam 0.5 --out ../new"
+    ),
     "recipe check": "recipe check run.yaml",
     "apply": (
         "apply --quiet --threads 1 --model model --base base --tuned tuned --forget-importance forget "
@@ -79,9 +84,29 @@ def write_run(folder: Path) -> None:
     for role, write in (("base", write_checkpoint), ("forget", write_importance)):
         shutil.rmtree(inputs[role])
         write(inputs[role], inputs.tensors[role])
+    write_adapter(folder / "adapter")
     write_lines(folder / "data.jsonl", [FORGET[0], {"text": "A text."}, {"messages": TALK}])
     (folder / "run.yaml").write_text(RECIPE)
     apply(*inputs.all, rule="grad", lam=0.5, threads=1, out=folder / "out", progress=False)
+
+
+def write_adapter(folder: Path) -> None:
+    """A LoRA adapter of rank 2 on the embedding."""
+    stem = "base_model.model.model.embed_tokens.lora_embedding"
+    write_checkpoint(
+        folder, {f"{stem}_A": draw((2, 37)), f"{stem}_B": draw((5, 2), seed=1)}, stem="adapter_model"
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": {"tokens": 5, "embed_tokens": 4}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _read_adapter(file: Path) -> None:
+    """What is taken must be a finite scale and factors that are a product of matrices."""
+    for update in Adapter.open(file.parent).low_rank.values():
+        assert math.isfinite(update.scale)
+        left, right = update.factors()
+        assert (len(left), right.shape[1]) == update.shape
+        assert left.shape[1] == len(right)
 
 
 def _read_weights(file: Path, stem: str = "model") -> None:
@@ -187,6 +212,18 @@ TARGETS: dict[str, Target] = {
         f"out/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect out", "verify")
     ),
     "report": Target("out/perta_report.json", mutation.json_document, _read_report, ("inspect out", "verify")),
+    "adapter": Target(
+        "adapter/adapter_model.safetensors",
+        mutation.safetensors,
+        _read_adapter,
+        ("inspect adapter", "apply adapter"),
+    ),
+    "adapter config": Target(
+        "adapter/adapter_config.json",
+        mutation.json_document,
+        _read_adapter,
+        ("inspect adapter", "apply adapter"),
+    ),
     "data": Target("data.jsonl", mutation.json_lines, _read_data),
     "recipe": Target("run.yaml", mutation.any_bytes, _read_recipe, ("recipe check",)),
 }

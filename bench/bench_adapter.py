@@ -1,0 +1,85 @@
+"""``perta apply`` with a LoRA adapter for theta_f, against the same command with a whole checkpoint.
+
+The adapters change every matrix of every layer; what is left are the embedding, the head and the norms. Every
+contender runs in a fresh process with its inputs in the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from bench.bench_apply import ours
+from bench.checkpoints import CheckpointSet, llama_config, llama_shapes, normal
+from bench.contest import Outcome, Sample, alternate, replay, replayed, run_child
+from bench.tables import Row
+
+WHOLE = "apply with an adapter: whole process"
+PHASE = "apply with an adapter: the apply phase"
+CHECKPOINT = "tuned is a checkpoint"
+RANKS = (16, 64)
+CONTENDERS = {CHECKPOINT: "reference"} | {f"tuned is an adapter of rank {rank}": "ours" for rank in RANKS}
+
+
+def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) -> Path:
+    """An adapter on every matrix of every layer, as peft saves one, with random values."""
+    folder.mkdir()
+    tensors = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        if ".layers." in name and len(shape) == 2:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = normal(number, (rank, shape[1])) * 1e-2
+            tensors[f"{stem}.lora_B.weight"] = normal(number + 10_000, (shape[0], rank)) * 1e-2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[str, dict[str, Outcome]]:
+    """Both groups, by contender, measured in one alternation."""
+    out = workspace / "out"
+    shapes = llama_shapes(llama_config(checkpoints.parameters))
+    tuned = dict.fromkeys(CONTENDERS, checkpoints.path("tuned"))
+    for rank in RANKS:
+        name = f"tuned is an adapter of rank {rank}"
+        tuned[name] = write_adapter(workspace / f"adapter-{rank}", shapes, rank)
+    phases: dict[str, list[Sample]] = {name: [] for name in CONTENDERS}
+
+    def contender(name: str) -> Any:
+        command = ours(checkpoints, out)
+        command[command.index("--tuned") + 1] = str(tuned[name])
+
+        def run() -> Sample:
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            sample = run_child(command)
+            report = json.loads((out / "perta_report.json").read_text())
+            phases[name].append(Sample(float(report["phases"]["apply"]["seconds"])))
+            return sample
+
+        return run
+
+    whole = alternate({name: contender(name) for name in CONTENDERS}, rounds)
+    apply_phase: dict[str, Outcome] = {
+        name: each if isinstance(each, Exception) else phases[name][1:] for name, each in whole.items()
+    }
+    return {WHOLE: whole, PHASE: apply_phase}
+
+
+@replayed
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("group", [WHOLE, PHASE])
+def bench_adapter(
+    group: str, contender: str, outcomes: dict[str, dict[str, Outcome]], board: list[Row], benchmark: Any
+) -> None:
+    """Wall time and peak memory of the command, and the time of the phase that moves the tensors."""
+    outcome = outcomes[group][contender]
+    board.append(replay(benchmark, outcome, group=group, contender=contender, role=CONTENDERS[contender]))
