@@ -1,0 +1,93 @@
+"""A LoRA adapter of the plain kind, whose task vector is scale · B A of each matrix and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from perta_fast.adapters import Adapter
+from perta_fast.checkpoint import Checkpoint
+from perta_fast.errors import InputError
+
+# Parts of an expert. In a model whose experts are joined into one parameter, peft takes a linear map of such a
+# name for all of them, and adapts that parameter by ranks of its own.
+_EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def linear_maps(model: Any) -> dict[str, Any]:
+    """The modules of a transformers model that get an adapter, by name.
+
+    All linear maps but the output head, and where experts are joined those of the attention alone.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    joined = any(
+        parameter.ndim > 2
+        for module in model.modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
+    )
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not model.get_output_embeddings()
+        and not (joined and name.rpartition(".")[2] in _EXPERT_PARTS)
+    }
+
+
+def share_left_out(model: Any) -> float:
+    """The share of the parameters in matrices without an adapter, embeddings, head and convolutions aside."""
+    reached = {module.weight for module in linear_maps(model).values()}
+    rest = [
+        parameter
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding | nn.Conv1d) and module is not model.get_output_embeddings()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 1 and parameter not in reached
+    ]
+    return float(sum(each.numel() for each in rest) / sum(each.numel() for each in model.parameters()))
+
+
+def add_adapter(model: Any, rank: int, seed: int) -> Any:
+    """``model`` with an adapter on each of its ``linear_maps``; nothing else is trainable.
+
+    The scale is 2 (alpha = 2 · rank), B starts at 0, A is drawn by ``seed``, and both are float32 whatever the
+    model is. Raises InputError if there is nothing to put it on.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    maps = linear_maps(model)
+    if not maps:
+        raise InputError("the model has no linear map to put an adapter on; tune all of it with --full")
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(maps),
+        fan_in_fan_out=not any(isinstance(each, nn.Linear) for each in maps.values()),  # GPT-2 stores (in, out)
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    return get_peft_model(model, settings)
+
+
+def check_adapter(adapted: Any, base: Checkpoint, directory: Path) -> None:
+    """Raise InputError unless ``apply`` will find the adapter's places in ``base``; it is saved for that."""
+    save_adapter(adapted, directory)
+    shapes = {name: entry.shape for name, entry in base.tensors.items()}
+    try:
+        Adapter.open(directory).meet(shapes, base.path)
+    except InputError as error:
+        raise InputError(
+            f"{base.path}: transformers gives its tensors other names than they are stored under, by which an "
+            "adapter would not find them; tune all of it with --full"
+        ) from error
+
+
+def save_adapter(adapted: Any, directory: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    settings = adapted.peft_config["default"]
+    settings.target_modules = sorted(settings.target_modules)  # a set has another order in every process
+    adapted.save_pretrained(directory, save_embedding_layers=False)
+    (directory / "README.md").unlink()  # a form for a model card, which nobody has filled in

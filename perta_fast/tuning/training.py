@@ -1,0 +1,99 @@
+"""The training itself, by transformers' Trainer: its loss, optimiser and schedule."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from perta_fast.data import Sample
+from perta_fast.errors import NotFiniteError
+from perta_fast.losses import Batch
+from perta_fast.progress import Bar, Progress, sample_bar
+
+_AT_A_TIME = 4  # samples of one backward pass, at most; a batch is made of as many passes as it takes
+
+
+def train_(
+    module: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    directory: Path,
+    progress: Progress,
+) -> list[float]:
+    """Train what is trainable in ``module``, in place and where it is; return the mean loss of each epoch.
+
+    The loss is the Trainer's own, the mean over all labelled tokens of a batch: most models have been tuned
+    with it, and θ_f is to repeat what θ_full went through. AdamW, gradients clipped to norm 1, no weight decay,
+    which would put a multiple of θ_0 into the task vector. ``lr`` rises from 0 in the first epoch, unless that
+    is the only one, and falls to 0 in the others, linearly. Weights keep their types; a GPU that knows bfloat16
+    computes in it. directory: an empty one, since the Trainer wants to have some.
+
+    Seeds torch, NumPy and ``random``. Raises NotFiniteError if the loss is not finite.
+    """
+    at_a_time = math.gcd(batch_size, _AT_A_TIME)
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    settings = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=epochs,
+        learning_rate=lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(len(samples) / batch_size) if epochs > 1 else 0,
+        weight_decay=0.0,
+        per_device_train_batch_size=at_a_time,
+        gradient_accumulation_steps=batch_size // at_a_time,
+        seed=seed,
+        use_cpu=on_cpu,
+        bf16=not on_cpu and torch.cuda.is_bf16_supported(),
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+    )
+    settings._n_gpu = min(1, settings.n_gpu)  # several would make the batch several times as large
+    with sample_bar(epochs * len(samples), "tuning", progress) as bar:
+        watch = _Watch(bar, len(samples))
+        trainer = Trainer(
+            module,
+            settings,
+            data_collator=lambda batch: vars(Batch.of(batch)),
+            train_dataset=samples,
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        # Without what computes in bfloat16, so that the model is scored as it was before.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    return watch.losses
+
+
+class _Watch(TrainerCallback):
+    """Moves the bar, keeps the losses, and stops a training that has come to nothing."""
+
+    def __init__(self, bar: Bar, count: int) -> None:
+        self.losses: list[float] = []
+        self._bar, self._count, self._done = bar, count, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        done = round(state.epoch * self._count)
+        self._bar.update(done - self._done)
+        self._done = done
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        self.losses.append(logs["loss"])
+        if not math.isfinite(logs["loss"]):
+            raise NotFiniteError(
+                f"the loss of epoch {len(self.losses)} is not finite; nothing was written. Use a lower --lr"
+            )
