@@ -21,6 +21,10 @@ class NotFiniteError(RunError):
     """The arithmetic's own result is at fault: running again would meet it again."""
 
 
+class RankLost(RunError):
+    """Another process of the same run is gone; what it had to say, it said itself."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Stopped by the user with work done that can be taken up again; its text says how."""
 

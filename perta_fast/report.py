@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from perta_fast.errors import InputError
+from perta_fast.progress import LOGGER
 from perta_fast.regular_files import regular_file
 
 FILE_NAME = "perta_report.json"
@@ -110,6 +111,11 @@ class Report:
         rate = byte_count / seconds / 1e9 if seconds > 0 else 0.0
         self.phases[name] = {"seconds": seconds, "bytes": byte_count, "gb_per_s": rate}
 
+    def warn(self, text: str) -> None:
+        """Add a warning, here and to the log."""
+        self.warnings.append(text)
+        LOGGER.warning("%s", printable(text))
+
     def save(self, directory: Path) -> None:
         """Write ``perta_report.json`` into ``directory``."""
         write_readable_json(directory / FILE_NAME, asdict(self))
@@ -182,10 +188,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def installed_versions() -> dict[str, str]:
+def installed_versions(*others: str) -> dict[str, str]:
     """Versions of Python and of the packages that a result may depend on; nothing is imported for it."""
     versions = {"python": platform.python_version()}
-    for name in _VERSIONED:
+    for name in (*_VERSIONED, *others):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

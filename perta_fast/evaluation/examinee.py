@@ -13,6 +13,7 @@ from perta_fast.evaluation import metrics
 from perta_fast.evaluation.results import Metric, Reference, averaged
 from perta_fast.evaluation.scoring import TokenScores, greedy_answers, score_tokens
 from perta_fast.importance.estimate import Subject, samples_for
+from perta_fast.progress import Progress
 
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
@@ -26,7 +27,7 @@ class Examinee:
     max_length: int | None
     max_new_tokens: int | None
     show_text: bool
-    progress: bool
+    progress: Progress
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

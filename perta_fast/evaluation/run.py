@@ -20,6 +20,7 @@ from perta_fast.evaluation.scoring import evaluation_mode
 from perta_fast.evaluation.tofu import check_reference as check_tofu_reference
 from perta_fast.evaluation.tofu import evaluate_tofu, read_tofu
 from perta_fast.importance.estimate import Subject, check_sizes, load_subject
+from perta_fast.progress import Progress
 from perta_fast.report import installed_versions, now
 
 PathLike = str | Path
@@ -45,7 +46,7 @@ def evaluate(
     out: PathLike | None = None,
     overwrite: bool = False,
     show_text: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Evaluation:
     """Measure what a causal language model has forgotten and kept, under open-unlearning's names.
 
@@ -56,7 +57,8 @@ def evaluate(
     reference: the result file of a gold model, by which forget quality and PrivLeak are measured.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers (the suite's own).
     out: JSON file to write. It holds no text of any set unless ``show_text``.
-    batch_size, max_length, device, dtype: as for ``estimate_importance``; logits are compared in float32.
+    batch_size, max_length, device, dtype, progress: as for ``estimate_importance``; logits are compared in
+    float32.
 
     Raises InputError for bad input, before the model is loaded where possible, RunError if ``out`` cannot be
     written. Memory: the model and the logits of one batch.

@@ -15,7 +15,7 @@ from torch.nn import functional
 from perta_fast.data import IGNORED, Sample
 from perta_fast.errors import InputError
 from perta_fast.losses import Batch, batches_by_length
-from perta_fast.progress import sample_bar
+from perta_fast.progress import Progress, sample_bar
 
 _CHUNK = 1 << 24  # logits that are worked on at a time
 _FLOOR = -1e4  # a logit of -inf is a probability of 0, and must stay so when multiplied
@@ -41,7 +41,7 @@ def score_tokens(
     *,
     batch_size: int,
     detailed: bool = False,
-    progress: bool = False,
+    progress: Progress = False,
     description: str = "scoring",
 ) -> list[TokenScores]:
     """Score every labelled token of ``samples``, in their order, from float32 logits.
@@ -102,7 +102,7 @@ def greedy_answers(
     batch_size: int,
     max_new_tokens: int,
     stop: Sequence[str] = (),
-    progress: bool = False,
+    progress: Progress = False,
     description: str = "answering",
 ) -> list[str]:
     """What ``module.generate`` says greedily after each prompt (token ids), at most ``max_new_tokens`` long.

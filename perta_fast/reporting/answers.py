@@ -5,6 +5,7 @@ from pathlib import Path
 
 from perta_fast.data import Record, load_records
 from perta_fast.errors import InputError
+from perta_fast.progress import Progress
 from perta_fast.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
 
@@ -32,7 +33,7 @@ def read_prompts(path: str | Path) -> list[Record]:
     return records
 
 
-def answer_prompts(report: Report, run: Path, prompts: list[Record], progress: bool) -> Answers:
+def answer_prompts(report: Report, run: Path, prompts: list[Record], progress: Progress) -> Answers:
     """Ask both models, one in memory at a time, greedily, up to 200 tokens.
 
     Raises InputError if the run's output, or a model that is there, cannot be loaded or has changed.
@@ -50,7 +51,7 @@ def answer_prompts(report: Report, run: Path, prompts: list[Record], progress: b
     )
 
 
-def _ask(model: Path, prompts: list[Record], name: str, progress: bool) -> list[str]:
+def _ask(model: Path, prompts: list[Record], name: str, progress: Progress) -> list[str]:
     from perta_fast.evaluation.examinee import prompt_of
     from perta_fast.evaluation.scoring import evaluation_mode, greedy_answers
     from perta_fast.importance.estimate import load_subject, samples_for

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,7 +13,6 @@ from perta_fast.hashing import hash_files
 from perta_fast.regular_files import regular_file
 from perta_fast.report import DirectoryRecord, fits
 from perta_fast.trade_off import FILE_NAME as SWEEP
-from perta_fast.trade_off import FORMAT_VERSION as SWEEP_VERSION
 from perta_fast.trade_off import Row, Sweep
 
 _LARGEST_LOSS = 1e6  # nats; what lies beyond is no point of a curve
@@ -21,10 +20,11 @@ _LARGEST_LOSS = 1e6  # nats; what lies beyond is no point of a curve
 
 @dataclass(frozen=True)
 class Curve:
-    """One sweep and what the page calls it."""
+    """The rows of one rule, with the model as it is, and what the page calls it; ``sweep`` has others too."""
 
     label: str
     path: Path
+    rows: list[Row]
     sweep: Sweep
 
 
@@ -56,12 +56,17 @@ def read_curves(directories: Sequence[str | Path]) -> list[Curve]:
     losses cannot be compared.
     """
     files = [Path(directory) / SWEEP for directory in directories]
-    sweeps = [_read_sweep(path) for path in files]
+    sweeps = [Sweep.read(path) for path in files]
     for path, sweep in zip(files[1:], sweeps[1:], strict=True):
         if data_hashes(sweep) != data_hashes(sweeps[0]):
             raise InputError(f"{path}: was scored on other data than {files[0]}; make a page for each")
-    labels = _distinct([str(sweep.settings.get("rule", "?")) for sweep in sweeps], files)
-    return [Curve(*each) for each in zip(labels, files, sweeps, strict=True)]
+    curves = [
+        Curve(label, path, sorted([sweep.original, *rows], key=lambda row: row.lam), sweep)
+        for path, sweep in zip(files, sweeps, strict=True)
+        for label, rows in sweep.curves().items()
+    ]
+    labels = _distinct([curve.label for curve in curves], [curve.path for curve in curves])
+    return [replace(curve, label=label) for curve, label in zip(curves, labels, strict=True)]
 
 
 def read_scores(paths: Sequence[str | Path]) -> list[Scores]:
@@ -95,25 +100,6 @@ def why_not_as_recorded(record: DirectoryRecord) -> str | None:
         if hashes[directory / name] != file["blake3"]:
             return f"{directory / name} has changed since the run"
     return None
-
-
-def _read_sweep(path: Path) -> Sweep:
-    content = _read_json(path, "give a directory that perta sweep wrote")
-    if not isinstance(content, dict) or content.pop("format_version", None) != SWEEP_VERSION:
-        raise InputError(f"{path}: is not a sweep that this version understands")
-    for unused in ("best", "importance"):
-        content.pop(unused, None)
-    rows = content.get("rows")
-    if isinstance(rows, list):  # null is what the file has for a loss that is not finite
-        content["rows"] = [
-            {key: math.nan if value is None else value for key, value in row.items()}
-            if isinstance(row, dict)
-            else row
-            for row in rows
-        ]
-    if not fits(content, Sweep) or not rows:
-        raise InputError(f"{path}: is not a sweep that this version understands")
-    return Sweep(**content | {"rows": [Row(**row) for row in content["rows"]]})
 
 
 def _read_scores(path: Path, label: str) -> Scores:

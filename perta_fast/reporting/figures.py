@@ -40,11 +40,11 @@ def check_matplotlib() -> None:
 
 
 def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, float]]]) -> Plot:
-    """Forget loss against retain loss: a line a sweep, and ``points``, each a label and (retain, forget)."""
+    """Forget loss against retain loss: a line a curve, and ``points``, each a label and (retain, forget)."""
     figure = _figure(6.4, 4.8)
     axes = figure.subplots()
     for curve in curves:
-        rows = [row for row in curve.sweep.rows if is_loss(row.retain_loss) and is_loss(row.forget_loss)]
+        rows = [row for row in curve.rows if is_loss(row.retain_loss) and is_loss(row.forget_loss)]
         retain, forget = [row.retain_loss for row in rows], [row.forget_loss for row in rows]
         (line,) = axes.plot(retain, forget, marker="o", markersize=4, label=_label(curve.label))
         near: dict[str, Any] = {
@@ -56,8 +56,8 @@ def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, 
         for row in rows:
             if row.lam != 0:
                 axes.annotate(f"{row.lam:g}", (row.retain_loss, row.forget_loss), **near)
-    originals = [row for row in curves[0].sweep.rows if row.lam == 0]
-    marked = [("original (λ = 0)", (row.retain_loss, row.forget_loss)) for row in originals]
+    original = curves[0].sweep.original
+    marked = [("original (λ = 0)", (original.retain_loss, original.forget_loss))]
     for k, (label, place) in enumerate(marked + list(points)):
         if all(map(is_loss, place)):
             axes.plot(*place, "*PXDvs"[k % 6], color="black", markersize=10, label=_label(label))

@@ -87,6 +87,8 @@ def _trade_off(evidence: Evidence, draw: Draw) -> str:
             notes.append(f"{scores.label}: not drawn, as it was evaluated on other data than the sweeps.")
         else:
             points.append((scores.label, point))
+    golds = {curve.path: curve.sweep.gold for curve in evidence.curves}
+    points += [("gold", (gold.retain_loss, gold.forget_loss)) for gold in golds.values() if gold is not None]
     run = {role: found["blake3"] for role, found in evidence.report.data.items()}
     if run and run != hashes:
         notes.append("The sweeps were scored on other data than this run was made with.")
@@ -94,10 +96,7 @@ def _trade_off(evidence: Evidence, draw: Draw) -> str:
         html.table(
             f"Sweep {curve.label}; losses are mean token cross-entropies in nats",
             ("λ", "forget loss", "retain loss", "parameters changed (%)", "seconds"),
-            [
-                (row.lam, row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds)
-                for row in curve.sweep.rows
-            ],
+            [(row.lam, row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds) for row in curve.rows],
         )
         for curve in evidence.curves
     ]

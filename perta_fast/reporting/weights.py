@@ -9,7 +9,7 @@ from perta_fast.checkpoint import Checkpoint, tied_partner
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM
-from perta_fast.progress import byte_bar
+from perta_fast.progress import Progress, byte_bar
 from perta_fast.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
 from perta_fast.rules import Rule
@@ -32,7 +32,7 @@ class Distribution:
     total: int
 
 
-def distribution(report: Report, progress: bool) -> Distribution | str:
+def distribution(report: Report, progress: Progress) -> Distribution | str:
     """Count w by the rule of ``report``; or say in a clause why that cannot be done.
 
     Every shard is hashed first: a page must not show weights that the run has not used. Raises InputError for a
@@ -59,7 +59,7 @@ def distribution(report: Report, progress: bool) -> Distribution | str:
     return _count(report, rule, opened, progress)
 
 
-def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: bool) -> Distribution:
+def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: Progress) -> Distribution:
     from perta_fast.ops import reference
 
     pairs = [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from perta_fast.durable import remove, write_file
 from perta_fast.errors import InputError, RunError
+from perta_fast.progress import Progress
 from perta_fast.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.reporting.evidence import read_curves, read_scores
@@ -25,7 +26,7 @@ def write_page(
     show_text: bool = False,
     png: PathLike | None = None,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> None:
     """Show what a run did in one HTML file that needs no other.
 
