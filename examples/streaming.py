@@ -1,0 +1,22 @@
+"""Unlearn with one decoder layer in memory at a time, and follow the run from the program that started it."""
+
+from tiny import tiny_job
+
+import perta_fast as pf
+
+
+def show(event: pf.Event) -> None:
+    """Stands for whatever a pipeline does with progress; raising an exception here would stop the run."""
+    if event.done == event.total:
+        print(f"{event.phase}: {event.total} {event.unit}")
+
+
+with tiny_job() as folder:
+    checkpoints = [folder / name for name in ("model", "base", "tuned")]
+    data = [folder / "forget.jsonl", folder / "retain.jsonl"]
+    pf.unlearn(*checkpoints, *data, lam=1.0, out=folder / "whole", progress=False)
+    report = pf.unlearn(*checkpoints, *data, lam=1.0, out=folder / "streamed", stream=True, progress=show)
+
+    print(f"schedule: {report.settings['stream']}")
+    whole, streamed = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
+    print("the same bytes as with the model in memory" if whole == streamed else "the bytes differ")

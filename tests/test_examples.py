@@ -1,0 +1,54 @@
+"""Every example, run as a user would run it, and what it shows."""
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiny")
+LOSSES = re.compile(r"^(\w[\w ]*\w) +forget loss +([\d.]+), retain loss +([\d.]+)$", re.MULTILINE)
+
+
+def run(name: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, FOLDER / f"{name}.py"], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished() -> "dict[str, subprocess.CompletedProcess[str]]":
+    """All of them, two at a time, each with the one thread that it takes."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(NAMES, pool.map(run, NAMES), strict=True))
+
+
+def assert_forgotten(losses: dict[str, tuple[float, float]]) -> None:
+    """Every result has forgotten much more than it has lost."""
+    forget, retain = losses.pop("model")
+    assert losses
+    for after_forget, after_retain in losses.values():
+        assert after_forget > 2 * forget
+        assert after_forget - forget > 4 * (after_retain - retain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs(name: str, finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
+    done = finished[name]
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    found = {label: (float(forget), float(retain)) for label, forget, retain in LOSSES.findall(done.stdout)}
+    if found:
+        assert_forgotten(found)
+    assert found or name in ("streaming", "sweep")
+
+
+def test_streaming_gives_the_same_bytes(finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
+    assert "the same bytes" in finished["streaming"].stdout
+
+
+def test_the_sweep_finds_a_strength(finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
+    found = re.search(r"lambda ([\d.]+) raises the forget loss", finished["sweep"].stdout)
+    assert found is not None
+    assert float(found[1]) > 0.5
