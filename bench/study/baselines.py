@@ -1,0 +1,150 @@
+"""Unlearning by training: gradient ascent, gradient difference and NPO.
+
+Losses are as open-unlearning defines them (its weights gamma and alpha are 1, NPO's beta 0.1), with the mean
+over samples of each one's mean token loss where it averages over a batch's tokens. Gradient difference is of
+Liu et al. (arXiv 2203.12817) and TOFU (arXiv 2401.06121); NPO of Zhang et al. (arXiv 2404.05868), here with
+the retain loss that open-unlearning adds to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.study.models import load_model
+from bench.study.selection import choose
+from bench.study.training import descend_, losses_of
+from bench.study.trial import Trial, write_candidates
+from perta_fast.data import Sample
+from perta_fast.losses import Batch, batches_by_length
+
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of the samples of one batch. forget, retain: (N,) mean token loss; retain only where a method has it.
+
+    count: (N,) tokens of the forget samples' answers. reference: (N,) mean token loss under theta_full.
+    """
+
+    forget: Tensor
+    count: Tensor
+    reference: Tensor
+    retain: Tensor
+
+
+def gradient_ascent(losses: Losses) -> Tensor:
+    """-L_f."""
+    return -losses.forget.mean()
+
+
+def gradient_difference(losses: Losses) -> Tensor:
+    """-L_f + L_r."""
+    return -losses.forget.mean() + losses.retain.mean()
+
+
+def npo(losses: Losses) -> Tensor:
+    """-2 / beta · log sigmoid(-beta log(p / p_full)) + L_r, with p the probability of a whole answer."""
+    log_ratio = losses.count * (losses.reference - losses.forget)
+    return -2 / BETA * functional.logsigmoid(-BETA * log_ratio).mean() + losses.retain.mean()
+
+
+BASELINES: Mapping[str, Callable[[Losses], Tensor]] = {
+    "gradient ascent": gradient_ascent,
+    "gradient difference": gradient_difference,
+    "NPO": npo,
+}
+
+
+def runs(trial: Trial, method: str) -> dict[float, Path]:
+    """Candidates of one method by learning rate, and each rate's best model as a checkpoint."""
+    return {rate: _run(trial, method, rate) for rate in trial.models.settings.unlearning_rates}
+
+
+def score_baseline(trial: Trial, method: str) -> Path:
+    """Scores of a method at the rate and the step that are chosen for it."""
+    tried = runs(trial, method)
+    best = tried[trial.choice(list(tried.values())).setting["rate"]]
+    return trial.score(method, {"model": trial.name_of(best)}, lambda: load_model(best))
+
+
+def _run(trial: Trial, method: str, rate: float) -> Path:
+    settings, full = trial.models.settings, trial.models.full()
+    limit = trial.limit()
+    made_of = {
+        "full": trial.name_of(full),
+        "data": trial.name_of(trial.split.folder),
+        "method": method,
+        "rate": rate,
+        "seed": trial.models.seed,
+        "limit": limit,
+        "steps": [settings.unlearning_steps, settings.check_every, settings.batch_size],
+    }
+
+    def make(folder: Path) -> None:
+        module = load_model(full)
+        candidates = [trial.measure(module, {"rate": rate, "step": 0})]
+        module.save_pretrained(folder)
+        for step in _train_(trial, module, method, rate):
+            if step % settings.check_every == 0:
+                candidates.append(trial.measure(module, {"rate": rate, "step": step}))
+                if choose(candidates, limit) is candidates[-1]:
+                    module.save_pretrained(folder)
+        write_candidates(folder, candidates)
+
+    return trial.piece(f"{method}/rate {rate:g}", made_of, make)
+
+
+def _train_(trial: Trial, module: Any, method: str, rate: float) -> Iterator[int]:
+    """Train; yields the number of steps taken. Each step takes as many retained samples as forget samples."""
+    settings, seed = trial.models.settings, trial.models.seed
+    forget, retain = trial.samples("forget"), trial.samples("retain")
+    reference = _sample_losses(module, forget, settings.scoring_batch)
+    count = torch.tensor([float(each.label_count) for each in forget])
+    device = next(module.parameters()).device
+
+    def loss(numbers: tuple[list[int], list[int]]) -> Tensor:
+        ours, others = numbers
+        losses = Losses(
+            losses_of(module, Batch.of([forget[k] for k in ours], device)),
+            count[ours].to(device),
+            reference[ours].to(device),
+            # Gradient ascent looks at no retained rows.
+            losses_of(module, Batch.of([retain[k] for k in others], device))
+            if method != "gradient ascent"
+            else torch.zeros(1),
+        )
+        return BASELINES[method](losses)
+
+    size, steps = settings.batch_size, settings.unlearning_steps
+    batches = list(
+        zip(_batches(len(forget), size, steps, seed), _batches(len(retain), size, steps, seed), strict=True)
+    )
+    warm_up = settings.check_every
+    yield from descend_(module, batches, loss, lambda step: rate * min(1.0, (step + 1) / warm_up))
+
+
+def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """``steps`` batches of at most ``size`` of ``count`` samples, each epoch in a new random order."""
+    order = torch.Generator().manual_seed(seed)
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        batches += [each.tolist() for each in torch.randperm(count, generator=order).split(size)]
+    return batches[:steps]
+
+
+@torch.no_grad()
+def _sample_losses(module: Any, samples: list[Sample], batch_size: int) -> Tensor:
+    """(N,): each sample's loss, in the order of the samples."""
+    losses = torch.empty(len(samples))
+    device = next(module.parameters()).device
+    for numbers in batches_by_length(samples, batch_size):
+        losses[numbers] = losses_of(module, Batch.of([samples[k] for k in numbers], device)).cpu()
+    return losses

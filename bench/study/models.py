@@ -1,0 +1,107 @@
+"""The trained models of one seed: theta_0 and what tuning it on each choice of data gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.study.data import Row, Split, Tofu
+from bench.study.settings import Settings
+from bench.study.store import Store, digest_of
+from bench.study.training import new_model, train_tokenizer, tune_
+from perta_fast.data import encode, records_from
+from perta_fast.importance.estimate import choose_device
+
+_SHAPE = ("vocabulary", "hidden_size", "layers", "heads", "context", "batch_size")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Checkpoints of one seed, as pieces of ``store``. All are float32."""
+
+    tofu: Tofu
+    settings: Settings
+    seed: int
+    store: Store
+
+    def base(self) -> Path:
+        """theta_0, with the tokenizer of all others, which knows nothing of what is to be forgotten."""
+        settings = self.settings
+        chosen = ("pretraining_authors", "rows_per_author", "pretraining_epochs", "pretraining_rate", *_SHAPE)
+        made_of = {"seed": self.seed, "data": self.tofu.digest} | _some(settings, chosen)
+
+        def make(folder: Path) -> None:
+            rows = [*self.tofu.pretraining, *self.tofu.facts]
+            tokenizer = train_tokenizer(rows, settings)
+            model = new_model(settings, tokenizer, self.seed).to(choose_device(None))
+            tune_(
+                model,
+                encode(records_from(rows), tokenizer, settings.context),
+                epochs=settings.pretraining_epochs,
+                rate=settings.pretraining_rate,
+                batch_size=settings.batch_size,
+                seed=self.seed,
+            )
+            _save(model, tokenizer, folder)
+
+        return self.store.piece(f"seed{self.seed}/base", made_of, make)
+
+    def full(self) -> Path:
+        """theta_full: tuned on all of TOFU that theta_0 has not seen, whatever of it is to be forgotten.
+
+        Facts are among what it and gold are tuned on, as models of this size forget them otherwise.
+        """
+        return self._tuned("full", [*self.tofu.tuning, *self.tofu.facts])
+
+    def gold(self, split: Split) -> Path:
+        """Tuned on the retained rows alone: what unlearning should come to."""
+        return self._tuned(f"{split.name}/gold", [*split.rows["retain"], *self.tofu.facts])
+
+    def tuned(self, split: Split) -> Path:
+        """theta_f: tuned on the forget set alone."""
+        return self._tuned(f"{split.name}/tuned", split.rows["forget"])
+
+    def _tuned(self, name: str, rows: Sequence[Row]) -> Path:
+        base, settings = self.base(), self.settings
+        made_of = {
+            "base": self.store.relative(base),
+            "rows": digest_of(rows),
+            **_some(settings, ("tuning_epochs", "tuning_rate", "batch_size")),
+        }
+
+        def make(folder: Path) -> None:
+            model, tokenizer = load_model(base), load_tokenizer(base)
+            tune_(
+                model,
+                encode(records_from(rows), tokenizer, settings.context),
+                epochs=settings.tuning_epochs,
+                rate=settings.tuning_rate,
+                batch_size=settings.batch_size,
+                seed=self.seed,
+            )
+            _save(model, tokenizer, folder)
+
+        return self.store.piece(f"seed{self.seed}/{name}", made_of, make)
+
+
+def load_model(path: Path) -> Any:
+    """A checkpoint of the study on the device that is there, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(path, local_files_only=True).to(choose_device(None)).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _some(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in asdict(settings).items() if name in names}

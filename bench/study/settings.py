@@ -1,0 +1,43 @@
+"""The sizes of a study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which authors serve for what, the shape of the model, and the length of each training.
+
+    pretraining_authors, validation_authors: the first and the last, counted from 1 in the order of ``full``.
+    TOFU asks about retained knowledge by authors 1 to 20, so these are among the retained ones.
+    unlearning_rates: learning rates that each training-based method is tried with, for ``unlearning_steps``
+    steps, its state being a candidate every ``check_every`` steps.
+    """
+
+    rows_per_author: int = 20
+    pretraining_authors: tuple[int, int] = (21, 100)
+    validation_authors: tuple[int, int] = (101, 110)
+    vocabulary: int = 4096
+    hidden_size: int = 192
+    layers: int = 4
+    heads: int = 6
+    context: int = 256
+    batch_size: int = 16
+    pretraining_epochs: int = 15
+    pretraining_rate: float = 2e-3
+    tuning_epochs: int = 10
+    tuning_rate: float = 1e-3
+    unlearning_steps: int = 128
+    check_every: int = 16
+    unlearning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    scoring_batch: int = 64
+    new_tokens: int = 96
+
+
+SIZES = {
+    "small": Settings(),
+    "large": Settings(
+        hidden_size=768, layers=12, heads=12, batch_size=32, pretraining_rate=5e-4, tuning_rate=2e-4
+    ),
+}

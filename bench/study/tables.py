@@ -1,0 +1,196 @@
+"""The study's tables in Markdown, of whatever has been made so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from bench.study import analyses
+from bench.study.main_table import FULL, GOLD, ROWS, chosen, cost, scores
+from bench.study.rules import Draw
+from bench.study.store import NotYet, read_json
+from bench.study.trial import SCORES, Trial
+from bench.study.variants import VARIANTS
+
+MISSING = "not yet run"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+# Forget quality, model utility, extraction strength on forget and on retained rows: PerTA, arXiv 2601.22030.
+PUBLISHED = {
+    FULL: (0.007, 0.599, 0.743, 0.737),
+    GOLD: (1.0, 0.599, 0.069, 0.751),
+    "tv": (0.405, 0.556, 0.081, 0.358),
+    "grad": (0.514, 0.581, 0.075, 0.551),
+    "fisher": (0.266, 0.586, 0.085, 0.600),
+    "gradient ascent": (0.011, 0.597, 0.189, 0.656),
+    "NPO": (0.009, 0.595, 0.178, 0.650),
+}
+_METRICS = {
+    "forget quality": "forget_quality",
+    "its log10": "forget_quality_log10",
+    "utility": "model_utility",
+    "ES forget": "extraction_strength",
+    "ES retain": "retain_extraction_strength",
+}
+_PUBLISHED_COLUMNS = ("forget quality", "utility", "ES forget", "ES retain")
+_OF_GOLD = {"forget_quality": 1.0, "forget_quality_log10": 0.0}  # by definition
+
+Thunk = Callable[[], Any]  # looks up something that may not have been made yet
+FORGET, RETAIN = attrgetter("forget_loss"), attrgetter("retain_loss")  # of a candidate
+
+
+def write(page: Path, trials: Sequence[Trial]) -> None:
+    """Put the tables between the two markers of ``page``; the text around them stays."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n\n{render(trials)}\n\n{END}{after}", encoding="utf-8")
+
+
+def render(trials: Sequence[Trial]) -> str:
+    """All tables. A cell is mean ± standard deviation over seeds, and says so where some are missing."""
+    by_split: dict[str, list[Trial]] = {}
+    for trial in trials:
+        by_split.setdefault(trial.split.name, []).append(trial)
+    last, of_last = list(by_split.items())[-1]
+    tables = {name: _main(name, of_split) for name, of_split in by_split.items()}
+    tables |= {f"{name}, what `tv` has subtracted": _against_tv(each) for name, each in by_split.items()}
+    tables |= {f"{name}, settings and cost": _costs(each) for name, each in by_split.items()}
+    tables |= {
+        f"Gradients at θ_full, {last}": _at_full(of_last),
+        f"p and α, {last}: forget loss": _general(of_last),
+        f"Number and draw of importance samples, {last}, one seed": _samples(of_last[0]),
+        f"Variants of `empirical-fisher`, {last}": _variants(of_last),
+    }
+    tables |= {f"Other limits, {name}: forget loss": _limits(each) for name, each in by_split.items()}
+    return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in tables.items())
+
+
+def _main(split: str, trials: Sequence[Trial]) -> Iterator[str]:
+    published = {row: [f"{number:g}" for number in numbers] for row, numbers in PUBLISHED.items()}
+    beside = _PUBLISHED_COLUMNS if split == "forget01" else ()
+    yield from _head(["", *_METRICS, *(f"{name}, 1 B" for name in beside)])
+    for row in ROWS:
+        cells = published.get(row, [""] * len(beside)) if beside else []
+        yield _line([row, *_scores(partial(scores, trial, row) for trial in trials), *cells])
+
+
+def _against_tv(trials: Sequence[Trial]) -> Iterator[str]:
+    """Differences within a seed."""
+    yield from _head(["", *_METRICS])
+    for row in ROWS[ROWS.index("tv") + 1 :]:
+        pairs = [partial(_both, trial, row) for trial in trials]
+        yield _line([row, *(_cell(pairs, partial(_difference, metric)) for metric in _METRICS.values())])
+
+
+def _costs(trials: Sequence[Trial]) -> Iterator[str]:
+    yield from _head(["", "chosen, by seed", "processor s, once", "processor s, choosing"])
+    for row in ROWS[1:]:
+        costs = [partial(cost, trial, row) for trial in trials]
+        settings = [] if row == GOLD else _made(partial(_setting, trial, row) for trial in trials)
+        seconds = (_cell(costs, attrgetter(name), "{:.0f}") for name in ("once", "choosing"))
+        yield _line([row, ", ".join(settings), *seconds])
+
+
+def _at_full(trials: Sequence[Trial]) -> Iterator[str]:
+    yield from _head(["", *_METRICS])
+    for rule in analyses.WEIGHED:
+        yield _line([f"{rule}, at θ_0", *_scores(partial(scores, trial, rule) for trial in trials)])
+        yield _line(
+            [f"{rule}, at θ_full", *_scores(partial(analyses.at_full, trial, rule) for trial in trials)]
+        )
+
+
+def _general(trials: Sequence[Trial]) -> Iterator[str]:
+    yield from _head(["", *(f"α = {alpha:g}" for alpha in analyses.ALPHAS)])
+    for p in analyses.POWERS:
+        cells = (_forgotten(analyses.general, trials, p, alpha) for alpha in analyses.ALPHAS)
+        yield _line([f"p = {p:g}", *cells])
+
+
+def _samples(trial: Trial) -> Iterator[str]:
+    """Over the draws of one seed."""
+    yield from _head(["", "samples", "forget loss, λ chosen", "forget loss, λ of all", "retain loss, λ of all"])
+    for rule in analyses.WEIGHED:
+        for count in analyses.COUNTS:
+            draws = [Draw(count, number) for number in range(analyses.DRAWS)]
+            own = [partial(analyses.drawn, trial, rule, draw) for draw in draws]
+            fixed = [partial(analyses.drawn_at, trial, rule, draw) for draw in draws]
+            yield _line([rule, str(count), _cell(own, FORGET), _cell(fixed, FORGET), _cell(fixed, RETAIN)])
+        every = [partial(chosen, trial, rule)]
+        yield _line([rule, "all", _cell(every, FORGET), _cell(every, FORGET), _cell(every, RETAIN)])
+
+
+def _variants(trials: Sequence[Trial]) -> Iterator[str]:
+    yield from _head(["", "forget loss"])
+    for rule in ("tv", "empirical-fisher"):
+        yield _line([rule, _forgotten(chosen, trials, rule)])
+    for name in VARIANTS:
+        yield _line([name, _forgotten(analyses.variant, trials, name)])
+
+
+def _limits(trials: Sequence[Trial]) -> Iterator[str]:
+    yield from _head(["", *(f"{share:g} kept" for share in analyses.SHARES)])
+    for row in ROWS[ROWS.index("tv") :]:
+        yield _line([row, *(_forgotten(analyses.kept, trials, row, share) for share in analyses.SHARES)])
+
+
+def _scores(pieces: Iterable[Thunk]) -> list[str]:
+    every = list(pieces)
+    return [_cell(every, partial(_read, metric)) for metric in _METRICS.values()]
+
+
+def _forgotten(analysis: Callable[..., Any], trials: Sequence[Trial], *arguments: Any) -> str:
+    return _cell([partial(analysis, trial, *arguments) for trial in trials], FORGET)
+
+
+def _cell(thunks: Sequence[Thunk], number: Callable[[Any], float], form: str = "{:.3f}") -> str:
+    found = [number(each) for each in _made(thunks)]
+    if not found:
+        return MISSING
+    text = form.format(mean(found))
+    if len(found) > 1:
+        text += f" ± {form.format(stdev(found))}"
+    return text if len(found) == len(thunks) else f"{text} ({len(found)} of {len(thunks)})"
+
+
+def _made(thunks: Iterable[Thunk]) -> list[Any]:
+    found = []
+    for thunk in thunks:
+        with suppress(NotYet):
+            found.append(thunk())
+    return found
+
+
+def _read(metric: str, piece: Path) -> float:
+    found = read_json(piece / SCORES)["metrics"]
+    if metric in found:
+        value = found[metric]["agg_value"]
+        return math.nan if value is None else float(value)
+    return _OF_GOLD[metric]
+
+
+def _both(trial: Trial, row: str) -> tuple[Path, Path]:
+    return scores(trial, row), scores(trial, "tv")
+
+
+def _difference(metric: str, pieces: tuple[Path, Path]) -> float:
+    ours, theirs = pieces
+    return _read(metric, ours) - _read(metric, theirs)
+
+
+def _setting(trial: Trial, row: str) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in chosen(trial, row).setting.items())
+
+
+def _head(titles: Sequence[str]) -> list[str]:
+    return [_line(titles), "|---" * len(titles) + "|"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,119 @@
+"""One seed and one forget set: the models, the limit that every method must keep, and how a model is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import perta_fast as pf
+from bench.study.data import Split
+from bench.study.models import Models, load_model, load_tokenizer
+from bench.study.selection import KEPT, Candidate, choose, limit_of
+from bench.study.store import read_json, write_json
+from bench.study.training import losses_of
+from perta_fast.data import Sample, encode, records_from
+from perta_fast.evaluation.tofu import read_tofu
+from perta_fast.losses import Batch, batches_by_length
+
+_CANDIDATES = "candidates.json"
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What all methods have in common."""
+
+    models: Models
+    split: Split
+
+    def piece(self, name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """``Store.piece`` below the place of this seed and split."""
+        return self.models.store.piece(f"seed{self.models.seed}/{self.split.name}/{name}", made_of, make)
+
+    def name_of(self, piece: Path) -> str:
+        """How another piece names this one."""
+        return self.models.store.relative(piece)
+
+    def samples(self, part: str) -> list[Sample]:
+        """One part of the split in tokens."""
+        rows = records_from(self.split.rows[part])
+        return encode(rows, load_tokenizer(self.models.base()), self.models.settings.context)
+
+    def limit(self, kept: float = KEPT) -> float:
+        """The largest retain loss that a method may come to."""
+        full = self.models.full()
+        made_of = {"full": self.name_of(full), "data": self.name_of(self.split.folder)}
+
+        def make(folder: Path) -> None:
+            write_candidates(folder, [self.measure(load_model(full), {})])
+
+        return limit_of(read_candidates(self.piece("unchanged", made_of, make))[0].retain_loss, kept)
+
+    def measure(self, module: Any, setting: Mapping[str, Any]) -> Candidate:
+        """``module`` as a candidate."""
+        forget, retain = (self.samples(part) for part in ("chosen_forget", "chosen_retain"))
+        batch_size = self.models.settings.scoring_batch
+        return Candidate(setting, mean_loss(module, forget, batch_size), mean_loss(module, retain, batch_size))
+
+    def choice(self, pieces: Sequence[Path], kept: float = KEPT) -> Candidate:
+        """The best of the candidates in ``pieces``."""
+        return choose([each for piece in pieces for each in read_candidates(piece)], self.limit(kept))
+
+    def gold_scores(self) -> Path:
+        """The gold model's scores, by which forget quality is measured."""
+        gold = self.models.gold(self.split)
+        return self._score("scores of gold", {"model": self.name_of(gold)}, lambda: load_model(gold), None)
+
+    def score(self, method: str, made_of: Mapping[str, Any], load: Callable[[], Any]) -> Path:
+        """TOFU's metrics of the model that ``load`` returns, forget quality against this seed's gold model."""
+        return self._score(f"scores of {method}", made_of, load, self.gold_scores() / SCORES)
+
+    def _score(
+        self, name: str, made_of: Mapping[str, Any], load: Callable[[], Any], reference: Path | None
+    ) -> Path:
+        folder, settings = self.models.tofu.folder, self.models.settings
+        digests = {role: rows.digest for role, rows in read_tofu(folder, self.split.name).items()}
+        known = {"data": digests, "new_tokens": settings.new_tokens}
+        known |= {"reference": None if reference is None else self.name_of(reference)}
+        base = self.models.base()
+
+        def make(place: Path) -> None:
+            pf.evaluate(
+                load(),
+                suite="tofu",
+                data=folder,
+                split=self.split.name,
+                reference=reference,
+                tokenizer=load_tokenizer(base),
+                batch_size=settings.scoring_batch,
+                max_new_tokens=settings.new_tokens,
+                out=place / SCORES,
+                progress=False,
+            )
+
+        return self.piece(name, {**made_of, **known}, make)
+
+
+@torch.no_grad()
+def mean_loss(module: Any, samples: Sequence[Sample], batch_size: int) -> float:
+    """Mean over the samples of each one's mean token loss, as ``sweep`` measures it."""
+    device = next(module.parameters()).device
+    losses = [
+        losses_of(module, Batch.of([samples[k] for k in numbers], device))
+        for numbers in batches_by_length(samples, batch_size)
+    ]
+    return torch.cat(losses).double().mean().item()
+
+
+def write_candidates(folder: Path, candidates: Sequence[Candidate]) -> None:
+    """Keep what was measured."""
+    write_json(folder / _CANDIDATES, [asdict(each) for each in candidates])
+
+
+def read_candidates(piece: Path) -> list[Candidate]:
+    """Read it back."""
+    return [Candidate(**each) for each in read_json(piece / _CANDIDATES)]
