@@ -1,23 +1,34 @@
 """The subtraction on a live module's parameters, chunk by chunk from mapped files."""
 
 import ctypes
-from collections.abc import Iterator, Mapping
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from perta_fast.adapters import Adapter, LowRank, is_adapter
 from perta_fast.checkpoint import Checkpoint, tied_partner
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.sharded import held, is_sharded, reshard_, runs
 from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.errors import InputError
+from perta_fast.held_tensors import Held, held_tensors
 from perta_fast.importance.store import STEM, Importance
-from perta_fast.ops import rescaled_subtract_
+from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
+from perta_fast.quantised import open_plain, refuse_quantised_module
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import SafetensorsFile
 from perta_fast.staging import ALIGNMENT, Staging
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHUNK = 1 << 22  # elements: at most 64 MiB of the four sources together
 _STORED_TYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -36,62 +47,133 @@ def apply_to_module_(
     alpha: float = 1.0,
     threshold: float | None = None,
     backend: str = "auto",
+    group: "ProcessGroup | None" = None,
 ) -> int:
     """Subtract the rescaled task vector from a live module's parameters in place.
 
-    module: its parameters are theta_full; names and shapes as in the checkpoints ``base`` and ``tuned``.
+    module: its parameters are theta_full; as transformers saves it (the experts of a layer apart), names and
+    shapes are those in the checkpoints ``base`` and ``tuned``; ``tuned`` may be a LoRA adapter.
     forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
-    Parameters that the importance does not cover stay as they are; tied ones are changed once.
+    Parameters that the importance does not cover stay as they are; tied ones are changed once. Of a module that
+    FSDP2 or tensor parallelism has sharded, each process reads and changes what it holds; group: all of these
+    processes, so that what is wrong for one is known to all before anything is changed.
 
     Returns the number of parameters (tensors) that were subtracted from. Raises InputError, before anything is
     changed, naming the tensor that is missing, has another shape, a type without arithmetic, or values that are
     not finite. Everything is read twice, chunk by chunk. Memory: none beside mapped pages on the CPU; on any
     other device 128 MiB, and as much pinned on the host.
     """
-    chosen = Rule.of(rule, lam, p, alpha, threshold)
-    checkpoints = [Checkpoint.open(tuned), Checkpoint.open(base)]
-    importances = _importances(chosen, forget_importance, retain_importance)
-    stored = [_stored(importance) for importance in importances]
-    parameters = _covered_parameters(module, importances)
-    sources: dict[str, list[_Source]] = {}
-    for name, parameter in parameters.items():
-        _check_parameter(name, parameter)
-        sources[name] = [
-            _Source.of_checkpoint(each, _stored_name(each, name), str(each.path)) for each in checkpoints
-        ]
-        sources[name] += [
-            _Source.of_importance(each, files, name) for each, files in zip(importances, stored, strict=True)
-        ]
-        for source in sources[name]:
-            _check_source(name, parameter, source)
-    stagings = {device: _staging(device) for device in {each.device for each in parameters.values()}}
-    for name, parameter in parameters.items():
-        theta = parameter.detach().view(-1)
-        for part in _parts(theta.numel()):
-            with _on_device([each.values[part] for each in sources[name]], theta, stagings) as arrays:
-                rescaled_subtract_(
-                    theta[part],
-                    *arrays,
-                    lam=chosen.lam,
-                    p=chosen.p,
-                    alpha=chosen.alpha,
-                    threshold=chosen.threshold,
-                    backend=backend,
+    ranks = Ranks.of(group)
+    with ranks.together("the checks"):
+        chosen = Rule.of(rule, lam, p, alpha, threshold)
+        refuse_quantised_module(module)
+        adapter = Adapter.open(tuned) if is_adapter(tuned) else None
+        checkpoints = [open_plain(tuned) if adapter is None else adapter.checkpoint, open_plain(base)]
+        importances = _importances(chosen, forget_importance, retain_importance)
+        stored = [_stored(importance) for importance in importances]
+        if is_sharded(module) and (group is None or adapter is not None):
+            raise InputError(
+                "the module is sharded; pass group, all processes that hold it, and for tuned a checkpoint: "
+                "an adapter is merged first"
+            )
+        reshard_(module)
+        _check_parameters(module)
+        everything = held_tensors(module)
+        parameters = _covered(everything, importances)
+        low_rank: dict[str, LowRank] = {}
+        if adapter is not None:
+            adapter.check_untouched(checkpoints[1])
+            low_rank, whole = adapter.meet(
+                {name: each.shape for name, each in everything.items()}, "the module"
+            )
+            parameters = {name: each for name, each in parameters.items() if name in low_rank or name in whole}
+        sources: dict[str, list[_Source]] = {}
+        for name, parameter in parameters.items():
+            if parameter.dtype not in DTYPE_CODES:
+                raise InputError(
+                    f"parameter {name} is {parameter.dtype}; it must be float32, bfloat16 or float16"
                 )
+            sources[name] = []
+            if name not in low_rank:
+                names = [stored_name(checkpoints[1], name)]
+                names.insert(0, stored_name(checkpoints[0], name) if adapter is None else whole[name].name)
+                sources[name] += [
+                    _Source.of_checkpoint(each, stored, str(each.path))
+                    for each, stored in zip(checkpoints, names, strict=True)
+                ]
+            sources[name] += [
+                _Source.of_importance(each, files, name)
+                for each, files in zip(importances, stored, strict=True)
+            ]
             for source in sources[name]:
-                source.release(part)
+                _check_source(name, parameter, source)
+    stagings = {device: _staging(device) for device in {each.device for each in parameters.values()}}
+    how: dict[str, Any] = {
+        "lam": chosen.lam,
+        "p": chosen.p,
+        "alpha": chosen.alpha,
+        "threshold": chosen.threshold,
+    }
+    for name, parameter in parameters.items():
+        if name in low_rank:
+            ((_, theta),) = parameter.pieces
+            matrix = theta.view(parameter.shape)
+            _subtract_low_rank_(matrix, low_rank[name], sources[name], stagings, how, backend)
+            continue
+        for first, theta in parameter.pieces:
+            for part in _parts(theta.numel()):
+                place = slice(first + part.start, first + part.stop)
+                with _on_device([each.chunk(place) for each in sources[name]], theta, stagings) as arrays:
+                    rescaled_subtract_(theta[part], *arrays, **how, backend=backend)
+                for source in sources[name]:
+                    source.release(place)
     return len(parameters)
+
+
+def _subtract_low_rank_(
+    theta: Tensor,
+    update: LowRank,
+    importances: "list[_Source]",
+    stagings: Mapping[torch.device, Staging | None],
+    how: Mapping[str, Any],
+    backend: str,
+) -> None:
+    """Some rows of a matrix at a time, with the rows of the left factor that make their task vector."""
+    rows, columns = theta.shape
+    left, right = map(torch.from_numpy, update.factors())
+    right = right.to(theta.device)
+    step = max(1, CHUNK // max(columns, right.shape[0], 1))
+    for first in range(0, rows, step):
+        end = min(first + step, rows)
+        part = slice(first * columns, end * columns)
+        chunk = [left[first:end].reshape(-1), *(each.values[part] for each in importances)]
+        with _on_device(chunk, theta, stagings) as (factor, *arrays):
+            low_rank_subtract_(
+                theta[first:end],
+                factor.view(end - first, len(right)),
+                right,
+                *(each.view(end - first, columns) for each in arrays),
+                scale=update.scale,
+                **how,
+                backend=backend,
+            )
+        for source in importances:
+            source.release(part)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The values of one tensor, one after another: in memory, or a view of a mapped file."""
+    """The values of one tensor, one after another: in memory, or a view of a mapped file.
+
+    firsts: where in the tensor the runs of ``values`` begin, all of one length, if it is sharded.
+    """
 
     values: Tensor
     shape: tuple[int, ...]
     where: str
     file: SafetensorsFile | None = None
     begin: int = 0  # offset of the first byte in the file
+    firsts: Sequence[int] = (0,)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str) -> "_Source":
@@ -111,8 +193,20 @@ class _Source:
         """A tensor of an importance, from its files if it is ``stored``."""
         if stored is not None:
             return cls.of_checkpoint(stored, name, "the importance")
-        tensor = importance.tensors[name]
-        return cls(tensor.detach().reshape(-1), tuple(tensor.shape), "the importance")
+        tensor = importance.tensors[name].detach()
+        firsts = [first for first, _ in runs(tensor)]
+        return cls(held(tensor).reshape(-1), tuple(tensor.shape), "the importance", firsts=firsts)
+
+    def chunk(self, place: slice) -> Tensor:
+        """The values [start, stop) of the whole tensor. Raises InputError if they are not held here."""
+        if len(self.values) == math.prod(self.shape):
+            return self.values[place]
+        length = len(self.values) // max(1, len(self.firsts))
+        number = bisect_right(self.firsts, place.start) - 1
+        if number < 0 or place.stop > self.firsts[number] + length:
+            raise InputError(f"{self.where} is sharded otherwise than the module; save it, give its directory")
+        shift = number * length - self.firsts[number]
+        return self.values[place.start + shift : place.stop + shift]
 
     def release(self, part: slice) -> None:
         """Give back the pages of a part that has been read."""
@@ -147,9 +241,8 @@ def _on_device(
     return staging.on_device(chunk)
 
 
-def _covered_parameters(module: nn.Module, importances: list[Importance]) -> dict[str, nn.Parameter]:
+def _covered(parameters: dict[str, Held], importances: list[Importance]) -> dict[str, Held]:
     """The parameters to subtract from; each importance must cover the same ones, and nothing else."""
-    parameters = {name: each for name, each in module.named_parameters() if each.is_floating_point()}
     for importance in importances:
         unknown = importance.tensors.keys() - parameters.keys()
         if unknown:
@@ -185,7 +278,11 @@ def _importances(
     return loaded
 
 
-def _stored_name(source: Checkpoint, name: str) -> str:
+def stored_name(source: Checkpoint, name: str) -> str:
+    """The tensor of ``source`` that holds parameter ``name``, by its stored name, or that which it is tied to.
+
+    Raises InputError if there is none.
+    """
     if name in source.tensors:
         return name
     partner = tied_partner(name, source.tensors)
@@ -194,22 +291,23 @@ def _stored_name(source: Checkpoint, name: str) -> str:
     return partner
 
 
-def _check_parameter(name: str, parameter: nn.Parameter) -> None:
-    if parameter.is_meta:
-        raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
-    if parameter.dtype not in DTYPE_CODES:
-        raise InputError(f"parameter {name} is {parameter.dtype}; it must be float32, bfloat16 or float16")
-    if not parameter.is_contiguous():
-        raise InputError(f"parameter {name} is not contiguous; replace it by a contiguous copy")
+def _check_parameters(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
+        if parameter.is_floating_point() and not held(parameter).is_contiguous():
+            raise InputError(f"parameter {name} is not contiguous; replace it by a contiguous copy")
 
 
-def _check_source(name: str, parameter: nn.Parameter, source: _Source) -> None:
-    if tuple(parameter.shape) != source.shape:
+def _check_source(name: str, parameter: Held, source: _Source) -> None:
+    if parameter.shape != source.shape:
         found = f"{list(source.shape)} in {source.where}"
         raise InputError(f"tensor {name}: shape {list(parameter.shape)} in the module, {found}")
     if source.values.dtype not in DTYPE_CODES:
         raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it has no arithmetic")
-    for part in _parts(len(source.values)):
-        if not bool(torch.isfinite(source.values[part]).all()):
-            raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")
-        source.release(part)
+    for first, theta in parameter.pieces:
+        for part in _parts(theta.numel()):
+            place = slice(first + part.start, first + part.stop)
+            if not bool(torch.isfinite(source.chunk(place)).all()):
+                raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")
+            source.release(place)

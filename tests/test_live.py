@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from perta_fast import Importance, InputError, apply, apply_to_module_, estimate_importance
+from perta_fast.importance import stored_names
 from tests.checkpoints import draw, read_checkpoint, same_bytes, write_checkpoint, write_importance
+from tests.families.configs import FAMILIES
+from tests.families.matrix import build, write
 from tests.models import Job, draw_samples, write_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,19 +218,35 @@ def strided(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def test_experts_that_transformers_has_joined_are_refused(tmp_path: Path) -> None:
-    """A checkpoint keeps them apart, under other names; ``apply`` serves it."""
-    module = MixtralForCausalLM(MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
-    ))  # fmt: skip
-    module.save_pretrained(tmp_path)
-    importance = estimate_importance(module, draw_samples(2, vocabulary=64), progress=False)
-    before = {name: each.detach().clone() for name, each in module.named_parameters()}
-    for rule, given in (("tv", []), ("grad", [importance] * 2)):
-        with pytest.raises(InputError, match=r"tensor .*, which the module (has|lacks)"):
-            apply_to_module_(module, tmp_path, tmp_path, *given, rule=rule)
-    assert all(torch.equal(each, before[name]) for name, each in module.named_parameters())
+@pytest.mark.parametrize("rule", ["tv", "fisher"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "DeepSeek-V2", "GPT-OSS"])
+def test_experts_that_transformers_has_joined(name: str, rule: str, tmp_path: Path) -> None:
+    """A checkpoint keeps most of them apart, under other names."""
+    family = next(each for each in FAMILIES if each.name == name)
+    paths = [write(build(family, seed), tmp_path / str(seed)) for seed in (1, 2, 3)]
+    made: list[Path] = []
+    for seed in () if rule == "tv" else (4, 5):
+        made.append(tmp_path / f"importance-{seed}")
+        estimate_importance(paths[1], draw_samples(3, seed=seed), out=made[-1], progress=False)
+    apply(*paths, *made, rule=rule, lam=1.5, out=tmp_path / "out", progress=False)
+    module, before = load(paths[0]), load(paths[0])
+    assert apply_to_module_(module, *paths[1:], *made, rule=rule, lam=1.5) >= len(list(module.parameters()))
+    assert_same_parameters(module, load(tmp_path / "out"))
+    joined = [each for each, _ in module.named_parameters() if each.endswith("experts.gate_up_proj")]
+    assert joined
+    assert not any(torch.equal(module.get_parameter(each), before.get_parameter(each)) for each in joined)
+
+
+def test_what_is_stored_in_another_order_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No family is known to do so."""
+
+    def reversed_(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: each.flip(0) for name, each in tensors.items()}
+
+    monkeypatch.setattr(stored_names, "as_stored", reversed_)
+    assert_refused(
+        load(job.model), job, job.tuned, [], "tv", "is stored in another order than the module has it"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from perta_fast import cli, unlearn
+from perta_fast import cli, sweep, unlearn
 from perta_fast.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.reporting.page import Evidence, compose
 from perta_fast.reporting.weights import distribution
-from perta_fast.sweeping import sweep
 from tests.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,7 +288,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         "is not a sweep that this version understands",
     ),
     "row that is no object": (damaged_sweep(rows=[3]), "is not a sweep that this version understands"),
-    "later sweep": (damaged_sweep(format_version=2), "is not a sweep that this version understands"),
+    "later sweep": (damaged_sweep(format_version=3), "is not a sweep that this version understands"),
     "sweep on other data": (damaged_sweep(data={}), "was scored on other data than"),
     "no sweep": (lambda _, scratch: ["--sweep", scratch], r"sweep.json: cannot be read"),
     "evaluation that is not JSON": (damaged_eval("{"), "bad.json: is not JSON"),

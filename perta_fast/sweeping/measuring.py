@@ -1,0 +1,113 @@
+"""The settings of a sweep, measured one after another, each kept as soon as it is known."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from perta_fast.errors import InputError
+from perta_fast.report import installed_versions, now
+from perta_fast.rules import Rule
+from perta_fast.sweeping.grid import search, walk
+from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept
+from perta_fast.sweeping.job import Job
+from perta_fast.sweeping.scoring import LiveModel
+from perta_fast.sweeping.state import Record
+from perta_fast.trade_off import Row, Sweep
+
+
+def score(job: Job, record: Record) -> tuple[Sweep, ByEstimator]:
+    """Measure all settings but those on record; return what was found, and the importances that it took."""
+    request, begun = job.request, record.begun
+    if job.gold is not None and begun.gold is None:
+        record.add_gold(_score_gold(job, job.gold.path))
+    live, original, importances = _prepare(job, record)
+    limit, floor = request.bounds(original)
+
+    def keeps(row: Row) -> bool:
+        return not request.is_bounded or row.keeps(limit, floor)
+
+    rows = [original]
+    for curve in job.curves:
+        rows += _along(curve, request.lams, live, importances, record, keeps)
+    module, samples = live.subject.module, live.examination.samples
+    data = {role: each.describe(samples[role]) for role, each in job.data.items()}
+    run_in = {"device": str(module.device), "dtype": str(module.dtype).removeprefix("torch.")}
+    found = Sweep(
+        rows=rows,
+        metric=request.metric,
+        limit=limit,
+        floor=floor,
+        select=request.criterion,
+        settings=request.settings() | run_in,
+        inputs={role: str(each.path.resolve()) for role, each in job.inputs().items()},
+        data=data,
+        gold=begun.gold,
+        importance={
+            estimator: {role: each.metadata for role, each in by_role.items()}
+            for estimator, by_role in importances.items()
+        },
+        versions=installed_versions(),
+        notes=[
+            f"warning: {each['truncated']} of {each['samples']} {role} samples were cut to the length limit"
+            for role, each in data.items()
+            if each["truncated"]
+        ],
+        started=begun.started,
+        finished=now(),
+    )
+    return found, importances
+
+
+def _prepare(job: Job, record: Record) -> tuple[LiveModel, Row, ByEstimator]:
+    """theta_full, what it scores as it is, and all importances; one model in memory at a time."""
+    importances = load_given(job.given)
+    live = job.live()
+    original = record.begun.original
+    if original is None:
+        original = record.add(live.measure_original(list(importances.values())))
+    job.request.bounds(original)  # before the first gradient
+    lacking = job.lacking()
+    if lacking:
+        kept = None if record.importances is None else load_kept(record.importances, lacking, job.data)
+        if kept is None and job.request.at == "model":
+            kept = job.estimate(live.subject, lacking, record.importances)
+        elif kept is None:
+            del live
+            kept = job.estimate(job.load(job.sources.base.path), lacking, record.importances)
+            live = job.live()
+        importances |= kept
+    return live, original, importances
+
+
+def _score_gold(job: Job, path: Path) -> Row:
+    row = job.examination(path).score("gold")
+    if not row.is_finite:
+        raise InputError(f"{path}: what the gold model scores is not finite")
+    return row
+
+
+def _along(
+    curve: Rule,
+    lams: Sequence[float] | None,
+    live: LiveModel,
+    importances: ByEstimator,
+    record: Record,
+    keeps: Callable[[Row], bool],
+) -> list[Row]:
+    """The rows of one curve, by strength; those that are on record are not measured again."""
+    weighed = {} if curve.estimator is None else importances[curve.estimator]
+
+    def measure(lam: float) -> Row:
+        rule = replace(curve, lam=lam)
+        return record.begun.find(rule) or record.add(live.measure(rule, weighed))
+
+    def skip(lam: float) -> Row:
+        nan = math.nan
+        return Row(curve.name, curve.p, curve.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
+
+    if lams is None:
+        rows = search(measure, keeps)
+    else:
+        rows = walk([lam for lam in lams if lam != 0], measure, skip, keeps)
+    return sorted(rows, key=lambda row: row.lam)

@@ -1,0 +1,140 @@
+"""What one sweep was asked for, in a form that is kept on disk and compared."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from perta_fast.errors import InputError
+from perta_fast.importance.estimate import check_sizes
+from perta_fast.sweeping.grid import check_strengths, curves_of
+from perta_fast.sweeping.scoring import check_metric
+from perta_fast.trade_off import LOSS, SELECTIONS, Row
+
+_BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
+_PATHS = ("model", "base", "tuned", "forget", "retain", "forget_importance", "retain_importance", "gold", "out")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``sweep``, with absolute paths."""
+
+    model: str
+    base: str
+    tuned: str
+    forget: str
+    retain: str
+    forget_importance: list[str]
+    retain_importance: list[str]
+    lams: list[float] | None
+    target_retain_loss: float | None
+    max_retain_increase: float | None
+    retain_floor: float | None
+    rules: list[str]
+    ps: list[float | None]
+    alphas: list[float]
+    threshold: float | None
+    at: str
+    metric: str
+    select: str | None
+    gold: str | None
+    checkpoint: str | None
+    out: str | None
+    overwrite: bool
+    batch_size: int
+    max_length: int | None
+    device: str | None
+    dtype: str | None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is something that settings have to keep."""
+        return any(getattr(self, name) is not None for name in _BOUNDS)
+
+    def settings(self) -> dict[str, Any]:
+        """All but the inputs, for the record of the sweep."""
+        return {name: value for name, value in asdict(self).items() if name not in _PATHS}
+
+    @property
+    def criterion(self) -> str | None:
+        """What chooses among the measured settings: what was asked for, or else what the bound suggests."""
+        if self.select is not None or not self.is_bounded:
+            return self.select
+        return "largest" if self.lams is None else "best-forget"
+
+    def check(self) -> None:
+        """Raise InputError for whatever can be told without a file."""
+        curves_of(self.rules, self.ps, self.alphas, self.threshold)
+        check_metric(self.metric)
+        check_sizes(self.batch_size, self.max_length)
+        if self.at not in ("base", "model"):
+            raise InputError(f"at is {self.at!r}; it must be base or model")
+        self._check_bounds()
+        if self.lams is not None:
+            check_strengths(self.lams)
+        elif not self.is_bounded:
+            raise InputError(f"give lams, or a bound up to which to search: {', '.join(_BOUNDS)}")
+        if self.select not in (None, *SELECTIONS):
+            raise InputError(f"select is {self.select!r}; it must be one of {', '.join(SELECTIONS)}")
+        if self.select == "best-forget" and not self.is_bounded:
+            raise InputError(f"select best-forget needs a bound on what is retained: {', '.join(_BOUNDS)}")
+        if self.select == "closest" and self.gold is None:
+            raise InputError("select closest needs gold: the model to be close to")
+        if self.checkpoint is not None and (self.criterion is None or self.out is None):
+            raise InputError(
+                "checkpoint needs select, which chooses what is written, and out, the sweep's record"
+            )
+
+    def bounds(self, original: Row) -> tuple[float | None, float | None]:
+        """The largest retain loss and the smallest retain metric that are allowed.
+
+        original: the model as it is. Raises InputError if it breaks them already, or cannot be compared with.
+        """
+        limit, floor = self.target_retain_loss, self.retain_floor
+        if self.max_retain_increase is not None:
+            limit = original.retain_loss * (1 + self.max_retain_increase / 100)
+        if self.criterion is None or original.keeps(limit, floor):
+            return limit, floor
+        if not original.is_finite:
+            reason = "what it scores is not finite; run it in float32 or bfloat16 (--dtype)"
+        elif floor is None:
+            reason = (
+                f"with a retain loss of {original.retain_loss:.6g}, it breaks the limit of {limit:.6g} on that "
+                "already; allow more"
+            )
+        else:
+            reason = (
+                f"with a retain {self.metric} of {original.retain:.6g}, it breaks the floor of {floor:.6g} "
+                "already; allow more"
+            )
+        raise InputError(f"the model as it is, at lambda 0, cannot be chosen against: {reason}")
+
+    def _check_bounds(self) -> None:
+        given = [name for name in _BOUNDS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"give only one of {' and '.join(given)}")
+        for name in given:
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise InputError(f"{name} is {value}; it must be a finite number")
+        if self.max_retain_increase is not None and self.max_retain_increase < 0:
+            raise InputError(
+                f"max_retain_increase is {self.max_retain_increase}; it must be at least 0 percent"
+            )
+        if self.retain_floor is not None and self.metric == LOSS:
+            raise InputError(
+                "retain_floor is for a metric that falls with what is lost; a loss rises: give "
+                "target_retain_loss, or another metric"
+            )
+
+
+def listed(value: Any) -> list[Any]:
+    """One value or several, as a list."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return list(value) if several else [value]
+
+
+def absolute(path: str | Path) -> str:
+    """A path that means the same from everywhere; links stay what they are."""
+    return str(Path(path).absolute())
