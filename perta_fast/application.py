@@ -6,16 +6,19 @@ Every byte of the inputs is read once for it, and every byte of the output writt
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast import compiled
 from perta_fast.accounts import begin_report
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.importance.store import Importance
 from perta_fast.in_place import change_in_place
 from perta_fast.job import Job, fingerprints, plan_names, this_version
 from perta_fast.output import check_output
+from perta_fast.progress import Progress
 from perta_fast.report import Report
 from perta_fast.rules import Rule
 from perta_fast.sources import Sources, open_sources
@@ -23,6 +26,8 @@ from perta_fast.subtraction import bytes_moved, chunk_elements
 from perta_fast.to_directory import begun_job, has_begun, resume_directory, write_directory, write_shards
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from perta_fast.streaming.run import StreamedRun
 
 
@@ -44,7 +49,8 @@ def apply(
     link_unchanged: bool = False,
     drop_cache: bool | None = None,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
+    group: "ProcessGroup | None" = None,
 ) -> Report:
     """Write theta_full - lam * w * (theta_f - theta_0), to a new checkpoint or in place (arXiv 2601.22030).
 
@@ -55,19 +61,24 @@ def apply(
     section in its model card. in_place: change ``model`` where it lies instead, through a journal beside its
     shards that takes up to 192 MiB. overwrite: replace a non-empty ``out``. link_unchanged: shards without a
     tensor to change are linked, not copied. drop_cache: read and written pages do not stay in the page cache;
-    None does so if the run moves more than half of the memory. threads: None takes all processors.
+    None does so if the run moves more than half of the memory. threads: None takes all processors, or this
+    process's part of them. group: the processes that deal the work among them. Each calls this with the same
+    arguments; inputs and ``out`` must lie where all see them. None: this process alone.
+    progress: whether bars are drawn, on a terminal or in a notebook; or what is called with each ``Event``.
 
     Returns the report that was written. Raises InputError for bad input (nothing is written), RunError if the
     run fails, ``errors.Interrupted`` if it is stopped: its text, as a RunError's, says whether something can be
     taken up again by ``resume``. Memory: 3 to 6 MiB a thread, beside the interpreter.
     """
-    chosen = Rule.of(rule, lam, p, alpha, threshold)
-    place = destination(model, out, in_place)
-    sources = open_sources(
-        chosen, model, base, tuned, _directory_of(forget_importance), _directory_of(retain_importance)
-    )
+    ranks = Ranks.of(group)
+    with ranks.together("the opening of the inputs"):
+        chosen = Rule.of(rule, lam, p, alpha, threshold)
+        place = destination(model, out, in_place, ranks)
+        sources = open_sources(
+            chosen, model, base, tuned, _directory_of(forget_importance), _directory_of(retain_importance)
+        )
     settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
-    return apply_sources(sources, chosen, settings)
+    return apply_sources(sources, chosen, settings, ranks=ranks)
 
 
 @dataclass(frozen=True)
@@ -80,13 +91,18 @@ class Settings:
     link_unchanged: bool = False
     drop_cache: bool | None = None
     threads: int | None = None
-    progress: bool = True
+    progress: Progress = True
 
 
-def destination(model: str | Path, out: str | Path | None, in_place: bool) -> Path:
-    """The directory that a run makes or changes, behind links. Raises InputError unless one is asked for."""
+def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks: Ranks = Ranks.ALONE) -> Path:
+    """The directory that a run makes or changes, behind links.
+
+    Raises InputError unless one is asked for, and if many processes are to change one in place.
+    """
     if in_place == (out is not None):
         raise InputError("give either out, a directory to make, or in_place")
+    if in_place and ranks.world > 1:
+        raise InputError("a model is changed in place by one process alone; give out, a directory to make")
     return Path(os.path.realpath(model if out is None else out))
 
 
@@ -98,19 +114,21 @@ def apply_sources(
     annotate: Callable[[Report], None] | None = None,
     temporary: bool = False,
     streamed: "StreamedRun | None" = None,
+    ranks: Ranks = Ranks.ALONE,
 ) -> Report:
     """``apply`` on opened inputs.
 
     annotate: adds to the report before the work begins. temporary: the importances lie at ``scratch_path`` of
     the result, and are removed when the run is done. streamed: finds the importances on the way.
     """
-    check_threads(settings.threads)
-    threads = settings.threads or compiled.kernels().available_threads()
+    with ranks.together("the inputs"):
+        check_threads(settings.threads)
+    threads = settings.threads or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
     report = begin_report(sources, rule, threads)
     if annotate is not None:
         annotate(report)
     moved = sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans)
-    job = Job(
+    own = Job(
         final=str(settings.place),
         in_place=settings.in_place,
         overwrite=settings.overwrite,
@@ -129,17 +147,32 @@ def apply_sources(
         version=this_version(),
         temporary=temporary,
         stream={} if streamed is None else dict(streamed.settings),
-        progress=settings.progress,
+        progress=False,
     )
-    job.keep_report(report)
+    own.keep_report(report)
+    job: Job = ranks.share(own)  # as the first rank has it
+    job.progress = ranks.first and settings.progress
     if settings.in_place:
         return change_in_place(job, sources)
-    check_output(settings.place, overwrite=settings.overwrite, inputs=sources.paths())
-    if not settings.overwrite and has_begun(settings.place):
-        if not job.same_work(begun_job(settings.place)):
-            raise InputError(unfinished_advice(settings.place))
-        return resume_directory(settings.place, settings.progress)
-    return write_directory(job, sources, write_shards if streamed is None else streamed.fill)
+    with ranks.together("the inputs"):
+        if job.files != own.files:
+            raise InputError("not all processes see the same input files")
+        begun = ranks.first and _is_begun(job, sources)
+    if ranks.share(begun):
+        return resume_directory(settings.place, settings.progress, ranks)
+    fill = partial(write_shards, ranks=ranks) if streamed is None else streamed.fill
+    return write_directory(job, sources, fill, ranks)
+
+
+def _is_begun(job: Job, sources: Sources) -> bool:
+    """Whether the same run was stopped and can be taken up. Raises InputError if its place is not free."""
+    place = Path(job.final)
+    check_output(place, overwrite=job.overwrite, inputs=sources.paths())
+    if job.overwrite or not has_begun(place):
+        return False
+    if not job.same_work(begun_job(place)):
+        raise InputError(unfinished_advice(place))
+    return True
 
 
 def unfinished_advice(place: Path) -> str:

@@ -27,7 +27,7 @@ from perta_fast.locking import lock
 from perta_fast.memory import PeakMemory
 from perta_fast.model_card import write_model_card
 from perta_fast.output import advice, check_space, scratch_path
-from perta_fast.progress import byte_bar
+from perta_fast.progress import Progress, byte_bar
 from perta_fast.report import FILE_NAME, Report, fits, now
 from perta_fast.sources import Sources
 from perta_fast.subtraction import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
@@ -62,7 +62,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
         return _finish(job, sources, journal, memory)
 
 
-def resume_in_place(model: Path, progress: bool) -> Report:
+def resume_in_place(model: Path, progress: Progress) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
     with PeakMemory() as memory, _locked(model) as journal, _explained(model):
         job = Job.load(journal / JOB)
@@ -96,7 +96,7 @@ def _check_files(job: Job, sources: Sources) -> None:
     if not os.access(model.path, os.W_OK):
         raise InputError(f"{model.path}: may not be written")
     for plan in sources.plans:
-        for checkpoint, entry in sources.operands(plan):
+        for _, checkpoint, entry in sources.operands(plan):
             status = entry.path.stat()
             if checkpoint is model or (status.st_dev, status.st_ino) not in places:
                 continue

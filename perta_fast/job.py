@@ -7,11 +7,14 @@ from typing import Any
 
 from blake3 import blake3
 
+from perta_fast.adapters import CONFIG, LowRank, is_adapter
+from perta_fast.adapters import STEM as ADAPTER_STEM
 from perta_fast.agreement import TensorPlan
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.durable import read_record, write_record
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM
+from perta_fast.progress import Progress
 from perta_fast.report import Report, TensorReport, fits, installed_versions
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import TensorEntry
@@ -49,12 +52,12 @@ class Job:
     link_unchanged: bool
     directories: dict[str, str]
     files: dict[str, dict[str, Fingerprint]]
-    plans: list[dict[str, str | None]]
+    plans: list[dict[str, str | float | None]]
     version: str
     temporary: bool = False
     stream: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    progress: bool = True  # of this process; not kept
+    progress: Progress = True  # of this process; not kept
 
     @property
     def choice(self) -> Rule:
@@ -64,9 +67,19 @@ class Job:
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
         keys = ("final", "in_place", "rule", "lam", "p", "alpha", "threshold", "files", "plans", "version")
-        # How a walk was scheduled depends on the room there was, and changes nothing but the order of sums.
-        walks = [{key: each.stream[key] for key in each.stream.keys() - {"schedule"}} for each in (self, other)]
+        # How a walk was scheduled and dealt changes nothing but the order of sums.
+        walks = [
+            {key: each.stream[key] for key in each.stream.keys() - {"schedule", "ranks"}}
+            for each in (self, other)
+        ]
         return walks[0] == walks[1] and all(getattr(self, key) == getattr(other, key) for key in keys)
+
+    @property
+    def resume_command(self) -> str:
+        """What finishes the run: a walk by many processes takes as many of them again."""
+        ranks = self.stream.get("ranks", 1)
+        perta = "perta" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m perta_fast"
+        return f"{perta} resume {self.final}"
 
     def keep_report(self, report: Report) -> None:
         """Keep what the report says so far."""
@@ -88,7 +101,7 @@ class Job:
 
     def save(self, path: Path) -> None:
         """Write the job, durably."""
-        content = asdict(self)
+        content = asdict(replace(self, progress=True))  # a callback cannot be copied
         del content["progress"]
         write_record(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **content})
 
@@ -116,30 +129,36 @@ def this_version() -> str:
 
 def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:
     """Size, time of change and hash of the header of every weight file, by role and name."""
+    return {role: fingerprint(checkpoint) for role, checkpoint in sources.named().items()}
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
+    """``fingerprints`` of one input, by name."""
     return {
-        role: {
-            name: {
-                "bytes": shard.size,
-                "mtime_ns": shard.path.stat().st_mtime_ns,
-                "header": blake3(shard.header).hexdigest(),
-            }
-            for name, shard in checkpoint.shards.items()
+        name: {
+            "bytes": shard.size,
+            "mtime_ns": shard.path.stat().st_mtime_ns,
+            "header": blake3(shard.header).hexdigest(),
         }
-        for role, checkpoint in sources.named().items()
+        for name, shard in checkpoint.shards.items()
     }
 
 
 _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
 
 
-def plan_names(plans: list[TensorPlan]) -> list[dict[str, str | None]]:
+def plan_names(plans: list[TensorPlan]) -> list[dict[str, str | float | None]]:
     """The plans with names for places."""
     rows = []
     for plan in plans:
-        row: dict[str, str | None] = {"theta": plan.theta.name, "copied": plan.copied}
+        row: dict[str, str | float | None] = {"theta": plan.theta.name, "copied": plan.copied}
         for role in _OPERANDS:
             entry: TensorEntry | None = getattr(plan, role)
             row[role] = None if entry is None else entry.name
+        if plan.low_rank is not None:
+            update = plan.low_rank
+            row |= {"a": update.a.name, "b": update.b.name, "scale": update.scale}
+            row |= {"transposed": "yes" if update.transposed else None}
         rows.append(row)
     return rows
 
@@ -153,6 +172,8 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
     opened: dict[str, Checkpoint] = {}
     for role, path in job.directories.items():
         stem = STEM if role.endswith("importance") else "model"
+        if role == "tuned" and is_adapter(path):
+            stem = ADAPTER_STEM
         changing = _is_changed_by(job, role)
         opened[role] = Checkpoint.open(path, stem, index=index if changing else None, unfinished=changing)
     sources = Sources(
@@ -163,6 +184,7 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
         opened.get("retain_importance"),
         [],
         {},
+        opened["tuned"].path / CONFIG if is_adapter(opened["tuned"].path) else None,
     )
     for role, files in fingerprints(sources).items():
         before = job.files.get(role, {})
@@ -185,13 +207,17 @@ def _is_changed_by(job: Job, role: str) -> bool:
     return job.in_place and job.directories[role] == job.directories["model"]
 
 
-def _plan(row: dict[str, str | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorPlan:
+def _plan(row: dict[str, str | float | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorPlan:
     places: dict[str, TensorEntry | None] = {}
     try:
         for role in _OPERANDS:
             name = row[role]
-            places[role] = None if name is None else opened[role].tensors[name]
+            places[role] = None if name is None else opened[role].tensors[str(name)]
         theta = opened["model"].tensors[str(row["theta"])]
+        low_rank = None
+        if "scale" in row:
+            a, b = (opened["tuned"].tensors[str(row[factor])] for factor in ("a", "b"))
+            low_rank = LowRank(a, b, float(row["scale"] or 0), bool(row["transposed"]))
     except KeyError as error:
         raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
-    return TensorPlan(theta, **places, copied=row["copied"])  # type: ignore[arg-type]
+    return TensorPlan(theta, **places, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]

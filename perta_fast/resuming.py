@@ -2,28 +2,68 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from perta_fast.checkpoint import JOB
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.in_place import is_open, resume_in_place
 from perta_fast.output import partial_path
+from perta_fast.progress import Progress
 from perta_fast.report import Report
+from perta_fast.sweeping.state import STATE as SWEEP
+from perta_fast.sweeping.state import has_begun as has_begun_sweep
 from perta_fast.to_directory import STATE, finish_leftover, resume_directory
+from perta_fast.trade_off import Sweep
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_Unfinished = Literal["in place", "directory", "sweep", "all but its end"]
 
 
-def resume(directory: str | Path, *, progress: bool = True) -> Report:
-    """Take an unfinished run up again; the result is, bit for bit, that of an uninterrupted one.
+def resume(
+    directory: str | Path, *, progress: Progress = True, group: "ProcessGroup | None" = None
+) -> Report | Sweep:
+    """Take an unfinished run or sweep up again; a run's result is that of an uninterrupted one, bit for bit.
 
-    directory: what was given as ``out``, or the model of an in-place run. Returns the report. Raises InputError
-    if there is nothing to finish, or an input is no longer what it was (nothing is written then), RunError if
-    the run fails again.
+    directory: what was given as ``out``, or the model of an in-place run. progress: as in ``apply``. group: the
+    processes that finish it, as there: any number of them, or as many as began it if it is streamed. Returns
+    the report, or what the sweep has found. Raises InputError if there is nothing to finish, or an input is no
+    longer what it was (nothing is written then), RunError if the run fails again.
     """
+    ranks = Ranks.of(group)
     place = Path(os.path.realpath(directory))
+    with ranks.together("the unfinished run"):
+        found = _unfinished(place) if ranks.first else None
+        if ranks.first and found is None:
+            raise InputError(f"{directory}: there is no unfinished run to resume")
+        if ranks.world > 1 and found in ("in place", "sweep"):
+            raise InputError(f"{directory}: is finished by one process: perta resume {directory}")
+    found = ranks.share(found)
+    if found == "directory":
+        return resume_directory(place, progress, ranks)
+    if found == "in place":
+        return resume_in_place(place, progress)
+    if found == "sweep":
+        from perta_fast.sweeping.run import resume_sweep
+
+        return resume_sweep(place, progress)
+    with ranks.together("the unfinished run"):
+        report = finish_leftover(place) if ranks.first else None
+    finished: Report = ranks.share(report)
+    return finished
+
+
+def _unfinished(place: Path) -> _Unfinished | None:
+    """What there is to finish at ``place``."""
     # os.path: Path.exists would raise for a name that no file can have.
     if is_open(place):
-        return resume_in_place(place, progress)
+        return "in place"
     if place.name and os.path.exists(partial_path(place) / STATE / JOB):  # noqa: PTH110
-        return resume_directory(place, progress)
+        return "directory"
+    if has_begun_sweep(place) or os.path.exists(place / SWEEP):  # noqa: PTH110
+        return "sweep"
     if os.path.exists(place / STATE):  # noqa: PTH110
-        return finish_leftover(place)
-    raise InputError(f"{directory}: there is no unfinished run to resume")
+        return "all but its end"
+    return None

@@ -4,32 +4,28 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from perta_fast.accounts import add_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
+from perta_fast.distributed.ranks import Ranks, is_shared
+from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.durable import (
-    copy_range,
-    drop_pages,
-    read_record,
-    remove,
-    sync_directory,
-    write_fully,
-    write_record,
-)
-from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
+from perta_fast.durable import copy_range, drop_pages, remove, sync_directory, sync_file, write_fully
+from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
 from perta_fast.job import Job, reopen
 from perta_fast.memory import PeakMemory
 from perta_fast.model_card import write_model_card
 from perta_fast.output import OutputDirectory, check_space, partial_path, scratch_path
-from perta_fast.progress import byte_bar
-from perta_fast.report import Report, fits, now
-from perta_fast.safetensors_file import SafetensorsFile
+from perta_fast.parts import Part, PartChunk, Shard, Totals, begun_shards, deal_in_order, left_of, shards_of
+from perta_fast.progress import Progress, byte_bar
+from perta_fast.report import Report, now
 from perta_fast.sources import Sources
-from perta_fast.subtraction import Chunk, Statistics, bytes_moved, chunks_of
+from perta_fast.subtraction import Chunk, Statistics
 
 STATE = ".perta-run"  # below the directory that is being built
 WALK = "walk.json"  # in the state of a streamed run: how far it has come
@@ -43,7 +39,7 @@ Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
 def has_begun(final: Path) -> bool:
     """Whether an unfinished run to ``final`` has work in it that can be taken up again."""
     state = partial_path(final) / STATE
-    return (state / JOB).exists() and ((state / WALK).exists() or any(state.glob("done-*")))
+    return (state / JOB).exists() and ((state / WALK).exists() or bool(begun_shards(state)))
 
 
 def begun_job(final: Path) -> Job:
@@ -51,67 +47,93 @@ def begun_job(final: Path) -> Job:
     return Job.load(partial_path(final) / STATE / JOB)
 
 
-def write_directory(job: Job, sources: Sources, fill: Fill) -> Report:
+def write_directory(job: Job, sources: Sources, fill: Fill, ranks: Ranks = Ranks.ALONE) -> Report:
     """Do the whole run. Raises as ``apply``; Interrupted if stopped with a part done."""
     final = Path(job.final)
-    check_space(final, sources.model.size + _FREE_MARGIN)
-    target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
-    return _run(job, sources, target, fill)
+    with ranks.together("the output directory"):
+        if ranks.first:
+            check_space(final, sources.model.size + _FREE_MARGIN)
+        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
+    return _run(job, sources, target, fill, ranks)
 
 
-def resume_directory(final: Path, progress: bool) -> Report:
+def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Report:
     """Finish a run to ``final``. Raises InputError if an input is not what it was."""
-    job = begun_job(final)
-    job.progress = progress
-    sources = reopen(job)
-    fill: Fill = write_shards
-    if job.stream:
-        from perta_fast.streaming.run import StreamedRun
+    with ranks.together("the unfinished run"):
+        job = begun_job(final)
+        job.progress = ranks.first and progress
+        sources = reopen(job)
+        fill: Fill = partial(write_shards, ranks=ranks)
+        if job.stream:
+            from perta_fast.streaming.run import StreamedRun
 
-        fill = StreamedRun.reopened(job).fill
-    target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
+            fill = StreamedRun.reopened(job, ranks).fill
+        target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
     job.take_up_again()
-    return _run(job, sources, target, fill)
+    return _run(job, sources, target, fill, ranks)
 
 
-def _run(job: Job, sources: Sources, target: OutputDirectory, fill: Fill) -> Report:
+def _run(job: Job, sources: Sources, target: OutputDirectory, fill: Fill, ranks: Ranks) -> Report:
+    """The first rank makes the directory and commits it; what is between, all do."""
     report = job.begun_report()
+    final = target.final
     try:
-        with PeakMemory() as memory, target:
-            state = target.path / STATE
-            state.mkdir(exist_ok=True)
-            job.save(state / JOB)
-            _keep_only_shards(target.path, sources)
-            copy_companions(sources.model, target.path)
-            describe_inputs(report, fill(job, sources, target, report), job)
+        with PeakMemory() as memory, ExitStack() as opened:
+            with ranks.together("the output directory"):
+                if ranks.first:
+                    opened.enter_context(target)
+                    opened.push(partial(_keep_what_is_done, target))
+                    state = target.path / STATE
+                    state.mkdir(exist_ok=True)
+                    job.save(state / JOB)
+                    _keep_only_shards(target.path, sources)
+                    copy_companions(sources.model, target.path)
+            check_shared(target.path, ranks)
+            describe_inputs(report, fill(job, sources, target, report), job, ranks)
             outputs = [target.path / name for name in sources.model.shards]
-            describe_output(report, outputs, target.final, job)
-            write_model_card(target.path, report)
-            report.memory |= memory.as_dict()
-            report.finished = now()
-            report.save(target.path)
-            target.commit()
+            describe_output(report, outputs, final, job, ranks)
+            with ranks.together("the report"):
+                if ranks.first:
+                    write_model_card(target.path, report)
+                    report.memory |= memory.as_dict()
+                    report.finished = now()
+                    report.save(target.path)
+                    target.commit()
     except KeyboardInterrupt:
-        if has_begun(target.final):
+        if has_begun(final):
             raise Interrupted(
-                f"interrupted; the inputs are untouched. Finish the run with: perta resume {target.final}"
+                f"interrupted; the inputs are untouched. Finish the run with: {job.resume_command}"
             ) from None
         raise
+    except RankLost as error:
+        rest = (
+            f"Finish the run with: {job.resume_command}" if has_begun(final) else "Run the same command again"
+        )
+        raise RankLost(f"{error}. The inputs are untouched. {rest}") from error
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and has_begun(target.final):
+        if is_out_of_memory(error) and has_begun(final):
             raise RunError(
                 "out of memory; the inputs are untouched. Finish the run where more is free with: "
-                f"perta resume {target.final}, or start over with --overwrite and a smaller --batch-size"
+                f"{job.resume_command}, or start over with --overwrite and a smaller --batch-size"
             ) from error
+        if ranks.first and is_shared(error) and not isinstance(error, NotFiniteError) and has_begun(final):
+            rest = f"The inputs are untouched. Finish the run with: {job.resume_command}"
+            raise RunError(f"{error}. {rest}") from error
         raise
-    clear_up(target.final, job)
+    if ranks.first:
+        clear_up(final, job)
     return report
+
+
+def _keep_what_is_done(target: OutputDirectory, *_: object) -> None:
+    """Whichever rank noted it, and however the run ends."""
+    target.keep = target.keep or has_begun(target.final)
 
 
 def _keep_only_shards(directory: Path, sources: Sources) -> None:
     """Remove what an earlier attempt left, but for its state and the shards that it has done or begun."""
     state = directory / STATE
-    done = {path.name.removeprefix("done-").removesuffix(".json") for path in state.glob("done-*")}
+    done = begun_shards(state)
     if (state / WALK).exists():
         done.update(sources.model.shards)
     for path in directory.iterdir():
@@ -134,38 +156,14 @@ def copy_companions(source: Checkpoint, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-class _Shard:
-    """One shard on its way: its tensors, the chunks still to come, and what the statistics add up to."""
-
-    def __init__(self, name: str, source: SafetensorsFile, directory: Path) -> None:
-        self.name, self.source, self.path = name, source, directory / name
-        self.note = directory / STATE / f"done-{name}.json"
-        self.indices: list[int] = []
-        self.bytes_moved = 0
-        self.waiting = 0
-        self.totals: dict[int, Statistics] = {}
-        self.descriptor: int | None = None
-
-    def open(self) -> int:
-        """Begin the file, over what an earlier attempt may have left, unless it is begun."""
-        if self.descriptor is None:
-            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            write_fully(self.descriptor, memoryview(self.source.header), 0)
-        return self.descriptor
-
-    def close(self) -> None:
-        """Close the file if it is open."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-
 class _Writer:
-    """Takes chunks from many threads; a thread of its own flushes each shard that is complete and notes it."""
+    """Takes chunks from many threads; a thread of its own flushes each part that is complete and notes it."""
 
-    def __init__(self, job: Job, sources: Sources, shards: list[_Shard], target: OutputDirectory) -> None:
-        self._job, self._sources, self._target = job, sources, target
-        self._shards = {shard.name: shard for shard in shards}
+    def __init__(self, directory: Path, parts: list[Part], drop_cache: bool) -> None:
+        self._directory, self._drop_cache = directory, drop_cache
+        self._waiting = {part: part.end - part.begin for part in parts}
+        self._open: dict[Part, int] = {}
+        self.totals: dict[Part, Totals] = {part: {} for part in parts}
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1)
         self._finished: list[Future[None]] = []
@@ -175,92 +173,113 @@ class _Writer:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
-        for shard in self._shards.values():
-            shard.close()
+        for descriptor in self._open.values():
+            os.close(descriptor)
 
     def store(self, chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
-        """Write a chunk's bytes."""
-        theta = self._sources.plans[chunk.index].theta
-        shard = self._shards[theta.path.name]
+        """Write the bytes of a ``PartChunk``."""
+        assert isinstance(chunk, PartChunk)
+        part = chunk.part
+        theta = part.shard.plans[chunk.index].theta
         with self._lock:
-            descriptor = shard.open()
+            descriptor = self._descriptor(part)
         write_fully(descriptor, data, theta.begin + chunk.begin * ITEM_SIZES[theta.dtype])
         with self._lock:
-            add_up(shard.totals, chunk.index, statistics)
-            shard.waiting -= 1
-            if shard.waiting == 0:
-                self.finish(shard)
+            add_up(self.totals[part], chunk.index, statistics)
+            self._waiting[part] -= 1
+            if self._waiting[part] == 0:
+                self.finish(part)
 
-    def finish(self, shard: _Shard) -> None:
-        """Have a shard flushed and noted, whose last byte is written."""
-        self._finished.append(self._thread.submit(self._flush, shard))
+    def finish(self, part: Part) -> None:
+        """Have a part flushed and noted, whose last byte is written."""
+        self._finished.append(self._thread.submit(self._flush, part))
 
     def wait(self) -> None:
         """Until all are noted; raises what went wrong."""
         for each in self._finished:
             each.result()
 
-    def _flush(self, shard: _Shard) -> None:
-        descriptor = shard.open()
+    def _descriptor(self, part: Part) -> int:
+        """The open file; begun over what an earlier attempt may have left, if it is this part's alone."""
+        if part not in self._open:
+            if part.whole and not part.shard.unchanged:
+                part.shard.begin_file()
+            self._open[part] = os.open(part.shard.path, os.O_RDONLY if part.shard.unchanged else os.O_WRONLY)
+        return self._open[part]
+
+    def _flush(self, part: Part) -> None:
+        with self._lock:
+            descriptor = self._descriptor(part)
         os.fsync(descriptor)
-        if self._job.drop_cache:
+        if self._drop_cache:
             drop_pages(descriptor)
-        shard.close()
-        sync_directory(self._target.path)
-        write_record(shard.note, shard.totals)
-        self._target.keep = True
+        with self._lock:
+            os.close(self._open.pop(part))
+        sync_directory(self._directory)
+        part.note(self.totals[part])
 
 
-def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report) -> Sources:
-    """Subtract shard by shard, from importances on disk, if any; return ``sources``."""
-    shards = _shards(job, sources, target.path)
-    todo = [shard for shard in shards if not shard.note.exists()]
-    for shard in shards:
-        if shard not in todo:
-            shard.totals = _read_totals(shard)
-    total, rest = (sum(shard.bytes_moved for shard in group) for group in (shards, todo))
-    unchanged = [shard for shard in todo if all(sources.plans[index].copied for index in shard.indices)]
-    changing = [shard for shard in todo if shard not in unchanged]
+def write_shards(
+    job: Job, sources: Sources, target: OutputDirectory, report: Report, *, ranks: Ranks
+) -> Sources:
+    """Subtract part by part, from importances on disk, if any; return ``sources``.
+
+    Each rank writes, flushes and notes its own parts. Only the ends of what a rank is dealt lie in files that
+    others write to as well; the first rank makes these before anyone writes.
+    """
+    shards = shards_of(sources, target.path, target.path / STATE, job.chunk)
+    with ranks.together("the notes of what is done"):
+        done = [shard.done() if ranks.first else {} for shard in shards]
+    done = ranks.share(done)
+    rest = [part for shard, known in zip(shards, done, strict=True) for part in left_of(shard, list(known))]
+    dealt = deal_in_order(rest, ranks.world)
+    with ranks.together("the output files"):
+        if ranks.first:
+            divided = {part.shard.path: part.shard for parts in dealt for part in parts if not part.whole}
+            for shard, known in zip(shards, done, strict=True):
+                if shard.path in divided and not known:
+                    shard.begin_file()
+                    sync_file(shard.path)
     started = time.perf_counter()
-    with (
-        byte_bar(total, "apply", job.progress, total - rest) as bar,
-        _Writer(job, sources, todo, target) as writer,
-    ):
-        for shard in unchanged:
-            _copy_shard(shard, job.link_unchanged)
-            shard.descriptor = os.open(shard.path, os.O_RDONLY)  # to be flushed
-            writer.finish(shard)
-            bar.update(shard.bytes_moved)
-        for shard in changing:
-            if shard.waiting == 0:  # nothing but empty tensors
-                writer.finish(shard)
-        plans = [(index, sources.plans[index]) for shard in changing for index in shard.indices]
-        job.subtraction(sources).run(chunks_of(plans, job.chunk), writer.store, bar.update)
-        writer.wait()
-    report.add_phase("apply", time.perf_counter() - started, rest)
-    totals = {index: sums for shard in shards for index, sums in shard.totals.items()}
-    describe_tensors(report, sources.plans, totals)
+    finished = sum(shard.cost(*place) for shard, known in zip(shards, done, strict=True) for place in known)
+    with ranks.together("the subtraction"):
+        own = _write_parts(job, sources, target.path, dealt[ranks.rank], finished)
+    every = [sums for known in done for sums in known.values()] + ranks.gather(own)
+    report.add_phase("apply", time.perf_counter() - started, sum(part.cost for part in rest))
+    describe_tensors(report, sources.plans, _added_up(every))
     return sources
 
 
-def _read_totals(shard: _Shard) -> dict[int, Statistics]:
-    content = read_record(shard.note)
-    if not fits(content, dict[str, Statistics]) or not content.keys() <= set(map(str, shard.indices)):
-        raise InputError(f"{shard.note}: is not the note of a finished shard")
-    return {int(index): sums for index, sums in content.items()}
+def _write_parts(job: Job, sources: Sources, directory: Path, parts: list[Part], finished: int) -> Totals:
+    """Write ``parts``, after ``finished`` bytes of others; return what their chunks add up to."""
+    copied = [part for part in parts if part.shard.unchanged]
+    with (
+        byte_bar(finished + sum(part.cost for part in parts), "apply", job.progress, finished) as bar,
+        _Writer(directory, parts, job.drop_cache) as writer,
+    ):
+        for part in copied:
+            _copy_shard(part.shard, job.link_unchanged)
+            writer.finish(part)
+            bar.update(part.cost)
+        changing = [part for part in parts if part not in copied]
+        for part in changing:
+            if part.begin == part.end:  # nothing but empty tensors
+                writer.finish(part)
+        chunks = (chunk for part in changing for chunk in part.chunks())
+        job.subtraction(sources).run(chunks, writer.store, bar.update)
+        writer.wait()
+    return _added_up(writer.totals.values())
 
 
-def _shards(job: Job, sources: Sources, directory: Path) -> list[_Shard]:
-    shards = {name: _Shard(name, file, directory) for name, file in sources.model.shards.items()}
-    for index, plan in enumerate(sources.plans):
-        shard = shards[plan.theta.path.name]
-        shard.indices.append(index)
-        shard.bytes_moved += bytes_moved(plan, plan.theta.count)
-        shard.waiting += -(-plan.theta.count // job.chunk)
-    return list(shards.values())
+def _added_up(each: Iterable[Totals]) -> Totals:
+    result: Totals = {}
+    for totals in each:
+        for index, statistics in totals.items():
+            add_up(result, index, statistics)
+    return result
 
 
-def _copy_shard(shard: _Shard, link: bool) -> None:
+def _copy_shard(shard: Shard, link: bool) -> None:
     """Copy a whole file; ``link``: share its data, or be the same file, where the file system can."""
     remove(shard.path)
     source = os.open(shard.source.path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Literal
 from perta_fast import compiled
 from perta_fast.application import Settings, apply_sources, check_threads, destination, unfinished_advice
 from perta_fast.data import read_data
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.in_place import is_open
 from perta_fast.output import OutputDirectory, check_output, check_space
+from perta_fast.progress import Progress
 from perta_fast.recipe import as_recipe
 from perta_fast.report import DataRecord, Report
 from perta_fast.rules import Rule
@@ -20,6 +23,7 @@ from perta_fast.to_directory import begun_job, has_begun
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from perta_fast.streaming.schedule import Schedule
 
@@ -51,7 +55,8 @@ def unlearn(
     device: "str | torch.device | None" = None,
     dtype: "torch.dtype | None" = None,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
+    group: "ProcessGroup | None" = None,
 ) -> Report:
     """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030), to ``out`` or in place.
 
@@ -70,50 +75,56 @@ def unlearn(
     both).
     """
     recipe = as_recipe(locals())  # the arguments, as nothing else is there yet
-    chosen = Rule.of(rule, lam, p, alpha, threshold)
-    if at not in ("base", "model"):
-        raise InputError(f"at is {at!r}; it must be base or model")
-    check_threads(threads)
-    if stream and link_unchanged and not in_place:
-        raise InputError("stream writes every shard as it goes; leave link_unchanged out")
-    place = destination(model, out, in_place)
-    settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
-    inputs = [Path(each) for each in (model, base, tuned, forget, retain) if each is not None]
-    opened = open_sources(Rule.of("tv", lam), model, base, tuned, None, None)
-    if not in_place:
-        check_output(place, overwrite=overwrite, inputs=inputs)
-    if chosen.estimator is None:
-        if save_importance is not None:
+    ranks = Ranks.of(group)
+    with ranks.together("the opening of the inputs"):
+        chosen = Rule.of(rule, lam, p, alpha, threshold)
+        if at not in ("base", "model"):
+            raise InputError(f"at is {at!r}; it must be base or model")
+        check_threads(threads)
+        if stream and link_unchanged and not in_place:
+            raise InputError("stream writes every shard as it goes; leave link_unchanged out")
+        place = destination(model, out, in_place, ranks)
+        inputs = [Path(each) for each in (model, base, tuned, forget, retain) if each is not None]
+        opened = open_sources(Rule.of("tv", lam), model, base, tuned, None, None)
+        if not in_place:
+            check_output(place, overwrite=overwrite, inputs=inputs)
+        if chosen.estimator is None and save_importance is not None:
             raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
-        named = _read_named(forget, retain)
+        named = _read_named(forget, retain) if chosen.estimator is None else {}
+    settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
+    if chosen.estimator is None:
 
         def note(report: Report) -> None:
             report.data, report.recipe = named, recipe
 
-        return apply_sources(opened, chosen, settings, annotate=note)
-    if not overwrite and not in_place and has_begun(place) and not (stream and begun_job(place).stream):
-        raise InputError(unfinished_advice(place))
-    from perta_fast.importance.estimate import check_sizes, describe, estimate_on, load_subject, samples_for
+        return apply_sources(opened, chosen, settings, annotate=note, ranks=ranks)
+    with ranks.together("the loading of model and data"):
+        if not overwrite and not in_place and has_begun(place) and not (stream and begun_job(place).stream):
+            raise InputError(unfinished_advice(place))
+        from perta_fast.importance.estimate import check_sizes, describe, estimate_on, load_subject, samples_for
 
-    check_sizes(batch_size, max_length)
-    data = _check_data(chosen, forget, retain)
-    records, hashes = {}, {}
-    for role, path in data.items():
-        records[role], hashes[role] = read_data(path)
-    streamed = stream and not in_place  # how much disk it takes, planning knows from the samples
-    if save_importance is None and not streamed:
-        covered = sum(plan.theta.count for plan in opened.plans if plan.copied is None)
-        check_space(place, (0 if in_place else opened.model.size) + 8 * covered)
-    elif save_importance is not None:
-        kept = Path(os.path.realpath(save_importance))
-        check_output(kept, overwrite=overwrite, inputs=[*inputs, place])
-        if not in_place:
-            check_output(place, overwrite=overwrite, inputs=[kept])
-    started = time.perf_counter()
-    subject = load_subject(Path(model if at == "model" else base), device, dtype, stream=stream)
-    samples = {role: samples_for(subject, rows, max_length) for role, rows in records.items()}
-    phases = {"load": time.perf_counter() - started}
-    device_used = str(subject.device)
+        check_sizes(batch_size, max_length)
+        data = _check_data(chosen, forget, retain)
+        records, hashes = {}, {}
+        for role, path in data.items():
+            records[role], hashes[role] = read_data(path)
+        streamed = stream and not in_place  # how much disk it takes, planning knows from the samples
+        if save_importance is None and not streamed:
+            covered = sum(plan.theta.count for plan in opened.plans if plan.copied is None)
+            check_space(place, (0 if in_place else opened.model.size) + 8 * covered)
+        elif save_importance is not None:
+            kept = Path(os.path.realpath(save_importance))
+            check_output(kept, overwrite=overwrite, inputs=[*inputs, place])
+            if not in_place:
+                check_output(place, overwrite=overwrite, inputs=[kept])
+        started = time.perf_counter()
+        subject = load_subject(Path(model if at == "model" else base), device, dtype, stream=stream)
+        samples = {role: samples_for(subject, rows, max_length) for role, rows in records.items()}
+        phases = {"load": time.perf_counter() - started}
+        device_used = str(subject.device)
+    with ranks.together("the data"):
+        if any(each != hashes for each in ranks.gather(hashes)):
+            raise InputError("not all processes see the same data files")
     data_records: dict[str, DataRecord] = {
         role: {
             "path": str(path.resolve()),
@@ -141,7 +152,7 @@ def unlearn(
         }
         for role, record in data_records.items():
             if record["truncated"]:
-                report.warnings.append(
+                report.warn(
                     f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
                 )
 
@@ -156,29 +167,31 @@ def unlearn(
         assert subject.skeleton is not None
         lengths = [[len(each.input_ids) for each in rows] for rows in samples.values()]
         load = Load(lengths, chosen.estimator == "empirical-fisher", kept=save_importance is not None)
-        workers = threads or compiled.kernels().available_threads()
+        workers = threads or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
         schedule = schedule_for(
-            subject.skeleton, load, batch_size, place, memory, device_memory, workers, progress
+            subject.skeleton, load, batch_size, place, memory, device_memory, workers, progress is True, ranks
         )
-        run = StreamedRun(
-            subject.skeleton,
-            samples,
-            StreamSettings(
-                subject=subject.origin,
-                device=device_used,
-                dtype=str(subject.module.dtype).removeprefix("torch."),
-                schedule=asdict(schedule),
-                torch_threads=torch.get_num_threads(),
-                metadata={
-                    role: as_strings(describe(subject, samples[role], hashes[role], chosen.estimator))
-                    for role in data
-                },
-                save="" if save_importance is None else str(kept),
-                overwrite_saved=overwrite,
-            ),
+        walk_settings = StreamSettings(
+            subject=subject.origin,
+            device=device_used,
+            dtype=str(subject.module.dtype).removeprefix("torch."),
+            schedule=asdict(schedule),
+            torch_threads=torch.get_num_threads(),
+            metadata={
+                role: as_strings(describe(subject, samples[role], hashes[role], chosen.estimator))
+                for role in data
+            },
+            save="" if save_importance is None else str(kept),
+            overwrite_saved=overwrite,
+            ranks=ranks.world,
         )
-        return apply_sources(run.cover(opened), chosen, settings, annotate=annotate, streamed=run)
-    with _importance_directory(place, save_importance, overwrite) as importances:
+        run = StreamedRun(subject.skeleton, samples, ranks.share(walk_settings), ranks)
+        return apply_sources(run.cover(opened), chosen, settings, annotate=annotate, streamed=run, ranks=ranks)
+    with ExitStack() as entered:
+        with ranks.together("the directory of the importances"):
+            importances = _importance_directory(place, save_importance, overwrite)
+            if ranks.first:
+                entered.enter_context(importances)
         for role in data:
             started = time.perf_counter()
             estimate_on(
@@ -193,14 +206,16 @@ def unlearn(
                 overwrite=False,
                 progress=progress,
                 description=f"{role} importance",
+                ranks=ranks,
             )
             phases[f"{role} importance"] = time.perf_counter() - started
         del subject  # the subtraction needs its memory for the page cache
-        directory = importances.path
-        if save_importance is not None:
-            importances.commit()
-            directory = importances.final
-        sources = open_sources(chosen, model, base, tuned, directory / "forget", directory / "retain")
+        with ranks.together("the importances"):
+            if save_importance is not None and ranks.first:
+                importances.commit()
+        directory = importances.path if save_importance is None else importances.final
+        with ranks.together("the importances"):
+            sources = open_sources(chosen, model, base, tuned, directory / "forget", directory / "retain")
         try:
             return apply_sources(
                 sources,
@@ -208,6 +223,7 @@ def unlearn(
                 settings,
                 annotate=annotate,
                 temporary=save_importance is None,
+                ranks=ranks,
             )
         except BaseException:
             importances.keep = has_begun(place) or is_open(place)

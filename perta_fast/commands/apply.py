@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--retain-importance", type=Path, metavar="DIR")
     add_rule(parser)
     add_result(parser)
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, over_ranks=True)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -35,6 +35,7 @@ def run(parsed: argparse.Namespace) -> int:
         parsed.retain_importance,
         **rule_settings(parsed),
         **result_settings(parsed),
+        group=parsed.group,
     )
     finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
     return 0

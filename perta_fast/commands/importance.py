@@ -13,6 +13,7 @@ from perta_fast.commands.settings import (
     memory_settings,
     output_settings,
 )
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.report import printable
 from perta_fast.rules import ESTIMATORS
 
@@ -30,7 +31,7 @@ def add(commands: Any) -> None:
     add_stream(parser)
     add_estimation(parser)
     add_output(parser)
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, over_ranks=True)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -38,10 +39,13 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         from perta_fast.streaming.preview import preview
 
-        settings = {**estimation_settings(parsed), **limits}
+        ranks = Ranks.of(parsed.group)
+        settings = {**estimation_settings(parsed), **limits, "ranks": ranks.world}
         data = {"given": parsed.data}
-        text = preview(parsed.model, data, parsed.estimator, parsed.out, subtract=False, **settings)
-        print(printable(text))
+        with ranks.together("the estimate"):
+            if ranks.first:
+                text = preview(parsed.model, data, parsed.estimator, parsed.out, subtract=False, **settings)
+                print(printable(text))
         return 0
     from perta_fast.importance.estimate import estimate_importance
 
@@ -53,6 +57,7 @@ def run(parsed: argparse.Namespace) -> int:
         stream=parsed.stream,
         **limits,
         **output_settings(parsed),
+        group=parsed.group,
     ).metadata
     lines = [f"{found.estimator} over {found.sample_count} samples, {found.label_count} labels"]
     if found.truncated_count:

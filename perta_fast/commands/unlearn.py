@@ -19,6 +19,7 @@ from perta_fast.commands.settings import (
     result_settings,
     rule_settings,
 )
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.report import printable
 from perta_fast.rules import Rule
@@ -36,13 +37,16 @@ def add(commands: Any) -> None:
     add_rule(parser)
     add_estimation(parser)
     add_result(parser)
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, over_ranks=True)
 
 
 def run(parsed: argparse.Namespace) -> int:
     limits = memory_settings(parsed)
     if parsed.dry_run:
-        print(printable(_preview(parsed, limits)))
+        ranks = Ranks.of(parsed.group)
+        with ranks.together("the estimate"):
+            if ranks.first:
+                print(printable(_preview(parsed, limits, ranks.world)))
         return 0
     from perta_fast.unlearning import unlearn
 
@@ -59,12 +63,13 @@ def run(parsed: argparse.Namespace) -> int:
         **estimation_settings(parsed),
         **rule_settings(parsed),
         **result_settings(parsed),
+        group=parsed.group,
     )
     finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
     return 0
 
 
-def _preview(parsed: argparse.Namespace, limits: dict[str, Any]) -> str:
+def _preview(parsed: argparse.Namespace, limits: dict[str, Any], ranks: int) -> str:
     from perta_fast.streaming.preview import preview
 
     estimator = Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
@@ -79,6 +84,7 @@ def _preview(parsed: argparse.Namespace, limits: dict[str, Any]) -> str:
         subtract=True,
         kept=parsed.save_importance is not None,
         threads=parsed.threads or compiled.kernels().available_threads(),
+        ranks=ranks,
         **estimation_settings(parsed),
         **limits,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +12,28 @@ from torch import nn
 
 from perta_fast.checkpoint import Checkpoint, conversion_command
 from perta_fast.data import IGNORED, Record, Sample, encode, read_data, records_from
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.sharded import held
 from perta_fast.errors import InputError
 from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.language_part import auto_class, keep_language_part_
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.importance.stored_names import as_stored
+from perta_fast.importance.tokenised import MapStyle, is_tokenised, rows_of, samples_from
 from perta_fast.output import check_output
+from perta_fast.progress import Progress
+from perta_fast.quantised import Quantisation, open_plain, refuse_quantised_module
 from perta_fast.report import installed_versions
 from perta_fast.rules import ESTIMATORS, Estimator
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from perta_fast.streaming.skeleton import Skeleton
 
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
 
-Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample]
+Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample] | MapStyle
 
 
 def estimate_importance(
@@ -43,7 +51,8 @@ def estimate_importance(
     stream: bool = False,
     memory: int | None = None,
     device_memory: int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
+    group: "ProcessGroup | None" = None,
 ) -> Importance:
     """Per-parameter importance of a causal language model on ``data`` (PerTA, arXiv 2601.22030).
 
@@ -56,13 +65,23 @@ def estimate_importance(
     use_cache and returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied
     ones count once; all are named as a checkpoint stores them. A module is left as it was found, its gradients
     included.
-    data: a JSON lines file, records in the same forms, or ``Sample``s. tokenizer: needed for records with a
-    module; read from the checkpoint otherwise. batch_size: samples a backward pass.
+    data: a JSON lines file, records in the same forms, ``Sample``s, or what is tokenised already: rows with
+    ``input_ids`` (T,), as a data set for transformers' Trainer has them, or padded batches of rows (N, T), as a
+    loader gives them. These may have ``labels``, -100 where there is no loss (without, every token counts), and
+    an ``attention_mask``, 0 on padding, which is cut off; other columns are ignored. All is read once, and kept
+    as token ids. The hash in the metadata is a file's own, and of token ids and labels for anything else.
+    tokenizer: needed for records with a module; read from the checkpoint otherwise. batch_size: samples a
+    backward pass, whatever the batches that the data came in.
     max_length: tokens a record is cut to, if that is less than the model's own limit. Cut ones are counted.
     device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is
     one, and the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
     stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
     ``out``, where the result is read from. memory, device_memory: bytes that this may take; None sets no limit.
+    group: the processes that deal the samples among them. Each calls this with the same arguments and has the
+    whole result, which is that of one process but for the order of the sums; ``out`` must lie where all see it.
+    None: this process alone. Of a module that FSDP2 or tensor parallelism has sharded, the result is sharded as
+    its parameters are; group is then that of the processes its data is divided among, and estimator ``grad``.
+    progress: as in ``apply``.
 
     Memory: the model, 4 bytes a parameter for the accumulators, activations of one batch, and the gradients
     that autograd has in flight (one layer's); with ``stream`` all this of one layer, or of the embedding or the
@@ -70,29 +89,38 @@ def estimate_importance(
     boundary. Raises InputError for bad arguments or data, RunError if a loss
     is not finite (naming the samples).
     """
-    if estimator not in ESTIMATORS:
-        raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
-    check_sizes(batch_size, max_length)
-    if out is not None:
-        inputs = [Path(each) for each in (model_or_path, data) if isinstance(each, str | Path)]
-        check_output(Path(out), overwrite=overwrite, inputs=inputs)
-    rows: list[Record] | list[Sample]
-    rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
-    if isinstance(model_or_path, nn.Module):
-        if stream:
-            raise InputError("stream is for checkpoint directories; a live module is in memory already")
-        if device is not None or dtype is not None:
-            raise InputError("device and dtype are for checkpoints; move or convert the module itself")
-        subject = Subject(model_or_path, tokenizer, "live module")
-    else:
-        if stream and out is None:
-            raise InputError("stream needs out: a directory to write the importance to")
-        subject = load_subject(Path(model_or_path), device, dtype, tokenizer, stream=stream)
-    samples = samples_for(subject, rows, max_length)
+    ranks = Ranks.of(group)
+    with ranks.together("the loading of model and data"):
+        if estimator not in ESTIMATORS:
+            raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
+        check_sizes(batch_size, max_length)
+        if out is not None:
+            inputs = [Path(each) for each in (model_or_path, data) if isinstance(each, str | Path)]
+            check_output(Path(out), overwrite=overwrite, inputs=inputs)
+        rows: list[Record] | list[Sample]
+        rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
+        if isinstance(model_or_path, nn.Module):
+            if stream:
+                raise InputError("stream is for checkpoint directories; a live module is in memory already")
+            if device is not None or dtype is not None:
+                raise InputError("device and dtype are for checkpoints; move or convert the module itself")
+            refuse_quantised_module(model_or_path)
+            subject = Subject(model_or_path, tokenizer, "live module")
+        else:
+            if stream and out is None:
+                raise InputError("stream needs out: a directory to write the importance to")
+            open_plain(model_or_path)
+            text = isinstance(rows[0], Record)
+            subject = load_subject(Path(model_or_path), device, dtype, tokenizer, stream=stream, text=text)
+        samples = samples_for(subject, rows, max_length)
+        digest = digest or _hash_samples(samples)
+    with ranks.together("the data"):
+        if len(set(ranks.gather(digest))) > 1:
+            raise InputError("the processes were given different data; each must be given all of it")
     return estimate_on(
         subject,
         samples,
-        digest or _hash_samples(samples),
+        digest,
         estimator,
         batch_size=batch_size,
         memory=memory,
@@ -100,6 +128,7 @@ def estimate_importance(
         out=out,
         overwrite=overwrite,
         progress=progress,
+        ranks=ranks,
     )
 
 
@@ -159,10 +188,11 @@ def estimate_on(
     batch_size: int,
     out: str | Path | None,
     overwrite: bool,
-    progress: bool,
+    progress: Progress,
     memory: int | None = None,
     device_memory: int | None = None,
     description: str = "importance",
+    ranks: Ranks = Ranks.ALONE,
 ) -> Importance:
     """``estimate_importance`` once the model is loaded and the data is checked."""
     if subject.skeleton is not None:
@@ -174,7 +204,7 @@ def estimate_on(
         lengths = [len(each.input_ids) for each in samples]
         load = Load([lengths], estimator == "empirical-fisher", subtract=False)
         schedule = schedule_for(
-            subject.skeleton, load, batch_size, Path(out), memory, device_memory, 1, progress
+            subject.skeleton, load, batch_size, Path(out), memory, device_memory, 1, progress is True, ranks
         )
         return write_importance(
             subject.skeleton,
@@ -185,14 +215,16 @@ def estimate_on(
             overwrite=overwrite,
             description=description,
             progress=progress,
+            ranks=ranks,
         )
-    found = accumulate(subject.module, samples, estimator, batch_size, description, progress)
-    metadata = describe(subject, samples, data_hash, estimator, found.one_by_one)
-    importance = Importance(as_stored(subject.module, found.means), metadata)
-    for name, tensor in importance.tensors.items():
-        check_finite(name, tensor)
+    found = accumulate(subject.module, samples, estimator, batch_size, description, progress, ranks)
+    with ranks.together(description):
+        metadata = describe(subject, samples, data_hash, estimator, found.one_by_one)
+        importance = Importance(as_stored(subject.module, found.means), metadata)
+        for name, tensor in importance.tensors.items():
+            check_finite(name, held(tensor))
     if out is not None:
-        importance.save(out, overwrite=overwrite)
+        importance.save(out, overwrite=overwrite, group=ranks.group)
     return importance
 
 
@@ -226,10 +258,12 @@ def load_subject(
     tokenizer: Any = None,
     *,
     stream: bool = False,
+    text: bool = True,
 ) -> Subject:
     """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
 
-    stream: of the model its structure alone, the weights to be read layer by layer.
+    stream: of the model its structure alone, the weights to be read layer by layer. text: there is text to be
+    tokenised; without, a checkpoint need not have a tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -242,7 +276,8 @@ def load_subject(
             model, found = auto_class(config).from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
             )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, **_CLOSED)
+        if tokenizer is None and text:
+            tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged configuration shows in many ways
@@ -254,7 +289,8 @@ def load_subject(
         raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
     keep_language_part_(model)
     shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
-    absent = as_stored(model, shapes).keys() - stored.keys()
+    quantised = Quantisation.of(path, stored) is not None  # which may be evaluated, under any names
+    absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
     if absent:  # an importance under names that no rule could apply
         raise InputError(
             f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
@@ -297,8 +333,12 @@ def _vocabulary_size(module: nn.Module) -> int | None:
     return None if find is None else len(find().weight)
 
 
-def _checked_rows(data: Iterable[Any]) -> list[Record] | list[Sample]:
-    rows = list(data)
+def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Record] | list[Sample]:
+    rest = rows_of(data)
+    first = list(islice(rest, 1))
+    if first and is_tokenised(first[0]):
+        return samples_from(chain(first, rest))
+    rows = [*first, *rest]
     if rows and all(isinstance(row, Sample) for row in rows):
         return rows
     return records_from(rows)

@@ -27,10 +27,14 @@ class Unfit(Exception):
 
 @dataclass
 class Target:
-    """Where a parameter's gradients go: sums over samples of their squares and, if wanted, of themselves."""
+    """Where a parameter's gradients go: sums over samples of their squares and, if wanted, of themselves.
+
+    complete: is told within the backward pass that a batch has added all that it has, where that is known.
+    """
 
     fisher: Tensor  # float32, the parameter's shape
     gradient: Tensor | None
+    complete: Callable[[], object] | None = None
 
     def add(self, gradients: Tensor) -> None:
         """Add per-sample gradients, (N, *shape)."""
@@ -174,6 +178,9 @@ class LinearRule(ModuleRule):
             if int(kept.sum()) < _WORTH_GATHERING * kept.numel():
                 activations, deltas, lengths = activations[kept], deltas[kept], kept.sum(1)
         self._add(activations, deltas, lengths)
+        complete = self.targets["weight"].complete
+        if complete is not None and self.embedding is None:
+            complete()
 
     def _add(self, activations: Tensor, deltas: Tensor, lengths: Tensor | None) -> None:
         pair = (deltas, activations) if self.transposed else (activations, deltas)

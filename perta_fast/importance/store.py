@@ -4,13 +4,17 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.checkpoint import Checkpoint
+from perta_fast.distributed.dealing import stretch
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import byte_count
-from perta_fast.durable import write_fully
+from perta_fast.durable import sync_tree, write_fully
 from perta_fast.errors import InputError
 from perta_fast.output import OutputDirectory, check_space
 from perta_fast.rules import ESTIMATORS, Estimator
@@ -18,6 +22,7 @@ from perta_fast.safetensors_file import build_header
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 STEM = "importance"
 FORMAT = "perta-importance"
@@ -60,17 +65,40 @@ class Importance:
     metadata: ImportanceMetadata
     directory: Path | None = None
 
-    def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
+    def save(
+        self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None
+    ) -> None:
         """Write shards and index; the directory appears only when complete.
+
+        group: the processes that hold this importance, and all call this; each writes its share, into a
+        directory that all must see. None: this one alone.
 
         Raises InputError if it exists and is not empty, RunError if it cannot be written.
         """
-        target = OutputDirectory(directory, overwrite=overwrite)
-        check_space(target.final, sum(4 * tensor.numel() for tensor in self.tensors.values()))
-        with target:
-            save_shards(self.tensors, as_strings(self.metadata), target.path)
-            target.commit()
+        ranks = Ranks.of(group)
+        what = "the saving of an importance"
+        with ExitStack() as opened:
+            with ranks.together(what):
+                self._check_held_by(ranks)
+                target = OutputDirectory(directory, overwrite=overwrite)
+                if ranks.first:
+                    check_space(target.final, sum(4 * tensor.numel() for tensor in self.tensors.values()))
+                    opened.enter_context(target)
+            check_shared(target.path, ranks)
+            with ranks.together(what):
+                save_shards(self.tensors, as_strings(self.metadata), target.path, ranks)
+            with ranks.together(what):
+                if ranks.first:
+                    target.commit()
         self.directory = target.final
+
+    def _check_held_by(self, ranks: Ranks) -> None:
+        for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():
+            holders = getattr(tensor, "device_mesh", None)
+            if holders is not None and holders.size() != ranks.world:
+                raise InputError(
+                    f"the importance of {name} is held by {holders.size()} processes; pass group, all of these"
+                )
 
     @classmethod
     def load(cls, directory: str | Path) -> "Importance":
@@ -121,11 +149,25 @@ def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     return table
 
 
-def save_shards(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], directory: Path) -> None:
-    """Write ``tensors`` as float32 shards, with an index; see ``ShardWriter``."""
+def save_shards(
+    tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], directory: Path, ranks: Ranks
+) -> None:
+    """Write this rank's stretch of each of ``tensors`` as float32 shards, durably; see ``ShardWriter``.
+
+    Of a tensor that is sharded over processes, each rank writes what it holds.
+    """
+    from perta_fast.distributed.sharded import held, is_cut_up, is_first_replica, runs
+
     writer = ShardWriter({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, directory)
     for name, tensor in tensors.items():
-        writer.write(name, tensor)
+        if not is_cut_up(tensor):
+            part = stretch(tensor.numel(), ranks.rank, ranks.world)
+            writer.write(name, tensor.reshape(-1)[part], part.start)
+        elif is_first_replica(tensor):
+            own = held(tensor).reshape(-1)
+            for first, part in runs(tensor):
+                writer.write(name, own[part], first)
+    sync_tree(directory)
 
 
 class ShardWriter:
@@ -144,6 +186,8 @@ class ShardWriter:
             path = directory / f"{file}.safetensors"
             header, offsets = build_header({name: ("F32", shapes[name]) for name in names}, metadata)
             _write(path, memoryview(header), 0)
+            # Beyond the end a network file system may fill up the page of a write, over what others wrote.
+            os.truncate(path, len(header) + sum(byte_count("F32", shapes[name]) for name in names))
             self._places.update({name: (path, offsets[name]) for name in names})
         if len(groups) > 1:
             total = sum(byte_count("F32", shape) for shape in shapes.values())
@@ -151,12 +195,12 @@ class ShardWriter:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
-    def write(self, name: str, tensor: "torch.Tensor") -> None:
-        """Put one tensor in its place."""
+    def write(self, name: str, tensor: "torch.Tensor", begin: int = 0) -> None:
+        """Put one tensor in its place, or a row of its elements from number ``begin`` on."""
         if tensor.numel():
             data = tensor.detach().float().cpu().contiguous().numpy().reshape(-1)
             path, offset = self._places[name]
-            _write(path, data.data.cast("B"), offset)
+            _write(path, data.data.cast("B"), offset + data.itemsize * begin)
 
 
 def _group(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:

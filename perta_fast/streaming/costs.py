@@ -4,12 +4,13 @@ The walk's own list of steps is gone through with sizes in place of tensors.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from perta_fast.distributed.dealing import deal
 from perta_fast.importance.per_sample import LOOK_SAMPLES, LOOK_TOKENS
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.structure import Structure
@@ -32,6 +33,11 @@ class Load:
     squares: bool = False
     subtract: bool = True
     kept: bool = False
+
+    def share(self, ranks: int) -> "Load":
+        """What is dealt to the most laden of so many processes."""
+        dealt = [[[each[k] for k in numbers] for numbers in deal(each, ranks)] for each in self.lengths]
+        return replace(self, lengths=[max(shares, key=sum) for shares in dealt])
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,12 @@ class PassState(TypedDict):
 class DataPass:
     """Importance of a skeleton's parameters on ``samples``, part by part; ``walk`` gives the order.
 
+    share: numbers of the samples that this process runs, maybe none. What the look goes over is the same for
+    every share, and so are the rules that it chooses.
+
     Each method wants the weights of its part, and the resident ones, in memory, and the passage installed.
-    Those that go back return what has become complete: means by parameter name, float32.
+    Those that go back return what has become complete: by parameter name, float32, what the share adds to the
+    means over all samples.
     ``one_by_one``: once all layers were climbed, the parameters that take a backward pass for each sample.
     """
 
@@ -43,6 +47,7 @@ class DataPass:
         skeleton: Skeleton,
         passage: Passage,
         samples: Sequence[Sample],
+        share: Sequence[int],
         estimator: Estimator,
         schedule: Schedule,
         scratch: Path,
@@ -56,7 +61,8 @@ class DataPass:
         self._advance = advance
         self.spill = Spill(scratch)
         self._last = len(skeleton.layers)  # the boundary above all layers
-        self._batches = list(batches_by_length(samples, schedule.batch_size))
+        batches = batches_by_length([samples[k] for k in share], schedule.batch_size)
+        self._batches = [[share[k] for k in each] for each in batches]
         ids, lengths = look_inputs(samples)
         self._look = Piece(ids.to(skeleton.device), tuple(lengths.tolist()), 0)
         self._outside: Plan | None = None
@@ -106,11 +112,16 @@ class DataPass:
     def embed(self) -> None:
         """Spill what the first layer is given."""
         with torch.no_grad():
-            for piece, name in self._with_look(self._boundary(0), _look(0)):
-                hidden = self._passage.before_layers(piece.input_ids, piece.attention_mask)
-                _check_finite(hidden, piece, "the embedding")
-                self.spill.write(name, piece, hidden)
+            for piece in self._pieces:
+                self._embed(piece, self._boundary(0))
                 self._advance(len(piece.numbers))
+            if self._group == 0:
+                self._embed(self._look, _look(0))
+
+    def _embed(self, piece: Piece, above: str) -> None:
+        hidden = self._passage.before_layers(piece.input_ids, piece.attention_mask)
+        _check_finite(hidden, piece, "the embedding")
+        self.spill.write(above, piece, hidden)
 
     def climb(self, number: int, again: bool = False) -> None:
         """Spill what layer ``number`` makes of the boundary below it, which goes unless it is one that stays.
@@ -119,7 +130,7 @@ class DataPass:
         """
         with torch.no_grad():
             plan = self._layer_plan(number, {name: _nowhere() for name in self._skeleton.by_layer[number]})
-            if not again:
+            if self._group == 0 and not again:  # what a record names is not written again
                 self._left.update(plan.left)
                 self._climb(number, self._look, _look(number), _look(number + 1))
             with plan.installed(self._skeleton.model):  # what the way back runs again, to the last bit
@@ -135,9 +146,6 @@ class DataPass:
         hidden = self._passage.layer(number, self.spill.read(below, piece), piece.attention_mask)
         _check_finite(hidden, piece, f"layer {number}")
         self.spill.write(above, piece, hidden)
-
-    def _with_look(self, name: str, look: str) -> list[tuple[Piece, str]]:
-        return [*((piece, name) for piece in self._pieces), (self._look, look)]
 
     # What lies after the layers, and is done first on the way back.
 

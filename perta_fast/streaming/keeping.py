@@ -1,12 +1,15 @@
 """The importances of a streamed run, where they are asked for: written beside the subtraction, part by part."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
 from perta_fast.checkpoint import Checkpoint
+from perta_fast.distributed.dealing import stretch
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.durable import sync_tree
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, ShardWriter
@@ -17,7 +20,8 @@ class Keeping:
     """A directory with one importance for each data set, which appears when ``commit`` is called.
 
     save: the directory, or "" to keep none. metadata: of each importance, by data set. begun: go on with what
-    an earlier attempt wrote. Left by an error, what was written stays if ``stay`` was set.
+    an earlier attempt wrote. ranks: each writes its part of every tensor, the first makes the directory and
+    puts it in its place. Left by an error, what was written stays if ``stay`` was called.
     """
 
     def __init__(
@@ -27,24 +31,32 @@ class Keeping:
         metadata: Mapping[str, Mapping[str, str]],
         shapes: Mapping[str, tuple[int, ...]],
         begun: bool,
+        ranks: Ranks,
     ) -> None:
         self._final = Path(save) if save else None
+        self._overwrite, self._begun, self._ranks = overwrite, begun, ranks
         self._metadata, self._shapes = metadata, shapes
         self._writers: dict[str, ShardWriter] = {}
         self._output: OutputDirectory | None = None
-        if self._final is not None and not (begun and self._committed(self._final)):
-            self._output = OutputDirectory(self._final, overwrite=overwrite, resume=begun)
-            if begun and not self._output.path.is_dir():
-                raise InputError(f"{self._output.path}: is gone, with importances that the run has written")
-
-    @staticmethod
-    def _committed(final: Path) -> bool:
-        return final.is_dir() and not partial_path(final).exists()
 
     def __enter__(self) -> "Keeping":
-        if self._output is not None:
-            self._output.__enter__()
+        with ExitStack() as opened:
+            with self._ranks.together("the importances that are kept"):
+                self._output = self._directory()
+                if self._output is not None and self._ranks.first:
+                    opened.enter_context(self._output)
+            self._opened = opened.pop_all()
         return self
+
+    def _directory(self) -> OutputDirectory | None:
+        """What is still to be filled."""
+        final = self._final
+        if final is None or (self._begun and final.is_dir() and not partial_path(final).exists()):
+            return None
+        output = OutputDirectory(final, overwrite=self._overwrite, resume=self._begun)
+        if self._begun and not output.path.is_dir():
+            raise InputError(f"{output.path}: is gone, with importances that the run has written")
+        return output
 
     def __exit__(
         self,
@@ -52,8 +64,7 @@ class Keeping:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._output is not None:
-            self._output.__exit__(kind, error, traceback)
+        self._opened.__exit__(kind, error, traceback)
 
     def stay(self) -> None:
         """From now on the run can be taken up again."""
@@ -61,7 +72,7 @@ class Keeping:
             self._output.keep = True
 
     def write(self, by_role: Mapping[str, Mapping[str, Tensor]], one_by_one: Mapping[str, str]) -> None:
-        """Write complete means by the names of stored tensors, durably."""
+        """Write this rank's part of complete means, by the names of stored tensors, durably."""
         if self._output is None:
             return
         for role, means in by_role.items():
@@ -71,13 +82,16 @@ class Keeping:
                 metadata = {**self._metadata[role], "one_by_one": one_by_one[role]}
                 self._writers[role] = ShardWriter(self._shapes, metadata, folder)
             for name, mean in means.items():
-                self._writers[role].write(name, mean)
+                part = stretch(mean.numel(), self._ranks.rank, self._ranks.world)
+                self._writers[role].write(name, mean.view(-1)[part], part.start)
         sync_tree(self._output.path)
 
     def commit(self) -> dict[str, Checkpoint]:
         """Put the directory in its place; return its checkpoints by the names that they have as inputs."""
-        if self._final is None:
+        final = self._final
+        if final is None:
             return {}
-        if self._output is not None:
-            self._output.commit()
-        return {f"{role}_importance": Checkpoint.open(self._final / role, STEM) for role in self._metadata}
+        with self._ranks.together("the importances that are kept"):
+            if self._output is not None and self._ranks.first:
+                self._output.commit()
+        return {f"{role}_importance": Checkpoint.open(final / role, STEM) for role in self._metadata}

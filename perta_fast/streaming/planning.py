@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.memory import PeakMemory, available_bytes, return_freed_blocks
 from perta_fast.sizes import format_size
@@ -23,17 +24,19 @@ _MARGIN = 0.05  # share of the free disk that is left alone
 @dataclass(frozen=True)
 class Budget:
     """Bytes that a run may take. memory (of the whole process), device_memory: None sets no limit. scratch:
-    what the disk has for scratch files and the result together."""
+    what the disk has for scratch files and the result together. ranks: processes whose scratch files lie there,
+    each as large as that of the most laden; memory is for each."""
 
     scratch: int
     memory: int | None = None
     device_memory: int | None = None
+    ranks: int = 1
 
     @classmethod
-    def at(cls, place: Path, memory: int | None, device_memory: int | None) -> "Budget":
+    def at(cls, place: Path, memory: int | None, device_memory: int | None, ranks: int = 1) -> "Budget":
         """With all but a margin of the free space where ``place`` will be."""
         free = shutil.disk_usage(existing_parent(place)).free
-        return cls(int(free * (1 - _MARGIN)), memory, device_memory)
+        return cls(int(free * (1 - _MARGIN)), memory, device_memory, ranks)
 
 
 @dataclass(frozen=True)
@@ -106,21 +109,28 @@ def schedule_for(
     device_memory: int | None,
     threads: int,
     announce: bool,
+    ranks: Ranks = Ranks.ALONE,
 ) -> Schedule:
-    """The schedule of a run to ``place`` that is about to start.
+    """The schedule of a run to ``place`` that is about to start: of many ranks, what suits the most laden.
 
     announce: say on standard error what it will take. Raises InputError if memory or disk do not do.
     """
-    estimate = Estimate(skeleton, load, skeleton.device, threads)
-    budget = Budget.at(place, memory, device_memory)
-    chosen = choose_schedule(estimate, batch_size, budget)
-    chosen.check()
-    if budget.memory is not None:
+    schedule: Schedule | None = None
+    with ranks.together("the choice of a schedule"):
+        if ranks.first:
+            estimate = Estimate(skeleton, load.share(ranks.world), skeleton.device, threads)
+            budget = Budget.at(place, memory, device_memory, ranks.world)
+            chosen = choose_schedule(estimate, batch_size, budget)
+            chosen.check()
+            schedule = chosen.schedule
+            if announce:
+                shard = next(iter(skeleton.checkpoint.shards.values())).path
+                rates = rates_for(estimate, chosen, place, shard)
+                print(describe(chosen, rates, ranks.world), file=sys.stderr)
+    if memory is not None:
         return_freed_blocks()
-    if announce:
-        shard = next(iter(skeleton.checkpoint.shards.values())).path
-        print(describe(chosen, rates_for(estimate, chosen, place, shard)), file=sys.stderr)
-    return chosen.schedule
+    shared: Schedule = ranks.share(schedule)
+    return shared
 
 
 def _fits(estimate: Estimate, schedule: Schedule, budget: Budget, baseline: int) -> bool:
@@ -151,7 +161,7 @@ def _too_little(estimate: Estimate, budget: Budget, baseline: int) -> str:
 def _within_disk(
     estimate: Estimate, schedule: Schedule, budget: Budget, reasons: list[str]
 ) -> tuple[Schedule, str]:
-    free = budget.scratch - estimate.result_bytes
+    free = (budget.scratch - estimate.result_bytes) // budget.ranks
     layers = len(estimate.structure.layers)
     needed = {every: estimate.scratch(replace(schedule, every=every)) for every in range(1, layers + 1)}
     every = next((every for every, size in needed.items() if size <= free), None)
@@ -171,8 +181,8 @@ def _within_disk(
         return least, (
             f"the disk has {format_size(max(0, budget.scratch))} for the result of "
             f"{format_size(estimate.result_bytes)} and scratch files of at least "
-            f"{format_size(min(in_most, needed[least.every]))}; write to a larger disk, or use fewer or "
-            "shorter samples"
+            f"{format_size(budget.ranks * min(in_most, needed[least.every]))}; write to a larger disk, or use "
+            "fewer or shorter samples"
         )
     groups = most - _last(
         0, most - 1, lambda fewer: estimate.scratch(replace(least, groups=most - fewer)) <= free
@@ -202,10 +212,11 @@ def rates_for(estimate: Estimate, chosen: Chosen, place: Path, shard: Path | Non
     )
 
 
-def describe(chosen: Chosen, rates: Rates) -> str:
+def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
     """The estimate in a few lines."""
     schedule, costs = chosen.schedule, chosen.costs
-    lines = [
+    lines = [f"for each of {ranks} processes, which make the result together:"] if ranks > 1 else []
+    lines += [
         "memory: "
         + _kinds({**costs.host, "interpreter and libraries": chosen.baseline})
         + (" (bounds by shape: this model's code wants values)" if costs.bound else "")

@@ -30,14 +30,16 @@ def preview(
     memory: int | None = None,
     device_memory: int | None = None,
     threads: int = 1,
+    ranks: int = 1,
 ) -> str:
     """What streaming ``data`` through the model that ``subject``/config.json describes will take, in words.
 
     data: JSON lines files by role. place: where the result would go. subtract: for ``unlearn``, or for an
     importance alone; kept: the importances of ``unlearn`` are to be kept. memory, device_memory: bytes; the
-    others as in ``unlearn``. Where the directory has no tokenizer, every sample counts ``max_length`` tokens.
-    Nothing is written but a file to measure the disk by, which is removed. Raises InputError for bad input, and
-    if the memory or the disk would not do.
+    others as in ``unlearn``. ranks: processes that the samples are dealt to; what one of them takes is told.
+    Where the directory has no tokenizer, every sample counts ``max_length`` tokens. Nothing is written but a
+    file to measure the disk by, which is removed. Raises InputError for bad input, and if the memory or the
+    disk would not do.
     """
     check_sizes(batch_size, max_length)
     structure = Structure.build(subject, dtype)
@@ -51,17 +53,17 @@ def preview(
     lengths = [_lengths(structure, subject, tokenizer, records, max_length) for records in rows.values()]
     estimate = Estimate(
         structure,
-        Load(lengths, estimator == "empirical-fisher", subtract, kept),
+        Load(lengths, estimator == "empirical-fisher", subtract, kept).share(ranks),
         choose_device(device),
         threads,
     )
-    chosen = choose_schedule(estimate, batch_size, Budget.at(place, memory, device_memory))
+    chosen = choose_schedule(estimate, batch_size, Budget.at(place, memory, device_memory, ranks))
     shard = next(iter(sorted(subject.glob("*.safetensors"))), None)
     counts = ", ".join(
         f"{len(each)} {role} samples of {sum(each)} tokens" for role, each in zip(rows, lengths, strict=True)
     )
     guess = "" if tokenizer is not None else " (there is no tokenizer: each counts --max-length tokens)"
-    return f"data: {counts}{guess}\n{describe(chosen, rates_for(estimate, chosen, place, shard))}"
+    return f"data: {counts}{guess}\n{describe(chosen, rates_for(estimate, chosen, place, shard), ranks)}"
 
 
 def _tokenizer(subject: Path) -> Any:

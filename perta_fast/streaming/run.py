@@ -5,7 +5,7 @@ each step a record of how far it has come. Everything that a record names was fl
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,24 +13,27 @@ from typing import Any, TypedDict
 
 import torch
 
-from perta_fast.accounts import describe_tensors
-from perta_fast.agreement import importance_key
+from perta_fast.accounts import add_up, describe_tensors
+from perta_fast.agreement import TensorPlan, importance_key
 from perta_fast.data import Sample
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.durable import read_record, remove, write_record
 from perta_fast.errors import InputError
 from perta_fast.importance.estimate import choose_device
 from perta_fast.job import Job
 from perta_fast.output import OutputDirectory, partial_path
-from perta_fast.progress import byte_bar, sample_bar
+from perta_fast.progress import Progress, byte_bar, step_bar
 from perta_fast.report import Report, fits
 from perta_fast.sources import Sources
-from perta_fast.streaming.behind import WalkState, Writing, read_state
+from perta_fast.streaming.behind import WalkState, Writing, state_file, take_up
 from perta_fast.streaming.data_pass import DataPass, PassState
 from perta_fast.streaming.keeping import Keeping
 from perta_fast.streaming.passage import Passage
 from perta_fast.streaming.schedule import Schedule
+from perta_fast.streaming.sharing import shares_of
 from perta_fast.streaming.skeleton import Skeleton
 from perta_fast.streaming.walk import Walk, handlings, steps_of
+from perta_fast.subtraction import Statistics
 from perta_fast.to_directory import STATE
 
 _SAMPLES = "samples.json"
@@ -39,7 +42,10 @@ _Row = tuple[list[int], list[int], bool]
 
 
 class StreamSettings(TypedDict):
-    """What a run needs to walk again. metadata: of each importance, by role. save: where both go, or ""."""
+    """What a run needs to walk again.
+
+    metadata: of each importance, by role. save: where both go, or "". ranks: processes that walk together.
+    """
 
     subject: str
     device: str
@@ -49,22 +55,31 @@ class StreamSettings(TypedDict):
     metadata: dict[str, dict[str, str]]
     save: str
     overwrite_saved: bool
+    ranks: int
 
 
 class StreamedRun:
-    """Fills the directory of a run; see ``fill``."""
+    """Fills the directory of a run, with each of ``ranks`` taking its share of the samples; see ``fill``."""
 
     def __init__(
-        self, skeleton: Skeleton, samples: Mapping[str, Sequence[Sample]], settings: StreamSettings
+        self,
+        skeleton: Skeleton,
+        samples: Mapping[str, Sequence[Sample]],
+        settings: StreamSettings,
+        ranks: Ranks = Ranks.ALONE,
     ) -> None:
-        self.settings = settings
+        self.settings, self._ranks = settings, ranks
         self._skeleton, self._samples = skeleton, samples
+        self._shares = {role: shares_of(each, ranks.world)[ranks.rank] for role, each in samples.items()}
         self._schedule = Schedule(**settings["schedule"])
         self._passage = Passage(skeleton.model, skeleton.layers, str(skeleton.checkpoint.path))
 
     @classmethod
-    def reopened(cls, job: Job) -> "StreamedRun":
-        """The run that ``job`` describes. Raises InputError if what it left is damaged."""
+    def reopened(cls, job: Job, ranks: Ranks = Ranks.ALONE) -> "StreamedRun":
+        """The run that ``job`` describes.
+
+        Raises InputError if what it left is damaged, or the processes are not as many as those that began it.
+        """
         types = {"float32", "bfloat16", "float16"}
         if (
             not fits(job.stream, StreamSettings)
@@ -73,6 +88,11 @@ class StreamedRun:
         ):
             raise InputError(f"{job.final}: the run's description is damaged")
         settings: StreamSettings = job.stream  # type: ignore[assignment]
+        if settings["ranks"] != ranks.world:
+            raise InputError(
+                f"{job.final}: its samples were dealt to {settings['ranks']} processes, this is a run of "
+                f"{ranks.world}; finish it with: {job.resume_command}"
+            )
         path = partial_path(Path(job.final)) / STATE / _SAMPLES
         rows = read_record(path)
         if not fits(rows, dict[str, list[list[Any]]]) or rows.keys() != settings["metadata"].keys():
@@ -82,7 +102,7 @@ class StreamedRun:
             for role, each in rows.items()
         }
         device, dtype = choose_device(settings["device"]), getattr(torch, settings["dtype"])
-        return cls(Skeleton.open(Path(settings["subject"]), device, dtype), samples, settings)
+        return cls(Skeleton.open(Path(settings["subject"]), device, dtype), samples, settings, ranks)
 
     def cover(self, sources: Sources) -> Sources:
         """``sources`` with what no importance reaches marked to be copied."""
@@ -90,7 +110,7 @@ class StreamedRun:
         for plan in sources.plans:
             covered = importance_key(plan.theta.name, sources.model, self._skeleton.stored_shapes)
             if plan.copied is None and covered is None:
-                plan = replace(plan, base=None, tuned=None, copied="not covered by the importance")
+                plan = TensorPlan(plan.theta, copied="not covered by the importance")
             plans.append(plan)
         metadata = {f"{role}_importance": dict(table) for role, table in self.settings["metadata"].items()}
         return replace(sources, plans=plans, metadata=metadata)
@@ -102,37 +122,41 @@ class StreamedRun:
         result is not finite, the disk is full, or a file changes; InputError if what is to be taken up again is
         damaged.
         """
-        state = target.path / STATE
-        if not (state / _SAMPLES).exists():
-            write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
+        state, ranks = target.path / STATE, self._ranks
+        with ranks.together("the list of samples"):
+            if ranks.first and not (state / _SAMPLES).exists():
+                write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
         steps = len(steps_of(len(self._skeleton.layers), self._schedule))
-        begun = read_state(target, steps, len(sources.plans))
+        begun = take_up(target, steps, len(sources.plans), ranks)
+        done = 0 if begun is None else begun["done"]
+        scratch = state_file(state, _SCRATCH, ranks.rank)
         started = time.perf_counter()
         with (
             _torch_threads(self.settings["torch_threads"]),
             self._keeping(begun is not None) as keeping,
-            sample_bar(self._handlings(), "unlearn", job.progress) as bar,
+            step_bar(self._handlings(), "unlearn", job.progress) as bar,
         ):
-            passes = self._passes(job, state / _SCRATCH, bar.update)
-            walk = Walk(self._skeleton, self._passage, list(passes.values()), self._schedule)
-            with Writing(
-                job, sources, target, self._skeleton, passes, keeping, self._schedule.overlap
-            ) as writing:
-                done = 0
+            with ranks.together("the scratch files"):
+                passes = self._passes(job, scratch, bar.update)
                 if begun is not None:
-                    done = begun["done"]
-                    writing.totals = {int(index): sums for index, sums in begun["totals"].items()}
                     self._restore(passes, begun, done == steps, job.progress)
                     bar.update(self._handlings() * done // steps)
+            walk = Walk(self._skeleton, self._passage, list(passes.values()), self._schedule)
+            with (
+                ranks.telling("the walk"),
+                Writing(
+                    job, sources, target, self._skeleton, passes, keeping, self._schedule.overlap, begun, ranks
+                ) as writing,
+            ):
                 walk.run(writing.settle, done)
                 writing.finish()
             kept = keeping.commit()
-        remove(state / _SCRATCH)
+        remove(scratch)
         for role, each in passes.items():
             report.importance[f"{role}_importance"]["one_by_one"] = ", ".join(each.one_by_one)
         if self._skeleton.device.type == "cuda":
             report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._skeleton.device)
-        describe_tensors(report, sources.plans, writing.totals)
+        describe_tensors(report, sources.plans, _added_up(ranks.gather(writing.totals)))
         _describe_time(report, walk, writing, time.perf_counter() - started)
         return replace(
             sources,
@@ -141,7 +165,7 @@ class StreamedRun:
         )
 
     def _handlings(self) -> int:
-        samples = sum(map(len, self._samples.values()))
+        samples = sum(map(len, self._shares.values()))
         return samples * handlings(len(self._skeleton.layers), self._schedule)
 
     def _passes(self, job: Job, scratch: Path, advance: Callable[[int], Any]) -> dict[str, DataPass]:
@@ -149,13 +173,20 @@ class StreamedRun:
         assert estimator is not None
         return {
             role: DataPass(
-                self._skeleton, self._passage, samples, estimator, self._schedule, scratch / role, advance
+                self._skeleton,
+                self._passage,
+                samples,
+                self._shares[role],
+                estimator,
+                self._schedule,
+                scratch / role,
+                advance,
             )
             for role, samples in self._samples.items()
         }
 
     @staticmethod
-    def _restore(passes: Mapping[str, DataPass], begun: WalkState, finished: bool, progress: bool) -> None:
+    def _restore(passes: Mapping[str, DataPass], begun: WalkState, finished: bool, progress: Progress) -> None:
         """Take the passes up again; of a walk that is finished no file is needed any more."""
         states = begun["passes"]
         if states.keys() != passes.keys():
@@ -174,7 +205,16 @@ class StreamedRun:
             settings["metadata"],
             self._skeleton.stored_shapes,
             begun,
+            self._ranks,
         )
+
+
+def _added_up(parts: Iterable[Mapping[int, Statistics]]) -> dict[int, Statistics]:
+    totals: dict[int, Statistics] = {}
+    for part in parts:
+        for index, statistics in part.items():
+            add_up(totals, index, statistics)
+    return totals
 
 
 def _rows(samples: Sequence[Sample]) -> list[_Row]:

@@ -10,6 +10,7 @@ from torch import nn
 from perta_fast.errors import InputError
 from perta_fast.importance.language_part import auto_class, keep_language_part_
 from perta_fast.ops.backends import DTYPE_CODES
+from perta_fast.quantised import refuse_quantised
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Structure:
 def _build(path: Path, dtype: torch.dtype | None, unsaid: torch.dtype) -> Any:
     from transformers import AutoConfig
 
+    refuse_quantised(path, {})
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         dtype = dtype or config.dtype or unsaid
@@ -95,8 +97,6 @@ def _build(path: Path, dtype: torch.dtype | None, unsaid: torch.dtype) -> Any:
         raise InputError(f"{path}: would run in {dtype}; it must be float32, bfloat16 or float16")
     if config.is_encoder_decoder:
         raise InputError(f"{path}: has an encoder and a decoder; streaming walks through a decoder alone")
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{path}: is quantized; streaming needs float32, bfloat16 or float16 weights")
     return model.eval()
 
 

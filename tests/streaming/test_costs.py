@@ -203,7 +203,16 @@ def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool
     estimator = "empirical-fisher" if squares else "grad"
     scratch = tmp_path / "scratch"
     passes = [
-        DataPass(skeleton, passage, samples, estimator, schedule, scratch / str(number), lambda count: None)
+        DataPass(
+            skeleton,
+            passage,
+            samples,
+            range(len(samples)),
+            estimator,
+            schedule,
+            scratch / str(number),
+            lambda count: None,
+        )
         for number, samples in enumerate(SETS)
     ]
     sizes, waiting = [], [[Settled({}, [], [])]]
@@ -282,6 +291,19 @@ def test_device_memory(deep: Path) -> None:
     assert less.costs.device_bytes < whole.costs.device_bytes
     with pytest.raises(InputError, match="device memory of 1 B cannot hold"):
         choose_schedule(estimate, 8, Budget(PLENTY, device_memory=1))
+
+
+def test_many_processes(deep: Path) -> None:
+    """The estimate is for the most laden, and the disk is shared by the scratch files of all."""
+    lengths = [[9, 2, 7, 4, 4], [6]]
+    assert Load(lengths).share(1).lengths == lengths
+    dealt = Load(lengths, squares=True, kept=True).share(3)
+    assert dealt == Load([[9], [6]], squares=True, kept=True)
+    structure = Structure.build(deep)
+    estimate = Estimate(structure, Load(LENGTHS).share(2), CPU)
+    enough = estimate.result_bytes + 2 * estimate.scratch(Schedule(8))
+    assert choose_schedule(estimate, 8, Budget(enough, ranks=2)).schedule == Schedule(8)
+    assert choose_schedule(estimate, 8, Budget(enough - 1, ranks=2)).schedule != Schedule(8)
 
 
 def test_the_disk_chooses_boundaries_and_groups(deep: Path) -> None:

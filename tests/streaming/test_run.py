@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from perta_fast.rules import RULES
 from perta_fast.streaming import planning
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.schedule import Schedule
+from perta_fast.streaming.spill import Settled, Spill
 from perta_fast.streaming.walk import Step, handlings, steps_of
 from tests.checkpoints import read_checkpoint
 from tests.models import Job, write_job
@@ -78,6 +80,36 @@ def test_every_schedule(
     run(deep, tmp_path / "stream", rule=rule, stream=True)
     assert_same_weights(tmp_path / "memory", tmp_path / "stream")
     assert {path.name for path in tmp_path.iterdir()} == {"memory", "stream"}
+
+
+@pytest.mark.parametrize("rule", ["grad", "empirical-fisher"])
+def test_what_a_record_names_is_not_written_again(
+    rule: str,
+    job: Job,
+    scheduled: Callable[[Schedule], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that is killed while it writes has every file of the record as it was."""
+    settle, write = Spill.settle, Spill._write
+    named: dict[Spill, set[str]] = {}
+    written = []
+
+    def settled(spill: Spill) -> Settled:
+        found = settle(spill)
+        named[spill] = set(found.files)
+        return found
+
+    def checked(spill: Spill, name: str, *rest: Any) -> None:
+        assert name not in named.get(spill, ()), name
+        written.append(name)
+        write(spill, name, *rest)
+
+    monkeypatch.setattr(Spill, "settle", settled)
+    monkeypatch.setattr(Spill, "_write", checked)
+    scheduled(Schedule(2, every=2, groups=3))
+    run(job, tmp_path / "out", rule=rule, stream=True)
+    assert "look-0" in written and len(named) == 2
 
 
 @pytest.mark.parametrize("schedule", [Schedule(2), Schedule(2, groups=3)], ids=str)

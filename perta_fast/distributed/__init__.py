@@ -1,0 +1,1 @@
+"""One run done by many processes, on torch.distributed: who they are, and what each is dealt."""

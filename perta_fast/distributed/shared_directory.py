@@ -1,0 +1,37 @@
+"""Whether all ranks see one directory, as they must to fill it together."""
+
+import secrets
+import time
+from pathlib import Path
+
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.durable import write_file
+from perta_fast.errors import InputError
+
+_PATIENCE = 30  # seconds that a network file system may take to show a new file
+
+
+def check_shared(directory: Path, ranks: Ranks) -> None:
+    """Raise InputError on all ranks unless each sees ``directory`` as the first one does.
+
+    The first writes a file with a name that no one can have looked for before, as file systems also keep what
+    they did not find.
+    """
+    if ranks.world == 1:
+        return
+    token = directory / f"seen-by-all-{ranks.share(secrets.token_hex(8))}"
+    with ranks.together("the output directory"):
+        if ranks.first:
+            write_file(token, b"")
+    with ranks.together("the output directory"):
+        latest = time.monotonic() + _PATIENCE
+        while not token.exists():
+            if time.monotonic() > latest:
+                raise InputError(
+                    f"{directory}: is not seen by all processes; the output must lie on a file system that all "
+                    "machines share"
+                )
+            time.sleep(0.1)
+    with ranks.together("the output directory"):
+        if ranks.first:
+            token.unlink()
