@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test bench lint format cuda-check wheel-check clean
+.PHONY: demo test bench lint format docs cuda-check wheel-check clean
 
 demo: $(VENV)/built
 	$(BIN)/perta demo
 
+# Two files at a time. Threads that wait do not spin, as there are more of them than processors.
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest bench -c bench/pytest.ini --benchmark-only --benchmark-group-by=group
@@ -24,6 +25,10 @@ format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ and the Python API from its docstrings, into build/site; a broken link is an error.
+docs: $(VENV)/built
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Compiles every CUDA source without linking or running it.
 cuda-check:
 	@command -v nvcc >/dev/null || { echo "cuda-check: skipped, nvcc is not on PATH"; exit 0; }; \
@@ -32,13 +37,19 @@ cuda-check:
 	  nvcc -std=c++17 --fmad=false -Werror all-warnings -Icsrc -Icsrc/cuda -arch=sm_90 -c $$source -o /dev/null || exit 1; \
 	done
 
-# A wheel built without CUDA, imported from a directory of its own.
+# The source distribution, the wheel built from that alone, and the wheel in an environment of its own with the
+# dependencies that it asks for, run from elsewhere on a PATH without a compiler; the demo needs the CPU kernels.
+# No CUDA: cuda-check compiles that.
 wheel-check: $(VENV)/built
-	rm -rf build/wheel-check
-	PERTA_CUDA=0 $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel-check .
-	$(BIN)/pip install --quiet --no-deps --target build/wheel-check/site build/wheel-check/*.whl
-	cd build/wheel-check && PYTHONPATH=site ../../$(BIN)/python -c \
-	  "import perta_fast._C as c, perta_fast.kernels, sys; print(c.__file__, c.build_info()); sys.exit(c.build_info()['cuda'])"
+	rm -rf build/wheel-check *.egg-info
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/wheel-check')" >/dev/null
+	PERTA_CUDA=0 $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel-check build/wheel-check/*.tar.gz
+	$(PYTHON) -m venv --without-pip build/wheel-check/environment
+	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile torch==2.13.0
+	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile build/wheel-check/*.whl
+	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta --version
+	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta demo --fast
+	rm -rf build/wheel-check/environment
 
 $(VENV)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "perta_fast: $(PYTHON) was not found; install Python 3.11 to 3.13 or run: make PYTHON=..."; exit 1; }

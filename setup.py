@@ -1,4 +1,4 @@
-"""Builds the extension perta_fast._C with ninja; all else is in pyproject.toml.
+"""Finds the packages and builds the extension perta_fast._C with ninja; all else is in pyproject.toml.
 
 The CPU part needs a C++17 compiler only. The CUDA part is added where nvcc is found (CUDA_HOME, CUDA_PATH or
 PATH). Environment: CXX; PERTA_CUDA=0 leaves CUDA out, PERTA_CUDA=1 insists on it; PERTA_CUDA_ARCHS, such as
@@ -14,7 +14,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -69,6 +69,8 @@ def stop(message: str) -> None:
 
 def find_compiler() -> str:
     """The C++ compiler: CXX, or the first common name on PATH."""
+    if sys.platform == "win32":
+        stop("Windows is not supported, as files are mapped, locked and flushed by POSIX calls; use WSL.")
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
         if shutil.which(name.split()[0]):
@@ -201,4 +203,8 @@ def _ninja() -> list[str]:
         return ["ninja"]
 
 
-setup(ext_modules=[Extension("perta_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    packages=[*find_packages(include=["perta_fast*"]), "perta_fast.kernels"],
+    ext_modules=[Extension("perta_fast._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)

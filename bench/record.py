@@ -15,8 +15,11 @@ from bench.arrays import roles
 from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
+from bench.bench_ranks import OVER_PROCESSES, RANK_ROLES
 from bench.bench_reading import WAYS
 from bench.bench_stream import AGAINST, BEYOND, DEPTH, LARGE, stream_roles
+from bench.bench_sweep import CONTENDERS as SWEEP
+from bench.bench_sweep import GROUP as SWEEPS
 from bench.importance_job import ROLES
 from bench.tables import MISSING, Row, groups, table
 
@@ -29,10 +32,12 @@ PLANNED = {
     PHASE: "Whole commands",
     "reading": "Reading the inputs",
     GROUP: "Importance",
+    OVER_PROCESSES: "Importance",
     DEPTH: "Streaming",
     AGAINST: "Streaming",
     BEYOND: "Streaming",
     LARGE: "Streaming",
+    SWEEPS: "Sweeps",
     "fisher, cpu": "Per-sample Fisher of a linear map",
     "fisher of a model, cpu": "Per-sample Fisher of a whole model",
     "fisher, cuda": "Per-sample Fisher of a linear map on a GPU",
@@ -68,6 +73,10 @@ def expected(group: str) -> dict[str, str]:
         return stream_roles(group)
     if group == GROUP:
         return ROLES
+    if group == SWEEPS:
+        return SWEEP
+    if group.startswith(OVER_PROCESSES):
+        return RANK_ROLES
     if group.startswith("reading"):
         return WAYS
     if group.startswith("fisher"):

@@ -5,6 +5,7 @@
 Names are imported on first use, so that what needs no torch does not wait for it.
 """
 
+import logging
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
     from perta_fast.importance.estimate import estimate_importance
     from perta_fast.importance.store import Importance
     from perta_fast.live import apply_to_module_
+    from perta_fast.progress import Event
     from perta_fast.report import Report
     from perta_fast.resuming import resume
-    from perta_fast.sweeping import sweep
+    from perta_fast.sweeping.run import sweep
     from perta_fast.trade_off import Sweep
+    from perta_fast.tuning import Tuning, tune
     from perta_fast.unlearning import unlearn
     from perta_fast.verification import verify
 
 _HOMES = {
     "Evaluation": "perta_fast.evaluation",
+    "Event": "perta_fast.progress",
     "Importance": "perta_fast.importance.store",
     "InputError": "perta_fast.errors",
     "Interrupted": "perta_fast.errors",
@@ -32,18 +36,21 @@ _HOMES = {
     "Report": "perta_fast.report",
     "RunError": "perta_fast.errors",
     "Sweep": "perta_fast.trade_off",
+    "Tuning": "perta_fast.tuning",
     "apply": "perta_fast.application",
     "apply_to_module_": "perta_fast.live",
     "estimate_importance": "perta_fast.importance.estimate",
     "evaluate": "perta_fast.evaluation",
     "resume": "perta_fast.resuming",
-    "sweep": "perta_fast.sweeping",
+    "sweep": "perta_fast.sweeping.run",
+    "tune": "perta_fast.tuning",
     "unlearn": "perta_fast.unlearning",
     "verify": "perta_fast.verification",
 }
 
 __all__ = [
     "Evaluation",
+    "Event",
     "Importance",
     "InputError",
     "Interrupted",
@@ -51,6 +58,7 @@ __all__ = [
     "Report",
     "RunError",
     "Sweep",
+    "Tuning",
     "apply",
     "apply_to_module_",
     "estimate_importance",
@@ -58,9 +66,12 @@ __all__ = [
     "ops",
     "resume",
     "sweep",
+    "tune",
     "unlearn",
     "verify",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged is for whoever asks for it
 
 
 def __getattr__(name: str) -> Any:

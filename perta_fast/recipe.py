@@ -34,11 +34,11 @@ class Setting:
 def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
     """The arguments of ``unlearn`` by the names of the command's options, for its report.
 
-    Paths are absolute. What is None is left to its default again; ``progress`` is no part of a run.
+    Paths are absolute. What is None is left to its default again; ``progress`` and ``group`` are left out.
     """
     recipe: dict[str, Scalar] = {}
     for name, value in arguments.items():
-        if value is None or name == "progress":
+        if value is None or name in ("progress", "group"):
             continue
         if name in _PATHS:
             value = os.path.abspath(value)

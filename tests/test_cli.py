@@ -23,7 +23,7 @@ from tests.models import Job, write_job, write_lines
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = (
-    *("demo", "unlearn", "importance", "apply", "sweep", "eval"),
+    *("demo", "tune", "unlearn", "importance", "apply", "sweep", "eval"),
     *("report", "recipe", "inspect", "verify", "resume"),
 )
 TEXTS = {

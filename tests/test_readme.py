@@ -1,6 +1,7 @@
 """Every command and every piece of Python in the README, run as printed on small checkpoints."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ PYTHON = [block for kind, block in BLOCK.findall(README.read_text(encoding="utf-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the inputs that the README names."""
+    """A directory with the inputs that the README names, but for ``tuned``, which it makes first."""
     made = tmp_path_factory.mktemp("readme")
-    write_job(made)
+    shutil.rmtree(write_job(made).tuned)
     return made
 
 
