@@ -87,8 +87,11 @@ def run_all(group: Any, jobs: list[Job], folder: Path) -> list[Report]:
 @pytest.fixture(scope="module")
 def alone(jobs: list[Job], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Report]]:
     """What one process makes of all cases."""
-    folder = tmp_path_factory.mktemp("alone")
-    return folder, run_all(None, jobs, folder)
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    torch.set_num_threads(1)  # a module's fixture comes before one_thread
+    reports = run_all(None, jobs, folder)
+    torch.set_num_threads(threads)
+    return folder, reports
 
 
 def assert_close(expected: Path, found: Path) -> None:
