@@ -71,7 +71,8 @@ if command -v compute-sanitizer >/dev/null; then
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage 'compute-sanitizer' 100 \
         compute-sanitizer --tool memcheck --error-exitcode 99 \
         python3 -m pytest -q tests/ops/test_rescaled_subtract.py::test_cuda_many \
-        tests/ops/test_accumulate.py::test_cuda tests/ops/test_triton_fisher.py::test_types
+        tests/ops/test_accumulate.py::test_cuda tests/ops/test_low_rank.py::test_cuda \
+        tests/ops/test_triton_fisher.py::test_types
 else
     summary+=('compute-sanitizer: not measured, it is not on PATH')
 fi

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.arrays import roles
+from bench.bench_adapter import CONTENDERS as ADAPTER
+from bench.bench_adapter import PHASE as ADAPTER_PHASE
+from bench.bench_adapter import WHOLE as ADAPTER_WHOLE
 from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
@@ -30,6 +33,8 @@ RESULTS = FOLDER / "RESULTS.md"
 PLANNED = {
     WHOLE: "Whole commands",
     PHASE: "Whole commands",
+    ADAPTER_WHOLE: "An adapter for a checkpoint",
+    ADAPTER_PHASE: "An adapter for a checkpoint",
     "reading": "Reading the inputs",
     GROUP: "Importance",
     OVER_PROCESSES: "Importance",
@@ -69,6 +74,8 @@ def expected(group: str) -> dict[str, str]:
     """Contenders and roles that a complete run of ``group`` has."""
     if group.startswith((WHOLE, PHASE)):
         return WHOLE_PROCESS if group.startswith(WHOLE) else APPLY_PHASE
+    if group in (ADAPTER_WHOLE, ADAPTER_PHASE):
+        return ADAPTER
     if group in (DEPTH, AGAINST, BEYOND, LARGE):
         return stream_roles(group)
     if group == GROUP:

@@ -149,6 +149,7 @@ def unlearn(
             "dtype": "the checkpoint's" if dtype is None else str(dtype).removeprefix("torch."),
             "device": device_used,
             "stream": str(schedule or ("yes" if stream else "no")),
+            "processes": str(ranks.world),
         }
         for role, record in data_records.items():
             if record["truncated"]:

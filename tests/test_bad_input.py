@@ -98,7 +98,7 @@ APPLY: dict[str, Case] = {
     "pickled weights": (
         lambda i: pickled(i["model"]), [], 2, ["{inputs}/model: holds pickled weights", "python -c"],
     ),
-    "adapter": (lambda i: adapter(i["tuned"]), [], 2, ["{inputs}/tuned: holds a PEFT adapter; merge it"]),
+    "adapter": (lambda i: adapter(i["tuned"]), [], 2, ["an adapter of type None, not LORA"]),
     "not safetensors": (
         lambda i: (i["base"] / FIRST).write_text("<!DOCTYPE html><html>"),
         [], 2, ["{inputs}/base/" + FIRST, "is not a safetensors file"],

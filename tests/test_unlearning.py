@@ -106,6 +106,7 @@ def test_how_the_importances_were_estimated_is_reported(job: Job, tmp_path: Path
         "dtype": "float32",
         "device": "cuda:0" if torch.cuda.is_available() else "cpu",
         "stream": "no",
+        "processes": "1",
     }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perta_fast import ops
 from perta_fast.ops import reference
-from tests.ops.test_rescaled_subtract import DTYPES, assert_same_bits, draw
+from tests.ops.test_rescaled_subtract import DTYPES, assert_same_bits, cuda, draw
 
 # The interpreter of Triton computes with numpy, which warns of the special values.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -75,6 +75,17 @@ def test_triton(shape: tuple[int, int, int], dtype: torch.dtype, weighted: bool)
     arrays = arrays_of(shape, dtype)[: 5 if weighted else 3]
     how = {"scale": 0.3, "lam": 1.3, "p": 2.0}
     assert_same_bits(run("triton", arrays, **how), run("reference", arrays, **how))
+
+
+@cuda
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda(backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    arrays = arrays_of(shape, dtype, torch.bfloat16)
+    how = {"scale": 0.3, "lam": 1.3, "p": 2.0, "threshold": 0.25}
+    found = run(backend, [array.cuda() for array in arrays], **how)
+    assert_same_bits(found.cpu(), run("reference", arrays, **how))
 
 
 @given(

@@ -117,8 +117,10 @@ def test_equals_one_process(
         for row, other in zip(expected.tensors, reports[0].tensors, strict=True):
             assert (row.name, row.action) == (other.name, other.action)
             assert row.mean_weight == pytest.approx(other.mean_weight, rel=1e-4)
-        for key in ("data", "settings", "importance", "counts"):
-            assert getattr(Report.load(tmp_path / f"{number}"), key) == getattr(expected, key)
+        found = Report.load(tmp_path / f"{number}")
+        for key in ("data", "importance", "counts"):
+            assert getattr(found, key) == getattr(expected, key)
+        assert found.settings == expected.settings | {"processes": str(world)}
     assert_close(alone[0] / "importance", tmp_path / "importance")
     result = verify(tmp_path / "1", full=True, progress=False)
     assert not result.problems and not result.unchecked
