@@ -1,7 +1,7 @@
 """What both kinds of run, into a new directory and in place, put in the report."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,15 @@ def add_up(totals: dict[int, Statistics], index: int, statistics: Statistics) ->
     sums = totals.setdefault(index, {})
     for key, value in statistics.items():
         sums[key] = sums.get(key, 0) + value
+
+
+def added_up(parts: Iterable[Mapping[int, Statistics]]) -> dict[int, Statistics]:
+    """The sum of each tensor's statistics over ``parts``."""
+    totals: dict[int, Statistics] = {}
+    for part in parts:
+        for index, statistics in part.items():
+            add_up(totals, index, statistics)
+    return totals
 
 
 def describe_tensors(report: Report, plans: Sequence[TensorPlan], totals: dict[int, Statistics]) -> None:

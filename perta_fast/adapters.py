@@ -4,11 +4,9 @@ Peft itself is not needed. What an adapter adds to a matrix is scale * B @ A; th
 are subtracted, a block at a time.
 """
 
-import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from perta_fast.checkpoint import OUTPUT_HEADS, Checkpoint
+from perta_fast.checkpoint import OUTPUT_HEADS, Checkpoint, python_command
 from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.durable import read_fully
 from perta_fast.errors import InputError, RunError
-from perta_fast.regular_files import regular_file
+from perta_fast.regular_files import read_json
 from perta_fast.safetensors_file import TensorEntry
 
 CONFIG = "adapter_config.json"
@@ -244,13 +242,7 @@ def _by_module(pattern: Any, module: str, otherwise: Any) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8", opener=regular_file) as file:
-            config = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON") from error
+    config = read_json(path)
     if not isinstance(config, dict) or not all(
         isinstance(config.get(name) or {}, dict) for name in ("alpha_pattern", "rank_pattern")
     ):
@@ -276,7 +268,7 @@ def _merge_first(path: Path) -> str:
         "from peft import AutoPeftModelForCausalLM as M; "
         f"M.from_pretrained({str(path)!r}, dtype='auto').merge_and_unload().save_pretrained({target!r})"
     )
-    return f"merge it and give the merged checkpoint: python -c {shlex.quote(program)}"
+    return f"merge it and give the merged checkpoint: {python_command(program)}"
 
 
 def _read(entry: TensorEntry) -> Matrix:

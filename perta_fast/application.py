@@ -123,7 +123,7 @@ def apply_sources(
     """
     with ranks.together("the inputs"):
         check_threads(settings.threads)
-    threads = settings.threads or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
+    threads = threads_for(settings.threads, ranks)
     report = begin_report(sources, rule, threads)
     if annotate is not None:
         annotate(report)
@@ -162,6 +162,11 @@ def apply_sources(
         return resume_directory(settings.place, settings.progress, ranks)
     fill = partial(write_shards, ranks=ranks) if streamed is None else streamed.fill
     return write_directory(job, sources, fill, ranks)
+
+
+def threads_for(asked: int | None, ranks: Ranks) -> int:
+    """As many threads as were asked for, or this process's part of the machine's; every rank calls it."""
+    return asked or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
 
 
 def _is_begun(job: Job, sources: Sources) -> bool:

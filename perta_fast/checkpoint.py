@@ -1,6 +1,5 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.errors import InputError
-from perta_fast.regular_files import regular_file
+from perta_fast.regular_files import read_json
 from perta_fast.safetensors_file import SafetensorsFile, TensorEntry
 
 if TYPE_CHECKING:
@@ -165,18 +164,17 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
         f"t.AutoModelForCausalLM.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}); "
         f"t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({target!r})"
     )
+    return python_command(program)
+
+
+def python_command(program: str) -> str:
+    """The shell command that runs ``program``."""
     plain = set(program).isdisjoint('"$`\\!')  # then double quotes will do, which are easier to read
     return f'python -c "{program}"' if plain else f"python -c {shlex.quote(program)}"
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        with open(index, "rb", opener=regular_file) as file:
-            content = json.load(file)
-    except OSError as error:
-        raise InputError(f"{index}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{index}: is not JSON") from error
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")

@@ -20,13 +20,13 @@ from perta_fast.accounts import add_up, describe_inputs, describe_output, descri
 from perta_fast.checkpoint import JOB, JOURNAL
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.durable import move, read_record, remove, sync_directory, sync_file, write_file, write_record
-from perta_fast.errors import InputError, Interrupted, PertaError, RunError
+from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
 from perta_fast.job import Job, reopen
 from perta_fast.journal import START, Segment, new_segment, valid_segments
 from perta_fast.locking import lock
 from perta_fast.memory import PeakMemory
 from perta_fast.model_card import write_model_card
-from perta_fast.output import advice, check_space, scratch_path
+from perta_fast.output import check_space, scratch_path
 from perta_fast.progress import Progress, byte_bar
 from perta_fast.report import FILE_NAME, Report, fits, now
 from perta_fast.sources import Sources

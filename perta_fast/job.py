@@ -170,9 +170,10 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
     are not compared, as the run itself has changed them.
     """
     opened: dict[str, Checkpoint] = {}
+    adapted = is_adapter(job.directories["tuned"])
     for role, path in job.directories.items():
         stem = STEM if role.endswith("importance") else "model"
-        if role == "tuned" and is_adapter(path):
+        if role == "tuned" and adapted:
             stem = ADAPTER_STEM
         changing = _is_changed_by(job, role)
         opened[role] = Checkpoint.open(path, stem, index=index if changing else None, unfinished=changing)
@@ -184,7 +185,7 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
         opened.get("retain_importance"),
         [],
         {},
-        opened["tuned"].path / CONFIG if is_adapter(opened["tuned"].path) else None,
+        opened["tuned"].path / CONFIG if adapted else None,
     )
     for role, files in fingerprints(sources).items():
         before = job.files.get(role, {})

@@ -24,7 +24,7 @@ from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.quantised import open_plain, refuse_quantised_module
 from perta_fast.rules import Rule
-from perta_fast.safetensors_file import SafetensorsFile
+from perta_fast.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.staging import ALIGNMENT, Staging
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def apply_to_module_(
         everything = held_tensors(module)
         parameters = _covered(everything, importances)
         low_rank: dict[str, LowRank] = {}
+        whole: dict[str, TensorEntry] = {}
         if adapter is not None:
             adapter.check_untouched(checkpoints[1])
             low_rank, whole = adapter.meet(
@@ -95,11 +96,11 @@ def apply_to_module_(
                 )
             sources[name] = []
             if name not in low_rank:
-                names = [stored_name(checkpoints[1], name)]
-                names.insert(0, stored_name(checkpoints[0], name) if adapter is None else whole[name].name)
+                own = whole[name].name if name in whole else stored_name(checkpoints[0], name)
+                names = (own, stored_name(checkpoints[1], name))
                 sources[name] += [
-                    _Source.of_checkpoint(each, stored, str(each.path))
-                    for each, stored in zip(checkpoints, names, strict=True)
+                    _Source.of_checkpoint(each, stored_as, str(each.path))
+                    for each, stored_as in zip(checkpoints, names, strict=True)
                 ]
             sources[name] += [
                 _Source.of_importance(each, files, name)

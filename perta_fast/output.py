@@ -1,6 +1,5 @@
 """A new directory that appears whole or not at all."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -8,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from perta_fast.durable import move, remove, sync_tree
-from perta_fast.errors import InputError, NotFiniteError, RunError
+from perta_fast.errors import InputError, NotFiniteError, RunError, advice
 from perta_fast.locking import lock
 
 
@@ -135,13 +134,3 @@ def check_space(directory: Path, needed: int) -> None:
 def scratch_path(place: Path) -> Path:
     """Where the importances of a run to, or on, ``place`` are kept until it is done."""
     return partial_path(place.with_name(f".{place.name}.perta-importance"))
-
-
-def advice(error: OSError) -> str:
-    """What went wrong with a write, and what to do about it."""
-    return {
-        errno.ENOSPC: "the disk is full: free some space or choose another disk",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "the file would exceed this process's file size limit (ulimit -f)",
-        errno.EROFS: "the file system is read-only",
-    }.get(error.errno or 0, str(error))

@@ -4,14 +4,13 @@ The layouts are those that transformers 5 loads (``serialized_names`` in its qua
 stop a subtraction on them: the integers look like counters, and the scales like weights.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast.checkpoint import Checkpoint, conversion_command
 from perta_fast.errors import InputError
-from perta_fast.regular_files import regular_file
+from perta_fast.regular_files import read_json
 from perta_fast.safetensors_file import TensorEntry
 
 # How names end that only a quantised checkpoint has, and its method.
@@ -104,9 +103,8 @@ def refuse_quantised_module(module: object) -> None:
 def _configured(path: Path) -> str | None:
     """The method that config.json names; a damaged one is for others to complain of."""
     try:
-        with open(path / "config.json", "rb", opener=regular_file) as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        config = read_json(path / "config.json")
+    except InputError:
         return None
     tables = [config, config.get("text_config")] if isinstance(config, dict) else []
     for table in tables:

@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_h
 
 from perta_fast.errors import InputError
 from perta_fast.progress import LOGGER
-from perta_fast.regular_files import regular_file
+from perta_fast.regular_files import read_json
 
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 1
@@ -128,15 +128,7 @@ class Report:
     @classmethod
     def read(cls, path: Path) -> "Report":
         """``load`` of a file, wherever it lies."""
-        try:
-            with open(path, encoding="utf-8", opener=regular_file) as file:
-                content = json.load(file)
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror}; is this the output of a run?"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not JSON") from error
+        content = read_json(path, "is this the output of a run?")
         if not fits(content, cls) or content.get("format_version") != FORMAT_VERSION:
             raise InputError(f"{path}: is not a report that this version understands")
         rows = [TensorReport(**row) for row in content.pop("tensors", [])]

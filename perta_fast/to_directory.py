@@ -4,13 +4,13 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from perta_fast.accounts import add_up, describe_inputs, describe_output, describe_tensors
+from perta_fast.accounts import add_up, added_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
@@ -246,7 +246,7 @@ def write_shards(
         own = _write_parts(job, sources, target.path, dealt[ranks.rank], finished)
     every = [sums for known in done for sums in known.values()] + ranks.gather(own)
     report.add_phase("apply", time.perf_counter() - started, sum(part.cost for part in rest))
-    describe_tensors(report, sources.plans, _added_up(every))
+    describe_tensors(report, sources.plans, added_up(every))
     return sources
 
 
@@ -268,15 +268,7 @@ def _write_parts(job: Job, sources: Sources, directory: Path, parts: list[Part],
         chunks = (chunk for part in changing for chunk in part.chunks())
         job.subtraction(sources).run(chunks, writer.store, bar.update)
         writer.wait()
-    return _added_up(writer.totals.values())
-
-
-def _added_up(each: Iterable[Totals]) -> Totals:
-    result: Totals = {}
-    for totals in each:
-        for index, statistics in totals.items():
-            add_up(result, index, statistics)
-    return result
+    return added_up(writer.totals.values())
 
 
 def _copy_shard(shard: Shard, link: bool) -> None:

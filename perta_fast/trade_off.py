@@ -1,6 +1,5 @@
 """What a sweep has measured: forgetting against retaining by setting, as a table, a file and a plot."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,14 +8,12 @@ from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.importance.store import ImportanceMetadata
-from perta_fast.regular_files import regular_file
+from perta_fast.regular_files import read_json
 from perta_fast.report import DataRecord, fits, write_readable_json
+from perta_fast.sweeping.criteria import LOSS
 
 LARGEST = 1024.0  # the search for a strength goes no further up,
 SMALLEST = 1 / 1024  # and no further down
-LOSS = "loss"  # the metric that grows as a model forgets; every other one shrinks
-METRICS = (LOSS, "Q_A_Prob", "Q_A_ROUGE", "extraction_strength", "exact_memorization")  # as in ``evaluation``
-SELECTIONS = ("best-forget", "closest")
 FILE_NAME = "sweep.json"
 PLOT_NAME = "sweep.png"
 FORMAT_VERSION = 2
@@ -194,15 +191,7 @@ class Sweep:
     @classmethod
     def read(cls, path: Path) -> "Sweep":
         """Read ``sweep.json``, but for what it says of importances. Raises InputError if it cannot be read."""
-        try:
-            with open(path, encoding="utf-8", opener=regular_file) as file:
-                content = json.load(file)
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror}; give a directory that perta sweep wrote"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not JSON; give a directory that perta sweep wrote") from error
+        content = read_json(path, "give a directory that perta sweep wrote")
         unknown = InputError(f"{path}: is not a sweep that this version understands")
         if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
             raise unknown

@@ -7,8 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perta_fast import compiled
-from perta_fast.application import Settings, apply_sources, check_threads, destination, unfinished_advice
+from perta_fast.application import (
+    Settings,
+    apply_sources,
+    check_threads,
+    destination,
+    threads_for,
+    unfinished_advice,
+)
 from perta_fast.data import read_data
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
@@ -168,7 +174,7 @@ def unlearn(
         assert subject.skeleton is not None
         lengths = [[len(each.input_ids) for each in rows] for rows in samples.values()]
         load = Load(lengths, chosen.estimator == "empirical-fisher", kept=save_importance is not None)
-        workers = threads or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
+        workers = threads_for(threads, ranks)
         schedule = schedule_for(
             subject.skeleton, load, batch_size, place, memory, device_memory, workers, progress is True, ranks
         )

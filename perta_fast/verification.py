@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.adapters import LowRank
+from perta_fast.adapters import Matrix
 from perta_fast.agreement import TensorPlan
 from perta_fast.checkpoint import Checkpoint
 from perta_fast.dtypes import ITEM_SIZES
@@ -254,12 +254,13 @@ def _tensor_is_right(
     copied: bool,
 ) -> bool:
     found = output.tensors[plan.theta.name]
+    factors = None if copied or plan.low_rank is None else plan.low_rank.factors()
     for begin in range(0, plan.theta.count, _CHUNK):
         count = min(_CHUNK, plan.theta.count - begin)
         if copied:
             same = _bytes(output, found, begin, count) == _bytes(sources.model, plan.theta, begin, count)
         else:
-            same = _chunk_is_right(plan, sources, output, found, rule, exact, begin, count)
+            same = _chunk_is_right(plan, factors, sources, output, found, rule, exact, begin, count)
         if not same:
             return False
     return True
@@ -267,6 +268,7 @@ def _tensor_is_right(
 
 def _chunk_is_right(
     plan: TensorPlan,
+    factors: tuple[Matrix, Matrix] | None,
     sources: Sources,
     output: Checkpoint,
     found: TensorEntry,
@@ -283,10 +285,10 @@ def _chunk_is_right(
     for number, checkpoint, entry in sources.operands(plan):
         arrays[number] = _floats(checkpoint, entry, begin, count)
     theta, tuned, base, forget, retain = arrays
-    if plan.low_rank is None:
+    if plan.low_rank is None or factors is None:
         task_vector = tuned.float() - base.float()
     else:
-        task_vector = _low_rank_chunk(plan.low_rank, begin, count)
+        task_vector = _low_rank_chunk(factors, plan.low_rank.scale, begin, count)
     # Without importances this is the whole step, w = 1: the far end of where the result may lie.
     settings = (rule.lam, rule.p, rule.alpha, rule.threshold)
     expected = reference.subtract(theta, task_vector, forget, retain, *settings)
@@ -301,16 +303,16 @@ def _chunk_is_right(
     return bool(((low <= actual) & (actual <= high)).all())
 
 
-def _low_rank_chunk(update: LowRank, begin: int, count: int) -> Any:
+def _low_rank_chunk(factors: tuple[Matrix, Matrix], scale: float, begin: int, count: int) -> Any:
     """Elements of a task vector given by its factors, from the rows that they lie in."""
     import torch
 
     from perta_fast.ops import reference
 
-    left, right = map(torch.from_numpy, update.factors())
+    left, right = map(torch.from_numpy, factors)
     columns = right.shape[1]
     first, end = begin // columns, -(-(begin + count) // columns)
-    rows = reference.low_rank_task_vector(left[first:end], right, update.scale)
+    rows = reference.low_rank_task_vector(left[first:end], right, scale)
     return rows.view(-1)[begin - first * columns :][:count]
 
 

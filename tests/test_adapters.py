@@ -97,6 +97,11 @@ def make_importances(folder: Path, build: Build) -> list[Path]:
     ]
 
 
+def subtract(model: Path, base: Path, tuned: str | Path, out: Path) -> None:
+    """The plain task vector, into a new directory."""
+    apply(model, base, tuned, rule="tv", out=out, progress=False)
+
+
 def rewrite_config(adapter: Path, **changes: Any) -> None:
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -141,14 +146,7 @@ def test_as_the_merged_checkpoint(
 def test_one_rounding_of_the_exact_product(dtype: torch.dtype, tmp_path: Path) -> None:
     """In 16 bits the merged checkpoint has lost part of the task vector; an adapter's is not rounded at all."""
     make_adapter(tmp_path, llama, {"target_modules": ["q_proj"], "r": 2, "lora_alpha": 2}, dtype)
-    apply(
-        tmp_path / "model",
-        tmp_path / "base",
-        tmp_path / "adapter",
-        rule="tv",
-        out=tmp_path / "out",
-        progress=False,
-    )
+    subtract(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
     product = factors[f"{stem}.lora_B.weight"].double() @ factors[f"{stem}.lora_A.weight"].double()
@@ -282,28 +280,14 @@ def test_plans_name_their_factors(tmp_path: Path) -> None:
 
 def test_names_without_their_beginning_are_found(tmp_path: Path) -> None:
     make_adapter(tmp_path, gpt2, ADAPTERS["conv1d"][1])
-    apply(
-        tmp_path / "model",
-        tmp_path / "base",
-        tmp_path / "adapter",
-        rule="tv",
-        out=tmp_path / "out",
-        progress=False,
-    )
+    subtract(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     for name in ("model", "base"):  # as the hub's own GPT-2 is stored
         tensors = read_checkpoint(tmp_path / name)
         write_checkpoint(
             tmp_path / f"short-{name}",
             {key.removeprefix("transformer."): each for key, each in tensors.items()},
         )
-    apply(
-        tmp_path / "short-model",
-        tmp_path / "short-base",
-        tmp_path / "adapter",
-        rule="tv",
-        out=tmp_path / "short",
-        progress=False,
-    )
+    subtract(tmp_path / "short-model", tmp_path / "short-base", tmp_path / "adapter", tmp_path / "short")
     found, expected = read_checkpoint(tmp_path / "short"), read_checkpoint(tmp_path / "out")
     assert all(same_bytes(found[name.removeprefix("transformer.")], each) for name, each in expected.items())
 
@@ -387,7 +371,7 @@ def test_values_that_are_not_finite(plain: Path, tmp_path: Path) -> None:
     adapter = copy_of(plain / "adapter", tmp_path)
     rename(adapter, lambda tensors: tensors | {A: torch.full((8, 32), float("nan"))})
     with pytest.raises(RunError, match=r"layers\.0\.self_attn\.q_proj\.weight: the result would hold NaN"):
-        apply(plain / "model", plain / "base", adapter, rule="tv", out=tmp_path / "out", progress=False)
+        subtract(plain / "model", plain / "base", adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -404,14 +388,7 @@ def test_other_damage(plain: Path, tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     refused(plain, adapter, "holds neither adapter_model.safetensors nor", tmp_path)
     with pytest.raises(InputError, match="holds a PEFT adapter, which only tuned can be"):
-        apply(
-            plain / "adapter",
-            plain / "base",
-            plain / "adapter",
-            rule="tv",
-            out=tmp_path / "out",
-            progress=False,
-        )
+        subtract(plain / "adapter", plain / "base", plain / "adapter", tmp_path / "out")
 
 
 def test_the_advice_to_merge_works(plain: Path, tmp_path: Path) -> None:
@@ -428,7 +405,7 @@ def test_the_advice_to_merge_works(plain: Path, tmp_path: Path) -> None:
     program = shlex.split(str(caught.value).split("merged checkpoint: ", 1)[1])
     assert program[:2] == ["python", "-c"]
     exec(program[2], {})
-    apply(plain / "model", plain / "base", f"{adapter}-merged", rule="tv", out=tmp_path / "out", progress=False)
+    subtract(plain / "model", plain / "base", f"{adapter}-merged", tmp_path / "out")
 
 
 def copy_of(adapter: Path, folder: Path) -> Path:
@@ -440,5 +417,5 @@ def copy_of(adapter: Path, folder: Path) -> Path:
 def refused(folder: Path, adapter: Path, message: str, tmp_path: Path) -> None:
     """The error says why, and nothing is written."""
     with pytest.raises(InputError, match=message):
-        apply(folder / "model", folder / "base", adapter, rule="tv", out=tmp_path / "out", progress=False)
+        subtract(folder / "model", folder / "base", adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

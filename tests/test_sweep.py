@@ -21,7 +21,8 @@ from perta_fast.importance import estimate
 from perta_fast.sweeping import importances as sweeping_importances
 from perta_fast.sweeping import job as sweeping_job
 from perta_fast.sweeping import scoring
-from perta_fast.trade_off import METRICS, Row
+from perta_fast.sweeping.criteria import METRICS
+from perta_fast.trade_off import Row
 from tests.checkpoints import fingerprint, read_checkpoint
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.study.data import Row, Split, Tofu
 from bench.study.settings import Settings
 from bench.study.store import Store, digest_of
-from bench.study.training import new_model, train_tokenizer, tune_
+from bench.study.training import new_model, tune_
 from perta_fast.data import encode, records_from
+from perta_fast.demo.training import train_tokenizer
 from perta_fast.importance.estimate import choose_device
 
 _SHAPE = ("vocabulary", "hidden_size", "layers", "heads", "context", "batch_size")
@@ -36,17 +37,10 @@ class Models:
 
         def make(folder: Path) -> None:
             rows = [*self.tofu.pretraining, *self.tofu.facts]
-            tokenizer = train_tokenizer(rows, settings)
+            tokenizer = train_tokenizer(rows, settings.vocabulary)
             model = new_model(settings, tokenizer, self.seed).to(choose_device(None))
-            tune_(
-                model,
-                encode(records_from(rows), tokenizer, settings.context),
-                epochs=settings.pretraining_epochs,
-                rate=settings.pretraining_rate,
-                batch_size=settings.batch_size,
-                seed=self.seed,
-            )
-            _save(model, tokenizer, folder)
+            epochs, rate = settings.pretraining_epochs, settings.pretraining_rate
+            self._train(model, tokenizer, rows, epochs, rate, folder)
 
         return self.store.piece(f"seed{self.seed}/base", made_of, make)
 
@@ -74,18 +68,21 @@ class Models:
         }
 
         def make(folder: Path) -> None:
-            model, tokenizer = load_model(base), load_tokenizer(base)
-            tune_(
-                model,
-                encode(records_from(rows), tokenizer, settings.context),
-                epochs=settings.tuning_epochs,
-                rate=settings.tuning_rate,
-                batch_size=settings.batch_size,
-                seed=self.seed,
-            )
-            _save(model, tokenizer, folder)
+            epochs, rate = settings.tuning_epochs, settings.tuning_rate
+            self._train(load_model(base), load_tokenizer(base), rows, epochs, rate, folder)
 
         return self.store.piece(f"seed{self.seed}/{name}", made_of, make)
+
+    def _train(
+        self, model: Any, tokenizer: Any, rows: Sequence[Row], epochs: int, rate: float, folder: Path
+    ) -> None:
+        """Train on ``rows``, and save to ``folder``."""
+        settings = self.settings
+        samples = encode(records_from(rows), tokenizer, settings.context)
+        batch_size, seed = settings.batch_size, self.seed
+        tune_(model, samples, epochs=epochs, rate=rate, batch_size=batch_size, seed=seed)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def load_model(path: Path) -> Any:
@@ -96,11 +93,6 @@ def load_model(path: Path) -> Any:
 def load_tokenizer(path: Path) -> Any:
     """Its tokenizer."""
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _some(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A small Llama, its tokenizer, and the loop that trains it."""
+"""A small Llama, and the loop that trains it."""
 
 from __future__ import annotations
 
@@ -6,54 +6,31 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench.study.data import Row
 from bench.study.settings import Settings
 from perta_fast.data import IGNORED, Sample
+from perta_fast.demo.training import new_llama
 from perta_fast.losses import Batch, batches_by_length, sample_means
 
 _GROUP = 16  # batches whose samples are sorted by length together: little padding, and still a random order
 _WARM_UP = 0.1  # of the steps
 
 
-def train_tokenizer(rows: Sequence[Row], settings: Settings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on ``rows``."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=["<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-
-
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A float32 Llama with random weights, input and output embeddings tied."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    """The study's Llama, untrained; input and output embeddings are tied."""
+    return new_llama(
+        tokenizer,
+        seed,
         hidden_size=settings.hidden_size,
         intermediate_size=8 * settings.hidden_size // 3,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
         max_position_embeddings=settings.context,
         tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 def losses_of(module: Any, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.commands.settings import (
     add_at,
@@ -13,7 +13,10 @@ from perta_fast.commands.settings import (
     output_settings,
 )
 from perta_fast.rules import RULES, Rule
-from perta_fast.trade_off import LOSS, METRICS, SELECTIONS, Row
+from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
+
+if TYPE_CHECKING:
+    from perta_fast.trade_off import Row
 
 
 def add(commands: Any) -> None:
@@ -112,7 +115,7 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _making(parsed: argparse.Namespace, row: Row, lam: str) -> str:
+def _making(parsed: argparse.Namespace, row: "Row", lam: str) -> str:
     """The command that writes the checkpoint that a sweep has scored in ``row``, at ``lam``."""
     rule = Rule.of(row.rule, 0.0)
     given: dict[str, Any] = {name: getattr(parsed, name) for name in ("model", "base", "tuned")}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,13 +20,16 @@ _VOCABULARY = 1280  # at most: the word lists give fewer merges
 _WARM_UP = 0.1  # of the steps
 
 
-def train_tokenizer(rows: Iterable[Row]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that knows nearly every word of ``rows`` as one token."""
+def train_tokenizer(rows: Iterable[Row], vocabulary: int = _VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens.
+
+    So many as by default know nearly every word of the demo's rows as one token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<eos>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -37,16 +41,24 @@ def train_tokenizer(rows: Iterable[Row]) -> PreTrainedTokenizerFast:
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A float32 Llama with random weights that depend on ``seed`` alone."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    """The demo's Llama, untrained."""
+    return new_llama(
+        tokenizer,
+        seed,
         hidden_size=settings.hidden_size,
         intermediate_size=3 * settings.hidden_size,
         num_hidden_layers=settings.layers,
         num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
+    )
+
+
+def new_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **shape: Any) -> LlamaForCausalLM:
+    """A float32 Llama with random weights that depend on ``seed`` alone; shape: as in ``LlamaConfig``."""
+    config = LlamaConfig(
+        **shape,
+        vocab_size=len(tokenizer),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

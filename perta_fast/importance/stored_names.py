@@ -1,7 +1,5 @@
 """From the parameters of a module to the tensors that its checkpoint stores."""
 
-import math
-
 import torch
 from torch import nn
 
@@ -21,30 +19,6 @@ def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, 
     if not isinstance(module, PreTrainedModel):
         return tensors
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(module, tensors).items()}
-
-
-def stored_views(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The floating-point parameters, named and cut up as by ``as_stored``, but views of them: to be written to.
-
-    Tied parameters come once. All must be contiguous and in memory. Raises InputError for one whose parts are
-    not stored as they lie in it. Memory: for one parameter that is cut up at a time, 16 bytes an element.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point():
-            found |= _views(module, name, parameter.detach())
-    return found
-
-
-def _views(module: nn.Module, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    pieces = as_stored(module, {name: parameter})
-    begin, end = parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
-    if all(begin <= each.data_ptr() <= end - each.nbytes for each in pieces.values()):
-        return pieces
-    return {
-        stored: parameter.view(-1)[first : first + math.prod(shape)].view(shape)
-        for stored, (first, shape) in stored_places(module, name, parameter.shape).items()
-    }
 
 
 def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, tuple[int, torch.Size]]:

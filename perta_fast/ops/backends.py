@@ -120,6 +120,12 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(like.shape)} is needed")
 
 
+def check_pair(forget_importance: Tensor | None, retain_importance: Tensor | None) -> None:
+    """Raise ValueError if there is one importance and not the other."""
+    if (forget_importance is None) != (retain_importance is None):
+        raise ValueError("forget_importance and retain_importance go together: give both or neither")
+
+
 def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise ValueError unless all tensors are where the first one is."""
     for numbered_name, tensor in numbered(name, tensors).items():

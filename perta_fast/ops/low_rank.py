@@ -10,11 +10,12 @@ from perta_fast import compiled
 from perta_fast.ops import reference
 from perta_fast.ops.backends import (
     DTYPE_CODES,
+    check_apart,
     check_array,
+    check_pair,
     check_tensor,
     check_types,
     choose,
-    overlap,
 )
 from perta_fast.ops.registration import register, traced
 from perta_fast.rules import check_settings
@@ -77,9 +78,8 @@ def _subtract_(
 ) -> None:
     _check(theta, left, right, forget_importance, retain_importance, *settings)
     importances = forget_importance, retain_importance
-    for name, tensor in zip(_SOURCES, (left, right, *importances), strict=True):
-        if tensor is not None and overlap(theta, tensor):
-            raise ValueError(f"{name} shares memory with theta, which is overwritten")
+    sources = zip(_SOURCES, (left, right, *importances), strict=True)
+    check_apart({"theta": theta}, {name: tensor for name, tensor in sources if tensor is not None})
     scale, lam, p, alpha, threshold, backend = settings
     chosen = choose(backend, theta.device)
     if chosen == "reference":
@@ -138,8 +138,7 @@ def _check(
     check_tensor("theta", theta, theta)
     if theta.dim() != 2:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; a matrix is needed")
-    if (forget_importance is None) != (retain_importance is None):
-        raise ValueError("forget_importance and retain_importance go together: give both or neither")
+    check_pair(forget_importance, retain_importance)
     for name, tensor in (("forget_importance", forget_importance), ("retain_importance", retain_importance)):
         if tensor is not None:
             check_tensor(name, tensor, theta)

@@ -13,6 +13,7 @@ from perta_fast.ops.backends import (
     check_apart,
     check_lists,
     check_one_device,
+    check_pair,
     check_tensor,
     check_types,
     choose,
@@ -216,8 +217,7 @@ def _check(arrays: _Arrays, settings: _Settings, place: str = "") -> None:
     """Raise unless everything fits; ``place`` tells one tensor of many, as in thetas[3]."""
     check_settings(*settings[:4])
     check_tensor("theta" + place, arrays.theta, arrays.theta)
-    if (arrays.forget_importance is None) != (arrays.retain_importance is None):
-        raise ValueError("forget_importance and retain_importance go together: give both or neither")
+    check_pair(arrays.forget_importance, arrays.retain_importance)
     for name, tensor in arrays.sources.items():
         check_tensor(name + place, tensor, arrays.theta)
 

@@ -1,6 +1,5 @@
 """What a page rests on beside the run's own report: sweeps, evaluations, and directories still as they were."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any, TypeGuard
 
 from perta_fast.errors import InputError, RunError
 from perta_fast.hashing import hash_files
-from perta_fast.regular_files import regular_file
+from perta_fast.regular_files import read_json
 from perta_fast.report import DirectoryRecord, fits
 from perta_fast.trade_off import FILE_NAME as SWEEP
 from perta_fast.trade_off import Row, Sweep
@@ -103,7 +102,7 @@ def why_not_as_recorded(record: DirectoryRecord) -> str | None:
 
 
 def _read_scores(path: Path, label: str) -> Scores:
-    content = _read_json(path, "give a file that perta eval wrote")
+    content = read_json(path, "give a file that perta eval wrote")
     metrics = content.get("metrics", content) if isinstance(content, dict) else None
     if not isinstance(metrics, dict):
         raise InputError(f"{path}: is not a file of results; give the one that perta eval wrote")
@@ -121,16 +120,6 @@ def _read_scores(path: Path, label: str) -> Scores:
         if isinstance(found, dict) and isinstance(found.get("blake3"), str)
     }
     return Scores(label, path, model if isinstance(model, str) else "", values, hashes)
-
-
-def _read_json(path: Path, advice: str) -> Any:
-    try:
-        with open(path, encoding="utf-8", opener=regular_file) as file:
-            return json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON; {advice}") from error
 
 
 def _finite(value: Any) -> float | None:

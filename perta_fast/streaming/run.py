@@ -5,7 +5,7 @@ each step a record of how far it has come. Everything that a record names was fl
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from perta_fast.accounts import add_up, describe_tensors
+from perta_fast.accounts import added_up, describe_tensors
 from perta_fast.agreement import TensorPlan, importance_key
 from perta_fast.data import Sample
 from perta_fast.distributed.ranks import Ranks
@@ -33,7 +33,6 @@ from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.sharing import shares_of
 from perta_fast.streaming.skeleton import Skeleton
 from perta_fast.streaming.walk import Walk, handlings, steps_of
-from perta_fast.subtraction import Statistics
 from perta_fast.to_directory import STATE
 
 _SAMPLES = "samples.json"
@@ -156,7 +155,7 @@ class StreamedRun:
             report.importance[f"{role}_importance"]["one_by_one"] = ", ".join(each.one_by_one)
         if self._skeleton.device.type == "cuda":
             report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._skeleton.device)
-        describe_tensors(report, sources.plans, _added_up(ranks.gather(writing.totals)))
+        describe_tensors(report, sources.plans, added_up(ranks.gather(writing.totals)))
         _describe_time(report, walk, writing, time.perf_counter() - started)
         return replace(
             sources,
@@ -207,14 +206,6 @@ class StreamedRun:
             begun,
             self._ranks,
         )
-
-
-def _added_up(parts: Iterable[Mapping[int, Statistics]]) -> dict[int, Statistics]:
-    totals: dict[int, Statistics] = {}
-    for part in parts:
-        for index, statistics in part.items():
-            add_up(totals, index, statistics)
-    return totals
 
 
 def _rows(samples: Sequence[Sample]) -> list[_Row]:

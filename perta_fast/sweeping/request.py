@@ -8,9 +8,10 @@ from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.importance.estimate import check_sizes
+from perta_fast.sweeping.criteria import LOSS, SELECTIONS
 from perta_fast.sweeping.grid import check_strengths, curves_of
 from perta_fast.sweeping.scoring import check_metric
-from perta_fast.trade_off import LOSS, SELECTIONS, Row
+from perta_fast.trade_off import Row
 
 _BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
 _PATHS = ("model", "base", "tuned", "forget", "retain", "forget_importance", "retain_importance", "gold", "out")

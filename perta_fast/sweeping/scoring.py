@@ -1,7 +1,7 @@
 """What a setting scores: theta_full as a live module, changed, scored and restored."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,14 +15,15 @@ from perta_fast.evaluation.examinee import memorisation, probabilities, prompt_o
 from perta_fast.evaluation.metrics import mean, rouge_l
 from perta_fast.evaluation.own_data import NEW_TOKENS
 from perta_fast.evaluation.scoring import TokenScores, greedy_answers, score_tokens
+from perta_fast.held_tensors import held_tensors
 from perta_fast.importance.estimate import Subject, samples_for
 from perta_fast.importance.store import Importance
-from perta_fast.importance.stored_names import stored_views
 from perta_fast.live import apply_to_module_, stored_name
 from perta_fast.progress import Progress
 from perta_fast.report import DataRecord
 from perta_fast.rules import Rule
-from perta_fast.trade_off import LOSS, METRICS, Row
+from perta_fast.sweeping.criteria import LOSS, METRICS
+from perta_fast.trade_off import Row
 
 _ROUGE = "Q_A_ROUGE"
 _MEMORISATION = ("extraction_strength", "exact_memorization")
@@ -136,8 +137,10 @@ class LiveModel:
         self.subject = examination.subject
         self.examination = examination
         self._model, self._base, self._tuned = model, base, tuned
-        views = stored_views(self.subject.module)
-        self._stored = {name: (view, stored_name(model, name)) for name, view in views.items()}
+        self._stored = [
+            (tensor.pieces, stored_name(model, name))
+            for name, tensor in held_tensors(self.subject.module).items()
+        ]
 
     def measure(self, rule: Rule, importances: Importances) -> Row:
         """Subtract, score, and put theta_full back."""
@@ -186,15 +189,21 @@ class LiveModel:
     def _round_as_stored_(self) -> float:
         """Give each parameter the value that a checkpoint would keep; return the share that has changed."""
         changed = total = 0
-        for parameter, stored in self._stored.values():
-            theta = self._model.tensor(stored)
-            parameter.copy_(parameter.to(theta.dtype))
-            changed += int((parameter != theta.to(parameter)).sum())
-            total += parameter.numel()
+        for values, theta in self._pairs():
+            values.copy_(values.to(theta.dtype))
+            changed += int((values != theta.to(values)).sum())
+            total += values.numel()
         return changed / total
 
     @torch.no_grad()
     def _restore_(self) -> None:
         """Read theta_full again: subtracting a difference would leave rounding errors behind."""
-        for parameter, stored in self._stored.values():
-            parameter.copy_(self._model.tensor(stored))
+        for values, theta in self._pairs():
+            values.copy_(theta)
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The module's values, flat, and theta_full's as they are stored."""
+        for pieces, stored in self._stored:
+            theta = self._model.tensor(stored).view(-1)
+            for first, values in pieces:
+                yield values, theta[first : first + values.numel()]

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from perta_fast.distributed.dealing import deal
 from perta_fast.distributed.ranks import Ranks, is_shared
-from perta_fast.errors import InputError, NotFiniteError, RankLost, RunError
-from perta_fast.output import advice
+from perta_fast.errors import InputError, NotFiniteError, RankLost, RunError, advice
 from tests.distributed.launch import on_ranks
 
 
