@@ -2,14 +2,15 @@
 
 Trains small models on TOFU (arXiv 2401.06121), unlearns by every rule and by training, and scores. It may be
 stopped at any time, also killed: the same command goes on, and makes again only what it was in the middle of.
+Given several times at once, the processes share the work.
 ``--report`` writes the tables into docs/study.md from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -21,12 +22,13 @@ from bench.study import analyses, main_table, tables
 from bench.study.data import Split, Tofu
 from bench.study.models import Models
 from bench.study.settings import SIZES
-from bench.study.store import NotYet, Store
+from bench.study.store import Busy, NotYet, Store
 from bench.study.trial import Trial
 from perta_fast.errors import InputError, PertaError
 from perta_fast.evaluation.tofu import SPLITS
-from perta_fast.locking import lock
 
+Stage = Callable[[], object]
+_PAUSE = 5.0  # seconds, while other processes make all that is left to do
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 
 
@@ -41,40 +43,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables.write(PAGE, _trials(options, compute=False))
             return 0
         options.work.mkdir(parents=True, exist_ok=True)
-        held = lock(options.work)
-        try:
-            for stage in _stages(options):
-                stage()
-        finally:
-            os.close(held)
+        _run(list(_stages(options)))
     except PertaError as error:
         print(error, file=sys.stderr)
         return error.exit_status
     except NotYet as missing:
         print(f"{options.work}: has no study of this data and size yet ({missing})", file=sys.stderr)
         return 2
-    except BlockingIOError:
-        print(f"{options.work}: another study is running there", file=sys.stderr)
-        return 2
     return 0
 
 
+def _run(stages: list[Stage]) -> None:
+    """In order, but for what waits for another process."""
+    while stages:
+        waiting = []
+        for stage in stages:
+            try:
+                stage()
+            except Busy:
+                waiting.append(stage)
+        if len(waiting) == len(stages):
+            time.sleep(_PAUSE)
+        stages = waiting
+
+
 def _trials(options: argparse.Namespace, *, compute: bool) -> list[Trial]:
-    """All seeds with all splits, seed by seed."""
+    """All seeds with all splits, seed by seed. The first seed is the one by which learning rates are chosen."""
     store, settings = Store(options.work, compute=compute), SIZES[options.size]
     tofu = Tofu.read(options.data, settings)
     splits = [Split.of(name, tofu, store) for name in options.splits]
-    return [Trial(Models(tofu, settings, seed, store), split) for seed in options.seeds for split in splits]
+    models = [Models(tofu, settings, seed, store) for seed in options.seeds]
+    firsts = [Trial(models[0], split) for split in splits]
+    others = [Trial(each, first.split, first) for each in models[1:] for first in firsts]
+    return firsts + others
 
 
-def _stages(options: argparse.Namespace) -> Iterator[Callable[[], object]]:
-    """The main table of every seed first. The analyses are on the last split, those of draws on one seed."""
+def _stages(options: argparse.Namespace) -> Iterator[Stage]:
+    """The main table of every seed first. The analyses are on the last split, most of them on one seed."""
     trials = _trials(options, compute=True)
     on_last = [trial for trial in trials if trial.split.name == options.splits[-1]]
     yield from chain.from_iterable(map(main_table.stages, trials))
     yield from chain.from_iterable(map(analyses.stages, on_last))
+    yield from analyses.general_stages(on_last[0])
     yield from analyses.draw_stages(on_last[0])
-    yield from chain.from_iterable(map(analyses.limit_stages, trials))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ from transformers import AutoModelForCausalLM
 from bench import study_tofu
 from bench.study import analyses, settings, training
 from bench.study import models as bench_models
-from bench.study.baselines import BASELINES, Losses, gradient_ascent, gradient_difference, npo
+from bench.study import store as store_module
+from bench.study.baselines import BASELINES, Losses, gradient_ascent, gradient_difference, npo, runs
 from bench.study.data import Split, Tofu
 from bench.study.main_table import ROWS, chosen
 from bench.study.models import Models, load_tokenizer
-from bench.study.selection import Candidate, choose, limit_of
+from bench.study.selection import Candidate, Limits, choose, limit_of
 from bench.study.settings import Settings
-from bench.study.store import Store
+from bench.study.store import Busy, Store
 from bench.study.training import losses_of
 from bench.study.trial import Trial
 from bench.study.variants import shrunk, smoothed
 from bench.study_tofu import main
 from perta_fast.data import Sample
+from perta_fast.locking import lock
 from perta_fast.losses import Batch
 from perta_fast.rules import RULES
 from tests.models import draw_samples, llama, write_lines
@@ -47,6 +50,7 @@ TINY = Settings(
     tuning_epochs=2,
     tuning_rate=1e-2,
     unlearning_steps=4,
+    unlearning_warm_up=2,
     check_every=2,
     unlearning_rates=(1e-3, 1e-2),
     new_tokens=4,
@@ -244,17 +248,57 @@ def test_a_finished_study_makes_nothing_again(finished: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == ""
 
 
-def test_two_studies_keep_out_of_each_others_way(
-    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def second(_: Any) -> list[Any]:
-        monkeypatch.undo()
-        assert main(arguments(finished)) == 2
-        return []
+def test_processes_share_the_work(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one makes a piece the other makes another, and comes back to what it had to leave."""
+    store, order = Store(tmp_path), []
 
-    monkeypatch.setattr(study_tofu, "_stages", second)
-    assert main(arguments(finished)) == 0
-    assert "another study is running" in capsys.readouterr().err
+    def other(folder: Path) -> None:
+        with pytest.raises(Busy, match="first"):
+            store.piece("first", {}, never)
+        store.piece("second", {}, lambda _: order.append("second"))
+        order.append("first")
+
+    def never(_: Path) -> None:
+        raise AssertionError
+
+    first = store.piece("first", {}, other)
+    assert order == ["second", "first"]
+    assert store.piece("first", {}, never) == first
+
+    monkeypatch.setattr(study_tofu, "_PAUSE", 0.0)
+    left = ["waits", "waits", "goes"]
+
+    def stage() -> None:
+        if left.pop(0) == "waits":
+            raise Busy
+
+    study_tofu._run([stage])
+    assert not left
+
+
+def test_a_piece_that_another_process_has_just_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It appears after we have looked, before we have the lock."""
+    made: list[Path] = []
+
+    def late(folder: Path) -> int:
+        monkeypatch.undo()
+        folder.rmdir()
+        made.append(Store(tmp_path).piece("one", {}, lambda _: None))
+        folder.mkdir()
+        return lock(folder)
+
+    monkeypatch.setattr(store_module, "lock", late)
+    assert [Store(tmp_path).piece("one", {}, lambda _: pytest.fail())] == made
+    assert [*tmp_path.iterdir()] == made
+
+
+def test_other_seeds_take_the_first_ones_rate(finished: Path, small: None, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    first = trial_of(tmp_path / "copy")
+    trial = Trial(replace(first.models, seed=1, store=Store(tmp_path / "copy" / "work")), first.split, first)
+    for method in BASELINES:
+        assert set(runs(first, method)) == {*TINY.unlearning_rates}
+        assert set(runs(trial, method)) == {chosen(first, method).setting["rate"]}
 
 
 def test_changed_settings_make_anew_what_follows_from_them(finished: Path, tmp_path: Path) -> None:
@@ -380,9 +424,11 @@ def test_choice() -> None:
         Candidate({"lam": 8.0}, math.nan, 0.1),
         Candidate({"lam": 16.0}, 9.0, math.nan),
     ]
-    assert choose(candidates, 0.75).setting["lam"] == 1.0
-    assert choose(candidates, 0.65).setting["lam"] == 2.0
-    assert choose(candidates, 0.1).setting["lam"] == 0.0
+    assert choose(candidates, Limits(9.0, 0.75)).setting["lam"] == 1.0
+    assert choose(candidates, Limits(9.0, 0.65)).setting["lam"] == 2.0
+    assert choose(candidates, Limits(9.0, 0.1)).setting["lam"] == 0.0
+    assert choose(candidates, Limits(9.0, 0.9)).setting["lam"] == 4.0
+    assert choose(candidates, Limits(8.9, 0.9)).setting["lam"] == 1.0
 
 
 def test_half_of_the_probability_is_kept_at_the_limit() -> None:

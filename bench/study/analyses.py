@@ -1,4 +1,4 @@
-"""Beyond the main table: where gradients are taken, p and alpha, the importance samples, and stricter limits.
+"""Beyond the main table: where gradients are taken, variants, other limits, p and alpha, importance samples.
 
 All but the first are compared by what the choice is made by: the forget loss at the limit on the retain loss.
 """
@@ -18,6 +18,7 @@ from bench.study.variants import VARIANTS, varied
 from perta_fast.rules import RULES
 
 WEIGHED = tuple(rule for rule in RULES if rule != "tv")
+GENERAL = ("grad", "empirical-fisher")
 POWERS = (0.5, 1.0, 2.0, 4.0)
 ALPHAS = (0.25, 1.0, 4.0, 16.0)
 COUNTS = (8, 32, 128)
@@ -32,9 +33,9 @@ def at_full(trial: Trial, rule: str) -> Path:
     return score_rule(trial, rule, importances(trial, rule, at="full"), f"{rule} at full")
 
 
-def general(trial: Trial, p: float, alpha: float) -> Candidate:
-    """The mean gradient's rule with any p and alpha."""
-    return trial.choice([search(trial, "grad", importances(trial, "grad"), p=p, alpha=alpha)])
+def general(trial: Trial, rule: str, p: float, alpha: float) -> Candidate:
+    """A rule with any p and alpha."""
+    return trial.choice([search(trial, rule, importances(trial, rule), p=p, alpha=alpha)])
 
 
 def drawn(trial: Trial, rule: str, draw: Draw) -> Candidate:
@@ -65,7 +66,12 @@ def stages(trial: Trial) -> Stages:
     """What makes the analyses of one trial, without those that follow."""
     yield from (partial(at_full, trial, rule) for rule in WEIGHED)
     yield from (partial(variant, trial, name) for name in VARIANTS)
-    yield from (partial(general, trial, p, alpha) for p in POWERS for alpha in ALPHAS)
+    yield from (partial(kept, trial, rule, share) for share in SHARES for rule in RULES)
+
+
+def general_stages(trial: Trial) -> Stages:
+    """What makes the tables of p and alpha."""
+    yield from (partial(general, trial, rule, p, alpha) for rule in GENERAL for p in POWERS for alpha in ALPHAS)
 
 
 def draw_stages(trial: Trial) -> Stages:
@@ -74,8 +80,3 @@ def draw_stages(trial: Trial) -> Stages:
         for rule in WEIGHED:
             yield partial(drawn, trial, rule, draw)
             yield partial(drawn_at, trial, rule, draw)
-
-
-def limit_stages(trial: Trial) -> Stages:
-    """What makes the comparison at other limits, of one trial."""
-    yield from (partial(kept, trial, rule, share) for share in SHARES for rule in RULES)

@@ -8,8 +8,8 @@ the retain loss that open-unlearning adds to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.study.models import load_model
-from bench.study.selection import choose
+from bench.study.selection import Candidate, choose
 from bench.study.training import descend_, losses_of
 from bench.study.trial import Trial, write_candidates
 from perta_fast.data import Sample
@@ -64,28 +64,39 @@ BASELINES: Mapping[str, Callable[[Losses], Tensor]] = {
 
 
 def runs(trial: Trial, method: str) -> dict[float, Path]:
-    """Candidates of one method by learning rate, and each rate's best model as a checkpoint."""
-    return {rate: _run(trial, method, rate) for rate in trial.models.settings.unlearning_rates}
+    """Candidates of one method by learning rate, and each rate's best model as a checkpoint.
+
+    The first seed tries all rates, the others that which was chosen there.
+    """
+    rates: Sequence[float] = trial.models.settings.unlearning_rates
+    if trial.first is not None:
+        rates = [choice(trial.first, method).setting["rate"]]
+    return {rate: _run(trial, method, rate) for rate in rates}
+
+
+def choice(trial: Trial, method: str) -> Candidate:
+    """The rate and the step that count."""
+    return trial.choice(list(runs(trial, method).values()))
 
 
 def score_baseline(trial: Trial, method: str) -> Path:
     """Scores of a method at the rate and the step that are chosen for it."""
-    tried = runs(trial, method)
-    best = tried[trial.choice(list(tried.values())).setting["rate"]]
+    best = runs(trial, method)[choice(trial, method).setting["rate"]]
     return trial.score(method, {"model": trial.name_of(best)}, lambda: load_model(best))
 
 
 def _run(trial: Trial, method: str, rate: float) -> Path:
     settings, full = trial.models.settings, trial.models.full()
-    limit = trial.limit()
+    limits = trial.limits()
     made_of = {
         "full": trial.name_of(full),
         "data": trial.name_of(trial.split.folder),
         "method": method,
         "rate": rate,
         "seed": trial.models.seed,
-        "limit": limit,
-        "steps": [settings.unlearning_steps, settings.check_every, settings.batch_size],
+        "limits": asdict(limits),
+        "steps": [settings.unlearning_steps, settings.unlearning_warm_up, settings.check_every],
+        "batch_size": settings.batch_size,
     }
 
     def make(folder: Path) -> None:
@@ -95,7 +106,7 @@ def _run(trial: Trial, method: str, rate: float) -> Path:
         for step in _train_(trial, module, method, rate):
             if step % settings.check_every == 0:
                 candidates.append(trial.measure(module, {"rate": rate, "step": step}))
-                if choose(candidates, limit) is candidates[-1]:
+                if choose(candidates, limits) is candidates[-1]:
                     module.save_pretrained(folder)
         write_candidates(folder, candidates)
 
@@ -127,7 +138,7 @@ def _train_(trial: Trial, module: Any, method: str, rate: float) -> Iterator[int
     batches = list(
         zip(_batches(len(forget), size, steps, seed), _batches(len(retain), size, steps, seed), strict=True)
     )
-    warm_up = settings.check_every
+    warm_up = settings.unlearning_warm_up
     yield from descend_(module, batches, loss, lambda step: rate * min(1.0, (step + 1) / warm_up))
 
 

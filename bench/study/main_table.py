@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.study.baselines import BASELINES, runs, score_baseline
+from bench.study.baselines import BASELINES, choice, runs, score_baseline
 from bench.study.models import load_model
 from bench.study.rules import importances, score_rule, search
 from bench.study.selection import Candidate
@@ -42,7 +42,7 @@ def scores(trial: Trial, row: str) -> Path:
 def chosen(trial: Trial, method: str) -> Candidate:
     """The setting that counts for a rule or a baseline."""
     if method in BASELINES:
-        return trial.choice(list(runs(trial, method).values()))
+        return choice(trial, method)
     return trial.choice([search(trial, method, importances(trial, method))])
 
 

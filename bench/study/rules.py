@@ -69,7 +69,7 @@ def search(
 
     given: the pieces of ``importances``; none for ``tv``. lam: this strength alone.
     """
-    strengths = {"target_retain_loss": trial.limit(kept)} if lam is None else {"lams": [lam]}
+    strengths = {"target_retain_loss": trial.limits(kept).retain} if lam is None else {"lams": [lam]}
     models, split = trial.models, trial.split
     checkpoints = (models.full(), models.base(), models.tuned(split))
     power = Rule.of(rule, 0.0, p, alpha).p

@@ -27,11 +27,25 @@ def limit_of(retain_loss: float, kept: float = KEPT) -> float:
     return retain_loss - math.log(kept)
 
 
-def choose(candidates: Sequence[Candidate], limit: float) -> Candidate:
-    """The candidate that forgets most, by its forget loss, with a retain loss of at most ``limit``.
+@dataclass(frozen=True)
+class Limits:
+    """The largest losses that a method may come to.
+
+    forget: theta_0's, which has never seen the forget set. A model that finds it less likely still does not
+    forget more: it gives away what it avoids.
+    """
+
+    forget: float
+    retain: float
+
+
+def choose(candidates: Sequence[Candidate], limits: Limits) -> Candidate:
+    """The candidate that forgets most, by its forget loss, within ``limits``.
 
     theta_full itself is to be among the candidates, so that there is one. Losses that are not finite keep no
     limit.
     """
-    allowed = [each for each in candidates if each.retain_loss <= limit and math.isfinite(each.forget_loss)]
+    allowed = [
+        each for each in candidates if each.retain_loss <= limits.retain and each.forget_loss <= limits.forget
+    ]
     return max(allowed, key=lambda each: each.forget_loss)

@@ -12,7 +12,7 @@ class Settings:
     pretraining_authors, validation_authors: the first and the last, counted from 1 in the order of ``full``.
     TOFU asks about retained knowledge by authors 1 to 20, so these are among the retained ones.
     unlearning_rates: learning rates that each training-based method is tried with, for ``unlearning_steps``
-    steps, its state being a candidate every ``check_every`` steps.
+    steps, the first ``unlearning_warm_up`` of them slower, its state being a candidate every ``check_every``.
     """
 
     rows_per_author: int = 20
@@ -28,8 +28,9 @@ class Settings:
     pretraining_rate: float = 2e-3
     tuning_epochs: int = 10
     tuning_rate: float = 1e-3
-    unlearning_steps: int = 128
-    check_every: int = 16
+    unlearning_steps: int = 96
+    unlearning_warm_up: int = 16
+    check_every: int = 8
     unlearning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     scoring_batch: int = 64
     new_tokens: int = 96

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from perta_fast.durable import move, remove, sync_tree, write_file
+from perta_fast.locking import lock
 
 _ABOUT = "piece.json"
 
@@ -19,8 +21,15 @@ class NotYet(Exception):
     """A piece that a report needs has not been made."""
 
 
+class Busy(Exception):
+    """A piece is being made by another process."""
+
+
 class Store:
-    """The directory of a study. ``compute`` False only looks: what is not there raises ``NotYet``."""
+    """The directory of a study. ``compute`` False only looks: what is not there raises ``NotYet``.
+
+    Several processes may work in one directory; a piece that another one is making raises ``Busy``.
+    """
 
     def __init__(self, folder: Path, *, compute: bool = True) -> None:
         self.folder = folder
@@ -38,14 +47,25 @@ class Store:
         if not self.compute:
             raise NotYet(name)
         unfinished = place.with_name(f".{place.name}.unfinished")
-        remove(unfinished)  # a run was stopped in the middle of it
-        unfinished.mkdir(parents=True)
-        wall, processor = time.perf_counter(), time.process_time()
-        make(unfinished)
-        seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
-        write_json(unfinished / _ABOUT, {"made_of": made_of, "seconds": seconds})
-        sync_tree(unfinished)
-        move(unfinished, place)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        try:
+            held = lock(unfinished)
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise Busy(name) from error
+        try:
+            if place.is_dir():  # since we looked
+                unfinished.rmdir()
+                return place
+            for left in unfinished.iterdir():  # by a run that was stopped in the middle of it
+                remove(left)
+            wall, processor = time.perf_counter(), time.process_time()
+            make(unfinished)
+            seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+            write_json(unfinished / _ABOUT, {"made_of": made_of, "seconds": seconds})
+            sync_tree(unfinished)
+            move(unfinished, place)
+        finally:
+            os.close(held)
         print(f"{time.strftime('%H:%M:%S')} {name}: {seconds['wall']:.0f} s", flush=True)
         return place
 

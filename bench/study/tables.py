@@ -37,6 +37,7 @@ _METRICS = {
     "utility": "model_utility",
     "ES forget": "extraction_strength",
     "ES retain": "retain_extraction_strength",
+    "P forget": "forget_Q_A_Prob",
 }
 _PUBLISHED_COLUMNS = ("forget quality", "utility", "ES forget", "ES retain")
 _OF_GOLD = {"forget_quality": 1.0, "forget_quality_log10": 0.0}  # by definition
@@ -63,11 +64,11 @@ def render(trials: Sequence[Trial]) -> str:
     tables |= {f"{name}, settings and cost": _costs(each) for name, each in by_split.items()}
     tables |= {
         f"Gradients at θ_full, {last}": _at_full(of_last),
-        f"p and α, {last}: forget loss": _general(of_last),
+        **{f"p and α, `{rule}`, {last}, one seed": _general(of_last[0], rule) for rule in analyses.GENERAL},
         f"Number and draw of importance samples, {last}, one seed": _samples(of_last[0]),
         f"Variants of `empirical-fisher`, {last}": _variants(of_last),
+        f"Other limits, {last}": _limits(of_last),
     }
-    tables |= {f"Other limits, {name}: forget loss": _limits(each) for name, each in by_split.items()}
     return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in tables.items())
 
 
@@ -89,9 +90,10 @@ def _against_tv(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 def _costs(trials: Sequence[Trial]) -> Iterator[str]:
+    """Costs are the first seed's, where learning rates are chosen."""
     yield from _head(["", "chosen, by seed", "processor s, once", "processor s, choosing"])
     for row in ROWS[1:]:
-        costs = [partial(cost, trial, row) for trial in trials]
+        costs = [partial(cost, trials[0], row)]
         settings = [] if row == GOLD else _made(partial(_setting, trial, row) for trial in trials)
         seconds = (_cell(costs, attrgetter(name), "{:.0f}") for name in ("once", "choosing"))
         yield _line([row, ", ".join(settings), *seconds])
@@ -106,10 +108,10 @@ def _at_full(trials: Sequence[Trial]) -> Iterator[str]:
         )
 
 
-def _general(trials: Sequence[Trial]) -> Iterator[str]:
-    yield from _head(["", *(f"α = {alpha:g}" for alpha in analyses.ALPHAS)])
+def _general(trial: Trial, rule: str) -> Iterator[str]:
+    yield from _head(["forget loss", *(f"α = {alpha:g}" for alpha in analyses.ALPHAS)])
     for p in analyses.POWERS:
-        cells = (_forgotten(analyses.general, trials, p, alpha) for alpha in analyses.ALPHAS)
+        cells = (_forgotten(analyses.general, [trial], rule, p, alpha) for alpha in analyses.ALPHAS)
         yield _line([f"p = {p:g}", *cells])
 
 
@@ -135,7 +137,7 @@ def _variants(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 def _limits(trials: Sequence[Trial]) -> Iterator[str]:
-    yield from _head(["", *(f"{share:g} kept" for share in analyses.SHARES)])
+    yield from _head(["forget loss", *(f"{share:g} kept" for share in analyses.SHARES)])
     for row in ROWS[ROWS.index("tv") :]:
         yield _line([row, *(_forgotten(analyses.kept, trials, row, share) for share in analyses.SHARES)])
 

@@ -12,7 +12,7 @@ import torch
 import perta_fast as pf
 from bench.study.data import Split
 from bench.study.models import Models, load_model, load_tokenizer
-from bench.study.selection import KEPT, Candidate, choose, limit_of
+from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
 from bench.study.store import read_json, write_json
 from bench.study.training import losses_of
 from perta_fast.data import Sample, encode, records_from
@@ -25,10 +25,11 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """What all methods have in common."""
+    """What all methods have in common. first: the trial of the first seed, None in that one itself."""
 
     models: Models
     split: Split
+    first: Trial | None = None
 
     def piece(self, name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """``Store.piece`` below the place of this seed and split."""
@@ -43,15 +44,19 @@ class Trial:
         rows = records_from(self.split.rows[part])
         return encode(rows, load_tokenizer(self.models.base()), self.models.settings.context)
 
-    def limit(self, kept: float = KEPT) -> float:
-        """The largest retain loss that a method may come to."""
-        full = self.models.full()
-        made_of = {"full": self.name_of(full), "data": self.name_of(self.split.folder)}
+    def limits(self, kept: float = KEPT) -> Limits:
+        """What a method may come to, if retained answers keep this share of their probability."""
+        full, base = self.models.full(), self.models.base()
+        unchanged = self._measured("unchanged", "full", full)
+        return Limits(self._measured("unseen", "base", base).forget_loss, limit_of(unchanged.retain_loss, kept))
+
+    def _measured(self, name: str, role: str, model: Path) -> Candidate:
+        made_of = {role: self.name_of(model), "data": self.name_of(self.split.folder)}
 
         def make(folder: Path) -> None:
-            write_candidates(folder, [self.measure(load_model(full), {})])
+            write_candidates(folder, [self.measure(load_model(model), {})])
 
-        return limit_of(read_candidates(self.piece("unchanged", made_of, make))[0].retain_loss, kept)
+        return read_candidates(self.piece(name, made_of, make))[0]
 
     def measure(self, module: Any, setting: Mapping[str, Any]) -> Candidate:
         """``module`` as a candidate."""
@@ -61,7 +66,7 @@ class Trial:
 
     def choice(self, pieces: Sequence[Path], kept: float = KEPT) -> Candidate:
         """The best of the candidates in ``pieces``."""
-        return choose([each for piece in pieces for each in read_candidates(piece)], self.limit(kept))
+        return choose([each for piece in pieces for each in read_candidates(piece)], self.limits(kept))
 
     def gold_scores(self) -> Path:
         """The gold model's scores, by which forget quality is measured."""
