@@ -64,7 +64,7 @@ def read_curves(directories: Sequence[str | Path]) -> list[Curve]:
         for path, sweep in zip(files, sweeps, strict=True)
         for label, rows in sweep.curves().items()
     ]
-    labels = _distinct([curve.label for curve in curves], [curve.path for curve in curves])
+    labels = distinct([curve.label for curve in curves], [curve.path for curve in curves])
     return [replace(curve, label=label) for curve, label in zip(curves, labels, strict=True)]
 
 
@@ -74,7 +74,7 @@ def read_scores(paths: Sequence[str | Path]) -> list[Scores]:
     Raises InputError for a file that is missing or is none.
     """
     files = [Path(path) for path in paths]
-    labels = _distinct([path.stem for path in files], files)
+    labels = distinct([path.stem for path in files], files)
     return [_read_scores(path, label) for path, label in zip(files, labels, strict=True)]
 
 
@@ -126,9 +126,19 @@ def _finite(value: Any) -> float | None:
     return float(value) if fits(value, float) and math.isfinite(value) else None
 
 
-def _distinct(labels: list[str], paths: list[Path]) -> list[str]:
-    """Each label, with its path where it is not the only one of its kind."""
+def distinct(labels: list[str], paths: list[Path]) -> list[str]:
+    """Each label, with as much of its file's directory as sets it apart where others have it too."""
+    alike = {label: [paths[k].parent for k, each in enumerate(labels) if each == label] for label in labels}
     return [
-        label if labels.count(label) == 1 else f"{label} ({path})"
+        label if len(alike[label]) == 1 else f"{label} ({_tail(path.parent, alike[label])})"
         for label, path in zip(labels, paths, strict=True)
     ]
+
+
+def _tail(directory: Path, others: Sequence[Path]) -> Path:
+    """The fewest last parts of ``directory`` that no other one ends in; all where that is not enough."""
+    for count in range(1, len(directory.parts)):
+        tails = [each.parts[-count:] for each in others]
+        if tails.count(directory.parts[-count:]) == 1:
+            return Path(*directory.parts[-count:])
+    return directory

@@ -3,6 +3,7 @@
 import base64
 import html
 import math
+import re
 from collections.abc import Sequence
 
 from perta_fast.report import printable
@@ -21,15 +22,17 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page);
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--line);
   padding-top: 1rem; } h3 { font-size: 1rem; }
-p, td, th, h3 { overflow-wrap: anywhere; unicode-bidi: isolate; }
+p, td, th, h3 { overflow-wrap: break-word; unicode-bidi: isolate; }
+p, h3, .long { overflow-wrap: anywhere; }
 .note, figcaption, caption { color: var(--faint); font-size: .9rem; text-align: left; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .5rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; text-align: left;
-  vertical-align: top; min-width: 4.5rem; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-figure { margin: .5rem 0; overflow-x: auto; }
-img { min-width: 32rem; max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
+  vertical-align: top; }
+.long { min-width: 9rem; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: .5rem 0; }
+img { width: 100%; max-width: 48rem; height: auto; background: #fff; border-radius: .4rem; }
 .pair { display: grid; gap: .5rem; margin: .5rem 0 1rem; }
 .pair > div { background: var(--card); border-radius: .4rem; padding: .6rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
@@ -37,11 +40,13 @@ img { min-width: 32rem; max-width: 100%; height: auto; background: #fff; border-
 @media print {
   :root { color-scheme: light; --text: #000; --faint: #444; --page: #fff; --line: #bbb; --card: #fff; }
   body { max-width: none; font-size: 10pt; } .scroll { overflow: visible; }
-  figure { overflow: visible; } img { min-width: 0; max-height: 22cm; }
-  figure, tr, .pair { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  img { width: auto; max-width: 100%; max-height: 22cm; }
+  figure, tr, .pair { break-inside: avoid; } h2, h3, caption { break-after: avoid; }
   .pair > div { border: 1px solid #bbb; }
 }
 """
+
+_LONG = 24  # letters that no line break parts
 
 Cell = str | int | float | None
 
@@ -89,11 +94,11 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) 
     numeric = [any(isinstance(row[k], int | float) for row in rows) for k in range(len(columns))]
     kinds = [' class="number"' if each else "" for each in numeric]
     head = "".join(
-        f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(columns, kinds, strict=True)
+        f'<th scope="col"{kind}>{_breakable(name)}</th>' for name, kind in zip(columns, kinds, strict=True)
     )
     body = "\n".join(
         "<tr>"
-        + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+        + "".join(f"<td{kind or _kind(cell)}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
         + "</tr>"
         for row in rows
     )
@@ -122,4 +127,15 @@ def _cell(value: Cell) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else escape(value)
+    return f"{value:,}" if isinstance(value, int) else _breakable(value)
+
+
+def _breakable(text: str) -> str:
+    """Names and paths may be broken after their separators."""
+    return re.sub(r"(?<=[_/.])(?=\w)", "<wbr>", escape(text))
+
+
+def _kind(value: Cell) -> str:
+    """Hashes and the like may be broken anywhere."""
+    pieces = re.split(r"[\s_/.]", value) if isinstance(value, str) else [""]
+    return ' class="long"' if max(map(len, pieces)) > _LONG else ""

@@ -11,6 +11,7 @@ from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.naming import element_count, place_of, weight_grids
 from perta_fast.reporting.weights import Distribution
+from perta_fast.trade_off import Row
 
 _OUTSIDE = 40  # tensors outside the layers that are listed
 
@@ -96,7 +97,7 @@ def _trade_off(evidence: Evidence, draw: Draw) -> str:
         html.table(
             f"Sweep {curve.label}; losses are mean token cross-entropies in nats",
             ("λ", "forget loss", "retain loss", "parameters changed (%)", "seconds"),
-            [(row.lam, row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds) for row in curve.rows],
+            [_measured(row) for row in curve.rows],
         )
         for curve in evidence.curves
     ]
@@ -230,6 +231,12 @@ def _provenance(evidence: Evidence) -> str:
         html.table("Read for this page", ("what", "name", "file"), read) if read else "",
         html.table("Software", ("what", "version"), versions),
     )
+
+
+def _measured(row: Row) -> Sequence[html.Cell]:
+    """Dashes for a strength that was skipped."""
+    found = (row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds)
+    return row.lam, *((None,) * len(found) if row.skipped else found)
 
 
 def _text(value: html.Cell) -> str:

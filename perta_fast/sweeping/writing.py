@@ -39,7 +39,7 @@ def write_best(
     assert best is not None
     p = None if best.rule == "tv" else best.p
     rule = Rule.of(best.rule, best.lam, p, best.alpha, None if best.rule == "tv" else request.threshold)
-    settings = {name: str(value) for name, value in found.settings.items() if value is not None}
+    settings = {name: _said(value) for name, value in found.settings.items() if value not in (None, [None])}
     settings |= {"sweep": str(request.out), "sweep_started": found.started, "select": str(request.criterion)}
     if _is_written(place, rule, settings):
         return
@@ -61,6 +61,10 @@ def write_best(
         annotate=annotate,
         temporary=temporary,
     )
+
+
+def _said(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _is_written(place: Path, rule: Rule, settings: dict[str, str]) -> bool:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import torch
 from perta_fast import cli, sweep, unlearn
 from perta_fast.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
-from perta_fast.reporting.page import Evidence, compose
+from perta_fast.reporting.evidence import distinct
+from perta_fast.reporting.html import table
+from perta_fast.reporting.page import Evidence, _measured, compose
 from perta_fast.reporting.weights import distribution
+from perta_fast.trade_off import Row
 from tests.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -347,3 +351,23 @@ def test_matplotlib_is_an_extra(
     assert perta(job.model.parent / "out", "--out", tmp_path / "page.html") == 2
     assert "pip install 'perta-fast[plots]'" in capsys.readouterr().err
     assert "matplotlib" not in sys.modules
+
+
+def test_files_of_one_name_are_told_apart_by_as_little_as_does_it() -> None:
+    paths = [Path(each) for each in ("a/gold/run/scores.json", "a/full/run/scores.json", "b/other.json")]
+    assert distinct(["scores", "scores", "other"], paths) == ["scores (gold/run)", "scores (full/run)", "other"]
+    assert distinct(["scores"] * 2, [paths[0]] * 2) == ["scores (a/gold/run)"] * 2
+
+
+def test_cells_break_where_they_may() -> None:
+    """A narrow column keeps words whole, but for hashes, which have none."""
+    page = table("", ("metric", "hash"), [("retain_Q_A_Prob", "0" * 64), ("a_<b>", "-")])
+    assert "<td>retain_<wbr>Q_<wbr>A_<wbr>Prob</td>" in page
+    assert f'<td class="long">{"0" * 64}</td>' in page
+    assert "<td>a_&lt;b&gt;</td>" in page
+
+
+def test_skipped_strengths_have_no_numbers() -> None:
+    row = Row("tv", 1.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0, 0.5, 6.0)
+    assert _measured(row) == (2.0, 3.0, 4.0, 50.0, 6.0)
+    assert _measured(replace(row, skipped=True)) == (2.0, None, None, None, None)
