@@ -16,6 +16,7 @@ from bench.bench_adapter import CONTENDERS as ADAPTER
 from bench.bench_adapter import PHASE as ADAPTER_PHASE
 from bench.bench_adapter import WHOLE as ADAPTER_WHOLE
 from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
+from bench.bench_eval import CONTENDERS as EVALUATION
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
 from bench.bench_ranks import OVER_PROCESSES, RANK_ROLES
@@ -43,6 +44,8 @@ PLANNED = {
     BEYOND: "Streaming",
     LARGE: "Streaming",
     SWEEPS: "Sweeps",
+    "evaluation, cpu": "Evaluation",
+    "evaluation, cuda": "Evaluation on a GPU",
     "fisher, cpu": "Per-sample Fisher of a linear map",
     "fisher of a model, cpu": "Per-sample Fisher of a whole model",
     "fisher, cuda": "Per-sample Fisher of a linear map on a GPU",
@@ -84,6 +87,8 @@ def expected(group: str) -> dict[str, str]:
         return SWEEP
     if group.startswith(OVER_PROCESSES):
         return RANK_ROLES
+    if group.startswith("evaluation"):
+        return EVALUATION
     if group.startswith("reading"):
         return WAYS
     if group.startswith("fisher"):
@@ -95,6 +100,8 @@ def add(store: Store, run: dict[str, Any]) -> None:
     """Put the groups of one pytest-benchmark run into ``store``."""
     rows: list[Row] = [entry["extra_info"] for entry in run["benchmarks"] if entry["extra_info"]]
     for group, members in groups(rows).items():
+        if not group.startswith(tuple(PLANNED)):
+            raise SystemExit(f"{group}: has no place in RESULTS.md; add it to PLANNED")
         seen = {row["contender"] for row in members}
         for contender, role in expected(group).items():
             if contender not in seen:
