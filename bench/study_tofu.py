@@ -83,8 +83,8 @@ def _stages(options: argparse.Namespace) -> Iterator[Stage]:
     trials = _trials(options, compute=True)
     on_last = [trial for trial in trials if trial.split.name == options.splits[-1]]
     yield from chain.from_iterable(map(main_table.stages, trials))
+    yield from analyses.stages_of_one(on_last[0])
     yield from chain.from_iterable(map(analyses.stages, on_last))
-    yield from analyses.general_stages(on_last[0])
     yield from analyses.draw_stages(on_last[0])
 
 

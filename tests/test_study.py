@@ -20,7 +20,7 @@ from bench.study import models as bench_models
 from bench.study import store as store_module
 from bench.study.baselines import BASELINES, Losses, gradient_ascent, gradient_difference, npo, runs
 from bench.study.data import Split, Tofu
-from bench.study.main_table import ROWS, chosen
+from bench.study.main_table import ALPHA_CHOSEN, ROWS, chosen, rule_of, searches
 from bench.study.models import Models, load_tokenizer
 from bench.study.selection import Candidate, Limits, choose, limit_of
 from bench.study.settings import Settings
@@ -53,6 +53,7 @@ TINY = Settings(
     unlearning_warm_up=2,
     check_every=2,
     unlearning_rates=(1e-3, 1e-2),
+    alphas=(1.0, 8.0),
     new_tokens=4,
 )
 FORGOTTEN = {"forget01": 1, "forget05": 2, "forget10": 3}  # authors, the last ones
@@ -96,7 +97,12 @@ def small() -> Iterator[None]:
     """A size ``tiny``, and few settings for each analysis."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(settings.SIZES, "tiny", TINY)
-        for name, value in (("POWERS", (2.0,)), ("ALPHAS", (1.0, 4.0)), ("COUNTS", (2,)), ("DRAWS", 1)):
+        for name, value in (
+            ("POWERS", (("grad", 1.0),)),
+            ("ALPHAS", (1.0, 4.0)),
+            ("COUNTS", (2,)),
+            ("DRAWS", 1),
+        ):
             patch.setattr(analyses, name, value)
         patch.setattr(analyses, "SHARES", (0.75,))
         yield
@@ -152,11 +158,13 @@ def test_a_study_that_was_never_begun_has_no_report(
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_rule_subtracts_what_its_formula_says(rule: str, finished: Path) -> None:
+@pytest.mark.parametrize("row", [*RULES, *ALPHA_CHOSEN])
+def test_a_rule_subtracts_what_its_formula_says(row: str, finished: Path) -> None:
     """The candidate's losses, from the formula in plain torch and the losses of transformers."""
     trial = trial_of(finished)
-    models, candidate = trial.models, chosen(trial, rule)
+    models, candidate = trial.models, chosen(trial, row)
+    rule, alpha = rule_of(trial, row)
+    assert candidate.setting.get("α", 1.0) == alpha
     full, base, tuned = (
         AutoModelForCausalLM.from_pretrained(path)
         for path in (models.full(), models.base(), models.tuned(trial.split))
@@ -179,7 +187,7 @@ def test_a_rule_subtracts_what_its_formula_says(rule: str, finished: Path) -> No
             ours, theirs = (
                 each if rule == "empirical-fisher" else each.abs() ** power for each in (forget, retain)
             )
-            weights = 1.0 if rule == "tv" else torch.nan_to_num(ours / (ours + theirs))
+            weights = 1.0 if rule == "tv" else torch.nan_to_num(ours / (ours + alpha * theirs))
             theta -= candidate.setting["lam"] * weights * (there - here)
         for part, found in (("chosen_forget", candidate.forget_loss), ("chosen_retain", candidate.retain_loss)):
             losses = [loss_by_transformers(full, sample).item() for sample in trial.samples(part)]
@@ -292,13 +300,23 @@ def test_a_piece_that_another_process_has_just_made(tmp_path: Path, monkeypatch:
     assert [*tmp_path.iterdir()] == made
 
 
-def test_other_seeds_take_the_first_ones_rate(finished: Path, small: None, tmp_path: Path) -> None:
+def test_the_best_alpha_is_chosen(finished: Path) -> None:
+    trial = trial_of(finished)
+    for row, rule in ALPHA_CHOSEN.items():
+        losses = {alpha: trial.choice([found]).forget_loss for alpha, found in searches(trial, rule).items()}
+        assert losses.keys() == {*TINY.alphas}
+        assert losses[rule_of(trial, row)[1]] == max(losses.values())
+
+
+def test_other_seeds_take_what_the_first_has_chosen(finished: Path, small: None, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     first = trial_of(tmp_path / "copy")
     trial = Trial(replace(first.models, seed=1, store=Store(tmp_path / "copy" / "work")), first.split, first)
     for method in BASELINES:
         assert set(runs(first, method)) == {*TINY.unlearning_rates}
         assert set(runs(trial, method)) == {chosen(first, method).setting["rate"]}
+    for row in ALPHA_CHOSEN:
+        assert rule_of(trial, row) == rule_of(first, row)
 
 
 def test_changed_settings_make_anew_what_follows_from_them(finished: Path, tmp_path: Path) -> None:

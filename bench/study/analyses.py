@@ -1,4 +1,4 @@
-"""Beyond the main table: where gradients are taken, variants, other limits, p and alpha, importance samples.
+"""Beyond the main table: other limits, where gradients are taken, p and alpha, variants, importance samples.
 
 All but the first are compared by what the choice is made by: the forget loss at the limit on the retain loss.
 """
@@ -9,20 +9,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bench.study.baselines import BASELINES, runs
-from bench.study.main_table import chosen
+from bench.study.main_table import ALPHA_CHOSEN, WEIGHED, chosen, rule_of
 from bench.study.rules import Draw, importances, score_rule, search
 from bench.study.selection import Candidate
 from bench.study.trial import Trial, read_candidates
 from bench.study.variants import VARIANTS, varied
 from perta_fast.rules import RULES
 
-WEIGHED = tuple(rule for rule in RULES if rule != "tv")
-GENERAL = ("grad", "empirical-fisher")
-POWERS = (0.5, 1.0, 2.0, 4.0)
-ALPHAS = (0.25, 1.0, 4.0, 16.0)
+POWERS = (("grad", 1.0), ("fisher", 2.0), ("empirical-fisher", 1.0), ("empirical-fisher", 2.0))
+ALPHAS = (0.25, 1.0, 4.0, 16.0, 64.0)
+VARIED = "empirical-fisher, α chosen"  # the row of the main table that variants are of
 COUNTS = (8, 32, 128)
-DRAWS = 5
+DRAWS = 3
 SHARES = (0.75, 0.25)  # of their probability that retained answers keep, beside the main table's
 
 Stages = Iterator[Callable[[], object]]
@@ -50,28 +48,23 @@ def drawn_at(trial: Trial, rule: str, draw: Draw) -> Candidate:
     return next(each for each in read_candidates(found) if each.setting["lam"] == lam)
 
 
-def kept(trial: Trial, row: str, share: float) -> Candidate:
-    """A method of the main table where retained answers keep another share of their probability."""
-    if row in BASELINES:
-        return trial.choice(list(runs(trial, row).values()), share)
-    return trial.choice([search(trial, row, importances(trial, row), kept=share)], share)
-
-
 def variant(trial: Trial, name: str) -> Candidate:
-    """A variant of the empirical Fisher rule."""
-    return trial.choice([search(trial, "empirical-fisher", varied(trial, name))])
+    """A variant of the empirical Fisher rule, at the alpha of ``VARIED``."""
+    rule, alpha = rule_of(trial, VARIED)
+    return trial.choice([search(trial, rule, varied(trial, name, alpha), alpha=alpha)])
 
 
 def stages(trial: Trial) -> Stages:
-    """What makes the analyses of one trial, without those that follow."""
+    """What makes the analyses of several seeds."""
+    methods = (*RULES, *ALPHA_CHOSEN)
+    yield from (partial(chosen, trial, method, share) for share in SHARES for method in methods)
+
+
+def stages_of_one(trial: Trial) -> Stages:
+    """What makes those of one seed, but for the draws."""
     yield from (partial(at_full, trial, rule) for rule in WEIGHED)
+    yield from (partial(general, trial, rule, p, alpha) for rule, p in POWERS for alpha in ALPHAS)
     yield from (partial(variant, trial, name) for name in VARIANTS)
-    yield from (partial(kept, trial, rule, share) for share in SHARES for rule in RULES)
-
-
-def general_stages(trial: Trial) -> Stages:
-    """What makes the tables of p and alpha."""
-    yield from (partial(general, trial, rule, p, alpha) for rule in GENERAL for p in POWERS for alpha in ALPHAS)
 
 
 def draw_stages(trial: Trial) -> Stages:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bench.study.baselines import BASELINES, choice, runs, score_baseline
+from bench.study.baselines import BASELINES, runs, score_baseline
 from bench.study.models import load_model
 from bench.study.rules import importances, score_rule, search
-from bench.study.selection import Candidate
+from bench.study.selection import KEPT, Candidate
 from bench.study.store import processor_seconds
 from bench.study.trial import Trial
 from perta_fast.rules import RULES
 
 FULL, GOLD = "θ_full", "gold"
-ROWS = (FULL, GOLD, *RULES, *BASELINES)
+WEIGHED = tuple(rule for rule in RULES if rule != "tv")
+ALPHA_CHOSEN = {f"{rule}, α chosen": rule for rule in WEIGHED}
+ROWS = (FULL, GOLD, *RULES, *ALPHA_CHOSEN, *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,39 @@ def scores(trial: Trial, row: str) -> Path:
         return trial.score(row, {"model": trial.name_of(models.full())}, lambda: load_model(models.full()))
     if row in BASELINES:
         return score_baseline(trial, row)
-    return score_rule(trial, row, importances(trial, row), row)
+    rule, alpha = rule_of(trial, row)
+    return score_rule(trial, rule, importances(trial, rule), row, alpha)
 
 
-def chosen(trial: Trial, method: str) -> Candidate:
-    """The setting that counts for a rule or a baseline."""
+def candidates(trial: Trial, method: str, kept: float = KEPT) -> list[Path]:
+    """Those of a rule, at the alpha that it is to have, or of a baseline."""
     if method in BASELINES:
-        return choice(trial, method)
-    return trial.choice([search(trial, method, importances(trial, method))])
+        return list(runs(trial, method).values())
+    rule, alpha = rule_of(trial, method)
+    return [search(trial, rule, importances(trial, rule), kept=kept, alpha=alpha)]
+
+
+def chosen(trial: Trial, method: str, kept: float = KEPT) -> Candidate:
+    """The setting of a method that counts."""
+    found = trial.choice(candidates(trial, method, kept), kept)
+    if method not in ALPHA_CHOSEN:
+        return found
+    return replace(found, setting={"α": rule_of(trial, method)[1], **found.setting})
+
+
+def rule_of(trial: Trial, method: str) -> tuple[str, float]:
+    """Rule and alpha; where alpha is chosen, it is the one with which the first seed forgets most."""
+    if method not in ALPHA_CHOSEN:
+        return method, 1.0
+    first, rule = trial.first or trial, ALPHA_CHOSEN[method]
+    tried = searches(first, rule)
+    return rule, max(tried, key=lambda alpha: first.choice([tried[alpha]]).forget_loss)
+
+
+def searches(trial: Trial, rule: str) -> dict[float, Path]:
+    """Candidates of a rule by alpha."""
+    used = importances(trial, rule)
+    return {alpha: search(trial, rule, used, alpha=alpha) for alpha in trial.models.settings.alphas}
 
 
 def cost(trial: Trial, row: str) -> Cost:
@@ -54,9 +81,10 @@ def cost(trial: Trial, row: str) -> Cost:
         seconds = {rate: processor_seconds(piece) for rate, piece in runs(trial, row).items()}
         once = seconds.pop(chosen(trial, row).setting["rate"])
         return Cost(once, sum(seconds.values()))
-    used = importances(trial, row)
-    once = sum(map(processor_seconds, [trial.models.tuned(trial.split), *used]))
-    return Cost(once, processor_seconds(search(trial, row, used)))
+    rule, _ = rule_of(trial, row)
+    once = sum(map(processor_seconds, [trial.models.tuned(trial.split), *importances(trial, rule)]))
+    tried = searches(trial, rule).values() if row in ALPHA_CHOSEN else candidates(trial, row)
+    return Cost(once, sum(map(processor_seconds, tried)))
 
 
 def stages(trial: Trial) -> Iterator[Callable[[], object]]:

@@ -95,19 +95,19 @@ def search(
     return trial.piece(f"search/{rule} p {power:g} alpha {alpha:g}", made_of, make)
 
 
-def score_rule(trial: Trial, rule: str, given: Sequence[Path], name: str) -> Path:
+def score_rule(trial: Trial, rule: str, given: Sequence[Path], name: str, alpha: float = 1.0) -> Path:
     """Scores of a rule at the strength that is chosen for it."""
     models = trial.models
     full, base, tuned = models.full(), models.base(), models.tuned(trial.split)
-    lam = trial.choice([search(trial, rule, given)]).setting["lam"]
+    lam = trial.choice([search(trial, rule, given, alpha=alpha)]).setting["lam"]
 
     def load() -> Any:
         module = load_model(full)
-        pf.apply_to_module_(module, base, tuned, *_directories(given), rule=rule, lam=lam)
+        pf.apply_to_module_(module, base, tuned, *_directories(given), rule=rule, lam=lam, alpha=alpha)
         return module
 
-    made_of = _asked(trial, (full, base, tuned), rule, given)
-    return trial.score(name, {**made_of, "lam": lam}, load)
+    made_of = _asked(trial, (full, base, tuned), rule, given) | {"lam": lam}
+    return trial.score(name, made_of | ({} if alpha == 1 else {"alpha": alpha}), load)
 
 
 def _asked(trial: Trial, checkpoints: Sequence[Path], rule: str, given: Sequence[Path]) -> dict[str, Any]:

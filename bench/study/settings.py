@@ -13,6 +13,7 @@ class Settings:
     TOFU asks about retained knowledge by authors 1 to 20, so these are among the retained ones.
     unlearning_rates: learning rates that each training-based method is tried with, for ``unlearning_steps``
     steps, the first ``unlearning_warm_up`` of them slower, its state being a candidate every ``check_every``.
+    alphas: weights of retaining that each rule is tried with where that is chosen too.
     """
 
     rows_per_author: int = 20
@@ -28,10 +29,11 @@ class Settings:
     pretraining_rate: float = 2e-3
     tuning_epochs: int = 10
     tuning_rate: float = 1e-3
-    unlearning_steps: int = 96
+    unlearning_steps: int = 64
     unlearning_warm_up: int = 16
     check_every: int = 8
     unlearning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    alphas: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
     scoring_batch: int = 64
     new_tokens: int = 96
 

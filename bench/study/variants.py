@@ -1,4 +1,4 @@
-"""Variants of the empirical Fisher rule, as other importances for the same formula w = I_f / (I_f + I_r).
+"""Variants of the empirical Fisher rule, as other importances for the same formula w = I_f / (I_f + α I_r).
 
 They are evidence for or against a new rule, not a part of the package.
 """
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ Tensors = Mapping[str, Tensor]
 Pair = tuple[dict[str, Tensor], dict[str, Tensor]]  # forget and retain importance
 
 
-def smoothed(forget: Tensors, retain: Tensors, _: Trial, share: float) -> Pair:
+def smoothed(forget: Tensors, retain: Tensors, *_: Any, share: float) -> Pair:
     """Each importance mixed with its mean over the row, the weights into one output: fewer, surer numbers."""
 
     def smooth(tensor: Tensor) -> Tensor:
@@ -31,17 +32,17 @@ def smoothed(forget: Tensors, retain: Tensors, _: Trial, share: float) -> Pair:
     return _each(forget, smooth), _each(retain, smooth)
 
 
-def shrunk(forget: Tensors, retain: Tensors, _: Trial, strength: float) -> Pair:
-    """w pulled towards 1/2, the more the less evidence there is.
+def shrunk(forget: Tensors, retain: Tensors, *_: Any, strength: float) -> Pair:
+    """w pulled towards 1 / (1 + α), its value where both matter alike, the more the less evidence there is.
 
-    w = (I_f + k) / (I_f + I_r + 2 k), k being ``strength`` times the mean of both importances over the tensor.
+    w = (I_f + k) / (I_f + k + α (I_r + k)), k being ``strength`` times the mean of both over the tensor.
     """
     added = {name: strength * (forget[name].mean() + retain[name].mean()) / 2 for name in forget}
     raised = [{name: each[name] + added[name] for name in each} for each in (forget, retain)]
     return raised[0], raised[1]
 
 
-def trust_region(forget: Tensors, retain: Tensors, trial: Trial) -> Pair:
+def trust_region(forget: Tensors, retain: Tensors, trial: Trial, alpha: float) -> Pair:
     """lam for each layer by how much it forgets for what it costs.
 
     By the step -lam_l w τ in layer l the forget loss grows by lam_l b_l, b_l = -Σ g_f w τ, and the retain loss
@@ -53,7 +54,7 @@ def trust_region(forget: Tensors, retain: Tensors, trial: Trial) -> Pair:
     gain: dict[str, float] = {}
     cost: dict[str, float] = {}
     for name in forget:
-        step = _weights(forget[name], retain[name]) * (tuned.tensor(name) - base.tensor(name))
+        step = _weights(forget[name], retain[name], alpha) * (tuned.tensor(name) - base.tensor(name))
         layer = _layer(name)
         gain[layer] = gain.get(layer, 0.0) - float((gradient[name] * step).double().sum())
         cost[layer] = cost.get(layer, 0.0) + float((retain[name] * step.square()).double().sum())
@@ -61,12 +62,12 @@ def trust_region(forget: Tensors, retain: Tensors, trial: Trial) -> Pair:
     largest = max(worth.values())
     forget_, retain_ = {}, {}
     for name in forget:
-        weights = worth[_layer(name)] / largest * _weights(forget[name], retain[name])
-        forget_[name], retain_[name] = weights, 1 - weights  # whose w is ``weights``
+        weights = worth[_layer(name)] / largest * _weights(forget[name], retain[name], alpha)
+        forget_[name], retain_[name] = weights, (1 - weights) / alpha  # whose w is ``weights``
     return forget_, retain_
 
 
-VARIANTS: Mapping[str, Callable[[Tensors, Tensors, Trial], Pair]] = {
+VARIANTS: Mapping[str, Callable[[Tensors, Tensors, Trial, float], Pair]] = {
     "half smoothed in rows": partial(smoothed, share=0.5),
     "one value a row": partial(smoothed, share=1.0),
     "shrunk, strength 0.1": partial(shrunk, strength=0.1),
@@ -75,17 +76,17 @@ VARIANTS: Mapping[str, Callable[[Tensors, Tensors, Trial], Pair]] = {
 }
 
 
-def varied(trial: Trial, name: str) -> list[Path]:
+def varied(trial: Trial, name: str, alpha: float) -> list[Path]:
     """The pieces of both importances of a variant."""
     given = importances(trial, "empirical-fisher")
-    made_of = {"given": [trial.name_of(each) for each in given], "variant": name}
+    made_of: dict[str, Any] = {"given": [trial.name_of(each) for each in given], "variant": name}
     if name == "strength by layer":
-        made_of["tuned"] = trial.name_of(trial.models.tuned(trial.split))
+        made_of |= {"tuned": trial.name_of(trial.models.tuned(trial.split)), "alpha": alpha}
 
     def make(folder: Path, role: int) -> None:
         loaded = [pf.Importance.load(each / "importance") for each in given]
         forget, retain = (dict(each.tensors) for each in loaded)
-        tensors = VARIANTS[name](forget, retain, trial)[role]
+        tensors = VARIANTS[name](forget, retain, trial, alpha)[role]
         pf.Importance(tensors, loaded[role].metadata).save(folder / "importance")
 
     return [
@@ -94,9 +95,9 @@ def varied(trial: Trial, name: str) -> list[Path]:
     ]
 
 
-def _weights(forget: Tensor, retain: Tensor) -> Tensor:
+def _weights(forget: Tensor, retain: Tensor, alpha: float) -> Tensor:
     """w, 0 where both are 0."""
-    return torch.nan_to_num(forget / (forget + retain))
+    return torch.nan_to_num(forget / (forget + alpha * retain))
 
 
 def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
