@@ -27,6 +27,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (the benchmark's own)")
     parser.add_argument(
+        "--system-prompt", metavar="TEXT", help="given with every question, by the chat template"
+    )
+    parser.add_argument("--date-string", metavar="DATE", help="today's date, for a chat template that tells it")
+    parser.add_argument(
         "--show-text", action="store_true", help="write answers, which may be private, to --out"
     )
     add_estimation(parser)
@@ -42,7 +46,8 @@ def run(parsed: argparse.Namespace) -> int:
     names = ("suite", "data", "split", "forget", "retain", "holdout", "reference", "lm_eval", "max_new_tokens")
     result = evaluate(
         parsed.model,
-        **{name: getattr(parsed, name) for name in (*names, "show_text", "out", "overwrite")},
+        **{name: getattr(parsed, name) for name in (*names, "system_prompt", "date_string")},
+        **{name: getattr(parsed, name) for name in ("show_text", "out", "overwrite")},
         **estimation_settings(parsed),
         progress=not parsed.quiet,
     )

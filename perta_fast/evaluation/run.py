@@ -1,6 +1,7 @@
 """One evaluation from its arguments to its record: everything is checked before the model is loaded."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from perta_fast.chat import with_chat_settings
 from perta_fast.durable import move
 from perta_fast.errors import InputError, RunError
 from perta_fast.evaluation.examinee import Examinee, require
@@ -41,6 +43,8 @@ def evaluate(
     batch_size: int = 16,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     out: PathLike | None = None,
@@ -56,6 +60,8 @@ def evaluate(
     ``unlearn``, of which ``forget`` is needed.
     reference: the result file of a gold model, by which forget quality and PrivLeak are measured.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers (the suite's own).
+    system_prompt, date_string: what the tokenizer's chat template is given with every question; not for MUSE,
+    which asks without it.
     out: JSON file to write. It holds no text of any set unless ``show_text``.
     batch_size, max_length, device, dtype, progress: as for ``estimate_importance``; logits are compared in
     float32.
@@ -66,6 +72,8 @@ def evaluate(
     check_sizes(batch_size, max_length)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if suite == "muse" and not (system_prompt is date_string is None):
+        raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
     target = None if out is None else _check_target(Path(out), overwrite)
     gold = None if reference is None else Reference.load(reference)
     work = _plan(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
@@ -73,8 +81,9 @@ def evaluate(
     if lm_eval:
         check_harness(lm_eval)
     started = now()
+    subject = _subject(model_or_path, tokenizer, device, dtype)
     examinee = Examinee(
-        _subject(model_or_path, tokenizer, device, dtype),
+        replace(subject, tokenizer=with_chat_settings(subject.tokenizer, system_prompt, date_string)),
         batch_size,
         max_length,
         max_new_tokens,
@@ -94,6 +103,8 @@ def evaluate(
             "batch_size": batch_size,
             "max_length": max_length,
             "max_new_tokens": max_new_tokens,
+            "system_prompt": system_prompt,
+            "date_string": date_string,
         },
         data=examinee.data,
         general=general,
