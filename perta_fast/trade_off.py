@@ -53,8 +53,14 @@ class Row:
 
         Never where a number is not finite.
         """
-        within = limit is None or self.retain_loss <= limit
-        return self.is_finite and within and (floor is None or self.retain >= floor)
+        return self.excess(limit, floor) <= 0
+
+    def excess(self, limit: float | None, floor: float | None) -> float:
+        """How far it is beyond ``limit`` or ``floor``: at most 0 within, infinite if a number is not finite."""
+        if not self.is_finite:
+            return math.inf
+        above = -math.inf if limit is None else self.retain_loss - limit
+        return max(above, -math.inf if floor is None else floor - self.retain)
 
 
 @dataclass

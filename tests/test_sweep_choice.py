@@ -106,7 +106,9 @@ Curve = Callable[[float], float]
 
 
 def searched(curve: Curve, limit: float) -> list[Row]:
-    return search(lambda lam: row(lam, 1.0, curve(lam)), lambda each: each.keeps(limit, None))
+    return search(
+        lambda lam: row(lam, 1.0, curve(lam)), lambda each: each.excess(limit, None), row(0.0, 1.0, limit - 1)
+    )
 
 
 def assert_guarantee(rows: Sequence[Row], limit: float) -> None:
@@ -127,6 +129,24 @@ def test_search_on_a_rising_curve(crossing: float) -> None:
     best = max(row.lam for row in rows if row.retain_loss <= crossing)
     assert best <= crossing < 1.01 * best or best == LARGEST
     assert_guarantee(rows, crossing)
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.5, 1.0])
+def test_search_on_a_smooth_curve_is_short(bend: float) -> None:
+    """A quarter less than halving takes."""
+    lengths = halvings = 0
+    for crossing in (1.2**k for k in range(-12, 12)):
+        rows = searched(lambda lam, at=crossing: bend * lam / at + (1 - bend) * (lam / at) ** 2, 1.0)
+        assert_guarantee(rows, 1.0)
+        lengths += len(rows)
+        high = next(2.0**k for k in range(5) if 2.0**k > crossing)
+        low = 0.0 if high == 1 else high / 2
+        halvings += 1 + int(math.log2(high))
+        while high > 1.01 * low:
+            halvings += 1
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle <= crossing else (low, middle)
+    assert lengths < 0.75 * halvings
 
 
 @settings(max_examples=300)
@@ -160,7 +180,7 @@ def test_a_number_that_is_not_finite_breaks_the_limit(number: str) -> None:
     def measure(lam: float) -> Row:
         return row(lam, 1.0, 0.0, **{number: math.inf if lam > 3 else 1.0})
 
-    rows = search(measure, lambda each: each.keeps(0.5, None))
+    rows = search(measure, lambda each: each.excess(0.5, None), row(0.0, 1.0, 0.0))
     assert 2.97 < max(row.lam for row in rows if getattr(row, number) == 1.0) <= 3
 
 
@@ -181,13 +201,17 @@ def test_what_is_said_of_a_search() -> None:
         "tried."
     )
     assert outcome(searched(lambda lam: lam, 1.5), limit=1.5) == (
-        "Lambda 1.5 keeps the retain loss within 1.5, at 1.5; the next larger that was tried, 1.5078125, "
-        "does not, at 1.50781."
+        "Lambda 1.5 keeps the retain loss within 1.5, at 1.5; the next larger that was tried, 1.506, "
+        "does not, at 1.506."
     )
-    falling = search(lambda lam: row(lam, 1.0, 1.0, retain=1 - lam), lambda each: each.keeps(None, -1.5))
+    falling = search(
+        lambda lam: row(lam, 1.0, 1.0, retain=1 - lam),
+        lambda each: each.excess(None, -1.5),
+        row(0.0, 1.0, 1.0, retain=1.0),
+    )
     assert outcome(falling, metric="Q_A_Prob", floor=-1.5) == (
         "Lambda 2.5 keeps the retain Q_A_Prob at -1.5 or more, at -1.5; the next larger that was tried, "
-        "2.515625, does not, at -1.51562."
+        "2.51, does not, at -1.51."
     )
 
 

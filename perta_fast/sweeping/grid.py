@@ -9,6 +9,10 @@ from perta_fast.rules import Rule
 from perta_fast.trade_off import LARGEST, SMALLEST, Row
 
 _WIDTH = 1.01  # a search ends when the smallest strength that is too large is at most this many times the best
+_GUESSES = 2  # that may fail to halve the interval before it is halved at every step
+_STEP = 0.004  # of a strength: the least by which the next one that a search tries is larger or smaller
+
+Point = tuple[float, float]  # a strength, and by how much it breaks the bound
 
 
 def curves_of(
@@ -60,31 +64,60 @@ def walk(
     return rows
 
 
-def search(measure: Callable[[float], Row], keeps: Callable[[Row], bool]) -> list[Row]:
+def search(measure: Callable[[float], Row], excess: Callable[[Row], float], original: Row) -> list[Row]:
     """Measure strengths until the largest that keeps the bound is known to 1 %; return them as they were tried.
+
+    excess: how far a row breaks the bound, at most 0 where it keeps it. original: the row at lam 0.
 
     Of those that were tried, the largest that keeps the bound is ``LARGEST``, or the next larger breaks it and
     is at most 1 % larger; or none keeps it and the smallest is at most ``SMALLEST``. Nothing is asked of the
-    curve between.
+    curve between; but where it is smooth, fewer are tried.
     """
     rows: list[Row] = []
 
-    def kept(lam: float) -> bool:
+    def tried(lam: float) -> Point:
         rows.append(measure(lam))
-        return keeps(rows[-1])
+        return lam, excess(rows[-1])
 
-    low, high = 0.0, 1.0  # low keeps the bound; nothing measured above it does
-    while kept(high):
-        if high == LARGEST:
+    start = low = (0.0, excess(original))
+    high = tried(1.0)
+    while high[1] <= 0:
+        if high[0] == LARGEST:
             return rows
-        low, high = high, 2 * high
-    while high > _WIDTH * low and high > SMALLEST:
-        middle = (low + high) / 2
-        if kept(middle):
-            low = middle
-        else:
-            high = middle
+        low, high = high, tried(2 * high[0])
+    guesses = _GUESSES
+    # low keeps the bound; high is the smallest above it that was measured, and does not.
+    while high[0] > _WIDTH * low[0] and high[0] > SMALLEST:
+        width = high[0] - low[0]
+        guess = _crossing(low, high, start[1]) if guesses else None
+        probe = tried(_middle(low, high) if guess is None else guess)
+        low, high = (probe, high) if probe[1] <= 0 else (low, probe)
+        guesses -= high[0] - low[0] > width / 2
     return rows
+
+
+def _crossing(low: Point, high: Point, start: float) -> float | None:
+    """Where the bound is broken if what is lost grows as a power of the strength; None if that is no help.
+
+    start: what is left of the bound at strength 0, as a negative number.
+    """
+    lost_low, lost_high = low[1] - start, high[1] - start
+    if low[0] == 0 or not 0 < lost_low < lost_high < math.inf:
+        return None
+    power = math.log(lost_high / lost_low) / math.log(high[0] / low[0])
+    step = _STEP * low[0]  # not nearer to an end, so that the next one is likely to be on the other side
+    found = high[0] * (-start / lost_high) ** (1 / power)
+    return _readable(min(max(found, low[0] + step), high[0] - step))
+
+
+def _middle(low: Point, high: Point) -> float:
+    middle = (low[0] + high[0]) / 2
+    return _readable(middle) if low[0] > 0 else middle
+
+
+def _readable(lam: float) -> float:
+    """A strength that can be written down; two that are 1 % apart stay apart."""
+    return float(f"{lam:.4g}")
 
 
 def _described(rule: Rule) -> str:

@@ -1,7 +1,6 @@
 """The settings of a sweep, measured one after another, each kept as soon as it is known."""
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from perta_fast.rules import Rule
 from perta_fast.sweeping.grid import search, walk
 from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept
 from perta_fast.sweeping.job import Job
+from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.scoring import LiveModel
 from perta_fast.sweeping.state import Record
 from perta_fast.trade_off import Row, Sweep
@@ -23,13 +23,9 @@ def score(job: Job, record: Record) -> tuple[Sweep, ByEstimator]:
         record.add_gold(_score_gold(job, job.gold.path))
     live, original, importances = _prepare(job, record)
     limit, floor = request.bounds(original)
-
-    def keeps(row: Row) -> bool:
-        return not request.is_bounded or row.keeps(limit, floor)
-
     rows = [original]
     for curve in job.curves:
-        rows += _along(curve, request.lams, live, importances, record, keeps)
+        rows += _along(curve, request, live, importances, record, original)
     module, samples = live.subject.module, live.examination.samples
     data = {role: each.describe(samples[role]) for role, each in job.data.items()}
     run_in = {"device": str(module.device), "dtype": str(module.dtype).removeprefix("torch.")}
@@ -89,13 +85,14 @@ def _score_gold(job: Job, path: Path) -> Row:
 
 def _along(
     curve: Rule,
-    lams: Sequence[float] | None,
+    request: Request,
     live: LiveModel,
     importances: ByEstimator,
     record: Record,
-    keeps: Callable[[Row], bool],
+    original: Row,
 ) -> list[Row]:
     """The rows of one curve, by strength; those that are on record are not measured again."""
+    limit, floor = request.bounds(original)
     weighed = {} if curve.estimator is None else importances[curve.estimator]
 
     def measure(lam: float) -> Row:
@@ -106,8 +103,9 @@ def _along(
         nan = math.nan
         return Row(curve.name, curve.p, curve.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
 
-    if lams is None:
-        rows = search(measure, keeps)
+    if request.lams is None:
+        rows = search(measure, lambda row: row.excess(limit, floor), original)
     else:
-        rows = walk([lam for lam in lams if lam != 0], measure, skip, keeps)
+        lams = [lam for lam in request.lams if lam != 0]
+        rows = walk(lams, measure, skip, lambda row: not request.is_bounded or row.keeps(limit, floor))
     return sorted(rows, key=lambda row: row.lam)

@@ -72,10 +72,10 @@ def sweep(
     least this. With lams a bound stops early: once a positive lam breaks it, all larger ones of the same rule,
     p and alpha are skipped. A number that is not finite breaks every bound.
 
-    The search doubles lam from 1 until the bound is broken, at most to 1024, then bisects. The loss need not
-    grow with lam, so this is what holds of each curve's largest lam that keeps the bound: no larger one that
-    was measured does, and the next of those is at most 1 % larger. It is lam 0 if the bound was broken all the
-    way down to 1/1024.
+    The search doubles lam from 1 until the bound is broken, at most to 1024, then closes in on it, by
+    interpolation where the curve is smooth; seven settings are usual. The loss need not grow with lam, so this
+    is what holds of each curve's largest lam that keeps the bound: no larger one that was measured does, and
+    the next of those is at most 1 % larger. It is lam 0 if the bound was broken all the way down to 1/1024.
 
     metric: what settings are chosen by: the loss, or a metric of ``evaluate`` that it calls ``forget_`` and
     ``retain_`` this: Q_A_Prob, Q_A_ROUGE, extraction_strength, exact_memorization. select: of all measured
