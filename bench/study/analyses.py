@@ -5,11 +5,14 @@ All but the first are compared by what the choice is made by: the forget loss at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
-from bench.study.main_table import ALPHA_CHOSEN, WEIGHED, chosen, rule_of
+from bench.study.baselines import BASELINES
+from bench.study.main_table import ALPHA_CHOSEN, ROWS, WEIGHED, candidates, chosen, rule_of
 from bench.study.rules import Draw, importances, score_rule, search
 from bench.study.selection import Candidate
 from bench.study.trial import Trial, read_candidates
@@ -19,6 +22,8 @@ from perta_fast.rules import RULES
 POWERS = (("grad", 1.0), ("fisher", 2.0), ("empirical-fisher", 1.0), ("empirical-fisher", 2.0))
 ALPHAS = (0.25, 1.0, 4.0, 16.0, 64.0)
 VARIED = "empirical-fisher, α chosen"  # the row of the main table that variants are of
+WAYS = (0.25, 0.5, 0.75, 1.0)  # shares of the way to the gold model
+METHODS = ROWS[ROWS.index("tv") :]
 COUNTS = (8, 32, 128)
 DRAWS = 3
 SHARES = (0.75, 0.25)  # of their probability that retained answers keep, beside the main table's
@@ -52,6 +57,23 @@ def variant(trial: Trial, name: str) -> Candidate:
     """A variant of the empirical Fisher rule, at the alpha of ``VARIED``."""
     rule, alpha = rule_of(trial, VARIED)
     return trial.choice([search(trial, rule, varied(trial, name, alpha), alpha=alpha)])
+
+
+def damage(trial: Trial, method: str, share: float) -> float:
+    """The retain loss, above theta_full's, at which a method has come this share of the way to the gold model.
+
+    By straight lines between candidates; of a method with several runs, the best. NaN if it has not come there.
+    """
+    curves = list(map(read_candidates, candidates(trial, method)))
+    curves = curves if method in BASELINES else curves[:1]
+    start, gold = curves[0][0], trial.as_gold()
+    goal = start.forget_loss + share * (gold.forget_loss - start.forget_loss)
+    losses = []
+    for before, after in chain.from_iterable(map(pairwise, curves)):
+        if before.forget_loss < goal <= after.forget_loss:
+            part = (goal - before.forget_loss) / (after.forget_loss - before.forget_loss)
+            losses.append(before.retain_loss + part * (after.retain_loss - before.retain_loss))
+    return min(losses, default=math.nan) - start.retain_loss
 
 
 def stages(trial: Trial) -> Stages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import perta_fast as pf
 from bench.study.data import Row
 from bench.study.models import load_model
 from bench.study.selection import KEPT, Candidate
-from bench.study.trial import Trial, write_candidates
+from bench.study.trial import Trial, read_candidates, write_candidates
 from perta_fast.rules import Rule
 
 _ROLES = ("forget", "retain")
+_SHORT = 0.99  # of the strength at which a line between candidates meets the limit
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,26 @@ def search(
     return trial.piece(f"search/{rule} p {power:g} alpha {alpha:g}", made_of, make)
 
 
+def searched(
+    trial: Trial, rule: str, given: Sequence[Path], *, kept: float = KEPT, alpha: float = 1.0
+) -> list[Path]:
+    """Candidates of a rule: of ``search``, and one at the limit on the forget loss where that is stricter."""
+    found, limits = search(trial, rule, given, kept=kept, alpha=alpha), trial.limits(kept)
+    rows = sorted(read_candidates(found), key=lambda each: float(each.setting["lam"]))
+    pairs = [pair for pair in pairwise(rows) if pair[0].forget_loss <= limits.forget < pair[1].forget_loss]
+    if not pairs or pairs[0][0].retain_loss > limits.retain:
+        return [found]
+    (below, beyond), *_ = pairs
+    share = (limits.forget - below.forget_loss) / (beyond.forget_loss - below.forget_loss)
+    lam = below.setting["lam"] + share * (beyond.setting["lam"] - below.setting["lam"])
+    return [found, search(trial, rule, given, alpha=alpha, lam=float(f"{_SHORT * lam:.4g}"))]
+
+
 def score_rule(trial: Trial, rule: str, given: Sequence[Path], name: str, alpha: float = 1.0) -> Path:
     """Scores of a rule at the strength that is chosen for it."""
     models = trial.models
     full, base, tuned = models.full(), models.base(), models.tuned(trial.split)
-    lam = trial.choice([search(trial, rule, given, alpha=alpha)]).setting["lam"]
+    lam = trial.choice(searched(trial, rule, given, alpha=alpha)).setting["lam"]
 
     def load() -> Any:
         module = load_model(full)

@@ -61,6 +61,9 @@ def render(trials: Sequence[Trial]) -> str:
     last, of_last = list(by_split.items())[-1]
     tables = {name: _main(name, of_split) for name, of_split in by_split.items()}
     tables |= {f"{name}, what `tv` has subtracted": _against_tv(each) for name, each in by_split.items()}
+    tables |= {
+        f"{name}, loss on retained questions for forgetting": _damage(each) for name, each in by_split.items()
+    }
     tables |= {f"{name}, settings and cost": _costs(each) for name, each in by_split.items()}
     tables |= {
         f"Gradients at θ_full, {last}, one seed": _at_full(of_last[:1]),
@@ -89,7 +92,22 @@ def _against_tv(trials: Sequence[Trial]) -> Iterator[str]:
         yield _line([row, *(_cell(pairs, partial(_difference, metric)) for metric in _METRICS.values())])
 
 
-def _costs(trials: Sequence[Trial]) -> Iterator[str]:
+def _damage(trials: Sequence[Trial]) -> Iterator[str]:
+    """In nats above θ_full, at shares of the way from its forget loss to gold's."""
+    yield from _head(["retain loss", *(f"{share:.0%} of the way to gold" for share in analyses.WAYS)])
+    for row in analyses.METHODS:
+        yield _line([row, *(_reached(trials, row, share) for share in analyses.WAYS)])
+
+
+def _reached(trials: Sequence[Trial], row: str, share: float) -> str:
+    found = _made(partial(analyses.damage, trial, row, share) for trial in trials)
+    if not found:
+        return MISSING
+    reached = [each for each in found if not math.isnan(each)]
+    return f"reached by {len(reached)} of {len(found)}" if len(reached) < len(found) else "+" + _over(reached)
+
+
+def _costs(trialsdef _costs(trials: Sequence[Trial]) -> Iterator[str]:
     """Costs are the first seed's, where learning rates are chosen."""
     yield from _head(["", "chosen, by seed", "processor s, once", "processor s, choosing"])
     for row in ROWS[1:]:
@@ -155,10 +173,14 @@ def _cell(thunks: Sequence[Thunk], number: Callable[[Any], float], form: str = "
     found = [number(each) for each in _made(thunks)]
     if not found:
         return MISSING
-    text = form.format(mean(found))
-    if len(found) > 1:
-        text += f" ± {form.format(stdev(found))}"
+    text = _over(found, form)
     return text if len(found) == len(thunks) else f"{text} ({len(found)} of {len(thunks)})"
+
+
+def _over(numbers: Sequence[float], form: str = "{:.3f}") -> str:
+    """Mean ± standard deviation."""
+    text = form.format(mean(numbers))
+    return f"{text} ± {form.format(stdev(numbers))}" if len(numbers) > 1 else text
 
 
 def _made(thunks: Iterable[Thunk]) -> list[Any]:

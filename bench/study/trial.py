@@ -50,6 +50,10 @@ class Trial:
         unchanged = self._measured("unchanged", "full", full)
         return Limits(self._measured("unseen", "base", base).forget_loss, limit_of(unchanged.retain_loss, kept))
 
+    def as_gold(self) -> Candidate:
+        """What the gold model comes to. Nothing is chosen by it."""
+        return self._measured("retrained", "gold", self.models.gold(self.split))
+
     def _measured(self, name: str, role: str, model: Path) -> Candidate:
         made_of = {role: self.name_of(model), "data": self.name_of(self.split.folder)}
 
