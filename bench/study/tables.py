@@ -107,7 +107,7 @@ def _reached(trials: Sequence[Trial], row: str, share: float) -> str:
     return f"reached by {len(reached)} of {len(found)}" if len(reached) < len(found) else "+" + _over(reached)
 
 
-def _costs(trialsdef _costs(trials: Sequence[Trial]) -> Iterator[str]:
+def _costs(trials: Sequence[Trial]) -> Iterator[str]:
     """Costs are the first seed's, where learning rates are chosen."""
     yield from _head(["", "chosen, by seed", "processor s, once", "processor s, choosing"])
     for row in ROWS[1:]:
