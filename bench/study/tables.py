@@ -62,7 +62,7 @@ def render(trials: Sequence[Trial]) -> str:
     tables = {name: _main(name, of_split) for name, of_split in by_split.items()}
     tables |= {f"{name}, what `tv` has subtracted": _against_tv(each) for name, each in by_split.items()}
     tables |= {
-        f"{name}, loss on retained questions for forgetting": _damage(each) for name, each in by_split.items()
+        f"{name}, what forgetting costs": _damage(each) for name, each in by_split.items()
     }
     tables |= {f"{name}, settings and cost": _costs(each) for name, each in by_split.items()}
     tables |= {
