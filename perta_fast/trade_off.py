@@ -173,7 +173,9 @@ class Sweep:
             within, value = f"keeps the retain {self.metric} at {self.floor:.6g} or more", "retain"
         if best.lam == LARGEST:
             return f"Even lambda {LARGEST:g} {within}, and no larger one is tried."
-        broken = min((row for row in curve if row.lam > best.lam), key=lambda row: row.lam)
+        broken = min((row for row in curve if row.lam > best.lam), key=lambda row: row.lam, default=None)
+        if broken is None:
+            return f"Lambda {best.lam!r} {within}, and no larger one was tried."
         if best.lam == 0:
             return f"No lambda that was tried {within}, down to {broken.lam!r}; none smaller is tried."
         return (
@@ -209,7 +211,21 @@ class Sweep:
         if not fits(content | {"rows": rows, "gold": gold}, cls) or all(row["rule"] for row in rows):
             raise unknown
         content |= {"rows": [Row(**row) for row in rows], "gold": None if gold is None else Row(**gold)}
-        return cls(**content)
+        found = cls(**content)
+        if not found._can_choose():
+            raise unknown
+        return found
+
+    def _can_choose(self) -> bool:
+        """Whether ``select`` can be followed: what it needs is there, and the model itself keeps the bound."""
+        needs = {
+            None: True,
+            "best-forget": True,
+            "largest": self.limit is not None or self.floor is not None,
+            "closest": self.gold is not None and self.gold.is_finite,
+        }
+        kept = self.select is None or self.original.keeps(self.limit, self.floor)
+        return needs.get(self.select, False) and kept
 
 
 def _width(name: str) -> int:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from perta_fast.data import load_records
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
 from perta_fast.recipe import read_recipe
-from perta_fast.report import Report
+from perta_fast.report import DataRecord, Report
+from perta_fast.reporting.evidence import read_scores
+from perta_fast.trade_off import Row, Sweep
 from tests.checkpoints import draw, write_checkpoint, write_importance
 from tests.fuzz import mutation
 from tests.inputs import write_inputs
@@ -41,6 +43,11 @@ stream: true
 p:
 out: 'new'
 """
+SCORES = {
+    "model": "model",
+    "metrics": {"forget_loss": {"agg_value": 2.5}, "retain_loss": {"agg_value": None, "value_by_index": {}}},
+    "data": {"forget": {"blake3": "0" * 64, "path": "data.jsonl", "samples": 3}},
+}
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The author."}]
 
 
@@ -85,6 +92,8 @@ def write_run(folder: Path) -> None:
         shutil.rmtree(inputs[role])
         write(inputs[role], inputs.tensors[role])
     write_adapter(folder / "adapter")
+    write_sweep(folder / "settings")
+    (folder / "scores.json").write_text(json.dumps(SCORES))
     write_lines(folder / "data.jsonl", [FORGET[0], {"text": "A text."}, {"messages": TALK}])
     (folder / "run.yaml").write_text(RECIPE)
     apply(*inputs.all, rule="grad", lam=0.5, threads=1, out=folder / "out", progress=False)
@@ -98,6 +107,40 @@ def write_adapter(folder: Path) -> None:
     )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": {"tokens": 5, "embed_tokens": 4}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def write_sweep(folder: Path) -> None:
+    """The record of a search on two curves; one strength has broken the model, one was skipped."""
+    rows = [
+        Row("", 1.0, 1.0, 0.0, 0.1, 0.2, 0.1, 0.2, 0.0, 1.5),
+        Row("tv", 1.0, 1.0, 1.0, 2.0, 0.4, 2.0, 0.4, 0.9, 1.5),
+        Row("tv", 1.0, 1.0, 2.0, math.nan, math.inf, math.nan, math.inf, 1.0, 1.5),
+        Row("grad", 1.0, 4.0, 8.0, 3.0, 0.3, 3.0, 0.3, 0.9, 1.5),
+        Row("grad", 1.0, 4.0, 9.0, *[math.nan] * 5, 0.0, skipped=True),
+    ]
+    described: DataRecord = {"path": "data.jsonl", "blake3": "0" * 64, "samples": 3, "truncated": 0}
+    data = dict.fromkeys(("forget", "retain"), described)
+    sweep = Sweep(rows, "loss", 0.5, None, "best-forget", {"lams": [1, 2, 8, 9]}, {"model": "model"}, data)
+    folder.mkdir()
+    replace(sweep, gold=replace(rows[0], forget=6.0, forget_loss=6.0)).save(folder)
+
+
+def _read_sweep(file: Path) -> None:
+    """What is taken must have something to say, and choose what keeps the bound."""
+    sweep = Sweep.read(file)
+    assert sweep.summary()
+    assert sweep.original in sweep.rows
+    assert sum(map(len, sweep.curves().values())) == sum(bool(row.rule) for row in sweep.rows)
+    best = sweep.best
+    assert best is None or best.keeps(sweep.limit, sweep.floor)
+
+
+def _read_scores(file: Path) -> None:
+    """What is taken are finite numbers by name, or None."""
+    (scores,) = read_scores([file])
+    assert scores.values
+    assert all(value is None or math.isfinite(value) for value in scores.values.values())
+    scores.point()
 
 
 def _read_adapter(file: Path) -> None:
@@ -224,6 +267,8 @@ TARGETS: dict[str, Target] = {
         _read_adapter,
         ("inspect adapter", "apply adapter"),
     ),
+    "sweep": Target("settings/sweep.json", mutation.json_document, _read_sweep),
+    "scores": Target("scores.json", mutation.json_document, _read_scores),
     "data": Target("data.jsonl", mutation.json_lines, _read_data),
     "recipe": Target("run.yaml", mutation.any_bytes, _read_recipe, ("recipe check",)),
 }
