@@ -84,8 +84,8 @@ def _stages(options: argparse.Namespace) -> Iterator[Stage]:
     on_last = [trial for trial in trials if trial.split.name == options.splits[-1]]
     yield from chain.from_iterable(map(main_table.stages, trials))
     yield from analyses.stages_of_one(on_last[0])
-    yield from chain.from_iterable(map(analyses.stages, on_last))
     yield from analyses.draw_stages(on_last[0])
+    yield from chain.from_iterable(map(analyses.stages, on_last))
 
 
 def _check(options: argparse.Namespace) -> None:

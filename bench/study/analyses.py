@@ -24,6 +24,7 @@ ALPHAS = (0.25, 1.0, 4.0, 16.0, 64.0)
 VARIED = "empirical-fisher, α chosen"  # the row of the main table that variants are of
 WAYS = (0.25, 0.5, 0.75, 1.0)  # shares of the way to the gold model
 METHODS = ROWS[ROWS.index("tv") :]
+DRAWN = ("grad", "empirical-fisher", VARIED)
 COUNTS = (8, 32, 128)
 DRAWS = 3
 SHARES = (0.75, 0.25)  # of their probability that retained answers keep, beside the main table's
@@ -41,15 +42,16 @@ def general(trial: Trial, rule: str, p: float, alpha: float) -> Candidate:
     return trial.choice([search(trial, rule, importances(trial, rule), p=p, alpha=alpha)])
 
 
-def drawn(trial: Trial, rule: str, draw: Draw) -> Candidate:
+def drawn(trial: Trial, method: str, draw: Draw) -> Candidate:
     """Importance on a draw of samples, at the strength that is chosen for it."""
-    return trial.choice([search(trial, rule, importances(trial, rule, draw=draw))])
+    rule, alpha = rule_of(trial, method)
+    return trial.choice([search(trial, rule, importances(trial, rule, draw=draw), alpha=alpha)])
 
 
-def drawn_at(trial: Trial, rule: str, draw: Draw) -> Candidate:
+def drawn_at(trial: Trial, method: str, draw: Draw) -> Candidate:
     """Importance on a draw, at the strength that is chosen with importance on all samples."""
-    lam = chosen(trial, rule).setting["lam"]
-    found = search(trial, rule, importances(trial, rule, draw=draw), lam=lam)
+    (rule, alpha), lam = rule_of(trial, method), chosen(trial, method).setting["lam"]
+    found = search(trial, rule, importances(trial, rule, draw=draw), alpha=alpha, lam=lam)
     return next(each for each in read_candidates(found) if each.setting["lam"] == lam)
 
 
@@ -92,6 +94,6 @@ def stages_of_one(trial: Trial) -> Stages:
 def draw_stages(trial: Trial) -> Stages:
     """What makes the comparison of draws, the first of every size first."""
     for draw in (Draw(count, number) for number in range(DRAWS) for count in COUNTS):
-        for rule in WEIGHED:
-            yield partial(drawn, trial, rule, draw)
-            yield partial(drawn_at, trial, rule, draw)
+        for method in DRAWN:
+            yield partial(drawn, trial, method, draw)
+            yield partial(drawn_at, trial, method, draw)

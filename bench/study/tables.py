@@ -61,9 +61,7 @@ def render(trials: Sequence[Trial]) -> str:
     last, of_last = list(by_split.items())[-1]
     tables = {name: _main(name, of_split) for name, of_split in by_split.items()}
     tables |= {f"{name}, what `tv` has subtracted": _against_tv(each) for name, each in by_split.items()}
-    tables |= {
-        f"{name}, what forgetting costs": _damage(each) for name, each in by_split.items()
-    }
+    tables |= {f"{name}, what forgetting costs": _damage(each) for name, each in by_split.items()}
     tables |= {f"{name}, settings and cost": _costs(each) for name, each in by_split.items()}
     tables |= {
         f"Gradients at θ_full, {last}, one seed": _at_full(of_last[:1]),
@@ -136,14 +134,14 @@ def _general(trial: Trial) -> Iterator[str]:
 def _samples(trial: Trial) -> Iterator[str]:
     """Over the draws of one seed."""
     yield from _head(["", "samples", "forget loss, λ chosen", "forget loss, λ of all", "retain loss, λ of all"])
-    for rule in WEIGHED:
+    for method in analyses.DRAWN:
         for count in analyses.COUNTS:
             draws = [Draw(count, number) for number in range(analyses.DRAWS)]
-            own = [partial(analyses.drawn, trial, rule, draw) for draw in draws]
-            fixed = [partial(analyses.drawn_at, trial, rule, draw) for draw in draws]
-            yield _line([rule, str(count), _cell(own, FORGET), _cell(fixed, FORGET), _cell(fixed, RETAIN)])
-        every = [partial(chosen, trial, rule)]
-        yield _line([rule, "all", _cell(every, FORGET), _cell(every, FORGET), _cell(every, RETAIN)])
+            own = [partial(analyses.drawn, trial, method, draw) for draw in draws]
+            fixed = [partial(analyses.drawn_at, trial, method, draw) for draw in draws]
+            yield _line([method, str(count), _cell(own, FORGET), _cell(fixed, FORGET), _cell(fixed, RETAIN)])
+        every = [partial(chosen, trial, method)]
+        yield _line([method, "all", _cell(every, FORGET), _cell(every, FORGET), _cell(every, RETAIN)])
 
 
 def _variants(trials: Sequence[Trial]) -> Iterator[str]:
