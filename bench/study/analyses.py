@@ -75,6 +75,8 @@ def damage(trial: Trial, method: str, share: float) -> float:
         if before.forget_loss < goal <= after.forget_loss:
             part = (goal - before.forget_loss) / (after.forget_loss - before.forget_loss)
             losses.append(before.retain_loss + part * (after.retain_loss - before.retain_loss))
+    # A method that trains may win back in later steps what it has lost in earlier ones.
+    losses += [each.retain_loss for each in chain.from_iterable(curves) if each.forget_loss >= goal]
     return min(losses, default=math.nan) - start.retain_loss
 
 
