@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables.write(PAGE, _trials(options, compute=False))
             return 0
         options.work.mkdir(parents=True, exist_ok=True)
-        _run(list(_stages(options)))
+        _run([lambda: _run(list(_stages(options)))])  # another process may be writing the splits
     except PertaError as error:
         print(error, file=sys.stderr)
         return error.exit_status

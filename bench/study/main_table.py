@@ -19,7 +19,7 @@ from perta_fast.rules import RULES
 FULL, GOLD = "θ_full", "gold"
 WEIGHED = tuple(rule for rule in RULES if rule != "tv")
 ALPHA_CHOSEN = {f"{rule}, α chosen": rule for rule in ("grad", "empirical-fisher")}
-_CLOSE = 0.98
+_CLOSE = 0.98  # of the largest forget loss: as good as the largest
 ROWS = (FULL, GOLD, *RULES, *ALPHA_CHOSEN, *BASELINES)
 
 
