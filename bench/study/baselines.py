@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.study.models import load_model
-from bench.study.selection import Candidate, choose
+from bench.study.selection import choose
 from bench.study.training import descend_, losses_of
 from bench.study.trial import Trial, write_candidates
 from perta_fast.data import Sample
@@ -70,18 +70,15 @@ def runs(trial: Trial, method: str) -> dict[float, Path]:
     """
     rates: Sequence[float] = trial.models.settings.unlearning_rates
     if trial.first is not None:
-        rates = [choice(trial.first, method).setting["rate"]]
+        tried = list(runs(trial.first, method).values())
+        rates = [trial.first.choice(tried).setting["rate"]]
     return {rate: _run(trial, method, rate) for rate in rates}
-
-
-def choice(trial: Trial, method: str) -> Candidate:
-    """The rate and the step that count."""
-    return trial.choice(list(runs(trial, method).values()))
 
 
 def score_baseline(trial: Trial, method: str) -> Path:
     """Scores of a method at the rate and the step that are chosen for it."""
-    best = runs(trial, method)[choice(trial, method).setting["rate"]]
+    pieces = runs(trial, method)
+    best = pieces[trial.choice(list(pieces.values())).setting["rate"]]
     return trial.score(method, {"model": trial.name_of(best)}, lambda: load_model(best))
 
 

@@ -1,6 +1,7 @@
 """The settings of a sweep, measured one after another, each kept as soon as it is known."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from perta_fast.rules import Rule
 from perta_fast.sweeping.grid import search, walk
 from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept
 from perta_fast.sweeping.job import Job
-from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.scoring import LiveModel
 from perta_fast.sweeping.state import Record
 from perta_fast.trade_off import Row, Sweep
@@ -23,9 +23,15 @@ def score(job: Job, record: Record) -> tuple[Sweep, ByEstimator]:
         record.add_gold(_score_gold(job, job.gold.path))
     live, original, importances = _prepare(job, record)
     limit, floor = request.bounds(original)
+
+    def excess(row: Row) -> float:
+        """How far a row breaks the bounds; without bounds, no row stops its curve."""
+        return row.excess(limit, floor) if request.is_bounded else -math.inf
+
     rows = [original]
     for curve in job.curves:
-        rows += _along(curve, request, live, importances, record, original)
+        measure = _measurer(curve, live, importances, record)
+        rows += _along(curve, request.lams, measure, excess, original)
     module, samples = live.subject.module, live.examination.samples
     data = {role: each.describe(samples[role]) for role, each in job.data.items()}
     run_in = {"device": str(module.device), "dtype": str(module.dtype).removeprefix("torch.")}
@@ -83,29 +89,32 @@ def _score_gold(job: Job, path: Path) -> Row:
     return row
 
 
-def _along(
-    curve: Rule,
-    request: Request,
-    live: LiveModel,
-    importances: ByEstimator,
-    record: Record,
-    original: Row,
-) -> list[Row]:
-    """The rows of one curve, by strength; those that are on record are not measured again."""
-    limit, floor = request.bounds(original)
+def _measurer(curve: Rule, live: LiveModel, importances: ByEstimator, record: Record) -> Callable[[float], Row]:
+    """Gives a curve's row at a strength; one that is on record is not measured again."""
     weighed = {} if curve.estimator is None else importances[curve.estimator]
 
     def measure(lam: float) -> Row:
         rule = replace(curve, lam=lam)
         return record.begun.find(rule) or record.add(live.measure(rule, weighed))
 
+    return measure
+
+
+def _along(
+    curve: Rule,
+    lams: Sequence[float] | None,
+    measure: Callable[[float], Row],
+    excess: Callable[[Row], float],
+    original: Row,
+) -> list[Row]:
+    """The rows of one curve, by strength; without ``lams``, at those that the search tries."""
+
     def skip(lam: float) -> Row:
         nan = math.nan
         return Row(curve.name, curve.p, curve.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
 
-    if request.lams is None:
-        rows = search(measure, lambda row: row.excess(limit, floor), original)
+    if lams is None:
+        rows = search(measure, excess, original)
     else:
-        lams = [lam for lam in request.lams if lam != 0]
-        rows = walk(lams, measure, skip, lambda row: not request.is_bounded or row.keeps(limit, floor))
+        rows = walk([lam for lam in lams if lam != 0], measure, skip, lambda row: excess(row) <= 0)
     return sorted(rows, key=lambda row: row.lam)
