@@ -208,6 +208,15 @@ def test_a_strength_is_forgotten_before_the_next(job: Job, tmp_path: Path) -> No
         assert all((losses(row), row.changed) == expected[row.lam] for row in rows)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_cuda(text_jobs: Jobs) -> None:
+    chosen: dict[str, Any] = {"rule": ["tv", "grad"], "lams": [1, 4]}
+    expected, found = (run(text_jobs(F32), device=device, **chosen) for device in ("cpu", "cuda"))
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        assert losses(row) == pytest.approx(losses(other), rel=1e-3)
+        assert row.changed == pytest.approx(other.changed, abs=1e-3)
+
+
 def test_the_importance_is_taken_at_an_unchanged_model(job: Job, tmp_path: Path) -> None:
     made = importances(job, tmp_path, "fisher", "model")
     given_, estimated = run(job, *made, lams=[2]), run(job, lams=[2], at="model", batch_size=1)

@@ -1,5 +1,6 @@
 """Whole evaluations of small models on small data in the benchmarks' forms."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -192,6 +193,14 @@ def test_results_do_not_depend_on_the_batch(tofu: Path, knowing: LlamaForCausalL
     assert one.metrics.keys() == many.metrics.keys()
     for name in one.metrics:
         assert one[name] == pytest.approx(many[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_cuda(tofu: Path, knowing: LlamaForCausalLM) -> None:
+    expected, found = on_tofu(knowing, tofu), on_tofu(copy.deepcopy(knowing).cuda(), tofu)
+    assert found.metrics.keys() == expected.metrics.keys()
+    for name in found.metrics:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
 
 
 def test_a_broken_model_gives_nulls(tofu: Path, tmp_path: Path) -> None:
