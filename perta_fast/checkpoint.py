@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast.dtypes import KERNEL_CODES
+from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.regular_files import read_json
 from perta_fast.safetensors_file import SafetensorsFile, TensorEntry
@@ -133,7 +133,7 @@ class Checkpoint:
             raise InputError(f"{self.path}: has no tensor {name}")
         if entry.dtype not in KERNEL_CODES:
             raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
-        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry.dtype]
+        dtype = torch_dtype(entry.dtype)
         source = self.file_of(entry).data[entry.begin : entry.end]
         result = torch.empty(entry.shape, dtype=dtype)
         if entry.size:

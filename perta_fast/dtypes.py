@@ -1,7 +1,10 @@
 """Storage types by their safetensors names."""
 
 from math import prod
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import torch
 
 # The types that the arithmetic reads and writes, with the codes of the compiled kernels (csrc/dtype.h).
 KERNEL_CODES: Final = {"F32": 0, "BF16": 1, "F16": 2}
@@ -28,6 +31,13 @@ ITEM_SIZES: Final = {
     "F64": 8,
     "C64": 8,
 }
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's type for one of ``KERNEL_CODES``. Imported here, as much of the package does without torch."""
+    import torch
+
+    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[name]
 
 
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:

@@ -165,9 +165,14 @@ class Report:
 
 
 def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` for people and programs; a path that is not UTF-8 comes back from its escapes."""
+    """Write ``readable_json``."""
+    path.write_bytes(readable_json(content))
+
+
+def readable_json(content: Mapping[str, Any]) -> bytes:
+    """``content`` for people and programs; a path that is not UTF-8 comes back from its escapes."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    return f"{text}\n".encode(errors="backslashreplace")
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from perta_fast.adapters import Matrix
 from perta_fast.agreement import TensorPlan
 from perta_fast.checkpoint import Checkpoint
-from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.dtypes import ITEM_SIZES, torch_dtype
 from perta_fast.errors import InputError, RunError
 from perta_fast.hashing import hash_file, hash_files
 from perta_fast.progress import Progress, byte_bar
@@ -325,5 +325,5 @@ def _bytes(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -
 def _floats(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> Any:
     import torch
 
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry.dtype]
+    dtype = torch_dtype(entry.dtype)
     return torch.frombuffer(bytearray(_bytes(checkpoint, entry, begin, count)), dtype=dtype)

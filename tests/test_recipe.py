@@ -390,5 +390,9 @@ def test_a_file_is_replaced_only_if_asked(tmp_path: Path, capsys: pytest.Capture
     assert (said, path.read_text()) == (f"{path}: exists; choose another file or pass --overwrite", "mine")
     assert run("recipe", "init", "--out", path, "--overwrite") == 0
     assert "mine" not in path.read_text()
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("mine")
+    said = refusal(capsys, "recipe", "init", "--out", weights, "--overwrite")
+    assert (said, weights.read_text()) == (f"{weights}: name a file that ends in .yaml or .yml", "mine")
     below = tmp_path / "no" / "run.yaml"
-    assert refusal(capsys, "recipe", "init", "--out", below).startswith(f"{below}: cannot be written: ")
+    assert refusal(capsys, "recipe", "init", "--out", below) == f"{below.parent}: is not a directory"

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         "--show-text", action="store_true", help="write answers, which may be private, to --out"
     )
     add_estimation(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write, ending in .json")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     parser.set_defaults(command=run)

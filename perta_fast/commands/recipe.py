@@ -9,6 +9,7 @@ from perta_fast.commands import unlearn
 from perta_fast.commands.recipe_options import RecipeParser, alternatives, arguments_from, options_of
 from perta_fast.commands.settings import rule_settings
 from perta_fast.errors import InputError
+from perta_fast.output_file import check_output_file, write_output_file
 
 _HEAD = """\
 # A run of perta unlearn. Check this file with: perta recipe check FILE
@@ -22,7 +23,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("recipe", help="a whole run as one YAML file: write a template, check one")
     parts = parser.add_subparsers(required=True, metavar="init|check")
     init = parts.add_parser("init", help="write a template with every option")
-    init.add_argument("--out", type=Path, metavar="FILE", help="file to make (standard output)")
+    init.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to make, ending in .yaml or .yml (standard output)"
+    )
     init.add_argument("--overwrite", action="store_true", help="replace FILE")
     init.set_defaults(command=write_template)
     check = parts.add_parser("check", help="whether a recipe is a whole run, correctly written")
@@ -35,13 +38,8 @@ def write_template(parsed: argparse.Namespace) -> int:
     if parsed.out is None:
         print(text, end="")
         return 0
-    try:
-        with open(parsed.out, "w" if parsed.overwrite else "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise InputError(f"{parsed.out}: exists; choose another file or pass --overwrite") from error
-    except OSError as error:
-        raise InputError(f"{parsed.out}: cannot be written: {error.strerror}") from error
+    check_output_file(parsed.out, (".yaml", ".yml"), overwrite=parsed.overwrite)
+    write_output_file(parsed.out, text.encode())
     return 0
 
 

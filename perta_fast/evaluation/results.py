@@ -9,7 +9,8 @@ from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.evaluation.metrics import mean
-from perta_fast.report import printable, write_readable_json
+from perta_fast.output_file import write_output_file
+from perta_fast.report import printable, readable_json
 
 FORMAT_VERSION = 1
 
@@ -64,7 +65,7 @@ class Evaluation:
         return printable("\n".join([*lines, *self.notes]))
 
     def save(self, path: Path) -> None:
-        """Write JSON; what is not finite becomes null."""
+        """Write JSON; what is not finite becomes null. Raises RunError if the file cannot be written."""
         metrics = {
             name: {
                 "agg_value": each.value,
@@ -73,7 +74,7 @@ class Evaluation:
             for name, each in self.metrics.items()
         }
         content = {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
-        write_readable_json(path, _finite(content))
+        write_output_file(path, readable_json(_finite(content)))
 
 
 @dataclass(frozen=True)

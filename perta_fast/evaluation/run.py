@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from perta_fast.chat import with_chat_settings
-from perta_fast.durable import move
-from perta_fast.errors import InputError, RunError
+from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import Examinee, require
 from perta_fast.evaluation.general import check_harness, general_ability
 from perta_fast.evaluation.muse import check_reference as check_muse_reference
@@ -22,6 +21,7 @@ from perta_fast.evaluation.scoring import evaluation_mode
 from perta_fast.evaluation.tofu import check_reference as check_tofu_reference
 from perta_fast.evaluation.tofu import evaluate_tofu, read_tofu
 from perta_fast.importance.estimate import Subject, check_sizes, load_subject
+from perta_fast.output_file import check_output_file
 from perta_fast.progress import Progress
 from perta_fast.report import installed_versions, now
 
@@ -62,7 +62,7 @@ def evaluate(
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers (the suite's own).
     system_prompt, date_string: what the tokenizer's chat template is given with every question; not for MUSE,
     which asks without it.
-    out: JSON file to write. It holds no text of any set unless ``show_text``.
+    out: file to write, ending in .json. It holds no text of any set unless ``show_text``.
     batch_size, max_length, device, dtype, progress: as for ``estimate_importance``; logits are compared in
     float32.
 
@@ -74,7 +74,8 @@ def evaluate(
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if suite == "muse" and not (system_prompt is date_string is None):
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
-    target = None if out is None else _check_target(Path(out), overwrite)
+    if out is not None:
+        check_output_file(Path(out), (".json",), overwrite=overwrite)
     gold = None if reference is None else Reference.load(reference)
     work = _plan(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
     _check_libraries()
@@ -113,8 +114,8 @@ def evaluate(
         started=started,
         finished=now(),
     )
-    if target is not None:
-        _write(result, target)
+    if out is not None:
+        result.save(Path(out))
     return result
 
 
@@ -172,24 +173,3 @@ def _check_libraries() -> None:
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:
             raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
-
-
-def _check_target(path: Path, overwrite: bool) -> Path:
-    if path.is_dir():
-        raise InputError(f"{path}: is a directory; name the JSON file to write")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists; choose another name or overwrite it")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: is not a directory")
-    return path
-
-
-def _write(result: Evaluation, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.perta-partial")
-    try:
-        result.save(beside)
-        move(beside, path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)

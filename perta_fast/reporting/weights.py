@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perta_fast.checkpoint import Checkpoint, tied_partner
-from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress, byte_bar
@@ -95,7 +95,7 @@ def _entry(importance: Checkpoint, name: str, shape: list[int]) -> TensorEntry:
 def _floats(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> "torch.Tensor":
     import torch
 
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry.dtype]
+    dtype = torch_dtype(entry.dtype)
     width = ITEM_SIZES[entry.dtype]
     start = entry.begin + begin * width
     file = checkpoint.file_of(entry)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from perta_fast.durable import remove, write_file
 from perta_fast.errors import InputError, RunError
+from perta_fast.output_file import check_output_file, write_output_file
 from perta_fast.progress import Progress
 from perta_fast.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
@@ -41,7 +41,7 @@ def write_page(
     """
     check_matplotlib()
     run, out = Path(run), Path(out)
-    _check_page(out, overwrite)
+    check_output_file(out, (".html", ".htm"), overwrite=overwrite)
     if png is not None:
         _check_folder(Path(png), overwrite)
     if prompts is not None and not show_text:
@@ -62,19 +62,8 @@ def write_page(
     if png is not None:
         _make(Path(png))
         for plot in plots:
-            _write(Path(png) / f"{plot.name}.png", plot.png)
-    _write(out, page)
-
-
-def _check_page(path: Path, overwrite: bool) -> None:
-    if path.suffix not in (".html", ".htm"):  # so that no weights are replaced by a slip
-        raise InputError(f"{path}: name a file that ends in .html")
-    if path.is_dir():
-        raise InputError(f"{path}: is a directory; name a file that ends in .html")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists; choose another name or pass --overwrite")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: is not a directory")
+            write_output_file(Path(png) / f"{plot.name}.png", plot.png)
+    write_output_file(out, page)
 
 
 def _check_folder(path: Path, overwrite: bool) -> None:
@@ -91,11 +80,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_file(path, content)
-    except OSError as error:
-        remove(path.with_name(f"{path.name}.new"))
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.checkpoint import Checkpoint, conversion_command
-from perta_fast.dtypes import KERNEL_CODES
+from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.durable import read_fully
 from perta_fast.errors import InputError, RunError
 from perta_fast.importance.stored_names import as_stored
 from perta_fast.safetensors_file import TensorEntry
 
-TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+TYPES = {name: torch_dtype(name) for name in KERNEL_CODES} | {"I64": torch.int64}
 
 
 @dataclass

@@ -351,6 +351,8 @@ def test_answers_cut_by_the_length_limit_are_noted(tofu: Path) -> None:
         ({"suite": "tofu", "data": "{tofu}", "forget": "x.jsonl"}, "has its own sets"),
         ({"suite": "tofu", "data": "{tofu}", "split": "forget01", "reference": "nowhere"}, "cannot be read"),
         ({"suite": "tofu", "data": "{tofu}", "split": "forget01", "batch_size": 0}, "batch_size is 0"),
+        ({"suite": "tofu", "data": "{tofu}", "out": "model.safetensors", "overwrite": True}, "ends in .json"),
+        ({"suite": "tofu", "data": "{tofu}", "out": "{tofu}/no/a.json"}, "no: is not a directory"),
         ({"suite": "tofu", "data": "{tofu}", "split": "forget01", "max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
