@@ -79,10 +79,11 @@ def _trials(options: argparse.Namespace, *, compute: bool) -> list[Trial]:
 
 
 def _stages(options: argparse.Namespace) -> Iterator[Stage]:
-    """The main table of every seed first. The analyses are on the last split, most of them on one seed."""
+    """The main table of every seed first. Most analyses are on the last split and one seed."""
     trials = _trials(options, compute=True)
     on_last = [trial for trial in trials if trial.split.name == options.splits[-1]]
     yield from chain.from_iterable(map(main_table.stages, trials))
+    yield from chain.from_iterable(map(analyses.stages_of_all, trials))
     yield from analyses.stages_of_one(on_last[0])
     yield from analyses.draw_stages(on_last[0])
     yield from chain.from_iterable(map(analyses.stages, on_last))

@@ -22,7 +22,7 @@ from bench.study.baselines import BASELINES, Losses, gradient_ascent, gradient_d
 from bench.study.data import Split, Tofu
 from bench.study.main_table import ALPHA_CHOSEN, ROWS, candidates, chosen, rule_of, searches
 from bench.study.models import Models, load_tokenizer
-from bench.study.selection import Candidate, Limits, choose, limit_of
+from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
 from bench.study.settings import Settings
 from bench.study.store import Busy, Store
 from bench.study.training import losses_of
@@ -328,7 +328,11 @@ def test_other_seeds_take_what_the_first_has_chosen(finished: Path, small: None,
     trial = Trial(replace(first.models, seed=1, store=Store(tmp_path / "copy" / "work")), first.split, first)
     for method in BASELINES:
         assert set(runs(first, method)) == {*TINY.unlearning_rates}
-        assert set(runs(trial, method)) == {chosen(first, method).setting["rate"]}
+        rates = {kept: chosen(first, method, kept).setting["rate"] for kept in (KEPT, *analyses.SHARES)}
+        for kept, rate in rates.items():
+            assert set(runs(trial, method, kept)) == {rate}
+        assert len(analyses.runs_for_limits(trial, method)) == len({*rates.values()})
+        assert len(analyses.runs_for_limits(first, method)) == len(TINY.unlearning_rates)
     for row in ALPHA_CHOSEN:
         assert rule_of(trial, row) == rule_of(first, row)
 

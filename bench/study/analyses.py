@@ -12,12 +12,11 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from bench.study.baselines import BASELINES
-from bench.study.main_table import ALPHA_CHOSEN, ROWS, WEIGHED, candidates, chosen, rule_of
+from bench.study.main_table import ROWS, WEIGHED, candidates, chosen, rule_of
 from bench.study.rules import Draw, importances, score_rule, search
-from bench.study.selection import Candidate
+from bench.study.selection import KEPT, Candidate
 from bench.study.trial import Trial, read_candidates
 from bench.study.variants import VARIANTS, varied
-from perta_fast.rules import RULES
 
 POWERS = (("grad", 1.0), ("fisher", 2.0), ("empirical-fisher", 1.0), ("empirical-fisher", 2.0))
 ALPHAS = (0.25, 1.0, 4.0, 16.0, 64.0)
@@ -64,10 +63,11 @@ def variant(trial: Trial, name: str) -> Candidate:
 def damage(trial: Trial, method: str, share: float) -> float:
     """The retain loss, above theta_full's, at which a method has come this share of the way to the gold model.
 
-    By straight lines between candidates; of a method with several runs, the best. NaN if it has not come there.
+    By straight lines between candidates; of a method that trains, on the best of its runs, which are those for
+    any of the limits. NaN if it has not come there.
     """
-    curves = list(map(read_candidates, candidates(trial, method)))
-    curves = curves if method in BASELINES else curves[:1]
+    pieces = runs_for_limits(trial, method) if method in BASELINES else candidates(trial, method)[:1]
+    curves = list(map(read_candidates, pieces))
     start, gold = curves[0][0], trial.as_gold()
     goal = start.forget_loss + share * (gold.forget_loss - start.forget_loss)
     losses = []
@@ -80,10 +80,20 @@ def damage(trial: Trial, method: str, share: float) -> float:
     return min(losses, default=math.nan) - start.retain_loss
 
 
+def runs_for_limits(trial: Trial, method: str) -> list[Path]:
+    """Candidates of a method that trains, at each rate that is chosen for one of the limits."""
+    pieces = (candidates(trial, method, share) for share in (KEPT, *SHARES))
+    return list(dict.fromkeys(chain.from_iterable(pieces)))
+
+
+def stages_of_all(trial: Trial) -> Stages:
+    """What makes the analyses of every seed and forget set."""
+    yield from (partial(runs_for_limits, trial, method) for method in BASELINES)
+
+
 def stages(trial: Trial) -> Stages:
-    """What makes the analyses of several seeds."""
-    methods = (*RULES, *ALPHA_CHOSEN)
-    yield from (partial(chosen, trial, method, share) for share in SHARES for method in methods)
+    """What makes the analyses of every seed on one forget set."""
+    yield from (partial(chosen, trial, method, share) for share in SHARES for method in METHODS)
 
 
 def stages_of_one(trial: Trial) -> Stages:

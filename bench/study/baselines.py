@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.study.models import load_model
-from bench.study.selection import choose
+from bench.study.selection import KEPT, choose
 from bench.study.training import descend_, losses_of
 from bench.study.trial import Trial, write_candidates
 from perta_fast.data import Sample
@@ -63,15 +63,15 @@ BASELINES: Mapping[str, Callable[[Losses], Tensor]] = {
 }
 
 
-def runs(trial: Trial, method: str) -> dict[float, Path]:
+def runs(trial: Trial, method: str, kept: float = KEPT) -> dict[float, Path]:
     """Candidates of one method by learning rate, and each rate's best model as a checkpoint.
 
-    The first seed tries all rates, the others that which was chosen there.
+    The first seed tries all rates, the others that which was chosen there for the limit of ``kept``.
     """
     rates: Sequence[float] = trial.models.settings.unlearning_rates
     if trial.first is not None:
         tried = list(runs(trial.first, method).values())
-        rates = [trial.first.choice(tried).setting["rate"]]
+        rates = [trial.first.choice(tried, kept).setting["rate"]]
     return {rate: _run(trial, method, rate) for rate in rates}
 
 

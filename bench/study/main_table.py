@@ -47,7 +47,7 @@ def scores(trial: Trial, row: str) -> Path:
 def candidates(trial: Trial, method: str, kept: float = KEPT) -> list[Path]:
     """Those of a rule, at the alpha that it is to have, or of a baseline."""
     if method in BASELINES:
-        return list(runs(trial, method).values())
+        return list(runs(trial, method, kept).values())
     rule, alpha = rule_of(trial, method)
     return searched(trial, rule, importances(trial, rule), kept=kept, alpha=alpha)
 

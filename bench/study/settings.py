@@ -29,11 +29,11 @@ class Settings:
     pretraining_rate: float = 2e-3
     tuning_epochs: int = 10
     tuning_rate: float = 1e-3
-    unlearning_steps: int = 64
+    unlearning_steps: int = 128
     unlearning_warm_up: int = 16
     check_every: int = 8
-    unlearning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
-    alphas: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
+    unlearning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    alphas: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0, 256.0)
     scoring_batch: int = 64
     new_tokens: int = 96
 
