@@ -6,6 +6,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +92,10 @@ def _work_in_a_group(rank: int, folder: Path, work: Callable[..., Any], argument
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
+    # All are to have joined before any can leave; by files, since every other way to meet goes with a process.
+    folder.with_suffix(".joined").touch()
+    while len(list(folder.parent.glob("*.joined"))) < dist.get_world_size():
+        time.sleep(0.01)
     return work(dist.group.WORLD, *arguments)
 
 
