@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast.dtypes import KERNEL_CODES, torch_dtype
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.regular_files import read_json
 from perta_fast.safetensors_file import SafetensorsFile, TensorEntry
@@ -126,19 +126,24 @@ class Checkpoint:
 
         Raises InputError if there is no such tensor or its type is another.
         """
-        import torch
-
         entry = self.tensors.get(name)
         if entry is None:
             raise InputError(f"{self.path}: has no tensor {name}")
         if entry.dtype not in KERNEL_CODES:
             raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
-        dtype = torch_dtype(entry.dtype)
-        source = self.file_of(entry).data[entry.begin : entry.end]
-        result = torch.empty(entry.shape, dtype=dtype)
-        if entry.size:
-            result.view(-1).view(torch.uint8).numpy()[:] = source
-        self.file_of(entry).release(entry.begin, entry.end)
+        return self.elements(entry, 0, entry.count).view(entry.shape)
+
+    def elements(self, entry: TensorEntry, begin: int, count: int) -> "torch.Tensor":
+        """A copy in memory of ``count`` elements of a floating-point tensor, (count,), from ``begin`` on."""
+        import torch
+
+        width = ITEM_SIZES[entry.dtype]
+        first, end = entry.begin + begin * width, entry.begin + (begin + count) * width
+        file = self.file_of(entry)
+        result = torch.empty(count, dtype=torch_dtype(entry.dtype))
+        if count:
+            result.view(torch.uint8).numpy()[:] = file.data[first:end]
+        file.release(first, end)
         return result
 
 

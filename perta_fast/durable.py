@@ -55,9 +55,12 @@ def _copy_piece(source: int, target: int, size: int, source_offset: int, target_
     return len(data)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Make ``path`` hold ``data``: after a crash it holds the old content or the new, never a part."""
-    beside = path.with_name(f"{path.name}.new")
+def write_file(path: Path, data: bytes, beside: Path | None = None) -> None:
+    """Make ``path`` hold ``data``: after a crash it holds the old content or the new, never a part.
+
+    beside: where it is built, in the same directory; ``path`` with ".new" at its end if not given.
+    """
+    beside = beside or path.with_name(f"{path.name}.new")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         write_fully(descriptor, memoryview(data), 0)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from perta_fast.durable import move, remove, sync_file
+from perta_fast.durable import remove, write_file
 from perta_fast.errors import InputError, RunError
 from perta_fast.output import partial_path
 
@@ -26,9 +26,7 @@ def write_output_file(path: Path, content: bytes) -> None:
     """Write or replace ``path``. Raises RunError, with what was there still there, if that cannot be done."""
     beside = partial_path(path)
     try:
-        beside.write_bytes(content)
-        sync_file(beside)
-        move(beside, path)
+        write_file(path, content, beside)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 from perta_fast.adapters import Matrix
 from perta_fast.agreement import TensorPlan
 from perta_fast.checkpoint import Checkpoint
-from perta_fast.dtypes import ITEM_SIZES, torch_dtype
+from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
 from perta_fast.hashing import hash_file, hash_files
 from perta_fast.progress import Progress, byte_bar
@@ -283,7 +283,7 @@ def _chunk_is_right(
 
     arrays: list[Any] = [None] * 5
     for number, checkpoint, entry in sources.operands(plan):
-        arrays[number] = _floats(checkpoint, entry, begin, count)
+        arrays[number] = checkpoint.elements(entry, begin, count)
     theta, tuned, base, forget, retain = arrays
     if plan.low_rank is None or factors is None:
         task_vector = tuned.float() - base.float()
@@ -292,7 +292,7 @@ def _chunk_is_right(
     # Without importances this is the whole step, w = 1: the far end of where the result may lie.
     settings = (rule.lam, rule.p, rule.alpha, rule.threshold)
     expected = reference.subtract(theta, task_vector, forget, retain, *settings)
-    actual = _floats(output, found, begin, count)
+    actual = output.elements(found, begin, count)
     if exact and (forget is None or rule.p in EXACT_POWERS):
         return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
     if exact:  # another power's last bit may differ, and then the step's, and the result's
@@ -320,10 +320,3 @@ def _bytes(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -
     width = ITEM_SIZES[entry.dtype]
     start = entry.begin + begin * width
     return checkpoint.file_of(entry).data[start : start + count * width].tobytes()
-
-
-def _floats(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> Any:
-    import torch
-
-    dtype = torch_dtype(entry.dtype)
-    return torch.frombuffer(bytearray(_bytes(checkpoint, entry, begin, count)), dtype=dtype)

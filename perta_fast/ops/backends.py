@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from perta_fast import compiled
+from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch_dtype(name): code for name, code in KERNEL_CODES.items()}
 TRITON_DEVICES = ("cuda", "xpu")
 
 

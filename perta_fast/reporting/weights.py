@@ -1,12 +1,12 @@
 """How w is distributed over the parameters, from importances on disk, chunk by chunk."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from perta_fast.checkpoint import Checkpoint, tied_partner
-from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress, byte_bar
@@ -14,9 +14,6 @@ from perta_fast.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
 from perta_fast.rules import Rule
 from perta_fast.safetensors_file import TensorEntry
-
-if TYPE_CHECKING:
-    import torch
 
 BINS = 50
 _CHUNK = 1 << 20  # elements
@@ -73,7 +70,7 @@ def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: 
             for begin in range(0, pair[0].count, _CHUNK):
                 count = min(_CHUNK, pair[0].count - begin)
                 forget, retain = (
-                    _floats(checkpoint, entry, begin, count)
+                    checkpoint.elements(entry, begin, count)
                     for checkpoint, entry in zip(importances, pair, strict=True)
                 )
                 w = reference.weights(forget, retain, rule.p, rule.alpha, rule.threshold).numpy()
@@ -90,15 +87,3 @@ def _entry(importance: Checkpoint, name: str, shape: list[int]) -> TensorEntry:
     if entry is None or list(entry.shape) != shape or entry.dtype not in KERNEL_CODES:
         raise InputError(f"{importance.path}: has no importance of tensor {name}, of shape {shape}")
     return entry
-
-
-def _floats(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> "torch.Tensor":
-    import torch
-
-    dtype = torch_dtype(entry.dtype)
-    width = ITEM_SIZES[entry.dtype]
-    start = entry.begin + begin * width
-    file = checkpoint.file_of(entry)
-    values = torch.frombuffer(bytearray(file.data[start : start + count * width].tobytes()), dtype=dtype)
-    file.release(start, start + count * width)
-    return values
