@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import save_file
 
 from bench.bench_apply import ours
-from bench.checkpoints import CheckpointSet, llama_config, llama_shapes, normal
-from bench.contest import Outcome, Sample, alternate, replay, replayed, run_child
-from bench.tables import Row
+from bench.harness.contest import Outcome, Sample, alternate, replay, replayed, run_child
+from bench.harness.tables import Row
+from bench.inputs.checkpoints import CheckpointSet, llama_config, llama_shapes, normal
 
 WHOLE = "apply with an adapter: whole process"
 PHASE = "apply with an adapter: the apply phase"

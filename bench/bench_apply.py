@@ -19,10 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import limits
-from bench.checkpoints import IMPORTANCES, MERGED, CheckpointSet
-from bench.conditions import threads
-from bench.contest import (
+from bench.harness import limits
+from bench.harness.conditions import threads
+from bench.harness.contest import (
     ROOT,
     Outcome,
     Sample,
@@ -32,8 +31,9 @@ from bench.contest import (
     replayed,
     run_child,
 )
+from bench.harness.tables import Row
+from bench.inputs.checkpoints import IMPORTANCES, MERGED, CheckpointSet
 from bench.peers import mergekit_task_arithmetic as mergekit
-from bench.tables import Row
 
 WHOLE = "apply: whole process"
 PHASE = "apply: the apply phase against copying the same bytes"

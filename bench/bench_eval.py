@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.arrays import timed
-from bench.contest import Outcome, alternate, replay, replayed
-from bench.tables import Row
-from perta_fast.data import IGNORED, Sample
-from perta_fast.evaluation.scoring import score_tokens
-from perta_fast.losses import Batch, batches_by_length
+from bench.harness.contest import Outcome, alternate, replay, replayed
+from bench.harness.tables import Row
+from bench.inputs.arrays import timed
+from perta_fast.data.batches import Batch, batches_by_length
+from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.models.token_scores import score_tokens
 
 QUESTIONS, WRONG = 400, 5
 BATCH_SIZE = 16

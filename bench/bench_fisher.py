@@ -17,11 +17,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import perta_fast as pf
-from bench.arrays import timed
-from bench.contest import Outcome, Unavailable, alternate, replay, replayed
-from bench.tables import Row
-from perta_fast.data import Sample
-from perta_fast.losses import Batch, per_sample_losses
+from bench.harness.contest import Outcome, Unavailable, alternate, replay, replayed
+from bench.harness.tables import Row
+from bench.inputs.arrays import timed
+from perta_fast.data.batches import Batch, per_sample_losses
+from perta_fast.data.samples import Sample
 
 Fisher = dict[str, torch.Tensor]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from bench.contest import Contender, Outcome, Sample, alternate, replay, replayed, run_child
-from bench.importance_job import JOBS, ROLES, make_model, make_tokens
-from bench.tables import Row
+from bench.harness.contest import Contender, Outcome, Sample, alternate, replay, replayed, run_child
+from bench.harness.tables import Row
+from bench.inputs.importance_job import JOBS, ROLES, make_model, make_tokens
 
 GROUP = "importance: grad against a training backward"
 
@@ -39,7 +39,7 @@ def outcomes(rounds: int) -> dict[str, Outcome]:
 
 def peaks(contender: str) -> dict[str, float]:
     """Peak memory of one run in a fresh process, in bytes."""
-    seen = run_child([sys.executable, "-m", "bench.importance_job", contender]).seen
+    seen = run_child([sys.executable, "-m", "bench.inputs.importance_job", contender]).seen
     return {name: seen[name] for name in ("peak_rss", "peak_anonymous") if name in seen}
 
 

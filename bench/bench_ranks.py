@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from bench.contest import ROOT, Contender, Outcome, Sample, alternate, replay, replayed
-from bench.tables import Row
+from bench.harness.contest import ROOT, Contender, Outcome, Sample, alternate, replay, replayed
+from bench.harness.tables import Row
 
 ESTIMATORS = ("grad", "empirical-fisher")
 ONE, TWO = "one process, 2 threads", "two processes, 1 thread each"
@@ -29,7 +29,7 @@ OVER_PROCESSES = "importance over processes"
 def start(world: int, threads: int, store: Path, estimator: str) -> list[subprocess.Popen[str]]:
     """The processes of one contender, ready."""
     settings = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "bench.rank_job"]
+    command = [sys.executable, "-m", "bench.inputs.rank_job"]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(world), str(store), estimator],

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import limits
-from bench.checkpoints import IMPORTANCES, MERGED, CheckpointSet
-from bench.conditions import threads
-from bench.contest import Contender, Outcome, Sample, alternate, replay, replayed
-from bench.tables import Row
+from bench.harness import limits
+from bench.harness.conditions import threads
+from bench.harness.contest import Contender, Outcome, Sample, alternate, replay, replayed
+from bench.harness.tables import Row
+from bench.inputs.checkpoints import IMPORTANCES, MERGED, CheckpointSet
 from perta_fast import compiled
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.rules import Rule
-from perta_fast.sources import Sources, open_sources
-from perta_fast.subtraction import CHUNK, Chunk, Subtraction, chunks_of
+from perta_fast.subtraction.compute import CHUNK, Chunk, Subtraction, chunks_of
+from perta_fast.subtraction.inputs import Sources, open_sources
 
 RULE = Rule.of("grad", 1.0)
 WAYS = {"by position": "ours", "mapped": "reference"}

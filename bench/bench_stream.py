@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.contest import Contender, Outcome, Sample, alternate, replay, replayed, run_child
-from bench.stream_models import StreamJob, write_stream_job
-from bench.tables import Row
+from bench.harness.contest import Contender, Outcome, Sample, alternate, replay, replayed, run_child
+from bench.harness.tables import Row
+from bench.inputs.stream_models import StreamJob, write_stream_job
 
 DEPTH = "stream: depth"
 AGAINST = "stream: against the model in memory"

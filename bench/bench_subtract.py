@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import perta_fast as pf
-from bench.arrays import contest, roles
-from bench.contest import Outcome, replay, replayed
-from bench.tables import Row
+from bench.harness.contest import Outcome, replay, replayed
+from bench.harness.tables import Row
+from bench.inputs.arrays import contest, roles
 from perta_fast.ops import reference
 
 LAM = 1e-3  # theta is updated again and again and must stay in range

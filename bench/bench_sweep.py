@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import perta_fast as pf
-from bench.arrays import timed
-from bench.contest import Outcome, alternate, replay, replayed
-from bench.stream_models import StreamJob, write_stream_job
-from bench.tables import Row
-from perta_fast.data import Sample, read_data
-from perta_fast.evaluation.scoring import score_tokens
-from perta_fast.importance.estimate import load_subject, samples_for
+from bench.harness.contest import Outcome, alternate, replay, replayed
+from bench.harness.tables import Row
+from bench.inputs.arrays import timed
+from bench.inputs.stream_models import StreamJob, write_stream_job
+from perta_fast.data.samples import Sample, read_data
+from perta_fast.models.token_scores import score_tokens
+from perta_fast.runs.estimate import load_subject, samples_for
 
 GROUP = "sweep: 12 settings"
 CONTENDERS = {

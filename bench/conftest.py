@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.checkpoints import CheckpointSet, write_checkpoint_set
-from bench.conditions import conditions, threads
-from bench.tables import Row, groups, table
+from bench.harness.conditions import conditions, threads
+from bench.harness.tables import Row, groups, table
+from bench.inputs.checkpoints import CheckpointSet, write_checkpoint_set
 
 BOARD = pytest.StashKey[list[Row]]()
 CONDITIONS = pytest.StashKey[dict[str, str]]()

@@ -65,14 +65,14 @@ PERTA_CUDA_ARCHS=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_devic
 export PERTA_CUDA=1 PERTA_CUDA_ARCHS
 stage 'build' 180 python3 -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1
 
-stage 'tests' 170 python3 -m pytest tests/ops tests/test_live.py tests/test_live_copies.py tests/importance \
-    tests/evaluation tests/test_sweep.py -q -k 'cuda or triton or live'
+stage 'tests' 170 python3 -m pytest tests/ops tests/subtraction/test_on_module.py tests/subtraction/test_on_module_copies.py tests/importance \
+    tests/evaluation tests/sweeping/test_sweep.py -q -k 'cuda or triton or live'
 if command -v compute-sanitizer >/dev/null; then
     # Without torch's cache of device memory, so that a step over the end of a tensor is seen.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage 'compute-sanitizer' 100 \
         compute-sanitizer --tool memcheck --error-exitcode 99 \
         python3 -m pytest -q tests/ops/test_rescaled_subtract.py::test_cuda_many \
-        tests/ops/test_accumulate.py::test_cuda tests/ops/test_low_rank.py::test_cuda \
+        tests/ops/test_accumulate.py::test_cuda tests/ops/test_low_rank_subtract.py::test_cuda \
         tests/ops/test_triton_fisher.py::test_types
 else
     summary+=('compute-sanitizer: not measured, it is not on PATH')

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.arrays import roles
 from bench.bench_adapter import CONTENDERS as ADAPTER
 from bench.bench_adapter import PHASE as ADAPTER_PHASE
 from bench.bench_adapter import WHOLE as ADAPTER_WHOLE
@@ -24,8 +23,9 @@ from bench.bench_reading import WAYS
 from bench.bench_stream import AGAINST, BEYOND, DEPTH, LARGE, stream_roles
 from bench.bench_sweep import CONTENDERS as SWEEP
 from bench.bench_sweep import GROUP as SWEEPS
-from bench.importance_job import ROLES
-from bench.tables import MISSING, Row, groups, table
+from bench.harness.tables import MISSING, Row, groups, table
+from bench.inputs.arrays import roles
+from bench.inputs.importance_job import ROLES
 
 FOLDER = Path(__file__).resolve().parent
 STORE = FOLDER / "results.json"

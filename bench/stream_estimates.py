@@ -1,7 +1,7 @@
 """``python -m bench.stream_estimates`` prints what streamed runs of Llama 3.1 would take, as a table.
 
-Shapes are the models' own; sizes and operations come from ``perta_fast.streaming.costs``. The machines' figures
-are assumed: nothing here is measured.
+Shapes are the models' own; sizes and operations come from ``perta_fast.streaming.forecast.costs``. The
+machines' figures are assumed: nothing here is measured.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from transformers import LlamaConfig
 
 from perta_fast.errors import InputError
 from perta_fast.sizes import format_size
-from perta_fast.streaming.costs import Estimate, Load
-from perta_fast.streaming.planning import Budget, choose_schedule, duration
-from perta_fast.streaming.rates import Rates
-from perta_fast.streaming.structure import Structure
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, duration
+from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.forecast.rates import Rates
+from perta_fast.streaming.model.structure import Structure
 
 SHAPES = {  # layers, hidden, intermediate, heads
     "8 B": (32, 4096, 14336, 32),

@@ -1,5 +1,5 @@
 // The Python module perta_fast._C. It takes addresses, counts and codes and trusts them: perta_fast.ops and
-// perta_fast.application check every argument first. The GIL is released while a kernel runs.
+// perta_fast.runs.apply check every argument first. The GIL is released while a kernel runs.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

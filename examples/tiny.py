@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from perta_fast.data import encode, load_records
+from perta_fast.data.samples import encode, load_records
 from perta_fast.demo.checkpoints import train_models
 from perta_fast.demo.clock import Clock
 from perta_fast.demo.files import Files

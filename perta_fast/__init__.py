@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perta_fast import ops
-    from perta_fast.application import apply
     from perta_fast.errors import InputError, Interrupted, PertaError, RunError
     from perta_fast.evaluation import Evaluation, evaluate
-    from perta_fast.importance.estimate import estimate_importance
     from perta_fast.importance.store import Importance
-    from perta_fast.live import apply_to_module_
     from perta_fast.progress import Event
-    from perta_fast.report import Report
+    from perta_fast.records.report import Report
     from perta_fast.resuming import resume
+    from perta_fast.runs.apply import apply
+    from perta_fast.runs.estimate import estimate_importance
+    from perta_fast.runs.unlearn import unlearn
+    from perta_fast.runs.verify import verify
+    from perta_fast.subtraction.on_module import apply_to_module_
+    from perta_fast.sweeping.results import Sweep
     from perta_fast.sweeping.run import sweep
-    from perta_fast.trade_off import Sweep
     from perta_fast.tuning import Tuning, tune
-    from perta_fast.unlearning import unlearn
-    from perta_fast.verification import verify
 
 _HOMES = {
     "Evaluation": "perta_fast.evaluation",
@@ -33,19 +33,19 @@ _HOMES = {
     "InputError": "perta_fast.errors",
     "Interrupted": "perta_fast.errors",
     "PertaError": "perta_fast.errors",
-    "Report": "perta_fast.report",
+    "Report": "perta_fast.records.report",
     "RunError": "perta_fast.errors",
-    "Sweep": "perta_fast.trade_off",
+    "Sweep": "perta_fast.sweeping.results",
     "Tuning": "perta_fast.tuning",
-    "apply": "perta_fast.application",
-    "apply_to_module_": "perta_fast.live",
-    "estimate_importance": "perta_fast.importance.estimate",
+    "apply": "perta_fast.runs.apply",
+    "apply_to_module_": "perta_fast.subtraction.on_module",
+    "estimate_importance": "perta_fast.runs.estimate",
     "evaluate": "perta_fast.evaluation",
     "resume": "perta_fast.resuming",
     "sweep": "perta_fast.sweeping.run",
     "tune": "perta_fast.tuning",
-    "unlearn": "perta_fast.unlearning",
-    "verify": "perta_fast.verification",
+    "unlearn": "perta_fast.runs.unlearn",
+    "verify": "perta_fast.runs.verify",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
 
-from tests.models import Job, write_job
+from tests.support.models import Job, write_job
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 import perta_fast as pf
 from perta_fast import progress
 from perta_fast.cli import main
-from tests.models import FORGET, RETAIN, Job
+from tests.support.models import FORGET, RETAIN, Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

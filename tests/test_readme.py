@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import write_job
+from tests.support.models import write_job
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^ *```(sh|python)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

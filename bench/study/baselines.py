@@ -21,8 +21,8 @@ from bench.study.models import load_model
 from bench.study.selection import KEPT, choose
 from bench.study.training import descend_, losses_of
 from bench.study.trial import Trial, write_candidates
-from perta_fast.data import Sample
-from perta_fast.losses import Batch, batches_by_length
+from perta_fast.data.batches import Batch, batches_by_length
+from perta_fast.data.samples import Sample
 
 BETA = 0.1
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.study.settings import Settings
 from bench.study.store import Store, digest_of
 from perta_fast.errors import InputError
-from perta_fast.evaluation.datasets import read_rows
+from perta_fast.evaluation.benchmark_files import read_rows
 
 Row = Mapping[str, str]
 _FIELDS = ("question", "answer")

@@ -11,8 +11,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.durable import move, remove, sync_tree, write_file
-from perta_fast.locking import lock
+from perta_fast.files.durable import move, remove, sync_tree, write_file
+from perta_fast.files.locking import lock
 
 _ABOUT = "piece.json"
 

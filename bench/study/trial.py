@@ -15,9 +15,9 @@ from bench.study.models import Models, load_model, load_tokenizer
 from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
 from bench.study.store import read_json, write_json
 from bench.study.training import losses_of
-from perta_fast.data import Sample, encode, records_from
+from perta_fast.data.batches import Batch, batches_by_length
+from perta_fast.data.samples import Sample, encode, records_from
 from perta_fast.evaluation.tofu import read_tofu
-from perta_fast.losses import Batch, batches_by_length
 
 _CANDIDATES = "candidates.json"
 SCORES = "scores.json"

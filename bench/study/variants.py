@@ -17,7 +17,7 @@ from torch import Tensor
 import perta_fast as pf
 from bench.study.rules import importances
 from bench.study.trial import Trial
-from perta_fast.checkpoint import Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint
 
 Tensors = Mapping[str, Tensor]
 Pair = tuple[dict[str, Tensor], dict[str, Tensor]]  # forget and retain importance

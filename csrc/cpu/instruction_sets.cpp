@@ -1,6 +1,6 @@
 // Which compiled set of block kernels runs on this processor.
 
-#include "block_kernels.h"
+#include "rescaled_subtract_block.h"
 
 namespace perta {
 

@@ -1,7 +1,7 @@
 // The operations on whole arrays in memory, spread over threads.
 #pragma once
 
-#include "block_kernels.h"
+#include "rescaled_subtract_block.h"
 
 namespace perta {
 

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../cpu/block_kernels.h"
+#include "../cpu/rescaled_subtract_block.h"
 
 namespace perta::cuda {
 

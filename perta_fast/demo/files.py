@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast.demo.authors import Row
-from perta_fast.output import check_output
+from perta_fast.files.new_directory import check_output
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from perta_fast.data import Sample
-from perta_fast.losses import Batch, batches_by_length, sample_means, token_logits
+from perta_fast.data.batches import Batch, batches_by_length, sample_means, token_logits
+from perta_fast.data.samples import Sample
 
 _BATCH_SIZE = 64
 

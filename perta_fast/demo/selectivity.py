@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perta_fast.checkpoint import Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.demo.files import Files
 from perta_fast.importance.store import Importance
 from perta_fast.ops import reference

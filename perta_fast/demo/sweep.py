@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from perta_fast.application import apply
-from perta_fast.data import Sample
+from perta_fast.data.samples import Sample
 from perta_fast.demo.files import Files
 from perta_fast.demo.scoring import Score, score
 from perta_fast.progress import sample_bar
 from perta_fast.rules import RULES, Rule
-from perta_fast.unlearning import unlearn
+from perta_fast.runs.apply import apply
+from perta_fast.runs.unlearn import unlearn
 
 Samples = Mapping[str, Sequence[Sample]]  # by split
 

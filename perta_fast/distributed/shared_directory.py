@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.durable import write_file
 from perta_fast.errors import InputError
+from perta_fast.files.durable import write_file
 
 _PATIENCE = 30  # seconds that a network file system may take to show a new file
 

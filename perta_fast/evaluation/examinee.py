@@ -7,13 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from perta_fast.data import IGNORED, Record, Sample
+from perta_fast.data.samples import IGNORED, Record, Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.results import Metric, Reference, averaged
-from perta_fast.evaluation.scoring import TokenScores, greedy_answers, score_tokens
-from perta_fast.importance.estimate import Subject, samples_for
+from perta_fast.models.token_scores import TokenScores, greedy_answers, score_tokens
 from perta_fast.progress import Progress
+from perta_fast.runs.estimate import Subject, samples_for
 
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 

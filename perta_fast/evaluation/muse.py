@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perta_fast.data import IGNORED, Record, Sample
+from perta_fast.data.samples import IGNORED, Record, Sample
 from perta_fast.errors import InputError
-from perta_fast.evaluation.datasets import Rows, read_rows
+from perta_fast.evaluation.benchmark_files import Rows, read_rows
 from perta_fast.evaluation.examinee import (
     Examinee,
     label_texts,
@@ -15,7 +15,7 @@ from perta_fast.evaluation.examinee import (
     privacy_leakage,
 )
 from perta_fast.evaluation.results import Metric, Reference
-from perta_fast.evaluation.scoring import TokenScores
+from perta_fast.models.token_scores import TokenScores
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
 SCORED_TOKENS = 2048  # of a text at most, as in open-unlearning

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from perta_fast.data import Record, read_data
+from perta_fast.data.samples import Record, read_data
 from perta_fast.evaluation.examinee import (
     Examinee,
     label_texts,
@@ -14,7 +14,7 @@ from perta_fast.evaluation.examinee import (
     prompt_of,
 )
 from perta_fast.evaluation.results import Metric, Reference, averaged
-from perta_fast.evaluation.scoring import TokenScores
+from perta_fast.models.token_scores import TokenScores
 
 NEW_TOKENS = 200
 

@@ -9,21 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from perta_fast.chat import with_chat_settings
+from perta_fast.data.chat import with_chat_settings
 from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import Examinee, require
-from perta_fast.evaluation.general import check_harness, general_ability
+from perta_fast.evaluation.lm_eval_harness import check_harness, general_ability
 from perta_fast.evaluation.muse import check_reference as check_muse_reference
 from perta_fast.evaluation.muse import evaluate_muse, read_muse
 from perta_fast.evaluation.own_data import evaluate_own_data, read_own_data
 from perta_fast.evaluation.results import Evaluation, Metric, Reference
-from perta_fast.evaluation.scoring import evaluation_mode
 from perta_fast.evaluation.tofu import check_reference as check_tofu_reference
 from perta_fast.evaluation.tofu import evaluate_tofu, read_tofu
-from perta_fast.importance.estimate import Subject, check_sizes, load_subject
-from perta_fast.output_file import check_output_file
+from perta_fast.files.new_file import check_output_file
+from perta_fast.models.token_scores import evaluation_mode
 from perta_fast.progress import Progress
-from perta_fast.report import installed_versions, now
+from perta_fast.records.report import installed_versions, now
+from perta_fast.runs.estimate import Subject, check_sizes, load_subject
 
 PathLike = str | Path
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
-from perta_fast.evaluation.datasets import Rows, read_rows
+from perta_fast.evaluation.benchmark_files import Rows, read_rows
 from perta_fast.evaluation.examinee import (
     Examinee,
     in_groups,
@@ -18,7 +18,7 @@ from perta_fast.evaluation.examinee import (
     prompt_of,
 )
 from perta_fast.evaluation.results import Metric, Reference, averaged
-from perta_fast.evaluation.scoring import TokenScores
+from perta_fast.models.token_scores import TokenScores
 
 SPLITS = ("forget01", "forget05", "forget10")
 NEW_TOKENS = 200

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from perta_fast.data import Sample
-from perta_fast.importance.module_rules import (
+from perta_fast.data.samples import Sample
+from perta_fast.importance.per_sample_modules import (
     BatchShape,
     ElementwiseRule,
     EmbeddingRule,

@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast.checkpoint import Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.safetensors_file import build_header
 from perta_fast.distributed.dealing import stretch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import byte_count
-from perta_fast.durable import sync_tree, write_fully
 from perta_fast.errors import InputError
-from perta_fast.output import OutputDirectory, check_space
+from perta_fast.files.durable import sync_tree, write_fully
+from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.rules import ESTIMATORS, Estimator
-from perta_fast.safetensors_file import build_header
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from perta_fast.ops.accumulate import (
 )
 from perta_fast.ops.backends import available_backends
 from perta_fast.ops.fisher import accumulate_squared_gradients_
-from perta_fast.ops.low_rank import low_rank_subtract_
+from perta_fast.ops.low_rank_subtract import low_rank_subtract_
 from perta_fast.ops.rescaled_subtract import (
     rescaled_subtract,
     rescaled_subtract_,

@@ -111,7 +111,7 @@ def _run(pairs: list[tuple[Tensor, Tensor]], squared: bool, backend: str) -> Non
                 fold(accumulator, gradient)
         return
     if chosen == "triton":
-        from perta_fast.kernels.fold import fold_triton_
+        from perta_fast.kernels.accumulate import fold_triton_
 
         for accumulator, gradient in pairs:
             fold_triton_(accumulator, gradient, squared)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from perta_fast.errors import InputError, RunError
-from perta_fast.hashing import hash_files
-from perta_fast.regular_files import read_json
-from perta_fast.report import DirectoryRecord, fits
-from perta_fast.trade_off import FILE_NAME as SWEEP
-from perta_fast.trade_off import Row, Sweep
+from perta_fast.files.hashing import hash_files
+from perta_fast.files.regular_files import read_json
+from perta_fast.records.report import DirectoryRecord, fits
+from perta_fast.sweeping.results import FILE_NAME as SWEEP
+from perta_fast.sweeping.results import Row, Sweep
 
 _LARGEST_LOSS = 1e6  # nats; what lies beyond is no point of a curve
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perta_fast.errors import InputError
-from perta_fast.report import TensorReport
+from perta_fast.records.report import TensorReport
 from perta_fast.reporting.evidence import Curve, is_loss
-from perta_fast.reporting.naming import WeightGrid, place_of
-from perta_fast.reporting.weights import BINS, Distribution
+from perta_fast.reporting.tensor_places import WeightGrid, place_of
+from perta_fast.reporting.weight_distribution import BINS, Distribution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

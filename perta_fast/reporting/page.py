@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from perta_fast.report import Report
+from perta_fast.records.report import Report
 from perta_fast.reporting import figures, html
 from perta_fast.reporting.answers import Answers
 from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
-from perta_fast.reporting.naming import element_count, place_of, weight_grids
-from perta_fast.reporting.weights import Distribution
-from perta_fast.trade_off import Row
+from perta_fast.reporting.tensor_places import element_count, place_of, weight_grids
+from perta_fast.reporting.weight_distribution import Distribution
+from perta_fast.sweeping.results import Row
 
 _OUTSIDE = 40  # tensors outside the layers that are listed
 

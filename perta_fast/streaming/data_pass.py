@@ -7,17 +7,17 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from perta_fast.data import Sample
+from perta_fast.data.batches import Batch, batches_by_length, per_sample_losses
+from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.importance.gradients import check_losses, gradients_folded_into
-from perta_fast.importance.module_rules import EmbeddingRule, Target
 from perta_fast.importance.per_sample import Plan, look_inputs, only_asking, plan_for
-from perta_fast.losses import Batch, batches_by_length, per_sample_losses
+from perta_fast.importance.per_sample_modules import EmbeddingRule, Target
 from perta_fast.rules import Estimator
-from perta_fast.streaming.passage import Passage
+from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.skeleton import Skeleton
-from perta_fast.streaming.spill import FileState, Piece, Settled, Spill
+from perta_fast.streaming.scratch_files import FileState, Piece, Settled, Spill
 
 Means = dict[str, Tensor]
 _Run = Callable[[Piece, bool], None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from perta_fast.data import Sample
+from perta_fast.data.samples import Sample
 from perta_fast.distributed.dealing import deal
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.streaming.data_pass import Means

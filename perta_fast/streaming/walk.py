@@ -13,10 +13,10 @@ from typing import Literal
 from torch import Tensor
 
 from perta_fast.streaming.data_pass import DataPass, Means
-from perta_fast.streaming.passage import Passage
+from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.skeleton import Skeleton
-from perta_fast.streaming.structure import Structure
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from perta_fast.errors import InputError
 from perta_fast.rules import Rule
-from perta_fast.trade_off import LARGEST, SMALLEST, Row
+from perta_fast.sweeping.results import LARGEST, SMALLEST, Row
 
 _WIDTH = 1.01  # a search ends when the smallest strength that is too large is at most this many times the best
 _GUESSES = 2  # that may fail to halve the interval before it is halved at every step

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from perta_fast.checkpoint import Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
-from perta_fast.importance.estimate import Subject, estimate_on, samples_for
 from perta_fast.importance.store import STEM, Importance, read_metadata
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
-from perta_fast.sources import Sources, open_sources
-from perta_fast.sweeping.scoring import DataSet
+from perta_fast.runs.estimate import Subject, estimate_on, samples_for
+from perta_fast.subtraction.inputs import Sources, open_sources
+from perta_fast.sweeping.live_model import DataSet
 
 ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.errors import InputError
-from perta_fast.report import installed_versions, now
+from perta_fast.records.report import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.sweeping.grid import search, walk
 from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept
-from perta_fast.sweeping.job import Job
-from perta_fast.sweeping.scoring import LiveModel
-from perta_fast.sweeping.state import Record
-from perta_fast.trade_off import Row, Sweep
+from perta_fast.sweeping.live_model import LiveModel
+from perta_fast.sweeping.opened import Job
+from perta_fast.sweeping.results import Row, Sweep
+from perta_fast.sweeping.unfinished import Record
 
 
 def score(job: Job, record: Record) -> tuple[Sweep, ByEstimator]:

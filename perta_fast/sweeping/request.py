@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.errors import InputError
-from perta_fast.importance.estimate import check_sizes
+from perta_fast.runs.estimate import check_sizes
 from perta_fast.sweeping.criteria import LOSS, SELECTIONS
 from perta_fast.sweeping.grid import check_strengths, curves_of
-from perta_fast.sweeping.scoring import check_metric
-from perta_fast.trade_off import Row
+from perta_fast.sweeping.live_model import check_metric
+from perta_fast.sweeping.results import Row
 
 _BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
 _PATHS = ("model", "base", "tuned", "forget", "retain", "forget_importance", "retain_importance", "gold", "out")

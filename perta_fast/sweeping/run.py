@@ -8,20 +8,27 @@ from typing import Literal
 
 import torch
 
-from perta_fast.application import unfinished_advice
-from perta_fast.durable import remove
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
-from perta_fast.output import OutputDirectory
+from perta_fast.files.durable import remove
+from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.progress import Progress
-from perta_fast.report import fits, now
+from perta_fast.records.report import fits, now
+from perta_fast.runs.apply import unfinished_advice
+from perta_fast.subtraction.to_directory import has_begun as has_begun_other
+from perta_fast.sweeping.chosen_checkpoint import check_place, write_best
 from perta_fast.sweeping.importances import ByEstimator
-from perta_fast.sweeping.job import Job
 from perta_fast.sweeping.measuring import score
+from perta_fast.sweeping.opened import Job
 from perta_fast.sweeping.request import Request, absolute, listed
-from perta_fast.sweeping.state import STATE, Begun, Record, check_unchanged, has_begun, load_begun
-from perta_fast.sweeping.writing import check_place, write_best
-from perta_fast.to_directory import has_begun as has_begun_other
-from perta_fast.trade_off import FILE_NAME, Sweep
+from perta_fast.sweeping.results import FILE_NAME, Sweep
+from perta_fast.sweeping.unfinished import (
+    STATE,
+    Begun,
+    Record,
+    check_unchanged,
+    has_begun,
+    load_begun,
+)
 
 PathLike = str | Path
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from perta_fast.adapters import Adapter
-from perta_fast.checkpoint import Checkpoint
+from perta_fast.checkpoints.adapters import Adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 
 # Parts of an expert. In a model whose experts are joined into one parameter, peft takes a linear map of such a

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from perta_fast.data import Sample
+from perta_fast.data.batches import Batch
+from perta_fast.data.samples import Sample
 from perta_fast.errors import NotFiniteError
-from perta_fast.losses import Batch
 from perta_fast.progress import Bar, Progress, sample_bar
 
 _AT_A_TIME = 4  # samples of one backward pass, at most; a batch is made of as many passes as it takes

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import perta
+from tests.support.children import perta
 
 SIZED = ("write", "copy", "read")  # calls that move bytes; copy: copy_file_range and sendfile
 CHANGES = ("write", "copy", "truncate", "fsync", "rename", "unlink")  # calls after which a disk is not the same

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
-from perta_fast import apply, in_place, resume, subtraction
+from perta_fast import apply, resume
 from perta_fast.errors import InputError
+from perta_fast.subtraction import compute as subtraction
+from perta_fast.subtraction import in_place
 from tests.crash.test_resume import SOAK
-from tests.inputs import BF16, F32, Inputs, write_inputs
+from tests.support.inputs import BF16, F32, Inputs, write_inputs
 
 BLOCK = (
     64  # bytes that are written together; a disk's own blocks are larger, which leaves it fewer ways to tear

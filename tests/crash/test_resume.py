@@ -16,18 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from perta_fast import in_place, subtraction
 from perta_fast.errors import InputError
-from perta_fast.in_place import is_open
 from perta_fast.resuming import resume
-from tests.children import perta
+from perta_fast.subtraction import compute as subtraction
+from perta_fast.subtraction import in_place
+from perta_fast.subtraction.in_place import is_open
 from tests.crash.shim import CHANGES, SIZED, Faults, Shim
-from tests.inputs import BF16, F32, write_inputs
+from tests.support.children import perta
+from tests.support.inputs import BF16, F32, write_inputs
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
 SMALL = """
-from perta_fast import in_place, subtraction
-subtraction.CHUNK, in_place.SEGMENT = 64, 700
+from perta_fast.subtraction import compute, in_place
+compute.CHUNK, in_place.SEGMENT = 64, 700
 """
 CONFIG = {"model_type": "llama", "hidden_size": 5}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from perta_fast.data import IGNORED, Sample, encode, records_from
+from perta_fast.data.batches import Batch, per_sample_losses
+from perta_fast.data.samples import IGNORED, Sample, encode, records_from
 from perta_fast.demo.scoring import score
-from perta_fast.losses import Batch, per_sample_losses
-from tests.models import FORGET, RETAIN, llama, tokenizer
+from tests.support.models import FORGET, RETAIN, llama, tokenizer
 
 
 class NextToken(nn.Module):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TIMEOUT = 120  # seconds
-_EVERYTHING = ["torch", "torch.distributed", "transformers", "perta_fast.unlearning", "tests.models"]
+_EVERYTHING = ["torch", "torch.distributed", "transformers", "perta_fast.runs.unlearn", "tests.support.models"]
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_EVERYTHING)

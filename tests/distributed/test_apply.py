@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perta_fast import InputError, Report, application, apply, parts, resume, to_directory
-from perta_fast.agreement import TensorPlan
+from perta_fast import InputError, Report, apply, resume
+from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.distributed import shared_directory
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import RankLost, RunError
-from perta_fast.parts import Part, Shard, deal_in_order, left_of
-from perta_fast.safetensors_file import TensorEntry
-from tests.checkpoints import fingerprint
+from perta_fast.runs import apply as application
+from perta_fast.subtraction import parts, to_directory
+from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.parts import Part, Shard, deal_in_order, left_of
 from tests.distributed.launch import on_ranks
-from tests.inputs import Inputs, write_inputs
+from tests.support.checkpoints import fingerprint
+from tests.support.inputs import Inputs, write_inputs
 
 CHUNK = 64  # elements, so that these tensors are cut
 

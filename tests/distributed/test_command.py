@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from perta_fast import Importance, apply, cli, parts, resume, unlearn
-from tests.checkpoints import fingerprint, read_checkpoint
+from perta_fast import Importance, apply, cli, resume, unlearn
+from perta_fast.cli.main import _parser
+from perta_fast.subtraction import parts
 from tests.distributed.launch import Ended, perta_on_ranks
-from tests.models import Job
+from tests.support.checkpoints import fingerprint, read_checkpoint
+from tests.support.models import Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +76,7 @@ def test_the_lines_in_the_documentation() -> None:
             words = ["perta", *launched.training_script_args]
             launches += 1
         if words and words[0] == "perta":
-            parsed = cli._parser().parse_args(words[1:])
+            parsed = _parser().parse_args(words[1:])
             assert parsed.over_ranks
     assert launches >= 3
 
@@ -113,7 +115,7 @@ def test_an_incomplete_launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def _hide_the_data(rank: int) -> None:
     """Rank 1 is on a machine that lacks the data."""
     if rank == 1:
-        from perta_fast import unlearning as module
+        from perta_fast.runs import unlearn as module
 
         def missing(path: Path) -> Any:
             raise module.InputError(f"{path}: cannot be read")
@@ -129,7 +131,8 @@ def test_what_one_lacks_ends_all(job: Job, tmp_path: Path) -> None:
 
 _DYING = """
 import os, signal, sys
-from perta_fast import cli, parts
+from perta_fast import cli
+from perta_fast.subtraction import parts
 
 original = parts.Part.note
 

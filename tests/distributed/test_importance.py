@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from perta_fast import Importance, InputError, estimate_importance
-from perta_fast.data import Sample
+from perta_fast.data.samples import Sample
 from perta_fast.distributed import overlapped_sum
 from perta_fast.distributed.overlapped_sum import OverlappedSum
 from perta_fast.distributed.ranks import Pending, Ranks
 from perta_fast.errors import NotFiniteError, RankLost
 from tests.distributed.launch import on_ranks
-from tests.importance.test_estimate import SAMPLES, assert_near, by_autograd, make, saved
+from tests.runs.test_estimate import SAMPLES, assert_near, by_autograd, make, saved
 
 Tensors = dict[str, torch.Tensor]
 ESTIMATORS: tuple[Any, ...] = ("grad", "empirical-fisher")

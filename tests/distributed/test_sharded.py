@@ -11,11 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from perta_fast import Importance, InputError, apply_to_module_, estimate_importance
-from perta_fast.data import Sample
+from perta_fast.data.samples import Sample
 from perta_fast.errors import NotFiniteError
 from tests.distributed.launch import on_ranks
-from tests.importance.test_estimate import SAMPLES, assert_near, by_autograd, make, saved
-from tests.models import nudge_
+from tests.runs.test_estimate import SAMPLES, assert_near, by_autograd, make, saved
+from tests.support.models import nudge_
 
 FAMILIES = ("llama tied", "gpt2", "mixtral")
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from perta_fast import Importance, estimate_importance
-from perta_fast.data import IGNORED, Sample
+from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.rules import ESTIMATORS
 from tests.families.configs import VOCABULARY, Family
-from tests.models import draw_samples, nudge_, tokenizer
+from tests.support.models import draw_samples, nudge_, tokenizer
 
 Tensors = Mapping[str, Tensor]
 

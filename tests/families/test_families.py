@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from perta_fast import apply, estimate_importance, unlearn
 from perta_fast.rules import ESTIMATORS
-from tests.checkpoints import read_checkpoint
 from tests.families.configs import FAMILIES, Family
 from tests.families.matrix import DATA, Row, build, by_autograd, measure, write
-from tests.models import FORGET, RETAIN, write_lines
+from tests.support.checkpoints import read_checkpoint
+from tests.support.models import FORGET, RETAIN, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

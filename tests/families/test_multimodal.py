@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from perta_fast import estimate_importance, unlearn
 from perta_fast.rules import ESTIMATORS
-from tests.checkpoints import read_checkpoint
 from tests.families.configs import ONE_HEAD_SIZE, SIZES
 from tests.families.matrix import by_autograd, write
-from tests.models import FORGET, RETAIN, draw_samples, nudge_, write_lines
+from tests.support.checkpoints import read_checkpoint
+from tests.support.models import FORGET, RETAIN, draw_samples, nudge_, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

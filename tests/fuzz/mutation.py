@@ -5,7 +5,7 @@ import json
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from tests.json_mutation import damaged
+from tests.support.json_mutation import damaged
 
 _LONGEST = 24  # bytes that one change replaces
 _TOKENS = (

@@ -14,20 +14,20 @@ from typing import Any
 import yaml
 from hypothesis.strategies import SearchStrategy
 
-from perta_fast.adapters import Adapter
-from perta_fast.application import apply
-from perta_fast.checkpoint import Checkpoint
-from perta_fast.data import load_records
+from perta_fast.checkpoints.adapters import Adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.data.samples import load_records
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
-from perta_fast.recipe import read_recipe
-from perta_fast.report import DataRecord, Report
+from perta_fast.records.recipe import read_recipe
+from perta_fast.records.report import DataRecord, Report
 from perta_fast.reporting.evidence import read_scores
-from perta_fast.trade_off import Row, Sweep
-from tests.checkpoints import draw, write_checkpoint, write_importance
+from perta_fast.runs.apply import apply
+from perta_fast.sweeping.results import Row, Sweep
 from tests.fuzz import mutation
-from tests.inputs import write_inputs
-from tests.models import FORGET, write_lines
+from tests.support.checkpoints import draw, write_checkpoint, write_importance
+from tests.support.inputs import write_inputs
+from tests.support.models import FORGET, write_lines
 
 FIRST_SHARD = "model-00001-of-00002.safetensors"
 RECIPE = """# A run.

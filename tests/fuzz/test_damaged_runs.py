@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from perta_fast import in_place, subtraction
-from perta_fast.application import apply
 from perta_fast.errors import RunError
+from perta_fast.runs.apply import apply
+from perta_fast.subtraction import compute as subtraction
+from perta_fast.subtraction import in_place
 from tests.fuzz import mutation
 from tests.fuzz.patience import patience
 from tests.fuzz.test_damaged_files import contents, examples, perta
-from tests.inputs import write_inputs
+from tests.support.inputs import write_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

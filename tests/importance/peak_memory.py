@@ -7,10 +7,10 @@ largest layer, the activations that autograd saves for one batch, and slack for 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from perta_fast.data.batches import Batch, batches_by_length, per_sample_losses
 from perta_fast.importance.gradients import accumulate
-from perta_fast.losses import Batch, batches_by_length, per_sample_losses
 from perta_fast.memory import PeakMemory
-from tests.models import draw_samples
+from tests.support.models import draw_samples
 
 SLACK = 16 << 20
 SAMPLES = draw_samples(8, vocabulary=2048, longest=4)

@@ -21,10 +21,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from perta_fast.data import Sample
-from perta_fast.importance import module_rules
+from perta_fast.data.batches import Batch, per_sample_losses
+from perta_fast.data.samples import Sample
+from perta_fast.importance import per_sample_modules as module_rules
 from perta_fast.importance.gradients import Accumulated, accumulate
-from perta_fast.importance.module_rules import (
+from perta_fast.importance.per_sample import plan_for
+from perta_fast.importance.per_sample_modules import (
     BatchShape,
     EmbeddingRule,
     LinearRule,
@@ -32,10 +34,8 @@ from perta_fast.importance.module_rules import (
     Target,
     Unfit,
 )
-from perta_fast.importance.per_sample import plan_for
-from perta_fast.losses import Batch, per_sample_losses
 from perta_fast.rules import Estimator
-from tests.models import draw_samples, llama, nudge_
+from tests.support.models import draw_samples, llama, nudge_
 
 SAMPLES = draw_samples(9, longest=14)
 SIZES: dict[str, Any] = {

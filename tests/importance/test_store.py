@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from perta_fast import Importance, InputError, RunError
-from perta_fast.checkpoint import Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.importance import store
 from perta_fast.importance.store import ImportanceMetadata
-from tests.checkpoints import draw, read_checkpoint, same_bytes, write_importance
+from tests.support.checkpoints import draw, read_checkpoint, same_bytes, write_importance
 
 METADATA = ImportanceMetadata(
     estimator="grad",

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import triton
-from perta_fast.kernels import fisher, fold, rescaled_subtract
+from perta_fast.kernels import accumulate as fold
+from perta_fast.kernels import fisher, rescaled_subtract
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

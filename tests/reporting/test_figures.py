@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 
 from perta_fast import apply
 from perta_fast.errors import InputError
-from perta_fast.report import Report, TensorReport
-from perta_fast.reporting import weights
-from perta_fast.reporting.naming import Place, place_of, weight_grids
+from perta_fast.records.report import Report, TensorReport
+from perta_fast.reporting import weight_distribution as weights
 from perta_fast.reporting.page import Evidence, compose
-from tests.inputs import Inputs, write_inputs
-from tests.json_mutation import damaged
+from perta_fast.reporting.tensor_places import Place, place_of, weight_grids
+from tests.support.inputs import Inputs, write_inputs
+from tests.support.json_mutation import damaged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"grad": (1.0, 2.0, None), "fisher": (2.0, 1.0, None), "empirical-fisher": (1.0, 0.5, 0.3)}

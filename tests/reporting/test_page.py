@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from perta_fast import cli, sweep, unlearn
-from perta_fast.report import Report
+from perta_fast.records.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.reporting.evidence import distinct
 from perta_fast.reporting.html import table
 from perta_fast.reporting.page import Evidence, _measured, compose
-from perta_fast.reporting.weights import distribution
-from perta_fast.trade_off import Row
-from tests.models import FORGET, RETAIN, Job, write_job, write_lines
+from perta_fast.reporting.weight_distribution import distribution
+from perta_fast.sweeping.results import Row
+from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,7 +185,7 @@ def test_answers_before_and_after(job: Job, tmp_path: Path, monkeypatch: pytest.
     def answer(module: Any, *_: Any, **__: Any) -> list[str]:
         return [answers[module.config._name_or_path]]
 
-    monkeypatch.setattr("perta_fast.evaluation.scoring.greedy_answers", answer)
+    monkeypatch.setattr("perta_fast.models.token_scores.greedy_answers", answer)
     page = make(job, tmp_path / "page.html", "--prompts", prompts, "--show-text")
     expected = [
         "Who is <b>she</b>?",
@@ -199,7 +199,9 @@ def test_answers_before_and_after(job: Job, tmp_path: Path, monkeypatch: pytest.
 
 def test_answers_where_the_model_of_before_is_gone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a run in place."""
-    monkeypatch.setattr("perta_fast.evaluation.scoring.greedy_answers", lambda *_, **__: ["this"] * len(FORGET))
+    monkeypatch.setattr(
+        "perta_fast.models.token_scores.greedy_answers", lambda *_, **__: ["this"] * len(FORGET)
+    )
     report = Report.load(job.model.parent / "out")
     report.inputs["model"]["kept"] = False
     found = answer_prompts(report, job.model.parent / "out", read_prompts(job.forget), False)

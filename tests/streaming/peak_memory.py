@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from perta_fast import estimate_importance
 from perta_fast.memory import PeakMemory
-from tests.models import draw_samples, tokenizer
+from tests.support.models import draw_samples, tokenizer
 
 SAMPLES = draw_samples(24, longest=8)
 

@@ -14,20 +14,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from perta_fast import InputError, Report, application, estimate_importance, resume, unlearn, verify
-from perta_fast.data import encode, read_data
+from perta_fast import InputError, Report, estimate_importance, resume, unlearn, verify
+from perta_fast.data.samples import encode, read_data
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.durable import read_record, write_record
-from perta_fast.output import OutputDirectory, partial_path
-from perta_fast.streaming import behind, keeping, planning, spill
+from perta_fast.files.durable import read_record, write_record
+from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.runs import apply as application
+from perta_fast.streaming import (
+    kept_importance as keeping,
+)
+from perta_fast.streaming import (
+    scratch_files as spill,
+)
+from perta_fast.streaming import (
+    write_behind as behind,
+)
 from perta_fast.streaming.data_pass import DataPass
+from perta_fast.streaming.forecast import choice as planning
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.to_directory import STATE, WALK
-from tests.checkpoints import fingerprint, read_checkpoint
+from perta_fast.subtraction.to_directory import STATE, WALK
 from tests.distributed.launch import Ended, on_ranks, perta_on_ranks
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
-from tests.models import FORGET, RETAIN, Job, tokenizer, write_job, write_lines
+from tests.support.checkpoints import fingerprint, read_checkpoint
+from tests.support.models import FORGET, RETAIN, Job, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 from perta_fast import Importance, InputError, RunError, estimate_importance, unlearn
 from perta_fast.cli import main
-from perta_fast.data import Sample
+from perta_fast.data.samples import Sample
 from perta_fast.importance import store
 from perta_fast.rules import ESTIMATORS
-from perta_fast.streaming import spill
-from perta_fast.streaming.passage import Passage
-from perta_fast.streaming.skeleton import Skeleton
-from tests.checkpoints import fingerprint, read_checkpoint
-from tests.importance.test_estimate import by_autograd
-from tests.models import Job, draw_samples, llama, nudge_, tokenizer
+from perta_fast.streaming import scratch_files as spill
+from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.model.skeleton import Skeleton
+from tests.runs.test_estimate import by_autograd
+from tests.support.checkpoints import fingerprint, read_checkpoint
+from tests.support.models import Job, draw_samples, llama, nudge_, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

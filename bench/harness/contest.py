@@ -1,0 +1,137 @@
+"""Measure contenders in alternation, then hand their times to pytest-benchmark.
+
+pytest-benchmark runs one function's rounds after another's. On a machine that is shared, or whose
+clock drifts, the ratio of two such runs says little. Here every round runs all contenders once,
+each round starts with the next one, and ratios are taken within rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = ("limit", "reference", "peer", "ours")
+
+
+class Unavailable(Exception):
+    """A contender cannot run here; the message says why."""
+
+
+@dataclasses.dataclass
+class Sample:
+    """One measurement: wall-clock seconds, and whatever else was seen."""
+
+    seconds: float
+    seen: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+Contender = Callable[[], Sample]
+Outcome = list[Sample] | Exception
+
+
+def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Outcome]:
+    """Run each contender once to warm up, then ``rounds`` times in rotating order.
+
+    Returns the samples by name, or the exception of a contender that failed or is unavailable.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for name, run in contenders.items():
+        try:
+            run()
+            outcomes[name] = []
+        except Exception as error:  # one broken contender must not hide the others
+            outcomes[name] = error
+    names = list(contenders)
+    for round_number in range(rounds):
+        first = round_number % len(names)
+        for name in names[first:] + names[:first]:
+            samples = outcomes[name]
+            if isinstance(samples, list):
+                try:
+                    samples.append(contenders[name]())
+                except Exception as error:
+                    outcomes[name] = error
+    return outcomes
+
+
+class ReplayClock:
+    """A clock for pytest-benchmark that moves only when a recorded duration is replayed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass."""
+        self.now += seconds
+
+
+CLOCK = ReplayClock()
+replayed = pytest.mark.benchmark(timer=CLOCK)
+
+
+def replay(
+    benchmark: Any, outcome: Outcome, *, group: str, contender: str, role: str, **facts: Any
+) -> dict[str, Any]:
+    """Report a measured contender through the ``benchmark`` fixture and return its table row.
+
+    facts: further JSON values for the row, such as ``bytes`` (moved in one run) or ``note``.
+    Skips the test if the contender was unavailable, fails it if the contender failed.
+    """
+    assert role in ROLES
+    benchmark.group = group
+    if isinstance(outcome, Unavailable):
+        pytest.skip(str(outcome))
+    if isinstance(outcome, Exception):
+        raise outcome
+    durations = iter([sample.seconds for sample in outcome])
+    row: dict[str, Any] = {
+        "group": group,
+        "contender": contender,
+        "role": role,
+        "seconds": [sample.seconds for sample in outcome],
+        **facts,
+    }
+    for name in outcome[0].seen:
+        row[name] = max(sample.seen[name] for sample in outcome)
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(lambda: CLOCK.advance(next(durations)), rounds=len(outcome))
+    return row
+
+
+def run_child(command: Sequence[str], *, variables: Mapping[str, str] | None = None) -> Sample:
+    """Run ``command`` in a fresh process and return its wall time and peak memory.
+
+    The peaks are of the process itself; a shell's children count in ``peak_rss`` alone.
+    Raises RuntimeError with the end of its output if it fails.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        launcher = [sys.executable, "-I", "-S", str(ROOT / "bench" / "launch.py"), str(report)]
+        done = subprocess.run(
+            [*launcher, *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode != 0:
+            end = done.stdout[-2000:]
+            raise RuntimeError(f"exit status {done.returncode} from {command[:4]} ...\n{end}")
+        cost = json.loads(report.read_text())
+    seconds = cost.pop("seconds")
+    return Sample(seconds, {name: value for name, value in cost.items() if value is not None})

@@ -1,0 +1,93 @@
+"""Random Llamas with a tokenizer and data, for the streaming benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import string
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.inputs.checkpoints import MERGED, Shapes, elements, llama_shapes, normal, write_sharded
+from perta_fast.demo.training import train_tokenizer
+
+VOCABULARY = 4096
+WORDS = ["".join(random.Random(seed).choices(string.ascii_lowercase, k=4)) for seed in range(400)]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamJob:
+    """Three checkpoints and two data files; sizes in bytes of one checkpoint and of one layer's weights."""
+
+    folder: Path
+    layers: int
+    size: int
+    layer_parameters: int
+
+    def command(self, out: Path, *more: object) -> list[str]:
+        """``perta unlearn`` on it."""
+        places = [part for name in MERGED for part in (f"--{name}", self.folder / name)]
+        data = [part for name in ("forget", "retain") for part in (f"--{name}", self.folder / f"{name}.jsonl")]
+        settings = ["--rule", "fisher", "--lam", "1", "--batch-size", "8", "--quiet", "--overwrite"]
+        return [
+            sys.executable,
+            "-m",
+            "perta_fast",
+            "unlearn",
+            *map(str, [*places, *data, *settings, "--out", out, *more]),
+        ]
+
+
+def write_stream_job(
+    folder: Path, hidden: int, layers: int, samples: int, words: int, **changes: int
+) -> StreamJob:
+    """Write three bfloat16 checkpoints, and two files of ``samples`` texts of ``words`` words.
+
+    changes: to the configuration.
+    """
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": 11 * hidden // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "head_dim": 64,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        **changes,
+    }
+    shapes = llama_shapes(config)
+    _write_data(folder, samples, words)
+    rows = [{"question": word, "answer": word} for word in WORDS]
+    tokenizer = train_tokenizer(rows)
+    for kind, name in enumerate(MERGED):
+        number = {tensor: index + kind * len(shapes) for index, tensor in enumerate(shapes)}
+
+        def make(tensor: str, shape: tuple[int, ...], number: dict[str, int] = number) -> torch.Tensor:
+            values = normal(number[tensor], shape).mul_(0.02)
+            return (values + 1 if len(shape) == 1 else values).bfloat16()
+
+        write_sharded(folder / name, "model", shapes, make, {"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2))
+        tokenizer.save_pretrained(folder / name)
+    return StreamJob(folder, layers, 2 * _count(shapes), _count(shapes, "model.layers.0."))
+
+
+def _count(shapes: Shapes, prefix: str = "") -> int:
+    return sum(elements(shape) for name, shape in shapes.items() if name.startswith(prefix))
+
+
+def _write_data(folder: Path, samples: int, words: int) -> None:
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    for name in ("forget", "retain"):
+        rows = [{"text": " ".join(draw.choices(WORDS, k=words))} for _ in range(samples)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

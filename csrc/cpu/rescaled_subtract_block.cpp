@@ -1,0 +1,293 @@
+// Plain loops over blocks: load, convert to float32, compute, round, store, and sum what the report needs.
+// The build compiles this file once per instruction set (PERTA_ISA is its name) and the compiler vectorises it.
+// Only `static` code is used here: a shared inline function could be linked in from the wrong set.
+
+#include "rescaled_subtract_block.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace perta {
+namespace {
+
+// Sources may lie at any byte offset of a mapped file, and `out` may be `theta`.
+using UnalignedHalf = uint16_t __attribute__((aligned(1), may_alias));
+using UnalignedFloat = float __attribute__((aligned(1), may_alias));
+
+struct F32 {
+  using Stored = UnalignedFloat;
+  static float load(float value) { return value; }
+  static float round(float value) { return value; }
+};
+
+struct BF16 {
+  using Stored = UnalignedHalf;
+  static float load(uint16_t bits) { return bf16_to_float(bits); }
+  static uint16_t round(float value) { return float_to_bf16(value); }
+};
+
+struct F16 {
+  using Stored = UnalignedHalf;
+  static float load(uint16_t bits) { return f16_to_float(bits); }
+  static uint16_t round(float value) { return float_to_f16(value); }
+};
+
+constexpr size_t block = 1024;  // elements; five float32 buffers of it stay in the first-level cache
+
+const unsigned char* at(const void* data, DType dtype, size_t index) {
+  return static_cast<const unsigned char*>(data) + index * size_of(dtype);
+}
+
+void widen_bf16(const void* source, float* out, size_t n) {
+  const UnalignedHalf* halves = static_cast<const UnalignedHalf*>(source);
+  for (size_t i = 0; i < n; ++i) out[i] = bf16_to_float(halves[i]);
+}
+
+void widen_f16(const void* source, float* out, size_t n) {
+  const UnalignedHalf* halves = static_cast<const UnalignedHalf*>(source);
+  size_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(eight));
+  }
+#endif
+  for (; i < n; ++i) out[i] = f16_to_float(halves[i]);
+}
+
+// Leaves `data` at the block's first element where it is stored as `wanted`; otherwise converts the block to
+// float32 in `buffer` and points there.
+const void* stored_as(DType wanted, const void* data, DType dtype, size_t index, size_t n, float* buffer) {
+  const unsigned char* source = at(data, dtype, index);
+  if (dtype == wanted) return source;
+  if (dtype == DType::bf16) {
+    widen_bf16(source, buffer, n);
+  } else if (dtype == DType::f16) {
+    widen_f16(source, buffer, n);
+  } else {
+    memcpy(buffer, source, n * sizeof(float));
+  }
+  return buffer;
+}
+
+// Elements [begin, begin + n) of a task vector given by its factors. The products of an element are added in the
+// order of the rank, each sum rounded, and the scale comes last: every backend then gives the same bits.
+void multiply_factors(const LowRank& task, size_t begin, size_t n, float* out) {
+  size_t row = begin / task.columns, column = begin % task.columns;
+  for (size_t done = 0; done < n;) {
+    const size_t run = n - done < task.columns - column ? n - done : task.columns - column;
+    const float* left = task.left + row * task.rank;
+    const float* right = task.right + column;
+    float* sums = out + done;
+    for (size_t i = 0; i < run; ++i) sums[i] = 0.0f;
+    size_t k = 0;
+    for (; k + 4 <= task.rank; k += 4) {
+      const float a = left[k], b = left[k + 1], c = left[k + 2], d = left[k + 3];
+      const float* r = right + k * task.columns;
+      const float* s = r + task.columns;
+      const float* t = s + task.columns;
+      const float* u = t + task.columns;
+#pragma GCC ivdep
+      for (size_t i = 0; i < run; ++i) sums[i] = (((sums[i] + a * r[i]) + b * s[i]) + c * t[i]) + d * u[i];
+    }
+    for (; k < task.rank; ++k) {
+      const float* r = right + k * task.columns;
+#pragma GCC ivdep
+      for (size_t i = 0; i < run; ++i) sums[i] += left[k] * r[i];
+    }
+    for (size_t i = 0; i < run; ++i) sums[i] *= task.scale;
+    done += run;
+    ++row;
+    column = 0;
+  }
+}
+
+// One block as the inner loop sees it.
+struct Block {
+  void* out;
+  const void* theta;
+  const void* tuned;
+  const void* base;
+  const void* forget;
+  const void* retain;
+  size_t n;
+};
+
+// float32 sums over one block. A value that is not finite anywhere makes its sum so too, which costs nothing to
+// look for; where it lies is then found by the slow path.
+struct BlockSums {
+  float weight = 0;
+  float importance = 0;
+  float squared_theta = 0;
+  float squared_change = 0;
+  uint32_t task_bits = 0;
+  int32_t changed = 0;
+};
+
+// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result. The sums cost as much as the
+// result where all is in the cache, so they are left out where nobody asks.
+template <class Weights, class Importance, class Result, bool counted, Power power, bool weighted, bool masked>
+BlockSums subtract_block(Block block, RescaleOptions options) {
+  const auto* theta = static_cast<const typename Weights::Stored*>(block.theta);
+  const auto* tuned = static_cast<const typename Weights::Stored*>(block.tuned);
+  const auto* base = static_cast<const typename Weights::Stored*>(block.base);
+  const auto* forget = static_cast<const typename Importance::Stored*>(block.forget);
+  const auto* retain = static_cast<const typename Importance::Stored*>(block.retain);
+  auto* out = static_cast<typename Result::Stored*>(block.out);
+  float weight_sum = 0, importance_sum = 0, squared_theta = 0, squared_change = 0;
+  uint32_t task_bits = 0;
+  int32_t changed = 0;
+#pragma omp simd reduction(+ : weight_sum, importance_sum, squared_theta, squared_change, changed) \
+    reduction(| : task_bits)
+  for (size_t i = 0; i < block.n; ++i) {
+    const float before = Weights::load(theta[i]);
+    const float task = Weights::load(tuned[i]) - Weights::load(base[i]);
+    float scale = options.lam;
+    if (weighted) {
+      const float important_to_forget = Importance::load(forget[i]);
+      const float important_to_retain = Importance::load(retain[i]);
+      const float w = weight<power, masked>(important_to_forget, important_to_retain, options);
+      scale = options.lam * w;
+      if (counted) {
+        weight_sum += w;
+        importance_sum += fabsf(important_to_forget) + fabsf(important_to_retain);
+      }
+    }
+    const auto stored = Result::round(subtract(before, scale * task));
+    out[i] = stored;
+    if (counted) {
+      const float change = Result::load(stored) - before;
+      squared_theta += before * before;
+      squared_change += change * change;
+      changed += change != 0.0f;
+      task_bits |= bits_of(task);
+    }
+  }
+  return {weight_sum, importance_sum, squared_theta, squared_change, task_bits, changed};
+}
+
+using SubtractBlock = BlockSums (*)(Block, RescaleOptions);
+
+template <class Weights, class Importance, class Result, bool counted, bool masked>
+SubtractBlock choose_power(float p) {
+  switch (power_of(p)) {
+    case Power::one: return subtract_block<Weights, Importance, Result, counted, Power::one, true, masked>;
+    case Power::two: return subtract_block<Weights, Importance, Result, counted, Power::two, true, masked>;
+    case Power::half: return subtract_block<Weights, Importance, Result, counted, Power::half, true, masked>;
+    default: return subtract_block<Weights, Importance, Result, counted, Power::general, true, masked>;
+  }
+}
+
+template <class Weights, class Result, bool counted>
+SubtractBlock choose_rule(DType importance, const RescaleOptions& options) {
+  if (!options.weighted) return subtract_block<Weights, F32, Result, counted, Power::one, false, false>;
+  if (importance == DType::bf16) {
+    return options.masked ? choose_power<Weights, BF16, Result, counted, true>(options.p)
+                          : choose_power<Weights, BF16, Result, counted, false>(options.p);
+  }
+  return options.masked ? choose_power<Weights, F32, Result, counted, true>(options.p)
+                        : choose_power<Weights, F32, Result, counted, false>(options.p);
+}
+
+template <class Weights, class Result>
+SubtractBlock choose(DType importance, const RescaleOptions& options, bool counted) {
+  return counted ? choose_rule<Weights, Result, true>(importance, options)
+                 : choose_rule<Weights, Result, false>(importance, options);
+}
+
+int64_t count_nonfinite(const void* data, DType dtype, size_t begin, size_t end) {
+  int64_t count = 0;
+  float buffer[block];
+  for (size_t i = begin; i < end; i += block) {
+    const size_t n = end - i < block ? end - i : block;
+    const auto* values = static_cast<const UnalignedFloat*>(stored_as(DType::f32, data, dtype, i, n, buffer));
+    for (size_t k = 0; k < n; ++k) count += !is_finite(values[k]);
+  }
+  return count;
+}
+
+void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& options, size_t begin, size_t end,
+                       RescaleStatistics* statistics) {
+  // The common layouts are read as they lie; any other mix is converted block by block first.
+  const LowRank* low_rank = arrays.low_rank;
+  const bool bf16_weights = low_rank == nullptr && arrays.theta_dtype == DType::bf16 &&
+                            arrays.tuned_dtype == DType::bf16 && arrays.base_dtype == DType::bf16;
+  const bool bf16_importance = options.weighted && arrays.forget_dtype == DType::bf16 &&
+                               arrays.retain_dtype == DType::bf16;
+  const DType weights = bf16_weights ? DType::bf16 : DType::f32;
+  const DType importance = bf16_importance ? DType::bf16 : DType::f32;
+  const SubtractBlock subtract_block_as_asked =
+      bf16_weights                        ? choose<BF16, BF16>(importance, options, statistics)
+      : arrays.theta_dtype == DType::bf16 ? choose<F32, BF16>(importance, options, statistics)
+      : arrays.theta_dtype == DType::f16  ? choose<F32, F16>(importance, options, statistics)
+                                          : choose<F32, F32>(importance, options, statistics);
+  alignas(64) float buffers[5][block];
+  // Given by its factors, the task vector is made block by block, and stands where theta_f does, with theta_0 = 0.
+  if (low_rank != nullptr) memset(buffers[2], 0, sizeof buffers[2]);
+  for (size_t i = begin; i < end; i += block) {
+    const size_t n = end - i < block ? end - i : block;
+    Block part{const_cast<unsigned char*>(at(arrays.out, arrays.theta_dtype, i)),
+               stored_as(weights, arrays.theta, arrays.theta_dtype, i, n, buffers[0]),
+               buffers[1],
+               buffers[2],
+               nullptr,
+               nullptr,
+               n};
+    if (low_rank != nullptr) {
+      multiply_factors(*low_rank, low_rank->first + i, n, buffers[1]);
+    } else {
+      part.tuned = stored_as(weights, arrays.tuned, arrays.tuned_dtype, i, n, buffers[1]);
+      part.base = stored_as(weights, arrays.base, arrays.base_dtype, i, n, buffers[2]);
+    }
+    if (options.weighted) {
+      part.forget = stored_as(importance, arrays.forget, arrays.forget_dtype, i, n, buffers[3]);
+      part.retain = stored_as(importance, arrays.retain, arrays.retain_dtype, i, n, buffers[4]);
+    }
+    const BlockSums sums = subtract_block_as_asked(part, options);
+    if (statistics == nullptr) continue;
+    statistics->sum_weight += options.weighted ? sums.weight : static_cast<double>(n);
+    statistics->sum_squared_theta += sums.squared_theta;
+    statistics->sum_squared_change += sums.squared_change;
+    statistics->changed += sums.changed;
+    statistics->nonzero_task |= (sums.task_bits & 0x7FFFFFFFu) != 0;
+    if (!is_finite(sums.squared_change)) {
+      statistics->nonfinite_out += count_nonfinite(arrays.out, arrays.theta_dtype, i, i + n);
+    }
+    if (options.weighted && !is_finite(sums.importance)) {
+      statistics->nonfinite_forget += count_nonfinite(arrays.forget, arrays.forget_dtype, i, i + n);
+      statistics->nonfinite_retain += count_nonfinite(arrays.retain, arrays.retain_dtype, i, i + n);
+    }
+  }
+}
+
+void fold(float* accumulator, const void* gradient, DType dtype, bool squared, size_t begin, size_t end) {
+  alignas(64) float buffer[block];
+  for (size_t i = begin; i < end; i += block) {
+    const size_t n = end - i < block ? end - i : block;
+    const auto* g = static_cast<const UnalignedFloat*>(stored_as(DType::f32, gradient, dtype, i, n, buffer));
+    float* sum = accumulator + i;
+    if (squared) {
+#pragma GCC ivdep
+      for (size_t k = 0; k < n; ++k) sum[k] += g[k] * g[k];
+    } else {
+#pragma GCC ivdep
+      for (size_t k = 0; k < n; ++k) sum[k] += g[k];
+    }
+  }
+}
+
+}  // namespace
+
+#define PERTA_JOIN(a, b) a##b
+#define PERTA_TABLE(isa) PERTA_JOIN(kernels_, isa)
+#define PERTA_TEXT(isa) #isa
+#define PERTA_NAME(isa) PERTA_TEXT(isa)
+#define PERTA_FISHER(isa) PERTA_JOIN(accumulate_fisher_, isa)
+
+void PERTA_FISHER(PERTA_ISA)(const FisherArrays&, FisherBlock, float*);  // in fisher_block.cpp
+extern const BlockKernels PERTA_TABLE(PERTA_ISA);
+const BlockKernels PERTA_TABLE(PERTA_ISA) = {PERTA_NAME(PERTA_ISA), PERTA_FISHER(PERTA_ISA),
+                                             rescaled_subtract, fold};
+
+}  // namespace perta

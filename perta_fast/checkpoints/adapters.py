@@ -1,0 +1,292 @@
+"""LoRA adapters as peft saves them (arXiv 2106.09685): a task vector of which only factors are stored.
+
+Peft itself is not needed. What an adapter adds to a matrix is scale * B @ A; the products are formed where they
+are subtracted, a block at a time.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perta_fast.checkpoints.checkpoint import OUTPUT_HEADS, Checkpoint, python_command
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.dtypes import KERNEL_CODES
+from perta_fast.errors import InputError, RunError
+from perta_fast.files.durable import read_fully
+from perta_fast.files.regular_files import read_json
+
+CONFIG = "adapter_config.json"
+STEM = "adapter_model"
+Matrix = np.ndarray[Any, np.dtype[np.float32]]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
+_WRAPPED = ".base_layer."  # how peft calls the layer that it adds to
+# Settings of peft that say how the adapter was made or where it goes, not what its values mean; and those that
+# are understood here.
+_HARMLESS = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of init_lora_weights: the base stays
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale * b @ a, which an adapter adds to a matrix, or to its transpose.
+
+    a: (rank, d_in), b: (d_out, rank).
+    """
+
+    a: TensorEntry
+    b: TensorEntry
+    scale: float
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        rows, columns = self.b.shape[0], self.a.shape[1]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def factors(self) -> tuple[Matrix, Matrix]:
+        """left: (rows, rank), right: (rank, columns), float32; the matrix gets scale * left @ right.
+
+        Raises RunError if the file cannot be read.
+        """
+        a, b = _read(self.a), _read(self.b)
+        if self.transposed:
+            return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+        return b, a
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An opened adapter: headers and config read and checked.
+
+    low_rank: by the name of the weight that is added to. whole: tensors saved in full (``modules_to_save``,
+    biases), by their names. untouched: matrices of the base that were saved beside their factors. Names are
+    those of the model in memory that the adapter was trained on.
+    """
+
+    checkpoint: Checkpoint
+    low_rank: Mapping[str, LowRank] = field(repr=False)
+    whole: Mapping[str, TensorEntry] = field(repr=False)
+    untouched: Mapping[str, TensorEntry] = field(repr=False)
+    fan_in_fan_out: bool = False
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Adapter":
+        """Read config and header of a LoRA or rsLoRA adapter.
+
+        Raises InputError, naming file and tensor or setting, for whatever is missing or malformed, and for
+        every kind of adapter whose change of the weights is another.
+        """
+        path = Path(path)
+        config = _read_config(path / CONFIG)
+        checkpoint = Checkpoint.open(path, STEM)
+        factors: dict[str, dict[str, TensorEntry]] = {}
+        whole: dict[str, TensorEntry] = {}
+        for key, entry in checkpoint.tensors.items():
+            name = key.removeprefix(_PREFIX)
+            found = _FACTOR.fullmatch(name)
+            if entry.dtype not in KERNEL_CODES:
+                raise InputError(
+                    f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed"
+                )
+            if found is not None:
+                factors.setdefault(found["module"], {})[found["factor"]] = entry
+            elif "lora_" in name:
+                raise InputError(f"{entry.path}: tensor {key} is not of plain LoRA; {_merge_first(path)}")
+            else:
+                whole[name.replace(_WRAPPED, ".")] = entry
+        low_rank = {
+            f"{module}.weight": _low_rank(path, module, pair, config) for module, pair in factors.items()
+        }
+        untouched = {name: whole.pop(name) for name in low_rank.keys() & whole.keys()}
+        return cls(checkpoint, low_rank, whole, untouched, bool(config.get("fan_in_fan_out")))
+
+    @property
+    def config(self) -> Path:
+        """The file with the settings, on which the scale depends."""
+        return self.checkpoint.path / CONFIG
+
+    def meet(
+        self, shapes: Mapping[str, tuple[int, ...]], where: object
+    ) -> tuple[dict[str, LowRank], dict[str, TensorEntry]]:
+        """What is added to or put in the place of which tensor of a model; the rest of it stays as it is.
+
+        shapes: of the model's tensors, by name. where: what messages call the model. Raises InputError, naming
+        the tensor, if one is not there, or has another shape.
+        """
+        low_rank, whole = {}, {}
+        for name, update in self.low_rank.items():
+            found = self._name_in(name, shapes, where)
+            shape = shapes[found]
+            straight = shape == update.shape
+            turned = shape == update.shape[::-1]
+            if not straight and not turned:
+                raise InputError(
+                    f"tensor {found}: shape {list(shape)} in {where}, but {list(update.shape)} for {name} in "
+                    f"{update.a.path}; this adapter is not of this model"
+                )
+            # Only a square matrix leaves it to the config which way round it is kept.
+            turn = turned if straight != turned else self.fan_in_fan_out or _of_embedding(update)
+            low_rank[found] = replace(update, transposed=turn)
+        for name, entry in self.whole.items():
+            whole[self._name_in(name, shapes, where)] = entry
+        return low_rank, whole
+
+    def check_untouched(self, base: Checkpoint) -> None:
+        """Raise InputError unless what was saved of the base beside the factors is as in ``base``."""
+        shapes = {name: entry.shape for name, entry in base.tensors.items()}
+        for name, entry in self.untouched.items():
+            found = self._name_in(name, shapes, base.path)
+            if not self.checkpoint.equal(entry.name, found, base):
+                raise InputError(
+                    f"{entry.path}: holds a {name} that differs from that in {base.path}; "
+                    f"{_merge_first(entry.path.parent)}"
+                )
+
+    def _name_in(self, name: str, names: Mapping[str, object], where: object) -> str:
+        """``name`` as the model has it, whose names may begin otherwise (with or without ``model.``)."""
+        if name in names:
+            return name
+        alike = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
+        if len(alike) == 1:
+            return alike[0]
+        why = "which is tied to the input embedding, or missing," if name in OUTPUT_HEADS else "which is not"
+        raise InputError(
+            f"{self.checkpoint.path}: adapts {name}, {why} in {where}; {_merge_first(self.checkpoint.path)}"
+        )
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory holds an adapter of peft and no model."""
+    try:
+        names = {entry.name for entry in Path(path).iterdir()}
+    except (OSError, ValueError):
+        return False
+    return CONFIG in names and not {"model.safetensors", "model.safetensors.index.json"} & names
+
+
+def _low_rank(path: Path, module: str, pair: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> LowRank:
+    missing = {"A", "B"} - pair.keys()
+    if missing:
+        raise InputError(f"{path}: has no lora_{missing.pop()} for {module}")
+    a, b = pair["A"], pair["B"]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise InputError(
+            f"{a.path}: the factors of {module} have shapes {list(b.shape)} and {list(a.shape)}, which is no "
+            f"product of matrices; {_merge_first(path)}"
+        )
+    rank = a.shape[0]
+    try:
+        alpha = _by_module(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+        wanted = _by_module(config.get("rank_pattern"), module, config.get("r"))
+    except re.error as error:
+        raise InputError(f"{path / CONFIG}: {error.pattern!r} is not a regular expression: {error}") from error
+    if not isinstance(alpha, int | float) or not abs(alpha) < 1e30 or not 0 < rank == wanted:
+        raise InputError(
+            f"{path / CONFIG}: rank {wanted}, lora_alpha {alpha} for {module}, whose factors have rank {rank}"
+        )
+    return LowRank(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _of_embedding(update: LowRank) -> bool:
+    """Whether the factors are those of an embedding, which peft keeps as of its transpose."""
+    return ".lora_embedding_" in update.a.name
+
+
+def _by_module(pattern: Any, module: str, otherwise: Any) -> Any:
+    """The value for one module, as peft finds it: the first pattern that its name ends with."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return otherwise
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(name) or {}, dict) for name in ("alpha_pattern", "rank_pattern")
+    ):
+        raise InputError(f"{path}: is not the config of an adapter")
+    advice = _merge_first(path.parent)
+    if config.get("use_dora"):
+        raise InputError(f"{path}: a DoRA adapter, whose change of the weights is not of low rank; {advice}")
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: an adapter of type {config.get('peft_type')}, not LORA; {advice}")
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        raise InputError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model too; {advice}"
+        )
+    for name, value in config.items():
+        if name not in _HARMLESS and value:
+            raise InputError(f"{path}: setting {name} is not understood here; {advice}")
+    return config
+
+
+def _merge_first(path: Path) -> str:
+    target = f"{path}-merged"
+    program = (
+        "from peft import AutoPeftModelForCausalLM as M; "
+        f"M.from_pretrained({str(path)!r}, dtype='auto').merge_and_unload().save_pretrained({target!r})"
+    )
+    return f"merge it and give the merged checkpoint: {python_command(program)}"
+
+
+def _read(entry: TensorEntry) -> Matrix:
+    """A tensor as float32, read by position, so that a damaged file is an error and no signal."""
+    data = bytearray(entry.size)
+    try:
+        descriptor = os.open(entry.path, os.O_RDONLY)
+        try:
+            whole = read_fully(descriptor, memoryview(data), entry.begin)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RunError(f"{entry.path}: cannot be read: {error.strerror}") from error
+    if not whole:
+        raise RunError(f"{entry.path}: changed size while it was being used")
+    if entry.dtype == "BF16":
+        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        stored = np.frombuffer(data, np.float16 if entry.dtype == "F16" else np.float32)
+        values = stored.astype(np.float32, copy=False)
+    return values.reshape(entry.shape)

@@ -1,0 +1,232 @@
+"""A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
+from perta_fast.errors import InputError
+from perta_fast.files.regular_files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx")
+
+# What an unfinished in-place run keeps in the model's directory: see in_place.py.
+JOURNAL = ".perta-journal"
+JOB = "job.json"
+
+# Names under which model families keep the two matrices that may be one (tied embeddings).
+OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+INPUT_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Opened shards: headers read and checked, data mapped only where it is used.
+
+    ``shards`` maps file names to files in the order of the index; ``tensors`` maps each tensor to its place.
+    """
+
+    path: Path
+    shards: Mapping[str, SafetensorsFile] = field(repr=False)
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+    index: Path | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, stem: str = "model", *, unfinished: bool = False, index: Path | None = None
+    ) -> "Checkpoint":
+        """Open ``path``, a directory with ``{stem}.safetensors`` or ``{stem}.safetensors.index.json``.
+
+        Reads headers only. Raises InputError, naming file and tensor, for whatever is missing, malformed,
+        truncated, pickled, or outside the directory, and for a model that an in-place run has left half done.
+        unfinished: open even that. index: the index lies here instead.
+        """
+        path = Path(path)
+        try:
+            names = [entry.name for entry in path.iterdir()]
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(
+                f"{path}: no such directory; a model of the hub must be downloaded first: "
+                "hf download NAME --local-dir DIR"
+            ) from error
+        except NotADirectoryError as error:
+            raise InputError(
+                f"{path}: is not a directory; give the one that holds {stem}.safetensors"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        if not unfinished and (path / JOURNAL / JOB).exists():
+            raise InputError(
+                f"{path}: an in-place run has not been finished; finish it with: perta resume {path}"
+            )
+        if index is None and f"{stem}.safetensors.index.json" in names:
+            index = path / f"{stem}.safetensors.index.json"
+        single = path / f"{stem}.safetensors"
+        if index is not None:
+            weight_map = _read_index(index)
+            if single.name in names and single.name not in weight_map.values():
+                raise InputError(
+                    f"{path}: holds {single.name} and {index.name}, which does not name it; "
+                    "remove the one that is out of date"
+                )
+            shard_names = _shard_names(index, weight_map, names)
+            shards = {name: SafetensorsFile.open(path / name) for name in shard_names}
+            tensors = _tensors_of(index, weight_map, shards)
+            return cls(path, shards, tensors, index)
+        if single.name in names:
+            shard = SafetensorsFile.open(single)
+            return cls(path, {single.name: shard}, shard.tensors)
+        raise InputError(_why_nothing_found(path, names, stem))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size for entry in self.tensors.values())
+
+    def file_of(self, entry: TensorEntry) -> SafetensorsFile:
+        """The shard that holds ``entry``."""
+        return self.shards[entry.path.name]
+
+    def files(self) -> Iterator[Path]:
+        """Every file that this checkpoint's tensors depend on."""
+        if self.index is not None:
+            yield self.index
+        for shard in self.shards.values():
+            yield shard.path
+
+    def equal(self, first: str, second: str, other: "Checkpoint | None" = None) -> bool:
+        """Whether two tensors hold the same bytes as the same type; the second may be of another checkpoint."""
+        other = other or self
+        a, b = self.tensors[first], other.tensors[second]
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        x = self.file_of(a).data[a.begin : a.end]
+        y = other.file_of(b).data[b.begin : b.end]
+        step = 1 << 24
+        same = all(bool((x[i : i + step] == y[i : i + step]).all()) for i in range(0, a.size, step))
+        self.file_of(a).release(a.begin, a.end)
+        other.file_of(b).release(b.begin, b.end)
+        return same
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """A copy of one tensor in memory, in its own dtype (float32, bfloat16 or float16).
+
+        Raises InputError if there is no such tensor or its type is another.
+        """
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise InputError(f"{self.path}: has no tensor {name}")
+        if entry.dtype not in KERNEL_CODES:
+            raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
+        return self.elements(entry, 0, entry.count).view(entry.shape)
+
+    def elements(self, entry: TensorEntry, begin: int, count: int) -> "torch.Tensor":
+        """A copy in memory of ``count`` elements of a floating-point tensor, (count,), from ``begin`` on."""
+        import torch
+
+        width = ITEM_SIZES[entry.dtype]
+        first, end = entry.begin + begin * width, entry.begin + (begin + count) * width
+        file = self.file_of(entry)
+        result = torch.empty(count, dtype=torch_dtype(entry.dtype))
+        if count:
+            result.view(torch.uint8).numpy()[:] = file.data[first:end]
+        file.release(first, end)
+        return result
+
+
+def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
+    """The other matrix that ``name`` may be tied with: the input embedding for an output head, and back."""
+    if name in OUTPUT_HEADS:
+        candidates = [other for other in names if other.endswith(INPUT_EMBEDDINGS)]
+    elif name.endswith(INPUT_EMBEDDINGS):
+        candidates = [other for other in names if other in OUTPUT_HEADS]
+    else:
+        return None
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = "") -> str:
+    """The shell command that rewrites a checkpoint of transformers as plain safetensors, beside ``path``.
+
+    arguments: of from_pretrained; ``t`` is transformers. call: what is called on the model before it is saved.
+    """
+    source, target = str(path), f"{path}-safetensors"
+    program = (
+        "import transformers as t; "
+        f"t.AutoModelForCausalLM.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}); "
+        f"t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({target!r})"
+    )
+    return python_command(program)
+
+
+def python_command(program: str) -> str:
+    """The shell command that runs ``program``."""
+    plain = set(program).isdisjoint('"$`\\!')  # then double quotes will do, which are easier to read
+    return f'python -c "{program}"' if plain else f"python -c {shlex.quote(program)}"
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map")
+    for name, shard in weight_map.items():
+        # A plain file name only: an index must not reach outside its directory.
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
+            raise InputError(
+                f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it"
+            )
+    return weight_map
+
+
+def _shard_names(index: Path, weight_map: dict[str, str], present: list[str]) -> list[str]:
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name not in present:
+            raise InputError(f"{index}: names the shard {name}, which is not there; fetch it again")
+    return names
+
+
+def _tensors_of(
+    index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]
+) -> dict[str, TensorEntry]:
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            raise InputError(f"{index}: puts tensor {name} into {shard}, which does not hold it")
+    for shard_name, file in shards.items():
+        for name in file.tensors:
+            if weight_map.get(name) != shard_name:
+                raise InputError(f"{file.path}: holds tensor {name}, which the index does not place there")
+    return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+
+
+def _why_nothing_found(path: Path, names: list[str], stem: str) -> str:
+    if stem == "model" and "adapter_config.json" in names:
+        return f"{path}: holds a PEFT adapter, which only tuned can be; give the whole model here"
+    # Only what transformers can convert: a trainer also leaves training_args.bin, optimizer.pt and the like.
+    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
+    if stem == "model" and pickled:
+        return (
+            f"{path}: holds pickled weights ({pickled[0]}), which are never loaded here. If you trust them, "
+            f"convert them with: {conversion_command(path)}"
+        )
+    other = sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
+    if stem == "model" and other:
+        return (
+            f"{path}: holds {other[0]}, which is for running a model, and no safetensors; "
+            "give the checkpoint that it was made from"
+        )
+    return f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"

@@ -1,0 +1,203 @@
+"""One safetensors file: its header checked, its data mapped.
+
+The format (huggingface/safetensors): eight bytes with the header's length, a JSON header that gives each
+tensor's type, shape and byte range, then the data without holes. The package's own reader is used instead of
+the library's because the subtraction works on byte ranges and must neither copy nor import torch.
+"""
+
+import json
+import mmap
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from perta_fast.dtypes import ITEM_SIZES, byte_count
+from perta_fast.errors import InputError, RunError
+from perta_fast.files.regular_files import regular_file
+
+MAXIMUM_HEADER_BYTES = 100_000_000  # the library's own bound
+_PAGE = mmap.PAGESIZE
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: ``[begin, end)`` are byte offsets from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    path: Path
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.end - self.begin
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return self.size // ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A checked header; the data is mapped on first use and never read before it is asked for."""
+
+    path: Path
+    size: int
+    header: bytes = field(repr=False)  # length prefix included
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> "SafetensorsFile":
+        """Read and check the header of ``path``.
+
+        Raises InputError, naming the file, if it is missing, unreadable, truncated or not safetensors.
+        """
+        try:
+            with open(path, "rb", opener=regular_file) as file:
+                size = os.fstat(file.fileno()).st_size
+                prefix = file.read(8)
+                length = _header_length(path, prefix, size)
+                header = file.read(length)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        if len(header) < length:
+            raise InputError(f"{path}: is truncated inside its header")
+        tensors, metadata = _parse_header(path, header, 8 + length, size)
+        return cls(path, size, prefix + header, tensors, metadata)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        try:
+            with open(self.path, "rb", opener=regular_file) as file:
+                if os.fstat(file.fileno()).st_size != self.size:
+                    raise InputError(f"{self.path}: changed size while it was being used")
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+        return mapped
+
+    @cached_property
+    def data(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """The whole file as a read-only mapped array of bytes."""
+        return np.frombuffer(self._map, dtype=np.uint8)
+
+    @cached_property
+    def address(self) -> int:
+        """Address of the file's first byte in memory."""
+        return int(self.data.ctypes.data)
+
+    def release(self, begin: int, end: int) -> None:
+        """Give back the mapped pages that lie wholly in ``[begin, end)``: they stay in the page cache."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = -(-begin // _PAGE) * _PAGE
+        last = end // _PAGE * _PAGE
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def build_header(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Lay out a new file: its header (length prefix included) and each tensor's offset from the file's start.
+
+    entries: name to (dtype, shape), in the order of the data. The data begins at a multiple of 64 bytes.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offsets: dict[str, int] = {}
+    position = 0
+    for name, (dtype, shape) in entries.items():
+        size = byte_count(dtype, shape)
+        table[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
+        offsets[name] = position
+        position += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + offset for name, offset in offsets.items()}
+
+
+def _header_length(path: Path, prefix: bytes, size: int) -> int:
+    if len(prefix) < 8:
+        raise InputError(f"{path}: is not a safetensors file: it has {size} bytes, fewer than 8")
+    length = int.from_bytes(prefix, "little")
+    if length > MAXIMUM_HEADER_BYTES or length > size - 8:
+        raise InputError(
+            f"{path}: is not a safetensors file, or is truncated: its header claims {length} bytes, "
+            f"the file has {size}"
+        )
+    return length
+
+
+def _parse_header(
+    path: Path, header: bytes, data_begin: int, size: int
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    try:
+        table = json.loads(header.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not a safetensors file: its header is not JSON") from error
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: is not a safetensors file: its header is not a JSON object")
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
+        raise InputError(f"{path}: its __metadata__ is not a table of strings")
+    tensors = {name: _parse_entry(path, name, row, data_begin) for name, row in table.items()}
+    position = data_begin
+    for entry in sorted(tensors.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != position:
+            raise InputError(f"{path}: tensor {entry.name} overlaps another or leaves a hole before it")
+        position = entry.end
+    if position > size:
+        raise InputError(
+            f"{path}: is truncated: its header promises {position} bytes, the file has {size}; "
+            "fetch or copy it again"
+        )
+    if position < size:
+        raise InputError(f"{path}: has {size - position} bytes after its last tensor")
+    return tensors, metadata
+
+
+def _parse_entry(path: Path, name: str, row: Any, data_begin: int) -> TensorEntry:
+    if not _is_text(name):
+        raise InputError(f"{path}: tensor {name!a}: its name is not valid Unicode")
+    if not isinstance(row, dict):
+        raise InputError(f"{path}: tensor {name}: its header row is not a table")
+    dtype, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise InputError(f"{path}: tensor {name}: unknown dtype {dtype!r}")
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
+        raise InputError(f"{path}: tensor {name}: its shape or data_offsets are malformed")
+    begin, end = offsets
+    if end - begin != byte_count(dtype, tuple(shape)):
+        raise InputError(
+            f"{path}: tensor {name}: shape {shape} as {dtype} does not take the {end - begin} bytes "
+            "that data_offsets give"
+        )
+    return TensorEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end, path)
+
+
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """A string that can be written out again: JSON can spell half a surrogate pair, UTF-8 cannot."""
+    return isinstance(value, str) and not _LONE_SURROGATE.search(value)

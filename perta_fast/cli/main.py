@@ -1,0 +1,149 @@
+"""The command line, ``perta``: its commands are in ``commands``, and import what they need when they run."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import metadata
+from types import FrameType
+
+from perta_fast.cli import (
+    apply,
+    demo,
+    eval,
+    importance,
+    inspect,
+    recipe,
+    report,
+    resume,
+    sweep,
+    tune,
+    unlearn,
+    verify,
+)
+from perta_fast.cli.recipe_options import RecipeParser
+from perta_fast.distributed.launch import Launch
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory
+
+_INTERRUPTED = 130
+# As the help lists them.
+_COMMANDS = (demo, tune, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status: 0 done, 1 the run failed, 2 bad arguments or bad input.
+
+    Under torchrun every process calls this, and does its part of the command.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    launch = Launch()
+    try:
+        with launch.joined() as ranks, _output_of_one(ranks):
+            return _run(arguments, ranks)
+    except BrokenPipeError:  # the reader has left, as head does; what is buffered must not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PertaError.exit_status
+    except (PertaError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        text, status = _explain(error)
+        if launch.speaks(error):
+            print(f"perta: {text}", file=sys.stderr)
+        return status
+
+
+def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
+    with ranks.together("the arguments"), _errors_of_one(ranks):
+        parsed = _parser().parse_args(arguments)  # which may read a recipe
+        if ranks.world > 1 and not getattr(parsed, "over_ranks", False):
+            raise InputError("this command is done by one process; start it without torchrun")
+    parsed.group = ranks.group
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    if getattr(parsed, "quiet", False) or not ranks.first:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
+    with _log_shown(parsed.verbose and ranks.first):
+        status = command(parsed)
+    sys.stdout.flush()
+    return status
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What the user is told of an error, and the exit status; raises it again if it is the program's fault."""
+    if isinstance(error, KeyboardInterrupt):
+        untouched = (
+            "interrupted; the inputs are untouched and no partial output is left. "
+            "Run the same command again to start over"
+        )
+        return str(error) if isinstance(error, Interrupted) else untouched, _INTERRUPTED
+    if isinstance(error, PertaError):
+        return f"error: {error}", error.exit_status
+    if isinstance(error, OSError):
+        return f"error: {error}", PertaError.exit_status
+    if not is_out_of_memory(error):
+        raise error
+    text = (
+        "error: out of memory; use a smaller --batch-size or --max-length, or --stream if the "
+        "command has it. Nothing was written"
+    )
+    return text, PertaError.exit_status
+
+
+@contextmanager
+def _output_of_one(ranks: Ranks) -> Iterator[None]:
+    """Of many processes that say the same, only the first is heard."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):
+        yield
+
+
+@contextmanager
+def _errors_of_one(ranks: Ranks) -> Iterator[None]:
+    """``_output_of_one`` for what argparse says of arguments, which are the same for all."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(sys.stderr if ranks.first else nowhere):
+        yield
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _log_shown(shown: bool) -> Iterator[None]:
+    """Put what the package logs on standard error meanwhile, above its progress bars."""
+    if not shown:
+        yield
+        return
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logger, handler = logging.getLogger("perta_fast"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perta",
+        description="Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0).",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log each phase on standard error")
+    parser.add_argument("--version", action="version", version=f"perta {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=RecipeParser)
+    for each in _COMMANDS:
+        each.add(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("perta-fast")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

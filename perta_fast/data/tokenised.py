@@ -1,0 +1,98 @@
+"""Data that is tokenised already, as a Trainer takes it: rows of a data set, or padded batches of a loader."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from perta_fast.data.samples import Sample
+from perta_fast.errors import InputError
+
+# What a model computes depends on these: packed samples, images, tokens given as vectors.
+_REFUSED = ("position_ids", "inputs_embeds", "pixel_values")
+
+
+class MapStyle(Protocol):
+    """A data set of rows numbered from 0, as torch's ``Dataset``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def rows_of(data: Any) -> Iterator[Any]:
+    """The rows of an iterable, of a data set, or of a single batch. Raises InputError for anything else."""
+    if is_tokenised(data):
+        return iter([data])
+    if hasattr(data, "__iter__"):
+        return iter(data)
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):  # which need not end with an IndexError
+        return (data[number] for number in range(len(data)))
+    raise InputError(
+        f"data is {type(data).__name__}; it must be a file, or have __iter__, or __len__ and __getitem__"
+    )
+
+
+def is_tokenised(row: Any) -> bool:
+    """Whether a row is tokens instead of text."""
+    return isinstance(row, Mapping) and "input_ids" in row
+
+
+def samples_from(rows: Iterable[Any]) -> list[Sample]:
+    """The samples of rows (T,), or of batches (N, T) of them; what ``estimate_importance`` says of such data.
+
+    Labels are as ``Sample`` has them. Raises InputError, naming the row, if they are not whole numbers, differ
+    in shape, or hold padding within a sample; or if there is no row.
+    """
+    samples = []
+    for number, row in enumerate(rows):
+        if not is_tokenised(row):
+            raise InputError(f'row {number}: has no "input_ids", which the first row has')
+        if refused := [key for key in _REFUSED if row.get(key) is not None]:
+            raise InputError(
+                f'row {number}: has "{refused[0]}"; give each sample a row of its own, of "input_ids"'
+            )
+        ids = _numbers(row, "input_ids", number)
+        columns = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        for key in ("labels", "attention_mask"):
+            if row.get(key) is not None:
+                columns[key] = _numbers(row, key, number)
+                if columns[key].shape != ids.shape:
+                    raise InputError(
+                        f'row {number}: "{key}" has shape {tuple(columns[key].shape)}, "input_ids" has '
+                        f"{tuple(ids.shape)}; they must be the same"
+                    )
+        if ids.dim() == 1:
+            samples.append(_sample(columns, f"row {number}"))
+        else:
+            for k in range(len(ids)):
+                sample = {key: value[k] for key, value in columns.items()}
+                samples.append(_sample(sample, f"batch {number}, row {k}"))
+    if not samples:
+        raise InputError("there are no samples")
+    return samples
+
+
+def _numbers(row: Mapping[str, Any], key: str, number: int) -> Tensor:
+    try:
+        value = torch.as_tensor(row[key])
+    except (TypeError, ValueError, RuntimeError) as error:  # text, or rows of different lengths
+        raise InputError(f'row {number}: "{key}" is not an array of numbers: {error}') from error
+    if value.is_floating_point() or value.is_complex() or value.dim() not in (1, 2):
+        raise InputError(
+            f'row {number}: "{key}" is {value.dtype} of shape {tuple(value.shape)}; '
+            "it must be whole numbers, of shape (T,) or (N, T)"
+        )
+    return value.cpu()
+
+
+def _sample(columns: Mapping[str, Tensor], where: str) -> Sample:
+    ids, labels, mask = (columns[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
+    begin = mask.index(1) if 1 in mask else 0
+    end = begin + sum(mask)
+    if mask != [0] * begin + [1] * (end - begin) + [0] * (len(mask) - end):
+        raise InputError(
+            f'{where}: "attention_mask" must be 1 on one run of tokens and 0 on padding before or after it'
+        )
+    return Sample(tuple(ids[begin:end]), tuple(labels[begin:end]))

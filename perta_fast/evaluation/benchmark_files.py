@@ -1,0 +1,105 @@
+"""Files of a benchmark: JSON lines or one JSON list, with the fields that its metrics need."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from perta_fast.data.samples import Record
+from perta_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The checked objects of one file, each with where it stands, and the hash of what was read."""
+
+    path: Path
+    digest: str
+    content: tuple[Mapping[str, Any], ...]
+    places: tuple[str, ...]
+
+    def texts(self, field: str) -> list[str]:
+        """One text of every object."""
+        return [row[field] for row in self.content]
+
+    def records(self, question: str, answer: str) -> list[Record]:
+        """Questions and answers to tokenise, from the fields of these names."""
+        return [
+            Record({"question": row[question], "answer": row[answer]}, where)
+            for row, where in zip(self.content, self.places, strict=True)
+        ]
+
+    def listed_records(self, question: str, answers: str) -> list[Record]:
+        """As ``records``, for every answer of a field that is a list; all of one question stand together."""
+        return [
+            Record({"question": row[question], "answer": answer}, where)
+            for row, where in zip(self.content, self.places, strict=True)
+            for answer in row[answers]
+        ]
+
+
+def read_rows(folder: Path, stem: str, texts: Iterable[str], lists: Iterable[str] = ()) -> Rows:
+    """Read ``stem``.jsonl or ``stem``.json below ``folder``.
+
+    texts: fields that must be texts which are not empty; lists: fields that must be lists of at least one such
+    text. Raises InputError, naming file and line, if the file is missing or an object is not of this form.
+    """
+    path = next(
+        (each for ending in (".jsonl", ".json") if (each := folder / f"{stem}{ending}").is_file()), None
+    )
+    if path is None:
+        raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    objects = _parse(text, path)
+    if not objects:
+        raise InputError(f"{path}: holds no samples")
+    for where, row in objects.items():
+        _check(row, where, texts, lists)
+    return Rows(path, blake3(data).hexdigest(), tuple(objects.values()), tuple(objects))
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """The objects by where they stand."""
+    where = str(path)
+    try:
+        if text.lstrip().startswith("["):
+            return {f"{path}, object {number}": row for number, row in enumerate(json.loads(text), start=1)}
+        objects = {}
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                objects[where] = json.loads(line)
+        return objects
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not JSON") from error
+
+
+def _check(row: Any, where: str, texts: Iterable[str], lists: Iterable[str]) -> None:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: is not a JSON object")
+    for field in texts:
+        if not _is_text(row.get(field)):
+            raise InputError(f'{where}: "{field}" must be a text that is not empty')
+    for field in lists:
+        values = row.get(field)
+        if not isinstance(values, list) or not values or not all(map(_is_text, values)):
+            raise InputError(f'{where}: "{field}" must be a list of texts that are not empty')
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a character
+        return False
+    return True

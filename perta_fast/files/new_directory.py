@@ -1,0 +1,136 @@
+"""A new directory that appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from perta_fast.errors import InputError, NotFiniteError, RunError, advice
+from perta_fast.files.durable import move, remove, sync_tree
+from perta_fast.files.locking import lock
+
+
+class OutputDirectory:
+    """Builds ``final`` under a hidden name beside it and renames it at the end.
+
+    Used as a context manager; write below ``path``, then call ``commit``. Leaving without a commit, by an error
+    or an interrupt, removes what was written and leaves or puts back what was there, unless ``keep`` has been
+    set because what was written can be taken up again. After a kill the hidden directory stays invisible to
+    every reader; the next run to the same place clears it away, or goes on with it if told to ``resume``.
+
+    Raises InputError if ``final`` exists and is not empty (unless ``overwrite``) or equals one of ``inputs``,
+    RunError if the place cannot be written.
+    """
+
+    def __init__(
+        self,
+        final: str | Path,
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+        resume: bool = False,
+    ) -> None:
+        self.final = Path(os.path.realpath(final))  # behind a link, so that the link stays
+        check_output(self.final, overwrite=overwrite, inputs=inputs)
+        self.path = partial_path(self.final)
+        self.keep = resume
+        self._resume = resume
+        self._aside = self.final.with_name(f".{self.final.name}.perta-replaced")
+        self._overwrite = overwrite
+        self._lock: int | None = None
+
+    def __enter__(self) -> "OutputDirectory":
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._lock = lock(self.path)
+            if not self._resume:
+                for entry in self.path.iterdir():  # left over from a run that was killed
+                    remove(entry)
+        except BlockingIOError:
+            raise RunError(f"{self.final}: another run is writing it now") from None
+        except OSError as error:
+            self._release()
+            raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
+        return self
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def commit(self) -> None:
+        """Make everything durable and put the directory in its place.
+
+        With ``overwrite`` the old directory is set aside until the new one stands, then removed.
+        """
+        sync_tree(self.path)
+        if self._overwrite and self.final.exists():
+            remove(self._aside)
+            move(self.final, self._aside)
+        move(self.path, self.final)  # takes the place of an empty directory, and of no other
+        remove(self._aside)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
+        if hopeless or not self.keep:
+            remove(self.path)  # gone already after a commit
+        if self._aside.exists() and not self.final.exists():  # stopped between the two renames
+            self._aside.rename(self.final)
+        self._release()
+        if isinstance(error, OSError):
+            raise RunError(self._explain(error)) from error
+
+    def _explain(self, error: OSError) -> str:
+        rest = f"finish it with: perta resume {self.final}" if self.keep else "nothing was left behind"
+        return f"{self.final}: could not be written: {advice(error)}. The inputs are untouched; {rest}"
+
+
+def partial_path(final: Path) -> Path:
+    """Where a run to ``final`` builds it."""
+    return final.with_name(f".{final.name}.perta-partial")
+
+
+def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Raise InputError if a run must not write to ``final``."""
+    resolved = Path(os.path.realpath(final))
+    if not resolved.name:
+        raise InputError(f"{final}: is the root of the file system; choose another output directory")
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        if resolved == source or resolved in source.parents:
+            raise InputError(f"{final}: is or contains the input {path}; choose another output directory")
+    try:
+        occupied = any(final.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise InputError(f"{final}: is not a directory, or lies below a file") from error
+    except OSError as error:
+        raise InputError(f"{final}: cannot be read: {error.strerror}") from error
+    if occupied and not overwrite:
+        raise InputError(f"{final}: exists and is not empty; choose another directory or pass --overwrite")
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise RunError if the file system that will hold ``directory`` has fewer than ``needed`` bytes free."""
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{directory}: needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free; "
+            "nothing was written"
+        )
+
+
+def scratch_path(place: Path) -> Path:
+    """Where the importances of a run to, or on, ``place`` are kept until it is done."""
+    return partial_path(place.with_name(f".{place.name}.perta-importance"))

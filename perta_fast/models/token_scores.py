@@ -1,0 +1,176 @@
+"""Passes over a model: one forward pass a sample for all that logits tell, and greedy answers."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from perta_fast.data.batches import Batch, batches_by_length
+from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.errors import InputError
+from perta_fast.progress import Progress, sample_bar
+
+_CHUNK = 1 << 24  # logits that are worked on at a time
+_FLOOR = -1e4  # a logit of -inf is a probability of 0, and must stay so when multiplied
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of one sample's L labelled tokens, each given those before it.
+
+    log_probs: (L,) float32, nats. hits: (L,) bool, whether the token is the likeliest. standardised: (L,)
+    float32, (log p - mean) / deviation, both over the vocabulary under the model. The last two are empty unless
+    asked for.
+    """
+
+    log_probs: NDArray[np.float32]
+    hits: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
+    standardised: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+
+
+def score_tokens(
+    module: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    detailed: bool = False,
+    progress: Progress = False,
+    description: str = "scoring",
+) -> list[TokenScores]:
+    """Score every labelled token of ``samples``, in their order, from float32 logits.
+
+    module: a causal language model in evaluation mode; where it takes ``logits_to_keep``, as those of
+    transformers do, no logits are computed ahead of a batch's first label. detailed: ``hits`` and
+    ``standardised`` too. Memory beside the model's: the logits of one batch, and 64 MiB a few times over.
+    """
+    device = _device(module)
+    trims = "logits_to_keep" in inspect.signature(module.forward).parameters
+    scores: list[TokenScores | None] = [None] * len(samples)
+    with sample_bar(len(samples), description, progress) as bar, torch.inference_mode():
+        for numbers in batches_by_length(samples, batch_size):
+            batch = Batch.of([samples[k] for k in numbers], device)
+            labelled = batch.labels[:, 1:] != IGNORED  # token t is predicted at t - 1
+            begin = int(labelled.any(dim=0).nonzero()[0]) if trims else 0
+            kept = {"logits_to_keep": batch.labels.shape[1] - begin} if trims else {}
+            logits = module(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **kept
+            ).logits  # (N, T - begin, V)
+            labelled = labelled[:, begin:]
+            targets = batch.labels[:, 1 + begin :][labelled]
+            columns = _by_token(logits[:, :-1][labelled], targets, detailed)
+            counts = labelled.sum(dim=1).tolist()
+            split = [column.cpu().split(counts) for column in columns]
+            for place, number in enumerate(numbers):
+                scores[number] = TokenScores(*(column[place].numpy() for column in split))
+            bar.update(len(numbers))
+    return [each for each in scores if each is not None]
+
+
+def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
+    """The columns of ``TokenScores`` that are asked for, of M tokens from logits (M, V), a chunk at a time."""
+    log_probs, hits, standardised = [], [], []
+    step = max(1, _CHUNK // logits.shape[-1])
+    for chunk, wanted in zip(logits.split(step), targets.split(step), strict=True):
+        chunk = chunk.float()
+        if not detailed:
+            log_probs.append(-functional.cross_entropy(chunk, wanted, reduction="none"))
+            continue
+        every = chunk.log_softmax(dim=-1)
+        own = every.gather(1, wanted[:, None])[:, 0]
+        log_probs.append(own)
+        hits.append(every.argmax(dim=-1) == wanted)
+        every = every.clamp(min=_FLOOR)
+        weights = every.exp()
+        center = (weights * every).sum(dim=-1, keepdim=True)
+        variance = (weights * (every - center).square()).sum(dim=-1)
+        standardised.append((own - center[:, 0]) / variance.clamp(min=1e-6).sqrt())
+    return [torch.cat(column) for column in (log_probs, hits, standardised) if column]
+
+
+def greedy_answers(
+    module: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    progress: Progress = False,
+    description: str = "answering",
+) -> list[str]:
+    """What ``module.generate`` says greedily after each prompt (token ids), at most ``max_new_tokens`` long.
+
+    Prompts are padded on the left. Every answer is shortened alike, whatever its batch, if the longest prompt
+    would not leave room in the context. stop: texts before which an answer is cut.
+
+    Raises InputError if the module cannot generate, or a prompt fills its context.
+    """
+    from transformers import GenerationConfig
+
+    if not hasattr(module, "generate"):
+        raise InputError(
+            "the model cannot generate; ROUGE needs a model of transformers with a generate method"
+        )
+    context = getattr(module.config, "max_position_embeddings", None) or 1 << 30
+    longest = max(len(prompt) for prompt in prompts)
+    room = min(max_new_tokens, context - longest)
+    if room < 1:
+        raise InputError(f"a prompt of {longest} tokens leaves no room to answer in a context of {context}")
+    ends = getattr(module.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    padding = next(
+        (each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0
+    )  # masked, so any will do
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=room,
+        eos_token_id=ends,
+        pad_token_id=padding,
+    )
+    order = sorted(range(len(prompts)), key=lambda k: -len(prompts[k]))
+    answers = [""] * len(prompts)
+    with sample_bar(len(prompts), description, progress) as bar, torch.inference_mode():
+        for begin in range(0, len(order), batch_size):
+            numbers = order[begin : begin + batch_size]
+            width = len(prompts[numbers[0]])
+            gaps = [width - len(prompts[k]) for k in numbers]
+            rows = [[padding] * gap + list(prompts[k]) for k, gap in zip(numbers, gaps, strict=True)]
+            masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
+            device = _device(module)
+            output = module.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(masks, device=device),
+                generation_config=settings,
+            )
+            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            for number, text in zip(numbers, texts, strict=True):
+                for word in stop:
+                    text = text.split(word)[0]
+                answers[number] = text.strip()
+            bar.update(len(numbers))
+    return answers
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, and afterwards as it was."""
+    training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

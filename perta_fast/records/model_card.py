@@ -1,0 +1,26 @@
+"""The model card of an unlearned checkpoint: a section that says what was done, never on which text."""
+
+from pathlib import Path
+
+from perta_fast.records.report import FILE_NAME, Report
+
+_HEADING = "## Unlearned with perta_fast"
+
+
+def write_model_card(directory: Path, report: Report) -> None:
+    """Append the section to ``README.md`` in ``directory``, or make one; an earlier section stays."""
+    path = directory / "README.md"
+    # Someone else's text: bytes that are not UTF-8 pass through as they are.
+    card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    settings = f"rule `{report.rule}`, λ = {report.lam:g}"
+    if report.rule != "tv":
+        settings += f", p = {report.p:g}, α = {report.alpha:g}"
+    section = (
+        f"{_HEADING}\n\n"
+        f"On {report.started[:10]} a rescaled task vector was subtracted from this model's weights "
+        f"(per-parameter task arithmetic, arXiv 2601.22030): {settings}. "
+        f"Hashes of all inputs and the change of every tensor are in `{FILE_NAME}`; "
+        "`perta verify` checks them.\n"
+    )
+    before = card.rstrip() + "\n\n" if card.strip() else ""
+    path.write_text(before + section, encoding="utf-8", errors="surrogateescape")

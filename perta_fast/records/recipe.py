@@ -1,0 +1,149 @@
+"""Recipes: the settings of a whole run in one file, written by hand in YAML or kept in the report of a run."""
+
+import os
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from perta_fast.errors import InputError
+from perta_fast.files.regular_files import regular_file
+from perta_fast.records.report import Report, Scalar
+
+_PATHS = ("model", "base", "tuned", "forget", "retain", "out", "save_importance")
+_NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance")  # what a run made must not be made again
+_LONGEST = 1 << 16  # bytes of YAML
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = [_TAG + kind for kind in ("str", "int", "float", "bool", "null", "timestamp")]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The value of one option: True or False, or a text as it would stand on the command line.
+
+    where: the file and the line that say so.
+    """
+
+    value: str | bool
+    where: str
+
+
+def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
+    """The arguments of ``unlearn`` by the names of the command's options, for its report.
+
+    Paths are absolute. What is None is left to its default again; ``progress`` and ``group`` are left out.
+    """
+    recipe: dict[str, Scalar] = {}
+    for name, value in arguments.items():
+        if value is None or name in ("progress", "group"):
+            continue
+        if name in _PATHS:
+            value = os.path.abspath(value)
+        elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device, a number of NumPy's
+            value = str(value).removeprefix("torch.")
+        recipe[name.replace("_", "-")] = value
+    return recipe
+
+
+def read_recipe(path: Path) -> dict[str, Setting]:
+    """The settings in a recipe, by key; those without a value are left out.
+
+    path: a YAML file of keys and single values, or the report of a run (``.json``). Of a report, the places of
+    what the run made are left out, and of a run in place also the model, which is no longer what it was.
+    Raises InputError, naming the line, for anything else. Keys are checked by ``commands.recipe_options``.
+    """
+    return _from_report(path) if path.suffix == ".json" else _from_yaml(path)
+
+
+def _from_report(path: Path) -> dict[str, Setting]:
+    report = Report.read(path)
+    if not report.recipe:
+        raise InputError(f"{path}: holds no recipe; only reports of perta unlearn do")
+    changed = report.recipe.get("model") if report.in_place else None
+    where = f"{path}, recipe"
+    return {
+        key: Setting(value if isinstance(value, bool) else _possible(str(value), f"{where}: {key}"), where)
+        for key, value in report.recipe.items()
+        if key not in _NOT_REPEATED and value != changed
+    }
+
+
+def _from_yaml(path: Path) -> dict[str, Setting]:
+    text = _read_text(path)
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)  # nodes with their lines; no object is made of them
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}, line {mark.line + 1}" if mark else path
+        said = ": ".join(filter(None, (error.context, error.problem)))
+        raise InputError(f"{place}: is not YAML: {said}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InputError(f"{path}, line {line}: holds a character that YAML has no place for") from error
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{path}: is not YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: is nested too deeply to be a recipe") from error
+    if root is None:
+        raise InputError(f"{path}: is empty; perta recipe init writes a template")
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path}, line {_line(root)}: must hold lines such as lam: 1.0")
+    settings: dict[str, Setting] = {}
+    seen: dict[str, int] = {}
+    for key_node, node in root.value:
+        where = f"{path}, line {_line(key_node)}"
+        key = _scalar(key_node, f"{where}: a key")
+        shown = reprlib.repr(key)
+        if key in seen:
+            raise InputError(f"{where}: {shown} stands in line {seen[key]} already")
+        seen[key] = _line(key_node)
+        value = _scalar(node, f"{where}: {shown}")
+        if node.tag == _TAG + "bool":
+            settings[key] = Setting(yaml.SafeLoader.bool_values.get(value.lower(), value), where)
+        elif node.tag != _TAG + "null":
+            settings[key] = Setting(value, where)
+    return settings
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open(path, "rb", opener=regular_file) as file:
+            content = file.read(_LONGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
+    if len(content) > _LONGEST:
+        raise InputError(f"{path}: is longer than 64 KiB; is this a recipe?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: is not UTF-8 text") from error
+
+
+def _scalar(node: yaml.Node, name: str) -> str:
+    """The text of a single value, as it stands in the file but for quotes and escapes."""
+    if not isinstance(node, yaml.ScalarNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a table"
+        raise InputError(f"{name} must be a single value, not {kind}")
+    if node.tag not in _SCALARS:
+        raise InputError(f"{name} must be a plain value, not one of type {node.tag.removeprefix(_TAG)!r}")
+    return _possible(node.value, name)
+
+
+def _possible(text: str, name: str) -> str:
+    """``text``, if it can stand on a command line."""
+    try:
+        possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise InputError(f"{name} holds a character that no name or number can have")
+    return text
+
+
+def _line(node: yaml.Node) -> int:
+    line: int = node.start_mark.line + 1
+    return line

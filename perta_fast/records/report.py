@@ -1,0 +1,239 @@
+"""What a run did, as ``perta_report.json`` beside its output."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import UnionType
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+
+from perta_fast.errors import InputError
+from perta_fast.files.regular_files import read_json
+from perta_fast.progress import LOGGER
+
+FILE_NAME = "perta_report.json"
+FORMAT_VERSION = 1
+Scalar = str | int | float | bool
+_VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
+
+
+class FileRecord(TypedDict):
+    """One file: its size and the hash of its content."""
+
+    bytes: int
+    blake3: str
+
+
+class DirectoryRecord(TypedDict):
+    """One input or output. kept: False where the directory was temporary and is gone."""
+
+    path: str
+    files: dict[str, FileRecord]
+    kept: NotRequired[bool]
+
+
+class DataRecord(TypedDict):
+    """One data file; samples, and how many of them were cut to the length limit."""
+
+    path: str
+    blake3: str
+    samples: int
+    truncated: int
+
+
+class Phase(TypedDict):
+    """One part of the run. bytes: each byte read and each byte written, once."""
+
+    seconds: float
+    bytes: int
+    gb_per_s: float
+
+
+@dataclass
+class TensorReport:
+    """One tensor: what was done to it and how much it moved.
+
+    action: "subtracted"; "copied: ..." with the reason. mean_weight: mean of w. relative_change:
+    ||theta_out - theta|| / ||theta|| (Frobenius), after rounding; None where it is not a finite number.
+    changed: elements whose stored value differs.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int]
+    action: str
+    mean_weight: float | None = None
+    relative_change: float | None = None
+    changed: int = 0
+
+
+@dataclass
+class Report:
+    """The record of one run. Paths are absolute; hashes are BLAKE3.
+
+    data: by ``forget`` and ``retain``. overlap: of a streamed run, seconds spent computing, reading weights and
+    writing results, and how many of the last two went by while it computed. settings: how the
+    importances were estimated, where the run did that. recipe: the arguments of ``unlearn``, by the
+    names of its command's options (``recipe.as_recipe``).
+    """
+
+    rule: str
+    lam: float
+    p: float
+    alpha: float
+    threshold: float | None
+    inputs: dict[str, DirectoryRecord]
+    data: dict[str, DataRecord] = field(default_factory=dict)
+    output: DirectoryRecord = field(default_factory=lambda: DirectoryRecord(path="", files={}))
+    settings: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Scalar] = field(default_factory=dict)
+    importance: dict[str, dict[str, str]] = field(default_factory=dict)
+    tensors: list[TensorReport] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, Phase] = field(default_factory=dict)
+    overlap: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    threads: int = 1
+    instruction_set: str = ""
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    finished: str = ""
+    in_place: bool = False
+    resumed: int = 0
+    format_version: int = FORMAT_VERSION
+
+    def add_phase(self, name: str, seconds: float, byte_count: int) -> None:
+        """Record a phase, and its rate."""
+        rate = byte_count / seconds / 1e9 if seconds > 0 else 0.0
+        self.phases[name] = {"seconds": seconds, "bytes": byte_count, "gb_per_s": rate}
+
+    def warn(self, text: str) -> None:
+        """Add a warning, here and to the log."""
+        self.warnings.append(text)
+        LOGGER.warning("%s", printable(text))
+
+    def save(self, directory: Path) -> None:
+        """Write ``perta_report.json`` into ``directory``."""
+        write_readable_json(directory / FILE_NAME, asdict(self))
+
+    @classmethod
+    def load(cls, directory: Path) -> "Report":
+        """Read the report of a run. Raises InputError if it is missing or malformed."""
+        return cls.read(directory / FILE_NAME)
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """``load`` of a file, wherever it lies."""
+        content = read_json(path, "is this the output of a run?")
+        if not fits(content, cls) or content.get("format_version") != FORMAT_VERSION:
+            raise InputError(f"{path}: is not a report that this version understands")
+        rows = [TensorReport(**row) for row in content.pop("tensors", [])]
+        return cls(**content, tensors=rows)
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
+        lines = [
+            f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}",
+            f"tensors: {counts}",
+        ]
+        for name, phase in self.phases.items():
+            rate = f", {phase['gb_per_s']:.1f} GB/s" if phase["bytes"] else ""
+            lines.append(f"{name}: {phase['seconds']:.2f} s{rate}")
+        if self.overlap:
+            read, write = (
+                (self.overlap[f"{k}_seconds"], self.overlap[f"{k}_hidden_seconds"]) for k in ("read", "write")
+            )
+            lines.append(
+                f"of this: computing {self.overlap['compute_seconds']:.2f} s; reading {read[0]:.2f} s, "
+                f"{read[1]:.2f} s of it hidden; writing {write[0]:.2f} s, {write[1]:.2f} s of it hidden"
+            )
+        if self.memory.get("peak_anonymous_bytes"):
+            own = self.memory["peak_anonymous_bytes"] / 2**20
+            start = self.memory.get("anonymous_bytes_at_start", 0) / 2**20
+            mapped = self.memory.get("peak_mapped_file_bytes", 0) / 2**20
+            lines.append(
+                f"peak memory: {own:.0f} MiB of its own ({start:.0f} MiB at the start), "
+                f"{mapped:.0f} MiB of mapped files"
+            )
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``readable_json``."""
+    path.write_bytes(readable_json(content))
+
+
+def readable_json(content: Mapping[str, Any]) -> bytes:
+    """``content`` for people and programs; a path that is not UTF-8 comes back from its escapes."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what no stream can take: the bytes of a path that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def installed_versions(*others: str) -> dict[str, str]:
+    """Versions of Python and of the packages that a result may depend on; nothing is imported for it."""
+    versions = {"python": platform.python_version()}
+    for name in (*_VERSIONED, *others):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryRecord:
+    """The files of one input or output: absolute directory, and size and hash of each."""
+    return {
+        "path": str(directory.resolve()),
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "blake3": digest}
+            for path, digest in hashes.items()
+            if path.parent == directory
+        },
+    }
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether what JSON gave has the declared type; numbers must be ones that arithmetic can take."""
+    if hint is Any:
+        return True
+    origin, arguments = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) or is_typeddict(hint):
+        return _fits_record(value, hint)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
+    if origin is UnionType:
+        return any(fits(value, argument) for argument in arguments)
+    if hint is int or (hint is float and type(value) is int):
+        return type(value) is int and abs(value) < 1 << 63
+    return type(value) is hint
+
+
+def _fits_record(value: Any, hint: Any) -> bool:
+    if is_typeddict(hint):
+        required = set(hint.__required_keys__)
+    else:
+        required = {each.name for each in fields(hint) if each.default is each.default_factory is MISSING}
+    hints = get_type_hints(hint)
+    return (
+        isinstance(value, dict)
+        and required <= value.keys() <= hints.keys()
+        and all(fits(item, hints[key]) for key, item in value.items())
+    )

@@ -1,0 +1,82 @@
+"""From a run's directory to its page: everything is read and drawn before anything is written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from perta_fast.errors import InputError, RunError
+from perta_fast.files.new_file import check_output_file, write_output_file
+from perta_fast.progress import Progress
+from perta_fast.records.report import Report
+from perta_fast.reporting.answers import answer_prompts, read_prompts
+from perta_fast.reporting.evidence import read_curves, read_scores
+from perta_fast.reporting.figures import check_matplotlib
+from perta_fast.reporting.page import Evidence, compose
+from perta_fast.reporting.weight_distribution import distribution
+
+PathLike = str | Path
+
+
+def write_page(
+    run: PathLike,
+    out: PathLike,
+    *,
+    sweeps: Sequence[PathLike] = (),
+    evaluations: Sequence[PathLike] = (),
+    prompts: PathLike | None = None,
+    show_text: bool = False,
+    png: PathLike | None = None,
+    overwrite: bool = False,
+    progress: Progress = True,
+) -> None:
+    """Show what a run did in one HTML file that needs no other.
+
+    run: output directory of ``unlearn`` or ``apply``. out: an .html file. sweeps: directories of ``sweep``,
+    scored on the same data. evaluations: files of ``evaluate``; one with forget_loss and retain_loss on that
+    data, such as a gold model's, is a point beside the curves. prompts: JSON lines of questions, put to the
+    model before and after; needs ``show_text``, as answers may be private. png: directory for the plots as
+    files too.
+
+    Raises InputError for bad input, and without matplotlib; RunError if a file cannot be written. ``out``
+    appears whole or not at all. Memory: a few chunks of the importances; with prompts, one model at a time.
+    """
+    check_matplotlib()
+    run, out = Path(run), Path(out)
+    check_output_file(out, (".html", ".htm"), overwrite=overwrite)
+    if png is not None:
+        _check_folder(Path(png), overwrite)
+    if prompts is not None and not show_text:
+        raise InputError(
+            "prompts would put private answers into the page; pass --show-text if it may hold them"
+        )
+    report = Report.load(run)
+    curves, scores = read_curves(sweeps), read_scores(evaluations)
+    questions = None if prompts is None else read_prompts(prompts)
+    evidence = Evidence(
+        report,
+        curves,
+        scores,
+        distribution(report, progress),
+        None if questions is None else answer_prompts(report, run, questions, progress),
+    )
+    page, plots = compose(evidence)
+    if png is not None:
+        _make(Path(png))
+        for plot in plots:
+            write_output_file(Path(png) / f"{plot.name}.png", plot.png)
+    write_output_file(out, page)
+
+
+def _check_folder(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is not a directory; name one for the plots")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: is not a directory")
+    if path.is_dir() and any(path.glob("*.png")) and not overwrite:
+        raise InputError(f"{path}: holds plots already; choose another directory or pass --overwrite")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made: {error.strerror}") from error

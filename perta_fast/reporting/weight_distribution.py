@@ -1,0 +1,89 @@
+"""How w is distributed over the parameters, from importances on disk, chunk by chunk."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perta_fast.checkpoints.checkpoint import Checkpoint, tied_partner
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
+from perta_fast.errors import InputError
+from perta_fast.importance.store import STEM
+from perta_fast.progress import Progress, byte_bar
+from perta_fast.records.report import Report
+from perta_fast.reporting.evidence import why_not_as_recorded
+from perta_fast.rules import Rule
+
+BINS = 50
+_CHUNK = 1 << 20  # elements
+_ROLES = ("forget_importance", "retain_importance")
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """w over all parameters that have one. counts: (BINS,), of equal parts of [0, 1]; above_half: w > 1/2."""
+
+    counts: "np.ndarray[Any, np.dtype[np.int64]]"
+    above_half: int
+    total: int
+
+
+def distribution(report: Report, progress: Progress) -> Distribution | str:
+    """Count w by the rule of ``report``; or say in a clause why that cannot be done.
+
+    Every shard is hashed first: a page must not show weights that the run has not used. Raises InputError for a
+    report that contradicts itself or its importances. Memory: a few chunks of 2^20 elements.
+    """
+    try:
+        rule = Rule.of(report.rule, report.lam, report.p, report.alpha, report.threshold)
+    except InputError as error:
+        raise InputError(f"the run's report: {error}") from error
+    if rule.estimator is None:
+        return "rule tv has w = 1 everywhere"
+    opened = []
+    for role in _ROLES:
+        record = report.inputs.get(role)
+        if record is None:
+            return f"the report names no {role}"
+        if reason := why_not_as_recorded(record):
+            keep = " (perta unlearn keeps importances with --save-importance)" if "kept" in record else ""
+            return reason + keep
+        found = Checkpoint.open(record["path"], STEM)
+        if strangers := [name for name in found.shards if name not in record["files"]]:
+            return f"{found.path / strangers[0]} was not there when the run was made"
+        opened.append(found)
+    return _count(report, rule, opened, progress)
+
+
+def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: Progress) -> Distribution:
+    from perta_fast.ops import reference
+
+    pairs = [
+        [_entry(each, row.name, row.shape) for each in importances]
+        for row in report.tensors
+        if row.mean_weight is not None
+    ]
+    counts, above_half, total = np.zeros(BINS, np.int64), 0, 0
+    with byte_bar(sum(entry.size for pair in pairs for entry in pair), "weights", progress) as bar:
+        for pair in pairs:
+            for begin in range(0, pair[0].count, _CHUNK):
+                count = min(_CHUNK, pair[0].count - begin)
+                forget, retain = (
+                    checkpoint.elements(entry, begin, count)
+                    for checkpoint, entry in zip(importances, pair, strict=True)
+                )
+                w = reference.weights(forget, retain, rule.p, rule.alpha, rule.threshold).numpy()
+                counts += np.histogram(w, BINS, (0.0, 1.0))[0]
+                above_half += int((w > 0.5).sum())
+                total += count
+                bar.update(sum(count * ITEM_SIZES[entry.dtype] for entry in pair))
+    return Distribution(counts, above_half, total)
+
+
+def _entry(importance: Checkpoint, name: str, shape: list[int]) -> TensorEntry:
+    partner = tied_partner(name, importance.tensors)
+    entry = importance.tensors.get(name) or importance.tensors.get(partner or name)
+    if entry is None or list(entry.shape) != shape or entry.dtype not in KERNEL_CODES:
+        raise InputError(f"{importance.path}: has no importance of tensor {name}, of shape {shape}")
+    return entry

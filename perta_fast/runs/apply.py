@@ -1,0 +1,212 @@
+"""The subtraction over files: theta - lam * w * (theta_f - theta_0), chunk by chunk.
+
+Every byte of the inputs is read once for it, and every byte of the output written once. Torch is not imported.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perta_fast import compiled
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import InputError
+from perta_fast.files.new_directory import check_output
+from perta_fast.importance.store import Importance
+from perta_fast.progress import Progress
+from perta_fast.records.report import Report
+from perta_fast.rules import Rule
+from perta_fast.subtraction.compute import bytes_moved, chunk_elements
+from perta_fast.subtraction.in_place import change_in_place
+from perta_fast.subtraction.inputs import Sources, open_sources
+from perta_fast.subtraction.job import Job, fingerprints, plan_names, this_version
+from perta_fast.subtraction.report_entries import begin_report
+from perta_fast.subtraction.to_directory import (
+    begun_job,
+    has_begun,
+    resume_directory,
+    write_directory,
+    write_shards,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from perta_fast.streaming.streamed_run import StreamedRun
+
+
+def apply(
+    model: str | Path,
+    base: str | Path,
+    tuned: str | Path,
+    forget_importance: "str | Path | Importance | None" = None,
+    retain_importance: "str | Path | Importance | None" = None,
+    *,
+    rule: str = "fisher",
+    lam: float = 1.0,
+    p: float | None = None,
+    alpha: float = 1.0,
+    threshold: float | None = None,
+    out: str | Path | None = None,
+    in_place: bool = False,
+    overwrite: bool = False,
+    link_unchanged: bool = False,
+    drop_cache: bool | None = None,
+    threads: int | None = None,
+    progress: Progress = True,
+    group: "ProcessGroup | None" = None,
+) -> Report:
+    """Write theta_full - lam * w * (theta_f - theta_0), to a new checkpoint or in place (arXiv 2601.22030).
+
+    model, base, tuned: directories with safetensors weights that agree in tensor names and shapes.
+    forget_importance, retain_importance: what ``estimate_importance`` saved (or returned with ``out``); both
+    needed by every rule but ``tv``, which takes none. rule, lam, p, alpha, threshold: see ``rules.Rule``.
+    out: directory to make; it appears only when complete, with config, tokenizer, ``perta_report.json`` and a
+    section in its model card. in_place: change ``model`` where it lies instead, through a journal beside its
+    shards that takes up to 192 MiB. overwrite: replace a non-empty ``out``. link_unchanged: shards without a
+    tensor to change are linked, not copied. drop_cache: read and written pages do not stay in the page cache;
+    None does so if the run moves more than half of the memory. threads: None takes all processors, or this
+    process's part of them. group: the processes that deal the work among them. Each calls this with the same
+    arguments; inputs and ``out`` must lie where all see them. None: this process alone.
+    progress: whether bars are drawn, on a terminal or in a notebook; or what is called with each ``Event``.
+
+    Returns the report that was written. Raises InputError for bad input (nothing is written), RunError if the
+    run fails, ``errors.Interrupted`` if it is stopped: its text, as a RunError's, says whether something can be
+    taken up again by ``resume``. Memory: 3 to 6 MiB a thread, beside the interpreter.
+    """
+    ranks = Ranks.of(group)
+    with ranks.together("the opening of the inputs"):
+        chosen = Rule.of(rule, lam, p, alpha, threshold)
+        place = destination(model, out, in_place, ranks)
+        sources = open_sources(
+            chosen, model, base, tuned, _directory_of(forget_importance), _directory_of(retain_importance)
+        )
+    settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
+    return apply_sources(sources, chosen, settings, ranks=ranks)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the result goes and how the work is done; see ``apply``."""
+
+    place: Path
+    in_place: bool = False
+    overwrite: bool = False
+    link_unchanged: bool = False
+    drop_cache: bool | None = None
+    threads: int | None = None
+    progress: Progress = True
+
+
+def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks: Ranks = Ranks.ALONE) -> Path:
+    """The directory that a run makes or changes, behind links.
+
+    Raises InputError unless one is asked for, and if many processes are to change one in place.
+    """
+    if in_place == (out is not None):
+        raise InputError("give either out, a directory to make, or in_place")
+    if in_place and ranks.world > 1:
+        raise InputError("a model is changed in place by one process alone; give out, a directory to make")
+    return Path(os.path.realpath(model if out is None else out))
+
+
+def apply_sources(
+    sources: Sources,
+    rule: Rule,
+    settings: Settings,
+    *,
+    annotate: Callable[[Report], None] | None = None,
+    temporary: bool = False,
+    streamed: "StreamedRun | None" = None,
+    ranks: Ranks = Ranks.ALONE,
+) -> Report:
+    """``apply`` on opened inputs.
+
+    annotate: adds to the report before the work begins. temporary: the importances lie at ``scratch_path`` of
+    the result, and are removed when the run is done. streamed: finds the importances on the way.
+    """
+    with ranks.together("the inputs"):
+        check_threads(settings.threads)
+    threads = threads_for(settings.threads, ranks)
+    report = begin_report(sources, rule, threads)
+    if annotate is not None:
+        annotate(report)
+    moved = sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans)
+    own = Job(
+        final=str(settings.place),
+        in_place=settings.in_place,
+        overwrite=settings.overwrite,
+        rule=rule.name,
+        lam=rule.lam,
+        p=rule.p,
+        alpha=rule.alpha,
+        threshold=rule.threshold,
+        threads=threads,
+        chunk=chunk_elements(threads),
+        drop_cache=moved > _memory() // 2 if settings.drop_cache is None else settings.drop_cache,
+        link_unchanged=settings.link_unchanged,
+        directories={role: str(each.path.resolve()) for role, each in sources.named().items()},
+        files=fingerprints(sources),
+        plans=plan_names(sources.plans),
+        version=this_version(),
+        temporary=temporary,
+        stream={} if streamed is None else dict(streamed.settings),
+        progress=False,
+    )
+    own.keep_report(report)
+    job: Job = ranks.share(own)  # as the first rank has it
+    job.progress = ranks.first and settings.progress
+    if settings.in_place:
+        return change_in_place(job, sources)
+    with ranks.together("the inputs"):
+        if job.files != own.files:
+            raise InputError("not all processes see the same input files")
+        begun = ranks.first and _is_begun(job, sources)
+    if ranks.share(begun):
+        return resume_directory(settings.place, settings.progress, ranks)
+    fill = partial(write_shards, ranks=ranks) if streamed is None else streamed.fill
+    return write_directory(job, sources, fill, ranks)
+
+
+def threads_for(asked: int | None, ranks: Ranks) -> int:
+    """As many threads as were asked for, or this process's part of the machine's; every rank calls it."""
+    return asked or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
+
+
+def _is_begun(job: Job, sources: Sources) -> bool:
+    """Whether the same run was stopped and can be taken up. Raises InputError if its place is not free."""
+    place = Path(job.final)
+    check_output(place, overwrite=job.overwrite, inputs=sources.paths())
+    if job.overwrite or not has_begun(place):
+        return False
+    if not job.same_work(begun_job(place)):
+        raise InputError(unfinished_advice(place))
+    return True
+
+
+def unfinished_advice(place: Path) -> str:
+    """What to do about another run's unfinished work."""
+    return (
+        f"{place}: another run to this place was stopped; finish it with: perta resume {place}, "
+        "or start over with --overwrite"
+    )
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError unless ``threads`` is None or at least 1."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _directory_of(importance: "str | Path | Importance | None") -> Path | None:
+    if importance is None or isinstance(importance, str | Path):
+        return None if importance is None else Path(importance)
+    if importance.directory is None:
+        raise InputError("this importance lives in memory only; save it first: importance.save(directory)")
+    return importance.directory

@@ -1,0 +1,366 @@
+"""Estimate importance: model and data checked and loaded, gradients accumulated, the result described."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from blake3 import blake3
+from torch import nn
+
+from perta_fast.checkpoints.checkpoint import Checkpoint, conversion_command
+from perta_fast.checkpoints.quantised import Quantisation, open_plain, refuse_quantised_module
+from perta_fast.data.samples import IGNORED, Record, Sample, encode, read_data, records_from
+from perta_fast.data.tokenised import MapStyle, is_tokenised, rows_of, samples_from
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.sharded import held
+from perta_fast.errors import InputError
+from perta_fast.files.new_directory import check_output
+from perta_fast.importance.gradients import accumulate, check_finite
+from perta_fast.importance.store import Importance, ImportanceMetadata
+from perta_fast.models.language_part import auto_class, keep_language_part_
+from perta_fast.models.stored_names import as_stored
+from perta_fast.progress import Progress
+from perta_fast.records.report import installed_versions
+from perta_fast.rules import ESTIMATORS, Estimator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from perta_fast.streaming.model.skeleton import Skeleton
+
+_CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
+
+Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample] | MapStyle
+
+
+def estimate_importance(
+    model_or_path: str | Path | nn.Module,
+    data: Data,
+    estimator: Estimator = "grad",
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    stream: bool = False,
+    memory: int | None = None,
+    device_memory: int | None = None,
+    progress: Progress = True,
+    group: "ProcessGroup | None" = None,
+) -> Importance:
+    """Per-parameter importance of a causal language model on ``data`` (PerTA, arXiv 2601.22030).
+
+    The loss of a sample is the mean over its unmasked labels of the token cross-entropy, whatever the batch it
+    is in. ``grad`` is the signed mean over samples of its gradient, which serves rule grad by its magnitude and
+    rule fisher by its square; ``empirical-fisher`` is the mean of the squared gradient of each sample alone,
+    exact although computed in batches (``per_sample``).
+
+    model_or_path: a checkpoint directory, or a module whose forward takes input_ids, attention_mask and
+    use_cache and returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied
+    ones count once; all are named as a checkpoint stores them. A module is left as it was found, its gradients
+    included.
+    data: a JSON lines file, records in the same forms, ``Sample``s, or what is tokenised already: rows with
+    ``input_ids`` (T,), as a data set for transformers' Trainer has them, or padded batches of rows (N, T), as a
+    loader gives them. These may have ``labels``, -100 where there is no loss (without, every token counts), and
+    an ``attention_mask``, 0 on padding, which is cut off; other columns are ignored. All is read once, and kept
+    as token ids. The hash in the metadata is a file's own, and of token ids and labels for anything else.
+    tokenizer: needed for records with a module; read from the checkpoint otherwise. batch_size: samples a
+    backward pass, whatever the batches that the data came in.
+    max_length: tokens a record is cut to, if that is less than the model's own limit. Cut ones are counted.
+    device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is
+    one, and the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
+    stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
+    ``out``, where the result is read from. memory, device_memory: bytes that this may take; None sets no limit.
+    group: the processes that deal the samples among them. Each calls this with the same arguments and has the
+    whole result, which is that of one process but for the order of the sums; ``out`` must lie where all see it.
+    None: this process alone. Of a module that FSDP2 or tensor parallelism has sharded, the result is sharded as
+    its parameters are; group is then that of the processes its data is divided among, and estimator ``grad``.
+    progress: as in ``apply``.
+
+    Memory: the model, 4 bytes a parameter for the accumulators, activations of one batch, and the gradients
+    that autograd has in flight (one layer's); with ``stream`` all this of one layer, or of the embedding or the
+    head if that is larger. Disk: with ``stream``, while it runs, the hidden states of all tokens at each layer
+    boundary. Raises InputError for bad arguments or data, RunError if a loss
+    is not finite (naming the samples).
+    """
+    ranks = Ranks.of(group)
+    with ranks.together("the loading of model and data"):
+        if estimator not in ESTIMATORS:
+            raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
+        check_sizes(batch_size, max_length)
+        if out is not None:
+            inputs = [Path(each) for each in (model_or_path, data) if isinstance(each, str | Path)]
+            check_output(Path(out), overwrite=overwrite, inputs=inputs)
+        rows: list[Record] | list[Sample]
+        rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
+        if isinstance(model_or_path, nn.Module):
+            if stream:
+                raise InputError("stream is for checkpoint directories; a live module is in memory already")
+            if device is not None or dtype is not None:
+                raise InputError("device and dtype are for checkpoints; move or convert the module itself")
+            refuse_quantised_module(model_or_path)
+            subject = Subject(model_or_path, tokenizer, "live module")
+        else:
+            if stream and out is None:
+                raise InputError("stream needs out: a directory to write the importance to")
+            open_plain(model_or_path)
+            text = isinstance(rows[0], Record)
+            subject = load_subject(Path(model_or_path), device, dtype, tokenizer, stream=stream, text=text)
+        samples = samples_for(subject, rows, max_length)
+        digest = digest or _hash_samples(samples)
+    with ranks.together("the data"):
+        if len(set(ranks.gather(digest))) > 1:
+            raise InputError("the processes were given different data; each must be given all of it")
+    return estimate_on(
+        subject,
+        samples,
+        digest,
+        estimator,
+        batch_size=batch_size,
+        memory=memory,
+        device_memory=device_memory,
+        out=out,
+        overwrite=overwrite,
+        progress=progress,
+        ranks=ranks,
+    )
+
+
+def check_sizes(batch_size: int, max_length: int | None) -> None:
+    """Raise InputError, naming the argument, unless both are at least 1; ``max_length`` may be None."""
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What importance is measured on: a module, its tokenizer if there is one, and where it came from.
+
+    ``skeleton``: where the module's weights are read from, if it has none.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    origin: str
+    skeleton: "Skeleton | None" = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is run."""
+        return next(self.module.parameters()).device if self.skeleton is None else self.skeleton.device
+
+
+def samples_for(
+    subject: Subject, rows: Sequence[Record] | Sequence[Sample], max_length: int | None
+) -> list[Sample]:
+    """Tokenise records, and check that the model can take every sample.
+
+    Raises InputError naming the line or sample that it cannot take.
+    """
+    limit = _context_length(subject.module)
+    if isinstance(rows[0], Record):
+        if subject.tokenizer is None:
+            raise InputError("a tokenizer is needed to turn records into tokens; pass tokenizer=")
+        samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]
+        places = [row.where for row in rows]  # type: ignore[union-attr]
+    else:
+        samples = list(rows)  # type: ignore[arg-type]
+        places = [f"sample {number}" for number in range(len(samples))]
+    vocabulary = _vocabulary_size(subject.module)
+    for sample, where in zip(samples, places, strict=True):
+        _check_sample(sample, where, limit, vocabulary)
+    return samples
+
+
+def estimate_on(
+    subject: Subject,
+    samples: Sequence[Sample],
+    data_hash: str,
+    estimator: Estimator,
+    *,
+    batch_size: int,
+    out: str | Path | None,
+    overwrite: bool,
+    progress: Progress,
+    memory: int | None = None,
+    device_memory: int | None = None,
+    description: str = "importance",
+    ranks: Ranks = Ranks.ALONE,
+) -> Importance:
+    """``estimate_importance`` once the model is loaded and the data is checked."""
+    if subject.skeleton is not None:
+        from perta_fast.streaming.forecast.choice import schedule_for
+        from perta_fast.streaming.forecast.costs import Load
+        from perta_fast.streaming.importance_only import write_importance
+
+        assert out is not None
+        lengths = [len(each.input_ids) for each in samples]
+        load = Load([lengths], estimator == "empirical-fisher", subtract=False)
+        schedule = schedule_for(
+            subject.skeleton, load, batch_size, Path(out), memory, device_memory, 1, progress is True, ranks
+        )
+        return write_importance(
+            subject.skeleton,
+            samples,
+            describe(subject, samples, data_hash, estimator),
+            schedule,
+            out=out,
+            overwrite=overwrite,
+            description=description,
+            progress=progress,
+            ranks=ranks,
+        )
+    found = accumulate(subject.module, samples, estimator, batch_size, description, progress, ranks)
+    with ranks.together(description):
+        metadata = describe(subject, samples, data_hash, estimator, found.one_by_one)
+        importance = Importance(as_stored(subject.module, found.means), metadata)
+        for name, tensor in importance.tensors.items():
+            check_finite(name, held(tensor))
+    if out is not None:
+        importance.save(out, overwrite=overwrite, group=ranks.group)
+    return importance
+
+
+def describe(
+    subject: Subject,
+    samples: Sequence[Sample],
+    data_hash: str,
+    estimator: Estimator,
+    one_by_one: Sequence[str] = (),
+) -> ImportanceMetadata:
+    """What an importance says of itself."""
+    versions = installed_versions()
+    return ImportanceMetadata(
+        estimator=estimator,
+        data_hash=data_hash,
+        sample_count=len(samples),
+        truncated_count=sum(sample.truncated for sample in samples),
+        label_count=sum(sample.label_count for sample in samples),
+        evaluated_at=subject.origin,
+        one_by_one=", ".join(one_by_one),
+        perta_fast_version=versions.get("perta-fast", ""),
+        torch_version=versions.get("torch", ""),
+        transformers_version=versions.get("transformers", ""),
+    )
+
+
+def load_subject(
+    path: Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    tokenizer: Any = None,
+    *,
+    stream: bool = False,
+    text: bool = True,
+) -> Subject:
+    """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
+
+    stream: of the model its structure alone, the weights to be read layer by layer. text: there is text to be
+    tokenised; without, a checkpoint need not have a tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    stored = Checkpoint.open(path).tensors  # its errors name what is wrong with the files
+    chosen = choose_device(device)
+    skeleton = _open_skeleton(path, chosen, dtype) if stream else None
+    try:
+        if skeleton is None:
+            config = AutoConfig.from_pretrained(path, **_CLOSED)
+            model, found = auto_class(config).from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
+            )
+        if tokenizer is None and text:
+            tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged configuration shows in many ways
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise InputError(f"{path}: transformers cannot load this model: {reason}") from error
+    if skeleton is not None:
+        return Subject(skeleton.model, tokenizer, str(path.resolve()), skeleton)
+    if found["missing_keys"]:  # transformers would draw them at random
+        raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
+    keep_language_part_(model)
+    shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
+    quantised = Quantisation.of(path, stored) is not None  # which may be evaluated, under any names
+    absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
+    if absent:  # an importance under names that no rule could apply
+        raise InputError(
+            f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
+            f"save it anew with: {conversion_command(path)}"
+        )
+    return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+
+
+def _open_skeleton(path: Path, device: torch.device, dtype: torch.dtype | None) -> "Skeleton":
+    from perta_fast.streaming.model.skeleton import Skeleton
+
+    return Skeleton.open(path, device, dtype)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or CUDA if there is one. Raises InputError if it is not to be had."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not one that torch knows") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch finds no CUDA device here")
+    try:
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} cannot be computed on here") from error
+    return chosen
+
+
+def _context_length(module: nn.Module) -> int:
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def _vocabulary_size(module: nn.Module) -> int | None:
+    find = getattr(module, "get_input_embeddings", None)
+    return None if find is None else len(find().weight)
+
+
+def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Record] | list[Sample]:
+    rest = rows_of(data)
+    first = list(islice(rest, 1))
+    if first and is_tokenised(first[0]):
+        return samples_from(chain(first, rest))
+    rows = [*first, *rest]
+    if rows and all(isinstance(row, Sample) for row in rows):
+        return rows
+    return records_from(rows)
+
+
+def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None) -> None:
+    ids, labels = sample.input_ids, sample.labels
+    if len(ids) != len(labels) or any(
+        label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)
+    ):
+        raise InputError(f"{where}: needs one label for each token, the token itself or {IGNORED}")
+    if sample.label_count == 0:
+        raise InputError(f"{where}: has no token to compute a loss on")
+    if len(ids) > limit:
+        raise InputError(f"{where}: has {len(ids)} tokens, the model takes {limit}")
+    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise InputError(
+            f"{where}: has tokens from {min(ids)} to {max(ids)}, the model knows those below {vocabulary}; "
+            "is this the model's own tokenizer?"
+        )
+
+
+def _hash_samples(samples: Sequence[Sample]) -> str:
+    """BLAKE3 of token ids and labels, where there is no file."""
+    return blake3(repr([(s.input_ids, s.labels) for s in samples]).encode()).hexdigest()

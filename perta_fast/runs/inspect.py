@@ -1,0 +1,72 @@
+"""What a directory holds: a checkpoint, an adapter, an importance, or the output of a run."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from perta_fast.checkpoints.adapters import Adapter, is_adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.quantised import Quantisation
+from perta_fast.importance.store import STEM, read_metadata
+from perta_fast.records.report import FILE_NAME, Report, printable
+
+
+def describe(path: str | Path, *, every_tensor: bool = False) -> str:
+    """Text for a person; headers and reports are read, weights are not.
+
+    every_tensor: list each tensor too. Raises InputError if ``path`` is none of these or is damaged.
+    """
+    path = Path(path)
+    if is_adapter(path):
+        return printable("\n".join(_adapter_lines(Adapter.open(path), every_tensor)))
+    # Path.exists would raise for a name that no file can have.
+    is_importance = any(
+        os.path.exists(path / f"{STEM}.safetensors{ending}")  # noqa: PTH110
+        for ending in ("", ".index.json")
+    )
+    checkpoint = Checkpoint.open(path, STEM if is_importance else "model")
+    lines = [f"{path}: {'importance' if is_importance else 'checkpoint'}", *_totals(checkpoint)]
+    if is_importance:
+        lines += [f"  {key}: {value}" for key, value in sorted(read_metadata(checkpoint).items())]
+    elif quantisation := Quantisation.of(path, checkpoint.tensors):
+        lines += [f"  quantised: {quantisation.method} ({quantisation.places})", f"  {quantisation.advice}"]
+    if (path / FILE_NAME).exists():
+        report = Report.load(path)
+        lines += ["unlearned with perta_fast:", f"  {report.started} to {report.finished}"]
+        lines += [f"  {line}" for line in report.summary().splitlines()]
+        lines += [f"  {role}: {found['path']}" for role, found in report.inputs.items()]
+        lines += [
+            f"  {role} data: {found['samples']} samples, {found['path']}" for role, found in report.data.items()
+        ]
+    if every_tensor:
+        lines += _every_tensor(checkpoint)
+    return printable("\n".join(lines))
+
+
+def _adapter_lines(adapter: Adapter, every_tensor: bool) -> list[str]:
+    checkpoint = adapter.checkpoint
+    kinds = Counter((each.a.shape[0], each.scale) for each in adapter.low_rank.values())
+    lines = [f"{checkpoint.path}: LoRA adapter", *_totals(checkpoint)]
+    lines += [f"  {count} matrices of rank {rank}, scale {scale:g}" for (rank, scale), count in kinds.items()]
+    if adapter.whole:
+        lines.append(f"  {len(adapter.whole)} whole tensors")
+    return lines + (_every_tensor(checkpoint) if every_tensor else [])
+
+
+def _every_tensor(checkpoint: Checkpoint) -> list[str]:
+    return [
+        f"  {name}  {entry.dtype}  {list(entry.shape)}  {entry.path.name}"
+        for name, entry in checkpoint.tensors.items()
+    ]
+
+
+def _totals(checkpoint: Checkpoint) -> list[str]:
+    elements: Counter[str] = Counter()
+    for entry in checkpoint.tensors.values():
+        elements[entry.dtype] += entry.count
+    parts = ", ".join(f"{count:,} {dtype}" for dtype, count in elements.most_common())
+    return [
+        f"  {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} shards, "
+        f"{checkpoint.size / 1e9:.3f} GB",
+        f"  elements: {parts}",
+    ]

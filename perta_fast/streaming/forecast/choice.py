@@ -1,0 +1,249 @@
+"""Which schedule a streamed run takes within the memory and disk that it may use, and what that will cost."""
+
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import InputError
+from perta_fast.memory import PeakMemory, available_bytes, return_freed_blocks
+from perta_fast.sizes import format_size
+from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
+from perta_fast.streaming.forecast.rates import Rates, measure_rates
+from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.schedule import Schedule
+
+_MARGIN = 0.05  # share of the free disk that is left alone
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a run may take. memory (of the whole process), device_memory: None sets no limit. scratch:
+    what the disk has for scratch files and the result together. ranks: processes whose scratch files lie there,
+    each as large as that of the most laden; memory is for each."""
+
+    scratch: int
+    memory: int | None = None
+    device_memory: int | None = None
+    ranks: int = 1
+
+    @classmethod
+    def at(cls, place: Path, memory: int | None, device_memory: int | None, ranks: int = 1) -> "Budget":
+        """With all but a margin of the free space where ``place`` will be."""
+        free = shutil.disk_usage(existing_parent(place)).free
+        return cls(int(free * (1 - _MARGIN)), memory, device_memory, ranks)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A schedule, its costs, and in words why. baseline: memory of the process as it is, before the run.
+    shortage: why the disk does not do, or ""."""
+
+    schedule: Schedule
+    costs: Costs
+    baseline: int
+    reasons: list[str]
+    warnings: list[str]
+    shortage: str
+
+    def check(self) -> None:
+        """Raise InputError if the disk does not do."""
+        if self.shortage:
+            raise InputError(self.shortage)
+
+
+def existing_parent(place: Path) -> Path:
+    """The directory that ``place`` is, or will lie in."""
+    place = place.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chosen:
+    """The largest batch up to ``batch_size`` that fits, then overlap, then the least work that the disk allows.
+
+    Raises InputError if the memory cannot hold the walk of single samples, naming the least that would do. If
+    the disk cannot hold its scratch files, the result has a ``shortage``, and takes the least of it.
+    """
+    with PeakMemory() as now:
+        pass
+    baseline = now.baseline
+    reasons = []
+    schedule = Schedule(batch_size)
+    if not _fits(estimate, schedule, budget, baseline):
+        slow = Schedule(batch_size, overlap=False)
+        if not _fits(estimate, replace(slow, batch_size=1), budget, baseline):
+            raise InputError(_too_little(estimate, budget, baseline))
+        size = _last(1, batch_size, lambda n: _fits(estimate, replace(slow, batch_size=n), budget, baseline))
+        schedule = replace(slow, batch_size=size)
+        if size < batch_size:
+            reasons.append(f"batches of {batch_size} would not fit into the memory")
+        if _fits(estimate, replace(schedule, overlap=True), budget, baseline):
+            schedule = replace(schedule, overlap=True)
+        else:
+            reasons.append("no overlap: two parts at a time would not fit into the memory")
+    schedule, shortage = _within_disk(estimate, schedule, budget, reasons)
+    costs = estimate.costs(schedule)
+    warnings = []
+    free = available_bytes()
+    if budget.memory is None and free is not None and costs.host_bytes > free:
+        warnings.append(
+            f"this needs {format_size(costs.host_bytes)} of memory, {format_size(free)} are available; "
+            "--memory chooses what fits"
+        )
+    return Chosen(schedule, costs, baseline, reasons, warnings, shortage)
+
+
+def schedule_for(
+    skeleton: Skeleton,
+    load: Load,
+    batch_size: int,
+    place: Path,
+    memory: int | None,
+    device_memory: int | None,
+    threads: int,
+    announce: bool,
+    ranks: Ranks = Ranks.ALONE,
+) -> Schedule:
+    """The schedule of a run to ``place`` that is about to start: of many ranks, what suits the most laden.
+
+    announce: say on standard error what it will take. Raises InputError if memory or disk do not do.
+    """
+    schedule: Schedule | None = None
+    with ranks.together("the choice of a schedule"):
+        if ranks.first:
+            estimate = Estimate(skeleton, load.share(ranks.world), skeleton.device, threads)
+            budget = Budget.at(place, memory, device_memory, ranks.world)
+            chosen = choose_schedule(estimate, batch_size, budget)
+            chosen.check()
+            schedule = chosen.schedule
+            if announce:
+                shard = next(iter(skeleton.checkpoint.shards.values())).path
+                rates = rates_for(estimate, chosen, place, shard)
+                print(describe(chosen, rates, ranks.world), file=sys.stderr)
+    if memory is not None:
+        return_freed_blocks()
+    shared: Schedule = ranks.share(schedule)
+    return shared
+
+
+def _fits(estimate: Estimate, schedule: Schedule, budget: Budget, baseline: int) -> bool:
+    host, device = estimate.memory(schedule)
+    return (budget.memory is None or baseline + sum(host.values()) <= budget.memory) and (
+        budget.device_memory is None or sum((device or {}).values()) <= budget.device_memory
+    )
+
+
+def _too_little(estimate: Estimate, budget: Budget, baseline: int) -> str:
+    host, device = estimate.memory(Schedule(1, overlap=False))
+    host = {**host, "interpreter and libraries": baseline}
+    messages = []
+    for option, limit, kinds in (
+        ("memory", budget.memory, host),
+        ("device memory", budget.device_memory, device or {}),
+    ):
+        needed = sum(kinds.values())
+        if limit is not None and needed > limit:
+            most = max(kinds, key=lambda kind: kinds[kind])
+            messages.append(
+                f"{option} of {format_size(limit)} cannot hold one part of the model: the least that would do "
+                f"is {needed} bytes ({format_size(needed)}), of which {most} take {format_size(kinds[most])}"
+            )
+    return "; ".join(messages)
+
+
+def _within_disk(
+    estimate: Estimate, schedule: Schedule, budget: Budget, reasons: list[str]
+) -> tuple[Schedule, str]:
+    free = (budget.scratch - estimate.result_bytes) // budget.ranks
+    layers = len(estimate.structure.layers)
+    needed = {every: estimate.scratch(replace(schedule, every=every)) for every in range(1, layers + 1)}
+    every = next((every for every, size in needed.items() if size <= free), None)
+    if every is not None:
+        if every > 1:
+            reasons.append(
+                f"hidden states at every boundary would take {format_size(needed[1])} of scratch disk, "
+                f"{format_size(free)} are free"
+            )
+        return replace(schedule, every=every), ""
+    least = replace(schedule, every=min(needed, key=lambda every: needed[every]))
+    most = max(math.ceil(len(each) / schedule.batch_size) for each in estimate.load.lengths)
+    in_most = estimate.scratch(replace(least, groups=most))
+    if in_most > free:
+        if in_most < needed[least.every]:
+            least = replace(least, groups=most)
+        return least, (
+            f"the disk has {format_size(max(0, budget.scratch))} for the result of "
+            f"{format_size(estimate.result_bytes)} and scratch files of at least "
+            f"{format_size(budget.ranks * min(in_most, needed[least.every]))}; write to a larger disk, or use "
+            "fewer or shorter samples"
+        )
+    groups = most - _last(
+        0, most - 1, lambda fewer: estimate.scratch(replace(least, groups=most - fewer)) <= free
+    )
+    reasons.append(f"in one group the scratch files would take {format_size(needed[least.every])}")
+    return replace(least, groups=groups), ""
+
+
+def _last(begin: int, end: int, holds: Callable[[int], bool]) -> int:
+    """The last of [begin, end] that ``holds``, which is so for ``begin`` and up to some number."""
+    while begin < end:
+        middle = (begin + end + 1) // 2
+        begin, end = (middle, end) if holds(middle) else (begin, middle - 1)
+    return begin
+
+
+def rates_for(estimate: Estimate, chosen: Chosen, place: Path, shard: Path | None) -> Rates:
+    """Measured in the model's type and width, on its device, in the directory that the run will write to."""
+    longest = max(map(max, estimate.load.lengths))
+    return measure_rates(
+        estimate.width,
+        chosen.schedule.batch_size * longest,
+        estimate.dtype,
+        estimate.device if estimate.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu"),
+        existing_parent(place),
+        shard,
+    )
+
+
+def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
+    """The estimate in a few lines."""
+    schedule, costs = chosen.schedule, chosen.costs
+    lines = [f"for each of {ranks} processes, which make the result together:"] if ranks > 1 else []
+    lines += [
+        "memory: "
+        + _kinds({**costs.host, "interpreter and libraries": chosen.baseline})
+        + (" (bounds by shape: this model's code wants values)" if costs.bound else "")
+    ]
+    if costs.device is not None:
+        lines.append(f"device memory: {_kinds(costs.device)}")
+    lines += [
+        f"disk: {format_size(costs.scratch)} of scratch, {format_size(costs.result_written)} of result",
+        f"read {format_size(costs.weights_read)} of weights and {format_size(costs.result_read)} to subtract, "
+        f"write {format_size(costs.result_written)}; "
+        f"{format_size(costs.scratch_moved)} through the scratch disk",
+        f"arithmetic: {costs.flops:.3g} FLOP in matrix products",
+        f"time: about {duration(rates.seconds(costs, schedule.overlap))} at {rates}",
+        f"schedule: {schedule}",
+        *(f"  because {reason}" for reason in chosen.reasons),
+        *(f"warning: {warning}" for warning in [*chosen.warnings, chosen.shortage] if warning),
+    ]
+    return "\n".join(lines)
+
+
+def _kinds(kinds: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{kind} {format_size(size)}" for kind, size in kinds.items() if size)
+    return f"{format_size(sum(kinds.values()))} ({parts})"
+
+
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"

@@ -1,0 +1,85 @@
+"""A streamed run's estimate from configuration, data and tokenizer, without the weights: ``--dry-run``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perta_fast.data.samples import Record, read_data
+from perta_fast.errors import InputError
+from perta_fast.rules import Estimator
+from perta_fast.runs.estimate import Subject, check_sizes, choose_device, samples_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
+from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.model.structure import Structure
+
+
+def preview(
+    subject: Path,
+    data: Mapping[str, Path],
+    estimator: Estimator,
+    place: Path,
+    *,
+    subtract: bool,
+    kept: bool = False,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    device_memory: int | None = None,
+    threads: int = 1,
+    ranks: int = 1,
+) -> str:
+    """What streaming ``data`` through the model that ``subject``/config.json describes will take, in words.
+
+    data: JSON lines files by role. place: where the result would go. subtract: for ``unlearn``, or for an
+    importance alone; kept: the importances of ``unlearn`` are to be kept. memory, device_memory: bytes; the
+    others as in ``unlearn``. ranks: processes that the samples are dealt to; what one of them takes is told.
+    Where the directory has no tokenizer, every sample counts ``max_length`` tokens. Nothing is written but a
+    file to measure the disk by, which is removed. Raises InputError for bad input, and if the memory or the
+    disk would not do.
+    """
+    check_sizes(batch_size, max_length)
+    structure = Structure.build(subject, dtype)
+    rows = {role: read_data(path)[0] for role, path in data.items()}
+    tokenizer = _tokenizer(subject)
+    if tokenizer is None and max_length is None:
+        raise InputError(
+            f"{subject}: has no tokenizer, so the lengths of the samples are not known; give --max-length, and "
+            "each will count that many tokens"
+        )
+    lengths = [_lengths(structure, subject, tokenizer, records, max_length) for records in rows.values()]
+    estimate = Estimate(
+        structure,
+        Load(lengths, estimator == "empirical-fisher", subtract, kept).share(ranks),
+        choose_device(device),
+        threads,
+    )
+    chosen = choose_schedule(estimate, batch_size, Budget.at(place, memory, device_memory, ranks))
+    shard = next(iter(sorted(subject.glob("*.safetensors"))), None)
+    counts = ", ".join(
+        f"{len(each)} {role} samples of {sum(each)} tokens" for role, each in zip(rows, lengths, strict=True)
+    )
+    guess = "" if tokenizer is not None else " (there is no tokenizer: each counts --max-length tokens)"
+    return f"data: {counts}{guess}\n{describe(chosen, rates_for(estimate, chosen, place, shard), ranks)}"
+
+
+def _tokenizer(subject: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(subject, local_files_only=True, trust_remote_code=False)
+    except Exception:  # what is missing or damaged shows in many ways
+        return None
+
+
+def _lengths(
+    structure: Structure, subject: Path, tokenizer: Any, rows: Sequence[Record], max_length: int | None
+) -> list[int]:
+    if tokenizer is None:
+        assert max_length is not None
+        return [max_length] * len(rows)
+    samples = samples_for(Subject(structure.model, tokenizer, str(subject)), rows, max_length)
+    return [len(sample.input_ids) for sample in samples]

@@ -1,0 +1,114 @@
+"""How fast this machine multiplies, reads and writes: measured in a second or two, never looked up."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from perta_fast.files.durable import drop_pages, read_fully, write_fully
+from perta_fast.sizes import format_size
+from perta_fast.streaming.forecast.costs import Costs
+
+_PIECE = 64 << 20  # bytes that are read and written
+_LONG = 0.1  # seconds after which a product has been measured
+
+
+@dataclass(frozen=True)
+class Rates:
+    """flops: a second, of matrix products. read, written: bytes a second. origin: where they come from."""
+
+    flops: float
+    read: float
+    written: float
+    origin: str
+
+    def seconds(self, costs: Costs, overlap: bool) -> float:
+        """What a run takes. Arithmetic and scratch files take turns; the model and the result are moved
+        meanwhile, with ``overlap``, else in between."""
+        scratch = costs.scratch_moved / 2 / self.read + costs.scratch_moved / 2 / self.written
+        inside = costs.flops / self.flops + scratch
+        outside = (costs.weights_read + costs.result_read) / self.read + costs.result_written / self.written
+        return max(inside, outside) if overlap else inside + outside
+
+    def __str__(self) -> str:
+        return (
+            f"{self.flops / 1e12:.3g} TFLOP/s, reads {format_size(self.read)}/s, "
+            f"writes {format_size(self.written)}/s ({self.origin})"
+        )
+
+
+def measure_rates(
+    width: int, rows: int, dtype: torch.dtype, device: torch.device, place: Path, shard: Path | None
+) -> Rates:
+    """Multiply (rows, width) by (width, width), write a file in ``place`` and remove it, read ``shard``.
+
+    shard: None reads the written file back. Either is read past the page cache where the system lets it be.
+    """
+    written, read_back = _time_file(place)
+    read = read_back if shard is None else _time_reading(shard)
+    what = "the file that was written" if shard is None else shard.name
+    return Rates(
+        _time_product(width, rows, dtype, device),
+        read,
+        written,
+        f"measured: a product of {min(rows, width)} x {width} x {width} in "
+        f"{str(dtype).removeprefix('torch.')}, {what}, a file in {place}",
+    )
+
+
+def _time_product(width: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:
+    rows = min(rows, width)
+    right = torch.ones(width, width, dtype=dtype, device=device)
+    left = torch.ones(rows, width, dtype=dtype, device=device)
+
+    def product() -> None:
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    if _seconds(product) < _LONG:  # the first is slower, which tells only if it is short
+        product()
+    count, started = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - started < _LONG:
+        product()
+        count += 1
+    return 2.0 * rows * width * width * count / (time.perf_counter() - started)
+
+
+def _time_file(place: Path) -> tuple[float, float]:
+    """Bytes a second written, flushes included, and read back."""
+    path = place / f".perta-rate-{os.getpid()}"
+    data = bytearray(os.urandom(1 << 20) * (_PIECE >> 20))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+
+        def write() -> None:
+            write_fully(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+
+        written = _PIECE / _seconds(write)
+        drop_pages(descriptor)
+        return written, _PIECE / _seconds(lambda: read_fully(descriptor, memoryview(data), 0))
+    finally:
+        os.close(descriptor)
+        path.unlink()
+
+
+def _time_reading(shard: Path) -> float:
+    size = min(_PIECE, shard.stat().st_size)
+    data = bytearray(size)
+    descriptor = os.open(shard, os.O_RDONLY)
+    try:
+        drop_pages(descriptor, 0, size)
+        return size / _seconds(lambda: read_fully(descriptor, memoryview(data), 0))
+    finally:
+        os.close(descriptor)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return max(time.perf_counter() - started, 1e-9)

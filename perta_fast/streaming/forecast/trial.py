@@ -1,0 +1,315 @@
+"""What a part of a model takes when it is run: found by running its own code on tensors without values.
+
+Torch's fake tensors have shapes, types and lifetimes, and choose the same kernels as real ones, so that this
+holds for any architecture, needs no weights, and takes milliseconds for a layer of any size.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from perta_fast.importance.gradients import gradients_folded_into
+from perta_fast.importance.per_sample import Plan, candidates
+from perta_fast.importance.per_sample_modules import BatchShape, ModuleRule, Target
+from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.model.structure import Structure
+
+_Run = Callable[[Tensor | None, dict[str, Tensor]], None]  # takes a mask and the sums to fold into
+
+_HEAVIEST = 8  # of what each matrix takes in and gives out, where a part cannot be tried
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One batch in one part. ``bytes``: the most alive at once beside weights and sums; ``bound``: a guess from
+    above by the shapes of its matrices, as its code would not run without values."""
+
+    bytes: int
+    flops: int
+    bound: bool = False
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make while it is entered; those of ``known`` do not count.
+
+    ``peak``: the most bytes alive at once.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._alive = {tensor.untyped_storage()._cdata for tensor in known}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: Any = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        result = operation(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone() -> None:
+            self._alive.discard(key)
+            self._now -= size
+
+        self._alive.add(key)
+        weakref.finalize(storage, gone)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+class Trial:
+    """Runs the parts of ``structure`` as a walk does, for the estimator whose ``squares`` are wanted or not.
+
+    device: whose kernels are meant; one that torch finds here, or the CPU.
+    """
+
+    def __init__(self, structure: Structure, device: torch.device, squares: bool) -> None:
+        self._structure, self._device, self._squares = structure, device, squares
+        self._passage = Passage(structure.model, structure.layers, "")
+        self._alike: dict[str, int] = {}
+        self._like = [self._first_like(number) for number in range(len(structure.layers))]
+        self._found: dict[tuple[str, int, int, int], Cost] = {}
+
+    def climb(self, layer: int, count: int, tokens: int) -> Cost:
+        """A layer forward, on ``count`` samples of ``tokens`` tokens."""
+        layer = self._like[layer]
+
+        def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
+            with torch.no_grad(), self._ruled(sums, count, tokens):
+                hidden = self._hidden(count, tokens)
+                result = self._run_layer(layer, hidden, mask)
+                result.flatten(0, 1).clone()  # the rows that are spilled
+
+        return self._cost("climb", layer, count, tokens, self._structure.by_layer[layer], run)
+
+    def layer(self, layer: int, count: int, tokens: int) -> Cost:
+        """A layer forward and back."""
+        layer = self._like[layer]
+        names = self._structure.by_layer[layer]
+
+        def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
+            with self._ruled(sums, count, tokens):
+                hidden = self._hidden(count, tokens).requires_grad_()
+                result = self._run_layer(layer, hidden, mask)
+                result.backward(self._hidden(count, tokens))
+                assert hidden.grad is not None
+                hidden.grad.flatten(0, 1).clone()
+
+        return self._cost("layer", layer, count, tokens, names, run)
+
+    def head(self, count: int, tokens: int) -> Cost:
+        """All after the layers, and the loss, forward and back; every token has a label."""
+        structure = self._structure
+        names = [*structure.resident, *([] if structure.head is None else [structure.head])]
+
+        def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
+            with self._ruled(sums, count, tokens):
+                hidden = self._hidden(count, tokens).requires_grad_()
+                ids = torch.zeros(count, tokens, dtype=torch.int64, device=self._device)
+                given = ids if structure.tied and not self._squares else None
+                logits = self._passage.after_layers(hidden, mask, given).logits  # type: ignore[arg-type]
+                # As in ``token_logits``, where the tokens are found by their labels.
+                places = torch.ones(tokens - 1, dtype=torch.int64, device=self._device).repeat(count)
+                chosen = logits[:, :-1][places, places].float()
+                functional.cross_entropy(chosen, places, reduction="none").sum().backward()
+                assert hidden.grad is not None
+                hidden.grad.flatten(0, 1).clone()
+
+        cost = self._cost("head", 0, count, tokens, names, run)
+        return self._with_rows(cost, count, tokens, 2) if structure.tied else cost
+
+    def end(self, count: int, tokens: int) -> Cost:
+        """All before the layers, forward and back."""
+        structure = self._structure
+
+        def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
+            ids = torch.zeros(count, tokens, dtype=torch.int64, device=self._device)
+            with gradients_folded_into(structure.model, sums, squared=False):
+                hidden = self._passage.before_layers(ids, mask)  # type: ignore[arg-type]
+                hidden.backward(self._hidden(count, tokens))
+
+        if self._squares:  # the embedding's gradients are of the rows in use alone
+            return self._with_rows(Cost(0, 0), count, tokens, 5)
+        return self._cost("end", 0, count, tokens, [structure.embedding], run)
+
+    def _with_rows(self, cost: Cost, count: int, tokens: int, copies: int) -> Cost:
+        """``cost`` and what ``EmbeddingRule`` keeps of each token, in the model's type and in float32."""
+        if not self._squares:
+            return cost
+        width = self._structure.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        rows = count * tokens * width * copies * (self._dtype.itemsize + 4)
+        return Cost(cost.bytes + rows, cost.flops, cost.bound)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._structure.model.dtype  # type: ignore[assignment]
+        return dtype
+
+    def _first_like(self, layer: int) -> int:
+        """The first layer that is made the same way."""
+        config: Any = self._structure.model.config
+        kinds = getattr(config.get_text_config(), "layer_types", None)
+        shapes = [tuple(each.shape) for each in self._structure.layers[layer].parameters()]
+        made = f"{self._structure.layers[layer]} {shapes} {kinds[layer] if kinds else ''}"
+        return self._alike.setdefault(made, layer)
+
+    def _hidden(self, count: int, tokens: int) -> Tensor:
+        """As a spill reads it: rows, set among zeros."""
+        config: Any = self._structure.model.config
+        shape = count, tokens, config.get_text_config().hidden_size
+        result = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        rows = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return result.copy_(rows)
+
+    def _run_layer(self, layer: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return self._passage.layer(layer, hidden, mask)  # type: ignore[arg-type]
+
+    def _sums(self, names: list[str]) -> dict[str, Tensor]:
+        parameters = dict(self._structure.model.named_parameters())
+        return {name: torch.empty(parameters[name].shape, device=self._device) for name in names}
+
+    @contextmanager
+    def _ruled(self, sums: dict[str, Tensor], count: int, tokens: int) -> Iterator[None]:
+        """Gradients of these parameters go where a walk would have them go."""
+        model = self._structure.model
+        if not self._squares:
+            with gradients_folded_into(model, sums, squared=False):
+                yield
+            return
+        parameters = {p: name for name, p in model.named_parameters()}
+        plan = Plan([])
+        for part in model.modules():
+            named = {key: parameters[p] for key, p in part._parameters.items() if p is not None}
+            own = {key: name for key, name in named.items() if name in sums}
+            kinds = candidates(part)
+            if own and kinds and not isinstance(part, nn.Embedding):
+                rule: ModuleRule = kinds[0](part, {key: Target(sums[name], None) for key, name in own.items()})
+                rule.batch = BatchShape(count, tokens, torch.full((count,), tokens))
+                plan.rules.append(rule)
+        with plan.installed(model):
+            yield
+            plan.finish()
+
+    def _cost(
+        self,
+        kind: str,
+        layer: int,
+        count: int,
+        tokens: int,
+        names: list[str],
+        run: _Run,
+    ) -> Cost:
+        key = kind, layer, count, tokens
+        if key not in self._found:
+            self._found[key] = self._try(names, count, tokens, run) or self._bound(kind, names, count, tokens)
+        return self._found[key]
+
+    def _try(self, names: list[str], count: int, tokens: int, run: _Run) -> Cost | None:
+        config: Any = self._structure.model.config
+        eager = config._attn_implementation == "eager"
+        with _quiet(), FakeTensorMode(), self._valueless() as known, self._passage.installed():
+            square = torch.empty(
+                (count, 1, tokens, tokens), dtype=self._dtype if eager else torch.bool, device=self._device
+            )
+            sums = self._sums(names)
+            for mask in (square, None):  # a mask that is given whole is not looked into
+                try:
+                    counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
+                    with counter as flops, LiveBytes([*known, *sums.values()]) as live:
+                        run(mask, sums)
+                except Exception:  # whatever a stranger's code makes of tensors without values
+                    continue
+                # The mask in three types, while it is made and turned into what attention adds.
+                return Cost(live.peak + square.numel() * (2 + 4), flops.get_total_flops())
+        return None
+
+    @contextmanager
+    def _valueless(self) -> Iterator[list[Tensor]]:
+        """All tensors of the parts that are tried are fake ones on the device while the context lasts."""
+        untried = {
+            part
+            for number, layer in enumerate(self._structure.layers)
+            if number != self._like[number]
+            for part in layer.modules()
+        }
+        before: list[tuple[Any, dict[str, Any]]] = []
+        made: dict[Tensor, Tensor] = {}
+        try:
+            for part in set(self._structure.model.modules()) - untried:
+                tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+                for table in tables:
+                    before.append((table, dict(table)))
+                    for key, tensor in table.items():
+                        if tensor is None:
+                            continue
+                        if tensor not in made:
+                            made[tensor] = self._fake(tensor)
+                        table[key] = made[tensor]
+            yield list(made.values())
+        finally:
+            for table, tensors in before:
+                table.update(tensors)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        return nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+
+    def _bound(self, kind: str, names: list[str], count: int, tokens: int) -> Cost:
+        """For code that wants values (a router's choice of experts): every token goes through every matrix."""
+        parameters = dict(self._structure.model.named_parameters())
+        shapes = [parameters[name].shape for name in names if parameters[name].dim() > 1]
+        config: Any = self._structure.model.config
+        scores = 4 * 4 * count * tokens * tokens * config.get_text_config().num_attention_heads
+        ends = sum(sum(shape[-2:]) * shape[:-2].numel() for shape in shapes)
+        passes = 1 if kind == "climb" else 3
+        return Cost(
+            _HEAVIEST * count * tokens * ends * self._dtype.itemsize + scores,
+            2 * passes * count * tokens * sum(shape.numel() for shape in shapes),
+            bound=True,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch does not log what it will not do with tensors without values."""
+    log = logging.getLogger(fake_tensor.__name__)
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _fused_fisher_flops(fisher: Any, activations: Any, output_gradients: Any, *_: Any, **__: Any) -> int:
+    rows: int = torch.Size(activations[:-1]).numel()
+    return 2 * rows * int(activations[-1]) * int(output_gradients[-1])
+
+
+_aten = torch.ops.aten
+_FLOPS = {  # what torch's counter does not know
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
+    torch.ops.perta_fast.accumulate_squared_gradients_: _fused_fisher_flops,
+}

@@ -1,0 +1,97 @@
+"""The importances of a streamed run, where they are asked for: written beside the subtraction, part by part."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.distributed.dealing import stretch
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import InputError
+from perta_fast.files.durable import sync_tree
+from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.importance.store import STEM, ShardWriter
+
+
+class Keeping:
+    """A directory with one importance for each data set, which appears when ``commit`` is called.
+
+    save: the directory, or "" to keep none. metadata: of each importance, by data set. begun: go on with what
+    an earlier attempt wrote. ranks: each writes its part of every tensor, the first makes the directory and
+    puts it in its place. Left by an error, what was written stays if ``stay`` was called.
+    """
+
+    def __init__(
+        self,
+        save: str,
+        overwrite: bool,
+        metadata: Mapping[str, Mapping[str, str]],
+        shapes: Mapping[str, tuple[int, ...]],
+        begun: bool,
+        ranks: Ranks,
+    ) -> None:
+        self._final = Path(save) if save else None
+        self._overwrite, self._begun, self._ranks = overwrite, begun, ranks
+        self._metadata, self._shapes = metadata, shapes
+        self._writers: dict[str, ShardWriter] = {}
+        self._output: OutputDirectory | None = None
+
+    def __enter__(self) -> "Keeping":
+        with ExitStack() as opened:
+            with self._ranks.together("the importances that are kept"):
+                self._output = self._directory()
+                if self._output is not None and self._ranks.first:
+                    opened.enter_context(self._output)
+            self._opened = opened.pop_all()
+        return self
+
+    def _directory(self) -> OutputDirectory | None:
+        """What is still to be filled."""
+        final = self._final
+        if final is None or (self._begun and final.is_dir() and not partial_path(final).exists()):
+            return None
+        output = OutputDirectory(final, overwrite=self._overwrite, resume=self._begun)
+        if self._begun and not output.path.is_dir():
+            raise InputError(f"{output.path}: is gone, with importances that the run has written")
+        return output
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._opened.__exit__(kind, error, traceback)
+
+    def stay(self) -> None:
+        """From now on the run can be taken up again."""
+        if self._output is not None:
+            self._output.keep = True
+
+    def write(self, by_role: Mapping[str, Mapping[str, Tensor]], one_by_one: Mapping[str, str]) -> None:
+        """Write this rank's part of complete means, by the names of stored tensors, durably."""
+        if self._output is None:
+            return
+        for role, means in by_role.items():
+            if role not in self._writers:
+                folder = self._output.path / role
+                folder.mkdir(exist_ok=True)
+                metadata = {**self._metadata[role], "one_by_one": one_by_one[role]}
+                self._writers[role] = ShardWriter(self._shapes, metadata, folder)
+            for name, mean in means.items():
+                part = stretch(mean.numel(), self._ranks.rank, self._ranks.world)
+                self._writers[role].write(name, mean.view(-1)[part], part.start)
+        sync_tree(self._output.path)
+
+    def commit(self) -> dict[str, Checkpoint]:
+        """Put the directory in its place; return its checkpoints by the names that they have as inputs."""
+        final = self._final
+        if final is None:
+            return {}
+        with self._ranks.together("the importances that are kept"):
+            if self._output is not None and self._ranks.first:
+                self._output.commit()
+        return {f"{role}_importance": Checkpoint.open(final / role, STEM) for role in self._metadata}

@@ -1,0 +1,125 @@
+"""How a causal language model falls into parts, from its configuration alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from perta_fast.checkpoints.quantised import refuse_quantised
+from perta_fast.errors import InputError
+from perta_fast.models.language_part import auto_class, keep_language_part_
+from perta_fast.ops.backends import DTYPE_CODES
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model on the meta device and its parts, each a list of parameter names.
+
+    ``by_layer`` names the parameters of each decoder layer, ``embedding`` and ``head`` the two matrices of
+    vocabulary size (one name if they are tied; None if there is no head), ``resident`` all others: small, so
+    always in memory.
+    """
+
+    model: nn.Module
+    layers: nn.ModuleList
+    by_layer: list[list[str]]
+    embedding: str
+    head: str | None
+    resident: list[str]
+
+    @classmethod
+    def build(
+        cls, path: Path, dtype: torch.dtype | None = None, unsaid: torch.dtype = torch.float32
+    ) -> "Structure":
+        """Build the model that ``config.json`` in ``path`` describes, without memory for weights or buffers.
+
+        dtype: what it is run in; None takes the configuration's own, or ``unsaid`` if it names none. Raises
+        InputError for a model that cannot be built or whose decoder layers cannot be told apart, naming what
+        was looked for.
+        """
+        model = _build(path, dtype, unsaid)
+        layers, prefix = _decoder_layers(model, path)
+        by_layer: list[list[str]] = [[] for _ in layers]
+        outside = []
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for name in names.values():
+            if name.startswith(prefix):
+                by_layer[int(name[len(prefix) :].split(".")[0])].append(name)
+            else:
+                outside.append(name)
+        embedding = names[_weight(model.get_input_embeddings(), "input embedding", path)]
+        output = model.get_output_embeddings()
+        head = None if output is None else names[_weight(output, "output head", path)]
+        resident = [name for name in outside if name not in (embedding, head)]
+        return cls(model, layers, by_layer, embedding, head, resident)
+
+    @property
+    def tied(self) -> bool:
+        """Whether input embedding and output head are one matrix."""
+        return self.embedding == self.head
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The matrices of vocabulary size, each once."""
+        return list(dict.fromkeys(filter(None, [self.embedding, self.head])))
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """What has its means complete at one time: an untied head, layers from the last, the rest."""
+        head = [] if self.head is None or self.tied else [[self.head]]
+        return [*head, *reversed(self.by_layer), [*self.resident, self.embedding]]
+
+    @property
+    def embedding_part(self) -> nn.Module:
+        """The module that looks tokens up."""
+        part: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return part
+
+
+def _build(path: Path, dtype: torch.dtype | None, unsaid: torch.dtype) -> Any:
+    from transformers import AutoConfig
+
+    refuse_quantised(path, {})
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        dtype = dtype or config.dtype or unsaid
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        keep_language_part_(model)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged configuration shows in many ways
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise InputError(f"{path}: transformers cannot build this model: {reason}") from error
+    if dtype not in DTYPE_CODES:
+        raise InputError(f"{path}: would run in {dtype}; it must be float32, bfloat16 or float16")
+    if config.is_encoder_decoder:
+        raise InputError(f"{path}: has an encoder and a decoder; streaming walks through a decoder alone")
+    return model.eval()
+
+
+def _decoder_layers(model: nn.Module, path: Path) -> tuple[nn.ModuleList, str]:
+    """The list of decoder layers and the prefix of their parameters."""
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for name, part in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(part, nn.ModuleList) and len(part) == count and not inside:
+            found[name] = part
+    if len(found) != 1 or len({type(layer) for layer in next(iter(found.values()))}) != 1:
+        raise InputError(
+            f"{path}: looked for one list of {count} equal decoder layers in {type(model).__name__}, "
+            f"found {', '.join(found) or 'none'}; streaming does not understand this model"
+        )
+    ((name, layers),) = found.items()
+    return layers, f"{name}."
+
+
+def _weight(part: nn.Module, what: str, path: Path) -> Any:
+    weight = getattr(part, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise InputError(f"{path}: looked for the weight of its {what}, found none")
+    return weight

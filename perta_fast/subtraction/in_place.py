@@ -1,0 +1,353 @@
+"""A run that changes a model where it lies, through a write-ahead journal (``journal``).
+
+The journal lives in the model's directory. While it is open, the config and the index are in there too, so that
+nothing loads a half-changed model, and every command of this package refuses the directory with the advice to
+finish the run. Before the first byte is changed, the whole result is computed once and thrown away: what could
+fail by the numbers fails then, with the model untouched.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TypedDict
+
+from perta_fast.checkpoints.checkpoint import JOB, JOURNAL
+from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
+from perta_fast.files.durable import (
+    move,
+    read_record,
+    remove,
+    sync_directory,
+    sync_file,
+    write_file,
+    write_record,
+)
+from perta_fast.files.journal import START, Segment, new_segment, valid_segments
+from perta_fast.files.locking import lock
+from perta_fast.files.new_directory import check_space, scratch_path
+from perta_fast.memory import PeakMemory
+from perta_fast.progress import Progress, byte_bar
+from perta_fast.records.model_card import write_model_card
+from perta_fast.records.report import FILE_NAME, Report, fits, now
+from perta_fast.subtraction.compute import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.job import Job, reopen
+from perta_fast.subtraction.report_entries import (
+    add_up,
+    describe_inputs,
+    describe_output,
+    describe_tensors,
+)
+
+SEGMENT = 64 << 20  # bytes of new values in a segment
+_APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
+_SEALED = "sealed"  # in the journal: the shards are done, only small files are still to be put in their places
+_CARD = "README.md"
+_FREE_MARGIN = 16 << 20
+
+
+def is_open(model: Path) -> bool:
+    """Whether ``model`` holds an in-place run that has not been finished."""
+    return os.path.exists(model / JOURNAL / JOB)  # noqa: PTH110  (Path.exists raises for impossible names)
+
+
+def change_in_place(job: Job, sources: Sources) -> Report:
+    """Do the whole run. Raises as ``apply``; Interrupted if stopped once the model is being changed."""
+    model = Path(job.final)
+    _check_files(job, sources)
+    changing = sum(plan.theta.size for plan in sources.plans if plan.copied is None)
+    check_space(model, 3 * min(SEGMENT, changing) + _FREE_MARGIN)
+    with PeakMemory() as memory, _locked(model) as journal, _explained(model):
+        report = job.begun_report()
+        report.in_place = True
+        describe_inputs(report, sources, job)
+        report.inputs["model"]["kept"] = False
+        _rehearse(job, sources, report)
+        job.keep_report(report)
+        job.save(journal / JOB)
+        sync_directory(model)
+        return _finish(job, sources, journal, memory)
+
+
+def resume_in_place(model: Path, progress: Progress) -> Report:
+    """Finish a run on ``model``. Raises InputError if an input is not what it was."""
+    with PeakMemory() as memory, _locked(model) as journal, _explained(model):
+        job = Job.load(journal / JOB)
+        moved = {job.directories["model"]: str(model)}
+        job.directories = {role: moved.get(path, path) for role, path in job.directories.items()}
+        job.final, job.progress = str(model), progress
+        set_aside = [path for path in journal.glob("*.safetensors.index.json") if path.is_file()]
+        sources = reopen(job, set_aside[0] if set_aside else None)
+        job.take_up_again()
+        job.save(journal / JOB)
+        return _finish(job, sources, journal, memory)
+
+
+def _check_files(job: Job, sources: Sources) -> None:
+    """Raise InputError if changing the model's files would change anything else, or is not possible.
+
+    The base may be the model itself: a chunk is read for both before it is changed.
+    """
+    model = sources.model
+    places = {}
+    for shard in model.shards.values():
+        status = shard.path.lstat()
+        if shard.path.is_symlink() or status.st_nlink > 1:
+            raise InputError(
+                f"{shard.path}: is a link to a file that others may use (as in the cache of a hub); "
+                "copy the model first, or write to a new directory with --out"
+            )
+        if not os.access(shard.path, os.W_OK):
+            raise InputError(f"{shard.path}: may not be written")
+        places[status.st_dev, status.st_ino] = shard.path
+    if not os.access(model.path, os.W_OK):
+        raise InputError(f"{model.path}: may not be written")
+    for plan in sources.plans:
+        for _, checkpoint, entry in sources.operands(plan):
+            status = entry.path.stat()
+            if checkpoint is model or (status.st_dev, status.st_ino) not in places:
+                continue
+            same_place = (entry.path.resolve(), entry.begin) == (plan.theta.path.resolve(), plan.theta.begin)
+            if not same_place or checkpoint.path.resolve() != model.path.resolve():
+                raise InputError(
+                    f"{entry.path}: tensor {entry.name}, which is read for {plan.theta.name}, lies in a file "
+                    "that would be changed; write to a new directory with --out"
+                )
+
+
+@contextmanager
+def _locked(model: Path) -> Iterator[Path]:
+    """The journal's directory, for one process at a time; gone afterwards unless it holds a job."""
+    journal = model / JOURNAL
+    try:
+        journal.mkdir(exist_ok=True)
+        descriptor = lock(journal)
+    except BlockingIOError:
+        raise RunError(f"{model}: another run is changing it now") from None
+    except OSError as error:
+        raise RunError(f"{model}: cannot be written: {error.strerror}") from error
+    try:
+        if not (journal / JOB).exists():  # left over from a run that was finished, or never began
+            for entry in journal.iterdir():
+                remove(entry)
+        try:
+            yield journal
+        finally:
+            if not is_open(model):
+                remove(journal)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(model: Path) -> Iterator[None]:
+    """Failures say what has become of the model."""
+    half_changed = f"{model} is half changed and cannot be loaded; finish the run with: perta resume {model}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_open(model):
+            raise Interrupted(f"interrupted; {half_changed}") from None
+        raise
+    except (PertaError, OSError, MemoryError) as error:
+        if isinstance(error, InputError) and is_open(model):
+            raise  # an input is not what it was, and the message says what to do
+        kind, text = type(error) if isinstance(error, PertaError) else RunError, str(error)
+        if isinstance(error, OSError):
+            text = f"{model}: could not be written: {advice(error)}"
+        elif isinstance(error, MemoryError):
+            text = "out of memory"
+        raise kind(f"{text}. {half_changed if is_open(model) else 'The model is untouched'}") from error
+
+
+def _rehearse(job: Job, sources: Sources, report: Report) -> None:
+    """Compute everything and keep nothing."""
+    moved = _bytes_to_move(sources)
+    started = time.perf_counter()
+    with byte_bar(moved, "check", job.progress) as bar:
+        job.subtraction(sources).run(_changing(job, sources), lambda *_: None, bar.update)
+    report.add_phase("check", time.perf_counter() - started, moved)
+
+
+def _changing(job: Job, sources: Sources) -> Iterator[Chunk]:
+    plans = [(index, plan) for index, plan in enumerate(sources.plans) if plan.copied is None]
+    return chunks_of(plans, job.chunk)
+
+
+def _bytes_to_move(sources: Sources) -> int:
+    return sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans if plan.copied is None)
+
+
+def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Report:
+    """From whatever the journal says to the end."""
+    model = Path(job.final)
+    if not (journal / _SEALED).exists():
+        _set_aside(sources, model, journal)
+        report = _change(job, sources, journal)
+        describe_output(report, [shard.path for shard in sources.model.shards.values()], model, job)
+        remove(journal / _CARD)  # of an attempt that came as far as this
+        if (model / _CARD).exists():
+            shutil.copyfile(model / _CARD, journal / _CARD)
+        write_model_card(journal, report)
+        report.memory = memory.as_dict()
+        report.finished = now()
+        report.save(journal)
+        sync_file(journal / _CARD)
+        sync_file(journal / FILE_NAME)
+        write_file(journal / _SEALED, b"")
+    for path in [journal / _CARD, journal / FILE_NAME, *_set_aside_files(journal)]:
+        if path.exists():
+            move(path, model / path.name)
+    (journal / JOB).unlink()
+    sync_directory(journal)
+    if job.temporary:
+        remove(scratch_path(model))
+    return Report.load(model)
+
+
+def _set_aside(sources: Sources, model: Path, journal: Path) -> None:
+    """Take away what a loader looks for first."""
+    names = ["config.json"] + ([] if sources.model.index is None else [sources.model.index.name])
+    for name in names:
+        if (model / name).exists():
+            move(model / name, journal / name)
+
+
+def _set_aside_files(journal: Path) -> list[Path]:
+    return [*journal.glob("*.safetensors.index.json"), journal / "config.json"]
+
+
+class _State(TypedDict):
+    """What a segment says of the run so far: chunks that are done, and what they add up to."""
+
+    chunks: int
+    totals: dict[str, Statistics]
+
+
+def _change(job: Job, sources: Sources, journal: Path) -> Report:
+    """Replay what the journal holds, then compute the rest."""
+    shards = {name: shard.path for name, shard in sources.model.shards.items()}
+    done, number, totals = _replay(job, sources, journal)
+    moved = _bytes_to_move(sources)
+    chunks = _changing(job, sources)
+    skipped = sum(bytes_moved(sources.plans[c.index], c.count) for c in islice(chunks, done))
+    started = time.perf_counter()
+    subtraction = job.subtraction(sources)
+    last: Future[None] | None = None
+
+    def complete(segment: Segment, state: _State) -> None:
+        with segment:
+            segment.seal(state)
+            write_record(journal / _APPLYING, segment.number)
+            segment.apply(shards, job.drop_cache)
+
+    with ThreadPoolExecutor(1) as behind, byte_bar(moved, "change", job.progress, skipped) as bar:
+        for group in _groups(sources, chunks):
+            segment = new_segment(journal, number)
+            try:
+                _fill(segment, group, subtraction, totals, bar.update)
+                if last is not None:
+                    last.result()
+            except BaseException:
+                segment.close()
+                raise
+            done, number = done + len(group), number + 1
+            state: _State = {
+                "chunks": done,
+                "totals": {str(index): dict(sums) for index, sums in totals.items()},
+            }
+            last = behind.submit(complete, segment, state)
+        if last is not None:
+            last.result()
+    report = job.begun_report()
+    report.add_phase("change", time.perf_counter() - started, moved - skipped)
+    describe_tensors(report, sources.plans, totals)
+    return report
+
+
+def _replay(job: Job, sources: Sources, journal: Path) -> tuple[int, int, dict[int, Statistics]]:
+    """Bring the shards up to the last whole segment: chunks done, number of the next segment, totals.
+
+    Raises InputError, with nothing written, if a segment that may be in the shards is not whole any more: its
+    chunks would be subtracted a second time.
+    """
+    shards = {name: shard.path for name, shard in sources.model.shards.items()}
+    reached = read_record(journal / _APPLYING) if (journal / _APPLYING).exists() else -1
+    done, number = 0, 0
+    totals: dict[int, Statistics] = {}
+    with ExitStack() as stack:
+        segments = [stack.enter_context(segment) for segment in valid_segments(journal)]
+        states = [_read_state(segment, sources) for segment in segments]
+        if reached > (segments[-1].number if segments else -1):
+            raise InputError(
+                f"{journal}: is damaged: segment {reached} is not what was written and may be in the shards; "
+                "begin again with a copy of the model as it was"
+            )
+        for segment, state in zip(segments, states, strict=True):
+            segment.sync()  # a process that was killed may have left it to the system
+            write_record(journal / _APPLYING, max(reached, segment.number))
+            segment.apply(shards, job.drop_cache)
+            done, number = state["chunks"], segment.number + 1
+            totals = {int(index): sums for index, sums in state["totals"].items()}
+    return done, number, totals
+
+
+def _read_state(segment: Segment, sources: Sources) -> _State:
+    """The state of a segment; raise InputError unless all of it belongs to this run."""
+    shards, numbers = sources.model.shards, {str(index) for index in range(len(sources.plans))}
+    inside = all(
+        piece.name in shards and 0 <= piece.offset <= shards[piece.name].size - piece.size
+        for piece in segment.pieces
+    )
+    state: _State = segment.state
+    if not inside or not fits(state, _State) or not state["totals"].keys() <= numbers:
+        raise InputError(f"{segment.path}: does not belong to the run on {sources.model.path}")
+    return state
+
+
+def _fill(
+    segment: Segment,
+    group: list[Chunk],
+    subtraction: Subtraction,
+    totals: dict[int, Statistics],
+    advance: object,
+) -> None:
+    """Compute a group of chunks into a segment."""
+    sources = subtraction.sources
+    positions, end = {}, START
+    for chunk in group:
+        positions[chunk] = end
+        end += chunk.count * ITEM_SIZES[sources.plans[chunk.index].theta.dtype]
+    found: list[tuple[Chunk, Statistics]] = []
+
+    def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
+        theta = sources.plans[chunk.index].theta
+        if statistics["nonzero_task"]:
+            offset = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
+            segment.put(theta.path.name, offset, data, positions[chunk])
+        found.append((chunk, statistics))
+
+    subtraction.run(iter(group), store, advance)  # type: ignore[arg-type]
+    for chunk, statistics in sorted(found, key=lambda each: positions[each[0]]):
+        add_up(totals, chunk.index, statistics)
+
+
+def _groups(sources: Sources, chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks in order, as many at a time as a segment holds."""
+    group: list[Chunk] = []
+    size = 0
+    for chunk in chunks:
+        more = chunk.count * ITEM_SIZES[sources.plans[chunk.index].theta.dtype]
+        if group and size + more > SEGMENT:
+            yield group
+            group, size = [], 0
+        group.append(chunk)
+        size += more
+    if group:
+        yield group

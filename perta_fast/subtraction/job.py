@@ -1,0 +1,224 @@
+"""A run's own description, kept on disk while it lasts: enough to finish it after a crash, bit for bit."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from perta_fast.checkpoints.adapters import CONFIG, LowRank, is_adapter
+from perta_fast.checkpoints.adapters import STEM as ADAPTER_STEM
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.errors import InputError
+from perta_fast.files.durable import read_record, write_record
+from perta_fast.importance.store import STEM
+from perta_fast.progress import Progress
+from perta_fast.records.report import Report, TensorReport, fits, installed_versions
+from perta_fast.rules import Rule
+from perta_fast.subtraction.compute import Subtraction
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.matching import TensorPlan
+
+FORMAT = "perta-run"
+FORMAT_VERSION = 1
+
+Fingerprint = dict[str, Any]
+
+
+@dataclass
+class Job:
+    """What a run does. Paths are absolute.
+
+    final: the directory to make, or to change in place. files: role to file name to size, time of change and
+    hash of the header of each weight file. plans: for each tensor of the model the names of those it meets, as
+    settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the run is
+    done. stream: what a streamed run needs (``streaming.run``). report: what the report said when the run
+    began.
+    """
+
+    final: str
+    in_place: bool
+    overwrite: bool
+    rule: str
+    lam: float
+    p: float
+    alpha: float
+    threshold: float | None
+    threads: int
+    chunk: int
+    drop_cache: bool
+    link_unchanged: bool
+    directories: dict[str, str]
+    files: dict[str, dict[str, Fingerprint]]
+    plans: list[dict[str, str | float | None]]
+    version: str
+    temporary: bool = False
+    stream: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = True  # of this process; not kept
+
+    @property
+    def choice(self) -> Rule:
+        """The rule with its settings."""
+        return Rule.of(self.rule, self.lam, None if self.rule == "tv" else self.p, self.alpha, self.threshold)
+
+    def same_work(self, other: "Job") -> bool:
+        """Whether another job makes the same output from the same inputs."""
+        keys = ("final", "in_place", "rule", "lam", "p", "alpha", "threshold", "files", "plans", "version")
+        # How a walk was scheduled and dealt changes nothing but the order of sums.
+        walks = [
+            {key: each.stream[key] for key in each.stream.keys() - {"schedule", "ranks"}}
+            for each in (self, other)
+        ]
+        return walks[0] == walks[1] and all(getattr(self, key) == getattr(other, key) for key in keys)
+
+    @property
+    def resume_command(self) -> str:
+        """What finishes the run: a walk by many processes takes as many of them again."""
+        ranks = self.stream.get("ranks", 1)
+        perta = "perta" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m perta_fast"
+        return f"{perta} resume {self.final}"
+
+    def keep_report(self, report: Report) -> None:
+        """Keep what the report says so far."""
+        self.report = asdict(report)
+
+    def take_up_again(self) -> None:
+        """Count one more time that the run goes on after it was stopped."""
+        report = self.begun_report()
+        report.resumed += 1
+        self.keep_report(report)
+
+    def subtraction(self, sources: Sources) -> Subtraction:
+        """The arithmetic on opened inputs, as this run does it."""
+        return Subtraction(sources, self.choice, self.threads, self.chunk, self.drop_cache)
+
+    def begun_report(self) -> Report:
+        """The report as it was when the run began."""
+        return Report(**{**self.report, "tensors": [TensorReport(**row) for row in self.report["tensors"]]})
+
+    def save(self, path: Path) -> None:
+        """Write the job, durably."""
+        content = asdict(replace(self, progress=True))  # a callback cannot be copied
+        del content["progress"]
+        write_record(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **content})
+
+    @classmethod
+    def load(cls, path: Path) -> "Job":
+        """Read a job. Raises InputError if it is damaged or of another version of the package."""
+        content = read_record(path)
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise InputError(f"{path}: is not the description of a run")
+        version = content.get("version")
+        if content.pop("format_version", None) != FORMAT_VERSION or version != this_version():
+            raise InputError(
+                f"{path}: the run was begun by perta_fast {version}, this is {this_version()}; "
+                "install that version to finish it"
+            )
+        if not fits(content, cls) or not fits(content["report"], Report):
+            raise InputError(f"{path}: is not a description that this version understands")
+        return cls(**content)
+
+
+def this_version() -> str:
+    """Version of the installed package."""
+    return installed_versions().get("perta-fast", "")
+
+
+def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:
+    """Size, time of change and hash of the header of every weight file, by role and name."""
+    return {role: fingerprint(checkpoint) for role, checkpoint in sources.named().items()}
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
+    """``fingerprints`` of one input, by name."""
+    return {
+        name: {
+            "bytes": shard.size,
+            "mtime_ns": shard.path.stat().st_mtime_ns,
+            "header": blake3(shard.header).hexdigest(),
+        }
+        for name, shard in checkpoint.shards.items()
+    }
+
+
+_OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
+
+
+def plan_names(plans: list[TensorPlan]) -> list[dict[str, str | float | None]]:
+    """The plans with names for places."""
+    rows = []
+    for plan in plans:
+        row: dict[str, str | float | None] = {"theta": plan.theta.name, "copied": plan.copied}
+        for role in _OPERANDS:
+            entry: TensorEntry | None = getattr(plan, role)
+            row[role] = None if entry is None else entry.name
+        if plan.low_rank is not None:
+            update = plan.low_rank
+            row |= {"a": update.a.name, "b": update.b.name, "scale": update.scale}
+            row |= {"transposed": "yes" if update.transposed else None}
+        rows.append(row)
+    return rows
+
+
+def reopen(job: Job, index: Path | None = None) -> Sources:
+    """Open a job's inputs again; raise InputError if one of them is not what it was when the run began.
+
+    index: where the model's index lies while an in-place run has it set aside; that model's times of change
+    are not compared, as the run itself has changed them.
+    """
+    opened: dict[str, Checkpoint] = {}
+    adapted = is_adapter(job.directories["tuned"])
+    for role, path in job.directories.items():
+        stem = STEM if role.endswith("importance") else "model"
+        if role == "tuned" and adapted:
+            stem = ADAPTER_STEM
+        changing = _is_changed_by(job, role)
+        opened[role] = Checkpoint.open(path, stem, index=index if changing else None, unfinished=changing)
+    sources = Sources(
+        opened["model"],
+        opened["base"],
+        opened["tuned"],
+        opened.get("forget_importance"),
+        opened.get("retain_importance"),
+        [],
+        {},
+        opened["tuned"].path / CONFIG if adapted else None,
+    )
+    for role, files in fingerprints(sources).items():
+        before = job.files.get(role, {})
+        for name, found in files.items():
+            known = before.get(name)
+            if known is not None and _is_changed_by(job, role):
+                known = {**known, "mtime_ns": found["mtime_ns"]}
+            if found != known:
+                raise InputError(
+                    f"{Path(job.directories[role]) / name}: has changed since the run began; put the old file "
+                    "back to finish the run"
+                )
+        if before.keys() != files.keys():
+            raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
+    return replace(sources, plans=[_plan(row, opened, job) for row in job.plans])
+
+
+def _is_changed_by(job: Job, role: str) -> bool:
+    """Whether an input is the model that the run changes; the base can be that too."""
+    return job.in_place and job.directories[role] == job.directories["model"]
+
+
+def _plan(row: dict[str, str | float | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorPlan:
+    places: dict[str, TensorEntry | None] = {}
+    try:
+        for role in _OPERANDS:
+            name = row[role]
+            places[role] = None if name is None else opened[role].tensors[str(name)]
+        theta = opened["model"].tensors[str(row["theta"])]
+        low_rank = None
+        if "scale" in row:
+            a, b = (opened["tuned"].tensors[str(row[factor])] for factor in ("a", "b"))
+            low_rank = LowRank(a, b, float(row["scale"] or 0), bool(row["transposed"]))
+    except KeyError as error:
+        raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
+    return TensorPlan(theta, **places, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]

@@ -1,0 +1,203 @@
+"""Which tensor of the model meets which tensors of the others, settled before a byte is written."""
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from perta_fast.checkpoints.adapters import Adapter, LowRank
+from perta_fast.checkpoints.checkpoint import (
+    OUTPUT_HEADS,
+    Checkpoint,
+    conversion_command,
+    tied_partner,
+)
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.dtypes import COPIED, KERNEL_CODES
+from perta_fast.errors import InputError
+
+_FLOAT32 = "dtype='float32'"  # for a command that converts
+CopyReason = Literal["not floating point", "not covered by the importance", "task vector is zero"]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor of the model: subtracted (``copied`` is None) or copied for a reason.
+
+    The task vector is ``tuned`` less ``base``, or ``low_rank``.
+    """
+
+    theta: TensorEntry
+    base: TensorEntry | None = None
+    tuned: TensorEntry | None = None
+    forget_importance: TensorEntry | None = None
+    retain_importance: TensorEntry | None = None
+    copied: CopyReason | None = None
+    low_rank: LowRank | None = None
+
+
+def plan_tensors(
+    model: Checkpoint,
+    base: Checkpoint,
+    tuned: Checkpoint | Adapter,
+    forget_importance: Checkpoint | None,
+    retain_importance: Checkpoint | None,
+) -> list[TensorPlan]:
+    """Match every tensor of ``model`` with its sources, in the model's order.
+
+    A tied output head may be stored or left out, in each checkpoint separately. Raises InputError, naming
+    checkpoint and tensor, where names or shapes disagree, a type cannot be computed with, or an importance
+    belongs to another model.
+    """
+    whole = tuned if isinstance(tuned, Checkpoint) else None
+    for other in (base, whole):
+        if other is not None:
+            _check_same_names(model, other)
+    if forget_importance is not None and retain_importance is not None:
+        _check_importance_names(model, forget_importance, retain_importance)
+    plans = [
+        _plan_tensor(name, model, base, whole, forget_importance, retain_importance) for name in model.tensors
+    ]
+    return _with_adapter(plans, model, base, tuned) if isinstance(tuned, Adapter) else plans
+
+
+def _with_adapter(
+    plans: list[TensorPlan], model: Checkpoint, base: Checkpoint, adapter: Adapter
+) -> list[TensorPlan]:
+    """Plans with their task vectors: of low rank, or whole where the adapter holds a tensor, zero elsewhere."""
+    adapter.check_untouched(base)
+    shapes = {name: entry.shape for name, entry in model.tensors.items()}
+    low_rank, whole = adapter.meet(shapes, model.path)
+    result = []
+    for plan in plans:
+        name = plan.theta.name
+        if name in low_rank or name in whole:
+            partner = tied_partner(name, model.tensors)
+            if partner is not None and model.equal(name, partner):
+                raise InputError(
+                    f"{adapter.checkpoint.path}: adapts {name}, of which {model.path} has a second copy, "
+                    f"{partner}; merge the adapter and give the merged checkpoint"
+                )
+        if plan.copied is not None:
+            result.append(plan)
+        elif name in low_rank:
+            result.append(replace(plan, base=None, low_rank=low_rank[name]))
+        elif name in whole:
+            _check_agrees(plan.theta, whole[name])
+            result.append(replace(plan, tuned=whole[name]))
+        else:
+            result.append(TensorPlan(plan.theta, copied="task vector is zero"))
+    return result
+
+
+def _plan_tensor(
+    name: str,
+    model: Checkpoint,
+    base: Checkpoint,
+    tuned: Checkpoint | None,
+    forget_importance: Checkpoint | None,
+    retain_importance: Checkpoint | None,
+) -> TensorPlan:
+    theta = model.tensors[name]
+    if theta.dtype in COPIED:
+        for other in (base, tuned):
+            entry = None if other is None else other.tensors.get(name)
+            if entry is not None and entry.dtype not in COPIED:
+                raise InputError(
+                    f"tensor {name} is {theta.dtype} in {theta.path}, {entry.dtype} in {entry.path}; "
+                    "give the checkpoint before it was quantised"
+                )
+        return TensorPlan(theta, copied="not floating point")
+    base_entry, tuned_entry = _resolve(base, name), None if tuned is None else _resolve(tuned, name)
+    forget_entry = retain_entry = None
+    if forget_importance is not None and retain_importance is not None:
+        key = importance_key(name, model, forget_importance.tensors)
+        if key is None:
+            return TensorPlan(theta, copied="not covered by the importance")
+        forget_entry, retain_entry = forget_importance.tensors[key], retain_importance.tensors[key]
+    for entry in (theta, base_entry, tuned_entry):
+        if entry is not None:
+            how = "" if entry.dtype != "F64" else f", with: {conversion_command(entry.path.parent, _FLOAT32)}"
+            _check_agrees(theta, entry, how)
+    for entry in (forget_entry, retain_entry):
+        if entry is not None:
+            _check_agrees(theta, entry)
+    return TensorPlan(theta, base_entry, tuned_entry, forget_entry, retain_entry)
+
+
+def _check_agrees(theta: TensorEntry, entry: TensorEntry, how: str = "") -> None:
+    """Raise InputError unless ``entry`` can meet ``theta``; how: the way to a type with arithmetic."""
+    if entry.shape != theta.shape:
+        raise InputError(
+            f"tensor {theta.name}: shape {list(theta.shape)} in {theta.path}, "
+            f"{list(entry.shape)} in {entry.path}; these are not of one model"
+        )
+    if entry.dtype not in KERNEL_CODES:
+        raise InputError(
+            f"tensor {entry.name} in {entry.path} is {entry.dtype}; "
+            f"save the checkpoint as float32, bfloat16 or float16 first{how}"
+        )
+
+
+def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:
+    """The tensor, or its tied partner where the checkpoint stores only that one."""
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        partner = tied_partner(name, checkpoint.tensors)
+        assert partner is not None, "_check_same_names has let only tied heads through"
+        entry = checkpoint.tensors[partner]
+    return entry
+
+
+def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
+    missing = [
+        name
+        for name in model.tensors
+        if name not in other.tensors
+        and model.tensors[name].dtype not in COPIED
+        and not (name in OUTPUT_HEADS and tied_partner(name, other.tensors))
+    ]
+    if missing:
+        raise InputError(f"{other.path}: lacks {_names(missing)}, which {model.path} has")
+    extra = [
+        name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED
+    ]
+    for name in list(extra):
+        partner = tied_partner(name, other.tensors) if name in OUTPUT_HEADS else None
+        if partner is not None and partner in model.tensors:
+            if not other.equal(name, partner):
+                raise InputError(f"{other.path}: {name} differs from {partner}, but {model.path} ties the two")
+            extra.remove(name)
+    if extra:
+        raise InputError(f"{other.path}: has {_names(extra)}, which {model.path} lacks")
+
+
+def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Checkpoint) -> None:
+    _check_subset(forget.path, forget.tensors, retain.path, retain.tensors)
+    _check_subset(retain.path, retain.tensors, forget.path, forget.tensors)
+    unknown = [name for name in forget.tensors if name not in model.tensors]
+    if unknown:
+        raise InputError(f"{forget.path}: has {_names(unknown)}, which {model.path} lacks")
+
+
+def _check_subset(path: Path, names: Iterable[str], other_path: Path, others: Mapping[str, object]) -> None:
+    missing = [name for name in names if name not in others]
+    if missing:
+        raise InputError(f"{other_path}: lacks {_names(missing)}, which {path} has")
+
+
+def importance_key(name: str, model: Checkpoint, names: Container[str]) -> str | None:
+    """Which of an importance's ``names`` is that of the model's tensor ``name``; None if it is not covered."""
+    if name in names:
+        return name
+    # A tied pair has one importance, under one of its two names; both copies on disk must stay equal.
+    partner = tied_partner(name, model.tensors)
+    if partner is not None and partner in names and model.equal(name, partner):
+        return partner
+    return None
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {shown}{rest}"

@@ -1,0 +1,314 @@
+"""The subtraction on a live module's parameters, chunk by chunk from mapped files."""
+
+import ctypes
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from perta_fast.checkpoints.adapters import Adapter, LowRank, is_adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint, tied_partner
+from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
+from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.sharded import held, is_sharded, reshard_, runs
+from perta_fast.dtypes import KERNEL_CODES
+from perta_fast.errors import InputError
+from perta_fast.importance.store import STEM, Importance
+from perta_fast.models.held_tensors import Held, held_tensors
+from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
+from perta_fast.ops.backends import DTYPE_CODES
+from perta_fast.rules import Rule
+from perta_fast.subtraction.staging import ALIGNMENT, Staging
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+CHUNK = 1 << 22  # elements: at most 64 MiB of the four sources together
+_STORED_TYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+def apply_to_module_(
+    module: nn.Module,
+    base: str | Path,
+    tuned: str | Path,
+    forget_importance: str | Path | Importance | None = None,
+    retain_importance: str | Path | Importance | None = None,
+    *,
+    rule: str = "fisher",
+    lam: float = 1.0,
+    p: float | None = None,
+    alpha: float = 1.0,
+    threshold: float | None = None,
+    backend: str = "auto",
+    group: "ProcessGroup | None" = None,
+) -> int:
+    """Subtract the rescaled task vector from a live module's parameters in place.
+
+    module: its parameters are theta_full; as transformers saves it (the experts of a layer apart), names and
+    shapes are those in the checkpoints ``base`` and ``tuned``; ``tuned`` may be a LoRA adapter.
+    forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
+    Parameters that the importance does not cover stay as they are; tied ones are changed once. Of a module that
+    FSDP2 or tensor parallelism has sharded, each process reads and changes what it holds; group: all of these
+    processes, so that what is wrong for one is known to all before anything is changed.
+
+    Returns the number of parameters (tensors) that were subtracted from. Raises InputError, before anything is
+    changed, naming the tensor that is missing, has another shape, a type without arithmetic, or values that are
+    not finite. Everything is read twice, chunk by chunk. Memory: none beside mapped pages on the CPU; on any
+    other device 128 MiB, and as much pinned on the host.
+    """
+    ranks = Ranks.of(group)
+    with ranks.together("the checks"):
+        chosen = Rule.of(rule, lam, p, alpha, threshold)
+        refuse_quantised_module(module)
+        adapter = Adapter.open(tuned) if is_adapter(tuned) else None
+        checkpoints = [open_plain(tuned) if adapter is None else adapter.checkpoint, open_plain(base)]
+        importances = _importances(chosen, forget_importance, retain_importance)
+        stored = [_stored(importance) for importance in importances]
+        if is_sharded(module) and (group is None or adapter is not None):
+            raise InputError(
+                "the module is sharded; pass group, all processes that hold it, and for tuned a checkpoint: "
+                "an adapter is merged first"
+            )
+        reshard_(module)
+        _check_parameters(module)
+        everything = held_tensors(module)
+        parameters = _covered(everything, importances)
+        low_rank: dict[str, LowRank] = {}
+        whole: dict[str, TensorEntry] = {}
+        if adapter is not None:
+            adapter.check_untouched(checkpoints[1])
+            low_rank, whole = adapter.meet(
+                {name: each.shape for name, each in everything.items()}, "the module"
+            )
+            parameters = {name: each for name, each in parameters.items() if name in low_rank or name in whole}
+        sources: dict[str, list[_Source]] = {}
+        for name, parameter in parameters.items():
+            if parameter.dtype not in DTYPE_CODES:
+                raise InputError(
+                    f"parameter {name} is {parameter.dtype}; it must be float32, bfloat16 or float16"
+                )
+            sources[name] = []
+            if name not in low_rank:
+                own = whole[name].name if name in whole else stored_name(checkpoints[0], name)
+                names = (own, stored_name(checkpoints[1], name))
+                sources[name] += [
+                    _Source.of_checkpoint(each, stored_as, str(each.path))
+                    for each, stored_as in zip(checkpoints, names, strict=True)
+                ]
+            sources[name] += [
+                _Source.of_importance(each, files, name)
+                for each, files in zip(importances, stored, strict=True)
+            ]
+            for source in sources[name]:
+                _check_source(name, parameter, source)
+    stagings = {device: _staging(device) for device in {each.device for each in parameters.values()}}
+    how: dict[str, Any] = {
+        "lam": chosen.lam,
+        "p": chosen.p,
+        "alpha": chosen.alpha,
+        "threshold": chosen.threshold,
+    }
+    for name, parameter in parameters.items():
+        if name in low_rank:
+            ((_, theta),) = parameter.pieces
+            matrix = theta.view(parameter.shape)
+            _subtract_low_rank_(matrix, low_rank[name], sources[name], stagings, how, backend)
+            continue
+        for first, theta in parameter.pieces:
+            for part in _parts(theta.numel()):
+                place = slice(first + part.start, first + part.stop)
+                with _on_device([each.chunk(place) for each in sources[name]], theta, stagings) as arrays:
+                    rescaled_subtract_(theta[part], *arrays, **how, backend=backend)
+                for source in sources[name]:
+                    source.release(place)
+    return len(parameters)
+
+
+def _subtract_low_rank_(
+    theta: Tensor,
+    update: LowRank,
+    importances: "list[_Source]",
+    stagings: Mapping[torch.device, Staging | None],
+    how: Mapping[str, Any],
+    backend: str,
+) -> None:
+    """Some rows of a matrix at a time, with the rows of the left factor that make their task vector."""
+    rows, columns = theta.shape
+    left, right = map(torch.from_numpy, update.factors())
+    right = right.to(theta.device)
+    step = max(1, CHUNK // max(columns, right.shape[0], 1))
+    for first in range(0, rows, step):
+        end = min(first + step, rows)
+        part = slice(first * columns, end * columns)
+        chunk = [left[first:end].reshape(-1), *(each.values[part] for each in importances)]
+        with _on_device(chunk, theta, stagings) as (factor, *arrays):
+            low_rank_subtract_(
+                theta[first:end],
+                factor.view(end - first, len(right)),
+                right,
+                *(each.view(end - first, columns) for each in arrays),
+                scale=update.scale,
+                **how,
+                backend=backend,
+            )
+        for source in importances:
+            source.release(part)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The values of one tensor, one after another: in memory, or a view of a mapped file.
+
+    firsts: where in the tensor the runs of ``values`` begin, all of one length, if it is sharded.
+    """
+
+    values: Tensor
+    shape: tuple[int, ...]
+    where: str
+    file: SafetensorsFile | None = None
+    begin: int = 0  # offset of the first byte in the file
+    firsts: Sequence[int] = (0,)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str) -> "_Source":
+        """A tensor that is not read before its values are. Raises InputError if its type has no arithmetic."""
+        entry = checkpoint.tensors[name]
+        if entry.dtype not in KERNEL_CODES:
+            raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
+        file = checkpoint.file_of(entry)
+        # By address, as torch warns of memory that is read-only; nothing here writes to it.
+        memory = (ctypes.c_ubyte * entry.size).from_address(file.address + entry.begin)
+        dtype = _STORED_TYPES[KERNEL_CODES[entry.dtype]]
+        values = torch.frombuffer(memory, dtype=dtype) if entry.size else torch.empty(0, dtype=dtype)
+        return cls(values, entry.shape, where, file, entry.begin)
+
+    @classmethod
+    def of_importance(cls, importance: Importance, stored: Checkpoint | None, name: str) -> "_Source":
+        """A tensor of an importance, from its files if it is ``stored``."""
+        if stored is not None:
+            return cls.of_checkpoint(stored, name, "the importance")
+        tensor = importance.tensors[name].detach()
+        firsts = [first for first, _ in runs(tensor)]
+        return cls(held(tensor).reshape(-1), tuple(tensor.shape), "the importance", firsts=firsts)
+
+    def chunk(self, place: slice) -> Tensor:
+        """The values [start, stop) of the whole tensor. Raises InputError if they are not held here."""
+        if len(self.values) == math.prod(self.shape):
+            return self.values[place]
+        length = len(self.values) // max(1, len(self.firsts))
+        number = bisect_right(self.firsts, place.start) - 1
+        if number < 0 or place.stop > self.firsts[number] + length:
+            raise InputError(f"{self.where} is sharded otherwise than the module; save it, give its directory")
+        shift = number * length - self.firsts[number]
+        return self.values[place.start + shift : place.stop + shift]
+
+    def release(self, part: slice) -> None:
+        """Give back the pages of a part that has been read."""
+        if self.file is not None:
+            width = self.values.element_size()
+            self.file.release(self.begin + part.start * width, self.begin + part.stop * width)
+
+
+def _stored(importance: Importance) -> Checkpoint | None:
+    """The files of an importance whose tensors are not in memory."""
+    if isinstance(importance.tensors, dict) or importance.directory is None:
+        return None
+    return Checkpoint.open(importance.directory, STEM)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for begin in range(0, count, CHUNK):
+        yield slice(begin, min(begin + CHUNK, count))
+
+
+def _staging(device: torch.device) -> Staging | None:
+    """The way to ``device``; the CPU reads mapped files as they lie."""
+    return None if device.type == "cpu" else Staging(device, 4 * (4 * CHUNK + ALIGNMENT))
+
+
+def _on_device(
+    chunk: list[Tensor], theta: Tensor, stagings: Mapping[torch.device, Staging | None]
+) -> AbstractContextManager[list[Tensor]]:
+    staging = stagings[theta.device]
+    if staging is None:
+        return nullcontext([each.to(theta.device) for each in chunk])
+    return staging.on_device(chunk)
+
+
+def _covered(parameters: dict[str, Held], importances: list[Importance]) -> dict[str, Held]:
+    """The parameters to subtract from; each importance must cover the same ones, and nothing else."""
+    for importance in importances:
+        unknown = importance.tensors.keys() - parameters.keys()
+        if unknown:
+            raise InputError(f"the importance has tensor {min(unknown)}, which the module lacks")
+        uneven = importance.tensors.keys() ^ importances[0].tensors.keys()
+        if uneven:
+            raise InputError(f"tensor {min(uneven)} is in one importance and not in the other")
+    if importances:
+        parameters = {name: each for name, each in parameters.items() if name in importances[0].tensors}
+    return parameters
+
+
+def _importances(
+    rule: Rule,
+    forget: str | Path | Importance | None,
+    retain: str | Path | Importance | None,
+) -> list[Importance]:
+    if rule.estimator is None:
+        if forget is not None or retain is not None:
+            raise InputError("rule tv takes no importance; leave it out or choose another rule")
+        return []
+    loaded = []
+    for role, given in (("forget_importance", forget), ("retain_importance", retain)):
+        if given is None:
+            raise InputError(f"rule {rule.name} needs {role}; see estimate_importance")
+        importance = given if isinstance(given, Importance) else Importance.load(given)
+        if importance.metadata.estimator != rule.estimator:
+            raise InputError(
+                f"{role} holds estimator {importance.metadata.estimator}, rule {rule.name} needs "
+                f"{rule.estimator}"
+            )
+        loaded.append(importance)
+    return loaded
+
+
+def stored_name(source: Checkpoint, name: str) -> str:
+    """The tensor of ``source`` that holds parameter ``name``, by its stored name, or that which it is tied to.
+
+    Raises InputError if there is none.
+    """
+    if name in source.tensors:
+        return name
+    partner = tied_partner(name, source.tensors)
+    if partner is None:
+        raise InputError(f"{source.path}: lacks tensor {name}, which the module has")
+    return partner
+
+
+def _check_parameters(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
+        if parameter.is_floating_point() and not held(parameter).is_contiguous():
+            raise InputError(f"parameter {name} is not contiguous; replace it by a contiguous copy")
+
+
+def _check_source(name: str, parameter: Held, source: _Source) -> None:
+    if parameter.shape != source.shape:
+        found = f"{list(source.shape)} in {source.where}"
+        raise InputError(f"tensor {name}: shape {list(parameter.shape)} in the module, {found}")
+    if source.values.dtype not in DTYPE_CODES:
+        raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it has no arithmetic")
+    for first, theta in parameter.pieces:
+        for part in _parts(theta.numel()):
+            place = slice(first + part.start, first + part.stop)
+            if not bool(torch.isfinite(source.chunk(place)).all()):
+                raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")
+            source.release(place)

@@ -1,0 +1,143 @@
+"""What both kinds of run, into a new directory and in place, put in the report."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from perta_fast import compiled
+from perta_fast.distributed.dealing import deal
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.files.hashing import hash_files
+from perta_fast.progress import byte_bar
+from perta_fast.records.report import (
+    DirectoryRecord,
+    Report,
+    TensorReport,
+    describe_files,
+    installed_versions,
+    now,
+)
+from perta_fast.rules import Rule
+from perta_fast.subtraction.compute import Statistics
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.job import Job
+from perta_fast.subtraction.matching import TensorPlan
+
+
+def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
+    """The report of a run that is about to start."""
+    report = Report(
+        rule=rule.name,
+        lam=rule.lam,
+        p=rule.p,
+        alpha=rule.alpha,
+        threshold=rule.threshold,
+        inputs={},
+        importance=sources.metadata,
+        threads=threads,
+        instruction_set=compiled.kernels().build_info()["instruction_set"],
+        versions=installed_versions(),
+        started=now(),
+    )
+    for each in _metadata_warnings(sources.metadata):
+        report.warn(each)
+    return report
+
+
+def add_up(totals: dict[int, Statistics], index: int, statistics: Statistics) -> None:
+    """Add a chunk's statistics to its tensor's."""
+    sums = totals.setdefault(index, {})
+    for key, value in statistics.items():
+        sums[key] = sums.get(key, 0) + value
+
+
+def added_up(parts: Iterable[Mapping[int, Statistics]]) -> dict[int, Statistics]:
+    """The sum of each tensor's statistics over ``parts``."""
+    totals: dict[int, Statistics] = {}
+    for part in parts:
+        for index, statistics in part.items():
+            add_up(totals, index, statistics)
+    return totals
+
+
+def describe_tensors(report: Report, plans: Sequence[TensorPlan], totals: dict[int, Statistics]) -> None:
+    """Fill in what became of each tensor."""
+    report.tensors = [_tensor_report(plan, totals.get(index, {})) for index, plan in enumerate(plans)]
+    for row in report.tensors:
+        report.counts[row.action] = report.counts.get(row.action, 0) + 1
+
+
+def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
+    """Hash every input, the files dealt over ``ranks``."""
+    by_role = {role: list(checkpoint.files()) for role, checkpoint in sources.named().items()}
+    config = sources.model.path / "config.json"
+    if config.exists():
+        by_role["model"].append(config)
+    if sources.adapter_config is not None:
+        by_role["tuned"].append(sources.adapter_config)
+    if not sources.base_is_read and report.settings.get("at") != "base":  # neither here nor for an importance
+        by_role["base"] = []
+    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", job, ranks)
+    report.inputs = {
+        role: describe_files({path: hashes[path] for path in paths}, sources.named()[role].path)
+        for role, paths in by_role.items()
+    }
+    for role in ("forget_importance", "retain_importance"):
+        if job.temporary and role in report.inputs:
+            report.inputs[role]["kept"] = False
+
+
+def describe_output(
+    report: Report, shards: list[Path], final: Path, job: Job, ranks: Ranks = Ranks.ALONE
+) -> None:
+    """Hash the shards of the output, which will be or is at ``final``, dealt over ``ranks``."""
+    found = describe_files(_hash(report, shards, "hash output", job, ranks), shards[0].parent)
+    report.output = DirectoryRecord(path=str(final), files=found["files"])
+
+
+def _hash(report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks) -> dict[Path, str]:
+    started = time.perf_counter()
+    with ranks.together(phase):
+        sizes = {path: path.stat().st_size for path in dict.fromkeys(paths)}
+        files = list(sizes)
+        own = [files[k] for k in deal(list(sizes.values()), ranks.world)[ranks.rank]]
+        with byte_bar(sum(sizes[path] for path in own), phase, job.progress) as bar:
+            hashes = hash_files(own, report.threads, bar.update, job.drop_cache)
+    found = {path: digest for part in ranks.gather(hashes) for path, digest in part.items()}
+    report.add_phase(phase, time.perf_counter() - started, sum(sizes.values()))
+    return {path: found[path] for path in files}
+
+
+def _tensor_report(plan: TensorPlan, sums: Statistics) -> TensorReport:
+    row = TensorReport(plan.theta.name, plan.theta.dtype, list(plan.theta.shape), "subtracted")
+    if plan.copied is not None:
+        row.action = f"copied: {plan.copied}"
+    elif not sums.get("nonzero_task"):
+        row.action = "copied: task vector is zero"
+    if sums and plan.theta.count:
+        row.mean_weight = sums["sum_weight"] / plan.theta.count
+        row.changed = int(sums["changed"])
+        norm, change = sums["sum_squared_theta"] ** 0.5, sums["sum_squared_change"] ** 0.5
+        if np.isfinite(norm) and np.isfinite(change):
+            row.relative_change = change / norm if norm else (0.0 if change == 0 else None)
+    return row
+
+
+def _metadata_warnings(metadata: dict[str, dict[str, str]]) -> list[str]:
+    if len(metadata) < 2:
+        return []
+    forget, retain = metadata["forget_importance"], metadata["retain_importance"]
+    warnings = []
+    if forget["data_hash"] == retain["data_hash"]:
+        warnings.append("forget and retain importance were estimated on the same data")
+    if forget["evaluated_at"] != retain["evaluated_at"]:
+        warnings.append(
+            f"forget importance was evaluated at {forget['evaluated_at']}, "
+            f"retain importance at {retain['evaluated_at']}"
+        )
+    slow = forget.get("one_by_one") or retain.get("one_by_one")
+    if slow:
+        warnings.append(f"no batched rule fits these parameters, which took a pass for each sample: {slow}")
+    return warnings

@@ -1,0 +1,337 @@
+"""A run into a new directory, taken up again shard by shard after whatever stopped it."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from perta_fast.checkpoints.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
+from perta_fast.distributed.ranks import Ranks, is_shared
+from perta_fast.distributed.shared_directory import check_shared
+from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
+from perta_fast.files.durable import (
+    copy_range,
+    drop_pages,
+    remove,
+    sync_directory,
+    sync_file,
+    write_fully,
+)
+from perta_fast.files.new_directory import OutputDirectory, check_space, partial_path, scratch_path
+from perta_fast.memory import PeakMemory
+from perta_fast.progress import Progress, byte_bar
+from perta_fast.records.model_card import write_model_card
+from perta_fast.records.report import Report, now
+from perta_fast.subtraction.compute import Chunk, Statistics
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.job import Job, reopen
+from perta_fast.subtraction.parts import (
+    Part,
+    PartChunk,
+    Shard,
+    Totals,
+    begun_shards,
+    deal_in_order,
+    left_of,
+    shards_of,
+)
+from perta_fast.subtraction.report_entries import (
+    add_up,
+    added_up,
+    describe_inputs,
+    describe_output,
+    describe_tensors,
+)
+
+STATE = ".perta-run"  # below the directory that is being built
+WALK = "walk.json"  # in the state of a streamed run: how far it has come
+_FREE_MARGIN = 64 << 20  # bytes of disk left for small files
+_FICLONE = 0x40049409  # Linux: share the data of another file
+
+# Writes the shards of a run's directory and says what became of each tensor; returns the sources to describe.
+Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
+
+
+def has_begun(final: Path) -> bool:
+    """Whether an unfinished run to ``final`` has work in it that can be taken up again."""
+    state = partial_path(final) / STATE
+    return (state / JOB).exists() and ((state / WALK).exists() or bool(begun_shards(state)))
+
+
+def begun_job(final: Path) -> Job:
+    """The unfinished run to ``final``."""
+    return Job.load(partial_path(final) / STATE / JOB)
+
+
+def write_directory(job: Job, sources: Sources, fill: Fill, ranks: Ranks = Ranks.ALONE) -> Report:
+    """Do the whole run. Raises as ``apply``; Interrupted if stopped with a part done."""
+    final = Path(job.final)
+    with ranks.together("the output directory"):
+        if ranks.first:
+            check_space(final, sources.model.size + _FREE_MARGIN)
+        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
+    return _run(job, sources, target, fill, ranks)
+
+
+def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Report:
+    """Finish a run to ``final``. Raises InputError if an input is not what it was."""
+    with ranks.together("the unfinished run"):
+        job = begun_job(final)
+        job.progress = ranks.first and progress
+        sources = reopen(job)
+        fill: Fill = partial(write_shards, ranks=ranks)
+        if job.stream:
+            from perta_fast.streaming.streamed_run import StreamedRun
+
+            fill = StreamedRun.reopened(job, ranks).fill
+        target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
+    job.take_up_again()
+    return _run(job, sources, target, fill, ranks)
+
+
+def _run(job: Job, sources: Sources, target: OutputDirectory, fill: Fill, ranks: Ranks) -> Report:
+    """The first rank makes the directory and commits it; what is between, all do."""
+    report = job.begun_report()
+    final = target.final
+    try:
+        with PeakMemory() as memory, ExitStack() as opened:
+            with ranks.together("the output directory"):
+                if ranks.first:
+                    opened.enter_context(target)
+                    opened.push(partial(_keep_what_is_done, target))
+                    state = target.path / STATE
+                    state.mkdir(exist_ok=True)
+                    job.save(state / JOB)
+                    _keep_only_shards(target.path, sources)
+                    copy_companions(sources.model, target.path)
+            check_shared(target.path, ranks)
+            describe_inputs(report, fill(job, sources, target, report), job, ranks)
+            outputs = [target.path / name for name in sources.model.shards]
+            describe_output(report, outputs, final, job, ranks)
+            with ranks.together("the report"):
+                if ranks.first:
+                    write_model_card(target.path, report)
+                    report.memory |= memory.as_dict()
+                    report.finished = now()
+                    report.save(target.path)
+                    target.commit()
+    except KeyboardInterrupt:
+        if has_begun(final):
+            raise Interrupted(
+                f"interrupted; the inputs are untouched. Finish the run with: {job.resume_command}"
+            ) from None
+        raise
+    except RankLost as error:
+        rest = (
+            f"Finish the run with: {job.resume_command}" if has_begun(final) else "Run the same command again"
+        )
+        raise RankLost(f"{error}. The inputs are untouched. {rest}") from error
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) and has_begun(final):
+            raise RunError(
+                "out of memory; the inputs are untouched. Finish the run where more is free with: "
+                f"{job.resume_command}, or start over with --overwrite and a smaller --batch-size"
+            ) from error
+        if ranks.first and is_shared(error) and not isinstance(error, NotFiniteError) and has_begun(final):
+            rest = f"The inputs are untouched. Finish the run with: {job.resume_command}"
+            raise RunError(f"{error}. {rest}") from error
+        raise
+    if ranks.first:
+        clear_up(final, job)
+    return report
+
+
+def _keep_what_is_done(target: OutputDirectory, *_: object) -> None:
+    """Whichever rank noted it, and however the run ends."""
+    target.keep = target.keep or has_begun(target.final)
+
+
+def _keep_only_shards(directory: Path, sources: Sources) -> None:
+    """Remove what an earlier attempt left, but for its state and the shards that it has done or begun."""
+    state = directory / STATE
+    done = begun_shards(state)
+    if (state / WALK).exists():
+        done.update(sources.model.shards)
+    for path in directory.iterdir():
+        if path.name != STATE and path.name not in done:
+            remove(path)
+
+
+def clear_up(final: Path, job: Job) -> None:
+    """Remove what a finished run needs no more."""
+    if job.temporary:
+        remove(scratch_path(final))
+    remove(final / STATE)
+
+
+def copy_companions(source: Checkpoint, target: Path) -> None:
+    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use."""
+    for path in sorted(source.path.iterdir()):
+        weights = path.name.removesuffix(".index.json").endswith((".safetensors", *PICKLED, *OTHER_WEIGHTS))
+        if path.is_file() and (path == source.index or not weights):
+            shutil.copyfile(path, target / path.name)
+
+
+class _Writer:
+    """Takes chunks from many threads; a thread of its own flushes each part that is complete and notes it."""
+
+    def __init__(self, directory: Path, parts: list[Part], drop_cache: bool) -> None:
+        self._directory, self._drop_cache = directory, drop_cache
+        self._waiting = {part: part.end - part.begin for part in parts}
+        self._open: dict[Part, int] = {}
+        self.totals: dict[Part, Totals] = {part: {} for part in parts}
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1)
+        self._finished: list[Future[None]] = []
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def store(self, chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
+        """Write the bytes of a ``PartChunk``."""
+        assert isinstance(chunk, PartChunk)
+        part = chunk.part
+        theta = part.shard.plans[chunk.index].theta
+        with self._lock:
+            descriptor = self._descriptor(part)
+        write_fully(descriptor, data, theta.begin + chunk.begin * ITEM_SIZES[theta.dtype])
+        with self._lock:
+            add_up(self.totals[part], chunk.index, statistics)
+            self._waiting[part] -= 1
+            if self._waiting[part] == 0:
+                self.finish(part)
+
+    def finish(self, part: Part) -> None:
+        """Have a part flushed and noted, whose last byte is written."""
+        self._finished.append(self._thread.submit(self._flush, part))
+
+    def wait(self) -> None:
+        """Until all are noted; raises what went wrong."""
+        for each in self._finished:
+            each.result()
+
+    def _descriptor(self, part: Part) -> int:
+        """The open file; begun over what an earlier attempt may have left, if it is this part's alone."""
+        if part not in self._open:
+            if part.whole and not part.shard.unchanged:
+                part.shard.begin_file()
+            self._open[part] = os.open(part.shard.path, os.O_RDONLY if part.shard.unchanged else os.O_WRONLY)
+        return self._open[part]
+
+    def _flush(self, part: Part) -> None:
+        with self._lock:
+            descriptor = self._descriptor(part)
+        os.fsync(descriptor)
+        if self._drop_cache:
+            drop_pages(descriptor)
+        with self._lock:
+            os.close(self._open.pop(part))
+        sync_directory(self._directory)
+        part.note(self.totals[part])
+
+
+def write_shards(
+    job: Job, sources: Sources, target: OutputDirectory, report: Report, *, ranks: Ranks
+) -> Sources:
+    """Subtract part by part, from importances on disk, if any; return ``sources``.
+
+    Each rank writes, flushes and notes its own parts. Only the ends of what a rank is dealt lie in files that
+    others write to as well; the first rank makes these before anyone writes.
+    """
+    shards = shards_of(sources, target.path, target.path / STATE, job.chunk)
+    with ranks.together("the notes of what is done"):
+        done = [shard.done() if ranks.first else {} for shard in shards]
+    done = ranks.share(done)
+    rest = [part for shard, known in zip(shards, done, strict=True) for part in left_of(shard, list(known))]
+    dealt = deal_in_order(rest, ranks.world)
+    with ranks.together("the output files"):
+        if ranks.first:
+            divided = {part.shard.path: part.shard for parts in dealt for part in parts if not part.whole}
+            for shard, known in zip(shards, done, strict=True):
+                if shard.path in divided and not known:
+                    shard.begin_file()
+                    sync_file(shard.path)
+    started = time.perf_counter()
+    finished = sum(shard.cost(*place) for shard, known in zip(shards, done, strict=True) for place in known)
+    with ranks.together("the subtraction"):
+        own = _write_parts(job, sources, target.path, dealt[ranks.rank], finished)
+    every = [sums for known in done for sums in known.values()] + ranks.gather(own)
+    report.add_phase("apply", time.perf_counter() - started, sum(part.cost for part in rest))
+    describe_tensors(report, sources.plans, added_up(every))
+    return sources
+
+
+def _write_parts(job: Job, sources: Sources, directory: Path, parts: list[Part], finished: int) -> Totals:
+    """Write ``parts``, after ``finished`` bytes of others; return what their chunks add up to."""
+    copied = [part for part in parts if part.shard.unchanged]
+    with (
+        byte_bar(finished + sum(part.cost for part in parts), "apply", job.progress, finished) as bar,
+        _Writer(directory, parts, job.drop_cache) as writer,
+    ):
+        for part in copied:
+            _copy_shard(part.shard, job.link_unchanged)
+            writer.finish(part)
+            bar.update(part.cost)
+        changing = [part for part in parts if part not in copied]
+        for part in changing:
+            if part.begin == part.end:  # nothing but empty tensors
+                writer.finish(part)
+        chunks = (chunk for part in changing for chunk in part.chunks())
+        job.subtraction(sources).run(chunks, writer.store, bar.update)
+        writer.wait()
+    return added_up(writer.totals.values())
+
+
+def _copy_shard(shard: Shard, link: bool) -> None:
+    """Copy a whole file; ``link``: share its data, or be the same file, where the file system can."""
+    remove(shard.path)
+    source = os.open(shard.source.path, os.O_RDONLY)
+    try:
+        target = os.open(shard.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            if link and _share(source, target):
+                return
+            if not link:
+                copy_range(source, target, shard.source.size, 0, 0)
+                return
+        finally:
+            os.close(target)
+        shard.path.unlink()
+        try:
+            os.link(os.path.realpath(shard.source.path), shard.path)
+        except OSError:  # another file system, or one without links
+            _copy_shard(shard, link=False)
+    finally:
+        os.close(source)
+
+
+def _share(source: int, target: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.ioctl(target, _FICLONE, source)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def finish_leftover(final: Path) -> Report:
+    """A run that was stopped after its last rename: only its own files are still to go."""
+    try:
+        job = Job.load(final / STATE / JOB)
+    except InputError:
+        remove(final / STATE)
+    else:
+        clear_up(final, job)
+    return Report.load(final)

@@ -1,0 +1,293 @@
+"""What a sweep has measured: forgetting against retaining by setting, as a table, a file and a plot."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perta_fast.errors import InputError
+from perta_fast.files.regular_files import read_json
+from perta_fast.importance.store import ImportanceMetadata
+from perta_fast.records.report import DataRecord, fits, write_readable_json
+from perta_fast.sweeping.criteria import LOSS
+
+LARGEST = 1024.0  # the search for a strength goes no further up,
+SMALLEST = 1 / 1024  # and no further down
+FILE_NAME = "sweep.json"
+PLOT_NAME = "sweep.png"
+FORMAT_VERSION = 2
+_NOT_READ = ("best", "importance")  # in the file for other readers
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, measured.
+
+    rule: empty for the model as it is, at lam 0, and for a gold model. forget_loss, retain_loss: mean
+    over the samples of each one's mean token cross-entropy, in nats; not finite where the strength has broken
+    the model. forget, retain: the sweep's metric, of both sets. changed: share of the parameters' elements, in
+    [0, 1], whose stored value differs from theta_full's. seconds: what subtraction, scoring and restoring took.
+    skipped: not measured, as a smaller strength had broken the limit; nothing is known of the numbers then.
+    """
+
+    rule: str
+    p: float
+    alpha: float
+    lam: float
+    forget_loss: float
+    retain_loss: float
+    forget: float
+    retain: float
+    changed: float
+    seconds: float
+    skipped: bool = False
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether losses and metrics are numbers that can be compared."""
+        return all(map(math.isfinite, (self.forget_loss, self.retain_loss, self.forget, self.retain)))
+
+    def keeps(self, limit: float | None, floor: float | None) -> bool:
+        """Whether the retain loss is at most ``limit`` and the retain metric at least ``floor``, where given.
+
+        Never where a number is not finite.
+        """
+        return self.excess(limit, floor) <= 0
+
+    def excess(self, limit: float | None, floor: float | None) -> float:
+        """How far it is beyond ``limit`` or ``floor``: at most 0 within, infinite if a number is not finite."""
+        if not self.is_finite:
+            return math.inf
+        above = -math.inf if limit is None else self.retain_loss - limit
+        return max(above, -math.inf if floor is None else floor - self.retain)
+
+
+@dataclass
+class Sweep:
+    """The record of one sweep. Paths are absolute; hashes are BLAKE3.
+
+    rows: the model as it is, then each rule with its p and alpha, by strength. metric: what ``forget`` and
+    ``retain`` of a row are. limit: the largest retain loss that was allowed; floor: the smallest retain metric;
+    None where there was no such bound. select: how ``best`` is chosen. gold: the gold model, on the same data.
+    importance: by estimator, of ``forget`` and ``retain``.
+    """
+
+    rows: list[Row]
+    metric: str
+    limit: float | None
+    floor: float | None
+    select: str | None
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    data: dict[str, DataRecord]
+    gold: Row | None = None
+    importance: dict[str, dict[str, ImportanceMetadata]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    started: str = ""
+    finished: str = ""
+
+    @property
+    def original(self) -> Row:
+        """The model as it is."""
+        return next(row for row in self.rows if not row.rule)
+
+    def curves(self) -> dict[str, list[Row]]:
+        """The rows of each rule with its p and alpha, by a name that says what sets it apart."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.rule:
+                found.setdefault(self.label(row), []).append(row)
+        return found
+
+    def label(self, row: Row) -> str:
+        """The name of a row's curve."""
+        if not row.rule:
+            return "original"
+        alike = [each for each in self.rows if each.rule == row.rule]
+        several = {name: len({getattr(each, name) for each in alike}) > 1 for name in ("p", "alpha")}
+        p = f", p {row.p:g}" if several["p"] else ""
+        return row.rule + p + (f", α {row.alpha:g}" if several["alpha"] else "")
+
+    @property
+    def best(self) -> Row | None:
+        """What ``select`` chooses of the rows that keep the bound, the model as it is among them.
+
+        "best-forget": the one that has forgotten most. "largest": the same, but of each curve its largest
+        strength alone. "closest": the one with the smallest ``distance``. None without ``select``.
+        """
+        if self.select is None:
+            return None
+        kept = [row for row in self.rows if row.keeps(self.limit, self.floor)]
+        if self.select == "closest":
+            return min(kept, key=self.distance)
+        if self.select == "largest":
+            kept = [self._largest(rows) for rows in self.curves().values()]
+        return max(kept, key=lambda row: row.forget if self.metric == LOSS else -row.forget)
+
+    def distance(self, row: Row) -> float:
+        """Euclidean distance between the forget and retain metrics of ``row`` and those of the gold model."""
+        assert self.gold is not None
+        return math.hypot(row.forget - self.gold.forget, row.retain - self.gold.retain)
+
+    def _largest(self, curve: list[Row]) -> Row:
+        """The largest measured strength that keeps the bound."""
+        kept = (row for row in [self.original, *curve] if row.keeps(self.limit, self.floor))
+        return max(kept, key=lambda row: row.lam)
+
+    def summary(self) -> str:
+        """A line a setting, what the search or the choice came to, and notes."""
+        names = ["forget loss", "retain loss"]
+        if self.metric != LOSS:
+            names += [f"forget {self.metric}", f"retain {self.metric}"]
+        labels = [self.label(row) for row in self.rows]
+        width = max(map(len, labels))
+        heads = "".join(f"{name:>{_width(name)}}" for name in names)
+        lines = [f"{'rule':{width}}{'lambda':>12}{heads}{'changed':>10}{'seconds':>9}"]
+        for label, row in zip(labels, self.rows, strict=True):
+            measured = f"{_numbers(row, names)}{100 * row.changed:8.1f} %{row.seconds:9.1f}"
+            lines.append(f"{label:{width}}{row.lam:12g}{'  skipped' if row.skipped else measured}")
+        if self.gold is not None:
+            lines.append(f"{'gold':{width}}{'':12}{_numbers(self.gold, names)}")
+        return "\n".join([*lines, *self._outcome(), *self.notes])
+
+    def _outcome(self) -> list[str]:
+        """What a search came to on each curve, and what was chosen of several settings."""
+        lines, curves, best = [], self.curves(), self.best
+        if self.select == "largest":
+            for name, rows in curves.items():
+                lines.append(f"{name}: {self._outcome_of(rows)}" if len(curves) > 1 else self._outcome_of(rows))
+        if best is not None and (self.select != "largest" or len(curves) > 1):
+            criterion = "best-forget" if self.select == "largest" else self.select
+            what = f"{self.label(best)}, lambda {best.lam!r}" if best.rule else "the model as it is"
+            lines.append(f"Chosen by {criterion}: {what}, forget {best.forget:.6g}, retain {best.retain:.6g}.")
+        return lines
+
+    def _outcome_of(self, curve: list[Row]) -> str:
+        """What a search on one curve came to."""
+        best = self._largest(curve)
+        if self.limit is not None:
+            within, value = f"keeps the retain loss within {self.limit:.6g}", "retain_loss"
+        else:
+            within, value = f"keeps the retain {self.metric} at {self.floor:.6g} or more", "retain"
+        if best.lam == LARGEST:
+            return f"Even lambda {LARGEST:g} {within}, and no larger one is tried."
+        broken = min((row for row in curve if row.lam > best.lam), key=lambda row: row.lam, default=None)
+        if broken is None:
+            return f"Lambda {best.lam!r} {within}, and no larger one was tried."
+        if best.lam == 0:
+            return f"No lambda that was tried {within}, down to {broken.lam!r}; none smaller is tried."
+        return (
+            f"Lambda {best.lam!r} {within}, at {getattr(best, value):.6g}; the next larger that was tried, "
+            f"{broken.lam!r}, does not, at {getattr(broken, value):.6g}."
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write ``sweep.json`` into ``directory``, and ``sweep.png`` where matplotlib is there to draw it."""
+        if not _draw(self, directory / PLOT_NAME):
+            self.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
+        best = self.best
+        content = asdict(self) | {
+            "format_version": FORMAT_VERSION,
+            "best": None if best is None else _as_json(best),
+            "rows": [_as_json(row) for row in self.rows],
+            "gold": None if self.gold is None else _as_json(self.gold),
+        }
+        write_readable_json(directory / FILE_NAME, content)
+
+    @classmethod
+    def read(cls, path: Path) -> "Sweep":
+        """Read ``sweep.json``, but for what it says of importances. Raises InputError if it cannot be read."""
+        content = read_json(path, "give a directory that perta sweep wrote")
+        unknown = InputError(f"{path}: is not a sweep that this version understands")
+        if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
+            raise unknown
+        content = {key: value for key, value in content.items() if key not in _NOT_READ}
+        gold, rows = _with_nan(content.get("gold")), content.get("rows")
+        if not isinstance(rows, list):
+            raise unknown
+        rows = [_with_nan(row) for row in rows]
+        if not fits(content | {"rows": rows, "gold": gold}, cls) or all(row["rule"] for row in rows):
+            raise unknown
+        content |= {"rows": [Row(**row) for row in rows], "gold": None if gold is None else Row(**gold)}
+        found = cls(**content)
+        if not found._can_choose():
+            raise unknown
+        return found
+
+    def _can_choose(self) -> bool:
+        """Whether ``select`` can be followed: what it needs is there, and the model itself keeps the bound."""
+        needs = {
+            None: True,
+            "best-forget": True,
+            "largest": self.limit is not None or self.floor is not None,
+            "closest": self.gold is not None and self.gold.is_finite,
+        }
+        kept = self.select is None or self.original.keeps(self.limit, self.floor)
+        return needs.get(self.select, False) and kept
+
+
+def _width(name: str) -> int:
+    """The width of a column of numbers."""
+    return max(13, len(name) + 2)
+
+
+def _numbers(row: Row, names: Sequence[str]) -> str:
+    """Losses, and metrics if they have columns."""
+    values = (row.forget_loss, row.retain_loss, row.forget, row.retain)
+    return "".join(f"{value:{_width(name)}.4f}" for name, value in zip(names, values, strict=False))
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    """null for what is not finite: JSON has no other word for it."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(row).items()
+    }
+
+
+def _with_nan(row: Any) -> Any:
+    """The other way."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def _draw(found: Sweep, path: Path) -> bool:
+    """Plot forgetting against retaining, a line a curve; return whether matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    for label, rows in found.curves().items():
+        shown = [row for row in [found.original, *rows] if row.is_finite and not row.skipped]
+        shown.sort(key=lambda row: row.lam)
+        (line,) = axes.plot(
+            [row.retain for row in shown], [row.forget for row in shown], marker=".", label=label
+        )
+        near: dict[str, Any] = {
+            "xytext": (4, 4),
+            "textcoords": "offset points",
+            "fontsize": 7,
+            "color": line.get_color(),
+        }
+        for row in shown:
+            if row.rule:
+                axes.annotate(f"{row.lam:g}", (row.retain, row.forget), **near)
+    points = [("original (λ = 0)", "*", found.original)]
+    if found.gold is not None:
+        points.append(("gold", "P", found.gold))
+    for name, marker, row in points:
+        axes.plot(row.retain, row.forget, marker, color="black", markersize=9, label=name)
+    bound = found.limit if found.metric == LOSS else found.floor
+    if bound is not None:
+        axes.axvline(bound, color="gray", linestyle="--", label="limit")
+    axes.legend()
+    unit = " (nats)" if found.metric == LOSS else ""
+    axes.set_xlabel(f"retain {found.metric}{unit}")
+    axes.set_ylabel(f"forget {found.metric}{unit}")
+    figure.savefig(path, dpi=150)
+    return True

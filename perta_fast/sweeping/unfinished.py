@@ -1,0 +1,116 @@
+"""What an unfinished sweep has come to, kept on disk so that it can be taken up again."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from perta_fast.errors import InputError
+from perta_fast.files.durable import read_record, write_record
+from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.records.report import fits
+from perta_fast.rules import Rule
+from perta_fast.subtraction.job import this_version
+from perta_fast.sweeping.results import Row
+
+STATE = ".perta-sweep"  # below the directory that is being built: the record, and importances estimated for it
+IMPORTANCE = "importance"
+_FILE = "begun.json"
+_FORMAT = "perta-sweep"
+_FORMAT_VERSION = 1
+
+
+@dataclass
+class Begun:
+    """An unfinished sweep.
+
+    request: its arguments. inputs: what identifies the weights and data that it reads. rows: what has been
+    scored, each setting at most once. gold: the gold model, if that has been scored.
+    """
+
+    request: dict[str, Any]
+    inputs: dict[str, Any]
+    started: str
+    rows: list[Row]
+    gold: Row | None = None
+
+    def find(self, rule: Rule) -> Row | None:
+        """What a setting has scored."""
+        wanted = (rule.name, rule.p, rule.alpha, rule.lam)
+        return next((row for row in self.rows if (row.rule, row.p, row.alpha, row.lam) == wanted), None)
+
+    @property
+    def original(self) -> Row | None:
+        """What the model as it is has scored."""
+        return next((row for row in self.rows if not row.rule), None)
+
+    def save(self, directory: Path) -> None:
+        """Write it below ``directory``, durably; after a crash there is the old record or the new."""
+        (directory / STATE).mkdir(exist_ok=True)
+        about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "version": this_version()}
+        write_record(directory / STATE / _FILE, about | asdict(self))
+
+
+def has_begun(final: Path) -> bool:
+    """Whether an unfinished sweep to ``final`` can be taken up again."""
+    # os.path: Path.exists would raise for a name that no file can have.
+    return bool(final.name) and os.path.exists(partial_path(final) / STATE / _FILE)  # noqa: PTH110
+
+
+def load_begun(final: Path) -> Begun:
+    """The unfinished sweep to ``final``. Raises InputError if its record is damaged or of another version."""
+    path = partial_path(final) / STATE / _FILE
+    content = read_record(path)
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        raise InputError(f"{path}: is not the record of a sweep")
+    version = content.pop("version", None)
+    if content.pop("format_version", None) != _FORMAT_VERSION or version != this_version():
+        raise InputError(
+            f"{path}: the sweep was begun by perta_fast {version}, this is {this_version()}; "
+            "install that version to finish it, or start over with --overwrite"
+        )
+    if not fits(content, Begun):
+        raise InputError(f"{path}: is not a record that this version understands")
+    gold = content.pop("gold")
+    rows = [Row(**row) for row in content.pop("rows")]
+    return Begun(**content, rows=rows, gold=None if gold is None else Row(**gold))
+
+
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise InputError, naming it, if an input is not what it was when the sweep began."""
+    for place in sorted(before.keys() | now.keys()):
+        if before.get(place) != now.get(place):
+            raise InputError(
+                f"{place}: has changed since the sweep began; put the old file back to go on with it, or start "
+                "over with --overwrite"
+            )
+
+
+class Record:
+    """What has been scored, kept in ``target``, if there is one, as soon as it is known."""
+
+    def __init__(self, begun: Begun, target: OutputDirectory | None) -> None:
+        self.begun = begun
+        self._target = target
+
+    @property
+    def importances(self) -> Path | None:
+        """Where importances estimated for the sweep are kept."""
+        return None if self._target is None else self._target.path / STATE / IMPORTANCE
+
+    def add(self, row: Row) -> Row:
+        """Keep one more setting; returns it."""
+        self.begun.rows.append(row)
+        self._keep()
+        return row
+
+    def add_gold(self, row: Row) -> None:
+        """Keep what the gold model scores."""
+        self.begun.gold = row
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._target is not None:
+            self.begun.save(self._target.path)
+            self._target.keep = True

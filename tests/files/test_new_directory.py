@@ -1,0 +1,548 @@
+"""The output appears whole or not at all, whatever was there before and however the run ends."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from perta_fast.errors import InputError, RunError
+from perta_fast.files.new_directory import OutputDirectory
+from perta_fast.importance.store import Importance
+from perta_fast.resuming import resume
+from perta_fast.runs.apply import apply
+from perta_fast.runs.unlearn import unlearn
+from perta_fast.subtraction import compute as subtraction
+from perta_fast.subtraction import to_directory
+from tests.support.checkpoints import (
+    draw,
+    fingerprint,
+    read_checkpoint,
+    write_checkpoint,
+    write_importance,
+)
+from tests.support.children import perta, signal_at
+from tests.support.inputs import Inputs, write_inputs
+from tests.support.models import Job
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    return write_inputs(tmp_path / "inputs", shards=2)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the run writes: a directory of its own holds it, so that whatever is left behind shows."""
+    place = tmp_path / "place"
+    place.mkdir()
+    return place / "out"
+
+
+def run(inputs: Inputs, out: Path, overwrite: bool = False) -> None:
+    apply(*inputs.checkpoints, rule="tv", lam=1.0, out=out, overwrite=overwrite)
+
+
+def arguments(inputs: Inputs, out: Path, *more: str) -> list[object]:
+    model, base, tuned = inputs.checkpoints
+    return [
+        *("apply", "--model", model, "--base", base, "--tuned", tuned),
+        *("--rule", "tv", "--lam", "1", "--out", out, *more),
+    ]
+
+
+def old_directory(path: Path) -> dict[Path, str]:
+    """A non-empty directory, and its fingerprint."""
+    (path / "below").mkdir(parents=True)
+    (path / "below" / "old.txt").write_text("old")
+    return fingerprint(path)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_complete(inputs: Inputs, out: Path) -> None:
+    """The output is there, right, and alone in its directory."""
+    found, expected = read_checkpoint(out), inputs.expected(None, 1.0)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (out / "perta_report.json").exists()
+    assert names(out.parent) == {"out"}
+
+
+class TestWhatIsInTheWay:
+    def test_a_directory_that_is_not_empty_is_refused(self, inputs: Inputs, out: Path) -> None:
+        before = old_directory(out)
+        with pytest.raises(InputError, match=r"out: exists and is not empty; .* pass --overwrite"):
+            run(inputs, out)
+        assert fingerprint(out.parent) == before
+
+    def test_an_empty_directory_is_used(self, inputs: Inputs, out: Path) -> None:
+        out.mkdir()
+        run(inputs, out)
+        assert_complete(inputs, out)
+
+    def test_missing_parents_are_made(self, inputs: Inputs, out: Path) -> None:
+        run(inputs, out / "a" / "out")
+        assert_complete(inputs, out / "a" / "out")
+
+    def test_overwrite_replaces_all_that_was_there(self, inputs: Inputs, out: Path) -> None:
+        old_directory(out)
+        run(inputs, out, overwrite=True)
+        assert_complete(inputs, out)
+
+    @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+    @pytest.mark.parametrize(
+        ("module", "place"), [(to_directory, "copy_companions"), (subtraction, "_check_finite")]
+    )
+    def test_a_failure_keeps_the_old_one(
+        self,
+        error: type[BaseException],
+        module: ModuleType,
+        place: str,
+        inputs: Inputs,
+        out: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        before = old_directory(out)
+
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(module, place, fail)
+        with pytest.raises(RunError if error is OSError else error):
+            run(inputs, out, overwrite=True)
+        assert fingerprint(out.parent) == before
+        assert names(out.parent) == {"out"}
+
+    def test_a_link_stays_and_what_it_points_to_is_written(self, inputs: Inputs, out: Path) -> None:
+        disk = out.parent.parent / "disk"
+        disk.mkdir()
+        out.symlink_to(disk / "out")
+        run(inputs, out)
+        assert out.is_symlink()
+        assert names(out.parent) == {"out"}
+        assert_complete(inputs, disk / "out")
+
+    def test_what_comes_while_the_run_works_is_not_replaced(
+        self, inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(to_directory, "write_model_card", lambda *_: old_directory(out))
+        with pytest.raises(RunError, match=r"out: could not be written: .*not empty.*perta resume"):
+            run(inputs, out)
+        assert (out / "below" / "old.txt").read_text() == "old"
+        shutil.rmtree(out)
+        monkeypatch.undo()
+        resume(out)
+        assert_complete(inputs, out)
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_file_is_refused(self, overwrite: bool, inputs: Inputs, out: Path) -> None:
+        out.write_text("mine")
+        for place in (out, out / "below"):
+            with pytest.raises(InputError, match="is not a directory, or lies below a file"):
+                run(inputs, place, overwrite)
+        assert out.read_text() == "mine"
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize(
+        ("place", "reason"), [("/", "is the root of the file system"), ("x" * 300, "cannot be read: File name")]
+    )
+    def test_places_that_cannot_be_are_refused(
+        self, place: str, reason: str, overwrite: bool, inputs: Inputs
+    ) -> None:
+        with pytest.raises(InputError, match=reason):
+            run(inputs, Path(place), overwrite)
+
+
+PLACES: dict[str, Callable[[Inputs], Path]] = {
+    "the model": lambda inputs: inputs["model"],
+    "the base": lambda inputs: inputs["base"],
+    "the tuned": lambda inputs: inputs["tuned"],
+    "the forget importance": lambda inputs: inputs["forget"],
+    "the retain importance": lambda inputs: inputs["retain"],
+    "what holds them all": lambda inputs: inputs.folder,
+    "what holds that": lambda inputs: inputs.folder.parent,
+    "another way there": lambda inputs: inputs["model"] / ".." / "base" / "..",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_input_is_overwritten(place: str, inputs: Inputs) -> None:
+    before = fingerprint(inputs.folder)
+    with pytest.raises(InputError, match="is or contains the input"):
+        apply(*inputs.all, lam=1.0, out=PLACES[place](inputs), overwrite=True)
+    assert fingerprint(inputs.folder) == before
+
+
+def test_no_input_is_overwritten_through_a_link(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(inputs["model"])
+    before = fingerprint(inputs.folder)
+    with pytest.raises(InputError, match="is or contains the input"):
+        run(inputs, tmp_path / "link", overwrite=True)
+    assert fingerprint(inputs.folder) == before
+
+
+def test_the_files_behind_the_links_of_a_hub_cache_are_not_overwritten(inputs: Inputs, tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in inputs["model"].iterdir():
+        (snapshot / path.name).symlink_to(path)
+    before = fingerprint(inputs["model"])
+    with pytest.raises(InputError, match="is or contains the input"):
+        apply(
+            snapshot,
+            inputs["base"],
+            inputs["tuned"],
+            rule="tv",
+            lam=1.0,
+            out=inputs["model"],
+            overwrite=True,
+        )
+    assert fingerprint(inputs["model"]) == before
+
+
+def test_a_new_directory_inside_an_input_is_allowed(inputs: Inputs) -> None:
+    run(inputs, inputs["model"] / "unlearned")
+    assert (inputs["model"] / "unlearned" / "perta_report.json").exists()
+
+
+class TestUnlearn:
+    """The data files and the kept importances are inputs and outputs too."""
+
+    @pytest.mark.parametrize("role", ["forget", "retain"])
+    def test_the_directory_of_a_data_file_is_not_overwritten(self, role: str, job: Job, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        data.mkdir()
+        files = {name: getattr(job, name) for name in ("forget", "retain")}
+        files[role] = data / "mine.jsonl"
+        files[role].write_bytes(getattr(job, role).read_bytes())
+        with pytest.raises(InputError, match=r"is or contains the input .*mine\.jsonl"):
+            unlearn(*job.checkpoints, **files, lam=1.0, out=data, overwrite=True)
+        assert names(data) == {"mine.jsonl"}
+
+    @pytest.mark.parametrize(
+        ("kept", "out"), [("out", "out"), ("out/kept", "out"), ("kept", "kept/out"), ("base", "out")]
+    )
+    def test_output_importances_and_inputs_are_kept_apart(
+        self, kept: str, out: str, job: Job, tmp_path: Path
+    ) -> None:
+        folder = write_checkpoint(tmp_path / "base", read_checkpoint(job.base))
+        with pytest.raises(InputError, match="is or contains the input"):
+            unlearn(
+                job.model,
+                folder,
+                job.tuned,
+                job.forget,
+                job.retain,
+                lam=1.0,
+                out=tmp_path / out,
+                save_importance=tmp_path / kept,
+                overwrite=True,
+            )
+        assert names(tmp_path) == {"base"}
+
+
+def test_an_importance_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_importance(tmp_path / "source", {"a": draw((9,)), "b": draw((3,))})
+    importance = Importance.load(source)
+    (tmp_path / "place").mkdir()
+    importance.save(tmp_path / "place" / "kept")
+    with pytest.raises(InputError, match="exists and is not empty"):
+        importance.save(tmp_path / "place" / "kept")
+    before = fingerprint(tmp_path / "place")
+    monkeypatch.setattr("perta_fast.importance.store.write_fully", lambda *_: 1 / 0)
+    for name in ("kept", "other"):
+        with pytest.raises(ZeroDivisionError):
+            importance.save(tmp_path / "place" / name, overwrite=True)
+    assert fingerprint(tmp_path / "place") == before
+    assert names(tmp_path / "place") == {"kept"}
+
+
+def test_all_is_on_the_disk_before_it_is_shown(
+    inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    shown: list[set[int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            shown.append({each.stat().st_ino for each in (path, *path.iterdir())} - synced)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    run(inputs, out)
+    assert shown == [set()]
+    assert out.parent.stat().st_ino in synced  # the rename itself
+
+
+def test_short_writes_are_continued(inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:11], offset))
+    run(inputs, out)
+    assert_complete(inputs, out)
+
+
+def test_two_runs_on_one_output_are_kept_apart(inputs: Inputs, out: Path) -> None:
+    with OutputDirectory(out) as first:
+        (first.path / "half.txt").write_text("half")
+        with pytest.raises(RunError, match="out: another run is writing it now"):
+            run(inputs, out)
+        process = perta(*arguments(inputs, out))
+        assert (process.returncode, process.stdout) == (1, "")
+        assert process.stderr == f"perta: error: {out}: another run is writing it now\n"
+        assert (first.path / "half.txt").read_text() == "half"
+        first.commit()
+    assert names(out) == {"half.txt"}
+
+
+# Every stage: before the weights, among them, after them, before the rename.
+STAGES = (
+    "subtraction.to_directory.copy_companions",
+    "subtraction.compute._check_finite",
+    "subtraction.to_directory.describe_inputs",
+    "files.new_directory.sync_tree",
+)
+BEFORE_A_SHARD_IS_DONE = STAGES[:2]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_it_shows_nothing_and_the_next_run_completes_it(stage: str, inputs: Inputs, out: Path) -> None:
+    before = fingerprint(inputs.folder)
+    process = perta(*arguments(inputs, out), setup=signal_at("SIGKILL", stage))
+    assert process.returncode == -9
+    assert not out.exists()
+    assert all(name.startswith(".") for name in names(out.parent))
+    assert fingerprint(inputs.folder) == before
+    run(inputs, out)
+    assert_complete(inputs, out)
+
+
+def test_killed_after_the_rename_it_is_complete(inputs: Inputs, out: Path) -> None:
+    process = perta(*arguments(inputs, out), setup=signal_at("SIGKILL", "files.new_directory.move", after=True))
+    assert process.returncode == -9
+    assert_complete(inputs, out)
+
+
+def test_killed_between_the_two_renames_the_old_one_is_not_lost(inputs: Inputs, out: Path) -> None:
+    before = old_directory(out)
+    setup = signal_at("SIGKILL", "files.new_directory.move", after=True)
+    assert perta(*arguments(inputs, out, "--overwrite"), setup=setup).returncode == -9
+    assert not out.exists()
+    kept = fingerprint(out.parent / ".out.perta-replaced")
+    assert list(kept.values()) == list(before.values())
+    resume(out)
+    assert_complete(inputs, out)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_during_unlearn_the_next_run_clears_the_importances_away(job: Job, out: Path) -> None:
+    model, base, tuned = job.checkpoints
+    process = perta(
+        *("unlearn", "--model", model, "--base", base, "--tuned", tuned, "--lam", "1", "--out", out),
+        *("--forget", job.forget, "--retain", job.retain),
+        setup=signal_at("SIGKILL", "subtraction.compute._check_finite"),
+    )
+    assert process.returncode == -9
+    assert all(name.startswith(".") for name in names(out.parent))
+    assert len(names(out.parent)) > 1
+    unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out=out)
+    assert names(out.parent) == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("signal", "stage"), [("SIGTERM", STAGES[1]), *(("SIGINT", stage) for stage in BEFORE_A_SHARD_IS_DONE)]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted_early_it_leaves_nothing_behind(
+    signal: str, stage: str, overwrite: bool, inputs: Inputs, out: Path
+) -> None:
+    before = old_directory(out) if overwrite else {}
+    untouched = fingerprint(inputs.folder)
+    more = ["--threads", "1", *(["--overwrite"] if overwrite else [])]  # no other thread finishes a shard
+    process = perta(*arguments(inputs, out, *more), setup=signal_at(signal, stage))
+    assert process.returncode == 130
+    assert process.stderr.startswith(
+        "perta: interrupted; the inputs are untouched and no partial output is left"
+    )
+    assert process.stderr.count("\n") == 1
+    assert fingerprint(out.parent) == before
+    assert names(out.parent) == ({"out"} if overwrite else set())
+    assert fingerprint(inputs.folder) == untouched
+
+
+@pytest.mark.parametrize("stage", [*STAGES[2:], "files.new_directory.move"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted_late_it_can_be_resumed(stage: str, overwrite: bool, inputs: Inputs, out: Path) -> None:
+    before = old_directory(out) if overwrite else {}
+    more = ["--overwrite"] if overwrite else []
+    process = perta(*arguments(inputs, out, *more), setup=signal_at("SIGINT", stage))
+    assert process.returncode == 130
+    assert process.stderr == (
+        f"perta: interrupted; the inputs are untouched. Finish the run with: perta resume {out}\n"
+    )
+    assert {path: digest for path, digest in fingerprint(out.parent).items() if out in path.parents} == before
+    assert all(name == "out" or name.startswith(".") for name in names(out.parent))
+    shards = {path: path.stat().st_mtime_ns for path in out.parent.glob(".*/*.safetensors")}
+    assert shards
+    report = resume(out)
+    assert report.resumed == 1
+    assert_complete(inputs, out)
+    assert {out / path.name: changed for path, changed in shards.items()} == {
+        path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")
+    }
+
+
+def test_unfinished_work_of_another_run_is_not_thrown_away_unasked(inputs: Inputs, out: Path) -> None:
+    setup = signal_at("SIGKILL", "subtraction.to_directory.describe_inputs")
+    assert perta(*arguments(inputs, out), setup=setup).returncode == -9
+    before = fingerprint(out.parent)
+    with pytest.raises(InputError, match=r"another run to this place was stopped.*perta resume.*--overwrite"):
+        apply(*inputs.checkpoints, rule="tv", lam=2.0, out=out)
+    assert fingerprint(out.parent) == before
+    report = apply(*inputs.checkpoints, rule="tv", lam=2.0, out=out, overwrite=True)
+    assert (report.lam, report.resumed) == (2.0, 0)
+    assert names(out.parent) == {"out"}
+
+
+@pytest.mark.parametrize("role", ["model", "base", "tuned"])
+def test_an_input_that_changed_is_refused_at_resume(role: str, inputs: Inputs, out: Path) -> None:
+    setup = signal_at("SIGKILL", "subtraction.to_directory.describe_inputs")
+    assert perta(*arguments(inputs, out), setup=setup).returncode == -9
+    shard = sorted(inputs[role].glob("*.safetensors"))[0]
+    times = shard.stat()
+    shard.write_bytes(shard.read_bytes())
+    before = fingerprint(out.parent)
+    with pytest.raises(InputError, match=f"{shard.name}: has changed since the run began"):
+        resume(out)
+    assert fingerprint(out.parent) == before
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    resume(out)
+    assert_complete(inputs, out)
+
+
+def test_there_may_be_nothing_to_resume(inputs: Inputs, out: Path) -> None:
+    for place in (out, inputs["model"], out.parent / ("x" * 300), out / "below"):
+        with pytest.raises(InputError, match="there is no unfinished run to resume"):
+            resume(place)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_shards_without_a_change_are_copied_or_linked(link: bool, tmp_path: Path) -> None:
+    tensors = {"counts": torch.arange(700), "flags": torch.ones(9, dtype=torch.uint8)}
+    model = {"a": draw((50,)), **tensors}
+    for number, role in enumerate(("model", "base", "tuned")):
+        folder = tmp_path / role
+        write_checkpoint(folder, {"a": draw((50,), seed=number)} | tensors)
+        index = {"weight_map": {"a": "a.safetensors"} | dict.fromkeys(tensors, "b.safetensors")}
+        (folder / "model.safetensors").unlink()
+        save_file({"a": draw((50,), seed=number)}, folder / "a.safetensors")
+        save_file(tensors, folder / "b.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    roles = [tmp_path / role for role in ("model", "base", "tuned")]
+    apply(*roles, rule="tv", lam=1.0, out=tmp_path / "out", link_unchanged=link)
+    found = read_checkpoint(tmp_path / "out")
+    assert found.keys() == model.keys()
+    first, second = (tmp_path / role / "b.safetensors" for role in ("model", "out"))
+    assert first.read_bytes() == second.read_bytes()
+    shared = first.stat().st_ino == second.stat().st_ino
+    assert shared <= link  # a file system that can share data makes a file of its own
+    assert (tmp_path / "out" / "a.safetensors").stat().st_nlink == 1
+
+
+def test_interrupted_between_the_two_renames_the_old_one_is_put_back(inputs: Inputs, out: Path) -> None:
+    before = old_directory(out)
+    setup = signal_at("SIGINT", "files.new_directory.move", after=True)
+    assert perta(*arguments(inputs, out, "--overwrite"), setup=setup).returncode == 130
+    assert fingerprint(out) == before
+    resume(out)
+    assert_complete(inputs, out)
+
+
+FILE_SIZE_LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+
+
+def test_a_file_size_limit_is_a_failed_run(inputs: Inputs, out: Path) -> None:
+    before = fingerprint(inputs.folder)
+    process = perta(*arguments(inputs, out), setup=FILE_SIZE_LIMIT)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == (
+        f"perta: error: {out}: could not be written: the file would exceed this process's file size limit "
+        "(ulimit -f). The inputs are untouched; nothing was left behind\n"
+    )
+    assert not names(out.parent)
+    assert fingerprint(inputs.folder) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Inputs:
+    """A model of 2 MiB, too large for the small disk."""
+    tensors = {role: {"a": draw((1 << 19,), seed=k)} for k, role in enumerate(("model", "base", "tuned"))}
+    for role, each in tensors.items():
+        write_checkpoint(tmp_path / "large" / role, each)
+    return Inputs(tmp_path / "large", tensors)
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(large: Inputs, small_disk: Path) -> None:
+    with pytest.raises(RunError, match=r"out: needs 0\.07 GB of disk space, 0\.00 GB are free"):
+        run(large, small_disk / "out")
+    assert not names(small_disk)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_disk_that_fills_up_is_a_failed_run(
+    overwrite: bool, large: Inputs, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_directory, "check_space", lambda *_: None)  # as if others filled it meanwhile
+    out = small_disk / "out"
+    old = old_directory(out) if overwrite else {}
+    before = fingerprint(large.folder)
+    with pytest.raises(RunError, match="out: could not be written: the disk is full: free some space"):
+        run(large, out, overwrite)
+    assert fingerprint(small_disk) == old
+    assert names(small_disk) == ({"out"} if overwrite else set())
+    assert fingerprint(large.folder) == before
+
+
+def test_a_parent_that_cannot_be_written_is_a_failed_run(
+    inputs: Inputs, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_directory, "check_space", lambda *_: None)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(RunError, match="out: cannot be written: Read-only file system"):
+        run(inputs, small_disk / "out")
+    assert not names(small_disk)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read everywhere")
+def test_a_parent_without_permission_is_a_failed_run(inputs: Inputs, out: Path) -> None:
+    out.parent.chmod(0o500)
+    with pytest.raises(RunError, match="out: cannot be written: Permission denied"):
+        run(inputs, out)
+    out.parent.chmod(0o700)
+    assert not names(out.parent)

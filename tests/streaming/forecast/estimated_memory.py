@@ -1,0 +1,62 @@
+"""A process that streams an importance; prints its peak memory above what it held before, and the estimate."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from perta_fast import estimate_importance
+from perta_fast.memory import PeakMemory
+from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.model.structure import Structure
+from perta_fast.streaming.schedule import Schedule
+from tests.support.models import draw_samples, tokenizer
+
+
+def write(folder: Path, hidden: int, tied: bool) -> None:
+    """A checkpoint of three layers."""
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def main(estimator: str, batch_size: int, tied: bool, folder: Path) -> None:
+    torch.set_num_threads(1)
+    samples = draw_samples(8, longest=200)
+
+    def stream(name: str) -> None:
+        estimate_importance(
+            folder / name,
+            samples,
+            estimator,
+            batch_size=batch_size,
+            out=folder / f"{name}-out",
+            stream=True,
+            progress=False,
+        )
+
+    write(folder / "tiny", 16, tied)
+    stream("tiny")  # what torch allocates once
+    write(folder / "model", 512, tied)
+    load = Load(
+        [[len(sample.input_ids) for sample in samples]], estimator == "empirical-fisher", subtract=False
+    )
+    estimate = Estimate(Structure.build(folder / "model"), load, torch.device("cpu"))
+    costs = estimate.costs(Schedule(batch_size))
+    with PeakMemory() as memory:
+        stream("model")
+    print(memory.anonymous - memory.baseline, costs.host_bytes)
+    print(costs.host, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "tied", Path(sys.argv[4]))

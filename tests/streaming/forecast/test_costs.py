@@ -1,0 +1,412 @@
+"""Estimates of streamed runs, held to what real layers, real walks and real processes take."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from perta_fast import InputError
+from perta_fast.cli import main
+from perta_fast.importance.gradients import gradients_folded_into
+from perta_fast.sizes import format_size, parse_size
+from perta_fast.streaming.data_pass import DataPass, Means
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule
+from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.forecast.trial import LiveBytes, Trial
+from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.model.structure import Structure
+from perta_fast.streaming.schedule import Schedule
+from perta_fast.streaming.scratch_files import Settled
+from perta_fast.streaming.walk import Walk
+from tests.runs.test_estimate import GPT2_SIZES, SIZES
+from tests.support.models import draw_samples, llama, nudge_, tokenizer, write_lines
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+PLENTY = 1 << 50
+SETS = (draw_samples(9, seed=1), draw_samples(14, seed=2))
+LENGTHS = [[len(sample.input_ids) for sample in samples] for samples in SETS]
+
+
+def write(folder: Path, model: PreTrainedModel) -> Path:
+    nudge_(model, 3, 0.05)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five layers."""
+    return write(tmp_path_factory.mktemp("costs") / "model", llama(num_hidden_layers=5))
+
+
+@pytest.fixture
+def estimate(deep: Path) -> Estimate:
+    return Estimate(Structure.build(deep), Load(LENGTHS), CPU)
+
+
+# One batch in one layer.
+
+
+def test_live_bytes() -> None:
+    known = torch.zeros(100)
+    with LiveBytes([known]) as live:
+        first = known + 1  # 400 bytes
+        second = first * 2  # 800
+        first.view(10, 10).t()  # a view takes nothing
+        del first
+        second.add_(1)
+        assert live.peak == 800
+        third = second.double()  # 400 and 800
+        del second
+        _ = third + 1  # 1600
+        assert live.peak == 1600
+
+
+LAYERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama,
+    "bfloat16": lambda: llama().to(torch.bfloat16),
+    "eager": lambda: llama(attn_implementation="eager"),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=8, **SIZES)),
+}
+
+
+def real_layer(skeleton: Skeleton, count: int, tokens: int) -> tuple[int, int]:
+    """Bytes alive at most in layer 0, forward and back, on padded samples; bytes that its forward saves."""
+    names = skeleton.by_layer[0]
+    passage = Passage(skeleton.model, skeleton.layers, "")
+    saved: dict[int, int] = {}
+    mask = torch.ones(count, tokens, dtype=torch.int64)
+    mask[1:, tokens // 2 :] = 0
+    hidden = torch.randn(count, tokens, skeleton.model.config.hidden_size, dtype=skeleton.model.dtype)  # type: ignore[arg-type, union-attr]
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)  # so that no other storage takes its place
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with passage.installed(), skeleton.in_memory([*skeleton.resident, *names]):
+        parameters = dict(skeleton.model.named_parameters())
+        sums = {name: torch.zeros(parameters[name].shape) for name in names}
+        known = [*skeleton.model.parameters(), *skeleton.model.buffers(), *sums.values()]
+        with gradients_folded_into(skeleton.model, sums, squared=False):
+            with LiveBytes(known) as live:
+                given = hidden.clone().requires_grad_()
+                result = passage.layer(0, given, mask)
+                result.backward(torch.ones_like(result))
+            weights = {tensor.untyped_storage().data_ptr() for tensor in known}
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                passage.layer(0, hidden.clone().requires_grad_(), mask)
+    return live.peak, sum(size for place, size in saved.items() if place not in weights)
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_layer_takes_what_a_real_one_takes(family: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", LAYERS[family]())
+    skeleton = Skeleton.open(folder, CPU, None)
+    peak, saved = real_layer(skeleton, 5, 40)
+    for layer in (0, 1):
+        cost = Trial(Structure.build(folder), CPU, squares=False).layer(layer, 5, 40)
+        assert not cost.bound
+        assert saved < cost.bytes
+        assert peak <= cost.bytes <= 1.15 * peak
+
+
+def test_squares_keep_no_weight_gradient(deep: Path) -> None:
+    """With one token, the matrices' own gradients are what counts; the fused operation never holds them."""
+    structure = Structure.build(deep)
+    largest = max(parameter.nbytes for parameter in structure.layers[0].parameters())
+    one, other = (Trial(structure, CPU, squares).layer(0, 1, 2) for squares in (False, True))
+    assert one.bytes > largest > other.bytes
+    assert one.flops == other.flops
+
+
+def test_code_that_wants_values_is_bounded(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = Structure.build(deep)
+    exact = Trial(structure, CPU, squares=False).layer(0, 4, 12)
+    kind = type(structure.layers[0].mlp)
+    original = kind.forward
+
+    def routed(self: torch.nn.Module, hidden: Tensor) -> Tensor:
+        return original(self, hidden) if float(hidden.detach().sum()) > 0 else hidden
+
+    monkeypatch.setattr(kind, "forward", routed)
+    bound = Trial(structure, CPU, squares=False).layer(0, 4, 12)
+    assert bound.bound
+    assert bound.bytes >= exact.bytes
+
+
+def test_the_model_is_left_as_it_was(deep: Path) -> None:
+    skeleton = Skeleton.open(deep, CPU, None)
+    before = [(name, id(each)) for name, each in skeleton.model.named_parameters()]
+    buffers = [(name, each.clone()) for name, each in skeleton.model.named_buffers()]
+    Trial(skeleton, CPU, squares=True).head(2, 5)
+    assert [(name, id(each)) for name, each in skeleton.model.named_parameters()] == before
+    for (name, each), (_, now) in zip(buffers, skeleton.model.named_buffers(), strict=True):
+        assert torch.equal(each, now), name
+
+
+# A walk.
+
+
+def test_arithmetic_is_that_of_the_formula(deep: Path) -> None:
+    structure = Structure.build(deep)
+    config = structure.model.config
+    lengths = [[10] * 6, [10] * 3]
+    found = Estimate(structure, Load(lengths), CPU).costs(Schedule(3)).flops
+    matrices = sum(p.numel() for layer in structure.layers for p in layer.parameters() if p.dim() == 2)
+    head = config.vocab_size * config.hidden_size
+    attention = 5 * 10 * config.hidden_size  # of one product, for a token in all layers
+    # Forward, again, and two products back; attention has two products forward and five back.
+    assert found == 90 * (2 * (4 * matrices + 3 * head) + 2 * (4 + 5) * attention)
+    assert Estimate(structure, Load(lengths, squares=True), CPU).costs(Schedule(3)).flops == found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "late", "squares", "tied"),
+    [
+        (Schedule(4), False, False, False),
+        (Schedule(4, every=2), True, False, True),
+        (Schedule(3, every=3), False, True, False),
+        (Schedule(4, every=9), True, False, False),
+        (Schedule(4, groups=2), True, False, True),
+        (Schedule(4, groups=2), False, False, False),
+        (Schedule(4, every=2, groups=3), True, True, False),
+        (Schedule(4), True, True, True),
+    ],
+    ids=str,
+)
+def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool, tmp_path: Path) -> None:
+    """late: files that are needed no more go a step after, as when they are flushed behind the walk."""
+    folder = write(tmp_path / "model", llama(num_hidden_layers=5, tie_word_embeddings=tied))
+    skeleton = Skeleton.open(folder, CPU, None)
+    passage = Passage(skeleton.model, skeleton.layers, "")
+    estimator = "empirical-fisher" if squares else "grad"
+    scratch = tmp_path / "scratch"
+    passes = [
+        DataPass(
+            skeleton,
+            passage,
+            samples,
+            range(len(samples)),
+            estimator,
+            schedule,
+            scratch / str(number),
+            lambda count: None,
+        )
+        for number, samples in enumerate(SETS)
+    ]
+    sizes, waiting = [], [[Settled({}, [], [])]]
+
+    def settle(done: int, means: list[Means]) -> None:
+        waiting.append([each.spill.settle() for each in passes])
+        sizes.append(sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()))
+        for settled in waiting.pop(0) if late else waiting.pop():
+            settled.clear()
+
+    Walk(skeleton, passage, passes, schedule).run(settle)
+    load = Load(LENGTHS, squares, subtract=late)
+    found = Estimate(Structure.build(folder), load, CPU).scratch(schedule)
+    if tied and squares:  # a token that a sample holds twice has one row
+        assert max(sizes) <= found <= 1.25 * max(sizes)
+    else:
+        assert found == max(sizes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("estimator", "batch_size", "tied"),
+    [("grad", 1, "untied"), ("empirical-fisher", 8, "tied")],
+)
+def test_peak_memory_of_a_process(estimator: str, batch_size: int, tied: str, tmp_path: Path) -> None:
+    """The estimate takes every token to have a label; here half of them have."""
+    module = "tests.streaming.forecast.estimated_memory"
+    command = [sys.executable, "-m", module, estimator, str(batch_size), tied, str(tmp_path)]
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back to the system
+    run = subprocess.run(command, env=settings, capture_output=True, text=True, check=True)
+    peak, estimated = map(int, run.stdout.split())
+    assert peak <= 1.05 * estimated
+    assert estimated <= 1.4 * peak
+
+
+# The choice.
+
+
+def needed(estimate: Estimate, schedule: Schedule) -> int:
+    return sum(estimate.memory(schedule)[0].values())
+
+
+@pytest.fixture
+def no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes nothing, so that a budget can be told to the byte."""
+    monkeypatch.setattr("perta_fast.streaming.forecast.choice.PeakMemory._sample", lambda self: None)
+
+
+@pytest.mark.usefixtures("no_baseline")
+def test_memory_chooses_batches_and_overlap(estimate: Estimate) -> None:
+    for size in (1, 3, 8):
+        alone = Schedule(size, overlap=False)
+        assert choose_schedule(estimate, 8, Budget(PLENTY, needed(estimate, alone))).schedule == alone
+        both = Schedule(size)
+        if needed(estimate, both) < needed(estimate, Schedule(size + 1, overlap=False)):
+            assert choose_schedule(estimate, 8, Budget(PLENTY, needed(estimate, both))).schedule == both
+    less = choose_schedule(estimate, 8, Budget(PLENTY, needed(estimate, Schedule(8, overlap=False)) - 1))
+    assert less.schedule.batch_size == 7
+    assert any("batches of 8 would not fit" in reason for reason in less.reasons)
+    assert choose_schedule(estimate, 8, Budget(PLENTY)).schedule == Schedule(8)
+
+
+@pytest.mark.usefixtures("no_baseline")
+def test_the_least_memory_is_named(estimate: Estimate) -> None:
+    least = needed(estimate, Schedule(1, overlap=False))
+    with pytest.raises(InputError, match=rf"cannot hold one part of the model: .* {least} bytes .* of which"):
+        choose_schedule(estimate, 8, Budget(PLENTY, least - 1))
+
+
+def test_device_memory(deep: Path) -> None:
+    estimate = Estimate(Structure.build(deep), Load(LENGTHS), torch.device("cuda"))
+    whole = choose_schedule(estimate, 8, Budget(PLENTY))
+    assert whole.costs.device is not None
+    assert "activations" not in whole.costs.host
+    less = choose_schedule(estimate, 8, Budget(PLENTY, device_memory=whole.costs.device_bytes - 1))
+    assert less.costs.device_bytes < whole.costs.device_bytes
+    with pytest.raises(InputError, match="device memory of 1 B cannot hold"):
+        choose_schedule(estimate, 8, Budget(PLENTY, device_memory=1))
+
+
+def test_many_processes(deep: Path) -> None:
+    """The estimate is for the most laden, and the disk is shared by the scratch files of all."""
+    lengths = [[9, 2, 7, 4, 4], [6]]
+    assert Load(lengths).share(1).lengths == lengths
+    dealt = Load(lengths, squares=True, kept=True).share(3)
+    assert dealt == Load([[9], [6]], squares=True, kept=True)
+    structure = Structure.build(deep)
+    estimate = Estimate(structure, Load(LENGTHS).share(2), CPU)
+    enough = estimate.result_bytes + 2 * estimate.scratch(Schedule(8))
+    assert choose_schedule(estimate, 8, Budget(enough, ranks=2)).schedule == Schedule(8)
+    assert choose_schedule(estimate, 8, Budget(enough - 1, ranks=2)).schedule != Schedule(8)
+
+
+def test_the_disk_chooses_boundaries_and_groups(deep: Path) -> None:
+    estimate = Estimate(Structure.build(deep), Load([[100] * 400, [100] * 3600]), CPU)
+    result = estimate.result_bytes
+    sizes = {every: estimate.scratch(Schedule(8, every)) for every in range(1, 6)}
+    for every in (1, 2):
+        assert choose_schedule(estimate, 8, Budget(result + sizes[every])).schedule == Schedule(8, every)
+    least = min(sizes, key=lambda every: sizes[every])
+    grouped = choose_schedule(estimate, 8, Budget(result + sizes[least] - 1))
+    grouped.check()
+    assert grouped.schedule.groups > 1
+    assert grouped.costs.scratch < sizes[least]
+    smallest = estimate.scratch(Schedule(8, least, ceil(3600 / 8)))
+    short = choose_schedule(estimate, 8, Budget(result + smallest - 1))
+    with pytest.raises(InputError, match=f"scratch files of at least {format_size(smallest)}"):
+        short.check()
+
+
+# The command line.
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a Llama of 70 B, and nothing else."""
+    folder = tmp_path_factory.mktemp("large")
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    write_lines(folder / "forget.jsonl", [{"text": "a"}] * 40)
+    write_lines(folder / "retain.jsonl", [{"text": "a"}] * 360)
+    return folder
+
+
+def dry_run(large: Path, out: Path, *options: str) -> list[str]:
+    places = [part for name in ("model", "base", "tuned") for part in (f"--{name}", str(large))]
+    data = [part for name in ("forget", "retain") for part in (f"--{name}", str(large / f"{name}.jsonl"))]
+    return ["unlearn", *places, *data, "--lam", "1", "--out", str(out), "--stream", "--dry-run", *options]
+
+
+def test_dry_run_of_70_billion(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(dry_run(large, tmp_path / "out", "--max-length", "64")) == 0
+    text = capsys.readouterr().out
+    for line in ("memory: ", "disk: ", "read ", "arithmetic: ", "time: about ", "schedule: batches of 8"):
+        assert f"\n{line}" in text
+    assert "40 forget samples of 2560 tokens, 360 retain samples of 23040 tokens" in text
+    assert "no tokenizer: each counts --max-length tokens" in text
+    assert "141 GB of result" in text  # 70.6 billion parameters in bfloat16
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_needs(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        ((), "has no tokenizer, so the lengths of the samples are not known"),
+        (("--max-length", "64", "--memory", "2GiB"), "memory of 2.15 GB cannot hold one part of the model"),
+        (("--max-length", "64", "--rule", "tv"), "--dry-run is of a walk over forget and retain data"),
+    ):
+        assert main(dry_run(large, tmp_path / "out", *options)) == 2
+        assert message in capsys.readouterr().err
+    without = [part for part in dry_run(large, tmp_path / "out") if part != "--stream"]
+    assert main(without) == 2
+    assert "--dry-run is for streamed runs; add --stream" in capsys.readouterr().err
+
+
+def test_dry_run_of_an_importance(deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lengths are the tokenizer's."""
+    data = write_lines(tmp_path / "data.jsonl", [{"text": "town"}, {"text": "river and town"}])
+    tokens = sum(len(tokenizer()(text)["input_ids"]) for text in ("town", "river and town"))
+    command = [
+        "importance",
+        "--model",
+        deep,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--stream",
+        "--dry-run",
+    ]
+    assert main(list(map(str, command))) == 0
+    text = capsys.readouterr().out
+    assert f"2 given samples of {tokens} tokens\n" in text
+    assert "0 B to subtract" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GiB", 12 << 30), ("500MB", 500_000_000), ("1.5 GB", 1_500_000_000), ("7", 7), ("2 kib", 2048)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "12GX", "1e9", "0.1 B", "nan"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(InputError, match=r"is not a size; write it like 12GiB|give at least one byte"):
+        parse_size(text)
