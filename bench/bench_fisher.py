@@ -20,8 +20,9 @@ import perta_fast as pf
 from bench.harness.contest import Outcome, Unavailable, alternate, replay, replayed
 from bench.harness.tables import Row
 from bench.inputs.arrays import timed
-from perta_fast.data.batches import Batch, per_sample_losses
+from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
+from perta_fast.models.losses import per_sample_losses
 
 Fisher = dict[str, torch.Tensor]
 

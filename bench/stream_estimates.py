@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from perta_fast.errors import InputError
-from perta_fast.sizes import format_size
+from perta_fast.memory import format_size
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, duration
 from perta_fast.streaming.forecast.costs import Estimate, Load
 from perta_fast.streaming.forecast.rates import Rates

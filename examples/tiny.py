@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from perta_fast.data.samples import encode, load_records
+from perta_fast.data.json_lines import load_records
+from perta_fast.data.samples import encode
 from perta_fast.demo.checkpoints import train_models
 from perta_fast.demo.clock import Clock
 from perta_fast.demo.files import Files

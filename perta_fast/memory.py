@@ -1,7 +1,8 @@
-"""Peak memory of this process, pages that the system can drop told apart."""
+"""Memory: what this process takes, what is free, and byte counts as people write and read them."""
 
 import contextlib
 import ctypes
+import re
 import resource
 import sys
 import threading
@@ -9,9 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from perta_fast.errors import InputError
+
 _STATUS = Path("/proc/self/status")
 _M_MMAP_THRESHOLD = -3  # of glibc
 _INTERVAL = 0.02  # seconds between two looks
+_UNITS = {
+    "": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate(("", "k", "m", "g", "t"))},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate(("k", "m", "g", "t"), start=1)},
+}
 
 
 @dataclass
@@ -96,3 +104,23 @@ def return_freed_blocks() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "12GiB", "500MB", "1.5 GB" or a plain number. Raises InputError for anything else, or for 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise InputError(f"{text!r} is not a size; write it like 12GiB, 500MB or 1.5 GB")
+    size = int(float(found[1]) * _UNITS[found[2]])
+    if size < 1:
+        raise InputError(f"{text!r} is no room at all; give at least one byte")
+    return size
+
+
+def format_size(count: float) -> str:
+    """Three figures and a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Literal
 
 from perta_fast.errors import RunError
-from perta_fast.sizes import format_size
+from perta_fast.memory import format_size
 
 LOGGER = logging.getLogger("perta_fast")
 _INTERVAL = 0.1  # seconds between calls of a callback, at least

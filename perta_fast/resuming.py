@@ -4,14 +4,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perta_fast.checkpoints.checkpoint import JOB
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
+from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import partial_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
+from perta_fast.runs.apply import resume_directory
 from perta_fast.subtraction.in_place import is_open, resume_in_place
-from perta_fast.subtraction.to_directory import STATE, finish_leftover, resume_directory
+from perta_fast.subtraction.to_directory import finish_leftover
+from perta_fast.subtraction.unfinished import STATE
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import STATE as SWEEP
 from perta_fast.sweeping.unfinished import has_begun as has_begun_sweep

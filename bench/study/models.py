@@ -13,9 +13,10 @@ from bench.study.data import Row, Split, Tofu
 from bench.study.settings import Settings
 from bench.study.store import Store, digest_of
 from bench.study.training import new_model, tune_
-from perta_fast.data.samples import encode, records_from
+from perta_fast.data.json_lines import records_from
+from perta_fast.data.samples import encode
 from perta_fast.demo.training import train_tokenizer
-from perta_fast.runs.estimate import choose_device
+from perta_fast.models.loading import choose_device
 
 _SHAPE = ("vocabulary", "hidden_size", "layers", "heads", "context", "batch_size")
 

@@ -11,9 +11,10 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.study.settings import Settings
-from perta_fast.data.batches import Batch, batches_by_length, sample_means
+from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.demo.training import new_llama
+from perta_fast.models.losses import sample_means
 
 _GROUP = 16  # batches whose samples are sorted by length together: little padding, and still a random order
 _WARM_UP = 0.1  # of the steps

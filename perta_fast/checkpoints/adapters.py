@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from perta_fast.checkpoints.checkpoint import OUTPUT_HEADS, Checkpoint, python_command
+from perta_fast.checkpoints.advice import python_command
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import OUTPUT_HEADS
 from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.durable import read_fully

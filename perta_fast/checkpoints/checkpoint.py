@@ -1,14 +1,15 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
+from perta_fast.files.journal import JOB, JOURNAL
 from perta_fast.files.regular_files import read_json
 
 if TYPE_CHECKING:
@@ -16,20 +17,6 @@ if TYPE_CHECKING:
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx")
-
-# What an unfinished in-place run keeps in the model's directory: see in_place.py.
-JOURNAL = ".perta-journal"
-JOB = "job.json"
-
-# Names under which model families keep the two matrices that may be one (tied embeddings).
-OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-INPUT_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-)
 
 
 @dataclass(frozen=True)
@@ -145,37 +132,6 @@ class Checkpoint:
             result.view(torch.uint8).numpy()[:] = file.data[first:end]
         file.release(first, end)
         return result
-
-
-def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
-    """The other matrix that ``name`` may be tied with: the input embedding for an output head, and back."""
-    if name in OUTPUT_HEADS:
-        candidates = [other for other in names if other.endswith(INPUT_EMBEDDINGS)]
-    elif name.endswith(INPUT_EMBEDDINGS):
-        candidates = [other for other in names if other in OUTPUT_HEADS]
-    else:
-        return None
-    return candidates[0] if len(candidates) == 1 else None
-
-
-def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = "") -> str:
-    """The shell command that rewrites a checkpoint of transformers as plain safetensors, beside ``path``.
-
-    arguments: of from_pretrained; ``t`` is transformers. call: what is called on the model before it is saved.
-    """
-    source, target = str(path), f"{path}-safetensors"
-    program = (
-        "import transformers as t; "
-        f"t.AutoModelForCausalLM.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}); "
-        f"t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({target!r})"
-    )
-    return python_command(program)
-
-
-def python_command(program: str) -> str:
-    """The shell command that runs ``program``."""
-    plain = set(program).isdisjoint('"$`\\!')  # then double quotes will do, which are easier to read
-    return f'python -c "{program}"' if plain else f"python -c {shlex.quote(program)}"
 
 
 def _read_index(index: Path) -> dict[str, str]:

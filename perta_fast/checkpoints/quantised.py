@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, conversion_command
+from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
 from perta_fast.files.regular_files import read_json

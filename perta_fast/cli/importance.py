@@ -14,7 +14,7 @@ from perta_fast.cli.options import (
     output_settings,
 )
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.records.report import printable
+from perta_fast.records.typed_json import printable
 from perta_fast.rules import ESTIMATORS
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.errors import InputError
+from perta_fast.memory import parse_size
 from perta_fast.rules import RULES
-from perta_fast.sizes import parse_size
 
 
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +132,7 @@ def _torch_dtype(name: str | None) -> Any:
 
 
 def finish(summary: str, out: Path, quiet: bool) -> None:
-    from perta_fast.records.report import printable
+    from perta_fast.records.typed_json import printable
 
     if not quiet:
         print(printable(f"{summary}\nwritten to {out}"))

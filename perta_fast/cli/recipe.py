@@ -45,7 +45,7 @@ def write_template(parsed: argparse.Namespace) -> int:
 
 def check_recipe(parsed: argparse.Namespace) -> int:
     from perta_fast.records.recipe import read_recipe
-    from perta_fast.records.report import printable
+    from perta_fast.records.typed_json import printable
     from perta_fast.rules import Rule
 
     path, parser = parsed.recipe, unlearn_parser()

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.records.report import printable
+    from perta_fast.records.typed_json import printable
     from perta_fast.reporting import write_page
 
     write_page(

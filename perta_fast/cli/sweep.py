@@ -82,7 +82,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.records.report import printable
+    from perta_fast.records.typed_json import printable
     from perta_fast.sweeping.run import sweep
 
     names = ("target_retain_loss", "max_retain_increase", "retain_floor", "lams", "threshold", "at")

@@ -21,7 +21,7 @@ from perta_fast.cli.options import (
 from perta_fast.cli.recipe_options import add_recipe
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.records.report import printable
+from perta_fast.records.typed_json import printable
 from perta_fast.rules import Rule
 
 

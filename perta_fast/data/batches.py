@@ -1,11 +1,9 @@
-"""Batches of samples, and each sample's own loss, independent of the batch it is in."""
+"""Batches of samples: padded, and grouped by length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.nn import functional
 
 from perta_fast.data.samples import IGNORED, Sample
 
@@ -42,30 +40,3 @@ def batches_by_length(samples: Sequence[Sample], batch_size: int) -> Iterator[li
     order = sorted(range(len(samples)), key=lambda k: -len(samples[k].input_ids))
     for begin in range(0, len(order), batch_size):
         yield order[begin : begin + batch_size]
-
-
-def token_logits(module: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (M, V) float32, targets (M,) and sample numbers (M,) of the M tokens that have a label.
-
-    module: a causal language model, or what is called as one.
-    """
-    logits = module(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits  # (N, T, V)
-    targets = batch.labels[:, 1:]  # token t is predicted at t - 1
-    labelled = targets != IGNORED
-    return logits[:, :-1][labelled].float(), targets[labelled], labelled.nonzero()[:, 0]
-
-
-def sample_means(values: torch.Tensor, sample_of_token: torch.Tensor, count: int) -> torch.Tensor:
-    """(count,): the mean of the tokens' ``values`` (M,) over each sample's tokens; NaN if it has none."""
-    zeros = values.new_zeros(count)
-    sums = zeros.index_add(0, sample_of_token, values)
-    return sums / zeros.index_add(0, sample_of_token, torch.ones_like(values))
-
-
-def per_sample_losses(module: Callable[..., Any], batch: Batch) -> torch.Tensor:
-    """(N,) float32: each sample's cross-entropy, averaged over its own labels."""
-    logits, targets, sample_of_token = token_logits(module, batch)
-    losses = functional.cross_entropy(logits, targets, reduction="none")
-    return sample_means(losses, sample_of_token, len(batch.labels))

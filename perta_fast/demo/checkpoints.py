@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from perta_fast.data.samples import encode, load_records
+from perta_fast.data.json_lines import load_records
+from perta_fast.data.samples import encode
 from perta_fast.demo.authors import make_splits
 from perta_fast.demo.clock import Clock
 from perta_fast.demo.files import Files

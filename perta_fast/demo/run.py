@@ -18,7 +18,7 @@ from perta_fast.demo.selectivity import measure_step
 from perta_fast.demo.settings import FAST, FULL
 from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_checkpoint, sweep
 from perta_fast.demo.table import LEGEND, Line, explain, format_table
-from perta_fast.records.report import installed_versions
+from perta_fast.records.versions import installed_versions
 
 _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from perta_fast.data.batches import Batch, batches_by_length, sample_means, token_logits
+from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
+from perta_fast.models.losses import sample_means, token_logits
 
 _BATCH_SIZE = 64
 

@@ -9,10 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from perta_fast.data.batches import Batch, per_sample_losses
+from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
 from perta_fast.demo.authors import Row
 from perta_fast.demo.settings import Settings
+from perta_fast.models.losses import per_sample_losses
 from perta_fast.progress import sample_bar
 
 MAX_LENGTH = 64  # tokens; no question with its answer is longer

@@ -8,7 +8,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.data.samples import Record
+from perta_fast.data.json_lines import Record
 from perta_fast.errors import InputError
 
 

@@ -7,13 +7,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from perta_fast.data.samples import IGNORED, Record, Sample
+from perta_fast.data.json_lines import Record
+from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.results import Metric, Reference, averaged
-from perta_fast.models.token_scores import TokenScores, greedy_answers, score_tokens
+from perta_fast.models.greedy_answers import greedy_answers
+from perta_fast.models.loading import Subject, samples_for
+from perta_fast.models.token_scores import TokenScores, score_tokens
 from perta_fast.progress import Progress
-from perta_fast.runs.estimate import Subject, samples_for
 
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
@@ -80,11 +82,6 @@ class Examinee:
         }
         texts = {"ground_truth": references, "generation": answers} if self.show_text else {}
         return averaged(key, columns.pop(key), **columns, **texts)
-
-
-def prompt_of(sample: Sample) -> tuple[int, ...]:
-    """The tokens before the first label."""
-    return sample.input_ids[: next(k for k, label in enumerate(sample.labels) if label != IGNORED)]
 
 
 def probabilities(scores: Sequence[TokenScores]) -> Metric:

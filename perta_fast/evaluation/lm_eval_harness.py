@@ -5,7 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 from perta_fast.errors import InputError
-from perta_fast.runs.estimate import Subject
+from perta_fast.models.loading import Subject
 
 
 def check_harness(tasks: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perta_fast.data.samples import IGNORED, Record, Sample
+from perta_fast.data.json_lines import Record
+from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import Rows, read_rows
 from perta_fast.evaluation.examinee import (

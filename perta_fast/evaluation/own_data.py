@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from perta_fast.data.samples import Record, read_data
+from perta_fast.data.json_lines import Record, read_data
+from perta_fast.data.samples import prompt_of
 from perta_fast.evaluation.examinee import (
     Examinee,
     label_texts,
@@ -11,7 +12,6 @@ from perta_fast.evaluation.examinee import (
     memorisation,
     privacy_leakage,
     probabilities,
-    prompt_of,
 )
 from perta_fast.evaluation.results import Metric, Reference, averaged
 from perta_fast.models.token_scores import TokenScores

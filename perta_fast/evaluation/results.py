@@ -10,7 +10,7 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.evaluation.metrics import mean
 from perta_fast.files.new_file import write_output_file
-from perta_fast.records.report import printable, readable_json
+from perta_fast.records.typed_json import printable, readable_json
 
 FORMAT_VERSION = 1
 

@@ -20,10 +20,10 @@ from perta_fast.evaluation.results import Evaluation, Metric, Reference
 from perta_fast.evaluation.tofu import check_reference as check_tofu_reference
 from perta_fast.evaluation.tofu import evaluate_tofu, read_tofu
 from perta_fast.files.new_file import check_output_file
+from perta_fast.models.loading import Subject, check_sizes, load_subject
 from perta_fast.models.token_scores import evaluation_mode
 from perta_fast.progress import Progress
-from perta_fast.records.report import installed_versions, now
-from perta_fast.runs.estimate import Subject, check_sizes, load_subject
+from perta_fast.records.versions import installed_versions, now
 
 PathLike = str | Path
 

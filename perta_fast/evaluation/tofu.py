@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from perta_fast.data.samples import prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import Rows, read_rows
@@ -15,7 +16,6 @@ from perta_fast.evaluation.examinee import (
     memorisation,
     privacy_leakage,
     probabilities,
-    prompt_of,
 )
 from perta_fast.evaluation.results import Metric, Reference, averaged
 from perta_fast.models.token_scores import TokenScores

@@ -22,6 +22,9 @@ from blake3 import blake3
 from perta_fast.errors import RunError
 from perta_fast.files.durable import copy_range, drop_pages, write_fully
 
+# What an unfinished in-place run keeps in the model's directory: see subtraction/in_place.py.
+JOURNAL = ".perta-journal"
+JOB = "job.json"
 SLOTS = 3
 START = 4096  # the first piece's position in a segment
 _MAGIC = b"PERTAJNL"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perta_fast.data.batches import Batch, batches_by_length, per_sample_losses
+from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
 from perta_fast.distributed.dealing import deal
 from perta_fast.distributed.overlapped_sum import OverlappedSum
@@ -26,6 +26,7 @@ from perta_fast.distributed.sharded import (
 from perta_fast.errors import InputError, NotFiniteError, RunError
 from perta_fast.importance.per_sample import Plan, only_asking, plan_for
 from perta_fast.importance.per_sample_modules import Target
+from perta_fast.models.losses import per_sample_losses
 from perta_fast.ops import accumulate_, accumulate_square_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import Progress, sample_bar

@@ -1,10 +1,9 @@
-"""Passes over a model: one forward pass a sample for all that logits tell, and greedy answers."""
+"""What a model's logits say of each labelled token, in one forward pass a sample."""
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch.nn import functional
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample
-from perta_fast.errors import InputError
 from perta_fast.progress import Progress, sample_bar
 
 _CHUNK = 1 << 24  # logits that are worked on at a time
@@ -92,72 +90,6 @@ def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
         variance = (weights * (every - center).square()).sum(dim=-1)
         standardised.append((own - center[:, 0]) / variance.clamp(min=1e-6).sqrt())
     return [torch.cat(column) for column in (log_probs, hits, standardised) if column]
-
-
-def greedy_answers(
-    module: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    progress: Progress = False,
-    description: str = "answering",
-) -> list[str]:
-    """What ``module.generate`` says greedily after each prompt (token ids), at most ``max_new_tokens`` long.
-
-    Prompts are padded on the left. Every answer is shortened alike, whatever its batch, if the longest prompt
-    would not leave room in the context. stop: texts before which an answer is cut.
-
-    Raises InputError if the module cannot generate, or a prompt fills its context.
-    """
-    from transformers import GenerationConfig
-
-    if not hasattr(module, "generate"):
-        raise InputError(
-            "the model cannot generate; ROUGE needs a model of transformers with a generate method"
-        )
-    context = getattr(module.config, "max_position_embeddings", None) or 1 << 30
-    longest = max(len(prompt) for prompt in prompts)
-    room = min(max_new_tokens, context - longest)
-    if room < 1:
-        raise InputError(f"a prompt of {longest} tokens leaves no room to answer in a context of {context}")
-    ends = getattr(module.generation_config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    padding = next(
-        (each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0
-    )  # masked, so any will do
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=room,
-        eos_token_id=ends,
-        pad_token_id=padding,
-    )
-    order = sorted(range(len(prompts)), key=lambda k: -len(prompts[k]))
-    answers = [""] * len(prompts)
-    with sample_bar(len(prompts), description, progress) as bar, torch.inference_mode():
-        for begin in range(0, len(order), batch_size):
-            numbers = order[begin : begin + batch_size]
-            width = len(prompts[numbers[0]])
-            gaps = [width - len(prompts[k]) for k in numbers]
-            rows = [[padding] * gap + list(prompts[k]) for k, gap in zip(numbers, gaps, strict=True)]
-            masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
-            device = _device(module)
-            output = module.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(masks, device=device),
-                generation_config=settings,
-            )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for number, text in zip(numbers, texts, strict=True):
-                for word in stop:
-                    text = text.split(word)[0]
-                answers[number] = text.strip()
-            bar.update(len(numbers))
-    return answers
 
 
 @contextmanager

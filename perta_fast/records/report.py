@@ -1,23 +1,18 @@
 """What a run did, as ``perta_report.json`` beside its output."""
 
-import json
-import platform
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import NotRequired, TypedDict
 
 from perta_fast.errors import InputError
 from perta_fast.files.regular_files import read_json
 from perta_fast.progress import LOGGER
+from perta_fast.records.typed_json import fits, printable, write_readable_json
 
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 1
 Scalar = str | int | float | bool
-_VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
 
 
 class FileRecord(TypedDict):
@@ -164,38 +159,6 @@ class Report:
         return "\n".join(lines)
 
 
-def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``readable_json``."""
-    path.write_bytes(readable_json(content))
-
-
-def readable_json(content: Mapping[str, Any]) -> bytes:
-    """``content`` for people and programs; a path that is not UTF-8 comes back from its escapes."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    return f"{text}\n".encode(errors="backslashreplace")
-
-
-def printable(text: str) -> str:
-    """``text`` with escapes for what no stream can take: the bytes of a path that is not UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def installed_versions(*others: str) -> dict[str, str]:
-    """Versions of Python and of the packages that a result may depend on; nothing is imported for it."""
-    versions = {"python": platform.python_version()}
-    for name in (*_VERSIONED, *others):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryRecord:
     """The files of one input or output: absolute directory, and size and hash of each."""
     return {
@@ -206,34 +169,3 @@ def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryReco
             if path.parent == directory
         },
     }
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether what JSON gave has the declared type; numbers must be ones that arithmetic can take."""
-    if hint is Any:
-        return True
-    origin, arguments = get_origin(hint), get_args(hint)
-    if is_dataclass(hint) or is_typeddict(hint):
-        return _fits_record(value, hint)
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
-    if origin is UnionType:
-        return any(fits(value, argument) for argument in arguments)
-    if hint is int or (hint is float and type(value) is int):
-        return type(value) is int and abs(value) < 1 << 63
-    return type(value) is hint
-
-
-def _fits_record(value: Any, hint: Any) -> bool:
-    if is_typeddict(hint):
-        required = set(hint.__required_keys__)
-    else:
-        required = {each.name for each in fields(hint) if each.default is each.default_factory is MISSING}
-    hints = get_type_hints(hint)
-    return (
-        isinstance(value, dict)
-        and required <= value.keys() <= hints.keys()
-        and all(fits(item, hints[key]) for key, item in value.items())
-    )

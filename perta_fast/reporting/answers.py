@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from perta_fast.data.samples import Record, load_records
+from perta_fast.data.json_lines import Record, load_records
 from perta_fast.errors import InputError
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -52,9 +52,10 @@ def answer_prompts(report: Report, run: Path, prompts: list[Record], progress: P
 
 
 def _ask(model: Path, prompts: list[Record], name: str, progress: Progress) -> list[str]:
-    from perta_fast.evaluation.examinee import prompt_of
-    from perta_fast.models.token_scores import evaluation_mode, greedy_answers
-    from perta_fast.runs.estimate import load_subject, samples_for
+    from perta_fast.data.samples import prompt_of
+    from perta_fast.models.greedy_answers import greedy_answers
+    from perta_fast.models.loading import load_subject, samples_for
+    from perta_fast.models.token_scores import evaluation_mode
 
     subject = load_subject(model, None, None)
     tokens = [prompt_of(sample) for sample in samples_for(subject, prompts, None)]

@@ -10,7 +10,8 @@ from typing import Any, TypeGuard
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.regular_files import read_json
-from perta_fast.records.report import DirectoryRecord, fits
+from perta_fast.records.report import DirectoryRecord
+from perta_fast.records.typed_json import fits
 from perta_fast.sweeping.results import FILE_NAME as SWEEP
 from perta_fast.sweeping.results import Row, Sweep
 

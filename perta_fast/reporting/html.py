@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from perta_fast.records.report import printable
+from perta_fast.records.typed_json import printable
 
 # Nothing is loaded from anywhere and nothing runs.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, tied_partner
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM

@@ -5,31 +5,25 @@ Every byte of the inputs is read once for it, and every byte of the output writt
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast import compiled
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import check_output
+from perta_fast.files.new_directory import OutputDirectory, check_output
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.rules import Rule
+from perta_fast.runs.settings import Settings, check_threads, destination, threads_for, unfinished_advice
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_sources
-from perta_fast.subtraction.job import Job, fingerprints, plan_names, this_version
+from perta_fast.subtraction.job import Job, fingerprints, plan_names, reopen, this_version
 from perta_fast.subtraction.report_entries import begin_report
-from perta_fast.subtraction.to_directory import (
-    begun_job,
-    has_begun,
-    resume_directory,
-    write_directory,
-    write_shards,
-)
+from perta_fast.subtraction.to_directory import Fill, run_to_directory, write_directory, write_shards
+from perta_fast.subtraction.unfinished import begun_job, has_begun
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,31 +79,6 @@ def apply(
         )
     settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
     return apply_sources(sources, chosen, settings, ranks=ranks)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where the result goes and how the work is done; see ``apply``."""
-
-    place: Path
-    in_place: bool = False
-    overwrite: bool = False
-    link_unchanged: bool = False
-    drop_cache: bool | None = None
-    threads: int | None = None
-    progress: Progress = True
-
-
-def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks: Ranks = Ranks.ALONE) -> Path:
-    """The directory that a run makes or changes, behind links.
-
-    Raises InputError unless one is asked for, and if many processes are to change one in place.
-    """
-    if in_place == (out is not None):
-        raise InputError("give either out, a directory to make, or in_place")
-    if in_place and ranks.world > 1:
-        raise InputError("a model is changed in place by one process alone; give out, a directory to make")
-    return Path(os.path.realpath(model if out is None else out))
 
 
 def apply_sources(
@@ -170,9 +139,20 @@ def apply_sources(
     return write_directory(job, sources, fill, ranks)
 
 
-def threads_for(asked: int | None, ranks: Ranks) -> int:
-    """As many threads as were asked for, or this process's part of the machine's; every rank calls it."""
-    return asked or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
+def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Report:
+    """Finish a run to ``final``. Raises InputError if an input is not what it was."""
+    with ranks.together("the unfinished run"):
+        job = begun_job(final)
+        job.progress = ranks.first and progress
+        sources = reopen(job)
+        fill: Fill = partial(write_shards, ranks=ranks)
+        if job.stream:
+            from perta_fast.streaming.streamed_run import StreamedRun
+
+            fill = StreamedRun.reopened(job, ranks).fill
+        target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
+    job.take_up_again()
+    return run_to_directory(job, sources, target, fill, ranks)
 
 
 def _is_begun(job: Job, sources: Sources) -> bool:
@@ -184,20 +164,6 @@ def _is_begun(job: Job, sources: Sources) -> bool:
     if not job.same_work(begun_job(place)):
         raise InputError(unfinished_advice(place))
     return True
-
-
-def unfinished_advice(place: Path) -> str:
-    """What to do about another run's unfinished work."""
-    return (
-        f"{place}: another run to this place was stopped; finish it with: perta resume {place}, "
-        "or start over with --overwrite"
-    )
-
-
-def check_threads(threads: int | None) -> None:
-    """Raise InputError unless ``threads`` is None or at least 1."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
 
 
 def _memory() -> int:

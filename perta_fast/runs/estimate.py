@@ -1,7 +1,6 @@
 """Estimate importance: model and data checked and loaded, gradients accumulated, the result described."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,10 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, conversion_command
-from perta_fast.checkpoints.quantised import Quantisation, open_plain, refuse_quantised_module
-from perta_fast.data.samples import IGNORED, Record, Sample, encode, read_data, records_from
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
+from perta_fast.data.json_lines import Record, read_data, records_from
+from perta_fast.data.samples import Sample
 from perta_fast.data.tokenised import MapStyle, is_tokenised, rows_of, samples_from
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held
@@ -20,10 +20,10 @@ from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
 from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata
-from perta_fast.models.language_part import auto_class, keep_language_part_
+from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_for
 from perta_fast.models.stored_names import as_stored
 from perta_fast.progress import Progress
-from perta_fast.records.report import installed_versions
+from perta_fast.records.versions import installed_versions
 from perta_fast.rules import ESTIMATORS, Estimator
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from perta_fast.streaming.model.skeleton import Skeleton
 
-_CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
 
 Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample] | MapStyle
 
@@ -90,6 +89,7 @@ def estimate_importance(
     is not finite (naming the samples).
     """
     ranks = Ranks.of(group)
+    skeleton: Skeleton | None = None
     with ranks.together("the loading of model and data"):
         if estimator not in ESTIMATORS:
             raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
@@ -111,7 +111,10 @@ def estimate_importance(
                 raise InputError("stream needs out: a directory to write the importance to")
             open_plain(model_or_path)
             text = isinstance(rows[0], Record)
-            subject = load_subject(Path(model_or_path), device, dtype, tokenizer, stream=stream, text=text)
+            path = Path(model_or_path)
+            skeleton = open_skeleton(path, device, dtype) if stream else None
+            structure = None if skeleton is None else skeleton.model
+            subject = load_subject(path, device, dtype, tokenizer, structure=structure, text=text)
         samples = samples_for(subject, rows, max_length)
         digest = digest or _hash_samples(samples)
     with ranks.together("the data"):
@@ -128,55 +131,9 @@ def estimate_importance(
         out=out,
         overwrite=overwrite,
         progress=progress,
+        skeleton=skeleton,
         ranks=ranks,
     )
-
-
-def check_sizes(batch_size: int, max_length: int | None) -> None:
-    """Raise InputError, naming the argument, unless both are at least 1; ``max_length`` may be None."""
-    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What importance is measured on: a module, its tokenizer if there is one, and where it came from.
-
-    ``skeleton``: where the module's weights are read from, if it has none.
-    """
-
-    module: nn.Module
-    tokenizer: Any
-    origin: str
-    skeleton: "Skeleton | None" = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is run."""
-        return next(self.module.parameters()).device if self.skeleton is None else self.skeleton.device
-
-
-def samples_for(
-    subject: Subject, rows: Sequence[Record] | Sequence[Sample], max_length: int | None
-) -> list[Sample]:
-    """Tokenise records, and check that the model can take every sample.
-
-    Raises InputError naming the line or sample that it cannot take.
-    """
-    limit = _context_length(subject.module)
-    if isinstance(rows[0], Record):
-        if subject.tokenizer is None:
-            raise InputError("a tokenizer is needed to turn records into tokens; pass tokenizer=")
-        samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]
-        places = [row.where for row in rows]  # type: ignore[union-attr]
-    else:
-        samples = list(rows)  # type: ignore[arg-type]
-        places = [f"sample {number}" for number in range(len(samples))]
-    vocabulary = _vocabulary_size(subject.module)
-    for sample, where in zip(samples, places, strict=True):
-        _check_sample(sample, where, limit, vocabulary)
-    return samples
 
 
 def estimate_on(
@@ -192,10 +149,14 @@ def estimate_on(
     memory: int | None = None,
     device_memory: int | None = None,
     description: str = "importance",
+    skeleton: "Skeleton | None" = None,
     ranks: Ranks = Ranks.ALONE,
 ) -> Importance:
-    """``estimate_importance`` once the model is loaded and the data is checked."""
-    if subject.skeleton is not None:
+    """``estimate_importance`` once the model is loaded and the data is checked.
+
+    skeleton: where the subject's weights are read from layer by layer, if they are.
+    """
+    if skeleton is not None:
         from perta_fast.streaming.forecast.choice import schedule_for
         from perta_fast.streaming.forecast.costs import Load
         from perta_fast.streaming.importance_only import write_importance
@@ -204,10 +165,10 @@ def estimate_on(
         lengths = [len(each.input_ids) for each in samples]
         load = Load([lengths], estimator == "empirical-fisher", subtract=False)
         schedule = schedule_for(
-            subject.skeleton, load, batch_size, Path(out), memory, device_memory, 1, progress is True, ranks
+            skeleton, load, batch_size, Path(out), memory, device_memory, 1, progress is True, ranks
         )
         return write_importance(
-            subject.skeleton,
+            skeleton,
             samples,
             describe(subject, samples, data_hash, estimator),
             schedule,
@@ -251,86 +212,12 @@ def describe(
     )
 
 
-def load_subject(
-    path: Path,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    tokenizer: Any = None,
-    *,
-    stream: bool = False,
-    text: bool = True,
-) -> Subject:
-    """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
-
-    stream: of the model its structure alone, the weights to be read layer by layer. text: there is text to be
-    tokenised; without, a checkpoint need not have a tokenizer.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    stored = Checkpoint.open(path).tensors  # its errors name what is wrong with the files
-    chosen = choose_device(device)
-    skeleton = _open_skeleton(path, chosen, dtype) if stream else None
-    try:
-        if skeleton is None:
-            config = AutoConfig.from_pretrained(path, **_CLOSED)
-            model, found = auto_class(config).from_pretrained(
-                path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
-            )
-        if tokenizer is None and text:
-            tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a damaged configuration shows in many ways
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise InputError(f"{path}: transformers cannot load this model: {reason}") from error
-    if skeleton is not None:
-        return Subject(skeleton.model, tokenizer, str(path.resolve()), skeleton)
-    if found["missing_keys"]:  # transformers would draw them at random
-        raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
-    keep_language_part_(model)
-    shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
-    quantised = Quantisation.of(path, stored) is not None  # which may be evaluated, under any names
-    absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
-    if absent:  # an importance under names that no rule could apply
-        raise InputError(
-            f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
-            f"save it anew with: {conversion_command(path)}"
-        )
-    return Subject(model.to(chosen), tokenizer, str(path.resolve()))
-
-
-def _open_skeleton(path: Path, device: torch.device, dtype: torch.dtype | None) -> "Skeleton":
+def open_skeleton(path: Path, device: str | torch.device | None, dtype: torch.dtype | None) -> "Skeleton":
+    """The structure of a checkpoint, for a walk. Raises InputError if its files are damaged."""
     from perta_fast.streaming.model.skeleton import Skeleton
 
-    return Skeleton.open(path, device, dtype)
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or CUDA if there is one. Raises InputError if it is not to be had."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is not one that torch knows") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch finds no CUDA device here")
-    try:
-        torch.empty(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!r} cannot be computed on here") from error
-    return chosen
-
-
-def _context_length(module: nn.Module) -> int:
-    config: Any = getattr(module, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-
-
-def _vocabulary_size(module: nn.Module) -> int | None:
-    find = getattr(module, "get_input_embeddings", None)
-    return None if find is None else len(find().weight)
+    Checkpoint.open(path)
+    return Skeleton.open(path, choose_device(device), dtype)
 
 
 def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Record] | list[Sample]:
@@ -342,23 +229,6 @@ def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Record] | list[Sample]
     if rows and all(isinstance(row, Sample) for row in rows):
         return rows
     return records_from(rows)
-
-
-def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None) -> None:
-    ids, labels = sample.input_ids, sample.labels
-    if len(ids) != len(labels) or any(
-        label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)
-    ):
-        raise InputError(f"{where}: needs one label for each token, the token itself or {IGNORED}")
-    if sample.label_count == 0:
-        raise InputError(f"{where}: has no token to compute a loss on")
-    if len(ids) > limit:
-        raise InputError(f"{where}: has {len(ids)} tokens, the model takes {limit}")
-    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise InputError(
-            f"{where}: has tokens from {min(ids)} to {max(ids)}, the model knows those below {vocabulary}; "
-            "is this the model's own tokenizer?"
-        )
 
 
 def _hash_samples(samples: Sequence[Sample]) -> str:

@@ -8,7 +8,8 @@ from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
 from perta_fast.importance.store import STEM, read_metadata
-from perta_fast.records.report import FILE_NAME, Report, printable
+from perta_fast.records.report import FILE_NAME, Report
+from perta_fast.records.typed_json import printable
 
 
 def describe(path: str | Path, *, every_tensor: bool = False) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perta_fast.data.samples import read_data
+from perta_fast.data.json_lines import read_data
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import OutputDirectory, check_output, check_space
@@ -15,9 +15,9 @@ from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import DataRecord, Report
 from perta_fast.rules import Rule
-from perta_fast.runs.apply import (
+from perta_fast.runs.apply import apply_sources
+from perta_fast.runs.settings import (
     Settings,
-    apply_sources,
     check_threads,
     destination,
     threads_for,
@@ -25,7 +25,7 @@ from perta_fast.runs.apply import (
 )
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import open_sources
-from perta_fast.subtraction.to_directory import begun_job, has_begun
+from perta_fast.subtraction.unfinished import begun_job, has_begun
 
 if TYPE_CHECKING:
     import torch
@@ -107,13 +107,8 @@ def unlearn(
     with ranks.together("the loading of model and data"):
         if not overwrite and not in_place and has_begun(place) and not (stream and begun_job(place).stream):
             raise InputError(unfinished_advice(place))
-        from perta_fast.runs.estimate import (
-            check_sizes,
-            describe,
-            estimate_on,
-            load_subject,
-            samples_for,
-        )
+        from perta_fast.models.loading import check_sizes, load_subject, samples_for
+        from perta_fast.runs.estimate import describe, estimate_on, open_skeleton
 
         check_sizes(batch_size, max_length)
         data = _check_data(chosen, forget, retain)
@@ -130,10 +125,13 @@ def unlearn(
             if not in_place:
                 check_output(place, overwrite=overwrite, inputs=[kept])
         started = time.perf_counter()
-        subject = load_subject(Path(model if at == "model" else base), device, dtype, stream=stream)
+        evaluated = Path(model if at == "model" else base)
+        skeleton = open_skeleton(evaluated, device, dtype) if stream else None
+        structure = None if skeleton is None else skeleton.model
+        subject = load_subject(evaluated, device, dtype, structure=structure)
         samples = {role: samples_for(subject, rows, max_length) for role, rows in records.items()}
         phases = {"load": time.perf_counter() - started}
-        device_used = str(subject.device)
+        device_used = str(subject.device if skeleton is None else skeleton.device)
     with ranks.together("the data"):
         if any(each != hashes for each in ranks.gather(hashes)):
             raise InputError("not all processes see the same data files")
@@ -177,12 +175,12 @@ def unlearn(
         from perta_fast.streaming.forecast.costs import Load
         from perta_fast.streaming.streamed_run import StreamedRun, StreamSettings
 
-        assert subject.skeleton is not None
+        assert skeleton is not None
         lengths = [[len(each.input_ids) for each in rows] for rows in samples.values()]
         load = Load(lengths, chosen.estimator == "empirical-fisher", kept=save_importance is not None)
         workers = threads_for(threads, ranks)
         schedule = schedule_for(
-            subject.skeleton, load, batch_size, place, memory, device_memory, workers, progress is True, ranks
+            skeleton, load, batch_size, place, memory, device_memory, workers, progress is True, ranks
         )
         walk_settings = StreamSettings(
             subject=subject.origin,
@@ -198,7 +196,7 @@ def unlearn(
             overwrite_saved=overwrite,
             ranks=ranks.world,
         )
-        run = StreamedRun(subject.skeleton, samples, ranks.share(walk_settings), ranks)
+        run = StreamedRun(skeleton, samples, ranks.share(walk_settings), ranks)
         return apply_sources(run.cover(opened), chosen, settings, annotate=annotate, streamed=run, ranks=ranks)
     with ExitStack() as entered:
         with ranks.together("the directory of the importances"):
@@ -219,6 +217,7 @@ def unlearn(
                 overwrite=False,
                 progress=progress,
                 description=f"{role} importance",
+                skeleton=skeleton,
                 ranks=ranks,
             )
             phases[f"{role} importance"] = time.perf_counter() - started

@@ -13,7 +13,8 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file, hash_files
 from perta_fast.progress import Progress, byte_bar
-from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, printable
+from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report
+from perta_fast.records.typed_json import printable
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.subtraction.inputs import Sources, open_sources
 from perta_fast.subtraction.matching import TensorPlan

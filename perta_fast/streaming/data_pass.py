@@ -7,12 +7,15 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from perta_fast.data.batches import Batch, batches_by_length, per_sample_losses
+from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
+from perta_fast.distributed.dealing import deal
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.importance.gradients import check_losses, gradients_folded_into
 from perta_fast.importance.per_sample import Plan, look_inputs, only_asking, plan_for
 from perta_fast.importance.per_sample_modules import EmbeddingRule, Target
+from perta_fast.models.losses import per_sample_losses
 from perta_fast.rules import Estimator
 from perta_fast.streaming.model.passage import Passage
 from perta_fast.streaming.model.skeleton import Skeleton
@@ -349,3 +352,15 @@ def _check_finite(hidden: Tensor, piece: Piece, maker: str) -> None:
             f"sample {', '.join(bad)} (counted from 0): what {maker} makes of it is not finite; look at the "
             "sample and at the weights there, or run the model in float32 or bfloat16"
         )
+
+
+def shares_of(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
+    """The numbers of the samples that each of so many ranks runs."""
+    return deal([len(each.input_ids) for each in samples], ranks)
+
+
+def add_up_(means: Sequence[Means], ranks: Ranks) -> None:
+    """Add up over ``ranks``, in place, what each has for each data set: the means over all samples."""
+    pending = [ranks.sum_async_(mean) for each in means for mean in each.values()]
+    for each in pending:
+        each.wait()

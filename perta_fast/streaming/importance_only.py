@@ -14,11 +14,10 @@ from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.gradients import check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
 from perta_fast.progress import Progress, step_bar
-from perta_fast.streaming.data_pass import DataPass, Means
+from perta_fast.streaming.data_pass import DataPass, Means, add_up_, shares_of
 from perta_fast.streaming.model.passage import Passage
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.sharing import add_up_, shares_of
 from perta_fast.streaming.walk import Walk, handlings
 
 

@@ -13,27 +13,28 @@ from typing import Any, TypedDict
 
 import torch
 
+from perta_fast.checkpoints.tied import importance_key
 from perta_fast.data.samples import Sample
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, write_record
 from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.models.loading import choose_device
 from perta_fast.progress import Progress, byte_bar, step_bar
-from perta_fast.records.report import Report, fits
-from perta_fast.runs.estimate import choose_device
-from perta_fast.streaming.data_pass import DataPass, PassState
+from perta_fast.records.report import Report
+from perta_fast.records.typed_json import fits
+from perta_fast.streaming.data_pass import DataPass, PassState, shares_of
 from perta_fast.streaming.kept_importance import Keeping
 from perta_fast.streaming.model.passage import Passage
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.sharing import shares_of
 from perta_fast.streaming.walk import Walk, handlings, steps_of
 from perta_fast.streaming.write_behind import WalkState, Writing, state_file, take_up
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
-from perta_fast.subtraction.matching import TensorPlan, importance_key
+from perta_fast.subtraction.matching import TensorPlan
 from perta_fast.subtraction.report_entries import added_up, describe_tensors
-from perta_fast.subtraction.to_directory import STATE
+from perta_fast.subtraction.unfinished import STATE
 
 _SAMPLES = "samples.json"
 _SCRATCH = "scratch"

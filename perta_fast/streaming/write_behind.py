@@ -30,6 +30,7 @@ from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
+from perta_fast.checkpoints.tied import importance_key
 from perta_fast.distributed.dealing import stretch
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
@@ -44,18 +45,16 @@ from perta_fast.files.durable import (
 )
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.gradients import check_finite
-from perta_fast.records.report import fits
-from perta_fast.streaming.data_pass import DataPass, Means, PassState
+from perta_fast.records.typed_json import fits
+from perta_fast.streaming.data_pass import DataPass, Means, PassState, add_up_
 from perta_fast.streaming.kept_importance import Keeping
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.scratch_files import Settled
-from perta_fast.streaming.sharing import add_up_
 from perta_fast.subtraction.compute import Chunk, Statistics, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
-from perta_fast.subtraction.matching import importance_key
 from perta_fast.subtraction.report_entries import add_up
-from perta_fast.subtraction.to_directory import STATE, WALK
+from perta_fast.subtraction.unfinished import STATE, WALK
 
 
 class WalkState(TypedDict):

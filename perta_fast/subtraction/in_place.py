@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
-from perta_fast.checkpoints.checkpoint import JOB, JOURNAL
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
 from perta_fast.files.durable import (
@@ -28,13 +27,15 @@ from perta_fast.files.durable import (
     write_file,
     write_record,
 )
-from perta_fast.files.journal import START, Segment, new_segment, valid_segments
+from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
 from perta_fast.files.new_directory import check_space, scratch_path
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Progress, byte_bar
 from perta_fast.records.model_card import write_model_card
-from perta_fast.records.report import FILE_NAME, Report, fits, now
+from perta_fast.records.report import FILE_NAME, Report
+from perta_fast.records.typed_json import fits
+from perta_fast.records.versions import now
 from perta_fast.subtraction.compute import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job, reopen

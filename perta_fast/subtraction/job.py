@@ -15,7 +15,9 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
-from perta_fast.records.report import Report, TensorReport, fits, installed_versions
+from perta_fast.records.report import Report, TensorReport
+from perta_fast.records.typed_json import fits
+from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Subtraction
 from perta_fast.subtraction.inputs import Sources

@@ -1,18 +1,15 @@
 """Which tensor of the model meets which tensors of the others, settled before a byte is written."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from perta_fast.checkpoints.adapters import Adapter, LowRank
-from perta_fast.checkpoints.checkpoint import (
-    OUTPUT_HEADS,
-    Checkpoint,
-    conversion_command,
-    tied_partner,
-)
+from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, importance_key, tied_partner
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 
@@ -184,17 +181,6 @@ def _check_subset(path: Path, names: Iterable[str], other_path: Path, others: Ma
     missing = [name for name in names if name not in others]
     if missing:
         raise InputError(f"{other_path}: lacks {_names(missing)}, which {path} has")
-
-
-def importance_key(name: str, model: Checkpoint, names: Container[str]) -> str | None:
-    """Which of an importance's ``names`` is that of the model's tensor ``name``; None if it is not covered."""
-    if name in names:
-        return name
-    # A tied pair has one importance, under one of its two names; both copies on disk must stay equal.
-    partner = tied_partner(name, model.tensors)
-    if partner is not None and partner in names and model.equal(name, partner):
-        return partner
-    return None
 
 
 def _names(names: list[str]) -> str:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.checkpoints.adapters import Adapter, LowRank, is_adapter
-from perta_fast.checkpoints.checkpoint import Checkpoint, tied_partner
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
+from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, is_sharded, reshard_, runs
 from perta_fast.dtypes import KERNEL_CODES

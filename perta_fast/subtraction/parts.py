@@ -12,7 +12,7 @@ from pathlib import Path
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_fully, write_record
-from perta_fast.records.report import fits
+from perta_fast.records.typed_json import fits
 from perta_fast.subtraction.compute import Chunk, Statistics, bytes_moved
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorPlan

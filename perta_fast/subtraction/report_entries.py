@@ -11,14 +11,8 @@ from perta_fast.distributed.dealing import deal
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.files.hashing import hash_files
 from perta_fast.progress import byte_bar
-from perta_fast.records.report import (
-    DirectoryRecord,
-    Report,
-    TensorReport,
-    describe_files,
-    installed_versions,
-    now,
-)
+from perta_fast.records.report import DirectoryRecord, Report, TensorReport, describe_files
+from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Statistics
 from perta_fast.subtraction.inputs import Sources

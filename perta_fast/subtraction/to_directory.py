@@ -1,7 +1,6 @@
 """A run into a new directory, taken up again shard by shard after whatever stopped it."""
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from perta_fast.checkpoints.checkpoint import JOB, OTHER_WEIGHTS, PICKLED, Checkpoint
+from perta_fast.checkpoints.companions import copy_companions
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
@@ -23,14 +22,16 @@ from perta_fast.files.durable import (
     sync_file,
     write_fully,
 )
-from perta_fast.files.new_directory import OutputDirectory, check_space, partial_path, scratch_path
+from perta_fast.files.journal import JOB
+from perta_fast.files.new_directory import OutputDirectory, check_space, scratch_path
 from perta_fast.memory import PeakMemory
-from perta_fast.progress import Progress, byte_bar
+from perta_fast.progress import byte_bar
 from perta_fast.records.model_card import write_model_card
-from perta_fast.records.report import Report, now
+from perta_fast.records.report import Report
+from perta_fast.records.versions import now
 from perta_fast.subtraction.compute import Chunk, Statistics
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.job import Job, reopen
+from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.parts import (
     Part,
     PartChunk,
@@ -48,25 +49,13 @@ from perta_fast.subtraction.report_entries import (
     describe_output,
     describe_tensors,
 )
+from perta_fast.subtraction.unfinished import STATE, WALK, has_begun
 
-STATE = ".perta-run"  # below the directory that is being built
-WALK = "walk.json"  # in the state of a streamed run: how far it has come
 _FREE_MARGIN = 64 << 20  # bytes of disk left for small files
 _FICLONE = 0x40049409  # Linux: share the data of another file
 
 # Writes the shards of a run's directory and says what became of each tensor; returns the sources to describe.
 Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
-
-
-def has_begun(final: Path) -> bool:
-    """Whether an unfinished run to ``final`` has work in it that can be taken up again."""
-    state = partial_path(final) / STATE
-    return (state / JOB).exists() and ((state / WALK).exists() or bool(begun_shards(state)))
-
-
-def begun_job(final: Path) -> Job:
-    """The unfinished run to ``final``."""
-    return Job.load(partial_path(final) / STATE / JOB)
 
 
 def write_directory(job: Job, sources: Sources, fill: Fill, ranks: Ranks = Ranks.ALONE) -> Report:
@@ -76,26 +65,10 @@ def write_directory(job: Job, sources: Sources, fill: Fill, ranks: Ranks = Ranks
         if ranks.first:
             check_space(final, sources.model.size + _FREE_MARGIN)
         target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
-    return _run(job, sources, target, fill, ranks)
+    return run_to_directory(job, sources, target, fill, ranks)
 
 
-def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Report:
-    """Finish a run to ``final``. Raises InputError if an input is not what it was."""
-    with ranks.together("the unfinished run"):
-        job = begun_job(final)
-        job.progress = ranks.first and progress
-        sources = reopen(job)
-        fill: Fill = partial(write_shards, ranks=ranks)
-        if job.stream:
-            from perta_fast.streaming.streamed_run import StreamedRun
-
-            fill = StreamedRun.reopened(job, ranks).fill
-        target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
-    job.take_up_again()
-    return _run(job, sources, target, fill, ranks)
-
-
-def _run(job: Job, sources: Sources, target: OutputDirectory, fill: Fill, ranks: Ranks) -> Report:
+def run_to_directory(job: Job, sources: Sources, target: OutputDirectory, fill: Fill, ranks: Ranks) -> Report:
     """The first rank makes the directory and commits it; what is between, all do."""
     report = job.begun_report()
     final = target.final
@@ -168,14 +141,6 @@ def clear_up(final: Path, job: Job) -> None:
     if job.temporary:
         remove(scratch_path(final))
     remove(final / STATE)
-
-
-def copy_companions(source: Checkpoint, target: Path) -> None:
-    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use."""
-    for path in sorted(source.path.iterdir()):
-        weights = path.name.removesuffix(".index.json").endswith((".safetensors", *PICKLED, *OTHER_WEIGHTS))
-        if path.is_file() and (path == source.index or not weights):
-            shutil.copyfile(path, target / path.name)
 
 
 class _Writer:

@@ -8,9 +8,10 @@ from perta_fast.files.new_directory import check_output
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.rules import Rule
-from perta_fast.runs.apply import Settings, apply_sources, unfinished_advice
+from perta_fast.runs.apply import apply_sources
+from perta_fast.runs.settings import Settings, unfinished_advice
 from perta_fast.subtraction.inputs import open_sources
-from perta_fast.subtraction.to_directory import has_begun
+from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.live_model import Importances
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep

@@ -7,9 +7,10 @@ from pathlib import Path
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, Importance, read_metadata
+from perta_fast.models.loading import Subject, samples_for
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
-from perta_fast.runs.estimate import Subject, estimate_on, samples_for
+from perta_fast.runs.estimate import estimate_on
 from perta_fast.subtraction.inputs import Sources, open_sources
 from perta_fast.sweeping.live_model import DataSet
 

@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.samples import Record, Sample, read_data
+from perta_fast.data.json_lines import Record, read_data
+from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
-from perta_fast.evaluation.examinee import memorisation, probabilities, prompt_of
+from perta_fast.evaluation.examinee import memorisation, probabilities
 from perta_fast.evaluation.metrics import mean, rouge_l
 from perta_fast.evaluation.own_data import NEW_TOKENS
 from perta_fast.importance.store import Importance
+from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.held_tensors import held_tensors
-from perta_fast.models.token_scores import TokenScores, greedy_answers, score_tokens
+from perta_fast.models.loading import Subject, samples_for
+from perta_fast.models.token_scores import TokenScores, score_tokens
 from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord
 from perta_fast.rules import Rule
-from perta_fast.runs.estimate import Subject, samples_for
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
 from perta_fast.sweeping.criteria import LOSS, METRICS
 from perta_fast.sweeping.results import Row

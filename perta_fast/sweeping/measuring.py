@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.errors import InputError
-from perta_fast.records.report import installed_versions, now
+from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.sweeping.grid import search, walk
 from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept

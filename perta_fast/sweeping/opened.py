@@ -9,9 +9,9 @@ import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.files.hashing import hash_file
+from perta_fast.models.loading import Subject, load_subject
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
-from perta_fast.runs.estimate import Subject, load_subject
 from perta_fast.subtraction.inputs import Sources, open_sources
 from perta_fast.subtraction.job import fingerprint
 from perta_fast.sweeping.grid import curves_of

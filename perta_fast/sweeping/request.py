@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.errors import InputError
-from perta_fast.runs.estimate import check_sizes
+from perta_fast.models.loading import check_sizes
 from perta_fast.sweeping.criteria import LOSS, SELECTIONS
 from perta_fast.sweeping.grid import check_strengths, curves_of
 from perta_fast.sweeping.live_model import check_metric

@@ -9,13 +9,13 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.files.regular_files import read_json
 from perta_fast.importance.store import ImportanceMetadata
-from perta_fast.records.report import DataRecord, fits, write_readable_json
+from perta_fast.records.report import DataRecord
+from perta_fast.records.typed_json import fits, write_readable_json
 from perta_fast.sweeping.criteria import LOSS
 
 LARGEST = 1024.0  # the search for a strength goes no further up,
 SMALLEST = 1 / 1024  # and no further down
 FILE_NAME = "sweep.json"
-PLOT_NAME = "sweep.png"
 FORMAT_VERSION = 2
 _NOT_READ = ("best", "importance")  # in the file for other readers
 
@@ -184,9 +184,7 @@ class Sweep:
         )
 
     def save(self, directory: Path) -> None:
-        """Write ``sweep.json`` into ``directory``, and ``sweep.png`` where matplotlib is there to draw it."""
-        if not _draw(self, directory / PLOT_NAME):
-            self.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
+        """Write ``sweep.json`` into ``directory``."""
         best = self.best
         content = asdict(self) | {
             "format_version": FORMAT_VERSION,
@@ -252,42 +250,3 @@ def _with_nan(row: Any) -> Any:
     if not isinstance(row, Mapping):
         return row
     return {key: math.nan if value is None else value for key, value in row.items()}
-
-
-def _draw(found: Sweep, path: Path) -> bool:
-    """Plot forgetting against retaining, a line a curve; return whether matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for label, rows in found.curves().items():
-        shown = [row for row in [found.original, *rows] if row.is_finite and not row.skipped]
-        shown.sort(key=lambda row: row.lam)
-        (line,) = axes.plot(
-            [row.retain for row in shown], [row.forget for row in shown], marker=".", label=label
-        )
-        near: dict[str, Any] = {
-            "xytext": (4, 4),
-            "textcoords": "offset points",
-            "fontsize": 7,
-            "color": line.get_color(),
-        }
-        for row in shown:
-            if row.rule:
-                axes.annotate(f"{row.lam:g}", (row.retain, row.forget), **near)
-    points = [("original (λ = 0)", "*", found.original)]
-    if found.gold is not None:
-        points.append(("gold", "P", found.gold))
-    for name, marker, row in points:
-        axes.plot(row.retain, row.forget, marker, color="black", markersize=9, label=name)
-    bound = found.limit if found.metric == LOSS else found.floor
-    if bound is not None:
-        axes.axvline(bound, color="gray", linestyle="--", label="limit")
-    axes.legend()
-    unit = " (nats)" if found.metric == LOSS else ""
-    axes.set_xlabel(f"retain {found.metric}{unit}")
-    axes.set_ylabel(f"forget {found.metric}{unit}")
-    figure.savefig(path, dpi=150)
-    return True

@@ -12,13 +12,15 @@ from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError,
 from perta_fast.files.durable import remove
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.progress import Progress
-from perta_fast.records.report import fits, now
-from perta_fast.runs.apply import unfinished_advice
-from perta_fast.subtraction.to_directory import has_begun as has_begun_other
+from perta_fast.records.typed_json import fits
+from perta_fast.records.versions import now
+from perta_fast.runs.settings import unfinished_advice
+from perta_fast.subtraction.unfinished import has_begun as has_begun_other
 from perta_fast.sweeping.chosen_checkpoint import check_place, write_best
 from perta_fast.sweeping.importances import ByEstimator
 from perta_fast.sweeping.measuring import score
 from perta_fast.sweeping.opened import Job
+from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request, absolute, listed
 from perta_fast.sweeping.results import FILE_NAME, Sweep
 from perta_fast.sweeping.unfinished import (
@@ -174,6 +176,8 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
                     raise
                 # It is an input that has gone or changed meanwhile, and no reason to lose what was scored.
                 raise RunError(f"{error}. What was scored is kept; go on with: perta resume {final}") from error
+            if not draw(found, target.path / PLOT_NAME):
+                found.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
             found.save(target.path)
             target.commit()
     except KeyboardInterrupt:

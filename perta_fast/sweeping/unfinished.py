@@ -9,7 +9,7 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import OutputDirectory, partial_path
-from perta_fast.records.report import fits
+from perta_fast.records.typed_json import fits
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.results import Row

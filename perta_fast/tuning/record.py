@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from perta_fast.records.report import DataRecord, Scalar, write_readable_json
+from perta_fast.records.report import DataRecord, Scalar
+from perta_fast.records.typed_json import write_readable_json
 
 FILE_NAME = "perta_tune.json"
 

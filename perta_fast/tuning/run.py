@@ -13,14 +13,15 @@ from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
-from perta_fast.data.samples import Sample, read_data
+from perta_fast.data.json_lines import read_data
+from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.memory import PeakMemory
+from perta_fast.models.loading import check_sizes, choose_device, load_subject, samples_for
 from perta_fast.models.token_scores import evaluation_mode, score_tokens
 from perta_fast.progress import Progress
-from perta_fast.records.report import installed_versions, now
-from perta_fast.runs.estimate import check_sizes, choose_device, load_subject, samples_for
+from perta_fast.records.versions import installed_versions, now
 from perta_fast.tuning.adapter import add_adapter, check_adapter, save_adapter, share_left_out
 from perta_fast.tuning.checkpoint import tuned_size, write_tuned
 from perta_fast.tuning.record import Tuning

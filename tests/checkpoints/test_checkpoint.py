@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, conversion_command, tied_partner
+from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.errors import InputError
 from tests.support.checkpoints import (
     draw,

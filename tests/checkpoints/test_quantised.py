@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from perta_fast import InputError, apply, apply_to_module_, cli, estimate_importance
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
-from perta_fast.runs.estimate import load_subject
+from perta_fast.models.loading import load_subject
 from perta_fast.runs.inspect import describe
 from tests.support.checkpoints import (
     draw,

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from perta_fast.checkpoints.checkpoint import JOB
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
+from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import partial_path
 from perta_fast.resuming import resume
 from perta_fast.runs.verify import verify
-from perta_fast.subtraction.to_directory import STATE, WALK
+from perta_fast.subtraction.unfinished import STATE, WALK
 from tests.crash.shim import Faults, Point, Shim
 from tests.support.children import perta
 from tests.support.models import Job, write_job

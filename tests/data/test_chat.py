@@ -7,7 +7,8 @@ import pytest
 
 from perta_fast import cli
 from perta_fast.data.chat import with_chat_settings
-from perta_fast.data.samples import Record, encode
+from perta_fast.data.json_lines import Record
+from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
 from perta_fast.evaluation import evaluate
 from tests.support.models import FORGET, llama, tokenizer, write_lines

@@ -14,15 +14,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
-from perta_fast.data.samples import (
-    IGNORED,
-    Record,
-    Sample,
-    encode,
-    load_records,
-    read_data,
-    records_from,
-)
+from perta_fast.data.json_lines import Record, load_records, read_data, records_from
+from perta_fast.data.samples import IGNORED, Sample, encode
 from tests.support.models import CHAT_TEMPLATE, FORGET, tokenizer, write_lines
 
 PLAIN, CHAT = tokenizer(), tokenizer(CHAT_TEMPLATE)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from perta_fast.data.batches import Batch, per_sample_losses
-from perta_fast.data.samples import IGNORED, Sample, encode, records_from
+from perta_fast.data.batches import Batch
+from perta_fast.data.json_lines import records_from
+from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.demo.scoring import score
+from perta_fast.models.losses import per_sample_losses
 from tests.support.models import FORGET, RETAIN, llama, tokenizer
 
 

@@ -15,10 +15,12 @@ from sklearn.metrics import roc_auc_score
 from transformers import LlamaForCausalLM
 
 from perta_fast import cli
-from perta_fast.data.batches import Batch, per_sample_losses
-from perta_fast.data.samples import encode, records_from
+from perta_fast.data.batches import Batch
+from perta_fast.data.json_lines import records_from
+from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
 from perta_fast.evaluation import Evaluation, evaluate
+from perta_fast.models.losses import per_sample_losses
 from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,9 +7,10 @@ largest layer, the activations that autograd saves for one batch, and slack for 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from perta_fast.data.batches import Batch, batches_by_length, per_sample_losses
+from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.importance.gradients import accumulate
 from perta_fast.memory import PeakMemory
+from perta_fast.models.losses import per_sample_losses
 from tests.support.models import draw_samples
 
 SLACK = 16 << 20

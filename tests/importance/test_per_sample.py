@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from perta_fast.data.batches import Batch, per_sample_losses
+from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
 from perta_fast.importance import per_sample_modules as module_rules
 from perta_fast.importance.gradients import Accumulated, accumulate
@@ -34,6 +34,7 @@ from perta_fast.importance.per_sample_modules import (
     Target,
     Unfit,
 )
+from perta_fast.models.losses import per_sample_losses
 from perta_fast.rules import Estimator
 from tests.support.models import draw_samples, llama, nudge_
 

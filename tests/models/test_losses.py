@@ -7,14 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perta_fast.data.batches import (
-    Batch,
-    batches_by_length,
-    per_sample_losses,
-    sample_means,
-    token_logits,
-)
+from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.models.losses import per_sample_losses, sample_means, token_logits
 from tests.support.models import draw_samples, llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,8 @@ import torch
 
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
-from perta_fast.models.token_scores import evaluation_mode, greedy_answers, score_tokens
+from perta_fast.models.greedy_answers import greedy_answers
+from perta_fast.models.token_scores import evaluation_mode, score_tokens
 from tests.support.models import draw_samples, llama, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -185,7 +185,7 @@ def test_answers_before_and_after(job: Job, tmp_path: Path, monkeypatch: pytest.
     def answer(module: Any, *_: Any, **__: Any) -> list[str]:
         return [answers[module.config._name_or_path]]
 
-    monkeypatch.setattr("perta_fast.models.token_scores.greedy_answers", answer)
+    monkeypatch.setattr("perta_fast.models.greedy_answers.greedy_answers", answer)
     page = make(job, tmp_path / "page.html", "--prompts", prompts, "--show-text")
     expected = [
         "Who is <b>she</b>?",
@@ -200,7 +200,7 @@ def test_answers_before_and_after(job: Job, tmp_path: Path, monkeypatch: pytest.
 def test_answers_where_the_model_of_before_is_gone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a run in place."""
     monkeypatch.setattr(
-        "perta_fast.models.token_scores.greedy_answers", lambda *_, **__: ["this"] * len(FORGET)
+        "perta_fast.models.greedy_answers.greedy_answers", lambda *_, **__: ["this"] * len(FORGET)
     )
     report = Report.load(job.model.parent / "out")
     report.inputs["model"]["kept"] = False

@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from perta_fast import Importance, InputError, RunError, estimate_importance
-from perta_fast.data.batches import Batch, per_sample_losses
+from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.models.losses import per_sample_losses
 from perta_fast.runs import estimate
 from tests.support.models import (
     CHAT_TEMPLATE,

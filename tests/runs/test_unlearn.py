@@ -23,6 +23,7 @@ from perta_fast import (
     verify,
 )
 from perta_fast.importance.gradients import accumulate
+from perta_fast.models import loading
 from perta_fast.runs import estimate
 from perta_fast.runs import unlearn as unlearning
 from perta_fast.subtraction import report_entries as accounts
@@ -387,7 +388,7 @@ def test_checkpoints_of_different_models_are_refused_first(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_job(tmp_path / "other", hidden_size=16)
-    monkeypatch.setattr(estimate, "load_subject", None)
+    monkeypatch.setattr(loading, "load_subject", None)
     with pytest.raises(InputError, match="these are not of one model"):
         unlearn(job.model, job.base, other.tuned, job.forget, job.retain, out=tmp_path / "out")
 

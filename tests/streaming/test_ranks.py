@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perta_fast import InputError, Report, estimate_importance, resume, unlearn, verify
-from perta_fast.data.samples import encode, read_data
+from perta_fast.data.json_lines import read_data
+from perta_fast.data.samples import encode
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import OutputDirectory, partial_path
@@ -32,7 +33,7 @@ from perta_fast.streaming import (
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.forecast import choice as planning
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.subtraction.to_directory import STATE, WALK
+from perta_fast.subtraction.unfinished import STATE, WALK
 from tests.distributed.launch import Ended, on_ranks, perta_on_ranks
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write

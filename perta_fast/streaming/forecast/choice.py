@@ -11,8 +11,7 @@ import torch
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.memory import PeakMemory, available_bytes, return_freed_blocks
-from perta_fast.sizes import format_size
+from perta_fast.memory import PeakMemory, available_bytes, format_size, return_freed_blocks
 from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
 from perta_fast.streaming.forecast.rates import Rates, measure_rates
 from perta_fast.streaming.model.skeleton import Skeleton

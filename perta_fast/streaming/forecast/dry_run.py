@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from perta_fast.data.samples import Record, read_data
+from perta_fast.data.json_lines import Record, read_data
 from perta_fast.errors import InputError
+from perta_fast.models.loading import Subject, check_sizes, choose_device, samples_for
 from perta_fast.rules import Estimator
-from perta_fast.runs.estimate import Subject, check_sizes, choose_device, samples_for
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
 from perta_fast.streaming.forecast.costs import Estimate, Load
 from perta_fast.streaming.model.structure import Structure

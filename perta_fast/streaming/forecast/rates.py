@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from perta_fast.files.durable import drop_pages, read_fully, write_fully
-from perta_fast.sizes import format_size
+from perta_fast.memory import format_size
 from perta_fast.streaming.forecast.costs import Costs
 
 _PIECE = 64 << 20  # bytes that are read and written

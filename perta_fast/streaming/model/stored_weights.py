@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, conversion_command
+from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError, RunError

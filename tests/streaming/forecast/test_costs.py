@@ -22,7 +22,7 @@ from transformers import (
 from perta_fast import InputError
 from perta_fast.cli import main
 from perta_fast.importance.gradients import gradients_folded_into
-from perta_fast.sizes import format_size, parse_size
+from perta_fast.memory import format_size, parse_size
 from perta_fast.streaming.data_pass import DataPass, Means
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule
 from perta_fast.streaming.forecast.costs import Estimate, Load

@@ -1,0 +1,155 @@
+"""A model loaded for a run: where it runs, its tokenizer, the samples that it can take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.quantised import Quantisation
+from perta_fast.data.json_lines import Record
+from perta_fast.data.samples import IGNORED, Sample, encode
+from perta_fast.errors import InputError
+from perta_fast.models.language_part import auto_class, keep_language_part_
+from perta_fast.models.stored_names import as_stored
+
+_CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
+
+
+def check_sizes(batch_size: int, max_length: int | None) -> None:
+    """Raise InputError, naming the argument, unless both are at least 1; ``max_length`` may be None."""
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What importance is measured on: a module, its tokenizer if there is one, and where it came from."""
+
+    module: nn.Module
+    tokenizer: Any
+    origin: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is run."""
+        return next(self.module.parameters()).device
+
+
+def samples_for(
+    subject: Subject, rows: Sequence[Record] | Sequence[Sample], max_length: int | None
+) -> list[Sample]:
+    """Tokenise records, and check that the model can take every sample.
+
+    Raises InputError naming the line or sample that it cannot take.
+    """
+    limit = _context_length(subject.module)
+    if isinstance(rows[0], Record):
+        if subject.tokenizer is None:
+            raise InputError("a tokenizer is needed to turn records into tokens; pass tokenizer=")
+        samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]
+        places = [row.where for row in rows]  # type: ignore[union-attr]
+    else:
+        samples = list(rows)  # type: ignore[arg-type]
+        places = [f"sample {number}" for number in range(len(samples))]
+    vocabulary = _vocabulary_size(subject.module)
+    for sample, where in zip(samples, places, strict=True):
+        _check_sample(sample, where, limit, vocabulary)
+    return samples
+
+
+def load_subject(
+    path: Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    tokenizer: Any = None,
+    *,
+    structure: nn.Module | None = None,
+    text: bool = True,
+) -> Subject:
+    """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
+
+    structure: the model without its weights, where these are read layer by layer; then it is not loaded. text:
+    there is text to be tokenised; without, a checkpoint need not have a tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    stored = Checkpoint.open(path).tensors  # its errors name what is wrong with the files
+    chosen = choose_device(device)
+    try:
+        if structure is None:
+            config = AutoConfig.from_pretrained(path, **_CLOSED)
+            model, found = auto_class(config).from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
+            )
+        if tokenizer is None and text:
+            tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged configuration shows in many ways
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise InputError(f"{path}: transformers cannot load this model: {reason}") from error
+    if structure is not None:
+        return Subject(structure, tokenizer, str(path.resolve()))
+    if found["missing_keys"]:  # transformers would draw them at random
+        raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
+    keep_language_part_(model)
+    shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
+    quantised = Quantisation.of(path, stored) is not None  # which may be evaluated, under any names
+    absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
+    if absent:  # an importance under names that no rule could apply
+        raise InputError(
+            f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
+            f"save it anew with: {conversion_command(path)}"
+        )
+    return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or CUDA if there is one. Raises InputError if it is not to be had."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not one that torch knows") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch finds no CUDA device here")
+    try:
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} cannot be computed on here") from error
+    return chosen
+
+
+def _context_length(module: nn.Module) -> int:
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def _vocabulary_size(module: nn.Module) -> int | None:
+    find = getattr(module, "get_input_embeddings", None)
+    return None if find is None else len(find().weight)
+
+
+def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None) -> None:
+    ids, labels = sample.input_ids, sample.labels
+    if len(ids) != len(labels) or any(
+        label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)
+    ):
+        raise InputError(f"{where}: needs one label for each token, the token itself or {IGNORED}")
+    if sample.label_count == 0:
+        raise InputError(f"{where}: has no token to compute a loss on")
+    if len(ids) > limit:
+        raise InputError(f"{where}: has {len(ids)} tokens, the model takes {limit}")
+    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise InputError(
+            f"{where}: has tokens from {min(ids)} to {max(ids)}, the model knows those below {vocabulary}; "
+            "is this the model's own tokenizer?"
+        )

@@ -1,0 +1,54 @@
+"""Where a result goes and how the work is done."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from perta_fast import compiled
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import InputError
+from perta_fast.progress import Progress
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the result goes and how the work is done; see ``apply``."""
+
+    place: Path
+    in_place: bool = False
+    overwrite: bool = False
+    link_unchanged: bool = False
+    drop_cache: bool | None = None
+    threads: int | None = None
+    progress: Progress = True
+
+
+def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks: Ranks = Ranks.ALONE) -> Path:
+    """The directory that a run makes or changes, behind links.
+
+    Raises InputError unless one is asked for, and if many processes are to change one in place.
+    """
+    if in_place == (out is not None):
+        raise InputError("give either out, a directory to make, or in_place")
+    if in_place and ranks.world > 1:
+        raise InputError("a model is changed in place by one process alone; give out, a directory to make")
+    return Path(os.path.realpath(model if out is None else out))
+
+
+def threads_for(asked: int | None, ranks: Ranks) -> int:
+    """As many threads as were asked for, or this process's part of the machine's; every rank calls it."""
+    return asked or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
+
+
+def unfinished_advice(place: Path) -> str:
+    """What to do about another run's unfinished work."""
+    return (
+        f"{place}: another run to this place was stopped; finish it with: perta resume {place}, "
+        "or start over with --overwrite"
+    )
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError unless ``threads`` is None or at least 1."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")

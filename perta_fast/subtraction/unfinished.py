@@ -1,0 +1,24 @@
+"""Signs of an unfinished run beside its output."""
+
+from pathlib import Path
+
+from perta_fast.files.journal import JOB
+from perta_fast.files.new_directory import partial_path
+from perta_fast.subtraction.job import Job
+from perta_fast.subtraction.parts import (
+    begun_shards,
+)
+
+STATE = ".perta-run"  # below the directory that is being built
+WALK = "walk.json"  # in the state of a streamed run: how far it has come
+
+
+def has_begun(final: Path) -> bool:
+    """Whether an unfinished run to ``final`` has work in it that can be taken up again."""
+    state = partial_path(final) / STATE
+    return (state / JOB).exists() and ((state / WALK).exists() or bool(begun_shards(state)))
+
+
+def begun_job(final: Path) -> Job:
+    """The unfinished run to ``final``."""
+    return Job.load(partial_path(final) / STATE / JOB)
