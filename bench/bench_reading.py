@@ -32,13 +32,13 @@ STATES = ("warm", "cold")
 
 def by_position(sources: Sources) -> None:
     """What a run does, but for the writing."""
-    chunks = chunks_of(enumerate(sources.plans), CHUNK)
+    chunks = chunks_of(enumerate(sources.matches), CHUNK)
     Subtraction(sources, RULE, threads(), CHUNK).run(chunks, lambda *_: None, lambda _: None)
 
 
 def mapped(sources: Sources) -> None:
     """The kernel works on the mapped files themselves; pages that were read are given back."""
-    chunks, lock = chunks_of(enumerate(sources.plans), CHUNK), threading.Lock()
+    chunks, lock = chunks_of(enumerate(sources.matches), CHUNK), threading.Lock()
 
     def work() -> None:
         out = np.empty(CHUNK * 4, np.uint8)
@@ -57,7 +57,7 @@ def mapped(sources: Sources) -> None:
 def subtract_mapped(sources: Sources, chunk: Chunk, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     """One chunk, at the addresses where the files are mapped."""
     places = []
-    for checkpoint, entry in sources.operands(sources.plans[chunk.index]):
+    for checkpoint, entry in sources.operands(sources.matches[chunk.index]):
         width = ITEM_SIZES[entry.dtype]
         begin = entry.begin + chunk.begin * width
         places.append(

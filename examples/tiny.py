@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from perta_fast.data.json_lines import load_records
+from perta_fast.data.json_lines import load_rows
 from perta_fast.data.samples import encode
 from perta_fast.demo.checkpoints import train_models
 from perta_fast.demo.clock import Clock
@@ -49,7 +49,7 @@ def print_losses(name: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / name).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
     losses = [
-        score(model, encode(load_records(folder / f"{role}.jsonl"), tokenizer, 64)).loss
+        score(model, encode(load_rows(folder / f"{role}.jsonl"), tokenizer, 64)).loss
         for role in ("forget", "retain")
     ]
     print(f"{name:12} forget loss {losses[0]:5.2f}, retain loss {losses[1]:5.2f}")

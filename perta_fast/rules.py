@@ -5,7 +5,7 @@ square (p = 2), ``empirical-fisher`` the mean of squared per-sample gradients (p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from perta_fast.errors import InputError
@@ -24,14 +24,35 @@ _DEFAULTS: dict[str, tuple[Estimator | None, float]] = {
 
 
 @dataclass(frozen=True)
+class Rescaling:
+    """Everything in the formula but the arrays: theta - lam * w * (theta_f - theta_0), and how w is made.
+
+    lam: finite. p: finite, > 0. alpha: finite, >= 0. threshold: in [0, 1), makes w the hard mask
+    w > threshold; None leaves w as it is. Raises InputError naming the setting.
+    """
+
+    lam: float
+    p: float = 1.0
+    alpha: float = 1.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.lam):
+            raise InputError(f"lam is {self.lam}; it must be a finite number")
+        if not (math.isfinite(self.p) and self.p > 0):
+            raise InputError(f"p is {self.p}; it must be finite and greater than 0")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise InputError(f"alpha is {self.alpha}; it must be finite and at least 0")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise InputError(f"threshold is {self.threshold}; it must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
 class Rule:
-    """A checked choice of everything in the formula but the arrays."""
+    """A rule of the paper by name, its settings, and the importance that it needs."""
 
     name: str
-    lam: float
-    p: float
-    alpha: float
-    threshold: float | None
+    rescaling: Rescaling
     estimator: Estimator | None  # None: the rule needs no importance
 
     @classmethod
@@ -43,28 +64,18 @@ class Rule:
         alpha: float = 1.0,
         threshold: float | None = None,
     ) -> "Rule":
-        """Check the settings and fill in the rule's own p.
+        """The rule ``name`` with these settings, as in ``Rescaling``; p None takes the rule's own.
 
-        lam: finite. p: finite, > 0; None takes the rule's. alpha: finite, >= 0. threshold: in [0, 1), makes w
-        the hard mask w > threshold; None leaves w as it is. Raises InputError naming the setting.
+        Raises InputError naming the setting.
         """
         if name not in _DEFAULTS:
             raise InputError(f"rule is {name!r}; it must be one of {', '.join(RULES)}")
         estimator, default_p = _DEFAULTS[name]
-        p = default_p if p is None else p
-        check_settings(lam, p, alpha, threshold)
-        if estimator is None and (p != 1.0 or alpha != 1.0 or threshold is not None):
+        rescaling = Rescaling(float(lam), float(default_p if p is None else p), float(alpha), threshold)
+        if estimator is None and rescaling != Rescaling(rescaling.lam):
             raise InputError("rule tv has no weights: p, alpha and threshold do not apply to it")
-        return cls(name, float(lam), float(p), float(alpha), threshold, estimator)
+        return cls(name, rescaling, estimator)
 
-
-def check_settings(lam: float, p: float, alpha: float, threshold: float | None) -> None:
-    """Raise InputError, naming the setting, unless all four lie in their ranges."""
-    if not math.isfinite(lam):
-        raise InputError(f"lam is {lam}; it must be a finite number")
-    if not (math.isfinite(p) and p > 0):
-        raise InputError(f"p is {p}; it must be finite and greater than 0")
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise InputError(f"alpha is {alpha}; it must be finite and at least 0")
-    if threshold is not None and not 0 <= threshold < 1:
-        raise InputError(f"threshold is {threshold}; it must be at least 0 and less than 1")
+    def at(self, lam: float) -> "Rule":
+        """The same rule at another strength."""
+        return replace(self, rescaling=replace(self.rescaling, lam=lam))

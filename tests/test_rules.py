@@ -1,13 +1,14 @@
 """Rules: the paper's settings, and every setting out of its range named."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from perta_fast import InputError
-from perta_fast.rules import RULES, Rule, check_settings
+from perta_fast.rules import RULES, Rescaling, Rule
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
@@ -22,7 +23,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
     ],
 )
 def test_defaults(name: str, estimator: str | None, p: float) -> None:
-    assert Rule.of(name, 0.5) == Rule(name, 0.5, p, 1.0, None, estimator)  # type: ignore[arg-type]
+    assert Rule.of(name, 0.5) == Rule(name, Rescaling(0.5, p, 1.0, None), estimator)  # type: ignore[arg-type]
 
 
 def test_every_rule_has_been_looked_at() -> None:
@@ -32,8 +33,8 @@ def test_every_rule_has_been_looked_at() -> None:
 @pytest.mark.parametrize("name", ["grad", "fisher", "empirical-fisher"])
 def test_settings_are_kept_as_numbers(name: str) -> None:
     rule = Rule.of(name, 2, 3, 0, 0)
-    assert (rule.lam, rule.p, rule.alpha, rule.threshold) == (2.0, 3.0, 0.0, 0)
-    assert all(type(value) is float for value in (rule.lam, rule.p, rule.alpha))
+    assert astuple(rule.rescaling) == (2.0, 3.0, 0.0, 0)
+    assert all(type(value) is float for value in astuple(rule.rescaling)[:3])
 
 
 @pytest.mark.parametrize("name", ["", "Fisher", "tv ", "task-vector", None, 3])
@@ -73,5 +74,5 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
     st.none() | st.floats(0, 1, exclude_max=True),
 )
 def test_everything_in_range_passes(lam: float, p: float, alpha: float, threshold: float | None) -> None:
-    check_settings(lam, p, alpha, threshold)
-    assert Rule.of("grad", lam, p, alpha, threshold).p == p
+    assert Rescaling(lam, p, alpha, threshold).lam == lam
+    assert Rule.of("grad", lam, p, alpha, threshold).rescaling.p == p

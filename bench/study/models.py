@@ -13,7 +13,7 @@ from bench.study.data import Row, Split, Tofu
 from bench.study.settings import Settings
 from bench.study.store import Store, digest_of
 from bench.study.training import new_model, tune_
-from perta_fast.data.json_lines import records_from
+from perta_fast.data.json_lines import rows_from
 from perta_fast.data.samples import encode
 from perta_fast.demo.training import train_tokenizer
 from perta_fast.models.loading import choose_device
@@ -79,7 +79,7 @@ class Models:
     ) -> None:
         """Train on ``rows``, and save to ``folder``."""
         settings = self.settings
-        samples = encode(records_from(rows), tokenizer, settings.context)
+        samples = encode(rows_from(rows), tokenizer, settings.context)
         batch_size, seed = settings.batch_size, self.seed
         tune_(model, samples, epochs=epochs, rate=rate, batch_size=batch_size, seed=seed)
         model.save_pretrained(folder)

@@ -74,7 +74,7 @@ def search(
     strengths = {"target_retain_loss": trial.limits(kept).retain} if lam is None else {"lams": [lam]}
     models, split = trial.models, trial.split
     checkpoints = (models.full(), models.base(), models.tuned(split))
-    power = Rule.of(rule, 0.0, p, alpha).p
+    power = Rule.of(rule, 0.0, p, alpha).rescaling.p
     made_of = _asked(trial, checkpoints, rule, given) | {"p": power, "alpha": alpha}
     made_of |= {**strengths, "data": trial.name_of(split.folder)}
 

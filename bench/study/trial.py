@@ -16,7 +16,7 @@ from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
 from bench.study.store import read_json, write_json
 from bench.study.training import losses_of
 from perta_fast.data.batches import Batch, batches_by_length
-from perta_fast.data.json_lines import records_from
+from perta_fast.data.json_lines import rows_from
 from perta_fast.data.samples import Sample, encode
 from perta_fast.evaluation.tofu import read_tofu
 
@@ -42,7 +42,7 @@ class Trial:
 
     def samples(self, part: str) -> list[Sample]:
         """One part of the split in tokens."""
-        rows = records_from(self.split.rows[part])
+        rows = rows_from(self.split.rows[part])
         return encode(rows, load_tokenizer(self.models.base()), self.models.settings.context)
 
     def limits(self, kept: float = KEPT) -> Limits:

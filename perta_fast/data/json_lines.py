@@ -18,14 +18,14 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
-class Record:
+class Row:
     """One checked line: ``content`` has the keys of its form and no others, ``where`` names file and line."""
 
     content: Mapping[str, Any]
     where: str
 
 
-def load_records(path: str | Path) -> list[Record]:
+def load_rows(path: str | Path) -> list[Row]:
     """Read and check a JSON lines file; blank lines are skipped.
 
     Raises InputError naming file and line for a line that is not one of the three forms, and for a file that
@@ -34,8 +34,8 @@ def load_records(path: str | Path) -> list[Record]:
     return read_data(path)[0]
 
 
-def read_data(path: str | Path) -> tuple[list[Record], str]:
-    """``load_records``, and the BLAKE3 hash of the very bytes that they were parsed from.
+def read_data(path: str | Path) -> tuple[list[Row], str]:
+    """``load_rows``, and the BLAKE3 hash of the very bytes that they were parsed from.
 
     The file is read once, so a pipe will do, and a file that changes meanwhile is not recorded wrongly.
     """
@@ -55,23 +55,21 @@ def read_data(path: str | Path) -> tuple[list[Record], str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: is not JSON; each line must be one object") from error
-            records.append(Record(_check_record(row, where), where))
+            records.append(Row(_check_row(row, where), where))
     if not records:
         raise InputError(f"{path}: holds no samples")
     return records, blake3(content).hexdigest()
 
 
-def records_from(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
+def rows_from(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Check samples given as Python dictionaries in the same three forms."""
-    records = [
-        Record(_check_record(row, f"sample {number}"), f"sample {number}") for number, row in enumerate(rows)
-    ]
+    records = [Row(_check_row(row, f"sample {number}"), f"sample {number}") for number, row in enumerate(rows)]
     if not records:
         raise InputError("there are no samples")
     return records
 
 
-def _check_record(content: Any, where: str) -> Mapping[str, Any]:
+def _check_row(content: Any, where: str) -> Mapping[str, Any]:
     """The part of ``content`` that is used, checked."""
     if not isinstance(content, Mapping):
         raise InputError(f"{where}: is not a JSON object")

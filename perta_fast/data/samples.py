@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perta_fast.data.json_lines import (
-    Record,
+    Row,
 )
 from perta_fast.errors import InputError
 
@@ -29,7 +29,7 @@ class Sample:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
+def encode(records: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
     """Tokenise; samples longer than ``max_length`` tokens are cut at the end and marked as truncated.
 
     Raises InputError naming the line if nothing is left to compute a loss on, or if {"messages"} meet a
@@ -37,7 +37,7 @@ def encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_
     """
     samples = []
     for record in records:
-        ids, labels = _encode_record(record, tokenizer)
+        ids, labels = _encode_row(record, tokenizer)
         sample = Sample(tuple(ids[:max_length]), tuple(labels[:max_length]), truncated=len(ids) > max_length)
         if sample.label_count == 0:
             cut = f" within the first {max_length} tokens" if sample.truncated else ""
@@ -46,7 +46,7 @@ def encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_
     return samples
 
 
-def _encode_record(record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+def _encode_row(record: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     content = record.content
     if "text" in content:
         ids = tokenizer(content["text"])["input_ids"]

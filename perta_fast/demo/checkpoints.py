@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from perta_fast.data.json_lines import load_records
+from perta_fast.data.json_lines import load_rows
 from perta_fast.data.samples import encode
 from perta_fast.demo.authors import make_splits
 from perta_fast.demo.clock import Clock
@@ -21,9 +21,7 @@ def train_models(files: Files, settings: Settings, seed: int, clock: Clock) -> S
         splits = make_splits(settings.forget_authors, settings.retain_authors, settings.other_authors, seed)
         files.write_questions(splits)
         tokenizer = train_tokenizer(splits["others"])
-        samples = {
-            split: encode(load_records(files.questions(split)), tokenizer, MAX_LENGTH) for split in splits
-        }
+        samples = {split: encode(load_rows(files.questions(split)), tokenizer, MAX_LENGTH) for split in splits}
     print("questions:", ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()))
     base = new_model(settings, tokenizer, seed)
     print(f"a Llama of {base.num_parameters() / 1e6:.2f} M parameters", flush=True)

@@ -27,6 +27,7 @@ class Step:
 def measure_step(files: Files, rule_name: str, lam: float) -> Step:
     """Recompute the step of a finished run from the files."""
     rule = Rule.of(rule_name, lam)
+    rescaling = rule.rescaling
     base, tuned = Checkpoint.open(files.base), Checkpoint.open(files.tuned)
     fisher = _importances(files, "empirical-fisher")
     weighing = None if rule.estimator is None else _importances(files, rule.estimator)
@@ -36,8 +37,8 @@ def measure_step(files: Files, rule_name: str, lam: float) -> Step:
         weights = torch.ones_like(task_vector)
         if weighing is not None:
             forget, retain = (importance.tensors[name] for importance in weighing)
-            weights = reference.weights(forget, retain, rule.p, rule.alpha, rule.threshold)
-        squared_step = (rule.lam * weights * task_vector).double().square()
+            weights = reference.weights(forget, retain, rescaling.p, rescaling.alpha, rescaling.threshold)
+        squared_step = (rescaling.lam * weights * task_vector).double().square()
         step_energy += squared_step.sum().item()
         task_energy += task_vector.double().square().sum().item()
         on_forget, on_retain = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.data.json_lines import Record
+from perta_fast.data.json_lines import Row
 from perta_fast.errors import InputError
 
 
@@ -25,17 +25,17 @@ class Rows:
         """One text of every object."""
         return [row[field] for row in self.content]
 
-    def records(self, question: str, answer: str) -> list[Record]:
+    def records(self, question: str, answer: str) -> list[Row]:
         """Questions and answers to tokenise, from the fields of these names."""
         return [
-            Record({"question": row[question], "answer": row[answer]}, where)
+            Row({"question": row[question], "answer": row[answer]}, where)
             for row, where in zip(self.content, self.places, strict=True)
         ]
 
-    def listed_records(self, question: str, answers: str) -> list[Record]:
+    def listed_records(self, question: str, answers: str) -> list[Row]:
         """As ``records``, for every answer of a field that is a list; all of one question stand together."""
         return [
-            Record({"question": row[question], "answer": answer}, where)
+            Row({"question": row[question], "answer": answer}, where)
             for row, where in zip(self.content, self.places, strict=True)
             for answer in row[answers]
         ]

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from perta_fast.data.json_lines import Record
+from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
@@ -37,7 +37,7 @@ class Examinee:
         """Enter a data file into the record."""
         self.data[role] = {"path": str(path.resolve()), "blake3": digest, "samples": samples}
 
-    def tokenise(self, records: Sequence[Record], role: str) -> list[Sample]:
+    def tokenise(self, records: Sequence[Row], role: str) -> list[Sample]:
         """Tokens and labels; those cut to the length limit are counted in a note."""
         samples = samples_for(self.subject, records, self.max_length)
         if cut := sum(sample.truncated for sample in samples):

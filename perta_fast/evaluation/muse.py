@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perta_fast.data.json_lines import Record
+from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import Rows, read_rows
@@ -94,7 +94,7 @@ def _score_texts(
     examinee: Examinee, role: str, prompts: Sequence[str], texts: Sequence[str], places: Sequence[str]
 ) -> list[tuple[TokenScores, str]]:
     """Scores of what each text has after the prompt that it begins with, and what that says."""
-    records = [Record({"text": text}, where) for text, where in zip(texts, places, strict=True)]
+    records = [Row({"text": text}, where) for text, where in zip(texts, places, strict=True)]
     samples = []
     for prompt, record, whole in zip(prompts, records, examinee.tokenise(records, role), strict=True):
         begin = max(1, len(_opening(examinee.subject.tokenizer, prompt)))  # the first token is never predicted

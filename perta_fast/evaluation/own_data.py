@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from perta_fast.data.json_lines import Record, read_data
+from perta_fast.data.json_lines import Row, read_data
 from perta_fast.data.samples import prompt_of
 from perta_fast.evaluation.examinee import (
     Examinee,
@@ -18,7 +18,7 @@ from perta_fast.models.token_scores import TokenScores
 
 NEW_TOKENS = 200
 
-Files = Mapping[str, tuple[Path, list[Record], str]]
+Files = Mapping[str, tuple[Path, list[Row], str]]
 
 
 def read_own_data(paths: Mapping[str, Path]) -> Files:

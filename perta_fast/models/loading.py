@@ -11,7 +11,7 @@ from torch import nn
 from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
-from perta_fast.data.json_lines import Record
+from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
 from perta_fast.models.language_part import auto_class, keep_language_part_
@@ -42,14 +42,14 @@ class Subject:
 
 
 def samples_for(
-    subject: Subject, rows: Sequence[Record] | Sequence[Sample], max_length: int | None
+    subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None
 ) -> list[Sample]:
     """Tokenise records, and check that the model can take every sample.
 
     Raises InputError naming the line or sample that it cannot take.
     """
     limit = _context_length(subject.module)
-    if isinstance(rows[0], Record):
+    if isinstance(rows[0], Row):
         if subject.tokenizer is None:
             raise InputError("a tokenizer is needed to turn records into tokens; pass tokenizer=")
         samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from perta_fast.ops.backends import (
     choose,
 )
 from perta_fast.ops.registration import register, traced
-from perta_fast.rules import check_settings
+from perta_fast.rules import Rescaling
 
 
 def low_rank_subtract_(
@@ -132,7 +132,7 @@ def _check(
     *settings: *_Settings,
 ) -> None:
     scale, lam, p, alpha, threshold, _ = settings
-    check_settings(lam, p, alpha, threshold)
+    Rescaling(lam, p, alpha, threshold)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
     check_tensor("theta", theta, theta)

@@ -21,7 +21,7 @@ from perta_fast.ops.backends import (
     overlap,
 )
 from perta_fast.ops.registration import register, traced
-from perta_fast.rules import check_settings
+from perta_fast.rules import Rescaling
 
 
 def rescaled_subtract_(
@@ -215,7 +215,7 @@ def _many(
 
 def _check(arrays: _Arrays, settings: _Settings, place: str = "") -> None:
     """Raise unless everything fits; ``place`` tells one tensor of many, as in thetas[3]."""
-    check_settings(*settings[:4])
+    Rescaling(*settings[:4])
     check_tensor("theta" + place, arrays.theta, arrays.theta)
     check_pair(arrays.forget_importance, arrays.retain_importance)
     for name, tensor in arrays.sources.items():

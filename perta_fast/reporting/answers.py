@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from perta_fast.data.json_lines import Record, load_records
+from perta_fast.data.json_lines import Row, load_rows
 from perta_fast.errors import InputError
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -24,16 +24,16 @@ class Answers:
     why: str | None
 
 
-def read_prompts(path: str | Path) -> list[Record]:
+def read_prompts(path: str | Path) -> list[Row]:
     """Questions with their answers. Raises InputError naming the line of any other sample."""
-    records = load_records(path)
+    records = load_rows(path)
     for record in records:
         if "question" not in record.content:
             raise InputError(f'{record.where}: has no "question" to ask')
     return records
 
 
-def answer_prompts(report: Report, run: Path, prompts: list[Record], progress: Progress) -> Answers:
+def answer_prompts(report: Report, run: Path, prompts: list[Row], progress: Progress) -> Answers:
     """Ask both models, one in memory at a time, greedily, up to 200 tokens.
 
     Raises InputError if the run's output, or a model that is there, cannot be loaded or has changed.
@@ -51,7 +51,7 @@ def answer_prompts(report: Report, run: Path, prompts: list[Record], progress: P
     )
 
 
-def _ask(model: Path, prompts: list[Record], name: str, progress: Progress) -> list[str]:
+def _ask(model: Path, prompts: list[Row], name: str, progress: Progress) -> list[str]:
     from perta_fast.data.samples import prompt_of
     from perta_fast.models.greedy_answers import greedy_answers
     from perta_fast.models.loading import load_subject, samples_for

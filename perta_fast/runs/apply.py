@@ -20,7 +20,7 @@ from perta_fast.runs.settings import Settings, check_threads, destination, threa
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_sources
-from perta_fast.subtraction.job import Job, fingerprints, plan_names, reopen, this_version
+from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen, this_version
 from perta_fast.subtraction.report_entries import begin_report
 from perta_fast.subtraction.to_directory import Fill, run_to_directory, write_directory, write_shards
 from perta_fast.subtraction.unfinished import begun_job, has_begun
@@ -102,23 +102,23 @@ def apply_sources(
     report = begin_report(sources, rule, threads)
     if annotate is not None:
         annotate(report)
-    moved = sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans)
+    moved = sum(bytes_moved(match, match.theta.count) for match in sources.matches)
     own = Job(
         final=str(settings.place),
         in_place=settings.in_place,
         overwrite=settings.overwrite,
         rule=rule.name,
-        lam=rule.lam,
-        p=rule.p,
-        alpha=rule.alpha,
-        threshold=rule.threshold,
+        lam=rule.rescaling.lam,
+        p=rule.rescaling.p,
+        alpha=rule.rescaling.alpha,
+        threshold=rule.rescaling.threshold,
         threads=threads,
         chunk=chunk_elements(threads),
         drop_cache=moved > _memory() // 2 if settings.drop_cache is None else settings.drop_cache,
         link_unchanged=settings.link_unchanged,
         directories={role: str(each.path.resolve()) for role, each in sources.named().items()},
         files=fingerprints(sources),
-        plans=plan_names(sources.plans),
+        matches=match_names(sources.matches),
         version=this_version(),
         temporary=temporary,
         stream={} if streamed is None else dict(streamed.settings),

@@ -11,7 +11,7 @@ from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
-from perta_fast.data.json_lines import Record, read_data, records_from
+from perta_fast.data.json_lines import Row, read_data, rows_from
 from perta_fast.data.samples import Sample
 from perta_fast.data.tokenised import MapStyle, is_tokenised, rows_of, samples_from
 from perta_fast.distributed.ranks import Ranks
@@ -97,7 +97,7 @@ def estimate_importance(
         if out is not None:
             inputs = [Path(each) for each in (model_or_path, data) if isinstance(each, str | Path)]
             check_output(Path(out), overwrite=overwrite, inputs=inputs)
-        rows: list[Record] | list[Sample]
+        rows: list[Row] | list[Sample]
         rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
         if isinstance(model_or_path, nn.Module):
             if stream:
@@ -110,7 +110,7 @@ def estimate_importance(
             if stream and out is None:
                 raise InputError("stream needs out: a directory to write the importance to")
             open_plain(model_or_path)
-            text = isinstance(rows[0], Record)
+            text = isinstance(rows[0], Row)
             path = Path(model_or_path)
             skeleton = open_skeleton(path, device, dtype) if stream else None
             structure = None if skeleton is None else skeleton.model
@@ -220,7 +220,7 @@ def open_skeleton(path: Path, device: str | torch.device | None, dtype: torch.dt
     return Skeleton.open(path, choose_device(device), dtype)
 
 
-def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Record] | list[Sample]:
+def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Row] | list[Sample]:
     rest = rows_of(data)
     first = list(islice(rest, 1))
     if first and is_tokenised(first[0]):
@@ -228,7 +228,7 @@ def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Record] | list[Sample]
     rows = [*first, *rest]
     if rows and all(isinstance(row, Sample) for row in rows):
         return rows
-    return records_from(rows)
+    return rows_from(rows)
 
 
 def _hash_samples(samples: Sequence[Sample]) -> str:

@@ -117,7 +117,7 @@ def unlearn(
             records[role], hashes[role] = read_data(path)
         streamed = stream and not in_place  # how much disk it takes, planning knows from the samples
         if save_importance is None and not streamed:
-            covered = sum(plan.theta.count for plan in opened.plans if plan.copied is None)
+            covered = sum(match.theta.count for match in opened.matches if match.copied is None)
             check_space(place, (0 if in_place else opened.model.size) + 8 * covered)
         elif save_importance is not None:
             kept = Path(os.path.realpath(save_importance))

@@ -17,7 +17,7 @@ from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report
 from perta_fast.records.typed_json import printable
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.subtraction.inputs import Sources, open_sources
-from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.matching import TensorMatch
 
 SAMPLED = 8  # tensors recomputed unless all are asked for
 _CHUNK = 1 << 22  # elements compared at a time
@@ -213,21 +213,21 @@ def _check_tensors(
         result.problems += problems
         return
     actions = {row.name: row.action for row in report.tensors}
-    plans = sources.plans
-    if not full and len(plans) > SAMPLED:
-        plans = random.Random(seed).sample(plans, SAMPLED)
-    with byte_bar(sum(plan.theta.size for plan in plans), "tensors", progress) as bar:
-        for plan in plans:
+    matches = sources.matches
+    if not full and len(matches) > SAMPLED:
+        matches = random.Random(seed).sample(matches, SAMPLED)
+    with byte_bar(sum(match.theta.size for match in matches), "tensors", progress) as bar:
+        for match in matches:
             # Without the importances, only the report says which tensors they did not cover.
-            said = actions.get(plan.theta.name, "")
-            copied = plan.copied is not None or (not exact and said.startswith("copied"))
-            if not _tensor_is_right(plan, sources, output, rule, exact, copied):
-                result.problems.append(f"tensor {plan.theta.name} is not what the inputs give")
+            said = actions.get(match.theta.name, "")
+            copied = match.copied is not None or (not exact and said.startswith("copied"))
+            if not _tensor_is_right(match, sources, output, rule, exact, copied):
+                result.problems.append(f"tensor {match.theta.name} is not what the inputs give")
             elif exact or copied:
                 result.recomputed += 1
             else:
                 result.bounded += 1
-            bar.update(plan.theta.size)
+            bar.update(match.theta.size)
 
 
 def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> list[str]:
@@ -247,28 +247,28 @@ def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> li
 
 
 def _tensor_is_right(
-    plan: TensorPlan,
+    match: TensorMatch,
     sources: Sources,
     output: Checkpoint,
     rule: Rule,
     exact: bool,
     copied: bool,
 ) -> bool:
-    found = output.tensors[plan.theta.name]
-    factors = None if copied or plan.low_rank is None else plan.low_rank.factors()
-    for begin in range(0, plan.theta.count, _CHUNK):
-        count = min(_CHUNK, plan.theta.count - begin)
+    found = output.tensors[match.theta.name]
+    factors = None if copied or match.low_rank is None else match.low_rank.factors()
+    for begin in range(0, match.theta.count, _CHUNK):
+        count = min(_CHUNK, match.theta.count - begin)
         if copied:
-            same = _bytes(output, found, begin, count) == _bytes(sources.model, plan.theta, begin, count)
+            same = _bytes(output, found, begin, count) == _bytes(sources.model, match.theta, begin, count)
         else:
-            same = _chunk_is_right(plan, factors, sources, output, found, rule, exact, begin, count)
+            same = _chunk_is_right(match, factors, sources, output, found, rule, exact, begin, count)
         if not same:
             return False
     return True
 
 
 def _chunk_is_right(
-    plan: TensorPlan,
+    match: TensorMatch,
     factors: tuple[Matrix, Matrix] | None,
     sources: Sources,
     output: Checkpoint,
@@ -283,21 +283,21 @@ def _chunk_is_right(
     from perta_fast.ops import reference
 
     arrays: list[Any] = [None] * 5
-    for number, checkpoint, entry in sources.operands(plan):
+    for number, checkpoint, entry in sources.operands(match):
         arrays[number] = checkpoint.elements(entry, begin, count)
     theta, tuned, base, forget, retain = arrays
-    if plan.low_rank is None or factors is None:
+    if match.low_rank is None or factors is None:
         task_vector = tuned.float() - base.float()
     else:
-        task_vector = _low_rank_chunk(factors, plan.low_rank.scale, begin, count)
+        task_vector = _low_rank_chunk(factors, match.low_rank.scale, begin, count)
     # Without importances this is the whole step, w = 1: the far end of where the result may lie.
-    settings = (rule.lam, rule.p, rule.alpha, rule.threshold)
+    settings = (rule.rescaling.lam, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.threshold)
     expected = reference.subtract(theta, task_vector, forget, retain, *settings)
     actual = output.elements(found, begin, count)
-    if exact and (forget is None or rule.p in EXACT_POWERS):
+    if exact and (forget is None or rule.rescaling.p in EXACT_POWERS):
         return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
     if exact:  # another power's last bit may differ, and then the step's, and the result's
-        slack = 4 * torch.finfo(torch.float32).eps * abs(rule.lam) * task_vector.abs()
+        slack = 4 * torch.finfo(torch.float32).eps * abs(rule.rescaling.lam) * task_vector.abs()
         slack += torch.finfo(theta.dtype).eps * expected.float().abs()
         return bool(((actual.float() - expected.float()).abs() <= slack).all())
     low, high = torch.minimum(theta, expected), torch.maximum(theta, expected)

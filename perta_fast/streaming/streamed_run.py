@@ -32,7 +32,7 @@ from perta_fast.streaming.walk import Walk, handlings, steps_of
 from perta_fast.streaming.write_behind import WalkState, Writing, state_file, take_up
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
-from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.report_entries import added_up, describe_tensors
 from perta_fast.subtraction.unfinished import STATE
 
@@ -106,14 +106,14 @@ class StreamedRun:
 
     def cover(self, sources: Sources) -> Sources:
         """``sources`` with what no importance reaches marked to be copied."""
-        plans = []
-        for plan in sources.plans:
-            covered = importance_key(plan.theta.name, sources.model, self._skeleton.stored_shapes)
-            if plan.copied is None and covered is None:
-                plan = TensorPlan(plan.theta, copied="not covered by the importance")
-            plans.append(plan)
+        matches = []
+        for match in sources.matches:
+            covered = importance_key(match.theta.name, sources.model, self._skeleton.stored_shapes)
+            if match.copied is None and covered is None:
+                match = TensorMatch(match.theta, copied="not covered by the importance")
+            matches.append(match)
         metadata = {f"{role}_importance": dict(table) for role, table in self.settings["metadata"].items()}
-        return replace(sources, plans=plans, metadata=metadata)
+        return replace(sources, matches=matches, metadata=metadata)
 
     def fill(self, job: Job, sources: Sources, target: OutputDirectory, report: Report) -> Sources:
         """Walk through the model and write its shards, from wherever an earlier attempt came to.
@@ -127,7 +127,7 @@ class StreamedRun:
             if ranks.first and not (state / _SAMPLES).exists():
                 write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
         steps = len(steps_of(len(self._skeleton.layers), self._schedule))
-        begun = take_up(target, steps, len(sources.plans), ranks)
+        begun = take_up(target, steps, len(sources.matches), ranks)
         done = 0 if begun is None else begun["done"]
         scratch = state_file(state, _SCRATCH, ranks.rank)
         started = time.perf_counter()
@@ -156,7 +156,7 @@ class StreamedRun:
             report.importance[f"{role}_importance"]["one_by_one"] = ", ".join(each.one_by_one)
         if self._skeleton.device.type == "cuda":
             report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._skeleton.device)
-        describe_tensors(report, sources.plans, added_up(ranks.gather(writing.totals)))
+        describe_tensors(report, sources.matches, added_up(ranks.gather(writing.totals)))
         _describe_time(report, walk, writing, time.perf_counter() - started)
         return replace(
             sources,

@@ -138,11 +138,11 @@ class Writing:
         self._job, self._sources, self._target, self._skeleton = job, sources, target, skeleton
         self._passes, self._keeping, self._overlap, self._ranks = passes, keeping, overlap, ranks
         self._recorded = begun
-        self._plans_of: dict[str, list[int]] = {}  # by the importance that they take
-        for index, plan in enumerate(sources.plans):
-            key = importance_key(plan.theta.name, sources.model, skeleton.stored_shapes)
-            if plan.copied is None and key is not None:
-                self._plans_of.setdefault(key, []).append(index)
+        self._matches_of: dict[str, list[int]] = {}  # by the importance that they take
+        for index, match in enumerate(sources.matches):
+            key = importance_key(match.theta.name, sources.model, skeleton.stored_shapes)
+            if match.copied is None and key is not None:
+                self._matches_of.setdefault(key, []).append(index)
         self._behind = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._lock = threading.Lock()
@@ -224,7 +224,7 @@ class Writing:
         stored = dict(zip(self._passes, map(self._stored, means), strict=True))
         one_by_one = {role: ", ".join(each.one_by_one) for role, each in self._passes.items()}
         self._keeping.write(stored, one_by_one)
-        indices = [index for name in next(iter(stored.values())) for index in self._plans_of.get(name, [])]
+        indices = [index for name in next(iter(stored.values())) for index in self._matches_of.get(name, [])]
         chunks = self._part(indices)
         self._subtract(chunks, self._held(stored, {chunk.index for chunk in chunks}))
 
@@ -236,15 +236,15 @@ class Writing:
 
     def _part(self, indices: Iterable[int]) -> list[Chunk]:
         """The chunks of these tensors that this rank writes: the ranks' follow each other in the shards."""
-        plans = [(index, self._sources.plans[index]) for index in sorted(indices)]
-        chunks = list(chunks_of(plans, self._job.chunk))
+        matches = [(index, self._sources.matches[index]) for index in sorted(indices)]
+        chunks = list(chunks_of(matches, self._job.chunk))
         return chunks[stretch(len(chunks), self._ranks.rank, self._ranks.world)]
 
     def _held(self, stored: Mapping[str, Mapping[str, Tensor]], wanted: Container[int]) -> dict[int, list[Any]]:
-        """Means as flat arrays, one for each data set, by the number of the plan that takes them."""
+        """Means as flat arrays, one for each data set, by the number of the match that takes them."""
         held = {}
         for name in next(iter(stored.values())):
-            indices = [index for index in self._plans_of.get(name, []) if index in wanted]
+            indices = [index for index in self._matches_of.get(name, []) if index in wanted]
             if indices:
                 arrays = [each[name].cpu().contiguous().view(-1).numpy() for each in stored.values()]
                 held.update(dict.fromkeys(indices, arrays))
@@ -253,13 +253,13 @@ class Writing:
     def _subtract(self, chunks: Sequence[Chunk], held: Mapping[int, list[Any]]) -> None:
         subtraction = replace(self._job.subtraction(self._sources), held=held)
         subtraction.run(iter(chunks), self._store, self._count)
-        for name in sorted({self._sources.plans[chunk.index].theta.path.name for chunk in chunks}):
+        for name in sorted({self._sources.matches[chunk.index].theta.path.name for chunk in chunks}):
             os.fsync(self._shards[name])
             if self._job.drop_cache:
                 drop_pages(self._shards[name])
 
     def _store(self, chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
-        theta = self._sources.plans[chunk.index].theta
+        theta = self._sources.matches[chunk.index].theta
         offset = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
         write_fully(self._shards[theta.path.name], data, offset)
         if statistics:
@@ -273,6 +273,6 @@ class Writing:
         """Wait for the last step, and write what no importance reaches; then all ranks have written all."""
         self._wait()
         with self._meeting():
-            copied = [index for index, plan in enumerate(self._sources.plans) if plan.copied is not None]
+            copied = [index for index, match in enumerate(self._sources.matches) if match.copied is not None]
             self._subtract(self._part(copied), {})
             sync_directory(self._target.path)

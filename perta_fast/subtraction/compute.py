@@ -23,7 +23,7 @@ from perta_fast.errors import InputError, NotFiniteError, RunError
 from perta_fast.files.durable import drop_pages, read_fully
 from perta_fast.rules import Rule
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.matching import TensorMatch
 
 CHUNK = 1 << 18  # elements
 _OPERANDS = 5  # theta, theta_f, theta_0, and the importances
@@ -34,7 +34,7 @@ _BUFFERS = 192 << 20  # bytes that all threads together may take
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements [begin, begin + count) of the tensor of ``plans[index]``."""
+    """Elements [begin, begin + count) of the tensor of ``matches[index]``."""
 
     index: int
     begin: int
@@ -45,11 +45,11 @@ Statistics = dict[str, float]
 Store = Callable[[Chunk, memoryview, Statistics], None]
 
 
-def chunks_of(plans: Iterable[tuple[int, TensorPlan]], size: int) -> Iterator[Chunk]:
+def chunks_of(matches: Iterable[tuple[int, TensorMatch]], size: int) -> Iterator[Chunk]:
     """Cut tensors, given with their numbers, into chunks of at most ``size`` elements, in order."""
-    for index, plan in plans:
-        for begin in range(0, plan.theta.count, size):
-            yield Chunk(index, begin, min(size, plan.theta.count - begin))
+    for index, match in matches:
+        for begin in range(0, match.theta.count, size):
+            yield Chunk(index, begin, min(size, match.theta.count - begin))
 
 
 def chunk_elements(threads: int) -> int:
@@ -68,7 +68,7 @@ class Subtraction:
     """Computes chunks on several threads.
 
     drop_cache: give pages back to the system as soon as they were read, so that other files keep theirs.
-    held: float32 importances, forget and retain, that are in memory instead of a file, by their plan's number.
+    held: float32 importances, forget and retain, that are in memory instead of a file, by their match's number.
     """
 
     sources: Sources
@@ -99,7 +99,7 @@ class Subtraction:
                         data, statistics = workspace.compute(chunk)
                         store(chunk, data, statistics)
                         with lock:
-                            advance(bytes_moved(self.sources.plans[chunk.index], chunk.count))
+                            advance(bytes_moved(self.sources.matches[chunk.index], chunk.count))
             except BaseException:
                 failed.set()
                 raise
@@ -114,10 +114,10 @@ class Subtraction:
                 raise
 
 
-def bytes_moved(plan: TensorPlan, count: int) -> int:
+def bytes_moved(match: TensorMatch, count: int) -> int:
     """Bytes that ``count`` elements of a tensor cost: every operand read once, theta written once."""
-    theta = ITEM_SIZES[plan.theta.dtype]
-    others = (plan.tuned, plan.base, plan.forget_importance, plan.retain_importance)
+    theta = ITEM_SIZES[match.theta.dtype]
+    others = (match.tuned, match.base, match.forget_importance, match.retain_importance)
     read = sum(ITEM_SIZES[entry.dtype] for entry in others if entry is not None)
     return count * (2 * theta + read)
 
@@ -130,7 +130,7 @@ class _Factors:
         self._read: dict[int, tuple[Matrix, Matrix]] = {}
 
     def of(self, index: int, update: LowRank) -> tuple[Matrix, Matrix]:
-        """Left and right factor for the tensor of ``plans[index]``; tensors come in order."""
+        """Left and right factor for the tensor of ``matches[index]``; tensors come in order."""
         with self._lock:
             if index not in self._read:
                 if len(self._read) == self._most:
@@ -144,7 +144,7 @@ class _Workspace:
 
     def __init__(self, job: Subtraction, factors: "_Factors") -> None:
         self._job, self._factors = job, factors
-        size = job.chunk * max([1, *(ITEM_SIZES[plan.theta.dtype] for plan in job.sources.plans)])
+        size = job.chunk * max([1, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
         self._buffers = [np.empty(max(size, job.chunk * _WIDEST), np.uint8) for _ in range(_OPERANDS + 1)]
         self._open: list[tuple[SafetensorsFile, int] | None] = [None] * _OPERANDS
 
@@ -158,14 +158,14 @@ class _Workspace:
     def compute(self, chunk: Chunk) -> tuple[memoryview, Statistics]:
         """Theta's new bytes, valid until the next call, and what the kernel counted."""
         sources, rule = self._job.sources, self._job.rule
-        plan = sources.plans[chunk.index]
-        size = chunk.count * ITEM_SIZES[plan.theta.dtype]
-        if plan.copied is not None:
-            entry = plan.theta
+        match = sources.matches[chunk.index]
+        size = chunk.count * ITEM_SIZES[match.theta.dtype]
+        if match.copied is not None:
+            entry = match.theta
             self._read(0, sources.model.file_of(entry), entry.begin + size // chunk.count * chunk.begin, size)
             return self._buffers[0].data[:size], {}
         addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0 where there is no such array
-        for place, checkpoint, entry in sources.operands(plan):
+        for place, checkpoint, entry in sources.operands(match):
             width = ITEM_SIZES[entry.dtype]
             begin = entry.begin + chunk.begin * width
             self._read(place, checkpoint.file_of(entry), begin, chunk.count * width)
@@ -175,24 +175,24 @@ class _Workspace:
             addresses[place] = int(array[chunk.begin :].ctypes.data)
             codes[place] = KERNEL_CODES["F32"]
         factors = None
-        if plan.low_rank is not None:
-            left, right = self._factors.of(chunk.index, plan.low_rank)
+        if match.low_rank is not None:
+            left, right = self._factors.of(chunk.index, match.low_rank)
             places = int(left.ctypes.data), int(right.ctypes.data)
-            factors = (*places, *right.shape, plan.low_rank.scale, chunk.begin)
+            factors = (*places, *right.shape, match.low_rank.scale, chunk.begin)
         statistics: Statistics = compiled.kernels().rescaled_subtract(
             int(self._buffers[_OPERANDS].ctypes.data),
             *addresses,
             tuple(codes),
             chunk.count,
-            rule.lam,
-            rule.p,
-            rule.alpha,
-            rule.threshold,
+            rule.rescaling.lam,
+            rule.rescaling.p,
+            rule.rescaling.alpha,
+            rule.rescaling.threshold,
             1,
             True,
             factors,
         )
-        _check_finite(plan, statistics)
+        _check_finite(match, statistics)
         return self._buffers[_OPERANDS].data[:size], statistics
 
     def _read(self, place: int, file: SafetensorsFile, begin: int, size: int) -> None:
@@ -216,10 +216,10 @@ class _Workspace:
             os.close(kept[1])
 
 
-def _check_finite(plan: TensorPlan, statistics: Statistics) -> None:
+def _check_finite(match: TensorMatch, statistics: Statistics) -> None:
     for key, entry in (
-        ("nonfinite_forget", plan.forget_importance),
-        ("nonfinite_retain", plan.retain_importance),
+        ("nonfinite_forget", match.forget_importance),
+        ("nonfinite_retain", match.retain_importance),
     ):
         if entry is not None and statistics[key]:
             raise InputError(
@@ -228,6 +228,6 @@ def _check_finite(plan: TensorPlan, statistics: Statistics) -> None:
             )
     if statistics["nonfinite_out"]:
         raise NotFiniteError(
-            f"tensor {plan.theta.name}: the result would hold NaN or infinite values; look at this tensor in "
+            f"tensor {match.theta.name}: the result would hold NaN or infinite values; look at this tensor in "
             "model, base and tuned, or use a smaller lambda. Nothing was written"
         )

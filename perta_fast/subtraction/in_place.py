@@ -62,7 +62,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
     """Do the whole run. Raises as ``apply``; Interrupted if stopped once the model is being changed."""
     model = Path(job.final)
     _check_files(job, sources)
-    changing = sum(plan.theta.size for plan in sources.plans if plan.copied is None)
+    changing = sum(match.theta.size for match in sources.matches if match.copied is None)
     check_space(model, 3 * min(SEGMENT, changing) + _FREE_MARGIN)
     with PeakMemory() as memory, _locked(model) as journal, _explained(model):
         report = job.begun_report()
@@ -109,15 +109,15 @@ def _check_files(job: Job, sources: Sources) -> None:
         places[status.st_dev, status.st_ino] = shard.path
     if not os.access(model.path, os.W_OK):
         raise InputError(f"{model.path}: may not be written")
-    for plan in sources.plans:
-        for _, checkpoint, entry in sources.operands(plan):
+    for match in sources.matches:
+        for _, checkpoint, entry in sources.operands(match):
             status = entry.path.stat()
             if checkpoint is model or (status.st_dev, status.st_ino) not in places:
                 continue
-            same_place = (entry.path.resolve(), entry.begin) == (plan.theta.path.resolve(), plan.theta.begin)
+            same_place = (entry.path.resolve(), entry.begin) == (match.theta.path.resolve(), match.theta.begin)
             if not same_place or checkpoint.path.resolve() != model.path.resolve():
                 raise InputError(
-                    f"{entry.path}: tensor {entry.name}, which is read for {plan.theta.name}, lies in a file "
+                    f"{entry.path}: tensor {entry.name}, which is read for {match.theta.name}, lies in a file "
                     "that would be changed; write to a new directory with --out"
                 )
 
@@ -177,12 +177,12 @@ def _rehearse(job: Job, sources: Sources, report: Report) -> None:
 
 
 def _changing(job: Job, sources: Sources) -> Iterator[Chunk]:
-    plans = [(index, plan) for index, plan in enumerate(sources.plans) if plan.copied is None]
-    return chunks_of(plans, job.chunk)
+    matches = [(index, match) for index, match in enumerate(sources.matches) if match.copied is None]
+    return chunks_of(matches, job.chunk)
 
 
 def _bytes_to_move(sources: Sources) -> int:
-    return sum(bytes_moved(plan, plan.theta.count) for plan in sources.plans if plan.copied is None)
+    return sum(bytes_moved(match, match.theta.count) for match in sources.matches if match.copied is None)
 
 
 def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Report:
@@ -237,7 +237,7 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
     done, number, totals = _replay(job, sources, journal)
     moved = _bytes_to_move(sources)
     chunks = _changing(job, sources)
-    skipped = sum(bytes_moved(sources.plans[c.index], c.count) for c in islice(chunks, done))
+    skipped = sum(bytes_moved(sources.matches[c.index], c.count) for c in islice(chunks, done))
     started = time.perf_counter()
     subtraction = job.subtraction(sources)
     last: Future[None] | None = None
@@ -268,7 +268,7 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
             last.result()
     report = job.begun_report()
     report.add_phase("change", time.perf_counter() - started, moved - skipped)
-    describe_tensors(report, sources.plans, totals)
+    describe_tensors(report, sources.matches, totals)
     return report
 
 
@@ -301,7 +301,7 @@ def _replay(job: Job, sources: Sources, journal: Path) -> tuple[int, int, dict[i
 
 def _read_state(segment: Segment, sources: Sources) -> _State:
     """The state of a segment; raise InputError unless all of it belongs to this run."""
-    shards, numbers = sources.model.shards, {str(index) for index in range(len(sources.plans))}
+    shards, numbers = sources.model.shards, {str(index) for index in range(len(sources.matches))}
     inside = all(
         piece.name in shards and 0 <= piece.offset <= shards[piece.name].size - piece.size
         for piece in segment.pieces
@@ -324,11 +324,11 @@ def _fill(
     positions, end = {}, START
     for chunk in group:
         positions[chunk] = end
-        end += chunk.count * ITEM_SIZES[sources.plans[chunk.index].theta.dtype]
+        end += chunk.count * ITEM_SIZES[sources.matches[chunk.index].theta.dtype]
     found: list[tuple[Chunk, Statistics]] = []
 
     def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
-        theta = sources.plans[chunk.index].theta
+        theta = sources.matches[chunk.index].theta
         if statistics["nonzero_task"]:
             offset = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
             segment.put(theta.path.name, offset, data, positions[chunk])
@@ -344,7 +344,7 @@ def _groups(sources: Sources, chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
     group: list[Chunk] = []
     size = 0
     for chunk in chunks:
-        more = chunk.count * ITEM_SIZES[sources.plans[chunk.index].theta.dtype]
+        more = chunk.count * ITEM_SIZES[sources.matches[chunk.index].theta.dtype]
         if group and size + more > SEGMENT:
             yield group
             group, size = [], 0

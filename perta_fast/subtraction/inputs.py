@@ -11,7 +11,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.rules import Rule
-from perta_fast.subtraction.matching import TensorPlan, plan_tensors
+from perta_fast.subtraction.matching import TensorMatch, match_tensors
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sources:
     tuned: Checkpoint
     forget_importance: Checkpoint | None
     retain_importance: Checkpoint | None
-    plans: list[TensorPlan]
+    matches: list[TensorMatch]
     metadata: dict[str, dict[str, str]]
     adapter_config: Path | None = None  # where ``tuned`` is the file of an adapter
 
@@ -41,20 +41,20 @@ class Sources:
     @property
     def base_is_read(self) -> bool:
         """Whether a task vector is a difference to the base; those of an adapter's factors are not."""
-        return any(plan.base is not None for plan in self.plans)
+        return any(match.base is not None for match in self.matches)
 
     def paths(self) -> list[Path]:
         """Every directory and file that is read."""
         return [path for each in self.named().values() for path in (each.path, *each.files())]
 
-    def operands(self, plan: TensorPlan) -> Iterator[tuple[int, Checkpoint, TensorEntry]]:
+    def operands(self, match: TensorMatch) -> Iterator[tuple[int, Checkpoint, TensorEntry]]:
         """The arrays of a tensor that lie in files: number among the kernel's five, checkpoint and entry."""
         pairs = (
-            (self.model, plan.theta),
-            (self.tuned, plan.tuned),
-            (self.base, plan.base),
-            (self.forget_importance, plan.forget_importance),
-            (self.retain_importance, plan.retain_importance),
+            (self.model, match.theta),
+            (self.tuned, match.tuned),
+            (self.base, match.base),
+            (self.forget_importance, match.forget_importance),
+            (self.retain_importance, match.retain_importance),
         )
         for number, (checkpoint, entry) in enumerate(pairs):
             if checkpoint is not None and entry is not None:
@@ -89,6 +89,6 @@ def open_sources(
                 )
     elif forget_importance is not None or retain_importance is not None:
         raise InputError("rule tv takes no importance; leave it out or choose another rule")
-    plans = plan_tensors(opened[0], opened[1], adapter or opened[2], importances[0], importances[1])
+    matches = match_tensors(opened[0], opened[1], adapter or opened[2], importances[0], importances[1])
     config = None if adapter is None else adapter.config
-    return Sources(opened[0], opened[1], opened[2], importances[0], importances[1], plans, metadata, config)
+    return Sources(opened[0], opened[1], opened[2], importances[0], importances[1], matches, metadata, config)

@@ -21,7 +21,7 @@ from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Subtraction
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.matching import TensorMatch
 
 FORMAT = "perta-run"
 FORMAT_VERSION = 1
@@ -34,8 +34,8 @@ class Job:
     """What a run does. Paths are absolute.
 
     final: the directory to make, or to change in place. files: role to file name to size, time of change and
-    hash of the header of each weight file. plans: for each tensor of the model the names of those it meets, as
-    settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the run is
+    hash of the header of each weight file. matches: for each tensor of the model the names of those it meets,
+    as settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the run is
     done. stream: what a streamed run needs (``streaming.run``). report: what the report said when the run
     began.
     """
@@ -54,7 +54,7 @@ class Job:
     link_unchanged: bool
     directories: dict[str, str]
     files: dict[str, dict[str, Fingerprint]]
-    plans: list[dict[str, str | float | None]]
+    matches: list[dict[str, str | float | None]]
     version: str
     temporary: bool = False
     stream: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Job:
 
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
-        keys = ("final", "in_place", "rule", "lam", "p", "alpha", "threshold", "files", "plans", "version")
+        keys = ("final", "in_place", "rule", "lam", "p", "alpha", "threshold", "files", "matches", "version")
         # How a walk was scheduled and dealt changes nothing but the order of sums.
         walks = [
             {key: each.stream[key] for key in each.stream.keys() - {"schedule", "ranks"}}
@@ -149,16 +149,16 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
 _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
 
 
-def plan_names(plans: list[TensorPlan]) -> list[dict[str, str | float | None]]:
-    """The plans with names for places."""
+def match_names(matches: list[TensorMatch]) -> list[dict[str, str | float | None]]:
+    """The matches with names for places."""
     rows = []
-    for plan in plans:
-        row: dict[str, str | float | None] = {"theta": plan.theta.name, "copied": plan.copied}
+    for match in matches:
+        row: dict[str, str | float | None] = {"theta": match.theta.name, "copied": match.copied}
         for role in _OPERANDS:
-            entry: TensorEntry | None = getattr(plan, role)
+            entry: TensorEntry | None = getattr(match, role)
             row[role] = None if entry is None else entry.name
-        if plan.low_rank is not None:
-            update = plan.low_rank
+        if match.low_rank is not None:
+            update = match.low_rank
             row |= {"a": update.a.name, "b": update.b.name, "scale": update.scale}
             row |= {"transposed": "yes" if update.transposed else None}
         rows.append(row)
@@ -202,7 +202,7 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
                 )
         if before.keys() != files.keys():
             raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
-    return replace(sources, plans=[_plan(row, opened, job) for row in job.plans])
+    return replace(sources, matches=[_match(row, opened, job) for row in job.matches])
 
 
 def _is_changed_by(job: Job, role: str) -> bool:
@@ -210,7 +210,7 @@ def _is_changed_by(job: Job, role: str) -> bool:
     return job.in_place and job.directories[role] == job.directories["model"]
 
 
-def _plan(row: dict[str, str | float | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorPlan:
+def _match(row: dict[str, str | float | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorMatch:
     places: dict[str, TensorEntry | None] = {}
     try:
         for role in _OPERANDS:
@@ -223,4 +223,4 @@ def _plan(row: dict[str, str | float | None], opened: Mapping[str, Checkpoint], 
             low_rank = LowRank(a, b, float(row["scale"] or 0), bool(row["transposed"]))
     except KeyError as error:
         raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
-    return TensorPlan(theta, **places, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]
+    return TensorMatch(theta, **places, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ CopyReason = Literal["not floating point", "not covered by the importance", "tas
 
 
 @dataclass(frozen=True)
-class TensorPlan:
+class TensorMatch:
     """What becomes of one tensor of the model: subtracted (``copied`` is None) or copied for a reason.
 
     The task vector is ``tuned`` less ``base``, or ``low_rank``.
@@ -33,13 +33,13 @@ class TensorPlan:
     low_rank: LowRank | None = None
 
 
-def plan_tensors(
+def match_tensors(
     model: Checkpoint,
     base: Checkpoint,
     tuned: Checkpoint | Adapter,
     forget_importance: Checkpoint | None,
     retain_importance: Checkpoint | None,
-) -> list[TensorPlan]:
+) -> list[TensorMatch]:
     """Match every tensor of ``model`` with its sources, in the model's order.
 
     A tied output head may be stored or left out, in each checkpoint separately. Raises InputError, naming
@@ -52,22 +52,22 @@ def plan_tensors(
             _check_same_names(model, other)
     if forget_importance is not None and retain_importance is not None:
         _check_importance_names(model, forget_importance, retain_importance)
-    plans = [
+    matches = [
         _plan_tensor(name, model, base, whole, forget_importance, retain_importance) for name in model.tensors
     ]
-    return _with_adapter(plans, model, base, tuned) if isinstance(tuned, Adapter) else plans
+    return _with_adapter(matches, model, base, tuned) if isinstance(tuned, Adapter) else matches
 
 
 def _with_adapter(
-    plans: list[TensorPlan], model: Checkpoint, base: Checkpoint, adapter: Adapter
-) -> list[TensorPlan]:
+    matches: list[TensorMatch], model: Checkpoint, base: Checkpoint, adapter: Adapter
+) -> list[TensorMatch]:
     """Plans with their task vectors: of low rank, or whole where the adapter holds a tensor, zero elsewhere."""
     adapter.check_untouched(base)
     shapes = {name: entry.shape for name, entry in model.tensors.items()}
     low_rank, whole = adapter.meet(shapes, model.path)
     result = []
-    for plan in plans:
-        name = plan.theta.name
+    for match in matches:
+        name = match.theta.name
         if name in low_rank or name in whole:
             partner = tied_partner(name, model.tensors)
             if partner is not None and model.equal(name, partner):
@@ -75,15 +75,15 @@ def _with_adapter(
                     f"{adapter.checkpoint.path}: adapts {name}, of which {model.path} has a second copy, "
                     f"{partner}; merge the adapter and give the merged checkpoint"
                 )
-        if plan.copied is not None:
-            result.append(plan)
+        if match.copied is not None:
+            result.append(match)
         elif name in low_rank:
-            result.append(replace(plan, base=None, low_rank=low_rank[name]))
+            result.append(replace(match, base=None, low_rank=low_rank[name]))
         elif name in whole:
-            _check_agrees(plan.theta, whole[name])
-            result.append(replace(plan, tuned=whole[name]))
+            _check_agrees(match.theta, whole[name])
+            result.append(replace(match, tuned=whole[name]))
         else:
-            result.append(TensorPlan(plan.theta, copied="task vector is zero"))
+            result.append(TensorMatch(match.theta, copied="task vector is zero"))
     return result
 
 
@@ -94,7 +94,7 @@ def _plan_tensor(
     tuned: Checkpoint | None,
     forget_importance: Checkpoint | None,
     retain_importance: Checkpoint | None,
-) -> TensorPlan:
+) -> TensorMatch:
     theta = model.tensors[name]
     if theta.dtype in COPIED:
         for other in (base, tuned):
@@ -104,13 +104,13 @@ def _plan_tensor(
                     f"tensor {name} is {theta.dtype} in {theta.path}, {entry.dtype} in {entry.path}; "
                     "give the checkpoint before it was quantised"
                 )
-        return TensorPlan(theta, copied="not floating point")
+        return TensorMatch(theta, copied="not floating point")
     base_entry, tuned_entry = _resolve(base, name), None if tuned is None else _resolve(tuned, name)
     forget_entry = retain_entry = None
     if forget_importance is not None and retain_importance is not None:
         key = importance_key(name, model, forget_importance.tensors)
         if key is None:
-            return TensorPlan(theta, copied="not covered by the importance")
+            return TensorMatch(theta, copied="not covered by the importance")
         forget_entry, retain_entry = forget_importance.tensors[key], retain_importance.tensors[key]
     for entry in (theta, base_entry, tuned_entry):
         if entry is not None:
@@ -119,7 +119,7 @@ def _plan_tensor(
     for entry in (forget_entry, retain_entry):
         if entry is not None:
             _check_agrees(theta, entry)
-    return TensorPlan(theta, base_entry, tuned_entry, forget_entry, retain_entry)
+    return TensorMatch(theta, base_entry, tuned_entry, forget_entry, retain_entry)
 
 
 def _check_agrees(theta: TensorEntry, entry: TensorEntry, how: str = "") -> None:

@@ -111,10 +111,10 @@ def apply_to_module_(
                 _check_source(name, parameter, source)
     stagings = {device: _staging(device) for device in {each.device for each in parameters.values()}}
     how: dict[str, Any] = {
-        "lam": chosen.lam,
-        "p": chosen.p,
-        "alpha": chosen.alpha,
-        "threshold": chosen.threshold,
+        "lam": chosen.rescaling.lam,
+        "p": chosen.rescaling.p,
+        "alpha": chosen.rescaling.alpha,
+        "threshold": chosen.rescaling.threshold,
     }
     for name, parameter in parameters.items():
         if name in low_rank:

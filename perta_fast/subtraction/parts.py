@@ -15,7 +15,7 @@ from perta_fast.files.durable import read_record, write_fully, write_record
 from perta_fast.records.typed_json import fits
 from perta_fast.subtraction.compute import Chunk, Statistics, bytes_moved
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.matching import TensorMatch
 
 _PART_NOTE = re.compile(r"part-(\d{1,12})-(\d{1,12})-(.*)\.json", re.DOTALL)
 
@@ -24,37 +24,37 @@ Totals = dict[int, Statistics]  # what the chunks of each tensor add up to
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One weight file of the output: ``plans`` of its tensors by number, and how many elements a chunk has."""
+    """One weight file of the output. matches: of its tensors, by number. chunk: elements of a chunk."""
 
     source: SafetensorsFile
     path: Path
     state: Path
-    plans: dict[int, TensorPlan]
+    matches: dict[int, TensorMatch]
     chunk: int
 
     @property
     def unchanged(self) -> bool:
         """Whether the file is copied as it is."""
-        return all(plan.copied for plan in self.plans.values())
+        return all(match.copied for match in self.matches.values())
 
     @property
     def count(self) -> int:
         """Its chunks, which are numbered from 0; none has elements of two tensors."""
-        return sum(self._chunks_of(plan) for plan in self.plans.values())
+        return sum(self._chunks_of(match) for match in self.matches.values())
 
     def stretches(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Chunks [begin, end) as stretches of tensors: a plan's number, and its elements from and to."""
+        """Chunks [begin, end) as stretches of tensors: a match's number, and its elements from and to."""
         first = 0
-        for index, plan in self.plans.items():
-            after = first + self._chunks_of(plan)
+        for index, match in self.matches.items():
+            after = first + self._chunks_of(match)
             start, stop = max(begin, first) - first, min(end, after) - first
             if start < stop:
-                yield index, start * self.chunk, min(stop * self.chunk, plan.theta.count)
+                yield index, start * self.chunk, min(stop * self.chunk, match.theta.count)
             first = after
 
     def cost(self, begin: int, end: int) -> int:
         """Bytes that the chunks [begin, end) move."""
-        return sum(bytes_moved(self.plans[k], stop - start) for k, start, stop in self.stretches(begin, end))
+        return sum(bytes_moved(self.matches[k], stop - start) for k, start, stop in self.stretches(begin, end))
 
     def begin_file(self) -> None:
         """Make the file anew, with its header alone."""
@@ -83,12 +83,12 @@ class Shard:
 
     def _read(self, note: Path) -> Totals:
         content = read_record(note)
-        if not fits(content, dict[str, Statistics]) or not content.keys() <= set(map(str, self.plans)):
+        if not fits(content, dict[str, Statistics]) or not content.keys() <= set(map(str, self.matches)):
             raise InputError(f"{note}: is not the note of a finished shard")
         return {int(index): sums for index, sums in content.items()}
 
-    def _chunks_of(self, plan: TensorPlan) -> int:
-        return -(-plan.theta.count // self.chunk)
+    def _chunks_of(self, match: TensorMatch) -> int:
+        return -(-match.theta.count // self.chunk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +132,12 @@ class PartChunk(Chunk):
 
 def shards_of(sources: Sources, directory: Path, state: Path, chunk: int) -> list[Shard]:
     """The shards of the output in ``directory``, whose notes are in ``state``."""
-    plans: dict[str, dict[int, TensorPlan]] = {name: {} for name in sources.model.shards}
-    for index, plan in enumerate(sources.plans):
-        plans[plan.theta.path.name][index] = plan
+    matches: dict[str, dict[int, TensorMatch]] = {name: {} for name in sources.model.shards}
+    for index, match in enumerate(sources.matches):
+        matches[match.theta.path.name][index] = match
     return [
-        Shard(file, directory / name, state, plans[name], chunk) for name, file in sources.model.shards.items()
+        Shard(file, directory / name, state, matches[name], chunk)
+        for name, file in sources.model.shards.items()
     ]
 
 

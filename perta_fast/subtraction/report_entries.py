@@ -17,17 +17,17 @@ from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Statistics
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
-from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.matching import TensorMatch
 
 
 def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
     """The report of a run that is about to start."""
     report = Report(
         rule=rule.name,
-        lam=rule.lam,
-        p=rule.p,
-        alpha=rule.alpha,
-        threshold=rule.threshold,
+        lam=rule.rescaling.lam,
+        p=rule.rescaling.p,
+        alpha=rule.rescaling.alpha,
+        threshold=rule.rescaling.threshold,
         inputs={},
         importance=sources.metadata,
         threads=threads,
@@ -56,9 +56,9 @@ def added_up(parts: Iterable[Mapping[int, Statistics]]) -> dict[int, Statistics]
     return totals
 
 
-def describe_tensors(report: Report, plans: Sequence[TensorPlan], totals: dict[int, Statistics]) -> None:
+def describe_tensors(report: Report, matches: Sequence[TensorMatch], totals: dict[int, Statistics]) -> None:
     """Fill in what became of each tensor."""
-    report.tensors = [_tensor_report(plan, totals.get(index, {})) for index, plan in enumerate(plans)]
+    report.tensors = [_tensor_report(match, totals.get(index, {})) for index, match in enumerate(matches)]
     for row in report.tensors:
         report.counts[row.action] = report.counts.get(row.action, 0) + 1
 
@@ -104,14 +104,14 @@ def _hash(report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks)
     return {path: found[path] for path in files}
 
 
-def _tensor_report(plan: TensorPlan, sums: Statistics) -> TensorReport:
-    row = TensorReport(plan.theta.name, plan.theta.dtype, list(plan.theta.shape), "subtracted")
-    if plan.copied is not None:
-        row.action = f"copied: {plan.copied}"
+def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
+    row = TensorReport(match.theta.name, match.theta.dtype, list(match.theta.shape), "subtracted")
+    if match.copied is not None:
+        row.action = f"copied: {match.copied}"
     elif not sums.get("nonzero_task"):
         row.action = "copied: task vector is zero"
-    if sums and plan.theta.count:
-        row.mean_weight = sums["sum_weight"] / plan.theta.count
+    if sums and match.theta.count:
+        row.mean_weight = sums["sum_weight"] / match.theta.count
         row.changed = int(sums["changed"])
         norm, change = sums["sum_squared_theta"] ** 0.5, sums["sum_squared_change"] ** 0.5
         if np.isfinite(norm) and np.isfinite(change):

@@ -167,7 +167,7 @@ class _Writer:
         """Write the bytes of a ``PartChunk``."""
         assert isinstance(chunk, PartChunk)
         part = chunk.part
-        theta = part.shard.plans[chunk.index].theta
+        theta = part.shard.matches[chunk.index].theta
         with self._lock:
             descriptor = self._descriptor(part)
         write_fully(descriptor, data, theta.begin + chunk.begin * ITEM_SIZES[theta.dtype])
@@ -233,7 +233,7 @@ def write_shards(
         own = _write_parts(job, sources, target.path, dealt[ranks.rank], finished)
     every = [sums for known in done for sums in known.values()] + ranks.gather(own)
     report.add_phase("apply", time.perf_counter() - started, sum(part.cost for part in rest))
-    describe_tensors(report, sources.plans, added_up(every))
+    describe_tensors(report, sources.matches, added_up(every))
     return sources
 
 

@@ -75,4 +75,9 @@ def _is_written(place: Path, rule: Rule, settings: dict[str, str]) -> bool:
     except InputError:
         return False
     made = (report.rule, report.lam, report.p, report.alpha)
-    return report.settings == settings and made == (rule.name, rule.lam, rule.p, rule.alpha)
+    return report.settings == settings and made == (
+        rule.name,
+        rule.rescaling.lam,
+        rule.rescaling.p,
+        rule.rescaling.alpha,
+    )

@@ -121,4 +121,4 @@ def _readable(lam: float) -> float:
 
 
 def _described(rule: Rule) -> str:
-    return f"rule {rule.name} with p {rule.p:g} and alpha {rule.alpha:g}"
+    return f"rule {rule.name} with p {rule.rescaling.p:g} and alpha {rule.rescaling.alpha:g}"

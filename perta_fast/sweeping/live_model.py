@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.json_lines import Record, read_data
+from perta_fast.data.json_lines import Row as DataRow, read_data
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import memorisation, probabilities
@@ -39,7 +39,7 @@ class DataSet:
 
     path: Path
     digest: str
-    records: list[Record]
+    records: list[DataRow]
 
     @classmethod
     def read(cls, path: str, metric: str) -> "DataSet":
@@ -149,15 +149,15 @@ class LiveModel:
         started = time.perf_counter()
         self.subtract_(rule, importances)
         changed = self._round_as_stored_()
-        alpha = "" if rule.alpha == 1 else f", alpha {rule.alpha:g}"
-        found = self.examination.score(f"{rule.name}{alpha}, lambda {rule.lam:g}")
+        alpha = "" if rule.rescaling.alpha == 1 else f", alpha {rule.rescaling.alpha:g}"
+        found = self.examination.score(f"{rule.name}{alpha}, lambda {rule.rescaling.lam:g}")
         self._restore_()
         return replace(
             found,
             rule=rule.name,
-            p=rule.p,
-            alpha=rule.alpha,
-            lam=rule.lam,
+            p=rule.rescaling.p,
+            alpha=rule.rescaling.alpha,
+            lam=rule.rescaling.lam,
             changed=changed,
             seconds=time.perf_counter() - started,
         )
@@ -181,10 +181,10 @@ class LiveModel:
             importances.get("forget"),
             importances.get("retain"),
             rule=rule.name,
-            lam=rule.lam,
-            p=rule.p,
-            alpha=rule.alpha,
-            threshold=rule.threshold,
+            lam=rule.rescaling.lam,
+            p=rule.rescaling.p,
+            alpha=rule.rescaling.alpha,
+            threshold=rule.rescaling.threshold,
         )
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.errors import InputError
@@ -94,7 +93,7 @@ def _measurer(curve: Rule, live: LiveModel, importances: ByEstimator, record: Re
     weighed = {} if curve.estimator is None else importances[curve.estimator]
 
     def measure(lam: float) -> Row:
-        rule = replace(curve, lam=lam)
+        rule = curve.at(lam)
         return record.begun.find(rule) or record.add(live.measure(rule, weighed))
 
     return measure
@@ -110,8 +109,8 @@ def _along(
     """The rows of one curve, by strength; without ``lams``, at those that the search tries."""
 
     def skip(lam: float) -> Row:
-        nan = math.nan
-        return Row(curve.name, curve.p, curve.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
+        nan, settings = math.nan, curve.rescaling
+        return Row(curve.name, settings.p, settings.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
 
     if lams is None:
         rows = search(measure, excess, original)

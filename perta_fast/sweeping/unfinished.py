@@ -37,7 +37,7 @@ class Begun:
 
     def find(self, rule: Rule) -> Row | None:
         """What a setting has scored."""
-        wanted = (rule.name, rule.p, rule.alpha, rule.lam)
+        wanted = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
         return next((row for row in self.rows if (row.rule, row.p, row.alpha, row.lam) == wanted), None)
 
     @property

@@ -17,8 +17,8 @@ from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.runs.inspect import describe
 from perta_fast.subtraction import compute as subtraction_module
-from perta_fast.subtraction.job import plan_names
-from perta_fast.subtraction.matching import plan_tensors
+from perta_fast.subtraction.job import match_names
+from perta_fast.subtraction.matching import match_tensors
 from tests.support.checkpoints import (
     draw,
     read_checkpoint,
@@ -278,7 +278,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_plans_name_their_factors(tmp_path: Path) -> None:
     adapter = Adapter.open(make_adapter(tmp_path, gpt2, ADAPTERS["conv1d"][1]))
     model, base = Checkpoint.open(tmp_path / "model"), Checkpoint.open(tmp_path / "base")
-    rows = {row["theta"]: row for row in plan_names(plan_tensors(model, base, adapter, None, None))}
+    rows = {row["theta"]: row for row in match_names(match_tensors(model, base, adapter, None, None))}
     square = rows["transformer.h.0.attn.c_proj.weight"]
     assert square["a"] == "base_model.model.transformer.h.0.attn.c_proj.lora_A.weight"
     assert square["transposed"] == "yes" and square["scale"] == 1.0

@@ -7,7 +7,7 @@ import pytest
 
 from perta_fast import cli
 from perta_fast.data.chat import with_chat_settings
-from perta_fast.data.json_lines import Record
+from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
 from perta_fast.evaluation import evaluate
@@ -35,7 +35,7 @@ def test_as_if_given_with_every_question(system: str | None, date: str | None) -
     arguments = {} if date is None else {"date_string": date}
     expected = plain.apply_chat_template(before + TURNS, return_dict=False, **arguments)
     found = encode(
-        [Record({"question": "Who?", "answer": "Me."}, "here")], with_chat_settings(plain, system, date), 512
+        [Row({"question": "Who?", "answer": "Me."}, "here")], with_chat_settings(plain, system, date), 512
     )
     assert list(found[0].input_ids) == list(expected)
     assert plain.chat_template == TEMPLATE

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
-from perta_fast.data.json_lines import Record, load_records, read_data, records_from
+from perta_fast.data.json_lines import Row, load_rows, read_data, rows_from
 from perta_fast.data.samples import IGNORED, Sample, encode
 from tests.support.models import CHAT_TEMPLATE, FORGET, tokenizer, write_lines
 
@@ -62,7 +62,7 @@ def merging() -> PreTrainedTokenizerFast:
 
 
 def one(row: dict[str, Any], with_tokenizer: PreTrainedTokenizerFast, max_length: int = 1000) -> Sample:
-    (sample,) = encode(records_from([row]), with_tokenizer, max_length)
+    (sample,) = encode(rows_from([row]), with_tokenizer, max_length)
     return sample
 
 
@@ -178,7 +178,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(template: str) -> Non
 def test_a_template_that_fails_names_the_line(template: str, reason: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "talk.jsonl", [TEXT, TALK])
     with pytest.raises(InputError, match=rf"talk\.jsonl, line 2: the chat template refuses.*({reason})"):
-        encode(load_records(path), tokenizer(template), 1000)
+        encode(load_rows(path), tokenizer(template), 1000)
 
 
 def test_a_merge_between_template_and_answer_is_refused_not_mislabelled() -> None:
@@ -214,7 +214,7 @@ def test_cut_samples_are_a_beginning_and_are_marked(row: dict[str, Any]) -> None
 def test_nothing_left_after_cutting_names_the_line(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "long.jsonl", [TEXT, QUESTION | {"question": "Who? " * 50}])
     with pytest.raises(InputError, match=r"long\.jsonl, line 2: has no token .* within the first 60 tokens"):
-        encode(load_records(path), PLAIN, 60)
+        encode(load_rows(path), PLAIN, 60)
 
 
 def test_a_single_token_predicts_nothing() -> None:
@@ -274,7 +274,7 @@ def test_a_bad_line_is_named(case: str, end: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(end.join(['{"text": "fine"}', "", " \t", line, '{"text": "fine"}']), newline="")
     with pytest.raises(InputError) as caught:
-        load_records(path)
+        load_rows(path)
     assert str(caught.value).startswith(f"{path}, line 4: ")
     assert reason in str(caught.value)
     assert len(str(caught.value)) < 400  # a message, not the line itself
@@ -295,7 +295,7 @@ def test_a_bad_line_is_named(case: str, end: str, tmp_path: Path) -> None:
 def test_ways_to_write_two_lines(content: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(content, encoding="utf-8", newline="")
-    assert [record.content for record in load_records(path)] == [{"text": "one"}, {"text": "two"}]
+    assert [record.content for record in load_rows(path)] == [{"text": "one"}, {"text": "two"}]
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x1e", "é", "😀"])
@@ -304,7 +304,7 @@ def test_only_line_feeds_end_a_line(character: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     raw = json.dumps({"text": text}, ensure_ascii=character == "\x1e")
     path.write_text(f"{raw}\n{raw}\n", encoding="utf-8")
-    assert [record.content["text"] for record in load_records(path)] == [text, text]
+    assert [record.content["text"] for record in load_rows(path)] == [text, text]
 
 
 @pytest.mark.parametrize(
@@ -321,15 +321,15 @@ def test_bad_files(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        load_records(path)
+        load_rows(path)
     assert str(caught.value) == f"{path}: {reason}"
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.jsonl: cannot be read: No such file"):
-        load_records(tmp_path / "absent.jsonl")
+        load_rows(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        load_records(tmp_path)
+        load_rows(tmp_path)
 
 
 def test_a_pipe_is_read_once_and_hashed_as_read(tmp_path: Path) -> None:
@@ -345,11 +345,11 @@ def test_a_pipe_is_read_once_and_hashed_as_read(tmp_path: Path) -> None:
 
 
 def test_python_rows_are_checked_as_lines_are() -> None:
-    assert records_from([TEXT, QUESTION | {"id": 3}])[1].content == QUESTION
+    assert rows_from([TEXT, QUESTION | {"id": 3}])[1].content == QUESTION
     with pytest.raises(InputError, match='sample 1: "text" must be'):
-        records_from([TEXT, {"text": ""}])
+        rows_from([TEXT, {"text": ""}])
     with pytest.raises(InputError, match="there are no samples"):
-        records_from([])
+        rows_from([])
 
 
 # Any file at all.
@@ -385,7 +385,7 @@ def test_any_file_gives_records_or_an_explained_refusal(
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_bytes(content)
     try:
-        records = load_records(path)
+        records = load_rows(path)
     except InputError as error:
         assert str(error).startswith(str(path))
         return
@@ -410,5 +410,5 @@ def test_the_assistant_s_words_come_back_from_the_labels(turns: list[tuple[str, 
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
-    (sample,) = encode([Record({"messages": talk}, "here")], CHAT, 10_000)
+    (sample,) = encode([Row({"messages": talk}, "here")], CHAT, 10_000)
     assert CHAT.decode(labelled(sample)) == "".join(f"{answer}<eos>" for _, answer in turns)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perta_fast.data.json_lines import load_records
+from perta_fast.data.json_lines import load_rows
 from perta_fast.demo.authors import ATTRIBUTES, Row, make_authors, make_splits, questions
 from perta_fast.demo.files import Files
 
@@ -97,5 +97,5 @@ def test_the_files_load_as_data(tmp_path: Path) -> None:
     files.write_questions(splits)
     for split, rows in splits.items():
         path = files.questions(split)
-        assert [record.content for record in load_records(path)] == rows
+        assert [record.content for record in load_rows(path)] == rows
         assert [json.loads(line) for line in path.read_text().splitlines()] == rows

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from perta_fast.data.batches import Batch
-from perta_fast.data.json_lines import records_from
+from perta_fast.data.json_lines import rows_from
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.demo.scoring import score
 from perta_fast.models.losses import per_sample_losses
@@ -61,7 +61,7 @@ def test_more_samples_than_a_batch_weigh_the_same() -> None:
 
 def test_accuracy_is_what_greedy_decoding_reproduces() -> None:
     written = tokenizer()
-    records = records_from([*FORGET, *RETAIN])
+    records = rows_from([*FORGET, *RETAIN])
     samples = encode(records, written, 128)
     model = llama().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -18,7 +18,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import RankLost, RunError
 from perta_fast.runs import apply as application
 from perta_fast.subtraction import parts, to_directory
-from perta_fast.subtraction.matching import TensorPlan
+from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.parts import Part, Shard, deal_in_order, left_of
 from tests.distributed.launch import on_ranks
 from tests.support.checkpoints import fingerprint
@@ -198,7 +198,7 @@ def shard(counts: list[int], chunk: int) -> Shard:
     plans = {}
     for k, count in enumerate(counts):
         entry = TensorEntry(f"t{k}", "F32", (count,), 0, 4 * count, Path("x"))
-        plans[k] = TensorPlan(entry, base=entry, tuned=entry)
+        plans[k] = TensorMatch(entry, base=entry, tuned=entry)
     return Shard(None, Path("x"), Path("state"), plans, chunk)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from perta_fast import cli
 from perta_fast.data.batches import Batch
-from perta_fast.data.json_lines import records_from
+from perta_fast.data.json_lines import rows_from
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
 from perta_fast.evaluation import Evaluation, evaluate
@@ -72,7 +72,7 @@ def knowing() -> LlamaForCausalLM:
     torch.set_num_threads(1)  # this fixture is made before ``one_thread``
     torch.manual_seed(0)
     model = llama(1)
-    batch = Batch.of(encode(records_from(FORGET), WORDS, 128))
+    batch = Batch.of(encode(rows_from(FORGET), WORDS, 128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(300):
         optimizer.zero_grad()
@@ -92,7 +92,7 @@ def on_tofu(model: LlamaForCausalLM, folder: Path, **changes: Any) -> Evaluation
 def losses(model: LlamaForCausalLM, rows: list[Mapping[str, str]]) -> list[float]:
     """Each answer's mean loss, by transformers' own loss, one sample at a time."""
     found = []
-    for sample in encode(records_from(rows), WORDS, 128):
+    for sample in encode(rows_from(rows), WORDS, 128):
         with torch.no_grad():
             ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
             found.append(float(model(input_ids=ids, labels=labels).loss))

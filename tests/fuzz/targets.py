@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.json_lines import load_records
+from perta_fast.data.json_lines import load_rows
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
 from perta_fast.records.recipe import read_recipe
@@ -192,7 +192,7 @@ def _read_report(file: Path) -> None:
 
 
 def _read_data(file: Path) -> None:
-    records = load_records(file)
+    records = load_rows(file)
     lines = file.read_text(encoding="utf-8-sig").split("\n")
     assert len(records) == sum(bool(line.strip()) for line in lines)
     for record in records:

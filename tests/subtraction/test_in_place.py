@@ -269,7 +269,7 @@ class TestAnOpenRun:
             resume(open_run["model"])
 
     @pytest.mark.parametrize(
-        ("key", "value"), [("lam", None), ("p", []), ("directories", None), ("plans", [{}]), ("report", {})]
+        ("key", "value"), [("lam", None), ("p", []), ("directories", None), ("matches", [{}]), ("report", {})]
     )
     def test_a_description_of_other_types_is_refused(self, key: str, value: object, open_run: Inputs) -> None:
         path = open_run["model"] / ".perta-journal" / "job.json"

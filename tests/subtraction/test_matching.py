@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
-from perta_fast.subtraction.matching import TensorPlan, plan_tensors
+from perta_fast.subtraction.matching import TensorMatch, match_tensors
 from tests.support.checkpoints import draw, write_checkpoint, write_importance
 
 EMBED, HEAD, INNER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.weight"
@@ -36,10 +36,10 @@ class Room:
         tuned: dict[str, Tensor] | None = None,
         forget: dict[str, Tensor] | None = None,
         retain: dict[str, Tensor] | None = None,
-    ) -> dict[str, TensorPlan]:
+    ) -> dict[str, TensorMatch]:
         """The plan by tensor name; base and tuned are the model, retain is forget, unless given."""
         retain = forget if retain is None else retain
-        plans = plan_tensors(
+        plans = match_tensors(
             self.checkpoint("model", model),
             self.checkpoint("base", model if base is None else base),
             self.checkpoint("tuned", model if tuned is None else tuned),
@@ -54,7 +54,7 @@ def room(tmp_path: Path) -> Room:
     return Room(tmp_path)
 
 
-def sources(plan: TensorPlan) -> list[tuple[str, str] | None]:
+def sources(plan: TensorMatch) -> list[tuple[str, str] | None]:
     """Folder and tensor name of each source."""
     entries = (plan.theta, plan.base, plan.tuned, plan.forget_importance, plan.retain_importance)
     return [None if entry is None else (entry.path.parent.name, entry.name) for entry in entries]

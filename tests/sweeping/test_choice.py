@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def run(job: Job, *importances: Path, **chosen: Any) -> Sweep:
 def test_every_combination_once() -> None:
     found = curves_of(["grad", "tv", "empirical-fisher"], [None, 0.5], [1.0, 2.0], 0.25)
     combined = [(p, alpha, 0.25) for p in (1.0, 0.5) for alpha in (1.0, 2.0)]
-    assert [(rule.name, rule.lam, rule.p, rule.alpha, rule.threshold) for rule in found] == [
+    assert [(rule.name, *astuple(rule.rescaling)) for rule in found] == [
         *(("grad", 0.0, *each) for each in combined),
         ("tv", 0.0, 1.0, 1.0, None),
         *(("empirical-fisher", 0.0, *each) for each in combined),
@@ -83,7 +83,7 @@ def test_what_is_skipped_is_not_measured(
     measure = LiveModel.measure
 
     def counted(live: LiveModel, rule: Any, importances: Any) -> Row:
-        calls.append((rule.name, rule.lam))
+        calls.append((rule.name, rule.rescaling.lam))
         return measure(live, rule, importances)
 
     monkeypatch.setattr(LiveModel, "measure", counted)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from perta_fast.data.json_lines import Record, read_data
+from perta_fast.data.json_lines import Row, read_data
 from perta_fast.errors import InputError
 from perta_fast.models.loading import Subject, check_sizes, choose_device, samples_for
 from perta_fast.rules import Estimator
@@ -76,7 +76,7 @@ def _tokenizer(subject: Path) -> Any:
 
 
 def _lengths(
-    structure: Structure, subject: Path, tokenizer: Any, rows: Sequence[Record], max_length: int | None
+    structure: Structure, subject: Path, tokenizer: Any, rows: Sequence[Row], max_length: int | None
 ) -> list[int]:
     if tokenizer is None:
         assert max_length is not None
