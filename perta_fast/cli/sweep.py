@@ -16,7 +16,7 @@ from perta_fast.rules import RULES, Rule
 from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
 
 if TYPE_CHECKING:
-    from perta_fast.sweeping.results import Row
+    from perta_fast.sweeping.results import ScoredSetting
 
 
 def add(commands: Any) -> None:
@@ -115,7 +115,7 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _making(parsed: argparse.Namespace, row: "Row", lam: str) -> str:
+def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
     """The command that writes the checkpoint that a sweep has scored in ``row``, at ``lam``."""
     rule = Rule.of(row.rule, 0.0)
     given: dict[str, Any] = {name: getattr(parsed, name) for name in ("model", "base", "tuned")}

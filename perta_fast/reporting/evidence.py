@@ -13,7 +13,7 @@ from perta_fast.files.regular_files import read_json
 from perta_fast.records.report import DirectoryRecord
 from perta_fast.records.typed_json import fits
 from perta_fast.sweeping.results import FILE_NAME as SWEEP
-from perta_fast.sweeping.results import Row, Sweep
+from perta_fast.sweeping.results import ScoredSetting, Sweep
 
 _LARGEST_LOSS = 1e6  # nats; what lies beyond is no point of a curve
 
@@ -24,7 +24,7 @@ class Curve:
 
     label: str
     path: Path
-    rows: list[Row]
+    rows: list[ScoredSetting]
     sweep: Sweep
 
 

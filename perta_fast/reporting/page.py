@@ -11,7 +11,7 @@ from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.tensor_places import element_count, place_of, weight_grids
 from perta_fast.reporting.weight_distribution import Distribution
-from perta_fast.sweeping.results import Row
+from perta_fast.sweeping.results import ScoredSetting
 
 _OUTSIDE = 40  # tensors outside the layers that are listed
 
@@ -233,7 +233,7 @@ def _provenance(evidence: Evidence) -> str:
     )
 
 
-def _measured(row: Row) -> Sequence[html.Cell]:
+def _measured(row: ScoredSetting) -> Sequence[html.Cell]:
     """Dashes for a strength that was skipped."""
     found = (row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds)
     return row.lam, *((None,) * len(found) if row.skipped else found)

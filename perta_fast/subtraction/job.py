@@ -35,9 +35,9 @@ class Job:
 
     final: the directory to make, or to change in place. files: role to file name to size, time of change and
     hash of the header of each weight file. matches: for each tensor of the model the names of those it meets,
-    as settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the run is
-    done. stream: what a streamed run needs (``streaming.run``). report: what the report said when the run
-    began.
+    as settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the
+    run is done. stream: what a streamed run needs (``streaming.streamed_run``). report: what the report said
+    when the run began.
     """
 
     final: str

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from perta_fast.errors import InputError
 from perta_fast.rules import Rule
-from perta_fast.sweeping.results import LARGEST, SMALLEST, Row
+from perta_fast.sweeping.results import LARGEST, SMALLEST, ScoredSetting
 
 _WIDTH = 1.01  # a search ends when the smallest strength that is too large is at most this many times the best
 _GUESSES = 2  # that may fail to halve the interval before it is halved at every step
@@ -51,12 +51,12 @@ def check_strengths(lams: Sequence[float]) -> None:
 
 def walk(
     lams: Sequence[float],
-    measure: Callable[[float], Row],
-    skip: Callable[[float], Row],
-    keeps: Callable[[Row], bool],
-) -> list[Row]:
+    measure: Callable[[float], ScoredSetting],
+    skip: Callable[[float], ScoredSetting],
+    keeps: Callable[[ScoredSetting], bool],
+) -> list[ScoredSetting]:
     """Measure strengths in rising order; once a positive one does not keep the bound, ``skip`` all larger."""
-    rows: list[Row] = []
+    rows: list[ScoredSetting] = []
     stopped = False
     for lam in sorted(lams):
         rows.append(skip(lam) if stopped else measure(lam))
@@ -64,7 +64,9 @@ def walk(
     return rows
 
 
-def search(measure: Callable[[float], Row], excess: Callable[[Row], float], original: Row) -> list[Row]:
+def search(
+    measure: Callable[[float], ScoredSetting], excess: Callable[[ScoredSetting], float], original: ScoredSetting
+) -> list[ScoredSetting]:
     """Measure strengths until the largest that keeps the bound is known to 1 %; return them as they were tried.
 
     excess: how far a row breaks the bound, at most 0 where it keeps it. original: the row at lam 0.
@@ -73,7 +75,7 @@ def search(measure: Callable[[float], Row], excess: Callable[[Row], float], orig
     is at most 1 % larger; or none keeps it and the smallest is at most ``SMALLEST``. Nothing is asked of the
     curve between; but where it is smooth, fewer are tried.
     """
-    rows: list[Row] = []
+    rows: list[ScoredSetting] = []
 
     def tried(lam: float) -> Point:
         rows.append(measure(lam))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.json_lines import Row as DataRow, read_data
+from perta_fast.data.json_lines import Row, read_data
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import memorisation, probabilities
@@ -25,7 +25,7 @@ from perta_fast.records.report import DataRecord
 from perta_fast.rules import Rule
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
 from perta_fast.sweeping.criteria import LOSS, METRICS
-from perta_fast.sweeping.results import Row
+from perta_fast.sweeping.results import ScoredSetting
 
 _ROUGE = "Q_A_ROUGE"
 _MEMORISATION = ("extraction_strength", "exact_memorization")
@@ -39,7 +39,7 @@ class DataSet:
 
     path: Path
     digest: str
-    records: list[DataRow]
+    records: list[Row]
 
     @classmethod
     def read(cls, path: str, metric: str) -> "DataSet":
@@ -94,12 +94,12 @@ class Examination:
         samples = {role: samples_for(subject, each.records, max_length) for role, each in data.items()}
         return cls(subject, data, samples, metric, batch_size, progress)
 
-    def score(self, name: str) -> Row:
+    def score(self, name: str) -> ScoredSetting:
         """Losses and metrics of the model as it stands, called ``name`` where progress is shown."""
         started = time.perf_counter()
         (forget_loss, forget), (retain_loss, retain) = (self._score(role, name) for role in self.data)
         seconds = time.perf_counter() - started
-        return Row("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds)
+        return ScoredSetting("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds)
 
     def _score(self, role: str, name: str) -> tuple[float, float]:
         """Loss and metric of one set."""
@@ -144,7 +144,7 @@ class LiveModel:
             for name, tensor in held_tensors(self.subject.module).items()
         ]
 
-    def measure(self, rule: Rule, importances: Importances) -> Row:
+    def measure(self, rule: Rule, importances: Importances) -> ScoredSetting:
         """Subtract, score, and put theta_full back."""
         started = time.perf_counter()
         self.subtract_(rule, importances)
@@ -162,7 +162,7 @@ class LiveModel:
             seconds=time.perf_counter() - started,
         )
 
-    def measure_original(self, importances: Sequence[Importances]) -> Row:
+    def measure_original(self, importances: Sequence[Importances]) -> ScoredSetting:
         """Score theta_full as it is.
 
         Raises InputError for inputs, ``importances`` among them, that could not be subtracted from it.

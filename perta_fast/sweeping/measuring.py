@@ -11,7 +11,7 @@ from perta_fast.sweeping.grid import search, walk
 from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept
 from perta_fast.sweeping.live_model import LiveModel
 from perta_fast.sweeping.opened import Job
-from perta_fast.sweeping.results import Row, Sweep
+from perta_fast.sweeping.results import ScoredSetting, Sweep
 from perta_fast.sweeping.unfinished import Record
 
 
@@ -23,7 +23,7 @@ def score(job: Job, record: Record) -> tuple[Sweep, ByEstimator]:
     live, original, importances = _prepare(job, record)
     limit, floor = request.bounds(original)
 
-    def excess(row: Row) -> float:
+    def excess(row: ScoredSetting) -> float:
         """How far a row breaks the bounds; without bounds, no row stops its curve."""
         return row.excess(limit, floor) if request.is_bounded else -math.inf
 
@@ -60,7 +60,7 @@ def score(job: Job, record: Record) -> tuple[Sweep, ByEstimator]:
     return found, importances
 
 
-def _prepare(job: Job, record: Record) -> tuple[LiveModel, Row, ByEstimator]:
+def _prepare(job: Job, record: Record) -> tuple[LiveModel, ScoredSetting, ByEstimator]:
     """theta_full, what it scores as it is, and all importances; one model in memory at a time."""
     importances = load_given(job.given)
     live = job.live()
@@ -81,18 +81,20 @@ def _prepare(job: Job, record: Record) -> tuple[LiveModel, Row, ByEstimator]:
     return live, original, importances
 
 
-def _score_gold(job: Job, path: Path) -> Row:
+def _score_gold(job: Job, path: Path) -> ScoredSetting:
     row = job.examination(path).score("gold")
     if not row.is_finite:
         raise InputError(f"{path}: what the gold model scores is not finite")
     return row
 
 
-def _measurer(curve: Rule, live: LiveModel, importances: ByEstimator, record: Record) -> Callable[[float], Row]:
+def _measurer(
+    curve: Rule, live: LiveModel, importances: ByEstimator, record: Record
+) -> Callable[[float], ScoredSetting]:
     """Gives a curve's row at a strength; one that is on record is not measured again."""
     weighed = {} if curve.estimator is None else importances[curve.estimator]
 
-    def measure(lam: float) -> Row:
+    def measure(lam: float) -> ScoredSetting:
         rule = curve.at(lam)
         return record.begun.find(rule) or record.add(live.measure(rule, weighed))
 
@@ -102,15 +104,17 @@ def _measurer(curve: Rule, live: LiveModel, importances: ByEstimator, record: Re
 def _along(
     curve: Rule,
     lams: Sequence[float] | None,
-    measure: Callable[[float], Row],
-    excess: Callable[[Row], float],
-    original: Row,
-) -> list[Row]:
+    measure: Callable[[float], ScoredSetting],
+    excess: Callable[[ScoredSetting], float],
+    original: ScoredSetting,
+) -> list[ScoredSetting]:
     """The rows of one curve, by strength; without ``lams``, at those that the search tries."""
 
-    def skip(lam: float) -> Row:
+    def skip(lam: float) -> ScoredSetting:
         nan, settings = math.nan, curve.rescaling
-        return Row(curve.name, settings.p, settings.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
+        return ScoredSetting(
+            curve.name, settings.p, settings.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True
+        )
 
     if lams is None:
         rows = search(measure, excess, original)

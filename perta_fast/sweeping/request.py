@@ -11,7 +11,7 @@ from perta_fast.models.loading import check_sizes
 from perta_fast.sweeping.criteria import LOSS, SELECTIONS
 from perta_fast.sweeping.grid import check_strengths, curves_of
 from perta_fast.sweeping.live_model import check_metric
-from perta_fast.sweeping.results import Row
+from perta_fast.sweeping.results import ScoredSetting
 
 _BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
 _PATHS = ("model", "base", "tuned", "forget", "retain", "forget_importance", "retain_importance", "gold", "out")
@@ -87,7 +87,7 @@ class Request:
                 "checkpoint needs select, which chooses what is written, and out, the sweep's record"
             )
 
-    def bounds(self, original: Row) -> tuple[float | None, float | None]:
+    def bounds(self, original: ScoredSetting) -> tuple[float | None, float | None]:
         """The largest retain loss and the smallest retain metric that are allowed.
 
         original: the model as it is. Raises InputError if it breaks them already, or cannot be compared with.

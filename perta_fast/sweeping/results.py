@@ -21,7 +21,7 @@ _NOT_READ = ("best", "importance")  # in the file for other readers
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredSetting:
     """One setting, measured.
 
     rule: empty for the model as it is, at lam 0, and for a gold model. forget_loss, retain_loss: mean
@@ -73,7 +73,7 @@ class Sweep:
     importance: by estimator, of ``forget`` and ``retain``.
     """
 
-    rows: list[Row]
+    rows: list[ScoredSetting]
     metric: str
     limit: float | None
     floor: float | None
@@ -81,7 +81,7 @@ class Sweep:
     settings: dict[str, Any]
     inputs: dict[str, str]
     data: dict[str, DataRecord]
-    gold: Row | None = None
+    gold: ScoredSetting | None = None
     importance: dict[str, dict[str, ImportanceMetadata]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -89,19 +89,19 @@ class Sweep:
     finished: str = ""
 
     @property
-    def original(self) -> Row:
+    def original(self) -> ScoredSetting:
         """The model as it is."""
         return next(row for row in self.rows if not row.rule)
 
-    def curves(self) -> dict[str, list[Row]]:
+    def curves(self) -> dict[str, list[ScoredSetting]]:
         """The rows of each rule with its p and alpha, by a name that says what sets it apart."""
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[ScoredSetting]] = {}
         for row in self.rows:
             if row.rule:
                 found.setdefault(self.label(row), []).append(row)
         return found
 
-    def label(self, row: Row) -> str:
+    def label(self, row: ScoredSetting) -> str:
         """The name of a row's curve."""
         if not row.rule:
             return "original"
@@ -111,7 +111,7 @@ class Sweep:
         return row.rule + p + (f", α {row.alpha:g}" if several["alpha"] else "")
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> ScoredSetting | None:
         """What ``select`` chooses of the rows that keep the bound, the model as it is among them.
 
         "best-forget": the one that has forgotten most. "largest": the same, but of each curve its largest
@@ -126,12 +126,12 @@ class Sweep:
             kept = [self._largest(rows) for rows in self.curves().values()]
         return max(kept, key=lambda row: row.forget if self.metric == LOSS else -row.forget)
 
-    def distance(self, row: Row) -> float:
+    def distance(self, row: ScoredSetting) -> float:
         """Euclidean distance between the forget and retain metrics of ``row`` and those of the gold model."""
         assert self.gold is not None
         return math.hypot(row.forget - self.gold.forget, row.retain - self.gold.retain)
 
-    def _largest(self, curve: list[Row]) -> Row:
+    def _largest(self, curve: list[ScoredSetting]) -> ScoredSetting:
         """The largest measured strength that keeps the bound."""
         kept = (row for row in [self.original, *curve] if row.keeps(self.limit, self.floor))
         return max(kept, key=lambda row: row.lam)
@@ -164,7 +164,7 @@ class Sweep:
             lines.append(f"Chosen by {criterion}: {what}, forget {best.forget:.6g}, retain {best.retain:.6g}.")
         return lines
 
-    def _outcome_of(self, curve: list[Row]) -> str:
+    def _outcome_of(self, curve: list[ScoredSetting]) -> str:
         """What a search on one curve came to."""
         best = self._largest(curve)
         if self.limit is not None:
@@ -208,7 +208,10 @@ class Sweep:
         rows = [_with_nan(row) for row in rows]
         if not fits(content | {"rows": rows, "gold": gold}, cls) or all(row["rule"] for row in rows):
             raise unknown
-        content |= {"rows": [Row(**row) for row in rows], "gold": None if gold is None else Row(**gold)}
+        content |= {
+            "rows": [ScoredSetting(**row) for row in rows],
+            "gold": None if gold is None else ScoredSetting(**gold),
+        }
         found = cls(**content)
         if not found._can_choose():
             raise unknown
@@ -231,13 +234,13 @@ def _width(name: str) -> int:
     return max(13, len(name) + 2)
 
 
-def _numbers(row: Row, names: Sequence[str]) -> str:
+def _numbers(row: ScoredSetting, names: Sequence[str]) -> str:
     """Losses, and metrics if they have columns."""
     values = (row.forget_loss, row.retain_loss, row.forget, row.retain)
     return "".join(f"{value:{_width(name)}.4f}" for name, value in zip(names, values, strict=False))
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def _as_json(row: ScoredSetting) -> dict[str, Any]:
     """null for what is not finite: JSON has no other word for it."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.records.typed_json import fits
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
-from perta_fast.sweeping.results import Row
+from perta_fast.sweeping.results import ScoredSetting
 
 STATE = ".perta-sweep"  # below the directory that is being built: the record, and importances estimated for it
 IMPORTANCE = "importance"
@@ -32,16 +32,16 @@ class Begun:
     request: dict[str, Any]
     inputs: dict[str, Any]
     started: str
-    rows: list[Row]
-    gold: Row | None = None
+    rows: list[ScoredSetting]
+    gold: ScoredSetting | None = None
 
-    def find(self, rule: Rule) -> Row | None:
+    def find(self, rule: Rule) -> ScoredSetting | None:
         """What a setting has scored."""
         wanted = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
         return next((row for row in self.rows if (row.rule, row.p, row.alpha, row.lam) == wanted), None)
 
     @property
-    def original(self) -> Row | None:
+    def original(self) -> ScoredSetting | None:
         """What the model as it is has scored."""
         return next((row for row in self.rows if not row.rule), None)
 
@@ -73,8 +73,8 @@ def load_begun(final: Path) -> Begun:
     if not fits(content, Begun):
         raise InputError(f"{path}: is not a record that this version understands")
     gold = content.pop("gold")
-    rows = [Row(**row) for row in content.pop("rows")]
-    return Begun(**content, rows=rows, gold=None if gold is None else Row(**gold))
+    rows = [ScoredSetting(**row) for row in content.pop("rows")]
+    return Begun(**content, rows=rows, gold=None if gold is None else ScoredSetting(**gold))
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -99,13 +99,13 @@ class Record:
         """Where importances estimated for the sweep are kept."""
         return None if self._target is None else self._target.path / STATE / IMPORTANCE
 
-    def add(self, row: Row) -> Row:
+    def add(self, row: ScoredSetting) -> ScoredSetting:
         """Keep one more setting; returns it."""
         self.begun.rows.append(row)
         self._keep()
         return row
 
-    def add_gold(self, row: Row) -> None:
+    def add_gold(self, row: ScoredSetting) -> None:
         """Keep what the gold model scores."""
         self.begun.gold = row
         self._keep()

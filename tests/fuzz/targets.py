@@ -23,7 +23,7 @@ from perta_fast.records.recipe import read_recipe
 from perta_fast.records.report import DataRecord, Report
 from perta_fast.reporting.evidence import read_scores
 from perta_fast.runs.apply import apply
-from perta_fast.sweeping.results import Row, Sweep
+from perta_fast.sweeping.results import ScoredSetting, Sweep
 from tests.fuzz import mutation
 from tests.support.checkpoints import draw, write_checkpoint, write_importance
 from tests.support.inputs import write_inputs
@@ -112,11 +112,11 @@ def write_adapter(folder: Path) -> None:
 def write_sweep(folder: Path) -> None:
     """The record of a search on two curves; one strength has broken the model, one was skipped."""
     rows = [
-        Row("", 1.0, 1.0, 0.0, 0.1, 0.2, 0.1, 0.2, 0.0, 1.5),
-        Row("tv", 1.0, 1.0, 1.0, 2.0, 0.4, 2.0, 0.4, 0.9, 1.5),
-        Row("tv", 1.0, 1.0, 2.0, math.nan, math.inf, math.nan, math.inf, 1.0, 1.5),
-        Row("grad", 1.0, 4.0, 8.0, 3.0, 0.3, 3.0, 0.3, 0.9, 1.5),
-        Row("grad", 1.0, 4.0, 9.0, *[math.nan] * 5, 0.0, skipped=True),
+        ScoredSetting("", 1.0, 1.0, 0.0, 0.1, 0.2, 0.1, 0.2, 0.0, 1.5),
+        ScoredSetting("tv", 1.0, 1.0, 1.0, 2.0, 0.4, 2.0, 0.4, 0.9, 1.5),
+        ScoredSetting("tv", 1.0, 1.0, 2.0, math.nan, math.inf, math.nan, math.inf, 1.0, 1.5),
+        ScoredSetting("grad", 1.0, 4.0, 8.0, 3.0, 0.3, 3.0, 0.3, 0.9, 1.5),
+        ScoredSetting("grad", 1.0, 4.0, 9.0, *[math.nan] * 5, 0.0, skipped=True),
     ]
     described: DataRecord = {"path": "data.jsonl", "blake3": "0" * 64, "samples": 3, "truncated": 0}
     data = dict.fromkeys(("forget", "retain"), described)

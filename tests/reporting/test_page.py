@@ -22,7 +22,7 @@ from perta_fast.reporting.evidence import distinct
 from perta_fast.reporting.html import table
 from perta_fast.reporting.page import Evidence, _measured, compose
 from perta_fast.reporting.weight_distribution import distribution
-from perta_fast.sweeping.results import Row
+from perta_fast.sweeping.results import ScoredSetting
 from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -370,6 +370,6 @@ def test_cells_break_where_they_may() -> None:
 
 
 def test_skipped_strengths_have_no_numbers() -> None:
-    row = Row("tv", 1.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0, 0.5, 6.0)
+    row = ScoredSetting("tv", 1.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0, 0.5, 6.0)
     assert _measured(row) == (2.0, 3.0, 4.0, 50.0, 6.0)
     assert _measured(replace(row, skipped=True)) == (2.0, None, None, None, None)

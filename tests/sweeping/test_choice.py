@@ -17,23 +17,23 @@ from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import read_curves
 from perta_fast.sweeping.grid import curves_of, search, walk
 from perta_fast.sweeping.live_model import LiveModel
-from perta_fast.sweeping.results import LARGEST, SMALLEST, Row
+from perta_fast.sweeping.results import LARGEST, SMALLEST, ScoredSetting
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.models import Job, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def row(lam: float, forget: float, retain: float, rule: str = "tv", /, **changes: Any) -> Row:
+def row(lam: float, forget: float, retain: float, rule: str = "tv", /, **changes: Any) -> ScoredSetting:
     """One whose metric is the loss."""
-    made = Row(rule, 1.0, 1.0, lam, forget, retain, forget, retain, 0.5, 0.0)
+    made = ScoredSetting(rule, 1.0, 1.0, lam, forget, retain, forget, retain, 0.5, 0.0)
     return replace(made, **changes)
 
 
 ORIGINAL = row(0.0, 1.0, 0.0, "")
 
 
-def table(*rows: Row, **fields: Any) -> Sweep:
+def table(*rows: ScoredSetting, **fields: Any) -> Sweep:
     """With the model as it is."""
     chosen: dict[str, Any] = {"metric": "loss", "limit": None, "floor": None, "select": None}
     return Sweep(rows=[ORIGINAL, *rows], settings={}, inputs={}, data={}, **chosen | fields)
@@ -65,7 +65,7 @@ def test_larger_strengths_are_skipped_once_one_is_broken(kept: dict[int, bool], 
     draw.shuffle(lams)
     measured: list[float] = []
 
-    def measure(lam: float) -> Row:
+    def measure(lam: float) -> ScoredSetting:
         measured.append(lam)
         return row(lam, 1.0, 0.0 if kept[int(lam)] else 1.0)
 
@@ -82,7 +82,7 @@ def test_what_is_skipped_is_not_measured(
     calls = []
     measure = LiveModel.measure
 
-    def counted(live: LiveModel, rule: Any, importances: Any) -> Row:
+    def counted(live: LiveModel, rule: Any, importances: Any) -> ScoredSetting:
         calls.append((rule.name, rule.rescaling.lam))
         return measure(live, rule, importances)
 
@@ -105,13 +105,13 @@ def test_what_is_skipped_is_not_measured(
 Curve = Callable[[float], float]
 
 
-def searched(curve: Curve, limit: float) -> list[Row]:
+def searched(curve: Curve, limit: float) -> list[ScoredSetting]:
     return search(
         lambda lam: row(lam, 1.0, curve(lam)), lambda each: each.excess(limit, None), row(0.0, 1.0, limit - 1)
     )
 
 
-def assert_guarantee(rows: Sequence[Row], limit: float) -> None:
+def assert_guarantee(rows: Sequence[ScoredSetting], limit: float) -> None:
     """What is promised of any curve: see ``search``."""
     lams = [row.lam for row in rows]
     assert len(set(lams)) == len(lams) <= 20
@@ -177,14 +177,14 @@ def test_search_where_everything_keeps_the_limit() -> None:
 
 @pytest.mark.parametrize("number", ["forget_loss", "forget", "retain"])
 def test_a_number_that_is_not_finite_breaks_the_limit(number: str) -> None:
-    def measure(lam: float) -> Row:
+    def measure(lam: float) -> ScoredSetting:
         return row(lam, 1.0, 0.0, **{number: math.inf if lam > 3 else 1.0})
 
     rows = search(measure, lambda each: each.excess(0.5, None), row(0.0, 1.0, 0.0))
     assert 2.97 < max(row.lam for row in rows if getattr(row, number) == 1.0) <= 3
 
 
-def outcome(rows: Sequence[Row], **fields: Any) -> str:
+def outcome(rows: Sequence[ScoredSetting], **fields: Any) -> str:
     """What is said of a search."""
     found = table(*sorted(rows, key=lambda row: row.lam), select="largest", **fields)
     assert found.best is not None
@@ -245,7 +245,7 @@ RATES = [  # a probability: less of it is more forgotten
         (RATES, {"metric": "Q_A_Prob", "select": "largest", "floor": 0.8}, RATES[0]),
     ],
 )
-def test_choices(rows: list[Row], fields: dict[str, Any], expected: Row | None) -> None:
+def test_choices(rows: list[ScoredSetting], fields: dict[str, Any], expected: ScoredSetting | None) -> None:
     if fields.get("metric"):
         found = table(*rows, **fields)
         found.rows[0] = replace(ORIGINAL, forget=1.0, retain=1.0)

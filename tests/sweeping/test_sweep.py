@@ -22,7 +22,7 @@ from perta_fast.sweeping import importances as sweeping_importances
 from perta_fast.sweeping import live_model as scoring
 from perta_fast.sweeping import opened as sweeping_job
 from perta_fast.sweeping.criteria import METRICS
-from perta_fast.sweeping.results import Row
+from perta_fast.sweeping.results import ScoredSetting
 from tests.checkpoints.test_adapters import make_adapter
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
@@ -77,7 +77,7 @@ def scores(path: Path, dtype: torch.dtype) -> tuple[float, float]:
     return means[0], means[1]
 
 
-def losses(row: Row) -> tuple[float, float]:
+def losses(row: ScoredSetting) -> tuple[float, float]:
     return row.forget_loss, row.retain_loss
 
 
