@@ -1,21 +1,21 @@
-"""The sections of a page, in their order: evidence in, HTML and plots out. Nothing is read or written here."""
+"""What the page shows, and its plots, from the evidence. Nothing is read or written here but the templates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from perta_fast.records.report import Report
-from perta_fast.reporting import figures, html
+from perta_fast.reporting import figures
 from perta_fast.reporting.answers import Answers
 from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
+from perta_fast.reporting.html import Cell, templates
 from perta_fast.reporting.tensor_places import element_count, place_of, weight_grids
 from perta_fast.reporting.weight_distribution import Distribution
 from perta_fast.sweeping.results import ScoredSetting
 
 _OUTSIDE = 40  # tensors outside the layers that are listed
-
-Draw = Callable[[Plot], str]
 
 
 @dataclass(frozen=True)
@@ -30,54 +30,55 @@ class Evidence:
 
 
 def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
-    """The page, and the plots that are in it."""
+    """The page in UTF-8, and the plots that are in it."""
     report = evidence.report
-    plots: list[Plot] = []
-
-    def draw(plot: Plot) -> str:
-        plots.append(plot)
-        return html.figure(plot.caption, plot.png)
-
-    sections = [
-        _run(report),
-        _trade_off(evidence, draw),
-        _evaluations(evidence.scores),
-        _weights(report, draw),
-        _distribution(evidence.weights, draw),
-        _changes(report, draw),
-        _costs(report),
-        _answers(evidence.answers),
-        _provenance(evidence),
-    ]
-    return html.document(f"PerTA: rule {report.rule}, λ = {report.lam:g}", sections), plots
-
-
-def _run(report: Report) -> str:
-    settings: list[tuple[str, html.Cell]] = [
-        ("rule", report.rule),
-        ("λ", report.lam),
-        ("p", report.p),
-        ("α", report.alpha),
-        ("threshold", "none" if report.threshold is None else report.threshold),
-        ("started", report.started),
-        ("finished", report.finished),
-        ("in place", "yes" if report.in_place else "no"),
-        ("taken up again", f"{report.resumed} times"),
-        *((name.replace("_", " "), value) for name, value in report.settings.items()),
-    ]
-    return html.section(
-        "run",
-        "What was run",
-        html.paragraph("θ_out = θ − λ · w ⊙ (θ_f − θ_0), w = I_f^p / (I_f^p + α · I_r^p)"),
-        html.table("Settings", ("setting", "value"), [(name, _text(value)) for name, value in settings]),
-        html.table("Tensors by what was done to them", ("action", "tensors"), list(report.counts.items())),
-        *(html.paragraph(f"Warning: {warning}") for warning in report.warnings),
+    trade_off = _trade_off(evidence) if evidence.curves else None
+    weights = _weights(report)
+    histogram = None if isinstance(evidence.weights, str) else figures.weight_histogram(evidence.weights)
+    changes = figures.relative_changes(report.tensors)
+    page = templates().get_template("page.html")
+    text = page.render(
+        title=f"PerTA: rule {report.rule}, λ = {report.lam:g}",
+        report=report,
+        settings=_settings(report),
+        trade_off=trade_off,
+        scores=evidence.scores,
+        metrics=_metrics(evidence.scores),
+        weights=weights,
+        histogram=histogram,
+        distribution=_distribution(evidence.weights),
+        changes=changes,
+        changed=sum(row.changed for row in report.tensors),
+        elements=sum(element_count(row.shape) for row in report.tensors),
+        **_costs(report),
+        answers=_answers(evidence.answers),
+        provenance=_provenance(evidence),
     )
+    plots = [trade_off and trade_off["plot"], weights["plot"], histogram, changes]
+    return text.encode(), [plot for plot in plots if plot]
 
 
-def _trade_off(evidence: Evidence, draw: Draw) -> str:
-    if not evidence.curves:
-        return html.section("trade-off", "Trade-off", html.note("No sweep was given (--sweep)."))
+def _settings(report: Report) -> list[tuple[str, str]]:
+    settings: dict[str, Cell] = {
+        "rule": report.rule,
+        "λ": report.lam,
+        "p": report.p,
+        "α": report.alpha,
+        "threshold": "none" if report.threshold is None else report.threshold,
+        "started": report.started,
+        "finished": report.finished,
+        "in place": "yes" if report.in_place else "no",
+        "resumed": f"{report.resumed} times",
+    }
+    settings |= {name.replace("_", " "): value for name, value in report.settings.items()}
+    return [
+        (name, f"{value:.6g}" if isinstance(value, float) and isfinite(value) else str(value))
+        for name, value in settings.items()
+    ]
+
+
+def _trade_off(evidence: Evidence) -> dict[str, Any]:
+    """The plot, notes on what is not in it, and the rows of each curve."""
     hashes = data_hashes(evidence.curves[0].sweep)
     points, notes = [], []
     for scores in evidence.scores:
@@ -90,154 +91,112 @@ def _trade_off(evidence: Evidence, draw: Draw) -> str:
             points.append((scores.label, point))
     golds = {curve.path: curve.sweep.gold for curve in evidence.curves}
     points += [("gold", (gold.retain_loss, gold.forget_loss)) for gold in golds.values() if gold is not None]
-    run = {role: found["blake3"] for role, found in evidence.report.data.items()}
+    run = {role: data["blake3"] for role, data in evidence.report.data.items()}
     if run and run != hashes:
         notes.append("The sweeps were scored on other data than this run was made with.")
-    tables = [
-        html.table(
-            f"Sweep {curve.label}; losses are mean token cross-entropies in nats",
-            ("λ", "forget loss", "retain loss", "parameters changed (%)", "seconds"),
-            [_measured(row) for row in curve.rows],
-        )
-        for curve in evidence.curves
-    ]
-    plot = draw(figures.trade_off(evidence.curves, points))
-    return html.section("trade-off", "Trade-off", plot, *map(html.note, notes), *tables)
+    return {
+        "plot": figures.trade_off(evidence.curves, points),
+        "notes": notes,
+        "curves": [(curve.label, [_measured(row) for row in curve.rows]) for curve in evidence.curves],
+    }
 
 
-def _evaluations(evaluations: Sequence[Scores]) -> str:
-    if not evaluations:
-        return html.section("evaluation", "Evaluation", html.note("No evaluation was given (--eval)."))
+def _measured(row: ScoredSetting) -> Sequence[Cell]:
+    """Dashes for a strength that was skipped."""
+    numbers = (row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds)
+    return row.lam, *((None,) * len(numbers) if row.skipped else numbers)
+
+
+def _metrics(evaluations: Sequence[Scores]) -> list[Sequence[Cell]]:
+    """A row a metric, a column an evaluation."""
     names = dict.fromkeys(name for scores in evaluations for name in scores.values)
-    rows = [(name, *(scores.values.get(name) for scores in evaluations)) for name in names]
-    caption = "Metrics by open-unlearning's names; a dash where a file has no finite number"
-    labels = [scores.label for scores in evaluations]
-    return html.section("evaluation", "Evaluation", html.table(caption, ("metric", *labels), rows))
+    return [(name, *(scores.values.get(name) for scores in evaluations)) for name in names]
 
 
-def _weights(report: Report, draw: Draw) -> str:
+def _weights(report: Report) -> dict[str, Any]:
+    """The heat maps, notes on what is not in them, and the tensors outside the layers."""
     grids = weight_grids(report.tensors)
     drawn, rest = grids[: figures.STACKS], grids[figures.STACKS :]
-    parts = [draw(figures.weight_maps(drawn)) if drawn else html.note("No tensor within a layer has a w.")]
-    if rest:
-        parts.append(html.note(f"{len(rest)} more stacks of layers are left out."))
-    parts += [
-        html.note(f"{grid.stack}: the {grid.left_out} smallest kinds of module are left out.")
+    notes = [f"{len(rest)} more stacks of layers are left out."] if rest else []
+    notes += [
+        f"{grid.stack}: the {grid.left_out} smallest kinds of module are left out."
         for grid in drawn
         if grid.left_out
     ]
     outside = [row for row in report.tensors if place_of(row.name) is None]
-    if outside:
-        parts.append(
-            html.table(
-                "Tensors outside the layers",
-                ("tensor", "elements", "mean w", "action"),
-                [
-                    (row.name, element_count(row.shape), row.mean_weight, row.action)
-                    for row in outside[:_OUTSIDE]
-                ],
-            )
-        )
-    if len(outside) > _OUTSIDE:
-        parts.append(html.note(f"{len(outside) - _OUTSIDE} more are in perta_report.json."))
-    return html.section("weights", "w by layer and kind of module", *parts)
+    return {
+        "plot": figures.weight_maps(drawn) if drawn else None,
+        "notes": notes,
+        "outside": [
+            (row.name, element_count(row.shape), row.mean_weight, row.action) for row in outside[:_OUTSIDE]
+        ],
+        "more": len(outside[_OUTSIDE:]),
+    }
 
 
-def _distribution(found: Distribution | str, draw: Draw) -> str:
-    title = "How w is distributed"
-    if isinstance(found, str):
-        return html.section("distribution", title, html.note(f"Not shown: {found}."))
-    share = 100 * found.above_half / max(found.total, 1)
-    return html.section(
-        "distribution",
-        title,
-        html.paragraph(f"w > 1/2 at {found.above_half:,} of {found.total:,} parameters ({share:.2f} %)."),
-        draw(figures.weight_histogram(found)),
-    )
+def _distribution(weights: Distribution | str) -> str:
+    if isinstance(weights, str):
+        return f"Not shown: {weights}."
+    share = 100 * weights.above_half / max(weights.total, 1)
+    return f"w > 1/2 at {weights.above_half:,} of {weights.total:,} parameters ({share:.2f} %)."
 
 
-def _changes(report: Report, draw: Draw) -> str:
-    plot = figures.relative_changes(report.tensors)
-    total = sum(element_count(row.shape) for row in report.tensors)
-    changed = sum(row.changed for row in report.tensors)
-    return html.section(
-        "change",
-        "Relative change by layer",
-        html.paragraph(f"{changed:,} of {total:,} stored values differ from the model's."),
-        html.note("No tensor within a layer has changed.") if plot is None else draw(plot),
-    )
+def _costs(report: Report) -> dict[str, list[Sequence[Cell]]]:
+    return {
+        "phases": [
+            (name, phase["seconds"], phase["bytes"] / 1e9, phase["gb_per_s"] if phase["bytes"] else None)
+            for name, phase in report.phases.items()
+        ],
+        "overlap": [(name.replace("_", " "), seconds) for name, seconds in report.overlap.items()],
+        "memory": [
+            (name.removesuffix("_bytes").replace("_", " "), count / 2**20)
+            for name, count in report.memory.items()
+        ],
+    }
 
 
-def _costs(report: Report) -> str:
-    phases = [
-        (name, phase["seconds"], phase["bytes"] / 1e9, phase["gb_per_s"] if phase["bytes"] else None)
-        for name, phase in report.phases.items()
-    ]
-    parts = [html.table("Time by phase", ("phase", "seconds", "GB moved", "GB/s"), phases)]
-    if report.overlap:
-        overlap = [(name.replace("_", " "), value) for name, value in report.overlap.items()]
-        caption = "Of a streamed run; hidden is what went by while it computed"
-        parts.append(html.table(caption, ("overlap", "seconds"), overlap))
-    memory = [
-        (name.removesuffix("_bytes").replace("_", " "), value / 2**20) for name, value in report.memory.items()
-    ]
-    parts.append(html.table("Memory", ("what", "MiB"), memory))
-    return html.section("costs", "Time and memory", *parts)
-
-
-def _answers(answers: Answers | None) -> str:
-    title = "Answers before and after"
+def _answers(answers: Answers | None) -> list[tuple[str, str, str, str]]:
+    """Each question with the data's answer, and those of before and after."""
     if answers is None:
-        return html.section("answers", title, html.note("Not shown (--prompts with --show-text)."))
+        return []
     before = answers.before or [f"(not asked: {answers.why})"] * len(answers.after)
-    parts = []
-    for question, truth, *both in zip(answers.questions, answers.truth, before, answers.after, strict=True):
-        parts += [html.heading(question), html.note(f"The data's answer: {truth}")]
-        parts.append(html.side_by_side(("before", both[0]), ("after", both[1])))
-    return html.section("answers", title, *parts)
+    return list(zip(answers.questions, answers.truth, before, answers.after, strict=True))
 
 
-def _provenance(evidence: Evidence) -> str:
+def _provenance(evidence: Evidence) -> list[tuple[str, Sequence[str], list[Sequence[Cell]]]]:
+    """Tables, each with its caption and columns."""
     report = evidence.report
     directories = {**report.inputs, "output": report.output}
-    files = [
-        (role, name, file["bytes"], file["blake3"])
-        for role, record in directories.items()
-        for name, file in record["files"].items()
-    ]
-    data = [
-        (role, found["path"], found["samples"], found["truncated"], found["blake3"])
-        for role, found in report.data.items()
-    ]
     read = [("sweep", curve.label, str(curve.path)) for curve in evidence.curves]
     read += [
         ("evaluation", scores.label, f"{scores.path}{scores.model and f' of {scores.model}'}")
         for scores in evidence.scores
     ]
-    importances = [
-        (role, name, value) for role, found in report.importance.items() for name, value in found.items()
-    ]
-    versions = [*report.versions.items(), ("threads", str(report.threads))]
-    versions.append(("instruction set", report.instruction_set))
-    return html.section(
-        "provenance",
-        "What it rests on",
-        html.table(
-            "Directories", ("what", "path"), [(role, found["path"]) for role, found in directories.items()]
+    versions = report.versions | {"threads": str(report.threads), "instruction set": report.instruction_set}
+    return [
+        ("Directories", ("what", "path"), [(role, record["path"]) for role, record in directories.items()]),
+        (
+            "Files",
+            ("of", "file", "bytes", "BLAKE3"),
+            [
+                (role, name, file["bytes"], file["blake3"])
+                for role, record in directories.items()
+                for name, file in record["files"].items()
+            ],
         ),
-        html.table("Files", ("of", "file", "bytes", "BLAKE3"), files),
-        html.table("Data", ("set", "path", "samples", "cut", "BLAKE3"), data) if data else "",
-        html.table("Importances", ("of", "setting", "value"), importances) if importances else "",
-        html.table("Read for this page", ("what", "name", "file"), read) if read else "",
-        html.table("Software", ("what", "version"), versions),
-    )
-
-
-def _measured(row: ScoredSetting) -> Sequence[html.Cell]:
-    """Dashes for a strength that was skipped."""
-    found = (row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds)
-    return row.lam, *((None,) * len(found) if row.skipped else found)
-
-
-def _text(value: html.Cell) -> str:
-    return f"{value:.6g}" if isinstance(value, float) and isfinite(value) else str(value)
+        (
+            "Data",
+            ("set", "path", "samples", "cut", "BLAKE3"),
+            [
+                (role, data["path"], data["samples"], data["truncated"], data["blake3"])
+                for role, data in report.data.items()
+            ],
+        ),
+        (
+            "Importances",
+            ("of", "setting", "value"),
+            [(role, *setting) for role, metadata in report.importance.items() for setting in metadata.items()],
+        ),
+        ("Read for this page", ("what", "name", "file"), list(read)),
+        ("Software", ("what", "version"), list(versions.items())),
+    ]

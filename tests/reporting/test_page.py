@@ -19,7 +19,7 @@ from perta_fast import cli, sweep, unlearn
 from perta_fast.records.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.reporting.evidence import distinct
-from perta_fast.reporting.html import table
+from perta_fast.reporting.html import templates
 from perta_fast.reporting.page import Evidence, _measured, compose
 from perta_fast.reporting.weight_distribution import distribution
 from perta_fast.sweeping.results import ScoredSetting
@@ -363,6 +363,7 @@ def test_files_of_one_name_are_told_apart_by_as_little_as_does_it() -> None:
 
 def test_cells_break_where_they_may() -> None:
     """A narrow column keeps words whole, but for hashes, which have none."""
+    table = templates().get_template("pieces.html").make_module().table
     page = table("", ("metric", "hash"), [("retain_Q_A_Prob", "0" * 64), ("a_<b>", "-")])
     assert "<td>retain_<wbr>Q_<wbr>A_<wbr>Prob</td>" in page
     assert f'<td class="long">{"0" * 64}</td>' in page
