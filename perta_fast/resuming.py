@@ -8,6 +8,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import partial_path
+from perta_fast.files.reading import exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import resume_directory
@@ -59,13 +60,12 @@ def resume(
 
 def _unfinished(place: Path) -> _Unfinished | None:
     """What there is to finish at ``place``."""
-    # os.path: Path.exists would raise for a name that no file can have.
     if is_open(place):
         return "in place"
-    if place.name and os.path.exists(partial_path(place) / STATE / JOB):  # noqa: PTH110
+    if place.name and exists(partial_path(place) / STATE / JOB):
         return "directory"
-    if has_begun_sweep(place) or os.path.exists(place / SWEEP):  # noqa: PTH110
+    if has_begun_sweep(place) or exists(place / SWEEP):
         return "sweep"
-    if os.path.exists(place / STATE):  # noqa: PTH110
+    if exists(place / STATE):
         return "all but its end"
     return None

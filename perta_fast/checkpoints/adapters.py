@@ -5,9 +5,9 @@ are subtracted, a block at a time.
 """
 
 import math
-import os
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import OUTPUT_HEADS
 from perta_fast.dtypes import KERNEL_CODES
-from perta_fast.errors import InputError, RunError
-from perta_fast.files.durable import read_fully
-from perta_fast.files.regular_files import read_json
+from perta_fast.errors import InputError
+from perta_fast.files.reading import PositionReader, read_json
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"
@@ -276,16 +275,8 @@ def _merge_first(path: Path) -> str:
 def _read(entry: TensorEntry) -> Matrix:
     """A tensor as float32, read by position, so that a damaged file is an error and no signal."""
     data = bytearray(entry.size)
-    try:
-        descriptor = os.open(entry.path, os.O_RDONLY)
-        try:
-            whole = read_fully(descriptor, memoryview(data), entry.begin)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise RunError(f"{entry.path}: cannot be read: {error.strerror}") from error
-    if not whole:
-        raise RunError(f"{entry.path}: changed size while it was being used")
+    with closing(PositionReader(entry.path)) as reader:
+        reader.read_into(memoryview(data), entry.begin, f"tensor {entry.name}")
     if entry.dtype == "BF16":
         values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:

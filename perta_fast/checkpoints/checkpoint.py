@@ -10,7 +10,7 @@ from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB, JOURNAL
-from perta_fast.files.regular_files import read_json
+from perta_fast.files.reading import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
-from perta_fast.files.regular_files import read_json
+from perta_fast.files.reading import read_json
 
 # How names end that only a quantised checkpoint has, and its method.
 _ENDINGS = {

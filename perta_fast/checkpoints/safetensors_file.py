@@ -19,7 +19,7 @@ import numpy as np
 
 from perta_fast.dtypes import ITEM_SIZES, byte_count
 from perta_fast.errors import InputError, RunError
-from perta_fast.files.regular_files import regular_file
+from perta_fast.files.reading import regular_file
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the library's own bound
 _PAGE = mmap.PAGESIZE

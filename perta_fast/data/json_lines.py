@@ -13,6 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from perta_fast.errors import InputError
+from perta_fast.files.reading import read_text
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -40,13 +41,7 @@ def read_data(path: str | Path) -> tuple[list[Row], str]:
     The file is read once, so a pipe will do, and a file that changes meanwhile is not recorded wrongly.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    text, content = read_text(path)
     records = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from perta_fast.data.json_lines import Row
 from perta_fast.errors import InputError
+from perta_fast.files.reading import read_text
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,7 @@ def read_rows(folder: Path, stem: str, texts: Iterable[str], lists: Iterable[str
     )
     if path is None:
         raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    text, data = read_text(path)
     objects = _parse(text, path)
     if not objects:
         raise InputError(f"{path}: holds no samples")

@@ -10,7 +10,7 @@ from typing import Any
 from blake3 import blake3
 
 from perta_fast.errors import InputError
-from perta_fast.files.regular_files import regular_file
+from perta_fast.files.reading import regular_file
 
 
 def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
@@ -18,16 +18,6 @@ def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
-
-
-def read_fully(descriptor: int, buffer: memoryview, offset: int) -> bool:
-    """Fill ``buffer`` from ``offset`` on; False if the file ends before."""
-    while buffer:
-        count = os.preadv(descriptor, [buffer], offset)
-        if count == 0:
-            return False
-        buffer, offset = buffer[count:], offset + count
-    return True
 
 
 def copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> None:
@@ -120,12 +110,6 @@ def sync_tree(directory: Path) -> None:
 def sync_directory(directory: Path) -> None:
     """Flush the entries of one directory."""
     sync_file(directory)
-
-
-def drop_pages(descriptor: int, begin: int = 0, size: int = 0) -> None:
-    """Give the clean pages of ``[begin, begin + size)`` back to the system; size 0 means to the end."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
 
 
 def remove(path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from perta_fast.errors import RunError
-from perta_fast.files.durable import drop_pages
-from perta_fast.files.regular_files import regular_file
+from perta_fast.files.reading import drop_pages, regular_file
 
 _STEP = 8 << 20  # bytes read at a time: the memory that one file costs
 

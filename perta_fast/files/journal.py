@@ -20,7 +20,8 @@ from typing import Any
 from blake3 import blake3
 
 from perta_fast.errors import RunError
-from perta_fast.files.durable import copy_range, drop_pages, write_fully
+from perta_fast.files.durable import copy_range, write_fully
+from perta_fast.files.reading import drop_pages
 
 # What an unfinished in-place run keeps in the model's directory: see subtraction/in_place.py.
 JOURNAL = ".perta-journal"

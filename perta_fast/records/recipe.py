@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from perta_fast.errors import InputError
-from perta_fast.files.regular_files import regular_file
+from perta_fast.files.reading import decode, regular_file
 from perta_fast.records.report import Report, Scalar
 
 _PATHS = ("model", "base", "tuned", "forget", "retain", "out", "save_importance")
@@ -116,11 +116,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     if len(content) > _LONGEST:
         raise InputError(f"{path}: is longer than 64 KiB; is this a recipe?")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: is not UTF-8 text") from error
+    return decode(content, path)
 
 
 def _scalar(node: yaml.Node, name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from perta_fast.errors import InputError
-from perta_fast.files.regular_files import read_json
+from perta_fast.files.reading import read_json
 from perta_fast.progress import LOGGER
 from perta_fast.records.typed_json import fits, printable, write_readable_json
 

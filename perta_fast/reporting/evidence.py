@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_files
-from perta_fast.files.regular_files import read_json
+from perta_fast.files.reading import exists, read_json
 from perta_fast.records.report import DirectoryRecord
 from perta_fast.records.typed_json import fits
 from perta_fast.sweeping.results import FILE_NAME as SWEEP
@@ -90,7 +90,7 @@ def why_not_as_recorded(record: DirectoryRecord) -> str | None:
     if not record.get("kept", True):
         return f"{directory} was temporary or has been replaced, so it was not kept"
     for name in record["files"]:
-        if not os.path.exists(directory / name):  # noqa: PTH110  (Path.exists raises for impossible names)
+        if not exists(directory / name):
             return f"{directory / name} is gone"
     try:
         hashes = hash_files([directory / name for name in record["files"]], os.cpu_count() or 1)

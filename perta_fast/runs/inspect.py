@@ -1,12 +1,12 @@
 """What a directory holds: a checkpoint, an adapter, an importance, or the output of a run."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
+from perta_fast.files.reading import exists
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.typed_json import printable
@@ -20,11 +20,7 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     path = Path(path)
     if is_adapter(path):
         return printable("\n".join(_adapter_lines(Adapter.open(path), every_tensor)))
-    # Path.exists would raise for a name that no file can have.
-    is_importance = any(
-        os.path.exists(path / f"{STEM}.safetensors{ending}")  # noqa: PTH110
-        for ending in ("", ".index.json")
-    )
+    is_importance = any(exists(path / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
     checkpoint = Checkpoint.open(path, STEM if is_importance else "model")
     lines = [f"{path}: {'importance' if is_importance else 'checkpoint'}", *_totals(checkpoint)]
     if is_importance:

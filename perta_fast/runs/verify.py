@@ -12,6 +12,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file, hash_files
+from perta_fast.files.reading import exists
 from perta_fast.progress import Progress, byte_bar
 from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report
 from perta_fast.records.typed_json import printable
@@ -125,8 +126,7 @@ def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, prog
     with byte_bar(total, "hashes", progress) as bar:
         for role, place in places.items():
             path, files = Path(place["path"]), place["files"]
-            # Path.exists would raise for a name that no file can have.
-            missing = [name for name in files if not os.path.exists(path / name)]  # noqa: PTH110
+            missing = [name for name in files if not exists(path / name)]
             if missing and role != "output":
                 result.unchecked.append(f"{role}: {path / missing[0]} is gone")
                 continue

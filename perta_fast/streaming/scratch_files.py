@@ -6,6 +6,7 @@ reported, not a signal that ends the process.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,9 +15,10 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from perta_fast.errors import InputError, RunError
-from perta_fast.files.durable import read_fully, sync_file, write_fully
+from perta_fast.errors import InputError
+from perta_fast.files.durable import sync_file, write_fully
 from perta_fast.files.hashing import hash_file
+from perta_fast.files.reading import PositionReader
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,9 @@ class Spill:
 
     def _read(self, name: str, shape: torch.Size, dtype: torch.dtype, begin: int = 0) -> Tensor:
         result = torch.empty(shape, dtype=dtype)
-        path = self._folder / name
         begin *= result.nbytes // max(1, len(result))
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            whole = read_fully(descriptor, result.view(-1).view(torch.uint8).numpy().data, begin)
-        finally:
-            os.close(descriptor)
-        if not whole:
-            raise RunError(f"{path}: changed size while it was being used")
+        with closing(PositionReader(self._folder / name)) as reader:
+            reader.read_into(result.view(-1).view(torch.uint8).numpy().data, begin, "scratch data")
         return result
 
     def forget(self, name: str) -> None:

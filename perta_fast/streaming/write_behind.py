@@ -36,7 +36,6 @@ from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
 from perta_fast.files.durable import (
-    drop_pages,
     read_record,
     remove,
     sync_directory,
@@ -44,6 +43,7 @@ from perta_fast.files.durable import (
     write_record,
 )
 from perta_fast.files.new_directory import OutputDirectory
+from perta_fast.files.reading import drop_pages
 from perta_fast.importance.gradients import check_finite
 from perta_fast.records.typed_json import fits
 from perta_fast.streaming.data_pass import DataPass, Means, PassState, add_up_

@@ -6,7 +6,6 @@ and a file that shrinks or a disk that fails is then an error with a name instea
 imported.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +16,10 @@ import numpy as np
 
 from perta_fast import compiled
 from perta_fast.checkpoints.adapters import LowRank, Matrix
-from perta_fast.checkpoints.safetensors_file import SafetensorsFile
+from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
-from perta_fast.errors import InputError, NotFiniteError, RunError
-from perta_fast.files.durable import drop_pages, read_fully
+from perta_fast.errors import InputError, NotFiniteError
+from perta_fast.files.reading import PositionReader
 from perta_fast.rules import Rule
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
@@ -146,7 +145,7 @@ class _Workspace:
         self._job, self._factors = job, factors
         size = job.chunk * max([1, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
         self._buffers = [np.empty(max(size, job.chunk * _WIDEST), np.uint8) for _ in range(_OPERANDS + 1)]
-        self._open: list[tuple[SafetensorsFile, int] | None] = [None] * _OPERANDS
+        self._open: list[PositionReader | None] = [None] * _OPERANDS
 
     def __enter__(self) -> "_Workspace":
         return self
@@ -162,13 +161,13 @@ class _Workspace:
         size = chunk.count * ITEM_SIZES[match.theta.dtype]
         if match.copied is not None:
             entry = match.theta
-            self._read(0, sources.model.file_of(entry), entry.begin + size // chunk.count * chunk.begin, size)
+            self._read(0, entry, entry.begin + size // chunk.count * chunk.begin, size)
             return self._buffers[0].data[:size], {}
         addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0 where there is no such array
-        for place, checkpoint, entry in sources.operands(match):
+        for place, _, entry in sources.operands(match):
             width = ITEM_SIZES[entry.dtype]
             begin = entry.begin + chunk.begin * width
-            self._read(place, checkpoint.file_of(entry), begin, chunk.count * width)
+            self._read(place, entry, begin, chunk.count * width)
             addresses[place] = int(self._buffers[place].ctypes.data)
             codes[place] = KERNEL_CODES[entry.dtype]
         for place, array in enumerate(self._job.held.get(chunk.index, ()), _FORGET_IMPORTANCE):
@@ -195,25 +194,18 @@ class _Workspace:
         _check_finite(match, statistics)
         return self._buffers[_OPERANDS].data[:size], statistics
 
-    def _read(self, place: int, file: SafetensorsFile, begin: int, size: int) -> None:
-        kept = self._open[place]
-        try:
-            if kept is None or kept[0] is not file:
-                self._close(place)
-                kept = file, os.open(file.path, os.O_RDONLY)
-                self._open[place] = kept
-            whole = read_fully(kept[1], self._buffers[place].data[:size], begin)
-            if self._job.drop_cache:
-                drop_pages(kept[1], begin, size)
-        except OSError as error:
-            raise RunError(f"{file.path}: cannot be read: {error.strerror}") from error
-        if not whole:
-            raise RunError(f"{file.path}: changed size while it was being used")
+    def _read(self, place: int, entry: TensorEntry, begin: int, size: int) -> None:
+        reader = self._open[place]
+        if reader is None or reader.path != entry.path:
+            self._close(place)
+            reader = self._open[place] = PositionReader(entry.path)
+        buffer = self._buffers[place].data[:size]
+        reader.read_into(buffer, begin, f"tensor {entry.name}", drop_cache=self._job.drop_cache)
 
     def _close(self, place: int) -> None:
-        kept, self._open[place] = self._open[place], None
-        if kept is not None:
-            os.close(kept[1])
+        reader = self._open[place]
+        if reader is not None:
+            reader.close()
 
 
 def _check_finite(match: TensorMatch, statistics: Statistics) -> None:

@@ -30,6 +30,7 @@ from perta_fast.files.durable import (
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
 from perta_fast.files.new_directory import check_space, scratch_path
+from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Progress, byte_bar
 from perta_fast.records.model_card import write_model_card
@@ -55,7 +56,7 @@ _FREE_MARGIN = 16 << 20
 
 def is_open(model: Path) -> bool:
     """Whether ``model`` holds an in-place run that has not been finished."""
-    return os.path.exists(model / JOURNAL / JOB)  # noqa: PTH110  (Path.exists raises for impossible names)
+    return exists(model / JOURNAL / JOB)
 
 
 def change_in_place(job: Job, sources: Sources) -> Report:

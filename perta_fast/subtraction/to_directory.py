@@ -16,7 +16,6 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
 from perta_fast.files.durable import (
     copy_range,
-    drop_pages,
     remove,
     sync_directory,
     sync_file,
@@ -24,6 +23,7 @@ from perta_fast.files.durable import (
 )
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, check_space, scratch_path
+from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import byte_bar
 from perta_fast.records.model_card import write_model_card

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.errors import InputError
-from perta_fast.files.regular_files import read_json
+from perta_fast.files.reading import read_json
 from perta_fast.importance.store import ImportanceMetadata
 from perta_fast.records.report import DataRecord
 from perta_fast.records.typed_json import fits, write_readable_json

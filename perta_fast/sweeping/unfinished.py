@@ -1,6 +1,5 @@
 """What an unfinished sweep has come to, kept on disk so that it can be taken up again."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import fits
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
@@ -54,8 +54,7 @@ class Begun:
 
 def has_begun(final: Path) -> bool:
     """Whether an unfinished sweep to ``final`` can be taken up again."""
-    # os.path: Path.exists would raise for a name that no file can have.
-    return bool(final.name) and os.path.exists(partial_path(final) / STATE / _FILE)  # noqa: PTH110
+    return bool(final.name) and exists(partial_path(final) / STATE / _FILE)
 
 
 def load_begun(final: Path) -> Begun:

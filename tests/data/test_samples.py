@@ -310,11 +310,11 @@ def test_only_line_feeds_end_a_line(character: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds no samples"),
-        (b"\n\r\n \n", "holds no samples"),
-        (b"\xef\xbb\xbf", "holds no samples"),
-        (b'{"text": "caf\xe9"}\n', "is not UTF-8 text (byte 13)"),
-        ('{"text": "a"}'.encode("utf-16"), "is not UTF-8 text (byte 0)"),
+        (b"", ": holds no samples"),
+        (b"\n\r\n \n", ": holds no samples"),
+        (b"\xef\xbb\xbf", ": holds no samples"),
+        (b'{"text": "caf\xe9"}\n', ", line 1: is not UTF-8 text (byte 13)"),
+        ('{"text": "a"}'.encode("utf-16"), ", line 1: is not UTF-8 text (byte 0)"),
     ],
 )
 def test_bad_files(content: bytes, reason: str, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_bad_files(content: bytes, reason: str, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         load_rows(path)
-    assert str(caught.value) == f"{path}: {reason}"
+    assert str(caught.value) == f"{path}{reason}"
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a text": (lambda path: path.write_text("\n lam 1\n"), ", line 2: must hold lines such as lam: 1.0"),
     "a list": (lambda path: path.write_text("- lam\n"), ", line 1: must hold lines such as lam: 1.0"),
-    "Latin 1": (lambda path: path.write_bytes(b"lam: 1\n# \xe9\n"), ", line 2: is not UTF-8 text"),
+    "Latin 1": (lambda path: path.write_bytes(b"lam: 1\n# \xe9\n"), ", line 2: is not UTF-8 text (byte 9)"),
     "weights": (lambda path: path.write_bytes(b"#" * 2**17), ": is longer than 64 KiB; is this a recipe?"),
 }
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from perta_fast.files.durable import drop_pages, read_fully, write_fully
+from perta_fast.files.durable import write_fully
+from perta_fast.files.reading import drop_pages, read_fully
 from perta_fast.memory import format_size
 from perta_fast.streaming.forecast.costs import Costs
 

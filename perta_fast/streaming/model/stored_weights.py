@@ -4,10 +4,9 @@ transformers renames, joins and cuts the tensors of some families when it loads 
 become one parameter). Its own conversions are used, on as few tensors at a time as they take.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,8 @@ from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
-from perta_fast.errors import InputError, RunError
-from perta_fast.files.durable import read_fully
+from perta_fast.errors import InputError
+from perta_fast.files.reading import PositionReader
 from perta_fast.models.stored_names import as_stored
 
 TYPES = {name: torch_dtype(name) for name in KERNEL_CODES} | {"I64": torch.int64}
@@ -211,19 +210,13 @@ class _OpenFiles:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, PositionReader] = {}
 
     def read(self, entry: TensorEntry) -> Tensor:
         """A stored tensor in fresh memory, in the type it is stored in."""
         result = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
+        if entry.path not in self._open:
+            self._open[entry.path] = self._stack.enter_context(closing(PositionReader(entry.path)))
         buffer = result.view(-1).view(torch.uint8).numpy().data
-        try:
-            if entry.path not in self._open:
-                self._open[entry.path] = os.open(entry.path, os.O_RDONLY)
-                self._stack.callback(os.close, self._open[entry.path])
-            whole = read_fully(self._open[entry.path], buffer, entry.begin)
-        except OSError as error:
-            raise RunError(f"{entry.path}: tensor {entry.name} cannot be read: {error.strerror}") from error
-        if not whole:
-            raise RunError(f"{entry.path}: ends inside tensor {entry.name}: it was cut short during the run")
+        self._open[entry.path].read_into(buffer, entry.begin, f"tensor {entry.name}")
         return result

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from perta_fast import InputError, RunError, estimate_importance
-from perta_fast.streaming.model import stored_weights
+from perta_fast.files import reading
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from tests.families.configs import FAMILIES, Family
@@ -126,7 +126,7 @@ def test_a_shard_cut_short_during_the_run(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the shard through /proc")
 def test_a_streamed_run_whose_shard_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(llama(), tmp_path / "model")
-    original, calls = stored_weights.read_fully, []
+    original, calls = reading.read_fully, []
 
     def read_and_cut(descriptor: int, buffer: memoryview, offset: int) -> bool:
         calls.append(offset)
@@ -134,7 +134,7 @@ def test_a_streamed_run_whose_shard_is_cut_short(tmp_path: Path, monkeypatch: py
             os.truncate(Path(f"/proc/self/fd/{descriptor}").readlink(), offset)
         return original(descriptor, buffer, offset)
 
-    monkeypatch.setattr(stored_weights, "read_fully", read_and_cut)
+    monkeypatch.setattr(reading, "read_fully", read_and_cut)
     with pytest.raises(RunError, match="ends inside tensor"):
         estimate_importance(folder, draw_samples(3), out=tmp_path / "out", stream=True, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

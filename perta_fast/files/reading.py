@@ -1,0 +1,112 @@
+"""Reading files: by position, as text, as JSON, and never from a pipe or a device, where a read may not end."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from perta_fast.errors import InputError, RunError
+
+
+class PositionReader:
+    """Reads byte ranges of one file, which it opens at the first read.
+
+    A file that was cut short during the run is an error; through a mapping it would kill the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def read_into(self, buffer: memoryview, begin: int, what: str, *, drop_cache: bool = False) -> None:
+        """Fill ``buffer`` from byte ``begin`` on. drop_cache: what was read does not stay in the page cache.
+
+        Raises RunError, naming the file and ``what`` was to be read, if it cannot be read or ends too early.
+        """
+        try:
+            if self._descriptor is None:
+                self._descriptor = regular_file(os.fspath(self.path), os.O_RDONLY)
+            whole = read_fully(self._descriptor, buffer, begin)
+            if drop_cache:
+                drop_pages(self._descriptor, begin, len(buffer))
+        except OSError as error:
+            raise RunError(f"{self.path}: {what} cannot be read: {error.strerror}") from error
+        if not whole:
+            raise RunError(f"{self.path}: ends inside {what}: it was cut short during the run")
+
+    def close(self) -> None:
+        """Close the file, if it was opened."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def read_fully(descriptor: int, buffer: memoryview, offset: int) -> bool:
+    """Fill ``buffer`` from ``offset`` on; False if the file ends before."""
+    while buffer:
+        count = os.preadv(descriptor, [buffer], offset)
+        if count == 0:
+            return False
+        buffer, offset = buffer[count:], offset + count
+    return True
+
+
+def drop_pages(descriptor: int, begin: int = 0, size: int = 0) -> None:
+    """Give the clean pages of ``[begin, begin + size)`` back to the system; size 0 means to the end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or directory; no error for a name that no file can have."""
+    return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such a name)
+
+
+def regular_file(path: str, flags: int) -> int:
+    """The ``opener`` with which ``open`` takes a regular file, or a link to one, and nothing else.
+
+    Raises OSError at once for anything else.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # does not wait for a pipe's other end
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "Not a regular file", path)
+
+
+def read_json(path: Path, advice: str = "") -> Any:
+    """What a regular JSON file holds. Raises InputError, naming it, with ``advice`` if it cannot be read."""
+    hint = f"; {advice}" if advice else ""
+    try:
+        with open(path, "rb", opener=regular_file) as file:
+            return json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON{hint}") from error
+
+
+def read_text(path: Path) -> tuple[str, bytes]:
+    """The text of a UTF-8 file, and its bytes. The file is read once, so a pipe will do.
+
+    Raises InputError, naming the file, if it cannot be read or is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return decode(content, path), content
+
+
+def decode(content: bytes, path: Path) -> str:
+    """The text of what ``path`` holds, without a byte order mark. Raises InputError if it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: is not UTF-8 text (byte {error.start})") from error
