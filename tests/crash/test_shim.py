@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.shim import CHANGES, KINDS, Faults, Point, Shim, points
+from tests.support.children import HUNG
 
 # Every call that the library knows: its kind, and the Python that makes it once, giving the bytes it moved.
 CALLS: dict[str, tuple[str, str]] = {
@@ -86,7 +87,7 @@ def python(shim: Shim, folder: Path, program: str, faults: Faults) -> subprocess
         env=os.environ | faults.environment(shim.library),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HUNG,
     )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TIMEOUT = 120  # seconds
+from tests.support.children import HUNG
+
 _EVERYTHING = ["torch", "torch.distributed", "transformers", "perta_fast.runs.unlearn", "tests.support.models"]
 
 _forks = multiprocessing.get_context("forkserver")
@@ -40,10 +41,11 @@ def perta_on_ranks(world: int, *arguments: object, setup: Callable[[int], object
 
 
 def _start(world: int, target: Callable[..., Any], *arguments: Any) -> list[Any]:
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-        found.close()
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:
+        # While this socket is open no other process is given its port; the first rank may still listen there.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("localhost", 0))
+        port = reserved.getsockname()[1]
         children = []
         for rank in range(world):
             ours, theirs = _forks.Pipe(duplex=False)
@@ -57,7 +59,7 @@ def _start(world: int, target: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _outcome(child: Any, ours: Any) -> Any:
     try:
-        assert ours.poll(TIMEOUT), "a rank does not answer"
+        assert ours.poll(HUNG), "a rank does not answer"
         return pickle.loads(ours.recv_bytes())
     except EOFError:
         return None

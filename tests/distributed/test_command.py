@@ -17,6 +17,7 @@ from perta_fast.cli.main import _parser
 from perta_fast.subtraction import parts
 from tests.distributed.launch import Ended, perta_on_ranks
 from tests.support.checkpoints import fingerprint, read_checkpoint
+from tests.support.children import HUNG
 from tests.support.models import Job
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +167,7 @@ def test_torchrun(job: Job, tmp_path: Path) -> None:
     script.write_text(_DYING)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     command = [*map(str, [*launch, *subtracting(job, out)])]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG)
     assert ended.returncode == 1
     assert not out.exists()
     assert ended.stderr.count(f"perta resume {out}") == 1

@@ -5,14 +5,14 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-_SECONDS = 60  # by then a few kilobytes have hung their reader
+from tests.support.children import HUNG
 
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
     """Raise AssertionError, which no reader takes for its own, if the body does not come to an end."""
     old = signal.signal(signal.SIGALRM, _give_up)
-    signal.alarm(_SECONDS)
+    signal.alarm(HUNG)
     try:
         yield
     finally:

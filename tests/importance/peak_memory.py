@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.importance.gradients import accumulate
-from perta_fast.memory import PeakMemory
 from perta_fast.models.losses import per_sample_losses
 from tests.support.models import draw_samples
+from tests.support.peak_memory import peak_memory
 
 SLACK = 16 << 20
 SAMPLES = draw_samples(8, vocabulary=2048, longest=4)
@@ -63,9 +63,9 @@ def main() -> None:
     parts += [list(layer.parameters()) for layer in model.model.layers]
     weights = size(list(model.parameters()))
     bound = weights + max(map(size, parts)) + activations + SLACK
-    with PeakMemory() as ours:
+    with peak_memory() as ours:
         accumulators = accumulate(model, SAMPLES, "grad", BATCH_SIZE, progress=False)
-    with PeakMemory() as plain:
+    with peak_memory() as plain:
         per_sample_losses(model, Batch.of(SAMPLES)).sum().backward()
     del accumulators
     print(ours.anonymous - ours.baseline, bound, weights + plain.anonymous - plain.baseline)

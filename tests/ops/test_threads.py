@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.support.children import HUNG
+
 # fold(accumulator, gradient, dtype code, squared, count, threads); 0 is float32
 FOLD = """
 import os
@@ -63,7 +65,7 @@ AFTER_USE = {
 
 
 def run(program: str) -> None:
-    done = subprocess.run([sys.executable, "-c", FOLD + program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FOLD + program], capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 0, done.stderr
 
 

@@ -36,6 +36,7 @@ from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.runs import estimate
+from tests.support.children import HUNG
 from tests.support.models import (
     CHAT_TEMPLATE,
     FORGET,
@@ -311,7 +312,7 @@ def test_peak_memory() -> None:
     """At most weights, accumulators, one layer's gradients and activations, in a process of its own."""
     command = [sys.executable, "-m", "tests.importance.peak_memory"]
     root = Path(__file__).parents[2]
-    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=HUNG)
     assert process.returncode == 0, process.stderr
     peak, bound, plain = map(int, process.stdout.split())
     assert peak <= bound

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from perta_fast import estimate_importance
-from perta_fast.memory import PeakMemory
 from tests.support.models import draw_samples, tokenizer
+from tests.support.peak_memory import peak_memory
 
 SAMPLES = draw_samples(24, longest=8)
 
@@ -46,7 +46,7 @@ def main(estimator: str, folder: Path) -> None:
     layer = write(folder / "deep", 512, 8)
     peaks = []
     for name in ("shallow", "deep"):
-        with PeakMemory() as memory:
+        with peak_memory() as memory:
             stream(name)
         peaks.append(memory.anonymous)
         if name == "shallow":

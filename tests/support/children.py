@@ -5,27 +5,41 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+# Seconds after which a child process or a rank counts as hung. It only ends a suite that would never end: tests
+# wait for what happens, and pass on a machine that many other processes keep busy too.
+HUNG = 600
+
 _MAIN = "\nimport sys\nfrom perta_fast.cli import main\nsys.exit(main(sys.argv[1:]))\n"
 
 _SIGNAL_AT = """
-import os, signal, time
+import os, signal, threading
+from concurrent.futures import ThreadPoolExecutor
 from perta_fast.{package} import {module}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 original = {module}.{function}
+close_pool = ThreadPoolExecutor.shutdown
 calls = []
+stopping = threading.Event()
+
+def closing(pool, *arguments, **settings):
+    stopping.set()
+    return close_pool(pool, *arguments, **settings)
 
 def stopped(*arguments, **settings):
     first = not calls
     calls.append(arguments)
     if first and not {after}:
+        stopping.clear()
         os.kill(os.getpid(), signal.{signal})
-        time.sleep(1)  # in a worker: the main thread must see it first, on a busy machine too
+        if threading.current_thread() is not threading.main_thread():
+            stopping.wait({hung})  # the main thread has the signal, and closes the pool once all are to stop
     result = original(*arguments, **settings)
     if first and {after}:
         os.kill(os.getpid(), signal.{signal})
     return result
 
+ThreadPoolExecutor.shutdown = closing
 {module}.{function} = stopped
 """
 
@@ -37,13 +51,14 @@ def perta(
     command = [sys.executable, "-c", setup + _MAIN, *map(str, arguments)]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}  # for torch, as the fixture one_thread
     settings |= environment or {}
-    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=HUNG)
 
 
-def signal_at(signal: str, place: str, after: bool = False) -> str:
-    """A ``setup`` that sends ``signal`` when ``place`` is first called, or ``after`` that.
+def signal_at(signal: str, call: str, after: bool = False) -> str:
+    """A ``setup`` that sends ``signal`` when ``call`` is first made, or ``after`` that.
 
-    place: room, module and function, as ``files.new_directory.move``.
+    call: room, module and function, as ``files.new_directory.move``.
     """
-    package, module, function = place.split(".")
-    return _SIGNAL_AT.format(signal=signal, package=package, module=module, function=function, after=after)
+    package, module, function = call.split(".")
+    names = {"package": package, "module": module, "function": function}
+    return _SIGNAL_AT.format(signal=signal, after=after, hung=HUNG, **names)

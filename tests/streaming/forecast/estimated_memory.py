@@ -7,11 +7,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from perta_fast import estimate_importance
-from perta_fast.memory import PeakMemory
 from perta_fast.streaming.forecast.costs import Estimate, Load
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
 from tests.support.models import draw_samples, tokenizer
+from tests.support.peak_memory import peak_memory
 
 
 def write(folder: Path, hidden: int, tied: bool) -> None:
@@ -52,7 +52,7 @@ def main(estimator: str, batch_size: int, tied: bool, folder: Path) -> None:
     )
     estimate = Estimate(Structure.build(folder / "model"), load, torch.device("cpu"))
     costs = estimate.costs(Schedule(batch_size))
-    with PeakMemory() as memory:
+    with peak_memory() as memory:
         stream("model")
     print(memory.anonymous - memory.baseline, costs.host_bytes)
     print(costs.host, file=sys.stderr)
