@@ -23,7 +23,7 @@ from perta_fast import compiled
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import CHUNK, Chunk, Subtraction, chunks_of
-from perta_fast.subtraction.inputs import Sources, open_sources
+from perta_fast.subtraction.inputs import Sources, open_importances
 
 RULE = Rule.of("grad", 1.0)
 WAYS = {"by position": "ours", "mapped": "reference"}
@@ -33,7 +33,7 @@ STATES = ("warm", "cold")
 def by_position(sources: Sources) -> None:
     """What a run does, but for the writing."""
     chunks = chunks_of(enumerate(sources.matches), CHUNK)
-    Subtraction(sources, RULE, threads(), CHUNK).run(chunks, lambda *_: None, lambda _: None)
+    Subtraction(sources, RULE.rescaling, threads(), CHUNK).run(chunks, lambda *_: None, lambda _: None)
 
 
 def mapped(sources: Sources) -> None:
@@ -83,7 +83,10 @@ def outcomes(checkpoints: CheckpointSet, rounds: int) -> dict[str, dict[str, Out
 
     def measured(state: str, way: str) -> Contender:
         def run() -> Sample:
-            sources = open_sources(RULE, *(checkpoints.path(name) for name in MERGED + IMPORTANCES))
+            sources = Sources.open(
+                *(checkpoints.path(name) for name in MERGED),
+                open_importances(RULE, *(checkpoints.path(name) for name in IMPORTANCES)),
+            )
             if state == "cold":
                 limits.evict(files)
             started = time.perf_counter()

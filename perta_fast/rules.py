@@ -5,11 +5,13 @@ square (p = 2), ``empirical-fisher`` the mean of squared per-sample gradients (p
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from perta_fast.errors import InputError
 
+T = TypeVar("T")
 Estimator = Literal["grad", "empirical-fisher"]
 EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
 ESTIMATORS: tuple[Estimator, ...] = ("grad", "empirical-fisher")
@@ -49,11 +51,16 @@ class Rescaling:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the paper by name, its settings, and the importance that it needs."""
+    """A rule of the paper by name, and its rescaling. Raises InputError naming what is wrong."""
 
     name: str
     rescaling: Rescaling
-    estimator: Estimator | None  # None: the rule needs no importance
+
+    def __post_init__(self) -> None:
+        if self.name not in _DEFAULTS:
+            raise InputError(f"rule is {self.name!r}; it must be one of {', '.join(RULES)}")
+        if self.estimator is None and self.rescaling != Rescaling(self.rescaling.lam):
+            raise InputError("rule tv has no weights: p, alpha and threshold do not apply to it")
 
     @classmethod
     def of(
@@ -64,17 +71,35 @@ class Rule:
         alpha: float = 1.0,
         threshold: float | None = None,
     ) -> "Rule":
-        """The rule ``name`` with these settings, as in ``Rescaling``; p None takes the rule's own.
+        """The rule ``name`` with the values of ``Rescaling``; p None takes the rule's own."""
+        default_p = _DEFAULTS[name][1] if name in _DEFAULTS else 1.0
+        return cls(name, Rescaling(float(lam), float(default_p if p is None else p), float(alpha), threshold))
 
-        Raises InputError naming the setting.
+    @property
+    def estimator(self) -> Estimator | None:
+        """The importance that the rule needs; None for ``tv``."""
+        return _DEFAULTS[self.name][0]
+
+    def required(self, given: Mapping[str, T | None], advice: str) -> dict[str, T]:
+        """The importances ``given`` by role; ``tv`` takes none. Raises InputError for one too few or too many.
+
+        advice: where to get one that is missing.
         """
-        if name not in _DEFAULTS:
-            raise InputError(f"rule is {name!r}; it must be one of {', '.join(RULES)}")
-        estimator, default_p = _DEFAULTS[name]
-        rescaling = Rescaling(float(lam), float(default_p if p is None else p), float(alpha), threshold)
-        if estimator is None and rescaling != Rescaling(rescaling.lam):
-            raise InputError("rule tv has no weights: p, alpha and threshold do not apply to it")
-        return cls(name, rescaling, estimator)
+        if self.estimator is None:
+            if any(importance is not None for importance in given.values()):
+                raise InputError("rule tv takes no importance; leave it out or choose another rule")
+            return {}
+        required = {}
+        for role, importance in given.items():
+            if importance is None:
+                raise InputError(f"rule {self.name} needs {role}; {advice}")
+            required[role] = importance
+        return required
+
+    def check_estimator(self, estimator: str, where: object) -> None:
+        """Raise InputError unless an importance, found ``where``, is one that the rule can use."""
+        if estimator != self.estimator:
+            raise InputError(f"{where}: holds estimator {estimator}, rule {self.name} needs {self.estimator}")
 
     def at(self, lam: float) -> "Rule":
         """The same rule at another strength."""

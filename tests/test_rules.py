@@ -23,7 +23,8 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
     ],
 )
 def test_defaults(name: str, estimator: str | None, p: float) -> None:
-    assert Rule.of(name, 0.5) == Rule(name, Rescaling(0.5, p, 1.0, None), estimator)  # type: ignore[arg-type]
+    assert Rule.of(name, 0.5) == Rule(name, Rescaling(0.5, p, 1.0, None))
+    assert Rule.of(name, 0.5).estimator == estimator
 
 
 def test_every_rule_has_been_looked_at() -> None:

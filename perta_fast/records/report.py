@@ -8,7 +8,8 @@ from typing import NotRequired, TypedDict
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_json
 from perta_fast.progress import LOGGER
-from perta_fast.records.typed_json import fits, printable, write_readable_json
+from perta_fast.records.typed_json import printable, typed, write_readable_json
+from perta_fast.rules import Rule
 
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 1
@@ -124,10 +125,20 @@ class Report:
     def read(cls, path: Path) -> "Report":
         """``load`` of a file, wherever it lies."""
         content = read_json(path, "is this the output of a run?")
-        if not fits(content, cls) or content.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"{path}: is not a report that this version understands")
-        rows = [TensorReport(**row) for row in content.pop("tensors", [])]
-        return cls(**content, tensors=rows)
+        try:
+            report: Report = typed(content, cls)
+        except InputError as error:
+            raise InputError(f"{path}: is not a report that this version understands: {error}") from error
+        if report.format_version != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: is not a report that this version understands: its format_version is "
+                f"{report.format_version}"
+            )
+        return report
+
+    def chosen_rule(self) -> Rule:
+        """The rule with its rescaling. Raises InputError if the report contradicts itself."""
+        return Rule.of(self.rule, self.lam, self.p, self.alpha, self.threshold)
 
     def summary(self) -> str:
         """A few lines for a person."""

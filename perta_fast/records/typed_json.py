@@ -1,11 +1,23 @@
 """JSON with declared types: written for people, checked when read."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+
+from perta_fast.errors import InputError
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a table",
+}
 
 
 def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -24,32 +36,56 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether what JSON gave has the declared type; numbers must be ones that arithmetic can take."""
-    if hint is Any:
-        return True
+def typed(value: Any, hint: Any, name: str = "") -> Any:
+    """What JSON gave as the declared type: dataclasses are made, all else is handed on.
+
+    Integers must be ones that arithmetic can take. Raises InputError naming the field that does not fit;
+    name: of ``value`` itself.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint) or is_typeddict(hint):
-        return _fits_record(value, hint)
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
+        return _typed_table(value, hint, name)
+    if origin is list and isinstance(value, list):
+        return [typed(item, arguments[0], f"{name}[{number}]") for number, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: typed(item, arguments[1], _inside(name, key)) for key, item in value.items()}
     if origin is UnionType:
-        return any(fits(value, argument) for argument in arguments)
+        alike = [float] if type(value) is int and int not in arguments else []
+        kinds = [kind for kind in arguments if (get_origin(kind) or kind) in (type(value), *alike)]
+        return typed(value, kinds[0] if kinds else arguments[0], name)
     if hint is int or (hint is float and type(value) is int):
-        return type(value) is int and abs(value) < 1 << 63
-    return type(value) is hint
+        right = type(value) is int and abs(value) < 1 << 63
+    else:
+        right = hint is Any or type(value) is hint
+    if not right:
+        raise InputError(
+            f"{name or 'the content'} is {reprlib.repr(value)}, not {_KINDS.get(origin or hint, hint)}"
+        )
+    return value
 
 
-def _fits_record(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether ``typed`` takes it."""
+    try:
+        typed(value, hint)
+    except InputError:
+        return False
+    return True
+
+
+def _typed_table(value: Any, hint: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"{name or 'the content'} is {reprlib.repr(value)}, not a table")
+    hints = get_type_hints(hint)
     if is_typeddict(hint):
         required = set(hint.__required_keys__)
     else:
-        required = {each.name for each in fields(hint) if each.default is each.default_factory is MISSING}
-    hints = get_type_hints(hint)
-    return (
-        isinstance(value, dict)
-        and required <= value.keys() <= hints.keys()
-        and all(fits(item, hints[key]) for key, item in value.items())
-    )
+        required = {one.name for one in fields(hint) if one.default is one.default_factory is MISSING}
+    for key in (*(required - value.keys()), *(value.keys() - hints.keys())):
+        raise InputError(f"{_inside(name, key)} is {'missing' if key in required else 'not known'}")
+    table = {key: typed(item, hints[key], _inside(name, key)) for key, item in value.items()}
+    return table if is_typeddict(hint) else hint(**table)
+
+
+def _inside(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

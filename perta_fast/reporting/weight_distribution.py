@@ -37,7 +37,7 @@ def distribution(report: Report, progress: Progress) -> Distribution | str:
     report that contradicts itself or its importances. Memory: a few chunks of 2^20 elements.
     """
     try:
-        rule = Rule.of(report.rule, report.lam, report.p, report.alpha, report.threshold)
+        rule = report.chosen_rule()
     except InputError as error:
         raise InputError(f"the run's report: {error}") from error
     if rule.estimator is None:

@@ -19,7 +19,7 @@ from perta_fast.rules import Rule
 from perta_fast.runs.settings import Settings, check_threads, destination, threads_for, unfinished_advice
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
-from perta_fast.subtraction.inputs import Sources, open_sources
+from perta_fast.subtraction.inputs import Sources, open_importances
 from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen, this_version
 from perta_fast.subtraction.report_entries import begin_report
 from perta_fast.subtraction.to_directory import Fill, run_to_directory, write_directory, write_shards
@@ -74,9 +74,8 @@ def apply(
     with ranks.together("the opening of the inputs"):
         chosen = Rule.of(rule, lam, p, alpha, threshold)
         place = destination(model, out, in_place, ranks)
-        sources = open_sources(
-            chosen, model, base, tuned, _directory_of(forget_importance), _directory_of(retain_importance)
-        )
+        directories = map(_directory_of, (forget_importance, retain_importance))
+        sources = Sources.open(model, base, tuned, open_importances(chosen, *directories))
     settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
     return apply_sources(sources, chosen, settings, ranks=ranks)
 
@@ -107,11 +106,7 @@ def apply_sources(
         final=str(settings.place),
         in_place=settings.in_place,
         overwrite=settings.overwrite,
-        rule=rule.name,
-        lam=rule.rescaling.lam,
-        p=rule.rescaling.p,
-        alpha=rule.rescaling.alpha,
-        threshold=rule.rescaling.threshold,
+        rule=rule,
         threads=threads,
         chunk=chunk_elements(threads),
         drop_cache=moved > _memory() // 2 if settings.drop_cache is None else settings.drop_cache,

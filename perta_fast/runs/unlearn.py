@@ -24,7 +24,7 @@ from perta_fast.runs.settings import (
     unfinished_advice,
 )
 from perta_fast.subtraction.in_place import is_open
-from perta_fast.subtraction.inputs import open_sources
+from perta_fast.subtraction.inputs import Sources, open_importances
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def unlearn(
             raise InputError("stream writes every shard as it goes; leave link_unchanged out")
         place = destination(model, out, in_place, ranks)
         inputs = [Path(each) for each in (model, base, tuned, forget, retain) if each is not None]
-        opened = open_sources(Rule.of("tv", lam), model, base, tuned, None, None)
+        opened = Sources.open(model, base, tuned)
         if not in_place:
             check_output(place, overwrite=overwrite, inputs=inputs)
         if chosen.estimator is None and save_importance is not None:
@@ -227,7 +227,8 @@ def unlearn(
                 importances.commit()
         directory = importances.path if save_importance is None else importances.final
         with ranks.together("the importances"):
-            sources = open_sources(chosen, model, base, tuned, directory / "forget", directory / "retain")
+            estimated = open_importances(chosen, directory / "forget", directory / "retain")
+            sources = Sources.open(model, base, tuned, estimated)
         try:
             return apply_sources(
                 sources,

@@ -2,7 +2,7 @@
 
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from perta_fast.progress import Progress, byte_bar
 from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report
 from perta_fast.records.typed_json import printable
 from perta_fast.rules import EXACT_POWERS, Rule
-from perta_fast.subtraction.inputs import Sources, open_sources
+from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.matching import TensorMatch
 
 SAMPLED = 8  # tensors recomputed unless all are asked for
@@ -192,19 +192,14 @@ def _check_tensors(
         result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
         return
     try:
-        rule = Rule.of(report.rule, report.lam, report.p, report.alpha, report.threshold)
+        rule = report.chosen_rule()
     except InputError as error:
         raise InputError(f"{directory / FILE_NAME}: {error}") from error
-    exact = rule.estimator is None or {"forget_importance", "retain_importance"} <= intact
+    exact = rule.estimator is None or set(IMPORTANCES) <= intact
     places = {role: Path(found["path"]) for role, found in report.inputs.items()}
-    sources = open_sources(
-        rule if exact else Rule.of("tv", report.lam),
-        places["model"],
-        places["base"],
-        places["tuned"],
-        places.get("forget_importance") if exact else None,
-        places.get("retain_importance") if exact else None,
-    )
+    pair = [places.get(role) for role in IMPORTANCES]
+    importances = open_importances(rule, *pair) if exact else {}
+    sources = Sources.open(places["model"], places["base"], places["tuned"], importances)
     if not exact:
         result.unchecked.append("weights, because the importances were not kept (--save-importance)")
     output = Checkpoint.open(directory)
@@ -291,8 +286,7 @@ def _chunk_is_right(
     else:
         task_vector = _low_rank_chunk(factors, match.low_rank.scale, begin, count)
     # Without importances this is the whole step, w = 1: the far end of where the result may lie.
-    settings = (rule.rescaling.lam, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.threshold)
-    expected = reference.subtract(theta, task_vector, forget, retain, *settings)
+    expected = reference.subtract(theta, task_vector, forget, retain, *astuple(rule.rescaling))
     actual = output.elements(found, begin, count)
     if exact and (forget is None or rule.rescaling.p in EXACT_POWERS):
         return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))

@@ -169,7 +169,7 @@ class StreamedRun:
         return samples * handlings(len(self._skeleton.layers), self._schedule)
 
     def _passes(self, job: Job, scratch: Path, advance: Callable[[int], Any]) -> dict[str, DataPass]:
-        estimator = job.choice.estimator
+        estimator = job.rule.estimator
         assert estimator is not None
         return {
             role: DataPass(

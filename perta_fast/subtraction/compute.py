@@ -9,7 +9,7 @@ imported.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.files.reading import PositionReader
-from perta_fast.rules import Rule
+from perta_fast.rules import Rescaling
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
@@ -71,7 +71,7 @@ class Subtraction:
     """
 
     sources: Sources
-    rule: Rule
+    rescaling: Rescaling
     threads: int
     chunk: int
     drop_cache: bool = False
@@ -156,7 +156,7 @@ class _Workspace:
 
     def compute(self, chunk: Chunk) -> tuple[memoryview, Statistics]:
         """Theta's new bytes, valid until the next call, and what the kernel counted."""
-        sources, rule = self._job.sources, self._job.rule
+        sources = self._job.sources
         match = sources.matches[chunk.index]
         size = chunk.count * ITEM_SIZES[match.theta.dtype]
         if match.copied is not None:
@@ -183,10 +183,7 @@ class _Workspace:
             *addresses,
             tuple(codes),
             chunk.count,
-            rule.rescaling.lam,
-            rule.rescaling.p,
-            rule.rescaling.alpha,
-            rule.rescaling.threshold,
+            *astuple(self._job.rescaling),
             1,
             True,
             factors,

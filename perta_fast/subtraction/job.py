@@ -15,8 +15,8 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
-from perta_fast.records.report import Report, TensorReport
-from perta_fast.records.typed_json import fits
+from perta_fast.records.report import Report
+from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Subtraction
@@ -27,6 +27,7 @@ FORMAT = "perta-run"
 FORMAT_VERSION = 1
 
 Fingerprint = dict[str, Any]
+MatchNames = dict[str, str | float | bool | None]
 
 
 @dataclass
@@ -43,32 +44,23 @@ class Job:
     final: str
     in_place: bool
     overwrite: bool
-    rule: str
-    lam: float
-    p: float
-    alpha: float
-    threshold: float | None
+    rule: Rule
     threads: int
     chunk: int
     drop_cache: bool
     link_unchanged: bool
     directories: dict[str, str]
     files: dict[str, dict[str, Fingerprint]]
-    matches: list[dict[str, str | float | None]]
+    matches: list[MatchNames]
     version: str
     temporary: bool = False
     stream: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     progress: Progress = True  # of this process; not kept
 
-    @property
-    def choice(self) -> Rule:
-        """The rule with its settings."""
-        return Rule.of(self.rule, self.lam, None if self.rule == "tv" else self.p, self.alpha, self.threshold)
-
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
-        keys = ("final", "in_place", "rule", "lam", "p", "alpha", "threshold", "files", "matches", "version")
+        keys = ("final", "in_place", "rule", "files", "matches", "version")
         # How a walk was scheduled and dealt changes nothing but the order of sums.
         walks = [
             {key: each.stream[key] for key in each.stream.keys() - {"schedule", "ranks"}}
@@ -95,11 +87,12 @@ class Job:
 
     def subtraction(self, sources: Sources) -> Subtraction:
         """The arithmetic on opened inputs, as this run does it."""
-        return Subtraction(sources, self.choice, self.threads, self.chunk, self.drop_cache)
+        return Subtraction(sources, self.rule.rescaling, self.threads, self.chunk, self.drop_cache)
 
     def begun_report(self) -> Report:
         """The report as it was when the run began."""
-        return Report(**{**self.report, "tensors": [TensorReport(**row) for row in self.report["tensors"]]})
+        report: Report = typed(self.report, Report)
+        return report
 
     def save(self, path: Path) -> None:
         """Write the job, durably."""
@@ -119,9 +112,12 @@ class Job:
                 f"{path}: the run was begun by perta_fast {version}, this is {this_version()}; "
                 "install that version to finish it"
             )
-        if not fits(content, cls) or not fits(content["report"], Report):
-            raise InputError(f"{path}: is not a description that this version understands")
-        return cls(**content)
+        try:
+            job: Job = typed(content, cls)
+            typed(job.report, Report)
+        except InputError as error:
+            raise InputError(f"{path}: is not a description that this version understands: {error}") from error
+        return job
 
 
 def this_version() -> str:
@@ -149,18 +145,22 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
 _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
 
 
-def match_names(matches: list[TensorMatch]) -> list[dict[str, str | float | None]]:
+def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
     """The matches with names for places."""
     rows = []
     for match in matches:
-        row: dict[str, str | float | None] = {"theta": match.theta.name, "copied": match.copied}
+        row: MatchNames = {"theta": match.theta.name, "copied": match.copied}
         for role in _OPERANDS:
             entry: TensorEntry | None = getattr(match, role)
             row[role] = None if entry is None else entry.name
         if match.low_rank is not None:
             update = match.low_rank
-            row |= {"a": update.a.name, "b": update.b.name, "scale": update.scale}
-            row |= {"transposed": "yes" if update.transposed else None}
+            row |= {
+                "a": update.a.name,
+                "b": update.b.name,
+                "scale": update.scale,
+                "transposed": update.transposed,
+            }
         rows.append(row)
     return rows
 
@@ -179,16 +179,7 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
             stem = ADAPTER_STEM
         changing = _is_changed_by(job, role)
         opened[role] = Checkpoint.open(path, stem, index=index if changing else None, unfinished=changing)
-    sources = Sources(
-        opened["model"],
-        opened["base"],
-        opened["tuned"],
-        opened.get("forget_importance"),
-        opened.get("retain_importance"),
-        [],
-        {},
-        opened["tuned"].path / CONFIG if adapted else None,
-    )
+    sources = Sources(**opened, adapter_config=opened["tuned"].path / CONFIG if adapted else None)  # type: ignore[arg-type]
     for role, files in fingerprints(sources).items():
         before = job.files.get(role, {})
         for name, found in files.items():
@@ -210,7 +201,7 @@ def _is_changed_by(job: Job, role: str) -> bool:
     return job.in_place and job.directories[role] == job.directories["model"]
 
 
-def _match(row: dict[str, str | float | None], opened: Mapping[str, Checkpoint], job: Job) -> TensorMatch:
+def _match(row: MatchNames, opened: Mapping[str, Checkpoint], job: Job) -> TensorMatch:
     places: dict[str, TensorEntry | None] = {}
     try:
         for role in _OPERANDS:
@@ -220,7 +211,7 @@ def _match(row: dict[str, str | float | None], opened: Mapping[str, Checkpoint],
         low_rank = None
         if "scale" in row:
             a, b = (opened["tuned"].tensors[str(row[factor])] for factor in ("a", "b"))
-            low_rank = LowRank(a, b, float(row["scale"] or 0), bool(row["transposed"]))
+            low_rank = LowRank(a, b, float(row["scale"] or 0), row["transposed"] is True)
     except KeyError as error:
         raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
     return TensorMatch(theta, **places, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]

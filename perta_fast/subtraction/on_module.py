@@ -5,7 +5,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from perta_fast.models.held_tensors import Held, held_tensors
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
+from perta_fast.subtraction.inputs import IMPORTANCES
 from perta_fast.subtraction.staging import ALIGNMENT, Staging
 
 if TYPE_CHECKING:
@@ -110,12 +111,7 @@ def apply_to_module_(
             for source in sources[name]:
                 _check_source(name, parameter, source)
     stagings = {device: _staging(device) for device in {each.device for each in parameters.values()}}
-    how: dict[str, Any] = {
-        "lam": chosen.rescaling.lam,
-        "p": chosen.rescaling.p,
-        "alpha": chosen.rescaling.alpha,
-        "threshold": chosen.rescaling.threshold,
-    }
+    how = asdict(chosen.rescaling)
     for name, parameter in parameters.items():
         if name in low_rank:
             ((_, theta),) = parameter.pieces
@@ -262,21 +258,12 @@ def _importances(
     forget: str | Path | Importance | None,
     retain: str | Path | Importance | None,
 ) -> list[Importance]:
-    if rule.estimator is None:
-        if forget is not None or retain is not None:
-            raise InputError("rule tv takes no importance; leave it out or choose another rule")
-        return []
+    given = dict(zip(IMPORTANCES, (forget, retain), strict=True))
+    required: dict[str, str | Path | Importance] = rule.required(given, "see estimate_importance")
     loaded = []
-    for role, given in (("forget_importance", forget), ("retain_importance", retain)):
-        if given is None:
-            raise InputError(f"rule {rule.name} needs {role}; see estimate_importance")
-        importance = given if isinstance(given, Importance) else Importance.load(given)
-        if importance.metadata.estimator != rule.estimator:
-            raise InputError(
-                f"{role} holds estimator {importance.metadata.estimator}, rule {rule.name} needs "
-                f"{rule.estimator}"
-            )
-        loaded.append(importance)
+    for role, importance in required.items():
+        loaded.append(importance if isinstance(importance, Importance) else Importance.load(importance))
+        rule.check_estimator(loaded[-1].metadata.estimator, role)
     return loaded
 
 

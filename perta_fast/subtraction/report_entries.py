@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,7 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
     """The report of a run that is about to start."""
     report = Report(
         rule=rule.name,
-        lam=rule.rescaling.lam,
-        p=rule.rescaling.p,
-        alpha=rule.rescaling.alpha,
-        threshold=rule.rescaling.threshold,
+        **asdict(rule.rescaling),
         inputs={},
         importance=sources.metadata,
         threads=threads,

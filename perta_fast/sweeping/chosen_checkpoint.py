@@ -10,7 +10,7 @@ from perta_fast.records.report import Report
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.settings import Settings, unfinished_advice
-from perta_fast.subtraction.inputs import open_sources
+from perta_fast.subtraction.inputs import Sources, open_importances
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.live_model import Importances
 from perta_fast.sweeping.request import Request
@@ -48,13 +48,9 @@ def write_best(
     def annotate(report: Report) -> None:
         report.data, report.settings = found.data, settings
 
-    sources = open_sources(
-        rule,
-        request.model,
-        request.base,
-        request.tuned,
-        *(importances[role].directory if importances else None for role in found.data),
-    )
+    directories = (importances[role].directory if importances else None for role in found.data)
+    opened = open_importances(rule, *directories)
+    sources = Sources.open(request.model, request.base, request.tuned, opened)
     apply_sources(
         sources,
         rule,

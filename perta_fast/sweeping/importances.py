@@ -11,7 +11,7 @@ from perta_fast.models.loading import Subject, samples_for
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import estimate_on
-from perta_fast.subtraction.inputs import Sources, open_sources
+from perta_fast.subtraction.inputs import Sources, open_importances
 from perta_fast.sweeping.live_model import DataSet
 
 ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role
@@ -34,7 +34,7 @@ def open_given(
         served = [rule for rule in curves if rule.estimator in held]
         needing = [rule for rule in curves if rule.estimator is not None]
         rule = (served or needing or list(curves))[0]
-        sources = open_sources(rule, *checkpoints, *paths)
+        sources = Sources.open(*checkpoints, open_importances(rule, *paths))
         assert rule.estimator is not None  # or the pair has been refused
         if rule.estimator in found:
             raise InputError(f"{pair[0]}: another importance of estimator {rule.estimator} was given already")

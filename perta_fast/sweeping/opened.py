@@ -12,7 +12,7 @@ from perta_fast.files.hashing import hash_file
 from perta_fast.models.loading import Subject, load_subject
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
-from perta_fast.subtraction.inputs import Sources, open_sources
+from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import fingerprint
 from perta_fast.sweeping.grid import curves_of
 from perta_fast.sweeping.importances import ByEstimator, estimate, open_given
@@ -41,7 +41,7 @@ class Job:
         return cls(
             request,
             curves,
-            open_sources(Rule.of("tv", 0.0), *checkpoints, None, None),
+            Sources.open(*checkpoints),
             open_given(curves, checkpoints, request.forget_importance, request.retain_importance),
             None if request.gold is None else Checkpoint.open(request.gold),
             {role: DataSet.read(getattr(request, role), request.metric) for role in ("forget", "retain")},

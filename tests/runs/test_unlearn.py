@@ -28,7 +28,6 @@ from perta_fast.runs import estimate
 from perta_fast.runs import unlearn as unlearning
 from perta_fast.subtraction import report_entries as accounts
 from perta_fast.subtraction import to_directory
-from perta_fast.subtraction.inputs import open_sources
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.inputs import weights
 from tests.support.models import FORGET, RETAIN, Job, nudge_, tokenizer, write_job, write_lines
@@ -277,9 +276,7 @@ STAGES: dict[str, Callable[[Callable[..., Any], pytest.MonkeyPatch], None]] = {
     "saving the retain importance": lambda action, patch: patch.setattr(
         Importance, "save", second_call(action, Importance.save)
     ),
-    "opening": lambda action, patch: patch.setattr(
-        unlearning, "open_sources", second_call(action, open_sources)
-    ),
+    "opening": lambda action, patch: patch.setattr(unlearning, "open_importances", action),
     "shards": lambda action, patch: patch.setattr(to_directory, "write_fully", action),
     "hashes": lambda action, patch: patch.setattr(accounts, "hash_files", action),
     "model card": lambda action, patch: patch.setattr(to_directory, "write_model_card", action),

@@ -264,7 +264,7 @@ def test_what_is_stored_in_another_order_is_refused(job: Job, monkeypatch: pytes
         (
             ["forget", "retain"],
             {"rule": "empirical-fisher"},
-            "forget_importance holds estimator grad, rule empirical",
+            "forget_importance: holds estimator grad, rule empirical",
         ),
         (["forget", "retain"], {"lam": float("nan")}, "lam is nan"),
         (["forget", "absent"], {}, "absent: no such directory"),
