@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from perta_fast.errors import InputError
 from perta_fast.rules import Rule
@@ -33,7 +32,7 @@ def curves_of(
             found += [Rule.of(name, 0.0, p, alpha, threshold) for p in ps for alpha in alphas]
     for k, rule in enumerate(found):
         for twin in found[:k]:
-            if replace(twin, name=rule.name) == rule:
+            if (twin.estimator, twin.rescaling) == (rule.estimator, rule.rescaling):
                 raise InputError(f"{_described(twin)} and {_described(rule)} are the same; leave one out")
     return found
 

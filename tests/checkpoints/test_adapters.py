@@ -281,7 +281,7 @@ def test_plans_name_their_factors(tmp_path: Path) -> None:
     rows = {row["theta"]: row for row in match_names(match_tensors(model, base, adapter, None, None))}
     square = rows["transformer.h.0.attn.c_proj.weight"]
     assert square["a"] == "base_model.model.transformer.h.0.attn.c_proj.lora_A.weight"
-    assert square["transposed"] == "yes" and square["scale"] == 1.0
+    assert square["transposed"] is True and square["scale"] == 1.0
 
 
 def test_names_without_their_beginning_are_found(tmp_path: Path) -> None:
