@@ -74,10 +74,15 @@ def knowing() -> LlamaForCausalLM:
     model = llama(1)
     batch = Batch.of(encode(rows_from(FORGET), WORDS, 128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(300):
+    losses = per_sample_losses(model, batch)
+    for _ in range(1000):  # how many it takes depends on how the processor rounds
+        if losses.max() < 1e-3:
+            break
         optimizer.zero_grad()
-        per_sample_losses(model, batch).mean().backward()
+        losses.mean().backward()
         optimizer.step()
+        losses = per_sample_losses(model, batch)
+    assert losses.max() < 1e-3
     torch.set_num_threads(threads)
     return model.eval()
 

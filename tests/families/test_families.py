@@ -44,16 +44,16 @@ def test_in_memory_equals_autograd(row: Row, tmp_path: Path) -> None:
                 assert error <= 1e-5 * norms[name] + least, (each.estimator, name)
 
 
-def test_streamed_equals_in_memory(row: Row) -> None:
+def test_streamed_equals_in_memory(row: Row, tmp_path: Path) -> None:
     assert {each.estimator for each in row.compared} == set(ESTIMATORS)
-    assert_streamed(row)
+    assert_streamed(row, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral, sliding window", "Qwen3", "Gemma 3 (text)", "OPT"])
 def test_eager_attention(name: str, tmp_path: Path) -> None:
     """The other attention of families that are run with PyTorch's own by default; it takes masks of numbers."""
     family = next(each for each in FAMILIES if each.name == name)
-    assert_streamed(measure(family, tmp_path, "eager"))
+    assert_streamed(measure(family, tmp_path, "eager"), tmp_path / "exact")
 
 
 @pytest.mark.parametrize("name", ["Llama", "DeepSeek-V2"])
@@ -73,8 +73,12 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
             assert torch.equal(tensor, stream.tensors[key]), (estimator, key)
 
 
-def assert_streamed(row: Row) -> None:
-    """Equal to the last bit, but where sums are taken in another order: there to 1e-6."""
+def assert_streamed(row: Row, folder: Path) -> None:
+    """Equal to the last bit, but where sums are taken in another order.
+
+    There to 1e-6. Some processors round a router's sums worse than that: then the streamed importance is held
+    to the one in float64, to 1e-5 as the importance in memory is.
+    """
     for each in row.compared:
         assert list(each.stream.tensors) == list(each.memory.tensors)
         assert each.stream.metadata == each.memory.metadata
@@ -82,7 +86,10 @@ def assert_streamed(row: Row) -> None:
         if (each.estimator, each.data) not in row.family.rounded:
             assert each.differences.keys() <= reordered, (each.estimator, each.data)
         for name, difference in each.differences.items():
-            assert difference <= 1e-6, (each.estimator, each.data, name)
+            if difference > 1e-6:
+                exact = by_autograd(row.model, DATA[each.data], folder)[each.estimator][name]
+                error = float((each.stream.tensors[name] - exact).norm())
+                assert error <= 1e-5 * float(exact.norm()), (each.estimator, each.data, name)
 
 
 def test_apply(row: Row, tmp_path: Path) -> None:
