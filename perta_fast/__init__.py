@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from perta_fast import ops
     from perta_fast.errors import InputError, Interrupted, PertaError, RunError
-    from perta_fast.evaluation import Evaluation, evaluate
+    from perta_fast.evaluation.results import Evaluation
+    from perta_fast.evaluation.run import evaluate
     from perta_fast.importance.store import Importance
     from perta_fast.progress import Event
     from perta_fast.records.report import Report
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from perta_fast.subtraction.on_module import apply_to_module_
     from perta_fast.sweeping.results import Sweep
     from perta_fast.sweeping.run import sweep
-    from perta_fast.tuning import Tuning, tune
+    from perta_fast.tuning.record import Tuning
+    from perta_fast.tuning.run import tune
 
 _HOMES = {
-    "Evaluation": "perta_fast.evaluation",
+    "Evaluation": "perta_fast.evaluation.results",
     "Event": "perta_fast.progress",
     "Importance": "perta_fast.importance.store",
     "InputError": "perta_fast.errors",
@@ -36,14 +38,14 @@ _HOMES = {
     "Report": "perta_fast.records.report",
     "RunError": "perta_fast.errors",
     "Sweep": "perta_fast.sweeping.results",
-    "Tuning": "perta_fast.tuning",
+    "Tuning": "perta_fast.tuning.record",
     "apply": "perta_fast.runs.apply",
     "apply_to_module_": "perta_fast.subtraction.on_module",
     "estimate_importance": "perta_fast.runs.estimate",
-    "evaluate": "perta_fast.evaluation",
+    "evaluate": "perta_fast.evaluation.run",
     "resume": "perta_fast.resuming",
     "sweep": "perta_fast.sweeping.run",
-    "tune": "perta_fast.tuning",
+    "tune": "perta_fast.tuning.run",
     "unlearn": "perta_fast.runs.unlearn",
     "verify": "perta_fast.runs.verify",
 }

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.evaluation import evaluate
+    from perta_fast.evaluation.run import evaluate
 
     names = ("suite", "data", "split", "forget", "retain", "holdout", "reference", "lm_eval", "max_new_tokens")
     result = evaluate(

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.tuning import tune
+    from perta_fast.tuning.run import tune
 
     options = {name: getattr(parsed, name) for name in _OPTIONS}
     record = tune(parsed.base, parsed.forget, **options, **output_settings(parsed))

@@ -11,7 +11,7 @@ from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
-from perta_fast.evaluation.results import Metric, Reference, averaged
+from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.models.token_scores import TokenScores, score_tokens
@@ -139,7 +139,7 @@ def membership(
     return found
 
 
-def privacy_leakage(found: dict[str, Metric], reference: Reference) -> Metric:
+def privacy_leakage(found: dict[str, Metric], reference: EvaluationFile) -> Metric:
     """PrivLeak from ``membership`` and a gold model's."""
     return Metric(metrics.privacy_leakage(found["mia_min_k"].value, reference.value("mia_min_k")))
 

@@ -15,7 +15,7 @@ from perta_fast.evaluation.examinee import (
     memorisation,
     privacy_leakage,
 )
-from perta_fast.evaluation.results import Metric, Reference
+from perta_fast.evaluation.results import EvaluationFile, Metric
 from perta_fast.models.token_scores import TokenScores
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
@@ -38,7 +38,9 @@ def read_muse(folder: Path) -> dict[str, Rows]:
     return {name: read_rows(folder, name, fields) for name, fields in files.items()}
 
 
-def evaluate_muse(examinee: Examinee, rows: dict[str, Rows], reference: Reference | None) -> dict[str, Metric]:
+def evaluate_muse(
+    examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None
+) -> dict[str, Metric]:
     """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak."""
     for name, each in rows.items():
         examinee.note_file(name, each.path, each.digest, len(each.content))
@@ -59,7 +61,7 @@ def evaluate_muse(examinee: Examinee, rows: dict[str, Rows], reference: Referenc
     return found
 
 
-def check_reference(reference: Reference) -> None:
+def check_reference(reference: EvaluationFile) -> None:
     """Raise InputError unless the gold results have what PrivLeak is measured by."""
     reference.value("mia_min_k")
 

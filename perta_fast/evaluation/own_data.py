@@ -13,7 +13,7 @@ from perta_fast.evaluation.examinee import (
     privacy_leakage,
     probabilities,
 )
-from perta_fast.evaluation.results import Metric, Reference, averaged
+from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.models.token_scores import TokenScores
 
 NEW_TOKENS = 200
@@ -26,7 +26,7 @@ def read_own_data(paths: Mapping[str, Path]) -> Files:
     return {role: (path, *read_data(path)) for role, path in paths.items()}
 
 
-def evaluate_own_data(examinee: Examinee, files: Files, reference: Reference | None) -> dict[str, Metric]:
+def evaluate_own_data(examinee: Examinee, files: Files, reference: EvaluationFile | None) -> dict[str, Metric]:
     """Loss, probability, extraction strength and exact memorisation of each set.
 
     ROUGE-L too where all lines are questions. With a holdout set, the membership scores of the forget set; with

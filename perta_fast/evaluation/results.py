@@ -1,6 +1,5 @@
-"""What an evaluation has found: a table, a JSON file, and reading a gold model's file back."""
+"""The results of an evaluation: as a table, as a JSON file, and read again from such a file."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.evaluation.metrics import mean
 from perta_fast.files.new_file import write_output_file
-from perta_fast.records.typed_json import printable, readable_json
+from perta_fast.files.regular_files import read_json
+from perta_fast.records.typed_json import fits, printable, readable_json
 
 FORMAT_VERSION = 1
 
@@ -59,44 +59,59 @@ class Evaluation:
     def summary(self) -> str:
         """A line a metric, and notes."""
         width = max(map(len, self.metrics))
-        lines = [f"{name:{width}}  {each.value:.4g}" for name, each in self.metrics.items()]
-        for task, found in self.general.items():
-            lines += [f"{task}: {name} {value}" for name, value in found.items()]
+        lines = [f"{name:{width}}  {metric.value:.4g}" for name, metric in self.metrics.items()]
+        for task, numbers in self.general.items():
+            lines += [f"{task}: {name} {value}" for name, value in numbers.items()]
         return printable("\n".join([*lines, *self.notes]))
 
     def save(self, path: Path) -> None:
         """Write JSON; what is not finite becomes null. Raises RunError if the file cannot be written."""
         metrics = {
             name: {
-                "agg_value": each.value,
-                "value_by_index": {str(number): sample for number, sample in enumerate(each.samples)},
+                "agg_value": metric.value,
+                "value_by_index": {str(number): sample for number, sample in enumerate(metric.samples)},
             }
-            for name, each in self.metrics.items()
+            for name, metric in self.metrics.items()
         }
         content = {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
         write_output_file(path, readable_json(_finite(content)))
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A gold model's results, by which forget quality and PrivLeak are measured."""
+class EvaluationFile:
+    """A file that ``perta eval`` or open-unlearning wrote, read again: of a gold model, or for a report.
 
+    metrics: as they stand in the file. model: where the model lay. data_hashes: by data set. The last two are
+    empty in a file of open-unlearning.
+    """
+
+    path: str
     metrics: Mapping[str, Any]
-    origin: str
+    model: str
+    data_hashes: Mapping[str, str]
 
     @classmethod
-    def load(cls, path: str | Path) -> "Reference":
-        """Read a result file of ``perta eval``, or the TOFU_EVAL.json or MUSE_EVAL.json of open-unlearning."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not JSON; give the file that perta eval wrote") from error
+    def read(cls, path: str | Path) -> "EvaluationFile":
+        """Raises InputError unless it is a regular file of this form."""
+        content = read_json(Path(path), "give the file that perta eval wrote")
         metrics = content.get("metrics", content) if isinstance(content, dict) else None
         if not isinstance(metrics, dict):
             raise InputError(f"{path}: is not a file of results; give the one that perta eval wrote")
-        return cls(metrics, str(path))
+        model, data = content.get("model"), content.get("data")
+        hashes = {
+            role: entry["blake3"]
+            for role, entry in (data.items() if isinstance(data, dict) else ())
+            if isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
+        }
+        return cls(str(path), metrics, model if isinstance(model, str) else "", hashes)
+
+    def aggregates(self) -> dict[str, float | None]:
+        """The aggregate of every metric; None for one that is not a finite number."""
+        return {
+            name: float(metric["agg_value"]) if _is_finite(metric["agg_value"]) else None
+            for name, metric in self.metrics.items()
+            if isinstance(metric, dict) and "agg_value" in metric
+        }
 
     def value(self, name: str) -> float:
         """The aggregate of ``name``. Raises InputError if the file has none that is a finite number."""
@@ -106,9 +121,9 @@ class Reference:
         """``key`` of every sample of ``name``. Raises InputError unless there are ``count``, all finite."""
         samples = self._metric(name).get("value_by_index")
         if not isinstance(samples, dict) or len(samples) != count:
-            found = len(samples) if isinstance(samples, dict) else 0
+            length = len(samples) if isinstance(samples, dict) else 0
             raise InputError(
-                f"{self.origin}: has {found} values of {name}, the forget set has {count} samples; "
+                f"{self.path}: has {length} values of {name}, the forget set has {count} samples; "
                 "evaluate the gold model on the same split"
             )
         return [
@@ -117,15 +132,19 @@ class Reference:
         ]
 
     def _metric(self, name: str) -> dict[str, Any]:
-        found = self.metrics.get(name)
-        if not isinstance(found, dict):
-            raise InputError(f"{self.origin}: lacks {name}; evaluate the gold model on the same data")
-        return found
+        metric = self.metrics.get(name)
+        if not isinstance(metric, dict):
+            raise InputError(f"{self.path}: lacks {name}; evaluate the gold model on the same data")
+        return metric
 
     def _number(self, value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"{self.origin}: {name} is not a finite number: {value!r}")
+        if not _is_finite(value):
+            raise InputError(f"{self.path}: {name} is not a finite number: {value!r}")
         return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return fits(value, float) and math.isfinite(value)
 
 
 def _finite(content: Any) -> Any:

@@ -16,7 +16,7 @@ from perta_fast.evaluation.lm_eval_harness import check_harness, general_ability
 from perta_fast.evaluation.muse import check_reference as check_muse_reference
 from perta_fast.evaluation.muse import evaluate_muse, read_muse
 from perta_fast.evaluation.own_data import evaluate_own_data, read_own_data
-from perta_fast.evaluation.results import Evaluation, Metric, Reference
+from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric
 from perta_fast.evaluation.tofu import check_reference as check_tofu_reference
 from perta_fast.evaluation.tofu import evaluate_tofu, read_tofu
 from perta_fast.files.new_file import check_output_file
@@ -76,7 +76,7 @@ def evaluate(
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
     if out is not None:
         check_output_file(Path(out), (".json",), overwrite=overwrite)
-    gold = None if reference is None else Reference.load(reference)
+    gold = None if reference is None else EvaluationFile.read(reference)
     work = _plan(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
     _check_libraries()
     if lm_eval:
@@ -124,7 +124,7 @@ def _plan(
     data: PathLike | None,
     split: str,
     own: dict[str, PathLike | None],
-    gold: Reference | None,
+    gold: EvaluationFile | None,
 ) -> Callable[[Examinee], dict[str, Metric]]:
     """Read and check all data; what is left to do on the model."""
     given = {role: Path(path) for role, path in own.items() if path is not None}

@@ -17,7 +17,7 @@ from perta_fast.evaluation.examinee import (
     privacy_leakage,
     probabilities,
 )
-from perta_fast.evaluation.results import Metric, Reference, averaged
+from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.models.token_scores import TokenScores
 
 SPLITS = ("forget01", "forget05", "forget10")
@@ -52,7 +52,9 @@ def read_tofu(folder: Path, split: str) -> dict[str, Rows]:
     return rows
 
 
-def evaluate_tofu(examinee: Examinee, rows: dict[str, Rows], reference: Reference | None) -> dict[str, Metric]:
+def evaluate_tofu(
+    examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None
+) -> dict[str, Metric]:
     """All metrics of TOFU; with ``reference``, forget quality, and PrivLeak if there is a holdout set."""
     found: dict[str, Metric] = {}
     forget: Scored = []
@@ -69,7 +71,7 @@ def evaluate_tofu(examinee: Examinee, rows: dict[str, Rows], reference: Referenc
     return found
 
 
-def check_reference(reference: Reference, rows: dict[str, Rows]) -> None:
+def check_reference(reference: EvaluationFile, rows: dict[str, Rows]) -> None:
     """Raise InputError unless the gold results have all that will be asked of them."""
     reference.values("forget_truth_ratio", "score", len(rows["forget"].content))
     if "holdout" in rows:
@@ -124,7 +126,7 @@ def _normalised(scores: Sequence[TokenScores], wrong: Sequence[Sequence[float]])
     return averaged("prob", values)
 
 
-def _forget_quality(ratios: Metric, reference: Reference) -> dict[str, Metric]:
+def _forget_quality(ratios: Metric, reference: EvaluationFile) -> dict[str, Metric]:
     gold = reference.values("forget_truth_ratio", "score", len(ratios.samples))
     quality = metrics.forget_quality([sample["score"] for sample in ratios.samples], gold)
     log = math.log10(quality) if quality > 0 else float("nan")  # a p-value below what float64 holds has none

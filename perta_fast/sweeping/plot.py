@@ -1,48 +1,84 @@
-"""The plot of forgetting against retaining."""
+"""The trade-off plot, forgetting against retaining, which sweeps and reports both draw."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.sweeping.criteria import LOSS
 from perta_fast.sweeping.results import Sweep
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PLOT_NAME = "sweep.png"
+DPI = 150
+_LARGEST = 1e6  # a value beyond is no point of a curve
+_LONGEST = 40  # characters of a label
 
 
-def draw(found: Sweep, path: Path) -> bool:
-    """Plot forgetting against retaining, a line a curve; return whether matplotlib is installed."""
+def draw(sweep: Sweep, path: Path) -> bool:
+    """Write the plot of ``sweep`` to ``path``; return whether matplotlib is installed."""
+    curves = {
+        label: [(setting.lam, setting.retain, setting.forget) for setting in [sweep.original, *settings]]
+        for label, settings in sweep.curves().items()
+    }
+    gold = [] if sweep.gold is None else [("gold", (sweep.gold.retain, sweep.gold.forget))]
+    bound = sweep.limit if sweep.metric == LOSS else sweep.floor
     try:
-        from matplotlib.figure import Figure
+        figure = trade_off(curves, gold, sweep.metric, bound)
     except ImportError:
         return False
-    figure = Figure(layout="constrained")
+    figure.savefig(path, dpi=DPI)
+    return True
+
+
+def trade_off(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    points: Sequence[tuple[str, tuple[float, float]]],
+    metric: str = LOSS,
+    bound: float | None = None,
+) -> "Figure":
+    """Draw a line for each curve and a black mark for each point; values that are not finite are left out.
+
+    curves: lam, retain and forget of each setting, by label; the model as it is has lam 0. points: label, then
+    retain and forget. bound: limit on retain, a dashed line. Raises ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    for label, rows in found.curves().items():
-        shown = [row for row in [found.original, *rows] if row.is_finite and not row.skipped]
-        shown.sort(key=lambda row: row.lam)
-        (line,) = axes.plot(
-            [row.retain for row in shown], [row.forget for row in shown], marker=".", label=label
-        )
-        near: dict[str, Any] = {
-            "xytext": (4, 4),
-            "textcoords": "offset points",
-            "fontsize": 7,
-            "color": line.get_color(),
-        }
-        for row in shown:
-            if row.rule:
-                axes.annotate(f"{row.lam:g}", (row.retain, row.forget), **near)
-    points = [("original (λ = 0)", "*", found.original)]
-    if found.gold is not None:
-        points.append(("gold", "P", found.gold))
-    for name, marker, row in points:
-        axes.plot(row.retain, row.forget, marker, color="black", markersize=9, label=name)
-    bound = found.limit if found.metric == LOSS else found.floor
+    for label, settings in curves.items():
+        drawn = sorted(setting for setting in settings if all(map(is_drawable, setting[1:])))
+        retain, forget = [setting[1] for setting in drawn], [setting[2] for setting in drawn]
+        (line,) = axes.plot(retain, forget, marker="o", markersize=4, label=drawable(label))
+        beside: dict[str, Any] = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 7}
+        for lam, x, y in drawn:
+            if lam != 0:
+                axes.annotate(f"{lam:g}", (x, y), color=line.get_color(), **beside)
+    originals = [setting[1:] for settings in curves.values() for setting in settings if setting[0] == 0]
+    marks = [("original (λ = 0)", place) for place in originals[:1]] + list(points)
+    for k, (label, place) in enumerate(marks):
+        if all(map(is_drawable, place)):
+            axes.plot(*place, "*PXDvs"[k % 6], color="black", markersize=10, label=drawable(label))
     if bound is not None:
         axes.axvline(bound, color="gray", linestyle="--", label="limit")
-    axes.legend()
-    unit = " (nats)" if found.metric == LOSS else ""
-    axes.set_xlabel(f"retain {found.metric}{unit}")
-    axes.set_ylabel(f"forget {found.metric}{unit}")
-    figure.savefig(path, dpi=150)
-    return True
+    unit = " (nats)" if metric == LOSS else ""
+    axes.set_xlabel(f"retain {metric}{unit}")
+    axes.set_ylabel(f"forget {metric}{unit}")
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)  # a name may hold a dollar sign
+    return figure
+
+
+def is_drawable(value: float) -> bool:
+    """Whether an axis can hold ``value`` beside ordinary ones."""
+    return math.isfinite(value) and abs(value) <= _LARGEST
+
+
+def drawable(text: str) -> str:
+    """``text`` as a label: short, and without characters that no font has."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    if len(shown) > _LONGEST:  # paths differ at their ends
+        shown = f"{shown[:12]}…{shown[13 - _LONGEST :]}"
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves labels with _ out

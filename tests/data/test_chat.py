@@ -10,7 +10,7 @@ from perta_fast.data.chat import with_chat_settings
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
-from perta_fast.evaluation import evaluate
+from perta_fast.evaluation.run import evaluate
 from tests.support.models import FORGET, llama, tokenizer, write_lines
 
 # As Llama-3.2's: a system turn always, with today's date unless one is given.

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 from transformers import LlamaForCausalLM
 
-from perta_fast import cli
+from perta_fast import Evaluation, cli, evaluate
 from perta_fast.data.batches import Batch
 from perta_fast.data.json_lines import rows_from
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
-from perta_fast.evaluation import Evaluation, evaluate
+from perta_fast.evaluation.results import EvaluationFile
 from perta_fast.models.losses import per_sample_losses
 from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_lines
 
@@ -389,6 +390,21 @@ def test_bad_references(tofu: Path, tmp_path: Path, content: str, message: str) 
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         on_tofu(llama(0), tofu, reference=path)
+
+
+def test_a_reference_that_is_a_pipe(tofu: Path, tmp_path: Path) -> None:
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "gold.json")
+    with pytest.raises(InputError, match=r"gold\.json: cannot be read: Not a regular file"):
+        on_tofu(llama(0), tofu, reference=tmp_path / "gold.json")
+
+
+def test_a_file_written_by_0_1_0() -> None:
+    file = EvaluationFile.read(Path(__file__).with_name("written_by_0_1_0") / "evaluation.json")
+    assert file.model == "/data/base"
+    assert file.data_hashes.keys() == {"forget", "retain"}
+    assert file.value("forget_loss") == file.aggregates()["forget_loss"] == 5.701959860324859
+    assert len(file.values("retain_loss", "avg_loss", 7)) == 7
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,20 @@ def test_the_record_is_read_again(job: Job, tmp_path: Path) -> None:
     assert [[row.lam for row in curve.rows] for curve in curves] == [[-1, 0, 2, 1e40]] * 2
 
 
+def test_a_record_written_by_0_1_0() -> None:
+    """With a skipped setting and one that is not finite."""
+    found = Sweep.read(Path(__file__).with_name("written_by_0_1_0") / "sweep.json")
+    strengths = {name: [(row.lam, row.skipped) for row in rows] for name, rows in found.curves().items()}
+    assert strengths == {
+        "tv": [(1, False), (20, False), (1e38, True)],
+        "fisher": [(1, False), (20, False), (1e38, False)],
+    }
+    assert found.original.retain_loss == 5.735042730967204
+    assert [row.is_finite for row in found.rows] == [True, True, True, False, True, True, False]
+    assert found.gold is not None and found.gold.forget == 5.701959860324859
+    assert found.best is not None and (found.best.rule, found.best.lam) == ("tv", 1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
