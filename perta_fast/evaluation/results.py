@@ -9,7 +9,7 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.evaluation.metrics import mean
 from perta_fast.files.new_file import write_output_file
-from perta_fast.files.regular_files import read_json
+from perta_fast.files.reading import read_json
 from perta_fast.records.typed_json import fits, printable, readable_json
 
 FORMAT_VERSION = 1
