@@ -33,11 +33,17 @@ ITEM_SIZES: Final = {
 }
 
 
-def torch_dtype(name: str) -> "torch.dtype":
-    """torch's type for one of ``KERNEL_CODES``. Imported here, as much of the package does without torch."""
-    import torch
+# torch's names for the types whose values are computed with, or read into a model, here.
+TORCH_NAMES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
+FLOATING: Final = tuple(TORCH_NAMES[name] for name in KERNEL_CODES)
 
-    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[name]
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's type for one of ``TORCH_NAMES``, or for one of their values."""
+    import torch  # here, as much of the package does without it
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES.get(name, name))
+    return dtype
 
 
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:

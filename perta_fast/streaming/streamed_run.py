@@ -16,6 +16,7 @@ import torch
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.data.samples import Sample
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.dtypes import FLOATING
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, write_record
 from perta_fast.files.new_directory import OutputDirectory, partial_path
@@ -80,11 +81,10 @@ class StreamedRun:
 
         Raises InputError if what it left is damaged, or the processes are not as many as those that began it.
         """
-        types = {"float32", "bfloat16", "float16"}
         if (
             not fits(job.stream, StreamSettings)
             or not fits(job.stream["schedule"], Schedule)
-            or job.stream["dtype"] not in types
+            or job.stream["dtype"] not in FLOATING
         ):
             raise InputError(f"{job.final}: the run's description is damaged")
         settings: StreamSettings = job.stream  # type: ignore[assignment]

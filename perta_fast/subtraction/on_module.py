@@ -19,7 +19,7 @@ from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, is_sharded, reshard_, runs
-from perta_fast.dtypes import KERNEL_CODES
+from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, Importance
 from perta_fast.models.held_tensors import Held, held_tensors
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 CHUNK = 1 << 22  # elements: at most 64 MiB of the four sources together
-_STORED_TYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def apply_to_module_(
@@ -182,7 +181,7 @@ class _Source:
         file = checkpoint.file_of(entry)
         # By address, as torch warns of memory that is read-only; nothing here writes to it.
         memory = (ctypes.c_ubyte * entry.size).from_address(file.address + entry.begin)
-        dtype = _STORED_TYPES[KERNEL_CODES[entry.dtype]]
+        dtype = torch_dtype(entry.dtype)
         values = torch.frombuffer(memory, dtype=dtype) if entry.size else torch.empty(0, dtype=dtype)
         return cls(values, entry.shape, where, file, entry.begin)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.dtypes import KERNEL_CODES
+from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.models.stored_names import as_stored
-from perta_fast.streaming.model.stored_weights import TYPES, StoredWeights
+from perta_fast.streaming.model.stored_weights import StoredWeights
 from perta_fast.streaming.model.structure import Structure
 
 
@@ -88,7 +88,7 @@ class Skeleton(Structure):
 def _first_type(checkpoint: Checkpoint) -> torch.dtype:
     """What ``from_pretrained`` takes for the type of a model whose configuration names none."""
     named = (entry.dtype for entry in checkpoint.tensors.values())
-    return next((TYPES[dtype] for dtype in named if dtype in KERNEL_CODES), torch.float32)
+    return next((torch_dtype(dtype) for dtype in named if dtype in KERNEL_CODES), torch.float32)
 
 
 def _fill_buffers(model: nn.Module, device: torch.device, weights: StoredWeights, path: Path) -> None:

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.dtypes import KERNEL_CODES, torch_dtype
+from perta_fast.dtypes import KERNEL_CODES, TORCH_NAMES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.reading import PositionReader
 from perta_fast.models.stored_names import as_stored
-
-TYPES = {name: torch_dtype(name) for name in KERNEL_CODES} | {"I64": torch.int64}
 
 
 @dataclass
@@ -136,9 +134,9 @@ class StoredWeights:
 
     def _entry_like(self, name: str) -> Tensor:
         entry = self._checkpoint.tensors[name]
-        if entry.dtype not in TYPES:
+        if entry.dtype not in TORCH_NAMES:
             raise InputError(f"{self._checkpoint.path}: tensor {name} is {entry.dtype}, not floating point")
-        return torch.empty(entry.shape, dtype=TYPES[entry.dtype], device="meta")
+        return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
 
     def _why_not(self, group: _Group) -> str:
         """What keeps a group's tensors from being joined: an odd one among like ones, or their number."""
@@ -214,7 +212,7 @@ class _OpenFiles:
 
     def read(self, entry: TensorEntry) -> Tensor:
         """A stored tensor in fresh memory, in the type it is stored in."""
-        result = torch.empty(entry.shape, dtype=TYPES[entry.dtype])
+        result = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
         if entry.path not in self._open:
             self._open[entry.path] = self._stack.enter_context(closing(PositionReader(entry.path)))
         buffer = result.view(-1).view(torch.uint8).numpy().data
