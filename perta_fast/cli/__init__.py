@@ -1,4 +1,4 @@
-"""The commands of ``perta``, one a module: ``add`` declares its options, ``run`` calls the package."""
+"""The command line, ``perta``: one module a command, with the table of its options and what it runs."""
 
 from perta_fast.cli.main import main
 

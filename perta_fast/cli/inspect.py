@@ -2,14 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-
-def add(commands: Any) -> None:
-    parser = commands.add_parser("inspect", help="what a checkpoint, importance or run holds")
-    parser.add_argument("path", type=Path, metavar="PATH")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.set_defaults(command=run)
+from perta_fast.cli.options import Command, Option, flag
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -17,3 +11,14 @@ def run(parsed: argparse.Namespace) -> int:
 
     print(describe(parsed.path, every_tensor=parsed.tensors))
     return 0
+
+
+COMMAND = Command(
+    "inspect",
+    "what a checkpoint, importance or run holds",
+    (
+        Option("path", type=Path, metavar="PATH", positional=True),
+        flag("tensors", "list every tensor"),
+    ),
+    run,
+)

@@ -1,11 +1,11 @@
-"""The command line, ``perta``: its commands are in ``commands``, and import what they need when they run."""
+"""The command line, ``perta``. Each command is a module beside this one, with late imports: help is quick."""
 
 import argparse
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 from types import FrameType
@@ -24,14 +24,20 @@ from perta_fast.cli import (
     unlearn,
     verify,
 )
-from perta_fast.cli.recipe_options import RecipeParser
+from perta_fast.cli.recipe_options import add_commands
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory
 
 _INTERRUPTED = 130
 # As the help lists them.
-_COMMANDS = (demo, tune, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
+COMMANDS = tuple(
+    module.COMMAND
+    for module in (
+        *(demo, tune, unlearn, recipe, importance, apply),
+        *(sweep, eval, report, inspect, verify, resume),
+    )
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,14 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
     with ranks.together("the arguments"), _errors_of_one(ranks):
         parsed = _parser().parse_args(arguments)  # which may read a recipe
-        if ranks.world > 1 and not getattr(parsed, "over_ranks", False):
+        if ranks.world > 1 and not parsed.command.over_ranks:
             raise InputError("this command is done by one process; start it without torchrun")
     parsed.group = ranks.group
-    command: Callable[[argparse.Namespace], int] = parsed.command
     if getattr(parsed, "quiet", False) or not ranks.first:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
     with _log_shown(parsed.verbose and ranks.first):
-        status = command(parsed)
+        status: int = parsed.command.run(parsed)
     sys.stdout.flush()
     return status
 
@@ -136,9 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each phase on standard error")
     parser.add_argument("--version", action="version", version=f"perta {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=RecipeParser)
-    for each in _COMMANDS:
-        each.add(commands)
+    add_commands(parser, COMMANDS, "COMMAND")
     return parser
 
 

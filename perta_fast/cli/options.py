@@ -1,65 +1,114 @@
-"""Options that several commands share, and what they come to."""
+"""What a command and its options are, and the options that several commands share.
+
+From these tables come the parser, the keys of a recipe, the arguments of the Python functions and the page
+docs/command-line.md.
+"""
 
 import argparse
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.memory import parse_size
+from perta_fast.records.typed_json import printable
 from perta_fast.rules import RULES
 
 
-def add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint to unlearn")
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="what it was tuned from")
-    parser.add_argument(
-        "--tuned", type=Path, required=True, metavar="DIR", help="the base, tuned on the forget data alone"
-    )
+@dataclass(frozen=True)
+class Option:
+    """One option, or positional argument, of a command.
+
+    name: as the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value
+    from a text; bool makes a flag. negatable: a flag with a form ``--no-`` too. several: takes one or more
+    values. one_of: at most one of the options with the same word here can be given; one must be if they are
+    required.
+    """
+
+    name: str
+    help: str | None = None
+    type: Callable[[str], Any] = str
+    metavar: str | None = None
+    default: Any = None
+    choices: tuple[str, ...] | None = None
+    required: bool = False
+    positional: bool = False
+    negatable: bool = False
+    several: bool = False
+    one_of: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name on the command line and in a recipe."""
+        return self.name.replace("_", "-")
+
+    def add_to(self, target: Any, *, bare: bool = False) -> None:
+        """Declare it to a parser, or a group of one. bare: it is not required and has no default."""
+        name = self.name if self.positional else f"--{self.key}"
+        settings: dict[str, Any] = {"help": self.help, "default": argparse.SUPPRESS if bare else self.default}
+        if self.type is bool:
+            settings["action"] = argparse.BooleanOptionalAction if self.negatable else "store_true"
+        else:
+            settings |= {"type": self.type, "metavar": self.metavar, "choices": self.choices}
+        if self.several:
+            settings |= {"nargs": "+", "action": "extend"}
+        if self.required and not self.one_of and not bare:
+            settings["required"] = True
+        target.add_argument(name, **settings)
 
 
-def add_rule(parser: argparse.ArgumentParser, *, with_lam: bool = True) -> None:
-    parser.add_argument("--rule", choices=RULES, default="fisher", help="how w is found (fisher)")
-    if with_lam:
-        parser.add_argument("--lam", type=float, required=True, metavar="L", help="strength lambda")
-    parser.add_argument("--p", type=float, metavar="P", help="exponent of the importances (the rule's own)")
-    parser.add_argument("--alpha", type=float, default=1.0, metavar="A", help="weight of retaining (1)")
-    parser.add_argument(
-        "--threshold", type=float, metavar="T", help="hard mask: w becomes 1 where w > T, else 0"
-    )
+def flag(name: str, help: str, one_of: str = "", required: bool = False) -> Option:
+    """An option without a value."""
+    return Option(name, help, bool, default=False, one_of=one_of, required=required)
 
 
-def rule_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(parsed, name) for name in ("rule", "lam", "p", "alpha", "threshold")}
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does in a line, its options, and the function that runs it or the commands below it.
+
+    over_ranks: whether torchrun may start it as several processes.
+    """
+
+    name: str
+    help: str
+    options: tuple[Option, ...] = ()
+    run: Callable[[argparse.Namespace], int] | None = None
+    over_ranks: bool = False
+    parts: tuple["Command", ...] = ()
 
 
-def add_stream(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--stream",
-        action="store_true",
-        help="estimate with one decoder layer in memory at a time, for models larger than the memory",
-    )
-    parser.add_argument(
-        "--memory",
-        type=_size,
-        metavar="SIZE",
-        help="what --stream may take of the memory, as in 12GiB; chooses batches and overlap (no limit)",
-    )
-    parser.add_argument(
-        "--device-memory", type=_size, metavar="SIZE", help="what --stream may take of the GPU's (no limit)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what --stream will take, from config.json, and stop"
-    )
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option], *, bare: bool = False) -> None:
+    """Declare ``options`` to ``parser``; see ``Option.add_to``."""
+    groups: dict[str, Any] = {}
+    for option in options:
+        if option.one_of and option.one_of not in groups:
+            groups[option.one_of] = parser.add_mutually_exclusive_group(required=option.required and not bare)
+        option.add_to(groups.get(option.one_of, parser), bare=bare)
 
 
-def memory_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Limits that were given. Raises InputError for an option that means nothing without ``--stream``."""
-    limits = {name: getattr(parsed, name) for name in ("memory", "device_memory")}
-    given = {name: size for name, size in limits.items() if size is not None}
-    if not parsed.stream and (given or parsed.dry_run):
-        option = "dry_run" if parsed.dry_run else next(iter(given))
-        raise InputError(f"--{option.replace('_', '-')} is for streamed runs; add --stream")
-    return given
+def keywords(parsed: argparse.Namespace, without: Container[str] = ()) -> dict[str, Any]:
+    """The options of a command as arguments of the Python function of the same name."""
+    given = {option.name: getattr(parsed, option.name) for option in parsed.command.options}
+    if "quiet" in given:
+        given["progress"] = not given.pop("quiet")
+    if given.get("dtype") is not None:
+        given["dtype"] = torch_dtype(given["dtype"])
+    return {name: value for name, value in given.items() if name not in without}
+
+
+def check_streamed(parsed: argparse.Namespace) -> None:
+    """Raise InputError if an option was given that means nothing without ``--stream``."""
+    given = [key for key in ("dry_run", "memory", "device_memory") if getattr(parsed, key)]
+    if given and not parsed.stream:
+        raise InputError(f"--{given[0].replace('_', '-')} is for streamed runs; add --stream")
+
+
+def finish(summary: str, out: Path, quiet: bool) -> None:
+    """Print what a command has done, unless it is to be quiet."""
+    if not quiet:
+        print(printable(f"{summary}\nwritten to {out}"))
 
 
 def _size(text: str) -> int:
@@ -69,70 +118,51 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_estimation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples at a time (8)")
-    parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens a sample is cut to (the model's limit)"
-    )
-    parser.add_argument("--device", metavar="D", help="cpu or cuda (cuda if there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="type to run in (the checkpoint's)"
-    )
-
-
-def estimation_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    names = ("batch_size", "max_length", "device")
-    return {**{name: getattr(parsed, name) for name in names}, "dtype": _torch_dtype(parsed.dtype)}
-
-
-def add_at(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--at", choices=("base", "model"), default="base", help="where the gradients are taken (base)"
-    )
-
-
-def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-
-
-def output_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    return {"out": parsed.out, "overwrite": parsed.overwrite, "progress": not parsed.quiet}
-
-
-def add_result(parser: argparse.ArgumentParser) -> None:
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", type=Path, metavar="DIR", help="directory to make")
-    place.add_argument("--in-place", action="store_true", help="change the model where it lies")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
-    parser.add_argument(
-        "--link-unchanged", action="store_true", help="link shards that nothing changes instead of copying them"
-    )
-    parser.add_argument(
-        "--drop-cache",
-        action=argparse.BooleanOptionalAction,
-        help="keep what is read and written out of the page cache (for runs larger than half of the memory)",
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads to apply with (all processors)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-
-
-def result_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    names = ("out", "in_place", "overwrite", "link_unchanged", "drop_cache", "threads")
-    return {**{name: getattr(parsed, name) for name in names}, "progress": not parsed.quiet}
-
-
-def _torch_dtype(name: str | None) -> Any:
-    if name is None:
-        return None
-    import torch
-
-    return getattr(torch, name)
-
-
-def finish(summary: str, out: Path, quiet: bool) -> None:
-    from perta_fast.records.typed_json import printable
-
-    if not quiet:
-        print(printable(f"{summary}\nwritten to {out}"))
+CHECKPOINTS = (
+    Option("model", "the checkpoint to unlearn", Path, "DIR", required=True),
+    Option("base", "what it was tuned from", Path, "DIR", required=True),
+    Option("tuned", "the base, tuned on the forget data alone", Path, "DIR", required=True),
+)
+AT = Option("at", "where the gradients are taken (base)", default="base", choices=("base", "model"))
+RULE = Option("rule", "how w is found (fisher)", default="fisher", choices=RULES)
+P = Option("p", "exponent of the importances (the rule's own)", float, "P")
+ALPHA = Option("alpha", "weight of retaining (1)", float, "A", 1.0)
+THRESHOLD = Option("threshold", "hard mask: w becomes 1 where w > T, else 0", float, "T")
+RULE_AND_STRENGTH = (RULE, Option("lam", "strength lambda", float, "L", required=True), P, ALPHA, THRESHOLD)
+STREAM = (
+    flag("stream", "estimate with one decoder layer in memory at a time, for models larger than the memory"),
+    Option(
+        "memory",
+        "what --stream may take of the memory, as in 12GiB; chooses batches and overlap (no limit)",
+        _size,
+        "SIZE",
+    ),
+    Option("device_memory", "what --stream may take of the GPU's (no limit)", _size, "SIZE"),
+    flag("dry_run", "print what --stream will take, from config.json, and stop"),
+)
+BATCH_SIZE = Option("batch_size", "samples at a time (8)", int, "N", 8)
+MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)", int, "N")
+DEVICE = Option("device", "cpu or cuda (cuda if there is one)", metavar="D")
+ESTIMATION = (
+    *(BATCH_SIZE, MAX_LENGTH, DEVICE),
+    Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING),
+)
+# What the estimate of a streamed run depends on.
+FORECAST = ("batch_size", "max_length", "device", "dtype", "memory", "device_memory")
+OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
+QUIET = flag("quiet", "no progress bar, no summary")
+OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET)
+RESULT = (
+    Option("out", "directory to make", Path, "DIR", required=True, one_of="result"),
+    flag("in_place", "change the model where it lies", required=True, one_of="result"),
+    OVERWRITE,
+    flag("link_unchanged", "link shards that nothing changes instead of copying them"),
+    Option(
+        "drop_cache",
+        "keep what is read and written out of the page cache (for runs larger than half of the memory)",
+        bool,
+        negatable=True,
+    ),
+    Option("threads", "threads to apply with (all processors)", int, "N"),
+    QUIET,
+)

@@ -3,11 +3,10 @@
 import argparse
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from perta_fast.cli import unlearn
-from perta_fast.cli.options import rule_settings
-from perta_fast.cli.recipe_options import RecipeParser, alternatives, arguments_from, options_of
+from perta_fast.cli.options import Command, Option, flag
+from perta_fast.cli.recipe_options import alternatives, arguments_from, options_of, parser_of
 from perta_fast.errors import InputError
 from perta_fast.files.new_file import check_output_file, write_output_file
 
@@ -19,22 +18,8 @@ _HEAD = """\
 _WIDTH = 100
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("recipe", help="a whole run as one YAML file: write a template, check one")
-    parts = parser.add_subparsers(required=True, metavar="init|check")
-    init = parts.add_parser("init", help="write a template with every option")
-    init.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to make, ending in .yaml or .yml (standard output)"
-    )
-    init.add_argument("--overwrite", action="store_true", help="replace FILE")
-    init.set_defaults(command=write_template)
-    check = parts.add_parser("check", help="whether a recipe is a whole run, correctly written")
-    check.add_argument("recipe", type=Path, metavar="FILE", help="a YAML file, or the report of a run")
-    check.set_defaults(command=check_recipe)
-
-
 def write_template(parsed: argparse.Namespace) -> int:
-    text = template(unlearn_parser())
+    text = template(unlearn.COMMAND)
     if parsed.out is None:
         print(text, end="")
         return 0
@@ -48,52 +33,67 @@ def check_recipe(parsed: argparse.Namespace) -> int:
     from perta_fast.records.typed_json import printable
     from perta_fast.rules import Rule
 
-    path, parser = parsed.recipe, unlearn_parser()
+    path, command = parsed.recipe, unlearn.COMMAND
     settings = read_recipe(path)
-    arguments = arguments_from(parser, settings, path)
+    arguments = arguments_from(command, settings, path)
     named = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
-    missing = [" or ".join(keys) for keys in required(parser) if named.isdisjoint(keys)]
+    missing = [" or ".join(keys) for keys in required(command) if named.isdisjoint(keys)]
     if missing:
         raise InputError(f"{path}: is not a whole run; it does not say: {', '.join(missing)}")
-    run = rule_settings(parser.parse_args(arguments))
+    run = parser_of(command).parse_args(arguments)
     try:
-        Rule.of(run.pop("rule"), **run)
+        Rule.of(run.rule, run.lam, run.p, run.alpha, run.threshold)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     print(printable(f"{path}: a whole run, {len(settings)} settings"))
     return 0
 
 
-def unlearn_parser() -> argparse.ArgumentParser:
-    """The parser of ``perta unlearn``."""
-    commands = RecipeParser(prog="perta").add_subparsers()
-    unlearn.add(commands)
-    parser: argparse.ArgumentParser = commands.choices["unlearn"]
-    return parser
-
-
-def required(parser: argparse.ArgumentParser) -> list[list[str]]:
+def required(command: Command) -> list[list[str]]:
     """The keys that a whole run needs: one of each list."""
-    single = [[key] for key, action in options_of(parser).items() if action.required]
-    groups = zip(alternatives(parser), parser._mutually_exclusive_groups, strict=True)
-    return single + [keys for keys, group in groups if group.required]
+    needed = {key: option for key, option in options_of(command).items() if option.required}
+    single = [[key] for key, option in needed.items() if not option.one_of]
+    return single + [keys for keys in alternatives(command) if keys[0] in needed]
 
 
-def template(parser: argparse.ArgumentParser) -> str:
-    """A recipe with every option of ``parser`` and its help; those that are required wait for their values."""
-    first = {keys[0] for keys in required(parser)}
-    instead = {key: keys[0] for keys in alternatives(parser) for key in keys[1:]}
+def template(command: Command) -> str:
+    """A recipe with every option of ``command`` and its help; those that are required wait for their values."""
+    first = {keys[0] for keys in required(command)}
+    instead = {key: keys[0] for keys in alternatives(command) for key in keys[1:]}
     entries = []
-    for key, action in options_of(parser).items():
-        help_text = action.help or ""
-        if action.choices is not None:
-            help_text += f": {', '.join(map(str, action.choices))}"
+    for key, option in options_of(command).items():
+        help_text = option.help or ""
+        if option.choices is not None:
+            help_text += f": {', '.join(option.choices)}"
         if key in instead:
             help_text += f", instead of {instead[key]}"
         comment = textwrap.fill(help_text, _WIDTH, initial_indent="# ", subsequent_indent="# ")
         if key in first:
             entries.append(f"{comment}\n{key}:  # required")
         else:
-            value = "false" if action.nargs == 0 else action.default or action.metavar or action.dest.upper()
+            value = "false" if option.type is bool else option.default or option.metavar or option.name.upper()
             entries.append(f"{comment}\n# {key}: {value}")
     return "\n".join([_HEAD, "\n\n".join(entries), ""])
+
+
+COMMAND = Command(
+    "recipe",
+    "a whole run as one YAML file: write a template, check one",
+    parts=(
+        Command(
+            "init",
+            "write a template with every option",
+            (
+                Option("out", "file to make, ending in .yaml or .yml (standard output)", Path, "FILE"),
+                flag("overwrite", "replace FILE"),
+            ),
+            write_template,
+        ),
+        Command(
+            "check",
+            "whether a recipe is a whole run, correctly written",
+            (Option("recipe", "a YAML file, or the report of a run", Path, "FILE", positional=True),),
+            check_recipe,
+        ),
+    ),
+)

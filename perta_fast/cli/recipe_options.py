@@ -1,92 +1,106 @@
-"""``--recipe``: options from a file, whose keys, types and choices are those of the command's own parser."""
+"""``--recipe``: options from a file, whose keys, types and choices are those of the command's own options."""
 
 import argparse
-import copy
 import difflib
 import reprlib
-from argparse import Action, ArgumentParser
-from collections.abc import Collection, Mapping
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perta_fast.cli.options import Command, Option, add_options
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:
     from perta_fast.records.recipe import Setting
 
-_EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", Path: "a path", None: "a text"}
-
-
-def add_recipe(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        metavar="FILE",
-        help="take options from this YAML file, or from the report of a run; those given here come first",
-    )
+RECIPE = Option(
+    "recipe",
+    "take options from this YAML file, or from the report of a run; those given here come first",
+    Path,
+    "FILE",
+)
+_EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", Path: "a path", str: "a text"}
 
 
 class RecipeParser(ArgumentParser):
-    """A parser that reads the file named by ``--recipe``, if it has that option, before it requires others."""
+    """A parser of one command, which reads the file named by ``--recipe`` before it requires other options."""
+
+    command: Command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's own; what the recipe says stands before ``args``. Raises InputError for the file."""
         if any(argument.startswith("--rec") for argument in args or ()):  # any shorter form is ambiguous
             given = self._given(args)
             path = given.pop("recipe", None)
-            if path is not None:
+            if path is not None and "help" not in given:
                 from perta_fast.records.recipe import read_recipe
 
-                args = [*arguments_from(self, read_recipe(path), path, given), *args]
+                args = [*arguments_from(self.command, read_recipe(path), path, given), *args]
         return super().parse_known_args(args, namespace)
 
     def _given(self, args: Collection[str]) -> dict[str, Any]:
         """What ``args`` itself says, by destination: no defaults, and nothing is required."""
-        lenient = copy.deepcopy(self)
-        for action in lenient._actions:
-            action.required, action.default = False, argparse.SUPPRESS
-        for group in lenient._mutually_exclusive_groups:
-            group.required = False
-        found, _ = ArgumentParser.parse_known_args(lenient, list(args))
-        return vars(found)
+        bare = ArgumentParser(self.prog, add_help=False, argument_default=argparse.SUPPRESS)
+        bare.add_argument("-h", "--help", action="store_true")
+        add_options(bare, self.command.options, bare=True)
+        return vars(bare.parse_known_args(list(args))[0])
 
 
-def options_of(parser: ArgumentParser) -> dict[str, Action]:
+def add_commands(parser: ArgumentParser, commands: Iterable[Command], metavar: str) -> None:
+    """Give ``parser`` these commands; what it parses says which was given, as ``command``."""
+    below = parser.add_subparsers(required=True, metavar=metavar, parser_class=RecipeParser)
+    for command in commands:
+        declared = below.add_parser(command.name, help=command.help)
+        declared.command = command
+        declared.set_defaults(command=command)
+        add_options(declared, command.options)
+        if command.parts:
+            add_commands(declared, command.parts, "|".join(part.name for part in command.parts))
+
+
+def parser_of(command: Command) -> RecipeParser:
+    """The parser of one command alone."""
+    parser = RecipeParser(f"perta {command.name}")
+    parser.command = command
+    add_options(parser, command.options)
+    return parser
+
+
+def options_of(command: Command) -> dict[str, Option]:
     """The options that a recipe can have, by key."""
-    return {
-        action.option_strings[0].removeprefix("--"): action
-        for action in parser._actions
-        if action.dest not in ("help", "recipe")
-    }
+    return {option.key: option for option in command.options if option is not RECIPE}
 
 
-def alternatives(parser: ArgumentParser) -> list[list[str]]:
-    """The keys of each group of options of which a run can have only one."""
-    options = options_of(parser)
-    return [
-        [key for key, action in options.items() if action in group._group_actions]
-        for group in parser._mutually_exclusive_groups
-    ]
+def alternatives(command: Command) -> list[list[str]]:
+    """The keys of each set of options of which a run can have only one."""
+    sets: dict[str, list[str]] = {}
+    for option in command.options:
+        if option.one_of:
+            sets.setdefault(option.one_of, []).append(option.key)
+    return list(sets.values())
 
 
 def arguments_from(
-    parser: ArgumentParser, settings: Mapping[str, "Setting"], path: Path, given: Collection[str] = ()
+    command: Command, settings: Mapping[str, "Setting"], path: Path, given: Collection[str] = ()
 ) -> list[str]:
     """The settings of the recipe ``path`` as arguments of a command line, all of them checked.
 
     given: destinations that the command line itself sets, which leaves out those and their alternatives.
     Relative paths begin at the recipe's directory. Raises InputError naming file, line and key.
     """
-    options = options_of(parser)
+    options = options_of(command)
     arguments = {}
     for key, setting in settings.items():
         if key not in options:
             near = difflib.get_close_matches(key, options, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
-            raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of {parser.prog}; {hint}")
+            raise InputError(
+                f"{setting.where}: {reprlib.repr(key)} is no option of perta {command.name}; {hint}"
+            )
         arguments[key] = _argument(key, options[key], setting, path.parent)
-    left_out = {key for key, action in options.items() if action.dest in given}
-    for group in alternatives(parser):
+    left_out = {key for key, option in options.items() if option.name in given}
+    for group in alternatives(command):
         chosen = [key for key in group if arguments.get(key)]
         if len(chosen) > 1:
             raise InputError(f"{settings[chosen[-1]].where}: {chosen[-1]} cannot stand beside {chosen[0]}")
@@ -95,30 +109,30 @@ def arguments_from(
     return [argument for key, argument in arguments.items() if argument and key not in left_out]
 
 
-def _argument(key: str, action: Action, setting: "Setting", folder: Path) -> str:
+def _argument(key: str, option: Option, setting: "Setting", folder: Path) -> str:
     """One argument; empty for a flag that is not set."""
     value, where = setting.value, setting.where
-    if action.nargs == 0:
+    if option.type is bool:
         if not isinstance(value, bool):
             raise InputError(f"{where}: {key} is {reprlib.repr(value)}; it must be true or false")
-        off = action.option_strings[1] if isinstance(action, argparse.BooleanOptionalAction) else ""
-        return action.option_strings[0] if value else off
-    expected = _EXPECTED.get(action.type, f"a value for --{key}")
-    if action.choices is not None:
-        expected = f"one of {', '.join(map(str, action.choices))}"
+        off = f"--no-{key}" if option.negatable else ""
+        return f"--{key}" if value else off
+    expected = _EXPECTED.get(option.type, f"a value for --{key}")
+    if option.choices is not None:
+        expected = f"one of {', '.join(option.choices)}"
     refusal = f"{where}: {key} is {reprlib.repr(value)}; it must be {expected}"
     if isinstance(value, bool):
         raise InputError(f"{refusal}; write it in quotes if it is a name")
     if not value:
         raise InputError(refusal)
-    if action.type is Path:
+    if option.type is Path:
         value = str(folder / value)
     try:
-        converted = action.type(value) if callable(action.type) else value
+        converted = option.type(value)
     except argparse.ArgumentTypeError as error:
         raise InputError(f"{where}: {key}: {error}") from error
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(refusal) from error
-    if action.choices is not None and converted not in action.choices:
+    if option.choices is not None and converted not in option.choices:
         raise InputError(refusal)
     return f"--{key}={value}"

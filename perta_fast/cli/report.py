@@ -2,56 +2,34 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-
-def add(commands: Any) -> None:
-    parser = commands.add_parser("report", help="one HTML page that shows what a run did")
-    parser.add_argument("run", type=Path, metavar="RUN", help="output directory of perta unlearn or apply")
-    parser.add_argument(
-        "--sweep",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="DIR",
-        help="sweeps, for the trade-off curves",
-    )
-    parser.add_argument(
-        "--eval",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="evaluations, a gold model's too",
-    )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines to ask before and after")
-    parser.add_argument(
-        "--show-text", action="store_true", help="put answers, which may be private, on the page"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="file to write")
-    parser.add_argument("--png", type=Path, metavar="DIR", help="the plots as files too")
-    parser.add_argument("--overwrite", action="store_true", help="replace the page and the plots")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    parser.set_defaults(command=run)
+from perta_fast.cli.options import QUIET, Command, Option, flag, keywords
+from perta_fast.records.typed_json import printable
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.records.typed_json import printable
     from perta_fast.reporting import write_page
 
-    write_page(
-        parsed.run,
-        parsed.out,
-        sweeps=parsed.sweep,
-        evaluations=parsed.eval,
-        prompts=parsed.prompts,
-        show_text=parsed.show_text,
-        png=parsed.png,
-        overwrite=parsed.overwrite,
-        progress=not parsed.quiet,
-    )
+    settings = keywords(parsed, without=("sweep", "eval"))
+    write_page(sweeps=parsed.sweep, evaluations=parsed.eval, **settings)
     if not parsed.quiet:
         print(printable(f"written to {parsed.out}"))
     return 0
+
+
+COMMAND = Command(
+    "report",
+    "one HTML page that shows what a run did",
+    (
+        Option("run", "output directory of perta unlearn or apply", Path, "RUN", positional=True),
+        Option("sweep", "sweeps, for the trade-off curves", Path, "DIR", [], several=True),
+        Option("eval", "evaluations, a gold model's too", Path, "FILE", [], several=True),
+        Option("prompts", "JSON lines to ask before and after", Path, "FILE"),
+        flag("show_text", "put answers, which may be private, on the page"),
+        Option("out", "file to write", Path, "PAGE.html", required=True),
+        Option("png", "the plots as files too", Path, "DIR"),
+        flag("overwrite", "replace the page and the plots"),
+        QUIET,
+    ),
+    run,
+)

@@ -2,16 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from perta_fast.cli.options import finish
-
-
-def add(commands: Any) -> None:
-    parser = commands.add_parser("resume", help="finish an interrupted run")
-    parser.add_argument("path", type=Path, metavar="DIR", help="its --out, or the model it changes in place")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    parser.set_defaults(command=run, over_ranks=True)
+from perta_fast.cli.options import QUIET, Command, Option, finish
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -20,3 +12,12 @@ def run(parsed: argparse.Namespace) -> int:
     report = resume(parsed.path, progress=not parsed.quiet, group=parsed.group)
     finish(report.summary(), parsed.path, parsed.quiet)
     return 0
+
+
+COMMAND = Command(
+    "resume",
+    "finish an interrupted run",
+    (Option("path", "its --out, or the model it changes in place", Path, "DIR", positional=True), QUIET),
+    run,
+    over_ranks=True,
+)

@@ -2,80 +2,52 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from perta_fast import compiled
 from perta_fast.cli.options import (
-    add_at,
-    add_checkpoints,
-    add_estimation,
-    add_result,
-    add_rule,
-    add_stream,
-    estimation_settings,
+    AT,
+    CHECKPOINTS,
+    ESTIMATION,
+    FORECAST,
+    RESULT,
+    RULE_AND_STRENGTH,
+    STREAM,
+    Command,
+    Option,
+    check_streamed,
     finish,
-    memory_settings,
-    result_settings,
-    rule_settings,
+    keywords,
 )
-from perta_fast.cli.recipe_options import add_recipe
+from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.records.typed_json import printable
 from perta_fast.rules import Rule
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("unlearn", help="importance on both data sets, then the subtraction")
-    add_recipe(parser)
-    add_checkpoints(parser)
-    parser.add_argument("--forget", type=Path, metavar="FILE", help="JSON lines to forget")
-    parser.add_argument("--retain", type=Path, metavar="FILE", help="JSON lines to keep")
-    add_at(parser)
-    parser.add_argument("--save-importance", type=Path, metavar="DIR", help="keep both importances here")
-    add_stream(parser)
-    add_rule(parser)
-    add_estimation(parser)
-    add_result(parser)
-    parser.set_defaults(command=run, over_ranks=True)
-
-
 def run(parsed: argparse.Namespace) -> int:
-    limits = memory_settings(parsed)
+    check_streamed(parsed)
     if parsed.dry_run:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
             if ranks.first:
-                print(printable(_preview(parsed, limits, ranks.world)))
+                print(printable(_preview(parsed, ranks.world)))
         return 0
     from perta_fast.runs.unlearn import unlearn
 
-    report = unlearn(
-        parsed.model,
-        parsed.base,
-        parsed.tuned,
-        parsed.forget,
-        parsed.retain,
-        at=parsed.at,
-        save_importance=parsed.save_importance,
-        stream=parsed.stream,
-        **limits,
-        **estimation_settings(parsed),
-        **rule_settings(parsed),
-        **result_settings(parsed),
-        group=parsed.group,
-    )
+    report = unlearn(**keywords(parsed, without=("recipe", "dry_run")), group=parsed.group)
     finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
     return 0
 
 
-def _preview(parsed: argparse.Namespace, limits: dict[str, Any], ranks: int) -> str:
+def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     from perta_fast.streaming.forecast.dry_run import preview
 
     estimator = Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
     data = {role: getattr(parsed, role) for role in ("forget", "retain")}
     if estimator is None or None in data.values():
-        raise InputError("--dry-run is of a walk over forget and retain data, by a rule that needs both")
+        raise InputError("--dry-run is for a rule that needs forget and retain data, and for both of these")
+    settings = keywords(parsed)
     return preview(
         parsed.model if parsed.at == "model" else parsed.base,
         data,
@@ -85,6 +57,25 @@ def _preview(parsed: argparse.Namespace, limits: dict[str, Any], ranks: int) -> 
         kept=parsed.save_importance is not None,
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,
-        **estimation_settings(parsed),
-        **limits,
+        **{name: settings[name] for name in FORECAST},
     )
+
+
+COMMAND = Command(
+    "unlearn",
+    "importance on both data sets, then the subtraction",
+    (
+        RECIPE,
+        *CHECKPOINTS,
+        Option("forget", "JSON lines to forget", Path, "FILE"),
+        Option("retain", "JSON lines to keep", Path, "FILE"),
+        AT,
+        Option("save_importance", "keep both importances here", Path, "DIR"),
+        *STREAM,
+        *RULE_AND_STRENGTH,
+        *ESTIMATION,
+        *RESULT,
+    ),
+    run,
+    over_ranks=True,
+)

@@ -1,6 +1,5 @@
 """The commands of ``perta``: the ordinary ways through, and what surrounds them."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perta_fast import cli
-from perta_fast.cli import inspect
 from perta_fast.records.report import Report
+from perta_fast.runs import inspect
 from tests.support.checkpoints import fingerprint, read_checkpoint
 from tests.support.children import perta
 from tests.support.inputs import weights
@@ -272,10 +271,10 @@ def test_what_goes_wrong_in_a_command_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(_: argparse.Namespace) -> int:
+    def fail(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(inspect, "run", fail)
+    monkeypatch.setattr(inspect, "describe", fail)
     assert run("inspect", ".") == status
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -284,10 +283,10 @@ def test_what_goes_wrong_in_a_command_is_one_line(
 
 
 def test_a_defect_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: argparse.Namespace) -> int:
+    def fail(*_: object, **__: object) -> str:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(inspect, "run", fail)
+    monkeypatch.setattr(inspect, "describe", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         run("inspect", ".")
 

@@ -78,7 +78,7 @@ def test_the_lines_in_the_documentation() -> None:
             launches += 1
         if words and words[0] == "perta":
             parsed = _parser().parse_args(words[1:])
-            assert parsed.over_ranks
+            assert parsed.command.over_ranks
     assert launches >= 3
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from perta_fast import Report, apply, cli, unlearn
-from perta_fast.cli.recipe import unlearn_parser
 from perta_fast.cli.recipe_options import options_of
+from perta_fast.cli.unlearn import COMMAND
 from perta_fast.records.recipe import as_recipe
 from perta_fast.runs import unlearn as unlearning
 from tests.support.inputs import write_inputs
@@ -52,10 +52,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """What the command asks of ``unlearn``, which does nothing."""
     found: Asked = {}
 
-    def note(*checkpoints_and_data: Path, **settings: Any) -> Report:
-        names = ("model", "base", "tuned", "forget", "retain")
+    def note(**settings: Any) -> Report:
         found.clear()
-        found.update(zip(names, checkpoints_and_data, strict=True), **settings)
+        found.update(settings)
         return Report("tv", 1.0, 1.0, 1.0, None, {})
 
     monkeypatch.setattr(unlearning, "unlearn", note)
@@ -343,12 +342,12 @@ def test_the_keys_are_the_options_that_the_help_lists(capsys: pytest.CaptureFixt
 
 
 def test_every_argument_of_the_function_is_an_option_and_every_path_is_made_absolute() -> None:
-    options = options_of(unlearn_parser())
+    options = options_of(COMMAND)
     names = [name for name in inspect.signature(unlearn).parameters if name != "progress"]
     recorded = as_recipe({name: Path("here") for name in names})
     assert recorded.keys() <= options.keys()
     absolute = {key for key, value in recorded.items() if value == str(Path.cwd() / "here")}
-    assert absolute == {key for key, action in options.items() if action.type is Path}
+    assert absolute == {key for key, option in options.items() if option.type is Path}
 
 
 def test_the_template_is_a_recipe_once_it_is_filled(
