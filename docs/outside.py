@@ -5,7 +5,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-_PAGES = ("CHANGELOG.md", "bench/RESULTS.md")
+_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "bench/RESULTS.md")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -17,5 +17,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The links that lead up out of docs/."""
-    return markdown.replace("](../", "](")
+    """Links out of docs/ and into it: the site has one top."""
+    return markdown.replace("](../", "](").replace("](docs/", "](")

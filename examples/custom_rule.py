@@ -49,4 +49,4 @@ with tiny_job() as folder:
         for role in ("forget", "retain")
     }
     apply(folder, "plain", plain)
-    apply(folder, "smoothed", {role: smoothed(each) for role, each in plain.items()})
+    apply(folder, "smoothed", {role: smoothed(importance) for role, importance in plain.items()})

@@ -41,7 +41,7 @@ def test_runs(name: str, finished: "dict[str, subprocess.CompletedProcess[str]]"
     found = {label: (float(forget), float(retain)) for label, forget, retain in LOSSES.findall(done.stdout)}
     if found:
         assert_forgotten(found)
-    assert found or name in ("streaming", "sweep")
+    assert found or name in ("streaming", "sweep", "custom_operation")
 
 
 def test_streaming_gives_the_same_bytes(finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
@@ -52,3 +52,17 @@ def test_the_sweep_finds_a_strength(finished: "dict[str, subprocess.CompletedPro
     found = re.search(r"lambda ([\d.]+) raises the forget loss", finished["sweep"].stdout)
     assert found is not None
     assert float(found[1]) > 0.5
+
+
+def test_an_operation_of_ones_own_gives_the_bits_of_its_reference(
+    finished: "dict[str, subprocess.CompletedProcess[str]]",
+) -> None:
+    assert finished["custom_operation"].stdout.count("the kernel gives the bits of the reference") == 3
+
+
+def test_a_family_of_ones_own_gives_the_same_streamed(
+    finished: "dict[str, subprocess.CompletedProcess[str]]",
+) -> None:
+    found = re.search(r"largest difference between the two ways: (\S+)", finished["custom_family"].stdout)
+    assert found is not None
+    assert float(found[1]) <= 1e-5

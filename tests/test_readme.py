@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README, run as printed on small checkpoints."""
+"""Every command and every piece of Python in the README, and the commands of one guide, run as printed."""
 
 import re
 import shutil
@@ -10,10 +10,12 @@ import pytest
 
 from tests.support.models import write_job
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^ *```(sh|python)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-SHELL = [block for kind, block in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == "sh"]
-PYTHON = [block for kind, block in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == "python"]
+PAGES = ("README.md", "docs/interrupted.md")  # in this order: the second goes on with what the first has made
+BLOCKS = [block for page in PAGES for block in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))]
+SHELL = [block for kind, block in BLOCKS if kind == "sh"]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,8 @@ def test_commands(block: str, folder: Path) -> None:
     for command in commands(block):
         program, *arguments = command.split()
         if program == "make":  # run by .ci/run on a clean clone
-            assert f"{arguments[0]}:" in (README.parent / "Makefile").read_text()
-            assert f"make {arguments[0]}" in (README.parent / ".ci" / "run").read_text()
+            assert f"{arguments[0]}:" in (ROOT / "Makefile").read_text()
+            assert f"make {arguments[0]}" in (ROOT / ".ci" / "run").read_text()
             continue
         assert program == "perta", command
         done = subprocess.run(
