@@ -16,6 +16,8 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links out of docs/ and into it: the site has one top."""
-    return markdown.replace("](../", "](").replace("](docs/", "](")
+    if not page.file.src_uri.startswith("guides/"):  # from there, .. leads to docs/ itself
+        markdown = markdown.replace("](../", "](")
+    return markdown.replace("](docs/", "](")

@@ -29,7 +29,16 @@ def test_a_source_distribution_holds_every_room(tmp_path: Path) -> None:
     listed = set(map(Path, (tmp_path / "perta_fast.egg-info" / "SOURCES.txt").read_text().splitlines()))
     for room in ("csrc", "kernels", "perta_fast", "tests", "bench", "docs", "examples"):
         assert {room / path for path in files(ROOT / room)} - listed == set()
-    for name in ("Makefile", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "setup.py", ".ci/run"):
+    for name in (
+        "Makefile",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "setup.py",
+        ".ci/run",
+    ):
         assert Path(name) in listed
 
 

@@ -26,11 +26,11 @@ class Answers:
 
 def read_prompts(path: str | Path) -> list[Row]:
     """Questions with their answers. Raises InputError naming the line of any other sample."""
-    records = load_rows(path)
-    for record in records:
-        if "question" not in record.content:
-            raise InputError(f'{record.where}: has no "question" to ask')
-    return records
+    rows = load_rows(path)
+    for row in rows:
+        if "question" not in row.content:
+            raise InputError(f'{row.where}: has no "question" to ask')
+    return rows
 
 
 def answer_prompts(report: Report, run: Path, prompts: list[Row], progress: Progress) -> Answers:
@@ -43,8 +43,8 @@ def answer_prompts(report: Report, run: Path, prompts: list[Row], progress: Prog
     before = report.inputs.get("model")
     why = "the report names none" if before is None else why_not_as_recorded(before)
     return Answers(
-        [record.content["question"] for record in prompts],
-        [record.content["answer"] for record in prompts],
+        [row.content["question"] for row in prompts],
+        [row.content["answer"] for row in prompts],
         [] if before is None or why else _ask(Path(before["path"]), prompts, "before", progress),
         _ask(run, prompts, "after", progress),
         why,

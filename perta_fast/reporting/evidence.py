@@ -1,21 +1,18 @@
 """What a page rests on beside the run's own report: sweeps, evaluations, and directories still as they were."""
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from perta_fast.errors import InputError, RunError
+from perta_fast.evaluation.results import EvaluationFile
 from perta_fast.files.hashing import hash_files
-from perta_fast.files.reading import exists, read_json
+from perta_fast.files.reading import exists
 from perta_fast.records.report import DirectoryRecord
-from perta_fast.records.typed_json import fits
+from perta_fast.sweeping.plot import is_drawable
 from perta_fast.sweeping.results import FILE_NAME as SWEEP
 from perta_fast.sweeping.results import ScoredSetting, Sweep
-
-_LARGEST_LOSS = 1e6  # nats; what lies beyond is no point of a curve
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,14 @@ class Scores:
     path: Path
     model: str
     values: dict[str, float | None]
-    hashes: dict[str, str]
+    hashes: Mapping[str, str]
 
     def point(self) -> tuple[float, float] | None:
         """Retain and forget loss, if both are there."""
         retain, forget = self.values.get("retain_loss"), self.values.get("forget_loss")
-        return (retain, forget) if is_loss(retain) and is_loss(forget) else None
-
-
-def is_loss(value: float | None) -> TypeGuard[float]:
-    """Whether ``value`` can be drawn."""
-    return value is not None and math.isfinite(value) and abs(value) <= _LARGEST_LOSS
+        if retain is None or forget is None or not (is_drawable(retain) and is_drawable(forget)):
+            return None
+        return retain, forget
 
 
 def read_curves(directories: Sequence[str | Path]) -> list[Curve]:
@@ -81,7 +75,7 @@ def read_scores(paths: Sequence[str | Path]) -> list[Scores]:
 
 def data_hashes(sweep: Sweep) -> dict[str, str]:
     """The hash of each data set that a sweep was scored on."""
-    return {role: found["blake3"] for role, found in sweep.data.items()}
+    return {role: data["blake3"] for role, data in sweep.data.items()}
 
 
 def why_not_as_recorded(record: DirectoryRecord) -> str | None:
@@ -103,33 +97,19 @@ def why_not_as_recorded(record: DirectoryRecord) -> str | None:
 
 
 def _read_scores(path: Path, label: str) -> Scores:
-    content = read_json(path, "give a file that perta eval wrote")
-    metrics = content.get("metrics", content) if isinstance(content, dict) else None
-    if not isinstance(metrics, dict):
-        raise InputError(f"{path}: is not a file of results; give the one that perta eval wrote")
-    values = {
-        name: _finite(found["agg_value"])
-        for name, found in metrics.items()
-        if isinstance(found, dict) and "agg_value" in found
-    }
+    file = EvaluationFile.read(path)
+    values = file.aggregates()
     if not values:
         raise InputError(f"{path}: has no metric; give the file that perta eval wrote")
-    model, data = content.get("model"), content.get("data")
-    hashes = {
-        role: found["blake3"]
-        for role, found in (data.items() if isinstance(data, dict) else ())
-        if isinstance(found, dict) and isinstance(found.get("blake3"), str)
-    }
-    return Scores(label, path, model if isinstance(model, str) else "", values, hashes)
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if fits(value, float) and math.isfinite(value) else None
+    return Scores(label, path, file.model, values, file.data_hashes)
 
 
 def distinct(labels: list[str], paths: list[Path]) -> list[str]:
     """Each label, with as much of its file's directory as sets it apart where others have it too."""
-    alike = {label: [paths[k].parent for k, each in enumerate(labels) if each == label] for label in labels}
+    alike = {
+        label: [path.parent for path, other in zip(paths, labels, strict=True) if other == label]
+        for label in labels
+    }
     return [
         label if len(alike[label]) == 1 else f"{label} ({_tail(path.parent, alike[label])})"
         for label, path in zip(labels, paths, strict=True)
@@ -139,7 +119,7 @@ def distinct(labels: list[str], paths: list[Path]) -> list[str]:
 def _tail(directory: Path, others: Sequence[Path]) -> Path:
     """The fewest last parts of ``directory`` that no other one ends in; all where that is not enough."""
     for count in range(1, len(directory.parts)):
-        tails = [each.parts[-count:] for each in others]
+        tails = [other.parts[-count:] for other in others]
         if tails.count(directory.parts[-count:]) == 1:
             return Path(*directory.parts[-count:])
     return directory

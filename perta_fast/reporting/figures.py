@@ -10,15 +10,15 @@ import numpy as np
 
 from perta_fast.errors import InputError
 from perta_fast.records.report import TensorReport
-from perta_fast.reporting.evidence import Curve, is_loss
+from perta_fast.reporting.evidence import Curve
 from perta_fast.reporting.tensor_places import WeightGrid, place_of
 from perta_fast.reporting.weight_distribution import BINS, Distribution
+from perta_fast.sweeping import plot
+from perta_fast.sweeping.plot import DPI, drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DPI = 150
-_LONGEST = 40  # characters of a label
 _TICKS = 40  # labels beside one axis
 STACKS = 4  # stacks of layers in one figure
 _CHANGES = (1e-12, 1e12)  # relative changes that an axis can hold
@@ -41,30 +41,10 @@ def check_matplotlib() -> None:
 
 def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, float]]]) -> Plot:
     """Forget loss against retain loss: a line a curve, and ``points``, each a label and (retain, forget)."""
-    figure = _figure(6.4, 4.8)
-    axes = figure.subplots()
-    for curve in curves:
-        rows = [row for row in curve.rows if is_loss(row.retain_loss) and is_loss(row.forget_loss)]
-        retain, forget = [row.retain_loss for row in rows], [row.forget_loss for row in rows]
-        (line,) = axes.plot(retain, forget, marker="o", markersize=4, label=_label(curve.label))
-        near: dict[str, Any] = {
-            "xytext": (3, 4),
-            "textcoords": "offset points",
-            "fontsize": 7,
-            "color": line.get_color(),
-        }
-        for row in rows:
-            if row.lam != 0:
-                axes.annotate(f"{row.lam:g}", (row.retain_loss, row.forget_loss), **near)
-    original = curves[0].sweep.original
-    marked = [("original (λ = 0)", (original.retain_loss, original.forget_loss))]
-    for k, (label, place) in enumerate(marked + list(points)):
-        if all(map(is_loss, place)):
-            axes.plot(*place, "*PXDvs"[k % 6], color="black", markersize=10, label=_label(label))
-    axes.set_xlabel("retain loss (nats)")
-    axes.set_ylabel("forget loss (nats)")
-    for text in axes.legend().get_texts():
-        text.set_parse_math(False)  # a name may hold a dollar sign
+    figure = plot.trade_off(
+        {curve.label: [(row.lam, row.retain_loss, row.forget_loss) for row in curve.rows] for curve in curves},
+        points,
+    )
     caption = "Forget loss (higher is more forgotten) against retain loss (lower is better kept), λ beside it."
     return Plot("trade-off", caption, _png(figure))
 
@@ -76,24 +56,24 @@ def weight_maps(grids: Sequence[WeightGrid]) -> Plot:
     panels = figure.subplots(len(grids), squeeze=False, height_ratios=heights)[:, 0]
     for axes, grid in zip(panels, grids, strict=True):
         drawn = axes.imshow(grid.rows, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        kinds = [_label(kind) for kind in grid.kinds]
+        kinds = [drawable(kind) for kind in grid.kinds]
         axes.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=8, parse_math=False)
         step = -(-len(grid.layers) // _TICKS)
         shown = range(0, len(grid.layers), step)
         axes.set_yticks(shown, [str(grid.layers[k]) for k in shown], fontsize=8)
         axes.set_ylabel("layer")
-        axes.set_title(_label(grid.stack), fontsize=9, parse_math=False)
+        axes.set_title(drawable(grid.stack), fontsize=9, parse_math=False)
     figure.colorbar(drawn, ax=panels, label="mean w")
     return Plot(
         "weights-by-layer", "Mean w by layer and kind of module: 1 subtracts all, 0 nothing.", _png(figure)
     )
 
 
-def weight_histogram(found: Distribution) -> Plot:
+def weight_histogram(distribution: Distribution) -> Plot:
     """How many parameters have which w."""
     figure = _figure(6.4, 3.6)
     axes = figure.subplots()
-    axes.stairs(100 * found.counts / max(found.total, 1), np.linspace(0, 1, BINS + 1), fill=True)
+    axes.stairs(100 * distribution.counts / max(distribution.total, 1), np.linspace(0, 1, BINS + 1), fill=True)
     axes.axvline(0.5, color="gray", linestyle="--")
     axes.set_xlim(0, 1)
     axes.set_xlabel("w")
@@ -117,7 +97,7 @@ def relative_changes(tensors: Sequence[TensorReport]) -> Plot | None:
         dots = [(layer, change) for layer in numbers for change in layers[layer]]
         (drawn,) = axes.plot(*zip(*dots, strict=True), ".", alpha=0.5)
         medians = [float(np.median(layers[layer])) for layer in numbers]
-        axes.plot(numbers, medians, color=drawn.get_color(), label=_label(stack))
+        axes.plot(numbers, medians, color=drawn.get_color(), label=drawable(stack))
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("relative change")
@@ -140,13 +120,5 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
-
-
-def _label(text: str) -> str:
-    """``text``, short and drawable: fonts have no glyph for what cannot be printed."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
-    if len(shown) > _LONGEST:  # paths differ at their ends
-        shown = f"{shown[:12]}…{shown[13 - _LONGEST :]}"
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves labels with _ out

@@ -41,7 +41,7 @@ def place_of(name: str) -> Place | None:
     parts = name.split(".")
     for k, part in enumerate(parts[1:-1], start=1):
         if _is_number(part):
-            kind = ".".join("*" if _is_number(each) else each for each in parts[k + 1 :])
+            kind = ".".join("*" if _is_number(later) else later for later in parts[k + 1 :])
             return Place(".".join(parts[:k]), int(part), kind.removesuffix(".weight"))
     return None
 

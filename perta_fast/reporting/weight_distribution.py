@@ -50,10 +50,10 @@ def distribution(report: Report, progress: Progress) -> Distribution | str:
         if reason := why_not_as_recorded(record):
             keep = " (perta unlearn keeps importances with --save-importance)" if "kept" in record else ""
             return reason + keep
-        found = Checkpoint.open(record["path"], STEM)
-        if strangers := [name for name in found.shards if name not in record["files"]]:
-            return f"{found.path / strangers[0]} was not there when the run was made"
-        opened.append(found)
+        importance = Checkpoint.open(record["path"], STEM)
+        if strangers := [name for name in importance.shards if name not in record["files"]]:
+            return f"{importance.path / strangers[0]} was not there when the run was made"
+        opened.append(importance)
     return _count(report, rule, opened, progress)
 
 
@@ -61,7 +61,7 @@ def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: 
     from perta_fast.ops import reference
 
     pairs = [
-        [_entry(each, row.name, row.shape) for each in importances]
+        [_entry(importance, row.name, row.shape) for importance in importances]
         for row in report.tensors
         if row.mean_weight is not None
     ]
