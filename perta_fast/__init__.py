@@ -2,7 +2,7 @@
 
     theta_out = theta_full - lam * w * (theta_f - theta_0),   w = I_f^p / (I_f^p + alpha * I_r^p)
 
-Names are imported on first use, so that what needs no torch does not wait for it.
+Names are imported at first use: what does not need torch does not wait for it.
 """
 
 import logging
@@ -73,7 +73,7 @@ __all__ = [
     "verify",
 ]
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is logged is for whoever asks for it
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program sets up logging
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The compiled extension, loaded once, with a clear word if it is not there."""
+"""The compiled extension: loaded once; if it is missing, the message says what to do."""
 
 from functools import cache
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What can go wrong, in two kinds: the caller's input, and the run itself."""
+"""The errors of this package: bad input, and a run that fails."""
 
 import errno
 
@@ -20,21 +20,21 @@ class RunError(PertaError, RuntimeError):
 
 
 class NotFiniteError(RunError):
-    """The arithmetic's own result is at fault: running again would meet it again."""
+    """The result would not be finite. Another attempt gives the same error, so there is nothing to resume."""
 
 
 class RankLost(RunError):
-    """Another process of the same run is gone; what it had to say, it said itself."""
+    """Another process of the same run has ended. It has reported its own error, so this one is not shown."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by the user with work done that can be taken up again; its text says how."""
+    """Stopped by the user, with work done that can be resumed; its text says how."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has a type of its own for that on devices, and none on the host."""
-    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
-    return isinstance(error, MemoryError) or named
+    """Whether memory ran out. For this torch has an error type on devices, and only a message on the host."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def advice(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""Memory: what this process takes, what is free, and byte counts as people write and read them."""
+"""Memory: what this process takes, what is free, and sizes as text."""
 
 import contextlib
 import ctypes
@@ -78,29 +78,29 @@ class PeakMemory:
 
 
 def available_bytes() -> int | None:
-    """What this process may still take: what the system has, or its control group leaves; None if unknown."""
+    """Bytes that this process can still take, by the system and its control groups; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        limits = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
         groups = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
     own = next((line[3:] for line in groups if line.startswith("0::")), "/")
     folder = Path("/sys/fs/cgroup") / own.lstrip("/")
-    for place in (folder, *folder.parents[: len(Path(own).parts) - 1]):  # a limit holds for all below
+    for group in (folder, *folder.parents[: len(Path(own).parts) - 1]):  # a limit holds for all groups below
         try:
-            limit = (place / "memory.max").read_text().strip()
+            limit = (group / "memory.max").read_text().strip()
             if limit != "max":
-                found.append(int(limit) - int((place / "memory.current").read_text()))
+                limits.append(int(limit) - int((group / "memory.current").read_text()))
         except (OSError, ValueError):
             continue
-    return max(0, min(found)) if found else None
+    return max(0, min(limits)) if limits else None
 
 
 def return_freed_blocks() -> None:
-    """Have the C library give freed blocks of a MiB and more back to the system at once, where it can be told.
+    """Tell glibc to give freed blocks of a MiB and more back to the system at once.
 
-    glibc keeps up to 32 MiB of each size it has seen, so that a process holds more than what lives in it.
+    It would keep up to 32 MiB of each size that it has seen. Other C libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
@@ -108,17 +108,17 @@ def return_freed_blocks() -> None:
 
 def parse_size(text: str) -> int:
     """Bytes of "12GiB", "500MB", "1.5 GB" or a plain number. Raises InputError for anything else, or for 0."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in _UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
         raise InputError(f"{text!r} is not a size; write it like 12GiB, 500MB or 1.5 GB")
-    size = int(float(found[1]) * _UNITS[found[2]])
+    size = int(float(match[1]) * _UNITS[match[2]])
     if size < 1:
-        raise InputError(f"{text!r} is no room at all; give at least one byte")
+        raise InputError(f"{text!r} is less than one byte; give a larger size")
     return size
 
 
 def format_size(count: float) -> str:
-    """Three figures and a decimal unit."""
+    """``count`` bytes with three digits and a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""The phases of a run: a bar or a callback while each lasts, and a line in the log where it begins and ends."""
+"""The phases of a run: a bar or a callback during each, and a line in the log at its start and end."""
 
 import logging
 import threading
@@ -21,13 +21,13 @@ Unit = Literal["B", "sample", "step"]
 class Event:
     """How far one phase of a run has come: what ``progress`` is called with, if it is a callable.
 
-    phase: what is being done, in a few words. done, total: bytes ("B") read and written, samples, or steps,
-    which are samples times the parts of a streamed model that each is run through.
+    phase: what is being done, in a few words. done, total: bytes ("B") read and written, samples, or steps: one
+    sample through one part of a streamed model.
 
-    A callable is told when a phase begins, at most ten times a second while it goes on, and when it is done:
-    one call at a time, not always from the thread that started the run. What it raises stops the run as Ctrl-C
-    would, with the same work left to resume, and comes out of the function that was called (an OSError as the
-    cause of a RunError).
+    It is called when a phase begins, at most ten times a second during it, and when it is done: one call at a
+    time, not always from the thread that started the run. What it raises stops the run as Ctrl-C does, with the
+    same work left to resume, and is raised by the function that was called (an OSError as the cause of a
+    RunError).
     """
 
     phase: str
@@ -48,7 +48,7 @@ class Bar:
         self._tell = progress if callable(progress) else None
         self._told = self._started = 0.0
         self._lock = threading.Lock()
-        from tqdm.auto import tqdm  # which reads its environment, that --quiet sets, when it is imported
+        from tqdm.auto import tqdm  # here: when imported it reads the environment, which --quiet sets
 
         self._drawn = tqdm(
             total=total,
@@ -56,7 +56,7 @@ class Bar:
             desc=phase,
             unit=unit,
             unit_scale=unit == "B",
-            disable=None if progress and self._tell is None else True,  # None: where somebody looks
+            disable=None if progress and self._tell is None else True,  # None: only on a terminal
         )
 
     def __enter__(self) -> "Bar":
@@ -87,7 +87,7 @@ class Bar:
                 self._report()
 
     def reset(self) -> None:
-        """Begin again at nothing."""
+        """Start again from 0."""
         with self._lock:
             self._done = 0
             self._drawn.reset()
@@ -97,7 +97,7 @@ class Bar:
             self._told = time.monotonic()
             try:
                 self._tell(Event(self._phase, self._done, self._total, self._unit))
-            except OSError as error:  # which would be taken for one of the files at hand
+            except OSError as error:  # or it would be taken for an error of a file of the run
                 raise RunError(f"progress: the callback failed: {error}") from error
 
     def _amount(self, count: int) -> str:

@@ -28,11 +28,11 @@ _Unfinished = Literal["in place", "directory", "sweep", "all but its end"]
 def resume(
     directory: str | Path, *, progress: Progress = True, group: "ProcessGroup | None" = None
 ) -> Report | Sweep:
-    """Take an unfinished run or sweep up again; a run's result is that of an uninterrupted one, bit for bit.
+    """Finish a run or sweep that was stopped; a run's result is that of an uninterrupted one, bit for bit.
 
     directory: what was given as ``out``, or the model of an in-place run. progress: as in ``apply``. group: the
-    processes that finish it, as there: any number of them, or as many as began it if it is streamed. Returns
-    the report, or what the sweep has found. Raises InputError if there is nothing to finish, or an input is no
+    processes that finish it, as there: any number, but for a streamed run as many as began it. Returns the
+    report, or what the sweep has found. Raises InputError if there is nothing to finish, or an input is no
     longer what it was (nothing is written then), RunError if the run fails again.
     """
     ranks = Ranks.of(group)

@@ -1,7 +1,7 @@
-"""LoRA adapters as peft saves them (arXiv 2106.09685): a task vector of which only factors are stored.
+"""LoRA adapters as peft saves them (arXiv 2106.09685): a task vector that is stored as factors.
 
-Peft itself is not needed. What an adapter adds to a matrix is scale * B @ A; the products are formed where they
-are subtracted, a block at a time.
+Peft itself is not needed. An adapter adds scale * B @ A to a matrix; the product is formed where it is
+subtracted, a chunk at a time.
 """
 
 import math
@@ -29,8 +29,7 @@ Matrix = np.ndarray[Any, np.dtype[np.float32]]
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
 _WRAPPED = ".base_layer."  # how peft calls the layer that it adds to
-# Settings of peft that say how the adapter was made or where it goes, not what its values mean; and those that
-# are understood here.
+# Settings of peft that do not change what the factors mean, and those that are understood here.
 _HARMLESS = frozenset(
     {
         "alpha_pattern",

@@ -38,8 +38,8 @@ class Checkpoint:
         """Open ``path``, a directory with ``{stem}.safetensors`` or ``{stem}.safetensors.index.json``.
 
         Reads headers only. Raises InputError, naming file and tensor, for whatever is missing, malformed,
-        truncated, pickled, or outside the directory, and for a model that an in-place run has left half done.
-        unfinished: open even that. index: the index lies here instead.
+        truncated, pickled, or outside the directory, and for a model with an unfinished in-place run.
+        unfinished: open even that. index: the path of the index, if it is not in ``path``.
         """
         path = Path(path)
         try:

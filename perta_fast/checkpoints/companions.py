@@ -1,4 +1,4 @@
-"""The files beside the weights: config, tokenizer, generation config, code."""
+"""The files beside the weights."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Quantised checkpoints: recognised, and refused with the command that makes float weights of them.
+"""Quantised checkpoints: recognised, and refused with the command that converts them to float weights.
 
-The layouts are those that transformers 5 loads (``serialized_names`` in its quantizers). Nothing else would
-stop a subtraction on them: the integers look like counters, and the scales like weights.
+The layouts are those that transformers 5 loads (``serialized_names`` in its quantizers). Without this
+check a subtraction would run on them: the integers look like counters, and the scales like weights.
 """
 
 from collections.abc import Mapping
@@ -102,7 +102,7 @@ def refuse_quantised_module(module: object) -> None:
 
 
 def _configured(path: Path) -> str | None:
-    """The method that config.json names; a damaged one is for others to complain of."""
+    """The method that config.json names; an unreadable one is reported elsewhere."""
     try:
         config = read_json(path / "config.json")
     except InputError:

@@ -1,8 +1,8 @@
 """One safetensors file: its header checked, its data mapped.
 
 The format (huggingface/safetensors): eight bytes with the header's length, a JSON header that gives each
-tensor's type, shape and byte range, then the data without holes. The package's own reader is used instead of
-the library's because the subtraction works on byte ranges and must neither copy nor import torch.
+tensor's type, shape and byte range, then the data without holes. The package has its own
+reader because the subtraction works on byte ranges, without a copy and without torch.
 """
 
 import json
@@ -50,7 +50,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A checked header; the data is mapped on first use and never read before it is asked for."""
+    """A checked header; the data is mapped at first use."""
 
     path: Path
     size: int

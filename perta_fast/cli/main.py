@@ -43,14 +43,14 @@ COMMANDS = tuple(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 the run failed, 2 bad arguments or bad input.
 
-    Under torchrun every process calls this, and does its part of the command.
+    Under torchrun every process calls this and does its part of the command.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     launch = Launch()
     try:
         with launch.joined() as ranks, _output_of_one(ranks):
             return _run(arguments, ranks)
-    except BrokenPipeError:  # the reader has left, as head does; what is buffered must not be tried again
+    except BrokenPipeError:  # the reader has closed the pipe, as head does: drop what is buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PertaError.exit_status
     except (PertaError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
@@ -75,7 +75,7 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """What the user is told of an error, and the exit status; raises it again if it is the program's fault."""
+    """The message and the exit status for an error; raises it again if it is a defect of the program."""
     if isinstance(error, KeyboardInterrupt):
         untouched = (
             "interrupted; the inputs are untouched and no partial output is left. "
@@ -97,14 +97,14 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 @contextmanager
 def _output_of_one(ranks: Ranks) -> Iterator[None]:
-    """Of many processes that say the same, only the first is heard."""
+    """Of many processes that print the same, only the first prints."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):
         yield
 
 
 @contextmanager
 def _errors_of_one(ranks: Ranks) -> Iterator[None]:
-    """``_output_of_one`` for what argparse says of arguments, which are the same for all."""
+    """``_output_of_one`` for argparse's errors: all processes have the same arguments."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(sys.stderr if ranks.first else nowhere):
         yield
 
@@ -115,7 +115,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _log_shown(shown: bool) -> Iterator[None]:
-    """Put what the package logs on standard error meanwhile, above its progress bars."""
+    """Show the package's log on standard error, above its progress bars."""
     if not shown:
         yield
         return

@@ -38,34 +38,34 @@ def load_rows(path: str | Path) -> list[Row]:
 def read_data(path: str | Path) -> tuple[list[Row], str]:
     """``load_rows``, and the BLAKE3 hash of the very bytes that they were parsed from.
 
-    The file is read once, so a pipe will do, and a file that changes meanwhile is not recorded wrongly.
+    The file is read once: it can be a pipe, and a change of it meanwhile cannot make the hash wrong.
     """
     path = Path(path)
-    text, content = read_text(path)
-    records = []
+    text, data = read_text(path)
+    rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                content = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: is not JSON; each line must be one object") from error
-            records.append(Row(_check_row(row, where), where))
-    if not records:
+            rows.append(Row(_check_row(content, where), where))
+    if not rows:
         raise InputError(f"{path}: holds no samples")
-    return records, blake3(content).hexdigest()
+    return rows, blake3(data).hexdigest()
 
 
 def rows_from(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Check samples given as Python dictionaries in the same three forms."""
-    records = [Row(_check_row(row, f"sample {number}"), f"sample {number}") for number, row in enumerate(rows)]
-    if not records:
+    checked = [Row(_check_row(row, f"sample {number}"), f"sample {number}") for number, row in enumerate(rows)]
+    if not checked:
         raise InputError("there are no samples")
-    return records
+    return checked
 
 
 def _check_row(content: Any, where: str) -> Mapping[str, Any]:
-    """The part of ``content`` that is used, checked."""
+    """The fields of ``content`` that are used, checked."""
     if not isinstance(content, Mapping):
         raise InputError(f"{where}: is not a JSON object")
     if "messages" in content:

@@ -1,12 +1,10 @@
-"""Records to samples: token ids, and labels where there is a loss."""
+"""Rows to samples: token ids, and labels where there is a loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perta_fast.data.json_lines import (
-    Row,
-)
+from perta_fast.data.json_lines import Row
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,42 +27,42 @@ class Sample:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def encode(records: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
+def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
     """Tokenise; samples longer than ``max_length`` tokens are cut at the end and marked as truncated.
 
     Raises InputError naming the line if nothing is left to compute a loss on, or if {"messages"} meet a
     tokenizer without a chat template.
     """
     samples = []
-    for record in records:
-        ids, labels = _encode_row(record, tokenizer)
+    for row in rows:
+        ids, labels = _encode_row(row, tokenizer)
         sample = Sample(tuple(ids[:max_length]), tuple(labels[:max_length]), truncated=len(ids) > max_length)
         if sample.label_count == 0:
             cut = f" within the first {max_length} tokens" if sample.truncated else ""
-            raise InputError(f"{record.where}: has no token to compute a loss on{cut}")
+            raise InputError(f"{row.where}: has no token to compute a loss on{cut}")
         samples.append(sample)
     return samples
 
 
-def _encode_row(record: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    content = record.content
+def _encode_row(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    content = row.content
     if "text" in content:
         ids = tokenizer(content["text"])["input_ids"]
         return ids, list(ids)
     if "messages" in content:
         if not tokenizer.chat_template:
             raise InputError(
-                f"{record.where}: has messages, but the tokenizer has no chat template; "
+                f"{row.where}: has messages, but the tokenizer has no chat template; "
                 'give {"question", "answer"} or {"text"} lines, or a model with a chat template'
             )
-        return _encode_messages(content["messages"], tokenizer, record.where)
+        return _encode_messages(content["messages"], tokenizer, row.where)
     if not tokenizer.chat_template:
         return _encode_plain_question(content["question"], content["answer"], tokenizer)
     messages = [
         {"role": "user", "content": content["question"]},
         {"role": "assistant", "content": content["answer"]},
     ]
-    return _encode_messages(messages, tokenizer, record.where)
+    return _encode_messages(messages, tokenizer, row.where)
 
 
 def _encode_plain_question(

@@ -27,7 +27,7 @@ def rows_of(data: Any) -> Iterator[Any]:
         return iter([data])
     if hasattr(data, "__iter__"):
         return iter(data)
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):  # which need not end with an IndexError
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):  # it may not raise IndexError at its end
         return (data[number] for number in range(len(data)))
     raise InputError(
         f"data is {type(data).__name__}; it must be a file, or have __iter__, or __len__ and __getitem__"

@@ -1,4 +1,4 @@
-"""Every change to a file system that weights depend on: whole writes, flushed to the disk, in order."""
+"""Writing files so that a crash loses nothing: whole writes, flushed to the disk, in order."""
 
 import errno
 import json
@@ -14,14 +14,14 @@ from perta_fast.files.reading import regular_file
 
 
 def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data`` at ``offset``, however little each call takes."""
+    """Write all of ``data`` at ``offset``, in as many calls as it takes."""
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
 
 
 def copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> None:
-    """Copy ``size`` bytes between open files, within the kernel where the two file systems let it.
+    """Copy ``size`` bytes between open files, within the kernel where the two file systems allow it.
 
     Raises OSError, also if ``source`` is too short.
     """
@@ -31,15 +31,15 @@ def copy_range(source: int, target: int, size: int, source_offset: int, target_o
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            count = _copy_piece(source, target, min(size, 1 << 20), source_offset, target_offset)
+            count = _copy_through_memory(source, target, min(size, 1 << 20), source_offset, target_offset)
         except AttributeError:  # not Linux
-            count = _copy_piece(source, target, min(size, 1 << 20), source_offset, target_offset)
+            count = _copy_through_memory(source, target, min(size, 1 << 20), source_offset, target_offset)
         if count == 0:
             raise OSError(errno.EIO, "the file ended too early")
         size, source_offset, target_offset = size - count, source_offset + count, target_offset + count
 
 
-def _copy_piece(source: int, target: int, size: int, source_offset: int, target_offset: int) -> int:
+def _copy_through_memory(source: int, target: int, size: int, source_offset: int, target_offset: int) -> int:
     data = os.pread(source, size, source_offset)
     write_fully(target, memoryview(data), target_offset)
     return len(data)

@@ -1,11 +1,11 @@
 """A write-ahead journal of new bytes: they are on the disk, with their hashes, before a shard is touched.
 
-Three segment files are filled in turn. A segment holds, one after another, the new bytes of some pieces of the
-shards, then a table of where they go with the hash of each, and at its start the place and hash of that table.
-It is valid as a whole or not at all. Segment k is written over segment k - 3 only when k - 2 is durable and
-k - 3 and k - 2 are in the shards, so that at any instant the valid segments say how far the run has come:
-everything before the last of them is in the shards or in a valid segment, nothing after it has touched a shard.
-Old bytes are never kept. Replaying a segment twice gives what replaying it once does.
+Three segment files are filled in turn. A segment holds the new bytes of some extents of the shards, one after
+another, then a table that says where each goes and its hash; where that table lies, and its hash, stand at the
+segment's start. A segment is valid as a whole or not at all. Segment k is written over segment k - 3 only when
+k - 2 is durable and k - 3 and k - 2 are in the shards. So the valid segments say at any instant how far the run
+has come: everything before the last of them is in the shards or in a valid segment, and nothing after it has
+reached a shard. Old bytes are never kept. Replaying a segment twice gives the same as replaying it once.
 """
 
 import json
@@ -27,7 +27,7 @@ from perta_fast.files.reading import drop_pages
 JOURNAL = ".perta-journal"
 JOB = "job.json"
 SLOTS = 3
-START = 4096  # the first piece's position in a segment
+START = 4096  # position of the first extent in a segment
 _MAGIC = b"PERTAJNL"
 _START = struct.Struct("<8sQQ32s")  # magic, offset and length of the table, hash of the table
 _STEP = 1 << 20
@@ -35,7 +35,7 @@ _TABLE_LIMIT = 1 << 28
 
 
 @dataclass(frozen=True)
-class Piece:
+class Extent:
     """``size`` bytes that belong at ``offset`` of the shard ``name``, kept at ``position`` of the segment."""
 
     name: str
@@ -52,7 +52,7 @@ class Segment:
     number: int
     path: Path
     descriptor: int
-    pieces: list[Piece] = field(default_factory=list)
+    extents: list[Extent] = field(default_factory=list)
     state: Any = None
 
     def close(self) -> None:
@@ -68,12 +68,12 @@ class Segment:
         self.close()
 
     def put(self, name: str, offset: int, data: memoryview, position: int) -> None:
-        """Keep new bytes; ``position`` must be at least ``START`` and no two pieces may overlap.
+        """Keep new bytes; ``position`` must be at least ``START`` and no two extents may overlap.
 
         May be called by several threads at once.
         """
         write_fully(self.descriptor, data, position)
-        self.pieces.append(Piece(name, offset, len(data), position, blake3(data).hexdigest()))
+        self.extents.append(Extent(name, offset, len(data), position, blake3(data).hexdigest()))
 
     def seal(self, state: Any) -> None:
         """Complete the segment and make it durable."""
@@ -81,13 +81,13 @@ class Segment:
         table = json.dumps(
             {
                 "number": self.number,
-                "pieces": [[p.name, p.offset, p.size, p.position, p.blake3] for p in self.pieces],
+                "extents": [[e.name, e.offset, e.size, e.position, e.blake3] for e in self.extents],
                 "state": state,
             }
         ).encode()
-        place = max([START, *(piece.position + piece.size for piece in self.pieces)])
-        write_fully(self.descriptor, memoryview(table), place)
-        start = _START.pack(_MAGIC, place, len(table), blake3(table).digest())
+        position = max([START, *(extent.position + extent.size for extent in self.extents)])
+        write_fully(self.descriptor, memoryview(table), position)
+        start = _START.pack(_MAGIC, position, len(table), blake3(table).digest())
         write_fully(self.descriptor, memoryview(start), 0)
         self.sync()
 
@@ -96,22 +96,22 @@ class Segment:
         os.fsync(self.descriptor)
 
     def apply(self, shards: Mapping[str, Path], drop_cache: bool = False) -> None:
-        """Write the pieces into the shards, given by name, and flush those.
+        """Write the extents into the shards, given by name, and flush those.
 
         drop_cache: neither they nor the segment stay in the page cache.
         """
         targets: dict[str, int] = {}
         try:
-            for piece in self.pieces:
-                if piece.name not in targets:
-                    targets[piece.name] = os.open(shards[piece.name], os.O_RDWR)
-                copy_range(self.descriptor, targets[piece.name], piece.size, piece.position, piece.offset)
+            for extent in self.extents:
+                if extent.name not in targets:
+                    targets[extent.name] = os.open(shards[extent.name], os.O_RDWR)
+                copy_range(self.descriptor, targets[extent.name], extent.size, extent.position, extent.offset)
             for target in targets.values():
                 os.fsync(target)
             if drop_cache:
                 drop_pages(self.descriptor)
-                for piece in self.pieces:  # not the pages that are read ahead for the next
-                    drop_pages(targets[piece.name], piece.offset, piece.size)
+                for extent in self.extents:  # not the pages that are read ahead for the next
+                    drop_pages(targets[extent.name], extent.offset, extent.size)
         finally:
             for target in targets.values():
                 os.close(target)
@@ -134,15 +134,11 @@ def valid_segments(directory: Path) -> Iterator[Segment]:
 
     Raises RunError if one cannot be read.
     """
-    found = []
     try:
-        for slot in range(SLOTS):
-            segment = _read(directory / f"segment-{slot}", slot)
-            if segment is not None:
-                found.append(segment)
+        read = [_read(directory / f"segment-{slot}", slot) for slot in range(SLOTS)]
     except OSError as error:
         raise RunError(f"{directory}: the journal cannot be read: {error.strerror}") from error
-    yield from sorted(found, key=lambda segment: segment.number)
+    yield from sorted(filter(None, read), key=lambda segment: segment.number)
 
 
 def _read(path: Path, slot: int) -> Segment | None:
@@ -161,22 +157,22 @@ def _parse(path: Path, slot: int, descriptor: int) -> Segment | None:
     start = os.pread(descriptor, _START.size, 0)
     if len(start) < _START.size:
         return None
-    magic, place, length, digest = _START.unpack(start)
-    if magic != _MAGIC or length > _TABLE_LIMIT or place >= 1 << 62:
+    magic, position, length, digest = _START.unpack(start)
+    if magic != _MAGIC or length > _TABLE_LIMIT or position >= 1 << 62:
         return None
-    table = os.pread(descriptor, length, place)
+    table = os.pread(descriptor, length, position)
     if len(table) != length or blake3(table).digest() != digest:
         return None
     content = json.loads(table)  # the hash is right, so this is what a run has written
-    number, pieces = content["number"], [Piece(*row) for row in content["pieces"]]
+    number, extents = content["number"], [Extent(*row) for row in content["extents"]]
     if number % SLOTS != slot:
         return None
-    segment = Segment(number, path, descriptor, pieces, content["state"])
-    return segment if all(_intact(descriptor, piece) for piece in segment.pieces) else None
+    segment = Segment(number, path, descriptor, extents, content["state"])
+    return segment if all(_intact(descriptor, extent) for extent in segment.extents) else None
 
 
-def _intact(descriptor: int, piece: Piece) -> bool:
+def _intact(descriptor: int, extent: Extent) -> bool:
     digest = blake3()
-    for begin in range(0, piece.size, _STEP):
-        digest.update(os.pread(descriptor, min(_STEP, piece.size - begin), piece.position + begin))
-    return digest.hexdigest() == piece.blake3
+    for begin in range(0, extent.size, _STEP):
+        digest.update(os.pread(descriptor, min(_STEP, extent.size - begin), extent.position + begin))
+    return digest.hexdigest() == extent.blake3

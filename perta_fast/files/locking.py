@@ -5,7 +5,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: two runs in one directory are then not kept apart
+except ImportError:  # not a POSIX system: nothing then stops two runs in one directory
     fcntl = None  # type: ignore[assignment]
 
 
@@ -19,7 +19,7 @@ def lock(directory: Path) -> int:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(descriptor), directory.stat()):
-                raise BlockingIOError  # its owner has just moved or removed it
+                raise BlockingIOError  # another run has just moved or removed it
     except BaseException:
         os.close(descriptor)
         raise

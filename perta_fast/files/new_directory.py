@@ -14,13 +14,13 @@ from perta_fast.files.locking import lock
 class OutputDirectory:
     """Builds ``final`` under a hidden name beside it and renames it at the end.
 
-    Used as a context manager; write below ``path``, then call ``commit``. Leaving without a commit, by an error
-    or an interrupt, removes what was written and leaves or puts back what was there, unless ``keep`` has been
-    set because what was written can be taken up again. After a kill the hidden directory stays invisible to
-    every reader; the next run to the same place clears it away, or goes on with it if told to ``resume``.
+    A context manager: write below ``path``, then call ``commit``. Leaving without a commit removes what was
+    written and keeps what was there before, unless ``keep`` has been set because the run can be resumed. After
+    a kill the hidden directory stays; the next run to the same destination removes it, or goes on with it if
+    told to ``resume``.
 
     Raises InputError if ``final`` exists and is not empty (unless ``overwrite``) or equals one of ``inputs``,
-    RunError if the place cannot be written.
+    RunError if it cannot be written.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class OutputDirectory:
             self._lock = None
 
     def commit(self) -> None:
-        """Make everything durable and put the directory in its place.
+        """Make everything durable and give the directory its name.
 
-        With ``overwrite`` the old directory is set aside until the new one stands, then removed.
+        With ``overwrite`` the old directory is renamed until the new one has its name, then removed.
         """
         sync_tree(self.path)
         if self._overwrite and self.final.exists():
             remove(self._aside)
             move(self.final, self._aside)
-        move(self.path, self.final)  # takes the place of an empty directory, and of no other
+        move(self.path, self.final)  # replaces an empty directory, and no other
         remove(self._aside)
 
     def __exit__(
@@ -131,6 +131,6 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
-def scratch_path(place: Path) -> Path:
-    """Where the importances of a run to, or on, ``place`` are kept until it is done."""
-    return partial_path(place.with_name(f".{place.name}.perta-importance"))
+def scratch_path(destination: Path) -> Path:
+    """Where the importances of a run to, or on, ``destination`` are kept until it is done."""
+    return partial_path(destination.with_name(f".{destination.name}.perta-importance"))

@@ -1,4 +1,4 @@
-"""A single file that a command writes: checked before the work, and there whole or not at all."""
+"""A single file that a command writes: checked before the work, written whole or not at all."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from perta_fast.files.new_directory import partial_path
 def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
     """Raise InputError if a file must not be written to ``path``.
 
-    endings: those that its name may have, so that no weights are replaced by a slip.
+    endings: one of these its name must have, so that no weights are replaced by mistake.
     """
     if path.suffix not in endings:
         raise InputError(f"{path}: name a file that ends in {' or '.join(endings)}")

@@ -304,8 +304,8 @@ def _read_state(segment: Segment, sources: Sources) -> _State:
     """The state of a segment; raise InputError unless all of it belongs to this run."""
     shards, numbers = sources.model.shards, {str(index) for index in range(len(sources.matches))}
     inside = all(
-        piece.name in shards and 0 <= piece.offset <= shards[piece.name].size - piece.size
-        for piece in segment.pieces
+        extent.name in shards and 0 <= extent.offset <= shards[extent.name].size - extent.size
+        for extent in segment.extents
     )
     state: _State = segment.state
     if not inside or not fits(state, _State) or not state["totals"].keys() <= numbers:

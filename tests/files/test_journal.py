@@ -69,7 +69,7 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
     (segment,) = valid_segments(tmp_path)
     with segment:
         assert (segment.number, segment.state) == (4, state)
-        assert [(piece.name, piece.offset, piece.size) for piece in segment.pieces] == [("a", 3, 3)]
+        assert [(extent.name, extent.offset, extent.size) for extent in segment.extents] == [("a", 3, 3)]
 
 
 def test_a_later_segment_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
