@@ -1,12 +1,14 @@
 """What a run did, as ``perta_report.json`` beside its output."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from perta_fast.errors import InputError
-from perta_fast.files.reading import read_json
+from perta_fast.files.hashing import hash_files
+from perta_fast.files.reading import exists, read_json
 from perta_fast.progress import LOGGER
 from perta_fast.records.typed_json import printable, typed, write_readable_json
 from perta_fast.rules import Rule
@@ -180,3 +182,20 @@ def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryReco
             if path.parent == directory
         },
     }
+
+
+def gone_files(record: DirectoryRecord) -> list[Path]:
+    """The files of a run's directory that are no longer there."""
+    paths = (Path(record["path"]) / name for name in record["files"])
+    return [path for path in paths if not exists(path)]
+
+
+def changed_files(record: DirectoryRecord, advance: Callable[[int], None] | None = None) -> list[Path]:
+    """The files of a run's directory that are there, but no longer hold what the run has seen.
+
+    advance: see ``hash_file``. Raises RunError if a file cannot be read.
+    """
+    paths = {Path(record["path"]) / name: file for name, file in record["files"].items()}
+    present = [path for path in paths if exists(path)]
+    hashes = hash_files(present, os.cpu_count() or 1, advance)
+    return [path for path in present if hashes[path] != paths[path]["blake3"]]

@@ -1,15 +1,12 @@
 """What a page rests on beside the run's own report: sweeps, evaluations, and directories still as they were."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perta_fast.errors import InputError, RunError
 from perta_fast.evaluation.results import EvaluationFile
-from perta_fast.files.hashing import hash_files
-from perta_fast.files.reading import exists
-from perta_fast.records.report import DirectoryRecord
+from perta_fast.records.report import DirectoryRecord, changed_files, gone_files
 from perta_fast.sweeping.plot import is_drawable
 from perta_fast.sweeping.results import FILE_NAME as SWEEP
 from perta_fast.sweeping.results import ScoredSetting, Sweep
@@ -80,20 +77,15 @@ def data_hashes(sweep: Sweep) -> dict[str, str]:
 
 def why_not_as_recorded(record: DirectoryRecord) -> str | None:
     """Why a directory of a run is not what the run has seen, by its files' hashes; None where it is."""
-    directory = Path(record["path"])
     if not record.get("kept", True):
-        return f"{directory} was temporary or has been replaced, so it was not kept"
-    for name in record["files"]:
-        if not exists(directory / name):
-            return f"{directory / name} is gone"
+        return f"{record['path']} was temporary or has been replaced, so it was not kept"
+    if gone := gone_files(record):
+        return f"{gone[0]} is gone"
     try:
-        hashes = hash_files([directory / name for name in record["files"]], os.cpu_count() or 1)
+        changed = changed_files(record)
     except RunError as error:
         return str(error)
-    for name, file in record["files"].items():
-        if hashes[directory / name] != file["blake3"]:
-            return f"{directory / name} has changed since the run"
-    return None
+    return f"{changed[0]} has changed since the run" if changed else None
 
 
 def _read_scores(path: Path, label: str) -> Scores:

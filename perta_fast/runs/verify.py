@@ -11,10 +11,9 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
-from perta_fast.files.hashing import hash_file, hash_files
-from perta_fast.files.reading import exists
+from perta_fast.files.hashing import hash_file
 from perta_fast.progress import Progress, byte_bar
-from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report
+from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files
 from perta_fast.records.typed_json import printable
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
@@ -125,19 +124,14 @@ def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, prog
     total = sum(row["bytes"] for place in places.values() for row in place["files"].values())
     with byte_bar(total, "hashes", progress) as bar:
         for role, place in places.items():
-            path, files = Path(place["path"]), place["files"]
-            missing = [name for name in files if not exists(path / name)]
-            if missing and role != "output":
-                result.unchecked.append(f"{role}: {path / missing[0]} is gone")
+            gone = gone_files(place)
+            if gone and role != "output":
+                result.unchecked.append(f"{role}: {gone[0]} is gone")
                 continue
-            wrong = [f"{path / name} is gone" for name in missing]
-            present = [name for name in files if name not in missing]
-            hashes = hash_files([path / name for name in present], os.cpu_count() or 1, bar.update)
-            for name in present:
-                if hashes[path / name] == files[name]["blake3"]:
-                    result.files += 1
-                else:
-                    wrong.append(f"{path / name} has changed since the run")
+            changed = changed_files(place, bar.update)
+            result.files += len(place["files"]) - len(gone) - len(changed)
+            wrong = [f"{path} is gone" for path in gone]
+            wrong += [f"{path} has changed since the run" for path in changed]
             result.problems += wrong
             if not wrong:
                 intact.add(role)
