@@ -12,26 +12,13 @@ KERNEL_CODES: Final = {"F32": 0, "BF16": 1, "F16": 2}
 # Types of buffers and counters: never part of a task vector, always copied.
 COPIED: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
-ITEM_SIZES: Final = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
+_NAMES_BY_SIZE = {
+    1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
+    2: ("U16", "I16", "F16", "BF16"),
+    4: ("U32", "I32", "F32"),
+    8: ("U64", "I64", "F64", "C64"),
 }
-
+ITEM_SIZES: Final = {name: size for size, names in _NAMES_BY_SIZE.items() for name in names}
 
 # torch's names for the types whose values are computed with, or read into a model, here.
 TORCH_NAMES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}

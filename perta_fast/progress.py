@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal
 
 from perta_fast.errors import RunError
@@ -65,12 +64,7 @@ class Bar:
         self._report()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._drawn.close()
         ending = "is done" if error is None else "was stopped"
         amount, seconds = self._amount(self._done - self._first), time.perf_counter() - self._started

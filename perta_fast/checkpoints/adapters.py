@@ -31,37 +31,16 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.
 _WRAPPED = ".base_layer."  # how peft calls the layer that it adds to
 # Settings of peft that do not change what the factors mean, and those that are understood here.
 _HARMLESS = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias"),
+        *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"),
+        *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout"),
+        *("lora_ga_config", "megatron_core", "modules_to_save", "peft_type"),
+        *("peft_version", "qalora_group_size", "r", "rank_pattern"),
+        *("revision", "runtime_config", "target_modules", "task_type"),
         "use_rslora",
-    }
+    )
 )
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of init_lora_weights: the base stays
 

@@ -3,17 +3,8 @@
 import argparse
 from pathlib import Path
 
-from perta_fast.cli.options import (
-    ESTIMATION,
-    FORECAST,
-    OUTPUT,
-    STREAM,
-    Command,
-    Option,
-    check_streamed,
-    finish,
-    keywords,
-)
+from perta_fast.cli import options
+from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.records.typed_json import printable
 from perta_fast.rules import ESTIMATORS
@@ -53,7 +44,7 @@ def _dry_run(parsed: argparse.Namespace) -> int:
                 parsed.out,
                 subtract=False,
                 ranks=ranks.world,
-                **{name: settings[name] for name in FORECAST},
+                **{name: settings[name] for name in options.FORECAST},
             )
             print(printable(text))
     return 0
@@ -66,14 +57,11 @@ COMMAND = Command(
         Option("model", "where it is taken", Path, "DIR", required=True),
         Option("data", "JSON lines", Path, "FILE", required=True),
         Option(
-            "estimator",
-            "grad serves the rules grad and fisher (default)",
-            default="grad",
-            choices=ESTIMATORS,
+            "estimator", "grad serves the rules grad and fisher (default)", default="grad", choices=ESTIMATORS
         ),
-        *STREAM,
-        *ESTIMATION,
-        *OUTPUT,
+        *options.STREAM,
+        *options.ESTIMATION,
+        *options.OUTPUT,
     ),
     run,
     over_ranks=True,

@@ -5,10 +5,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 from types import FrameType
+from typing import Any, TextIO
 
 from perta_fast.cli import (
     apply,
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     launch = Launch()
     try:
-        with launch.joined() as ranks, _output_of_one(ranks):
+        with launch.joined() as ranks, _of_first(ranks, redirect_stdout, sys.stdout):
             return _run(arguments, ranks)
     except BrokenPipeError:  # the reader has closed the pipe, as head does: drop what is buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
-    with ranks.together("the arguments"), _errors_of_one(ranks):
+    with ranks.together("the arguments"), _of_first(ranks, redirect_stderr, sys.stderr):
         parsed = _parser().parse_args(arguments)  # which may read a recipe
         if ranks.world > 1 and not parsed.command.over_ranks:
             raise InputError("this command is done by one process; start it without torchrun")
@@ -96,16 +97,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 @contextmanager
-def _output_of_one(ranks: Ranks) -> Iterator[None]:
-    """Of many processes that print the same, only the first prints."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):
-        yield
-
-
-@contextmanager
-def _errors_of_one(ranks: Ranks) -> Iterator[None]:
-    """``_output_of_one`` for argparse's errors: all processes have the same arguments."""
-    with open(os.devnull, "w") as nowhere, redirect_stderr(sys.stderr if ranks.first else nowhere):
+def _of_first(
+    ranks: Ranks, redirect: Callable[[TextIO], AbstractContextManager[Any]], stream: TextIO
+) -> Iterator[None]:
+    """Of many processes that write the same to ``stream``, only the first is heard."""
+    with open(os.devnull, "w") as nowhere, redirect(stream if ranks.first else nowhere):
         yield
 
 

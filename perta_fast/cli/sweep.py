@@ -6,19 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perta_fast.cli.options import (
-    ALPHA,
-    AT,
-    CHECKPOINTS,
-    ESTIMATION,
-    RULE,
-    THRESHOLD,
-    Command,
-    Option,
-    P,
-    flag,
-    keywords,
-)
+from perta_fast.cli import options
+from perta_fast.cli.options import Command, Option, flag, keywords
 from perta_fast.rules import Rule
 from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
 
@@ -60,13 +49,13 @@ def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
     if estimates:
         names = ("forget", "retain", "at", "batch_size", "max_length", "device", "dtype")
         given |= {name: getattr(parsed, name) for name in names}
-    options = [
+    words = [
         part
         for name, value in (given | importances).items()
         if value is not None
         for part in (f"--{name.replace('_', '-')}", str(value))
     ]
-    return shlex.join(["perta", "unlearn" if estimates else "apply", *options, "--lam", lam, "--out", "DIR"])
+    return shlex.join(["perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR"])
 
 
 def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:
@@ -102,17 +91,17 @@ COMMAND = Command(
     "sweep",
     "many settings from one importance pass, scored and chosen from",
     (
-        *CHECKPOINTS,
+        *options.CHECKPOINTS,
         Option("forget", "JSON lines to forget", Path, "FILE", required=True),
         Option("retain", "JSON lines to keep", Path, "FILE", required=True),
-        replace(RULE, one_of="rules"),
+        replace(options.RULE, one_of="rules"),
         Option("rules", "several rules", _names, "R,R,...", one_of="rules"),
         Option("lams", "strengths; without them, the largest within the bound", _numbers, "L,L,..."),
-        replace(ALPHA, one_of="alphas"),
+        replace(options.ALPHA, one_of="alphas"),
         Option("alphas", "several weights", _numbers, "A,A,...", one_of="alphas"),
-        replace(P, one_of="ps"),
+        replace(options.P, one_of="ps"),
         Option("ps", "several exponents", _numbers, "P,P,...", one_of="ps"),
-        THRESHOLD,
+        options.THRESHOLD,
         Option("target_retain_loss", "bound: a retain loss of at most X nats", float, "X", one_of="bound"),
         Option(
             "max_retain_increase",
@@ -122,11 +111,7 @@ COMMAND = Command(
             one_of="bound",
         ),
         Option(
-            "retain_floor",
-            "bound: a retain metric of at least X (not for loss)",
-            float,
-            "X",
-            one_of="bound",
+            "retain_floor", "bound: a retain metric of at least X (not for loss)", float, "X", one_of="bound"
         ),
         Option("metric", "what is chosen by, as perta eval names it (loss)", default=LOSS, choices=METRICS),
         Option(
@@ -137,16 +122,11 @@ COMMAND = Command(
         Option("gold", "a model trained without the forget data", Path, "DIR"),
         Option("checkpoint", "directory to make, of what was chosen", Path, "DIR"),
         Option(
-            "forget_importance",
-            "instead of estimating it; one an estimator",
-            Path,
-            "DIR",
-            [],
-            several=True,
+            "forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True
         ),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
-        AT,
-        *ESTIMATION,
+        options.AT,
+        *options.ESTIMATION,
         Option("out", "directory to make, for figures and plot", Path, "DIR"),
         flag("overwrite", "replace what is there, and start over"),
         flag("quiet", "no progress bar"),

@@ -4,20 +4,8 @@ import argparse
 from pathlib import Path
 
 from perta_fast import compiled
-from perta_fast.cli.options import (
-    AT,
-    CHECKPOINTS,
-    ESTIMATION,
-    FORECAST,
-    RESULT,
-    RULE_AND_STRENGTH,
-    STREAM,
-    Command,
-    Option,
-    check_streamed,
-    finish,
-    keywords,
-)
+from perta_fast.cli import options
+from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
@@ -57,7 +45,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
         kept=parsed.save_importance is not None,
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,
-        **{name: settings[name] for name in FORECAST},
+        **{name: settings[name] for name in options.FORECAST},
     )
 
 
@@ -66,15 +54,15 @@ COMMAND = Command(
     "importance on both data sets, then the subtraction",
     (
         RECIPE,
-        *CHECKPOINTS,
+        *options.CHECKPOINTS,
         Option("forget", "JSON lines to forget", Path, "FILE"),
         Option("retain", "JSON lines to keep", Path, "FILE"),
-        AT,
+        options.AT,
         Option("save_importance", "keep both importances here", Path, "DIR"),
-        *STREAM,
-        *RULE_AND_STRENGTH,
-        *ESTIMATION,
-        *RESULT,
+        *options.STREAM,
+        *options.RULE_AND_STRENGTH,
+        *options.ESTIMATION,
+        *options.RESULT,
     ),
     run,
     over_ranks=True,

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice
 from perta_fast.files.durable import move, remove, sync_tree
@@ -72,12 +71,7 @@ class OutputDirectory:
         move(self.path, self.final)  # replaces an empty directory, and no other
         remove(self._aside)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
         if hopeless or not self.keep:
             remove(self.path)  # gone already after a commit
