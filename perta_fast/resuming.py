@@ -32,40 +32,40 @@ def resume(
 
     directory: what was given as ``out``, or the model of an in-place run. progress: as in ``apply``. group: the
     processes that finish it, as there: any number, but for a streamed run as many as began it. Returns the
-    report, or what the sweep has found. Raises InputError if there is nothing to finish, or an input is no
+    report, or the sweep's result. Raises InputError if there is nothing to finish, or an input is no
     longer what it was (nothing is written then), RunError if the run fails again.
     """
     ranks = Ranks.of(group)
-    place = Path(os.path.realpath(directory))
+    destination = Path(os.path.realpath(directory))
     with ranks.together("the unfinished run"):
-        found = _unfinished(place) if ranks.first else None
-        if ranks.first and found is None:
+        kind = _unfinished(destination) if ranks.first else None
+        if ranks.first and kind is None:
             raise InputError(f"{directory}: there is no unfinished run to resume")
-        if ranks.world > 1 and found in ("in place", "sweep"):
+        if ranks.world > 1 and kind in ("in place", "sweep"):
             raise InputError(f"{directory}: is finished by one process: perta resume {directory}")
-    found = ranks.share(found)
-    if found == "directory":
-        return resume_directory(place, progress, ranks)
-    if found == "in place":
-        return resume_in_place(place, progress)
-    if found == "sweep":
+    kind = ranks.share(kind)
+    if kind == "directory":
+        return resume_directory(destination, progress, ranks)
+    if kind == "in place":
+        return resume_in_place(destination, progress)
+    if kind == "sweep":
         from perta_fast.sweeping.run import resume_sweep
 
-        return resume_sweep(place, progress)
+        return resume_sweep(destination, progress)
     with ranks.together("the unfinished run"):
-        report = finish_leftover(place) if ranks.first else None
+        report = finish_leftover(destination) if ranks.first else None
     finished: Report = ranks.share(report)
     return finished
 
 
-def _unfinished(place: Path) -> _Unfinished | None:
-    """What there is to finish at ``place``."""
-    if is_open(place):
+def _unfinished(destination: Path) -> _Unfinished | None:
+    """What there is to finish at ``destination``."""
+    if is_open(destination):
         return "in place"
-    if place.name and exists(partial_path(place) / STATE / JOB):
+    if destination.name and exists(partial_path(destination) / STATE / JOB):
         return "directory"
-    if has_begun_sweep(place) or exists(place / SWEEP):
+    if has_begun_sweep(destination) or exists(destination / SWEEP):
         return "sweep"
-    if exists(place / STATE):
+    if exists(destination / STATE):
         return "all but its end"
     return None

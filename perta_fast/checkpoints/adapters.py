@@ -103,13 +103,13 @@ class Adapter:
         whole: dict[str, TensorEntry] = {}
         for key, entry in checkpoint.tensors.items():
             name = key.removeprefix(_PREFIX)
-            found = _FACTOR.fullmatch(name)
+            factor = _FACTOR.fullmatch(name)
             if entry.dtype not in KERNEL_CODES:
                 raise InputError(
                     f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed"
                 )
-            if found is not None:
-                factors.setdefault(found["module"], {})[found["factor"]] = entry
+            if factor is not None:
+                factors.setdefault(factor["module"], {})[factor["factor"]] = entry
             elif "lora_" in name:
                 raise InputError(f"{entry.path}: tensor {key} is not of plain LoRA; {_merge_first(path)}")
             else:
@@ -128,25 +128,25 @@ class Adapter:
     def meet(
         self, shapes: Mapping[str, tuple[int, ...]], where: object
     ) -> tuple[dict[str, LowRank], dict[str, TensorEntry]]:
-        """What is added to or put in the place of which tensor of a model; the rest of it stays as it is.
+        """What is added to which tensors of a model, and which tensors replace the model's; others stay.
 
         shapes: of the model's tensors, by name. where: what messages call the model. Raises InputError, naming
         the tensor, if one is not there, or has another shape.
         """
         low_rank, whole = {}, {}
         for name, update in self.low_rank.items():
-            found = self._name_in(name, shapes, where)
-            shape = shapes[found]
+            stored = self._name_in(name, shapes, where)
+            shape = shapes[stored]
             straight = shape == update.shape
             turned = shape == update.shape[::-1]
             if not straight and not turned:
                 raise InputError(
-                    f"tensor {found}: shape {list(shape)} in {where}, but {list(update.shape)} for {name} in "
+                    f"tensor {stored}: shape {list(shape)} in {where}, but {list(update.shape)} for {name} in "
                     f"{update.a.path}; this adapter is not of this model"
                 )
-            # Only a square matrix leaves it to the config which way round it is kept.
+            # For a square matrix only the config says whether it is transposed.
             turn = turned if straight != turned else self.fan_in_fan_out or _of_embedding(update)
-            low_rank[found] = replace(update, transposed=turn)
+            low_rank[stored] = replace(update, transposed=turn)
         for name, entry in self.whole.items():
             whole[self._name_in(name, shapes, where)] = entry
         return low_rank, whole
@@ -155,8 +155,8 @@ class Adapter:
         """Raise InputError unless what was saved of the base beside the factors is as in ``base``."""
         shapes = {name: entry.shape for name, entry in base.tensors.items()}
         for name, entry in self.untouched.items():
-            found = self._name_in(name, shapes, base.path)
-            if not self.checkpoint.equal(entry.name, found, base):
+            stored = self._name_in(name, shapes, base.path)
+            if not self.checkpoint.equal(entry.name, stored, base):
                 raise InputError(
                     f"{entry.path}: holds a {name} that differs from that in {base.path}; "
                     f"{_merge_first(entry.path.parent)}"
@@ -251,7 +251,7 @@ def _merge_first(path: Path) -> str:
 
 
 def _read(entry: TensorEntry) -> Matrix:
-    """A tensor as float32, read by position, so that a damaged file is an error and no signal."""
+    """A tensor as float32."""
     data = bytearray(entry.size)
     with closing(PositionReader(entry.path)) as reader:
         reader.read_into(memoryview(data), entry.begin, f"tensor {entry.name}")

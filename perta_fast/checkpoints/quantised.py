@@ -56,7 +56,7 @@ _UNDOING = {
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A checkpoint's: ``method`` as transformers names it, the places it shows in, and what to do about it."""
+    """How a checkpoint is quantised: the method as transformers names it, where it shows, and what to do."""
 
     method: str
     places: str
@@ -64,18 +64,18 @@ class Quantisation:
 
     @classmethod
     def of(cls, path: Path, tensors: Mapping[str, TensorEntry]) -> "Quantisation | None":
-        """That of the checkpoint in ``path`` with these tensors; None if it has plain weights."""
-        configured, found = _configured(path), _found(tensors)
-        if configured is None and found is None:
+        """For the checkpoint in ``path`` with these tensors; None if it has plain weights."""
+        configured, shown = _configured(path), _shown(tensors)
+        if configured is None and shown is None:
             return None
         method, places = configured or "", []
         if configured is not None:
             places.append(f"quantization_config in {path / 'config.json'}")
-        if found is not None:
-            method = method or found[0]
-            places.append(f"tensor {found[1].name} ({found[1].dtype}) in {found[1].path}")
+        if shown is not None:
+            method = method or shown[0]
+            places.append(f"tensor {shown[1].name} ({shown[1].dtype}) in {shown[1].path}")
         advice = _advice(path, method)
-        if tensors and found is None:
+        if tensors and shown is None:
             advice = f"If these tensors are plain all the same, remove quantization_config. {advice}"
         return cls(method, " and ".join(places), advice)
 
@@ -89,9 +89,10 @@ def open_plain(path: str | Path) -> Checkpoint:
 
 def refuse_quantised(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     """Raise InputError, saying what to do, if the checkpoint in ``path`` is quantised."""
-    found = Quantisation.of(path, tensors)
-    if found is not None:
-        raise InputError(f"{path}: is quantised ({found.method}: {found.places}). {found.advice}")
+    quantisation = Quantisation.of(path, tensors)
+    if quantisation is not None:
+        what = f"{quantisation.method}: {quantisation.places}"
+        raise InputError(f"{path}: is quantised ({what}). {quantisation.advice}")
 
 
 def refuse_quantised_module(module: object) -> None:
@@ -115,7 +116,7 @@ def _configured(path: Path) -> str | None:
     return None
 
 
-def _found(tensors: Mapping[str, TensorEntry]) -> tuple[str, TensorEntry] | None:
+def _shown(tensors: Mapping[str, TensorEntry]) -> tuple[str, TensorEntry] | None:
     """The method that tensors show, and one that shows it."""
     endings = tuple(_ENDINGS)
     for name, entry in tensors.items():
