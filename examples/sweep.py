@@ -10,9 +10,9 @@ with tiny_job() as folder:
 
     print(pf.sweep(*checkpoints, *data, rule="grad", lams=[0.5, 1.0, 2.0], progress=False).summary())
 
-    # Or state what may be lost, and have the largest strength found that keeps to it.
-    found = pf.sweep(*checkpoints, *data, rule="grad", max_retain_increase=50, progress=False)
-    assert found.best is not None
-    print(f"lambda {found.best.lam:.3g} raises the forget loss to {found.best.forget_loss:.2f} nats")
-    if found.best.lam > 0:
-        pf.unlearn(*checkpoints, *data, rule="grad", lam=found.best.lam, out=folder / "out", progress=False)
+    # Or say what may be lost, and let it find the largest strength that keeps to it.
+    searched = pf.sweep(*checkpoints, *data, rule="grad", max_retain_increase=50, progress=False)
+    assert searched.best is not None
+    print(f"lambda {searched.best.lam:.3g} raises the forget loss to {searched.best.forget_loss:.2f} nats")
+    if searched.best.lam > 0:
+        pf.unlearn(*checkpoints, *data, rule="grad", lam=searched.best.lam, out=folder / "out", progress=False)

@@ -1,4 +1,4 @@
-"""What the model said before the run and says after it, to the same questions."""
+"""The answers of the model before the run and after it to the same questions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Answers:
-    """Questions, and answers in their order. before: empty where that model is gone, as ``why`` says."""
+    """Questions and their answers, in one order. before: empty if that model is gone; ``why`` says so."""
 
     questions: list[str]
     truth: list[str]
@@ -25,7 +25,7 @@ class Answers:
 
 
 def read_prompts(path: str | Path) -> list[Row]:
-    """Questions with their answers. Raises InputError naming the line of any other sample."""
+    """Read questions with their answers. Raises InputError, naming the line, for a row without a question."""
     rows = load_rows(path)
     for row in rows:
         if "question" not in row.content:
@@ -36,7 +36,7 @@ def read_prompts(path: str | Path) -> list[Row]:
 def answer_prompts(report: Report, run: Path, prompts: list[Row], progress: Progress) -> Answers:
     """Ask both models, one in memory at a time, greedily, up to 200 tokens.
 
-    Raises InputError if the run's output, or a model that is there, cannot be loaded or has changed.
+    Raises InputError if the run's output has changed, or if a model cannot be loaded.
     """
     if reason := why_not_as_recorded({"path": str(run), "files": report.output["files"]}):
         raise InputError(f"{reason}; its answers would not be those of the run")

@@ -1,4 +1,4 @@
-"""What a page rests on beside the run's own report: sweeps, evaluations, and directories still as they were."""
+"""What a page shows beside the run's report: sweeps and evaluations; and whether files are unchanged."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from perta_fast.sweeping.results import ScoredSetting, Sweep
 
 @dataclass(frozen=True)
 class Curve:
-    """The rows of one rule, with the model as it is, and what the page calls it; ``sweep`` has others too."""
+    """One curve of ``sweep``: the model as it is, then the settings of one rule. label: its name there."""
 
     label: str
     path: Path
@@ -24,7 +24,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Scores:
-    """One evaluation: aggregates by metric, None for what is no finite number, and its data's hashes."""
+    """One evaluation. values: the aggregate of each metric, None if it is not finite. hashes: of its data."""
 
     label: str
     path: Path
@@ -33,7 +33,7 @@ class Scores:
     hashes: Mapping[str, str]
 
     def point(self) -> tuple[float, float] | None:
-        """Retain and forget loss, if both are there."""
+        """Retain and forget loss, if both can be drawn."""
         retain, forget = self.values.get("retain_loss"), self.values.get("forget_loss")
         if retain is None or forget is None or not (is_drawable(retain) and is_drawable(forget)):
             return None
@@ -63,7 +63,7 @@ def read_curves(directories: Sequence[str | Path]) -> list[Curve]:
 def read_scores(paths: Sequence[str | Path]) -> list[Scores]:
     """Read result files of ``perta eval``, or of open-unlearning; no text in them is kept.
 
-    Raises InputError for a file that is missing or is none.
+    Raises InputError for a file that is missing or not such a file.
     """
     files = [Path(path) for path in paths]
     labels = distinct([path.stem for path in files], files)
@@ -76,7 +76,7 @@ def data_hashes(sweep: Sweep) -> dict[str, str]:
 
 
 def why_not_as_recorded(record: DirectoryRecord) -> str | None:
-    """Why a directory of a run is not what the run has seen, by its files' hashes; None where it is."""
+    """Why a directory no longer holds what the run has seen; None if it does. Hashes all its files."""
     if not record.get("kept", True):
         return f"{record['path']} was temporary or has been replaced, so it was not kept"
     if gone := gone_files(record):
@@ -97,7 +97,7 @@ def _read_scores(path: Path, label: str) -> Scores:
 
 
 def distinct(labels: list[str], paths: list[Path]) -> list[str]:
-    """Each label, with as much of its file's directory as sets it apart where others have it too."""
+    """The labels. Where several are alike, each with as much of its directory as tells it from the others."""
     alike = {
         label: [path.parent for path, other in zip(paths, labels, strict=True) if other == label]
         for label in labels
@@ -109,7 +109,7 @@ def distinct(labels: list[str], paths: list[Path]) -> list[str]:
 
 
 def _tail(directory: Path, others: Sequence[Path]) -> Path:
-    """The fewest last parts of ``directory`` that no other one ends in; all where that is not enough."""
+    """The shortest end of ``directory`` that no other one has; all of it if there is none."""
     for count in range(1, len(directory.parts)):
         tails = [other.parts[-count:] for other in others]
         if tails.count(directory.parts[-count:]) == 1:

@@ -82,7 +82,7 @@ def weight_histogram(distribution: Distribution) -> Plot:
 
 
 def relative_changes(tensors: Sequence[TensorReport]) -> Plot | None:
-    """A dot a tensor, a line through the layers' medians, for at most ``STACKS`` stacks; None if none moved."""
+    """A dot a tensor and a line through the medians, for at most ``STACKS`` stacks; None if none changed."""
     by_layer: dict[str, dict[int, list[float]]] = {}
     for row in tensors:
         place, change = place_of(row.name), row.relative_change

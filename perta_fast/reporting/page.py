@@ -1,4 +1,4 @@
-"""What the page shows, and its plots, from the evidence. Nothing is read or written here but the templates."""
+"""What the page shows, from the evidence: tables, notes and plots for the template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _OUTSIDE = 40  # tensors outside the layers that are listed
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that a page shows. weights: a text says why there is no distribution."""
+    """Everything that a page shows. weights: how w is distributed, or why that is not known."""
 
     report: Report
     curves: Sequence[Curve]

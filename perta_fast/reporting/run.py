@@ -1,4 +1,4 @@
-"""From a run's directory to its page: everything is read and drawn before anything is written."""
+"""Makes the page of a run. Everything is read and drawn before anything is written."""
 
 from collections.abc import Sequence
 from pathlib import Path

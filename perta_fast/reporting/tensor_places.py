@@ -1,4 +1,4 @@
-"""Where a tensor stands in a model, read from its name: stack of layers, layer, kind of module."""
+"""Where a tensor belongs in a model, from its name: stack of layers, layer, kind of module."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class WeightGrid:
 
 
 def place_of(name: str) -> Place | None:
-    """The place that the first number in ``name`` tells; None for a tensor outside all layers.
+    """Where a tensor belongs; None if outside all layers. The first number in ``name`` is the layer's.
 
     Later numbers, those of experts, become ``*``.
     """
@@ -47,7 +47,7 @@ def place_of(name: str) -> Place | None:
 
 
 def weight_grids(tensors: Iterable[TensorReport]) -> list[WeightGrid]:
-    """Mean w by layer and kind of module, a grid a stack; tensors of one cell count by their elements."""
+    """Mean w by layer and kind of module, one grid for each stack. A cell is the mean over its elements."""
     sums: dict[Place, tuple[float, float]] = {}
     for row in tensors:
         place = place_of(row.name)
@@ -76,7 +76,7 @@ def _grid(stack: str, places: list[Place], sums: dict[Place, tuple[float, float]
 
 
 def element_count(shape: Sequence[int]) -> int:
-    """Elements of a tensor, kept within what arithmetic can take, as a damaged report may claim anything."""
+    """Elements of a tensor, at most 2^62: a damaged report may claim anything."""
     return min(max(prod(shape), 0), 1 << 62)
 
 

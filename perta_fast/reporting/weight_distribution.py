@@ -31,10 +31,10 @@ class Distribution:
 
 
 def distribution(report: Report, progress: Progress) -> Distribution | str:
-    """Count w by the rule of ``report``; or say in a clause why that cannot be done.
+    """Count w by the rule of ``report``; or say why that cannot be done.
 
-    Every shard is hashed first: a page must not show weights that the run has not used. Raises InputError for a
-    report that contradicts itself or its importances. Memory: a few chunks of 2^20 elements.
+    Every shard is hashed first: a page must not show weights that the run has not used. Raises InputError if
+    the report contradicts itself or its importances. Memory: a few chunks of 2^20 elements.
     """
     try:
         rule = report.chosen_rule()

@@ -53,11 +53,13 @@ def test_histogram(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def weights_by_numpy(inputs: Inputs, p: float, alpha: float, threshold: float | None) -> "np.ndarray[Any, Any]":
     arrays = []
     for role in ("forget", "retain"):
-        found = {
-            name: each for path in inputs[role].glob("*.safetensors") for name, each in load_file(path).items()
+        tensors = {
+            name: array
+            for path in inputs[role].glob("*.safetensors")
+            for name, array in load_file(path).items()
         }
-        arrays.append(np.concatenate([abs(found[name].ravel()) for name in sorted(found)]))
-    forget, retain = (each if p == 1 else each * each for each in arrays)
+        arrays.append(np.concatenate([abs(tensors[name].ravel()) for name in sorted(tensors)]))
+    forget, retain = (array if p == 1 else array * array for array in arrays)
     total = forget + np.float32(alpha) * retain
     w = np.divide(forget, total, out=np.zeros_like(forget), where=total != 0)
     return w if threshold is None else (w > np.float32(threshold)).astype(np.float32)
@@ -112,8 +114,8 @@ def test_a_damaged_report_is_refused_or_can_be_drawn(
     content = data.draw(damaged(json.loads((tmp_path / "perta_report.json").read_text())))
     (tmp_path / "perta_report.json").write_text(json.dumps(content))
     try:
-        found = Report.load(tmp_path)
-        page, _ = compose(Evidence(found, [], [], weights.distribution(found, False), None))
+        loaded = Report.load(tmp_path)
+        page, _ = compose(Evidence(loaded, [], [], weights.distribution(loaded, False), None))
     except InputError:
         return
     assert page.endswith(b"</html>\n")

@@ -57,12 +57,12 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        found = dict(attrs)
+        values = dict(attrs)
         if tag == "section":
-            self._section = found["id"] or ""
+            self._section = values["id"] or ""
             self.texts[self._section] = ""
         if tag == "img":
-            source = found["src"] or ""
+            source = values["src"] or ""
             assert source.startswith("data:image/png;base64,")
             self.images.setdefault(self._section, []).append(base64.b64decode(source.partition(",")[2]))
 
@@ -87,7 +87,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         out=folder / "fisher",
         progress=False,
     )
-    hashes = {role: {"blake3": each["blake3"]} for role, each in Report.load(folder / "out").data.items()}
+    hashes = {role: {"blake3": data["blake3"]} for role, data in Report.load(folder / "out").data.items()}
     secret = {"0": {"ground_truth": "a secret", "generation": "another secret"}}
     other = hashes | {"retain": {"blake3": "0" * 64}}
     for name, loss, data_hashes in (("gold", 6.5, hashes), ("broken", None, hashes), ("other", 6.5, other)):
@@ -125,7 +125,7 @@ def full(job: Job) -> Page:
 def test_every_section(job: Job, full: Page) -> None:
     folder, page = job.model.parent, full
     assert list(page.texts) == SECTIONS
-    images = [image for each in page.images.values() for image in each]
+    images = [image for section in page.images.values() for image in section]
     assert list(page.images) == ["trade-off", "weights", "distribution", "change"]
     assert all(image.startswith(PNG) for image in images)
     files = {"trade-off", "weights-by-layer", "weight-histogram", "relative-change"}
@@ -137,8 +137,8 @@ def test_every_section(job: Job, full: Page) -> None:
     for record in [*report.inputs.values(), report.output]:
         assert record["path"] in page.texts["provenance"]
         assert all(file["blake3"] in page.texts["provenance"] for file in record["files"].values())
-    for found in report.data.values():
-        assert found["blake3"] in page.texts["provenance"]
+    for data in report.data.values():
+        assert data["blake3"] in page.texts["provenance"]
     assert "gold" in page.texts["evaluation"]
     assert "6.5" in page.texts["evaluation"]
     assert "0.1875" in page.texts["evaluation"]
@@ -356,7 +356,7 @@ def test_matplotlib_is_an_extra(
 
 
 def test_files_of_one_name_are_told_apart_by_as_little_as_does_it() -> None:
-    paths = [Path(each) for each in ("a/gold/run/scores.json", "a/full/run/scores.json", "b/other.json")]
+    paths = [Path(path) for path in ("a/gold/run/scores.json", "a/full/run/scores.json", "b/other.json")]
     assert distinct(["scores", "scores", "other"], paths) == ["scores (gold/run)", "scores (full/run)", "other"]
     assert distinct(["scores"] * 2, [paths[0]] * 2) == ["scores (a/gold/run)"] * 2
 
