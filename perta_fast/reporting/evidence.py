@@ -14,7 +14,7 @@ from perta_fast.sweeping.results import ScoredSetting, Sweep
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of ``sweep``: the model as it is, then the settings of one rule. label: its name there."""
+    """One curve of ``sweep``: the model as it is, then the settings of one rule. label: its name."""
 
     label: str
     path: Path

@@ -130,7 +130,7 @@ def _weights(report: Report) -> dict[str, Any]:
         "outside": [
             (row.name, element_count(row.shape), row.mean_weight, row.action) for row in outside[:_OUTSIDE]
         ],
-        "more": len(outside[_OUTSIDE:]),
+        "more": [f"{more} more are in perta_report.json."] if (more := len(outside[_OUTSIDE:])) else [],
     }
 
 
