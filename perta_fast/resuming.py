@@ -22,7 +22,7 @@ from perta_fast.sweeping.unfinished import has_begun as has_begun_sweep
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_Unfinished = Literal["in place", "directory", "sweep", "all but its end"]
+_Unfinished = Literal["in place", "directory", "sweep", "last steps"]
 
 
 def resume(
@@ -67,5 +67,5 @@ def _unfinished(destination: Path) -> _Unfinished | None:
     if has_begun_sweep(destination) or exists(destination / SWEEP):
         return "sweep"
     if exists(destination / STATE):
-        return "all but its end"
+        return "last steps"
     return None

@@ -20,5 +20,5 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
 
 def python_command(program: str) -> str:
     """The shell command that runs ``program``."""
-    plain = set(program).isdisjoint('"$`\\!')  # then double quotes will do, which are easier to read
+    plain = set(program).isdisjoint('"$`\\!')  # then double quotes are enough, and easier to read
     return f'python -c "{program}"' if plain else f"python -c {shlex.quote(program)}"

@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 
-# Names under which model families keep the two matrices that may be one (tied embeddings).
+# Names in the model families of the two matrices that can be one (tied embeddings).
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 INPUT_EMBEDDINGS = (
     "embed_tokens.weight",

@@ -25,7 +25,7 @@ class Batch:
             return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)
 
         return cls(
-            # Any token id will do for padding: it is masked, and comes after all that could attend to it.
+            # Padding can be any token id: it is masked, and no real token comes after it.
             input_ids=padded([sample.input_ids for sample in samples], 0),
             attention_mask=padded([[1] * len(sample.input_ids) for sample in samples], 0),
             labels=padded([sample.labels for sample in samples], IGNORED),

@@ -10,7 +10,7 @@ from perta_fast.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token that takes no part in the loss, as in torch and transformers
+IGNORED = -100  # label of a token without a loss, as in torch and transformers
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,14 @@ def _encode_plain_question(
 ) -> tuple[list[int], list[int]]:
     def tokens(text: str) -> list[int]:
         ids = list(tokenizer(text)["input_ids"])
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers close every text
+        return (
+            ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+        )  # of tokenizers that add it to every text
 
     start = f"Question: {question}\nAnswer:"
     prompt, whole = tokens(start), tokens(f"{start} {answer}")
     reply = whole[len(prompt) :]
-    if whole[: len(prompt)] != prompt:  # a token reaches across the boundary: tokenise the parts apart
+    if whole[: len(prompt)] != prompt:  # one token spans both: tokenise them apart
         reply = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         reply = [*reply, tokenizer.eos_token_id]
@@ -87,13 +89,9 @@ def _encode_messages(
 ) -> tuple[list[int], list[int]]:
     def render(count: int, generation: bool) -> list[int]:
         try:
-            ids = tokenizer.apply_chat_template(
-                list(messages[:count]),
-                tokenize=True,
-                add_generation_prompt=generation,
-                return_dict=False,
-            )
-        except Exception as error:  # the template is a program of the model's makers, with its own demands
+            settings = {"tokenize": True, "add_generation_prompt": generation, "return_dict": False}
+            ids = tokenizer.apply_chat_template(list(messages[:count]), **settings)
+        except Exception as error:  # the template is the model makers' program and can refuse anything
             raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
         return list(ids)
 

@@ -1,4 +1,4 @@
-"""Data that is tokenised already, as a Trainer takes it: rows of a data set, or padded batches of a loader."""
+"""Data that is already tokenised, as for a Trainer: rows of a data set, or padded batches of a loader."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from torch import Tensor
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
 
-# What a model computes depends on these: packed samples, images, tokens given as vectors.
+# Fields that change what a model computes: packed samples, images, tokens given as vectors.
 _REFUSED = ("position_ids", "inputs_embeds", "pixel_values")
 
 
@@ -40,7 +40,7 @@ def is_tokenised(row: Any) -> bool:
 
 
 def samples_from(rows: Iterable[Any]) -> list[Sample]:
-    """The samples of rows (T,), or of batches (N, T) of them; what ``estimate_importance`` says of such data.
+    """The samples of rows (T,), or of batches (N, T), as ``estimate_importance`` describes them.
 
     Labels are as ``Sample`` has them. Raises InputError, naming the row, if they are not whole numbers, differ
     in shape, or hold padding within a sample; or if there is no row.

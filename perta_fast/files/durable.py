@@ -113,7 +113,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory with all that it holds; nothing there is no error."""
+    """Remove a file or a directory with all that it holds; no error if it does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -45,7 +45,7 @@ class OutputDirectory:
             self.path.mkdir(exist_ok=True)
             self._lock = lock(self.path)
             if not self._resume:
-                for entry in self.path.iterdir():  # left over from a run that was killed
+                for entry in self.path.iterdir():  # of a run that was killed
                     remove(entry)
         except BlockingIOError:
             raise RunError(f"{self.final}: another run is writing it now") from None

@@ -92,7 +92,7 @@ def read_json(path: Path, advice: str = "") -> Any:
 
 
 def read_text(path: Path) -> tuple[str, bytes]:
-    """The text of a UTF-8 file, and its bytes. The file is read once, so a pipe will do.
+    """The text of a UTF-8 file, and its bytes. The file is read once, so it can be a pipe.
 
     Raises InputError, naming the file, if it cannot be read or is not UTF-8.
     """
