@@ -64,17 +64,20 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         "λ": report.lam,
         "p": report.p,
         "α": report.alpha,
-        "threshold": "none" if report.threshold is None else report.threshold,
+        "threshold": report.threshold,
         "started": report.started,
         "finished": report.finished,
-        "in place": "yes" if report.in_place else "no",
+        "in place": report.in_place,
         "resumed": f"{report.resumed} times",
     }
     settings |= {name.replace("_", " "): value for name, value in report.settings.items()}
-    return [
-        (name, f"{value:.6g}" if isinstance(value, float) and isfinite(value) else str(value))
-        for name, value in settings.items()
-    ]
+    return [(name, _in_words(value)) for name, value in settings.items()]
+
+
+def _in_words(value: Cell) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:.6g}" if isinstance(value, float) and isfinite(value) else str(value)
 
 
 def _trade_off(evidence: Evidence) -> dict[str, Any]:
