@@ -1,7 +1,7 @@
-"""A model under evaluation: samples are scored and answered on it, and the scores become metrics."""
+"""A model that evaluations and sweeps score on samples, and how such scores become metrics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,30 +22,34 @@ MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
 @dataclass
 class Examinee:
-    """A model and how it is run. ``data`` and ``notes`` gather what the record of the evaluation will say."""
+    """A model, and how it is run.
+
+    max_new_tokens: None takes each benchmark's own. show_text: keep answers. ``data`` and ``notes`` gather what
+    the record of the evaluation will say.
+    """
 
     subject: Subject
     batch_size: int
     max_length: int | None
-    max_new_tokens: int | None
-    show_text: bool
     progress: Progress
+    max_new_tokens: int | None = None
+    show_text: bool = False
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def note_file(self, role: str, path: Path, digest: str, samples: int) -> None:
-        """Enter a data file into the record."""
+        """Add a data file to the record."""
         self.data[role] = {"path": str(path.resolve()), "blake3": digest, "samples": samples}
 
-    def tokenise(self, records: Sequence[Row], role: str) -> list[Sample]:
+    def tokenise(self, rows: Sequence[Row], role: str) -> list[Sample]:
         """Tokens and labels; those cut to the length limit are counted in a note."""
-        samples = samples_for(self.subject, records, self.max_length)
+        samples = samples_for(self.subject, rows, self.max_length)
         if cut := sum(sample.truncated for sample in samples):
             self.notes.append(f"{role}: {cut} of {len(samples)} samples were cut to the length limit")
         return samples
 
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
-        """One forward pass."""
+        """Score every labelled token, in one forward pass. detailed: as in ``score_tokens``."""
         scores = score_tokens(
             self.subject.module,
             samples,
@@ -54,7 +58,7 @@ class Examinee:
             progress=self.progress,
             description=role,
         )
-        if broken := sum(not math.isfinite(metrics.mean(each.log_probs)) for each in scores):
+        if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
         return scores
 
@@ -88,22 +92,22 @@ def probabilities(scores: Sequence[TokenScores]) -> Metric:
     """Mean ``probability``."""
     return averaged(
         "prob",
-        [metrics.probability(each.log_probs) for each in scores],
-        avg_loss=[-metrics.mean(each.log_probs) for each in scores],
+        [metrics.probability(sample.log_probs) for sample in scores],
+        avg_loss=[-metrics.mean(sample.log_probs) for sample in scores],
     )
 
 
 def memorisation(scores: Sequence[TokenScores]) -> tuple[Metric, Metric]:
     """Extraction strength and exact memorisation; the last label, the end, does not count."""
-    hits = [each.hits[:-1] for each in scores]
-    return tuple(
-        _of_those_that_have(list(map(measure, hits)))
-        for measure in (metrics.extraction_strength, metrics.exact_memorization)
-    )  # type: ignore[return-value]
+    hits = [sample.hits[:-1] for sample in scores]
+    return (
+        _mean_of_known(list(map(metrics.extraction_strength, hits))),
+        _mean_of_known(list(map(metrics.exact_memorization, hits))),
+    )
 
 
-def _of_those_that_have(values: list[float]) -> Metric:
-    """The mean without answers of one token, which have nothing but their end."""
+def _mean_of_known(values: list[float]) -> Metric:
+    """The mean without NaN, which an answer of one token has: nothing but its end."""
     known = [value for value in values if not math.isnan(value)]
     return Metric(metrics.mean(known), [{"score": value} for value in values])
 
@@ -127,32 +131,32 @@ def membership(
         ]
         for rows in (forget, holdout)
     ]
-    found = {}
-    for place, name in enumerate(MEMBERSHIP):
-        ours, others = ([row[place] for row in rows] for rows in by_set)
+    result = {}
+    for column, name in enumerate(MEMBERSHIP):
+        ours, others = ([row[column] for row in rows] for rows in by_set)
         samples = [
             {"set": role, "score": score}
             for role, scores in (("forget", ours), ("holdout", others))
             for score in scores
         ]
-        found[name] = Metric(metrics.membership_auc(ours, others), samples)
-    return found
+        result[name] = Metric(metrics.membership_auc(ours, others), samples)
+    return result
 
 
-def privacy_leakage(found: dict[str, Metric], reference: EvaluationFile) -> Metric:
+def privacy_leakage(membership: Mapping[str, Metric], reference: EvaluationFile) -> Metric:
     """PrivLeak from ``membership`` and a gold model's."""
-    return Metric(metrics.privacy_leakage(found["mia_min_k"].value, reference.value("mia_min_k")))
+    return Metric(metrics.privacy_leakage(membership["mia_min_k"].value, reference.value("mia_min_k")))
 
 
 def label_texts(examinee: Examinee, samples: Sequence[Sample]) -> list[str]:
-    """What the labels say."""
+    """The text of each sample's labels."""
     labels = [[label for label in sample.labels if label != IGNORED] for sample in samples]
     texts: list[str] = examinee.subject.tokenizer.batch_decode(labels, skip_special_tokens=True)
     return texts
 
 
 def in_groups(values: Sequence[float], sizes: Sequence[int]) -> list[Sequence[float]]:
-    """Cut ``values`` into runs of these sizes."""
+    """Cut ``values`` into groups of these sizes."""
     ends = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
     return [values[begin:end] for begin, end in pairwise(ends)]
 

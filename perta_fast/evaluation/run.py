@@ -1,4 +1,4 @@
-"""One evaluation from its arguments to its record: everything is checked before the model is loaded."""
+"""``evaluate``, from its arguments to its record: everything is checked before the model is loaded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -54,20 +54,18 @@ def evaluate(
 ) -> Evaluation:
     """Measure what a causal language model has forgotten and kept, under open-unlearning's names.
 
-    model_or_path: a checkpoint directory, or a model of transformers with its ``tokenizer``; one that is given
-    is left as it was found. suite, data: TOFU, of which ``split`` is the forget set, or MUSE, in a directory
-    with the data set's own file names. Without a suite: forget, retain, holdout, JSON lines files as for
-    ``unlearn``, of which ``forget`` is needed.
+    model_or_path: a checkpoint directory, or a model of transformers with its ``tokenizer``; the model is left
+    as it was. suite, data: TOFU, of which ``split`` is the forget set, or MUSE, in a directory with the data
+    set's own file names. Without a suite: forget, retain, holdout, JSON lines files as for ``unlearn``; forget
+    is needed.
     reference: the result file of a gold model, by which forget quality and PrivLeak are measured.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers (the suite's own).
-    system_prompt, date_string: what the tokenizer's chat template is given with every question; not for MUSE,
-    which asks without it.
+    system_prompt, date_string: for the tokenizer's chat template, with every question; not for MUSE.
     out: file to write, ending in .json. It holds no text of any set unless ``show_text``.
-    batch_size, max_length, device, dtype, progress: as for ``estimate_importance``; logits are compared in
-    float32.
+    batch_size, max_length, device, dtype, progress: as for ``estimate_importance``.
 
     Raises InputError for bad input, before the model is loaded where possible, RunError if ``out`` cannot be
-    written. Memory: the model and the logits of one batch.
+    written. Memory: the model and the logits of one batch, which are compared in float32.
     """
     check_sizes(batch_size, max_length)
     if max_new_tokens is not None and max_new_tokens < 1:
@@ -77,56 +75,41 @@ def evaluate(
     if out is not None:
         check_output_file(Path(out), (".json",), overwrite=overwrite)
     gold = None if reference is None else EvaluationFile.read(reference)
-    work = _plan(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
-    _check_libraries()
-    if lm_eval:
-        check_harness(lm_eval)
+    measure = _measurement(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
+    _check_libraries(lm_eval)
+    settings = {
+        "suite": suite,
+        "split": split if suite == "tofu" else None,
+        "reference": None if reference is None else str(Path(reference).resolve()),
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
+        "system_prompt": system_prompt,
+        "date_string": date_string,
+    }
     started = now()
     subject = _subject(model_or_path, tokenizer, device, dtype)
-    examinee = Examinee(
-        replace(subject, tokenizer=with_chat_settings(subject.tokenizer, system_prompt, date_string)),
-        batch_size,
-        max_length,
-        max_new_tokens,
-        show_text,
-        progress,
-    )
-    with evaluation_mode(examinee.subject.module):
-        metrics = work(examinee)
-        general = general_ability(examinee.subject, lm_eval, batch_size) if lm_eval else {}
-    result = Evaluation(
-        metrics=metrics,
-        model=examinee.subject.origin,
-        settings={
-            "suite": suite,
-            "split": split if suite == "tofu" else None,
-            "reference": None if reference is None else str(Path(reference).resolve()),
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "max_new_tokens": max_new_tokens,
-            "system_prompt": system_prompt,
-            "date_string": date_string,
-        },
-        data=examinee.data,
-        general=general,
-        versions=installed_versions(),
-        notes=examinee.notes,
-        started=started,
-        finished=now(),
-    )
+    subject = replace(subject, tokenizer=with_chat_settings(subject.tokenizer, system_prompt, date_string))
+    examinee = Examinee(subject, batch_size, max_length, progress, max_new_tokens, show_text)
+    with evaluation_mode(subject.module):
+        result = Evaluation(metrics=measure(examinee), model=subject.origin, settings=settings, started=started)
+        if lm_eval:
+            result.general = general_ability(subject, lm_eval, batch_size)
+    result.data, result.notes = examinee.data, examinee.notes
+    result.versions, result.finished = installed_versions(), now()
     if out is not None:
         result.save(Path(out))
     return result
 
 
-def _plan(
+def _measurement(
     suite: str | None,
     data: PathLike | None,
     split: str,
     own: dict[str, PathLike | None],
     gold: EvaluationFile | None,
 ) -> Callable[[Examinee], dict[str, Metric]]:
-    """Read and check all data; what is left to do on the model."""
+    """Read and check all data; returns what then measures a model."""
     given = {role: Path(path) for role, path in own.items() if path is not None}
     if suite is None:
         require(own["forget"], "forget", "give a suite with its data, or your own forget data")
@@ -169,7 +152,9 @@ def _subject(
     return Subject(model_or_path, tokenizer, "live module")
 
 
-def _check_libraries() -> None:
+def _check_libraries(lm_eval: Sequence[str]) -> None:
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:
             raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
+    if lm_eval:
+        check_harness(lm_eval)

@@ -1,79 +1,75 @@
-"""The checkpoint of the setting that a sweep has chosen, by the same way as ``apply``."""
+"""The checkpoint of the setting that a sweep has chosen, written as ``apply`` writes one."""
 
 import os
 from pathlib import Path
 
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
-from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.settings import Settings, unfinished_advice
 from perta_fast.subtraction.inputs import Sources, open_importances
 from perta_fast.subtraction.unfinished import has_begun
-from perta_fast.sweeping.live_model import Importances
+from perta_fast.sweeping.importances import ByEstimator
+from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 
 
-def check_place(request: Request, inputs: list[Path]) -> None:
+def check_destination(request: Request, inputs: list[Path]) -> None:
     """Raise InputError, before anything is scored, if the checkpoint could not be written where it is to go."""
     if request.checkpoint is None or request.out is None:
         return
-    place, out = (Path(os.path.realpath(each)) for each in (request.checkpoint, request.out))
-    if place == out or place in out.parents or out in place.parents:
-        raise InputError(f"checkpoint {place} and out {out} must lie apart, neither within the other")
-    check_output(place, overwrite=request.overwrite, inputs=inputs)
-    if not request.overwrite and has_begun(place):
-        raise InputError(unfinished_advice(place))
+    destination, out = Path(os.path.realpath(request.checkpoint)), Path(os.path.realpath(request.out))
+    if destination == out or destination in out.parents or out in destination.parents:
+        raise InputError(f"checkpoint {destination} and out {out} must lie apart, neither within the other")
+    check_output(destination, overwrite=request.overwrite, inputs=inputs)
+    if not request.overwrite and has_begun(destination):
+        raise InputError(unfinished_advice(destination))
 
 
-def write_best(
-    request: Request, found: Sweep, importances: Importances, temporary: bool, progress: Progress
-) -> None:
-    """Write the checkpoint of ``found.best``, or finish it; one that this sweep has written already stays.
+def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator) -> None:
+    """Write the checkpoint of ``sweep.best``, or finish it; one that this sweep has written already stays.
 
-    importances: on disk, those that the setting was scored with; temporary: they go when the sweep is done.
+    importances: on disk, those that settings were scored with.
     """
-    best, place = found.best, Path(os.path.realpath(str(request.checkpoint)))
+    request, best = opened.request, sweep.best
     assert best is not None
-    p = None if best.rule == "tv" else best.p
-    rule = Rule.of(best.rule, best.lam, p, best.alpha, None if best.rule == "tv" else request.threshold)
-    settings = {name: _said(value) for name, value in found.settings.items() if value not in (None, [None])}
-    settings |= {"sweep": str(request.out), "sweep_started": found.started, "select": str(request.criterion)}
-    if _is_written(place, rule, settings):
+    destination = Path(os.path.realpath(str(request.checkpoint)))
+    weights = () if best.rule == "tv" else (best.p, best.alpha, request.threshold)
+    rule = Rule.of(best.rule, best.lam, *weights)
+    settings = {name: _as_text(value) for name, value in sweep.settings.items() if value not in (None, [None])}
+    settings |= {"sweep": str(request.out), "sweep_started": sweep.started, "select": str(request.criterion)}
+    if _is_written(destination, rule, settings):
         return
 
     def annotate(report: Report) -> None:
-        report.data, report.settings = found.data, settings
+        report.data, report.settings = sweep.data, settings
 
-    directories = (importances[role].directory if importances else None for role in found.data)
-    opened = open_importances(rule, *directories)
-    sources = Sources.open(request.model, request.base, request.tuned, opened)
+    weighing = {} if rule.estimator is None else importances[rule.estimator]
+    directories = (weighing[role].directory if weighing else None for role in sweep.data)
+    opened_importances = open_importances(rule, *directories)
+    sources = Sources.open(request.model, request.base, request.tuned, opened_importances)
     apply_sources(
         sources,
         rule,
-        Settings(place, overwrite=request.overwrite, progress=progress),
+        Settings(destination, overwrite=request.overwrite, progress=opened.progress),
         annotate=annotate,
-        temporary=temporary,
+        temporary=rule.estimator is not None and rule.estimator not in opened.given,  # they go with the sweep
     )
 
 
-def _said(value: object) -> str:
+def _as_text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _is_written(place: Path, rule: Rule, settings: dict[str, str]) -> bool:
-    """Whether an earlier attempt of this sweep has come this far."""
+def _is_written(destination: Path, rule: Rule, settings: dict[str, str]) -> bool:
+    """Whether this sweep, before it was stopped, has written its checkpoint."""
     try:
-        report = Report.load(place)
+        report = Report.load(destination)
     except InputError:
         return False
-    made = (report.rule, report.lam, report.p, report.alpha)
-    return report.settings == settings and made == (
-        rule.name,
-        rule.rescaling.lam,
-        rule.rescaling.p,
-        rule.rescaling.alpha,
-    )
+    written = (report.rule, report.lam, report.p, report.alpha)
+    wanted = (rule.name, rule.rescaling.lam, rule.rescaling.p, rule.rescaling.alpha)
+    return report.settings == settings and written == wanted

@@ -1,4 +1,4 @@
-"""What a sweep tries: curves, each a rule with its p and alpha, and the strengths along each of them."""
+"""What a sweep tries: curves, each a rule with its p and alpha, and strengths along each of them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,17 +24,17 @@ def curves_of(
     for name, values in (("rule", rules), ("p", ps), ("alpha", alphas)):
         if not values:
             raise InputError(f"{name} is empty; give at least one")
-    found: list[Rule] = []
+    curves: list[Rule] = []
     for name in rules:
         if name == "tv" and len(rules) > 1:
-            found.append(Rule.of(name, 0.0))
+            curves.append(Rule.of(name, 0.0))
         else:
-            found += [Rule.of(name, 0.0, p, alpha, threshold) for p in ps for alpha in alphas]
-    for k, rule in enumerate(found):
-        for twin in found[:k]:
+            curves += [Rule.of(name, 0.0, p, alpha, threshold) for p in ps for alpha in alphas]
+    for k, rule in enumerate(curves):
+        for twin in curves[:k]:
             if (twin.estimator, twin.rescaling) == (rule.estimator, rule.rescaling):
                 raise InputError(f"{_described(twin)} and {_described(rule)} are the same; leave one out")
-    return found
+    return curves
 
 
 def check_strengths(lams: Sequence[float]) -> None:
@@ -55,12 +55,12 @@ def walk(
     keeps: Callable[[ScoredSetting], bool],
 ) -> list[ScoredSetting]:
     """Measure strengths in rising order; once a positive one does not keep the bound, ``skip`` all larger."""
-    rows: list[ScoredSetting] = []
+    scored: list[ScoredSetting] = []
     stopped = False
     for lam in sorted(lams):
-        rows.append(skip(lam) if stopped else measure(lam))
-        stopped = stopped or (lam > 0 and not keeps(rows[-1]))
-    return rows
+        scored.append(skip(lam) if stopped else measure(lam))
+        stopped = stopped or (lam > 0 and not keeps(scored[-1]))
+    return scored
 
 
 def search(
@@ -68,23 +68,23 @@ def search(
 ) -> list[ScoredSetting]:
     """Measure strengths until the largest that keeps the bound is known to 1 %; return them as they were tried.
 
-    excess: how far a row breaks the bound, at most 0 where it keeps it. original: the row at lam 0.
+    excess: how far a setting breaks the bound, at most 0 where it keeps it. original: what lam 0 scores.
 
     Of those that were tried, the largest that keeps the bound is ``LARGEST``, or the next larger breaks it and
     is at most 1 % larger; or none keeps it and the smallest is at most ``SMALLEST``. Nothing is asked of the
     curve between; but where it is smooth, fewer are tried.
     """
-    rows: list[ScoredSetting] = []
+    scored: list[ScoredSetting] = []
 
     def tried(lam: float) -> Point:
-        rows.append(measure(lam))
-        return lam, excess(rows[-1])
+        scored.append(measure(lam))
+        return lam, excess(scored[-1])
 
     start = low = (0.0, excess(original))
     high = tried(1.0)
     while high[1] <= 0:
         if high[0] == LARGEST:
-            return rows
+            return scored
         low, high = high, tried(2 * high[0])
     guesses = _GUESSES
     # low keeps the bound; high is the smallest above it that was measured, and does not.
@@ -94,21 +94,21 @@ def search(
         probe = tried(_middle(low, high) if guess is None else guess)
         low, high = (probe, high) if probe[1] <= 0 else (low, probe)
         guesses -= high[0] - low[0] > width / 2
-    return rows
+    return scored
 
 
 def _crossing(low: Point, high: Point, start: float) -> float | None:
     """Where the bound is broken if what is lost grows as a power of the strength; None if that is no help.
 
-    start: what is left of the bound at strength 0, as a negative number.
+    start: what remains to the bound at strength 0, as a negative number.
     """
     lost_low, lost_high = low[1] - start, high[1] - start
     if low[0] == 0 or not 0 < lost_low < lost_high < math.inf:
         return None
     power = math.log(lost_high / lost_low) / math.log(high[0] / low[0])
     step = _STEP * low[0]  # not nearer to an end, so that the next one is likely to be on the other side
-    found = high[0] * (-start / lost_high) ** (1 / power)
-    return _readable(min(max(found, low[0] + step), high[0] - step))
+    crossing = high[0] * (-start / lost_high) ** (1 / power)
+    return _readable(min(max(crossing, low[0] + step), high[0] - step))
 
 
 def _middle(low: Point, high: Point) -> float:

@@ -1,4 +1,7 @@
-"""What a setting scores: theta_full as a live module, changed, scored and restored."""
+"""What a setting scores: theta_full as a live module, changed, scored and restored.
+
+So a sweep writes no checkpoint for a setting, and loads theta_full once.
+"""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +15,13 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.json_lines import Row, read_data
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
-from perta_fast.evaluation.examinee import memorisation, probabilities
-from perta_fast.evaluation.metrics import mean, rouge_l
+from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
+from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.own_data import NEW_TOKENS
 from perta_fast.importance.store import Importance
-from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.held_tensors import held_tensors
-from perta_fast.models.loading import Subject, samples_for
-from perta_fast.models.token_scores import TokenScores, score_tokens
-from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord
-from perta_fast.rules import Rule
+from perta_fast.rules import RULES, Estimator, Rule
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
 from perta_fast.sweeping.criteria import LOSS, METRICS
 from perta_fast.sweeping.results import ScoredSetting
@@ -35,21 +34,21 @@ Importances = Mapping[str, Importance]  # by role; empty: w = 1
 
 @dataclass(frozen=True)
 class DataSet:
-    """The forget or the retain data: file, hash and records."""
+    """The forget or the retain data: file, hash and rows."""
 
     path: Path
     digest: str
-    records: list[Row]
+    rows: list[Row]
 
     @classmethod
     def read(cls, path: str, metric: str) -> "DataSet":
         """Raises InputError for a bad line, and for one that the metric has no use for."""
-        records, digest = read_data(path)
+        rows, digest = read_data(path)
         if metric == _ROUGE:
-            for record in records:
-                if "question" not in record.content:
-                    raise InputError(f"{record.where}: metric {_ROUGE} needs a question and its answer")
-        return cls(Path(path), digest, records)
+            for row in rows:
+                if "question" not in row.content:
+                    raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
+        return cls(Path(path), digest, rows)
 
     def describe(self, samples: Sequence[Sample]) -> DataRecord:
         """For the record of the sweep."""
@@ -61,6 +60,12 @@ class DataSet:
         }
 
 
+def rule_of(estimator: Estimator) -> Rule:
+    """A rule that weighs by importances of ``estimator``, at lam 0."""
+    rules = (Rule.of(name, 0.0) for name in RULES)
+    return next(rule for rule in rules if rule.estimator == estimator)
+
+
 def check_metric(metric: str) -> None:
     """Raise InputError unless it is known, and can be measured here."""
     if metric not in METRICS:
@@ -69,75 +74,56 @@ def check_metric(metric: str) -> None:
         raise InputError("rouge_score is not installed: pip install 'perta-fast[eval]'")
 
 
-@dataclass(frozen=True)
-class Examination:
-    """A model, the forget and retain data in its tokens, and what is measured on them."""
+class ScoredModel:
+    """A model, with the forget and the retain data in its tokens, that ``score`` turns into losses and metrics.
 
-    subject: Subject
-    data: Mapping[str, DataSet]
-    samples: Mapping[str, Sequence[Sample]]
-    metric: str
-    batch_size: int
-    progress: Progress
+    Raises InputError naming a line that the model cannot take.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        subject: Subject,
-        data: Mapping[str, DataSet],
-        metric: str,
-        batch_size: int,
-        max_length: int | None,
-        progress: Progress,
-    ) -> "Examination":
-        """Tokenise the data. Raises InputError naming a line that the model cannot take."""
-        samples = {role: samples_for(subject, each.records, max_length) for role, each in data.items()}
-        return cls(subject, data, samples, metric, batch_size, progress)
+    def __init__(self, examinee: Examinee, data: Mapping[str, DataSet], metric: str) -> None:
+        self.subject = examinee.subject
+        self.samples = {role: examinee.tokenise(given.rows, role) for role, given in data.items()}
+        self._examinee, self._data, self._metric = examinee, data, metric
 
     def score(self, name: str) -> ScoredSetting:
         """Losses and metrics of the model as it stands, called ``name`` where progress is shown."""
         started = time.perf_counter()
-        (forget_loss, forget), (retain_loss, retain) = (self._score(role, name) for role in self.data)
+        (forget_loss, forget), (retain_loss, retain) = (self._score(role, name) for role in self._data)
         seconds = time.perf_counter() - started
         return ScoredSetting("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds)
 
     def _score(self, role: str, name: str) -> tuple[float, float]:
         """Loss and metric of one set."""
-        scores = score_tokens(
-            self.subject.module,
-            self.samples[role],
-            batch_size=self.batch_size,
-            detailed=self.metric in _MEMORISATION,
-            progress=self.progress,
-            description=f"{name}, {role}",
-        )
-        loss = mean([-mean(each.log_probs) for each in scores])
-        return loss, loss if self.metric == LOSS else self._metric(role, name, scores)
-
-    def _metric(self, role: str, name: str, scores: Sequence[TokenScores]) -> float:
-        if self.metric == _ROUGE:
-            answers = greedy_answers(
-                self.subject.module,
-                self.subject.tokenizer,
-                [prompt_of(sample) for sample in self.samples[role]],
-                batch_size=self.batch_size,
-                max_new_tokens=NEW_TOKENS,
-                progress=self.progress,
-                description=f"{name}, {role} answers",
-            )
-            truth = [record.content["answer"] for record in self.data[role].records]
-            return mean([rouge_l(*pair)[0] for pair in zip(truth, answers, strict=True)])
-        if self.metric in _MEMORISATION:
-            return memorisation(scores)[_MEMORISATION.index(self.metric)].value
-        return probabilities(scores).value
+        samples, metric, shown = self.samples[role], self._metric, f"{name}, {role}"
+        scores = self._examinee.score(samples, shown, detailed=metric in _MEMORISATION)
+        loss = mean([-mean(sample.log_probs) for sample in scores])
+        if metric == LOSS:
+            return loss, loss
+        if metric == _ROUGE:
+            answers = self._examinee.answer([prompt_of(sample) for sample in samples], shown, NEW_TOKENS)
+            truth = [row.content["answer"] for row in self._data[role].rows]
+            return loss, self._examinee.rouge(truth, answers, "rougeL_recall").value
+        if metric in _MEMORISATION:
+            return loss, memorisation(scores)[_MEMORISATION.index(metric)].value
+        return loss, probabilities(scores).value
 
 
-class LiveModel:
-    """theta_full as a module, which ``measure`` changes and restores."""
+class LiveModel(ScoredModel):
+    """theta_full as a module, which ``measure`` changes and restores.
 
-    def __init__(self, examination: Examination, model: Checkpoint, base: Path, tuned: Path) -> None:
-        self.subject = examination.subject
-        self.examination = examination
+    model, base, tuned: where theta_full and the task vector are read from.
+    """
+
+    def __init__(
+        self,
+        examinee: Examinee,
+        data: Mapping[str, DataSet],
+        metric: str,
+        model: Checkpoint,
+        base: str,
+        tuned: str,
+    ) -> None:
+        super().__init__(examinee, data, metric)
         self._model, self._base, self._tuned = model, base, tuned
         self._stored = [
             (tensor.pieces, stored_name(model, name))
@@ -150,10 +136,10 @@ class LiveModel:
         self.subtract_(rule, importances)
         changed = self._round_as_stored_()
         alpha = "" if rule.rescaling.alpha == 1 else f", alpha {rule.rescaling.alpha:g}"
-        found = self.examination.score(f"{rule.name}{alpha}, lambda {rule.rescaling.lam:g}")
+        scored = self.score(f"{rule.name}{alpha}, lambda {rule.rescaling.lam:g}")
         self._restore_()
         return replace(
-            found,
+            scored,
             rule=rule.name,
             p=rule.rescaling.p,
             alpha=rule.rescaling.alpha,
@@ -162,15 +148,15 @@ class LiveModel:
             seconds=time.perf_counter() - started,
         )
 
-    def measure_original(self, importances: Sequence[Importances]) -> ScoredSetting:
+    def measure_original(self, importances: Mapping[Estimator, Importances]) -> ScoredSetting:
         """Score theta_full as it is.
 
         Raises InputError for inputs, ``importances`` among them, that could not be subtracted from it.
         """
-        for each in importances or ({},):
-            name = "tv" if not each else each["forget"].metadata.estimator
-            self.subtract_(Rule.of(name, 0.0), each)
-        return self.examination.score("the model as it is")
+        subtractions = [(rule_of(estimator), given) for estimator, given in importances.items()]
+        for rule, given in subtractions or [(Rule.of("tv", 0.0), {})]:
+            self.subtract_(rule, given)
+        return self.score("the model as it is")
 
     def subtract_(self, rule: Rule, importances: Importances) -> None:
         """``apply_to_module_`` with these checkpoints."""

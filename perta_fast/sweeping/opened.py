@@ -1,4 +1,4 @@
-"""A sweep's checked request, its inputs opened, and the models that it loads."""
+"""The opened inputs of a sweep, and the models that it loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,20 +8,23 @@ from typing import Any
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.errors import InputError
+from perta_fast.evaluation.examinee import Examinee
 from perta_fast.files.hashing import hash_file
-from perta_fast.models.loading import Subject, load_subject
+from perta_fast.models.loading import Subject, load_subject, samples_for
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import fingerprint
 from perta_fast.sweeping.grid import curves_of
 from perta_fast.sweeping.importances import ByEstimator, estimate, open_given
-from perta_fast.sweeping.live_model import DataSet, Examination, LiveModel
+from perta_fast.sweeping.live_model import DataSet, LiveModel, ScoredModel
 from perta_fast.sweeping.request import Request
+from perta_fast.sweeping.results import ScoredSetting
 
 
 @dataclass(frozen=True)
-class Job:
+class OpenedSweep:
     """A checked request with its inputs opened. curves: at lam 0. given: with importances, by estimator."""
 
     request: Request
@@ -33,7 +36,7 @@ class Job:
     progress: Progress
 
     @classmethod
-    def open(cls, request: Request, progress: Progress) -> "Job":
+    def open(cls, request: Request, progress: Progress) -> "OpenedSweep":
         """Raises InputError for whatever is wrong with arguments or inputs, before a model is loaded."""
         request.check()
         curves = curves_of(request.rules, request.ps, request.alphas, request.threshold)
@@ -50,31 +53,38 @@ class Job:
 
     def inputs(self) -> dict[str, Checkpoint]:
         """Every directory of tensors that is read, by what it is."""
-        found = dict(self.sources.named())
+        directories = dict(self.sources.named())
         if self.gold is not None:
-            found["gold"] = self.gold
+            directories["gold"] = self.gold
         for estimator, sources in self.given.items():
             for role in ("forget_importance", "retain_importance"):
                 name = role if len(self.given) == 1 else f"{role}, {estimator}"
-                found[name] = sources.named()[role]
-        return found
+                directories[name] = sources.named()[role]
+        return directories
+
+    def paths(self) -> list[Path]:
+        """Every directory and file that is read."""
+        tensors = [
+            path for directory in self.inputs().values() for path in (directory.path, *directory.files())
+        ]
+        return tensors + [given.path for given in self.data.values()]
 
     def identity(self) -> dict[str, Any]:
         """What tells by path whether an input is still the same."""
-        small = {str(each.path): each.digest for each in self.data.values()}
+        small = {str(given.path): given.digest for given in self.data.values()}
         if self.sources.adapter_config is not None:
             small[str(self.sources.adapter_config)] = hash_file(self.sources.adapter_config)
         weights = {
-            str(each.path / name): found
-            for each in self.inputs().values()
-            for name, found in fingerprint(each).items()
+            str(directory.path / name): state
+            for directory in self.inputs().values()
+            for name, state in fingerprint(directory).items()
         }
         return weights | small
 
     def lacking(self) -> list[Estimator]:
         """The estimators that the rules need and that no importance was given of."""
         needed = dict.fromkeys(rule.estimator for rule in self.curves)
-        return [each for each in needed if each is not None and each not in self.given]
+        return [estimator for estimator in needed if estimator is not None and estimator not in self.given]
 
     def load(self, path: Path) -> Subject:
         """A model, where and in what type the sweep runs."""
@@ -83,24 +93,40 @@ class Job:
 
     def estimate(self, subject: Subject, estimators: Sequence[Estimator], folder: Path | None) -> ByEstimator:
         """Importances on both data sets, kept in ``folder`` or in memory."""
-        return estimate(
-            subject,
-            self.data,
-            estimators,
-            batch_size=self.request.batch_size,
-            max_length=self.request.max_length,
-            progress=self.progress,
-            folder=folder,
-        )
+        samples = {
+            role: samples_for(subject, given.rows, self.request.max_length) for role, given in self.data.items()
+        }
+        return {
+            estimator: {
+                role: estimate(
+                    subject,
+                    samples[role],
+                    given.digest,
+                    estimator,
+                    batch_size=self.request.batch_size,
+                    progress=self.progress,
+                    description=f"{role} importance, {estimator}",
+                    out=None if folder is None else folder / estimator / role,
+                )
+                for role, given in self.data.items()
+            }
+            for estimator in estimators
+        }
 
-    def examination(self, path: Path) -> Examination:
-        """A model, loaded, with the data in its tokens."""
-        request = self.request
-        return Examination.of(
-            self.load(path), self.data, request.metric, request.batch_size, request.max_length, self.progress
-        )
+    def score_gold(self, path: Path) -> ScoredSetting:
+        """Load the gold model and score it. Raises InputError if what it scores is not finite."""
+        scored = ScoredModel(self._examinee(path), self.data, self.request.metric).score("gold")
+        if not scored.is_finite:
+            raise InputError(f"{path}: what the gold model scores is not finite")
+        return scored
 
     def live(self) -> LiveModel:
         """theta_full, loaded."""
-        model = self.sources.model
-        return LiveModel(self.examination(model.path), model, Path(self.request.base), Path(self.request.tuned))
+        model, request = self.sources.model, self.request
+        return LiveModel(
+            self._examinee(model.path), self.data, request.metric, model, request.base, request.tuned
+        )
+
+    def _examinee(self, path: Path) -> Examinee:
+        request = self.request
+        return Examinee(self.load(path), request.batch_size, request.max_length, self.progress)

@@ -1,8 +1,8 @@
-"""What one sweep was asked for, in a form that is kept on disk and compared."""
+"""The arguments of a sweep, checked, in a form that is kept on disk to compare them when it goes on."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ from perta_fast.sweeping.live_model import check_metric
 from perta_fast.sweeping.results import ScoredSetting
 
 _BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
-_PATHS = ("model", "base", "tuned", "forget", "retain", "forget_importance", "retain_importance", "gold", "out")
+_PATHS = ("model", "base", "tuned", "forget", "retain", "gold", "out")
+_IMPORTANCES = ("forget_importance", "retain_importance")
+_SEVERAL = {
+    "rules": "rule",
+    "ps": "p",
+    "alphas": "alpha",
+}  # lists, by the argument that has one value or several
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,22 @@ class Request:
     device: str | None
     dtype: str | None
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Request":
+        """From the arguments of ``sweep``, by name."""
+        values = {field.name: arguments[_SEVERAL.get(field.name, field.name)] for field in fields(cls)}
+        for name in (*_PATHS, "checkpoint"):
+            values[name] = None if values[name] is None else absolute(values[name])
+        for name in _SEVERAL:
+            values[name] = _listed(values[name])
+        for name in _IMPORTANCES:
+            values[name] = [absolute(path) for path in _listed(values[name] or ())]
+        if values["lams"] is not None:
+            values["lams"] = [float(lam) for lam in values["lams"]]
+        for name in ("device", "dtype"):
+            values[name] = None if values[name] is None else str(values[name]).removeprefix("torch.")
+        return cls(**values)
+
     @property
     def is_bounded(self) -> bool:
         """Whether there is something that settings have to keep."""
@@ -55,7 +77,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """All but the inputs, for the record of the sweep."""
-        return {name: value for name, value in asdict(self).items() if name not in _PATHS}
+        return {name: value for name, value in asdict(self).items() if name not in (*_PATHS, *_IMPORTANCES)}
 
     @property
     def criterion(self) -> str | None:
@@ -65,7 +87,7 @@ class Request:
         return "largest" if self.lams is None else "best-forget"
 
     def check(self) -> None:
-        """Raise InputError for whatever can be told without a file."""
+        """Raise InputError for whatever is wrong that no file need be read for."""
         curves_of(self.rules, self.ps, self.alphas, self.threshold)
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
@@ -130,7 +152,7 @@ class Request:
             )
 
 
-def listed(value: Any) -> list[Any]:
+def _listed(value: Any) -> list[Any]:
     """One value or several, as a list."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return list(value) if several else [value]

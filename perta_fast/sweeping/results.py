@@ -1,4 +1,4 @@
-"""What a sweep has measured: forgetting against retaining by setting, as a table, a file and a plot."""
+"""The results of a sweep: what each setting scores and which is chosen, as a table and as ``sweep.json``."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -67,10 +67,10 @@ class ScoredSetting:
 class Sweep:
     """The record of one sweep. Paths are absolute; hashes are BLAKE3.
 
-    rows: the model as it is, then each rule with its p and alpha, by strength. metric: what ``forget`` and
-    ``retain`` of a row are. limit: the largest retain loss that was allowed; floor: the smallest retain metric;
-    None where there was no such bound. select: how ``best`` is chosen. gold: the gold model, on the same data.
-    importance: by estimator, of ``forget`` and ``retain``.
+    rows: the settings: the model as it is, then each rule with its p and alpha, by strength. metric: what
+    ``forget`` and ``retain`` of a setting are. limit: the largest retain loss that was allowed; floor: the
+    smallest retain metric; None where there was no such bound. select: how ``best`` is chosen. gold: the gold
+    model, on the same data. importance: by estimator, of ``forget`` and ``retain``.
     """
 
     rows: list[ScoredSetting]
@@ -91,63 +91,68 @@ class Sweep:
     @property
     def original(self) -> ScoredSetting:
         """The model as it is."""
-        return next(row for row in self.rows if not row.rule)
+        return next(setting for setting in self.rows if not setting.rule)
 
     def curves(self) -> dict[str, list[ScoredSetting]]:
-        """The rows of each rule with its p and alpha, by a name that says what sets it apart."""
-        found: dict[str, list[ScoredSetting]] = {}
-        for row in self.rows:
-            if row.rule:
-                found.setdefault(self.label(row), []).append(row)
-        return found
+        """The settings of each rule with its p and alpha, by a name that says what sets it apart."""
+        curves: dict[str, list[ScoredSetting]] = {}
+        for setting in self.rows:
+            if setting.rule:
+                curves.setdefault(self.label(setting), []).append(setting)
+        return curves
 
-    def label(self, row: ScoredSetting) -> str:
-        """The name of a row's curve."""
-        if not row.rule:
+    def label(self, setting: ScoredSetting) -> str:
+        """The name of a setting's curve."""
+        if not setting.rule:
             return "original"
-        alike = [each for each in self.rows if each.rule == row.rule]
-        several = {name: len({getattr(each, name) for each in alike}) > 1 for name in ("p", "alpha")}
-        p = f", p {row.p:g}" if several["p"] else ""
-        return row.rule + p + (f", α {row.alpha:g}" if several["alpha"] else "")
+        alike = [other for other in self.rows if other.rule == setting.rule]
+        p = f", p {setting.p:g}" if len({other.p for other in alike}) > 1 else ""
+        alpha = f", α {setting.alpha:g}" if len({other.alpha for other in alike}) > 1 else ""
+        return setting.rule + p + alpha
 
     @property
     def best(self) -> ScoredSetting | None:
-        """What ``select`` chooses of the rows that keep the bound, the model as it is among them.
+        """What ``select`` chooses of the settings that keep the bound, the model as it is among them.
 
         "best-forget": the one that has forgotten most. "largest": the same, but of each curve its largest
         strength alone. "closest": the one with the smallest ``distance``. None without ``select``.
         """
         if self.select is None:
             return None
-        kept = [row for row in self.rows if row.keeps(self.limit, self.floor)]
+        kept = [setting for setting in self.rows if setting.keeps(self.limit, self.floor)]
         if self.select == "closest":
             return min(kept, key=self.distance)
         if self.select == "largest":
             kept = [self._largest(rows) for rows in self.curves().values()]
-        return max(kept, key=lambda row: row.forget if self.metric == LOSS else -row.forget)
+        return max(kept, key=lambda setting: setting.forget if self.metric == LOSS else -setting.forget)
 
-    def distance(self, row: ScoredSetting) -> float:
-        """Euclidean distance between the forget and retain metrics of ``row`` and those of the gold model."""
+    @property
+    def has_choice(self) -> bool:
+        """Whether ``best`` is another than the model as it is."""
+        return self.best is not None and bool(self.best.rule)
+
+    def distance(self, setting: ScoredSetting) -> float:
+        """Euclidean distance to the gold model, in forget and retain metric."""
         assert self.gold is not None
-        return math.hypot(row.forget - self.gold.forget, row.retain - self.gold.retain)
+        return math.hypot(setting.forget - self.gold.forget, setting.retain - self.gold.retain)
 
     def _largest(self, curve: list[ScoredSetting]) -> ScoredSetting:
         """The largest measured strength that keeps the bound."""
-        kept = (row for row in [self.original, *curve] if row.keeps(self.limit, self.floor))
-        return max(kept, key=lambda row: row.lam)
+        kept = (setting for setting in [self.original, *curve] if setting.keeps(self.limit, self.floor))
+        return max(kept, key=lambda setting: setting.lam)
 
     def summary(self) -> str:
         """A line a setting, what the search or the choice came to, and notes."""
         names = ["forget loss", "retain loss"]
         if self.metric != LOSS:
             names += [f"forget {self.metric}", f"retain {self.metric}"]
-        labels = [self.label(row) for row in self.rows]
+        labels = [self.label(setting) for setting in self.rows]
         width = max(map(len, labels))
         heads = "".join(f"{name:>{_width(name)}}" for name in names)
         lines = [f"{'rule':{width}}{'lambda':>12}{heads}{'changed':>10}{'seconds':>9}"]
-        for label, row in zip(labels, self.rows, strict=True):
-            measured = f"{_numbers(row, names)}{100 * row.changed:8.1f} %{row.seconds:9.1f}"
-            lines.append(f"{label:{width}}{row.lam:12g}{'  skipped' if row.skipped else measured}")
+        for label, setting in zip(labels, self.rows, strict=True):
+            measured = f"{_numbers(setting, names)}{100 * setting.changed:8.1f} %{setting.seconds:9.1f}"
+            lines.append(f"{label:{width}}{setting.lam:12g}{'  skipped' if setting.skipped else measured}")
         if self.gold is not None:
             lines.append(f"{'gold':{width}}{'':12}{_numbers(self.gold, names)}")
         return "\n".join([*lines, *self._outcome(), *self.notes])
@@ -173,7 +178,11 @@ class Sweep:
             within, value = f"keeps the retain {self.metric} at {self.floor:.6g} or more", "retain"
         if best.lam == LARGEST:
             return f"Even lambda {LARGEST:g} {within}, and no larger one is tried."
-        broken = min((row for row in curve if row.lam > best.lam), key=lambda row: row.lam, default=None)
+        broken = min(
+            (setting for setting in curve if setting.lam > best.lam),
+            key=lambda setting: setting.lam,
+            default=None,
+        )
         if broken is None:
             return f"Lambda {best.lam!r} {within}, and no larger one was tried."
         if best.lam == 0:
@@ -189,7 +198,7 @@ class Sweep:
         content = asdict(self) | {
             "format_version": FORMAT_VERSION,
             "best": None if best is None else _as_json(best),
-            "rows": [_as_json(row) for row in self.rows],
+            "rows": [_as_json(setting) for setting in self.rows],
             "gold": None if self.gold is None else _as_json(self.gold),
         }
         write_readable_json(directory / FILE_NAME, content)
@@ -205,17 +214,17 @@ class Sweep:
         gold, rows = _with_nan(content.get("gold")), content.get("rows")
         if not isinstance(rows, list):
             raise unknown
-        rows = [_with_nan(row) for row in rows]
-        if not fits(content | {"rows": rows, "gold": gold}, cls) or all(row["rule"] for row in rows):
+        rows = [_with_nan(setting) for setting in rows]
+        if not fits(content | {"rows": rows, "gold": gold}, cls) or all(setting["rule"] for setting in rows):
             raise unknown
         content |= {
-            "rows": [ScoredSetting(**row) for row in rows],
+            "rows": [ScoredSetting(**setting) for setting in rows],
             "gold": None if gold is None else ScoredSetting(**gold),
         }
-        found = cls(**content)
-        if not found._can_choose():
+        sweep = cls(**content)
+        if not sweep._can_choose():
             raise unknown
-        return found
+        return sweep
 
     def _can_choose(self) -> bool:
         """Whether ``select`` can be followed: what it needs is there, and the model itself keeps the bound."""
@@ -234,22 +243,22 @@ def _width(name: str) -> int:
     return max(13, len(name) + 2)
 
 
-def _numbers(row: ScoredSetting, names: Sequence[str]) -> str:
+def _numbers(setting: ScoredSetting, names: Sequence[str]) -> str:
     """Losses, and metrics if they have columns."""
-    values = (row.forget_loss, row.retain_loss, row.forget, row.retain)
+    values = (setting.forget_loss, setting.retain_loss, setting.forget, setting.retain)
     return "".join(f"{value:{_width(name)}.4f}" for name, value in zip(names, values, strict=False))
 
 
-def _as_json(row: ScoredSetting) -> dict[str, Any]:
+def _as_json(setting: ScoredSetting) -> dict[str, Any]:
     """null for what is not finite: JSON has no other word for it."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in asdict(row).items()
+        for key, value in asdict(setting).items()
     }
 
 
-def _with_nan(row: Any) -> Any:
-    """The other way."""
-    if not isinstance(row, Mapping):
-        return row
-    return {key: math.nan if value is None else value for key, value in row.items()}
+def _with_nan(setting: Any) -> Any:
+    """NaN for null: the inverse of ``_as_json``."""
+    if not isinstance(setting, Mapping):
+        return setting
+    return {key: math.nan if value is None else value for key, value in setting.items()}

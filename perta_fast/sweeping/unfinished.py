@@ -1,4 +1,4 @@
-"""What an unfinished sweep has come to, kept on disk so that it can be taken up again."""
+"""What an unfinished sweep has scored, kept on disk so that it can be resumed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,8 +25,8 @@ _FORMAT_VERSION = 1
 class Begun:
     """An unfinished sweep.
 
-    request: its arguments. inputs: what identifies the weights and data that it reads. rows: what has been
-    scored, each setting at most once. gold: the gold model, if that has been scored.
+    request: its arguments. inputs: what identifies the weights and data that it reads. rows: the settings
+    that have been scored, each at most once. gold: the gold model, if that has been scored.
     """
 
     request: dict[str, Any]
@@ -38,12 +38,19 @@ class Begun:
     def find(self, rule: Rule) -> ScoredSetting | None:
         """What a setting has scored."""
         wanted = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
-        return next((row for row in self.rows if (row.rule, row.p, row.alpha, row.lam) == wanted), None)
+        return next(
+            (
+                setting
+                for setting in self.rows
+                if (setting.rule, setting.p, setting.alpha, setting.lam) == wanted
+            ),
+            None,
+        )
 
     @property
     def original(self) -> ScoredSetting | None:
         """What the model as it is has scored."""
-        return next((row for row in self.rows if not row.rule), None)
+        return next((setting for setting in self.rows if not setting.rule), None)
 
     def save(self, directory: Path) -> None:
         """Write it below ``directory``, durably; after a crash there is the old record or the new."""
@@ -53,7 +60,7 @@ class Begun:
 
 
 def has_begun(final: Path) -> bool:
-    """Whether an unfinished sweep to ``final`` can be taken up again."""
+    """Whether an unfinished sweep to ``final`` can be resumed."""
     return bool(final.name) and exists(partial_path(final) / STATE / _FILE)
 
 
@@ -72,16 +79,16 @@ def load_begun(final: Path) -> Begun:
     if not fits(content, Begun):
         raise InputError(f"{path}: is not a record that this version understands")
     gold = content.pop("gold")
-    rows = [ScoredSetting(**row) for row in content.pop("rows")]
+    rows = [ScoredSetting(**setting) for setting in content.pop("rows")]
     return Begun(**content, rows=rows, gold=None if gold is None else ScoredSetting(**gold))
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise InputError, naming it, if an input is not what it was when the sweep began."""
-    for place in sorted(before.keys() | now.keys()):
-        if before.get(place) != now.get(place):
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
             raise InputError(
-                f"{place}: has changed since the sweep began; put the old file back to go on with it, or start "
+                f"{path}: has changed since the sweep began; put the old file back to go on with it, or start "
                 "over with --overwrite"
             )
 
@@ -98,15 +105,15 @@ class Record:
         """Where importances estimated for the sweep are kept."""
         return None if self._target is None else self._target.path / STATE / IMPORTANCE
 
-    def add(self, row: ScoredSetting) -> ScoredSetting:
+    def add(self, setting: ScoredSetting) -> ScoredSetting:
         """Keep one more setting; returns it."""
-        self.begun.rows.append(row)
+        self.begun.rows.append(setting)
         self._keep()
-        return row
+        return setting
 
-    def add_gold(self, row: ScoredSetting) -> None:
+    def add_gold(self, setting: ScoredSetting) -> None:
         """Keep what the gold model scores."""
-        self.begun.gold = row
+        self.begun.gold = setting
         self._keep()
 
     def _keep(self) -> None:

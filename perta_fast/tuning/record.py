@@ -13,14 +13,15 @@ FILE_NAME = "perta_tune.json"
 class Tuning:
     """The record of one tuning.
 
-    base: absolute path. tuned_parameters: how many numbers were trained. loss_before, loss_after: mean over the
-    samples of their mean token loss, in nats. epoch_losses: what the Trainer logged, the mean over the steps of
-    each epoch of the batch's mean token loss. memory: peaks in bytes. seconds: of the whole, loading included.
+    base: absolute path. settings: max_length is None where the model's own limit holds. tuned_parameters: how
+    many numbers were trained. loss_before, loss_after: mean over the samples of their mean token loss, in nats.
+    epoch_losses: what the Trainer logged, the mean over the steps of each epoch of the batch's mean token loss.
+    memory: peaks in bytes. seconds: of the whole, loading included.
     """
 
     base: str
     data: DataRecord
-    settings: dict[str, Scalar]
+    settings: dict[str, Scalar | None]
     tuned_parameters: int
     loss_before: float
     loss_after: float

@@ -1,9 +1,10 @@
-"""One tuning from its arguments to its output: everything is checked before the model is loaded."""
+"""``tune``, from its arguments to its output: everything is checked before the model is loaded."""
 
 import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,95 +54,122 @@ def tune(
     """Tune ``base`` on the forget data alone, by transformers and peft: θ_f, as ``unlearn`` takes it.
 
     base: a checkpoint directory, θ_0. forget: a JSON lines file, tokenised and labelled as for ``unlearn``.
-    out: the directory to make. It holds a LoRA adapter of ``rank`` on every linear map but the output head
-    (experts that transformers joins into one parameter have none), or, if ``full``, a checkpoint with the
-    tensors and shards of ``base``, in which all that text passes through has been tuned. What was tuned is
-    float32 in both, and beside it lies the record that is returned.
-
-    epochs, lr: None takes what TOFU (github.com/locuslab/tofu) tunes with, 10 epochs at 1e-4 for an adapter and
-    5 at 1e-5 for a checkpoint. batch_size: samples a step. max_length: tokens a sample is cut to, if that is
-    less than the model's own limit. gradient_checkpointing: compute activations again instead of keeping them.
-    device: None takes CUDA if there is one. Loss, optimiser and schedule: ``training.train_``. On the CPU, one
-    ``seed`` gives the same bytes with one number of threads; it seeds torch, NumPy and ``random`` for good.
+    out: directory to make, of a LoRA adapter of ``rank`` or, if ``full``, of a checkpoint, both in float32, with
+    the record that is returned. The documentation ("Tuning") says what is tuned, and why so.
+    epochs, lr: None takes TOFU's, 10 epochs at 1e-4 for an adapter and 5 at 1e-5 for a checkpoint.
+    batch_size: samples a step. max_length: tokens a sample is cut to, within the model's own limit.
+    gradient_checkpointing: compute activations again instead of keeping them. device: None takes CUDA if there
+    is one. seed: on the CPU, one seed gives the same bytes with one number of threads; it seeds torch, NumPy and
+    ``random`` for good. overwrite: replace ``out``.
 
     Memory: the model in its own type, float32 if that is float16, and 16 bytes a parameter of the adapter; if
     ``full``, 16 bytes a parameter of the model. Disk, if ``full``: 4 bytes a parameter.
     Raises InputError for bad input, before the model is loaded where possible, NotFiniteError if a loss is not
     finite, RunError if ``out`` cannot be written. Nothing is left behind then, or after an interrupt.
     """
-    started, clock = now(), time.perf_counter()
     kind = "full" if full else "adapter"
-    epochs = _EPOCHS[kind] if epochs is None else epochs
-    lr = _LR[kind] if lr is None else lr
-    _check_numbers(rank, epochs, lr, batch_size, max_length, seed)
+    request = Request(
+        base=Path(base),
+        forget=Path(forget),
+        full=full,
+        rank=rank,
+        epochs=_EPOCHS[kind] if epochs is None else epochs,
+        lr=_LR[kind] if lr is None else lr,
+        batch_size=batch_size,
+        max_length=max_length,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    request.check()
     if None in map(find_spec, _NEEDED):
         raise InputError(f"{' and '.join(_NEEDED)} are needed: pip install 'perta-fast[tune]'")
     chosen = choose_device(device)
     if chosen.index:
         raise InputError(f"device is {chosen}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
-    base, forget = Path(base), Path(forget)
-    target = OutputDirectory(out, overwrite=overwrite, inputs=[base, forget])
-    records, digest = read_data(forget)
-    checkpoint = open_plain(base)
-    if full:
+    return _run(
+        request,
+        OutputDirectory(out, overwrite=overwrite, inputs=[request.base, request.forget]),
+        chosen,
+        progress,
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``tune`` that say what is trained and how; as there."""
+
+    base: Path
+    forget: Path
+    full: bool
+    rank: int
+    epochs: int
+    lr: float
+    batch_size: int
+    max_length: int | None
+    gradient_checkpointing: bool
+    seed: int
+
+    def check(self) -> None:
+        """Raise InputError, naming the argument, for a number out of its range."""
+        check_sizes(self.batch_size, self.max_length)
+        for name, value in (("rank", self.rank), ("epochs", self.epochs)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"lr is {self.lr}; it must be a number above 0")
+        if not 0 <= self.seed < 1 << 32:  # what NumPy takes
+            raise InputError(f"seed is {self.seed}; it must lie from 0 to 2^32 - 1")
+
+    def settings(self) -> dict[str, Any]:
+        """All but the inputs, for the record."""
+        left_out = ("base", "forget", "rank") if self.full else ("base", "forget")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+
+def _run(request: Request, target: OutputDirectory, device: torch.device, progress: Progress) -> Tuning:
+    started, clock = now(), time.perf_counter()
+    rows, digest = read_data(request.forget)
+    checkpoint = open_plain(request.base)
+    if request.full:
         check_space(target.final, tuned_size(checkpoint))
     with PeakMemory() as memory, target, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and the Trainer call transformers by older names
-        subject = load_subject(base.resolve(), chosen, _dtype(checkpoint, full))
-        samples = samples_for(subject, records, max_length)
-        model: Any = subject.module
-        if gradient_checkpointing:
-            if not model.supports_gradient_checkpointing:
-                raise InputError(f"{base}: this model knows no gradient checkpointing; leave it out")
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind trains no adapter
-        module, missed = model, 0.0
-        if not full:
-            missed = share_left_out(model)
-            module = add_adapter(model, rank, seed)
-            check_adapter(module, checkpoint, target.path)
+        subject = load_subject(request.base.resolve(), device, _dtype(checkpoint, request.full))
+        samples = samples_for(subject, rows, request.max_length)
+        module, missed = _trainable(subject.module, request, checkpoint, target.path)
         before = _mean_loss(module, samples, "before", progress)
         epoch_losses = train_(
             module,
             samples,
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            seed=seed,
+            epochs=request.epochs,
+            lr=request.lr,
+            batch_size=request.batch_size,
+            seed=request.seed,
             directory=target.path,
             progress=progress,
         )
         after = _mean_loss(module, samples, "after", progress)
-        if full:
+        if request.full:
             write_tuned(module, checkpoint, target.path)
         else:
             save_adapter(module, target.path)
-        truncated = sum(each.truncated for each in samples)
+        truncated = sum(sample.truncated for sample in samples)
         record = Tuning(
             base=subject.origin,
             data={
-                "path": str(forget.resolve()),
+                "path": str(request.forget.resolve()),
                 "blake3": digest,
                 "samples": len(samples),
                 "truncated": truncated,
             },
-            settings={
-                "full": full,
-                **({} if full else {"rank": rank}),
-                "epochs": epochs,
-                "lr": lr,
-                "batch_size": batch_size,
-                "max_length": "the model's" if max_length is None else max_length,
-                "gradient_checkpointing": gradient_checkpointing,
-                "seed": seed,
-                "device": str(subject.device),
-            },
-            tuned_parameters=sum(each.numel() for each in module.parameters() if each.requires_grad),
+            settings=request.settings() | {"device": str(subject.device)},
+            tuned_parameters=sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad),
             loss_before=before,
             loss_after=after,
             epoch_losses=epoch_losses,
             warnings=_warnings(truncated, missed, before, after),
             seconds=time.perf_counter() - clock,
-            memory=memory.as_dict() | _device_memory(chosen),
+            memory=memory.as_dict() | _device_memory(device),
             versions=installed_versions(*_NEEDED),
             started=started,
             finished=now(),
@@ -151,17 +179,20 @@ def tune(
     return record
 
 
-def _check_numbers(
-    rank: int, epochs: int, lr: float, batch_size: int, max_length: int | None, seed: int
-) -> None:
-    check_sizes(batch_size, max_length)
-    for name, value in (("rank", rank), ("epochs", epochs)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    if not (math.isfinite(lr) and lr > 0):
-        raise InputError(f"lr is {lr}; it must be a number above 0")
-    if not 0 <= seed < 1 << 32:  # what NumPy takes
-        raise InputError(f"seed is {seed}; it must lie from 0 to 2^32 - 1")
+def _trainable(
+    model: Any, request: Request, checkpoint: Checkpoint, directory: Path
+) -> tuple[nn.Module, float]:
+    """What is trained, ``model`` or an adapter on it; and the share of parameters that the adapter leaves out."""
+    if request.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise InputError(f"{request.base}: this model knows no gradient checkpointing; leave it out")
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind trains no adapter
+    if request.full:
+        return model, 0.0
+    missed = share_left_out(model)
+    adapted = add_adapter(model, request.rank, request.seed)
+    check_adapter(adapted, checkpoint, directory)
+    return adapted, missed
 
 
 def _dtype(checkpoint: Checkpoint, full: bool) -> torch.dtype | None:
@@ -180,27 +211,27 @@ def _mean_loss(module: nn.Module, samples: Sequence[Sample], when: str, progress
         scores = score_tokens(
             module, samples, batch_size=_SCORED_AT_A_TIME, progress=progress, description=phase
         )
-    loss = -sum(float(each.log_probs.mean()) for each in scores) / len(scores)
+    loss = -sum(float(sample.log_probs.mean()) for sample in scores) / len(scores)
     if not math.isfinite(loss):
         raise NotFiniteError(f"the loss of the forget data {when} tuning is not finite; nothing was written")
     return loss
 
 
 def _warnings(truncated: int, missed: float, before: float, after: float) -> list[str]:
-    found = []
+    texts = []
     if truncated:
-        found.append(f"{truncated} samples were cut to the length limit")
+        texts.append(f"{truncated} samples were cut to the length limit")
     if missed:
-        found.append(
+        texts.append(
             f"the adapter leaves out {missed:.0%} of the parameters, in joined experts and the like; "
             "--full tunes them too"
         )
     if after > 0.9 * before:
-        found.append(
+        texts.append(
             "the loss has fallen by less than a tenth: the forget data has hardly been learnt; "
             "give more --epochs or a higher --lr"
         )
-    return found
+    return texts
 
 
 def _device_memory(device: torch.device) -> dict[str, int]:

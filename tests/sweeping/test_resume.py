@@ -15,7 +15,7 @@ from perta_fast.files.durable import write_record
 from perta_fast.sweeping import chosen_checkpoint as writing
 from perta_fast.sweeping import importances as sweeping_importances
 from perta_fast.sweeping import run as sweeping_run
-from perta_fast.sweeping.live_model import Examination
+from perta_fast.sweeping.live_model import ScoredModel
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.children import perta
 from tests.support.models import RETAIN, Job, write_job, write_lines
@@ -72,13 +72,13 @@ class Watch:
         self.stop_at: str | None = None
         self.estimates_left = 2
         self.error: BaseException = KeyboardInterrupt()
-        score, estimate = Examination.score, sweeping_importances.estimate_on
+        score, estimate = ScoredModel.score, sweeping_importances.estimate_on
 
-        def watched(examination: Examination, name: str) -> Any:
+        def watched(model: ScoredModel, name: str) -> Any:
             if name == self.stop_at:
                 raise self.error
             self.scored.append(name)
-            return score(examination, name)
+            return score(model, name)
 
         def counted(*arguments: Any, **settings: Any) -> Any:
             if self.estimates == self.estimates_left:
@@ -86,7 +86,7 @@ class Watch:
             self.estimates += 1
             return estimate(*arguments, **settings)
 
-        monkeypatch.setattr(Examination, "score", watched)
+        monkeypatch.setattr(ScoredModel, "score", watched)
         monkeypatch.setattr(sweeping_importances, "estimate_on", counted)
 
     def forget(self) -> None:

@@ -17,9 +17,10 @@ from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perta_fast import InputError, Sweep, apply, cli, estimate_importance, evaluate, sweep
+from perta_fast.evaluation import examinee
 from perta_fast.runs import estimate
 from perta_fast.sweeping import importances as sweeping_importances
-from perta_fast.sweeping import live_model as scoring
+from perta_fast.sweeping import live_model
 from perta_fast.sweeping import opened as sweeping_job
 from perta_fast.sweeping.criteria import METRICS
 from perta_fast.sweeping.results import ScoredSetting
@@ -186,7 +187,7 @@ def test_rules_and_alphas_from_one_importance_an_estimator(
 
 def test_the_metrics_of_an_evaluation(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what ``apply`` writes."""
-    monkeypatch.setattr(scoring, "NEW_TOKENS", 10)
+    monkeypatch.setattr(live_model, "NEW_TOKENS", 10)
     apply(*job.checkpoints, rule="tv", lam=8, out=tmp_path / "out", progress=False)
     settings: dict[str, Any] = {"forget": job.forget, "retain": job.retain, "max_new_tokens": 10}
     expected = [evaluate(path, **settings, progress=False) for path in (job.model, tmp_path / "out")]
@@ -303,7 +304,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
     """While a strength is scored, there are one model, the importances, and nothing else of such a size."""
     alive: list[weakref.ref[torch.nn.Module]] = []
     held: list[int] = []
-    load, score = sweeping_job.load_subject, scoring.score_tokens
+    load, score = sweeping_job.load_subject, examinee.score_tokens
 
     def watched_load(*arguments: Any) -> Any:
         assert [ref for ref in alive if ref() is not None] == []
@@ -316,7 +317,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
         return score(*arguments, **settings)
 
     monkeypatch.setattr(sweeping_job, "load_subject", watched_load)
-    monkeypatch.setattr(scoring, "score_tokens", watched_score)
+    monkeypatch.setattr(examinee, "score_tokens", watched_score)
     tensors = read_checkpoint(job.model).values()
     count = sum(tensor.numel() for tensor in tensors)
     del tensors
@@ -378,7 +379,7 @@ def test_a_failure_before_anything_is_scored_leaves_nothing(
     def fail(*arguments: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scoring, "score_tokens", fail)
+    monkeypatch.setattr(examinee, "score_tokens", fail)
     with pytest.raises(KeyboardInterrupt):
         run(job, rule="tv", max_retain_increase=1.0, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
