@@ -54,13 +54,13 @@ def tune(
     """Tune ``base`` on the forget data alone, by transformers and peft: θ_f, as ``unlearn`` takes it.
 
     base: a checkpoint directory, θ_0. forget: a JSON lines file, tokenised and labelled as for ``unlearn``.
-    out: directory to make, of a LoRA adapter of ``rank`` or, if ``full``, of a checkpoint, both in float32, with
-    the record that is returned. The documentation ("Tuning") says what is tuned, and why so.
+    out: directory to make, of a LoRA adapter of ``rank`` or, if ``full``, of a checkpoint, both in float32; the
+    record that is returned lies there too. The documentation ("Tuning") says what is tuned, and why so.
     epochs, lr: None takes TOFU's, 10 epochs at 1e-4 for an adapter and 5 at 1e-5 for a checkpoint.
     batch_size: samples a step. max_length: tokens a sample is cut to, within the model's own limit.
     gradient_checkpointing: compute activations again instead of keeping them. device: None takes CUDA if there
-    is one. seed: on the CPU, one seed gives the same bytes with one number of threads; it seeds torch, NumPy and
-    ``random`` for good. overwrite: replace ``out``.
+    is one. seed: on the CPU, one seed gives the same bytes with one number of threads; it seeds torch, NumPy
+    and ``random`` for good. overwrite: replace ``out``.
 
     Memory: the model in its own type, float32 if that is float16, and 16 bytes a parameter of the adapter; if
     ``full``, 16 bytes a parameter of the model. Disk, if ``full``: 4 bytes a parameter.
@@ -182,7 +182,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
 def _trainable(
     model: Any, request: Request, checkpoint: Checkpoint, directory: Path
 ) -> tuple[nn.Module, float]:
-    """What is trained, ``model`` or an adapter on it; and the share of parameters that the adapter leaves out."""
+    """What is trained, ``model`` or an adapter on it; and the share of parameters left out of the adapter."""
     if request.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise InputError(f"{request.base}: this model knows no gradient checkpointing; leave it out")
