@@ -70,9 +70,7 @@ def _encode_plain_question(
 ) -> tuple[list[int], list[int]]:
     def tokens(text: str) -> list[int]:
         ids = list(tokenizer(text)["input_ids"])
-        return (
-            ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-        )  # of tokenizers that add it to every text
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers add it to every text
 
     start = f"Question: {question}\nAnswer:"
     prompt, whole = tokens(start), tokens(f"{start} {answer}")

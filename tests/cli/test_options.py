@@ -1,0 +1,48 @@
+"""The tables of options, against the Python functions that they are passed to."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from perta_fast import apply, estimate_importance, evaluate, sweep, tune, unlearn
+from perta_fast.cli.main import COMMANDS
+from perta_fast.cli.options import Option
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "unlearn": unlearn,
+    "apply": apply,
+    "importance": estimate_importance,
+    "tune": tune,
+    "sweep": sweep,
+    "eval": evaluate,
+}
+# Options that are given to the function in another form, or not at all.
+OTHERWISE = {
+    "unlearn": {"recipe", "dry_run", "quiet"},
+    "apply": {"quiet"},
+    "importance": {"model", "dry_run", "quiet"},
+    "tune": {"quiet"},
+    "sweep": {"rules", "ps", "alphas", "quiet"},
+    "eval": {"model", "quiet"},
+}
+OTHER_DEFAULTS = {"eval": {"batch_size"}}  # 8 on the command line as for all commands, 16 in Python
+
+
+def same_default(option: Option, parameter: inspect.Parameter) -> bool:
+    if option.required and not option.one_of:
+        return True
+    return bool(option.default == parameter.default or not (option.default or parameter.default))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_option_is_an_argument_with_the_same_default(name: str) -> None:
+    (command,) = (command for command in COMMANDS if command.name == name)
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    options = {option.name: option for option in command.options}
+    assert options.keys() - parameters.keys() == OTHERWISE[name]
+    shared = options.keys() & parameters.keys()
+    assert {key for key in shared if not same_default(options[key], parameters[key])} == OTHER_DEFAULTS.get(
+        name, set()
+    )
