@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from bench.study.models import load_model
 from bench.study.selection import KEPT, choose
-from bench.study.training import descend_, losses_of
+from bench.study.training import losses_of
 from bench.study.trial import Trial, write_candidates
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
+from perta_fast.demo.training import descend_
 
 BETA = 0.1
 

@@ -1,8 +1,8 @@
-"""A small Llama, and the loop that trains it."""
+"""The study's small Llama, its losses, and how it is tuned; the loop itself is the demo's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from bench.study.settings import Settings
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample
-from perta_fast.demo.training import new_llama
+from perta_fast.demo.training import descend_, new_llama, warmed_up
 from perta_fast.models.losses import sample_means
 
 _GROUP = 16  # batches whose samples are sorted by length together: little padding, and still a random order
-_WARM_UP = 0.1  # of the steps
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -53,35 +52,13 @@ def tune_(
     device = next(module.parameters()).device
     order = torch.Generator().manual_seed(seed)
     batches = [batch for _ in range(epochs) for batch in _epoch(samples, batch_size, order)]
-    warm_up = max(1, int(_WARM_UP * len(batches)))
-
-    def rate_at(step: int) -> float:
-        return rate * min((step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up + 1))
 
     def loss(numbers: list[int]) -> Tensor:
         return losses_of(module, Batch.of([samples[k] for k in numbers], device)).mean()
 
-    for _ in descend_(module, batches, loss, rate_at):
+    for _ in descend_(module, batches, loss, warmed_up(rate, len(batches))):
         pass
     module.eval()
-
-
-def descend_(
-    module: nn.Module,
-    batches: Sequence[Any],
-    loss: Callable[[Any], Tensor],
-    rate_at: Callable[[int], float],
-) -> Iterator[int]:
-    """AdamW down the ``loss`` of each batch, gradients clipped to norm 1; yields the steps taken after each."""
-    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0, fused=True)
-    for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = rate_at(step)
-        module.train()
-        loss(batch).backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield step + 1
 
 
 def _epoch(samples: Sequence[Sample], batch_size: int, order: torch.Generator) -> list[list[int]]:

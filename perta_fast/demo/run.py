@@ -14,7 +14,7 @@ from perta_fast.demo.checkpoints import train_models
 from perta_fast.demo.clock import Clock
 from perta_fast.demo.files import Files, work_directory
 from perta_fast.demo.scoring import Score
-from perta_fast.demo.selectivity import measure_step
+from perta_fast.demo.selectivity import measure_update
 from perta_fast.demo.settings import FAST, FULL
 from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_checkpoint, sweep
 from perta_fast.demo.table import LEGEND, Line, explain, format_table
@@ -70,7 +70,7 @@ def _lines(files: Files, samples: Samples, gold: dict[str, Score], runs: dict[st
     for rule, tried in runs.items():
         best = best_run(tried)
         scores = score_checkpoint(files.unlearned(rule, best.lam), samples, _SPLITS)
-        lines.append(Line(rule, best.lam, scores, best.gap, measure_step(files, rule, best.lam)))
+        lines.append(Line(rule, best.lam, scores, best.gap, measure_update(files, rule, best.lam)))
     return lines
 
 

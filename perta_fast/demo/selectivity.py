@@ -1,4 +1,4 @@
-"""What a rule's weights do to the step, apart from its length."""
+"""What a rule's weights do to the update, apart from its length."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from perta_fast.rules import Rule
 
 
 @dataclass(frozen=True)
-class Step:
-    """The step delta = lambda w tau of one run.
+class Update:
+    """The update delta = lambda w tau of one run.
 
     length: ||delta|| / ||tau||. selectivity: sum of I_f delta^2 / sum of I_r delta^2, with the empirical Fisher
-    at theta_0 as importance. To second order, and each parameter on its own, that is how much more the step
+    at theta_0 as importance. To second order, and each parameter on its own, that is how much more the update
     disturbs the forget data than the retain data; it does not depend on lambda.
     """
 
@@ -24,28 +24,28 @@ class Step:
     selectivity: float
 
 
-def measure_step(files: Files, rule_name: str, lam: float) -> Step:
-    """Recompute the step of a finished run from the files."""
+def measure_update(files: Files, rule_name: str, lam: float) -> Update:
+    """Recompute the update of a finished run from the files."""
     rule = Rule.of(rule_name, lam)
     rescaling = rule.rescaling
     base, tuned = Checkpoint.open(files.base), Checkpoint.open(files.tuned)
     fisher = _importances(files, "empirical-fisher")
     weighing = None if rule.estimator is None else _importances(files, rule.estimator)
-    step_energy = task_energy = on_forget = on_retain = 0.0
+    update_energy = task_energy = on_forget = on_retain = 0.0
     for name in base.tensors:
         task_vector = tuned.tensor(name) - base.tensor(name)
         weights = torch.ones_like(task_vector)
         if weighing is not None:
             forget, retain = (importance.tensors[name] for importance in weighing)
             weights = reference.weights(forget, retain, rescaling.p, rescaling.alpha, rescaling.threshold)
-        squared_step = (rescaling.lam * weights * task_vector).double().square()
-        step_energy += squared_step.sum().item()
+        squared_update = (rescaling.lam * weights * task_vector).double().square()
+        update_energy += squared_update.sum().item()
         task_energy += task_vector.double().square().sum().item()
         on_forget, on_retain = (
-            total + (importance.tensors[name] * squared_step).sum().item()
+            total + (importance.tensors[name] * squared_update).sum().item()
             for total, importance in zip((on_forget, on_retain), fisher, strict=True)
         )
-    return Step((step_energy / task_energy) ** 0.5, on_forget / on_retain)
+    return Update((update_energy / task_energy) ** 0.5, on_forget / on_retain)
 
 
 def _importances(files: Files, estimator: str) -> tuple[Importance, Importance]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from perta_fast.demo.scoring import Score
-from perta_fast.demo.selectivity import Step
+from perta_fast.demo.selectivity import Update
 
 _COLUMNS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 LEGEND = """\
@@ -13,22 +13,22 @@ accuracy  share of the questions whose answer greedy decoding reproduces exactly
 rephrased the same facts, asked in words that were never used in tuning
 gap       |forget accuracy - gold's| + what retain accuracy lacks to gold's, in points, on trained questions;
           of each rule the lambda with the smallest gap is shown"""
-_STEP_LEGEND = """\
-Each rule against tv. Selectivity: how much more the step disturbs forget than retain data, by the diagonal
-Fisher at theta_0, each parameter on its own. Length: of the step, in units of the task vector's. A standard
+_UPDATE_LEGEND = """\
+Each rule against tv. Selectivity: how much more the update disturbs forget than retain data, by the diagonal
+Fisher at theta_0, each parameter on its own. Length: of the update, in units of the task vector's. A standard
 error takes all questions as independent draws."""
 _HARDLY = 1.1  # a selectivity this many times that of tv is no difference to speak of
 
 
 @dataclass(frozen=True)
 class Line:
-    """One model: its scores by split, its gap to gold, and the step if it was made by a rule."""
+    """One model: its scores by split, its gap to gold, and the update if it was made by a rule."""
 
     name: str
     lam: float | None
     scores: Mapping[str, Score]
     gap: float
-    step: Step | None = None
+    update: Update | None = None
 
     @property
     def error(self) -> float:
@@ -55,8 +55,8 @@ def _format_line(line: Line) -> str:
 
 
 def explain(tv: Line, others: Sequence[Line]) -> str:
-    """Whether each rule comes closer to gold than ``tv``, and what its step says about why."""
-    lines = [_STEP_LEGEND]
+    """Whether each rule comes closer to gold than ``tv``, and what its update says about why."""
+    lines = [_UPDATE_LEGEND]
     rules_by_reason: dict[str, list[str]] = {}
     for line in others:
         numbers, reason = _compare(tv, line)
@@ -67,8 +67,8 @@ def explain(tv: Line, others: Sequence[Line]) -> str:
 
 
 def _compare(tv: Line, line: Line) -> tuple[str, str]:
-    assert tv.step is not None and line.step is not None
-    ratio = line.step.selectivity / tv.step.selectivity
+    assert tv.update is not None and line.update is not None
+    ratio = line.update.selectivity / tv.update.selectivity
     gain = tv.gap - line.gap
     error = (tv.error**2 + line.error**2) ** 0.5
     if abs(gain) <= error:
@@ -77,20 +77,20 @@ def _compare(tv: Line, line: Line) -> tuple[str, str]:
         verdict = f"is {'closer to' if gain > 0 else 'further from'} gold than tv"
     numbers = (
         f"{verdict}: gap {line.gap:.1f} against {tv.gap:.1f} (standard error of the difference {error:.1f}),\n"
-        f"  selectivity {ratio:.2f} times tv's, length {line.step.length:.2f} against {tv.step.length:.2f}"
+        f"  selectivity {ratio:.2f} times tv's, length {line.update.length:.2f} against {tv.update.length:.2f}"
     )
     return numbers, _reason(gain > error, ratio > _HARDLY)
 
 
 def _reason(closer: bool, selective: bool) -> str:
     if closer and selective:
-        return " the step lies more on parameters that forget data need and retain data do not."
+        return " the update lies more on parameters that forget data need and retain data do not."
     if closer:
-        return " not by the diagonal's account, which finds the step hardly more selective than tv's."
+        return " not by the diagonal's account, which finds the update hardly more selective than tv's."
     if selective:
         return (
-            "\n  parameter by parameter the step is more selective than tv's, but the answers do not show it"
+            "\n  parameter by parameter the update is more selective than tv's, but the answers do not show it"
             "\n  beyond chance: this diagonal is not what decides here. It leaves out how parameters act"
-            "\n  together, and holds for small steps only."
+            "\n  together, and holds for small updates only."
         )
-    return " the weights hardly tell forget from retain, so the step does what tv's does at another lambda."
+    return " the weights hardly tell forget from retain, so the update does what tv's does at another lambda."

@@ -1,12 +1,11 @@
 """A small Llama and its tokenizer, trained with a plain torch loop on the processor."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perta_fast.data.batches import Batch
@@ -83,22 +82,41 @@ def train_(
 
     ``seed`` decides the order of the samples; the rest is deterministic on one machine.
     """
-    module.train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0, fused=True)
-    steps = math.ceil(len(samples) / batch_size) * epochs
-    warm_up = max(1, int(steps * _WARM_UP))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
-    )
     order = torch.Generator().manual_seed(seed)
+    epoch_orders = [torch.randperm(len(samples), generator=order) for _ in range(epochs)]
+    batches = [chosen.tolist() for numbers in epoch_orders for chosen in numbers.split(batch_size)]
+
+    def loss(numbers: list[int]) -> Tensor:
+        return per_sample_losses(module, Batch.of([samples[k] for k in numbers])).mean()
+
     with sample_bar(len(samples) * epochs, description, True) as bar:
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(samples), generator=order).split(batch_size):
-                batch = Batch.of([samples[k] for k in chosen.tolist()])
-                per_sample_losses(module, batch).mean().backward()
-                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                bar.update(len(chosen))
+        for step in descend_(module, batches, loss, warmed_up(rate, len(batches))):
+            bar.update(len(batches[step - 1]))
     module.eval()
+
+
+def warmed_up(rate: float, steps: int) -> Callable[[int], float]:
+    """The rate at each of ``steps`` steps: it rises to ``rate`` over the first tenth, then falls to 0."""
+    warm_up = max(1, int(_WARM_UP * steps))
+    return lambda step: rate * min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+
+
+def descend_(
+    module: nn.Module,
+    batches: Sequence[Any],
+    loss: Callable[[Any], Tensor],
+    rate_at: Callable[[int], float],
+) -> Iterator[int]:
+    """AdamW down the ``loss`` of each batch, gradients clipped to norm 1; yields the steps taken after each.
+
+    ``perta tune`` trains with transformers' Trainer instead: models of any size and type, on a GPU too.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0, fused=True)
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rate_at(step)
+        module.train()
+        loss(batch).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step + 1

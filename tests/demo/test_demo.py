@@ -122,7 +122,7 @@ def test_each_row_is_its_rules_best_and_is_what_the_rule_gives(folder: Path, res
     assert len(list((folder / "unlearned").iterdir())) == len(RULES)
 
 
-def test_steps_are_those_of_the_kept_checkpoints(folder: Path, results: dict[str, Any]) -> None:
+def test_updates_are_those_of_the_kept_checkpoints(folder: Path, results: dict[str, Any]) -> None:
     def tensors(*parts: str) -> dict[str, torch.Tensor]:
         (path,) = folder.joinpath(*parts).glob("*.safetensors")
         return load_file(path)
@@ -131,7 +131,7 @@ def test_steps_are_those_of_the_kept_checkpoints(folder: Path, results: dict[str
     forget, retain = (tensors("importance", "empirical-fisher", role) for role in ("forget", "retain"))
     tau = torch.cat([(tuned[name] - base[name]).flatten() for name in base]).double()
     for line in results["table"]:
-        if line["step"] is None:
+        if line["update"] is None:
             continue
         out = load_file(place(folder, line) / "model.safetensors")
         delta = torch.cat([(full[name] - out[name]).flatten() for name in base]).double()
@@ -139,9 +139,9 @@ def test_steps_are_those_of_the_kept_checkpoints(folder: Path, results: dict[str
             sum((found[name] * (full[name] - out[name]) ** 2).sum().item() for name in base)
             for found in (forget, retain)
         )
-        # The written result is rounded, the step in the table is not.
-        assert line["step"]["length"] == pytest.approx((delta.norm() / tau.norm()).item(), rel=1e-3)
-        assert line["step"]["selectivity"] == pytest.approx(on_forget / on_retain, rel=1e-2)
+        # The written result is rounded, the update in the table is not.
+        assert line["update"]["length"] == pytest.approx((delta.norm() / tau.norm()).item(), rel=1e-3)
+        assert line["update"]["selectivity"] == pytest.approx(on_forget / on_retain, rel=1e-2)
 
 
 def test_what_is_printed_are_these_numbers(printed: str, results: dict[str, Any]) -> None:

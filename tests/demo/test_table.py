@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from perta_fast.demo.scoring import Score
-from perta_fast.demo.selectivity import Step
+from perta_fast.demo.selectivity import Update
 from perta_fast.demo.sweep import Run, best_run, gap_to_gold
 from perta_fast.demo.table import Line, explain, format_table
 
@@ -16,7 +16,7 @@ def scores(forget: float, retain: float, questions: int = 100) -> dict[str, Scor
 
 
 def line(name: str, gap: float, selectivity: float, **changes: Any) -> Line:
-    return Line(name, 1.5, scores(50.0, 90.0, **changes), gap, Step(0.75, selectivity))
+    return Line(name, 1.5, scores(50.0, 90.0, **changes), gap, Update(0.75, selectivity))
 
 
 def test_gap_counts_forget_both_ways_and_retain_one_way() -> None:
@@ -67,4 +67,4 @@ def test_verdict_follows_from_the_numbers(gap: float, selectivity: float, verdic
 
 def test_rules_with_one_reason_share_its_sentence() -> None:
     text = explain(line("tv", 40.0, 1.0), [line("grad", 20.0, 2.0), line("fisher", 10.0, 3.0)])
-    assert text.splitlines()[-1].startswith("grad, fisher: the step lies")
+    assert text.splitlines()[-1].startswith("grad, fisher: the update lies")
