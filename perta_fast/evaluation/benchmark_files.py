@@ -48,9 +48,8 @@ def read_rows(folder: Path, stem: str, texts: Iterable[str], lists: Iterable[str
     texts: fields that must be texts which are not empty; lists: fields that must be lists of at least one such
     text. Raises InputError, naming file and line, if the file is missing or an object is not of this form.
     """
-    path = next(
-        (each for ending in (".jsonl", ".json") if (each := folder / f"{stem}{ending}").is_file()), None
-    )
+    paths = [folder / f"{stem}{ending}" for ending in (".jsonl", ".json")]
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
     text, data = read_text(path)

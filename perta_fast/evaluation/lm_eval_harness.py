@@ -29,5 +29,5 @@ def general_ability(subject: Subject, tasks: Sequence[str], batch_size: int) -> 
 
     tokenizer = deepcopy(subject.tokenizer)  # the harness gives it a padding token
     model = HFLM(pretrained=subject.module, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(model=model, tasks=list(tasks))
-    return {task: dict(numbers) for task, numbers in found["results"].items()}
+    results = simple_evaluate(model=model, tasks=list(tasks))
+    return {task: dict(numbers) for task, numbers in results["results"].items()}

@@ -42,23 +42,23 @@ def evaluate_muse(
     examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None
 ) -> dict[str, Metric]:
     """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak."""
-    for name, each in rows.items():
-        examinee.note_file(name, each.path, each.digest, len(each.content))
+    for name, file in rows.items():
+        examinee.note_file(name, file.path, file.digest, len(file.content))
     passages = rows["verbmem/forget"]
-    found = {"forget_verbmem_ROUGE": _verbatim(examinee, passages)}
+    results = {"forget_verbmem_ROUGE": _verbatim(examinee, passages)}
     for role in ("forget", "retain"):
-        found[f"{role}_knowmem_ROUGE"] = _knowledge(
+        results[f"{role}_knowmem_ROUGE"] = _knowledge(
             examinee, role, rows[f"knowmem/{role}_qa"], rows[f"knowmem/{role}_qa_icl"]
         )
     prompts = passages.texts("prompt")
     whole = [f"{prompt} {truth}" for prompt, truth in zip(prompts, passages.texts("gt"), strict=True)]
     continued = _score_texts(examinee, "verbmem", prompts, whole, passages.places)
     strength, exact = memorisation([scores for scores, _ in continued])
-    found |= {"extraction_strength": strength, "exact_memorization": exact}
-    found |= membership(*(_score_membership(examinee, role, rows) for role in ("forget", "holdout")))
+    results |= {"extraction_strength": strength, "exact_memorization": exact}
+    results |= membership(*(_score_membership(examinee, role, rows) for role in ("forget", "holdout")))
     if reference is not None:
-        found["privleak"] = privacy_leakage(found, reference)
-    return found
+        results["privleak"] = privacy_leakage(results, reference)
+    return results
 
 
 def check_reference(reference: EvaluationFile) -> None:
@@ -88,8 +88,8 @@ def _knowledge(examinee: Examinee, role: str, rows: Rows, examples: Rows) -> Met
 
 
 def _score_membership(examinee: Examinee, role: str, rows: dict[str, Rows]) -> list[tuple[TokenScores, str]]:
-    found = rows[f"privleak/{role}"]
-    return _score_texts(examinee, role, [""] * len(found.content), found.texts("text"), found.places)
+    texts = rows[f"privleak/{role}"]
+    return _score_texts(examinee, role, [""] * len(texts.content), texts.texts("text"), texts.places)
 
 
 def _score_texts(

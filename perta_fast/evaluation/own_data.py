@@ -32,7 +32,7 @@ def evaluate_own_data(examinee: Examinee, files: Files, reference: EvaluationFil
     ROUGE-L too where all lines are questions. With a holdout set, the membership scores of the forget set; with
     ``reference`` as well, PrivLeak.
     """
-    found: dict[str, Metric] = {}
+    results: dict[str, Metric] = {}
     scored: dict[str, list[tuple[TokenScores, str]]] = {}
     for role, (path, records, digest) in files.items():
         examinee.note_file(role, path, digest, len(records))
@@ -41,15 +41,15 @@ def evaluate_own_data(examinee: Examinee, files: Files, reference: EvaluationFil
         scored[role] = list(zip(scores, label_texts(examinee, samples), strict=True))
         probability = probabilities(scores)
         losses = [sample["avg_loss"] for sample in probability.samples]
-        found |= {f"{role}_loss": averaged("avg_loss", losses), f"{role}_Q_A_Prob": probability}
+        results |= {f"{role}_loss": averaged("avg_loss", losses), f"{role}_Q_A_Prob": probability}
         if all("question" in record.content for record in records):
             answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
             truth = [record.content["answer"] for record in records]
-            found[f"{role}_Q_A_ROUGE"] = examinee.rouge(truth, answers, "rougeL_recall")
+            results[f"{role}_Q_A_ROUGE"] = examinee.rouge(truth, answers, "rougeL_recall")
         strength, exact = memorisation(scores)
-        found |= {f"{role}_extraction_strength": strength, f"{role}_exact_memorization": exact}
+        results |= {f"{role}_extraction_strength": strength, f"{role}_exact_memorization": exact}
     if "holdout" in scored:
-        found |= membership(scored["forget"], scored["holdout"])
+        results |= membership(scored["forget"], scored["holdout"])
         if reference is not None:
-            found["privleak"] = privacy_leakage(found, reference)
-    return found
+            results["privleak"] = privacy_leakage(results, reference)
+    return results

@@ -56,19 +56,19 @@ def evaluate_tofu(
     examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None
 ) -> dict[str, Metric]:
     """All metrics of TOFU; with ``reference``, forget quality, and PrivLeak if there is a holdout set."""
-    found: dict[str, Metric] = {}
+    results: dict[str, Metric] = {}
     forget: Scored = []
     for role in ("forget", "retain", "ra", "wf"):
-        scored = _evaluate_set(examinee, role, rows[role], found)
+        scored = _evaluate_set(examinee, role, rows[role], results)
         forget = forget or scored
-    found["model_utility"] = Metric(metrics.model_utility([found[name].value for name in _UTILITY]))
+    results["model_utility"] = Metric(metrics.model_utility([results[name].value for name in _UTILITY]))
     if "holdout" in rows:
-        found |= membership(forget, _score_answers(examinee, "holdout", rows["holdout"]))
+        results |= membership(forget, _score_answers(examinee, "holdout", rows["holdout"]))
     if reference is not None:
-        found |= _forget_quality(found["forget_truth_ratio"], reference)
+        results |= _forget_quality(results["forget_truth_ratio"], reference)
         if "holdout" in rows:
-            found["privleak"] = privacy_leakage(found, reference)
-    return found
+            results["privleak"] = privacy_leakage(results, reference)
+    return results
 
 
 def check_reference(reference: EvaluationFile, rows: dict[str, Rows]) -> None:
@@ -78,8 +78,8 @@ def check_reference(reference: EvaluationFile, rows: dict[str, Rows]) -> None:
         reference.value("mia_min_k")
 
 
-def _evaluate_set(examinee: Examinee, role: str, rows: Rows, found: dict[str, Metric]) -> Scored:
-    """Put the metrics of one set into ``found``; returns the scores and texts of its answers."""
+def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, Metric]) -> Scored:
+    """Put the metrics of one set into ``results``; returns the scores and texts of its answers."""
     fictitious = role in ("forget", "retain")
     examinee.note_file(role, rows.path, rows.digest, len(rows.content))
     samples = examinee.tokenise(rows.records("question", "answer"), role)
@@ -89,25 +89,25 @@ def _evaluate_set(examinee: Examinee, role: str, rows: Rows, found: dict[str, Me
         paraphrased = examinee.tokenise(rows.records("question", "paraphrased_answer"), f"{role} paraphrased")
         right = examinee.score(paraphrased, f"{role} paraphrased")
     perturbed = examinee.tokenise(rows.listed_records("question", "perturbed_answer"), f"{role} perturbed")
-    wrong_means = [metrics.mean(each.log_probs) for each in examinee.score(perturbed, f"{role} perturbed")]
+    wrong_means = [metrics.mean(sample.log_probs) for sample in examinee.score(perturbed, f"{role} perturbed")]
     wrong = in_groups(wrong_means, [len(row["perturbed_answer"]) for row in rows.content])
 
-    found[f"{role}_Q_A_Prob"] = probabilities(scores)
+    results[f"{role}_Q_A_Prob"] = probabilities(scores)
     if not fictitious:
-        found[f"{role}_Q_A_Prob_normalised"] = _normalised(scores, wrong)
+        results[f"{role}_Q_A_Prob_normalised"] = _normalised(scores, wrong)
     answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
-    found[f"{role}_Q_A_ROUGE"] = examinee.rouge(rows.texts("answer"), answers, "rougeL_recall")
+    results[f"{role}_Q_A_ROUGE"] = examinee.rouge(rows.texts("answer"), answers, "rougeL_recall")
     ratios = [
-        metrics.truth_ratio(metrics.mean(each.log_probs), group)
-        for each, group in zip(right, wrong, strict=True)
+        metrics.truth_ratio(metrics.mean(sample.log_probs), group)
+        for sample, group in zip(right, wrong, strict=True)
     ]
     aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
     name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
-    found[name] = Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
+    results[name] = Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
     if fictitious:
         prefix = "" if role == "forget" else "retain_"
         strength, exact = memorisation(scores)
-        found |= {f"{prefix}extraction_strength": strength, f"{prefix}exact_memorization": exact}
+        results |= {f"{prefix}extraction_strength": strength, f"{prefix}exact_memorization": exact}
     return list(zip(scores, label_texts(examinee, samples), strict=True))
 
 
@@ -120,8 +120,10 @@ def _score_answers(examinee: Examinee, role: str, rows: Rows) -> Scored:
 
 def _normalised(scores: Sequence[TokenScores], wrong: Sequence[Sequence[float]]) -> Metric:
     values = [
-        metrics.normalised_probability(metrics.probability(each.log_probs), [math.exp(mean) for mean in group])
-        for each, group in zip(scores, wrong, strict=True)
+        metrics.normalised_probability(
+            metrics.probability(sample.log_probs), [math.exp(mean) for mean in group]
+        )
+        for sample, group in zip(scores, wrong, strict=True)
     ]
     return averaged("prob", values)
 

@@ -1,4 +1,4 @@
-"""What a model answers greedily."""
+"""Greedy answers of a model to prompts, the same whatever the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from perta_fast.errors import InputError
-from perta_fast.models.token_scores import _device
+from perta_fast.models.token_scores import device_of
 from perta_fast.progress import Progress, sample_bar
 
 
@@ -41,9 +41,8 @@ def greedy_answers(
         raise InputError(f"a prompt of {longest} tokens leaves no room to answer in a context of {context}")
     ends = getattr(module.generation_config, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
-    padding = next(
-        (each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0
-    )  # masked, so any will do
+    choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    padding = next(token for token in choices if token is not None)  # masked, so any will do
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -61,7 +60,7 @@ def greedy_answers(
             gaps = [width - len(prompts[k]) for k in numbers]
             rows = [[padding] * gap + list(prompts[k]) for k, gap in zip(numbers, gaps, strict=True)]
             masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
-            device = _device(module)
+            device = device_of(module)
             output = module.generate(
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(masks, device=device),

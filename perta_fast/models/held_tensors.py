@@ -1,4 +1,7 @@
-"""A live module's parameters as its checkpoint stores them, and what this process holds of each: its values."""
+"""A live module's parameters by the names of its checkpoint, with the values that this process holds of each.
+
+Of a sharded module a process holds only some of the elements.
+"""
 
 from dataclasses import dataclass
 
@@ -24,18 +27,18 @@ def held_tensors(module: nn.Module) -> dict[str, Held]:
 
     All must be contiguous and in memory. Raises InputError for one whose parts are stored in another order.
     """
-    found = {}
+    tensors = {}
     for name, parameter in module.named_parameters():
         if not parameter.is_floating_point():
             continue
         own = held(parameter.detach()).view(-1)
-        places = list(runs(parameter.detach()))
+        held_runs = list(runs(parameter.detach()))
         for stored, (begin, shape) in stored_places(module, name, parameter.shape).items():
             end = begin + shape.numel()
             pieces = []
-            for first, run in places:
+            for first, run in held_runs:
                 start, stop = max(first, begin), min(first + run.stop - run.start, end)
                 if start < stop:
                     pieces.append((start - begin, own[run][start - first : stop - first]))
-            found[stored] = Held(tuple(shape), parameter.dtype, parameter.device, pieces)
-    return found
+            tensors[stored] = Held(tuple(shape), parameter.dtype, parameter.device, pieces)
+    return tensors

@@ -1,4 +1,4 @@
-"""The part of a multimodal model that text passes through."""
+"""Of a multimodal model, the part that text passes through: only that is loaded, tuned and unlearned."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def keep_language_part_(model: Any) -> None:
     kept = {*model.get_decoder().modules(), *model.get_input_embeddings().modules()}
     head = model.get_output_embeddings()
     kept.update([] if head is None else head.modules())
-    for part in [each for each in model.modules() if each not in kept]:
+    for part in [module for module in model.modules() if module not in kept]:
         for name, child in part.named_children():
             if kept.isdisjoint(child.modules()):
                 setattr(part, name, None)

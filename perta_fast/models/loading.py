@@ -44,14 +44,14 @@ class Subject:
 def samples_for(
     subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None
 ) -> list[Sample]:
-    """Tokenise records, and check that the model can take every sample.
+    """Tokenise rows, and check that the model can take every sample.
 
     Raises InputError naming the line or sample that it cannot take.
     """
     limit = _context_length(subject.module)
     if isinstance(rows[0], Row):
         if subject.tokenizer is None:
-            raise InputError("a tokenizer is needed to turn records into tokens; pass tokenizer=")
+            raise InputError("a tokenizer is needed to turn rows into tokens; pass tokenizer=")
         samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]
         places = [row.where for row in rows]  # type: ignore[union-attr]
     else:
@@ -84,7 +84,7 @@ def load_subject(
     try:
         if structure is None:
             config = AutoConfig.from_pretrained(path, **_CLOSED)
-            model, found = auto_class(config).from_pretrained(
+            model, loaded = auto_class(config).from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
             )
         if tokenizer is None and text:
@@ -96,10 +96,10 @@ def load_subject(
         raise InputError(f"{path}: transformers cannot load this model: {reason}") from error
     if structure is not None:
         return Subject(structure, tokenizer, str(path.resolve()))
-    if found["missing_keys"]:  # transformers would draw them at random
-        raise InputError(f"{path}: lacks tensor {min(found['missing_keys'])}, which its config.json calls for")
+    if loaded["missing_keys"]:  # transformers would draw them at random
+        raise InputError(f"{path}: lacks tensor {min(loaded['missing_keys'])}, which its config.json calls for")
     keep_language_part_(model)
-    shapes = {name: torch.empty_like(each, device="meta") for name, each in model.named_parameters()}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.named_parameters()}
     quantised = Quantisation.of(path, stored) is not None  # which may be evaluated, under any names
     absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
     if absent:  # an importance under names that no rule could apply

@@ -1,4 +1,4 @@
-"""From the parameters of a module to the tensors that its checkpoint stores."""
+"""From the parameters of a module to the tensors of its checkpoint, which may be named and cut up otherwise."""
 
 import torch
 from torch import nn
@@ -30,12 +30,12 @@ def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, 
     pieces = as_stored(module, {name: stand_in})
     if len(pieces) == 1 and next(iter(pieces.values())) is stand_in:
         return dict.fromkeys(pieces, (0, shape))
-    # What was copied is found again by the places of its elements.
+    # What was copied is recognised by the numbers of its elements.
     places = torch.arange(shape.numel()).view(shape)
-    found = {}
+    begins = {}
     for stored, piece in as_stored(module, {name: places}).items():
         first, count = int(piece.view(-1)[0]), piece.numel()
         if not torch.equal(piece.view(-1), places.view(-1)[first : first + count]):
             raise InputError(f"parameter {name} is stored in another order than the module has it in")
-        found[stored] = (first, piece.shape)
-    return found
+        begins[stored] = (first, piece.shape)
+    return begins

@@ -48,7 +48,7 @@ def score_tokens(
     transformers do, no logits are computed ahead of a batch's first label. detailed: ``hits`` and
     ``standardised`` too. Memory beside the model's: the logits of one batch, and 64 MiB a few times over.
     """
-    device = _device(module)
+    device = device_of(module)
     trims = "logits_to_keep" in inspect.signature(module.forward).parameters
     scores: list[TokenScores | None] = [None] * len(samples)
     with sample_bar(len(samples), description, progress) as bar, torch.inference_mode():
@@ -65,10 +65,10 @@ def score_tokens(
             columns = _by_token(logits[:, :-1][labelled], targets, detailed)
             counts = labelled.sum(dim=1).tolist()
             split = [column.cpu().split(counts) for column in columns]
-            for place, number in enumerate(numbers):
-                scores[number] = TokenScores(*(column[place].numpy() for column in split))
+            for k, number in enumerate(numbers):
+                scores[number] = TokenScores(*(column[k].numpy() for column in split))
             bar.update(len(numbers))
-    return [each for each in scores if each is not None]
+    return [score for score in scores if score is not None]
 
 
 def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
@@ -95,14 +95,14 @@ def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Every submodule in evaluation mode, and afterwards as it was."""
-    training = [each for each in module.modules() if each.training]
+    training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         yield
     finally:
-        for each in training:
-            each.training = True
+        for part in training:
+            part.training = True
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device

@@ -5,12 +5,12 @@ largest layer, the activations that autograd saves for one batch, and slack for 
 """
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.importance.gradients import accumulate
 from perta_fast.models.losses import per_sample_losses
-from tests.support.models import draw_samples
+from tests.support.models import draw_samples, llama
 from tests.support.peak_memory import peak_memory
 
 SLACK = 16 << 20
@@ -19,15 +19,14 @@ BATCH_SIZE = 4
 
 
 def build(hidden: int, layers: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=2048,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=8,
-            max_position_embeddings=64,
-        )
+    return llama(
+        vocab_size=2048,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
     ).eval()
 
 

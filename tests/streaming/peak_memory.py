@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from perta_fast import estimate_importance
-from tests.support.models import draw_samples, tokenizer
+from tests.support.models import draw_samples, llama, tokenizer
 from tests.support.peak_memory import peak_memory
 
 SAMPLES = draw_samples(24, longest=8)
@@ -18,15 +17,15 @@ SAMPLES = draw_samples(24, longest=8)
 
 def write(folder: Path, hidden: int, layers: int) -> int:
     """A checkpoint; the bytes of one layer's weights."""
-    config = LlamaConfig(
+    model = llama(
         vocab_size=300,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=8,
+        num_key_value_heads=8,
         max_position_embeddings=64,
     )
-    model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return sum(4 * parameter.numel() for parameter in model.model.layers[0].parameters())

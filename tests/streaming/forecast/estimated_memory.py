@@ -4,28 +4,28 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from perta_fast import estimate_importance
 from perta_fast.streaming.forecast.costs import Estimate, Load
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
-from tests.support.models import draw_samples, tokenizer
+from tests.support.models import draw_samples, llama, tokenizer
 from tests.support.peak_memory import peak_memory
 
 
 def write(folder: Path, hidden: int, tied: bool) -> None:
     """A checkpoint of three layers."""
-    config = LlamaConfig(
+    model = llama(
         vocab_size=4000,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=3,
         num_attention_heads=8,
+        num_key_value_heads=8,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
 
 
