@@ -40,7 +40,7 @@ def resume(
     with ranks.together("the unfinished run"):
         kind = _unfinished(destination) if ranks.first else None
         if ranks.first and kind is None:
-            raise InputError(f"{directory}: there is no unfinished run to resume")
+            raise InputError(f"{directory}: there is no unfinished run to resume{_advice(destination)}")
         if ranks.world > 1 and kind in ("in place", "sweep"):
             raise InputError(f"{directory}: is finished by one process: perta resume {directory}")
     kind = ranks.share(kind)
@@ -69,3 +69,10 @@ def _unfinished(destination: Path) -> _Unfinished | None:
     if exists(destination / STATE):
         return "last steps"
     return None
+
+
+def _advice(destination: Path) -> str:
+    """What to do where there is nothing to finish."""
+    if destination.name and exists(partial_path(destination)):
+        return "; it was stopped before there was work to keep: run the same command again"
+    return ""

@@ -3,11 +3,15 @@
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice
-from perta_fast.files.durable import move, remove, sync_tree
+from perta_fast.files.durable import move, remove, sync_directory, sync_tree
 from perta_fast.files.locking import lock
+
+# What makes the work in a hidden directory a run, or a sweep, that can be resumed.
+_RECORDS = (".perta-run/job.json", ".perta-sweep/begun.json")
 
 
 class OutputDirectory:
@@ -45,6 +49,7 @@ class OutputDirectory:
             self.path.mkdir(exist_ok=True)
             self._lock = lock(self.path)
             if not self._resume:
+                self._forget()
                 for entry in self.path.iterdir():  # of a run that was killed
                     remove(entry)
         except BlockingIOError:
@@ -53,6 +58,14 @@ class OutputDirectory:
             self._release()
             raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
         return self
+
+    def _forget(self) -> None:
+        """Let nothing resume what is about to be removed: a kill may come when half of it is gone."""
+        for record in (self.path / each for each in _RECORDS):
+            with suppress(OSError):  # a disk that fails is no reason to leave the rest
+                if record.exists():
+                    record.unlink()
+                    sync_directory(record.parent)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -73,8 +86,9 @@ class OutputDirectory:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
-        if hopeless or not self.keep:
-            remove(self.path)  # gone already after a commit
+        if hopeless or not self.keep:  # gone already after a commit
+            self._forget()
+            remove(self.path)
         if self._aside.exists() and not self.final.exists():  # stopped between the two renames
             self._aside.rename(self.final)
         self._release()

@@ -130,8 +130,9 @@ def apply_sources(
         begun = ranks.first and _is_begun(job, sources)
     if ranks.share(begun):
         return resume_directory(settings.place, settings.progress, ranks)
-    fill = partial(write_shards, ranks=ranks) if streamed is None else streamed.fill
-    return write_directory(job, sources, fill, ranks)
+    if streamed is None:
+        return write_directory(job, sources, partial(write_shards, ranks=ranks), ranks)
+    return write_directory(job, sources, streamed.fill, ranks, streamed.keep_samples)
 
 
 def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Report:

@@ -1,7 +1,8 @@
 """Unlearning in one walk: each part of the model is weighed, subtracted and written once its means are there.
 
 What the walk needs to go on lies below the directory that is being built: the samples, the spill, and after
-each step a record of how far it has come. Everything that a record names was flushed before it.
+each step a record of how far it has come. Everything that a record names was flushed before it, and so were the
+samples before the job, which is what makes a run one that can be taken up again.
 """
 
 import time
@@ -94,9 +95,12 @@ class StreamedRun:
                 f"{ranks.world}; finish it with: {job.resume_command}"
             )
         path = partial_path(Path(job.final)) / STATE / _SAMPLES
-        rows = read_record(path)
+        try:
+            rows = read_record(path)
+        except InputError as error:
+            raise InputError(f"{error}; start over with --overwrite") from error
         if not fits(rows, dict[str, list[list[Any]]]) or rows.keys() != settings["metadata"].keys():
-            raise InputError(f"{path}: is damaged")
+            raise InputError(f"{path}: is damaged; start over with --overwrite")
         samples = {
             role: [Sample(tuple(ids), tuple(labels), truncated) for ids, labels, truncated in each]
             for role, each in rows.items()
@@ -115,6 +119,10 @@ class StreamedRun:
         metadata = {f"{role}_importance": dict(table) for role, table in self.settings["metadata"].items()}
         return replace(sources, matches=matches, metadata=metadata)
 
+    def keep_samples(self, state: Path) -> None:
+        """Write what ``reopened`` reads, durably; ``state``: the directory that the job will lie in."""
+        write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
+
     def fill(self, job: Job, sources: Sources, target: OutputDirectory, report: Report) -> Sources:
         """Walk through the model and write its shards, from wherever an earlier attempt came to.
 
@@ -123,9 +131,6 @@ class StreamedRun:
         damaged.
         """
         state, ranks = target.path / STATE, self._ranks
-        with ranks.together("the list of samples"):
-            if ranks.first and not (state / _SAMPLES).exists():
-                write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
         steps = len(steps_of(len(self._skeleton.layers), self._schedule))
         begun = take_up(target, steps, len(sources.matches), ranks)
         done = 0 if begun is None else begun["done"]

@@ -56,19 +56,30 @@ _FICLONE = 0x40049409  # Linux: share the data of another file
 
 # Writes the shards of a run's directory and says what became of each tensor; returns the sources to describe.
 Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
+# Writes into a run's state what it needs to be taken up again, beside its job; durably.
+Prepare = Callable[[Path], object]
 
 
-def write_directory(job: Job, sources: Sources, fill: Fill, ranks: Ranks = Ranks.ALONE) -> Report:
+def write_directory(
+    job: Job, sources: Sources, fill: Fill, ranks: Ranks = Ranks.ALONE, prepare: Prepare | None = None
+) -> Report:
     """Do the whole run. Raises as ``apply``; Interrupted if stopped with a part done."""
     final = Path(job.final)
     with ranks.together("the output directory"):
         if ranks.first:
             check_space(final, sources.model.size + _FREE_MARGIN)
         target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
-    return run_to_directory(job, sources, target, fill, ranks)
+    return run_to_directory(job, sources, target, fill, ranks, prepare)
 
 
-def run_to_directory(job: Job, sources: Sources, target: OutputDirectory, fill: Fill, ranks: Ranks) -> Report:
+def run_to_directory(
+    job: Job,
+    sources: Sources,
+    target: OutputDirectory,
+    fill: Fill,
+    ranks: Ranks,
+    prepare: Prepare | None = None,
+) -> Report:
     """The first rank makes the directory and commits it; what is between, all do."""
     report = job.begun_report()
     final = target.final
@@ -80,6 +91,8 @@ def run_to_directory(job: Job, sources: Sources, target: OutputDirectory, fill: 
                     opened.push(partial(_keep_what_is_done, target))
                     state = target.path / STATE
                     state.mkdir(exist_ok=True)
+                    if prepare is not None:  # first, as a run that has a job is one that can be taken up
+                        prepare(state)
                     job.save(state / JOB)
                     _keep_only_shards(target.path, sources)
                     copy_companions(sources.model, target.path)
@@ -95,23 +108,21 @@ def run_to_directory(job: Job, sources: Sources, target: OutputDirectory, fill: 
                     report.save(target.path)
                     target.commit()
     except KeyboardInterrupt:
-        if has_begun(final):
+        if _stays(target):
             raise Interrupted(
                 f"interrupted; the inputs are untouched. Finish the run with: {job.resume_command}"
             ) from None
         raise
     except RankLost as error:
-        rest = (
-            f"Finish the run with: {job.resume_command}" if has_begun(final) else "Run the same command again"
-        )
+        rest = f"Finish the run with: {job.resume_command}" if _stays(target) else "Run the same command again"
         raise RankLost(f"{error}. The inputs are untouched. {rest}") from error
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and has_begun(final):
+        if is_out_of_memory(error) and _stays(target):
             raise RunError(
                 "out of memory; the inputs are untouched. Finish the run where more is free with: "
                 f"{job.resume_command}, or start over with --overwrite and a smaller --batch-size"
             ) from error
-        if ranks.first and is_shared(error) and not isinstance(error, NotFiniteError) and has_begun(final):
+        if ranks.first and is_shared(error) and not isinstance(error, NotFiniteError) and _stays(target):
             rest = f"The inputs are untouched. Finish the run with: {job.resume_command}"
             raise RunError(f"{error}. {rest}") from error
         raise
@@ -120,9 +131,14 @@ def run_to_directory(job: Job, sources: Sources, target: OutputDirectory, fill: 
     return report
 
 
+def _stays(target: OutputDirectory) -> bool:
+    """Whether what a run has written can be taken up again, if it ends now; whichever rank noted it."""
+    return target.keep or has_begun(target.final)
+
+
 def _keep_what_is_done(target: OutputDirectory, *_: object) -> None:
-    """Whichever rank noted it, and however the run ends."""
-    target.keep = target.keep or has_begun(target.final)
+    """However the run ends."""
+    target.keep = _stays(target)
 
 
 def _keep_only_shards(directory: Path, sources: Sources) -> None:

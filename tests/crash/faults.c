@@ -7,7 +7,8 @@
    PERTA_FAULT_LASTING 1: it happens to every later call too
    PERTA_FAULT_LOG     file that every counted call is added to, before it is made
 
-   Children that this process starts are left alone. Linux, glibc, 64 bits. Calls that glibc makes by itself
+   A process that was forked from one that has the library, but none of these variables, sets them and calls
+   read_plan. Children that the process starts are left alone. Linux, glibc, 64 bits. Calls that glibc makes by itself
    (stdio) and accesses to mapped pages do not pass here. */
 
 #define _GNU_SOURCE
@@ -57,7 +58,7 @@ static Fault fault_named(const char* name) {
   return FAIL;
 }
 
-__attribute__((constructor)) static void read_plan(void) {
+__attribute__((constructor)) void read_plan(void) {
   plan.path = setting("PERTA_FAULT_PATH");
   plan.kinds = setting("PERTA_FAULT_KINDS");
   const char* then = setting("PERTA_FAULT_THEN");

@@ -1,16 +1,16 @@
 """A streamed run that is killed in any phase, or meets a full disk, is finished as if nothing had been.
 
-``PERTA_SOAK=1`` kills at every file call; otherwise at a share of them.
+It is killed at every file call before the walk's first record, and at some of the later ones; with
+``PERTA_SOAK=1`` at all of them.
 """
 
 import os
-import random
 import shutil
 import signal
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -22,12 +22,18 @@ from perta_fast.files.new_directory import partial_path
 from perta_fast.resuming import resume
 from perta_fast.runs.verify import verify
 from perta_fast.subtraction.unfinished import STATE, WALK
-from tests.crash.shim import Faults, Point, Shim
+from tests.crash.forks import Forks
+from tests.crash.shim import SIZED, Faults, Point, Shim
 from tests.support.children import perta
 from tests.support.models import Job, write_job
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
-KILLS = 1000 if SOAK else 9
+SOME = 9  # kills of a kind, where it is not a soak
+SCHEDULE = """
+from perta_fast.streaming.forecast import choice
+from perta_fast.streaming.schedule import Schedule
+choice.schedule_for = lambda *_: Schedule()  # what it chooses for these inputs, by trials that take seconds
+"""
 
 
 def arguments(job: Job, out: Path, *more: object) -> list[object]:
@@ -60,8 +66,19 @@ def place_in(folder: Path) -> Path:
     return folder / "place" / "result"
 
 
-def finish(job: Job, out: Path, expected: dict[str, bytes]) -> bool:
-    """Finish whatever a run has left; return whether there was something to take up again."""
+@pytest.fixture(scope="module")
+def forks(shim: Shim) -> Iterator[Forks]:
+    with Forks(shim.library, SCHEDULE) as forks:
+        yield forks
+
+
+def finish(
+    job: Job, out: Path, expected: dict[str, bytes], run: Callable[..., CompletedProcess[str]] = perta
+) -> bool:
+    """Finish whatever a run has left; return whether there was something to take up again.
+
+    run: starts the same command again, over what is left, where there was not.
+    """
     resumed = True
     try:
         report = resume(out, progress=False)
@@ -70,50 +87,132 @@ def finish(job: Job, out: Path, expected: dict[str, bytes]) -> bool:
         assert "there is no unfinished run to resume" in str(error)
         resumed = False
         if not out.exists():
-            shutil.rmtree(out.parent)
-            out.parent.mkdir()
-            assert perta(*arguments(job, out)).returncode == 0
+            done = run(*arguments(job, out))
+            assert done.returncode == 0, done.stderr
     assert contents(out.parent) == expected
     return resumed
 
 
 @pytest.fixture(scope="module")
-def calls(job: Job, shim: Shim, tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
-    out = place_in(tmp_path_factory.mktemp("count"))
-    return shim.count(*arguments(job, out), path="/place/")
+def calls(job: Job, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
+    folder = tmp_path_factory.mktemp("count")
+    return forks.count(*arguments(job, place_in(folder)), path="/place/", log=folder / "log")
 
 
 def steps_recorded(points: list[Point]) -> list[int]:
     return [at for at, point in enumerate(points) if point.kind == "rename" and point.target.endswith(WALK)]
 
 
-def test_killed_in_every_phase(
-    job: Job, expected: dict[str, bytes], calls: list[Point], shim: Shim, tmp_path: Path
-) -> None:
+def kills(points: list[Point]) -> list[tuple[str, int]]:
+    """Ways to be killed at each of the calls.
+
+    After a call is where it stands before the next, but for files that are made empty: left to a soak.
+    """
+    ways = [("kill before", at) for at in range(len(points))]
+    ways += [("torn", at) for at, point in enumerate(points) if point.kind in SIZED]
+    return sorted([*ways, *(("kill after", at) for at in range(len(points)) if SOAK)])
+
+
+def spread(ways: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """All of them in a soak, else some, evenly."""
+    return ways if SOAK else [ways[(2 * k + 1) * len(ways) // (2 * SOME)] for k in range(SOME)]
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A run that is killed, over and over, each time over what ``left`` holds."""
+
+    forks: Forks
+    job: Job
+    expected: dict[str, bytes]
+    out: Path
+    left: Path
+
+    def put(self, left: Path) -> None:
+        """Lay out the place of the run as ``left`` is."""
+        shutil.rmtree(self.out.parent)
+        shutil.copytree(left, self.out.parent)
+
+    def count(self, *command: object) -> list[Point]:
+        """The calls that the command makes when nothing goes wrong."""
+        self.put(self.left)
+        return self.forks.count(*command, path="/place/", log=self.out.parent.with_name("log"))
+
+    def kill(self, then: str, at: int, *command: object) -> bool:
+        """Kill the command once; False if it ended before."""
+        self.put(self.left)
+        done = self.forks.perta(*command, faults=Faults("/place/", then=then, at=at))
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode != 0
+
+    def finish(self, again: bool) -> bool:
+        """Finish what is left; ``again``: also by its own command. Returns whether there was something left."""
+        struck = self.out.parent.with_name("struck")
+        shutil.copytree(self.out.parent, struck)
+        resumed = finish(self.job, self.out, self.expected, self.forks.perta)
+        if resumed and again:
+            self.put(struck)
+            done = self.forks.perta(*arguments(self.job, self.out))
+            assert done.returncode == 0, done.stderr
+            assert contents(self.out.parent) == self.expected
+        shutil.rmtree(struck)
+        return resumed
+
+
+@pytest.fixture
+def struck(job: Job, expected: dict[str, bytes], forks: Forks, tmp_path: Path) -> Struck:
+    (tmp_path / "nothing").mkdir()
+    return Struck(forks, job, expected, place_in(tmp_path), tmp_path / "nothing")
+
+
+def left_by(struck: Struck, at: int) -> Struck:
+    """The same over what a run leaves that is killed before its call ``at``."""
+    assert struck.kill("kill before", at, *arguments(struck.job, struck.out))
+    return replace(struck, left=shutil.copytree(struck.out.parent, struck.out.parent.with_name("left")))
+
+
+def test_killed_before_the_first_record(calls: list[Point], struck: Struck) -> None:
+    """It is taken up from its inputs, or starts over; neither needs --overwrite."""
+    command = arguments(struck.job, struck.out)
+    begun = next(at for at, point in enumerate(calls) if point.target.endswith(JOB))
+    for then, at in kills(calls[: steps_recorded(calls)[0]]):
+        assert struck.kill(then, at, *command)
+        resumed = struck.finish(again=SOAK or then == "kill before")
+        assert resumed == (at > begun or (then, at) == ("kill after", begun))
+
+
+def test_killed_during_the_walk(calls: list[Point], struck: Struck) -> None:
     recorded = steps_recorded(calls)
     layers = sum("hidden-" in point.path and point.kind == "unlink" for point in calls) // 2 - 1
     assert len(recorded) == 2 * layers + 3  # a record after each part, forward and back
-    ways = [(then, at) for at in range(len(calls)) for then in ("kill before", "kill after", "torn")]
-    begin = random.Random(time.strftime("%Y%m%d")).random()
-    step = max(1.0, len(ways) / KILLS)
-    chosen = [ways[int((begin + k) * step)] for k in range(int(len(ways) / step))]
+    ways = spread([(then, at) for then, at in kills(calls) if at >= recorded[0]])
+    killed = 0
+    for then, at in ways:
+        if struck.kill(then, at, *arguments(struck.job, struck.out)):
+            killed += 1
+            whole = struck.out.exists()
+            assert struck.finish(again=SOAK and not whole) or whole
+    assert killed > 0.9 * len(ways)  # threads may make a call or two less
 
-    one_at_a_time = threading.Lock()
 
-    def strike(way: tuple[str, int]) -> tuple[int, bool]:
-        then, at = way
-        out = place_in(tmp_path / f"{then} {at}")
-        done = shim.perta(*arguments(job, out), faults=Faults("/place/", then=then, at=at))
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        with one_at_a_time:  # transformers sets torch's default type while it builds a model
-            resumed = finish(job, out, expected)
-        shutil.rmtree(tmp_path / f"{then} {at}")
-        return done.returncode, resumed or at < recorded[0]
+def test_killed_while_it_starts_over(calls: list[Point], struck: Struck) -> None:
+    """Nothing is taken up of which a part has been removed."""
+    struck = left_by(struck, steps_recorded(calls)[-2])
+    command = arguments(struck.job, struck.out, "--overwrite")
+    second = struck.count(*command)
+    number = next(at for at, point in enumerate(second) if point.kind == "write")
+    for then, at in spread(kills(second[:number])):
+        assert struck.kill(then, at, *command)
+        struck.finish(again=SOAK)
 
-    with ThreadPoolExecutor(2) as pool:
-        statuses = list(pool.map(strike, chosen))
-    assert [status for status, _ in statuses].count(-signal.SIGKILL) > 0.9 * len(statuses)
-    assert all(taken_up for status, taken_up in statuses if status)
+
+def test_killed_again_before_the_first_record(calls: list[Point], struck: Struck) -> None:
+    struck = left_by(struck, steps_recorded(calls)[0])
+    command = ["resume", struck.out, "--quiet"]
+    second = struck.count(*command)
+    for then, at in spread(kills(second[: steps_recorded(second)[0]])):
+        assert struck.kill(then, at, *command)
+        assert struck.finish(again=SOAK)
 
 
 def test_stopped_by_the_user(job: Job, expected: dict[str, bytes], tmp_path: Path) -> None:
@@ -139,7 +238,7 @@ def test_stopped_by_the_user(job: Job, expected: dict[str, bytes], tmp_path: Pat
 
 
 def test_a_full_disk(
-    job: Job, expected: dict[str, bytes], calls: list[Point], shim: Shim, tmp_path: Path
+    job: Job, expected: dict[str, bytes], calls: list[Point], forks: Forks, tmp_path: Path
 ) -> None:
     """In the spill and in the shards: one line that says what to do, then the run can be finished."""
     spilled = [at for at, point in enumerate(calls) if point.kind == "write" and "/hidden-" in point.path]
@@ -147,7 +246,7 @@ def test_a_full_disk(
     for at in (spilled[len(spilled) // 2], shards[-1]):
         out = place_in(tmp_path / str(at))
         faults = Faults("/place/", kinds=("write",), then="ENOSPC", lasting=True, at=sum_of_writes(calls, at))
-        done = shim.perta(*arguments(job, out), faults=faults)
+        done = forks.perta(*arguments(job, out), faults=faults)
         assert done.returncode == 1
         assert "the disk is full" in done.stderr
         assert done.stderr.count("\n") == 1

@@ -1,0 +1,122 @@
+"""``perta`` under faults in forks of one process, so that what takes seconds to import is imported once.
+
+    with Forks(shim.library) as forks:
+        forks.perta("resume", out, faults=Faults("/place/", then="kill before", at=7))
+
+A child is one thread of a process that has computed nothing yet, so it does what a new process does.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.crash.shim import Faults, Point, points
+
+_IMPORTED = (
+    "torch",
+    "transformers.convert_slow_tokenizer",
+    "transformers.models.llama.modeling_llama",
+    "perta_fast.cli",
+    "perta_fast.runs.estimate",
+    "perta_fast.resuming",
+    "perta_fast.streaming.forecast.choice",
+    "perta_fast.streaming.streamed_run",
+    "perta_fast.runs.unlearn",
+)
+_TIMEOUT = 120  # seconds that a child may take
+
+
+class Forks:
+    """The process that is forked. setup: Python statements that each child runs first.
+
+    One child at a time: threads that call ``perta`` wait for each other.
+    """
+
+    def __init__(self, library: Path, setup: str = "") -> None:
+        self._library, self._setup = library, setup
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Forks":
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.crash.forks", self._library],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"LD_PRELOAD": str(self._library), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._server:  # which closes its input, so that it ends
+            pass
+
+    def perta(self, *arguments: object, faults: Faults | None = None) -> subprocess.CompletedProcess[str]:
+        """As ``Shim.perta``; None: nothing goes wrong."""
+        command = [str(each) for each in arguments]
+        with self._lock, tempfile.TemporaryDirectory() as folder:
+            order = {
+                "folder": folder,
+                "setup": self._setup,
+                "arguments": command,
+                "environment": {} if faults is None else faults.environment(self._library),
+            }
+            assert self._server.stdin is not None and self._server.stdout is not None
+            print(json.dumps(order), file=self._server.stdin, flush=True)
+            status = int(self._server.stdout.readline())
+            output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(command, status, output, errors)
+
+    def count(self, *arguments: object, path: str, log: Path) -> list[Point]:
+        """As ``Shim.count``, by way of a new file ``log``."""
+        done = self.perta(*arguments, faults=Faults(path, log=log))
+        assert done.returncode == 0, done.stderr
+        return points(log)
+
+
+def _serve(library: str) -> None:
+    for name in _IMPORTED:
+        import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            os._exit(_work(library, **json.loads(line)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _work(library: str, folder: str, setup: str, arguments: list[str], environment: dict[str, str]) -> int:
+    """The child's part; returns the exit status."""
+    signal.alarm(_TIMEOUT)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o666), number)
+    from perta_fast.cli import main
+
+    scope: dict[str, Any] = {}
+    exec(setup, scope)
+    os.environ.update(environment)
+    ctypes.CDLL(library).read_plan()
+    try:
+        status = main(arguments)
+    except SystemExit as error:  # of argparse
+        status = int(str(error.code))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
