@@ -1,4 +1,7 @@
-"""What every test shares: no network, Triton interpreted where there is no GPU, small checkpoints made once."""
+"""What every test shares: no network, Triton interpreted where there is no GPU, small checkpoints made once.
+
+Hypothesis draws the same examples each time. In a soak it draws new ones, and prints how to draw one again.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,11 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
 
 from tests.support.models import Job, write_job
+
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("soak", print_blob=True, deadline=None)
+settings.load_profile("soak" if os.environ.get("PERTA_SOAK") == "1" else "fixed")
 
 
 @pytest.fixture(scope="session")

@@ -349,10 +349,13 @@ def test_killed_between_the_two_renames_the_old_one_is_not_lost(inputs: Inputs, 
 
 
 def test_killed_while_it_starts_over_it_takes_up_nothing_half_removed(inputs: Inputs, out: Path) -> None:
-    late, clearing = signal_at("SIGKILL", "output.sync_tree"), signal_at("SIGKILL", "output.remove")
+    late, clearing = (
+        signal_at("SIGKILL", "files.new_directory.sync_tree"),
+        signal_at("SIGKILL", "files.new_directory.remove"),
+    )
     assert perta(*arguments(inputs, out), setup=late).returncode == -9
     assert perta(*arguments(inputs, out, "--overwrite"), setup=clearing).returncode == -9
-    with pytest.raises(InputError, match="no unfinished run to resume; .* run the same command again"):
+    with pytest.raises(InputError, match=r"no unfinished run to resume; .* run the same command again"):
         resume(out)
     run(inputs, out)
     assert_complete(inputs, out)

@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from perta_fast.data.json_lines import read_data
 from perta_fast.data.samples import encode
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.files.durable import read_record, write_record
+from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.runs import apply as application
 from perta_fast.streaming import (
@@ -43,7 +43,7 @@ from tests.support.models import FORGET, RETAIN, Job, tokenizer, write_job, writ
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
-KILLS = 200 if SOAK else 2
+KILLS = 200  # in a soak
 CHUNK = 500  # elements, so that ranks share a tensor
 
 
@@ -291,7 +291,7 @@ def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 def finish(job: Job, out: Path, whole: Whole) -> None:
     """Finish what a run has left, with the command itself if it left nothing."""
-    left = (out / STATE).exists() or (partial_path(out) / STATE / WALK).exists()
+    left = (out / STATE).exists() or (partial_path(out) / STATE / JOB).exists()
     if left or not out.exists():
         again = ["resume", "--quiet", out] if left else arguments(job, out)
         outcomes = perta_on_ranks(2, *again, setup=prepared)
@@ -322,9 +322,15 @@ def test_killed_one_step_apart(job: Job, whole: Whole, tmp_path: Path) -> None:
 
 
 def test_killed_at_any_call(job: Job, whole: Whole, tmp_path: Path) -> None:
-    drawn = random.Random(time.strftime("%Y%m%d"))
-    for victim in [0, 1] * (KILLS // 2):
-        number = drawn.randrange(len(whole.strikes[victim]))
+    """Before the first record, and late in the walk; in a soak at calls that are drawn."""
+    first = next(number for number, name in enumerate(whole.strikes[0]) if WALK in name)
+    kills = [(0, first), (1, len(whole.strikes[1]) * 3 // 4)]
+    if SOAK:
+        seed = random.randrange(1 << 32)
+        print(f"drawn with the seed {seed}")
+        drawn = random.Random(seed)
+        kills = [(victim, drawn.randrange(len(whole.strikes[victim]))) for victim in [0, 1] * (KILLS // 2)]
+    for victim, number in kills:
         out = tmp_path / f"{victim} {number}" / "out"
         setup = partial(at_calls, victim, kill("", number + 1))
         assert perta_on_ranks(2, *arguments(job, out), setup=setup)[victim] is None
