@@ -17,6 +17,6 @@ with tiny_job() as folder:
     pf.unlearn(*checkpoints, *data, lam=1.0, out=folder / "whole", progress=False)
     report = pf.unlearn(*checkpoints, *data, lam=1.0, out=folder / "streamed", stream=True, progress=show)
 
-    print(f"schedule: {report.settings['stream']}")
+    print(f"schedule: {report.settings['schedule']}")
     whole, streamed = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
     print("the same bytes as with the model in memory" if whole == streamed else "the bytes differ")

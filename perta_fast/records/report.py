@@ -4,17 +4,19 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.reading import exists, read_json
 from perta_fast.progress import LOGGER
+from perta_fast.records.importance_record import ImportanceRecord
+from perta_fast.records.report_version_1 import from_version_1
 from perta_fast.records.typed_json import printable, typed, write_readable_json
 from perta_fast.rules import Rule
 
 FILE_NAME = "perta_report.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Scalar = str | int | float | bool
 
 
@@ -40,6 +42,24 @@ class DataRecord(TypedDict):
     blake3: str
     samples: int
     truncated: int
+
+
+class EstimationSettings(TypedDict):
+    """How ``unlearn`` estimated the importances.
+
+    max_length: None for the model's own limit. schedule: the fields of ``streaming.schedule.Schedule``, if the
+    run was streamed to a new directory.
+    """
+
+    at: str
+    estimator: str
+    batch_size: int
+    max_length: int | None
+    dtype: str | None
+    device: str
+    stream: bool
+    schedule: dict[str, Any] | None
+    processes: int
 
 
 class Phase(TypedDict):
@@ -86,9 +106,9 @@ class Report:
     inputs: dict[str, DirectoryRecord]
     data: dict[str, DataRecord] = field(default_factory=dict)
     output: DirectoryRecord = field(default_factory=lambda: DirectoryRecord(path="", files={}))
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: EstimationSettings | dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Scalar] = field(default_factory=dict)
-    importance: dict[str, dict[str, str]] = field(default_factory=dict)
+    importance: dict[str, ImportanceRecord] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
@@ -127,15 +147,15 @@ class Report:
     def read(cls, path: Path) -> "Report":
         """``load`` of a file, wherever it lies."""
         content = read_json(path, "is this the output of a run?")
+        unknown = f"{path}: is not a report that this version understands"
         try:
+            if isinstance(content, dict) and content.get("format_version") == 1:
+                content = from_version_1(content)
             report: Report = typed(content, cls)
         except InputError as error:
-            raise InputError(f"{path}: is not a report that this version understands: {error}") from error
+            raise InputError(f"{unknown}: {error}") from error
         if report.format_version != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: is not a report that this version understands: its format_version is "
-                f"{report.format_version}"
-            )
+            raise InputError(f"{unknown}: its format_version is {report.format_version}")
         return report
 
     def chosen_rule(self) -> Rule:

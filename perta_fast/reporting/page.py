@@ -59,7 +59,7 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
-    settings: dict[str, Cell] = {
+    settings: dict[str, Any] = {
         "rule": report.rule,
         "λ": report.lam,
         "p": report.p,
@@ -74,7 +74,11 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     return [(name, _in_words(value)) for name, value in settings.items()]
 
 
-def _in_words(value: Cell) -> str:
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_in_words(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:.6g}" if isinstance(value, float) and isfinite(value) else str(value)
@@ -198,7 +202,11 @@ def _provenance(evidence: Evidence) -> list[tuple[str, Sequence[str], list[Seque
         (
             "Importances",
             ("of", "setting", "value"),
-            [(role, *setting) for role, metadata in report.importance.items() for setting in metadata.items()],
+            [
+                (role, name, _in_words(value))
+                for role, record in report.importance.items()
+                for name, value in record.items()
+            ],
         ),
         ("Read for this page", ("what", "name", "file"), list(read)),
         ("Software", ("what", "version"), list(versions.items())),

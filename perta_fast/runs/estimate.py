@@ -1,6 +1,7 @@
 """Estimate importance: model and data checked and loaded, gradients accumulated, the result described."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from perta_fast.streaming.model.skeleton import Skeleton
+    from perta_fast.streaming.schedule import Schedule
 
 
 Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample] | MapStyle
@@ -89,127 +91,150 @@ def estimate_importance(
     is not finite (naming the samples).
     """
     ranks = Ranks.of(group)
-    skeleton: Skeleton | None = None
     with ranks.together("the loading of model and data"):
         if estimator not in ESTIMATORS:
             raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
         check_sizes(batch_size, max_length)
         if out is not None:
-            inputs = [Path(each) for each in (model_or_path, data) if isinstance(each, str | Path)]
+            inputs = [Path(given) for given in (model_or_path, data) if isinstance(given, str | Path)]
             check_output(Path(out), overwrite=overwrite, inputs=inputs)
         rows: list[Row] | list[Sample]
         rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
+        skeleton = None
         if isinstance(model_or_path, nn.Module):
-            if stream:
-                raise InputError("stream is for checkpoint directories; a live module is in memory already")
-            if device is not None or dtype is not None:
-                raise InputError("device and dtype are for checkpoints; move or convert the module itself")
-            refuse_quantised_module(model_or_path)
+            _check_module(model_or_path, stream, device, dtype)
             subject = Subject(model_or_path, tokenizer, "live module")
         else:
             if stream and out is None:
                 raise InputError("stream needs out: a directory to write the importance to")
             open_plain(model_or_path)
-            text = isinstance(rows[0], Row)
             path = Path(model_or_path)
             skeleton = open_skeleton(path, device, dtype) if stream else None
             structure = None if skeleton is None else skeleton.model
+            text = isinstance(rows[0], Row)
             subject = load_subject(path, device, dtype, tokenizer, structure=structure, text=text)
         samples = samples_for(subject, rows, max_length)
         digest = digest or _hash_samples(samples)
     with ranks.together("the data"):
         if len(set(ranks.gather(digest))) > 1:
             raise InputError("the processes were given different data; each must be given all of it")
-    return estimate_on(
-        subject,
-        samples,
-        digest,
-        estimator,
-        batch_size=batch_size,
-        memory=memory,
-        device_memory=device_memory,
-        out=out,
-        overwrite=overwrite,
-        progress=progress,
-        skeleton=skeleton,
-        ranks=ranks,
-    )
+    how = Estimation(subject, estimator, batch_size, progress, ranks, skeleton, memory, device_memory)
+    return estimate_on(how, samples, digest, out=out, overwrite=overwrite)
+
+
+def _check_module(
+    module: nn.Module, stream: bool, device: str | torch.device | None, dtype: torch.dtype | None
+) -> None:
+    if stream:
+        raise InputError("stream is for checkpoint directories; a live module is in memory already")
+    if device is not None or dtype is not None:
+        raise InputError("device and dtype are for checkpoints; move or convert the module itself")
+    refuse_quantised_module(module)
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """A loaded model, and how importances of it are estimated, whatever the data.
+
+    skeleton: where the weights are read from layer by layer; None if they are in memory. memory, device_memory:
+    as in ``estimate_importance``.
+    """
+
+    subject: Subject
+    estimator: Estimator
+    batch_size: int = 8
+    progress: Progress = True
+    ranks: Ranks = Ranks.ALONE
+    skeleton: "Skeleton | None" = None
+    memory: int | None = None
+    device_memory: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are computed."""
+        return self.subject.device if self.skeleton is None else self.skeleton.device
+
+    def describe(
+        self, samples: Sequence[Sample], data_hash: str, one_by_one: Sequence[str] = ()
+    ) -> ImportanceMetadata:
+        """What an importance on ``samples`` says of itself."""
+        versions = installed_versions()
+        return ImportanceMetadata(
+            estimator=self.estimator,
+            data_hash=data_hash,
+            sample_count=len(samples),
+            truncated_count=sum(sample.truncated for sample in samples),
+            label_count=sum(sample.label_count for sample in samples),
+            evaluated_at=self.subject.origin,
+            one_by_one=", ".join(one_by_one),
+            perta_fast_version=versions.get("perta-fast", ""),
+            torch_version=versions.get("torch", ""),
+            transformers_version=versions.get("transformers", ""),
+        )
+
+    def schedule(
+        self,
+        data: Iterable[Sequence[Sample]],
+        destination: Path,
+        *,
+        subtract: bool = False,
+        kept: bool = False,
+        threads: int = 1,
+    ) -> "Schedule":
+        """How a streamed run over ``data`` to ``destination`` is cut; see ``Load``."""
+        from perta_fast.streaming.forecast.choice import schedule_for
+        from perta_fast.streaming.forecast.costs import Load
+
+        assert self.skeleton is not None
+        lengths = [[len(sample.input_ids) for sample in samples] for samples in data]
+        return schedule_for(
+            self.skeleton,
+            Load(lengths, self.estimator == "empirical-fisher", subtract, kept),
+            self.batch_size,
+            destination,
+            self.memory,
+            self.device_memory,
+            threads,
+            self.progress is True,
+            self.ranks,
+        )
 
 
 def estimate_on(
-    subject: Subject,
+    how: Estimation,
     samples: Sequence[Sample],
     data_hash: str,
-    estimator: Estimator,
     *,
-    batch_size: int,
     out: str | Path | None,
-    overwrite: bool,
-    progress: Progress,
-    memory: int | None = None,
-    device_memory: int | None = None,
+    overwrite: bool = False,
     description: str = "importance",
-    skeleton: "Skeleton | None" = None,
-    ranks: Ranks = Ranks.ALONE,
 ) -> Importance:
-    """``estimate_importance`` once the model is loaded and the data is checked.
-
-    skeleton: where the subject's weights are read from layer by layer, if they are.
-    """
-    if skeleton is not None:
-        from perta_fast.streaming.forecast.choice import schedule_for
-        from perta_fast.streaming.forecast.costs import Load
+    """``estimate_importance`` once the model is loaded and the data is checked."""
+    if how.skeleton is not None:
         from perta_fast.streaming.importance_only import write_importance
 
         assert out is not None
-        lengths = [len(each.input_ids) for each in samples]
-        load = Load([lengths], estimator == "empirical-fisher", subtract=False)
-        schedule = schedule_for(
-            skeleton, load, batch_size, Path(out), memory, device_memory, 1, progress is True, ranks
-        )
         return write_importance(
-            skeleton,
+            how.skeleton,
             samples,
-            describe(subject, samples, data_hash, estimator),
-            schedule,
+            how.describe(samples, data_hash),
+            how.schedule([samples], Path(out)),
             out=out,
             overwrite=overwrite,
             description=description,
-            progress=progress,
-            ranks=ranks,
+            progress=how.progress,
+            ranks=how.ranks,
         )
-    found = accumulate(subject.module, samples, estimator, batch_size, description, progress, ranks)
-    with ranks.together(description):
-        metadata = describe(subject, samples, data_hash, estimator, found.one_by_one)
-        importance = Importance(as_stored(subject.module, found.means), metadata)
+    module = how.subject.module
+    found = accumulate(module, samples, how.estimator, how.batch_size, description, how.progress, how.ranks)
+    with how.ranks.together(description):
+        metadata = how.describe(samples, data_hash, found.one_by_one)
+        importance = Importance(as_stored(module, found.means), metadata)
         for name, tensor in importance.tensors.items():
             check_finite(name, held(tensor))
     if out is not None:
-        importance.save(out, overwrite=overwrite, group=ranks.group)
+        importance.save(out, overwrite=overwrite, group=how.ranks.group)
     return importance
-
-
-def describe(
-    subject: Subject,
-    samples: Sequence[Sample],
-    data_hash: str,
-    estimator: Estimator,
-    one_by_one: Sequence[str] = (),
-) -> ImportanceMetadata:
-    """What an importance says of itself."""
-    versions = installed_versions()
-    return ImportanceMetadata(
-        estimator=estimator,
-        data_hash=data_hash,
-        sample_count=len(samples),
-        truncated_count=sum(sample.truncated for sample in samples),
-        label_count=sum(sample.label_count for sample in samples),
-        evaluated_at=subject.origin,
-        one_by_one=", ".join(one_by_one),
-        perta_fast_version=versions.get("perta-fast", ""),
-        torch_version=versions.get("torch", ""),
-        transformers_version=versions.get("transformers", ""),
-    )
 
 
 def open_skeleton(path: Path, device: str | torch.device | None, dtype: torch.dtype | None) -> "Skeleton":

@@ -158,7 +158,7 @@ class StreamedRun:
             kept = keeping.commit()
         remove(scratch)
         for role, each in passes.items():
-            report.importance[f"{role}_importance"]["one_by_one"] = ", ".join(each.one_by_one)
+            report.importance[f"{role}_importance"]["one_by_one"] = list(each.one_by_one)
         if self._skeleton.device.type == "cuda":
             report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._skeleton.device)
         describe_tensors(report, sources.matches, added_up(ranks.gather(writing.totals)))

@@ -12,6 +12,7 @@ from perta_fast.distributed.dealing import deal
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.files.hashing import hash_files
 from perta_fast.progress import byte_bar
+from perta_fast.records.importance_record import ImportanceRecord, importance_record
 from perta_fast.records.report import DirectoryRecord, Report, TensorReport, describe_files
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
@@ -27,14 +28,14 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         rule=rule.name,
         **asdict(rule.rescaling),
         inputs={},
-        importance=sources.metadata,
+        importance={role: importance_record(table) for role, table in sources.metadata.items()},
         threads=threads,
         instruction_set=compiled.kernels().build_info()["instruction_set"],
         versions=installed_versions(),
         started=now(),
     )
-    for each in _metadata_warnings(sources.metadata):
-        report.warn(each)
+    for warning in _importance_warnings(report.importance):
+        report.warn(warning)
     return report
 
 
@@ -117,10 +118,10 @@ def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
     return row
 
 
-def _metadata_warnings(metadata: dict[str, dict[str, str]]) -> list[str]:
-    if len(metadata) < 2:
+def _importance_warnings(importance: Mapping[str, ImportanceRecord]) -> list[str]:
+    if len(importance) < 2:
         return []
-    forget, retain = metadata["forget_importance"], metadata["retain_importance"]
+    forget, retain = importance["forget_importance"], importance["retain_importance"]
     warnings = []
     if forget["data_hash"] == retain["data_hash"]:
         warnings.append("forget and retain importance were estimated on the same data")
@@ -129,7 +130,8 @@ def _metadata_warnings(metadata: dict[str, dict[str, str]]) -> list[str]:
             f"forget importance was evaluated at {forget['evaluated_at']}, "
             f"retain importance at {retain['evaluated_at']}"
         )
-    slow = forget.get("one_by_one") or retain.get("one_by_one")
-    if slow:
-        warnings.append(f"no batched rule fits these parameters, which took a pass for each sample: {slow}")
+    if slow := forget["one_by_one"] or retain["one_by_one"]:
+        warnings.append(
+            f"no batched rule fits these parameters, which took a pass for each sample: {', '.join(slow)}"
+        )
     return warnings

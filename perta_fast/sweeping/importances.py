@@ -11,7 +11,7 @@ from perta_fast.importance.store import STEM, Importance, read_metadata
 from perta_fast.models.loading import Subject
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
-from perta_fast.runs.estimate import estimate_on
+from perta_fast.runs.estimate import Estimation, estimate_on
 from perta_fast.subtraction.inputs import Sources, open_importances
 
 ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role
@@ -69,17 +69,8 @@ def estimate(
     """One importance: kept in ``out``, unless a stopped sweep has kept it there; else in the host's memory."""
     if out is not None and out.exists():  # complete: it appears as a whole
         return Importance.load(out)
-    importance = estimate_on(
-        subject,
-        samples,
-        data_hash,
-        estimator,
-        batch_size=batch_size,
-        out=out,
-        overwrite=False,
-        progress=progress,
-        description=description,
-    )
+    how = Estimation(subject, estimator, batch_size, progress)
+    importance = estimate_on(how, samples, data_hash, out=out, description=description)
     if out is not None:
         return Importance.load(out)
     importance.tensors = {name: tensor.cpu() for name, tensor in importance.tensors.items()}

@@ -116,7 +116,7 @@ def test_an_incomplete_launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def _hide_the_data(rank: int) -> None:
     """Rank 1 is on a machine that lacks the data."""
     if rank == 1:
-        from perta_fast.runs import unlearn as module
+        from perta_fast.runs import unlearn_inputs as module
 
         def missing(path: Path) -> Any:
             raise module.InputError(f"{path}: cannot be read")

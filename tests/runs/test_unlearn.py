@@ -24,8 +24,7 @@ from perta_fast import (
 )
 from perta_fast.importance.gradients import accumulate
 from perta_fast.models import loading
-from perta_fast.runs import estimate
-from perta_fast.runs import unlearn as unlearning
+from perta_fast.runs import estimate, unlearn_in_memory
 from perta_fast.subtraction import report_entries as accounts
 from perta_fast.subtraction import to_directory
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
@@ -101,12 +100,13 @@ def test_how_the_importances_were_estimated_is_reported(job: Job, tmp_path: Path
     assert report.settings == {
         "at": "model",
         "estimator": "grad",
-        "batch_size": "3",
-        "max_length": "100",
+        "batch_size": 3,
+        "max_length": 100,
         "dtype": "float32",
         "device": "cuda:0" if torch.cuda.is_available() else "cpu",
-        "stream": "no",
-        "processes": "1",
+        "stream": False,
+        "schedule": None,
+        "processes": 1,
     }
 
 
@@ -188,7 +188,7 @@ def test_the_report(job: Job, tmp_path: Path) -> None:
             "samples": len(rows),
             "truncated": 0,
         }
-        assert report.importance[f"{role}_importance"]["sample_count"] == str(len(rows))
+        assert report.importance[f"{role}_importance"]["sample_count"] == len(rows)
         assert report.inputs[f"{role}_importance"]["kept"] is False
     assert report.warnings == []
 
@@ -276,7 +276,7 @@ STAGES: dict[str, Callable[[Callable[..., Any], pytest.MonkeyPatch], None]] = {
     "saving the retain importance": lambda action, patch: patch.setattr(
         Importance, "save", second_call(action, Importance.save)
     ),
-    "opening": lambda action, patch: patch.setattr(unlearning, "open_importances", action),
+    "opening": lambda action, patch: patch.setattr(unlearn_in_memory, "open_importances", action),
     "shards": lambda action, patch: patch.setattr(to_directory, "write_fully", action),
     "hashes": lambda action, patch: patch.setattr(accounts, "hash_files", action),
     "model card": lambda action, patch: patch.setattr(to_directory, "write_model_card", action),

@@ -131,7 +131,7 @@ def test_equals_one_process(
         found = Report.load(tmp_path / f"{number}")
         for key in ("data", "importance", "counts"):
             assert getattr(found, key) == getattr(expected, key)
-        assert found.settings == expected.settings | {"processes": str(world)}
+        assert found.settings == expected.settings | {"processes": world}
     assert_close(alone[0] / "importance", tmp_path / "importance")
     result = verify(tmp_path / "1", full=True, progress=False)
     assert not result.problems and not result.unchecked

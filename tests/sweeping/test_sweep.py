@@ -151,9 +151,9 @@ def estimated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     calls = []
     original = sweeping_importances.estimate_on
 
-    def counted(subject: Any, samples: Any, data_hash: str, estimator: str, **settings: Any) -> Any:
-        calls.append((estimator, data_hash))
-        return original(subject, samples, data_hash, estimator, **settings)  # type: ignore[arg-type]
+    def counted(how: estimate.Estimation, samples: Any, data_hash: str, **settings: Any) -> Any:
+        calls.append((how.estimator, data_hash))
+        return original(how, samples, data_hash, **settings)
 
     monkeypatch.setattr(sweeping_importances, "estimate_on", counted)
     return calls

@@ -1,0 +1,44 @@
+"""What a report says of an importance: the texts in its files, as data."""
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+from perta_fast.errors import InputError
+
+
+class ImportanceRecord(TypedDict):
+    """Where an importance comes from: ``importance.store.ImportanceMetadata``, names in a list."""
+
+    estimator: str
+    data_hash: str
+    sample_count: int
+    truncated_count: int
+    label_count: int
+    evaluated_at: str
+    perta_fast_version: str
+    torch_version: str
+    transformers_version: str
+    one_by_one: list[str]
+
+
+def importance_record(metadata: Mapping[str, str]) -> ImportanceRecord:
+    """``metadata`` as safetensors files hold it, as data. Raises InputError naming what is not a number."""
+    return ImportanceRecord(
+        estimator=metadata.get("estimator", ""),
+        data_hash=metadata.get("data_hash", ""),
+        sample_count=_count(metadata, "sample_count"),
+        truncated_count=_count(metadata, "truncated_count"),
+        label_count=_count(metadata, "label_count"),
+        evaluated_at=metadata.get("evaluated_at", ""),
+        perta_fast_version=metadata.get("perta_fast_version", ""),
+        torch_version=metadata.get("torch_version", ""),
+        transformers_version=metadata.get("transformers_version", ""),
+        one_by_one=[name for name in metadata.get("one_by_one", "").split(", ") if name],
+    )
+
+
+def _count(metadata: Mapping[str, str], key: str) -> int:
+    text = metadata.get(key, "0")
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise InputError(f"{key} is {text[:20]!r}, not a whole number")
+    return int(text)

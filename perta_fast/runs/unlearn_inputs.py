@@ -1,0 +1,198 @@
+"""What a run of ``unlearn`` was asked for, and what it opens and loads before the first gradient."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from perta_fast.data.json_lines import Row, read_data
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import InputError
+from perta_fast.files.new_directory import check_output
+from perta_fast.progress import Progress
+from perta_fast.records.recipe import as_recipe
+from perta_fast.records.report import DataRecord, EstimationSettings, Report
+from perta_fast.rules import Rule
+from perta_fast.runs.settings import Settings, check_threads, destination
+from perta_fast.subtraction.inputs import Sources
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from perta_fast.data.samples import Sample
+    from perta_fast.runs.estimate import Estimation
+    from perta_fast.streaming.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of ``unlearn``."""
+
+    model: str | Path
+    base: str | Path
+    tuned: str | Path
+    forget: str | Path | None
+    retain: str | Path | None
+    rule: str
+    lam: float
+    p: float | None
+    alpha: float
+    threshold: float | None
+    at: Literal["base", "model"]
+    out: str | Path | None
+    in_place: bool
+    overwrite: bool
+    link_unchanged: bool
+    drop_cache: bool | None
+    save_importance: str | Path | None
+    stream: bool
+    memory: int | None
+    device_memory: int | None
+    batch_size: int
+    max_length: int | None
+    device: "str | torch.device | None"
+    dtype: "torch.dtype | None"
+    threads: int | None
+    progress: Progress
+    group: "ProcessGroup | None"
+
+    @property
+    def data(self) -> dict[str, str | Path]:
+        """The data files that are given, by role."""
+        given = {"forget": self.forget, "retain": self.retain}
+        return {role: path for role, path in given.items() if path is not None}
+
+    @property
+    def paths(self) -> list[Path]:
+        """Everything that is read."""
+        return [Path(path) for path in (self.model, self.base, self.tuned, *self.data.values())]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A request that was checked, and the checkpoints that it names."""
+
+    options: Options
+    rule: Rule
+    settings: Settings
+    sources: Sources
+    ranks: Ranks
+
+    @classmethod
+    def open(cls, options: Options, ranks: Ranks) -> "Opened":
+        """Raises InputError for whatever is wrong with arguments or checkpoints."""
+        rule = Rule.of(options.rule, options.lam, options.p, options.alpha, options.threshold)
+        if options.at not in ("base", "model"):
+            raise InputError(f"at is {options.at!r}; it must be base or model")
+        check_threads(options.threads)
+        if options.stream and options.link_unchanged and not options.in_place:
+            raise InputError("stream writes every shard as it goes; leave link_unchanged out")
+        place = destination(options.model, options.out, options.in_place, ranks)
+        sources = Sources.open(options.model, options.base, options.tuned)
+        if not options.in_place:
+            check_output(place, overwrite=options.overwrite, inputs=options.paths)
+        if rule.estimator is None and options.save_importance is not None:
+            raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
+        settings = Settings(
+            place,
+            options.in_place,
+            options.overwrite,
+            options.link_unchanged,
+            options.drop_cache,
+            options.threads,
+            options.progress,
+        )
+        return cls(options, rule, settings, sources, ranks)
+
+
+@dataclass
+class Loaded:
+    """A request with its model, and its data in tokens.
+
+    hashes: of the data files. device, dtype: that the gradients are taken with. phases: seconds of each so far.
+    schedule: of a streamed run.
+    """
+
+    opened: Opened
+    how: "Estimation"
+    samples: "dict[str, list[Sample]]"
+    hashes: dict[str, str]
+    device: str
+    dtype: str
+    phases: dict[str, float]
+    schedule: "Schedule | None" = None
+
+    @classmethod
+    def load(cls, opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str]) -> "Loaded":
+        """Load the model that the gradients are taken at."""
+        from perta_fast.models.loading import load_subject, samples_for
+        from perta_fast.runs.estimate import Estimation, open_skeleton
+
+        options, estimator = opened.options, opened.rule.estimator
+        assert estimator is not None
+        started = time.perf_counter()
+        path = Path(options.model if options.at == "model" else options.base)
+        skeleton = open_skeleton(path, options.device, options.dtype) if options.stream else None
+        structure = None if skeleton is None else skeleton.model
+        subject = load_subject(path, options.device, options.dtype, structure=structure)
+        how = Estimation(
+            subject,
+            estimator,
+            options.batch_size,
+            options.progress,
+            opened.ranks,
+            skeleton,
+            options.memory,
+            options.device_memory,
+        )
+        samples = {role: samples_for(subject, rows[role], options.max_length) for role in rows}
+        dtype = str(subject.module.dtype).removeprefix("torch.")
+        phases = {"load": time.perf_counter() - started}
+        return cls(opened, how, samples, hashes, str(how.device), dtype, phases)
+
+    def release(self) -> None:
+        """Let the model go: the subtraction needs its memory for the page cache."""
+        del self.how
+
+    def annotate(self, report: Report) -> None:
+        """Say in the report how the importances are estimated, and on what."""
+        options = self.opened.options
+        for name, seconds in self.phases.items():
+            report.add_phase(name, seconds, 0)
+        report.recipe = as_recipe(vars(options))
+        report.data = {
+            role: data_record(options.data[role], self.hashes[role], samples)
+            for role, samples in self.samples.items()
+        }
+        report.settings = EstimationSettings(
+            at=options.at,
+            estimator=str(self.opened.rule.estimator),
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            dtype=self.dtype,
+            device=self.device,
+            stream=options.stream,
+            schedule=None if self.schedule is None else vars(self.schedule),
+            processes=self.opened.ranks.world,
+        )
+        for role, record in report.data.items():
+            if record["truncated"]:
+                report.warn(
+                    f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
+                )
+
+
+def data_record(path: str | Path, digest: str, samples: "Sequence[Row | Sample]") -> DataRecord:
+    """What a report says of a data file; rows that were not made into tokens count as whole."""
+    cut = sum(getattr(sample, "truncated", False) for sample in samples)
+    return {"path": str(Path(path).resolve()), "blake3": digest, "samples": len(samples), "truncated": cut}
+
+
+def read_all(data: dict[str, str | Path]) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Rows and hashes of data files, by role; each is read once, so a pipe will do."""
+    rows, hashes = {}, {}
+    for role, path in data.items():
+        rows[role], hashes[role] = read_data(path)
+    return rows, hashes
