@@ -140,7 +140,7 @@ class Loaded:
         how = Estimation(
             subject,
             estimator,
-            options.batch_size,
+            int(options.batch_size),  # a number of NumPy's cannot be written as JSON
             options.progress,
             opened.ranks,
             skeleton,
@@ -169,8 +169,8 @@ class Loaded:
         report.settings = EstimationSettings(
             at=options.at,
             estimator=str(self.opened.rule.estimator),
-            batch_size=options.batch_size,
-            max_length=options.max_length,
+            batch_size=int(options.batch_size),
+            max_length=None if options.max_length is None else int(options.max_length),
             dtype=self.dtype,
             device=self.device,
             stream=options.stream,

@@ -166,7 +166,7 @@ def test_a_report_that_is_not_json_is_refused(content: bytes, tmp_path: Path) ->
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a later version": lambda content: content.update(format_version=2),
+    "a later version": lambda content: content.update(format_version=3),
     "a key too many": lambda content: content.update(more=1),
     "a key too few": lambda content: content.pop("rule"),
     "a number as text": lambda content: content.update(lam="1"),
