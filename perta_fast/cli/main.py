@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PertaError.exit_status
     except (PertaError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         text, status = _explain(error)
-        if launch.speaks(error):
+        if launch.should_print(error):
             print(f"perta: {text}", file=sys.stderr)
         return status
 

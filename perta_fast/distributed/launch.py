@@ -54,7 +54,7 @@ class Launch:
             raise RunError(f"the other processes of the launch cannot be reached: {error}") from error
         self.ranks, self._store = Ranks.of(dist.group.WORLD), store
 
-    def speaks(self, error: BaseException) -> bool:
+    def should_print(self, error: BaseException) -> bool:
         """Whether it is for this process to tell the user of ``error``."""
         if is_shared(error):
             return self.ranks.first

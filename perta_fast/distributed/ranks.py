@@ -1,6 +1,6 @@
-"""The processes that do one piece of work together, and every way in which they meet.
+"""The processes that do one job together, and every way in which they exchange data.
 
-Every rank calls the same methods in the same order. Torch is imported only where there is more than one.
+Every rank calls the same methods in the same order. Torch is imported only if there is more than one rank.
 """
 
 import platform
@@ -23,30 +23,31 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup, Work
 
-# What an error on one rank is to the others: the first that fits.
+# Another rank's error is raised here as the first of these that it is an instance of, else as the last.
 _KINDS = (InputError, NotFiniteError, RunError)
+_SHARED = "_perta_fast_shared"  # the attribute that marks an error as one that every rank raises
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A sum under way; its tensor must not be touched before ``wait`` has returned."""
+    """A sum that has been started; its tensor must not be touched before ``wait`` has returned."""
 
-    work: "Work | None"  # None: done already
+    work: "Work | None"  # None: already done
 
     def wait(self) -> None:
-        """Return when the sum is there (on a device: when what is launched next will find it there)."""
+        """Return when the sum is there (on a device: for whatever is launched from now on)."""
         if self.work is not None:
-            with _losses_named():
+            with _raising_rank_lost():
                 self.work.wait()
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that do one piece of work together; one alone never touches torch.distributed.
+    """The processes that do one job together; one alone never touches torch.distributed.
 
-    A rank that died, or left by an error of its own, shows on the others as ``errors.RankLost``, raised by the
-    methods here and by nothing else: at once where the backend sees its connection close, or when the group's
-    timeout is over.
+    If a rank dies, or leaves with an error that it does not share, the others get ``errors.RankLost`` from the
+    methods here and from nothing else: at once if the backend sees its connection close, else after the group's
+    timeout.
     """
 
     rank: int
@@ -71,6 +72,10 @@ class Ranks:
         """Whether this is the rank that draws bars, makes directories, commits and writes the report."""
         return self.rank == 0
 
+    def own_slice(self, count: int) -> slice:
+        """This rank's share of ``count`` equal items; the shares follow each other in order of ranks."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
     def on_this_machine(self) -> int:
         """How many of the ranks run on the machine that this one runs on."""
         machines = self.gather(platform.node())
@@ -83,7 +88,7 @@ class Ranks:
         import torch.distributed as dist
 
         values = [None] * self.world
-        with _losses_named():
+        with _raising_rank_lost():
             dist.all_gather_object(values, value, self.group)
         return values
 
@@ -94,19 +99,19 @@ class Ranks:
         import torch.distributed as dist
 
         values = [value if self.first else None]
-        with _losses_named():
+        with _raising_rank_lost():
             dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Do the block on every rank, and meet at its end; if it raised on one rank, every rank raises.
+        """Run the block on every rank and wait for all at its end; if it raises on one rank, every rank raises.
 
         what: the work, for the message if a rank is lost meanwhile. A rank whose block raised raises its own
-        error, the others one of the same class (InputError, NotFiniteError, else RunError) that says
-        "rank K: message"; ``is_shared`` then tells that all know. Whatever the ranks do together within the
-        block, each must do even if it then raises, or the others wait for it. What is no ``Exception``, such as
-        an interrupt, leaves at once, and so does RankLost.
+        error. The others raise one of the same class (InputError, NotFiniteError, else RunError) that says
+        "rank K: message". ``is_shared`` is true of all these errors. If the ranks exchange data within the
+        block, each must do so even if it raises afterwards, or the others wait for it. What is no
+        ``Exception``, such as an interrupt, leaves at once, and so does RankLost.
         """
         if self.world == 1:
             yield
@@ -119,8 +124,8 @@ class Ranks:
                 raise
             except Exception as error:
                 own = error
-            told = None if own is None else _told(own)
-            failures = {rank: each for rank, each in enumerate(self.gather(told)) if each is not None}
+            failure = None if own is None else _failure(own)
+            failures = {rank: other for rank, other in enumerate(self.gather(failure)) if other is not None}
         except RankLost as lost:
             raise RankLost(f"{what}: {lost}") from lost
         if not failures:
@@ -128,15 +133,15 @@ class Ranks:
         if own is None:
             rank, (kind, text) = next(iter(failures.items()))
             own = kind(f"rank {rank}: {text}")
-        own.__dict__["shared"] = True
+        setattr(own, _SHARED, True)
         raise own
 
     @contextmanager
-    def telling(self, what: str) -> Iterator[None]:
-        """Do the block, in which ranks meet now and then by ``together`` and each may raise in between.
+    def sharing_errors(self, what: str) -> Iterator[None]:
+        """Run a block in which the ranks call ``together`` now and then, and each may raise in between.
 
-        An error that leaves it, unless it came of a meeting, is told to the others at the meeting that they
-        come to next; what the block still does in threads of its own must be over by then.
+        An error that no ``together`` has shared is shared by the next one that the other ranks come to. Threads
+        of the block that call ``together`` must have ended by then.
         """
         try:
             yield
@@ -147,16 +152,16 @@ class Ranks:
             raise
 
     def sum_(self, tensor: "torch.Tensor") -> None:
-        """Add up ``tensor`` (contiguous) over all ranks, in place, the same bits on each."""
+        """Add up ``tensor`` (contiguous) over all ranks, in place; every rank gets the same bits."""
         self.sum_async_(tensor).wait()
 
     def sum_async_(self, tensor: "torch.Tensor") -> Pending:
-        """Begin ``sum_``; on a device it comes after what has been launched so far."""
+        """Start ``sum_``; on a device it runs after what has been launched so far."""
         if self.world == 1:
             return Pending(None)
         import torch.distributed as dist
 
-        with _losses_named():
+        with _raising_rank_lost():
             return Pending(dist.all_reduce(tensor, group=self.group, async_op=True))
 
 
@@ -164,22 +169,22 @@ Ranks.ALONE = Ranks(0, 1, None)
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether every rank raised ``error``, or was told of it, so that one of them need speak."""
-    return getattr(error, "shared", False)
+    """Whether every rank raises ``error`` or one that tells of it, so that only one of them need print it."""
+    return getattr(error, _SHARED, False)
 
 
-def _told(error: Exception) -> tuple[type[RunError] | type[InputError], str]:
-    """What the other ranks are told of an error: its class, as far as they know it, and its text."""
+def _failure(error: Exception) -> tuple[type[RunError] | type[InputError], str]:
+    """What the other ranks get of an error: a class that they can raise, and its text."""
     if isinstance(error, OSError):
         return RunError, advice(error)
     kind = next((kind for kind in _KINDS if isinstance(error, kind)), RunError)
-    meant_for_users = isinstance(error, PertaError)
-    return kind, str(error) if meant_for_users else f"{type(error).__name__}: {error}"
+    is_message = isinstance(error, PertaError)
+    return kind, str(error) if is_message else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
-def _losses_named() -> Iterator[None]:
-    """Every backend raises a RuntimeError of its own when another process is gone."""
+def _raising_rank_lost() -> Iterator[None]:
+    """RankLost in place of the RuntimeError that every backend raises when another process is gone."""
     try:
         yield
     except RuntimeError as error:

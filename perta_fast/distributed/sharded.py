@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-def is_cut_up(tensor: Tensor) -> bool:
+def is_distributed(tensor: Tensor) -> bool:
     """Whether processes hold parts of ``tensor``, or replicas of which one is enough."""
     return isinstance(tensor, DTensor)
 
@@ -69,7 +69,7 @@ def reshard_(module: nn.Module) -> None:
             part.reshard()
 
 
-def runs(tensor: Tensor) -> Iterator[tuple[int, slice]]:
+def held_ranges(tensor: Tensor) -> Iterator[tuple[int, slice]]:
     """Where the elements that this process holds, in order, lie in the whole tensor: the first, and their run.
 
     A replica is yielded by each process that holds one.

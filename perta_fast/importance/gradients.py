@@ -1,4 +1,4 @@
-"""Means over a data set of gradients, or of squared per-sample gradients: what importance is made of."""
+"""Means over a data set of gradients, or of squared per-sample gradients: these are the importance."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,15 +24,13 @@ from perta_fast.distributed.sharded import (
     summed_by_fsdp,
 )
 from perta_fast.errors import InputError, NotFiniteError, RunError
-from perta_fast.importance.per_sample import Plan, only_asking, plan_for
+from perta_fast.importance.per_sample import Plan, gradients_only_for, plan_for
 from perta_fast.importance.per_sample_modules import Target
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.ops import accumulate_, accumulate_square_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import Progress, sample_bar
 from perta_fast.rules import Estimator
-
-Advance = Callable[[int], Any]
 
 
 @dataclass
@@ -52,9 +50,9 @@ def accumulate(
     progress: Progress = True,
     ranks: Ranks = Ranks.ALONE,
 ) -> Accumulated:
-    """The mean over ``samples`` of gradients, or of squared ones.
+    """The mean over ``samples`` of gradients, or of squared per-sample gradients.
 
-    What ``estimate_importance`` runs once model and data are there; see there for arguments and errors.
+    ``estimate_importance`` calls this when model and data are loaded; see there for arguments and errors.
     """
     with ranks.together(description):
         parameters = _covered(module, estimator)
@@ -73,46 +71,58 @@ def accumulate(
         _ready_to_measure(module),
         sample_bar(len(dealt[ranks.rank]), description, ranks.first and progress) as bar,
     ):
-        job = _Backward(module, samples, dealt, ranks, bool(summed), bar.update)
+        passes = _BackwardPasses(module, samples, dealt, ranks, bool(summed), bar.update)
         if estimator == "grad":
-            others = {name: mean for name, mean in means.items() if name not in summed}
+            own = {name: mean for name, mean in means.items() if name not in summed}
             with (
                 ranks.together(description),
-                OverlappedSum(ranks, others) as sums,
-                gradients_folded_into(module, means, squared=False, complete=sums.complete),
+                OverlappedSum(ranks, own) as sums,
+                gradients_accumulated_into(module, means, squared=False, complete=sums.complete),
             ):
-                job.run(batch_size, sums)
+                passes.run(batch_size, sums)
         else:
-            with ranks.together(description):
-                targets = {name: Target(mean, None) for name, mean in means.items()}
-                plan = plan_for(module, samples, targets)
-            with ranks.together(description):
-                if any(left != plan.left for left in ranks.gather(plan.left)):
-                    raise RunError("the processes see different models; use the same versions and devices")
-            if plan.rules:
-                batched = {name: mean for name, mean in means.items() if name not in plan.left}
-                with ranks.together(description), OverlappedSum(ranks, batched) as sums, plan.installed(module):
-                    for name in batched:
-                        targets[name].complete = partial(sums.complete, name)
-                    job.run(batch_size, sums, plan)
-            if plan.left:
-                one_by_one = plan.left
-                left = {name: means[name] for name in plan.left}
-                bar.reset()
-                with (
-                    ranks.together(description),
-                    OverlappedSum(ranks, left) as sums,
-                    only_asking(module, left),
-                    gradients_folded_into(module, left, squared=True, complete=sums.complete),
-                ):
-                    job.run(1, sums, unreached=True)
+            one_by_one = _accumulate_squares(passes, means, batch_size, description, bar.reset)
     for name, mean in means.items():
         if name in summed:
             mean.mul_(summed[name][1])
         mean.div_(len(samples))
         if estimator == "empirical-fisher":
-            mean.clamp_(min=0)  # a tied head and embedding meet as H^2 + (E^2 + 2 E H), which may round below 0
+            mean.clamp_(min=0)  # a tied weight gets H^2 + (E^2 + 2 E H), which rounding may leave below 0
     return Accumulated({name: sharded_as(parameters[name], mean) for name, mean in means.items()}, one_by_one)
+
+
+def _accumulate_squares(
+    passes: "_BackwardPasses",
+    sums: dict[str, Tensor],
+    batch_size: int,
+    description: str,
+    restart_bar: Callable[[], object],
+) -> list[str]:
+    """Add every sample's squared gradient to ``sums``; return what took a pass for each sample."""
+    module, ranks = passes.module, passes.ranks
+    with ranks.together(description):
+        targets = {name: Target(total) for name, total in sums.items()}
+        plan = plan_for(module, passes.samples, targets)
+    with ranks.together(description):
+        if any(names != plan.one_by_one for names in ranks.gather(plan.one_by_one)):
+            raise RunError("the processes see different models; use the same versions and devices")
+    if plan.modules:
+        batched = {name: total for name, total in sums.items() if name not in plan.one_by_one}
+        with ranks.together(description), OverlappedSum(ranks, batched) as over_ranks, plan.installed(module):
+            for name in batched:
+                targets[name].complete = partial(over_ranks.complete, name)
+            passes.run(batch_size, over_ranks, plan)
+    if plan.one_by_one:
+        others = {name: sums[name] for name in plan.one_by_one}
+        restart_bar()
+        with (
+            ranks.together(description),
+            OverlappedSum(ranks, others) as over_ranks,
+            gradients_only_for(module, others),
+            gradients_accumulated_into(module, others, squared=True, complete=over_ranks.complete),
+        ):
+            passes.run(1, over_ranks, unreached=True)
+    return plan.one_by_one
 
 
 def _covered(module: nn.Module, estimator: Estimator) -> dict[str, nn.Parameter]:
@@ -135,10 +145,11 @@ def _covered(module: nn.Module, estimator: Estimator) -> dict[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
-class _Backward:
+class _BackwardPasses:
     """Back-propagates the loss of every sample that is dealt to this rank.
 
-    in_step: the ranks meet in every forward and backward pass, so all must do as many.
+    dealt: the numbers of each rank's samples. in_step: the ranks exchange data in every forward and backward
+    pass, so all must do as many. advance: called with the number of samples that are done.
     """
 
     module: nn.Module
@@ -146,40 +157,36 @@ class _Backward:
     dealt: Sequence[Sequence[int]]
     ranks: Ranks
     in_step: bool
-    advance: Advance
+    advance: Callable[[int], Any]
 
     def run(
         self, batch_size: int, sums: OverlappedSum, plan: Plan | None = None, unreached: bool = False
     ) -> None:
-        """A batch at a time. unreached: a forward pass may reach no parameter that asks for a gradient."""
+        """A batch at a time. unreached: a forward pass may reach no parameter that needs a gradient."""
         device = computing_device(self.module)
         own = self.dealt[self.ranks.rank]
         batches = [
-            [own[place] for place in places]
-            for places in batches_by_length([self.samples[k] for k in own], batch_size)
+            [own[k] for k in batch] for batch in batches_by_length([self.samples[k] for k in own], batch_size)
         ]
         counted = len(batches)
         if self.in_step:
-            rounds = -(-max(map(len, self.dealt)) // batch_size)
-            batches += [[0]] * (rounds - counted)
+            most = -(-max(map(len, self.dealt)) // batch_size)
+            batches += [[0]] * (most - counted)
         for k, numbers in enumerate(batches):
             chosen = [self.samples[number] for number in numbers]
-            if plan is not None:
-                plan.begin(chosen)
-            losses = per_sample_losses(self.module, Batch.of(chosen, device))
-            with self.ranks.together("a batch") if self.in_step else nullcontext():
-                if not losses.requires_grad and not unreached:
-                    raise InputError(
-                        "the model's loss has no gradient; does its forward run under no_grad or "
-                        "inference_mode?"
-                    )
-                check_losses(losses, numbers)
-            if k == len(batches) - 1:
-                sums.last_pass()
-            if losses.requires_grad:
-                (losses.sum() if k < counted else 0 * losses.sum()).backward()
-            if plan is not None:
-                plan.finish()
+            with nullcontext() if plan is None else plan.batch([len(sample.input_ids) for sample in chosen]):
+                losses = per_sample_losses(self.module, Batch.of(chosen, device))
+                with self.ranks.together("a batch") if self.in_step else nullcontext():
+                    if not losses.requires_grad and not unreached:
+                        raise InputError(
+                            "the model's loss has no gradient; does its forward run under no_grad or "
+                            "inference_mode?"
+                        )
+                    check_losses(losses, numbers)
+                if k == len(batches) - 1:
+                    sums.last_pass()
+                if losses.requires_grad:
+                    (losses.sum() if k < counted else 0 * losses.sum()).backward()
             self.advance(len(numbers) if k < counted else 0)
 
 
@@ -211,21 +218,21 @@ def _check_parameters(module: nn.Module) -> None:
 
 
 @contextmanager
-def gradients_folded_into(
+def gradients_accumulated_into(
     module: nn.Module,
     sums: Mapping[str, Tensor],
     squared: bool,
     complete: Callable[[str], object] | None = None,
 ) -> Iterator[None]:
-    """Fold every parameter's gradient, complete over all its uses, and free it at once.
+    """Add every parameter's gradient, complete over all its uses, to ``sums``, and free it at once.
 
-    complete: is called with a parameter's name when a backward pass has folded its gradient.
+    complete: called with a parameter's name when a backward pass has added its gradient.
     """
-    fold = accumulate_square_ if squared else accumulate_
+    add = accumulate_square_ if squared else accumulate_
 
     def hook(parameter: Tensor, name: str) -> None:
         gradient = held_gradient(parameter)
-        fold(sums[name], gradient.to_dense() if gradient.is_sparse else gradient.contiguous())
+        add(sums[name], gradient.to_dense() if gradient.is_sparse else gradient.contiguous())
         parameter.grad = None
         if complete is not None:
             complete(name)
@@ -240,22 +247,22 @@ def gradients_folded_into(
 
 
 def _keep_checkpointing(module: nn.Module) -> None:
-    """Let layers that were told to checkpoint their activations do so, which transformers ties to training.
+    """Let layers that are set to checkpoint their activations do so: transformers ties this to training mode.
 
-    The mode is set on these layers alone and not on their parts; a model with dropout is left in evaluation.
+    The mode is set on these layers and not on their submodules; a model with dropout stays in evaluation mode.
     """
     config = getattr(module, "config", None)
     if config is None or any(value for name, value in vars(config).items() if "drop" in name):
         return
-    for part in module.modules():
-        if getattr(part, "gradient_checkpointing", False) is True:
-            part.training = True
+    for layer in module.modules():
+        if getattr(layer, "gradient_checkpointing", False) is True:
+            layer.training = True
 
 
 @contextmanager
 def _ready_to_measure(module: nn.Module) -> Iterator[None]:
-    """Dropout off, no gradients left over; all put back at the end."""
-    training = {part: part.training for part in module.modules()}
+    """Dropout is off and no gradient is there; training modes and gradients are put back at the end."""
+    training = {submodule: submodule.training for submodule in module.modules()}
     gradients = {parameter: parameter.grad for parameter in module.parameters()}
     module.eval()
     _keep_checkpointing(module)
@@ -265,7 +272,7 @@ def _ready_to_measure(module: nn.Module) -> Iterator[None]:
         with torch.enable_grad():
             yield
     finally:
-        for part, mode in training.items():
-            part.training = mode
+        for submodule, mode in training.items():
+            submodule.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient

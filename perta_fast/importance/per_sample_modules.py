@@ -1,8 +1,12 @@
-"""How one module gives each sample's own parameter gradients from a batched backward pass.
+"""How one module gives every sample's own parameter gradient from a batched backward pass.
 
-While a rule is installed it stands in for the module's ``forward``, and computes the same values. The weights
-of linear maps are folded inside the backward pass by the fused operation; all other parameters are small or few
-enough for each sample's gradient to exist for a while.
+While a ``ModuleFisher`` is installed, it takes the place of the module's ``forward`` and computes the same.
+The squares of linear maps are accumulated inside the backward pass by the fused operation, which stores no
+per-sample gradient. All other parameters are small, so each sample's gradient may exist for a while.
+docs/mathematics.md shows why the result is exact.
+
+Shapes: N samples, T tokens of the longest of them, R rows of a sample, U rows of a table with one for each
+different token of each sample, d features.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,23 +22,28 @@ from transformers.pytorch_utils import Conv1D
 
 from perta_fast.ops import accumulate_squared_gradients_
 
-_WORTH_GATHERING = 0.8  # share of tokens with a gradient below which a copy of them costs less than the zeros
+_WORTH_GATHERING = 0.8  # of the tokens; with fewer gradients, a copy of them costs less than the zeros
 
 
-class Unfit(Exception):
-    """A module was called in a way that its rule does not understand."""
+class UnexpectedCall(Exception):
+    """A module was called in a way that its ``ModuleFisher`` does not understand."""
 
 
 @dataclass
 class Target:
     """Where a parameter's gradients go: sums over samples of their squares and, if wanted, of themselves.
 
-    complete: is told within the backward pass that a batch has added all that it has, where that is known.
+    complete: called within the backward pass when a batch has added all that it has, where that is known.
     """
 
     fisher: Tensor  # float32, the parameter's shape
-    gradient: Tensor | None
+    gradient: Tensor | None = None
     complete: Callable[[], object] | None = None
+
+    @classmethod
+    def unused(cls) -> "Target":
+        """A target for a trial that accumulates nothing."""
+        return cls(torch.empty(0))
 
     def add(self, gradients: Tensor) -> None:
         """Add per-sample gradients, (N, *shape)."""
@@ -56,7 +65,7 @@ class Target:
 
 @dataclass
 class BatchShape:
-    """The batch on its way through the model: N samples, padded on the right to T tokens."""
+    """The batch that runs through the model: N samples, padded on the right to T tokens."""
 
     count: int
     tokens: int
@@ -65,7 +74,8 @@ class BatchShape:
     def by_sample(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """``tensor`` as (N, R, d), and how many of the R rows of each sample are real (None: all may be).
 
-        tensor: (N, T, d), (N, T, ..., d) or other (N, ..., d), or (N * T, d). Raises Unfit for other shapes.
+        tensor: (N, T, d), (N, T, ..., d) or other (N, ..., d), or (N * T, d). Raises UnexpectedCall for other
+        shapes.
         """
         if tensor.dim() >= 3 and tensor.shape[0] == self.count:
             rows = tensor.flatten(1, -2)
@@ -75,16 +85,18 @@ class BatchShape:
             return tensor.view(self.count, self.tokens, -1), self.lengths
         if tensor.dim() == 2 and tensor.shape[0] == self.count:
             return tensor[:, None], None
-        raise Unfit(f"shape {tuple(tensor.shape)} in a batch of {self.count} samples of {self.tokens} tokens")
+        raise UnexpectedCall(
+            f"shape {tuple(tensor.shape)} in a batch of {self.count} samples of {self.tokens} tokens"
+        )
 
-    def rows_a_sample(self, value: Any) -> int:
+    def rows_per_sample(self, value: Any) -> int:
         """How many leading rows of an argument belong to each sample; 0 if it has no sample dimension."""
         leading = value.shape[0] if isinstance(value, Tensor) and value.dim() > 0 else 0
         return {self.count: 1, self.count * self.tokens: self.tokens}.get(leading, 0)
 
 
 @dataclass
-class ModuleRule:
+class ModuleFisher:
     """A module whose forward is replaced while ``installed``; ``targets`` by the name of its own parameters."""
 
     module: nn.Module
@@ -98,12 +110,18 @@ class ModuleRule:
         """What the module computes, in a form that gives per-sample gradients."""
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """Fold what the batch has left; called after the backward pass."""
+    def finish_batch(self) -> None:
+        """Accumulate what the batch has left; called after the backward pass."""
+
+    def values(self, name: str) -> Tensor:
+        """A parameter of the module, without gradient."""
+        parameter = self.module._parameters[name]
+        assert parameter is not None
+        return parameter.detach()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Stand in for the module's forward."""
+        """Take the place of the module's forward."""
         before = self.module.__dict__.get("forward")
         self.module.forward = self.forward
         try:
@@ -116,54 +134,54 @@ class ModuleRule:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b, whose backward hands x and the output's gradient to a rule instead of computing W's."""
+    """y = x W^T + b, whose backward gives x and the output's gradient to ``owner`` and leaves W's out."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rule: "LinearRule", anchor: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, owner: "LinearFisher", anchor: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.rule = rule
+        ctx.owner = owner
         return functional.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.rule.fold(x, delta)
+        ctx.owner.accumulate(x, delta)
         return (delta @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
 @dataclass
-class LinearRule(ModuleRule):
-    """nn.Linear, and GPT-2's Conv1D, which keeps its weight the other way round.
+class LinearFisher(ModuleFisher):
+    """nn.Linear, and GPT-2's Conv1D, which stores its weight transposed.
 
-    deferred: the weight takes part in several calls, whose gradients must be summed before they are squared:
-    what each call leaves waits for the end of the pass. embedding: the rule of the input embedding that is tied
-    to this output head. sparse: the output's gradient may be zero at whole tokens (a head under masked labels).
+    deferred: the weight is used in several calls, whose gradients must be summed before they are squared, so
+    what each call gives waits for the end of the pass. embedding: the input embedding that is tied to this
+    output head. sparse: the output's gradient may be zero at whole tokens (a head under masked labels).
     """
 
     deferred: list[tuple[Tensor, Tensor]] | None = None
-    embedding: "EmbeddingRule | None" = None
+    embedding: "EmbeddingFisher | None" = None
     sparse: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.transposed = isinstance(self.module, Conv1D)
-        self._bias_sums: list[Tensor] = []
+        self._bias_sums: list[Tensor] = []  # (N, d_out) of each call
 
     def forward(self, x: Tensor) -> Tensor:
-        self.batch.by_sample(x)  # refuses early what the backward pass could not fold
+        self.batch.by_sample(x)  # fails now if the backward pass could not accumulate
         weight: Any = self.module.weight
         anchor = torch.zeros((), device=x.device, requires_grad=True)  # the output must have a backward pass
         matrix = weight.T if self.transposed else weight
         result: Tensor = _Linear.apply(x, matrix, self.module.bias, self, anchor)
         return result
 
-    def fold(self, x: Tensor, delta: Tensor) -> None:
-        """Fold one call."""
-        activations, lengths = self.batch.by_sample(x)
-        deltas, _ = self.batch.by_sample(delta)
+    def accumulate(self, x: Tensor, delta: Tensor) -> None:
+        """Add the gradients of one call, from its input and its output's gradient."""
+        activations, lengths = self.batch.by_sample(x)  # (N, R, d_in)
+        deltas, _ = self.batch.by_sample(delta)  # (N, R, d_out)
         if "bias" in self.targets:
             self._bias_sums.append(deltas.float().sum(1))
         if "weight" not in self.targets:
@@ -172,11 +190,11 @@ class LinearRule(ModuleRule):
             self.deferred.append((activations, deltas))
             return
         if self.embedding is not None:
-            self.embedding.meet_head(activations, deltas)
+            self.embedding.keep_head_gradient(activations, deltas)
         if self.sparse:
-            kept = deltas.any(-1)
-            if int(kept.sum()) < _WORTH_GATHERING * kept.numel():
-                activations, deltas, lengths = activations[kept], deltas[kept], kept.sum(1)
+            nonzero = deltas.any(-1)
+            if int(nonzero.sum()) < _WORTH_GATHERING * nonzero.numel():
+                activations, deltas, lengths = activations[nonzero], deltas[nonzero], nonzero.sum(1)
         self._add(activations, deltas, lengths)
         complete = self.targets["weight"].complete
         if complete is not None and self.embedding is None:
@@ -186,12 +204,12 @@ class LinearRule(ModuleRule):
         pair = (deltas, activations) if self.transposed else (activations, deltas)
         self.targets["weight"].add_outer(*pair, lengths)
 
-    def finish(self) -> None:
+    def finish_batch(self) -> None:
         if self._bias_sums:
             self.targets["bias"].add(torch.stack(self._bias_sums).sum(0))
             self._bias_sums.clear()
         if self.deferred:
-            activations, deltas = (torch.cat(parts, 1) for parts in zip(*self.deferred, strict=True))
+            activations, deltas = (torch.cat(calls, 1) for calls in zip(*self.deferred, strict=True))
             self._add(activations, deltas, None)
             self.deferred.clear()
 
@@ -207,11 +225,11 @@ def _parameters_replaced(module: nn.Module, replacements: dict[str, Tensor]) -> 
 
 
 @dataclass
-class EmbeddingRule(ModuleRule):
-    """An embedding looks its tokens up in a small table with one row for each token of each sample.
+class EmbeddingFisher(ModuleFisher):
+    """An embedding that looks tokens up in a small table with one row for each different token of each sample.
 
-    Autograd sums the gradients of a row's occurrences, which is that sample's gradient of that token's vector.
-    ``head_gradient``, (U, d) float32: what a tied head has left at the same rows.
+    Autograd adds up the gradients of a row's uses, which gives that sample's gradient of that token's vector.
+    ``head_gradient``, (U, d) float32: the gradient of a tied head at the same rows.
     """
 
     head_gradient: Tensor | None = field(init=False, default=None)
@@ -219,13 +237,14 @@ class EmbeddingRule(ModuleRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._table: Tensor | None = None  # (U, d), a leaf
-        self._tokens = self._starts = torch.empty(0)
+        self._tokens = torch.empty(0)  # (U,): the token of each row
+        self._starts = torch.empty(0)  # (N + 1,): where each sample's rows begin
 
     def forward(self, ids: Tensor) -> Any:
         module: Any = self.module
         if ids.dim() != 2 or ids.shape[0] not in (1, self.batch.count):
-            raise Unfit(f"token ids of shape {tuple(ids.shape)}")
-        ids = ids.expand(self.batch.count, -1)  # positions are given once for all samples
+            raise UnexpectedCall(f"token ids of shape {tuple(ids.shape)}")
+        ids = ids.expand(self.batch.count, -1)  # (N, T); positions are given once for all samples
         vocabulary = module.weight.shape[0]
         numbers = ids + vocabulary * torch.arange(self.batch.count, device=ids.device)[:, None]
         pairs, rows = numbers.unique(return_inverse=True)  # sorted by sample
@@ -233,7 +252,7 @@ class EmbeddingRule(ModuleRule):
             self._tokens = pairs % vocabulary
             samples = torch.arange(self.batch.count + 1, device=ids.device)
             self._starts = torch.searchsorted(pairs, samples * vocabulary)
-            self._table = module.weight.detach()[self._tokens].requires_grad_()
+            self._table = self.values("weight")[self._tokens].requires_grad_()
         padding, module.padding_idx = module.padding_idx, None
         try:
             with _parameters_replaced(module, {"weight": self._table}):
@@ -241,23 +260,24 @@ class EmbeddingRule(ModuleRule):
         finally:
             module.padding_idx = padding
 
-    def meet_head(self, activations: Tensor, deltas: Tensor) -> None:
+    def keep_head_gradient(self, activations: Tensor, deltas: Tensor) -> None:
         """Keep the tied head's per-sample gradient at the tokens of each sample, for the cross term."""
         bounds = self._starts.tolist()
-        parts = [
-            deltas[n][:, self._tokens[bounds[n] : bounds[n + 1]]].float().T @ activations[n].float()
-            for n in range(len(activations))
-        ]
-        self.head_gradient = torch.cat(parts)
+        self.head_gradient = torch.cat(
+            [
+                deltas[n][:, self._tokens[bounds[n] : bounds[n + 1]]].float().T @ activations[n].float()
+                for n in range(len(activations))
+            ]
+        )
 
-    def finish(self) -> None:
+    def finish_batch(self) -> None:
         if self._table is None:
             return
         if self._table.grad is not None:
             target, own = self.targets["weight"], self._table.grad.to_dense().float()
             if self.module.padding_idx is not None:  # its vector has no gradient by definition
                 own[self._tokens == self.module.padding_idx] = 0
-            # A tied head folds its own square: (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n).
+            # A tied head adds its own square: (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n).
             squares = own * own if self.head_gradient is None else own * (own + 2 * self.head_gradient)
             target.fisher.index_add_(0, self._tokens, squares)
             if target.gradient is not None:
@@ -266,26 +286,25 @@ class EmbeddingRule(ModuleRule):
 
 
 @dataclass
-class ElementwiseRule(ModuleRule):
-    """Scales and shifts of the last dimension (norms): each sample is given a copy of the vector to itself."""
+class ElementwiseFisher(ModuleFisher):
+    """Scales and shifts of the last dimension (norms): each sample gets a copy of the vector to itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._copies: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}  # (N, d) by parameter name, leaves
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Any:
         rows, flat = x, x.dim() == 2 and x.shape[0] == self.batch.count * self.batch.tokens
         if flat:
             rows = x.view(self.batch.count, self.batch.tokens, -1)
         if rows.shape[0] != self.batch.count:
-            raise Unfit(f"shape {tuple(x.shape)}")
+            raise UnexpectedCall(f"shape {tuple(x.shape)}")
         middle = [1] * (rows.dim() - 2)
         copies = {}
         for name in self.targets:
             if name not in self._copies:
-                vector = self.module._parameters[name]
-                assert vector is not None
-                self._copies[name] = vector.detach().expand(self.batch.count, *vector.shape).requires_grad_()
+                vector = self.values(name)
+                self._copies[name] = vector.expand(self.batch.count, *vector.shape).requires_grad_()
             copies[name] = self._copies[name].view(self.batch.count, *middle, -1)
         result = self._compute(rows, copies, *arguments, **keywords)
         return result.view(x.shape) if flat else result
@@ -299,7 +318,7 @@ class ElementwiseRule(ModuleRule):
         with _parameters_replaced(self.module, copies):
             return self.original(x, *arguments, **keywords)
 
-    def finish(self) -> None:
+    def finish_batch(self) -> None:
         for name, copies in self._copies.items():
             if copies.grad is not None:
                 self.targets[name].add(copies.grad)
@@ -307,35 +326,35 @@ class ElementwiseRule(ModuleRule):
 
 
 @dataclass
-class SeparateRule(ModuleRule):
-    """Any other module without parts of its own: it alone is called once a sample."""
+class LoopFisher(ModuleFisher):
+    """Any other module without submodules that have parameters: it alone is called once for each sample."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         results = []
 
-        def part(value: Any, number: int) -> Any:
-            rows = self.batch.rows_a_sample(value)
-            return value[number * rows : (number + 1) * rows] if rows else value
+        def of_sample(value: Any, n: int) -> Any:
+            rows = self.batch.rows_per_sample(value)
+            return value[n * rows : (n + 1) * rows] if rows else value
 
         for n in range(self.batch.count):
-            own = {name: self._leaf(name) for name in self.targets}
-            given = [part(value, n) for value in arguments]
-            named = {name: part(value, n) for name, value in keywords.items()}
-            with _parameters_replaced(self.module, own):
-                results.append(self.original(*given, **named))
+            with _parameters_replaced(self.module, {name: self._leaf(name) for name in self.targets}):
+                results.append(
+                    self.original(
+                        *(of_sample(value, n) for value in arguments),
+                        **{name: of_sample(value, n) for name, value in keywords.items()},
+                    )
+                )
         return _joined(results)
 
     def _leaf(self, name: str) -> Tensor:
-        parameter = self.module._parameters[name]
-        assert parameter is not None
-        leaf, target = parameter.detach().requires_grad_(), self.targets[name]
+        leaf, target = self.values(name).requires_grad_(), self.targets[name]
 
-        def fold(complete: Tensor) -> None:
+        def accumulate(complete: Tensor) -> None:
             assert complete.grad is not None
             target.add(complete.grad[None])
             complete.grad = None
 
-        leaf.register_post_accumulate_grad_hook(fold)
+        leaf.register_post_accumulate_grad_hook(accumulate)
         return leaf
 
 
@@ -343,6 +362,6 @@ def _joined(results: list[Any]) -> Any:
     first = results[0]
     if isinstance(first, Tensor):
         return torch.cat(results)
-    if isinstance(first, tuple) and all(isinstance(part, Tensor) for result in results for part in result):
-        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-    raise Unfit(f"a result of type {type(first).__name__}")
+    if isinstance(first, tuple) and all(isinstance(value, Tensor) for result in results for value in result):
+        return tuple(torch.cat(values) for values in zip(*results, strict=True))
+    raise UnexpectedCall(f"a result of type {type(first).__name__}")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import build_header
-from perta_fast.distributed.dealing import stretch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import byte_count
@@ -37,9 +36,9 @@ class ImportanceMetadata:
     """Where an importance comes from.
 
     estimator: "grad" (signed mean of per-sample gradients) or "empirical-fisher" (mean of their squares).
-    data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and cut to the length limit.
-    evaluated_at: the model directory, or "live module". one_by_one: parameters whose squares took a backward
-    pass for each sample, because no batched rule fits them; separated by commas.
+    data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and those cut to the length
+    limit. evaluated_at: the model directory, or "live module". one_by_one: parameters whose squares took a
+    backward pass for each sample, which no batched pass gives; separated by commas.
     """
 
     estimator: Estimator
@@ -70,13 +69,13 @@ class Importance:
     ) -> None:
         """Write shards and index; the directory appears only when complete.
 
-        group: the processes that hold this importance, and all call this; each writes its share, into a
-        directory that all must see. None: this one alone.
+        group: the processes that hold this importance; all call this, and each writes its share into a
+        directory that all must see. None: this process alone.
 
         Raises InputError if it exists and is not empty, RunError if it cannot be written.
         """
         ranks = Ranks.of(group)
-        what = "the saving of an importance"
+        what = "save an importance"
         with ExitStack() as opened:
             with ranks.together(what):
                 self._check_held_by(ranks)
@@ -94,19 +93,19 @@ class Importance:
 
     def _check_held_by(self, ranks: Ranks) -> None:
         for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():
-            holders = getattr(tensor, "device_mesh", None)
-            if holders is not None and holders.size() != ranks.world:
+            mesh = getattr(tensor, "device_mesh", None)
+            if mesh is not None and mesh.size() != ranks.world:
                 raise InputError(
-                    f"the importance of {name} is held by {holders.size()} processes; pass group, all of these"
+                    f"the importance of {name} is held by {mesh.size()} processes; pass group, all of these"
                 )
 
     @classmethod
     def load(cls, directory: str | Path) -> "Importance":
         """Read a saved importance; each tensor is read from disk when it is asked for."""
         checkpoint = Checkpoint.open(directory, STEM)
-        found = read_metadata(checkpoint)
+        metadata = read_metadata(checkpoint)
         values = {
-            key: int(found.get(key, 0)) if key in _COUNTS else found.get(key, "")
+            key: int(metadata.get(key, 0)) if key in _COUNTS else metadata.get(key, "")
             for key in ImportanceMetadata.__dataclass_fields__
         }
         return cls(_LazyTensors(checkpoint), ImportanceMetadata(**values), Path(directory))  # type: ignore[arg-type]
@@ -152,20 +151,19 @@ def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
 def save_shards(
     tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], directory: Path, ranks: Ranks
 ) -> None:
-    """Write this rank's stretch of each of ``tensors`` as float32 shards, durably; see ``ShardWriter``.
+    """Write this rank's share of each of ``tensors`` as float32 shards, durably; see ``ShardWriter``.
 
     Of a tensor that is sharded over processes, each rank writes what it holds.
     """
-    from perta_fast.distributed.sharded import held, is_cut_up, is_first_replica, runs
+    from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_first_replica
 
     writer = ShardWriter({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, directory)
     for name, tensor in tensors.items():
-        if not is_cut_up(tensor):
-            part = stretch(tensor.numel(), ranks.rank, ranks.world)
-            writer.write(name, tensor.reshape(-1)[part], part.start)
+        if not is_distributed(tensor):
+            writer.write_share(name, tensor, ranks)
         elif is_first_replica(tensor):
             own = held(tensor).reshape(-1)
-            for first, part in runs(tensor):
+            for first, part in held_ranges(tensor):
                 writer.write(name, own[part], first)
     sync_tree(directory)
 
@@ -173,33 +171,39 @@ def save_shards(
 class ShardWriter:
     """Float32 shards of at most ``SHARD_BYTES`` (one tensor at least), with an index, filled tensor by tensor.
 
-    Headers and index are written at once, from the names and shapes of all tensors; the tensors in any order.
+    The constructor writes headers and index, from the names and shapes of all tensors; tensors come in any
+    order.
     """
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], directory: Path
     ) -> None:
-        self._places: dict[str, tuple[Path, int]] = {}
+        self._positions: dict[str, tuple[Path, int]] = {}
         groups = _group(shapes)
         for number, names in enumerate(groups, start=1):
             file = STEM if len(groups) == 1 else f"{STEM}-{number:05d}-of-{len(groups):05d}"
             path = directory / f"{file}.safetensors"
             header, offsets = build_header({name: ("F32", shapes[name]) for name in names}, metadata)
             _write(path, memoryview(header), 0)
-            # Beyond the end a network file system may fill up the page of a write, over what others wrote.
+            # Else a network file system may fill the page after a write at the end, over what others wrote.
             os.truncate(path, len(header) + sum(byte_count("F32", shapes[name]) for name in names))
-            self._places.update({name: (path, offsets[name]) for name in names})
+            self._positions.update({name: (path, offsets[name]) for name in names})
         if len(groups) > 1:
             total = sum(byte_count("F32", shape) for shape in shapes.values())
-            weight_map = {name: path.name for name, (path, _) in self._places.items()}
+            weight_map = {name: path.name for name, (path, _) in self._positions.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
+    def write_share(self, name: str, tensor: "torch.Tensor", ranks: Ranks) -> None:
+        """Write the elements of a tensor that are this rank's to write."""
+        share = ranks.own_slice(tensor.numel())
+        self.write(name, tensor.reshape(-1)[share], share.start)
+
     def write(self, name: str, tensor: "torch.Tensor", begin: int = 0) -> None:
-        """Put one tensor in its place, or a row of its elements from number ``begin`` on."""
+        """Write a tensor, or consecutive elements of it that begin with number ``begin``."""
         if tensor.numel():
             data = tensor.detach().float().cpu().contiguous().numpy().reshape(-1)
-            path, offset = self._places[name]
+            path, offset = self._positions[name]
             _write(path, data.data.cast("B"), offset + data.itemsize * begin)
 
 

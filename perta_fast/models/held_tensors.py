@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perta_fast.distributed.sharded import held, runs
+from perta_fast.distributed.sharded import held, held_ranges
 from perta_fast.models.stored_names import stored_places
 
 
@@ -32,11 +32,11 @@ def held_tensors(module: nn.Module) -> dict[str, Held]:
         if not parameter.is_floating_point():
             continue
         own = held(parameter.detach()).view(-1)
-        held_runs = list(runs(parameter.detach()))
+        ranges = list(held_ranges(parameter.detach()))
         for stored, (begin, shape) in stored_places(module, name, parameter.shape).items():
             end = begin + shape.numel()
             pieces = []
-            for first, run in held_runs:
+            for first, run in ranges:
                 start, stop = max(first, begin), min(first + run.stop - run.start, end)
                 if start < stop:
                     pieces.append((start - begin, own[run][start - first : stop - first]))

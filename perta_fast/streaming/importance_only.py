@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.data.samples import Sample
-from perta_fast.distributed.dealing import stretch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.files.durable import remove, sync_tree
@@ -14,11 +13,10 @@ from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.gradients import check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
 from perta_fast.progress import Progress, step_bar
-from perta_fast.streaming.data_pass import DataPass, Means, add_up_, shares_of
-from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.data_pass import DataPass, Means, shares_of, sum_over_ranks_
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.walk import Walk, handlings
+from perta_fast.streaming.walk import Walk, steps_per_sample
 
 
 def write_importance(
@@ -35,45 +33,41 @@ def write_importance(
 ) -> Importance:
     """Walk through ``skeleton`` and write each part's means as soon as they are complete.
 
-    metadata: of the importance, but for the parameters that take a pass for each sample. ranks: each runs its
-    share of the samples, and writes its part of every tensor. The scratch files lie in the hidden directory
-    that becomes ``out``: an error or an interrupt removes both. Returns the importance as it lies on disk.
-    Raises RunError if a loss or a mean is not finite, or the disk is full.
+    metadata: of the importance; ``one_by_one`` is filled in here. ranks: each runs its share of the samples,
+    and writes its share of every tensor. The scratch files lie in the hidden directory that becomes ``out``:
+    an error or an interrupt removes both. Returns the importance on disk. Raises RunError if a loss or a mean
+    is not finite, or the disk is full.
     """
     target = OutputDirectory(out, overwrite=overwrite)
     share = shares_of(samples, ranks.world)[ranks.rank]
-    total = len(share) * handlings(len(skeleton.layers), schedule)
+    total = len(share) * steps_per_sample(len(skeleton.layers), schedule)
     with ExitStack() as opened, step_bar(total, description, ranks.first and progress) as bar:
         with ranks.together("the output directory"):
             if ranks.first:
                 opened.enter_context(target)
         check_shared(target.path, ranks)
         scratch = target.path / f"scratch-{ranks.rank}"
-        passage = Passage(skeleton.model, skeleton.layers, str(skeleton.checkpoint.path))
         writer: ShardWriter | None = None
 
-        def settle(done: int, means: Sequence[Means]) -> None:
+        def end_step(done: int, means: Sequence[Means]) -> None:
             nonlocal writer
-            data.spill.settle().clear()
+            data.scratch.end_step().remove_discarded()
             with ranks.together(description):
-                pass  # all have run the step, or one says why not
-            add_up_(means, ranks)
+                pass  # all have run the step, or all end
+            sum_over_ranks_(means, ranks)
             for name, mean in skeleton.as_stored(means[0]).items():
                 check_finite(name, mean)
-                if writer is None:  # only now is it known which parameters take a pass for each sample
-                    found = replace(metadata, one_by_one=", ".join(data.one_by_one))
-                    writer = ShardWriter(skeleton.stored_shapes, as_strings(found), target.path)
-                part = stretch(mean.numel(), ranks.rank, ranks.world)
-                writer.write(name, mean.view(-1)[part], part.start)
+                if writer is None:  # the forward steps have told which parameters take a pass for each sample
+                    complete = replace(metadata, one_by_one=", ".join(data.one_by_one))
+                    writer = ShardWriter(skeleton.stored_shapes, as_strings(complete), target.path)
+                writer.write_share(name, mean, ranks)
 
-        with ranks.telling(description):
-            data = DataPass(
-                skeleton, passage, samples, share, metadata.estimator, schedule, scratch, bar.update
-            )
-            Walk(skeleton, passage, [data], schedule).run(settle)
+        with ranks.sharing_errors(description):
+            data = DataPass(skeleton, samples, share, metadata.estimator, schedule, scratch, bar.update)
+            Walk(skeleton, [data], schedule).run(end_step)
             with ranks.together(description):
                 remove(scratch)
-        with ranks.together(description):  # as files that another removes cannot be flushed
+        with ranks.together(description):  # when no rank removes files that are being flushed
             sync_tree(target.path)
         with ranks.together(description):
             if ranks.first:

@@ -1,4 +1,4 @@
-"""The importances of a streamed run, where they are asked for: written beside the subtraction, part by part."""
+"""The importances of a streamed run, if they are to be kept: written beside the subtraction, part by part."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,20 +8,21 @@ from types import TracebackType
 from torch import Tensor
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.distributed.dealing import stretch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree
 from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.importance.store import STEM, ShardWriter
 
+_WHAT = "the importances that are kept"
 
-class Keeping:
+
+class KeptImportance:
     """A directory with one importance for each data set, which appears when ``commit`` is called.
 
-    save: the directory, or "" to keep none. metadata: of each importance, by data set. begun: go on with what
-    an earlier attempt wrote. ranks: each writes its part of every tensor, the first makes the directory and
-    puts it in its place. Left by an error, what was written stays if ``stay`` was called.
+    save: the directory, or "" to keep none. metadata: of each importance, by data set. resumed: go on with what
+    an earlier attempt wrote. ranks: each writes its part of every tensor; the first one makes the directory and
+    renames it at the end. After an error, what was written stays if ``keep_on_error`` was called.
     """
 
     def __init__(
@@ -30,31 +31,31 @@ class Keeping:
         overwrite: bool,
         metadata: Mapping[str, Mapping[str, str]],
         shapes: Mapping[str, tuple[int, ...]],
-        begun: bool,
+        resumed: bool,
         ranks: Ranks,
     ) -> None:
         self._final = Path(save) if save else None
-        self._overwrite, self._begun, self._ranks = overwrite, begun, ranks
+        self._overwrite, self._resumed, self._ranks = overwrite, resumed, ranks
         self._metadata, self._shapes = metadata, shapes
         self._writers: dict[str, ShardWriter] = {}
         self._output: OutputDirectory | None = None
 
-    def __enter__(self) -> "Keeping":
+    def __enter__(self) -> "KeptImportance":
         with ExitStack() as opened:
-            with self._ranks.together("the importances that are kept"):
-                self._output = self._directory()
+            with self._ranks.together(_WHAT):
+                self._output = self._unfinished()
                 if self._output is not None and self._ranks.first:
                     opened.enter_context(self._output)
             self._opened = opened.pop_all()
         return self
 
-    def _directory(self) -> OutputDirectory | None:
-        """What is still to be filled."""
+    def _unfinished(self) -> OutputDirectory | None:
+        """The directory, unless there is nothing to write any more."""
         final = self._final
-        if final is None or (self._begun and final.is_dir() and not partial_path(final).exists()):
+        if final is None or (self._resumed and final.is_dir() and not partial_path(final).exists()):
             return None
-        output = OutputDirectory(final, overwrite=self._overwrite, resume=self._begun)
-        if self._begun and not output.path.is_dir():
+        output = OutputDirectory(final, overwrite=self._overwrite, resume=self._resumed)
+        if self._resumed and not output.path.is_dir():
             raise InputError(f"{output.path}: is gone, with importances that the run has written")
         return output
 
@@ -66,8 +67,8 @@ class Keeping:
     ) -> None:
         self._opened.__exit__(kind, error, traceback)
 
-    def stay(self) -> None:
-        """From now on the run can be taken up again."""
+    def keep_on_error(self) -> None:
+        """From now on the run can be resumed."""
         if self._output is not None:
             self._output.keep = True
 
@@ -82,16 +83,15 @@ class Keeping:
                 metadata = {**self._metadata[role], "one_by_one": one_by_one[role]}
                 self._writers[role] = ShardWriter(self._shapes, metadata, folder)
             for name, mean in means.items():
-                part = stretch(mean.numel(), self._ranks.rank, self._ranks.world)
-                self._writers[role].write(name, mean.view(-1)[part], part.start)
+                self._writers[role].write_share(name, mean, self._ranks)
         sync_tree(self._output.path)
 
     def commit(self) -> dict[str, Checkpoint]:
-        """Put the directory in its place; return its checkpoints by the names that they have as inputs."""
+        """Rename the directory; return its checkpoints by the names that they have as inputs."""
         final = self._final
         if final is None:
             return {}
-        with self._ranks.together("the importances that are kept"):
+        with self._ranks.together(_WHAT):
             if self._output is not None and self._ranks.first:
                 self._output.commit()
         return {f"{role}_importance": Checkpoint.open(final / role, STEM) for role in self._metadata}

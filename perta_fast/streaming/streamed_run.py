@@ -1,8 +1,8 @@
-"""Unlearning in one walk: each part of the model is weighed, subtracted and written once its means are there.
+"""Unlearning in one walk: each part of the model is written as soon as its importance is complete.
 
-What the walk needs to go on lies below the directory that is being built: the samples, the spill, and after
-each step a record of how far it has come. Everything that a record names was flushed before it, and so were the
-samples before the job, which is what makes a run one that can be taken up again.
+What the walk needs to be resumed lies in the directory that is being built: the samples, the scratch files, and
+after each step a record of how far it has come. Everything that a record names was flushed before it, and the
+samples before the job, which is what makes a run one that can be resumed.
 """
 
 import time
@@ -25,13 +25,12 @@ from perta_fast.models.loading import choose_device
 from perta_fast.progress import Progress, byte_bar, step_bar
 from perta_fast.records.report import Report
 from perta_fast.records.typed_json import fits
-from perta_fast.streaming.data_pass import DataPass, PassState, shares_of
-from perta_fast.streaming.kept_importance import Keeping
-from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.data_pass import DataPass, shares_of
+from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.walk import Walk, handlings, steps_of
-from perta_fast.streaming.write_behind import WalkState, Writing, state_file, take_up
+from perta_fast.streaming.walk import Walk, steps_of, steps_per_sample
+from perta_fast.streaming.write_behind import WalkRecord, WriteBehind, rank_path, resume_walk
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.matching import TensorMatch
@@ -40,13 +39,14 @@ from perta_fast.subtraction.unfinished import STATE
 
 _SAMPLES = "samples.json"
 _SCRATCH = "scratch"
-_Row = tuple[list[int], list[int], bool]
+_StoredSample = tuple[list[int], list[int], bool]
 
 
 class StreamSettings(TypedDict):
-    """What a run needs to walk again.
+    """What a run needs to be resumed.
 
-    metadata: of each importance, by role. save: where both go, or "". ranks: processes that walk together.
+    metadata: of each importance, by role. save: where the importances are kept, or "". ranks: processes that
+    walk together.
     """
 
     subject: str
@@ -61,7 +61,7 @@ class StreamSettings(TypedDict):
 
 
 class StreamedRun:
-    """Fills the directory of a run, with each of ``ranks`` taking its share of the samples; see ``fill``."""
+    """Fills the directory of a run; each of ``ranks`` runs its share of the samples. See ``fill``."""
 
     def __init__(
         self,
@@ -72,15 +72,14 @@ class StreamedRun:
     ) -> None:
         self.settings, self._ranks = settings, ranks
         self._skeleton, self._samples = skeleton, samples
-        self._shares = {role: shares_of(each, ranks.world)[ranks.rank] for role, each in samples.items()}
+        self._shares = {role: shares_of(of_role, ranks.world)[ranks.rank] for role, of_role in samples.items()}
         self._schedule = Schedule(**settings["schedule"])
-        self._passage = Passage(skeleton.model, skeleton.layers, str(skeleton.checkpoint.path))
 
     @classmethod
     def reopened(cls, job: Job, ranks: Ranks = Ranks.ALONE) -> "StreamedRun":
         """The run that ``job`` describes.
 
-        Raises InputError if what it left is damaged, or the processes are not as many as those that began it.
+        Raises InputError if its files are damaged, or another number of processes began it.
         """
         if (
             not fits(job.stream, StreamSettings)
@@ -109,7 +108,7 @@ class StreamedRun:
         return cls(Skeleton.open(Path(settings["subject"]), device, dtype), samples, settings, ranks)
 
     def cover(self, sources: Sources) -> Sources:
-        """``sources`` with what no importance reaches marked to be copied."""
+        """``sources``, with the tensors that no importance covers marked to be copied."""
         matches = []
         for match in sources.matches:
             covered = importance_key(match.theta.name, sources.model, self._skeleton.stored_shapes)
@@ -124,54 +123,55 @@ class StreamedRun:
         write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
 
     def fill(self, job: Job, sources: Sources, target: OutputDirectory, report: Report) -> Sources:
-        """Walk through the model and write its shards, from wherever an earlier attempt came to.
+        """Walk through the model and write its shards, from where an earlier attempt stopped.
 
-        Returns the sources with the importances, where they are kept. Raises RunError if a loss, a mean or a
-        result is not finite, the disk is full, or a file changes; InputError if what is to be taken up again is
-        damaged.
+        Returns the sources, with the importances if they are kept. Raises RunError if a loss, a mean or a
+        result is not finite, the disk is full, or a file changes; InputError if the files of an earlier
+        attempt are damaged.
         """
         state, ranks = target.path / STATE, self._ranks
         steps = len(steps_of(len(self._skeleton.layers), self._schedule))
-        begun = take_up(target, steps, len(sources.matches), ranks)
+        begun = resume_walk(target, steps, len(sources.matches), ranks)
         done = 0 if begun is None else begun["done"]
-        scratch = state_file(state, _SCRATCH, ranks.rank)
+        scratch = rank_path(state, _SCRATCH, ranks.rank)
         started = time.perf_counter()
         with (
             _torch_threads(self.settings["torch_threads"]),
-            self._keeping(begun is not None) as keeping,
-            step_bar(self._handlings(), "unlearn", job.progress) as bar,
+            self._kept_importance(begun is not None) as kept,
+            step_bar(self._total(), "unlearn", job.progress) as bar,
         ):
             with ranks.together("the scratch files"):
                 passes = self._passes(job, scratch, bar.update)
                 if begun is not None:
                     self._restore(passes, begun, done == steps, job.progress)
-                    bar.update(self._handlings() * done // steps)
-            walk = Walk(self._skeleton, self._passage, list(passes.values()), self._schedule)
+                    bar.update(self._total() * done // steps)
+            walk = Walk(self._skeleton, list(passes.values()), self._schedule)
             with (
-                ranks.telling("the walk"),
-                Writing(
-                    job, sources, target, self._skeleton, passes, keeping, self._schedule.overlap, begun, ranks
+                ranks.sharing_errors("the walk"),
+                WriteBehind(
+                    job, sources, target, self._skeleton, passes, kept, self._schedule.overlap, begun, ranks
                 ) as writing,
             ):
-                walk.run(writing.settle, done)
+                walk.run(writing.end_step, done)
                 writing.finish()
-            kept = keeping.commit()
+            importances = kept.commit()
         remove(scratch)
-        for role, each in passes.items():
-            report.importance[f"{role}_importance"]["one_by_one"] = list(each.one_by_one)
+        for role, data in passes.items():
+            report.importance[f"{role}_importance"]["one_by_one"] = list(data.one_by_one)
         if self._skeleton.device.type == "cuda":
             report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._skeleton.device)
         describe_tensors(report, sources.matches, added_up(ranks.gather(writing.totals)))
         _describe_time(report, walk, writing, time.perf_counter() - started)
         return replace(
             sources,
-            forget_importance=kept.get("forget_importance"),
-            retain_importance=kept.get("retain_importance"),
+            forget_importance=importances.get("forget_importance"),
+            retain_importance=importances.get("retain_importance"),
         )
 
-    def _handlings(self) -> int:
+    def _total(self) -> int:
+        """Steps of all samples, for the progress bar."""
         samples = sum(map(len, self._shares.values()))
-        return samples * handlings(len(self._skeleton.layers), self._schedule)
+        return samples * steps_per_sample(len(self._skeleton.layers), self._schedule)
 
     def _passes(self, job: Job, scratch: Path, advance: Callable[[int], Any]) -> dict[str, DataPass]:
         estimator = job.rule.estimator
@@ -179,7 +179,6 @@ class StreamedRun:
         return {
             role: DataPass(
                 self._skeleton,
-                self._passage,
                 samples,
                 self._shares[role],
                 estimator,
@@ -191,36 +190,36 @@ class StreamedRun:
         }
 
     @staticmethod
-    def _restore(passes: Mapping[str, DataPass], begun: WalkState, finished: bool, progress: Progress) -> None:
-        """Take the passes up again; of a walk that is finished no file is needed any more."""
+    def _restore(passes: Mapping[str, DataPass], begun: WalkRecord, finished: bool, progress: Progress) -> None:
+        """Resume the passes; a walk that is finished needs none of its files any more."""
         states = begun["passes"]
         if states.keys() != passes.keys():
             raise InputError("the record of the walk is of other data; start over with --overwrite")
-        size = sum(each.spill.size for each in passes.values())
+        size = sum(data.scratch.size for data in passes.values())
         with byte_bar(size, "check scratch", progress) as bar:
-            for role, each in passes.items():
-                state: PassState = {"left": states[role]["left"], "files": {}} if finished else states[role]
-                each.restore(state, bar.update)
+            for role, data in passes.items():
+                record = states[role]
+                data.restore({**record, "files": {}} if finished else record, bar.update)
 
-    def _keeping(self, begun: bool) -> Keeping:
+    def _kept_importance(self, resumed: bool) -> KeptImportance:
         settings = self.settings
-        return Keeping(
+        return KeptImportance(
             settings["save"],
             settings["overwrite_saved"],
             settings["metadata"],
             self._skeleton.stored_shapes,
-            begun,
+            resumed,
             self._ranks,
         )
 
 
-def _rows(samples: Sequence[Sample]) -> list[_Row]:
-    return [(list(each.input_ids), list(each.labels), each.truncated) for each in samples]
+def _rows(samples: Sequence[Sample]) -> list[_StoredSample]:
+    return [(list(sample.input_ids), list(sample.labels), sample.truncated) for sample in samples]
 
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """Torch takes its sums apart by thread: as many as when the run began, for the same bits."""
+    """As many as when the run began: the order of torch's sums, and so their bits, depend on the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -229,7 +228,7 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _describe_time(report: Report, walk: Walk, writing: Writing, seconds: float) -> None:
+def _describe_time(report: Report, walk: Walk, writing: WriteBehind, seconds: float) -> None:
     report.add_phase("walk", seconds, writing.bytes_moved)
     report.overlap = {
         "compute_seconds": seconds - walk.waited_seconds - writing.waited_seconds,

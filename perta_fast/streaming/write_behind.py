@@ -1,20 +1,20 @@
-"""What a streamed run does behind the walk: subtract, write, and record how far it has come.
+"""What a streamed run does while the walk goes on: subtract, write, and record how far it has come.
 
-Many ranks walk through all layers, each with its share of the samples, scratch files and a record of its own,
-into one directory that all of them see. With each step, every rank
+Many ranks walk through all layers, each with its share of the samples, its own scratch files and its own
+record, into one directory that all of them see. After each step, every rank
 
-1. meets the others: all have run it, or one says why not, and all end;
-2. adds up over the ranks what the step has made complete, weighs and subtracts its own part of it, writes that
-   into the shared shards (and the importances that are kept), and flushes it, then its scratch files;
-3. records the step, durably, and with it still the one before;
-4. meets the others: all have recorded it;
-5. removes the scratch files that the step was the last to need.
+1. waits for the others: all have run the step, or one says why not, and all end; 2. adds up over the ranks
+the means that the step has completed, subtracts its own share of them, writes that into the shared shards
+(and the importances that are kept), and flushes it, then its scratch files; 3. writes its record of the step,
+durably; the record also holds the step before; 4. waits for the others: all have recorded the step; 5.
+removes the scratch files that no later step needs.
 
-A rank comes to 3 only when all have passed the last step's 3, so records differ by one step at most, wherever
-ranks are killed. The run goes on from the last step that all have recorded: a rank that was one ahead goes back
-by what its record says of the step before, whose files are still there, as 5 comes after 4. It first makes that
-its record, since the files of the step are to be written again. Sums over the same ranks have the same bits, so
-what is written again is what was there. One process alone does the same with nobody to meet.
+A rank comes to 3 only when all have passed 3 of the step before. So records differ by one step at most,
+wherever ranks are killed. The run is resumed from the last step that all have recorded: a rank that was one
+step ahead goes back to the step before, which its record still holds and whose scratch files are still there,
+as 5 comes after 4. It first makes the step before its record, since the files of the later step will be
+written again. Sums over the same ranks have the same bits, so what is written again is what was there. One
+process alone does the same.
 """
 
 import os
@@ -31,7 +31,6 @@ from typing import Any, NotRequired, TypedDict
 from torch import Tensor
 
 from perta_fast.checkpoints.tied import importance_key
-from perta_fast.distributed.dealing import stretch
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
@@ -46,10 +45,10 @@ from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.reading import drop_pages
 from perta_fast.importance.gradients import check_finite
 from perta_fast.records.typed_json import fits
-from perta_fast.streaming.data_pass import DataPass, Means, PassState, add_up_
-from perta_fast.streaming.kept_importance import Keeping
+from perta_fast.streaming.data_pass import DataPass, Means, PassRecord, sum_over_ranks_
+from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
-from perta_fast.streaming.scratch_files import Settled
+from perta_fast.streaming.scratch_files import StepFiles
 from perta_fast.subtraction.compute import Chunk, Statistics, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
@@ -57,54 +56,55 @@ from perta_fast.subtraction.report_entries import add_up
 from perta_fast.subtraction.unfinished import STATE, WALK
 
 
-class WalkState(TypedDict):
-    """How far a walk has come: steps done, each data set's spill, what the written tensors add up to.
+class WalkRecord(TypedDict):
+    """How far a walk has come: steps done, the state of each data set, statistics of the written tensors.
 
-    totals: of this rank's part of them. before: of the step before, where there are many ranks.
+    totals: statistics by number of the match, of what this rank has written. before: the record of the step
+    before, if there are many ranks.
     """
 
     done: int
-    passes: dict[str, PassState]
+    passes: dict[str, PassRecord]
     totals: dict[str, Statistics]
-    before: NotRequired["WalkState"]
+    before: NotRequired["WalkRecord"]
 
 
-def state_file(folder: Path, name: str, rank: int) -> Path:
-    """A rank's own file or directory in the state of a run; the first rank's are those of one process alone."""
+def rank_path(folder: Path, name: str, rank: int) -> Path:
+    """A rank's own file or directory of an unfinished run; the first rank's name is that of one process."""
     return folder / (f"{rank}-{name}" if rank else name)
 
 
-def take_up(target: OutputDirectory, steps: int, tensors: int, ranks: Ranks) -> WalkState | None:
-    """What this rank goes on from, in a directory that is being built by a walk of ``steps`` over ``tensors``.
+def resume_walk(target: OutputDirectory, steps: int, tensors: int, ranks: Ranks) -> WalkRecord | None:
+    """The record to go on from, in an unfinished directory of a walk of ``steps`` over ``tensors``.
 
-    None: from the beginning. Raises InputError if a record is damaged, or they are not of one walk.
+    None: from the beginning. Raises InputError if a record is damaged, or the records are not of one walk.
     """
-    path = state_file(target.path / STATE, WALK, ranks.rank)
-    with ranks.together("take the walk up again"):
+    path = rank_path(target.path / STATE, WALK, ranks.rank)
+    with ranks.together("resume the walk"):
         state = _read(path, steps, tensors) if path.exists() else None
     done = min(ranks.gather(0 if state is None else state["done"]))
-    with ranks.together("take the walk up again"):
+    with ranks.together("resume the walk"):
         if state is not None and state["done"] != done:
-            state = _back(path, state, done)
+            state = _step_back(path, state, done)
     if state is not None:
         state.pop("before", None)  # which no rank can go back to now
     return state
 
 
-def _read(path: Path, steps: int, tensors: int) -> WalkState:
+def _read(path: Path, steps: int, tensors: int) -> WalkRecord:
     state = read_record(path)
     indices = {str(index) for index in range(tensors)}
-    if not fits(state, WalkState) or not all(
-        0 <= each["done"] <= steps and each["totals"].keys() <= indices
-        for each in (state, state.get("before", state))
+    if not fits(state, WalkRecord) or not all(
+        0 <= record["done"] <= steps and record["totals"].keys() <= indices
+        for record in (state, state.get("before", state))
     ):
         raise InputError(f"{path}: is not the record of a walk")
-    found: WalkState = state
-    return found
+    record: WalkRecord = state
+    return record
 
 
-def _back(path: Path, state: WalkState, done: int) -> WalkState | None:
-    """The state after ``done`` steps, one less than ``state``, made the record."""
+def _step_back(path: Path, state: WalkRecord, done: int) -> WalkRecord | None:
+    """The record after ``done`` steps, one less than ``state``, which it replaces on disk."""
     if done == 0 and state["done"] == 1:
         remove(path)
         return None
@@ -117,10 +117,11 @@ def _back(path: Path, state: WalkState, done: int) -> WalkState | None:
     return before
 
 
-class Writing:
-    """Subtracts and writes what a step has made complete, while the walk goes on, then records the step.
+class WriteBehind:
+    """Subtracts and writes what a step has completed, while the walk goes on, then records the step.
 
-    begun: what this rank goes on from. ``totals`` are of what this rank has written.
+    begun: the record to go on from. ``totals``: statistics of what this rank has written, by number of the
+    match.
     """
 
     def __init__(
@@ -130,15 +131,15 @@ class Writing:
         target: OutputDirectory,
         skeleton: Skeleton,
         passes: Mapping[str, DataPass],
-        keeping: Keeping,
+        kept: KeptImportance,
         overlap: bool,
-        begun: WalkState | None,
+        begun: WalkRecord | None,
         ranks: Ranks,
     ) -> None:
         self._job, self._sources, self._target, self._skeleton = job, sources, target, skeleton
-        self._passes, self._keeping, self._overlap, self._ranks = passes, keeping, overlap, ranks
+        self._passes, self._kept, self._overlap, self._ranks = passes, kept, overlap, ranks
         self._recorded = begun
-        self._matches_of: dict[str, list[int]] = {}  # by the importance that they take
+        self._matches_of: dict[str, list[int]] = {}  # by name of their importance
         for index, match in enumerate(sources.matches):
             key = importance_key(match.theta.name, sources.model, skeleton.stored_shapes)
             if match.copied is None and key is not None:
@@ -151,9 +152,9 @@ class Writing:
         self.seconds = self.waited_seconds = 0.0
         self.bytes_moved = 0
 
-    def __enter__(self) -> "Writing":
+    def __enter__(self) -> "WriteBehind":
         for name, file in self._sources.model.shards.items():
-            # Not for reading: a network file system would write whole pages back, over what other ranks wrote.
+            # Opened for writing alone: else a network file system writes whole pages, over other ranks' data.
             descriptor = os.open(self._target.path / name, os.O_WRONLY | os.O_CREAT, 0o666)
             self._shards[name] = descriptor
             write_fully(descriptor, memoryview(file.header), 0)
@@ -171,14 +172,14 @@ class Writing:
             os.close(descriptor)
         behind = None if self._pending is None else self._pending.exception()
         if isinstance(error, Exception) and behind is not None and is_shared(behind):
-            raise behind from error  # what the other ranks have heard
+            raise behind from error  # the one that the other ranks raise
 
-    def _meeting(self) -> AbstractContextManager[None]:
+    def _together(self) -> AbstractContextManager[None]:
         return self._ranks.together("the walk")
 
-    def settle(self, done: int, means: list[Means]) -> None:
-        """Take over what a step has left, once the one before it is recorded."""
-        ends = {role: each.settle() for role, each in self._passes.items()}
+    def end_step(self, done: int, means: list[Means]) -> None:
+        """Write what a step has completed, when the step before it is recorded."""
+        ends = {role: data.end_step() for role, data in self._passes.items()}
         self._wait()
         if self._overlap:
             self._pending = self._behind.submit(self._complete, done, means, ends)
@@ -194,38 +195,40 @@ class Writing:
             pending.result()
             self.waited_seconds += time.perf_counter() - started
 
-    def _complete(self, done: int, means: list[Means], ends: Mapping[str, tuple[PassState, Settled]]) -> None:
-        with self._meeting():
+    def _complete(
+        self, done: int, means: list[Means], ends: Mapping[str, tuple[PassRecord, StepFiles]]
+    ) -> None:
+        with self._together():
             pass  # all have run the step
         started = time.perf_counter()
-        with self._meeting():
+        with self._together():
             if any(means):
-                self._weigh(means)
-            for _, settled in ends.values():
-                settled.flush()
-            self._record(done, {role: state for role, (state, _) in ends.items()})
+                self._write(means)
+            for _, files in ends.values():
+                files.flush()
+            self._record(done, {role: record for role, (record, _) in ends.items()})
             self._target.keep = True
-            self._keeping.stay()
-        for _, settled in ends.values():
-            settled.clear()
+            self._kept.keep_on_error()
+        for _, files in ends.values():
+            files.remove_discarded()
         self.seconds += time.perf_counter() - started
 
-    def _record(self, done: int, passes: dict[str, PassState]) -> None:
+    def _record(self, done: int, passes: dict[str, PassRecord]) -> None:
         totals = {str(index): sums for index, sums in self.totals.items()}
-        state: WalkState = {"done": done, "passes": passes, "totals": totals}
+        state: WalkRecord = {"done": done, "passes": passes, "totals": totals}
         before = {} if self._recorded is None or self._ranks.world == 1 else {"before": self._recorded}
-        path = state_file(self._target.path / STATE, WALK, self._ranks.rank)
+        path = rank_path(self._target.path / STATE, WALK, self._ranks.rank)
         write_record(path, {**state, **before})
         self._recorded = state
 
-    def _weigh(self, means: list[Means]) -> None:
-        """Add up means over the ranks, then keep and subtract this rank's part."""
-        add_up_(means, self._ranks)
+    def _write(self, means: list[Means]) -> None:
+        """Add up means over the ranks, then keep and subtract this rank's share."""
+        sum_over_ranks_(means, self._ranks)
         stored = dict(zip(self._passes, map(self._stored, means), strict=True))
-        one_by_one = {role: ", ".join(each.one_by_one) for role, each in self._passes.items()}
-        self._keeping.write(stored, one_by_one)
+        one_by_one = {role: ", ".join(data.one_by_one) for role, data in self._passes.items()}
+        self._kept.write(stored, one_by_one)
         indices = [index for name in next(iter(stored.values())) for index in self._matches_of.get(name, [])]
-        chunks = self._part(indices)
+        chunks = self._own_chunks(indices)
         self._subtract(chunks, self._held(stored, {chunk.index for chunk in chunks}))
 
     def _stored(self, means: Means) -> dict[str, Tensor]:
@@ -234,19 +237,19 @@ class Writing:
             check_finite(name, mean)
         return stored
 
-    def _part(self, indices: Iterable[int]) -> list[Chunk]:
-        """The chunks of these tensors that this rank writes: the ranks' follow each other in the shards."""
+    def _own_chunks(self, indices: Iterable[int]) -> list[Chunk]:
+        """This rank's share of the chunks of these tensors; the shares follow each other in the shards."""
         matches = [(index, self._sources.matches[index]) for index in sorted(indices)]
         chunks = list(chunks_of(matches, self._job.chunk))
-        return chunks[stretch(len(chunks), self._ranks.rank, self._ranks.world)]
+        return chunks[self._ranks.own_slice(len(chunks))]
 
     def _held(self, stored: Mapping[str, Mapping[str, Tensor]], wanted: Container[int]) -> dict[int, list[Any]]:
-        """Means as flat arrays, one for each data set, by the number of the match that takes them."""
+        """Means as flat arrays, one for each data set, by the number of the match that uses them."""
         held = {}
         for name in next(iter(stored.values())):
             indices = [index for index in self._matches_of.get(name, []) if index in wanted]
             if indices:
-                arrays = [each[name].cpu().contiguous().view(-1).numpy() for each in stored.values()]
+                arrays = [means[name].cpu().contiguous().view(-1).numpy() for means in stored.values()]
                 held.update(dict.fromkeys(indices, arrays))
         return held
 
@@ -270,9 +273,9 @@ class Writing:
         self.bytes_moved += moved
 
     def finish(self) -> None:
-        """Wait for the last step, and write what no importance reaches; then all ranks have written all."""
+        """Wait for the last step, and copy the tensors without importance; then all ranks have written all."""
         self._wait()
-        with self._meeting():
+        with self._together():
             copied = [index for index, match in enumerate(self._sources.matches) if match.copied is not None]
-            self._subtract(self._part(copied), {})
+            self._subtract(self._own_chunks(copied), {})
             sync_directory(self._target.path)

@@ -18,7 +18,7 @@ from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.distributed.sharded import held, is_sharded, reshard_, runs
+from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, Importance
@@ -191,7 +191,7 @@ class _Source:
         if stored is not None:
             return cls.of_checkpoint(stored, name, "the importance")
         tensor = importance.tensors[name].detach()
-        firsts = [first for first, _ in runs(tensor)]
+        firsts = [first for first, _ in held_ranges(tensor)]
         return cls(held(tensor).reshape(-1), tuple(tensor.shape), "the importance", firsts=firsts)
 
     def chunk(self, place: slice) -> Tensor:

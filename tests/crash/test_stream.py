@@ -219,9 +219,9 @@ def test_stopped_by_the_user(job: Job, expected: dict[str, bytes], tmp_path: Pat
     """Ctrl-C says how to go on; the same command again goes on too, and another one is told about the first."""
     out = place_in(tmp_path)
     stop = (
-        "import os, signal\nfrom perta_fast.streaming.data_pass import DataPass\noriginal = DataPass.layer\n"
+        "import os, signal\nfrom perta_fast.streaming.data_pass import DataPass\noriginal = DataPass.backward\n"
         "def layer(*arguments):\n    os.kill(os.getpid(), signal.SIGINT)\n    return original(*arguments)\n"
-        "DataPass.layer = layer\n"
+        "DataPass.backward = layer\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)"  # ignored where tests run in the background
     )
     done = perta(*arguments(job, out), setup=stop)
@@ -261,7 +261,7 @@ def test_out_of_memory_half_way_back(job: Job, expected: dict[str, bytes], tmp_p
     out = place_in(tmp_path)
     starve = (
         "import torch\nfrom perta_fast.streaming.data_pass import DataPass\n"
-        "def layer(*arguments):\n    torch.empty(1 << 60, dtype=torch.uint8)\nDataPass.layer = layer"
+        "def layer(*arguments):\n    torch.empty(1 << 60, dtype=torch.uint8)\nDataPass.backward = layer"
     )
     done = perta(*arguments(job, out), setup=starve)
     assert done.returncode == 1
@@ -273,7 +273,7 @@ def test_out_of_memory_half_way_back(job: Job, expected: dict[str, bytes], tmp_p
 KILLED_AT_THE_END = """
 import os, signal
 from perta_fast.streaming.data_pass import DataPass
-DataPass.end = lambda data: os.kill(os.getpid(), signal.SIGKILL)
+DataPass.embed_backward = lambda data: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

@@ -23,16 +23,16 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
-from perta_fast.importance import per_sample_modules as module_rules
+from perta_fast.importance import per_sample_modules
 from perta_fast.importance.gradients import Accumulated, accumulate
 from perta_fast.importance.per_sample import plan_for
 from perta_fast.importance.per_sample_modules import (
     BatchShape,
-    EmbeddingRule,
-    LinearRule,
-    SeparateRule,
+    EmbeddingFisher,
+    LinearFisher,
+    LoopFisher,
     Target,
-    Unfit,
+    UnexpectedCall,
 )
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.rules import Estimator
@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 0,
 }
 FEWER = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
-# Families that test_estimate.py leaves out; the second number is how many parameters each has no rule for.
+# Families that test_estimate.py leaves out.
 CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES),
     "gemma2": Gemma2Config(head_dim=8, **SIZES),
@@ -136,10 +136,8 @@ def test_the_mean_gradient_comes_from_the_same_pass() -> None:
     expected = accumulate(model, SAMPLES, "grad", 4, progress=False).means
     targets = {name: Target(torch.zeros_like(mean), torch.zeros_like(mean)) for name, mean in expected.items()}
     plan = plan_for(model, SAMPLES, targets)
-    with plan.installed(model):
-        plan.begin(SAMPLES)
+    with plan.installed(model), plan.batch([len(sample.input_ids) for sample in SAMPLES]):
         per_sample_losses(model, Batch.of(SAMPLES)).sum().backward()
-        plan.finish()
     for name, target in targets.items():
         assert target.gradient is not None
         wanted = expected[name] * len(SAMPLES)
@@ -211,7 +209,7 @@ class Mixing(nn.Module):
 
 
 class Strange(Small):
-    """A module without a rule of its own kind."""
+    """A module that no ModuleFisher knows by its kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +220,7 @@ class Strange(Small):
 
 
 class Transposed(Small):
-    """A linear map on (T, N, d), whose rows no rule can tell apart."""
+    """A linear map on (T, N, d), whose rows cannot be told apart by sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,7 +339,7 @@ def test_layers_checkpoint_when_told_to(estimator: Estimator, reentrant: bool) -
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     means = accumulate(model, SAMPLES, estimator, len(SAMPLES), progress=False).means
     assert calls.count(True) >= (1 if reentrant else 2)  # the old way's first pass keeps no graph
-    assert len(calls) == (2 if estimator == "grad" else 3)  # one more look at how modules are called
+    assert len(calls) == (2 if estimator == "grad" else 3)  # one more for the probe
     assert {part: part.training for part in model.modules()} == modes
     for name, mean in means.items():
         assert (mean - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
@@ -397,7 +395,7 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch: pytest.
         raise KeyboardInterrupt
 
     model = llama()
-    monkeypatch.setattr(module_rules, "accumulate_squared_gradients_", fail)
+    monkeypatch.setattr(per_sample_modules, "accumulate_squared_gradients_", fail)
     with pytest.raises(KeyboardInterrupt):
         fused(model)
     monkeypatch.undo()
@@ -446,12 +444,12 @@ def test_shapes_that_no_rule_understands() -> None:
     assert shape.by_sample(torch.zeros(3, 7))[0].shape == (3, 1, 7)
     assert shape.by_sample(torch.zeros(3, 4, 5, 7))[1] is None
     for odd in ((5, 3, 7), (4, 7), (7,)):
-        with pytest.raises(Unfit):
+        with pytest.raises(UnexpectedCall):
             shape.by_sample(torch.zeros(odd))
 
 
 def test_rules_are_the_expected_ones() -> None:
     model = llama()
     targets = {name: Target(torch.zeros_like(each), None) for name, each in model.named_parameters()}
-    kinds = {type(rule) for rule in plan_for(model, SAMPLES, targets).rules}
-    assert LinearRule in kinds and EmbeddingRule in kinds and SeparateRule not in kinds
+    kinds = {type(fisher) for fisher in plan_for(model, SAMPLES, targets).modules}
+    assert LinearFisher in kinds and EmbeddingFisher in kinds and LoopFisher not in kinds

@@ -21,15 +21,7 @@ from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.runs import apply as application
-from perta_fast.streaming import (
-    kept_importance as keeping,
-)
-from perta_fast.streaming import (
-    scratch_files as spill,
-)
-from perta_fast.streaming import (
-    write_behind as behind,
-)
+from perta_fast.streaming import kept_importance, scratch_files, write_behind
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.forecast import choice as planning
 from perta_fast.streaming.schedule import Schedule
@@ -144,12 +136,12 @@ def state(done: int, **more: Any) -> dict[str, Any]:
     return {"done": done, "passes": {}, "totals": {}, **more}
 
 
-def go_on(folder: Path, others: list[int]) -> behind.WalkState | None:
+def go_on(folder: Path, others: list[int]) -> write_behind.WalkRecord | None:
     class Beside(Ranks):
         def gather(self, value: Any) -> list[Any]:
             return [value, *others]
 
-    return behind.take_up(OutputDirectory(folder), 9, 0, Beside(0, 1, None))
+    return write_behind.resume_walk(OutputDirectory(folder), 9, 0, Beside(0, 1, None))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +232,7 @@ def at_calls(watched: int, strike: Callable[[str], None], rank: int) -> None:
 
         setattr(owner, name, call)
 
-    for module in (behind, keeping, spill):
+    for module in (write_behind, kept_importance, scratch_files):
         for name in ("write_fully", "write_record", "sync_file", "sync_tree", "remove"):
             if hasattr(module, name):
                 watch(module, name)
@@ -302,7 +294,7 @@ def finish(job: Job, out: Path, whole: Whole) -> None:
 def recorded(out: Path) -> list[int]:
     """How many steps each rank has recorded."""
     folder = partial_path(out) / STATE
-    return [read_record(behind.state_file(folder, WALK, rank))["done"] for rank in range(2)]
+    return [read_record(write_behind.rank_path(folder, WALK, rank))["done"] for rank in range(2)]
 
 
 def test_killed_one_step_apart(job: Job, whole: Whole, tmp_path: Path) -> None:
@@ -363,7 +355,7 @@ def interrupted(rank: int) -> None:
     def layer(data: DataPass, number: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    DataPass.layer = layer  # type: ignore[method-assign, assignment]
+    DataPass.backward = layer  # type: ignore[method-assign, assignment]
 
 
 def test_a_full_disk_on_one_rank(job: Job, whole: Whole, tmp_path: Path) -> None:

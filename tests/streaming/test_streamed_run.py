@@ -19,8 +19,8 @@ from perta_fast.rules import RULES
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.forecast import choice as planning
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.scratch_files import Settled, Spill
-from perta_fast.streaming.walk import Step, handlings, steps_of
+from perta_fast.streaming.scratch_files import ScratchFiles, StepFiles
+from perta_fast.streaming.walk import Step, steps_of, steps_per_sample
 from tests.support.checkpoints import read_checkpoint
 from tests.support.models import Job, write_job
 
@@ -92,25 +92,25 @@ def test_what_a_record_names_is_not_written_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run that is killed while it writes has every file of the record as it was."""
-    settle, write = Spill.settle, Spill._write
-    named: dict[Spill, set[str]] = {}
+    end_step, write = ScratchFiles.end_step, ScratchFiles._write
+    named: dict[ScratchFiles, set[str]] = {}
     written = []
 
-    def settled(spill: Spill) -> Settled:
-        found = settle(spill)
-        named[spill] = set(found.files)
-        return found
+    def ended(scratch: ScratchFiles) -> StepFiles:
+        files = end_step(scratch)
+        named[scratch] = set(files.files)
+        return files
 
-    def checked(spill: Spill, name: str, *rest: Any) -> None:
-        assert name not in named.get(spill, ()), name
+    def checked(scratch: ScratchFiles, name: str, *rest: Any) -> None:
+        assert name not in named.get(scratch, ()), name
         written.append(name)
-        write(spill, name, *rest)
+        write(scratch, name, *rest)
 
-    monkeypatch.setattr(Spill, "settle", settled)
-    monkeypatch.setattr(Spill, "_write", checked)
+    monkeypatch.setattr(ScratchFiles, "end_step", ended)
+    monkeypatch.setattr(ScratchFiles, "_write", checked)
     scheduled(Schedule(2, every=2, groups=3))
     run(job, tmp_path / "out", rule=rule, stream=True)
-    assert "look-0" in written and len(named) == 2
+    assert "probe-0" in written and len(named) == 2
 
 
 @pytest.mark.parametrize("schedule", [Schedule(2), Schedule(2, groups=3)], ids=str)
@@ -208,7 +208,7 @@ def test_links_are_refused(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_result_that_is_not_finite(tmp_path: Path) -> None:
-    """It comes last of all; nothing is left, as it would be met again."""
+    """It comes last of all; nothing is left, as a run that goes on would end the same way."""
     job = write_job(tmp_path / "job", torch.float32, max_shard_size="1GB")
     tensors = load_file(job.tuned / "model.safetensors")
     tensors["model.embed_tokens.weight"].fill_(3e38)
@@ -285,17 +285,17 @@ def test_steps_of_a_walk(every: int) -> None:
     for kind, layer in kinds(steps_of(5, Schedule(every=every))):
         if kind == "embed":
             held = {0}
-        elif kind in ("climb", "again"):
+        elif kind in ("forward", "recompute"):
             assert layer in held
             held.add(layer + 1)
-            if kind == "climb":
+            if kind == "forward":
                 forward.append(layer)
                 if layer % every:
                     held.remove(layer)
         elif kind == "head":
             held.remove(5)
             assert held == set(range(0, 5, every))
-        elif kind == "layer":
+        elif kind == "backward":
             back.append(layer)
             held.remove(layer)
     assert forward == list(reversed(back)) == list(range(5))
@@ -307,4 +307,4 @@ def test_groups_walk_one_after_the_other() -> None:
     steps = steps_of(4, Schedule(every=2, groups=3))
     assert kinds(steps) == one * 3
     assert [step.group for step in steps] == [group for group in range(3) for _ in one]
-    assert handlings(4, Schedule(every=2, groups=3)) == len(one)
+    assert steps_per_sample(4, Schedule(every=2, groups=3)) == len(one)

@@ -18,8 +18,8 @@ from perta_fast.cli import main
 from perta_fast.data.samples import Sample
 from perta_fast.importance import store
 from perta_fast.rules import ESTIMATORS
-from perta_fast.streaming import scratch_files as spill
-from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming import scratch_files
+from perta_fast.streaming.model.partial_forward import PartialForward
 from perta_fast.streaming.model.skeleton import Skeleton
 from tests.runs.test_estimate import by_autograd
 from tests.support.checkpoints import fingerprint, read_checkpoint
@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, written = spill.write_fully, [0]
+    original, written = scratch_files.write_fully, [0]
 
     def limited(descriptor: int, data: memoryview, offset: int) -> None:
         written[0] += len(data)
@@ -246,7 +246,7 @@ def test_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             raise OSError(28, "No space left on device")
         original(descriptor, data, offset)
 
-    monkeypatch.setattr(spill, "write_fully", limited)
+    monkeypatch.setattr(scratch_files, "write_fully", limited)
     with pytest.raises(RunError, match="the disk is full"):
         importance(model, out=tmp_path / "out", stream=True)
     assert_nothing_left(model)
@@ -254,7 +254,7 @@ def test_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("call", [2, 8, 13])  # of nine in the forward walk, and nine in the backward walk
 def test_interrupted(call: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = Passage.layer, [0]
+    original, calls = PartialForward.layer, [0]
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
@@ -262,7 +262,7 @@ def test_interrupted(call: int, model: Path, tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(Passage, "layer", interrupted)
+    monkeypatch.setattr(PartialForward, "layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         importance(model, out=tmp_path / "out", stream=True)
     assert_nothing_left(model)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from perta_fast.distributed.dealing import deal
-from perta_fast.importance.per_sample import LOOK_SAMPLES, LOOK_TOKENS
+from perta_fast.importance.per_sample import PROBE_SAMPLES, PROBE_TOKENS
 from perta_fast.streaming.forecast.trial import Cost, Trial
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.walk import Step, names_of, steps_of
+from perta_fast.streaming.walk import Step, parameters_of, steps_of
 from perta_fast.subtraction.compute import buffer_bytes
 
 _SUM = 4  # bytes of an element of a sum
@@ -126,13 +126,16 @@ class Estimate:
         return steps_of(len(self.structure.layers), schedule)
 
     def _names(self, step: Step) -> list[str]:
-        return names_of(step, self.structure)
+        return parameters_of(step, self.structure)
 
     def _summed(self, step: Step) -> list[str]:
         """Parameters that have their sums in memory."""
-        if step.kind in ("embed", "climb", "again"):
+        if step.kind in ("embed", "forward", "recompute"):
             return []
-        return [*(self.structure.resident if step.kind in ("head", "end") else []), *self._names(step)]
+        return [
+            *(self.structure.resident if step.kind in ("head", "embed_backward") else []),
+            *self._names(step),
+        ]
 
     def _bytes(self, names: Sequence[str]) -> int:
         return sum(self._sizes[name] for name in names)
@@ -190,14 +193,14 @@ class Estimate:
         match step.kind:
             case "embed":
                 return Cost(2 * count * tokens * self._row, 0)
-            case "climb" | "again":
-                return self._trial.climb(step.layer, count, tokens)
-            case "layer":
-                return self._trial.layer(step.layer, count, tokens)
+            case "forward" | "recompute":
+                return self._trial.forward(step.layer, count, tokens)
+            case "backward":
+                return self._trial.backward(step.layer, count, tokens)
             case "head":
                 return self._trial.head(count, tokens)
-            case "end":
-                return self._trial.end(count, tokens)
+            case "embed_backward":
+                return self._trial.embed_backward(count, tokens)
 
     # Scratch disk.
 
@@ -245,13 +248,13 @@ class Estimate:
         dead: list[tuple[str, object, int]] = []
         if step.kind == "embed":
             made = [("hidden", 0, group), ("look", 0, 0)]
-        elif step.kind in ("climb", "again"):
+        elif step.kind in ("forward", "recompute"):
             made = [("hidden", n + 1, group), ("look", n + 1, 0)]
-            dead = [("hidden", n, group)] if step.kind == "climb" and n % schedule.every else []
+            dead = [("hidden", n, group)] if step.kind == "forward" and n % schedule.every else []
         elif step.kind == "head":
             made = [("gradient", last, group), waiting, *head_rows]
             dead = [("hidden", last, group)]
-        elif step.kind == "layer":
+        elif step.kind == "backward":
             made = [("gradient", n, group)]
             dead = [("hidden", n, group), ("gradient", n + 1, group)]
         else:
@@ -260,7 +263,7 @@ class Estimate:
         if step.kind == "head":  # those of the resident ones wait for the end
             dead += [("sum", (*structure.resident,), group - 1)]
             names = [] if structure.tied else self._names(step)
-        for part in [structure.resident, [structure.embedding]] if step.kind == "end" else [names]:
+        for part in [structure.resident, [structure.embedding]] if step.kind == "embed_backward" else [names]:
             dead.append(("sum", tuple(part), group - 1))
             if part and group < schedule.groups - 1:
                 made.append(("sum", tuple(part), group))
@@ -277,7 +280,7 @@ class Estimate:
         return result
 
     def _scratch_moved(self, schedule: Schedule) -> int:
-        times = {"embed": 1, "climb": 2, "again": 2, "head": 2, "layer": 3, "end": 1}
+        times = {"embed": 1, "forward": 2, "recompute": 2, "head": 2, "backward": 3, "embed_backward": 1}
         steps = _of_one_group(self._steps(schedule))
         rows = self._row * sum(map(sum, self.load.lengths)) * sum(times[step.kind] for step in steps)
         return rows + 2 * (schedule.groups - 1) * self._sum_bytes(list(self._counts))
@@ -305,5 +308,5 @@ def _of_one_group(steps: Sequence[Step]) -> list[Step]:
 
 
 def _look_tokens(lengths: Sequence[int]) -> int:
-    """As in ``look_inputs``."""
-    return sum(min(int(LOOK_TOKENS), lengths[k % len(lengths)]) for k in range(LOOK_SAMPLES))
+    """As in ``probe_inputs``."""
+    return sum(min(int(PROBE_TOKENS), lengths[k % len(lengths)]) for k in range(PROBE_SAMPLES))

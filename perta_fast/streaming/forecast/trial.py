@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from perta_fast.importance.gradients import gradients_folded_into
+from perta_fast.importance.gradients import gradients_accumulated_into
 from perta_fast.importance.per_sample import Plan, candidates
-from perta_fast.importance.per_sample_modules import BatchShape, ModuleRule, Target
-from perta_fast.streaming.model.passage import Passage
+from perta_fast.importance.per_sample_modules import Target
+from perta_fast.streaming.model.partial_forward import PartialForward
 from perta_fast.streaming.model.structure import Structure
 
 _Run = Callable[[Tensor | None, dict[str, Tensor]], None]  # takes a mask and the sums to fold into
@@ -84,12 +84,12 @@ class Trial:
 
     def __init__(self, structure: Structure, device: torch.device, squares: bool) -> None:
         self._structure, self._device, self._squares = structure, device, squares
-        self._passage = Passage(structure.model, structure.layers, "")
+        self._partial_forward = PartialForward(structure.model, structure.layers, "")
         self._alike: dict[str, int] = {}
         self._like = [self._first_like(number) for number in range(len(structure.layers))]
         self._found: dict[tuple[str, int, int, int], Cost] = {}
 
-    def climb(self, layer: int, count: int, tokens: int) -> Cost:
+    def forward(self, layer: int, count: int, tokens: int) -> Cost:
         """A layer forward, on ``count`` samples of ``tokens`` tokens."""
         layer = self._like[layer]
 
@@ -99,9 +99,9 @@ class Trial:
                 result = self._run_layer(layer, hidden, mask)
                 result.flatten(0, 1).clone()  # the rows that are spilled
 
-        return self._cost("climb", layer, count, tokens, self._structure.by_layer[layer], run)
+        return self._cost("forward", layer, count, tokens, self._structure.by_layer[layer], run)
 
-    def layer(self, layer: int, count: int, tokens: int) -> Cost:
+    def backward(self, layer: int, count: int, tokens: int) -> Cost:
         """A layer forward and back."""
         layer = self._like[layer]
         names = self._structure.by_layer[layer]
@@ -114,7 +114,7 @@ class Trial:
                 assert hidden.grad is not None
                 hidden.grad.flatten(0, 1).clone()
 
-        return self._cost("layer", layer, count, tokens, names, run)
+        return self._cost("backward", layer, count, tokens, names, run)
 
     def head(self, count: int, tokens: int) -> Cost:
         """All after the layers, and the loss, forward and back; every token has a label."""
@@ -126,7 +126,7 @@ class Trial:
                 hidden = self._hidden(count, tokens).requires_grad_()
                 ids = torch.zeros(count, tokens, dtype=torch.int64, device=self._device)
                 given = ids if structure.tied and not self._squares else None
-                logits = self._passage.after_layers(hidden, mask, given).logits  # type: ignore[arg-type]
+                logits = self._partial_forward.after_layers(hidden, mask, given).logits  # type: ignore[arg-type]
                 # As in ``token_logits``, where the tokens are found by their labels.
                 places = torch.ones(tokens - 1, dtype=torch.int64, device=self._device).repeat(count)
                 chosen = logits[:, :-1][places, places].float()
@@ -137,22 +137,22 @@ class Trial:
         cost = self._cost("head", 0, count, tokens, names, run)
         return self._with_rows(cost, count, tokens, 2) if structure.tied else cost
 
-    def end(self, count: int, tokens: int) -> Cost:
+    def embed_backward(self, count: int, tokens: int) -> Cost:
         """All before the layers, forward and back."""
         structure = self._structure
 
         def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
             ids = torch.zeros(count, tokens, dtype=torch.int64, device=self._device)
-            with gradients_folded_into(structure.model, sums, squared=False):
-                hidden = self._passage.before_layers(ids, mask)  # type: ignore[arg-type]
+            with gradients_accumulated_into(structure.model, sums, squared=False):
+                hidden = self._partial_forward.before_layers(ids, mask)  # type: ignore[arg-type]
                 hidden.backward(self._hidden(count, tokens))
 
         if self._squares:  # the embedding's gradients are of the rows in use alone
             return self._with_rows(Cost(0, 0), count, tokens, 5)
-        return self._cost("end", 0, count, tokens, [structure.embedding], run)
+        return self._cost("embed_backward", 0, count, tokens, [structure.embedding], run)
 
     def _with_rows(self, cost: Cost, count: int, tokens: int, copies: int) -> Cost:
-        """``cost`` and what ``EmbeddingRule`` keeps of each token, in the model's type and in float32."""
+        """``cost`` and what ``EmbeddingFisher`` keeps of each token, in the model's type and in float32."""
         if not self._squares:
             return cost
         width = self._structure.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
@@ -181,7 +181,7 @@ class Trial:
         return result.copy_(rows)
 
     def _run_layer(self, layer: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        return self._passage.layer(layer, hidden, mask)  # type: ignore[arg-type]
+        return self._partial_forward.layer(layer, hidden, mask)  # type: ignore[arg-type]
 
     def _sums(self, names: list[str]) -> dict[str, Tensor]:
         parameters = dict(self._structure.model.named_parameters())
@@ -192,22 +192,19 @@ class Trial:
         """Gradients of these parameters go where a walk would have them go."""
         model = self._structure.model
         if not self._squares:
-            with gradients_folded_into(model, sums, squared=False):
+            with gradients_accumulated_into(model, sums, squared=False):
                 yield
             return
         parameters = {p: name for name, p in model.named_parameters()}
-        plan = Plan([])
-        for part in model.modules():
-            named = {key: parameters[p] for key, p in part._parameters.items() if p is not None}
-            own = {key: name for key, name in named.items() if name in sums}
-            kinds = candidates(part)
-            if own and kinds and not isinstance(part, nn.Embedding):
-                rule: ModuleRule = kinds[0](part, {key: Target(sums[name], None) for key, name in own.items()})
-                rule.batch = BatchShape(count, tokens, torch.full((count,), tokens))
-                plan.rules.append(rule)
-        with plan.installed(model):
+        plan = Plan()
+        for module in model.modules():
+            named = {key: parameters[p] for key, p in module._parameters.items() if p is not None}
+            targets = {key: Target(sums[name]) for key, name in named.items() if name in sums}
+            kinds = candidates(module)
+            if targets and kinds and not isinstance(module, nn.Embedding):
+                plan.modules.append(kinds[0](module, targets))
+        with plan.installed(model), plan.batch([tokens] * count):
             yield
-            plan.finish()
 
     def _cost(
         self,
@@ -226,7 +223,7 @@ class Trial:
     def _try(self, names: list[str], count: int, tokens: int, run: _Run) -> Cost | None:
         config: Any = self._structure.model.config
         eager = config._attn_implementation == "eager"
-        with _quiet(), FakeTensorMode(), self._valueless() as known, self._passage.installed():
+        with _quiet(), FakeTensorMode(), self._valueless() as known, self._partial_forward.installed():
             square = torch.empty(
                 (count, 1, tokens, tokens), dtype=self._dtype if eager else torch.bool, device=self._device
             )
@@ -280,7 +277,7 @@ class Trial:
         config: Any = self._structure.model.config
         scores = 4 * 4 * count * tokens * tokens * config.get_text_config().num_attention_heads
         ends = sum(sum(shape[-2:]) * shape[:-2].numel() for shape in shapes)
-        passes = 1 if kind == "climb" else 3
+        passes = 1 if kind == "forward" else 3
         return Cost(
             _HEAVIEST * count * tokens * ends * self._dtype.itemsize + scores,
             2 * passes * count * tokens * sum(shape.numel() for shape in shapes),

@@ -1,4 +1,4 @@
-"""A causal language model without its weights, which are read when their turn comes."""
+"""A causal language model without its weights, which are read part by part."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,30 +13,38 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.models.stored_names import as_stored
+from perta_fast.streaming.model.partial_forward import PartialForward
 from perta_fast.streaming.model.stored_weights import StoredWeights
 from perta_fast.streaming.model.structure import Structure
 
 
 @dataclass(frozen=True)
 class Skeleton(Structure):
-    """A structure, the device it is run on, and the checkpoint that holds its weights."""
+    """A structure, the device it runs on, the checkpoint that holds its weights, and how its parts are run."""
 
     checkpoint: Checkpoint
     device: torch.device
     weights: StoredWeights
+    partial_forward: PartialForward
 
     @classmethod
     def open(cls, path: Path, device: torch.device, dtype: torch.dtype | None) -> "Skeleton":
         """Build the model that ``config.json`` describes, with memory for its buffers alone.
 
-        dtype: what it is run in; None takes the checkpoint's own. Raises InputError for a model whose decoder
-        layers or tensors cannot be told apart, naming what was looked for.
+        dtype: what it runs in; None takes the checkpoint's own. Raises InputError, naming what was looked for,
+        for a model whose decoder layers or tensors cannot be found.
         """
         checkpoint = Checkpoint.open(path)
         structure = Structure.build(path, dtype, _first_type(checkpoint))
         weights = StoredWeights(structure.model, checkpoint, structure.parts)
         _fill_buffers(structure.model, device, weights, path)
-        return cls(**vars(structure), checkpoint=checkpoint, device=device, weights=weights)
+        return cls(
+            **vars(structure),
+            checkpoint=checkpoint,
+            device=device,
+            weights=weights,
+            partial_forward=PartialForward(structure.model, structure.layers, str(path)),
+        )
 
     @property
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -44,11 +52,11 @@ class Skeleton(Structure):
         return self.weights.shapes
 
     def stored_names(self, names: Sequence[str]) -> list[str]:
-        """The stored tensors that these parameters, a whole part, make up."""
+        """The stored tensors that these parameters, all of one part, are made of."""
         return self.weights.names(names)
 
     def as_stored(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Means of whole parts, by parameter name, as the stored tensors: cut up and renamed."""
+        """Means of whole parts, by parameter name, split and renamed as the tensors are stored."""
         return as_stored(self.model, dict(means))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -61,22 +69,22 @@ class Skeleton(Structure):
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Parameters have these values while the context lasts."""
-        places: dict[Any, list[tuple[nn.Module, str]]] = {}
+        uses_of: dict[Any, list[tuple[nn.Module, str]]] = {}
         before = {p: name for name, p in self.model.named_parameters() if name in values}
-        for part in self.model.modules():
-            for key, parameter in part._parameters.items():
+        for module in self.model.modules():
+            for key, parameter in module._parameters.items():
                 if parameter in before:
-                    places.setdefault(parameter, []).append((part, key))
+                    uses_of.setdefault(parameter, []).append((module, key))
         try:
-            for parameter, uses in places.items():
+            for parameter, uses in uses_of.items():
                 value = nn.Parameter(values[before[parameter]].to(self.device, non_blocking=True))
-                for part, key in uses:
-                    part._parameters[key] = value
+                for module, key in uses:
+                    module._parameters[key] = value
             yield
         finally:
-            for parameter, uses in places.items():
-                for part, key in uses:
-                    part._parameters[key] = parameter
+            for parameter, uses in uses_of.items():
+                for module, key in uses:
+                    module._parameters[key] = parameter
 
     @contextmanager
     def in_memory(self, names: Sequence[str]) -> Iterator[None]:
@@ -86,20 +94,20 @@ class Skeleton(Structure):
 
 
 def _first_type(checkpoint: Checkpoint) -> torch.dtype:
-    """What ``from_pretrained`` takes for the type of a model whose configuration names none."""
+    """The type that ``from_pretrained`` gives a model whose configuration names none."""
     named = (entry.dtype for entry in checkpoint.tensors.values())
     return next((torch_dtype(dtype) for dtype in named if dtype in KERNEL_CODES), torch.float32)
 
 
 def _fill_buffers(model: nn.Module, device: torch.device, weights: StoredWeights, path: Path) -> None:
-    """Read the buffers that are stored; let the model's own code fill the others (rotary frequencies)."""
+    """Read the stored buffers; the model's own code fills the others (rotary frequencies)."""
     stored = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-    for part in model.modules():
-        for key, buffer in part._buffers.items():
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
             if buffer is not None:
                 unset = float("nan") if buffer.is_floating_point() else 0
-                part._buffers[key] = torch.full_like(buffer, unset, device=device)
-        part.__dict__.pop("_is_hf_initialized", None)
+                module._buffers[key] = torch.full_like(buffer, unset, device=device)
+        module.__dict__.pop("_is_hf_initialized", None)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""How a causal language model falls into parts, from its configuration alone."""
+"""The parts of a causal language model, from its configuration alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ class Structure:
     """A model on the meta device and its parts, each a list of parameter names.
 
     ``by_layer`` names the parameters of each decoder layer, ``embedding`` and ``head`` the two matrices of
-    vocabulary size (one name if they are tied; None if there is no head), ``resident`` all others: small, so
-    always in memory.
+    vocabulary size (one name if they are tied; None if there is no head), ``resident`` all others: they are
+    small and always in memory.
     """
 
     model: nn.Module
@@ -31,15 +31,15 @@ class Structure:
 
     @classmethod
     def build(
-        cls, path: Path, dtype: torch.dtype | None = None, unsaid: torch.dtype = torch.float32
+        cls, path: Path, dtype: torch.dtype | None = None, default: torch.dtype = torch.float32
     ) -> "Structure":
         """Build the model that ``config.json`` in ``path`` describes, without memory for weights or buffers.
 
-        dtype: what it is run in; None takes the configuration's own, or ``unsaid`` if it names none. Raises
-        InputError for a model that cannot be built or whose decoder layers cannot be told apart, naming what
-        was looked for.
+        dtype: what it runs in; None takes the configuration's own, or ``default`` if it names none. Raises
+        InputError, naming what was looked for, for a model that cannot be built or whose decoder layers
+        cannot be found.
         """
-        model = _build(path, dtype, unsaid)
+        model = _build(path, dtype, default)
         layers, prefix = _decoder_layers(model, path)
         by_layer: list[list[str]] = [[] for _ in layers]
         outside = []
@@ -67,24 +67,24 @@ class Structure:
 
     @property
     def parts(self) -> list[list[str]]:
-        """What has its means complete at one time: an untied head, layers from the last, the rest."""
+        """In the order in which their means are complete: untied head, layers from the last, the rest."""
         head = [] if self.head is None or self.tied else [[self.head]]
         return [*head, *reversed(self.by_layer), [*self.resident, self.embedding]]
 
     @property
-    def embedding_part(self) -> nn.Module:
+    def embedding_module(self) -> nn.Module:
         """The module that looks tokens up."""
-        part: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        return part
+        module: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return module
 
 
-def _build(path: Path, dtype: torch.dtype | None, unsaid: torch.dtype) -> Any:
+def _build(path: Path, dtype: torch.dtype | None, default: torch.dtype) -> Any:
     from transformers import AutoConfig
 
     refuse_quantised(path, {})
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        dtype = dtype or config.dtype or unsaid
+        dtype = dtype or config.dtype or default
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         keep_language_part_(model)
@@ -104,22 +104,22 @@ def _decoder_layers(model: nn.Module, path: Path) -> tuple[nn.ModuleList, str]:
     """The list of decoder layers and the prefix of their parameters."""
     config: Any = model.config
     count = config.get_text_config().num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
-    for name, part in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(part, nn.ModuleList) and len(part) == count and not inside:
-            found[name] = part
-    if len(found) != 1 or len({type(layer) for layer in next(iter(found.values()))}) != 1:
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+            lists[name] = module
+    if len(lists) != 1 or len({type(layer) for layer in next(iter(lists.values()))}) != 1:
         raise InputError(
             f"{path}: looked for one list of {count} equal decoder layers in {type(model).__name__}, "
-            f"found {', '.join(found) or 'none'}; streaming does not understand this model"
+            f"found {', '.join(lists) or 'none'}; streaming does not understand this model"
         )
-    ((name, layers),) = found.items()
+    ((name, layers),) = lists.items()
     return layers, f"{name}."
 
 
-def _weight(part: nn.Module, what: str, path: Path) -> Any:
-    weight = getattr(part, "weight", None)
+def _weight(module: nn.Module, what: str, path: Path) -> Any:
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
         raise InputError(f"{path}: looked for the weight of its {what}, found none")
     return weight

@@ -21,17 +21,16 @@ from transformers import (
 
 from perta_fast import InputError
 from perta_fast.cli import main
-from perta_fast.importance.gradients import gradients_folded_into
+from perta_fast.importance.gradients import gradients_accumulated_into
 from perta_fast.memory import format_size, parse_size
 from perta_fast.streaming.data_pass import DataPass, Means
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule
 from perta_fast.streaming.forecast.costs import Estimate, Load
 from perta_fast.streaming.forecast.trial import LiveBytes, Trial
-from perta_fast.streaming.model.passage import Passage
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.scratch_files import Settled
+from perta_fast.streaming.scratch_files import StepFiles
 from perta_fast.streaming.walk import Walk
 from tests.runs.test_estimate import GPT2_SIZES, SIZES
 from tests.support.models import draw_samples, llama, nudge_, tokenizer, write_lines
@@ -92,7 +91,7 @@ LAYERS: dict[str, Callable[[], PreTrainedModel]] = {
 def real_layer(skeleton: Skeleton, count: int, tokens: int) -> tuple[int, int]:
     """Bytes alive at most in layer 0, forward and back, on padded samples; bytes that its forward saves."""
     names = skeleton.by_layer[0]
-    passage = Passage(skeleton.model, skeleton.layers, "")
+    partial_forward = skeleton.partial_forward
     saved: dict[int, int] = {}
     mask = torch.ones(count, tokens, dtype=torch.int64)
     mask[1:, tokens // 2 :] = 0
@@ -104,18 +103,18 @@ def real_layer(skeleton: Skeleton, count: int, tokens: int) -> tuple[int, int]:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with passage.installed(), skeleton.in_memory([*skeleton.resident, *names]):
+    with partial_forward.installed(), skeleton.in_memory([*skeleton.resident, *names]):
         parameters = dict(skeleton.model.named_parameters())
         sums = {name: torch.zeros(parameters[name].shape) for name in names}
         known = [*skeleton.model.parameters(), *skeleton.model.buffers(), *sums.values()]
-        with gradients_folded_into(skeleton.model, sums, squared=False):
+        with gradients_accumulated_into(skeleton.model, sums, squared=False):
             with LiveBytes(known) as live:
                 given = hidden.clone().requires_grad_()
-                result = passage.layer(0, given, mask)
+                result = partial_forward.layer(0, given, mask)
                 result.backward(torch.ones_like(result))
             weights = {tensor.untyped_storage().data_ptr() for tensor in known}
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                passage.layer(0, hidden.clone().requires_grad_(), mask)
+                partial_forward.layer(0, hidden.clone().requires_grad_(), mask)
     return live.peak, sum(size for place, size in saved.items() if place not in weights)
 
 
@@ -125,7 +124,7 @@ def test_a_layer_takes_what_a_real_one_takes(family: str, tmp_path: Path) -> Non
     skeleton = Skeleton.open(folder, CPU, None)
     peak, saved = real_layer(skeleton, 5, 40)
     for layer in (0, 1):
-        cost = Trial(Structure.build(folder), CPU, squares=False).layer(layer, 5, 40)
+        cost = Trial(Structure.build(folder), CPU, squares=False).backward(layer, 5, 40)
         assert not cost.bound
         assert saved < cost.bytes
         assert peak <= cost.bytes <= 1.15 * peak
@@ -135,14 +134,14 @@ def test_squares_keep_no_weight_gradient(deep: Path) -> None:
     """With one token, the matrices' own gradients are what counts; the fused operation never holds them."""
     structure = Structure.build(deep)
     largest = max(parameter.nbytes for parameter in structure.layers[0].parameters())
-    one, other = (Trial(structure, CPU, squares).layer(0, 1, 2) for squares in (False, True))
+    one, other = (Trial(structure, CPU, squares).backward(0, 1, 2) for squares in (False, True))
     assert one.bytes > largest > other.bytes
     assert one.flops == other.flops
 
 
 def test_code_that_wants_values_is_bounded(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     structure = Structure.build(deep)
-    exact = Trial(structure, CPU, squares=False).layer(0, 4, 12)
+    exact = Trial(structure, CPU, squares=False).backward(0, 4, 12)
     kind = type(structure.layers[0].mlp)
     original = kind.forward
 
@@ -150,7 +149,7 @@ def test_code_that_wants_values_is_bounded(deep: Path, monkeypatch: pytest.Monke
         return original(self, hidden) if float(hidden.detach().sum()) > 0 else hidden
 
     monkeypatch.setattr(kind, "forward", routed)
-    bound = Trial(structure, CPU, squares=False).layer(0, 4, 12)
+    bound = Trial(structure, CPU, squares=False).backward(0, 4, 12)
     assert bound.bound
     assert bound.bytes >= exact.bytes
 
@@ -199,13 +198,11 @@ def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool
     """late: files that are needed no more go a step after, as when they are flushed behind the walk."""
     folder = write(tmp_path / "model", llama(num_hidden_layers=5, tie_word_embeddings=tied))
     skeleton = Skeleton.open(folder, CPU, None)
-    passage = Passage(skeleton.model, skeleton.layers, "")
     estimator = "empirical-fisher" if squares else "grad"
     scratch = tmp_path / "scratch"
     passes = [
         DataPass(
             skeleton,
-            passage,
             samples,
             range(len(samples)),
             estimator,
@@ -215,15 +212,15 @@ def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool
         )
         for number, samples in enumerate(SETS)
     ]
-    sizes, waiting = [], [[Settled({}, [], [])]]
+    sizes, waiting = [], [[StepFiles({}, [], [])]]
 
-    def settle(done: int, means: list[Means]) -> None:
-        waiting.append([each.spill.settle() for each in passes])
+    def end_step(done: int, means: list[Means]) -> None:
+        waiting.append([each.scratch.end_step() for each in passes])
         sizes.append(sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()))
-        for settled in waiting.pop(0) if late else waiting.pop():
-            settled.clear()
+        for files in waiting.pop(0) if late else waiting.pop():
+            files.remove_discarded()
 
-    Walk(skeleton, passage, passes, schedule).run(settle)
+    Walk(skeleton, passes, schedule).run(end_step)
     load = Load(LENGTHS, squares, subtract=late)
     found = Estimate(Structure.build(folder), load, CPU).scratch(schedule)
     if tied and squares:  # a token that a sample holds twice has one row

@@ -48,7 +48,7 @@ class _Reached(Exception):
         self.result = result
 
 
-class Passage:
+class PartialForward:
     """Runs what lies before the layers, one layer, or what lies after them."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, origin: str) -> None:

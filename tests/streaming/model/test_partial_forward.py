@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.errors import InputError
-from perta_fast.streaming.model.passage import Passage
+from perta_fast.streaming.model.partial_forward import PartialForward
 
 IDS, MASK = torch.tensor([[3, 1, 2]]), torch.ones((1, 3), dtype=torch.int64)
 
@@ -121,11 +121,11 @@ class NoHiddenStates(Chain):
 
 
 def check(model: Any) -> None:
-    passage = Passage(model, model.layers, "model")
+    partial_forward = PartialForward(model, model.layers, "model")
     inside = {part for layer in model.layers for part in layer.modules()}
     outside = [p for p in model.modules() if p not in inside and list(p.parameters(recurse=False))]
-    with passage.installed():
-        passage.check(IDS, MASK, outside)
+    with partial_forward.installed():
+        partial_forward.check(IDS, MASK, outside)
     assert all("forward" not in layer.__dict__ for layer in model.layers)
 
 
@@ -158,16 +158,16 @@ def test_parts_make_the_whole(kind: type[Chain], count: int) -> None:
     """The logits, and the gradient with respect to what the last layer gives."""
     model = kind()
     model.layers = model.layers[:count]
-    passage = Passage(model, model.layers, "model")
+    partial_forward = PartialForward(model, model.layers, "model")
     expected = model(input_ids=IDS, attention_mask=MASK).logits
-    with passage.installed():
-        hidden = passage.before_layers(IDS, MASK)
+    with partial_forward.installed():
+        hidden = partial_forward.before_layers(IDS, MASK)
         assert torch.equal(hidden, (3 if kind is ScaledInPlace else 1) * model.embedding(IDS))
         for number in range(count):
-            hidden = passage.layer(number, hidden, MASK)
+            hidden = partial_forward.layer(number, hidden, MASK)
         hidden = hidden.detach().requires_grad_()
-        assert torch.equal(passage.after_layers(hidden, MASK).logits, expected)
-        found = passage.after_layers(hidden, MASK, IDS).logits
+        assert torch.equal(partial_forward.after_layers(hidden, MASK).logits, expected)
+        found = partial_forward.after_layers(hidden, MASK, IDS).logits
         assert torch.equal(found, expected)
         found.sum().backward()
     assert hidden.grad is not None
