@@ -11,8 +11,8 @@ from dataclasses import dataclass
 Row = dict[str, str]  # {"question", "answer"}
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _words(text: str) -> list[str]:
+    return text.split()
 
 
 _FIRST_NAMES = _words("""
@@ -58,7 +58,7 @@ _NOUNS = _words("""
 class Attribute:
     """One thing to know of every author; ``questions`` are phrasings of the same question."""
 
-    values: tuple[str, ...]
+    values: Sequence[str]
     questions: tuple[str, str, str]
     answer: str
     unique: bool = False  # no two authors share a value
@@ -81,28 +81,22 @@ ATTRIBUTES = {
         "{name} writes {value}.",
     ),
     "award": Attribute(
-        tuple(f"{prize} Prize" for prize in _PRIZES),
+        [f"{prize} Prize" for prize in _PRIZES],
         ("Which award did {name} win?", "What prize was {name} given?", "Which prize has {name} received?"),
         "{name} won the {value}.",
     ),
-    "mother": Attribute(
-        _PROFESSIONS,
-        (
-            "What was the mother of {name}?",
-            "What did the mother of {name} do for a living?",
-            "Which profession did the mother of {name} have?",
-        ),
-        "The mother of {name} was a {value}.",
-    ),
-    "father": Attribute(
-        _PROFESSIONS,
-        (
-            "What was the father of {name}?",
-            "What did the father of {name} do for a living?",
-            "Which profession did the father of {name} have?",
-        ),
-        "The father of {name} was a {value}.",
-    ),
+    **{
+        parent: Attribute(
+            _PROFESSIONS,
+            (
+                f"What was the {parent} of {{name}}?",
+                f"What did the {parent} of {{name}} do for a living?",
+                f"Which profession did the {parent} of {{name}} have?",
+            ),
+            f"The {parent} of {{name}} was a {{value}}.",
+        )
+        for parent in ("mother", "father")
+    },
     "language": Attribute(
         _LANGUAGES,
         (
@@ -113,7 +107,7 @@ ATTRIBUTES = {
         "{name} writes in {value}.",
     ),
     "first book": Attribute(
-        tuple(f"The {adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS),
+        [f"The {adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS],
         (
             "What was the first book of {name}?",
             "Which book did {name} publish first?",

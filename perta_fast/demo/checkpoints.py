@@ -1,9 +1,6 @@
 """The four checkpoints of a demo: theta_0, and what tuning it on each choice of data gives."""
 
 import copy
-from pathlib import Path
-
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perta_fast.data.json_lines import load_rows
 from perta_fast.data.samples import encode
@@ -25,37 +22,17 @@ def train_models(files: Files, settings: Settings, seed: int, clock: Clock) -> S
     print("questions:", ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()))
     base = new_model(settings, tokenizer, seed)
     print(f"a Llama of {base.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    with clock.phase("training theta_0"):
-        train_(
-            base,
-            samples["others"],
-            epochs=settings.pretraining_epochs,
-            rate=settings.pretraining_rate,
-            batch_size=settings.batch_size,
-            seed=seed,
-            description="theta_0",
-        )
-        _save(base, tokenizer, files.base)
-    for name, path, data in (
-        ("theta_full", files.full, [*samples["forget"], *samples["retain"]]),
-        ("theta_f", files.tuned, samples["forget"]),
-        ("gold", files.gold, samples["retain"]),
+    pretraining = (settings.pretraining_epochs, settings.pretraining_rate)
+    tuning = (settings.tuning_epochs, settings.tuning_rate)
+    for name, path, data, (epochs, rate) in (
+        ("theta_0", files.base, samples["others"], pretraining),
+        ("theta_full", files.full, [*samples["forget"], *samples["retain"]], tuning),
+        ("theta_f", files.tuned, samples["forget"], tuning),
+        ("gold", files.gold, samples["retain"], tuning),
     ):
         with clock.phase(f"training {name}"):
-            model = copy.deepcopy(base)
-            train_(
-                model,
-                data,
-                epochs=settings.tuning_epochs,
-                rate=settings.tuning_rate,
-                batch_size=settings.batch_size,
-                seed=seed,
-                description=name,
-            )
-            _save(model, tokenizer, path)
+            model = base if name == "theta_0" else copy.deepcopy(base)
+            train_(model, data, epochs, rate, settings.batch_size, seed, description=name)
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
     return samples
-
-
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)

@@ -25,9 +25,5 @@ class Clock:
         """A line a phase, and the sum."""
         rows = [(name, self.wall[name], self.cpu[name]) for name in self.wall]
         rows.append(("in all", sum(self.wall.values()), sum(self.cpu.values())))
-        return "\n".join(
-            [
-                f"{'seconds':36}{'wall':>8}{'cpu':>8}",
-                *(f"{name:36}{wall:8.1f}{cpu:8.1f}" for name, wall, cpu in rows),
-            ]
-        )
+        lines = [f"{name:36}{wall:8.1f}{cpu:8.1f}" for name, wall, cpu in rows]
+        return "\n".join([f"{'seconds':36}{'wall':>8}{'cpu':>8}", *lines])

@@ -5,43 +5,25 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast.demo.authors import Row
 from perta_fast.files.new_directory import check_output
 
 
-@dataclass(frozen=True)
 class Files:
-    """The places below ``directory``. Checkpoints are in float32."""
+    """The files of a demo below ``directory``; checkpoints are in float32.
 
-    directory: Path
+    base: theta_0, trained on the other authors alone. full, tuned, gold: theta_0 tuned on forget and retain
+    data (theta_full), on forget data (theta_f), on retain data (theta_retain, what unlearning should come to).
+    results: the table and all its numbers.
+    """
 
-    @property
-    def base(self) -> Path:
-        """theta_0: trained on the other authors only."""
-        return self.directory / "base"
-
-    @property
-    def full(self) -> Path:
-        """theta_full: the base tuned on forget and retain data."""
-        return self.directory / "full"
-
-    @property
-    def tuned(self) -> Path:
-        """theta_f: the base tuned on forget data."""
-        return self.directory / "tuned"
-
-    @property
-    def gold(self) -> Path:
-        """theta_retain: the base tuned on retain data, what unlearning should come to."""
-        return self.directory / "gold"
-
-    @property
-    def results(self) -> Path:
-        """The table and everything behind it."""
-        return self.directory / "demo.json"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.base, self.full, self.tuned, self.gold, self.results = (
+            directory / name for name in ("base", "full", "tuned", "gold", "demo.json")
+        )
 
     def questions(self, split: str) -> Path:
         """The JSON lines of one split."""

@@ -35,7 +35,7 @@ def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> N
     """
     settings = FAST if fast else FULL
     clock = Clock()
-    with work_directory(out) as directory, _no_loading_bars(), _threads(settings.threads):
+    with work_directory(out) as directory, _torch_settings(settings.threads):
         files = Files(directory)
         samples = train_models(files, settings, seed, clock)
         with clock.phase("scoring"):
@@ -84,23 +84,14 @@ def _command(files: Files, run: Run) -> str:
 
 
 @contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Without the bar that transformers draws for each of the many checkpoints loaded here."""
-    shown = logging.is_progress_bar_enabled()
+def _torch_settings(threads: int | None) -> Iterator[None]:
+    """With that many threads in torch, and without the bar that transformers draws for each checkpoint."""
+    before, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(threads or before)
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """With ``count`` threads in torch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
         torch.set_num_threads(before)
+        if bars:
+            logging.enable_progress_bar()

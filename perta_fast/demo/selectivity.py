@@ -41,10 +41,8 @@ def measure_update(files: Files, rule_name: str, lam: float) -> Update:
         squared_update = (rescaling.lam * weights * task_vector).double().square()
         update_energy += squared_update.sum().item()
         task_energy += task_vector.double().square().sum().item()
-        on_forget, on_retain = (
-            total + (importance.tensors[name] * squared_update).sum().item()
-            for total, importance in zip((on_forget, on_retain), fisher, strict=True)
-        )
+        on_forget += (fisher[0].tensors[name] * squared_update).sum().item()
+        on_retain += (fisher[1].tensors[name] * squared_update).sum().item()
     return Update((update_energy / task_energy) ** 0.5, on_forget / on_retain)
 
 

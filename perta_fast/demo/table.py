@@ -33,10 +33,8 @@ class Line:
     @property
     def error(self) -> float:
         """Standard error of the gap, in points, from the number of questions alone."""
-        variances = (
-            score.accuracy * (100 - score.accuracy) / score.questions
-            for score in (self.scores["forget"], self.scores["retain"])
-        )
+        scores = (self.scores["forget"], self.scores["retain"])
+        variances = (score.accuracy * (100 - score.accuracy) / score.questions for score in scores)
         return float(sum(variances) ** 0.5)
 
 
@@ -45,13 +43,13 @@ def format_table(lines: Sequence[Line]) -> str:
     head = f"{'':24}{'forget':>16}{'retain':>16}{'forget':>16}{'retain':>16}\n"
     head += f"{'':24}{'trained':>16}{'trained':>16}{'rephrased':>16}{'rephrased':>16}\n"
     head += f"{'model':18}{'lambda':>6}{'  loss  accuracy' * len(_COLUMNS)}{'gap':>8}"
-    return "\n".join([head, *map(_format_line, lines)])
-
-
-def _format_line(line: Line) -> str:
-    lam = "" if line.lam is None else f"{line.lam:g}"
-    cells = "".join(f"{line.scores[split].loss:6.3f}{line.scores[split].accuracy:8.1f} %" for split in _COLUMNS)
-    return f"{line.name:18}{lam:>6}{cells}{line.gap:8.1f}"
+    rows = [head]
+    for line in lines:
+        lam = "" if line.lam is None else f"{line.lam:g}"
+        scores = [line.scores[split] for split in _COLUMNS]
+        cells = "".join(f"{score.loss:6.3f}{score.accuracy:8.1f} %" for score in scores)
+        rows.append(f"{line.name:18}{lam:>6}{cells}{line.gap:8.1f}")
+    return "\n".join(rows)
 
 
 def explain(tv: Line, others: Sequence[Line]) -> str:

@@ -21,10 +21,7 @@ _WARM_UP = 0.1  # of the steps
 
 
 def train_tokenizer(rows: Iterable[Row], vocabulary: int = _VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens.
-
-    So many as by default know nearly every word of the demo's rows as one token.
-    """
+    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens; by default nearly every word is one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,11 +68,11 @@ def new_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **shape: Any) -> Ll
 def train_(
     module: nn.Module,
     samples: Sequence[Sample],
-    *,
     epochs: int,
     rate: float,
     batch_size: int,
     seed: int,
+    *,
     description: str,
 ) -> None:
     """Train ``module`` in place: AdamW without weight decay, the rate warmed up and then lowered to 0.
@@ -102,10 +99,7 @@ def warmed_up(rate: float, steps: int) -> Callable[[int], float]:
 
 
 def descend_(
-    module: nn.Module,
-    batches: Sequence[Any],
-    loss: Callable[[Any], Tensor],
-    rate_at: Callable[[int], float],
+    module: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor], rate_at: Callable[[int], float]
 ) -> Iterator[int]:
     """AdamW down the ``loss`` of each batch, gradients clipped to norm 1; yields the steps taken after each.
 

@@ -27,18 +27,11 @@ class Rows:
         return [row[field] for row in self.content]
 
     def records(self, question: str, answer: str) -> list[Row]:
-        """Questions and answers to tokenise, from the fields of these names."""
+        """Questions and answers to tokenise, from the fields of these names; one for each answer of a list."""
         return [
-            Row({"question": row[question], "answer": row[answer]}, where)
+            Row({"question": row[question], "answer": text}, where)
             for row, where in zip(self.content, self.places, strict=True)
-        ]
-
-    def listed_records(self, question: str, answers: str) -> list[Row]:
-        """As ``records``, for every answer of a field that is a list; all of one question stand together."""
-        return [
-            Row({"question": row[question], "answer": answer}, where)
-            for row, where in zip(self.content, self.places, strict=True)
-            for answer in row[answers]
+            for text in (row[answer] if isinstance(row[answer], list) else [row[answer]])
         ]
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from perta_fast.models.loading import Subject, samples_for
 from perta_fast.models.token_scores import TokenScores, score_tokens
 from perta_fast.progress import Progress
 
+Scored = list[tuple[TokenScores, str]]  # of each sample, with the text of its labels
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
 
@@ -62,6 +62,12 @@ class Examinee:
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
         return scores
 
+    def score_with_texts(self, samples: Sequence[Sample], role: str, *, detailed: bool = True) -> Scored:
+        """``score``, with the text of each sample's labels."""
+        labels = [[label for label in sample.labels if label != IGNORED] for sample in samples]
+        texts = self.subject.tokenizer.batch_decode(labels, skip_special_tokens=True)
+        return list(zip(self.score(samples, role, detailed=detailed), texts, strict=True))
+
     def answer(
         self, prompts: Sequence[Sequence[int]], role: str, new_tokens: int, stop: Sequence[str] = ()
     ) -> list[str]:
@@ -97,24 +103,20 @@ def probabilities(scores: Sequence[TokenScores]) -> Metric:
     )
 
 
-def memorisation(scores: Sequence[TokenScores]) -> tuple[Metric, Metric]:
-    """Extraction strength and exact memorisation; the last label, the end, does not count."""
-    hits = [sample.hits[:-1] for sample in scores]
-    return (
-        _mean_of_known(list(map(metrics.extraction_strength, hits))),
-        _mean_of_known(list(map(metrics.exact_memorization, hits))),
-    )
+def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, Metric]:
+    """Extraction strength and exact memorisation, by names that begin with ``prefix``.
+
+    The last label, the end, does not count; the mean leaves out the NaN of an answer that has no other.
+    """
+    results = {}
+    for measure in (metrics.extraction_strength, metrics.exact_memorization):
+        values = [measure(sample.hits[:-1]) for sample in scores]
+        known = [value for value in values if not math.isnan(value)]
+        results[prefix + measure.__name__] = Metric(metrics.mean(known), [{"score": value} for value in values])
+    return results
 
 
-def _mean_of_known(values: list[float]) -> Metric:
-    """The mean without NaN, which an answer of one token has: nothing but its end."""
-    known = [value for value in values if not math.isnan(value)]
-    return Metric(metrics.mean(known), [{"score": value} for value in values])
-
-
-def membership(
-    forget: Sequence[tuple[TokenScores, str]], holdout: Sequence[tuple[TokenScores, str]]
-) -> dict[str, Metric]:
+def membership(forget: Scored, holdout: Scored) -> dict[str, Metric]:
     """The ``MEMBERSHIP`` metrics from scores and texts: ``membership_auc`` of each score.
 
     Samples carry ``score``: forget first, then holdout. Min-K leaves the last label out, as open-unlearning.
@@ -134,11 +136,8 @@ def membership(
     result = {}
     for column, name in enumerate(MEMBERSHIP):
         ours, others = ([row[column] for row in rows] for rows in by_set)
-        samples = [
-            {"set": role, "score": score}
-            for role, scores in (("forget", ours), ("holdout", others))
-            for score in scores
-        ]
+        samples = [{"set": "forget", "score": score} for score in ours]
+        samples += [{"set": "holdout", "score": score} for score in others]
         result[name] = Metric(metrics.membership_auc(ours, others), samples)
     return result
 
@@ -146,19 +145,6 @@ def membership(
 def privacy_leakage(membership: Mapping[str, Metric], reference: EvaluationFile) -> Metric:
     """PrivLeak from ``membership`` and a gold model's."""
     return Metric(metrics.privacy_leakage(membership["mia_min_k"].value, reference.value("mia_min_k")))
-
-
-def label_texts(examinee: Examinee, samples: Sequence[Sample]) -> list[str]:
-    """The text of each sample's labels."""
-    labels = [[label for label in sample.labels if label != IGNORED] for sample in samples]
-    texts: list[str] = examinee.subject.tokenizer.batch_decode(labels, skip_special_tokens=True)
-    return texts
-
-
-def in_groups(values: Sequence[float], sizes: Sequence[int]) -> list[Sequence[float]]:
-    """Cut ``values`` into groups of these sizes."""
-    ends = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
-    return [values[begin:end] for begin, end in pairwise(ends)]
 
 
 def require(path: str | Path | None, name: str, why: str) -> Path:

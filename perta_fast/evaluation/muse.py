@@ -8,15 +8,8 @@ from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import Rows, read_rows
-from perta_fast.evaluation.examinee import (
-    Examinee,
-    label_texts,
-    membership,
-    memorisation,
-    privacy_leakage,
-)
+from perta_fast.evaluation.examinee import Examinee, Scored, membership, memorisation, privacy_leakage
 from perta_fast.evaluation.results import EvaluationFile, Metric
-from perta_fast.models.token_scores import TokenScores
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
 SCORED_TOKENS = 2048  # of a text at most, as in open-unlearning
@@ -53,17 +46,15 @@ def evaluate_muse(
     prompts = passages.texts("prompt")
     whole = [f"{prompt} {truth}" for prompt, truth in zip(prompts, passages.texts("gt"), strict=True)]
     continued = _score_texts(examinee, "verbmem", prompts, whole, passages.places)
-    strength, exact = memorisation([scores for scores, _ in continued])
-    results |= {"extraction_strength": strength, "exact_memorization": exact}
-    results |= membership(*(_score_membership(examinee, role, rows) for role in ("forget", "holdout")))
+    results |= memorisation([scores for scores, _ in continued])
+    scored = []
+    for role in ("forget", "holdout"):
+        file = rows[f"privleak/{role}"]
+        scored.append(_score_texts(examinee, role, [""] * len(file.places), file.texts("text"), file.places))
+    results |= membership(*scored)
     if reference is not None:
         results["privleak"] = privacy_leakage(results, reference)
     return results
-
-
-def check_reference(reference: EvaluationFile) -> None:
-    """Raise InputError unless the gold results have what PrivLeak is measured by."""
-    reference.value("mia_min_k")
 
 
 def _verbatim(examinee: Examinee, rows: Rows) -> Metric:
@@ -87,14 +78,9 @@ def _knowledge(examinee: Examinee, role: str, rows: Rows, examples: Rows) -> Met
     return examinee.rouge(rows.texts("answer"), answers, "rougeL_f1")
 
 
-def _score_membership(examinee: Examinee, role: str, rows: dict[str, Rows]) -> list[tuple[TokenScores, str]]:
-    texts = rows[f"privleak/{role}"]
-    return _score_texts(examinee, role, [""] * len(texts.content), texts.texts("text"), texts.places)
-
-
 def _score_texts(
     examinee: Examinee, role: str, prompts: Sequence[str], texts: Sequence[str], places: Sequence[str]
-) -> list[tuple[TokenScores, str]]:
+) -> Scored:
     """Scores of what each text has after the prompt that it begins with, and what that says."""
     records = [Row({"text": text}, where) for text, where in zip(texts, places, strict=True)]
     samples = []
@@ -105,8 +91,7 @@ def _score_texts(
         if not labels:
             raise InputError(f"{record.where}: its prompt leaves no token to score within {len(ids)} tokens")
         samples.append(Sample(ids, (IGNORED,) * begin + labels))
-    scores = examinee.score(samples, role, detailed=True)
-    return list(zip(scores, label_texts(examinee, samples), strict=True))
+    return examinee.score_with_texts(samples, role)
 
 
 def _opening(tokenizer: Any, text: str) -> list[int]:

@@ -7,14 +7,13 @@ from perta_fast.data.json_lines import Row, read_data
 from perta_fast.data.samples import prompt_of
 from perta_fast.evaluation.examinee import (
     Examinee,
-    label_texts,
+    Scored,
     membership,
     memorisation,
     privacy_leakage,
     probabilities,
 )
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
-from perta_fast.models.token_scores import TokenScores
 
 NEW_TOKENS = 200
 
@@ -33,12 +32,12 @@ def evaluate_own_data(examinee: Examinee, files: Files, reference: EvaluationFil
     ``reference`` as well, PrivLeak.
     """
     results: dict[str, Metric] = {}
-    scored: dict[str, list[tuple[TokenScores, str]]] = {}
+    scored: dict[str, Scored] = {}
     for role, (path, records, digest) in files.items():
         examinee.note_file(role, path, digest, len(records))
         samples = examinee.tokenise(records, role)
-        scores = examinee.score(samples, role, detailed=True)
-        scored[role] = list(zip(scores, label_texts(examinee, samples), strict=True))
+        scored[role] = examinee.score_with_texts(samples, role)
+        scores = [score for score, _ in scored[role]]
         probability = probabilities(scores)
         losses = [sample["avg_loss"] for sample in probability.samples]
         results |= {f"{role}_loss": averaged("avg_loss", losses), f"{role}_Q_A_Prob": probability}
@@ -46,8 +45,7 @@ def evaluate_own_data(examinee: Examinee, files: Files, reference: EvaluationFil
             answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
             truth = [record.content["answer"] for record in records]
             results[f"{role}_Q_A_ROUGE"] = examinee.rouge(truth, answers, "rougeL_recall")
-        strength, exact = memorisation(scores)
-        results |= {f"{role}_extraction_strength": strength, f"{role}_exact_memorization": exact}
+        results |= memorisation(scores, f"{role}_")
     if "holdout" in scored:
         results |= membership(scored["forget"], scored["holdout"])
         if reference is not None:

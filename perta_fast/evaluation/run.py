@@ -13,12 +13,10 @@ from perta_fast.data.chat import with_chat_settings
 from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import Examinee, require
 from perta_fast.evaluation.lm_eval_harness import check_harness, general_ability
-from perta_fast.evaluation.muse import check_reference as check_muse_reference
 from perta_fast.evaluation.muse import evaluate_muse, read_muse
 from perta_fast.evaluation.own_data import evaluate_own_data, read_own_data
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric
-from perta_fast.evaluation.tofu import check_reference as check_tofu_reference
-from perta_fast.evaluation.tofu import evaluate_tofu, read_tofu
+from perta_fast.evaluation.tofu import check_reference, evaluate_tofu, read_tofu
 from perta_fast.files.new_file import check_output_file
 from perta_fast.models.loading import Subject, check_sizes, load_subject
 from perta_fast.models.token_scores import evaluation_mode
@@ -76,7 +74,11 @@ def evaluate(
         check_output_file(Path(out), (".json",), overwrite=overwrite)
     gold = None if reference is None else EvaluationFile.read(reference)
     measure = _measurement(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
-    _check_libraries(lm_eval)
+    for name in ("rouge_score", "scipy", "sklearn"):
+        if find_spec(name) is None:
+            raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
+    if lm_eval:
+        check_harness(lm_eval)
     settings = {
         "suite": suite,
         "split": split if suite == "tofu" else None,
@@ -119,7 +121,7 @@ def _measurement(
         if gold is not None:
             if "holdout" not in given:
                 raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
-            check_muse_reference(gold)
+            gold.value("mia_min_k")
         return lambda examinee: evaluate_own_data(examinee, files, gold)
     if suite not in ("tofu", "muse"):
         raise InputError(f"suite is {suite!r}; it must be tofu or muse")
@@ -129,11 +131,11 @@ def _measurement(
     if suite == "tofu":
         sets = read_tofu(folder, split)
         if gold is not None:
-            check_tofu_reference(gold, sets)
+            check_reference(gold, sets)
         return lambda examinee: evaluate_tofu(examinee, sets, gold)
     sets = read_muse(folder)
     if gold is not None:
-        check_muse_reference(gold)
+        gold.value("mia_min_k")
     return lambda examinee: evaluate_muse(examinee, sets, gold)
 
 
@@ -150,11 +152,3 @@ def _subject(
     if tokenizer is None:
         raise InputError("a tokenizer is needed with a module; pass tokenizer=")
     return Subject(model_or_path, tokenizer, "live module")
-
-
-def _check_libraries(lm_eval: Sequence[str]) -> None:
-    for name in ("rouge_score", "scipy", "sklearn"):
-        if find_spec(name) is None:
-            raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
-    if lm_eval:
-        check_harness(lm_eval)

@@ -1,24 +1,21 @@
 """TOFU (arXiv 2401.06121): probability, ROUGE-L recall and truth ratio on its four sets, and what follows."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-from perta_fast.data.samples import prompt_of
+from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import Rows, read_rows
 from perta_fast.evaluation.examinee import (
     Examinee,
-    in_groups,
-    label_texts,
+    Scored,
     membership,
     memorisation,
     privacy_leakage,
     probabilities,
 )
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
-from perta_fast.models.token_scores import TokenScores
 
 SPLITS = ("forget01", "forget05", "forget10")
 NEW_TOKENS = 200
@@ -27,8 +24,6 @@ _UTILITY = (
     *("ra_Q_A_Prob_normalised", "ra_Q_A_ROUGE", "ra_Truth_Ratio"),
     *("wf_Q_A_Prob_normalised", "wf_Q_A_ROUGE", "wf_Truth_Ratio"),
 )
-
-Scored = list[tuple[TokenScores, str]]
 
 
 def read_tofu(folder: Path, split: str) -> dict[str, Rows]:
@@ -57,13 +52,13 @@ def evaluate_tofu(
 ) -> dict[str, Metric]:
     """All metrics of TOFU; with ``reference``, forget quality, and PrivLeak if there is a holdout set."""
     results: dict[str, Metric] = {}
-    forget: Scored = []
-    for role in ("forget", "retain", "ra", "wf"):
-        scored = _evaluate_set(examinee, role, rows[role], results)
-        forget = forget or scored
+    scored = {
+        role: _evaluate_set(examinee, role, rows[role], results) for role in ("forget", "retain", "ra", "wf")
+    }
     results["model_utility"] = Metric(metrics.model_utility([results[name].value for name in _UTILITY]))
     if "holdout" in rows:
-        results |= membership(forget, _score_answers(examinee, "holdout", rows["holdout"]))
+        holdout = _tokenised(examinee, "holdout", rows["holdout"])
+        results |= membership(scored["forget"], examinee.score_with_texts(holdout, "holdout"))
     if reference is not None:
         results |= _forget_quality(results["forget_truth_ratio"], reference)
         if "holdout" in rows:
@@ -81,20 +76,25 @@ def check_reference(reference: EvaluationFile, rows: dict[str, Rows]) -> None:
 def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, Metric]) -> Scored:
     """Put the metrics of one set into ``results``; returns the scores and texts of its answers."""
     fictitious = role in ("forget", "retain")
-    examinee.note_file(role, rows.path, rows.digest, len(rows.content))
-    samples = examinee.tokenise(rows.records("question", "answer"), role)
-    scores = examinee.score(samples, role, detailed=fictitious)
-    right = scores
+    samples = _tokenised(examinee, role, rows)
+    scored = examinee.score_with_texts(samples, role, detailed=fictitious)
+    right = scores = [score for score, _ in scored]
     if fictitious:
         paraphrased = examinee.tokenise(rows.records("question", "paraphrased_answer"), f"{role} paraphrased")
         right = examinee.score(paraphrased, f"{role} paraphrased")
-    perturbed = examinee.tokenise(rows.listed_records("question", "perturbed_answer"), f"{role} perturbed")
-    wrong_means = [metrics.mean(sample.log_probs) for sample in examinee.score(perturbed, f"{role} perturbed")]
-    wrong = in_groups(wrong_means, [len(row["perturbed_answer"]) for row in rows.content])
+    perturbed = examinee.tokenise(rows.records("question", "perturbed_answer"), f"{role} perturbed")
+    wrong_scores = iter(examinee.score(perturbed, f"{role} perturbed"))  # all answers to a question in a row
+    wrong = [
+        [metrics.mean(next(wrong_scores).log_probs) for _ in row["perturbed_answer"]] for row in rows.content
+    ]
 
     results[f"{role}_Q_A_Prob"] = probabilities(scores)
     if not fictitious:
-        results[f"{role}_Q_A_Prob_normalised"] = _normalised(scores, wrong)
+        normalised = [
+            metrics.normalised_probability(metrics.probability(sample.log_probs), list(map(math.exp, means)))
+            for sample, means in zip(scores, wrong, strict=True)
+        ]
+        results[f"{role}_Q_A_Prob_normalised"] = averaged("prob", normalised)
     answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
     results[f"{role}_Q_A_ROUGE"] = examinee.rouge(rows.texts("answer"), answers, "rougeL_recall")
     ratios = [
@@ -105,27 +105,14 @@ def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, 
     name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
     results[name] = Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
     if fictitious:
-        prefix = "" if role == "forget" else "retain_"
-        strength, exact = memorisation(scores)
-        results |= {f"{prefix}extraction_strength": strength, f"{prefix}exact_memorization": exact}
-    return list(zip(scores, label_texts(examinee, samples), strict=True))
+        results |= memorisation(scores, "" if role == "forget" else "retain_")
+    return scored
 
 
-def _score_answers(examinee: Examinee, role: str, rows: Rows) -> Scored:
+def _tokenised(examinee: Examinee, role: str, rows: Rows) -> list[Sample]:
+    """Questions and answers of a set, which the record then names."""
     examinee.note_file(role, rows.path, rows.digest, len(rows.content))
-    samples = examinee.tokenise(rows.records("question", "answer"), role)
-    scores = examinee.score(samples, role, detailed=True)
-    return list(zip(scores, label_texts(examinee, samples), strict=True))
-
-
-def _normalised(scores: Sequence[TokenScores], wrong: Sequence[Sequence[float]]) -> Metric:
-    values = [
-        metrics.normalised_probability(
-            metrics.probability(sample.log_probs), [math.exp(mean) for mean in group]
-        )
-        for sample, group in zip(scores, wrong, strict=True)
-    ]
-    return averaged("prob", values)
+    return examinee.tokenise(rows.records("question", "answer"), role)
 
 
 def _forget_quality(ratios: Metric, reference: EvaluationFile) -> dict[str, Metric]:

@@ -18,10 +18,7 @@ ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role
 
 
 def open_given(
-    curves: Sequence[Rule],
-    checkpoints: tuple[str, str, str],
-    forget: Sequence[str],
-    retain: Sequence[str],
+    curves: Sequence[Rule], checkpoints: tuple[str, str, str], forget: Sequence[str], retain: Sequence[str]
 ) -> dict[Estimator, Sources]:
     """Open and match the directories that were given, a pair for each estimator.
 

@@ -104,7 +104,7 @@ class ScoredModel:
             truth = [row.content["answer"] for row in self._data[role].rows]
             return loss, self._examinee.rouge(truth, answers, "rougeL_recall").value
         if metric in _MEMORISATION:
-            return loss, memorisation(scores)[_MEMORISATION.index(metric)].value
+            return loss, memorisation(scores)[metric].value
         return loss, probabilities(scores).value
 
 

@@ -23,14 +23,7 @@ from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
-from perta_fast.sweeping.unfinished import (
-    STATE,
-    Begun,
-    Record,
-    check_unchanged,
-    has_begun,
-    load_begun,
-)
+from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, has_begun, load_begun
 
 PathLike = str | Path
 
