@@ -1,4 +1,4 @@
-"""Folding a gradient into a float32 accumulator: += g and += g².
+"""Adding a gradient, or its square, to a float32 accumulator: += g and += g².
 
 GB/s count each byte once: gradient and accumulator read, accumulator written.
 """
@@ -62,16 +62,16 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
     gradient = drawn.to(case.gradient)
     accumulator = torch.zeros(elements, device=device)
     moved = gradient.nbytes + 2 * accumulator.nbytes
-    torch_fold = add_square_ if case.squared else add_
-    our_fold = pf.ops.accumulate_square_ if case.squared else pf.ops.accumulate_
-    compiled = torch.compile(torch_fold)
+    in_torch = add_square_ if case.squared else add_
+    by_us = pf.ops.accumulate_square_ if case.squared else pf.ops.accumulate_
+    compiled = torch.compile(in_torch)
     outcomes = contest(
         device,
         rounds,
         moved=moved,
-        eager=lambda: torch_fold(accumulator, gradient),
+        eager=lambda: in_torch(accumulator, gradient),
         compiled=lambda: compiled(accumulator, gradient),
-        ours=lambda backend: our_fold(accumulator, gradient, backend=backend),
+        ours=lambda backend: by_us(accumulator, gradient, backend=backend),
     )
     return Measured(case, moved, outcomes)
 
@@ -83,12 +83,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @replayed
-def bench_fold(measured: Measured, contender: str, device: str, board: list[Row], benchmark: Any) -> None:
+def bench_accumulate(measured: Measured, contender: str, device: str, board: list[Row], benchmark: Any) -> None:
     """One contender on one case."""
     row = replay(
         benchmark,
         measured.outcomes[contender],
-        group=f"fold, {device}: {measured.case}",
+        group=f"accumulate, {device}: {measured.case}",
         contender=contender,
         role=roles(device)[contender],
         bytes=measured.moved,

@@ -63,7 +63,8 @@ def make_model(device: str) -> nn.Module:
         max_position_embeddings=256,
         tie_word_embeddings=not large,
     )
-    return LlamaForCausalLM(config).to(device, torch.bfloat16 if large else torch.float32).eval()
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(device, torch.bfloat16 if large else torch.float32).eval()
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ per-sample Fisher, as ours does, unless their note says otherwise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -110,15 +110,15 @@ def contest_of_operation(device: str, shape: tuple[int, int, int], rounds: int) 
     )
     fisher = torch.zeros(width, width, device=device)
 
-    def fold(backend: str) -> object:
+    def accumulate(backend: str) -> object:
         return pf.ops.accumulate_squared_gradients_(fisher, activations, deltas, backend=backend)
 
     works: dict[str, Callable[[], object]] = {
         "one matrix product": lambda: one_product(activations, deltas),
-        "torch, sample by sample": lambda: fold("reference"),
+        "torch, sample by sample": lambda: accumulate("reference"),
         "torch, all gradients at once": lambda: all_at_once(activations, deltas),
         "BackPACK": by_backpack(activations, deltas),
-        "ours": lambda: fold(BACKENDS[device]),
+        "ours": lambda: accumulate(BACKENDS[device]),
     }
     with torch.no_grad():
         return alternate({name: timed(work, device) for name, work in works.items()}, rounds)
@@ -195,7 +195,8 @@ class Subject:
         wrapped = GradSampleModule(self.model.train(), loss_reduction="sum", strict=False)  # no dropout here
         try:
             per_sample_losses(wrapped, self.batch).sum().backward()
-            return {name: p.grad_sample.float().square().sum(0) for name, p in self.model.named_parameters()}
+            parameters: Iterable[tuple[str, Any]] = self.model.named_parameters()
+            return {name: parameter.grad_sample.float().square().sum(0) for name, parameter in parameters}
         finally:
             wrapped.to_standard_module()
             self.model.eval()

@@ -6,6 +6,7 @@ it before every run, so that a disk is measured too; a virtual machine's disk ma
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ def mapped(sources: Sources) -> None:
 def subtract_mapped(sources: Sources, chunk: Chunk, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     """One chunk, at the addresses where the files are mapped."""
     places = []
-    for checkpoint, entry in sources.operands(sources.matches[chunk.index]):
+    for _, checkpoint, entry in sources.operands(sources.matches[chunk.index]):
         width = ITEM_SIZES[entry.dtype]
         begin = entry.begin + chunk.begin * width
         places.append(
@@ -68,7 +69,7 @@ def subtract_mapped(sources: Sources, chunk: Chunk, out: np.ndarray[Any, np.dtyp
         *(file.address + begin for file, begin, _, _ in places),
         tuple(code for *_, code in places),
         chunk.count,
-        *(RULE.lam, RULE.p, RULE.alpha, RULE.threshold),
+        *dataclasses.astuple(RULE.rescaling),
         1,
         True,
     )
@@ -83,10 +84,8 @@ def outcomes(checkpoints: CheckpointSet, rounds: int) -> dict[str, dict[str, Out
 
     def measured(state: str, way: str) -> Contender:
         def run() -> Sample:
-            sources = Sources.open(
-                *(checkpoints.path(name) for name in MERGED),
-                open_importances(RULE, *(checkpoints.path(name) for name in IMPORTANCES)),
-            )
+            model, base, tuned, forget, retain = (checkpoints.path(name) for name in MERGED + IMPORTANCES)
+            sources = Sources.open(model, base, tuned, open_importances(RULE, forget, retain))
             if state == "cold":
                 limits.evict(files)
             started = time.perf_counter()

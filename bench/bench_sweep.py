@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def ours(job: StreamJob) -> None:
 def outcomes(job: StreamJob, rounds: int) -> Mapping[str, Outcome]:
     """All contenders."""
     works = dict(zip(CONTENDERS, (at_least, by_checkpoints, ours), strict=True))
-    return alternate({name: timed(lambda work=work: work(job), "cpu") for name, work in works.items()}, rounds)
+    return alternate({name: timed(partial(work, job), "cpu") for name, work in works.items()}, rounds)
 
 
 @replayed

@@ -65,8 +65,8 @@ PERTA_CUDA_ARCHS=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_devic
 export PERTA_CUDA=1 PERTA_CUDA_ARCHS
 stage 'build' 180 python3 -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1
 
-stage 'tests' 170 python3 -m pytest tests/ops tests/subtraction/test_on_module.py tests/subtraction/test_on_module_copies.py tests/importance \
-    tests/evaluation tests/sweeping/test_sweep.py -q -k 'cuda or triton or live'
+stage 'tests' 170 python3 -m pytest tests/ops tests/importance tests/evaluation tests/sweeping/test_sweep.py \
+    tests/subtraction/test_on_module.py tests/subtraction/test_on_module_copies.py -q -k 'cuda or triton or live'
 if command -v compute-sanitizer >/dev/null; then
     # Without torch's cache of device memory, so that a step over the end of a tensor is seen.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage 'compute-sanitizer' 100 \
@@ -79,7 +79,7 @@ else
 fi
 
 measure bench_subtract 110
-measure bench_fold 60
+measure bench_accumulate 60
 measure bench_fisher 170
 measure bench_stream 150 -k large_layers
 measure bench_eval 90

@@ -52,8 +52,8 @@ PLANNED = {
     "fisher of a model, cuda": "Per-sample Fisher of a whole model on a GPU",
     "subtract, cpu": "Rescaled subtraction in memory",
     "subtract, cuda": "Rescaled subtraction on a GPU",
-    "fold, cpu": "Gradient folding in memory",
-    "fold, cuda": "Gradient folding on a GPU",
+    "accumulate, cpu": "Accumulating gradients in memory",
+    "accumulate, cuda": "Accumulating gradients on a GPU",
 }
 PREAMBLE = """\
 # Benchmark results

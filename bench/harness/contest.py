@@ -120,7 +120,7 @@ def run_child(command: Sequence[str], *, variables: Mapping[str, str] | None = N
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        launcher = [sys.executable, "-I", "-S", str(ROOT / "bench" / "launch.py"), str(report)]
+        launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(report)]
         done = subprocess.run(
             [*launcher, *command],
             env=environment,

@@ -23,7 +23,7 @@ def main() -> int:
     rank, world, store, estimator = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     group: Any = None
     if world > 1:
-        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
         group = dist.group.WORLD
     model = make_model()
     samples = [Sample(tuple(row), tuple(row)) for row in make_tokens().tolist()]

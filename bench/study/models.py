@@ -38,7 +38,7 @@ class Models:
 
         def make(folder: Path) -> None:
             rows = [*self.tofu.pretraining, *self.tofu.facts]
-            tokenizer = train_tokenizer(rows, settings.vocabulary)
+            tokenizer = train_tokenizer(map(dict, rows), settings.vocabulary)
             model = new_model(settings, tokenizer, self.seed).to(choose_device(None))
             epochs, rate = settings.pretraining_epochs, settings.pretraining_rate
             self._train(model, tokenizer, rows, epochs, rate, folder)

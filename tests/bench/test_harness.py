@@ -1,0 +1,29 @@
+"""What the benchmarks stand on: a command in its own process, and results as the program writes them."""
+
+import re
+import sys
+
+import pytest
+
+from bench import record
+from bench.harness.contest import ROOT, run_child
+
+
+def test_a_command_in_a_process_of_its_own() -> None:
+    sample = run_child([sys.executable, "-c", "print('heard by nobody')"])
+    assert sample.seen["peak_rss"] > 0
+    with pytest.raises(RuntimeError, match=r"exit status 3 .*\n.*what went wrong"):
+        run_child([sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)"])
+
+
+def test_the_results_are_what_the_program_writes() -> None:
+    assert record.RESULTS.read_text(encoding="utf-8") == record.render(record.load())
+
+
+def test_the_script_for_gpus_measures_benchmarks_that_are_there() -> None:
+    script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8")
+    names = re.findall(r"^measure (\w+)", script, re.MULTILINE)
+    tests = re.findall(r"\btests/[\w/.]+", script)
+    assert names and tests
+    assert all((ROOT / "bench" / f"{name}.py").exists() for name in names)
+    assert all((ROOT / path).exists() for path in tests)
