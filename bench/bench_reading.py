@@ -6,7 +6,6 @@ it before every run, so that a disk is measured too; a virtual machine's disk ma
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +68,7 @@ def subtract_mapped(sources: Sources, chunk: Chunk, out: np.ndarray[Any, np.dtyp
         *(file.address + begin for file, begin, _, _ in places),
         tuple(code for *_, code in places),
         chunk.count,
-        *dataclasses.astuple(RULE.rescaling),
+        RULE.rescaling,
         1,
         True,
     )

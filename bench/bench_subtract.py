@@ -18,6 +18,7 @@ from bench.harness.contest import Outcome, replay, replayed
 from bench.harness.tables import Row
 from bench.inputs.arrays import contest, roles
 from perta_fast.ops import reference
+from perta_fast.rules import Rescaling
 
 LAM = 1e-3  # theta is updated again and again and must stay in range
 
@@ -75,7 +76,7 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
     moved = theta.nbytes + sum(array.nbytes for array in arrays if array is not None)
 
     def formula() -> None:
-        theta.copy_(reference.rescaled_subtract(*arrays, LAM, p, 1.0, None))
+        theta.copy_(reference.rescaled_subtract(*arrays, Rescaling(LAM, p)))
 
     compiled = torch.compile(formula)
 

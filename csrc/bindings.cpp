@@ -42,9 +42,11 @@ perta::RescaleArrays arrays(Address out, Address theta, Address tuned, Address b
           code(4)};
 }
 
-perta::RescaleOptions options(Address forget, float lam, float p, float alpha,
-                              const std::optional<float>& threshold) {
-  return {lam, alpha, p, threshold.value_or(0.0f), forget != 0, threshold.has_value()};
+// A perta_fast.rules.Rescaling.
+perta::Rescaling rescaling(const py::object& settings) {
+  const auto number = [&](const char* name) { return settings.attr(name).cast<float>(); };
+  const bool masked = !settings.attr("threshold").is_none();
+  return {number("lam"), number("p"), number("alpha"), masked ? number("threshold") : 0.0f, masked};
 }
 
 // A task vector by its factors: left, right, rank, columns, scale, first element; see LowRank.
@@ -58,16 +60,15 @@ perta::LowRank low_rank(const Factors& factors) {
 
 // Returns the statistics, or None where they are not wanted. factors: the task vector, instead of tuned and base.
 py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
-                             Address retain, const py::tuple& dtypes, size_t n, float lam, float p, float alpha,
-                             std::optional<float> threshold, int threads, bool counted,
-                             const std::optional<Factors>& factors) {
+                             Address retain, const py::tuple& dtypes, size_t n, const py::object& settings,
+                             int threads, bool counted, const std::optional<Factors>& factors) {
   perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
   perta::LowRank task;
   if (factors.has_value()) {
     task = low_rank(*factors);
     all.low_rank = &task;
   }
-  const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
+  const perta::Rescaling how = rescaling(settings);
   perta::RescaleStatistics statistics;
   {
     py::gil_scoped_release released;
@@ -86,17 +87,17 @@ py::object rescaled_subtract(Address out, Address theta, Address tuned, Address 
   return result;
 }
 
-void fold(Address accumulator, Address gradient, int dtype_code, bool squared, size_t n, int threads) {
+void accumulate(Address accumulator, Address gradient, int dtype_code, bool squared, size_t n, int threads) {
   const perta::DType type = dtype(dtype_code);
   py::gil_scoped_release released;
-  perta::fold(*kernels, static_cast<float*>(pointer(accumulator)), pointer(gradient), type, squared, n,
-              threads);
+  perta::accumulate(*kernels, static_cast<float*>(pointer(accumulator)), pointer(gradient), type, squared, n,
+                    threads);
 }
 
-void accumulate_fisher(Address fisher, Address gradient, Address activations, Address output_gradients,
-                       int activations_dtype, int output_gradients_dtype, size_t d_in, size_t d_out, Address samples,
-                       size_t sample_count, int threads) {
-  const perta::FisherArrays arrays{static_cast<float*>(pointer(fisher)),
+void fisher(Address squares, Address gradient, Address activations, Address output_gradients, int activations_dtype,
+            int output_gradients_dtype, size_t d_in, size_t d_out, Address samples, size_t sample_count,
+            int threads) {
+  const perta::FisherArrays arrays{static_cast<float*>(pointer(squares)),
                                    static_cast<float*>(pointer(gradient)),
                                    pointer(activations),
                                    pointer(output_gradients),
@@ -109,7 +110,7 @@ void accumulate_fisher(Address fisher, Address gradient, Address activations, Ad
   bool complete;
   {
     py::gil_scoped_release released;
-    complete = perta::accumulate_fisher(*kernels, arrays, threads);
+    complete = perta::fisher(*kernels, arrays, threads);
   }
   if (!complete) throw std::bad_alloc();
 }
@@ -129,36 +130,34 @@ void check(const char* error) {
 // Entries are (out, theta, tuned, base, forget importance, retain importance, dtypes, elements), one a tensor.
 using RescaleEntry = std::tuple<Address, Address, Address, Address, Address, Address, py::tuple, size_t>;
 
-void cuda_rescaled_subtract(const std::vector<RescaleEntry>& entries, bool weighted, float lam, float p, float alpha,
-                            std::optional<float> threshold, Address stream) {
+void cuda_rescaled_subtract(const std::vector<RescaleEntry>& entries, const py::object& settings, Address stream) {
   std::vector<perta::cuda::RescaleTensor> tensors;
   for (const auto& [out, theta, tuned, base, forget, retain, dtypes, n] : entries) {
     tensors.push_back({arrays(out, theta, tuned, base, forget, retain, dtypes), n});
   }
-  const perta::RescaleOptions how{lam, alpha, p, threshold.value_or(0.0f), weighted, threshold.has_value()};
+  const perta::Rescaling how = rescaling(settings);
   py::gil_scoped_release released;
   check(perta::cuda::rescaled_subtract(tensors, how, pointer(stream)));
 }
 
 void cuda_low_rank_subtract(Address out, Address theta, Address forget, Address retain, const py::tuple& dtypes,
-                            size_t n, float lam, float p, float alpha, std::optional<float> threshold,
-                            const Factors& factors, Address stream) {
+                            size_t n, const py::object& settings, const Factors& factors, Address stream) {
   perta::RescaleArrays all = arrays(out, theta, 0, 0, forget, retain, dtypes);
   const perta::LowRank task = low_rank(factors);
   all.low_rank = &task;
-  const perta::RescaleOptions how = options(forget, lam, p, alpha, threshold);
+  const perta::Rescaling how = rescaling(settings);
   py::gil_scoped_release released;
   check(perta::cuda::low_rank_subtract({all, n}, how, pointer(stream)));
 }
 
 // Entries are (accumulator, gradient, the gradient's dtype, elements).
-void cuda_fold(const std::vector<std::tuple<Address, Address, int, size_t>>& entries, bool squared, Address stream) {
-  std::vector<perta::cuda::FoldTensor> tensors;
+void cuda_accumulate(const std::vector<std::tuple<Address, Address, int, size_t>>& entries, bool squared, Address stream) {
+  std::vector<perta::cuda::AccumulateTensor> tensors;
   for (const auto& [accumulator, gradient, dtype_code, n] : entries) {
     tensors.push_back({static_cast<float*>(pointer(accumulator)), pointer(gradient), dtype(dtype_code), n});
   }
   py::gil_scoped_release released;
-  check(perta::cuda::fold(tensors, squared, pointer(stream)));
+  check(perta::cuda::accumulate(tensors, squared, pointer(stream)));
 }
 #endif
 
@@ -184,22 +183,21 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of perta_fast; called through perta_fast.ops.";
   m.def("rescaled_subtract", &rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"),
         py::arg("base"), py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"),
-        py::arg("n"), py::arg("lam"), py::arg("p"), py::arg("alpha"), py::arg("threshold"),
-        py::arg("threads"), py::arg("counted"), py::arg("factors") = py::none());
-  m.def("fold", &fold, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"), py::arg("squared"),
-        py::arg("n"), py::arg("threads"));
-  m.def("accumulate_fisher", &accumulate_fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"),
+        py::arg("n"), py::arg("rescaling"), py::arg("threads"), py::arg("counted"), py::arg("factors") = py::none());
+  m.def("accumulate", &accumulate, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"),
+        py::arg("squared"), py::arg("n"), py::arg("threads"));
+  m.def("fisher", &fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"),
         py::arg("output_gradients"), py::arg("activations_dtype"), py::arg("output_gradients_dtype"),
         py::arg("d_in"), py::arg("d_out"), py::arg("samples"), py::arg("sample_count"), py::arg("threads"));
   m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
   m.def("build_info", &build_info);
   m.def("available_threads", &perta::available_threads);
 #ifdef PERTA_WITH_CUDA
-  m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("entries"), py::arg("weighted"), py::arg("lam"),
-        py::arg("p"), py::arg("alpha"), py::arg("threshold"), py::arg("stream"));
+  m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("entries"), py::arg("rescaling"),
+        py::arg("stream"));
   m.def("cuda_low_rank_subtract", &cuda_low_rank_subtract, py::arg("out"), py::arg("theta"),
-        py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"), py::arg("n"), py::arg("lam"),
-        py::arg("p"), py::arg("alpha"), py::arg("threshold"), py::arg("factors"), py::arg("stream"));
-  m.def("cuda_fold", &cuda_fold, py::arg("entries"), py::arg("squared"), py::arg("stream"));
+        py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"), py::arg("n"),
+        py::arg("rescaling"), py::arg("factors"), py::arg("stream"));
+  m.def("cuda_accumulate", &cuda_accumulate, py::arg("entries"), py::arg("squared"), py::arg("stream"));
 #endif
 }

@@ -1,7 +1,8 @@
-// Storage types and their conversion to and from float32.
+// Storage types and their conversion to and from float32: out = float32(stored), stored = round(value).
 //
-// The conversions are integer arithmetic on the bits, so that one definition serves every CPU and CUDA and
-// rounds to nearest even everywhere. A bfloat16 value survives the round trip bit for bit, NaN included.
+// The conversions are integer arithmetic on the bits, so that one definition serves every CPU and CUDA and rounds to
+// nearest even everywhere. A bfloat16 value survives the round trip bit for bit, NaN included.
+// Assumes IEEE float32 with subnormals (no flushing to zero). Reads no memory; a few integer operations an element.
 #pragma once
 
 #include <cstddef>

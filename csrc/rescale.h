@@ -1,11 +1,12 @@
-// The formula of one element, shared by every CPU instruction set and by CUDA.
+// The formula of one element, and what every backend in C++ takes for it; shared by the CPU and CUDA.
 //
-//   w    = I_f^p / (I_f^p + alpha I_r^p), 0 where both are 0; with a hard mask, w = 1 where w > threshold, else 0
+//   w    = I_f^p / (I_f^p + alpha I_r^p), 0 where both are 0; with a threshold, w = 1 where w > threshold, else 0
 //   step = (lam w) (theta_f - theta_0)
 //   out  = theta where step is 0, else round(theta - step)
 //
-// float32 throughout, in this order, no contraction (build with -ffp-contract=off, --fmad=false): every backend
-// then gives the same bits. Importances are taken by magnitude, because a mean gradient is stored with its sign.
+// Assumes float32 throughout, in this order, and no contraction (-ffp-contract=off, --fmad=false): every backend then
+// gives the same bits. Importances are taken by magnitude, because a mean gradient is stored with its sign.
+// FLOPs: 3 an element with w = 1; 7 with weights and p = 1, one a division.
 #pragma once
 
 #include <cmath>
@@ -14,16 +15,55 @@
 
 namespace perta {
 
-enum class Power : int { one = 0, two = 1, half = 2, general = 3 };
-
-struct RescaleOptions {
+// Everything in the formula but the arrays, as perta_fast.rules.Rescaling.
+struct Rescaling {
   float lam;
-  float alpha;
   float p;
+  float alpha;
   float threshold;
-  bool weighted;  // false: w = 1, the plain task vector
-  bool masked;    // w is made 1 above the threshold, else 0
+  bool masked;  // there is a threshold
 };
+
+// A task vector of which only factors are stored: scale * left * right, as of a LoRA adapter.
+struct LowRank {
+  const float* left;   // (rows, rank)
+  const float* right;  // (rank, columns)
+  size_t rank;
+  size_t columns;
+  float scale;
+  size_t first;  // element of the matrix, row by row, at which the other arrays begin
+};
+
+// One tensor's arrays, all equally long.
+struct RescaleArrays {
+  void* out;  // may be theta itself, else overlaps nothing
+  const void* theta;
+  const void* tuned;
+  const void* base;
+  const void* forget;  // nullptr: w = 1, the plain task vector
+  const void* retain;
+  DType theta_dtype;  // also that of out
+  DType tuned_dtype;
+  DType base_dtype;
+  DType forget_dtype;
+  DType retain_dtype;
+  const LowRank* low_rank = nullptr;  // the task vector, if tuned and base are not read for it
+};
+
+struct RescaleStatistics {
+  double sum_weight = 0;          // of w
+  double sum_squared_theta = 0;   // of theta^2, before
+  double sum_squared_change = 0;  // of (out - theta)^2, after rounding
+  int64_t changed = 0;            // elements whose value differs after rounding
+  int64_t nonfinite_out = 0;      // NaN or Inf in out
+  int64_t nonfinite_forget = 0;   // NaN or Inf in I_f
+  int64_t nonfinite_retain = 0;   // NaN or Inf in I_r
+  bool nonzero_task = false;      // some element has theta_f != theta_0
+};
+
+PERTA_HD bool has_weights(const RescaleArrays& arrays) { return arrays.forget != nullptr; }
+
+enum class Power : int { one = 0, two = 1, half = 2, general = 3 };
 
 PERTA_HD Power power_of(float p) {
   return p == 1.0f ? Power::one : p == 2.0f ? Power::two : p == 0.5f ? Power::half : Power::general;
@@ -40,12 +80,12 @@ PERTA_HD float raise(float importance, float p) {
 }
 
 template <Power power, bool masked>
-PERTA_HD float weight(float forget, float retain, RescaleOptions options) {
-  const float numerator = raise<power>(forget, options.p);
-  const float denominator = numerator + options.alpha * raise<power>(retain, options.p);
+PERTA_HD float weight(float forget, float retain, Rescaling rescaling) {
+  const float numerator = raise<power>(forget, rescaling.p);
+  const float denominator = numerator + rescaling.alpha * raise<power>(retain, rescaling.p);
   // A zero denominator has a zero numerator: dividing by one instead gives the wanted 0 without a branch.
   const float w = numerator / (denominator == 0.0f ? 1.0f : denominator);
-  return masked ? (w > options.threshold ? 1.0f : 0.0f) : w;
+  return masked ? (w > rescaling.threshold ? 1.0f : 0.0f) : w;
 }
 
 PERTA_HD float subtract(float theta, float step) { return step == 0.0f ? theta : theta - step; }

@@ -1,4 +1,8 @@
-"""accumulator += gradient, or += gradient^2, in Triton; product and sum are not fused."""
+"""accumulator += gradient, or += gradient^2, in Triton; product and sum are not fused.
+
+Assumes dense arrays aligned to their elements, of any size; the last block is masked.
+Bytes: 8 an element of the accumulator, and the gradient's once. FLOPs: 1 an element, 2 with the square.
+"""
 
 import triton
 import triton.language as tl
@@ -10,7 +14,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _fold(accumulator_pointer, gradient_pointer, n, SQUARED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _accumulate(accumulator_pointer, gradient_pointer, n, SQUARED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
     total = tl.load(accumulator_pointer + offsets, mask=inside, other=0.0)
@@ -20,12 +24,10 @@ def _fold(accumulator_pointer, gradient_pointer, n, SQUARED: tl.constexpr, BLOCK
     tl.store(accumulator_pointer + offsets, total + gradient, mask=inside)
 
 
-def fold_triton_(accumulator: Tensor, gradient: Tensor, squared: bool) -> None:
+def accumulate_triton_(accumulator: Tensor, gradient: Tensor, squared: bool) -> None:
     """Launch on checked arguments; see ``perta_fast.ops.accumulate_``."""
-    n = accumulator.numel()
-    if n == 0:
-        return
-    with current_device(accumulator):
-        _fold[(triton.cdiv(n, BLOCK),)](
-            accumulator, gradient, n, SQUARED=squared, BLOCK=BLOCK, enable_fp_fusion=False
-        )
+    if n := accumulator.numel():
+        with current_device(accumulator):
+            _accumulate[(triton.cdiv(n, BLOCK),)](
+                accumulator, gradient, n, SQUARED=squared, BLOCK=BLOCK, enable_fp_fusion=False
+            )

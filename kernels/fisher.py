@@ -114,7 +114,7 @@ INTERPRETED_TILE = _tile(16, 32, 16, 4, 1)
 Rows = tuple[tuple[int, int], ...]
 
 
-def accumulate_squared_gradients_triton_(
+def fisher_triton_(
     fisher: Tensor, gradient: Tensor | None, activations: Tensor, output_gradients: Tensor, samples: Tensor
 ) -> None:
     """Launch on checked arguments; see ``perta_fast.ops.accumulate_squared_gradients_``.

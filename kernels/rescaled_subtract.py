@@ -1,7 +1,8 @@
 """theta - lam w (theta_f - theta_0) in Triton, bit for bit as the reference.
 
-Division and root are IEEE (div_rn, sqrt_rn); products and sums are never fused (enable_fp_fusion=False). Each
-byte moves once. Any alignment of whole elements; the last block is masked.
+Division and root are IEEE (div_rn, sqrt_rn); products and sums are never fused (enable_fp_fusion=False).
+Assumes dense arrays aligned to their elements, of any size; the last block is masked.
+Bytes: each input once, out once. FLOPs: 3 an element with w = 1; 7 with weights and p = 1, one a division.
 """
 
 import triton
@@ -10,8 +11,9 @@ from perta_fast.kernels.device import current_device
 from perta_fast.kernels.storage import as_float, rounded
 from torch import Tensor
 
+from perta_fast.rules import EXACT_POWERS, Rescaling
+
 BLOCK = 1024
-POWERS = (0.5, 1.0, 2.0)  # exponents with an exact sequence of operations
 
 
 @triton.jit
@@ -25,47 +27,22 @@ def _raised(importance, DOUBLED_POWER: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _multiplied(left_pointer, right_pointer, offsets, inside, rank, columns, scale):  # type: ignore[no-untyped-def]
-    """Elements of scale * left @ right, their products added in the order of the rank."""
-    rows = offsets // columns
-    places = offsets % columns
-    total = tl.zeros(offsets.shape, tl.float32)
-    for k in range(rank):
-        left = tl.load(left_pointer + rows * rank + k, mask=inside, other=0.0)
-        right = tl.load(right_pointer + k * columns + places, mask=inside, other=0.0)
-        total = total + left * right
-    return scale * total
-
-
-@triton.jit
-def _rescaled_subtract(  # type: ignore[no-untyped-def]
-    out_pointer,  # may be theta
-    theta_pointer,
-    tuned_pointer,  # or the left factor of the task vector
-    base_pointer,  # or the right one
+def subtract_block(  # type: ignore[no-untyped-def]
+    out_pointer,
+    stored,
+    task,
     forget_pointer,
     retain_pointer,
-    n,
+    offsets,
+    inside,
     lam,
     alpha,
     threshold,
-    rank,
-    columns,
-    scale,
-    LOW_RANK: tl.constexpr,
     WEIGHTED: tl.constexpr,
     MASKED: tl.constexpr,
     DOUBLED_POWER: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < n
-    stored = tl.load(theta_pointer + offsets, mask=inside, other=0.0)
-    if LOW_RANK:
-        task = _multiplied(tuned_pointer, base_pointer, offsets, inside, rank, columns, scale)
-    else:
-        tuned = as_float(tl.load(tuned_pointer + offsets, mask=inside, other=0.0))
-        task = tuned - as_float(tl.load(base_pointer + offsets, mask=inside, other=0.0))
+    """Store one block of the result; ``stored`` is theta's, ``task`` the task vector's."""
     step = lam * task
     if WEIGHTED:
         forget = as_float(tl.load(forget_pointer + offsets, mask=inside, other=0.0))
@@ -81,6 +58,58 @@ def _rescaled_subtract(  # type: ignore[no-untyped-def]
     tl.store(out_pointer + offsets, tl.where(step == 0.0, stored, result), mask=inside)
 
 
+@triton.jit
+def _rescaled_subtract(  # type: ignore[no-untyped-def]
+    out_pointer,  # may be theta
+    theta_pointer,
+    tuned_pointer,
+    base_pointer,
+    forget_pointer,
+    retain_pointer,
+    n,
+    lam,
+    alpha,
+    threshold,
+    WEIGHTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    DOUBLED_POWER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    stored = tl.load(theta_pointer + offsets, mask=inside, other=0.0)
+    tuned = as_float(tl.load(tuned_pointer + offsets, mask=inside, other=0.0))
+    task = tuned - as_float(tl.load(base_pointer + offsets, mask=inside, other=0.0))
+    subtract_block(
+        out_pointer,
+        stored,
+        task,
+        forget_pointer,
+        retain_pointer,
+        offsets,
+        inside,
+        lam,
+        alpha,
+        threshold,
+        WEIGHTED,
+        MASKED,
+        DOUBLED_POWER,
+    )
+
+
+def settings(rescaling: Rescaling, weighted: bool) -> tuple[tuple[float, float, float], dict[str, object]]:
+    """lam, alpha and threshold as the kernels take them, and what they are compiled for.
+
+    Raises ValueError for a p that has no exact sequence of operations.
+    """
+    p, threshold = rescaling.p, rescaling.threshold
+    if p not in EXACT_POWERS:
+        raise ValueError(f"backend triton has no exact power p = {p}; use 0.5, 1, 2 or another backend")
+    constants = {"WEIGHTED": weighted, "MASKED": threshold is not None, "DOUBLED_POWER": int(2 * p)}
+    numbers = rescaling.lam, rescaling.alpha, 0.0 if threshold is None else threshold
+    return numbers, {**constants, "BLOCK": BLOCK, "enable_fp_fusion": False}
+
+
 def rescaled_subtract_triton_(
     out: Tensor,
     theta: Tensor,
@@ -88,69 +117,13 @@ def rescaled_subtract_triton_(
     base: Tensor,
     forget_importance: Tensor | None,
     retain_importance: Tensor | None,
-    lam: float,
-    p: float,
-    alpha: float,
-    threshold: float | None,
+    rescaling: Rescaling,
 ) -> None:
-    """Launch on checked arguments; see ``perta_fast.ops.rescaled_subtract_``. ``out`` may be ``theta``.
-
-    Raises ValueError for a p outside ``POWERS``.
-    """
-    arrays = (out, theta, tuned, base, forget_importance, retain_importance)
-    _launch(arrays, lam, p, alpha, threshold, factors=None)
-
-
-def low_rank_subtract_triton_(
-    theta: Tensor,
-    left: Tensor,
-    right: Tensor,
-    forget_importance: Tensor | None,
-    retain_importance: Tensor | None,
-    scale: float,
-    lam: float,
-    p: float,
-    alpha: float,
-    threshold: float | None,
-) -> None:
-    """Launch on checked arguments; see ``perta_fast.ops.low_rank_subtract_``. Raises as the function above."""
-    arrays = (theta, theta, left, right, forget_importance, retain_importance)
-    _launch(arrays, lam, p, alpha, threshold, factors=(len(right), theta.shape[1], scale))
-
-
-def _launch(
-    arrays: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    lam: float,
-    p: float,
-    alpha: float,
-    threshold: float | None,
-    factors: tuple[int, int, float] | None,
-) -> None:
-    """arrays: in the kernel's order. factors: rank, columns and scale, if the third and fourth are factors."""
-    out, theta, tuned, base, forget_importance, retain_importance = arrays
-    if p not in POWERS:
-        raise ValueError(f"backend triton has no exact power p = {p}; use 0.5, 1, 2 or another backend")
-    n = theta.numel()
-    if n == 0:
-        return
-    weighted = forget_importance is not None
-    with current_device(theta):
-        _rescaled_subtract[(triton.cdiv(n, BLOCK),)](
-            out,
-            theta,
-            tuned,
-            base,
-            forget_importance if weighted else theta,
-            retain_importance if weighted else theta,
-            n,
-            lam,
-            alpha,
-            0.0 if threshold is None else threshold,
-            *(factors or (0, 1, 0.0)),
-            LOW_RANK=factors is not None,
-            WEIGHTED=weighted,
-            MASKED=threshold is not None,
-            DOUBLED_POWER=int(2 * p),
-            BLOCK=BLOCK,
-            enable_fp_fusion=False,
-        )
+    """Launch on checked arguments; see ``perta_fast.ops.rescaled_subtract_``. ``out`` may be ``theta``."""
+    numbers, constants = settings(rescaling, forget_importance is not None)
+    importances = [theta if each is None else each for each in (forget_importance, retain_importance)]
+    if n := theta.numel():
+        with current_device(theta):
+            _rescaled_subtract[(triton.cdiv(n, BLOCK),)](
+                out, theta, tuned, base, *importances, n, *numbers, **constants
+            )

@@ -1,3 +1,6 @@
+// F += sum over samples of (delta_n^T a_n)^2 over threads, block by block of F. Formula, bytes and FLOPs:
+// fisher_block.cpp.
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -29,7 +32,7 @@ float* scratch_of_this_thread(size_t size) {
 
 }  // namespace
 
-bool accumulate_fisher(const BlockKernels& kernels, const FisherArrays& arrays, int threads) {
+bool fisher(const BlockKernels& kernels, const FisherArrays& arrays, int threads) {
   const size_t across = parts(arrays.d_in, block_columns);
   // Blocks of equal height, and some for every thread to choose from.
   const size_t wanted = std::max(parts(arrays.d_out, most_rows), parts(2 * static_cast<size_t>(threads), across));

@@ -1,16 +1,21 @@
 // F += sum over samples of (delta_n^T a_n)^2, with each sample's product held in registers only.
 //
-// Both factors have the token as their slow index, so a product of a few rows by a few vectors of columns is a sum
-// of outer products: load the columns once a token, broadcast the rows, multiply and add. When a sample's tokens
-// are through, the registers hold its gradient, which is squared into F at once. Packing copies the rows and
-// columns of a block side by side, as float32. FLOPs: 2 a token and element of F, as in an ordinary backward.
+// Both factors have the token as their slow index, so a product of a few rows by a few vectors of columns is a sum of
+// outer products: load the columns once a token, broadcast the rows, multiply and add. When a sample's tokens are
+// through, the registers hold its gradient, which is squared into F at once. Packing copies the rows and columns of a
+// block side by side, as float32; what hangs over the matrix's edge is padded with zeros.
 //
-// Compiled once per instruction set, with `static` code only (see rescaled_subtract_block.cpp). Unlike in the subtraction,
-// products and sums may be fused.
+// Assumes float32 accumulators aligned to their elements; inputs may lie at any byte.
+// FLOPs: 2 a token and element of F, as in an ordinary backward, and 2 a sample and element for the square.
+// Bytes: 8 an element of F and batch of tokens; each input once a block that it is packed for.
+//
+// Compiled once per instruction set, with `static` code only; see rescaled_subtract_block.cpp. Unlike there, products
+// and sums may be fused.
 
-#include "fisher_block.h"
+#include "instruction_sets.h"
+#include "storage.h"
 
-namespace perta {
+namespace perta::PERTA_ISA {
 namespace {
 
 #if defined(__AVX512F__)
@@ -28,8 +33,6 @@ static_assert(tile_rows <= largest_tile_rows && tile_columns <= largest_tile_col
 size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 using Vector = float __attribute__((vector_size(width * sizeof(float)), aligned(4), may_alias));
-using StoredHalf = uint16_t __attribute__((aligned(1), may_alias));
-using StoredFloat = float __attribute__((aligned(1), may_alias));
 
 // Copies columns [column, column + count) of the rows of some samples, one token after another, each padded with
 // zeros to `padded` values.
@@ -52,18 +55,18 @@ template <size_t padded>
 void pack(const void* matrix, DType dtype, size_t stride, size_t column, size_t count, const SampleRows* samples,
           size_t sample_count, float* packed) {
   if (dtype == DType::f32) {
-    pack<StoredFloat, padded>(matrix, stride, column, count, samples, sample_count, packed,
+    pack<UnalignedFloat, padded>(matrix, stride, column, count, samples, sample_count, packed,
                               [](float value) { return value; });
   } else if (dtype == DType::bf16) {
-    pack<StoredHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
+    pack<UnalignedHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
                              [](uint16_t bits) { return bf16_to_float(bits); });
   } else {
-    pack<StoredHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
+    pack<UnalignedHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
                              [](uint16_t bits) { return f16_to_float(bits); });
   }
 }
 
-// One tile of F: the packed rows and columns of a few samples, `lengths` their numbers of tokens.
+// One tile of F, from the packed rows and columns of a few samples.
 template <bool with_gradient>
 void accumulate_tile(const float* rows, const float* columns, const SampleRows* samples, size_t sample_count,
                      float* fisher, float* gradient, size_t stride) {
@@ -115,22 +118,22 @@ void accumulate_edge(const float* rows, const float* columns, const SampleRows* 
 }
 
 template <bool with_gradient>
-void accumulate_batch(const FisherArrays& arrays, FisherBlock block, const SampleRows* samples, size_t sample_count,
+void accumulate_batch(const FisherArrays& arrays, FisherRegion region, const SampleRows* samples, size_t sample_count,
                       size_t tokens, float* scratch) {
   float* columns = scratch;
   float* rows = scratch + tile_columns * tokens;
-  for (size_t row = block.row; row < block.row_end; row += tile_rows) {
+  for (size_t row = region.row; row < region.row_end; row += tile_rows) {
     pack<tile_rows>(arrays.output_gradients, arrays.output_gradients_dtype, arrays.d_out, row,
-                    smaller(tile_rows, block.row_end - row), samples, sample_count,
-                    rows + (row - block.row) * tokens);
+                    smaller(tile_rows, region.row_end - row), samples, sample_count,
+                    rows + (row - region.row) * tokens);
   }
-  for (size_t column = block.column; column < block.column_end; column += tile_columns) {
-    const size_t breadth = smaller(tile_columns, block.column_end - column);
+  for (size_t column = region.column; column < region.column_end; column += tile_columns) {
+    const size_t breadth = smaller(tile_columns, region.column_end - column);
     pack<tile_columns>(arrays.activations, arrays.activations_dtype, arrays.d_in, column, breadth, samples,
                        sample_count, columns);
-    for (size_t row = block.row; row < block.row_end; row += tile_rows) {
-      const size_t height = smaller(tile_rows, block.row_end - row);
-      const float* packed = rows + (row - block.row) * tokens;
+    for (size_t row = region.row; row < region.row_end; row += tile_rows) {
+      const size_t height = smaller(tile_rows, region.row_end - row);
+      const float* packed = rows + (row - region.row) * tokens;
       float* fisher = arrays.fisher + row * arrays.d_in + column;
       float* gradient = with_gradient ? arrays.gradient + row * arrays.d_in + column : nullptr;
       if (height == tile_rows && breadth == tile_columns) {
@@ -146,11 +149,9 @@ void accumulate_batch(const FisherArrays& arrays, FisherBlock block, const Sampl
 
 }  // namespace
 
-#define PERTA_JOIN(a, b) a##b
-#define PERTA_FISHER(isa) PERTA_JOIN(accumulate_fisher_, isa)
+FisherBlock fisher;
 
-void PERTA_FISHER(PERTA_ISA)(const FisherArrays&, FisherBlock, float*);
-void PERTA_FISHER(PERTA_ISA)(const FisherArrays& arrays, FisherBlock block, float* scratch) {
+void fisher(const FisherArrays& arrays, FisherRegion region, float* scratch) {
   for (size_t n = 0; n < arrays.sample_count;) {
     const size_t first = n;
     size_t tokens = 0;
@@ -162,8 +163,8 @@ void PERTA_FISHER(PERTA_ISA)(const FisherArrays& arrays, FisherBlock block, floa
     }
     if (tokens == 0) continue;
     const auto accumulate = arrays.gradient == nullptr ? accumulate_batch<false> : accumulate_batch<true>;
-    accumulate(arrays, block, arrays.samples + first, n - first, tokens, scratch);
+    accumulate(arrays, region, arrays.samples + first, n - first, tokens, scratch);
   }
 }
 
-}  // namespace perta
+}  // namespace perta::PERTA_ISA

@@ -1,4 +1,4 @@
-// What is compiled once per instruction set for the per-sample Fisher of a linear map.
+// What the per-sample Fisher of a linear map is given, and how its kernel divides the work.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,8 @@ struct FisherArrays {
   size_t sample_count;
 };
 
-// A part of the matrix: rows [row, row_end), columns [column, column_end).
-struct FisherBlock {
+// The part of F that one call works on: rows [row, row_end), columns [column, column_end).
+struct FisherRegion {
   size_t row;
   size_t row_end;
   size_t column;
@@ -40,8 +40,8 @@ struct FisherBlock {
 constexpr size_t fisher_batch_tokens = 512;
 constexpr size_t largest_tile_rows = 8, largest_tile_columns = 48;  // over all instruction sets
 
-// All samples' contributions to one block, on one thread. scratch: for the packed rows and columns, fit for a batch,
-// (block rows, rounded up to a tile + largest_tile_columns) floats a token.
-using FisherKernel = void (*)(const FisherArrays&, FisherBlock, float* scratch);
+// All samples' contributions to one region, on one thread. scratch: for the packed rows and columns, fit for a batch,
+// (region's rows, rounded up to a tile + largest_tile_columns) floats a token.
+using FisherBlock = void(const FisherArrays&, FisherRegion, float* scratch);
 
 }  // namespace perta

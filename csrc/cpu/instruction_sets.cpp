@@ -1,13 +1,22 @@
-// Which compiled set of block kernels runs on this processor.
+// Which instruction set's block kernels run on this processor.
 
-#include "rescaled_subtract_block.h"
+#include "instruction_sets.h"
+
+// A set's kernels, from the *_block.cpp that were compiled for it.
+#define PERTA_KERNELS(isa)                   \
+  namespace isa {                            \
+  RescaledSubtractBlock rescaled_subtract;   \
+  AccumulateBlock accumulate;                \
+  FisherBlock fisher;                        \
+  }                                          \
+  static const BlockKernels kernels_##isa = {#isa, isa::rescaled_subtract, isa::accumulate, isa::fisher}
 
 namespace perta {
 
-extern const BlockKernels kernels_portable;
+PERTA_KERNELS(portable);
 #ifdef PERTA_HAVE_X86
-extern const BlockKernels kernels_avx2;
-extern const BlockKernels kernels_avx512;
+PERTA_KERNELS(avx2);
+PERTA_KERNELS(avx512);
 #endif
 
 namespace {

@@ -1,19 +1,18 @@
-// The operations on whole arrays in memory, spread over threads.
+// The operations on whole arrays in memory, spread over threads. Each file of the same name has its formula.
 #pragma once
 
-#include "rescaled_subtract_block.h"
+#include "instruction_sets.h"
 
 namespace perta {
 
 // statistics: where to leave the sums; nullptr, which is faster, where they are not wanted.
-void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays, const RescaleOptions& options,
-                       size_t n, int threads, RescaleStatistics* statistics);
+void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays, const Rescaling& rescaling, size_t n,
+                       int threads, RescaleStatistics* statistics);
 
-// accumulator += gradient, or += gradient^2.
-void fold(const BlockKernels& kernels, float* accumulator, const void* gradient, DType dtype, bool squared,
-          size_t n, int threads);
+void accumulate(const BlockKernels& kernels, float* accumulator, const void* gradient, DType dtype, bool squared,
+                size_t n, int threads);
 
 // False if there was no memory for the packed rows and columns: then only a part was accumulated.
-bool accumulate_fisher(const BlockKernels& kernels, const FisherArrays& arrays, int threads);
+bool fisher(const BlockKernels& kernels, const FisherArrays& arrays, int threads);
 
 }  // namespace perta

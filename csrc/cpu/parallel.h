@@ -1,4 +1,4 @@
-// A small pool of threads that lives as long as the process.
+// A loop over threads: those of torch's OpenMP runtime, or a small pool that lives as long as the process.
 #pragma once
 
 #include <cstddef>

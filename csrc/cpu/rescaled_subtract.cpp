@@ -1,3 +1,5 @@
+// out = round(theta - (lam w) (theta_f - theta_0)) over threads. Formula, bytes and FLOPs: rescaled_subtract_block.cpp.
+
 #include "operations.h"
 
 #include <vector>
@@ -10,13 +12,13 @@ namespace {
 constexpr size_t grain = 64 * 1024;  // elements a task: large beside the cost of handing it out
 }
 
-void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays, const RescaleOptions& options,
-                       size_t n, int threads, RescaleStatistics* statistics) {
+void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays, const Rescaling& rescaling, size_t n,
+                       int threads, RescaleStatistics* statistics) {
   const size_t tasks = (n + grain - 1) / grain;
   std::vector<RescaleStatistics> parts(statistics == nullptr ? 0 : tasks);
   parallel_for(tasks, threads, [&](size_t k) {
     const size_t end = (k + 1) * grain < n ? (k + 1) * grain : n;
-    kernels.rescaled_subtract(arrays, options, k * grain, end, statistics == nullptr ? nullptr : &parts[k]);
+    kernels.rescaled_subtract(arrays, rescaling, k * grain, end, statistics == nullptr ? nullptr : &parts[k]);
   });
   if (statistics == nullptr) return;
   // Summed in order, so that the figures do not depend on the number of threads.

@@ -1,19 +1,18 @@
-// Plain loops over blocks: load, convert to float32, compute, round, store, and sum what the report needs.
-// The build compiles this file once per instruction set (PERTA_ISA is its name) and the compiler vectorises it.
-// Only `static` code is used here: a shared inline function could be linked in from the wrong set.
+// out = round(theta - (lam w) (theta_f - theta_0)), the formula of rescale.h, and the sums that the report needs.
+//
+// A block is read, converted to float32, computed, rounded and stored by plain loops that the compiler vectorises. A
+// task vector given by its factors (low_rank_subtract) is made block by block first.
+// Assumes nothing of addresses: sources may lie at any byte of a file in memory, and `out` may be `theta`.
+// Bytes: each input once, out once; factors stay in the caches. FLOPs: those of rescale.h, and 2 a rank and element.
+//
+// Compiled once per instruction set (PERTA_ISA is its name), with `static` code only: a shared inline function could
+// be linked in from the wrong set.
 
-#include "rescaled_subtract_block.h"
+#include "instruction_sets.h"
+#include "storage.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-namespace perta {
+namespace perta::PERTA_ISA {
 namespace {
-
-// Sources may lie at any byte offset of a mapped file, and `out` may be `theta`.
-using UnalignedHalf = uint16_t __attribute__((aligned(1), may_alias));
-using UnalignedFloat = float __attribute__((aligned(1), may_alias));
 
 struct F32 {
   using Stored = UnalignedFloat;
@@ -32,44 +31,6 @@ struct F16 {
   static float load(uint16_t bits) { return f16_to_float(bits); }
   static uint16_t round(float value) { return float_to_f16(value); }
 };
-
-constexpr size_t block = 1024;  // elements; five float32 buffers of it stay in the first-level cache
-
-const unsigned char* at(const void* data, DType dtype, size_t index) {
-  return static_cast<const unsigned char*>(data) + index * size_of(dtype);
-}
-
-void widen_bf16(const void* source, float* out, size_t n) {
-  const UnalignedHalf* halves = static_cast<const UnalignedHalf*>(source);
-  for (size_t i = 0; i < n; ++i) out[i] = bf16_to_float(halves[i]);
-}
-
-void widen_f16(const void* source, float* out, size_t n) {
-  const UnalignedHalf* halves = static_cast<const UnalignedHalf*>(source);
-  size_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8) {
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(eight));
-  }
-#endif
-  for (; i < n; ++i) out[i] = f16_to_float(halves[i]);
-}
-
-// Leaves `data` at the block's first element where it is stored as `wanted`; otherwise converts the block to
-// float32 in `buffer` and points there.
-const void* stored_as(DType wanted, const void* data, DType dtype, size_t index, size_t n, float* buffer) {
-  const unsigned char* source = at(data, dtype, index);
-  if (dtype == wanted) return source;
-  if (dtype == DType::bf16) {
-    widen_bf16(source, buffer, n);
-  } else if (dtype == DType::f16) {
-    widen_f16(source, buffer, n);
-  } else {
-    memcpy(buffer, source, n * sizeof(float));
-  }
-  return buffer;
-}
 
 // Elements [begin, begin + n) of a task vector given by its factors. The products of an element are added in the
 // order of the rank, each sum rounded, and the scale comes last: every backend then gives the same bits.
@@ -128,7 +89,7 @@ struct BlockSums {
 // Parameters: storage of theta, theta_f and theta_0; of the importances; of the result. The sums cost as much as the
 // result where all is in the cache, so they are left out where nobody asks.
 template <class Weights, class Importance, class Result, bool counted, Power power, bool weighted, bool masked>
-BlockSums subtract_block(Block block, RescaleOptions options) {
+BlockSums subtract_block(Block block, Rescaling rescaling) {
   const auto* theta = static_cast<const typename Weights::Stored*>(block.theta);
   const auto* tuned = static_cast<const typename Weights::Stored*>(block.tuned);
   const auto* base = static_cast<const typename Weights::Stored*>(block.base);
@@ -143,12 +104,12 @@ BlockSums subtract_block(Block block, RescaleOptions options) {
   for (size_t i = 0; i < block.n; ++i) {
     const float before = Weights::load(theta[i]);
     const float task = Weights::load(tuned[i]) - Weights::load(base[i]);
-    float scale = options.lam;
+    float scale = rescaling.lam;
     if (weighted) {
       const float important_to_forget = Importance::load(forget[i]);
       const float important_to_retain = Importance::load(retain[i]);
-      const float w = weight<power, masked>(important_to_forget, important_to_retain, options);
-      scale = options.lam * w;
+      const float w = weight<power, masked>(important_to_forget, important_to_retain, rescaling);
+      scale = rescaling.lam * w;
       if (counted) {
         weight_sum += w;
         importance_sum += fabsf(important_to_forget) + fabsf(important_to_retain);
@@ -167,7 +128,7 @@ BlockSums subtract_block(Block block, RescaleOptions options) {
   return {weight_sum, importance_sum, squared_theta, squared_change, task_bits, changed};
 }
 
-using SubtractBlock = BlockSums (*)(Block, RescaleOptions);
+using SubtractBlock = BlockSums (*)(Block, Rescaling);
 
 template <class Weights, class Importance, class Result, bool counted, bool masked>
 SubtractBlock choose_power(float p) {
@@ -179,21 +140,23 @@ SubtractBlock choose_power(float p) {
   }
 }
 
+template <class Weights, class Importance, class Result, bool counted>
+SubtractBlock choose_mask(const Rescaling& rescaling) {
+  return rescaling.masked ? choose_power<Weights, Importance, Result, counted, true>(rescaling.p)
+                          : choose_power<Weights, Importance, Result, counted, false>(rescaling.p);
+}
+
 template <class Weights, class Result, bool counted>
-SubtractBlock choose_rule(DType importance, const RescaleOptions& options) {
-  if (!options.weighted) return subtract_block<Weights, F32, Result, counted, Power::one, false, false>;
-  if (importance == DType::bf16) {
-    return options.masked ? choose_power<Weights, BF16, Result, counted, true>(options.p)
-                          : choose_power<Weights, BF16, Result, counted, false>(options.p);
-  }
-  return options.masked ? choose_power<Weights, F32, Result, counted, true>(options.p)
-                        : choose_power<Weights, F32, Result, counted, false>(options.p);
+SubtractBlock choose_importance(bool weighted, DType importance, const Rescaling& rescaling) {
+  if (!weighted) return subtract_block<Weights, F32, Result, counted, Power::one, false, false>;
+  return importance == DType::bf16 ? choose_mask<Weights, BF16, Result, counted>(rescaling)
+                                   : choose_mask<Weights, F32, Result, counted>(rescaling);
 }
 
 template <class Weights, class Result>
-SubtractBlock choose(DType importance, const RescaleOptions& options, bool counted) {
-  return counted ? choose_rule<Weights, Result, true>(importance, options)
-                 : choose_rule<Weights, Result, false>(importance, options);
+SubtractBlock choose(bool weighted, DType importance, const Rescaling& rescaling, bool counted) {
+  return counted ? choose_importance<Weights, Result, true>(weighted, importance, rescaling)
+                 : choose_importance<Weights, Result, false>(weighted, importance, rescaling);
 }
 
 int64_t count_nonfinite(const void* data, DType dtype, size_t begin, size_t end) {
@@ -207,21 +170,26 @@ int64_t count_nonfinite(const void* data, DType dtype, size_t begin, size_t end)
   return count;
 }
 
-void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& options, size_t begin, size_t end,
+}  // namespace
+
+RescaledSubtractBlock rescaled_subtract;
+
+void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, size_t begin, size_t end,
                        RescaleStatistics* statistics) {
   // The common layouts are read as they lie; any other mix is converted block by block first.
+  const bool weighted = has_weights(arrays);
   const LowRank* low_rank = arrays.low_rank;
   const bool bf16_weights = low_rank == nullptr && arrays.theta_dtype == DType::bf16 &&
                             arrays.tuned_dtype == DType::bf16 && arrays.base_dtype == DType::bf16;
-  const bool bf16_importance = options.weighted && arrays.forget_dtype == DType::bf16 &&
-                               arrays.retain_dtype == DType::bf16;
+  const bool bf16_importance =
+      weighted && arrays.forget_dtype == DType::bf16 && arrays.retain_dtype == DType::bf16;
   const DType weights = bf16_weights ? DType::bf16 : DType::f32;
   const DType importance = bf16_importance ? DType::bf16 : DType::f32;
   const SubtractBlock subtract_block_as_asked =
-      bf16_weights                        ? choose<BF16, BF16>(importance, options, statistics)
-      : arrays.theta_dtype == DType::bf16 ? choose<F32, BF16>(importance, options, statistics)
-      : arrays.theta_dtype == DType::f16  ? choose<F32, F16>(importance, options, statistics)
-                                          : choose<F32, F32>(importance, options, statistics);
+      bf16_weights                        ? choose<BF16, BF16>(weighted, importance, rescaling, statistics)
+      : arrays.theta_dtype == DType::bf16 ? choose<F32, BF16>(weighted, importance, rescaling, statistics)
+      : arrays.theta_dtype == DType::f16  ? choose<F32, F16>(weighted, importance, rescaling, statistics)
+                                          : choose<F32, F32>(weighted, importance, rescaling, statistics);
   alignas(64) float buffers[5][block];
   // Given by its factors, the task vector is made block by block, and stands where theta_f does, with theta_0 = 0.
   if (low_rank != nullptr) memset(buffers[2], 0, sizeof buffers[2]);
@@ -240,13 +208,13 @@ void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& option
       part.tuned = stored_as(weights, arrays.tuned, arrays.tuned_dtype, i, n, buffers[1]);
       part.base = stored_as(weights, arrays.base, arrays.base_dtype, i, n, buffers[2]);
     }
-    if (options.weighted) {
+    if (weighted) {
       part.forget = stored_as(importance, arrays.forget, arrays.forget_dtype, i, n, buffers[3]);
       part.retain = stored_as(importance, arrays.retain, arrays.retain_dtype, i, n, buffers[4]);
     }
-    const BlockSums sums = subtract_block_as_asked(part, options);
+    const BlockSums sums = subtract_block_as_asked(part, rescaling);
     if (statistics == nullptr) continue;
-    statistics->sum_weight += options.weighted ? sums.weight : static_cast<double>(n);
+    statistics->sum_weight += weighted ? sums.weight : static_cast<double>(n);
     statistics->sum_squared_theta += sums.squared_theta;
     statistics->sum_squared_change += sums.squared_change;
     statistics->changed += sums.changed;
@@ -254,40 +222,11 @@ void rescaled_subtract(const RescaleArrays& arrays, const RescaleOptions& option
     if (!is_finite(sums.squared_change)) {
       statistics->nonfinite_out += count_nonfinite(arrays.out, arrays.theta_dtype, i, i + n);
     }
-    if (options.weighted && !is_finite(sums.importance)) {
+    if (weighted && !is_finite(sums.importance)) {
       statistics->nonfinite_forget += count_nonfinite(arrays.forget, arrays.forget_dtype, i, i + n);
       statistics->nonfinite_retain += count_nonfinite(arrays.retain, arrays.retain_dtype, i, i + n);
     }
   }
 }
 
-void fold(float* accumulator, const void* gradient, DType dtype, bool squared, size_t begin, size_t end) {
-  alignas(64) float buffer[block];
-  for (size_t i = begin; i < end; i += block) {
-    const size_t n = end - i < block ? end - i : block;
-    const auto* g = static_cast<const UnalignedFloat*>(stored_as(DType::f32, gradient, dtype, i, n, buffer));
-    float* sum = accumulator + i;
-    if (squared) {
-#pragma GCC ivdep
-      for (size_t k = 0; k < n; ++k) sum[k] += g[k] * g[k];
-    } else {
-#pragma GCC ivdep
-      for (size_t k = 0; k < n; ++k) sum[k] += g[k];
-    }
-  }
-}
-
-}  // namespace
-
-#define PERTA_JOIN(a, b) a##b
-#define PERTA_TABLE(isa) PERTA_JOIN(kernels_, isa)
-#define PERTA_TEXT(isa) #isa
-#define PERTA_NAME(isa) PERTA_TEXT(isa)
-#define PERTA_FISHER(isa) PERTA_JOIN(accumulate_fisher_, isa)
-
-void PERTA_FISHER(PERTA_ISA)(const FisherArrays&, FisherBlock, float*);  // in fisher_block.cpp
-extern const BlockKernels PERTA_TABLE(PERTA_ISA);
-const BlockKernels PERTA_TABLE(PERTA_ISA) = {PERTA_NAME(PERTA_ISA), PERTA_FISHER(PERTA_ISA),
-                                             rescaled_subtract, fold};
-
-}  // namespace perta
+}  // namespace perta::PERTA_ISA

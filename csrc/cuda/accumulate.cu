@@ -1,4 +1,7 @@
-// accumulator += gradient, or += gradient^2, in float32. Moves 8 bytes an element and those of the gradient.
+// accumulator += gradient, or += gradient^2, in float32, the square rounded before it is added.
+//
+// Assumes what launch.cuh does of addresses and sizes.
+// Bytes: 8 an element of the accumulator, and the gradient's once. FLOPs: 1 an element, 2 with the square.
 
 #include "launch.cuh"
 #include "operations.h"
@@ -7,7 +10,7 @@ namespace perta::cuda {
 namespace {
 
 template <DType gradient_dtype, bool squared>
-struct Fold {
+struct Accumulate {
   static constexpr int arrays = 2;
 
   std::array<size_t, arrays> sizes() const { return {size_of(DType::f32), size_of(gradient_dtype)}; }
@@ -27,23 +30,23 @@ struct Fold {
 };
 
 template <DType gradient_dtype>
-const char* fold_type(const std::vector<FoldTensor>& all, bool squared, void* stream) {
+const char* accumulate_type(const std::vector<AccumulateTensor>& all, bool squared, void* stream) {
   std::vector<Tensor<2>> tensors;
-  for (const FoldTensor& each : all) {
-    if (each.n > 0 && each.gradient_dtype == gradient_dtype) {
-      tensors.push_back({{each.accumulator, const_cast<void*>(each.gradient)}, each.n});
+  for (const AccumulateTensor& tensor : all) {
+    if (tensor.n > 0 && tensor.gradient_dtype == gradient_dtype) {
+      tensors.push_back({{tensor.accumulator, const_cast<void*>(tensor.gradient)}, tensor.n});
     }
   }
-  return squared ? launch(Fold<gradient_dtype, true>{}, tensors, stream)
-                 : launch(Fold<gradient_dtype, false>{}, tensors, stream);
+  return squared ? launch(Accumulate<gradient_dtype, true>{}, tensors, stream)
+                 : launch(Accumulate<gradient_dtype, false>{}, tensors, stream);
 }
 
 }  // namespace
 
-const char* fold(const std::vector<FoldTensor>& tensors, bool squared, void* stream) {
-  const char* error = fold_type<DType::f32>(tensors, squared, stream);
-  if (error == nullptr) error = fold_type<DType::bf16>(tensors, squared, stream);
-  if (error == nullptr) error = fold_type<DType::f16>(tensors, squared, stream);
+const char* accumulate(const std::vector<AccumulateTensor>& tensors, bool squared, void* stream) {
+  const char* error = accumulate_type<DType::f32>(tensors, squared, stream);
+  if (error == nullptr) error = accumulate_type<DType::bf16>(tensors, squared, stream);
+  if (error == nullptr) error = accumulate_type<DType::f16>(tensors, squared, stream);
   return error;
 }
 

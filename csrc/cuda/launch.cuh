@@ -4,6 +4,10 @@
 // eight by 16-byte loads and stores. The arrays of one tensor are cut into chunks, and blocks take one chunk after
 // another, so that one launch serves a large tensor and thousands of small ones alike. The table of tensors travels
 // in the kernel's parameters: no memory on the device, nothing to wait for.
+//
+// Assumes arrays aligned to their elements. Groups need all arrays of a tensor to reach a multiple of 16 bytes at one
+// and the same element (see Tensor::head); other tensors go element by element, as do the ends. Any size.
+// Bytes and FLOPs: the operation's own.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,8 @@
-// theta - lam w (scale left right): the task vector of a LoRA adapter, made in registers from its factors, which stay
-// in the caches. Moves each byte of theta and of the importances once, and no task vector at all.
+// theta - lam w (scale left right): the task vector of a LoRA adapter, made in registers from its factors.
+//
+// Assumes factors that stay in the caches, and what launch.cuh does of addresses and sizes.
+// Bytes: theta and the importances once, out once, no task vector at all. FLOPs: 2 a rank and element, and those of
+// rescale.h.
 
 #include "launch.cuh"
 #include "operations.h"
@@ -49,7 +52,7 @@ struct LowRankSubtract {
     float result[count];
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      float scale = weighing.options.lam;
+      float scale = weighing.rescaling.lam;
       if constexpr (weighted) scale *= weighing.weigh(widen(forget, forget_dtype, k), widen(retain, retain_dtype, k));
       result[k] = subtract(widen(theta, theta_dtype, k), scale * (task.scale * sums[k]));
     }
@@ -58,7 +61,7 @@ struct LowRankSubtract {
 };
 
 template <bool weighted, bool general>
-const char* run(const RescaleTensor& tensor, const RescaleOptions& options, void* stream) {
+const char* run(const RescaleTensor& tensor, const Rescaling& rescaling, void* stream) {
   using Operation = LowRankSubtract<weighted, general>;
   const RescaleArrays& from = tensor.arrays;
   const void* data[] = {from.out, from.theta, from.forget, from.retain};
@@ -66,17 +69,17 @@ const char* run(const RescaleTensor& tensor, const RescaleOptions& options, void
   for (int k = 0; k < Operation::arrays; ++k) walked.data[k] = const_cast<void*>(data[k]);
   walked.n = tensor.n;
   const Operation operation{from.theta_dtype, from.forget_dtype, from.retain_dtype, *from.low_rank,
-                            {options, power_of(options.p)}};
+                            {rescaling, power_of(rescaling.p)}};
   return launch(operation, std::vector<Tensor<Operation::arrays>>{walked}, stream);
 }
 
 }  // namespace
 
-const char* low_rank_subtract(const RescaleTensor& tensor, const RescaleOptions& options, void* stream) {
+const char* low_rank_subtract(const RescaleTensor& tensor, const Rescaling& rescaling, void* stream) {
   if (tensor.n == 0) return nullptr;
-  if (!options.weighted) return run<false, false>(tensor, options, stream);
-  return power_of(options.p) == Power::general ? run<true, true>(tensor, options, stream)
-                                               : run<true, false>(tensor, options, stream);
+  if (!has_weights(tensor.arrays)) return run<false, false>(tensor, rescaling, stream);
+  return power_of(rescaling.p) == Power::general ? run<true, true>(tensor, rescaling, stream)
+                                               : run<true, false>(tensor, rescaling, stream);
 }
 
 }  // namespace perta::cuda

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../cpu/rescaled_subtract_block.h"
+#include "rescale.h"
 
 namespace perta::cuda {
 
@@ -13,18 +13,17 @@ struct RescaleTensor {
   size_t n;
 };
 
-struct FoldTensor {
+struct AccumulateTensor {
   float* accumulator;
   const void* gradient;
   DType gradient_dtype;
   size_t n;
 };
 
-// Tensors of the same storage types share a launch. Each returns nullptr, or CUDA's description of what went wrong.
-const char* rescaled_subtract(const std::vector<RescaleTensor>& tensors, const RescaleOptions& options,
-                              void* stream);
+// Each returns nullptr, or CUDA's description of what went wrong. Tensors of the same storage types share a launch.
+const char* rescaled_subtract(const std::vector<RescaleTensor>& tensors, const Rescaling& rescaling, void* stream);
+const char* accumulate(const std::vector<AccumulateTensor>& tensors, bool squared, void* stream);
 // One tensor, whose arrays have low_rank set.
-const char* low_rank_subtract(const RescaleTensor& tensor, const RescaleOptions& options, void* stream);
-const char* fold(const std::vector<FoldTensor>& tensors, bool squared, void* stream);
+const char* low_rank_subtract(const RescaleTensor& tensor, const Rescaling& rescaling, void* stream);
 
 }  // namespace perta::cuda

@@ -1,6 +1,10 @@
-// theta - lam w (theta_f - theta_0), the formula of rescale.h. Moves each input byte once and each output byte once.
+// theta - lam w (theta_f - theta_0), the formula of rescale.h.
+//
+// Assumes what launch.cuh does of addresses and sizes.
+// Bytes: each input once, out once. FLOPs: those of rescale.h.
 
 #include <map>
+#include <utility>
 
 #include "launch.cuh"
 #include "operations.h"
@@ -48,7 +52,7 @@ struct RescaledSubtract {
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       const float task = widen(tuned, types.tuned, k) - widen(base, types.base, k);
-      float scale = weighing.options.lam;
+      float scale = weighing.rescaling.lam;
       if constexpr (weighted) {
         scale *= weighing.weigh(widen(forget, types.forget, k), widen(retain, types.retain, k));
       }
@@ -61,18 +65,18 @@ struct RescaledSubtract {
 using Dtypes = std::array<DType, 5>;  // theta, tuned, base, forget, retain
 
 template <class Types, bool weighted, bool general = false>
-const char* run(Types types, const RescaleOptions& options, const std::vector<RescaleTensor>& all, void* stream) {
+const char* run(Types types, const Rescaling& rescaling, const std::vector<RescaleTensor>& all, void* stream) {
   using Operation = RescaledSubtract<Types, weighted, general>;
   std::vector<Tensor<Operation::arrays>> tensors;
-  for (const RescaleTensor& each : all) {
-    const RescaleArrays& from = each.arrays;
+  for (const RescaleTensor& tensor : all) {
+    const RescaleArrays& from = tensor.arrays;
     const void* data[] = {from.out, from.theta, from.tuned, from.base, from.forget, from.retain};
-    Tensor<Operation::arrays> tensor{};
-    for (int k = 0; k < Operation::arrays; ++k) tensor.data[k] = const_cast<void*>(data[k]);
-    tensor.n = each.n;
-    tensors.push_back(tensor);
+    Tensor<Operation::arrays> walked{};
+    for (int k = 0; k < Operation::arrays; ++k) walked.data[k] = const_cast<void*>(data[k]);
+    walked.n = tensor.n;
+    tensors.push_back(walked);
   }
-  return launch(Operation{types, {options, power_of(options.p)}}, tensors, stream);
+  return launch(Operation{types, {rescaling, power_of(rescaling.p)}}, tensors, stream);
 }
 
 template <DType weights, DType importance>
@@ -80,39 +84,39 @@ bool all_are(const Dtypes& dtypes) {
   return dtypes == Dtypes{weights, weights, weights, importance, importance};
 }
 
-const char* run_types(const Dtypes& dtypes, const RescaleOptions& options, const std::vector<RescaleTensor>& tensors,
-                      void* stream) {
+const char* run_types(bool weighted, const Dtypes& dtypes, const Rescaling& rescaling,
+                      const std::vector<RescaleTensor>& tensors, void* stream) {
   constexpr DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
   const AnyTypes any{dtypes[0], dtypes[1], dtypes[2], dtypes[3], dtypes[4]};
-  if (!options.weighted) {
-    if (all_are<bf16, f32>(dtypes)) return run<FixedTypes<bf16, f32>, false>({}, options, tensors, stream);
-    if (all_are<f32, f32>(dtypes)) return run<FixedTypes<f32, f32>, false>({}, options, tensors, stream);
-    if (all_are<f16, f32>(dtypes)) return run<FixedTypes<f16, f32>, false>({}, options, tensors, stream);
-    return run<AnyTypes, false>(any, options, tensors, stream);
+  if (!weighted) {
+    if (all_are<bf16, f32>(dtypes)) return run<FixedTypes<bf16, f32>, false>({}, rescaling, tensors, stream);
+    if (all_are<f32, f32>(dtypes)) return run<FixedTypes<f32, f32>, false>({}, rescaling, tensors, stream);
+    if (all_are<f16, f32>(dtypes)) return run<FixedTypes<f16, f32>, false>({}, rescaling, tensors, stream);
+    return run<AnyTypes, false>(any, rescaling, tensors, stream);
   }
-  if (power_of(options.p) == Power::general) return run<AnyTypes, true, true>(any, options, tensors, stream);
-  if (all_are<bf16, f32>(dtypes)) return run<FixedTypes<bf16, f32>, true>({}, options, tensors, stream);
-  if (all_are<bf16, bf16>(dtypes)) return run<FixedTypes<bf16, bf16>, true>({}, options, tensors, stream);
-  if (all_are<f32, f32>(dtypes)) return run<FixedTypes<f32, f32>, true>({}, options, tensors, stream);
-  if (all_are<f16, f16>(dtypes)) return run<FixedTypes<f16, f16>, true>({}, options, tensors, stream);
-  return run<AnyTypes, true>(any, options, tensors, stream);
+  if (power_of(rescaling.p) == Power::general) return run<AnyTypes, true, true>(any, rescaling, tensors, stream);
+  if (all_are<bf16, f32>(dtypes)) return run<FixedTypes<bf16, f32>, true>({}, rescaling, tensors, stream);
+  if (all_are<bf16, bf16>(dtypes)) return run<FixedTypes<bf16, bf16>, true>({}, rescaling, tensors, stream);
+  if (all_are<f32, f32>(dtypes)) return run<FixedTypes<f32, f32>, true>({}, rescaling, tensors, stream);
+  if (all_are<f16, f16>(dtypes)) return run<FixedTypes<f16, f16>, true>({}, rescaling, tensors, stream);
+  return run<AnyTypes, true>(any, rescaling, tensors, stream);
 }
 
 }  // namespace
 
-const char* rescaled_subtract(const std::vector<RescaleTensor>& tensors, const RescaleOptions& options,
-                              void* stream) {
-  std::map<Dtypes, std::vector<RescaleTensor>> by_types;
-  for (const RescaleTensor& each : tensors) {
-    const RescaleArrays& from = each.arrays;
-    const DType forget = options.weighted ? from.forget_dtype : DType::f32;
-    const DType retain = options.weighted ? from.retain_dtype : DType::f32;
-    if (each.n > 0) {
-      by_types[{from.theta_dtype, from.tuned_dtype, from.base_dtype, forget, retain}].push_back(each);
-    }
+const char* rescaled_subtract(const std::vector<RescaleTensor>& tensors, const Rescaling& rescaling, void* stream) {
+  // Weighted or not, and the types: those share a launch. Types of arrays that there are not do not count.
+  std::map<std::pair<bool, Dtypes>, std::vector<RescaleTensor>> groups;
+  for (const RescaleTensor& tensor : tensors) {
+    if (tensor.n == 0) continue;
+    const RescaleArrays& from = tensor.arrays;
+    const bool weighted = has_weights(from);
+    const DType forget = weighted ? from.forget_dtype : DType::f32;
+    const DType retain = weighted ? from.retain_dtype : DType::f32;
+    groups[{weighted, {from.theta_dtype, from.tuned_dtype, from.base_dtype, forget, retain}}].push_back(tensor);
   }
-  for (const auto& [dtypes, group] : by_types) {
-    const char* error = run_types(dtypes, options, group, stream);
+  for (const auto& [kind, group] : groups) {
+    const char* error = run_types(kind.first, kind.second, rescaling, group, stream);
     if (error != nullptr) return error;
   }
   return nullptr;

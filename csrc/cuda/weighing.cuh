@@ -1,4 +1,5 @@
-// The weight of one element, with the exponent known when the kernel runs.
+// w = I_f^p / (I_f^p + alpha I_r^p) of one element, with the exponent known when the kernel runs; see rescale.h.
+// Reads no memory. FLOPs: 3 and the two powers.
 #pragma once
 
 #include "rescale.h"
@@ -8,7 +9,7 @@ namespace perta::cuda {
 // general: p is none of 1, 2 and 1/2. The double-precision power has kernels of its own, as it needs more registers.
 template <bool general>
 struct Weighing {
-  RescaleOptions options;
+  Rescaling rescaling;
   Power power;
 
   __device__ __forceinline__ float weigh(float forget, float retain) const {
@@ -20,8 +21,8 @@ struct Weighing {
 
   template <Power chosen>
   __device__ __forceinline__ float weigh_with(float forget, float retain) const {
-    return options.masked ? weight<chosen, true>(forget, retain, options)
-                          : weight<chosen, false>(forget, retain, options);
+    return rescaling.masked ? weight<chosen, true>(forget, retain, rescaling)
+                          : weight<chosen, false>(forget, retain, rescaling);
   }
 };
 

@@ -37,7 +37,7 @@ def measure_update(files: Files, rule_name: str, lam: float) -> Update:
         weights = torch.ones_like(task_vector)
         if weighing is not None:
             forget, retain = (importance.tensors[name] for importance in weighing)
-            weights = reference.weights(forget, retain, rescaling.p, rescaling.alpha, rescaling.threshold)
+            weights = reference.weights(forget, retain, rescaling)
         squared_update = (rescaling.lam * weights * task_vector).double().square()
         update_energy += squared_update.sum().item()
         task_energy += task_vector.double().square().sum().item()

@@ -1,4 +1,4 @@
-"""The folds: accumulators += gradient, and += gradient squared."""
+"""accumulator += gradient, and += gradient squared, for one pair of tensors and for many."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ from perta_fast.ops.backends import (
     check_tensor,
     check_types,
     choose,
+    current_stream,
     numbered,
-    overlap,
 )
 from perta_fast.ops.registration import register, traced
 
@@ -28,7 +28,7 @@ def accumulate_(accumulator: Tensor, gradient: Tensor, *, backend: str = "auto")
     bfloat16 or float16, contiguous, apart from the accumulator in memory. backend: see ``rescaled_subtract_``.
     Returns the accumulator. Raises TypeError or ValueError naming the argument. Backends agree bit for bit.
     """
-    return _accumulate_(accumulator, gradient, False, backend)
+    return _one_pair(accumulator, gradient, False, backend)
 
 
 def accumulate_square_(accumulator: Tensor, gradient: Tensor, *, backend: str = "auto") -> Tensor:
@@ -36,7 +36,7 @@ def accumulate_square_(accumulator: Tensor, gradient: Tensor, *, backend: str = 
 
     Arguments, result and errors as in ``accumulate_``.
     """
-    return _accumulate_(accumulator, gradient, True, backend)
+    return _one_pair(accumulator, gradient, True, backend)
 
 
 def accumulate_many_(
@@ -46,41 +46,38 @@ def accumulate_many_(
 
     No accumulator may share memory with any other tensor.
     """
-    _accumulate_many_(accumulators, gradients, False, backend)
+    _many_pairs(accumulators, gradients, False, backend)
 
 
 def accumulate_square_many_(
     accumulators: Sequence[Tensor], gradients: Sequence[Tensor], *, backend: str = "auto"
 ) -> None:
     """``accumulate_square_`` on pairs of tensors; see ``accumulate_many_``."""
-    _accumulate_many_(accumulators, gradients, True, backend)
+    _many_pairs(accumulators, gradients, True, backend)
 
 
-def _accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> Tensor:
+def _one_pair(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> Tensor:
     check_types(accumulator=accumulator, gradient=gradient, backend=backend)
-    fold = _ONE if traced(accumulator) else _fold_
-    fold(accumulator, gradient, squared, backend)
+    (_ONE if traced(accumulator) else _accumulate_)(accumulator, gradient, squared, backend)
     return accumulator
 
 
-def _accumulate_many_(
+def _many_pairs(
     accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str
 ) -> None:
     check_types(backend=backend)
     check_lists(accumulators=accumulators, gradients=gradients)
     if accumulators:
-        fold = _MANY if traced(accumulators[0]) else _fold_many_
-        fold(accumulators, gradients, squared, backend)
+        (_MANY if traced(accumulators[0]) else _accumulate_many_)(accumulators, gradients, squared, backend)
 
 
-def _fold_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> None:
+def _accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> None:
     _check("accumulator", accumulator, "gradient", gradient)
-    if overlap(accumulator, gradient):
-        raise ValueError("gradient shares memory with the accumulator, which is overwritten")
+    check_apart({"accumulator": accumulator}, {"gradient": gradient})
     _run([(accumulator, gradient)], squared, backend)
 
 
-def _fold_many_(
+def _accumulate_many_(
     accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str
 ) -> None:
     _check_many(accumulators, gradients)
@@ -105,34 +102,33 @@ def _run(pairs: list[tuple[Tensor, Tensor]], squared: bool, backend: str) -> Non
     device = pairs[0][0].device
     chosen = choose(backend, device)
     if chosen == "reference":
-        fold = reference.accumulate_square_ if squared else reference.accumulate_
         with torch.no_grad():
-            for accumulator, gradient in pairs:
-                fold(accumulator, gradient)
+            for pair in pairs:
+                reference.accumulate_(*pair, squared)
         return
     if chosen == "triton":
-        from perta_fast.kernels.accumulate import fold_triton_
+        from perta_fast.kernels.accumulate import accumulate_triton_
 
-        for accumulator, gradient in pairs:
-            fold_triton_(accumulator, gradient, squared)
+        for pair in pairs:
+            accumulate_triton_(*pair, squared)
     else:
         entries = [(a.data_ptr(), g.data_ptr(), DTYPE_CODES[g.dtype], a.numel()) for a, g in pairs]
         if chosen == "cpp":
             for *arrays, count in entries:
-                compiled.kernels().fold(*arrays, squared, count, torch.get_num_threads())
+                compiled.kernels().accumulate(*arrays, squared, count, torch.get_num_threads())
         else:
-            with torch.cuda.device(device):
-                compiled.kernels().cuda_fold(entries, squared, torch.cuda.current_stream().cuda_stream)
+            with current_stream(device) as stream:
+                compiled.kernels().cuda_accumulate(entries, squared, stream)
     torch.autograd.graph.increment_version([accumulator for accumulator, _ in pairs])
 
 
 _ONE = register(
     "accumulate_(Tensor(a!) accumulator, Tensor gradient, bool squared, str backend) -> ()",
-    _fold_,
+    _accumulate_,
     lambda accumulator, gradient, *_: _check("accumulator", accumulator, "gradient", gradient),
 )
 _MANY = register(
     "accumulate_many_(Tensor(a!)[] accumulators, Tensor[] gradients, bool squared, str backend) -> ()",
-    _fold_many_,
+    _accumulate_many_,
     lambda accumulators, gradients, *_: _check_many(accumulators, gradients),
 )

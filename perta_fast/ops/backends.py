@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from numbers import Real
 from types import NoneType
@@ -68,6 +69,23 @@ def _why_not(backend: str, kind: str, interpreted: bool) -> str | None:
         if kind == "cpu" and not interpreted:
             return "on the CPU it needs TRITON_INTERPRET=1, set before the program starts"
     return None
+
+
+def addresses(arrays: Iterable[Tensor | None]) -> tuple[int, ...]:
+    """Where tensors begin, as the compiled kernels take it; 0 where there is none."""
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in arrays)
+
+
+def dtype_codes(arrays: Iterable[Tensor | None]) -> tuple[int, ...]:
+    """The types of tensors, as the compiled kernels take them."""
+    return tuple(0 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in arrays)
+
+
+@contextmanager
+def current_stream(device: torch.device) -> Iterator[int]:
+    """The address of the stream that torch uses on a CUDA ``device``, which is current meanwhile."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 _TENSOR = ((Tensor,), "a torch.Tensor")
@@ -139,13 +157,6 @@ def numbered(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     return {f"{name}[{k}]": tensor for k, tensor in enumerate(tensors)}
 
 
-def overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two contiguous tensors share bytes."""
-    begin, end = _extent(first)
-    other, other_end = _extent(second)
-    return begin < other_end and other < end
-
-
 def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming both, if a tensor that is written shares memory with any other one."""
     extents = [(*_extent(tensor), name, True) for name, tensor in written.items()]
@@ -155,7 +166,7 @@ def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> No
     for begin, end, name, is_written in sorted(extent for extent in extents if extent[0] < extent[1]):
         reach, other = max(furthest.values()) if is_written else furthest[True]
         if begin < reach:
-            first, second = (name, other) if is_written else (other, name)
+            first, second = (other, name) if other in written else (name, other)
             raise ValueError(f"{second} shares memory with {first}, which is overwritten")
         furthest[is_written] = max(furthest[is_written], (end, name))
 

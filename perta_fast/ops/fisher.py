@@ -5,7 +5,14 @@ from torch import Tensor
 
 from perta_fast import compiled
 from perta_fast.ops import reference
-from perta_fast.ops.backends import DTYPE_CODES, check_array, check_types, choose, overlap
+from perta_fast.ops.backends import (
+    addresses,
+    check_apart,
+    check_array,
+    check_types,
+    choose,
+    dtype_codes,
+)
 from perta_fast.ops.registration import register, traced
 
 
@@ -35,16 +42,18 @@ def accumulate_squared_gradients_(
     Raises TypeError or ValueError naming the argument. Memory: a few MB a thread; the reference holds the
     gradient of one sample.
     """
-    check_types(fisher=fisher, activations=activations, output_gradients=output_gradients, backend=backend)
+    optional = {"lengths": lengths, "gradient": gradient}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_types(
-        **{name: each for name, each in (("lengths", lengths), ("gradient", gradient)) if each is not None}
+        fisher=fisher, activations=activations, output_gradients=output_gradients, backend=backend, **given
     )
-    accumulate = _OPERATOR if traced(fisher) else _accumulate_
-    accumulate(fisher, activations, output_gradients, lengths, gradient, backend)
+    (_OPERATOR if traced(fisher) else _fisher_)(
+        fisher, activations, output_gradients, lengths, gradient, backend
+    )
     return fisher
 
 
-def _accumulate_(
+def _fisher_(
     fisher: Tensor,
     activations: Tensor,
     output_gradients: Tensor,
@@ -53,25 +62,29 @@ def _accumulate_(
     backend: str,
 ) -> None:
     _check(fisher, activations, output_gradients, lengths, gradient)
-    others = {"fisher": fisher, "activations": activations, "output_gradients": output_gradients}
-    for name, tensor in {"fisher": fisher, "gradient": gradient}.items():
-        for other, source in others.items():
-            if tensor is not None and other != name and overlap(tensor, source):
-                raise ValueError(f"{name} shares memory with {other}, and is overwritten")
+    written = {"fisher": fisher} if gradient is None else {"fisher": fisher, "gradient": gradient}
+    check_apart(written, {"activations": activations, "output_gradients": output_gradients})
     samples = _sample_rows(activations, lengths)
     chosen = choose(backend, fisher.device, serving=("reference", "cpp", "triton"))
     arrays = fisher, gradient, activations.flatten(0, -2), output_gradients.flatten(0, -2), samples
     if chosen == "reference":
         with torch.no_grad():
-            reference.accumulate_squared_gradients_(*arrays)
+            reference.fisher_(*arrays)
         return
     if chosen == "triton":
-        from perta_fast.kernels.fisher import accumulate_squared_gradients_triton_
+        from perta_fast.kernels.fisher import fisher_triton_
 
-        accumulate_squared_gradients_triton_(*arrays)
-    else:
-        _compiled(*arrays)
-    torch.autograd.graph.increment_version([each for each in (fisher, gradient) if each is not None])
+        fisher_triton_(*arrays)
+    elif fisher.numel():
+        compiled.kernels().fisher(
+            *addresses(arrays[:4]),
+            *dtype_codes(arrays[2:4]),
+            *reversed(fisher.shape),
+            samples.data_ptr(),
+            len(samples),
+            torch.get_num_threads(),
+        )
+    torch.autograd.graph.increment_version(list(written.values()))
 
 
 def _check(
@@ -107,18 +120,15 @@ def _check(
 
 def _sample_rows(activations: Tensor, lengths: Tensor | None) -> Tensor:
     """(N, 2) int64 on the CPU: first row of each sample, and the row after its last, of the flat inputs."""
-    padded = activations.dim() == 3
-    if lengths is None:
+    if activations.dim() == 3:
         count, tokens = activations.shape[:2]
         begins = torch.arange(count) * tokens
-        return torch.stack([begins, begins + tokens], dim=1)
-    lengths = lengths.to("cpu", torch.int64)
-    if padded:
-        count, tokens = activations.shape[:2]
+        lengths = torch.full((count,), tokens) if lengths is None else lengths.to("cpu", torch.int64)
         if len(lengths) != count or bool(((lengths < 0) | (lengths > tokens)).any()):
             raise ValueError(f"lengths must be {count} numbers between 0 and {tokens}, one a sample")
-        begins = torch.arange(count) * tokens
     else:
+        assert lengths is not None  # checked
+        lengths = lengths.to("cpu", torch.int64)
         if bool((lengths < 0).any()) or int(lengths.sum()) != len(activations):
             raise ValueError(
                 f"lengths must not be negative and must sum to {len(activations)}, the number of rows"
@@ -127,28 +137,9 @@ def _sample_rows(activations: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.stack([begins, begins + lengths], dim=1)
 
 
-def _compiled(
-    fisher: Tensor, gradient: Tensor | None, activations: Tensor, output_gradients: Tensor, samples: Tensor
-) -> None:
-    if fisher.numel() == 0:
-        return
-    compiled.kernels().accumulate_fisher(
-        fisher.data_ptr(),
-        0 if gradient is None else gradient.data_ptr(),
-        activations.data_ptr(),
-        output_gradients.data_ptr(),
-        DTYPE_CODES[activations.dtype],
-        DTYPE_CODES[output_gradients.dtype],
-        *reversed(fisher.shape),
-        samples.data_ptr(),
-        len(samples),
-        torch.get_num_threads(),
-    )
-
-
 _OPERATOR = register(
     "accumulate_squared_gradients_(Tensor(a!) fisher, Tensor activations, Tensor output_gradients, "
     "Tensor? lengths, Tensor(b!)? gradient, str backend) -> ()",
-    _accumulate_,
+    _fisher_,
     lambda *arguments: _check(*arguments[:5]),
 )

@@ -9,13 +9,15 @@ from torch import Tensor
 from perta_fast import compiled
 from perta_fast.ops import reference
 from perta_fast.ops.backends import (
-    DTYPE_CODES,
+    addresses,
     check_apart,
     check_array,
     check_pair,
     check_tensor,
     check_types,
     choose,
+    current_stream,
+    dtype_codes,
 )
 from perta_fast.ops.registration import register, traced
 from perta_fast.rules import Rescaling
@@ -46,115 +48,91 @@ def low_rank_subtract_(
     Returns theta. Raises TypeError or ValueError naming the argument. No memory is allocated except by the
     reference.
     """
-    check_types(
-        theta=theta,
-        left=left,
-        right=right,
-        forget_importance=forget_importance,
-        retain_importance=retain_importance,
-        scale=scale,
-        lam=lam,
-        p=p,
-        alpha=alpha,
-        threshold=threshold,
-        backend=backend,
-    )
-    subtract = _IN_PLACE if traced(theta) else _subtract_
-    subtract(theta, left, right, forget_importance, retain_importance, scale, lam, p, alpha, threshold, backend)
+    arguments: tuple[Any, ...] = (theta, left, right, forget_importance, retain_importance)
+    arguments += (scale, lam, p, alpha, threshold, backend)
+    check_types(**dict(zip(_ARGUMENTS, arguments, strict=True)))
+    (_IN_PLACE if traced(theta) else _subtract_)(*arguments)
     return theta
 
 
-_SOURCES = ("left", "right", "forget_importance", "retain_importance")
-_Settings = tuple[float, float, float, float, float | None, str]  # scale, lam, p, alpha, threshold, backend
+_ARRAYS = ("theta", "left", "right", "forget_importance", "retain_importance")
+_ARGUMENTS = (*_ARRAYS, "scale", "lam", "p", "alpha", "threshold", "backend")
 
 
 def _subtract_(
     theta: Tensor,
     left: Tensor,
     right: Tensor,
-    forget_importance: Tensor | None,
-    retain_importance: Tensor | None,
-    *settings: *_Settings,
+    forget: Tensor | None,
+    retain: Tensor | None,
+    scale: float,
+    lam: float,
+    p: float,
+    alpha: float,
+    threshold: float | None,
+    backend: str,
 ) -> None:
-    _check(theta, left, right, forget_importance, retain_importance, *settings)
-    importances = forget_importance, retain_importance
-    sources = zip(_SOURCES, (left, right, *importances), strict=True)
+    arrays = theta, left, right, forget, retain
+    rescaling = Rescaling(lam, p, alpha, threshold)
+    _check(*arrays, scale)
+    sources = zip(_ARRAYS[1:], arrays[1:], strict=True)
     check_apart({"theta": theta}, {name: tensor for name, tensor in sources if tensor is not None})
-    scale, lam, p, alpha, threshold, backend = settings
     chosen = choose(backend, theta.device)
     if chosen == "reference":
         with torch.no_grad():
-            theta.copy_(
-                reference.low_rank_subtract(theta, left, right, *importances, scale, lam, p, alpha, threshold)
-            )
+            theta.copy_(reference.low_rank_subtract(*arrays, scale, rescaling))
         return
     if chosen == "triton":
-        from perta_fast.kernels.rescaled_subtract import low_rank_subtract_triton_
+        from perta_fast.kernels.low_rank_subtract import low_rank_subtract_triton_
 
-        low_rank_subtract_triton_(theta, left, right, *importances, scale, lam, p, alpha, threshold)
+        low_rank_subtract_triton_(*arrays, scale, rescaling)
     elif theta.numel():
-        _run_compiled(chosen, theta, left, right, importances, settings)
+        start, *read = addresses((theta, forget, retain))
+        codes = dtype_codes((theta, None, None, forget, retain))
+        factors = (*addresses((left, right)), len(right), theta.shape[1], scale, 0)
+        how = codes, theta.numel(), rescaling
+        kernels = compiled.kernels()
+        if chosen == "cpp":
+            threads = torch.get_num_threads()
+            kernels.rescaled_subtract(start, start, 0, 0, *read, *how, threads, False, factors)
+        else:
+            with current_stream(theta.device) as stream:
+                kernels.cuda_low_rank_subtract(start, start, *read, *how, factors, stream)
     torch.autograd.graph.increment_version([theta])
-
-
-def _run_compiled(
-    chosen: str,
-    theta: Tensor,
-    left: Tensor,
-    right: Tensor,
-    importances: tuple[Tensor | None, Tensor | None],
-    settings: _Settings,
-) -> None:
-    scale, lam, p, alpha, threshold, _ = settings
-    place = theta.data_ptr()
-    read = [0 if each is None else each.data_ptr() for each in importances]
-    weights_code = DTYPE_CODES[theta.dtype]
-    codes = (weights_code, 0, 0, *(0 if each is None else DTYPE_CODES[each.dtype] for each in importances))
-    factors = (left.data_ptr(), right.data_ptr(), len(right), theta.shape[1], scale, 0)
-    how = (theta.numel(), lam, p, alpha, threshold)
-    kernels = compiled.kernels()
-    if chosen == "cpp":
-        kernels.rescaled_subtract(
-            place, place, 0, 0, *read, codes, *how, torch.get_num_threads(), False, factors
-        )
-    else:
-        with torch.cuda.device(theta.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            kernels.cuda_low_rank_subtract(place, place, *read, codes, *how, factors, stream)
 
 
 def _check(
     theta: Tensor,
     left: Tensor,
     right: Tensor,
-    forget_importance: Tensor | None,
-    retain_importance: Tensor | None,
-    *settings: *_Settings,
+    forget: Tensor | None,
+    retain: Tensor | None,
+    scale: float,
 ) -> None:
-    scale, lam, p, alpha, threshold, _ = settings
-    Rescaling(lam, p, alpha, threshold)
+    """Raise unless everything fits, as far as types, shapes and devices tell."""
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
     check_tensor("theta", theta, theta)
     if theta.dim() != 2:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; a matrix is needed")
-    check_pair(forget_importance, retain_importance)
-    for name, tensor in (("forget_importance", forget_importance), ("retain_importance", retain_importance)):
+    check_pair(forget, retain)
+    for name, tensor in (("forget_importance", forget), ("retain_importance", retain)):
         if tensor is not None:
             check_tensor(name, tensor, theta)
     for name, factor in (("left", left), ("right", right)):
         check_array(name, factor, theta.device)
         if factor.dtype != torch.float32 or factor.dim() != 2:
             raise ValueError(f"{name} is a {factor.dim()}-D {factor.dtype} tensor; a float32 matrix is needed")
-    shapes = (len(left), right.shape[1]), tuple(theta.shape)
-    if left.shape[1] != len(right) or shapes[0] != shapes[1]:
+    if left.shape[1] != len(right) or (len(left), right.shape[1]) != theta.shape:
         raise ValueError(
-            f"left {tuple(left.shape)} times right {tuple(right.shape)} does not have theta's shape {shapes[1]}"
+            f"left {tuple(left.shape)} times right {tuple(right.shape)} does not have theta's shape "
+            f"{tuple(theta.shape)}"
         )
 
 
 def _fake(*arguments: Any) -> None:
-    _check(*arguments)
+    Rescaling(*arguments[6:10])
+    _check(*arguments[:6])
 
 
 _IN_PLACE = register(

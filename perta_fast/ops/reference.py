@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from perta_fast.rules import Rescaling
+
 
 def raised(importance: Tensor, p: float) -> Tensor:
     """|I|^p in float32; by magnitude, because a mean gradient is stored with its sign."""
@@ -18,15 +20,13 @@ def raised(importance: Tensor, p: float) -> Tensor:
 def weights(
     forget_importance: Tensor,
     retain_importance: Tensor,
-    p: float,
-    alpha: float,
-    threshold: float | None,
+    rescaling: Rescaling,
 ) -> Tensor:
     """w = I_f^p / (I_f^p + alpha I_r^p), 0 where both are 0; with a threshold, 1 where w exceeds it, else 0."""
-    numerator = raised(forget_importance, p)
-    denominator = numerator + alpha * raised(retain_importance, p)
+    numerator = raised(forget_importance, rescaling.p)
+    denominator = numerator + rescaling.alpha * raised(retain_importance, rescaling.p)
     w = torch.where(denominator == 0, 0, numerator / denominator)
-    return w if threshold is None else (w > threshold).float()
+    return w if rescaling.threshold is None else (w > rescaling.threshold).float()
 
 
 def rescaled_subtract(
@@ -35,14 +35,11 @@ def rescaled_subtract(
     base: Tensor,
     forget_importance: Tensor | None,
     retain_importance: Tensor | None,
-    lam: float,
-    p: float,
-    alpha: float,
-    threshold: float | None,
+    rescaling: Rescaling,
 ) -> Tensor:
     """theta - lam w (theta_f - theta_0), in float32, rounded once; theta itself where that step is zero."""
     task_vector = tuned.float() - base.float()
-    return subtract(theta, task_vector, forget_importance, retain_importance, lam, p, alpha, threshold)
+    return subtract(theta, task_vector, forget_importance, retain_importance, rescaling)
 
 
 def low_rank_subtract(
@@ -52,14 +49,11 @@ def low_rank_subtract(
     forget_importance: Tensor | None,
     retain_importance: Tensor | None,
     scale: float,
-    lam: float,
-    p: float,
-    alpha: float,
-    threshold: float | None,
+    rescaling: Rescaling,
 ) -> Tensor:
     """theta - lam w (scale left right); theta: (rows, columns), left: (rows, rank), right: (rank, columns)."""
     task_vector = low_rank_task_vector(left, right, scale)
-    return subtract(theta, task_vector, forget_importance, retain_importance, lam, p, alpha, threshold)
+    return subtract(theta, task_vector, forget_importance, retain_importance, rescaling)
 
 
 def low_rank_task_vector(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -75,30 +69,23 @@ def subtract(
     task_vector: Tensor,
     forget_importance: Tensor | None,
     retain_importance: Tensor | None,
-    lam: float,
-    p: float,
-    alpha: float,
-    threshold: float | None,
+    rescaling: Rescaling,
 ) -> Tensor:
     """theta - lam w task_vector, in float32, rounded once; theta itself where that step is zero."""
     if forget_importance is None or retain_importance is None:
-        step = lam * task_vector
+        step = rescaling.lam * task_vector
     else:
-        step = lam * weights(forget_importance, retain_importance, p, alpha, threshold) * task_vector
+        step = rescaling.lam * weights(forget_importance, retain_importance, rescaling) * task_vector
     return torch.where(step == 0, theta, (theta.float() - step).to(theta.dtype))
 
 
-def accumulate_(accumulator: Tensor, gradient: Tensor) -> None:
-    """accumulator += gradient."""
-    accumulator.add_(gradient.float())
+def accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool) -> None:
+    """accumulator += gradient, or += gradient^2, the square rounded before it is added."""
+    gradient = gradient.float()
+    accumulator.add_(gradient * gradient if squared else gradient)
 
 
-def accumulate_square_(accumulator: Tensor, gradient: Tensor) -> None:
-    """accumulator += gradient^2."""
-    accumulator.add_(gradient.float() * gradient.float())
-
-
-def accumulate_squared_gradients_(
+def fisher_(
     fisher: Tensor, gradient: Tensor | None, activations: Tensor, output_gradients: Tensor, samples: Tensor
 ) -> None:
     """fisher += sum over n of (delta_n^T a_n)^2; gradient += sum over n of delta_n^T a_n.
@@ -107,9 +94,8 @@ def accumulate_squared_gradients_(
     belong to sample n.
     """
     for begin, end in samples.tolist():
-        sample_gradient = (
-            output_gradients[begin:end].float().T @ activations[begin:end].float()
-        )  # (d_out, d_in)
+        delta, a = output_gradients[begin:end].float(), activations[begin:end].float()
+        sample_gradient = delta.T @ a  # (d_out, d_in)
         fisher.add_(sample_gradient * sample_gradient)
         if gradient is not None:
             gradient.add_(sample_gradient)

@@ -9,7 +9,7 @@ from torch import Tensor
 from perta_fast import compiled
 from perta_fast.ops import reference
 from perta_fast.ops.backends import (
-    DTYPE_CODES,
+    addresses,
     check_apart,
     check_lists,
     check_one_device,
@@ -17,8 +17,8 @@ from perta_fast.ops.backends import (
     check_tensor,
     check_types,
     choose,
-    numbered,
-    overlap,
+    current_stream,
+    dtype_codes,
 )
 from perta_fast.ops.registration import register, traced
 from perta_fast.rules import Rescaling
@@ -51,20 +51,10 @@ def rescaled_subtract_(
     Returns theta. Raises TypeError or ValueError naming the argument. Each byte is read once and written once;
     no memory is allocated except by the reference. On an accelerator it runs on the current stream.
     """
-    check_types(
-        theta=theta,
-        tuned=tuned,
-        base=base,
-        forget_importance=forget_importance,
-        retain_importance=retain_importance,
-        lam=lam,
-        p=p,
-        alpha=alpha,
-        threshold=threshold,
-        backend=backend,
-    )
-    subtract = _IN_PLACE if traced(theta) else _subtract_
-    subtract(theta, tuned, base, forget_importance, retain_importance, lam, p, alpha, threshold, backend)
+    arrays = theta, tuned, base, forget_importance, retain_importance
+    settings = lam, p, alpha, threshold, backend
+    check_types(**dict(zip(_ARGUMENTS, arrays + settings, strict=True)))
+    (_IN_PLACE if traced(theta) else _subtract_)(*arrays, *settings)
     return theta
 
 
@@ -85,22 +75,10 @@ def rescaled_subtract(
 
     Tensors may share memory with each other, as nothing is overwritten.
     """
-    check_types(
-        theta=theta,
-        tuned=tuned,
-        base=base,
-        forget_importance=forget_importance,
-        retain_importance=retain_importance,
-        lam=lam,
-        p=p,
-        alpha=alpha,
-        threshold=threshold,
-        backend=backend,
-    )
-    subtract = _NEW if traced(theta) else _subtract
-    result: Tensor = subtract(
-        theta, tuned, base, forget_importance, retain_importance, lam, p, alpha, threshold, backend
-    )
+    arrays = theta, tuned, base, forget_importance, retain_importance
+    settings = lam, p, alpha, threshold, backend
+    check_types(**dict(zip(_ARGUMENTS, arrays + settings, strict=True)))
+    result: Tensor = (_NEW if traced(theta) else _subtract)(*arrays, *settings)
     return result
 
 
@@ -128,10 +106,15 @@ def rescaled_subtract_many_(
     given = {name: tensors for name, tensors in importances.items() if tensors is not None}
     check_lists(thetas=thetas, tuneds=tuneds, bases=bases, **given)
     if thetas:
-        subtract = _MANY if traced(thetas[0]) else _subtract_many_
-        subtract(
-            thetas, tuneds, bases, forget_importances, retain_importances, lam, p, alpha, threshold, backend
-        )
+        lists = thetas, tuneds, bases, forget_importances, retain_importances
+        (_MANY if traced(thetas[0]) else _subtract_many_)(*lists, lam, p, alpha, threshold, backend)
+
+
+_ARRAYS = ("theta", "tuned", "base", "forget_importance", "retain_importance")
+_ARGUMENTS = (*_ARRAYS, "lam", "p", "alpha", "threshold", "backend")
+_Settings = tuple[float, float, float, float | None, str]  # lam, p, alpha, threshold, backend
+_Importance = Tensor | None
+_Importances = Sequence[Tensor] | None
 
 
 class _Arrays(NamedTuple):
@@ -141,46 +124,28 @@ class _Arrays(NamedTuple):
     theta: Tensor
     tuned: Tensor
     base: Tensor
-    forget_importance: Tensor | None
-    retain_importance: Tensor | None
+    forget_importance: _Importance
+    retain_importance: _Importance
 
-    @property
-    def sources(self) -> dict[str, Tensor]:
-        """What is read besides theta, by the names that messages give it."""
-        return {name: tensor for name, tensor in zip(_SOURCES, self[2:], strict=True) if tensor is not None}
-
-
-_SOURCES = ("tuned", "base", "forget_importance", "retain_importance")
-_Settings = tuple[float, float, float, float | None, str]  # lam, p, alpha, threshold, backend
+    def sources(self, place: str) -> dict[str, Tensor]:
+        """What is read besides theta, by the names that messages give it; ``place`` as in ``_places``."""
+        named = zip(_ARRAYS[1:], self[2:], strict=True)
+        return {name + place: tensor for name, tensor in named if tensor is not None}
 
 
 def _subtract_(
-    theta: Tensor,
-    tuned: Tensor,
-    base: Tensor,
-    forget_importance: Tensor | None,
-    retain_importance: Tensor | None,
-    *settings: *_Settings,
+    theta: Tensor, tuned: Tensor, base: Tensor, forget: _Importance, retain: _Importance, *settings: *_Settings
 ) -> None:
-    arrays = _Arrays(theta, theta, tuned, base, forget_importance, retain_importance)
-    _check(arrays, settings)
-    for name, tensor in arrays.sources.items():
-        if overlap(theta, tensor):
-            raise ValueError(f"{name} shares memory with theta, which is overwritten")
-    _run([arrays], settings)
+    _subtract_all_([_Arrays(theta, theta, tuned, base, forget, retain)], [""], settings)
 
 
 def _subtract(
-    theta: Tensor,
-    tuned: Tensor,
-    base: Tensor,
-    forget_importance: Tensor | None,
-    retain_importance: Tensor | None,
-    *settings: *_Settings,
+    theta: Tensor, tuned: Tensor, base: Tensor, forget: _Importance, retain: _Importance, *settings: *_Settings
 ) -> Tensor:
-    _check(_Arrays(theta, theta, tuned, base, forget_importance, retain_importance), settings)
+    arrays = _Arrays(theta, theta, tuned, base, forget, retain)
+    rescaling = _check([arrays], [""], settings)
     out = torch.empty_like(theta, requires_grad=False)
-    _run([_Arrays(out, theta, tuned, base, forget_importance, retain_importance)], settings)
+    _run([arrays._replace(out=out)], rescaling, settings[-1])
     return out
 
 
@@ -188,93 +153,95 @@ def _subtract_many_(
     thetas: Sequence[Tensor],
     tuneds: Sequence[Tensor],
     bases: Sequence[Tensor],
-    forget_importances: Sequence[Tensor] | None,
-    retain_importances: Sequence[Tensor] | None,
+    forgets: _Importances,
+    retains: _Importances,
     *settings: *_Settings,
 ) -> None:
-    every = _many(thetas, tuneds, bases, forget_importances, retain_importances)
-    _check_many(every, settings)
-    check_apart(
-        numbered("thetas", thetas),
-        {f"{name}s[{k}]": each for k, arrays in enumerate(every) for name, each in arrays.sources.items()},
-    )
-    _run(every, settings)
+    tensors = _many(thetas, tuneds, bases, forgets, retains)
+    _subtract_all_(tensors, _places(tensors), settings)
 
 
 def _many(
     thetas: Sequence[Tensor],
     tuneds: Sequence[Tensor],
     bases: Sequence[Tensor],
-    forget_importances: Sequence[Tensor] | None,
-    retain_importances: Sequence[Tensor] | None,
+    forgets: _Importances,
+    retains: _Importances,
 ) -> list[_Arrays]:
     nothing = [None] * len(thetas)
-    lists = (thetas, thetas, tuneds, bases, forget_importances or nothing, retain_importances or nothing)
+    lists = (thetas, thetas, tuneds, bases, forgets or nothing, retains or nothing)
     return [_Arrays(*arrays) for arrays in zip(*lists, strict=True)]
 
 
-def _check(arrays: _Arrays, settings: _Settings, place: str = "") -> None:
-    """Raise unless everything fits; ``place`` tells one tensor of many, as in thetas[3]."""
-    Rescaling(*settings[:4])
-    check_tensor("theta" + place, arrays.theta, arrays.theta)
-    check_pair(arrays.forget_importance, arrays.retain_importance)
-    for name, tensor in arrays.sources.items():
-        check_tensor(name + place, tensor, arrays.theta)
+def _places(tensors: list[_Arrays]) -> list[str]:
+    """What tells one tensor of many: with the argument's name it makes thetas[3]."""
+    return [f"s[{k}]" for k in range(len(tensors))]
 
 
-def _check_many(every: list[_Arrays], settings: _Settings) -> None:
-    for k, arrays in enumerate(every):
-        _check(arrays, settings, f"s[{k}]")
-    check_one_device("thetas", [arrays.theta for arrays in every])
+def _subtract_all_(tensors: list[_Arrays], places: list[str], settings: _Settings) -> None:
+    rescaling = _check(tensors, places, settings)
+    written: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    for arrays, place in zip(tensors, places, strict=True):
+        written["theta" + place] = arrays.theta
+        read |= arrays.sources(place)
+    check_apart(written, read)
+    _run(tensors, rescaling, settings[-1])
 
 
-def _run(every: list[_Arrays], settings: _Settings) -> None:
-    lam, p, alpha, threshold, backend = settings
-    device = every[0].theta.device
+def _check(tensors: list[_Arrays], places: list[str], settings: _Settings) -> Rescaling:
+    """Raise unless everything fits, as far as types, shapes and devices tell."""
+    rescaling = Rescaling(*settings[:-1])
+    for arrays, place in zip(tensors, places, strict=True):
+        check_tensor("theta" + place, arrays.theta, arrays.theta)
+        check_pair(arrays.forget_importance, arrays.retain_importance)
+        for name, tensor in arrays.sources(place).items():
+            check_tensor(name, tensor, arrays.theta)
+    check_one_device("thetas", [arrays.theta for arrays in tensors])
+    return rescaling
+
+
+def _run(tensors: list[_Arrays], rescaling: Rescaling, backend: str) -> None:
+    device = tensors[0].theta.device
     chosen = choose(backend, device)
     if chosen == "reference":
         with torch.no_grad():
-            for arrays in every:
-                arrays.out.copy_(reference.rescaled_subtract(*arrays[1:], lam, p, alpha, threshold))
+            for arrays in tensors:
+                arrays.out.copy_(reference.rescaled_subtract(*arrays[1:], rescaling))
         return
     if chosen == "triton":
         from perta_fast.kernels.rescaled_subtract import rescaled_subtract_triton_
 
-        for arrays in every:
-            rescaled_subtract_triton_(*arrays, lam, p, alpha, threshold)
+        for arrays in tensors:
+            rescaled_subtract_triton_(*arrays, rescaling)
     else:
-        entries = [_entry(arrays) for arrays in every]
+        entries = [_entry(arrays) for arrays in tensors]
         if chosen == "cpp":
             for entry in entries:
-                compiled.kernels().rescaled_subtract(
-                    *entry, lam, p, alpha, threshold, torch.get_num_threads(), False
-                )
+                compiled.kernels().rescaled_subtract(*entry, rescaling, torch.get_num_threads(), False)
         else:
-            weighted = every[0].forget_importance is not None
-            with torch.cuda.device(device):
-                stream = torch.cuda.current_stream().cuda_stream
-                compiled.kernels().cuda_rescaled_subtract(entries, weighted, lam, p, alpha, threshold, stream)
-    torch.autograd.graph.increment_version([arrays.out for arrays in every])
+            with current_stream(device) as stream:
+                compiled.kernels().cuda_rescaled_subtract(entries, rescaling, stream)
+    torch.autograd.graph.increment_version([arrays.out for arrays in tensors])
 
 
 def _entry(arrays: _Arrays) -> tuple[int | tuple[int, ...], ...]:
     """Addresses, dtype codes and the number of elements, as the compiled kernels take them."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in arrays]
-    codes = tuple(0 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in arrays[1:])
-    return (*addresses, codes, arrays.theta.numel())
-
-
-def _fake_many(*arguments: Any) -> None:
-    _check_many(_many(*arguments[:5]), arguments[5:])
+    return *addresses(arrays), dtype_codes(arrays[1:]), arrays.theta.numel()
 
 
 def _fake(*arguments: Any) -> None:
-    _check(_Arrays(arguments[0], *arguments[:5]), arguments[5:])
+    _check([_Arrays(arguments[0], *arguments[:5])], [""], arguments[5:])
 
 
 def _fake_new(*arguments: Any) -> Tensor:
     _fake(*arguments)
     return torch.empty_like(arguments[0])
+
+
+def _fake_many(*arguments: Any) -> None:
+    tensors = _many(*arguments[:5])
+    _check(tensors, _places(tensors), arguments[5:])
 
 
 _ONE_TENSOR = "Tensor tuned, Tensor base, Tensor? forget_importance, Tensor? retain_importance"

@@ -74,9 +74,7 @@ def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: 
                     checkpoint.elements(entry, begin, count)
                     for checkpoint, entry in zip(importances, pair, strict=True)
                 )
-                w = reference.weights(
-                    forget, retain, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.threshold
-                ).numpy()
+                w = reference.weights(forget, retain, rule.rescaling).numpy()
                 counts += np.histogram(w, BINS, (0.0, 1.0))[0]
                 above_half += int((w > 0.5).sum())
                 total += count

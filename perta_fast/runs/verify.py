@@ -2,7 +2,7 @@
 
 import os
 import random
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,7 @@ def _chunk_is_right(
     else:
         task_vector = _low_rank_chunk(factors, match.low_rank.scale, begin, count)
     # Without importances this is the whole step, w = 1: the far end of where the result may lie.
-    expected = reference.subtract(theta, task_vector, forget, retain, *astuple(rule.rescaling))
+    expected = reference.subtract(theta, task_vector, forget, retain, rule.rescaling)
     actual = output.elements(found, begin, count)
     if exact and (forget is None or rule.rescaling.p in EXACT_POWERS):
         return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))

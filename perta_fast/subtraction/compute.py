@@ -9,7 +9,7 @@ imported.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -183,7 +183,7 @@ class _Workspace:
             *addresses,
             tuple(codes),
             chunk.count,
-            *astuple(self._job.rescaling),
+            self._job.rescaling,
             1,
             True,
             factors,

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import triton
-from perta_fast.kernels import accumulate as fold
-from perta_fast.kernels import fisher, rescaled_subtract
+from perta_fast.kernels import accumulate, fisher, low_rank_subtract, rescaled_subtract
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,30 +38,25 @@ def instructions(
 EXACT = {"enable_fp_fusion": False}
 
 
-def subtraction(
-    weights: str, importance: str, weighted: bool, doubled_power: int, arch: int, low_rank: bool = False
-) -> str:
-    """The PTX of the rescaled subtraction."""
-    names = ("out", "theta", "tuned", "base", "forget", "retain")
-    task = "fp32" if low_rank else weights
-    kinds = (weights, weights, task, task, importance, importance)
-    signature = {f"{name}_pointer": f"*{kind}" for name, kind in zip(names, kinds, strict=True)}
-    signature |= {"n": "i64", "lam": "fp32", "alpha": "fp32", "threshold": "fp32"}
-    signature |= {"rank": "i32", "columns": "i32", "scale": "fp32"}
-    constants = {
-        "LOW_RANK": low_rank,
-        "WEIGHTED": weighted,
-        "MASKED": weighted,
-        "DOUBLED_POWER": doubled_power,
-        "BLOCK": 1024,
-    }
-    return instructions(rescaled_subtract._rescaled_subtract, signature, constants, arch, EXACT)
+def subtraction(weights: str, weighted: bool, doubled_power: int, arch: int, low_rank: bool = False) -> str:
+    """The PTX of the rescaled subtraction, or of the low-rank one, with float32 importances."""
+    kinds = {"theta": weights, "left": "fp32", "right": "fp32"}
+    if not low_rank:
+        kinds = dict.fromkeys(("out", "theta", "tuned", "base"), weights)
+    kinds |= {"forget": "fp32", "retain": "fp32"}
+    signature = {f"{name}_pointer": f"*{kind}" for name, kind in kinds.items()} | {"n": "i64"}
+    if low_rank:
+        signature |= {"rank": "i32", "columns": "i32", "scale": "fp32"}
+    signature |= {"lam": "fp32", "alpha": "fp32", "threshold": "fp32"}
+    constants = {"WEIGHTED": weighted, "MASKED": weighted, "DOUBLED_POWER": doubled_power, "BLOCK": 1024}
+    kernel = low_rank_subtract._low_rank_subtract if low_rank else rescaled_subtract._rescaled_subtract
+    return instructions(kernel, signature, constants, arch, EXACT)
 
 
-def folding(gradient: str, squared: bool, arch: int) -> str:
-    """The PTX of the fold."""
+def accumulation(gradient: str, squared: bool, arch: int) -> str:
+    """The PTX of the accumulation."""
     signature = {"accumulator_pointer": "*fp32", "gradient_pointer": f"*{gradient}", "n": "i64"}
-    return instructions(fold._fold, signature, {"SQUARED": squared, "BLOCK": 1024}, arch, EXACT)
+    return instructions(accumulate._accumulate, signature, {"SQUARED": squared, "BLOCK": 1024}, arch, EXACT)
 
 
 def fisher_tile(
@@ -89,13 +83,15 @@ def main() -> int:
     found = []
     for arch in (80, 90):
         for weights, weighted, power in itertools.product(TYPES, (False, True), (1, 2, 4)):
-            name = f"subtract {weights} weighted={weighted} 2p={power} sm_{arch}"
-            found.append((name, subtraction(weights, "fp32", weighted, power, arch)))
+            name = f"rescaled_subtract {weights} weighted={weighted} 2p={power} sm_{arch}"
+            found.append((name, subtraction(weights, weighted, power, arch)))
         for weights in TYPES:
-            name = f"subtract {weights} weighted=True low rank sm_{arch}"
-            found.append((name, subtraction(weights, "fp32", True, 4, arch, low_rank=True)))
+            name = f"low_rank_subtract {weights} weighted=True sm_{arch}"
+            found.append((name, subtraction(weights, True, 4, arch, low_rank=True)))
         for gradient, squared in itertools.product(TYPES, (False, True)):
-            found.append((f"fold {gradient} squared={squared} sm_{arch}", folding(gradient, squared, arch)))
+            found.append(
+                (f"accumulate {gradient} squared={squared} sm_{arch}", accumulation(gradient, squared, arch))
+            )
         for types, place in (
             (("bf16", "bf16"), 0),
             (("bf16", "bf16"), -1),

@@ -1,4 +1,4 @@
-"""The folds against the reference, bit for bit."""
+"""The accumulation against the reference, bit for bit."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from perta_fast import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FOLDS = (ops.accumulate_, ops.accumulate_square_)
+ACCUMULATES = (ops.accumulate_, ops.accumulate_square_)
 
 
 def pair(n: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,52 +21,54 @@ def pair(n: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("n", [0, 1, 15, 17, 1023, 1025, 300_001])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fold", FOLDS)
-def test_cpp(fold, dtype: torch.dtype, n: int) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_cpp(accumulate, dtype: torch.dtype, n: int) -> None:  # type: ignore[no-untyped-def]
     accumulator, gradient = pair(n, dtype, n)
-    expected = fold(accumulator.clone(), gradient, backend="reference")
-    actual = fold(accumulator.clone(), gradient, backend="cpp")
+    expected = accumulate(accumulator.clone(), gradient, backend="reference")
+    actual = accumulate(accumulator.clone(), gradient, backend="cpp")
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("n", [0, 1, 1025])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fold", FOLDS)
-def test_triton(fold, dtype: torch.dtype, n: int) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_triton(accumulate, dtype: torch.dtype, n: int) -> None:  # type: ignore[no-untyped-def]
     if "triton" not in ops.available_backends():
         pytest.skip("triton is not installed, or TRITON_INTERPRET is not 1")
     accumulator, gradient = pair(n, dtype, n)
-    expected = fold(accumulator.clone(), gradient, backend="reference")
-    actual = fold(accumulator.clone(), gradient, backend="triton")
+    expected = accumulate(accumulator.clone(), gradient, backend="reference")
+    actual = accumulate(accumulator.clone(), gradient, backend="triton")
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fold", FOLDS)
-def test_cuda(fold, dtype: torch.dtype, backend: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_cuda(accumulate, dtype: torch.dtype, backend: str) -> None:  # type: ignore[no-untyped-def]
     accumulator, gradient = pair(70_001, dtype, 5)
-    expected = fold(accumulator.clone(), gradient, backend="reference")
-    actual = fold(accumulator.cuda(), gradient.cuda(), backend=backend).cpu()
+    expected = accumulate(accumulator.clone(), gradient, backend="reference")
+    actual = accumulate(accumulator.cuda(), gradient.cuda(), backend=backend).cpu()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize(
-    ("fold", "fold_many"),
+    ("accumulate", "accumulate_many"),
     [(ops.accumulate_, ops.accumulate_many_), (ops.accumulate_square_, ops.accumulate_square_many_)],
 )
-def test_many_as_one_by_one(fold, fold_many, backend: str) -> None:  # type: ignore[no-untyped-def]
+def test_many_as_one_by_one(accumulate, accumulate_many, backend: str) -> None:  # type: ignore[no-untyped-def]
     if backend not in ops.available_backends():
         pytest.skip(f"{backend} is not available")
     pairs = [pair(7 * n, DTYPES[n % 3], n) for n in range(6)]
-    expected = [fold(accumulator.clone(), gradient, backend="reference") for accumulator, gradient in pairs]
+    expected = [
+        accumulate(accumulator.clone(), gradient, backend="reference") for accumulator, gradient in pairs
+    ]
     accumulators, gradients = zip(*pairs, strict=True)
-    assert fold_many(accumulators, gradients, backend=backend) is None
+    assert accumulate_many(accumulators, gradients, backend=backend) is None
     for actual, wanted in zip(accumulators, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
-    fold_many([], [], backend=backend)
+    accumulate_many([], [], backend=backend)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
@@ -90,8 +92,8 @@ def test_splitting_changes_nothing(n: int, dtype: torch.dtype, seed: int, data: 
     torch.testing.assert_close(accumulator, whole, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("fold", FOLDS)
-def test_bad_arguments_are_named(fold) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("accumulate", ACCUMULATES)
+def test_bad_arguments_are_named(accumulate) -> None:  # type: ignore[no-untyped-def]
     good = torch.zeros(12)
     for wrong, error in (
         (torch.zeros(11), ValueError),
@@ -102,11 +104,11 @@ def test_bad_arguments_are_named(fold) -> None:  # type: ignore[no-untyped-def]
         (good, ValueError),
     ):
         with pytest.raises(error, match="gradient"):
-            fold(good, wrong)
+            accumulate(good, wrong)
     with pytest.raises(TypeError, match="accumulator"):
-        fold(torch.zeros(12, dtype=torch.bfloat16), good)
+        accumulate(torch.zeros(12, dtype=torch.bfloat16), good)
     with pytest.raises(ValueError, match="backend"):
-        fold(torch.zeros(12), good, backend="fast")
+        accumulate(torch.zeros(12), good, backend="fast")
 
 
 def test_many_name_what_is_wrong() -> None:

@@ -12,6 +12,7 @@ import torch
 from perta_fast import compiled, ops
 from perta_fast.errors import RunError
 from perta_fast.ops import backends
+from perta_fast.rules import Rescaling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -25,7 +26,7 @@ def nothing_remembered() -> Iterator[None]:
 
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = ImportError("perta_fast/_C.so: undefined symbol: fold")
+    error = ImportError("perta_fast/_C.so: undefined symbol: accumulate")
     monkeypatch.setattr(compiled, "_load", lambda: error)
 
 
@@ -79,11 +80,11 @@ def test_the_wrong_device_is_named() -> None:
 def test_an_extension_that_does_not_load_says_why(no_extension: None) -> None:
     for backend, device in (("cpp", CPU), ("cuda", CUDA)):
         with pytest.raises(
-            ValueError, match=r"undefined symbol: fold; install a C\+\+ compiler.*available: .*ref"
+            ValueError, match=r"undefined symbol: accumulate; install a C\+\+ compiler.*available: .*ref"
         ):
             backends.choose(backend, device)
     assert backends.choose("auto", CPU, serving=("cpp", "reference")) == "reference"
-    with pytest.raises(RunError, match="undefined symbol: fold"):
+    with pytest.raises(RunError, match="undefined symbol: accumulate"):
         compiled.kernels()
 
 
@@ -120,7 +121,7 @@ class Recorder:
     def cuda_rescaled_subtract(self, *arguments: Any) -> None:
         self.calls.append(arguments)
 
-    def cuda_fold(self, *arguments: Any) -> None:
+    def cuda_accumulate(self, *arguments: Any) -> None:
         self.calls.append(arguments)
 
 
@@ -144,16 +145,16 @@ def test_what_the_cuda_subtraction_is_given(recorder: Recorder) -> None:
     out = ops.rescaled_subtract(theta, tuned, base, lam=1.0)
     ops.rescaled_subtract_many_([theta, tuned], [base.float(), base], [forget, forget.half()], lam=1.0)
     whole, plain, many = recorder.calls
-    assert whole == ([(addresses[0], *addresses, (0, 1, 2, 0, 1), 3)], True, 1.0, 2.0, 3.0, 0.5, 77)
+    assert whole == ([(addresses[0], *addresses, (0, 1, 2, 0, 1), 3)], Rescaling(1.0, 2.0, 3.0, 0.5), 77)
     assert plain[0] == [(out.data_ptr(), *addresses[:3], 0, 0, (0, 1, 2, 0, 0), 3)]
-    assert not plain[1]
+    assert plain[1] == Rescaling(1.0)
     assert [(entry[0], entry[6], entry[7]) for entry in many[0]] == [
         (addresses[0], (0, 0, 0, 0, 0), 3),
         (addresses[1], (1, 2, 2, 0, 0), 3),
     ]
 
 
-def test_what_the_cuda_fold_is_given(recorder: Recorder) -> None:
+def test_what_the_cuda_accumulation_is_given(recorder: Recorder) -> None:
     accumulators = [torch.zeros(3), torch.zeros(4)]
     gradients = [torch.zeros(3).bfloat16(), torch.zeros(4).half()]
 

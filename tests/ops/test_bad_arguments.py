@@ -63,10 +63,10 @@ NUMBERS: dict[str, Any] = {
 }
 BACKENDS: tuple[Any, ...] = ("auto", "reference", "cpp", "cuda", "triton", "fast", None, 1, ["cpp"])
 SUBTRACTION = ("theta", "tuned", "base", "forget_importance", "retain_importance")
-FOLD = ("accumulator", "gradient")
+ACCUMULATE = ("accumulator", "gradient")
 FISHER = ("fisher", "gradient", "activations", "output_gradients")
 MANY = tuple(f"{name}s" for name in SUBTRACTION)
-MANY_FOLD = tuple(f"{name}s" for name in FOLD)
+MANY_ACCUMULATE = tuple(f"{name}s" for name in ACCUMULATE)
 
 tensors = st.one_of(st.just("good"), st.sampled_from(list(TENSORS)))
 numbers = st.one_of(st.just("one"), st.sampled_from(list(NUMBERS)))
@@ -110,8 +110,8 @@ def test_subtraction(
     st.sampled_from(BACKENDS),
     st.booleans(),
 )
-def test_folds(operation: Callable[..., Any], chosen: tuple[str, ...], backend: Any, alias: bool) -> None:
-    made = {name: TENSORS[kind]() for name, kind in zip(FOLD, chosen, strict=True)}
+def test_accumulate(operation: Callable[..., Any], chosen: tuple[str, ...], backend: Any, alias: bool) -> None:
+    made = {name: TENSORS[kind]() for name, kind in zip(ACCUMULATE, chosen, strict=True)}
     if alias:
         made["gradient"] = made["accumulator"]
     call(operation, made | {"backend": backend})
@@ -133,8 +133,8 @@ def test_many(chosen: list[tuple[str, ...]], place: int, instead: str, data: st.
     elif data.draw(st.booleans()):
         lists[MANY[place]] = lists["thetas"]
     call(ops.rescaled_subtract_many_, lists | {"lam": 1.0})
-    folds = dict(zip(MANY_FOLD, (lists["thetas"], lists["tuneds"]), strict=True))
-    call(ops.accumulate_many_, folds)
+    pairs = dict(zip(MANY_ACCUMULATE, (lists["thetas"], lists["tuneds"]), strict=True))
+    call(ops.accumulate_many_, pairs)
 
 
 @settings(max_examples=200, deadline=None)

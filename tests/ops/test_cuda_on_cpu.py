@@ -1,4 +1,4 @@
-"""The CUDA kernels of the subtraction and the folds, compiled for the CPU, against the reference, bit for bit.
+"""The CUDA kernels of all operations but fisher, compiled for the CPU, against the reference, bit for bit.
 
 What this cannot show is how the kernels behave on a device: their speed, and threads that run at the same time.
 """
@@ -10,7 +10,9 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +20,13 @@ from torch import Tensor
 
 from perta_fast import ops
 from perta_fast.ops.backends import DTYPE_CODES
+from perta_fast.rules import Rescaling
 from tests.ops.test_rescaled_subtract import DTYPES, SIZES, assert_same_bits, draw
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
 # A misaligned 16-byte access ends the process; the sources' own pragmas are nvcc's.
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all", "-Wno-unknown-pragmas"]
-Settings = tuple[float, float, float, float | None]  # lam, p, alpha, threshold
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +42,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(target))
-    loaded.rescaled_subtract.restype = loaded.low_rank_subtract.restype = loaded.fold.restype = ctypes.c_char_p
+    loaded.rescaled_subtract.restype = loaded.low_rank_subtract.restype = loaded.accumulate.restype = (
+        ctypes.c_char_p
+    )
     return loaded
 
 
@@ -58,31 +62,39 @@ def counts(tensors: Sequence[Sequence[Tensor | None]]) -> ctypes.Array[ctypes.c_
     return (ctypes.c_size_t * len(tensors))(*(arrays[0].numel() for arrays in tensors))  # type: ignore[union-attr]
 
 
-def subtract(library: ctypes.CDLL, tensors: Sequence[Sequence[Tensor | None]], settings: Settings) -> int:
+class _Rescaling(ctypes.Structure):
+    """The struct of csrc/rescale.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("lam", "p", "alpha", "threshold")),
+        ("masked", ctypes.c_bool),
+    )
+
+
+def struct_of(rescaling: Rescaling) -> Any:
+    threshold = rescaling.threshold
+    settings = rescaling.lam, rescaling.p, rescaling.alpha, threshold or 0.0, threshold is not None
+    return ctypes.byref(_Rescaling(*settings))
+
+
+def subtract(library: ctypes.CDLL, tensors: Sequence[Sequence[Tensor | None]], rescaling: Rescaling) -> int:
     """Run on lists of (out, theta, tuned, base, forget, retain); return the number of launches."""
-    lam, p, alpha, threshold = settings
     before = library.launch_count()
     error = library.rescaled_subtract(
         ctypes.c_size_t(len(tensors)),
         addresses(tensors),
         codes([arrays[1:] for arrays in tensors]),
         counts(tensors),
-        ctypes.c_bool(tensors[0][4] is not None),
-        ctypes.c_bool(threshold is not None),
-        ctypes.c_float(lam),
-        ctypes.c_float(p),
-        ctypes.c_float(alpha),
-        ctypes.c_float(threshold or 0.0),
+        struct_of(rescaling),
     )
     assert error is None
     return int(library.launch_count() - before)
 
 
 def low_rank_subtract(
-    library: ctypes.CDLL, arrays: Sequence[Tensor | None], scale: float, settings: Settings
+    library: ctypes.CDLL, arrays: Sequence[Tensor | None], scale: float, rescaling: Rescaling
 ) -> None:
     """Run on (out, theta, left, right, forget, retain)."""
-    lam, p, alpha, threshold = settings
     theta, right = arrays[1], arrays[3]
     assert theta is not None and right is not None
     error = library.low_rank_subtract(
@@ -92,20 +104,15 @@ def low_rank_subtract(
         ctypes.c_size_t(len(right)),
         ctypes.c_size_t(theta.shape[1]),
         ctypes.c_float(scale),
-        ctypes.c_bool(arrays[4] is not None),
-        ctypes.c_bool(threshold is not None),
-        ctypes.c_float(lam),
-        ctypes.c_float(p),
-        ctypes.c_float(alpha),
-        ctypes.c_float(threshold or 0.0),
+        struct_of(rescaling),
     )
     assert error is None
 
 
-def fold(library: ctypes.CDLL, pairs: Sequence[tuple[Tensor, Tensor]], squared: bool) -> int:
+def accumulate(library: ctypes.CDLL, pairs: Sequence[tuple[Tensor, Tensor]], squared: bool) -> int:
     """Run on pairs of (accumulator, gradient); return the number of launches."""
     before = library.launch_count()
-    error = library.fold(
+    error = library.accumulate(
         ctypes.c_size_t(len(pairs)),
         addresses(pairs),
         codes([pair[1:] for pair in pairs]),
@@ -116,16 +123,9 @@ def fold(library: ctypes.CDLL, pairs: Sequence[tuple[Tensor, Tensor]], squared: 
     return int(library.launch_count() - before)
 
 
-def reference(arrays: Sequence[Tensor | None], settings: Settings) -> Tensor:
-    lam, p, alpha, threshold = settings
-    return ops.rescaled_subtract(
-        *arrays,  # type: ignore[arg-type]
-        lam=lam,
-        p=p,
-        alpha=alpha,
-        threshold=threshold,
-        backend="reference",
-    )
+def reference(arrays: Sequence[Tensor | None], rescaling: Rescaling) -> Tensor:
+    how = asdict(rescaling)
+    return ops.rescaled_subtract(*arrays, **how, backend="reference")  # type: ignore[arg-type]
 
 
 def placed(values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -144,9 +144,9 @@ def untouched_around(buffer: Tensor, offset: int, count: int) -> bool:
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=5)))
 def test_every_mix_of_types(library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...]) -> None:
     arrays = [draw(333, dtype, seed, special=True) for seed, dtype in enumerate(dtypes)]
-    settings = (0.7, 1.0, 0.8, None)
-    expected = reference(arrays, settings)
-    assert subtract(library, [(arrays[0], *arrays)], settings) == 1
+    rescaling = Rescaling(0.7, 1.0, 0.8, None)
+    expected = reference(arrays, rescaling)
+    assert subtract(library, [(arrays[0], *arrays)], rescaling) == 1
     assert_same_bits(arrays[0], expected)
 
 
@@ -163,19 +163,19 @@ def test_powers_and_masks(
 ) -> None:
     arrays: list[Tensor | None] = [draw(4100, weights, seed, special=True) for seed in range(3)]
     arrays += [None if importance is None else draw(4100, importance, seed, special=True) for seed in (3, 4)]
-    settings = (1.3, p, 0.8, threshold)
+    rescaling = Rescaling(1.3, p, 0.8, threshold)
     out = torch.empty(4100, dtype=weights)
-    subtract(library, [(out, *arrays)], settings)
-    assert_same_bits(out, reference(arrays, settings))
+    subtract(library, [(out, *arrays)], rescaling)
+    assert_same_bits(out, reference(arrays, rescaling))
 
 
 @pytest.mark.parametrize("p", [0.75, 3.0])
 def test_other_powers_within_rounding(library: ctypes.CDLL, p: float) -> None:
     arrays = [draw(4000, torch.float32, seed) for seed in range(5)]
-    settings = (1.0, p, 1.0, None)
+    rescaling = Rescaling(1.0, p, 1.0, None)
     out = torch.empty(4000)
-    subtract(library, [(out, *arrays)], settings)
-    torch.testing.assert_close(out, reference(arrays, settings), rtol=1e-6, atol=1e-6)
+    subtract(library, [(out, *arrays)], rescaling)
+    torch.testing.assert_close(out, reference(arrays, rescaling), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [*SIZES, 4096, 4097, 8200, 40_000])
@@ -184,8 +184,8 @@ def test_other_powers_within_rounding(library: ctypes.CDLL, p: float) -> None:
 def test_sizes_and_common_offsets(library: ctypes.CDLL, n: int, offset: int, dtype: torch.dtype) -> None:
     values = [draw(n, dtype, seed) for seed in range(3)]
     arrays, (buffer, *_) = zip(*(placed(each, offset) for each in values), strict=True)
-    subtract(library, [(arrays[0], *arrays, None, None)], (1.0, 1.0, 1.0, None))
-    assert_same_bits(arrays[0], reference(values, (1.0, 1.0, 1.0, None)))
+    subtract(library, [(arrays[0], *arrays, None, None)], Rescaling(1.0, 1.0, 1.0, None))
+    assert_same_bits(arrays[0], reference(values, Rescaling(1.0, 1.0, 1.0, None)))
     assert untouched_around(buffer, offset, n)
 
 
@@ -196,8 +196,8 @@ def test_any_offsets(library: ctypes.CDLL) -> None:
         values = [draw(n, dtype, choose.randrange(1 << 30)) for dtype in mix]
         offsets = [choose.randrange(9) for _ in mix]
         arrays, buffers = zip(*map(placed, values, offsets), strict=True)
-        subtract(library, [(arrays[0], *arrays)], (1.0, 2.0, 1.0, None))
-        assert_same_bits(arrays[0], reference(values, (1.0, 2.0, 1.0, None)))
+        subtract(library, [(arrays[0], *arrays)], Rescaling(1.0, 2.0, 1.0, None))
+        assert_same_bits(arrays[0], reference(values, Rescaling(1.0, 2.0, 1.0, None)))
         assert untouched_around(buffers[0], offsets[0], n)
 
 
@@ -206,9 +206,9 @@ def test_thousands_of_tensors_in_a_few_launches(library: ctypes.CDLL) -> None:
     sizes = [choose.choice([0, 1, 5, 64, 100, 4096, 9000]) for _ in range(1200)]
     tensors = [[draw(n, torch.bfloat16, 3 * k + seed) for seed in range(3)] for k, n in enumerate(sizes)]
     tensors[700] = [each.float() for each in tensors[700]]
-    settings = (1.0, 1.0, 1.0, None)
-    expected = [reference(arrays, settings) for arrays in tensors]
-    launched = subtract(library, [(arrays[0], *arrays, None, None) for arrays in tensors], settings)
+    rescaling = Rescaling(1.0, 1.0, 1.0, None)
+    expected = [reference(arrays, rescaling) for arrays in tensors]
+    launched = subtract(library, [(arrays[0], *arrays, None, None) for arrays in tensors], rescaling)
     for arrays, wanted in zip(tensors, expected, strict=True):
         assert_same_bits(arrays[0], wanted)
     assert launched <= 4
@@ -216,7 +216,7 @@ def test_thousands_of_tensors_in_a_few_launches(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("offset", [0, 1, 4])
-def test_folds(library: ctypes.CDLL, squared: bool, offset: int) -> None:
+def test_accumulate(library: ctypes.CDLL, squared: bool, offset: int) -> None:
     pairs, expected, around = [], [], []
     add: Callable[..., Tensor] = ops.accumulate_square_ if squared else ops.accumulate_
     for n, dtype in itertools.product((0, 1, 7, 8, 9, 4096, 5000), DTYPES):
@@ -225,7 +225,7 @@ def test_folds(library: ctypes.CDLL, squared: bool, offset: int) -> None:
         expected.append(add(accumulator.clone(), gradient, backend="reference"))
         pairs.append((accumulator, placed(gradient, 2 * offset)[0]))
         around.append((buffer, offset, n))
-    assert fold(library, pairs, squared) == len(DTYPES)
+    assert accumulate(library, pairs, squared) == len(DTYPES)
     for (accumulator, _), wanted in zip(pairs, expected, strict=True):
         assert_same_bits(accumulator, wanted)
     assert all(itertools.starmap(untouched_around, around))
@@ -257,5 +257,5 @@ def test_low_rank(
         backend="reference",
     )
     out = torch.empty_like(theta)
-    low_rank_subtract(library, [out, theta, left, right, *chosen], 0.7, (1.3, p, 0.8, None))
+    low_rank_subtract(library, [out, theta, left, right, *chosen], 0.7, Rescaling(1.3, p, 0.8, None))
     assert_same_bits(out, expected)

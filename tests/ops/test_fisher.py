@@ -205,11 +205,11 @@ def test_flat_rows_need_lengths_that_sum_to_their_number() -> None:
 def test_shared_memory_is_refused() -> None:
     whole = torch.zeros(40)
     fisher = whole[:15].view(3, 5)
-    with pytest.raises(ValueError, match="gradient shares memory with fisher"):
+    with pytest.raises(ValueError, match="gradient shares memory with fisher, which is overwritten"):
         ops.accumulate_squared_gradients_(
             fisher, torch.zeros(1, 7, 5), torch.zeros(1, 7, 3), gradient=whole[10:25].view(3, 5)
         )
-    with pytest.raises(ValueError, match="fisher shares memory with activations"):
+    with pytest.raises(ValueError, match="activations shares memory with fisher, which is overwritten"):
         ops.accumulate_squared_gradients_(fisher, whole[5:40].view(1, 7, 5), torch.zeros(1, 7, 3))
 
 

@@ -37,18 +37,18 @@ def subtract_many_(x: Inputs) -> Tensor:
     return x[0] - x[1]
 
 
-def low_rank_(x: Inputs) -> Tensor:
+def low_rank_subtract_(x: Inputs) -> Tensor:
     left, right = torch.ones(5, 2, device=x[0].device), torch.ones(2, 7, device=x[0].device)
     ops.low_rank_subtract_(x[0], left, right, x[3], x[4], scale=0.5, lam=1.0, p=2.0)
     return x[0] * 1
 
 
-def fold_(x: Inputs) -> Tensor:
+def accumulate_(x: Inputs) -> Tensor:
     ops.accumulate_square_(x[0], x[1])
     return ops.accumulate_(x[1], x[2]) + x[0]
 
 
-def fold_many_(x: Inputs) -> Tensor:
+def accumulate_many_(x: Inputs) -> Tensor:
     ops.accumulate_many_(x[:2], x[2:4])
     ops.accumulate_square_many_([x[4]], [x[0]])
     return x[4] * 1
@@ -59,7 +59,16 @@ def fisher_(x: Inputs) -> Tensor:
     return ops.accumulate_squared_gradients_(fisher, torch.stack(x[:2]), torch.stack(x[2:4])) + x[0].sum()
 
 
-PROGRAMS = (subtract_, subtract_from_an_input_, subtract, subtract_many_, low_rank_, fold_, fold_many_, fisher_)
+PROGRAMS = (
+    subtract_,
+    subtract_from_an_input_,
+    subtract,
+    subtract_many_,
+    low_rank_subtract_,
+    accumulate_,
+    accumulate_many_,
+    fisher_,
+)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perta_fast import compiled, ops
+from perta_fast.rules import Rescaling
 
 # The interpreter of Triton computes with numpy, which warns of the special values.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -299,7 +300,7 @@ def test_statistics(seed: int, n: int, threads: int) -> None:
     out = torch.empty_like(theta)
     arrays = [theta, tuned, base, forget, retain]
     found = compiled.kernels().rescaled_subtract(
-        out.data_ptr(), *[a.data_ptr() for a in arrays], (1, 1, 1, 0, 0), n, 1.0, 1.0, 1.0, None, threads, True
+        out.data_ptr(), *[a.data_ptr() for a in arrays], (1, 1, 1, 0, 0), n, Rescaling(1.0), threads, True
     )
     expected = run("reference", arrays, lam=1.0)
     assert_same_bits(out, expected)
@@ -318,7 +319,7 @@ def test_statistics_count_what_is_not_finite(dtype: torch.dtype, place: int) -> 
     arrays[3][place], arrays[4][place // 2] = float("inf"), float("nan")
     out = torch.empty_like(arrays[0])
     found = compiled.kernels().rescaled_subtract(
-        out.data_ptr(), *[a.data_ptr() for a in arrays], (code,) * 5, 5000, 1.0, 1.0, 1.0, None, 2, True
+        out.data_ptr(), *[a.data_ptr() for a in arrays], (code,) * 5, 5000, Rescaling(1.0), 2, True
     )
     assert found["nonfinite_forget"] == 1
     assert found["nonfinite_retain"] == 1

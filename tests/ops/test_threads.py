@@ -7,18 +7,18 @@ import pytest
 
 from tests.support.children import HUNG
 
-# fold(accumulator, gradient, dtype code, squared, count, threads); 0 is float32
-FOLD = """
+# accumulate(accumulator, gradient, dtype code, squared, count, threads); 0 is float32
+ACCUMULATE = """
 import os
 import numpy as np
 from perta_fast import compiled
 
 gradient = np.random.default_rng(0).standard_normal(300_001).astype(np.float32)
 
-def fold(threads):
+def accumulate(threads):
     total = np.zeros_like(gradient)
     for _ in range(3):
-        compiled.kernels().fold(total.ctypes.data, gradient.ctypes.data, 0, True, len(total), threads)
+        compiled.kernels().accumulate(total.ctypes.data, gradient.ctypes.data, 0, True, len(total), threads)
     return total
 
 def threads():
@@ -27,7 +27,7 @@ def threads():
 def check():
     square = gradient * gradient
     for number in (1, 2, 3, 2):
-        assert np.array_equal(fold(number), square + square + square), number
+        assert np.array_equal(accumulate(number), square + square + square), number
 """
 
 WAYS = {
@@ -37,7 +37,7 @@ import torch
 torch.set_num_threads(3)
 torch.ones(1_000_000).add_(1)  # torch's threads exist from now on
 before = threads()
-fold(3)
+accumulate(3)
 assert threads() == before, (before, threads())
 check()
 """,
@@ -65,7 +65,9 @@ AFTER_USE = {
 
 
 def run(program: str) -> None:
-    done = subprocess.run([sys.executable, "-c", FOLD + program], capture_output=True, text=True, timeout=HUNG)
+    done = subprocess.run(
+        [sys.executable, "-c", ACCUMULATE + program], capture_output=True, text=True, timeout=HUNG
+    )
     assert done.returncode == 0, done.stderr
 
 
