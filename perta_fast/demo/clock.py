@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Clock:
-    """Seconds by phase, as a clock on the wall and as the processors count them."""
+    """Seconds by phase, as the wall clock and as the processors count them."""
 
     wall: dict[str, float] = field(default_factory=dict)
     cpu: dict[str, float] = field(default_factory=dict)

@@ -1,14 +1,13 @@
 """A model that evaluations and sweeps score on samples, and how such scores become metrics."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
-from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.models.greedy_answers import greedy_answers
@@ -17,7 +16,6 @@ from perta_fast.models.token_scores import TokenScores, score_tokens
 from perta_fast.progress import Progress
 
 Scored = list[tuple[TokenScores, str]]  # of each sample, with the text of its labels
-MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 
 
 @dataclass
@@ -117,25 +115,19 @@ def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, M
 
 
 def membership(forget: Scored, holdout: Scored) -> dict[str, Metric]:
-    """The ``MEMBERSHIP`` metrics from scores and texts: ``membership_auc`` of each score.
+    """The membership metrics from scores and texts: ``membership_auc`` of each score.
 
     Samples carry ``score``: forget first, then holdout. Min-K leaves the last label out, as open-unlearning.
     """
-    by_set = [
-        [
-            (
-                -metrics.mean(scores.log_probs),
-                metrics.zlib_score(scores.log_probs, text),
-                metrics.min_k(scores.log_probs[:-1]),
-                metrics.min_k(scores.standardised[:-1]),
-            )
-            for scores, text in rows
-        ]
-        for rows in (forget, holdout)
-    ]
+    measures: dict[str, Callable[[TokenScores, str], float]] = {
+        "mia_loss": lambda scores, text: -metrics.mean(scores.log_probs),
+        "mia_zlib": lambda scores, text: metrics.zlib_score(scores.log_probs, text),
+        "mia_min_k": lambda scores, text: metrics.min_k(scores.log_probs[:-1]),
+        "mia_min_k_plus_plus": lambda scores, text: metrics.min_k(scores.standardised[:-1]),
+    }
     result = {}
-    for column, name in enumerate(MEMBERSHIP):
-        ours, others = ([row[column] for row in rows] for rows in by_set)
+    for name, measure in measures.items():
+        ours, others = ([measure(*sample) for sample in rows] for rows in (forget, holdout))
         samples = [{"set": "forget", "score": score} for score in ours]
         samples += [{"set": "holdout", "score": score} for score in others]
         result[name] = Metric(metrics.membership_auc(ours, others), samples)
@@ -145,10 +137,3 @@ def membership(forget: Scored, holdout: Scored) -> dict[str, Metric]:
 def privacy_leakage(membership: Mapping[str, Metric], reference: EvaluationFile) -> Metric:
     """PrivLeak from ``membership`` and a gold model's."""
     return Metric(metrics.privacy_leakage(membership["mia_min_k"].value, reference.value("mia_min_k")))
-
-
-def require(path: str | Path | None, name: str, why: str) -> Path:
-    """``path``, or InputError."""
-    if path is None:
-        raise InputError(f"{name} is missing: {why}")
-    return Path(path)

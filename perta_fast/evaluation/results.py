@@ -10,7 +10,7 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.metrics import mean
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.reading import read_json
-from perta_fast.records.typed_json import fits, printable, readable_json
+from perta_fast.records.typed_json import fits, printable, readable_json, with_nulls
 
 FORMAT_VERSION = 1
 
@@ -74,7 +74,7 @@ class Evaluation:
             for name, metric in self.metrics.items()
         }
         content = {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
-        write_output_file(path, readable_json(_finite(content)))
+        write_output_file(path, readable_json(with_nulls(content)))
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,3 @@ class EvaluationFile:
 
 def _is_finite(value: Any) -> bool:
     return fits(value, float) and math.isfinite(value)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

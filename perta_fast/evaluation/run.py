@@ -11,7 +11,7 @@ from torch import nn
 
 from perta_fast.data.chat import with_chat_settings
 from perta_fast.errors import InputError
-from perta_fast.evaluation.examinee import Examinee, require
+from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.lm_eval_harness import check_harness, general_ability
 from perta_fast.evaluation.muse import evaluate_muse, read_muse
 from perta_fast.evaluation.own_data import evaluate_own_data, read_own_data
@@ -114,7 +114,8 @@ def _measurement(
     """Read and check all data; returns what then measures a model."""
     given = {role: Path(path) for role, path in own.items() if path is not None}
     if suite is None:
-        require(own["forget"], "forget", "give a suite with its data, or your own forget data")
+        if "forget" not in given:
+            raise InputError("forget is missing: give a suite with its data, or your own forget data")
         if data is not None:
             raise InputError("data is the directory of a suite; name the suite too")
         files = read_own_data(given)
@@ -127,13 +128,14 @@ def _measurement(
         raise InputError(f"suite is {suite!r}; it must be tofu or muse")
     if given:
         raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
-    folder = require(data, "data", "the directory with the files of the suite")
+    if data is None:
+        raise InputError("data is missing: the directory with the files of the suite")
     if suite == "tofu":
-        sets = read_tofu(folder, split)
+        sets = read_tofu(Path(data), split)
         if gold is not None:
             check_reference(gold, sets)
         return lambda examinee: evaluate_tofu(examinee, sets, gold)
-    sets = read_muse(folder)
+    sets = read_muse(Path(data))
     if gold is not None:
         gold.value("mia_min_k")
     return lambda examinee: evaluate_muse(examinee, sets, gold)

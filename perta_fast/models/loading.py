@@ -48,7 +48,9 @@ def samples_for(
 
     Raises InputError naming the line or sample that it cannot take.
     """
-    limit = _context_length(subject.module)
+    config: Any = getattr(subject.module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
     if isinstance(rows[0], Row):
         if subject.tokenizer is None:
             raise InputError("a tokenizer is needed to turn rows into tokens; pass tokenizer=")
@@ -57,7 +59,8 @@ def samples_for(
     else:
         samples = list(rows)  # type: ignore[arg-type]
         places = [f"sample {number}" for number in range(len(samples))]
-    vocabulary = _vocabulary_size(subject.module)
+    embeddings = getattr(subject.module, "get_input_embeddings", None)
+    vocabulary = None if embeddings is None else len(embeddings().weight)
     for sample, where in zip(samples, places, strict=True):
         _check_sample(sample, where, limit, vocabulary)
     return samples
@@ -125,17 +128,6 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} cannot be computed on here") from error
     return chosen
-
-
-def _context_length(module: nn.Module) -> int:
-    config: Any = getattr(module, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-
-
-def _vocabulary_size(module: nn.Module) -> int | None:
-    find = getattr(module, "get_input_embeddings", None)
-    return None if find is None else len(find().weight)
 
 
 def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None) -> None:

@@ -1,7 +1,7 @@
 """What a run did, as ``perta_report.json`` beside its output."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -42,6 +42,12 @@ class DataRecord(TypedDict):
     blake3: str
     samples: int
     truncated: int
+
+
+def data_record(path: str | Path, digest: str, samples: Sequence[object]) -> DataRecord:
+    """What a report says of a data file; rows that were not made into tokens count as whole."""
+    cut = sum(getattr(sample, "truncated", False) for sample in samples)
+    return {"path": str(Path(path).resolve()), "blake3": digest, "samples": len(samples), "truncated": cut}
 
 
 class EstimationSettings(TypedDict):

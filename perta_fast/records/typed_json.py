@@ -1,6 +1,7 @@
 """JSON with declared types: written for people, checked when read."""
 
 import json
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -29,6 +30,15 @@ def readable_json(content: Mapping[str, Any]) -> bytes:
     """``content`` for people and programs; a path that is not UTF-8 comes back from its escapes."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode(errors="backslashreplace")
+
+
+def with_nulls(content: Any) -> Any:
+    """``content`` with null for what is not finite: JSON has no other word for it."""
+    if isinstance(content, Mapping):
+        return {key: with_nulls(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [with_nulls(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def printable(text: str) -> str:

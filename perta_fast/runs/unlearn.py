@@ -10,10 +10,10 @@ from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output, check_space
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
-from perta_fast.records.report import Report
+from perta_fast.records.report import Report, data_record
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.settings import unfinished_advice
-from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, data_record, read_all
+from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """What a run of ``unlearn`` was asked for, and what it opens and loads before the first gradient."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +11,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
-from perta_fast.records.report import DataRecord, EstimationSettings, Report
+from perta_fast.records.report import EstimationSettings, Report, data_record
 from perta_fast.rules import Rule
 from perta_fast.runs.settings import Settings, check_threads, destination
 from perta_fast.subtraction.inputs import Sources
@@ -182,12 +181,6 @@ class Loaded:
                 report.warn(
                     f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
                 )
-
-
-def data_record(path: str | Path, digest: str, samples: "Sequence[Row | Sample]") -> DataRecord:
-    """What a report says of a data file; rows that were not made into tokens count as whole."""
-    cut = sum(getattr(sample, "truncated", False) for sample in samples)
-    return {"path": str(Path(path).resolve()), "blake3": digest, "samples": len(samples), "truncated": cut}
 
 
 def read_all(data: dict[str, str | Path]) -> tuple[dict[str, list[Row]], dict[str, str]]:

@@ -39,7 +39,11 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator) -> N
     destination = Path(os.path.realpath(str(request.checkpoint)))
     weights = () if best.rule == "tv" else (best.p, best.alpha, request.threshold)
     rule = Rule.of(best.rule, best.lam, *weights)
-    settings = {name: _as_text(value) for name, value in sweep.settings.items() if value not in (None, [None])}
+    settings = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in sweep.settings.items()
+        if value not in (None, [None])
+    }
     settings |= {"sweep": str(request.out), "sweep_started": sweep.started, "select": str(request.criterion)}
     if _is_written(destination, rule, settings):
         return
@@ -58,10 +62,6 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator) -> N
         annotate=annotate,
         temporary=rule.estimator is not None and rule.estimator not in opened.given,  # they go with the sweep
     )
-
-
-def _as_text(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _is_written(destination: Path, rule: Rule, settings: dict[str, str]) -> bool:

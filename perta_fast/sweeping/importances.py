@@ -1,6 +1,6 @@
 """The importances that a sweep weighs by: a pair for each estimator, given or estimated."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -8,8 +8,6 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, Importance, read_metadata
-from perta_fast.models.loading import Subject
-from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import Estimation, estimate_on
 from perta_fast.subtraction.inputs import Sources, open_importances
@@ -27,7 +25,7 @@ def open_given(
     given: dict[Estimator, Sources] = {}
     for pair in zip_longest(forget, retain):
         paths = [None if path is None else Path(path) for path in pair]
-        held = {_estimator(path) for path in paths if path is not None}
+        held = {read_metadata(Checkpoint.open(path, STEM))["estimator"] for path in paths if path is not None}
         served = [rule for rule in curves if rule.estimator in held]
         needing = [rule for rule in curves if rule.estimator is not None]
         rule = (served or needing or list(curves))[0]
@@ -41,32 +39,20 @@ def open_given(
 
 def load_given(given: Mapping[Estimator, Sources]) -> ByEstimator:
     """The importances that were given; a tensor is read when it is asked for."""
-    importances: ByEstimator = {}
-    for estimator, sources in given.items():
-        forget, retain = sources.forget_importance, sources.retain_importance
-        assert forget is not None and retain is not None
-        importances[estimator] = {
-            "forget": Importance.load(forget.path),
-            "retain": Importance.load(retain.path),
+    return {
+        estimator: {
+            role: Importance.load(sources.named()[f"{role}_importance"].path) for role in ("forget", "retain")
         }
-    return importances
+        for estimator, sources in given.items()
+    }
 
 
 def estimate(
-    subject: Subject,
-    samples: Sequence[Sample],
-    data_hash: str,
-    estimator: Estimator,
-    *,
-    batch_size: int,
-    progress: Progress,
-    description: str,
-    out: Path | None,
+    how: Estimation, samples: Sequence[Sample], data_hash: str, description: str, out: Path | None
 ) -> Importance:
     """One importance: kept in ``out``, unless a stopped sweep has kept it there; else in the host's memory."""
     if out is not None and out.exists():  # complete: it appears as a whole
         return Importance.load(out)
-    how = Estimation(subject, estimator, batch_size, progress)
     importance = estimate_on(how, samples, data_hash, out=out, description=description)
     if out is not None:
         return Importance.load(out)
@@ -74,16 +60,11 @@ def estimate(
     return importance
 
 
-def load_kept(folder: Path, estimators: Sequence[Estimator], roles: Iterable[str]) -> ByEstimator | None:
+def load_kept(folder: Path, estimators: Sequence[Estimator], roles: Collection[str]) -> ByEstimator | None:
     """What a sweep that was stopped has kept in ``folder``, if it is all there."""
-    kept = {estimator: {role: folder / estimator / role for role in roles} for estimator in estimators}
-    if not all(path.exists() for by_role in kept.values() for path in by_role.values()):
+    if not all((folder / estimator / role).exists() for estimator in estimators for role in roles):
         return None
     return {
-        estimator: {role: Importance.load(path) for role, path in by_role.items()}
-        for estimator, by_role in kept.items()
+        estimator: {role: Importance.load(folder / estimator / role) for role in roles}
+        for estimator in estimators
     }
-
-
-def _estimator(path: Path) -> str:
-    return read_metadata(Checkpoint.open(path, STEM))["estimator"]

@@ -4,7 +4,7 @@ So a sweep writes no checkpoint for a setting, and loads theta_full once.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +13,13 @@ import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.json_lines import Row, read_data
-from perta_fast.data.samples import Sample, prompt_of
+from perta_fast.data.samples import prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.own_data import NEW_TOKENS
 from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
-from perta_fast.records.report import DataRecord
 from perta_fast.rules import RULES, Estimator, Rule
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
 from perta_fast.sweeping.criteria import LOSS, METRICS
@@ -44,26 +43,15 @@ class DataSet:
     def read(cls, path: str, metric: str) -> "DataSet":
         """Raises InputError for a bad line, and for one that the metric has no use for."""
         rows, digest = read_data(path)
-        if metric == _ROUGE:
-            for row in rows:
-                if "question" not in row.content:
-                    raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
+        for row in rows:
+            if metric == _ROUGE and "question" not in row.content:
+                raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
         return cls(Path(path), digest, rows)
-
-    def describe(self, samples: Sequence[Sample]) -> DataRecord:
-        """For the record of the sweep."""
-        return {
-            "path": str(self.path.resolve()),
-            "blake3": self.digest,
-            "samples": len(samples),
-            "truncated": sum(sample.truncated for sample in samples),
-        }
 
 
 def rule_of(estimator: Estimator) -> Rule:
     """A rule that weighs by importances of ``estimator``, at lam 0."""
-    rules = (Rule.of(name, 0.0) for name in RULES)
-    return next(rule for rule in rules if rule.estimator == estimator)
+    return next(rule for name in RULES if (rule := Rule.of(name, 0.0)).estimator == estimator)
 
 
 def check_metric(metric: str) -> None:
@@ -125,25 +113,23 @@ class LiveModel(ScoredModel):
     ) -> None:
         super().__init__(examinee, data, metric)
         self._model, self._base, self._tuned = model, base, tuned
-        self._stored = [
-            (tensor.pieces, stored_name(model, name))
-            for name, tensor in held_tensors(self.subject.module).items()
-        ]
+        held = held_tensors(self.subject.module)
+        self._stored = [(tensor.pieces, stored_name(model, name)) for name, tensor in held.items()]
 
     def measure(self, rule: Rule, importances: Importances) -> ScoredSetting:
         """Subtract, score, and put theta_full back."""
         started = time.perf_counter()
         self.subtract_(rule, importances)
-        changed = self._round_as_stored_()
-        alpha = "" if rule.rescaling.alpha == 1 else f", alpha {rule.rescaling.alpha:g}"
-        scored = self.score(f"{rule.name}{alpha}, lambda {rule.rescaling.lam:g}")
+        changed, settings = self._round_as_stored_(), rule.rescaling
+        alpha = "" if settings.alpha == 1 else f", alpha {settings.alpha:g}"
+        scored = self.score(f"{rule.name}{alpha}, lambda {settings.lam:g}")
         self._restore_()
         return replace(
             scored,
             rule=rule.name,
-            p=rule.rescaling.p,
-            alpha=rule.rescaling.alpha,
-            lam=rule.rescaling.lam,
+            p=settings.p,
+            alpha=settings.alpha,
+            lam=settings.lam,
             changed=changed,
             seconds=time.perf_counter() - started,
         )
@@ -167,10 +153,7 @@ class LiveModel(ScoredModel):
             importances.get("forget"),
             importances.get("retain"),
             rule=rule.name,
-            lam=rule.rescaling.lam,
-            p=rule.rescaling.p,
-            alpha=rule.rescaling.alpha,
-            threshold=rule.rescaling.threshold,
+            **vars(rule.rescaling),
         )
 
     @torch.no_grad()

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 
+from perta_fast.records.report import data_record
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.sweeping.grid import search, walk
 from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept
-from perta_fast.sweeping.live_model import LiveModel
+from perta_fast.sweeping.live_model import Importances, LiveModel
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.results import ScoredSetting, Sweep
 from perta_fast.sweeping.unfinished import Record
@@ -27,10 +28,10 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
 
     rows = [original]
     for curve in opened.curves:
-        measure = _measurer(curve, live, importances, record)
-        rows += _along(curve, request.lams, measure, excess, original)
+        weighed = {} if curve.estimator is None else importances[curve.estimator]
+        rows += _along(curve, request.lams, original, excess, live, weighed, record)
     module, samples = live.subject.module, live.samples
-    data = {role: given.describe(samples[role]) for role, given in opened.data.items()}
+    data = {role: data_record(given.path, given.digest, samples[role]) for role, given in opened.data.items()}
     run_in = {"device": str(module.device), "dtype": str(module.dtype).removeprefix("torch.")}
     sweep = Sweep(
         rows=rows,
@@ -79,27 +80,20 @@ def _prepare(opened: OpenedSweep, record: Record) -> tuple[LiveModel, ScoredSett
     return live, original, importances
 
 
-def _measurer(
-    curve: Rule, live: LiveModel, importances: ByEstimator, record: Record
-) -> Callable[[float], ScoredSetting]:
-    """Measures a curve at a strength; what is on record is not measured again."""
-    weighed = {} if curve.estimator is None else importances[curve.estimator]
+def _along(
+    curve: Rule,
+    lams: Sequence[float] | None,
+    original: ScoredSetting,
+    excess: Callable[[ScoredSetting], float],
+    live: LiveModel,
+    weighed: Importances,
+    record: Record,
+) -> list[ScoredSetting]:
+    """The settings of one curve, by strength, measured unless on record; without ``lams``, a search's."""
 
     def measure(lam: float) -> ScoredSetting:
         rule = curve.at(lam)
         return record.begun.find(rule) or record.add(live.measure(rule, weighed))
-
-    return measure
-
-
-def _along(
-    curve: Rule,
-    lams: Sequence[float] | None,
-    measure: Callable[[float], ScoredSetting],
-    excess: Callable[[ScoredSetting], float],
-    original: ScoredSetting,
-) -> list[ScoredSetting]:
-    """The settings of one curve, by strength; without ``lams``, those that the search tries."""
 
     def skip(lam: float) -> ScoredSetting:
         nan, settings = math.nan, curve.rescaling

@@ -14,6 +14,7 @@ from perta_fast.files.hashing import hash_file
 from perta_fast.models.loading import Subject, load_subject, samples_for
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
+from perta_fast.runs.estimate import Estimation
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import fingerprint
 from perta_fast.sweeping.grid import curves_of
@@ -96,22 +97,14 @@ class OpenedSweep:
         samples = {
             role: samples_for(subject, given.rows, self.request.max_length) for role, given in self.data.items()
         }
-        return {
-            estimator: {
-                role: estimate(
-                    subject,
-                    samples[role],
-                    given.digest,
-                    estimator,
-                    batch_size=self.request.batch_size,
-                    progress=self.progress,
-                    description=f"{role} importance, {estimator}",
-                    out=None if folder is None else folder / estimator / role,
-                )
-                for role, given in self.data.items()
-            }
-            for estimator in estimators
-        }
+        importances: ByEstimator = {estimator: {} for estimator in estimators}
+        for estimator, by_role in importances.items():
+            how = Estimation(subject, estimator, self.request.batch_size, self.progress)
+            for role, given in self.data.items():
+                out = None if folder is None else folder / estimator / role
+                description = f"{role} importance, {estimator}"
+                by_role[role] = estimate(how, samples[role], given.digest, description, out)
+        return importances
 
     def score_gold(self, path: Path) -> ScoredSetting:
         """Load the gold model and score it. Raises InputError if what it scores is not finite."""

@@ -57,10 +57,10 @@ def trade_off(
             if lam != 0:
                 axes.annotate(f"{lam:g}", (x, y), color=line.get_color(), **beside)
     originals = [setting[1:] for settings in curves.values() for setting in settings if setting[0] == 0]
-    marks = [("original (λ = 0)", place) for place in originals[:1]] + list(points)
-    for k, (label, place) in enumerate(marks):
-        if all(map(is_drawable, place)):
-            axes.plot(*place, "*PXDvs"[k % 6], color="black", markersize=10, label=drawable(label))
+    marks = [("original (λ = 0)", point) for point in originals[:1]] + list(points)
+    for k, (label, point) in enumerate(marks):
+        if all(map(is_drawable, point)):
+            axes.plot(*point, "*PXDvs"[k % 6], color="black", markersize=10, label=drawable(label))
     if bound is not None:
         axes.axvline(bound, color="gray", linestyle="--", label="limit")
     unit = " (nats)" if metric == LOSS else ""

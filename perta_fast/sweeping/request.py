@@ -16,11 +16,7 @@ from perta_fast.sweeping.results import ScoredSetting
 _BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
 _PATHS = ("model", "base", "tuned", "forget", "retain", "gold", "out")
 _IMPORTANCES = ("forget_importance", "retain_importance")
-_SEVERAL = {
-    "rules": "rule",
-    "ps": "p",
-    "alphas": "alpha",
-}  # lists, by the argument that has one value or several
+_SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha"}  # by the argument that has one value or several
 
 
 @dataclass(frozen=True)
@@ -122,15 +118,11 @@ class Request:
         if not original.is_finite:
             reason = "what it scores is not finite; run it in float32 or bfloat16 (--dtype)"
         elif floor is None:
-            reason = (
-                f"with a retain loss of {original.retain_loss:.6g}, it breaks the limit of {limit:.6g} on that "
-                "already; allow more"
-            )
+            broken = f"loss of {original.retain_loss:.6g}, it breaks the limit of {limit:.6g} on that"
+            reason = f"with a retain {broken} already; allow more"
         else:
-            reason = (
-                f"with a retain {self.metric} of {original.retain:.6g}, it breaks the floor of {floor:.6g} "
-                "already; allow more"
-            )
+            broken = f"{self.metric} of {original.retain:.6g}, it breaks the floor of {floor:.6g}"
+            reason = f"with a retain {broken} already; allow more"
         raise InputError(f"the model as it is, at lambda 0, cannot be chosen against: {reason}")
 
     def _check_bounds(self) -> None:

@@ -10,7 +10,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.reading import read_json
 from perta_fast.importance.store import ImportanceMetadata
 from perta_fast.records.report import DataRecord
-from perta_fast.records.typed_json import fits, write_readable_json
+from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
 from perta_fast.sweeping.criteria import LOSS
 
 LARGEST = 1024.0  # the search for a strength goes no further up,
@@ -178,11 +178,8 @@ class Sweep:
             within, value = f"keeps the retain {self.metric} at {self.floor:.6g} or more", "retain"
         if best.lam == LARGEST:
             return f"Even lambda {LARGEST:g} {within}, and no larger one is tried."
-        broken = min(
-            (setting for setting in curve if setting.lam > best.lam),
-            key=lambda setting: setting.lam,
-            default=None,
-        )
+        larger = [setting for setting in curve if setting.lam > best.lam]
+        broken = min(larger, key=lambda setting: setting.lam, default=None)
         if broken is None:
             return f"Lambda {best.lam!r} {within}, and no larger one was tried."
         if best.lam == 0:
@@ -195,13 +192,8 @@ class Sweep:
     def save(self, directory: Path) -> None:
         """Write ``sweep.json`` into ``directory``."""
         best = self.best
-        content = asdict(self) | {
-            "format_version": FORMAT_VERSION,
-            "best": None if best is None else _as_json(best),
-            "rows": [_as_json(setting) for setting in self.rows],
-            "gold": None if self.gold is None else _as_json(self.gold),
-        }
-        write_readable_json(directory / FILE_NAME, content)
+        also = {"format_version": FORMAT_VERSION, "best": None if best is None else asdict(best)}
+        write_readable_json(directory / FILE_NAME, with_nulls(asdict(self) | also))
 
     @classmethod
     def read(cls, path: Path) -> "Sweep":
@@ -211,18 +203,14 @@ class Sweep:
         if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
             raise unknown
         content = {key: value for key, value in content.items() if key not in _NOT_READ}
-        gold, rows = _with_nan(content.get("gold")), content.get("rows")
-        if not isinstance(rows, list):
-            raise unknown
-        rows = [_with_nan(setting) for setting in rows]
-        if not fits(content | {"rows": rows, "gold": gold}, cls) or all(setting["rule"] for setting in rows):
-            raise unknown
-        content |= {
-            "rows": [ScoredSetting(**setting) for setting in rows],
-            "gold": None if gold is None else ScoredSetting(**gold),
-        }
-        sweep = cls(**content)
-        if not sweep._can_choose():
+        content["gold"] = _with_nan(content.get("gold"))
+        if isinstance(content.get("rows"), list):
+            content["rows"] = [_with_nan(setting) for setting in content["rows"]]
+        try:
+            sweep: Sweep = typed(content, cls)
+        except InputError:
+            raise unknown from None
+        if all(setting.rule for setting in sweep.rows) or not sweep._can_choose():
             raise unknown
         return sweep
 
@@ -249,16 +237,8 @@ def _numbers(setting: ScoredSetting, names: Sequence[str]) -> str:
     return "".join(f"{value:{_width(name)}.4f}" for name, value in zip(names, values, strict=False))
 
 
-def _as_json(setting: ScoredSetting) -> dict[str, Any]:
-    """null for what is not finite: JSON has no other word for it."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in asdict(setting).items()
-    }
-
-
 def _with_nan(setting: Any) -> Any:
-    """NaN for null: the inverse of ``_as_json``."""
+    """NaN for the nulls of a setting."""
     if not isinstance(setting, Mapping):
         return setting
     return {key: math.nan if value is None else value for key, value in setting.items()}

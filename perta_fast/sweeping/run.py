@@ -109,7 +109,10 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
     inputs = opened.paths()
     goes_on = has_begun(final) and (resumed or not request.overwrite)
     if goes_on:
-        begun = _resumed(final, begun)
+        begun, asked = load_begun(final), begun
+        if begun.request != asked.request:
+            raise InputError(unfinished_advice(final))
+        check_unchanged(begun.inputs, asked.inputs)
     else:
         if not request.overwrite and has_begun_other(final):
             raise InputError(unfinished_advice(final))
@@ -160,12 +163,3 @@ def _kept_if_stopped(target: OutputDirectory, final: Path) -> Iterator[None]:
                 f"out of memory; what was scored is kept. Go on where more is free with: perta resume {final}"
             ) from error
         raise
-
-
-def _resumed(final: Path, asked: Begun) -> Begun:
-    """The sweep that was begun. Raises InputError unless it is what is asked for, on the same inputs."""
-    begun = load_begun(final)
-    if begun.request != asked.request:
-        raise InputError(unfinished_advice(final))
-    check_unchanged(begun.inputs, asked.inputs)
-    return begun

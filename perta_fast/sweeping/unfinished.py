@@ -9,7 +9,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.files.reading import exists
-from perta_fast.records.typed_json import fits
+from perta_fast.records.typed_json import typed
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.results import ScoredSetting
@@ -38,14 +38,8 @@ class Begun:
     def find(self, rule: Rule) -> ScoredSetting | None:
         """What a setting has scored."""
         wanted = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
-        return next(
-            (
-                setting
-                for setting in self.rows
-                if (setting.rule, setting.p, setting.alpha, setting.lam) == wanted
-            ),
-            None,
-        )
+        scored = {(setting.rule, setting.p, setting.alpha, setting.lam): setting for setting in self.rows}
+        return scored.get(wanted)
 
     @property
     def original(self) -> ScoredSetting | None:
@@ -76,11 +70,11 @@ def load_begun(final: Path) -> Begun:
             f"{path}: the sweep was begun by perta_fast {version}, this is {this_version()}; "
             "install that version to finish it, or start over with --overwrite"
         )
-    if not fits(content, Begun):
-        raise InputError(f"{path}: is not a record that this version understands")
-    gold = content.pop("gold")
-    rows = [ScoredSetting(**setting) for setting in content.pop("rows")]
-    return Begun(**content, rows=rows, gold=None if gold is None else ScoredSetting(**gold))
+    try:
+        begun: Begun = typed(content, Begun)
+    except InputError as error:
+        raise InputError(f"{path}: is not a record that this version understands") from error
+    return begun
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

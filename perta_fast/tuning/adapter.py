@@ -47,7 +47,7 @@ def share_left_out(model: Any) -> float:
         for parameter in module.parameters(recurse=False)
         if parameter.ndim > 1 and parameter not in reached
     ]
-    return float(sum(each.numel() for each in rest) / sum(each.numel() for each in model.parameters()))
+    return float(sum(matrix.numel() for matrix in rest) / sum(tensor.numel() for tensor in model.parameters()))
 
 
 def add_adapter(model: Any, rank: int, seed: int) -> Any:
@@ -65,7 +65,8 @@ def add_adapter(model: Any, rank: int, seed: int) -> Any:
         r=rank,
         lora_alpha=2 * rank,
         target_modules=list(maps),
-        fan_in_fan_out=not any(isinstance(each, nn.Linear) for each in maps.values()),  # GPT-2 stores (in, out)
+        # GPT-2 stores (in, out).
+        fan_in_fan_out=not any(isinstance(linear, nn.Linear) for linear in maps.values()),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)

@@ -39,7 +39,7 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
                 key = importance_key(name, base, tuned)
                 tensors[name] = stored.get_tensor(name) if key is None else tuned[key].to("cpu", copy=True)
             save_file(tensors, directory / shard.path.name, stored.metadata())
-        total += sum(each.nbytes for each in tensors.values())
+        total += sum(tensor.nbytes for tensor in tensors.values())
     if base.index is not None:
         path = directory / base.index.name
         index = json.loads(path.read_bytes())

@@ -4,7 +4,6 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.memory import PeakMemory
-from perta_fast.models.loading import check_sizes, choose_device, load_subject, samples_for
+from perta_fast.models.loading import choose_device, load_subject, samples_for
 from perta_fast.models.token_scores import evaluation_mode, score_tokens
 from perta_fast.progress import Progress
+from perta_fast.records.report import data_record
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.tuning.adapter import add_adapter, check_adapter, save_adapter, share_left_out
 from perta_fast.tuning.checkpoint import tuned_size, write_tuned
 from perta_fast.tuning.record import Tuning
-from perta_fast.tuning.training import train_
+from perta_fast.tuning.training import Request, train_
 
 _NEEDED = ("peft", "accelerate")
 _EPOCHS = {"adapter": 10, "full": 5}
@@ -86,44 +86,8 @@ def tune(
     chosen = choose_device(device)
     if chosen.index:
         raise InputError(f"device is {chosen}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
-    return _run(
-        request,
-        OutputDirectory(out, overwrite=overwrite, inputs=[request.base, request.forget]),
-        chosen,
-        progress,
-    )
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of ``tune`` that say what is trained and how; as there."""
-
-    base: Path
-    forget: Path
-    full: bool
-    rank: int
-    epochs: int
-    lr: float
-    batch_size: int
-    max_length: int | None
-    gradient_checkpointing: bool
-    seed: int
-
-    def check(self) -> None:
-        """Raise InputError, naming the argument, for a number out of its range."""
-        check_sizes(self.batch_size, self.max_length)
-        for name, value in (("rank", self.rank), ("epochs", self.epochs)):
-            if value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"lr is {self.lr}; it must be a number above 0")
-        if not 0 <= self.seed < 1 << 32:  # what NumPy takes
-            raise InputError(f"seed is {self.seed}; it must lie from 0 to 2^32 - 1")
-
-    def settings(self) -> dict[str, Any]:
-        """All but the inputs, for the record."""
-        left_out = ("base", "forget", "rank") if self.full else ("base", "forget")
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+    target = OutputDirectory(out, overwrite=overwrite, inputs=[request.base, request.forget])
+    return _run(request, target, chosen, progress)
 
 
 def _run(request: Request, target: OutputDirectory, device: torch.device, progress: Progress) -> Tuning:
@@ -138,38 +102,25 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
         samples = samples_for(subject, rows, request.max_length)
         module, missed = _trainable(subject.module, request, checkpoint, target.path)
         before = _mean_loss(module, samples, "before", progress)
-        epoch_losses = train_(
-            module,
-            samples,
-            epochs=request.epochs,
-            lr=request.lr,
-            batch_size=request.batch_size,
-            seed=request.seed,
-            directory=target.path,
-            progress=progress,
-        )
+        epoch_losses = train_(module, samples, request, target.path, progress)
         after = _mean_loss(module, samples, "after", progress)
         if request.full:
             write_tuned(module, checkpoint, target.path)
         else:
             save_adapter(module, target.path)
-        truncated = sum(sample.truncated for sample in samples)
+        data = data_record(request.forget, digest, samples)
+        on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
         record = Tuning(
             base=subject.origin,
-            data={
-                "path": str(request.forget.resolve()),
-                "blake3": digest,
-                "samples": len(samples),
-                "truncated": truncated,
-            },
+            data=data,
             settings=request.settings() | {"device": str(subject.device)},
             tuned_parameters=sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad),
             loss_before=before,
             loss_after=after,
             epoch_losses=epoch_losses,
-            warnings=_warnings(truncated, missed, before, after),
+            warnings=_warnings(data["truncated"], missed, before, after),
             seconds=time.perf_counter() - clock,
-            memory=memory.as_dict() | _device_memory(device),
+            memory=memory.as_dict() | on_device,
             versions=installed_versions(*_NEEDED),
             started=started,
             finished=now(),
@@ -232,7 +183,3 @@ def _warnings(truncated: int, missed: float, before: float, after: float) -> lis
             "give more --epochs or a higher --lr"
         )
     return texts
-
-
-def _device_memory(device: torch.device) -> dict[str, int]:
-    return {"peak_device_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}

@@ -1,7 +1,8 @@
-"""The training itself, by transformers' Trainer: its loss, optimiser and schedule."""
+"""What is tuned and how, and the training itself by transformers' Trainer: its loss, optimiser, schedule."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +12,70 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
-from perta_fast.errors import NotFiniteError
+from perta_fast.errors import InputError, NotFiniteError
+from perta_fast.models.loading import check_sizes
 from perta_fast.progress import Bar, Progress, sample_bar
 
 _AT_A_TIME = 4  # samples of one backward pass, at most; a batch is made of as many passes as it takes
 
 
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``tune`` that say what is trained and how; as there."""
+
+    base: Path
+    forget: Path
+    full: bool
+    rank: int
+    epochs: int
+    lr: float
+    batch_size: int
+    max_length: int | None
+    gradient_checkpointing: bool
+    seed: int
+
+    def check(self) -> None:
+        """Raise InputError, naming the argument, for a number out of its range."""
+        check_sizes(self.batch_size, self.max_length)
+        for name, value in (("rank", self.rank), ("epochs", self.epochs)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"lr is {self.lr}; it must be a number above 0")
+        if not 0 <= self.seed < 1 << 32:  # what NumPy takes
+            raise InputError(f"seed is {self.seed}; it must lie from 0 to 2^32 - 1")
+
+    def settings(self) -> dict[str, Any]:
+        """All but the inputs, for the record."""
+        left_out = ("base", "forget", "rank") if self.full else ("base", "forget")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+
 def train_(
-    module: nn.Module,
-    samples: Sequence[Sample],
-    *,
-    epochs: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
-    directory: Path,
-    progress: Progress,
+    module: nn.Module, samples: Sequence[Sample], request: Request, directory: Path, progress: Progress
 ) -> list[float]:
     """Train what is trainable in ``module``, in place and where it is; return the mean loss of each epoch.
 
-    The loss is the Trainer's own, the mean over all labelled tokens of a batch: most models have been tuned
-    with it, and θ_f is to repeat what θ_full went through. AdamW, gradients clipped to norm 1, no weight decay,
-    which would put a multiple of θ_0 into the task vector. ``lr`` rises from 0 in the first epoch, unless that
-    is the only one, and falls to 0 in the others, linearly. Weights keep their types; a GPU that knows bfloat16
-    computes in it. directory: an empty one, since the Trainer wants to have some.
+    The loss is the Trainer's own, the mean over all labelled tokens of a batch: most models were tuned with it,
+    and θ_f should repeat what θ_full went through. AdamW, gradients clipped to norm 1, no weight decay, which
+    would put a multiple of θ_0 into the task vector. The rate rises linearly from 0 in the first epoch, unless
+    that is the only one, and falls to 0 in the others. Weights keep their types; a GPU that knows bfloat16
+    computes in it. directory: an empty one, which the Trainer asks for.
 
     Seeds torch, NumPy and ``random``. Raises NotFiniteError if the loss is not finite.
     """
-    at_a_time = math.gcd(batch_size, _AT_A_TIME)
+    at_a_time = math.gcd(request.batch_size, _AT_A_TIME)
     on_cpu = next(module.parameters()).device.type == "cpu"
     settings = TrainingArguments(
         output_dir=str(directory),
-        num_train_epochs=epochs,
-        learning_rate=lr,
+        num_train_epochs=request.epochs,
+        learning_rate=request.lr,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(len(samples) / batch_size) if epochs > 1 else 0,
+        warmup_steps=math.ceil(len(samples) / request.batch_size) if request.epochs > 1 else 0,
         weight_decay=0.0,
         per_device_train_batch_size=at_a_time,
-        gradient_accumulation_steps=batch_size // at_a_time,
-        seed=seed,
+        gradient_accumulation_steps=request.batch_size // at_a_time,
+        seed=request.seed,
         use_cpu=on_cpu,
         bf16=not on_cpu and torch.cuda.is_bf16_supported(),
         logging_strategy="epoch",
@@ -61,7 +87,7 @@ def train_(
         dataloader_pin_memory=not on_cpu,
     )
     settings._n_gpu = min(1, settings.n_gpu)  # several would make the batch several times as large
-    with sample_bar(epochs * len(samples), "tuning", progress) as bar:
+    with sample_bar(request.epochs * len(samples), "tuning", progress) as bar:
         watch = _Watch(bar, len(samples))
         trainer = Trainer(
             module,
