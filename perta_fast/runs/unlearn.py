@@ -133,7 +133,8 @@ def _load(opened: Opened) -> Loaded:
     with ranks.together("the loading of model and data"):
         streamed = options.stream and not options.in_place
         new = not options.overwrite and not options.in_place
-        if new and has_begun(place) and not (streamed and begun_job(place).stream):
+        begun = begun_job(place) if new and has_begun(place) else None
+        if begun is not None and not (streamed and begun.stream):
             raise InputError(unfinished_advice(place))
         from perta_fast.models.loading import check_sizes
 
@@ -144,7 +145,9 @@ def _load(opened: Opened) -> Loaded:
         rows, hashes = read_all(options.data)
         if options.save_importance is not None:
             kept = Path(os.path.realpath(options.save_importance))
-            check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, place])
+            # A run that is resumed may have put its importances in their place already.
+            if begun is None or begun.stream.get("save") != str(kept):
+                check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, place])
             if not options.in_place:
                 check_output(place, overwrite=options.overwrite, inputs=[kept])
         elif not streamed:  # how much disk a streamed run takes, its schedule knows from the samples

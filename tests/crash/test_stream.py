@@ -195,6 +195,14 @@ def test_killed_during_the_walk(calls: list[Point], struck: Struck) -> None:
     assert killed > 0.9 * len(ways)  # threads may make a call or two less
 
 
+def test_killed_with_its_importances_in_their_place(calls: list[Point], struck: Struck) -> None:
+    """The same command again finishes the run: what it kept is its own."""
+    kept = next(at for at, point in enumerate(calls) if point.target.endswith("/kept"))
+    assert struck.kill("kill after", kept, *arguments(struck.job, struck.out))
+    assert struck.out.with_name("kept").is_dir() and not struck.out.exists()
+    assert struck.finish(again=True)
+
+
 def test_killed_while_it_starts_over(calls: list[Point], struck: Struck) -> None:
     """Nothing is taken up of which a part has been removed."""
     struck = left_by(struck, steps_recorded(calls)[-2])
