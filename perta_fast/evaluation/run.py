@@ -65,9 +65,7 @@ def evaluate(
     Raises InputError for bad input, before the model is loaded where possible, RunError if ``out`` cannot be
     written. Memory: the model and the logits of one batch, which are compared in float32.
     """
-    check_sizes(batch_size, max_length)
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    check_sizes(batch_size, max_length, max_new_tokens=max_new_tokens)
     if suite == "muse" and not (system_prompt is date_string is None):
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
     if out is not None:

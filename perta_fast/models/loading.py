@@ -20,9 +20,9 @@ from perta_fast.models.stored_names import as_stored
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
 
 
-def check_sizes(batch_size: int, max_length: int | None) -> None:
-    """Raise InputError, naming the argument, unless both are at least 1; ``max_length`` may be None."""
-    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -> None:
+    """Raise InputError, naming the argument, unless each is at least 1, or None where that means no limit."""
+    for name, value in {"batch_size": batch_size, "max_length": max_length, **others}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
 

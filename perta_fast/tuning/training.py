@@ -36,10 +36,7 @@ class Request:
 
     def check(self) -> None:
         """Raise InputError, naming the argument, for a number out of its range."""
-        check_sizes(self.batch_size, self.max_length)
-        for name, value in (("rank", self.rank), ("epochs", self.epochs)):
-            if value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
+        check_sizes(self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr is {self.lr}; it must be a number above 0")
         if not 0 <= self.seed < 1 << 32:  # what NumPy takes
