@@ -405,5 +405,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "12GX", "1e9", "0.1 B", "nan"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(InputError, match=r"is not a size; write it like 12GiB|is less than one byte; give a larger size"):
+    with pytest.raises(
+        InputError, match=r"is not a size; write it like 12GiB|is less than one byte; give a larger size"
+    ):
         parse_size(text)
