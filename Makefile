@@ -4,7 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test bench lint format docs cuda-check wheel-check clean
+# The tests of `make quick`, which with lint takes less than a minute on two processors (the first time more, as mypy
+# fills its cache): formats, data, records and operations, files in which no child process and next to no model runs.
+# What takes more than about two seconds in them is marked slow and left out; each run shows its three slowest tests.
+QUICK := $(addprefix tests/,test_rules.py checkpoints/test_checkpoint.py checkpoints/test_quantised.py \
+  checkpoints/test_safetensors_file.py cli/test_bad_input.py data files/test_journal.py files/test_new_file.py \
+  importance/test_store.py ops/test_accumulate.py ops/test_bad_arguments.py ops/test_fisher.py \
+  ops/test_rescaled_subtract.py records subtraction/test_matching.py)
+
+.PHONY: demo quick test bench lint format docs cuda-check wheel-check clean
 
 demo: $(VENV)/built
 	$(BIN)/perta demo
@@ -12,6 +20,9 @@ demo: $(VENV)/built
 # Two files at a time. Threads that wait do not spin, as there are more of them than processors.
 test: $(VENV)/built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
+
+quick: lint
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(QUICK) -m 'not slow' -n 2 --dist loadfile -p no:benchmark --durations=3
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest bench -c bench/pytest.ini --benchmark-only --benchmark-group-by=group

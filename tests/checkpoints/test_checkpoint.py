@@ -269,6 +269,7 @@ def test_what_a_trainer_leaves_is_not_taken_for_pickled_weights(tmp_path: Path) 
         Checkpoint.open(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_conversion_command_in_the_message_converts(tmp_path: Path) -> None:
     folder = tmp_path / "it's $pickled"
     model = llama(num_hidden_layers=1)

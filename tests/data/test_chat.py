@@ -47,6 +47,7 @@ def test_a_system_prompt_of_ones_own_stays() -> None:
     assert changed.apply_chat_template(own, tokenize=False) == plain.apply_chat_template(own, tokenize=False)
 
 
+@pytest.mark.slow
 def test_an_evaluation_asks_with_them(tmp_path: Path, one_thread: None) -> None:
     write_lines(tmp_path / "forget.jsonl", FORGET)
     model, words = llama(), tokenizer(TEMPLATE)
