@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,18 +158,26 @@ def test_killed_again_while_it_is_finished(world: World, shim: Shim, tmp_path: P
 
 
 def test_killed_at_any_instant(world: World, tmp_path: Path) -> None:
-    draw = random.Random(1)
-    program = (
-        f"{SMALL}\nimport sys\nfrom perta_fast.cli import main\nprint('go', flush=True)\nmain(sys.argv[1:])"
+    """Not at a file call, but at some time after it: the child tells of each and goes on."""
+    telling = (
+        f"{SMALL}\nimport os, sys\nfrom perta_fast.cli import main\n"
+        "sys.addaudithook(lambda event, _: event.startswith(('open', 'os.')) and os.write(1, b'.'))\n"
+        "main(sys.argv[1:])"
     )
+
+    def start(number: str) -> tuple[Path, "subprocess.Popen[bytes]"]:
+        result = world.prepare(tmp_path / number)
+        command = [sys.executable, "-c", telling, *map(str, world.arguments(result))]
+        return result, subprocess.Popen(command, stdout=subprocess.PIPE)
+
+    _, whole = start("whole")
+    told = len(whole.communicate()[0])
+    assert whole.returncode == 0 and told > 50
+    draw = random.Random(1)
     for number in range(1000 if SOAK else 12):
-        result = world.prepare(tmp_path / str(number))
-        child = subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, world.arguments(result))], stdout=subprocess.PIPE
-        )
+        result, child = start(str(number))
         assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(draw.random() * 0.2)
+        child.stdout.read(draw.randrange(told))
         child.kill()
         child.communicate()
         world.finish(result)
