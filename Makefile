@@ -32,10 +32,12 @@ lint: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 
 # The pages of docs/ and the Python API from its docstrings, into build/site; a broken link is an error.
 docs: $(VENV)/built

@@ -33,13 +33,12 @@ perta::DType dtype(int code) {
   return static_cast<perta::DType>(code);
 }
 
-perta::RescaleArrays arrays(Address out, Address theta, Address tuned, Address base, Address forget,
-                            Address retain, const py::tuple& dtypes) {
+perta::RescaleArrays arrays(Address out, Address theta, Address tuned, Address base, Address forget, Address retain,
+                            const py::tuple& dtypes) {
   if (dtypes.size() != 5) throw py::value_error("five dtype codes are needed");
   const auto code = [&](size_t i) { return dtype(dtypes[i].cast<int>()); };
-  return {pointer(out),    pointer(theta), pointer(tuned), pointer(base), pointer(forget),
-          pointer(retain), code(0),        code(1),        code(2),       code(3),
-          code(4)};
+  return {pointer(out), pointer(theta), pointer(tuned), pointer(base), pointer(forget), pointer(retain),
+          code(0),      code(1),        code(2),        code(3),       code(4)};
 }
 
 // A perta_fast.rules.Rescaling.
@@ -54,14 +53,14 @@ using Factors = std::tuple<Address, Address, size_t, size_t, float, size_t>;
 
 perta::LowRank low_rank(const Factors& factors) {
   const auto& [left, right, rank, columns, scale, first] = factors;
-  return {static_cast<const float*>(pointer(left)), static_cast<const float*>(pointer(right)), rank, columns, scale,
-          first};
+  return {
+      static_cast<const float*>(pointer(left)), static_cast<const float*>(pointer(right)), rank, columns, scale, first};
 }
 
 // Returns the statistics, or None where they are not wanted. factors: the task vector, instead of tuned and base.
-py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget,
-                             Address retain, const py::tuple& dtypes, size_t n, const py::object& settings,
-                             int threads, bool counted, const std::optional<Factors>& factors) {
+py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget, Address retain,
+                             const py::tuple& dtypes, size_t n, const py::object& settings, int threads, bool counted,
+                             const std::optional<Factors>& factors) {
   perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
   perta::LowRank task;
   if (factors.has_value()) {
@@ -90,13 +89,11 @@ py::object rescaled_subtract(Address out, Address theta, Address tuned, Address 
 void accumulate(Address accumulator, Address gradient, int dtype_code, bool squared, size_t n, int threads) {
   const perta::DType type = dtype(dtype_code);
   py::gil_scoped_release released;
-  perta::accumulate(*kernels, static_cast<float*>(pointer(accumulator)), pointer(gradient), type, squared, n,
-                    threads);
+  perta::accumulate(*kernels, static_cast<float*>(pointer(accumulator)), pointer(gradient), type, squared, n, threads);
 }
 
 void fisher(Address squares, Address gradient, Address activations, Address output_gradients, int activations_dtype,
-            int output_gradients_dtype, size_t d_in, size_t d_out, Address samples, size_t sample_count,
-            int threads) {
+            int output_gradients_dtype, size_t d_in, size_t d_out, Address samples, size_t sample_count, int threads) {
   const perta::FisherArrays arrays{static_cast<float*>(pointer(squares)),
                                    static_cast<float*>(pointer(gradient)),
                                    pointer(activations),
@@ -116,8 +113,7 @@ void fisher(Address squares, Address gradient, Address activations, Address outp
 }
 
 void select_instruction_set(const std::string& name) {
-  const perta::BlockKernels* chosen =
-      name == "best" ? perta::best_kernels() : perta::kernels_named(name.c_str());
+  const perta::BlockKernels* chosen = name == "best" ? perta::best_kernels() : perta::kernels_named(name.c_str());
   if (chosen == nullptr) throw py::value_error("this processor or build has no instruction set '" + name + "'");
   kernels = chosen;
 }
@@ -151,7 +147,8 @@ void cuda_low_rank_subtract(Address out, Address theta, Address forget, Address 
 }
 
 // Entries are (accumulator, gradient, the gradient's dtype, elements).
-void cuda_accumulate(const std::vector<std::tuple<Address, Address, int, size_t>>& entries, bool squared, Address stream) {
+void cuda_accumulate(const std::vector<std::tuple<Address, Address, int, size_t>>& entries, bool squared,
+                     Address stream) {
   std::vector<perta::cuda::AccumulateTensor> tensors;
   for (const auto& [accumulator, gradient, dtype_code, n] : entries) {
     tensors.push_back({static_cast<float*>(pointer(accumulator)), pointer(gradient), dtype(dtype_code), n});
@@ -181,20 +178,19 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of perta_fast; called through perta_fast.ops.";
-  m.def("rescaled_subtract", &rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"),
-        py::arg("base"), py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"),
-        py::arg("n"), py::arg("rescaling"), py::arg("threads"), py::arg("counted"), py::arg("factors") = py::none());
-  m.def("accumulate", &accumulate, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"),
-        py::arg("squared"), py::arg("n"), py::arg("threads"));
-  m.def("fisher", &fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"),
-        py::arg("output_gradients"), py::arg("activations_dtype"), py::arg("output_gradients_dtype"),
-        py::arg("d_in"), py::arg("d_out"), py::arg("samples"), py::arg("sample_count"), py::arg("threads"));
+  m.def("rescaled_subtract", &rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"), py::arg("base"),
+        py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"), py::arg("n"),
+        py::arg("rescaling"), py::arg("threads"), py::arg("counted"), py::arg("factors") = py::none());
+  m.def("accumulate", &accumulate, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"), py::arg("squared"),
+        py::arg("n"), py::arg("threads"));
+  m.def("fisher", &fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"), py::arg("output_gradients"),
+        py::arg("activations_dtype"), py::arg("output_gradients_dtype"), py::arg("d_in"), py::arg("d_out"),
+        py::arg("samples"), py::arg("sample_count"), py::arg("threads"));
   m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
   m.def("build_info", &build_info);
   m.def("available_threads", &perta::available_threads);
 #ifdef PERTA_WITH_CUDA
-  m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("entries"), py::arg("rescaling"),
-        py::arg("stream"));
+  m.def("cuda_rescaled_subtract", &cuda_rescaled_subtract, py::arg("entries"), py::arg("rescaling"), py::arg("stream"));
   m.def("cuda_low_rank_subtract", &cuda_low_rank_subtract, py::arg("out"), py::arg("theta"),
         py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"), py::arg("n"),
         py::arg("rescaling"), py::arg("factors"), py::arg("stream"));

@@ -176,7 +176,7 @@ def programs_a_tile(tiles: int, samples: int, multiprocessors: int) -> int:
     """Over how many programs to divide the samples: the fewest that keep nine tenths of the device busy."""
 
     def busy(programs: int) -> float:
-        rounds = triton.cdiv(tiles * programs, multiprocessors)
+        rounds: int = triton.cdiv(tiles * programs, multiprocessors)
         return tiles * programs / (rounds * multiprocessors)
 
     choices = range(1, max(1, min(samples, 4 * multiprocessors // tiles)) + 1)

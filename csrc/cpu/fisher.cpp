@@ -51,10 +51,9 @@ bool fisher(const BlockKernels& kernels, const FisherArrays& arrays, int threads
       return;
     }
     const size_t row = k / across * block_rows, column = k % across * block_columns;
-    kernels.fisher(arrays,
-                   {row, std::min(row + block_rows, arrays.d_out), column,
-                    std::min(column + block_columns, arrays.d_in)},
-                   scratch);
+    kernels.fisher(
+        arrays, {row, std::min(row + block_rows, arrays.d_out), column, std::min(column + block_columns, arrays.d_in)},
+        scratch);
   });
   return complete;
 }

@@ -56,13 +56,13 @@ void pack(const void* matrix, DType dtype, size_t stride, size_t column, size_t 
           size_t sample_count, float* packed) {
   if (dtype == DType::f32) {
     pack<UnalignedFloat, padded>(matrix, stride, column, count, samples, sample_count, packed,
-                              [](float value) { return value; });
+                                 [](float value) { return value; });
   } else if (dtype == DType::bf16) {
     pack<UnalignedHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
-                             [](uint16_t bits) { return bf16_to_float(bits); });
+                                [](uint16_t bits) { return bf16_to_float(bits); });
   } else {
     pack<UnalignedHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
-                             [](uint16_t bits) { return f16_to_float(bits); });
+                                [](uint16_t bits) { return f16_to_float(bits); });
   }
 }
 
@@ -137,11 +137,10 @@ void accumulate_batch(const FisherArrays& arrays, FisherRegion region, const Sam
       float* fisher = arrays.fisher + row * arrays.d_in + column;
       float* gradient = with_gradient ? arrays.gradient + row * arrays.d_in + column : nullptr;
       if (height == tile_rows && breadth == tile_columns) {
-        accumulate_tile<with_gradient>(packed, columns, samples, sample_count, fisher, gradient,
-                                       arrays.d_in);
+        accumulate_tile<with_gradient>(packed, columns, samples, sample_count, fisher, gradient, arrays.d_in);
       } else {
-        accumulate_edge<with_gradient>(packed, columns, samples, sample_count, fisher, gradient, arrays.d_in,
-                                       height, breadth);
+        accumulate_edge<with_gradient>(packed, columns, samples, sample_count, fisher, gradient, arrays.d_in, height,
+                                       breadth);
       }
     }
   }

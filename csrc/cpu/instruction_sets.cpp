@@ -3,12 +3,12 @@
 #include "instruction_sets.h"
 
 // A set's kernels, from the *_block.cpp that were compiled for it.
-#define PERTA_KERNELS(isa)                   \
-  namespace isa {                            \
-  RescaledSubtractBlock rescaled_subtract;   \
-  AccumulateBlock accumulate;                \
-  FisherBlock fisher;                        \
-  }                                          \
+#define PERTA_KERNELS(isa)                 \
+  namespace isa {                          \
+  RescaledSubtractBlock rescaled_subtract; \
+  AccumulateBlock accumulate;              \
+  FisherBlock fisher;                      \
+  }                                        \
   static const BlockKernels kernels_##isa = {#isa, isa::rescaled_subtract, isa::accumulate, isa::fisher}
 
 namespace perta {

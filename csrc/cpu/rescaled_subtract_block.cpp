@@ -133,10 +133,14 @@ using SubtractBlock = BlockSums (*)(Block, Rescaling);
 template <class Weights, class Importance, class Result, bool counted, bool masked>
 SubtractBlock choose_power(float p) {
   switch (power_of(p)) {
-    case Power::one: return subtract_block<Weights, Importance, Result, counted, Power::one, true, masked>;
-    case Power::two: return subtract_block<Weights, Importance, Result, counted, Power::two, true, masked>;
-    case Power::half: return subtract_block<Weights, Importance, Result, counted, Power::half, true, masked>;
-    default: return subtract_block<Weights, Importance, Result, counted, Power::general, true, masked>;
+    case Power::one:
+      return subtract_block<Weights, Importance, Result, counted, Power::one, true, masked>;
+    case Power::two:
+      return subtract_block<Weights, Importance, Result, counted, Power::two, true, masked>;
+    case Power::half:
+      return subtract_block<Weights, Importance, Result, counted, Power::half, true, masked>;
+    default:
+      return subtract_block<Weights, Importance, Result, counted, Power::general, true, masked>;
   }
 }
 
@@ -181,8 +185,7 @@ void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, 
   const LowRank* low_rank = arrays.low_rank;
   const bool bf16_weights = low_rank == nullptr && arrays.theta_dtype == DType::bf16 &&
                             arrays.tuned_dtype == DType::bf16 && arrays.base_dtype == DType::bf16;
-  const bool bf16_importance =
-      weighted && arrays.forget_dtype == DType::bf16 && arrays.retain_dtype == DType::bf16;
+  const bool bf16_importance = weighted && arrays.forget_dtype == DType::bf16 && arrays.retain_dtype == DType::bf16;
   const DType weights = bf16_weights ? DType::bf16 : DType::f32;
   const DType importance = bf16_importance ? DType::bf16 : DType::f32;
   const SubtractBlock subtract_block_as_asked =

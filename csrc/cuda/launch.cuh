@@ -22,7 +22,7 @@ namespace perta::cuda {
 
 constexpr int threads_per_block = 256;
 constexpr int width = 8;  // elements of a group: 16 bytes of a 16-bit type, twice 16 of float32
-constexpr size_t chunk = 2 * width * threads_per_block;  // elements that a block takes at a time
+constexpr size_t chunk = 2 * width * threads_per_block;                     // elements that a block takes at a time
 constexpr size_t parameter_bytes = CUDART_VERSION >= 12010 ? 32764 : 4096;  // what a launch takes
 
 // The bits of one element or of a group, each in the lower part of a word or, 16-bit types of a group, two a word.
@@ -38,8 +38,8 @@ __device__ __forceinline__ Bits<count> fetch(const void* data, DType dtype, size
   const unsigned char* source = static_cast<const unsigned char*>(data) + i * size_of(dtype);
   Bits<count> bits = {};
   if constexpr (count == 1) {
-    bits.words[0] = dtype == DType::f32 ? *reinterpret_cast<const uint32_t*>(source)
-                                        : *reinterpret_cast<const uint16_t*>(source);
+    bits.words[0] =
+        dtype == DType::f32 ? *reinterpret_cast<const uint32_t*>(source) : *reinterpret_cast<const uint16_t*>(source);
   } else {
     static_assert(count == width);
     const uint4* quads = reinterpret_cast<const uint4*>(source);
@@ -89,7 +89,7 @@ struct Tensor {
   void* data[arrays];
   size_t n;
   uint32_t first_chunk = 0;  // of this tensor, counted over the table
-  int32_t head = -1;  // elements before the first that every array has at a multiple of 16 bytes; -1: none is so
+  int32_t head = -1;         // elements before the first that every array has at a multiple of 16 bytes; -1: none is so
 };
 
 template <int arrays, int capacity>
@@ -174,9 +174,8 @@ const char* launch(const Operation& operation, const std::vector<Tensor<Operatio
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   for (size_t first = 0; first < tensors.size(); first += capacity) {
     const size_t count = std::min(capacity, tensors.size() - first);
-    const cudaError_t error = count == 1
-                                  ? launch_table<Operation, 1>(operation, &tensors[first], count, stream)
-                                  : launch_table<Operation, capacity>(operation, &tensors[first], count, stream);
+    const cudaError_t error = count == 1 ? launch_table<Operation, 1>(operation, &tensors[first], count, stream)
+                                         : launch_table<Operation, capacity>(operation, &tensors[first], count, stream);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   return nullptr;

@@ -68,8 +68,8 @@ const char* run(const RescaleTensor& tensor, const Rescaling& rescaling, void* s
   Tensor<Operation::arrays> walked{};
   for (int k = 0; k < Operation::arrays; ++k) walked.data[k] = const_cast<void*>(data[k]);
   walked.n = tensor.n;
-  const Operation operation{from.theta_dtype, from.forget_dtype, from.retain_dtype, *from.low_rank,
-                            {rescaling, power_of(rescaling.p)}};
+  const Operation operation{
+      from.theta_dtype, from.forget_dtype, from.retain_dtype, *from.low_rank, {rescaling, power_of(rescaling.p)}};
   return launch(operation, std::vector<Tensor<Operation::arrays>>{walked}, stream);
 }
 
@@ -79,7 +79,7 @@ const char* low_rank_subtract(const RescaleTensor& tensor, const Rescaling& resc
   if (tensor.n == 0) return nullptr;
   if (!has_weights(tensor.arrays)) return run<false, false>(tensor, rescaling, stream);
   return power_of(rescaling.p) == Power::general ? run<true, true>(tensor, rescaling, stream)
-                                               : run<true, false>(tensor, rescaling, stream);
+                                                 : run<true, false>(tensor, rescaling, stream);
 }
 
 }  // namespace perta::cuda

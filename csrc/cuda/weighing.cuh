@@ -22,7 +22,7 @@ struct Weighing {
   template <Power chosen>
   __device__ __forceinline__ float weigh_with(float forget, float retain) const {
     return rescaling.masked ? weight<chosen, true>(forget, retain, rescaling)
-                          : weight<chosen, false>(forget, retain, rescaling);
+                            : weight<chosen, false>(forget, retain, rescaling);
   }
 };
 

@@ -1,0 +1,51 @@
+"""The C++ alone, without Python around it, under the compiler's sanitizers."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+SOURCES = {
+    "test_elements": [],
+    "test_operations": sorted((CSRC / "cpu").glob("*.cpp")),
+}
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if found is None:
+        pytest.skip("no C++ compiler was found")
+    return found
+
+
+def build(target: Path, sources: list[Path], sanitizers: str) -> subprocess.CompletedProcess[str]:
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-ffp-contract=off",
+        "-DPERTA_ISA=portable",
+        "-fno-sanitize-recover=all",
+    ]
+    command = [*compiler().split(), *flags, f"-fsanitize={sanitizers}", f"-I{CSRC}", f"-I{CSRC / 'cpu'}"]
+    command += [*map(str, sources), "-o", str(target), "-pthread", "-ldl"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_program(name: str, sanitizers: str, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() { return 0; }\n")
+    linked = build(tmp_path / "empty", [empty], sanitizers)
+    if linked.returncode or subprocess.run([tmp_path / "empty"], capture_output=True).returncode:
+        pytest.skip(f"this compiler or kernel has no sanitizer for {sanitizers}")
+    built = build(tmp_path / name, [HERE / f"{name}.cpp", *SOURCES[name]], sanitizers)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([tmp_path / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert " 0 failures" in done.stdout
