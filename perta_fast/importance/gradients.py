@@ -26,9 +26,9 @@ from perta_fast.distributed.sharded import (
 from perta_fast.errors import InputError, NotFiniteError, RunError
 from perta_fast.importance.per_sample import Plan, gradients_only_for, plan_for
 from perta_fast.importance.per_sample_modules import Target
+from perta_fast.models.held_tensors import check_dtype, check_in_memory
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.ops import accumulate_, accumulate_square_
-from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import Progress, sample_bar
 from perta_fast.rules import Estimator
 
@@ -211,10 +211,9 @@ def check_finite(name: str, mean: Tensor) -> None:
 
 def _check_parameters(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
-        if parameter.requires_grad and parameter.dtype not in DTYPE_CODES:
-            raise InputError(f"parameter {name} is {parameter.dtype}; it must be float32, bfloat16 or float16")
+        check_in_memory(name, parameter)
+        if parameter.requires_grad:
+            check_dtype(name, parameter.dtype)
 
 
 @contextmanager

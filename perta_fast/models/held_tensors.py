@@ -9,7 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.distributed.sharded import held, held_ranges
+from perta_fast.errors import InputError
 from perta_fast.models.stored_names import stored_places
+from perta_fast.ops.backends import DTYPE_CODES
+
+
+def check_in_memory(name: str, parameter: Tensor) -> None:
+    """Raise InputError for a parameter without values."""
+    if parameter.is_meta:
+        raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise InputError for a type that the kernels do not compute in."""
+    if dtype not in DTYPE_CODES:
+        raise InputError(f"parameter {name} is {dtype}; it must be float32, bfloat16 or float16")
 
 
 @dataclass(frozen=True)

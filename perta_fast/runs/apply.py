@@ -117,7 +117,6 @@ def apply_sources(
         version=this_version(),
         temporary=temporary,
         stream={} if streamed is None else dict(streamed.settings),
-        progress=False,
     )
     own.keep_report(report)
     job: Job = ranks.share(own)  # as the first rank has it
@@ -147,7 +146,7 @@ def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE
 
             fill = StreamedRun.reopened(job, ranks).fill
         target = OutputDirectory(final, overwrite=job.overwrite, resume=True)
-    job.take_up_again()
+    job.count_resume()
     return run_to_directory(job, sources, target, fill, ranks)
 
 

@@ -84,11 +84,7 @@ def estimate_importance(
     its parameters are; group is then that of the processes its data is divided among, and estimator ``grad``.
     progress: as in ``apply``.
 
-    Memory: the model, 4 bytes a parameter for the accumulators, activations of one batch, and the gradients
-    that autograd has in flight (one layer's); with ``stream`` all this of one layer, or of the embedding or the
-    head if that is larger. Disk: with ``stream``, while it runs, the hidden states of all tokens at each layer
-    boundary. Raises InputError for bad arguments or data, RunError if a loss
-    is not finite (naming the samples).
+    Raises InputError for bad arguments or data, RunError if a loss is not finite (naming the samples).
     """
     ranks = Ranks.of(group)
     with ranks.together("the loading of model and data"):

@@ -77,7 +77,7 @@ class Subtraction:
     drop_cache: bool = False
     held: Mapping[int, "Sequence[np.ndarray[Any, np.dtype[np.float32]]]"] = field(default_factory=dict)
 
-    def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], Any]) -> None:
+    def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
         """Deal the chunks to the threads in order and hand each result to ``store``, in the thread that has it.
 
         A chunk of a tensor that is copied has theta's bytes for its result and no statistics. advance: called

@@ -9,7 +9,7 @@ fail by the numbers fails then, with the model untouched.
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -86,7 +86,7 @@ def resume_in_place(model: Path, progress: Progress) -> Report:
         job.final, job.progress = str(model), progress
         set_aside = [path for path in journal.glob("*.safetensors.index.json") if path.is_file()]
         sources = reopen(job, set_aside[0] if set_aside else None)
-        job.take_up_again()
+        job.count_resume()
         job.save(journal / JOB)
         return _finish(job, sources, journal, memory)
 
@@ -318,7 +318,7 @@ def _fill(
     group: list[Chunk],
     subtraction: Subtraction,
     totals: dict[int, Statistics],
-    advance: object,
+    advance: Callable[[int], object],
 ) -> None:
     """Compute a group of chunks into a segment."""
     sources = subtraction.sources
@@ -326,17 +326,17 @@ def _fill(
     for chunk in group:
         positions[chunk] = end
         end += chunk.count * ITEM_SIZES[sources.matches[chunk.index].theta.dtype]
-    found: list[tuple[Chunk, Statistics]] = []
+    computed: list[tuple[Chunk, Statistics]] = []
 
     def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
         theta = sources.matches[chunk.index].theta
         if statistics["nonzero_task"]:
             offset = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
             segment.put(theta.path.name, offset, data, positions[chunk])
-        found.append((chunk, statistics))
+        computed.append((chunk, statistics))
 
-    subtraction.run(iter(group), store, advance)  # type: ignore[arg-type]
-    for chunk, statistics in sorted(found, key=lambda each: positions[each[0]]):
+    subtraction.run(iter(group), store, advance)
+    for chunk, statistics in sorted(computed, key=lambda pair: positions[pair[0]]):
         add_up(totals, chunk.index, statistics)
 
 

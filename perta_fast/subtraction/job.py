@@ -56,15 +56,16 @@ class Job:
     temporary: bool = False
     stream: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    progress: Progress = True  # of this process; not kept
+
+    def __post_init__(self) -> None:
+        self.progress: Progress = True  # of this process: not a field, so not in the record
 
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
         keys = ("final", "in_place", "rule", "files", "matches", "version")
         # How a walk was scheduled and dealt changes nothing but the order of sums.
         walks = [
-            {key: each.stream[key] for key in each.stream.keys() - {"schedule", "ranks"}}
-            for each in (self, other)
+            {key: job.stream[key] for key in job.stream.keys() - {"schedule", "ranks"}} for job in (self, other)
         ]
         return walks[0] == walks[1] and all(getattr(self, key) == getattr(other, key) for key in keys)
 
@@ -79,8 +80,8 @@ class Job:
         """Keep what the report says so far."""
         self.report = asdict(report)
 
-    def take_up_again(self) -> None:
-        """Count one more time that the run goes on after it was stopped."""
+    def count_resume(self) -> None:
+        """Count in the report that the run was resumed."""
         report = self.begun_report()
         report.resumed += 1
         self.keep_report(report)
@@ -96,9 +97,7 @@ class Job:
 
     def save(self, path: Path) -> None:
         """Write the job, durably."""
-        content = asdict(replace(self, progress=True))  # a callback cannot be copied
-        del content["progress"]
-        write_record(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **content})
+        write_record(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> "Job":
@@ -146,7 +145,7 @@ _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
 
 
 def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
-    """The matches with names for places."""
+    """The matches, each tensor given by its name."""
     rows = []
     for match in matches:
         row: MatchNames = {"theta": match.theta.name, "copied": match.copied}
@@ -182,11 +181,11 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
     sources = Sources(**opened, adapter_config=opened["tuned"].path / CONFIG if adapted else None)  # type: ignore[arg-type]
     for role, files in fingerprints(sources).items():
         before = job.files.get(role, {})
-        for name, found in files.items():
+        for name, current in files.items():
             known = before.get(name)
             if known is not None and _is_changed_by(job, role):
-                known = {**known, "mtime_ns": found["mtime_ns"]}
-            if found != known:
+                known = {**known, "mtime_ns": current["mtime_ns"]}
+            if current != known:
                 raise InputError(
                     f"{Path(job.directories[role]) / name}: has changed since the run began; put the old file "
                     "back to finish the run"
@@ -202,11 +201,11 @@ def _is_changed_by(job: Job, role: str) -> bool:
 
 
 def _match(row: MatchNames, opened: Mapping[str, Checkpoint], job: Job) -> TensorMatch:
-    places: dict[str, TensorEntry | None] = {}
+    entries: dict[str, TensorEntry | None] = {}
     try:
         for role in _OPERANDS:
             name = row[role]
-            places[role] = None if name is None else opened[role].tensors[str(name)]
+            entries[role] = None if name is None else opened[role].tensors[str(name)]
         theta = opened["model"].tensors[str(row["theta"])]
         low_rank = None
         if "scale" in row:
@@ -214,4 +213,4 @@ def _match(row: MatchNames, opened: Mapping[str, Checkpoint], job: Job) -> Tenso
             low_rank = LowRank(a, b, float(row["scale"] or 0), row["transposed"] is True)
     except KeyError as error:
         raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
-    return TensorMatch(theta, **places, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]
+    return TensorMatch(theta, **entries, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]

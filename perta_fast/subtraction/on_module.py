@@ -22,7 +22,7 @@ from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshar
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, Importance
-from perta_fast.models.held_tensors import Held, held_tensors
+from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
@@ -55,14 +55,11 @@ def apply_to_module_(
     module: its parameters are theta_full; as transformers saves it (the experts of a layer apart), names and
     shapes are those in the checkpoints ``base`` and ``tuned``; ``tuned`` may be a LoRA adapter.
     forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
-    Parameters that the importance does not cover stay as they are; tied ones are changed once. Of a module that
-    FSDP2 or tensor parallelism has sharded, each process reads and changes what it holds; group: all of these
-    processes, so that what is wrong for one is known to all before anything is changed.
+    Parameters that the importance does not cover stay as they are; tied ones are changed once.
+    group: all processes that hold a module sharded by FSDP2 or tensor parallelism; each changes what it holds.
 
-    Returns the number of parameters (tensors) that were subtracted from. Raises InputError, before anything is
-    changed, naming the tensor that is missing, has another shape, a type without arithmetic, or values that are
-    not finite. Everything is read twice, chunk by chunk. Memory: none beside mapped pages on the CPU; on any
-    other device 128 MiB, and as much pinned on the host.
+    Returns the number of parameters that were subtracted from. Raises InputError, before anything is changed,
+    naming the tensor that is missing, of another shape or a type without arithmetic, or not finite.
     """
     ranks = Ranks.of(group)
     with ranks.together("the checks"):
@@ -91,21 +88,10 @@ def apply_to_module_(
             parameters = {name: each for name, each in parameters.items() if name in low_rank or name in whole}
         sources: dict[str, list[_Source]] = {}
         for name, parameter in parameters.items():
-            if parameter.dtype not in DTYPE_CODES:
-                raise InputError(
-                    f"parameter {name} is {parameter.dtype}; it must be float32, bfloat16 or float16"
-                )
-            sources[name] = []
-            if name not in low_rank:
-                own = whole[name].name if name in whole else stored_name(checkpoints[0], name)
-                names = (own, stored_name(checkpoints[1], name))
-                sources[name] += [
-                    _Source.of_checkpoint(each, stored_as, str(each.path))
-                    for each, stored_as in zip(checkpoints, names, strict=True)
-                ]
-            sources[name] += [
-                _Source.of_importance(each, files, name)
-                for each, files in zip(importances, stored, strict=True)
+            check_dtype(name, parameter.dtype)
+            sources[name] = [
+                *([] if name in low_rank else _checkpoint_sources(name, whole.get(name), *checkpoints)),
+                *(_Source.of_importance(*pair, name) for pair in zip(importances, stored, strict=True)),
             ]
             for source in sources[name]:
                 _check_source(name, parameter, source)
@@ -118,13 +104,34 @@ def apply_to_module_(
             _subtract_low_rank_(matrix, low_rank[name], sources[name], stagings, how, backend)
             continue
         for first, theta in parameter.pieces:
-            for part in _parts(theta.numel()):
-                place = slice(first + part.start, first + part.stop)
-                with _on_device([each.chunk(place) for each in sources[name]], theta, stagings) as arrays:
-                    rescaled_subtract_(theta[part], *arrays, **how, backend=backend)
-                for source in sources[name]:
-                    source.release(place)
+            _subtract_(theta, first, sources[name], stagings, how, backend)
     return len(parameters)
+
+
+def _checkpoint_sources(
+    name: str, entry: TensorEntry | None, tuned: Checkpoint, base: Checkpoint
+) -> "list[_Source]":
+    """Tuned and base values of a parameter. entry: its tensor in an adapter, stored there as a whole."""
+    tuned_name = stored_name(tuned, name) if entry is None else entry.name
+    stored = ((tuned, tuned_name), (base, stored_name(base, name)))
+    return [_Source.of_checkpoint(checkpoint, as_, str(checkpoint.path)) for checkpoint, as_ in stored]
+
+
+def _subtract_(
+    theta: Tensor,
+    first: int,
+    sources: "list[_Source]",
+    stagings: Mapping[torch.device, Staging | None],
+    how: Mapping[str, Any],
+    backend: str,
+) -> None:
+    """Subtract chunk by chunk from a flat view whose first element is number ``first`` of the tensor."""
+    for chunk in _chunks(theta.numel()):
+        elements = slice(first + chunk.start, first + chunk.stop)
+        with _on_device([source.chunk(elements) for source in sources], theta, stagings) as arrays:
+            rescaled_subtract_(theta[chunk], *arrays, **how, backend=backend)
+        for source in sources:
+            source.release(elements)
 
 
 def _subtract_low_rank_(
@@ -219,7 +226,7 @@ def _stored(importance: Importance) -> Checkpoint | None:
     return Checkpoint.open(importance.directory, STEM)
 
 
-def _parts(count: int) -> Iterator[slice]:
+def _chunks(count: int) -> Iterator[slice]:
     for begin in range(0, count, CHUNK):
         yield slice(begin, min(begin + CHUNK, count))
 
@@ -281,8 +288,7 @@ def stored_name(source: Checkpoint, name: str) -> str:
 
 def _check_parameters(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise InputError(f"parameter {name} is on the meta device: its values are not in memory")
+        check_in_memory(name, parameter)
         if parameter.is_floating_point() and not held(parameter).is_contiguous():
             raise InputError(f"parameter {name} is not contiguous; replace it by a contiguous copy")
 
@@ -294,8 +300,8 @@ def _check_source(name: str, parameter: Held, source: _Source) -> None:
     if source.values.dtype not in DTYPE_CODES:
         raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it has no arithmetic")
     for first, theta in parameter.pieces:
-        for part in _parts(theta.numel()):
-            place = slice(first + part.start, first + part.stop)
-            if not bool(torch.isfinite(source.chunk(place)).all()):
+        for chunk in _chunks(theta.numel()):
+            elements = slice(first + chunk.start, first + chunk.stop)
+            if not bool(torch.isfinite(source.chunk(elements)).all()):
                 raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")
-            source.release(place)
+            source.release(elements)
