@@ -1,6 +1,6 @@
 """``perta apply`` with a LoRA adapter for theta_f, against the same command with a whole checkpoint.
 
-The adapters change every matrix of every layer; what is left are the embedding, the head and the norms. Every
+The adapters change every matrix of every layer; embedding, head and norms stay as they are. Every
 contender runs in a fresh process with its inputs in the page cache.
 """
 
@@ -69,7 +69,7 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
 
     whole = alternate({name: contender(name) for name in CONTENDERS}, rounds)
     apply_phase: dict[str, Outcome] = {
-        name: each if isinstance(each, Exception) else phases[name][1:] for name, each in whole.items()
+        name: outcome if isinstance(outcome, Exception) else phases[name][1:] for name, outcome in whole.items()
     }
     return {WHOLE: whole, PHASE: apply_phase}
 

@@ -1,4 +1,4 @@
-"""Whole commands on checkpoints in files: what a user waits for, and what the disk allows.
+"""Whole commands on checkpoints in files: how long a user waits, and how fast the disk is.
 
 Every contender runs in a fresh process with the inputs in the page cache (or, with
 PERTA_BENCH_COLD=1, evicted from it before every run) and writes a fresh directory.

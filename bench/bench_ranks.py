@@ -1,7 +1,7 @@
 """Importance by two processes of one thread each against one process of two threads, on the same two cores.
 
-All processes are started and have their model before anything is timed. What more processes cost, the sums over
-ranks, is the same however large the data; this is little data, 32 samples of 128 tokens.
+All processes are started and have made their model before anything is timed. The data is small, 32 samples of
+128 tokens; with more of it, the cost of the sums over ranks stays the same.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def start(world: int, threads: int, store: Path, estimator: str) -> list[subproc
         )
         for rank in range(world)
     ]
-    for each in ranks:
-        assert each.stdout is not None
-        assert each.stdout.readline().strip() == str(threads)
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline().strip() == str(threads)
     return ranks
 
 
 def timed(ranks: list[subprocess.Popen[str]]) -> Contender:
-    """Have all estimate once."""
+    """The time in which all ranks estimate once."""
 
     def measure() -> Sample:
         begin = time.perf_counter()
-        for each in ranks:
-            assert each.stdin is not None
-            each.stdin.write("again\n")
-            each.stdin.flush()
-        for each in ranks:
-            assert each.stdout is not None
-            assert each.stdout.readline() == "done\n"
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("again\n")
+            rank.stdin.flush()
+        for rank in ranks:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "done\n"
         return Sample(time.perf_counter() - begin)
 
     return measure
@@ -67,18 +67,18 @@ def timed(ranks: list[subprocess.Popen[str]]) -> Contender:
 @pytest.fixture(scope="module")
 def outcomes(rounds: int) -> Iterator[dict[str, dict[str, Outcome]]]:
     """Both contenders by estimator, measured in alternation."""
-    found = {}
+    outcomes = {}
     for estimator in ESTIMATORS:
         with tempfile.TemporaryDirectory() as folder:
             one = start(1, 2, Path(folder), estimator)
             two = start(2, 1, Path(folder, "store"), estimator)
             try:
-                found[estimator] = alternate({ONE: timed(one), TWO: timed(two)}, rounds)
+                outcomes[estimator] = alternate({ONE: timed(one), TWO: timed(two)}, rounds)
             finally:
-                for each in (*one, *two):
-                    each.kill()
-                    each.wait()
-    yield found
+                for process in (*one, *two):
+                    process.kill()
+                    process.wait()
+    yield outcomes
 
 
 @replayed

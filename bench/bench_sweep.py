@@ -47,7 +47,7 @@ def job(workspace: Path) -> Iterator[StreamJob]:
 
 
 def importances(job: StreamJob) -> dict[str, pf.Importance]:
-    """Of both data sets, in memory."""
+    """The importances of both data sets, in memory."""
     settings: dict[str, Any] = {"batch_size": BATCH, "dtype": torch.float32, "progress": False}
     return {
         role: pf.estimate_importance(job.folder / "base", job.folder / f"{role}.jsonl", **settings)
@@ -58,18 +58,18 @@ def importances(job: StreamJob) -> dict[str, pf.Importance]:
 def load(job: StreamJob, path: Path) -> tuple[Any, list[list[Sample]]]:
     """A module and both data sets in its tokens."""
     subject = load_subject(path, None, torch.float32)
-    records = [read_data(job.folder / f"{role}.jsonl")[0] for role in ROLES]
-    return subject.module, [samples_for(subject, each, None) for each in records]
+    rows = [read_data(job.folder / f"{role}.jsonl")[0] for role in ROLES]
+    return subject.module, [samples_for(subject, of_role, None) for of_role in rows]
 
 
 def score(module: Any, samples: list[list[Sample]]) -> None:
-    """Both sets."""
-    for each in samples:
-        score_tokens(module, each, batch_size=BATCH)
+    """Score both sets."""
+    for of_role in samples:
+        score_tokens(module, of_role, batch_size=BATCH)
 
 
 def at_least(job: StreamJob) -> None:
-    """On one model, which drifts."""
+    """Subtract and score again and again on one model, whose weights are never put back."""
     found = importances(job)
     module, samples = load(job, job.folder / "model")
     for rule, lam in SETTINGS:
@@ -80,7 +80,7 @@ def at_least(job: StreamJob) -> None:
 
 
 def by_checkpoints(job: StreamJob) -> None:
-    """A directory for each setting."""
+    """Write, load and score a checkpoint for each setting."""
     places = {role: job.folder / f"{role} importance" for role in ROLES}
     for role, found in importances(job).items():
         found.save(places[role], overwrite=True)
@@ -92,7 +92,7 @@ def by_checkpoints(job: StreamJob) -> None:
 
 
 def ours(job: StreamJob) -> None:
-    """Recorded in a directory."""
+    """The sweep, with its results kept in a directory."""
     pf.sweep(
         *(job.folder / name for name in ("model", "base", "tuned")),
         *(job.folder / f"{role}.jsonl" for role in ROLES),

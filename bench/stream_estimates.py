@@ -81,12 +81,13 @@ def main() -> None:
                 except InputError as error:
                     print(f"| {name} | {tokens} | {machine.name} | does not fit: {error} | | | | |")
                     continue
-                plan, costs = chosen.schedule, chosen.costs
+                schedule, costs = chosen.schedule, chosen.costs
                 print(
-                    f"| {name} | {tokens} | {machine.name} | {plan.batch_size}, {plan.every}, {plan.groups}"
-                    f"{'' if plan.overlap else ', no overlap'} | {format_size(costs.device_bytes)} "
+                    f"| {name} | {tokens} | {machine.name} "
+                    f"| {schedule.batch_size}, {schedule.every}, {schedule.groups}"
+                    f"{'' if schedule.overlap else ', no overlap'} | {format_size(costs.device_bytes)} "
                     f"| {format_size(costs.host_bytes)} | {format_size(costs.scratch)} "
-                    f"| {duration(machine.rates.seconds(costs, plan.overlap))} |"
+                    f"| {duration(machine.rates.seconds(costs, schedule.overlap))} |"
                 )
 
 

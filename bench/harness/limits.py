@@ -18,22 +18,22 @@ from pathlib import Path
 
 import torch
 
-PIECE = 1 << 20
-Piece = tuple[int, int, int]  # file descriptor, offset, length
+CHUNK = 1 << 20
+Chunk = tuple[int, int, int]  # file descriptor, offset, length
 
 
-def pieces(descriptors: Sequence[int], sizes: Sequence[int]) -> Iterator[Piece]:
-    """Cut files, one after another, into pieces of at most 1 MiB."""
+def chunks(descriptors: Sequence[int], sizes: Sequence[int]) -> Iterator[Chunk]:
+    """Cut files, one after another, into chunks of at most 1 MiB."""
     for descriptor, size in zip(descriptors, sizes, strict=True):
-        for offset in range(0, size, PIECE):
-            yield descriptor, offset, min(PIECE, size - offset)
+        for offset in range(0, size, CHUNK):
+            yield descriptor, offset, min(CHUNK, size - offset)
 
 
 def copy_files(inputs: Sequence[Sequence[Path]], out: Path, *, threads: int, fsync: bool = False) -> float:
     """Read all ``inputs`` and write a directory ``out`` as large as the first of them.
 
     inputs: sets of files that are read side by side, as model, base, tuned and importances are.
-    Returns wall-clock seconds. Every piece of output is written by the thread that read its source.
+    Returns wall-clock seconds. Every chunk of output is written by the thread that read its source.
     """
     out.mkdir(parents=True)
     start = time.perf_counter()
@@ -48,14 +48,14 @@ def copy_files(inputs: Sequence[Sequence[Path]], out: Path, *, threads: int, fsy
         readers = [[opened(path, os.O_RDONLY) for path in files] for files in inputs]
         create = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         writers = [opened(out / path.name, create) for path in inputs[0]]
-        reads = [pieces(*pair) for pair in zip(readers, sizes, strict=True)]
-        work = list(zip_longest(pieces(writers, sizes[0]), *reads))
+        reads = [chunks(*pair) for pair in zip(readers, sizes, strict=True)]
+        work = list(zip_longest(chunks(writers, sizes[0]), *reads))
 
         def run(first: int) -> None:
-            buffer = memoryview(bytearray(PIECE))
-            # Each thread takes runs of 16 neighbouring pieces, which read-ahead likes.
-            for block in range(first * 16, len(work), threads * 16):
-                for target, *sources in work[block : block + 16]:
+            buffer = memoryview(bytearray(CHUNK))
+            # Each thread takes 16 neighbouring chunks at a time, as read-ahead works best on these.
+            for begin in range(first * 16, len(work), threads * 16):
+                for target, *sources in work[begin : begin + 16]:
                     for source in reversed(sources):  # the model last: its bytes are written
                         if source is not None:
                             descriptor, offset, length = source

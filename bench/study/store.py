@@ -56,8 +56,8 @@ class Store:
             if place.is_dir():  # since we looked
                 unfinished.rmdir()
                 return place
-            for left in unfinished.iterdir():  # by a run that was stopped in the middle of it
-                remove(left)
+            for leftover in unfinished.iterdir():  # of a run that was stopped in the middle
+                remove(leftover)
             wall, processor = time.perf_counter(), time.process_time()
             make(unfinished)
             seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
