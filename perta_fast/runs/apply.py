@@ -67,8 +67,8 @@ def apply(
     progress: whether bars are drawn, on a terminal or in a notebook; or what is called with each ``Event``.
 
     Returns the report that was written. Raises InputError for bad input (nothing is written), RunError if the
-    run fails, ``errors.Interrupted`` if it is stopped: its text, as a RunError's, says whether something can be
-    taken up again by ``resume``. Memory: 3 to 6 MiB a thread, beside the interpreter.
+    run fails, ``errors.Interrupted`` if it is stopped: its text, as a RunError's, says whether ``resume`` can
+    finish the run. Memory: 3 to 6 MiB a thread, beside the interpreter.
     """
     ranks = Ranks.of(group)
     with ranks.together("the opening of the inputs"):
@@ -151,7 +151,7 @@ def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE
 
 
 def _is_begun(job: Job, sources: Sources) -> bool:
-    """Whether the same run was stopped and can be taken up. Raises InputError if its place is not free."""
+    """Whether the same run was stopped and can be resumed. Raises InputError if its destination is not free."""
     place = Path(job.final)
     check_output(place, overwrite=job.overwrite, inputs=sources.paths())
     if job.overwrite or not has_begun(place):

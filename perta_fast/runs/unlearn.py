@@ -63,7 +63,7 @@ def unlearn(
 
     Everything is checked before the first gradient. Returns the report, also in ``out``. Raises InputError for
     bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can
-    take up again; otherwise nothing is left behind but a finished ``save_importance``.
+    finish; otherwise nothing is left behind but a finished ``save_importance``.
     Disk: the output and, while it runs, 8 bytes a parameter; with ``stream`` hidden states instead (in place,
     both).
     """

@@ -1,4 +1,4 @@
-"""A run into a new directory, taken up again shard by shard after whatever stopped it."""
+"""A run into a new directory. If it is stopped, it is resumed shard by shard."""
 
 import os
 import threading
@@ -56,7 +56,7 @@ _FICLONE = 0x40049409  # Linux: share the data of another file
 
 # Writes the shards of a run's directory and says what became of each tensor; returns the sources to describe.
 Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
-# Writes into a run's state what it needs to be taken up again, beside its job; durably.
+# Writes durably, beside the job, what else a run needs to be resumed.
 Prepare = Callable[[Path], object]
 
 
@@ -91,7 +91,7 @@ def run_to_directory(
                     opened.push(partial(_keep_what_is_done, target))
                     state = target.path / STATE
                     state.mkdir(exist_ok=True)
-                    if prepare is not None:  # first, as a run that has a job is one that can be taken up
+                    if prepare is not None:  # first: a run that has a job can be resumed
                         prepare(state)
                     job.save(state / JOB)
                     _keep_only_shards(target.path, sources)
@@ -132,7 +132,7 @@ def run_to_directory(
 
 
 def _stays(target: OutputDirectory) -> bool:
-    """Whether what a run has written can be taken up again, if it ends now; whichever rank noted it."""
+    """Whether the run can be resumed if it ends now, whichever rank noted its work."""
     return target.keep or has_begun(target.final)
 
 

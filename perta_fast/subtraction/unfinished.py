@@ -14,7 +14,7 @@ WALK = "walk.json"  # in the state of a streamed run: how far it has come
 
 
 def has_begun(final: Path) -> bool:
-    """Whether an unfinished run to ``final`` has work in it that can be taken up again."""
+    """Whether an unfinished run to ``final`` has work that can be resumed."""
     state = partial_path(final) / STATE
     return (state / JOB).exists() and ((state / WALK).exists() or bool(begun_shards(state)))
 

@@ -24,7 +24,8 @@ _MARGIN = 0.05  # share of the free disk that is left alone
 class Budget:
     """Bytes that a run may take. memory (of the whole process), device_memory: None sets no limit. scratch:
     what the disk has for scratch files and the result together. ranks: processes whose scratch files lie there,
-    each as large as that of the most laden; memory is for each."""
+    each counted as large as the largest; memory is for each.
+    """
 
     scratch: int
     memory: int | None = None
@@ -110,7 +111,7 @@ def schedule_for(
     announce: bool,
     ranks: Ranks = Ranks.ALONE,
 ) -> Schedule:
-    """The schedule of a run to ``place`` that is about to start: of many ranks, what suits the most laden.
+    """The schedule of a run to ``place`` that is about to start: it suits the rank with the most data.
 
     announce: say on standard error what it will take. Raises InputError if memory or disk do not do.
     """

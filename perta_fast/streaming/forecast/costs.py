@@ -35,7 +35,7 @@ class Load:
     kept: bool = False
 
     def share(self, ranks: int) -> "Load":
-        """What is dealt to the most laden of so many processes."""
+        """The data of the rank that is dealt the most, of so many."""
         dealt = [[[each[k] for k in numbers] for numbers in deal(each, ranks)] for each in self.lengths]
         return replace(self, lengths=[max(shares, key=sum) for shares in dealt])
 

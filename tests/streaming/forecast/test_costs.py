@@ -291,7 +291,7 @@ def test_device_memory(deep: Path) -> None:
 
 
 def test_many_processes(deep: Path) -> None:
-    """The estimate is for the most laden, and the disk is shared by the scratch files of all."""
+    """The estimate is for the rank with the most data; the scratch files of all share the disk."""
     lengths = [[9, 2, 7, 4, 4], [6]]
     assert Load(lengths).share(1).lengths == lengths
     dealt = Load(lengths, squares=True, kept=True).share(3)
