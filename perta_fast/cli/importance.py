@@ -31,7 +31,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _dry_run(parsed: argparse.Namespace) -> int:
-    from perta_fast.streaming.forecast.dry_run import preview
+    from perta_fast.streaming.forecast.dry_run import Conditions, preview
 
     ranks = Ranks.of(parsed.group)
     with ranks.together("the estimate"):
@@ -42,9 +42,9 @@ def _dry_run(parsed: argparse.Namespace) -> int:
                 {"given": parsed.data},
                 parsed.estimator,
                 parsed.out,
+                Conditions(**{name: settings[name] for name in options.FORECAST}),
                 subtract=False,
                 ranks=ranks.world,
-                **{name: settings[name] for name in options.FORECAST},
             )
             print(printable(text))
     return 0

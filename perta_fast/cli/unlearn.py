@@ -29,7 +29,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _preview(parsed: argparse.Namespace, ranks: int) -> str:
-    from perta_fast.streaming.forecast.dry_run import preview
+    from perta_fast.streaming.forecast.dry_run import Conditions, preview
 
     estimator = Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
     data = {role: getattr(parsed, role) for role in ("forget", "retain")}
@@ -41,11 +41,11 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
         data,
         estimator,
         parsed.out or parsed.model,
+        Conditions(**{name: settings[name] for name in options.FORECAST}),
         subtract=True,
         kept=parsed.save_importance is not None,
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,
-        **{name: settings[name] for name in options.FORECAST},
     )
 
 

@@ -1,6 +1,7 @@
 """A streamed run's estimate from configuration, data and tokenizer, without the weights: ``--dry-run``."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,41 @@ from perta_fast.streaming.forecast.costs import Estimate, Load
 from perta_fast.streaming.model.structure import Structure
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """How the model would be run; the fields are arguments of ``unlearn``. memory, device_memory: bytes."""
+
+    batch_size: int
+    max_length: int | None
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    memory: int | None
+    device_memory: int | None
+
+
 def preview(
     subject: Path,
     data: Mapping[str, Path],
     estimator: Estimator,
-    place: Path,
+    destination: Path,
+    conditions: Conditions,
     *,
     subtract: bool,
     kept: bool = False,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    memory: int | None = None,
-    device_memory: int | None = None,
     threads: int = 1,
     ranks: int = 1,
 ) -> str:
     """What streaming ``data`` through the model that ``subject``/config.json describes will take, in words.
 
-    data: JSON lines files by role. place: where the result would go. subtract: for ``unlearn``, or for an
-    importance alone; kept: the importances of ``unlearn`` are to be kept. memory, device_memory: bytes; the
-    others as in ``unlearn``. ranks: processes that the samples are dealt to; what one of them takes is told.
-    Where the directory has no tokenizer, every sample counts ``max_length`` tokens. Nothing is written but a
-    file to measure the disk by, which is removed. Raises InputError for bad input, and if the memory or the
-    disk would not do.
+    data: JSON lines files by role. destination: of the result. subtract: for ``unlearn``, or for an importance
+    alone; kept: the importances of ``unlearn`` are to be kept. ranks: processes that the samples are dealt to;
+    what one of them takes is told. Without a tokenizer in the directory, every sample counts ``max_length``
+    tokens. Nothing is written but a file to measure the disk by, which is removed. Raises InputError for bad
+    input, and if the memory or the disk is too small.
     """
-    check_sizes(batch_size, max_length)
-    structure = Structure.build(subject, dtype)
+    max_length = conditions.max_length
+    check_sizes(conditions.batch_size, max_length)
+    structure = Structure.build(subject, conditions.dtype)
     rows = {role: read_data(path)[0] for role, path in data.items()}
     tokenizer = _tokenizer(subject)
     if tokenizer is None and max_length is None:
@@ -54,16 +62,17 @@ def preview(
     estimate = Estimate(
         structure,
         Load(lengths, estimator == "empirical-fisher", subtract, kept).share(ranks),
-        choose_device(device),
+        choose_device(conditions.device),
         threads,
     )
-    chosen = choose_schedule(estimate, batch_size, Budget.at(place, memory, device_memory, ranks))
+    budget = Budget.at(destination, conditions.memory, conditions.device_memory, ranks)
+    chosen = choose_schedule(estimate, conditions.batch_size, budget)
     shard = next(iter(sorted(subject.glob("*.safetensors"))), None)
     counts = ", ".join(
         f"{len(each)} {role} samples of {sum(each)} tokens" for role, each in zip(rows, lengths, strict=True)
     )
     guess = "" if tokenizer is not None else " (there is no tokenizer: each counts --max-length tokens)"
-    return f"data: {counts}{guess}\n{describe(chosen, rates_for(estimate, chosen, place, shard), ranks)}"
+    return f"data: {counts}{guess}\n{describe(chosen, rates_for(estimate, chosen, destination, shard), ranks)}"
 
 
 def _tokenizer(subject: Path) -> Any:
