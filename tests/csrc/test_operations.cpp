@@ -1,4 +1,4 @@
-// The operations on whole arrays against plain loops: odd sizes, odd addresses, every number of threads.
+// The operations on whole arrays against plain loops: odd sizes, odd addresses, several threads.
 #include <atomic>
 #include <cmath>
 #include <vector>
