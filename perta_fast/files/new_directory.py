@@ -8,10 +8,13 @@ from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice
 from perta_fast.files.durable import move, remove, sync_directory, sync_tree
+from perta_fast.files.journal import JOB
 from perta_fast.files.locking import lock
 
-# What makes the work in a hidden directory a run, or a sweep, that can be resumed.
-_RECORDS = (".perta-run/job.json", ".perta-sweep/begun.json")
+# Below the directory that is being built: what a run, or a sweep, needs to be resumed. Its record makes it one.
+RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
+SWEEP_RECORD = "begun.json"
+_RECORDS = (Path(RUN_STATE, JOB), Path(SWEEP_STATE, SWEEP_RECORD))
 
 
 class OutputDirectory:
@@ -61,7 +64,7 @@ class OutputDirectory:
 
     def _forget(self) -> None:
         """Let nothing resume what is about to be removed: a kill may come when half of it is gone."""
-        for record in (self.path / each for each in _RECORDS):
+        for record in (self.path / name for name in _RECORDS):
             with suppress(OSError):  # a disk that fails is no reason to leave the rest
                 if record.exists():
                     record.unlink()

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import partial_path
+from perta_fast.files.new_directory import RUN_STATE, partial_path
 from perta_fast.subtraction.job import Job
-from perta_fast.subtraction.parts import (
-    begun_shards,
-)
+from perta_fast.subtraction.parts import begun_shards
 
-STATE = ".perta-run"  # below the directory that is being built
+STATE = RUN_STATE
 WALK = "walk.json"  # in the state of a streamed run: how far it has come
 
 

@@ -7,16 +7,15 @@ from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
-from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.results import ScoredSetting
 
-STATE = ".perta-sweep"  # below the directory that is being built: the record, and importances estimated for it
+STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 IMPORTANCE = "importance"
-_FILE = "begun.json"
 _FORMAT = "perta-sweep"
 _FORMAT_VERSION = 1
 
@@ -50,17 +49,17 @@ class Begun:
         """Write it below ``directory``, durably; after a crash there is the old record or the new."""
         (directory / STATE).mkdir(exist_ok=True)
         about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "version": this_version()}
-        write_record(directory / STATE / _FILE, about | asdict(self))
+        write_record(directory / STATE / SWEEP_RECORD, about | asdict(self))
 
 
 def has_begun(final: Path) -> bool:
     """Whether an unfinished sweep to ``final`` can be resumed."""
-    return bool(final.name) and exists(partial_path(final) / STATE / _FILE)
+    return bool(final.name) and exists(partial_path(final) / STATE / SWEEP_RECORD)
 
 
 def load_begun(final: Path) -> Begun:
     """The unfinished sweep to ``final``. Raises InputError if its record is damaged or of another version."""
-    path = partial_path(final) / STATE / _FILE
+    path = partial_path(final) / STATE / SWEEP_RECORD
     content = read_record(path)
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         raise InputError(f"{path}: is not the record of a sweep")
