@@ -76,8 +76,8 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
 def assert_streamed(row: Row, folder: Path) -> None:
     """Equal to the last bit, but where sums are taken in another order.
 
-    There to 1e-6. Some processors round a router's sums worse than that: then the streamed importance is held
-    to the one in float64, to 1e-5 as the importance in memory is.
+    There to 1e-6. Some processors round a router's sums worse than that: then by at most four times what the
+    importance in memory is off the one in float64, to which the streamed one is held as well.
     """
     for each in row.compared:
         assert list(each.stream.tensors) == list(each.memory.tensors)
@@ -88,8 +88,12 @@ def assert_streamed(row: Row, folder: Path) -> None:
         for name, difference in each.differences.items():
             if difference > 1e-6:
                 exact = by_autograd(row.model, DATA[each.data], folder)[each.estimator][name]
-                error = float((each.stream.tensors[name] - exact).norm())
-                assert error <= 1e-5 * float(exact.norm()), (each.estimator, each.data, name)
+                stream, memory = (
+                    float((found.tensors[name] - exact).norm() / exact.norm())
+                    for found in (each.stream, each.memory)
+                )
+                assert difference <= 4 * memory, (each.estimator, each.data, name)
+                assert stream <= 1e-5, (each.estimator, each.data, name)
 
 
 def test_apply(row: Row, tmp_path: Path) -> None:

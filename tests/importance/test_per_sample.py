@@ -36,21 +36,10 @@ from perta_fast.importance.per_sample_modules import (
 )
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.rules import Estimator
+from tests.families.configs import SIZES
 from tests.support.models import draw_samples, llama, nudge_
 
 SAMPLES = draw_samples(9, longest=14)
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-}
 FEWER = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 # Families that test_estimate.py leaves out.
 CONFIGS: dict[str, PretrainedConfig] = {
