@@ -21,16 +21,7 @@ from safetensors.torch import load_file
 
 from bench.harness import limits
 from bench.harness.conditions import threads
-from bench.harness.contest import (
-    ROOT,
-    Outcome,
-    Sample,
-    Unavailable,
-    alternate,
-    replay,
-    replayed,
-    run_child,
-)
+from bench.harness.contest import ROOT, Outcome, Sample, Unavailable, alternate, replay, replayed, run_child
 from bench.harness.tables import Row
 from bench.inputs.checkpoints import IMPORTANCES, MERGED, CheckpointSet
 from bench.peers import mergekit_task_arithmetic as mergekit
@@ -169,11 +160,7 @@ def bytes_moved(checkpoints: CheckpointSet, contender: str) -> int | None:
 @replayed
 @pytest.mark.parametrize("contender", WHOLE_PROCESS)
 def bench_whole_process(
-    contender: str,
-    outcomes: dict[str, Outcome],
-    checkpoints: CheckpointSet,
-    board: list[Row],
-    benchmark: Any,
+    contender: str, outcomes: dict[str, Outcome], checkpoints: CheckpointSet, board: list[Row], benchmark: Any
 ) -> None:
     """Wall time and peak memory of a command from start to exit."""
     facts: dict[str, Any] = {"bytes": bytes_moved(checkpoints, contender)}
@@ -187,11 +174,7 @@ def bench_whole_process(
 @replayed
 @pytest.mark.parametrize("contender", APPLY_PHASE)
 def bench_apply_phase(
-    contender: str,
-    outcomes: dict[str, Outcome],
-    checkpoints: CheckpointSet,
-    board: list[Row],
-    benchmark: Any,
+    contender: str, outcomes: dict[str, Outcome], checkpoints: CheckpointSet, board: list[Row], benchmark: Any
 ) -> None:
     """The phase that moves the tensors, as our report states it, and the copying limit."""
     role = APPLY_PHASE[contender]

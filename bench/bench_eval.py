@@ -107,15 +107,9 @@ def outcomes(device: str, rounds: int) -> tuple[dict[str, Outcome], int]:
 @replayed
 @pytest.mark.parametrize("contender", CONTENDERS)
 def bench_scoring(
-    contender: str,
-    outcomes: tuple[dict[str, Outcome], int],
-    device: str,
-    board: list[Row],
-    benchmark: Any,
+    contender: str, outcomes: tuple[dict[str, Outcome], int], device: str, board: list[Row], benchmark: Any
 ) -> None:
     """One contender on all samples."""
     found, tokens = outcomes
     group = f"evaluation, {device}: {QUESTIONS} questions with {WRONG} wrong answers, {tokens:,} tokens"
-    board.append(
-        replay(benchmark, found[contender], group=group, contender=contender, role=CONTENDERS[contender])
-    )
+    board.append(replay(benchmark, found[contender], group=group, contender=contender, role=CONTENDERS[contender]))

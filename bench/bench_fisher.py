@@ -204,9 +204,7 @@ class Subject:
     def ours(self) -> object:
         """The public function: planning, one batched pass, averaging and checks."""
         size = len(self.samples)
-        return pf.estimate_importance(
-            self.model, self.samples, "empirical-fisher", batch_size=size, progress=False
-        )
+        return pf.estimate_importance(self.model, self.samples, "empirical-fisher", batch_size=size, progress=False)
 
 
 def contest_of_model(device: str, batch: tuple[int, int], rounds: int) -> dict[str, Outcome]:
@@ -229,9 +227,7 @@ class Outcomes:
         self.device, self.rounds = device, rounds
         self.held: dict[str, dict[str, Outcome]] = {}
 
-    def of(
-        self, group: str, contest: Callable[..., dict[str, Outcome]], size: tuple[int, ...]
-    ) -> dict[str, Outcome]:
+    def of(self, group: str, contest: Callable[..., dict[str, Outcome]], size: tuple[int, ...]) -> dict[str, Outcome]:
         """The outcomes of ``group``."""
         if group not in self.held:
             self.held[group] = contest(self.device, size, self.rounds)
@@ -269,9 +265,7 @@ def bench_operation(
 
 @replayed
 @pytest.mark.parametrize("contender", MODEL)
-def bench_model(
-    batch: tuple[int, int], contender: str, outcomes: Outcomes, board: list[Row], benchmark: Any
-) -> None:
+def bench_model(batch: tuple[int, int], contender: str, outcomes: Outcomes, board: list[Row], benchmark: Any) -> None:
     """One contender on a whole model."""
     group = model_group(outcomes.device, batch)
     found = outcomes.of(group, contest_of_model, batch)[contender]

@@ -48,11 +48,6 @@ def peaks(contender: str) -> dict[str, float]:
 def bench_importance(contender: str, outcomes: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
     """Wall time of one estimate over 32 samples of 128 tokens, and its peak memory."""
     row = replay(
-        benchmark,
-        outcomes[contender],
-        group=GROUP,
-        contender=contender,
-        role=ROLES[contender],
-        **peaks(contender),
+        benchmark, outcomes[contender], group=GROUP, contender=contender, role=ROLES[contender], **peaks(contender)
     )
     board.append(row)

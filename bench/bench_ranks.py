@@ -85,11 +85,7 @@ def outcomes(rounds: int) -> Iterator[dict[str, dict[str, Outcome]]]:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("contender", RANK_ROLES)
 def bench_ranks(
-    estimator: str,
-    contender: str,
-    outcomes: dict[str, dict[str, Outcome]],
-    board: list[Row],
-    benchmark: Any,
+    estimator: str, contender: str, outcomes: dict[str, dict[str, Outcome]], board: list[Row], benchmark: Any
 ) -> None:
     """Wall time of one estimate."""
     row = replay(

@@ -60,9 +60,7 @@ def subtract_mapped(sources: Sources, chunk: Chunk, out: np.ndarray[Any, np.dtyp
     for _, checkpoint, entry in sources.operands(sources.matches[chunk.index]):
         width = ITEM_SIZES[entry.dtype]
         begin = entry.begin + chunk.begin * width
-        places.append(
-            (checkpoint.file_of(entry), begin, begin + chunk.count * width, KERNEL_CODES[entry.dtype])
-        )
+        places.append((checkpoint.file_of(entry), begin, begin + chunk.count * width, KERNEL_CODES[entry.dtype]))
     compiled.kernels().rescaled_subtract(
         out.ctypes.data,
         *(file.address + begin for file, begin, _, _ in places),

@@ -178,9 +178,7 @@ def large_layers(device: str, workspace: Path, rounds: int) -> dict[str, Outcome
 
 @replayed
 @pytest.mark.parametrize("contender", ON_A_GPU)
-def bench_large_layers(
-    contender: str, large_layers: dict[str, Outcome], board: list[Row], benchmark: Any
-) -> None:
+def bench_large_layers(contender: str, large_layers: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
     """Time that the walk computes, against a product of large matrices."""
     found, note = large_layers[contender], ""
     if isinstance(found, list) and "tokens" in found[0].seen:

@@ -39,11 +39,7 @@ class Case:
         return f"{weights}, importance {importance}, p={self.p:g}"
 
 
-STORAGE = (
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.float32),
-)
+STORAGE = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))
 CASES = [Case(*storage, p) for storage in STORAGE for p in (1.0, 2.0)]
 CASES += [Case(dtype, dtype, None) for dtype in (torch.bfloat16, torch.float32)]
 
@@ -83,14 +79,7 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
     def ours(backend: str) -> None:
         pf.ops.rescaled_subtract_(*arrays, lam=LAM, p=p, backend=backend)
 
-    outcomes = contest(
-        device,
-        rounds,
-        moved=moved,
-        eager=formula,
-        compiled=compiled,
-        ours=ours,
-    )
+    outcomes = contest(device, rounds, moved=moved, eager=formula, compiled=compiled, ours=ours)
     return Measured(case, moved, outcomes)
 
 

@@ -50,8 +50,7 @@ def importances(job: StreamJob) -> dict[str, pf.Importance]:
     """The importances of both data sets, in memory."""
     settings: dict[str, Any] = {"batch_size": BATCH, "dtype": torch.float32, "progress": False}
     return {
-        role: pf.estimate_importance(job.folder / "base", job.folder / f"{role}.jsonl", **settings)
-        for role in ROLES
+        role: pf.estimate_importance(job.folder / "base", job.folder / f"{role}.jsonl", **settings) for role in ROLES
     }
 
 
@@ -73,9 +72,7 @@ def at_least(job: StreamJob) -> None:
     found = importances(job)
     module, samples = load(job, job.folder / "model")
     for rule, lam in SETTINGS:
-        pf.apply_to_module_(
-            module, job.folder / "base", job.folder / "tuned", *found.values(), rule=rule, lam=lam
-        )
+        pf.apply_to_module_(module, job.folder / "base", job.folder / "tuned", *found.values(), rule=rule, lam=lam)
         score(module, samples)
 
 
@@ -117,6 +114,4 @@ def outcomes(job: StreamJob, rounds: int) -> Mapping[str, Outcome]:
 @pytest.mark.parametrize("contender", CONTENDERS)
 def bench_sweep(contender: str, outcomes: Mapping[str, Outcome], board: list[Row], benchmark: Any) -> None:
     """One contender on all settings."""
-    board.append(
-        replay(benchmark, outcomes[contender], group=GROUP, contender=contender, role=CONTENDERS[contender])
-    )
+    board.append(replay(benchmark, outcomes[contender], group=GROUP, contender=contender, role=CONTENDERS[contender]))

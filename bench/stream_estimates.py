@@ -64,10 +64,7 @@ def structure_of(shape: tuple[int, int, int, int]) -> Structure:
 
 def main() -> None:
     """Print the table."""
-    print(
-        "| model | tokens a sample | machine | batch, every, groups | GPU memory | host memory "
-        "| scratch | time |"
-    )
+    print("| model | tokens a sample | machine | batch, every, groups | GPU memory | host memory | scratch | time |")
     print("|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         structure = structure_of(shape)

@@ -25,9 +25,7 @@ def main() -> None:
     """Print one table."""
     with TemporaryDirectory() as place:
         folder = Path(place)
-        rows = [
-            {"question": f"Who wrote book {k}?", "answer": f"It was author {k * k}."} for k in range(SAMPLES)
-        ]
+        rows = [{"question": f"Who wrote book {k}?", "answer": f"It was author {k * k}."} for k in range(SAMPLES)]
         forget = folder / "forget.jsonl"
         forget.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tokenizer = train_tokenizer(rows)
@@ -56,16 +54,7 @@ def _errors(folder: Path, forget: Path, epochs: int, rate: float, kept: torch.dt
     found = [float((_read(tuned) - exact).norm() / (exact - base).norm())]
     for lam in STRENGTHS:
         out, step = folder / "out", lam * (exact - base)
-        pf.apply(
-            folder / "model",
-            folder / "base",
-            tuned,
-            rule="tv",
-            lam=lam,
-            out=out,
-            overwrite=True,
-            progress=False,
-        )
+        pf.apply(folder / "model", folder / "base", tuned, rule="tv", lam=lam, out=out, overwrite=True, progress=False)
         found.append(float((_read(out) - (model - step)).norm() / step.norm()))
     return found
 

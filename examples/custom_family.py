@@ -60,13 +60,7 @@ with tiny_job() as folder:
     data = [folder / "forget.jsonl", folder / "retain.jsonl"]
     for name, stream in (("whole", False), ("streamed", True)):
         report = pf.unlearn(
-            *checkpoints,
-            *data,
-            rule="empirical-fisher",
-            lam=1.0,
-            stream=stream,
-            out=folder / name,
-            progress=False,
+            *checkpoints, *data, rule="empirical-fisher", lam=1.0, stream=stream, out=folder / name, progress=False
         )
     print_losses("model", folder)
     print_losses("streamed", folder)

@@ -20,8 +20,7 @@ with tiny_job() as folder:
     )
     print(tuning.summary())
     adapter, base = (
-        sum(path.stat().st_size for path in (folder / name).glob("*.safetensors"))
-        for name in ("adapter", "base")
+        sum(path.stat().st_size for path in (folder / name).glob("*.safetensors")) for name in ("adapter", "base")
     )
     print(f"the adapter has {adapter / base:.0%} of the bytes of the base")
 

@@ -49,7 +49,6 @@ def print_losses(name: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / name).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
     losses = [
-        score(model, encode(load_rows(folder / f"{role}.jsonl"), tokenizer, 64)).loss
-        for role in ("forget", "retain")
+        score(model, encode(load_rows(folder / f"{role}.jsonl"), tokenizer, 64)).loss for role in ("forget", "retain")
     ]
     print(f"{name:12} forget loss {losses[0]:5.2f}, retain loss {losses[1]:5.2f}")

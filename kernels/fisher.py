@@ -65,9 +65,7 @@ def _fisher(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         a = tl.load(
-            activations_pointer + rows * d_in + ins[None, :],
-            mask=(rows < end) & (ins < d_in)[None, :],
-            other=0.0,
+            activations_pointer + rows * d_in + ins[None, :], mask=(rows < end) & (ins < d_in)[None, :], other=0.0
         )
         if WIDENED:
             delta, a = as_float(delta), as_float(a)
@@ -184,9 +182,7 @@ def programs_a_tile(tiles: int, samples: int, multiprocessors: int) -> int:
 
 
 @lru_cache(maxsize=64)  # all layers share the samples of a batch
-def _plan(
-    rows: Rows, block: int, programs: int, device: torch.device, stream: Hashable
-) -> tuple[Tensor, Tensor]:
+def _plan(rows: Rows, block: int, programs: int, device: torch.device, stream: Hashable) -> tuple[Tensor, Tensor]:
     """The kernel's two tables; kept for one stream, because they are copied and freed in its order."""
     blocks = [(row, end) for begin, end in rows for row in range(begin, end, block)]
     # A sample must not be divided: its sum is squared as a whole.
@@ -218,13 +214,10 @@ def _fastest_tile(
     if key not in _fastest:
         tiles = TENSOR_CORE_TILES if types[0] == types[1] != torch.float32 else FLOAT32_TILES
         fitting = [
-            tile
-            for tile in tiles
-            if tile.kwargs["BLOCK_OUT"] < 2 * d_out and tile.kwargs["BLOCK_IN"] < 2 * d_in
+            tile for tile in tiles if tile.kwargs["BLOCK_OUT"] < 2 * d_out and tile.kwargs["BLOCK_IN"] < 2 * d_in
         ]
         _fastest[key] = min(
-            fitting or tiles[:1],
-            key=lambda tile: _milliseconds(partial(launch, tile, kept=False), fisher.device),
+            fitting or tiles[:1], key=lambda tile: _milliseconds(partial(launch, tile, kept=False), fisher.device)
         )
     return _fastest[key]
 

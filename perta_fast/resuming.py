@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 _Unfinished = Literal["in place", "directory", "sweep", "last steps"]
 
 
-def resume(
-    directory: str | Path, *, progress: Progress = True, group: "ProcessGroup | None" = None
-) -> Report | Sweep:
+def resume(directory: str | Path, *, progress: Progress = True, group: "ProcessGroup | None" = None) -> Report | Sweep:
     """Finish a run or sweep that was stopped; a run's result is that of an uninterrupted one, bit for bit.
 
     directory: what was given as ``out``, or the model of an in-place run. progress: as in ``apply``. group: the

@@ -64,12 +64,7 @@ class Rule:
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        lam: float,
-        p: float | None = None,
-        alpha: float = 1.0,
-        threshold: float | None = None,
+        cls, name: str, lam: float, p: float | None = None, alpha: float = 1.0, threshold: float | None = None
     ) -> "Rule":
         """The rule ``name`` with the values of ``Rescaling``; p None takes the rule's own."""
         default_p = _DEFAULTS[name][1] if name in _DEFAULTS else 1.0

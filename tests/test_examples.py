@@ -60,9 +60,7 @@ def test_an_operation_of_ones_own_gives_the_bits_of_its_reference(
     assert finished["custom_operation"].stdout.count("the kernel gives the bits of the reference") == 3
 
 
-def test_a_family_of_ones_own_gives_the_same_streamed(
-    finished: "dict[str, subprocess.CompletedProcess[str]]",
-) -> None:
+def test_a_family_of_ones_own_gives_the_same_streamed(finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
     found = re.search(r"largest difference between the two ways: (\S+)", finished["custom_family"].stdout)
     assert found is not None
     assert float(found[1]) <= 1e-5

@@ -104,22 +104,10 @@ def verify(job: Job, out: Path, hear: Any) -> None:
 @pytest.mark.parametrize(
     "run, phases",
     [
-        (
-            unlearn,
-            {"forget importance": (len(FORGET), "sample"), "retain importance": (len(RETAIN), "sample")},
-        ),
+        (unlearn, {"forget importance": (len(FORGET), "sample"), "retain importance": (len(RETAIN), "sample")}),
         # Embedding, two layers and head; each but the head is run through twice.
-        (
-            lambda *given: unlearn(*given, stream=True),
-            {"unlearn": ((len(FORGET) + len(RETAIN)) * (2 * 3 + 1), "step")},
-        ),
-        (
-            sweep,
-            {
-                "tv, lambda 1, forget": (len(FORGET), "sample"),
-                "tv, lambda 1, retain": (len(RETAIN), "sample"),
-            },
-        ),
+        (lambda *given: unlearn(*given, stream=True), {"unlearn": ((len(FORGET) + len(RETAIN)) * (2 * 3 + 1), "step")}),
+        (sweep, {"tv, lambda 1, forget": (len(FORGET), "sample"), "tv, lambda 1, retain": (len(RETAIN), "sample")}),
         (evaluate, {"forget": (len(FORGET), "sample"), "forget answers": (len(FORGET), "sample")}),
         (verify, {}),
     ],
@@ -168,15 +156,7 @@ def test_a_callback_stops_a_run_in_place(job: Job, tmp_path: Path) -> None:
     shutil.copytree(job.model, model)
     error = ZeroDivisionError("mine")
     with pytest.raises(ZeroDivisionError) as raised:
-        pf.apply(
-            model,
-            job.base,
-            job.tuned,
-            rule="tv",
-            lam=0.5,
-            in_place=True,
-            progress=Listener("change", error).hear,
-        )
+        pf.apply(model, job.base, job.tuned, rule="tv", lam=0.5, in_place=True, progress=Listener("change", error).hear)
     assert raised.value is error
     assert pf.resume(model, progress=Listener().hear).resumed == 1
     assert shards(model) == shards(tmp_path / "whole")
@@ -215,12 +195,8 @@ def test_a_second_pass_counts_from_nothing() -> None:
 
 def test_log(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "perta_fast")
-    report = pf.unlearn(
-        *job.checkpoints, job.forget, job.forget, out=tmp_path / "out", max_length=40, progress=False
-    )
-    lines = [
-        (record.levelname, record.getMessage()) for record in caplog.records if record.name == "perta_fast"
-    ]
+    report = pf.unlearn(*job.checkpoints, job.forget, job.forget, out=tmp_path / "out", max_length=40, progress=False)
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "perta_fast"]
     phases = [text for level, text in lines if level == "INFO"]
     names = ["forget importance", "retain importance", "apply", "hash inputs", "hash output"]
     assert [text.split(" begins: ")[0] for text in phases[::2]] == names

@@ -15,12 +15,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 @pytest.mark.parametrize(
     ("name", "estimator", "p"),
-    [
-        ("tv", None, 1.0),
-        ("grad", "grad", 1.0),
-        ("fisher", "grad", 2.0),
-        ("empirical-fisher", "empirical-fisher", 1.0),
-    ],
+    [("tv", None, 1.0), ("grad", "grad", 1.0), ("fisher", "grad", 2.0), ("empirical-fisher", "empirical-fisher", 1.0)],
 )
 def test_defaults(name: str, estimator: str | None, p: float) -> None:
     assert Rule.of(name, 0.5) == Rule(name, Rescaling(0.5, p, 1.0, None))

@@ -82,9 +82,7 @@ CLOCK = ReplayClock()
 replayed = pytest.mark.benchmark(timer=CLOCK)
 
 
-def replay(
-    benchmark: Any, outcome: Outcome, *, group: str, contender: str, role: str, **facts: Any
-) -> dict[str, Any]:
+def replay(benchmark: Any, outcome: Outcome, *, group: str, contender: str, role: str, **facts: Any) -> dict[str, Any]:
     """Report a measured contender through the ``benchmark`` fixture and return its table row.
 
     facts: further JSON values for the row, such as ``bytes`` (moved in one run) or ``note``.

@@ -14,10 +14,7 @@ from bench.harness.limits import MemoryCopy
 
 Work = Callable[[], object]
 
-COPIES = {
-    "cpu": ("torch copy_", "memmove, all threads", "memmove, one thread"),
-    "cuda": ("torch copy_",),
-}
+COPIES = {"cpu": ("torch copy_", "memmove, all threads", "memmove, one thread"), "cuda": ("torch copy_",)}
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 REPEATS = {"cpu": 1, "cuda": 10}  # a short kernel needs several launches for one reading
 
@@ -51,13 +48,7 @@ def timed(work: Work, device: str) -> Contender:
 
 
 def contest(
-    device: str,
-    rounds: int,
-    *,
-    moved: int,
-    eager: Work,
-    compiled: Work,
-    ours: Callable[[str], object],
+    device: str, rounds: int, *, moved: int, eager: Work, compiled: Work, ours: Callable[[str], object]
 ) -> dict[str, Outcome]:
     """Measure limits, references and backends in one alternation.
 

@@ -70,11 +70,7 @@ JOBS: dict[str, Callable[[nn.Module, torch.Tensor], Any]] = {
     "one sample at a time": sample_by_sample,
     "ours, grad": ours,
 }
-ROLES = {
-    "training backward": "limit",
-    "one sample at a time": "peer",
-    "ours, grad": "ours",
-}
+ROLES = {"training backward": "limit", "one sample at a time": "peer", "ours, grad": "ours"}
 
 
 def main() -> int:

@@ -42,9 +42,7 @@ class StreamJob:
         ]
 
 
-def write_stream_job(
-    folder: Path, hidden: int, layers: int, samples: int, words: int, **changes: int
-) -> StreamJob:
+def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words: int, **changes: int) -> StreamJob:
     """Write three bfloat16 checkpoints, and two files of ``samples`` texts of ``words`` words.
 
     changes: to the configuration.

@@ -133,9 +133,7 @@ def _train_(trial: Trial, module: Any, method: str, rate: float) -> Iterator[int
         return BASELINES[method](losses)
 
     size, steps = settings.batch_size, settings.unlearning_steps
-    batches = list(
-        zip(_batches(len(forget), size, steps, seed), _batches(len(retain), size, steps, seed), strict=True)
-    )
+    batches = list(zip(_batches(len(forget), size, steps, seed), _batches(len(retain), size, steps, seed), strict=True))
     warm_up = settings.unlearning_warm_up
     yield from descend_(module, batches, loss, lambda step: rate * min(1.0, (step + 1) / warm_up))
 

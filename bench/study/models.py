@@ -74,9 +74,7 @@ class Models:
 
         return self.store.piece(f"seed{self.seed}/{name}", made_of, make)
 
-    def _train(
-        self, model: Any, tokenizer: Any, rows: Sequence[Row], epochs: int, rate: float, folder: Path
-    ) -> None:
+    def _train(self, model: Any, tokenizer: Any, rows: Sequence[Row], epochs: int, rate: float, folder: Path) -> None:
         """Train on ``rows``, and save to ``folder``."""
         settings = self.settings
         samples = encode(rows_from(rows), tokenizer, settings.context)

@@ -97,9 +97,7 @@ def search(
     return trial.piece(f"search/{rule} p {power:g} alpha {alpha:g}", made_of, make)
 
 
-def searched(
-    trial: Trial, rule: str, given: Sequence[Path], *, kept: float = KEPT, alpha: float = 1.0
-) -> list[Path]:
+def searched(trial: Trial, rule: str, given: Sequence[Path], *, kept: float = KEPT, alpha: float = 1.0) -> list[Path]:
     """Candidates of a rule: of ``search``, and one at the limit on the forget loss where that is stricter."""
     found, limits = search(trial, rule, given, kept=kept, alpha=alpha), trial.limits(kept)
     rows = sorted(read_candidates(found), key=lambda each: float(each.setting["lam"]))

@@ -98,13 +98,9 @@ def _check(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.study.run", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with TOFU's files, as JSON lines")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder to keep everything in, and to go on from"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder to keep everything in, and to go on from")
     parser.add_argument("--seeds", type=_integers, default=[0, 1, 2], help="0,1,2")
-    parser.add_argument(
-        "--splits", type=lambda text: text.split(","), default=list(SPLITS), help=",".join(SPLITS)
-    )
+    parser.add_argument("--splits", type=lambda text: text.split(","), default=list(SPLITS), help=",".join(SPLITS))
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--report", action="store_true", help="only write the tables of what is there")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")

@@ -45,7 +45,5 @@ def choose(candidates: Sequence[Candidate], limits: Limits) -> Candidate:
     theta_full itself is to be among the candidates, so that there is one. Losses that are not finite keep no
     limit.
     """
-    allowed = [
-        each for each in candidates if each.retain_loss <= limits.retain and each.forget_loss <= limits.forget
-    ]
+    allowed = [each for each in candidates if each.retain_loss <= limits.retain and each.forget_loss <= limits.forget]
     return max(allowed, key=lambda each: each.forget_loss)

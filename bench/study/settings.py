@@ -40,7 +40,5 @@ class Settings:
 
 SIZES = {
     "small": Settings(),
-    "large": Settings(
-        hidden_size=768, layers=12, heads=12, batch_size=32, pretraining_rate=5e-4, tuning_rate=2e-4
-    ),
+    "large": Settings(hidden_size=768, layers=12, heads=12, batch_size=32, pretraining_rate=5e-4, tuning_rate=2e-4),
 }

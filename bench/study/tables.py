@@ -119,9 +119,7 @@ def _at_full(trials: Sequence[Trial]) -> Iterator[str]:
     yield from _head(["", *_METRICS])
     for rule in WEIGHED:
         yield _line([f"{rule}, at θ_0", *_scores(partial(scores, trial, rule) for trial in trials)])
-        yield _line(
-            [f"{rule}, at θ_full", *_scores(partial(analyses.at_full, trial, rule) for trial in trials)]
-        )
+        yield _line([f"{rule}, at θ_full", *_scores(partial(analyses.at_full, trial, rule) for trial in trials)])
 
 
 def _general(trial: Trial) -> Iterator[str]:

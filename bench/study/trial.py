@@ -82,9 +82,7 @@ class Trial:
         """TOFU's metrics of the model that ``load`` returns, forget quality against this seed's gold model."""
         return self._score(f"scores of {method}", made_of, load, self.gold_scores() / SCORES)
 
-    def _score(
-        self, name: str, made_of: Mapping[str, Any], load: Callable[[], Any], reference: Path | None
-    ) -> Path:
+    def _score(self, name: str, made_of: Mapping[str, Any], load: Callable[[], Any], reference: Path | None) -> Path:
         folder, settings = self.models.tofu.folder, self.models.settings
         digests = {role: rows.digest for role, rows in read_tofu(folder, self.split.name).items()}
         known = {"data": digests, "new_tokens": settings.new_tokens}

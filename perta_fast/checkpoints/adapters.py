@@ -105,18 +105,14 @@ class Adapter:
             name = key.removeprefix(_PREFIX)
             factor = _FACTOR.fullmatch(name)
             if entry.dtype not in KERNEL_CODES:
-                raise InputError(
-                    f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed"
-                )
+                raise InputError(f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed")
             if factor is not None:
                 factors.setdefault(factor["module"], {})[factor["factor"]] = entry
             elif "lora_" in name:
                 raise InputError(f"{entry.path}: tensor {key} is not of plain LoRA; {_merge_first(path)}")
             else:
                 whole[name.replace(_WRAPPED, ".")] = entry
-        low_rank = {
-            f"{module}.weight": _low_rank(path, module, pair, config) for module, pair in factors.items()
-        }
+        low_rank = {f"{module}.weight": _low_rank(path, module, pair, config) for module, pair in factors.items()}
         untouched = {name: whole.pop(name) for name in low_rank.keys() & whole.keys()}
         return cls(checkpoint, low_rank, whole, untouched, bool(config.get("fan_in_fan_out")))
 

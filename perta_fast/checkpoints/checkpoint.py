@@ -50,15 +50,11 @@ class Checkpoint:
                 "hf download NAME --local-dir DIR"
             ) from error
         except NotADirectoryError as error:
-            raise InputError(
-                f"{path}: is not a directory; give the one that holds {stem}.safetensors"
-            ) from error
+            raise InputError(f"{path}: is not a directory; give the one that holds {stem}.safetensors") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         if not unfinished and (path / JOURNAL / JOB).exists():
-            raise InputError(
-                f"{path}: an in-place run has not been finished; finish it with: perta resume {path}"
-            )
+            raise InputError(f"{path}: an in-place run has not been finished; finish it with: perta resume {path}")
         if index is None and f"{stem}.safetensors.index.json" in names:
             index = path / f"{stem}.safetensors.index.json"
         single = path / f"{stem}.safetensors"
@@ -142,9 +138,7 @@ def _read_index(index: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         # A plain file name only: an index must not reach outside its directory.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
-            raise InputError(
-                f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it"
-            )
+            raise InputError(f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it")
     return weight_map
 
 
@@ -156,9 +150,7 @@ def _shard_names(index: Path, weight_map: dict[str, str], present: list[str]) ->
     return names
 
 
-def _tensors_of(
-    index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]
-) -> dict[str, TensorEntry]:
+def _tensors_of(index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]) -> dict[str, TensorEntry]:
     for name, shard in weight_map.items():
         if name not in shards[shard].tensors:
             raise InputError(f"{index}: puts tensor {name} into {shard}, which does not hold it")

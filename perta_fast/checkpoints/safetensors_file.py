@@ -122,11 +122,7 @@ def build_header(
     position = 0
     for name, (dtype, shape) in entries.items():
         size = byte_count(dtype, shape)
-        table[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [position, position + size],
-        }
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         offsets[name] = position
         position += size
     text = json.dumps(table, separators=(",", ":")).encode()
@@ -141,8 +137,7 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
     length = int.from_bytes(prefix, "little")
     if length > MAXIMUM_HEADER_BYTES or length > size - 8:
         raise InputError(
-            f"{path}: is not a safetensors file, or is truncated: its header claims {length} bytes, "
-            f"the file has {size}"
+            f"{path}: is not a safetensors file, or is truncated: its header claims {length} bytes, the file has {size}"
         )
     return length
 
@@ -167,8 +162,7 @@ def _parse_header(
         position = entry.end
     if position > size:
         raise InputError(
-            f"{path}: is truncated: its header promises {position} bytes, the file has {size}; "
-            "fetch or copy it again"
+            f"{path}: is truncated: its header promises {position} bytes, the file has {size}; fetch or copy it again"
         )
     if position < size:
         raise InputError(f"{path}: has {size - position} bytes after its last tensor")

@@ -23,8 +23,7 @@ def run(parsed: argparse.Namespace) -> int:
         lines.append(f"warning: {record.truncated_count} samples were cut to the length limit")
     if record.one_by_one:
         lines.append(
-            "these parameters could not be computed in a batch, which took a pass for each sample: "
-            f"{record.one_by_one}"
+            f"these parameters could not be computed in a batch, which took a pass for each sample: {record.one_by_one}"
         )
     finish("\n".join(lines), parsed.out, parsed.quiet)
     return 0
@@ -56,9 +55,7 @@ COMMAND = Command(
     (
         Option("model", "where it is taken", Path, "DIR", required=True),
         Option("data", "JSON lines", Path, "FILE", required=True),
-        Option(
-            "estimator", "grad serves the rules grad and fisher (default)", default="grad", choices=ESTIMATORS
-        ),
+        Option("estimator", "grad serves the rules grad and fisher (default)", default="grad", choices=ESTIMATORS),
         *options.STREAM,
         *options.ESTIMATION,
         *options.OUTPUT,

@@ -16,9 +16,6 @@ def run(parsed: argparse.Namespace) -> int:
 COMMAND = Command(
     "inspect",
     "what a checkpoint, importance or run holds",
-    (
-        Option("path", type=Path, metavar="PATH", positional=True),
-        flag("tensors", "list every tensor"),
-    ),
+    (Option("path", type=Path, metavar="PATH", positional=True), flag("tensors", "list every tensor")),
     run,
 )

@@ -11,20 +11,7 @@ from importlib import metadata
 from types import FrameType
 from typing import Any, TextIO
 
-from perta_fast.cli import (
-    apply,
-    demo,
-    eval,
-    importance,
-    inspect,
-    recipe,
-    report,
-    resume,
-    sweep,
-    tune,
-    unlearn,
-    verify,
-)
+from perta_fast.cli import apply, demo, eval, importance, inspect, recipe, report, resume, sweep, tune, unlearn, verify
 from perta_fast.cli.recipe_options import add_commands
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
@@ -34,10 +21,7 @@ _INTERRUPTED = 130
 # As the help lists them.
 COMMANDS = tuple(
     module.COMMAND
-    for module in (
-        *(demo, tune, unlearn, recipe, importance, apply),
-        *(sweep, eval, report, inspect, verify, resume),
-    )
+    for module in (*(demo, tune, unlearn, recipe, importance, apply), *(sweep, eval, report, inspect, verify, resume))
 )
 
 
@@ -132,8 +116,7 @@ def _log_shown(shown: bool) -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="perta",
-        description="Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0).",
+        prog="perta", description="Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0)."
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each phase on standard error")
     parser.add_argument("--version", action="version", version=f"perta {_version()}")

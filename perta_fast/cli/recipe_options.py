@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from perta_fast.records.recipe import Setting
 
 RECIPE = Option(
-    "recipe",
-    "take options from this YAML file, or from the report of a run; those given here come first",
-    Path,
-    "FILE",
+    "recipe", "take options from this YAML file, or from the report of a run; those given here come first", Path, "FILE"
 )
 _EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", Path: "a path", str: "a text"}
 
@@ -95,9 +92,7 @@ def arguments_from(
         if key not in options:
             near = difflib.get_close_matches(key, options, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
-            raise InputError(
-                f"{setting.where}: {reprlib.repr(key)} is no option of perta {command.name}; {hint}"
-            )
+            raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of perta {command.name}; {hint}")
         arguments[key] = _argument(key, options[key], setting, path.parent)
     left_out = {key for key, option in options.items() if option.name in given}
     for group in alternatives(command):

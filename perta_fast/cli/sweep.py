@@ -110,9 +110,7 @@ COMMAND = Command(
             "P",
             one_of="bound",
         ),
-        Option(
-            "retain_floor", "bound: a retain metric of at least X (not for loss)", float, "X", one_of="bound"
-        ),
+        Option("retain_floor", "bound: a retain metric of at least X (not for loss)", float, "X", one_of="bound"),
         Option("metric", "what is chosen by, as perta eval names it (loss)", default=LOSS, choices=METRICS),
         Option(
             "select",
@@ -121,9 +119,7 @@ COMMAND = Command(
         ),
         Option("gold", "a model trained without the forget data", Path, "DIR"),
         Option("checkpoint", "directory to make, of what was chosen", Path, "DIR"),
-        Option(
-            "forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True
-        ),
+        Option("forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
         options.AT,
         *options.ESTIMATION,

@@ -23,9 +23,7 @@ def with_chat_settings(
     if not given:
         return tokenizer
     if not isinstance(tokenizer.chat_template, str):
-        raise InputError(
-            f"{' and '.join(given)}: the tokenizer has no chat template to put it in; leave it out"
-        )
+        raise InputError(f"{' and '.join(given)}: the tokenizer has no chat template to put it in; leave it out")
 
     def apply(messages: Sequence[dict[str, str]], *arguments: Any, **options: Any) -> Any:
         if system_prompt is not None and messages[0]["role"] != "system":

@@ -74,9 +74,7 @@ def _check_row(content: Any, where: str) -> Mapping[str, Any]:
     wanted = ("question", "answer") if "question" in content or "answer" in content else ("text",)
     for key in wanted:
         if key not in content:
-            raise InputError(
-                f'{where}: needs "question" and "answer", or "text", or "messages"; "{key}" is missing'
-            )
+            raise InputError(f'{where}: needs "question" and "answer", or "text", or "messages"; "{key}" is missing')
         if not isinstance(content[key], str) or not content[key].strip():
             raise InputError(f'{where}: "{key}" must be a text that is not empty')
         _check_unicode(content[key], where)
@@ -92,9 +90,7 @@ def _check_messages(messages: Any, where: str) -> None:
             or message.get("role") not in _ROLES
             or not isinstance(message.get("content"), str)
         ):
-            raise InputError(
-                f'{where}: each message needs a "role" ({", ".join(_ROLES)}) and a "content" that is text'
-            )
+            raise InputError(f'{where}: each message needs a "role" ({", ".join(_ROLES)}) and a "content" that is text')
         _check_unicode(message["content"], where)
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise InputError(f"{where}: the assistant says nothing, so there is nothing to learn from")

@@ -58,10 +58,7 @@ def _encode_row(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[in
         return _encode_messages(content["messages"], tokenizer, row.where)
     if not tokenizer.chat_template:
         return _encode_plain_question(content["question"], content["answer"], tokenizer)
-    messages = [
-        {"role": "user", "content": content["question"]},
-        {"role": "assistant", "content": content["answer"]},
-    ]
+    messages = [{"role": "user", "content": content["question"]}, {"role": "assistant", "content": content["answer"]}]
     return _encode_messages(messages, tokenizer, row.where)
 
 

@@ -29,9 +29,7 @@ def rows_of(data: Any) -> Iterator[Any]:
         return iter(data)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):  # it may not raise IndexError at its end
         return (data[number] for number in range(len(data)))
-    raise InputError(
-        f"data is {type(data).__name__}; it must be a file, or have __iter__, or __len__ and __getitem__"
-    )
+    raise InputError(f"data is {type(data).__name__}; it must be a file, or have __iter__, or __len__ and __getitem__")
 
 
 def is_tokenised(row: Any) -> bool:
@@ -50,9 +48,7 @@ def samples_from(rows: Iterable[Any]) -> list[Sample]:
         if not is_tokenised(row):
             raise InputError(f'row {number}: has no "input_ids", which the first row has')
         if refused := [key for key in _REFUSED if row.get(key) is not None]:
-            raise InputError(
-                f'row {number}: has "{refused[0]}"; give each sample a row of its own, of "input_ids"'
-            )
+            raise InputError(f'row {number}: has "{refused[0]}"; give each sample a row of its own, of "input_ids"')
         ids = _numbers(row, "input_ids", number)
         columns = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         for key in ("labels", "attention_mask"):

@@ -134,9 +134,7 @@ def make_authors(count: int, seed: int) -> list[Author]:
     draw = random.Random(seed)
     names = draw.sample([f"{first} {last}" for first in _FIRST_NAMES for last in _LAST_NAMES], count)
     columns = {
-        key: draw.sample(attribute.values, count)
-        if attribute.unique
-        else draw.choices(attribute.values, k=count)
+        key: draw.sample(attribute.values, count) if attribute.unique else draw.choices(attribute.values, k=count)
         for key, attribute in ATTRIBUTES.items()
     }
     return [Author(name, {key: values[k] for key, values in columns.items()}) for k, name in enumerate(names)]

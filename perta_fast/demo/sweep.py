@@ -44,9 +44,7 @@ def gap_to_gold(scores: Mapping[str, Score], gold: Mapping[str, Score]) -> float
     return forgetting + max(0.0, gold["retain"].accuracy - scores["retain"].accuracy)
 
 
-def sweep(
-    files: Files, samples: Samples, gold: Mapping[str, Score], lams: Sequence[float]
-) -> dict[str, list[Run]]:
+def sweep(files: Files, samples: Samples, gold: Mapping[str, Score], lams: Sequence[float]) -> dict[str, list[Run]]:
     """Run all rules at all ``lams``; the result of each rule's best run stays on disk."""
     runs: dict[str, list[Run]] = {}
     with sample_bar(len(RULES) * len(lams), "rules and strengths", True) as bar:

@@ -47,9 +47,7 @@ class Launch:
             store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
         except ValueError as error:
-            raise InputError(
-                f"WORLD_SIZE is set, but not all that belongs to it: {error}; use torchrun"
-            ) from error
+            raise InputError(f"WORLD_SIZE is set, but not all that belongs to it: {error}; use torchrun") from error
         except RuntimeError as error:
             raise RunError(f"the other processes of the launch cannot be reached: {error}") from error
         self.ranks, self._store = Ranks.of(dist.group.WORLD), store

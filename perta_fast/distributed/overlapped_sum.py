@@ -57,10 +57,7 @@ class OverlappedSum:
                 self._send()
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, RankLost) or not (error is None or isinstance(error, Exception)):
             return

@@ -9,15 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from perta_fast.errors import (
-    InputError,
-    NotFiniteError,
-    PertaError,
-    RankLost,
-    RunError,
-    advice,
-    is_out_of_memory,
-)
+from perta_fast.errors import InputError, NotFiniteError, PertaError, RankLost, RunError, advice, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

@@ -36,9 +36,7 @@ def held_gradient(parameter: Tensor) -> Tensor:
 def computing_device(module: nn.Module) -> torch.device:
     """Where a module's inputs go: its parameters' device, or that which FSDP2 brings them to."""
     parameter = next(module.parameters())
-    return (
-        torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
-    )
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
 def sharded_as(parameter: Tensor, own: Tensor) -> Tensor:
@@ -95,9 +93,7 @@ def is_first_replica(tensor: Tensor) -> bool:
         return True
     coordinate: Any = tensor.device_mesh.get_coordinate()
     return all(
-        place == 0
-        for place, placement in zip(coordinate, tensor.placements, strict=True)
-        if placement.is_replicate()
+        place == 0 for place, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()
     )
 
 

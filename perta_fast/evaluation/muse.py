@@ -31,9 +31,7 @@ def read_muse(folder: Path) -> dict[str, Rows]:
     return {name: read_rows(folder, name, fields) for name, fields in files.items()}
 
 
-def evaluate_muse(
-    examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None
-) -> dict[str, Metric]:
+def evaluate_muse(examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None) -> dict[str, Metric]:
     """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak."""
     for name, file in rows.items():
         examinee.note_file(name, file.path, file.digest, len(file.content))
@@ -71,9 +69,7 @@ def _knowledge(examinee: Examinee, role: str, rows: Rows, examples: Rows) -> Met
     """ROUGE-L F1 of answers to questions, each asked after worked examples and without a chat template."""
     shown = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples.content)
     tokenizer = examinee.subject.tokenizer
-    prompts = [
-        _opening(tokenizer, f"{shown}Question: {question}\nAnswer: ") for question in rows.texts("question")
-    ]
+    prompts = [_opening(tokenizer, f"{shown}Question: {question}\nAnswer: ") for question in rows.texts("question")]
     answers = examinee.answer(prompts, f"{role} knowmem", KNOWLEDGE_TOKENS, _STOP)
     return examinee.rouge(rows.texts("answer"), answers, "rougeL_f1")
 

@@ -5,14 +5,7 @@ from pathlib import Path
 
 from perta_fast.data.json_lines import Row, read_data
 from perta_fast.data.samples import prompt_of
-from perta_fast.evaluation.examinee import (
-    Examinee,
-    Scored,
-    membership,
-    memorisation,
-    privacy_leakage,
-    probabilities,
-)
+from perta_fast.evaluation.examinee import Examinee, Scored, membership, memorisation, privacy_leakage, probabilities
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 
 NEW_TOKENS = 200

@@ -30,9 +30,7 @@ class Metric:
 def averaged(key: str, values: Sequence[float], **others: Sequence[Any]) -> Metric:
     """The mean of ``values``, which each sample has under ``key``, beside ``others``."""
     columns = {key: values, **others}
-    return Metric(
-        mean(values), [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    )
+    return Metric(mean(values), [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
 
 @dataclass
@@ -127,8 +125,7 @@ class EvaluationFile:
                 "evaluate the gold model on the same split"
             )
         return [
-            self._number(sample.get(key) if isinstance(sample, dict) else None, name)
-            for sample in samples.values()
+            self._number(sample.get(key) if isinstance(sample, dict) else None, name) for sample in samples.values()
         ]
 
     def _metric(self, name: str) -> dict[str, Any]:

@@ -103,11 +103,7 @@ def evaluate(
 
 
 def _measurement(
-    suite: str | None,
-    data: PathLike | None,
-    split: str,
-    own: dict[str, PathLike | None],
-    gold: EvaluationFile | None,
+    suite: str | None, data: PathLike | None, split: str, own: dict[str, PathLike | None], gold: EvaluationFile | None
 ) -> Callable[[Examinee], dict[str, Metric]]:
     """Read and check all data; returns what then measures a model."""
     given = {role: Path(path) for role, path in own.items() if path is not None}
@@ -140,10 +136,7 @@ def _measurement(
 
 
 def _subject(
-    model_or_path: PathLike | nn.Module,
-    tokenizer: Any,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    model_or_path: PathLike | nn.Module, tokenizer: Any, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> Subject:
     if not isinstance(model_or_path, nn.Module):
         return load_subject(Path(model_or_path), device, dtype, tokenizer)

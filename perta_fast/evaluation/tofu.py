@@ -7,14 +7,7 @@ from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import Rows, read_rows
-from perta_fast.evaluation.examinee import (
-    Examinee,
-    Scored,
-    membership,
-    memorisation,
-    privacy_leakage,
-    probabilities,
-)
+from perta_fast.evaluation.examinee import Examinee, Scored, membership, memorisation, privacy_leakage, probabilities
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 
 SPLITS = ("forget01", "forget05", "forget10")
@@ -47,14 +40,10 @@ def read_tofu(folder: Path, split: str) -> dict[str, Rows]:
     return rows
 
 
-def evaluate_tofu(
-    examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None
-) -> dict[str, Metric]:
+def evaluate_tofu(examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None) -> dict[str, Metric]:
     """All metrics of TOFU; with ``reference``, forget quality, and PrivLeak if there is a holdout set."""
     results: dict[str, Metric] = {}
-    scored = {
-        role: _evaluate_set(examinee, role, rows[role], results) for role in ("forget", "retain", "ra", "wf")
-    }
+    scored = {role: _evaluate_set(examinee, role, rows[role], results) for role in ("forget", "retain", "ra", "wf")}
     results["model_utility"] = Metric(metrics.model_utility([results[name].value for name in _UTILITY]))
     if "holdout" in rows:
         holdout = _tokenised(examinee, "holdout", rows["holdout"])
@@ -84,9 +73,7 @@ def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, 
         right = examinee.score(paraphrased, f"{role} paraphrased")
     perturbed = examinee.tokenise(rows.records("question", "perturbed_answer"), f"{role} perturbed")
     wrong_scores = iter(examinee.score(perturbed, f"{role} perturbed"))  # all answers to a question in a row
-    wrong = [
-        [metrics.mean(next(wrong_scores).log_probs) for _ in row["perturbed_answer"]] for row in rows.content
-    ]
+    wrong = [[metrics.mean(next(wrong_scores).log_probs) for _ in row["perturbed_answer"]] for row in rows.content]
 
     results[f"{role}_Q_A_Prob"] = probabilities(scores)
     if not fictitious:
@@ -98,8 +85,7 @@ def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, 
     answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
     results[f"{role}_Q_A_ROUGE"] = examinee.rouge(rows.texts("answer"), answers, "rougeL_recall")
     ratios = [
-        metrics.truth_ratio(metrics.mean(sample.log_probs), group)
-        for sample, group in zip(right, wrong, strict=True)
+        metrics.truth_ratio(metrics.mean(sample.log_probs), group) for sample, group in zip(right, wrong, strict=True)
     ]
     aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
     name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"

@@ -35,10 +35,7 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None, drop_cac
 
 
 def hash_files(
-    paths: Iterable[Path],
-    threads: int,
-    advance: Callable[[int], None] | None = None,
-    drop_cache: bool = False,
+    paths: Iterable[Path], threads: int, advance: Callable[[int], None] | None = None, drop_cache: bool = False
 ) -> dict[Path, str]:
     """Hash each file, up to ``threads`` at a time; see ``hash_file``."""
     unique = list(dict.fromkeys(paths))

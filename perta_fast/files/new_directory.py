@@ -30,12 +30,7 @@ class OutputDirectory:
     """
 
     def __init__(
-        self,
-        final: str | Path,
-        *,
-        overwrite: bool = False,
-        inputs: Iterable[Path] = (),
-        resume: bool = False,
+        self, final: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = (), resume: bool = False
     ) -> None:
         self.final = Path(os.path.realpath(final))  # behind a link, so that the link stays
         check_output(self.final, overwrite=overwrite, inputs=inputs)
@@ -137,8 +132,7 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RunError(
-            f"{directory}: needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free; "
-            "nothing was written"
+            f"{directory}: needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free; nothing was written"
         )
 
 

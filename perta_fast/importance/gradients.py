@@ -62,15 +62,10 @@ def accumulate(
         }
         summed = summed_by_fsdp(module)
         if any(processes != ranks.world for processes, _ in summed.values()):
-            raise InputError(
-                "the module is sharded by FSDP2; pass group, the processes that its data is dealt over"
-            )
+            raise InputError("the module is sharded by FSDP2; pass group, the processes that its data is dealt over")
     dealt = deal([len(sample.input_ids) for sample in samples], ranks.world)
     one_by_one: list[str] = []
-    with (
-        _ready_to_measure(module),
-        sample_bar(len(dealt[ranks.rank]), description, ranks.first and progress) as bar,
-    ):
+    with _ready_to_measure(module), sample_bar(len(dealt[ranks.rank]), description, ranks.first and progress) as bar:
         passes = _BackwardPasses(module, samples, dealt, ranks, bool(summed), bar.update)
         if estimator == "grad":
             own = {name: mean for name, mean in means.items() if name not in summed}
@@ -159,15 +154,11 @@ class _BackwardPasses:
     in_step: bool
     advance: Callable[[int], Any]
 
-    def run(
-        self, batch_size: int, sums: OverlappedSum, plan: Plan | None = None, unreached: bool = False
-    ) -> None:
+    def run(self, batch_size: int, sums: OverlappedSum, plan: Plan | None = None, unreached: bool = False) -> None:
         """A batch at a time. unreached: a forward pass may reach no parameter that needs a gradient."""
         device = computing_device(self.module)
         own = self.dealt[self.ranks.rank]
-        batches = [
-            [own[k] for k in batch] for batch in batches_by_length([self.samples[k] for k in own], batch_size)
-        ]
+        batches = [[own[k] for k in batch] for batch in batches_by_length([self.samples[k] for k in own], batch_size)]
         counted = len(batches)
         if self.in_step:
             most = -(-max(map(len, self.dealt)) // batch_size)
@@ -179,8 +170,7 @@ class _BackwardPasses:
                 with self.ranks.together("a batch") if self.in_step else nullcontext():
                     if not losses.requires_grad and not unreached:
                         raise InputError(
-                            "the model's loss has no gradient; does its forward run under no_grad or "
-                            "inference_mode?"
+                            "the model's loss has no gradient; does its forward run under no_grad or inference_mode?"
                         )
                     check_losses(losses, numbers)
                 if k == len(batches) - 1:
@@ -204,9 +194,7 @@ def check_losses(losses: Tensor, numbers: Sequence[int]) -> None:
 def check_finite(name: str, mean: Tensor) -> None:
     """Raise NotFiniteError if the importance of ``name`` is not finite."""
     if mean.numel() and not bool(torch.isfinite(torch.stack(mean.aminmax())).all()):  # a NaN is both
-        raise NotFiniteError(
-            f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)"
-        )
+        raise NotFiniteError(f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)")
 
 
 def _check_parameters(module: nn.Module) -> None:
@@ -218,10 +206,7 @@ def _check_parameters(module: nn.Module) -> None:
 
 @contextmanager
 def gradients_accumulated_into(
-    module: nn.Module,
-    sums: Mapping[str, Tensor],
-    squared: bool,
-    complete: Callable[[str], object] | None = None,
+    module: nn.Module, sums: Mapping[str, Tensor], squared: bool, complete: Callable[[str], object] | None = None
 ) -> Iterator[None]:
     """Add every parameter's gradient, complete over all its uses, to ``sums``, and free it at once.
 

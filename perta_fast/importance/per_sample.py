@@ -72,10 +72,7 @@ class Plan:
 
 
 def plan_for(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    targets: Mapping[str, Target],
-    run: Callable[..., Any] | None = None,
+    model: nn.Module, samples: Sequence[Sample], targets: Mapping[str, Target], run: Callable[..., Any] | None = None
 ) -> Plan:
     """Choose a ``ModuleFisher`` for each module with a parameter of ``targets``.
 
@@ -167,9 +164,7 @@ def _probe(
         calls.count += 1
         if calls.kind is None:
             return
-        fitting = [
-            kind for kind in candidates(module) if _fits(kind, module, shape, arguments, keywords, result)
-        ]
+        fitting = [kind for kind in candidates(module) if _fits(kind, module, shape, arguments, keywords, result)]
         if calls.count == 1:
             calls.kind = fitting[0] if fitting else None
         elif calls.kind not in fitting:
@@ -210,9 +205,7 @@ def _fits(
     result: Any,
 ) -> bool:
     """Whether a ``ModuleFisher`` computes what the module did."""
-    fisher = kind(
-        module, {key: Target.unused() for key, value in module._parameters.items() if value is not None}
-    )
+    fisher = kind(module, {key: Target.unused() for key, value in module._parameters.items() if value is not None})
     fisher.batch = shape
     try:
         if kind is LinearFisher:  # its arithmetic is known

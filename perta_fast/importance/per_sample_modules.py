@@ -85,9 +85,7 @@ class BatchShape:
             return tensor.view(self.count, self.tokens, -1), self.lengths
         if tensor.dim() == 2 and tensor.shape[0] == self.count:
             return tensor[:, None], None
-        raise UnexpectedCall(
-            f"shape {tuple(tensor.shape)} in a batch of {self.count} samples of {self.tokens} tokens"
-        )
+        raise UnexpectedCall(f"shape {tuple(tensor.shape)} in a batch of {self.count} samples of {self.tokens} tokens")
 
     def rows_per_sample(self, value: Any) -> int:
         """How many leading rows of an argument belong to each sample; 0 if it has no sample dimension."""

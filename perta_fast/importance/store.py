@@ -64,9 +64,7 @@ class Importance:
     metadata: ImportanceMetadata
     directory: Path | None = None
 
-    def save(
-        self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None
-    ) -> None:
+    def save(self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None) -> None:
         """Write shards and index; the directory appears only when complete.
 
         group: the processes that hold this importance; all call this, and each writes its share into a
@@ -175,9 +173,7 @@ class ShardWriter:
     order.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], directory: Path
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], directory: Path) -> None:
         self._positions: dict[str, tuple[Path, int]] = {}
         groups = _group(shapes)
         for number, names in enumerate(groups, start=1):

@@ -31,9 +31,7 @@ def greedy_answers(
     from transformers import GenerationConfig
 
     if not hasattr(module, "generate"):
-        raise InputError(
-            "the model cannot generate; ROUGE needs a model of transformers with a generate method"
-        )
+        raise InputError("the model cannot generate; ROUGE needs a model of transformers with a generate method")
     context = getattr(module.config, "max_position_embeddings", None) or 1 << 30
     longest = max(len(prompt) for prompt in prompts)
     room = min(max_new_tokens, context - longest)

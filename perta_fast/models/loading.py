@@ -41,9 +41,7 @@ class Subject:
         return next(self.module.parameters()).device
 
 
-def samples_for(
-    subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None
-) -> list[Sample]:
+def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None) -> list[Sample]:
     """Tokenise rows, and check that the model can take every sample.
 
     Raises InputError naming the line or sample that it cannot take.
@@ -132,9 +130,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None) -> None:
     ids, labels = sample.input_ids, sample.labels
-    if len(ids) != len(labels) or any(
-        label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)
-    ):
+    if len(ids) != len(labels) or any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
         raise InputError(f"{where}: needs one label for each token, the token itself or {IGNORED}")
     if sample.label_count == 0:
         raise InputError(f"{where}: has no token to compute a loss on")

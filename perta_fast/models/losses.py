@@ -15,9 +15,7 @@ def token_logits(module: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor
 
     module: a causal language model, or what is called as one.
     """
-    logits = module(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits  # (N, T, V)
+    logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits  # (N, T, V)
     targets = batch.labels[:, 1:]  # token t is predicted at t - 1
     labelled = targets != IGNORED
     return logits[:, :-1][labelled].float(), targets[labelled], labelled.nonzero()[:, 0]

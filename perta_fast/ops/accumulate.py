@@ -39,9 +39,7 @@ def accumulate_square_(accumulator: Tensor, gradient: Tensor, *, backend: str = 
     return _one_pair(accumulator, gradient, True, backend)
 
 
-def accumulate_many_(
-    accumulators: Sequence[Tensor], gradients: Sequence[Tensor], *, backend: str = "auto"
-) -> None:
+def accumulate_many_(accumulators: Sequence[Tensor], gradients: Sequence[Tensor], *, backend: str = "auto") -> None:
     """``accumulate_`` on pairs of tensors on one device; with backend cuda in one launch, or a few.
 
     No accumulator may share memory with any other tensor.
@@ -62,9 +60,7 @@ def _one_pair(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str
     return accumulator
 
 
-def _many_pairs(
-    accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str
-) -> None:
+def _many_pairs(accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str) -> None:
     check_types(backend=backend)
     check_lists(accumulators=accumulators, gradients=gradients)
     if accumulators:
@@ -77,9 +73,7 @@ def _accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: 
     _run([(accumulator, gradient)], squared, backend)
 
 
-def _accumulate_many_(
-    accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str
-) -> None:
+def _accumulate_many_(accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str) -> None:
     _check_many(accumulators, gradients)
     check_apart(numbered("accumulators", accumulators), numbered("gradients", gradients))
     _run(list(zip(accumulators, gradients, strict=True)), squared, backend)

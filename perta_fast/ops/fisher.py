@@ -5,14 +5,7 @@ from torch import Tensor
 
 from perta_fast import compiled
 from perta_fast.ops import reference
-from perta_fast.ops.backends import (
-    addresses,
-    check_apart,
-    check_array,
-    check_types,
-    choose,
-    dtype_codes,
-)
+from perta_fast.ops.backends import addresses, check_apart, check_array, check_types, choose, dtype_codes
 from perta_fast.ops.registration import register, traced
 
 
@@ -44,12 +37,8 @@ def accumulate_squared_gradients_(
     """
     optional = {"lengths": lengths, "gradient": gradient}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    check_types(
-        fisher=fisher, activations=activations, output_gradients=output_gradients, backend=backend, **given
-    )
-    (_OPERATOR if traced(fisher) else _fisher_)(
-        fisher, activations, output_gradients, lengths, gradient, backend
-    )
+    check_types(fisher=fisher, activations=activations, output_gradients=output_gradients, backend=backend, **given)
+    (_OPERATOR if traced(fisher) else _fisher_)(fisher, activations, output_gradients, lengths, gradient, backend)
     return fisher
 
 
@@ -88,11 +77,7 @@ def _fisher_(
 
 
 def _check(
-    fisher: Tensor,
-    activations: Tensor,
-    output_gradients: Tensor,
-    lengths: Tensor | None,
-    gradient: Tensor | None,
+    fisher: Tensor, activations: Tensor, output_gradients: Tensor, lengths: Tensor | None, gradient: Tensor | None
 ) -> None:
     """Raise unless everything fits, as far as types, shapes and devices tell."""
     inputs = {"activations": activations, "output_gradients": output_gradients}
@@ -130,9 +115,7 @@ def _sample_rows(activations: Tensor, lengths: Tensor | None) -> Tensor:
         assert lengths is not None  # checked
         lengths = lengths.to("cpu", torch.int64)
         if bool((lengths < 0).any()) or int(lengths.sum()) != len(activations):
-            raise ValueError(
-                f"lengths must not be negative and must sum to {len(activations)}, the number of rows"
-            )
+            raise ValueError(f"lengths must not be negative and must sum to {len(activations)}, the number of rows")
         begins = lengths.cumsum(0) - lengths
     return torch.stack([begins, begins + lengths], dim=1)
 

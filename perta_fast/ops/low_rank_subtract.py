@@ -102,12 +102,7 @@ def _subtract_(
 
 
 def _check(
-    theta: Tensor,
-    left: Tensor,
-    right: Tensor,
-    forget: Tensor | None,
-    retain: Tensor | None,
-    scale: float,
+    theta: Tensor, left: Tensor, right: Tensor, forget: Tensor | None, retain: Tensor | None, scale: float
 ) -> None:
     """Raise unless everything fits, as far as types, shapes and devices tell."""
     if not math.isfinite(scale):

@@ -17,11 +17,7 @@ def raised(importance: Tensor, p: float) -> Tensor:
     return magnitude.double().pow(torch.tensor(p).item()).float()
 
 
-def weights(
-    forget_importance: Tensor,
-    retain_importance: Tensor,
-    rescaling: Rescaling,
-) -> Tensor:
+def weights(forget_importance: Tensor, retain_importance: Tensor, rescaling: Rescaling) -> Tensor:
     """w = I_f^p / (I_f^p + alpha I_r^p), 0 where both are 0; with a threshold, 1 where w exceeds it, else 0."""
     numerator = raised(forget_importance, rescaling.p)
     denominator = numerator + rescaling.alpha * raised(retain_importance, rescaling.p)

@@ -171,10 +171,7 @@ class Report:
     def summary(self) -> str:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
-        lines = [
-            f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}",
-            f"tensors: {counts}",
-        ]
+        lines = [f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
         for name, phase in self.phases.items():
             rate = f", {phase['gb_per_s']:.1f} GB/s" if phase["bytes"] else ""
             lines.append(f"{name}: {phase['seconds']:.2f} s{rate}")

@@ -11,14 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 from perta_fast.errors import InputError
 
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a table",
-}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
 
 
 def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -68,9 +61,7 @@ def typed(value: Any, hint: Any, name: str = "") -> Any:
     else:
         right = hint is Any or type(value) is hint
     if not right:
-        raise InputError(
-            f"{name or 'the content'} is {reprlib.repr(value)}, not {_KINDS.get(origin or hint, hint)}"
-        )
+        raise InputError(f"{name or 'the content'} is {reprlib.repr(value)}, not {_KINDS.get(origin or hint, hint)}")
     return value
 
 

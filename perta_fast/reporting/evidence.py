@@ -99,8 +99,7 @@ def _read_scores(path: Path, label: str) -> Scores:
 def distinct(labels: list[str], paths: list[Path]) -> list[str]:
     """The labels. Where several are alike, each with as much of its directory as tells it from the others."""
     alike = {
-        label: [path.parent for path, other in zip(paths, labels, strict=True) if other == label]
-        for label in labels
+        label: [path.parent for path, other in zip(paths, labels, strict=True) if other == label] for label in labels
     }
     return [
         label if len(alike[label]) == 1 else f"{label} ({_tail(path.parent, alike[label])})"

@@ -42,8 +42,7 @@ def check_matplotlib() -> None:
 def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, float]]]) -> Plot:
     """Forget loss against retain loss: a line a curve, and ``points``, each a label and (retain, forget)."""
     figure = plot.trade_off(
-        {curve.label: [(row.lam, row.retain_loss, row.forget_loss) for row in curve.rows] for curve in curves},
-        points,
+        {curve.label: [(row.lam, row.retain_loss, row.forget_loss) for row in curve.rows] for curve in curves}, points
     )
     caption = "Forget loss (higher is more forgotten) against retain loss (lower is better kept), λ beside it."
     return Plot("trade-off", caption, _png(figure))
@@ -64,9 +63,7 @@ def weight_maps(grids: Sequence[WeightGrid]) -> Plot:
         axes.set_ylabel("layer")
         axes.set_title(drawable(grid.stack), fontsize=9, parse_math=False)
     figure.colorbar(drawn, ax=panels, label="mean w")
-    return Plot(
-        "weights-by-layer", "Mean w by layer and kind of module: 1 subtracts all, 0 nothing.", _png(figure)
-    )
+    return Plot("weights-by-layer", "Mean w by layer and kind of module: 1 subtracts all, 0 nothing.", _png(figure))
 
 
 def weight_histogram(distribution: Distribution) -> Plot:

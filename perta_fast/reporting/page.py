@@ -126,17 +126,13 @@ def _weights(report: Report) -> dict[str, Any]:
     drawn, rest = grids[: figures.STACKS], grids[figures.STACKS :]
     notes = [f"{len(rest)} more stacks of layers are left out."] if rest else []
     notes += [
-        f"{grid.stack}: the {grid.left_out} smallest kinds of module are left out."
-        for grid in drawn
-        if grid.left_out
+        f"{grid.stack}: the {grid.left_out} smallest kinds of module are left out." for grid in drawn if grid.left_out
     ]
     outside = [row for row in report.tensors if place_of(row.name) is None]
     return {
         "plot": figures.weight_maps(drawn) if drawn else None,
         "notes": notes,
-        "outside": [
-            (row.name, element_count(row.shape), row.mean_weight, row.action) for row in outside[:_OUTSIDE]
-        ],
+        "outside": [(row.name, element_count(row.shape), row.mean_weight, row.action) for row in outside[:_OUTSIDE]],
         "more": [f"{more} more are in perta_report.json."] if (more := len(outside[_OUTSIDE:])) else [],
     }
 
@@ -156,8 +152,7 @@ def _costs(report: Report) -> dict[str, list[Sequence[Cell]]]:
         ],
         "overlap": [(name.replace("_", " "), seconds) for name, seconds in report.overlap.items()],
         "memory": [
-            (name.removesuffix("_bytes").replace("_", " "), count / 2**20)
-            for name, count in report.memory.items()
+            (name.removesuffix("_bytes").replace("_", " "), count / 2**20) for name, count in report.memory.items()
         ],
     }
 

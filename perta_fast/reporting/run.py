@@ -45,9 +45,7 @@ def write_page(
     if png is not None:
         _check_folder(Path(png), overwrite)
     if prompts is not None and not show_text:
-        raise InputError(
-            "prompts would put private answers into the page; pass --show-text if it may hold them"
-        )
+        raise InputError("prompts would put private answers into the page; pass --show-text if it may hold them")
     report = Report.load(run)
     curves, scores = read_curves(sweeps), read_scores(evaluations)
     questions = None if prompts is None else read_prompts(prompts)

@@ -150,9 +150,7 @@ class Estimation:
         """Where the gradients are computed."""
         return self.subject.device if self.skeleton is None else self.skeleton.device
 
-    def describe(
-        self, samples: Sequence[Sample], data_hash: str, one_by_one: Sequence[str] = ()
-    ) -> ImportanceMetadata:
+    def describe(self, samples: Sequence[Sample], data_hash: str, one_by_one: Sequence[str] = ()) -> ImportanceMetadata:
         """What an importance on ``samples`` says of itself."""
         versions = installed_versions()
         return ImportanceMetadata(

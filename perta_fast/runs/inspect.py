@@ -32,9 +32,7 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
         lines += ["unlearned with perta_fast:", f"  {report.started} to {report.finished}"]
         lines += [f"  {line}" for line in report.summary().splitlines()]
         lines += [f"  {role}: {found['path']}" for role, found in report.inputs.items()]
-        lines += [
-            f"  {role} data: {found['samples']} samples, {found['path']}" for role, found in report.data.items()
-        ]
+        lines += [f"  {role} data: {found['samples']} samples, {found['path']}" for role, found in report.data.items()]
     if every_tensor:
         lines += _every_tensor(checkpoint)
     return printable("\n".join(lines))
@@ -52,8 +50,7 @@ def _adapter_lines(adapter: Adapter, every_tensor: bool) -> list[str]:
 
 def _every_tensor(checkpoint: Checkpoint) -> list[str]:
     return [
-        f"  {name}  {entry.dtype}  {list(entry.shape)}  {entry.path.name}"
-        for name, entry in checkpoint.tensors.items()
+        f"  {name}  {entry.dtype}  {list(entry.shape)}  {entry.path.name}" for name, entry in checkpoint.tensors.items()
     ]
 
 
@@ -63,7 +60,6 @@ def _totals(checkpoint: Checkpoint) -> list[str]:
         elements[entry.dtype] += entry.count
     parts = ", ".join(f"{count:,} {dtype}" for dtype, count in elements.most_common())
     return [
-        f"  {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} shards, "
-        f"{checkpoint.size / 1e9:.3f} GB",
+        f"  {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} shards, {checkpoint.size / 1e9:.3f} GB",
         f"  elements: {parts}",
     ]

@@ -38,12 +38,7 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
             sources = Sources.open(options.model, options.base, options.tuned, estimated)
         try:
             return apply_sources(
-                sources,
-                opened.rule,
-                opened.settings,
-                annotate=loaded.annotate,
-                temporary=not kept,
-                ranks=ranks,
+                sources, opened.rule, opened.settings, annotate=loaded.annotate, temporary=not kept, ranks=ranks
             )
         except BaseException:
             place = opened.settings.place

@@ -162,8 +162,7 @@ class Loaded:
             report.add_phase(name, seconds, 0)
         report.recipe = as_recipe(vars(options))
         report.data = {
-            role: data_record(options.data[role], self.hashes[role], samples)
-            for role, samples in self.samples.items()
+            role: data_record(options.data[role], self.hashes[role], samples) for role, samples in self.samples.items()
         }
         report.settings = EstimationSettings(
             at=options.at,
@@ -178,9 +177,7 @@ class Loaded:
         )
         for role, record in report.data.items():
             if record["truncated"]:
-                report.warn(
-                    f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
-                )
+                report.warn(f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit")
 
 
 def read_all(data: dict[str, str | Path]) -> tuple[dict[str, list[Row]], dict[str, str]]:

@@ -33,8 +33,7 @@ def unlearn_streamed(loaded: Loaded) -> Report:
         schedule=asdict(loaded.schedule),
         torch_threads=torch.get_num_threads(),
         metadata={
-            role: as_strings(how.describe(samples, loaded.hashes[role]))
-            for role, samples in loaded.samples.items()
+            role: as_strings(how.describe(samples, loaded.hashes[role])) for role, samples in loaded.samples.items()
         },
         save="" if kept is None else os.path.realpath(kept),
         overwrite_saved=options.overwrite,

@@ -75,9 +75,7 @@ class Verification:
         )
 
 
-def verify(
-    directory: str | Path, *, full: bool = False, seed: int = 0, progress: Progress = True
-) -> Verification:
+def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress: Progress = True) -> Verification:
     """Recompute the hashes of a run's output and inputs, and tensors of its output from the inputs.
 
     directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them
@@ -109,9 +107,7 @@ def verify(
     intact = _check_hashes(places, result, progress)
     _check_data(report, result)
     if "output" in intact and report.in_place:
-        result.unchecked.append(
-            "tensors, because the run changed the model in place and its old values are gone"
-        )
+        result.unchecked.append("tensors, because the run changed the model in place and its old values are gone")
         result.problems += _header_problems(report, Checkpoint.open(directory))
     elif "output" in intact:
         _check_tensors(directory, report, intact, result, full, seed, progress)
@@ -173,13 +169,7 @@ def _header_problems(report: Report, output: Checkpoint) -> list[str]:
 
 
 def _check_tensors(
-    directory: Path,
-    report: Report,
-    intact: set[str],
-    result: Verification,
-    full: bool,
-    seed: int,
-    progress: Progress,
+    directory: Path, report: Report, intact: set[str], result: Verification, full: bool, seed: int, progress: Progress
 ) -> None:
     absent = {"model", "base", "tuned"} - intact
     if absent:
@@ -236,12 +226,7 @@ def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> li
 
 
 def _tensor_is_right(
-    match: TensorMatch,
-    sources: Sources,
-    output: Checkpoint,
-    rule: Rule,
-    exact: bool,
-    copied: bool,
+    match: TensorMatch, sources: Sources, output: Checkpoint, rule: Rule, exact: bool, copied: bool
 ) -> bool:
     found = output.tensors[match.theta.name]
     factors = None if copied or match.low_rank is None else match.low_rank.factors()

@@ -288,10 +288,7 @@ class DataPass:
                     self._advance(len(batch.numbers))
             others = {name: total for name, total in sums.items() if name in plan.one_by_one}
             if others:
-                with (
-                    gradients_only_for(model, others),
-                    gradients_accumulated_into(model, others, squared=True),
-                ):
+                with gradients_only_for(model, others), gradients_accumulated_into(model, others, squared=True):
                     for batch in self._micro_batches:
                         for single in batch.split():
                             run(single, True)

@@ -178,13 +178,7 @@ class StreamedRun:
         assert estimator is not None
         return {
             role: DataPass(
-                self._skeleton,
-                samples,
-                self._shares[role],
-                estimator,
-                self._schedule,
-                scratch / role,
-                advance,
+                self._skeleton, samples, self._shares[role], estimator, self._schedule, scratch / role, advance
             )
             for role, samples in self._samples.items()
         }

@@ -34,13 +34,7 @@ from perta_fast.checkpoints.tied import importance_key
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
-from perta_fast.files.durable import (
-    read_record,
-    remove,
-    sync_directory,
-    write_fully,
-    write_record,
-)
+from perta_fast.files.durable import read_record, remove, sync_directory, write_fully, write_record
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.reading import drop_pages
 from perta_fast.importance.gradients import check_finite
@@ -110,9 +104,7 @@ def _step_back(path: Path, state: WalkRecord, done: int) -> WalkRecord | None:
         return None
     before = state.get("before")
     if before is None or before["done"] != done:
-        raise InputError(
-            f"{path}: does not go with the records of the other processes; start over with --overwrite"
-        )
+        raise InputError(f"{path}: does not go with the records of the other processes; start over with --overwrite")
     write_record(path, before)
     return before
 
@@ -162,10 +154,7 @@ class WriteBehind:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._behind.shutdown()
         for descriptor in self._shards.values():
@@ -195,9 +184,7 @@ class WriteBehind:
             pending.result()
             self.waited_seconds += time.perf_counter() - started
 
-    def _complete(
-        self, done: int, means: list[Means], ends: Mapping[str, tuple[PassRecord, StepFiles]]
-    ) -> None:
+    def _complete(self, done: int, means: list[Means], ends: Mapping[str, tuple[PassRecord, StepFiles]]) -> None:
         with self._together():
             pass  # all have run the step
         started = time.perf_counter()

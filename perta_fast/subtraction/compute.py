@@ -206,10 +206,7 @@ class _Workspace:
 
 
 def _check_finite(match: TensorMatch, statistics: Statistics) -> None:
-    for key, entry in (
-        ("nonfinite_forget", match.forget_importance),
-        ("nonfinite_retain", match.retain_importance),
-    ):
+    for key, entry in (("nonfinite_forget", match.forget_importance), ("nonfinite_retain", match.retain_importance)):
         if entry is not None and statistics[key]:
             raise InputError(
                 f"{entry.path}: tensor {entry.name} has NaN or infinite importance; estimate it again, "

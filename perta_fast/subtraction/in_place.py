@@ -18,15 +18,7 @@ from typing import TypedDict
 
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
-from perta_fast.files.durable import (
-    move,
-    read_record,
-    remove,
-    sync_directory,
-    sync_file,
-    write_file,
-    write_record,
-)
+from perta_fast.files.durable import move, read_record, remove, sync_directory, sync_file, write_file, write_record
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
 from perta_fast.files.new_directory import check_space, scratch_path
@@ -40,12 +32,7 @@ from perta_fast.records.versions import now
 from perta_fast.subtraction.compute import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job, reopen
-from perta_fast.subtraction.report_entries import (
-    add_up,
-    describe_inputs,
-    describe_output,
-    describe_tensors,
-)
+from perta_fast.subtraction.report_entries import add_up, describe_inputs, describe_output, describe_tensors
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
@@ -260,10 +247,7 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
                 segment.close()
                 raise
             done, number = done + len(group), number + 1
-            state: _State = {
-                "chunks": done,
-                "totals": {str(index): dict(sums) for index, sums in totals.items()},
-            }
+            state: _State = {"chunks": done, "totals": {str(index): dict(sums) for index, sums in totals.items()}}
             last = behind.submit(complete, segment, state)
         if last is not None:
             last.result()

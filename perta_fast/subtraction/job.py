@@ -64,9 +64,7 @@ class Job:
         """Whether another job makes the same output from the same inputs."""
         keys = ("final", "in_place", "rule", "files", "matches", "version")
         # How a walk was scheduled and dealt changes nothing but the order of sums.
-        walks = [
-            {key: job.stream[key] for key in job.stream.keys() - {"schedule", "ranks"}} for job in (self, other)
-        ]
+        walks = [{key: job.stream[key] for key in job.stream.keys() - {"schedule", "ranks"}} for job in (self, other)]
         return walks[0] == walks[1] and all(getattr(self, key) == getattr(other, key) for key in keys)
 
     @property
@@ -154,12 +152,7 @@ def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
             row[role] = None if entry is None else entry.name
         if match.low_rank is not None:
             update = match.low_rank
-            row |= {
-                "a": update.a.name,
-                "b": update.b.name,
-                "scale": update.scale,
-                "transposed": update.transposed,
-            }
+            row |= {"a": update.a.name, "b": update.b.name, "scale": update.scale, "transposed": update.transposed}
         rows.append(row)
     return rows
 

@@ -52,9 +52,7 @@ def match_tensors(
             _check_same_names(model, other)
     if forget_importance is not None and retain_importance is not None:
         _check_importance_names(model, forget_importance, retain_importance)
-    matches = [
-        _plan_tensor(name, model, base, whole, forget_importance, retain_importance) for name in model.tensors
-    ]
+    matches = [_plan_tensor(name, model, base, whole, forget_importance, retain_importance) for name in model.tensors]
     return _with_adapter(matches, model, base, tuned) if isinstance(tuned, Adapter) else matches
 
 
@@ -156,9 +154,7 @@ def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
     ]
     if missing:
         raise InputError(f"{other.path}: lacks {_names(missing)}, which {model.path} has")
-    extra = [
-        name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED
-    ]
+    extra = [name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED]
     for name in list(extra):
         partner = tied_partner(name, other.tensors) if name in OUTPUT_HEADS else None
         if partner is not None and partner in model.tensors:

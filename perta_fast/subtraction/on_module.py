@@ -82,9 +82,7 @@ def apply_to_module_(
         whole: dict[str, TensorEntry] = {}
         if adapter is not None:
             adapter.check_untouched(checkpoints[1])
-            low_rank, whole = adapter.meet(
-                {name: each.shape for name, each in everything.items()}, "the module"
-            )
+            low_rank, whole = adapter.meet({name: each.shape for name, each in everything.items()}, "the module")
             parameters = {name: each for name, each in parameters.items() if name in low_rank or name in whole}
         sources: dict[str, list[_Source]] = {}
         for name, parameter in parameters.items():
@@ -108,9 +106,7 @@ def apply_to_module_(
     return len(parameters)
 
 
-def _checkpoint_sources(
-    name: str, entry: TensorEntry | None, tuned: Checkpoint, base: Checkpoint
-) -> "list[_Source]":
+def _checkpoint_sources(name: str, entry: TensorEntry | None, tuned: Checkpoint, base: Checkpoint) -> "list[_Source]":
     """Tuned and base values of a parameter. entry: its tensor in an adapter, stored there as a whole."""
     tuned_name = stored_name(tuned, name) if entry is None else entry.name
     stored = ((tuned, tuned_name), (base, stored_name(base, name)))
@@ -260,9 +256,7 @@ def _covered(parameters: dict[str, Held], importances: list[Importance]) -> dict
 
 
 def _importances(
-    rule: Rule,
-    forget: str | Path | Importance | None,
-    retain: str | Path | Importance | None,
+    rule: Rule, forget: str | Path | Importance | None, retain: str | Path | Importance | None
 ) -> list[Importance]:
     given = dict(zip(IMPORTANCES, (forget, retain), strict=True))
     required: dict[str, str | Path | Importance] = rule.required(given, "see estimate_importance")

@@ -76,9 +76,7 @@ class Shard:
                 found[int(match[1]), int(match[2])] = self._read(note)
         places = [number for part in sorted(found) for number in part]
         if places != sorted(places) or (places and (places[-1] > self.count or not self.path.exists())):
-            raise InputError(
-                f"{self.state}: its notes on {self.path.name} do not fit; start over with --overwrite"
-            )
+            raise InputError(f"{self.state}: its notes on {self.path.name} do not fit; start over with --overwrite")
         return found
 
     def _read(self, note: Path) -> Totals:
@@ -135,10 +133,7 @@ def shards_of(sources: Sources, directory: Path, state: Path, chunk: int) -> lis
     matches: dict[str, dict[int, TensorMatch]] = {name: {} for name in sources.model.shards}
     for index, match in enumerate(sources.matches):
         matches[match.theta.path.name][index] = match
-    return [
-        Shard(file, directory / name, state, matches[name], chunk)
-        for name, file in sources.model.shards.items()
-    ]
+    return [Shard(file, directory / name, state, matches[name], chunk) for name, file in sources.model.shards.items()]
 
 
 def begun_shards(state: Path) -> set[str]:

@@ -82,9 +82,7 @@ def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = R
             report.inputs[role]["kept"] = False
 
 
-def describe_output(
-    report: Report, shards: list[Path], final: Path, job: Job, ranks: Ranks = Ranks.ALONE
-) -> None:
+def describe_output(report: Report, shards: list[Path], final: Path, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
     """Hash the shards of the output, which will be or is at ``final``, dealt over ``ranks``."""
     found = describe_files(_hash(report, shards, "hash output", job, ranks), shards[0].parent)
     report.output = DirectoryRecord(path=str(final), files=found["files"])
@@ -131,7 +129,5 @@ def _importance_warnings(importance: Mapping[str, ImportanceRecord]) -> list[str
             f"retain importance at {retain['evaluated_at']}"
         )
     if slow := forget["one_by_one"] or retain["one_by_one"]:
-        warnings.append(
-            f"no batched rule fits these parameters, which took a pass for each sample: {', '.join(slow)}"
-        )
+        warnings.append(f"no batched rule fits these parameters, which took a pass for each sample: {', '.join(slow)}")
     return warnings

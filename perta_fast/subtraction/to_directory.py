@@ -14,13 +14,7 @@ from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
-from perta_fast.files.durable import (
-    copy_range,
-    remove,
-    sync_directory,
-    sync_file,
-    write_fully,
-)
+from perta_fast.files.durable import copy_range, remove, sync_directory, sync_file, write_fully
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, check_space, scratch_path
 from perta_fast.files.reading import drop_pages
@@ -32,23 +26,8 @@ from perta_fast.records.versions import now
 from perta_fast.subtraction.compute import Chunk, Statistics
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
-from perta_fast.subtraction.parts import (
-    Part,
-    PartChunk,
-    Shard,
-    Totals,
-    begun_shards,
-    deal_in_order,
-    left_of,
-    shards_of,
-)
-from perta_fast.subtraction.report_entries import (
-    add_up,
-    added_up,
-    describe_inputs,
-    describe_output,
-    describe_tensors,
-)
+from perta_fast.subtraction.parts import Part, PartChunk, Shard, Totals, begun_shards, deal_in_order, left_of, shards_of
+from perta_fast.subtraction.report_entries import add_up, added_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.subtraction.unfinished import STATE, WALK, has_begun
 
 _FREE_MARGIN = 64 << 20  # bytes of disk left for small files
@@ -73,12 +52,7 @@ def write_directory(
 
 
 def run_to_directory(
-    job: Job,
-    sources: Sources,
-    target: OutputDirectory,
-    fill: Fill,
-    ranks: Ranks,
-    prepare: Prepare | None = None,
+    job: Job, sources: Sources, target: OutputDirectory, fill: Fill, ranks: Ranks, prepare: Prepare | None = None
 ) -> Report:
     """The first rank makes the directory and commits it; what is between, all do."""
     report = job.begun_report()
@@ -222,9 +196,7 @@ class _Writer:
         part.note(self.totals[part])
 
 
-def write_shards(
-    job: Job, sources: Sources, target: OutputDirectory, report: Report, *, ranks: Ranks
-) -> Sources:
+def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report, *, ranks: Ranks) -> Sources:
     """Subtract part by part, from importances on disk, if any; return ``sources``.
 
     Each rank writes, flushes and notes its own parts. Only the ends of what a rank is dealt lie in files that

@@ -40,9 +40,7 @@ def open_given(
 def load_given(given: Mapping[Estimator, Sources]) -> ByEstimator:
     """The importances that were given; a tensor is read when it is asked for."""
     return {
-        estimator: {
-            role: Importance.load(sources.named()[f"{role}_importance"].path) for role in ("forget", "retain")
-        }
+        estimator: {role: Importance.load(sources.named()[f"{role}_importance"].path) for role in ("forget", "retain")}
         for estimator, sources in given.items()
     }
 
@@ -64,7 +62,4 @@ def load_kept(folder: Path, estimators: Sequence[Estimator], roles: Collection[s
     """What a sweep that was stopped has kept in ``folder``, if it is all there."""
     if not all((folder / estimator / role).exists() for estimator in estimators for role in roles):
         return None
-    return {
-        estimator: {role: Importance.load(folder / estimator / role) for role in roles}
-        for estimator in estimators
-    }
+    return {estimator: {role: Importance.load(folder / estimator / role) for role in roles} for estimator in estimators}

@@ -103,13 +103,7 @@ class LiveModel(ScoredModel):
     """
 
     def __init__(
-        self,
-        examinee: Examinee,
-        data: Mapping[str, DataSet],
-        metric: str,
-        model: Checkpoint,
-        base: str,
-        tuned: str,
+        self, examinee: Examinee, data: Mapping[str, DataSet], metric: str, model: Checkpoint, base: str, tuned: str
     ) -> None:
         super().__init__(examinee, data, metric)
         self._model, self._base, self._tuned = model, base, tuned

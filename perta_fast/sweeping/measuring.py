@@ -97,9 +97,7 @@ def _along(
 
     def skip(lam: float) -> ScoredSetting:
         nan, settings = math.nan, curve.rescaling
-        return ScoredSetting(
-            curve.name, settings.p, settings.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True
-        )
+        return ScoredSetting(curve.name, settings.p, settings.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
 
     if lams is None:
         rows = search(measure, excess, original)

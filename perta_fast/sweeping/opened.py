@@ -65,9 +65,7 @@ class OpenedSweep:
 
     def paths(self) -> list[Path]:
         """Every directory and file that is read."""
-        tensors = [
-            path for directory in self.inputs().values() for path in (directory.path, *directory.files())
-        ]
+        tensors = [path for directory in self.inputs().values() for path in (directory.path, *directory.files())]
         return tensors + [given.path for given in self.data.values()]
 
     def identity(self) -> dict[str, Any]:
@@ -94,9 +92,7 @@ class OpenedSweep:
 
     def estimate(self, subject: Subject, estimators: Sequence[Estimator], folder: Path | None) -> ByEstimator:
         """Importances on both data sets, kept in ``folder`` or in memory."""
-        samples = {
-            role: samples_for(subject, given.rows, self.request.max_length) for role, given in self.data.items()
-        }
+        samples = {role: samples_for(subject, given.rows, self.request.max_length) for role, given in self.data.items()}
         importances: ByEstimator = {estimator: {} for estimator in estimators}
         for estimator, by_role in importances.items():
             how = Estimation(subject, estimator, self.request.batch_size, self.progress)
@@ -116,9 +112,7 @@ class OpenedSweep:
     def live(self) -> LiveModel:
         """theta_full, loaded."""
         model, request = self.sources.model, self.request
-        return LiveModel(
-            self._examinee(model.path), self.data, request.metric, model, request.base, request.tuned
-        )
+        return LiveModel(self._examinee(model.path), self.data, request.metric, model, request.base, request.tuned)
 
     def _examinee(self, path: Path) -> Examinee:
         request = self.request

@@ -101,9 +101,7 @@ class Request:
         if self.select == "closest" and self.gold is None:
             raise InputError("select closest needs gold: the model to be close to")
         if self.checkpoint is not None and (self.criterion is None or self.out is None):
-            raise InputError(
-                "checkpoint needs select, which chooses what is written, and out, the sweep's record"
-            )
+            raise InputError("checkpoint needs select, which chooses what is written, and out, the sweep's record")
 
     def bounds(self, original: ScoredSetting) -> tuple[float | None, float | None]:
         """The largest retain loss and the smallest retain metric that are allowed.
@@ -134,9 +132,7 @@ class Request:
             if not math.isfinite(value):
                 raise InputError(f"{name} is {value}; it must be a finite number")
         if self.max_retain_increase is not None and self.max_retain_increase < 0:
-            raise InputError(
-                f"max_retain_increase is {self.max_retain_increase}; it must be at least 0 percent"
-            )
+            raise InputError(f"max_retain_increase is {self.max_retain_increase}; it must be at least 0 percent")
         if self.retain_floor is not None and self.metric == LOSS:
             raise InputError(
                 "retain_floor is for a metric that falls with what is lost; a loss rises: give "

@@ -130,9 +130,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
     return record
 
 
-def _trainable(
-    model: Any, request: Request, checkpoint: Checkpoint, directory: Path
-) -> tuple[nn.Module, float]:
+def _trainable(model: Any, request: Request, checkpoint: Checkpoint, directory: Path) -> tuple[nn.Module, float]:
     """What is trained, ``model`` or an adapter on it; and the share of parameters left out of the adapter."""
     if request.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -159,9 +157,7 @@ def _mean_loss(module: nn.Module, samples: Sequence[Sample], when: str, progress
     """The mean over ``samples`` of their mean token loss, in nats. Raises NotFiniteError if it is no number."""
     phase = f"loss {when} tuning"
     with evaluation_mode(module):
-        scores = score_tokens(
-            module, samples, batch_size=_SCORED_AT_A_TIME, progress=progress, description=phase
-        )
+        scores = score_tokens(module, samples, batch_size=_SCORED_AT_A_TIME, progress=progress, description=phase)
     loss = -sum(float(sample.log_probs.mean()) for sample in scores) / len(scores)
     if not math.isfinite(loss):
         raise NotFiniteError(f"the loss of the forget data {when} tuning is not finite; nothing was written")

@@ -97,12 +97,7 @@ def small() -> Iterator[None]:
     """A size ``tiny``, and few settings for each analysis."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(settings.SIZES, "tiny", TINY)
-        for name, value in (
-            ("POWERS", (("grad", 1.0),)),
-            ("ALPHAS", (1.0, 4.0)),
-            ("COUNTS", (2,)),
-            ("DRAWS", 1),
-        ):
+        for name, value in (("POWERS", (("grad", 1.0),)), ("ALPHAS", (1.0, 4.0)), ("COUNTS", (2,)), ("DRAWS", 1)):
             patch.setattr(analyses, name, value)
         patch.setattr(analyses, "SHARES", (0.75,))
         yield
@@ -166,8 +161,7 @@ def test_a_rule_subtracts_what_its_formula_says(row: str, finished: Path) -> Non
     rule, alpha = rule_of(trial, row)
     assert candidate.setting.get("α", 1.0) == alpha
     full, base, tuned = (
-        AutoModelForCausalLM.from_pretrained(path)
-        for path in (models.full(), models.base(), models.tuned(trial.split))
+        AutoModelForCausalLM.from_pretrained(path) for path in (models.full(), models.base(), models.tuned(trial.split))
     )
     gradients = {}
     for role in ("forget", "retain"):
@@ -184,9 +178,7 @@ def test_a_rule_subtracts_what_its_formula_says(row: str, finished: Path) -> Non
     with torch.no_grad():
         parts = zip(full.parameters(), tuned.parameters(), base.parameters(), *gradients.values(), strict=True)
         for theta, there, here, forget, retain in parts:
-            ours, theirs = (
-                each if rule == "empirical-fisher" else each.abs() ** power for each in (forget, retain)
-            )
+            ours, theirs = (each if rule == "empirical-fisher" else each.abs() ** power for each in (forget, retain))
             weights = 1.0 if rule == "tv" else torch.nan_to_num(ours / (ours + alpha * theirs))
             theta -= candidate.setting["lam"] * weights * (there - here)
         for part, found in (("chosen_forget", candidate.forget_loss), ("chosen_retain", candidate.retain_loss)):
@@ -210,9 +202,7 @@ def test_choices_never_open_the_gold_model(finished: Path, tmp_path: Path) -> No
         assert chosen(trial_of(tmp_path / "copy"), method) == chosen(trial_of(finished), method)
 
 
-def test_a_killed_study_goes_on_where_it_was(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_study_goes_on_where_it_was(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(finished / "tofu", tmp_path / "tofu")
     work = tmp_path / "work"
     steps = kill_in_step(monkeypatch, 7)  # 4 of theta_0 with its 14 rows, so the third of theta_full
@@ -379,12 +369,7 @@ def test_what_each_model_is_tuned_on(finished: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(bench_models, "tune_", note)
     models = Models(tofu, TINY, 0, Store(tmp_path))
-    for make in (
-        models.base,
-        models.full,
-        partial(models.gold, trial.split),
-        partial(models.tuned, trial.split),
-    ):
+    for make in (models.base, models.full, partial(models.gold, trial.split), partial(models.tuned, trial.split)):
         make()
     expected = (
         [*tofu.pretraining, *tofu.facts],
@@ -405,9 +390,7 @@ def test_what_each_model_is_tuned_on(finished: Path, tmp_path: Path, monkeypatch
         (lambda folder: (folder / "world_facts_perturbed.jsonl").write_text("{"), "line 1: is not JSON"),
     ],
 )
-def test_bad_data(
-    break_it: Any, said: str, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_data(break_it: Any, said: str, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     break_it(write_tofu(tmp_path / "tofu"))
     assert main(arguments(tmp_path)) == 2
     assert said in capsys.readouterr().err
@@ -480,10 +463,7 @@ def test_an_epoch_has_every_sample_once(count: int) -> None:
 
 
 def test_smoothed_and_shrunk_importance() -> None:
-    forget, retain = (
-        {"a": torch.tensor([[1.0, 3.0], [0.0, 4.0]])},
-        {"a": torch.tensor([[3.0, 1.0], [0.0, 0.0]])},
-    )
+    forget, retain = ({"a": torch.tensor([[1.0, 3.0], [0.0, 4.0]])}, {"a": torch.tensor([[3.0, 1.0], [0.0, 0.0]])})
     trial: Any = None  # neither looks at it
     rows, _ = smoothed(forget, retain, trial, share=1.0)
     assert rows["a"].tolist() == [[2.0, 2.0], [2.0, 2.0]]

@@ -19,13 +19,7 @@ from perta_fast.runs.inspect import describe
 from perta_fast.subtraction import compute as subtraction_module
 from perta_fast.subtraction.job import match_names
 from perta_fast.subtraction.matching import match_tensors
-from tests.support.checkpoints import (
-    draw,
-    read_checkpoint,
-    same_bytes,
-    write_checkpoint,
-    write_importance,
-)
+from tests.support.checkpoints import draw, read_checkpoint, same_bytes, write_checkpoint, write_importance
 from tests.support.models import FORGET, RETAIN, llama, nudge_, tokenizer, write_lines
 
 pytestmark = [
@@ -43,11 +37,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 Build = Callable[[], PreTrainedModel]
-MODELS: dict[str, Build] = {
-    "llama": llama,
-    "tied": lambda: llama(tie_word_embeddings=True),
-    "gpt2": gpt2,
-}
+MODELS: dict[str, Build] = {"llama": llama, "tied": lambda: llama(tie_word_embeddings=True), "gpt2": gpt2}
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
     "every matrix": ("llama", {"target_modules": "all-linear", "r": 3, "lora_alpha": 5}),
@@ -69,9 +59,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_adapter(
-    folder: Path, build: Build, settings: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> Path:
+def make_adapter(folder: Path, build: Build, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
     """Write base, model, an adapter with values in all of its tensors, and what peft merges it to."""
     base = build().to(dtype)
     base.save_pretrained(folder / "base")
@@ -84,9 +72,7 @@ def make_adapter(
             parameter.data.add_(draw(tuple(parameter.shape), seed=number).to(parameter) * 0.05)
             assert name
     adapted.save_pretrained(folder / "adapter")
-    merged = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter"
-    )
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
     merged.merge_and_unload().save_pretrained(folder / "merged")
     return folder / "adapter"
 
@@ -96,8 +82,7 @@ def make_importances(folder: Path, build: Build) -> list[Path]:
     shapes = {name: tuple(each.shape) for name, each in read_checkpoint(folder / "base").items()}
     return [
         write_importance(
-            folder / role,
-            {name: draw(shape, seed=seed + k).abs() for k, (name, shape) in enumerate(shapes.items())},
+            folder / role, {name: draw(shape, seed=seed + k).abs() for k, (name, shape) in enumerate(shapes.items())}
         )
         for role, seed in (("forget", 1000), ("retain", 2000))
     ]
@@ -121,9 +106,7 @@ def rename(adapter: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("rule", ["tv", "grad"])
-def test_as_the_merged_checkpoint(
-    kind: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_as_the_merged_checkpoint(kind: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, settings = ADAPTERS[kind]
     adapter = make_adapter(tmp_path, MODELS[model], settings)
     importances = [] if rule == "tv" else make_importances(tmp_path, MODELS[model])
@@ -131,12 +114,7 @@ def test_as_the_merged_checkpoint(
     how: dict[str, Any] = {"rule": rule, "lam": 1.5, "progress": False}
     for tuned in ("adapter", "merged"):
         apply(
-            tmp_path / "model",
-            tmp_path / "base",
-            tmp_path / tuned,
-            *importances,
-            out=tmp_path / f"out-{tuned}",
-            **how,
+            tmp_path / "model", tmp_path / "base", tmp_path / tuned, *importances, out=tmp_path / f"out-{tuned}", **how
         )
     found, expected = read_checkpoint(tmp_path / "out-adapter"), read_checkpoint(tmp_path / "out-merged")
     before = read_checkpoint(tmp_path / "model")
@@ -221,15 +199,7 @@ def test_a_live_module_as_the_files(
     adapter = make_adapter(tmp_path, MODELS[model], settings, dtype)
     importances = make_importances(tmp_path, MODELS[model])
     how: dict[str, Any] = {"rule": "grad", "lam": 0.7}
-    apply(
-        tmp_path / "model",
-        tmp_path / "base",
-        adapter,
-        *importances,
-        out=tmp_path / "out",
-        progress=False,
-        **how,
-    )
+    apply(tmp_path / "model", tmp_path / "base", adapter, *importances, out=tmp_path / "out", progress=False, **how)
     monkeypatch.setattr("perta_fast.subtraction.on_module.CHUNK", 1000)
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     apply_to_module_(module, tmp_path / "base", adapter, *importances, **how)
@@ -290,8 +260,7 @@ def test_names_without_their_beginning_are_found(tmp_path: Path) -> None:
     for name in ("model", "base"):  # as the hub's own GPT-2 is stored
         tensors = read_checkpoint(tmp_path / name)
         write_checkpoint(
-            tmp_path / f"short-{name}",
-            {key.removeprefix("transformer."): each for key, each in tensors.items()},
+            tmp_path / f"short-{name}", {key.removeprefix("transformer."): each for key, each in tensors.items()}
         )
     subtract(tmp_path / "short-model", tmp_path / "short-base", tmp_path / "adapter", tmp_path / "short")
     found, expected = read_checkpoint(tmp_path / "short"), read_checkpoint(tmp_path / "out")
@@ -346,10 +315,7 @@ A, B = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight"
         (lambda t: {name: each for name, each in t.items() if name != B}, "has no lora_B for model.layers.0"),
         (lambda t: t | {A: torch.ones(8, 31)}, r"shape \[32, 32\] in .*, but \[32, 31\]"),
         (lambda t: t | {A: torch.ones(7, 32)}, "which is no product of matrices"),
-        (
-            lambda t: t | {A: torch.ones(8, 32, dtype=torch.int8)},
-            "is I8; float32, bfloat16 or float16 is needed",
-        ),
+        (lambda t: t | {A: torch.ones(8, 32, dtype=torch.int8)}, "is I8; float32, bfloat16 or float16 is needed"),
         (lambda t: t | {f"{STEM}.lora_magnitude_vector": torch.ones(32)}, "is not of plain LoRA"),
         (
             lambda t: {name.replace("layers.0", "layers.9"): each for name, each in t.items()},
@@ -359,10 +325,7 @@ A, B = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight"
             lambda t: t | {f"{STEM}.base_layer.weight": torch.ones(32, 32)},
             "holds a model.layers.0.self_attn.q_proj.weight that differs",
         ),
-        (
-            lambda t: t | {"base_model.model.model.norm.weight": torch.ones(5)},
-            r"model.norm.weight: shape \[32\]",
-        ),
+        (lambda t: t | {"base_model.model.model.norm.weight": torch.ones(5)}, r"model.norm.weight: shape \[32\]"),
     ],
 )
 def test_tensors_that_are_refused(

@@ -17,14 +17,7 @@ from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.errors import InputError
-from tests.support.checkpoints import (
-    draw,
-    fingerprint,
-    read_checkpoint,
-    same_bytes,
-    write_checkpoint,
-    write_raw,
-)
+from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint, write_raw
 from tests.support.models import Job, llama, tokenizer
 
 TENSORS = {
@@ -89,13 +82,7 @@ def test_equal_compares_type_shape_and_bytes(tmp_path: Path) -> None:
     opened = Checkpoint.open(
         write_checkpoint(
             tmp_path / "m",
-            {
-                "a": a,
-                "same": a.clone(),
-                "other": other,
-                "shape": a.reshape(6, 4),
-                "type": a.view(torch.int32),
-            },
+            {"a": a, "same": a.clone(), "other": other, "shape": a.reshape(6, 4), "type": a.view(torch.int32)},
             shards=2,
         )
     )
@@ -136,23 +123,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "index is nested too deeply": (lambda m: (m / INDEX).write_text("[" * 99999), f"{INDEX}: is not JSON"),
     "index is a list": (lambda m: (m / INDEX).write_text("[]"), f"{INDEX}: has no weight_map"),
     "index without weight_map": (lambda m: (m / INDEX).write_text("{}"), f"{INDEX}: has no weight_map"),
-    "empty weight_map": (
-        lambda m: (m / INDEX).write_text('{"weight_map": {}}'),
-        f"{INDEX}: has no weight_map",
-    ),
+    "empty weight_map": (lambda m: (m / INDEX).write_text('{"weight_map": {}}'), f"{INDEX}: has no weight_map"),
     "absent shard": (lambda m: (m / SECOND).unlink(), f"{INDEX}: names the shard {SECOND}, which is not there"),
-    "dangling link": (
-        lambda m: vacated(m / SECOND).symlink_to("gone"),
-        f"{SECOND}: cannot be read",
-    ),
-    "truncated shard": (
-        lambda m: os.truncate(m / SECOND, (m / SECOND).stat().st_size - 3),
-        f"{SECOND}: is truncated",
-    ),
-    "shard is a directory": (
-        lambda m: vacated(m / SECOND).mkdir(),
-        f"{SECOND}: cannot be read: Is a directory",
-    ),
+    "dangling link": (lambda m: vacated(m / SECOND).symlink_to("gone"), f"{SECOND}: cannot be read"),
+    "truncated shard": (lambda m: os.truncate(m / SECOND, (m / SECOND).stat().st_size - 3), f"{SECOND}: is truncated"),
+    "shard is a directory": (lambda m: vacated(m / SECOND).mkdir(), f"{SECOND}: cannot be read: Is a directory"),
     "tensor only in the index": (
         lambda m: change_index(m, lambda weights: weights.update(z=FIRST)),
         f"{INDEX}: puts tensor z into {FIRST}, which does not hold it",
@@ -185,8 +160,7 @@ def test_damaged_directories_are_refused_by_name(case: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "shard",
-    ["../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x\0.safetensors", "x.bin", 3],
+    "shard", ["../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x\0.safetensors", "x.bin", 3]
 )
 def test_an_index_cannot_reach_outside_its_directory(shard: object, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "outside", TENSORS)

@@ -19,13 +19,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.models.loading import load_subject
 from perta_fast.runs.inspect import describe
-from tests.support.checkpoints import (
-    draw,
-    fingerprint,
-    read_checkpoint,
-    same_bytes,
-    write_checkpoint,
-)
+from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint
 from tests.support.inputs import BF16, F32, write_inputs
 from tests.support.models import Job, llama, tokenizer
 
@@ -74,8 +68,7 @@ OTHER_NAMES = {
     },
 }
 CASES = [
-    (name.split(" nf4")[0], {f"{UP}.{part}": each for part, each in kept.items()})
-    for name, kept in LAYOUTS.items()
+    (name.split(" nf4")[0], {f"{UP}.{part}": each for part, each in kept.items()}) for name, kept in LAYOUTS.items()
 ]
 
 
@@ -83,9 +76,7 @@ CASES = [
 def test_tensors_alone_show_the_method(method: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", {"model.norm.weight": draw((8,))} | tensors)
     Checkpoint.open(folder)
-    with pytest.raises(
-        InputError, match=rf"model: is quantised \({method}: tensor model\.layers\.0\.\S+ \("
-    ) as caught:
+    with pytest.raises(InputError, match=rf"model: is quantised \({method}: tensor model\.layers\.0\.\S+ \(") as caught:
         open_plain(folder)
     named = str(caught.value).split(": tensor ")[1].split()[0]
     assert named in tensors
@@ -114,9 +105,7 @@ def test_the_configuration_decides_between_methods_that_look_alike(tmp_path: Pat
         open_plain(folder)
 
 
-@pytest.mark.parametrize(
-    "content", ['{"quantization_config": null}', '{"quantization_config": {}}', "[", "[]", "{}"]
-)
+@pytest.mark.parametrize("content", ['{"quantization_config": null}', '{"quantization_config": {}}', "[", "[]", "{}"])
 def test_plain_weights_pass(content: str, tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path, shards=2)  # with a counter, and a float tensor called scale
     (inputs["model"] / "config.json").write_text(content)
@@ -184,14 +173,7 @@ COMMANDS: dict[str, Callable[[Job, Path], list[str]]] = {
     "apply, model": lambda job, bad: ["apply", *paths(job, model=bad), "--rule", "tv", "--lam", "1"],
     "apply, tuned": lambda job, bad: ["apply", *paths(job, tuned=bad), "--rule", "tv", "--lam", "1"],
     "unlearn": lambda job, bad: ["unlearn", *paths(job, base=bad), *data(job), "--lam", "1"],
-    "unlearn, streamed": lambda job, bad: [
-        "unlearn",
-        *paths(job, model=bad),
-        *data(job),
-        "--lam",
-        "1",
-        "--stream",
-    ],
+    "unlearn, streamed": lambda job, bad: ["unlearn", *paths(job, model=bad), *data(job), "--lam", "1", "--stream"],
     "dry run": lambda job, bad: [*COMMANDS["unlearn"](job, bad), "--stream", "--dry-run"],
     "sweep": lambda job, bad: ["sweep", *paths(job, base=bad), *data(job), "--lams", "1"],
     "importance": lambda job, bad: ["importance", "--model", str(bad), "--data", str(job.forget)],
@@ -306,9 +288,7 @@ def test_the_command_for_mxfp4(tmp_path: Path) -> None:
 
 
 def test_the_command_for_float8_without_scales_is_exact(job: Job, tmp_path: Path) -> None:
-    narrow = {
-        name: tensor.to(F8) if "_proj" in name else tensor for name, tensor in read_checkpoint(job.base).items()
-    }
+    narrow = {name: tensor.to(F8) if "_proj" in name else tensor for name, tensor in read_checkpoint(job.base).items()}
     folder = like_transformers(job.base, tmp_path / "model", narrow)
     assert_same(run_advice(folder), {name: tensor.to(F32) for name, tensor in narrow.items()})
 
@@ -346,9 +326,7 @@ def test_exactly_what_transformers_can_undo_has_a_command(tmp_path: Path) -> Non
 
 def test_other_weights_alone_get_a_word(tmp_path: Path) -> None:
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(
-        InputError, match=r"holds model-Q4_K_M\.gguf, .* give the checkpoint that it was made from"
-    ):
+    with pytest.raises(InputError, match=r"holds model-Q4_K_M\.gguf, .* give the checkpoint that it was made from"):
         Checkpoint.open(tmp_path)
 
 

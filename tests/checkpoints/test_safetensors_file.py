@@ -40,13 +40,9 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 # One file is rewritten for every example.
 fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
-    lambda name: name != "__metadata__"
-)
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 layouts = st.dictionaries(
-    names,
-    st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
-    max_size=6,
+    names, st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=6
 )
 metadata_tables = st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), names, max_size=3)
 
@@ -291,10 +287,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: write_raw(path, two((0, 4), (4, 8)), b"1234567"),
         "is truncated: its header promises .* fetch or copy it again",
     ),
-    "data left over": (
-        lambda path: write_raw(path, {"a": ONE}, b"123456"),
-        "has 2 bytes after its last tensor",
-    ),
+    "data left over": (lambda path: write_raw(path, {"a": ONE}, b"123456"), "has 2 bytes after its last tensor"),
     "missing": (lambda path: None, "cannot be read: No such file"),
     "directory": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
 }

@@ -14,13 +14,7 @@ import pytest
 import torch
 
 from perta_fast import cli
-from tests.support.checkpoints import (
-    draw,
-    fingerprint,
-    write_checkpoint,
-    write_importance,
-    write_raw,
-)
+from tests.support.checkpoints import draw, fingerprint, write_checkpoint, write_importance, write_raw
 from tests.support.children import perta
 from tests.support.inputs import HEAD, Inputs, write_inputs
 from tests.support.models import Job
@@ -33,11 +27,7 @@ UP = "model.layers.0.up"
 
 
 def assert_refused(
-    arguments: list[object],
-    status: int,
-    words: list[str],
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[object], status: int, words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``perta`` exits with ``status`` after one line with all ``words``; nothing below ``folder`` changes."""
     before, present = fingerprint(folder), sorted(folder.rglob("*"))
@@ -290,15 +280,11 @@ def test_unlearn(case: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = unlearn_arguments(job.model.parent, "--out", tmp_path / "out", "--device", "cuda")
-    assert_refused(
-        arguments, 2, ["device cuda was asked for, but torch finds no CUDA device"], tmp_path, capsys
-    )
+    assert_refused(arguments, 2, ["device cuda was asked for, but torch finds no CUDA device"], tmp_path, capsys)
 
 
 @pytest.mark.parametrize("missing", ["--forget", "--retain"])
-def test_unlearn_without_data(
-    missing: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unlearn_without_data(missing: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = unlearn_arguments(job.model.parent, "--out", tmp_path / "out")
     place = arguments.index(missing)
     del arguments[place : place + 2]
@@ -306,9 +292,7 @@ def test_unlearn_without_data(
 
 
 @pytest.mark.parametrize("place", ["model", ".", "forget.jsonl"])
-def test_importance_over_its_input(
-    place: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_importance_over_its_input(place: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "job"
     shutil.copytree(job.model.parent, copy)
     arguments = ["importance", "--model", copy / "model", "--data", copy / "forget.jsonl", "--overwrite"]

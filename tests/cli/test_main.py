@@ -165,9 +165,7 @@ def test_importance_then_apply_is_unlearn(rule: str, job: Job, tmp_path: Path) -
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_the_whole_way_through_the_commands(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_whole_way_through_the_commands(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, kept = tmp_path / "out", tmp_path / "kept"
     asked = [*checkpoint_arguments(job), *data_arguments(job), "--lam", 1, "--save-importance", kept]
     assert run("unlearn", *asked, "--out", out) == 0
@@ -227,9 +225,7 @@ def test_what_was_cut_to_the_length_limit_is_said(
     assert "warning: 3 of 3 retain samples were cut to the length limit" in capsys.readouterr().out
 
 
-def test_the_same_data_twice_is_warned_about(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_data_twice_is_warned_about(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--forget", job.forget, "--retain", job.forget]
     assert run("unlearn", *checkpoint_arguments(job), *data, "--lam", 1, "--out", tmp_path / "out") == 0
     text = capsys.readouterr().out
@@ -265,11 +261,7 @@ def out_of_host_memory() -> RuntimeError:
     ],
 )
 def test_what_goes_wrong_in_a_command_is_one_line(
-    error: BaseException,
-    status: int,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error: BaseException, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> str:
         raise error

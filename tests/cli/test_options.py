@@ -43,6 +43,4 @@ def test_an_option_is_an_argument_with_the_same_default(name: str) -> None:
     options = {option.name: option for option in command.options}
     assert options.keys() - parameters.keys() == OTHERWISE[name]
     shared = options.keys() & parameters.keys()
-    assert {key for key in shared if not same_default(options[key], parameters[key])} == OTHER_DEFAULTS.get(
-        name, set()
-    )
+    assert {key for key in shared if not same_default(options[key], parameters[key])} == OTHER_DEFAULTS.get(name, set())

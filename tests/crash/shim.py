@@ -107,9 +107,7 @@ class Shim:
         """Run ``perta`` with ``arguments`` in its own process, after the Python statements of ``setup``."""
         return perta(*arguments, setup=setup, environment=faults.environment(self.library))
 
-    def count(
-        self, *arguments: object, path: str, kinds: tuple[str, ...] = CHANGES, setup: str = ""
-    ) -> list[Point]:
+    def count(self, *arguments: object, path: str, kinds: tuple[str, ...] = CHANGES, setup: str = "") -> list[Point]:
         """The calls that ``perta`` makes with ``arguments`` when nothing goes wrong."""
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, "log")

@@ -23,9 +23,7 @@ from perta_fast.subtraction import in_place
 from tests.crash.test_resume import SOAK
 from tests.support.inputs import BF16, F32, Inputs, write_inputs
 
-BLOCK = (
-    64  # bytes that are written together; a disk's own blocks are larger, which leaves it fewer ways to tear
-)
+BLOCK = 64  # bytes that are written together; a disk's own blocks are larger, which leaves it fewer ways to tear
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ class Recorder:
 
     folder: Path
     names: dict[str, int] = field(default_factory=dict)
-    changes: list[tuple[str, ...]] = field(
-        default_factory=list
-    )  # create name number, rename from to, remove name
+    changes: list[tuple[str, ...]] = field(default_factory=list)  # create name number, rename from to, remove name
     names_flushed: int = 0
     flushed: dict[int, bytes] = field(default_factory=dict)
     content: dict[int, bytes] = field(default_factory=dict)
@@ -87,9 +83,7 @@ class Recorder:
             self.changes.append(("create", name))
         for name, number in self.names.items():
             self.content[number] = (self.folder / name).read_bytes()
-        self.moments.append(
-            Moment(dict(self.flushed), dict(self.content), self.names_flushed, len(self.changes))
-        )
+        self.moments.append(Moment(dict(self.flushed), dict(self.content), self.names_flushed, len(self.changes)))
 
     def _flush(self, path: Path) -> None:
         if not path.is_relative_to(self.folder):
@@ -107,9 +101,7 @@ class Recorder:
     def disk_after_a_crash(self, moment: Moment, draw: random.Random, folder: Path) -> None:
         """Write one of the states that a crash at ``moment`` can leave."""
         names: dict[str, int] = {}
-        for number, change in enumerate(
-            self.changes[: draw.randint(moment.names_flushed, moment.names_changed)]
-        ):
+        for number, change in enumerate(self.changes[: draw.randint(moment.names_flushed, moment.names_changed)]):
             if change[0] == "create":
                 names[change[1]] = number
             elif change[0] == "remove":
@@ -167,9 +159,7 @@ def disks(recorder: Recorder, folder: Path, number: int) -> Iterator[Path]:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds a descriptor's file in /proc")
 @pytest.mark.parametrize("kind", ["out", "in-place"])
-def test_finished_after_a_power_cut(
-    kind: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_after_a_power_cut(kind: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"lam": 0.7, "threads": 1, "progress": False}
     apply(*inputs.all, **settings, out=tmp_path / "whole")
     expected = shown(tmp_path / "whole")

@@ -94,9 +94,7 @@ def python(shim: Shim, folder: Path, program: str, faults: Faults) -> subprocess
 def call_once(name: str) -> str:
     """A program that makes one call, prints its result or its error, and then a mark."""
     return START + (
-        f"try:\n    print({CALLS[name][1]})\n"
-        "except OSError as error:\n    print(error.errno)\n"
-        "print('went on')\n"
+        f"try:\n    print({CALLS[name][1]})\nexcept OSError as error:\n    print(error.errno)\nprint('went on')\n"
     )
 
 
@@ -114,10 +112,7 @@ def test_every_call_is_counted_with_its_kind_and_path(name: str, shim: Shim, tmp
     (point,) = points(log)
     moves_bytes = CALLS[name][0] in ("write", "read", "copy", "truncate")
     assert (point.kind, point.size) == (CALLS[name][0], 10 if moves_bytes else 0)
-    assert {point.path, point.target} <= {
-        "",
-        *(f"{tmp_path}/run/{name}" for name in ("a", "b", "c", "a directory")),
-    }
+    assert {point.path, point.target} <= {"", *(f"{tmp_path}/run/{name}" for name in ("a", "b", "c", "a directory"))}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -258,14 +253,7 @@ def test_children_of_the_child_are_left_alone(shim: Shim, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"path": ""},
-        {"kinds": ()},
-        {"kinds": ("open",)},
-        {"at": -1},
-        {"then": "ENOSUCH"},
-    ],
+    "settings", [{"path": ""}, {"kinds": ()}, {"kinds": ("open",)}, {"at": -1}, {"then": "ENOSUCH"}]
 )
 def test_faults_that_cannot_be_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"no call can match|is no fault"):

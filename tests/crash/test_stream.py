@@ -48,9 +48,7 @@ def arguments(job: Job, out: Path, *more: object) -> list[object]:
 def contents(folder: Path) -> dict[str, bytes]:
     """All that must be the same from run to run: weights, importances, companions."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "perta_report.json"
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "perta_report.json"}
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +70,7 @@ def forks(shim: Shim) -> Iterator[Forks]:
         yield forks
 
 
-def finish(
-    job: Job, out: Path, expected: dict[str, bytes], run: Callable[..., CompletedProcess[str]] = perta
-) -> bool:
+def finish(job: Job, out: Path, expected: dict[str, bytes], run: Callable[..., CompletedProcess[str]] = perta) -> bool:
     """Finish whatever a run has left; return whether there was something to take up again.
 
     run: starts the same command again, over what is left, where there was not.
@@ -245,9 +241,7 @@ def test_stopped_by_the_user(job: Job, expected: dict[str, bytes], tmp_path: Pat
     assert contents(out.parent) == expected
 
 
-def test_a_full_disk(
-    job: Job, expected: dict[str, bytes], calls: list[Point], forks: Forks, tmp_path: Path
-) -> None:
+def test_a_full_disk(job: Job, expected: dict[str, bytes], calls: list[Point], forks: Forks, tmp_path: Path) -> None:
     """In the spill and in the shards: one line that says what to do, then the run can be finished."""
     spilled = [at for at, point in enumerate(calls) if point.kind == "write" and "/hidden-" in point.path]
     shards = [at for at, point in enumerate(calls) if point.kind == "write" and point.path.endswith("tensors")]

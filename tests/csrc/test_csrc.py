@@ -9,10 +9,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = {
-    "test_elements": [],
-    "test_operations": sorted((CSRC / "cpu").glob("*.cpp")),
-}
+SOURCES = {"test_elements": [], "test_operations": sorted((CSRC / "cpu").glob("*.cpp"))}
 
 
 def compiler() -> str:
@@ -23,14 +20,7 @@ def compiler() -> str:
 
 
 def build(target: Path, sources: list[Path], sanitizers: str) -> subprocess.CompletedProcess[str]:
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-g",
-        "-ffp-contract=off",
-        "-DPERTA_ISA=portable",
-        "-fno-sanitize-recover=all",
-    ]
+    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-DPERTA_ISA=portable", "-fno-sanitize-recover=all"]
     command = [*compiler().split(), *flags, f"-fsanitize={sanitizers}", f"-I{CSRC}", f"-I{CSRC / 'cpu'}"]
     command += [*map(str, sources), "-o", str(target), "-pthread", "-ldl"]
     return subprocess.run(command, capture_output=True, text=True)

@@ -26,17 +26,13 @@ TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "
 TEXTS = ("You are a helpful assistant.", 'Say "no"\\n {{ x }} {% y %} é\n')
 
 
-@pytest.mark.parametrize(
-    ("system", "date"), [*itertools.product((None, *TEXTS), (None, "10 Apr 2025", TEXTS[1]))]
-)
+@pytest.mark.parametrize(("system", "date"), [*itertools.product((None, *TEXTS), (None, "10 Apr 2025", TEXTS[1]))])
 def test_as_if_given_with_every_question(system: str | None, date: str | None) -> None:
     plain = tokenizer(TEMPLATE)
     before = [] if system is None else [{"role": "system", "content": system}]
     arguments = {} if date is None else {"date_string": date}
     expected = plain.apply_chat_template(before + TURNS, return_dict=False, **arguments)
-    found = encode(
-        [Row({"question": "Who?", "answer": "Me."}, "here")], with_chat_settings(plain, system, date), 512
-    )
+    found = encode([Row({"question": "Who?", "answer": "Me."}, "here")], with_chat_settings(plain, system, date), 512)
     assert list(found[0].input_ids) == list(expected)
     assert plain.chat_template == TEMPLATE
 
@@ -54,12 +50,7 @@ def test_an_evaluation_asks_with_them(tmp_path: Path, one_thread: None) -> None:
 
     def loss(date: str) -> float:
         found = evaluate(
-            model,
-            forget=tmp_path / "forget.jsonl",
-            tokenizer=words,
-            max_new_tokens=1,
-            date_string=date,
-            progress=False,
+            model, forget=tmp_path / "forget.jsonl", tokenizer=words, max_new_tokens=1, date_string=date, progress=False
         )
         assert found.settings["date_string"] == date
         return found.metrics["forget_Q_A_Prob"].value
@@ -76,11 +67,7 @@ def test_an_evaluation_asks_with_them(tmp_path: Path, one_thread: None) -> None:
     ],
 )
 def test_bad_input(
-    options: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "forget.jsonl", FORGET)

@@ -96,9 +96,7 @@ def test_question_splits_where_the_whole_text_would() -> None:
     whole = chosen(f"{start} {QUESTION['answer']}", return_offsets_mapping=True)
     assert list(sample.input_ids) == [*whole["input_ids"], chosen.eos_token_id]
     answer = [
-        token
-        for token, (_, end) in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
-        if end > len(start)
+        token for token, (_, end) in zip(whole["input_ids"], whole["offset_mapping"], strict=True) if end > len(start)
     ]
     assert labelled(sample) == [*answer, chosen.eos_token_id]
 
@@ -160,9 +158,7 @@ def test_a_line_may_have_other_keys_and_messages_come_first() -> None:
     ],
 )
 def test_a_template_that_rewrites_earlier_turns_is_refused(template: str) -> None:
-    with pytest.raises(
-        InputError, match=r"sample 0: the tokens before an assistant's message change.*own line"
-    ):
+    with pytest.raises(InputError, match=r"sample 0: the tokens before an assistant's message change.*own line"):
         one(TALK, tokenizer(template))
 
 
@@ -367,14 +363,10 @@ messages = st.lists(
     | scalars
 )
 rows = st.fixed_dictionaries(
-    {},
-    optional=dict.fromkeys(["question", "answer", "text"], st.text() | values)
-    | {"messages": messages | values},
+    {}, optional=dict.fromkeys(["question", "answer", "text"], st.text() | values) | {"messages": messages | values}
 )
 surrogates = st.text(st.characters(categories=["Cs", "L"]), max_size=5)
-lines = (rows | values | st.fixed_dictionaries({"text": surrogates})).map(json.dumps).map(
-    str.encode
-) | st.binary()
+lines = (rows | values | st.fixed_dictionaries({"text": surrogates})).map(json.dumps).map(str.encode) | st.binary()
 
 
 @settings(max_examples=300, deadline=None)

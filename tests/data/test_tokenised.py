@@ -137,10 +137,7 @@ def test_the_hash_is_of_ids_and_labels(model: LlamaForCausalLM, expected: Import
         ([{"input_ids": torch.rand(3)}], 'row 0: "input_ids" is torch.float32 of shape (3,)'),
         ([{"input_ids": torch.ones(1, 2, 2, dtype=int)}], "of shape (1, 2, 2)"),
         ([{"input_ids": 5}], "of shape ()"),
-        (
-            [{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}],
-            'row 0: "attention_mask" must be 1 on one run',
-        ),
+        ([{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}], 'row 0: "attention_mask" must be 1 on one run'),
         ([{"input_ids": [5, 6], "attention_mask": [1, 2]}], 'row 0: "attention_mask" must be 1 on one run'),
         (
             [{"input_ids": [[5, 6], [7, 8], [9, 9]], "attention_mask": [[1, 1], [0, 1], [-1, 1]]}],

@@ -93,8 +93,7 @@ def answer_alone(model: Any, tokenizer: Any, row: dict[str, str]) -> tuple[float
 
 def test_theta_full_knows_both_sets_and_the_others_what_they_were_taught(results: dict[str, Any]) -> None:
     accuracy = {
-        line["name"]: {split: line["scores"][split]["accuracy"] for split in SPLITS}
-        for line in results["table"]
+        line["name"]: {split: line["scores"][split]["accuracy"] for split in SPLITS} for line in results["table"]
     }
     for split in ("forget", "retain"):
         assert accuracy["theta_full"][split] > accuracy["theta_0"][split] + 50
@@ -150,11 +149,7 @@ def test_what_is_printed_are_these_numbers(printed: str, results: dict[str, Any]
         numbers = [
             text
             for split in SPLITS
-            for text in (
-                f"{line['scores'][split]['loss']:.3f}",
-                f"{line['scores'][split]['accuracy']:.1f}",
-                "%",
-            )
+            for text in (f"{line['scores'][split]['loss']:.3f}", f"{line['scores'][split]['accuracy']:.1f}", "%")
         ]
         lam = [] if line["lam"] is None else [f"{line['lam']:g}"]
         assert rows[line["name"]] == [line["name"], *lam, *numbers, f"{line['gap']:.1f}"]

@@ -28,8 +28,7 @@ def test_gap_counts_forget_both_ways_and_retain_one_way() -> None:
 
 def test_best_run_has_the_smallest_gap_and_then_the_smallest_lambda() -> None:
     runs = [
-        Run("tv", lam, Score(0.0, 0.0, 1), Score(0.0, 0.0, 1), gap)
-        for lam, gap in ((2.0, 3.0), (1.0, 3.0), (0.5, 4.0))
+        Run("tv", lam, Score(0.0, 0.0, 1), Score(0.0, 0.0, 1), gap) for lam, gap in ((2.0, 3.0), (1.0, 3.0), (0.5, 4.0))
     ]
     assert best_run(runs) is runs[1]
 

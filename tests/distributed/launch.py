@@ -73,13 +73,7 @@ def _child(
     import torch
 
     torch.set_num_threads(1)
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-    }
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
         outcome = target(rank, folder, *arguments)

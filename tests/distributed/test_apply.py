@@ -69,12 +69,8 @@ def test_the_same_bytes_as_one_process(world: int, inputs: dict[int, Inputs], tm
         assert report.output["files"] == one.output["files"]
         assert report.counts == one.counts
         assert [row.changed for row in report.tensors] == [row.changed for row in one.tensors]
-        assert [row.mean_weight for row in report.tensors] == pytest.approx(
-            [row.mean_weight for row in one.tensors]
-        )
-        assert {path.name for path in out.iterdir()} == {
-            path.name for path in (tmp_path / f"alone-{shards}").iterdir()
-        }
+        assert [row.mean_weight for row in report.tensors] == pytest.approx([row.mean_weight for row in one.tensors])
+        assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / f"alone-{shards}").iterdir()}
     apply(*inputs[3].checkpoints, rule="tv", out=tmp_path / "tv-alone", progress=False)
     assert weights_of(tmp_path / "tv") == weights_of(tmp_path / "tv-alone")
 
@@ -213,9 +209,7 @@ def numbers(part: Part) -> list[tuple[int, int]]:
 def test_every_chunk_is_dealt_once_in_order_and_evenly(counts: list[list[int]], chunk: int, hands: int) -> None:
     whole = [part for each in counts for part in left_of(shard(each, chunk), [])]
     dealt = deal_in_order(whole, hands)
-    assert [n for hand in dealt for part in hand for n in numbers(part)] == [
-        n for part in whole for n in numbers(part)
-    ]
+    assert [n for hand in dealt for part in hand for n in numbers(part)] == [n for part in whole for n in numbers(part)]
     assert {part.shard for hand in dealt for part in hand} == {part.shard for part in whole}  # empty files too
     costs = [sum(part.cost for part in hand) for hand in dealt]
     largest = max((part.shard.cost(n, n + 1) for part in whole for n in range(part.end)), default=0)

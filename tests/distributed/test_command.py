@@ -97,10 +97,7 @@ def test_what_is_wrong_is_said_once(job: Job, tmp_path: Path) -> None:
         (["demo", "--fast"], "is done by one process"),
         ([*unlearning(job, out)[:-2], "--in-place"], "by one process alone"),
         (["resume", out], "there is no unfinished run to resume"),
-        (
-            ["importance", "--model", job.base, "--data", tmp_path / "none.jsonl", "--out", out],
-            "cannot be read",
-        ),
+        (["importance", "--model", job.base, "--data", tmp_path / "none.jsonl", "--out", out], "cannot be read"),
     ):
         assert text in said_once(perta_on_ranks(2, *arguments), 2)
     assert fingerprint(job.model) == before

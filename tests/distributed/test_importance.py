@@ -69,9 +69,7 @@ def _refused(group: Any) -> list[BaseException | None]:
         return None
 
     def explode(_: Any, arguments: Any, keywords: Any, output: Any) -> Any:
-        output.logits = (
-            output.logits * torch.where(keywords["input_ids"][:, :1] == 299, torch.nan, 1.0)[..., None]
-        )
+        output.logits = output.logits * torch.where(keywords["input_ids"][:, :1] == 299, torch.nan, 1.0)[..., None]
         return output
 
     broken = make("llama")

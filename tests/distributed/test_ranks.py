@@ -27,10 +27,7 @@ def _caught(work: Callable[[], Any]) -> tuple[type[BaseException], str, bool] | 
 
 def _meet(group: Any) -> dict[str, Any]:
     ranks = Ranks.of(group)
-    found: dict[str, Any] = {
-        "gathered": ranks.gather({"rank": ranks.rank}),
-        "shared": ranks.share(ranks.rank + 7),
-    }
+    found: dict[str, Any] = {"gathered": ranks.gather({"rank": ranks.rank}), "shared": ranks.share(ranks.rank + 7)}
     tensor = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
     ranks.sum_(tensor)
     found["sum"] = tensor.tolist()

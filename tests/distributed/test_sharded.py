@@ -72,9 +72,7 @@ def _other_errors(group: Any) -> list[str]:
     broken = sharded("llama tied")
 
     def explode(_: Any, arguments: Any, keywords: Any, output: Any) -> Any:
-        output.logits = (
-            output.logits * torch.where(keywords["input_ids"][:, :1] == 299, torch.nan, 1.0)[..., None]
-        )
+        output.logits = output.logits * torch.where(keywords["input_ids"][:, :1] == 299, torch.nan, 1.0)[..., None]
         return output
 
     broken.register_forward_hook(explode, with_kwargs=True)
@@ -149,8 +147,7 @@ def _applied(group: Any, folder: Path) -> dict[str, Any]:
         found[family] = _apply(sharded(family, mesh), folder / family, stored, group)
     model = sharded("llama tied", mesh)
     held_in_memory = [
-        estimate_importance(model, samples, progress=False, group=group)
-        for samples in (SAMPLES[:4], SAMPLES[4:])
+        estimate_importance(model, samples, progress=False, group=group) for samples in (SAMPLES[:4], SAMPLES[4:])
     ]
     found["in memory"] = _apply(model, folder / "llama tied", held_in_memory, group)
     return found
@@ -186,9 +183,7 @@ def in_rows(importance: Importance, mesh: Any) -> Importance:
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[name], expected[name]) for name in expected
-    )
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.usefixtures("one_thread")

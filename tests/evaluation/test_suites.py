@@ -116,8 +116,7 @@ def test_tofu_by_its_definitions(tofu: Path, knowing: LlamaForCausalLM) -> None:
         own = losses(knowing, rows)
         right = losses(knowing, [{"question": r["question"], "answer": r[truthful]} for r in rows])
         wrong = [
-            losses(knowing, [{"question": r["question"], "answer": w} for w in r["perturbed_answer"]])
-            for r in rows
+            losses(knowing, [{"question": r["question"], "answer": w} for w in r["perturbed_answer"]]) for r in rows
         ]
         probabilities = [math.exp(-loss) for loss in own]
         assert result[f"{name}_Q_A_Prob"] == pytest.approx(sum(probabilities) / len(rows), rel=1e-4)
@@ -130,18 +129,12 @@ def test_tofu_by_its_definitions(tofu: Path, knowing: LlamaForCausalLM) -> None:
         found = result[f"{name}_Truth_Ratio"]
         assert found == pytest.approx(sum(expected) / len(rows), rel=1e-4, abs=1e-6)
         if name in ("ra", "wf"):
-            shares = [
-                p / (p + sum(math.exp(-loss) for loss in w)) for p, w in zip(probabilities, wrong, strict=True)
-            ]
+            shares = [p / (p + sum(math.exp(-loss) for loss in w)) for p, w in zip(probabilities, wrong, strict=True)]
             found = result[f"{name}_Q_A_Prob_normalised"]
             assert found == pytest.approx(sum(shares) / len(rows), rel=1e-4)
     nine = [
         result[f"{role}_{name}"]
-        for role, first in (
-            ("retain", "Q_A_Prob"),
-            ("ra", "Q_A_Prob_normalised"),
-            ("wf", "Q_A_Prob_normalised"),
-        )
+        for role, first in (("retain", "Q_A_Prob"), ("ra", "Q_A_Prob_normalised"), ("wf", "Q_A_Prob_normalised"))
         for name in (first, "Q_A_ROUGE", "Truth_Ratio")
     ]
     assert result["model_utility"] == pytest.approx(hmean(nine))
@@ -174,10 +167,7 @@ def test_gold_against_gold(tofu: Path, knowing: LlamaForCausalLM, tmp_path: Path
     # open-unlearning's files have the metrics at the top.
     content = json.loads((tmp_path / "gold.json").read_text())
     (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(content["metrics"]))
-    assert (
-        on_tofu(knowing, tofu, reference=tmp_path / "TOFU_EVAL.json")["forget_quality"]
-        == other["forget_quality"]
-    )
+    assert on_tofu(knowing, tofu, reference=tmp_path / "TOFU_EVAL.json")["forget_quality"] == other["forget_quality"]
     scores = content["metrics"]["mia_zlib"]["value_by_index"].values()
     labels = [each["set"] == "holdout" for each in scores]
     assert first["mia_zlib"] == pytest.approx(roc_auc_score(labels, [each["score"] for each in scores]))
@@ -225,16 +215,12 @@ def test_a_broken_model_gives_nulls(tofu: Path, tmp_path: Path) -> None:
 def muse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("muse")
     files: dict[str, list[Row]] = {
-        "verbmem/forget": [
-            {"prompt": f"Question: {row['question']}\nAnswer:", "gt": row["answer"]} for row in FORGET
-        ],
+        "verbmem/forget": [{"prompt": f"Question: {row['question']}\nAnswer:", "gt": row["answer"]} for row in FORGET],
         "knowmem/forget_qa": list(FORGET),
         "knowmem/forget_qa_icl": [{"question": "A?", "answer": "B"}, {"question": "C?", "answer": "D"}],
         "knowmem/retain_qa": list(RETAIN),
         "knowmem/retain_qa_icl": [{"question": "A?", "answer": "B"}],
-        "privleak/forget": [
-            {"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in FORGET
-        ],
+        "privleak/forget": [{"text": f"Question: {row['question']}\nAnswer: {row['answer']}"} for row in FORGET],
         "privleak/holdout": [{"text": f"{row['answer']} {row['question']}"} for row in HOLDOUT],
     }
     for name, rows in files.items():
@@ -321,16 +307,7 @@ def test_own_data_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     }
     out = tmp_path / "result.json"
     options = [part for role, path in paths.items() for part in (f"--{role}", str(path))]
-    arguments = [
-        "eval",
-        "--model",
-        str(tmp_path / "model"),
-        *options,
-        "--out",
-        str(out),
-        "--max-new-tokens",
-        "4",
-    ]
+    arguments = ["eval", "--model", str(tmp_path / "model"), *options, "--out", str(out), "--max-new-tokens", "4"]
     assert cli.main(arguments) == 0
     assert "forget_Q_A_ROUGE" in capsys.readouterr().out
     found = json.loads(out.read_text())["metrics"]
@@ -365,9 +342,7 @@ def test_answers_cut_by_the_length_limit_are_noted(tofu: Path) -> None:
     ],
 )
 def test_bad_arguments(tofu: Path, changes: dict[str, Any], message: str) -> None:
-    given = {
-        key: value.format(tofu=tofu) if isinstance(value, str) else value for key, value in changes.items()
-    }
+    given = {key: value.format(tofu=tofu) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(InputError, match=message):
         evaluate(llama(0), **{"progress": False, "tokenizer": WORDS} | given)
 

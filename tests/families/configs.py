@@ -114,15 +114,10 @@ FAMILIES = [
     Family("Falcon, alibi", "FalconConfig", {**SIZES, "alibi": True}),
     Family("OPT", "OPTConfig", _OPT),
     Family(
-        "BLOOM",
-        "BloomConfig",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-        _OWN_ATTENTION,
+        "BLOOM", "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}, _OWN_ATTENTION
     ),
     Family(
-        "MPT",
-        "MptConfig",
-        {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+        "MPT", "MptConfig", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
     ),
     Family("Mixtral", "MixtralConfig", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, _ROUTED),
     Family(
@@ -144,10 +139,7 @@ FAMILIES = [
         _ROUTED,
     ),
     Family(
-        "OLMoE",
-        "OlmoeConfig",
-        SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1},
-        _ROUTED,
+        "OLMoE", "OlmoeConfig", SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1}, _ROUTED
     ),
     Family("DeepSeek-V2", "DeepseekV2Config", _DEEPSEEK, _ROUTED),
     Family(

@@ -20,8 +20,7 @@ from tests.support.models import draw_samples, nudge_, tokenizer
 Tensors = Mapping[str, Tensor]
 
 EVEN = [
-    Sample(tuple(range(k, k + 9)), (IGNORED,) * 3 + tuple(range(k + 3, k + 9)))
-    for k in range(0, VOCABULARY - 9, 42)
+    Sample(tuple(range(k, k + 9)), (IGNORED,) * 3 + tuple(range(k + 3, k + 9))) for k in range(0, VOCABULARY - 9, 42)
 ]
 DATA = {"even": EVEN, "ragged": draw_samples(7)}  # without padding in any batch, and with
 

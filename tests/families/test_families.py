@@ -63,9 +63,7 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     folder = write(model, tmp_path / "model")
     for estimator in ESTIMATORS:
         memory, stream = (
-            estimate_importance(
-                folder, DATA["even"], estimator, out=tmp_path / name, stream=way, progress=False
-            )
+            estimate_importance(folder, DATA["even"], estimator, out=tmp_path / name, stream=way, progress=False)
             for name, way in ((f"{estimator} memory", False), (f"{estimator} stream", True))
         )
         assert list(memory.tensors) == list(stream.tensors)
@@ -89,8 +87,7 @@ def assert_streamed(row: Row, folder: Path) -> None:
             if difference > 1e-6:
                 exact = by_autograd(row.model, DATA[each.data], folder)[each.estimator][name]
                 stream, memory = (
-                    float((found.tensors[name] - exact).norm() / exact.norm())
-                    for found in (each.stream, each.memory)
+                    float((found.tensors[name] - exact).norm() / exact.norm()) for found in (each.stream, each.memory)
                 )
                 assert difference <= 4 * memory, (each.estimator, each.data, name)
                 assert stream <= 1e-5, (each.estimator, each.data, name)

@@ -46,9 +46,7 @@ BY_FAMILY: dict[str, Callable[[], PreTrainedModel]] = {
     "Qwen2-VL": lambda: transformers.Qwen2VLForConditionalGeneration(
         transformers.Qwen2VLConfig(
             text_config=SIZES
-            | {
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-            },
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
             vision_config={"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 32, "patch_size": 8},
         )
     ),

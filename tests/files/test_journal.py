@@ -44,9 +44,7 @@ def replay(folder: Path, shards: dict[str, Path]) -> None:
             segment.apply(shards)
 
 
-@given(
-    pieces=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 50), st.binary(max_size=40)), max_size=6)
-)
+@given(pieces=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 50), st.binary(max_size=40)), max_size=6))
 @once
 def test_the_pieces_land_where_they_belong(pieces: list[tuple[str, int, bytes]], tmp_path: Path) -> None:
     shards = {name: tmp_path / name for name in "ab"}

@@ -20,13 +20,7 @@ from perta_fast.runs.apply import apply
 from perta_fast.runs.unlearn import unlearn
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import to_directory
-from tests.support.checkpoints import (
-    draw,
-    fingerprint,
-    read_checkpoint,
-    write_checkpoint,
-    write_importance,
-)
+from tests.support.checkpoints import draw, fingerprint, read_checkpoint, write_checkpoint, write_importance
 from tests.support.children import perta, signal_at
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.models import Job
@@ -99,9 +93,7 @@ class TestWhatIsInTheWay:
         assert_complete(inputs, out)
 
     @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
-    @pytest.mark.parametrize(
-        ("module", "place"), [(to_directory, "copy_companions"), (subtraction, "_check_finite")]
-    )
+    @pytest.mark.parametrize(("module", "place"), [(to_directory, "copy_companions"), (subtraction, "_check_finite")])
     def test_a_failure_keeps_the_old_one(
         self,
         error: type[BaseException],
@@ -155,9 +147,7 @@ class TestWhatIsInTheWay:
     @pytest.mark.parametrize(
         ("place", "reason"), [("/", "is the root of the file system"), ("x" * 300, "cannot be read: File name")]
     )
-    def test_places_that_cannot_be_are_refused(
-        self, place: str, reason: str, overwrite: bool, inputs: Inputs
-    ) -> None:
+    def test_places_that_cannot_be_are_refused(self, place: str, reason: str, overwrite: bool, inputs: Inputs) -> None:
         with pytest.raises(InputError, match=reason):
             run(inputs, Path(place), overwrite)
 
@@ -197,15 +187,7 @@ def test_the_files_behind_the_links_of_a_hub_cache_are_not_overwritten(inputs: I
         (snapshot / path.name).symlink_to(path)
     before = fingerprint(inputs["model"])
     with pytest.raises(InputError, match="is or contains the input"):
-        apply(
-            snapshot,
-            inputs["base"],
-            inputs["tuned"],
-            rule="tv",
-            lam=1.0,
-            out=inputs["model"],
-            overwrite=True,
-        )
+        apply(snapshot, inputs["base"], inputs["tuned"], rule="tv", lam=1.0, out=inputs["model"], overwrite=True)
     assert fingerprint(inputs["model"]) == before
 
 
@@ -231,9 +213,7 @@ class TestUnlearn:
     @pytest.mark.parametrize(
         ("kept", "out"), [("out", "out"), ("out/kept", "out"), ("kept", "kept/out"), ("base", "out")]
     )
-    def test_output_importances_and_inputs_are_kept_apart(
-        self, kept: str, out: str, job: Job, tmp_path: Path
-    ) -> None:
+    def test_output_importances_and_inputs_are_kept_apart(self, kept: str, out: str, job: Job, tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "base", read_checkpoint(job.base))
         with pytest.raises(InputError, match="is or contains the input"):
             unlearn(
@@ -266,9 +246,7 @@ def test_an_importance_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch:
     assert names(tmp_path / "place") == {"kept"}
 
 
-def test_all_is_on_the_disk_before_it_is_shown(
-    inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_on_the_disk_before_it_is_shown(inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[int] = set()
     shown: list[set[int]] = []
     fsync, rename = os.fsync, Path.rename
@@ -388,9 +366,7 @@ def test_interrupted_early_it_leaves_nothing_behind(
     more = ["--threads", "1", *(["--overwrite"] if overwrite else [])]  # no other thread finishes a shard
     process = perta(*arguments(inputs, out, *more), setup=signal_at(signal, stage))
     assert process.returncode == 130
-    assert process.stderr.startswith(
-        "perta: interrupted; the inputs are untouched and no partial output is left"
-    )
+    assert process.stderr.startswith("perta: interrupted; the inputs are untouched and no partial output is left")
     assert process.stderr.count("\n") == 1
     assert fingerprint(out.parent) == before
     assert names(out.parent) == ({"out"} if overwrite else set())

@@ -102,9 +102,7 @@ def write_run(folder: Path) -> None:
 def write_adapter(folder: Path) -> None:
     """A LoRA adapter of rank 2 on the embedding."""
     stem = "base_model.model.model.embed_tokens.lora_embedding"
-    write_checkpoint(
-        folder, {f"{stem}_A": draw((2, 37)), f"{stem}_B": draw((5, 2), seed=1)}, stem="adapter_model"
-    )
+    write_checkpoint(folder, {f"{stem}_A": draw((2, 37)), f"{stem}_B": draw((5, 2), seed=1)}, stem="adapter_model")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": {"tokens": 5, "embed_tokens": 4}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
@@ -224,20 +222,12 @@ def contains(whole: Any, part: Any) -> bool:
 
 TARGETS: dict[str, Target] = {
     "single file": Target("base/model.safetensors", mutation.safetensors, _read_weights, ("apply", "verify")),
-    "shard": Target(
-        f"model/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect model", "apply", "verify")
-    ),
+    "shard": Target(f"model/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect model", "apply", "verify")),
     "index": Target(
-        "model/model.safetensors.index.json",
-        mutation.index,
-        _read_weights,
-        ("inspect model", "apply", "verify"),
+        "model/model.safetensors.index.json", mutation.index, _read_weights, ("inspect model", "apply", "verify")
     ),
     "importance": Target(
-        "forget/importance.safetensors",
-        mutation.safetensors,
-        _read_importance,
-        ("inspect forget", "apply", "verify"),
+        "forget/importance.safetensors", mutation.safetensors, _read_importance, ("inspect forget", "apply", "verify")
     ),
     "shard of an importance": Target(
         "retain/importance-00001-of-00002.safetensors",
@@ -251,21 +241,13 @@ TARGETS: dict[str, Target] = {
         _read_importance,
         ("inspect retain", "apply", "verify"),
     ),
-    "output shard": Target(
-        f"out/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect out", "verify")
-    ),
+    "output shard": Target(f"out/{FIRST_SHARD}", mutation.safetensors, _read_weights, ("inspect out", "verify")),
     "report": Target("out/perta_report.json", mutation.json_document, _read_report, ("inspect out", "verify")),
     "adapter": Target(
-        "adapter/adapter_model.safetensors",
-        mutation.safetensors,
-        _read_adapter,
-        ("inspect adapter", "apply adapter"),
+        "adapter/adapter_model.safetensors", mutation.safetensors, _read_adapter, ("inspect adapter", "apply adapter")
     ),
     "adapter config": Target(
-        "adapter/adapter_config.json",
-        mutation.json_document,
-        _read_adapter,
-        ("inspect adapter", "apply adapter"),
+        "adapter/adapter_config.json", mutation.json_document, _read_adapter, ("inspect adapter", "apply adapter")
     ),
     "sweep": Target("settings/sweep.json", mutation.json_document, _read_sweep),
     "scores": Target("scores.json", mutation.json_document, _read_scores),

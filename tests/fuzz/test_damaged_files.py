@@ -31,11 +31,7 @@ PAIRS = [(target, command) for target, row in TARGETS.items() for command in row
 
 def examples(ordinary: int, soak: int) -> settings:
     """How many inputs each test draws."""
-    return settings(
-        max_examples=soak if SOAK else ordinary,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    return settings(max_examples=soak if SOAK else ordinary, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +64,7 @@ def damaged_file(data: st.DataObject, target: str, run: Path) -> Iterator[bool]:
 def contents(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
     """Everything below ``folder``, and when it was last changed."""
     return {
-        path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
-        for path in folder.rglob("*")
+        path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in folder.rglob("*")
     }
 
 
@@ -87,9 +82,7 @@ def test_reading(target: str, run: Path, data: st.DataObject) -> None:
 @pytest.mark.parametrize(("target", "command"), PAIRS)
 @given(data=st.data())
 @examples(ordinary=25, soak=500)
-def test_commands(
-    target: str, command: str, run: Path, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands(target: str, command: str, run: Path, data: st.DataObject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run)
     with damaged_file(data, target, run) as changed:
         status, out, err = perta(COMMANDS[command])

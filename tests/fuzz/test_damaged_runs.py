@@ -42,13 +42,9 @@ TARGETS = {
     "last segment": Unfinished("in-place", "model/.perta-journal/segment-1", mutation.any_bytes),
     "job in the journal": Unfinished("in-place", "model/.perta-journal/job.json", mutation.any_bytes),
     "job": Unfinished("out", ".model.perta-partial/.perta-run/job.json", mutation.any_bytes),
-    "note of a shard": Unfinished(
-        "out", f".model.perta-partial/.perta-run/done-{SHARD}.json", mutation.any_bytes
-    ),
+    "note of a shard": Unfinished("out", f".model.perta-partial/.perta-run/done-{SHARD}.json", mutation.any_bytes),
     "segment before": Unfinished("in-place", "model/.perta-journal/segment-0", mutation.any_bytes),
-    "index set aside": Unfinished(
-        "in-place", "model/.perta-journal/model.safetensors.index.json", mutation.index
-    ),
+    "index set aside": Unfinished("in-place", "model/.perta-journal/model.safetensors.index.json", mutation.index),
     "header of a shard": Unfinished("in-place", f"model/{SHARD}", mutation.safetensors_header),
 }
 

@@ -57,8 +57,7 @@ def write_code(folder: Path, marker: Path, model_type: str | None = None) -> Non
         **({} if model_type is None else {"model_type": model_type, "architectures": ["Trap"]}),
     )
     edit_json(
-        folder / "tokenizer_config.json",
-        auto_map={"AutoTokenizer": ["trap.TrapTokenizer", "trap.TrapTokenizer"]},
+        folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["trap.TrapTokenizer", "trap.TrapTokenizer"]}
     )
 
 
@@ -107,9 +106,7 @@ def test_the_bomb_is_one(tmp_path: Path) -> None:
     assert (tmp_path / "marker").exists()
 
 
-def test_the_code_is_run_by_those_who_trust_it(
-    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_is_run_by_those_who_trust_it(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_code(copied / "base", tmp_path / "marker", "trap")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", [*sys.path])

@@ -50,14 +50,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt-neox": GPTNeoXConfig(**FEWER),
     "olmo2": Olmo2Config(**SIZES),
     "falcon": FalconConfig(
-        **{
-            name: SIZES[name]
-            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        }
+        **{name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     ),
-    "qwen3 moe": Qwen3MoeConfig(
-        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **SIZES
-    ),
+    "qwen3 moe": Qwen3MoeConfig(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **SIZES),
     "deepseek v3": DeepseekV3Config(
         n_routed_experts=8,
         moe_intermediate_size=16,
@@ -373,9 +368,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert {name: part.__dict__.get("forward") for name, part in model.named_modules()} == forwards
     for name, each in model.named_parameters():
         before, asked, values = parameters[name]
-        assert (
-            each is before and each.requires_grad == asked and torch.equal(each, values) and each.grad is None
-        )
+        assert each is before and each.requires_grad == asked and torch.equal(each, values) and each.grad is None
     assert model.training
 
 

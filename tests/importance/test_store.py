@@ -95,9 +95,7 @@ def test_shards_and_index(tmp_path: Path, small_shards: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(1, 100))
-def test_any_sizes_in_any_shards(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int
-) -> None:
+def test_any_sizes_in_any_shards(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int) -> None:
     tensors = {f"t{k}": draw((size,), seed=k) for k, size in enumerate(sizes)}
     folder = tmp_path_factory.mktemp("sizes") / "importance"
     with pytest.MonkeyPatch.context() as patch:
@@ -193,10 +191,7 @@ def write(folder: Path, metadata: dict[str, str] | None) -> Path:
         (lambda table: table | {"format": "other"}, "is not an importance made by"),
         (lambda table: table | {"estimator": "fisher"}, "is not an importance made by"),
         *(
-            (
-                lambda table, key=key: {k: v for k, v in table.items() if k != key},
-                "is not an importance made by",
-            )
+            (lambda table, key=key: {k: v for k, v in table.items() if k != key}, "is not an importance made by")
             for key in ("format", "estimator", "data_hash", "sample_count", "evaluated_at")
         ),
         (lambda table: table | {"format_version": "2"}, "was written by a later version"),

@@ -75,9 +75,7 @@ def test_logits_are_those_of_labelled_tokens_alone() -> None:
     batch = Batch.of(SAMPLES[:3])
     with torch.no_grad():
         logits, targets, numbers = token_logits(MODEL, batch)
-    assert targets.tolist() == [
-        label for sample in SAMPLES[:3] for label in sample.labels[1:] if label != IGNORED
-    ]
+    assert targets.tolist() == [label for sample in SAMPLES[:3] for label in sample.labels[1:] if label != IGNORED]
     assert numbers.tolist() == [n for n in range(3) for _ in range(SAMPLES[n].label_count)]
     assert logits.shape == (len(targets), 300)
 

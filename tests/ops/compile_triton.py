@@ -59,9 +59,7 @@ def accumulation(gradient: str, squared: bool, arch: int) -> str:
     return instructions(accumulate._accumulate, signature, {"SQUARED": squared, "BLOCK": 1024}, arch, EXACT)
 
 
-def fisher_tile(
-    types: tuple[str, str], tile: Any, arch: int, *, with_gradient: bool, atomic: bool, odd: bool
-) -> str:
+def fisher_tile(types: tuple[str, str], tile: Any, arch: int, *, with_gradient: bool, atomic: bool, odd: bool) -> str:
     """The PTX of the per-sample Fisher with one tile size; ``odd``: of matrices whose sides are odd."""
     signature = {"fisher_pointer": "*fp32", "gradient_pointer": "*fp32"}
     signature |= {"activations_pointer": f"*{types[0]}", "output_gradients_pointer": f"*{types[1]}"}
@@ -89,9 +87,7 @@ def main() -> int:
             name = f"low_rank_subtract {weights} weighted=True sm_{arch}"
             found.append((name, subtraction(weights, True, 4, arch, low_rank=True)))
         for gradient, squared in itertools.product(TYPES, (False, True)):
-            found.append(
-                (f"accumulate {gradient} squared={squared} sm_{arch}", accumulation(gradient, squared, arch))
-            )
+            found.append((f"accumulate {gradient} squared={squared} sm_{arch}", accumulation(gradient, squared, arch)))
         for types, place in (
             (("bf16", "bf16"), 0),
             (("bf16", "bf16"), -1),

@@ -61,9 +61,7 @@ def test_many_as_one_by_one(accumulate, accumulate_many, backend: str) -> None: 
     if backend not in ops.available_backends():
         pytest.skip(f"{backend} is not available")
     pairs = [pair(7 * n, DTYPES[n % 3], n) for n in range(6)]
-    expected = [
-        accumulate(accumulator.clone(), gradient, backend="reference") for accumulator, gradient in pairs
-    ]
+    expected = [accumulate(accumulator.clone(), gradient, backend="reference") for accumulator, gradient in pairs]
     accumulators, gradients = zip(*pairs, strict=True)
     assert accumulate_many(accumulators, gradients, backend=backend) is None
     for actual, wanted in zip(accumulators, expected, strict=True):
@@ -119,9 +117,7 @@ def test_many_name_what_is_wrong() -> None:
         ops.accumulate_many_([whole, other], [whole.clone(), whole.clone()])
     with pytest.raises(TypeError, match=r"accumulators\[0\] is torch.float16; it must be float32"):
         ops.accumulate_many_([other.half()], [other])
-    with pytest.raises(
-        ValueError, match=r"gradients\[1\] shares memory with accumulators\[0\], which is overw"
-    ):
+    with pytest.raises(ValueError, match=r"gradients\[1\] shares memory with accumulators\[0\], which is overw"):
         ops.accumulate_many_([whole[:6], other], [torch.zeros(6), whole[5:11]])
 
 

@@ -63,17 +63,11 @@ def test_available(
 
 
 def test_the_wrong_device_is_named() -> None:
-    with pytest.raises(
-        ValueError, match="backend cuda cannot serve tensors on cpu: it serves CUDA tensors only"
-    ):
+    with pytest.raises(ValueError, match="backend cuda cannot serve tensors on cpu: it serves CUDA tensors only"):
         backends.choose("cuda", CPU)
-    with pytest.raises(
-        ValueError, match="backend cpp cannot serve tensors on cuda: it serves CPU tensors only"
-    ):
+    with pytest.raises(ValueError, match="backend cpp cannot serve tensors on cuda: it serves CPU tensors only"):
         backends.choose("cpp", CUDA)
-    with pytest.raises(
-        ValueError, match="backend triton cannot serve tensors on mps: Triton does not serve such"
-    ):
+    with pytest.raises(ValueError, match="backend triton cannot serve tensors on mps: Triton does not serve such"):
         backends.choose("triton", torch.device("mps"))
 
 

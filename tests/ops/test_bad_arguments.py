@@ -118,12 +118,7 @@ def test_accumulate(operation: Callable[..., Any], chosen: tuple[str, ...], back
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(*[tensors] * 5), max_size=3),
-    st.integers(0, 4),
-    st.sampled_from(list(TENSORS)),
-    st.data(),
-)
+@given(st.lists(st.tuples(*[tensors] * 5), max_size=3), st.integers(0, 4), st.sampled_from(list(TENSORS)), st.data())
 def test_many(chosen: list[tuple[str, ...]], place: int, instead: str, data: st.DataObject) -> None:
     lists: dict[str, Any] = {name: [TENSORS[kinds[k]]() for kinds in chosen] for k, name in enumerate(MANY)}
     if data.draw(st.booleans()):
@@ -144,18 +139,11 @@ def test_many(chosen: list[tuple[str, ...]], place: int, instead: str, data: st.
     st.sampled_from(BACKENDS),
     st.none() | st.tuples(st.sampled_from(FISHER), st.sampled_from(FISHER)),
 )
-def test_fisher(
-    chosen: tuple[str, ...], lengths: str | None, backend: Any, alias: tuple[str, str] | None
-) -> None:
+def test_fisher(chosen: tuple[str, ...], lengths: str | None, backend: Any, alias: tuple[str, str] | None) -> None:
     """All arrays are 3 x 4 but the output gradients, which are 3 x 3: the linear map is 3 x 4, on 3 rows."""
     made = {name: TENSORS[kind]() for name, kind in zip(FISHER, chosen, strict=True)}
     deltas = made["output_gradients"]
-    if (
-        isinstance(deltas, Tensor)
-        and deltas.layout == torch.strided
-        and not deltas.is_nested
-        and deltas.dim() == 2
-    ):
+    if isinstance(deltas, Tensor) and deltas.layout == torch.strided and not deltas.is_nested and deltas.dim() == 2:
         made["output_gradients"] = deltas if chosen[3] == "freed" else deltas[:, :3].contiguous()
     if alias is not None:
         made[alias[1]] = made[alias[0]]

@@ -42,9 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(target))
-    loaded.rescaled_subtract.restype = loaded.low_rank_subtract.restype = loaded.accumulate.restype = (
-        ctypes.c_char_p
-    )
+    loaded.rescaled_subtract.restype = loaded.low_rank_subtract.restype = loaded.accumulate.restype = ctypes.c_char_p
     return loaded
 
 
@@ -65,10 +63,7 @@ def counts(tensors: Sequence[Sequence[Tensor | None]]) -> ctypes.Array[ctypes.c_
 class _Rescaling(ctypes.Structure):
     """The struct of csrc/rescale.h."""
 
-    _fields_ = (
-        *((name, ctypes.c_float) for name in ("lam", "p", "alpha", "threshold")),
-        ("masked", ctypes.c_bool),
-    )
+    _fields_ = (*((name, ctypes.c_float) for name in ("lam", "p", "alpha", "threshold")), ("masked", ctypes.c_bool))
 
 
 def struct_of(rescaling: Rescaling) -> Any:
@@ -155,11 +150,7 @@ def test_every_mix_of_types(library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("threshold", [None, 0.25])
 def test_powers_and_masks(
-    library: ctypes.CDLL,
-    weights: torch.dtype,
-    importance: torch.dtype | None,
-    p: float,
-    threshold: float | None,
+    library: ctypes.CDLL, weights: torch.dtype, importance: torch.dtype | None, p: float, threshold: float | None
 ) -> None:
     arrays: list[Tensor | None] = [draw(4100, weights, seed, special=True) for seed in range(3)]
     arrays += [None if importance is None else draw(4100, importance, seed, special=True) for seed in (3, 4)]
@@ -245,16 +236,7 @@ def test_low_rank(
     importances = [draw(theta.numel(), torch.bfloat16, seed, special=True).view_as(theta) for seed in (4, 5)]
     chosen: list[Tensor | None] = [*importances] if weighted else [None, None]
     expected = ops.low_rank_subtract_(
-        theta.clone(),
-        left,
-        right,
-        *chosen,
-        scale=0.7,
-        lam=1.3,
-        p=p,
-        alpha=0.8,
-        threshold=None,
-        backend="reference",
+        theta.clone(), left, right, *chosen, scale=0.7, lam=1.3, p=p, alpha=0.8, threshold=None, backend="reference"
     )
     out = torch.empty_like(theta)
     low_rank_subtract(library, [out, theta, left, right, *chosen], 0.7, Rescaling(1.3, p, 0.8, None))

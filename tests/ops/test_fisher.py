@@ -30,18 +30,12 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int =
 
 
 def run(
-    backend: str,
-    activations: Tensor,
-    deltas: Tensor,
-    lengths: Tensor | None = None,
-    start: float = 0.5,
+    backend: str, activations: Tensor, deltas: Tensor, lengths: Tensor | None = None, start: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Fisher and mean gradient, accumulated onto ``start``."""
     shape = (deltas.shape[-1], activations.shape[-1])
     fisher, gradient = torch.full(shape, start), torch.full(shape, start)
-    ops.accumulate_squared_gradients_(
-        fisher, activations, deltas, lengths=lengths, gradient=gradient, backend=backend
-    )
+    ops.accumulate_squared_gradients_(fisher, activations, deltas, lengths=lengths, gradient=gradient, backend=backend)
     return fisher, gradient
 
 
@@ -104,17 +98,8 @@ def test_rows_without_padding(backend: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 6),
-    st.integers(0, 40),
-    st.integers(1, 40),
-    st.integers(1, 120),
-    st.integers(0, 2**31),
-    st.data(),
-)
-def test_cpp_on_any_shape(
-    count: int, tokens: int, d_out: int, d_in: int, seed: int, data: st.DataObject
-) -> None:
+@given(st.integers(0, 6), st.integers(0, 40), st.integers(1, 40), st.integers(1, 120), st.integers(0, 2**31), st.data())
+def test_cpp_on_any_shape(count: int, tokens: int, d_out: int, d_in: int, seed: int, data: st.DataObject) -> None:
     inputs = draw((count, tokens, d_in), seed=seed), draw((count, tokens, d_out), seed=seed + 1)
     lengths = torch.tensor(
         data.draw(st.lists(st.integers(0, tokens), min_size=count, max_size=count)), dtype=torch.int64
@@ -157,11 +142,7 @@ def test_one_thread_or_more_give_the_same_bits() -> None:
     assert torch.equal(*results)
 
 
-GOOD = {
-    "fisher": torch.zeros(3, 5),
-    "activations": torch.zeros(4, 7, 5),
-    "output_gradients": torch.zeros(4, 7, 3),
-}
+GOOD = {"fisher": torch.zeros(3, 5), "activations": torch.zeros(4, 7, 5), "output_gradients": torch.zeros(4, 7, 3)}
 
 
 @pytest.mark.parametrize(

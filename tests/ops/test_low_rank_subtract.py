@@ -27,10 +27,7 @@ SHAPES = (  # rows, rank, columns
 
 
 def arrays_of(
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    importance: torch.dtype = torch.float32,
-    special: bool = True,
+    shape: tuple[int, int, int], dtype: torch.dtype, importance: torch.dtype = torch.float32, special: bool = True
 ) -> list[Tensor]:
     """Theta, the two factors, and two importances."""
     rows, rank, columns = shape

@@ -107,10 +107,7 @@ def test_wrong_fake_tensors_are_named() -> None:
             (lambda: ops.rescaled_subtract_many_([good], [good], [short], lam=1.0), r"bases\[0\]"),
             (lambda: ops.accumulate_(good, short), "gradient"),
             (lambda: ops.accumulate_many_([good], [short]), r"gradients\[0\]"),
-            (
-                lambda: ops.accumulate_squared_gradients_(*map(torch.empty, ((3, 5), (4, 7, 6), (4, 7, 3)))),
-                "activ",
-            ),
+            (lambda: ops.accumulate_squared_gradients_(*map(torch.empty, ((3, 5), (4, 7, 6), (4, 7, 3)))), "activ"),
         ):
             with pytest.raises(ValueError, match=f"{name}.* has shape"):
                 call()
@@ -128,10 +125,7 @@ HOW = (1.0, 1.0, 1.0, None, "auto")
         ("rescaled_subtract_many_", lambda x: (x[:1], x[1:2], x[2:3], x[3:4], x[4:], *HOW)),
         ("accumulate_", lambda x: (x[0], x[1], True, "auto")),
         ("accumulate_many_", lambda x: (x[:2], x[2:4], False, "auto")),
-        (
-            "accumulate_squared_gradients_",
-            lambda x: (x[0], x[1][:4], x[2][:4, :5].contiguous(), *FISHER, "auto"),
-        ),
+        ("accumulate_squared_gradients_", lambda x: (x[0], x[1][:4], x[2][:4, :5].contiguous(), *FISHER, "auto")),
     ],
 )
 def test_operators_keep_the_rules_of_torch(name: str, arguments: Callable[[Inputs], tuple[Any, ...]]) -> None:

@@ -87,9 +87,7 @@ def test_sizes_powers_and_masks(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("importance", DTYPES)
-def test_types_on_every_instruction_set(
-    instruction_set: str, dtype: torch.dtype, importance: torch.dtype
-) -> None:
+def test_types_on_every_instruction_set(instruction_set: str, dtype: torch.dtype, importance: torch.dtype) -> None:
     arrays = [draw(5000, dtype, seed, special=True) for seed in range(3)]
     arrays += [draw(5000, importance, seed, special=True) for seed in (3, 4)]
     assert_same_bits(run("cpp", arrays, lam=2.0), run("reference", arrays, lam=2.0))
@@ -258,9 +256,7 @@ def test_full_weight_is_the_plain_task_vector(n: int, dtype: torch.dtype, seed: 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, dtypes, seeds, strengths, st.data())
-def test_splitting_changes_nothing(
-    n: int, dtype: torch.dtype, seed: int, lam: float, data: st.DataObject
-) -> None:
+def test_splitting_changes_nothing(n: int, dtype: torch.dtype, seed: int, lam: float, data: st.DataObject) -> None:
     arrays = five(n, dtype, seed)
     cut = data.draw(st.integers(0, n))
     parts = [run("cpp", [array[part] for array in arrays], lam=lam) for part in (slice(cut), slice(cut, n))]
@@ -282,9 +278,7 @@ def test_swapping_forget_and_retain_gives_the_complement(n: int, seed: int) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, dtypes, seeds, strengths)
-def test_result_lies_between_theta_and_the_whole_step(
-    n: int, dtype: torch.dtype, seed: int, lam: float
-) -> None:
+def test_result_lies_between_theta_and_the_whole_step(n: int, dtype: torch.dtype, seed: int, lam: float) -> None:
     arrays = five(n, dtype, seed)
     whole = run("cpp", arrays[:3], lam=lam)
     result = run("cpp", arrays, lam=lam)
@@ -357,11 +351,7 @@ def test_bad_arguments_are_named(name: str, backend: str) -> None:
         (torch.zeros(12, device="meta"), ValueError),
         ([0.0] * 12, TypeError),
     ):
-        if (
-            name == "theta"
-            and error is ValueError
-            and not (isinstance(wrong, Tensor) and not wrong.is_contiguous())
-        ):
+        if name == "theta" and error is ValueError and not (isinstance(wrong, Tensor) and not wrong.is_contiguous()):
             continue  # the others are measured against theta
         with pytest.raises(error, match=name):
             ops.rescaled_subtract_(**good() | {name: wrong}, lam=1.0, backend=backend)
@@ -372,9 +362,7 @@ def test_many_names_what_is_wrong(wrong: str) -> None:
     names = ("thetas", "tuneds", "bases", "forget_importances", "retain_importances")
 
     def lists() -> dict[str, list[Tensor]]:
-        return {
-            name: [draw(12, torch.float32, 5 * k + seed) for k in range(4)] for seed, name in enumerate(names)
-        }
+        return {name: [draw(12, torch.float32, 5 * k + seed) for k in range(4)] for seed, name in enumerate(names)}
 
     for change, error, message in (
         (lambda every: every | {wrong: every[wrong][:3]}, ValueError, rf"{wrong} has 3"),

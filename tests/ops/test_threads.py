@@ -58,16 +58,11 @@ if child == 0:
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
-AFTER_USE = {
-    "its own pool": "check()",
-    "torch's threads": "import torch; torch.ones(1_000_000).add_(1); check()",
-}
+AFTER_USE = {"its own pool": "check()", "torch's threads": "import torch; torch.ones(1_000_000).add_(1); check()"}
 
 
 def run(program: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ACCUMULATE + program], capture_output=True, text=True, timeout=HUNG
-    )
+    done = subprocess.run([sys.executable, "-c", ACCUMULATE + program], capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 0, done.stderr
 
 

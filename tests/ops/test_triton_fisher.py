@@ -55,9 +55,7 @@ def expected(case: Case, start: float) -> tuple[Tensor, Tensor]:
     activations, deltas, lengths = case
     fisher = torch.full((deltas.shape[-1], activations.shape[-1]), start, dtype=torch.float64)
     total = fisher.clone()
-    for a, delta, length in zip(
-        activations.cpu().double(), deltas.cpu().double(), lengths.tolist(), strict=True
-    ):
+    for a, delta, length in zip(activations.cpu().double(), deltas.cpu().double(), lengths.tolist(), strict=True):
         gradient = delta[:length].T @ a[:length]
         fisher += gradient**2
         total += gradient
@@ -108,17 +106,12 @@ def test_rows_without_padding() -> None:
     activations, deltas, lengths = case = draw((4, 19, 18, 35))
     inside = torch.arange(19) < lengths[:, None]
     fisher, _ = accumulators(case, 0.0)
-    ops.accumulate_squared_gradients_(
-        fisher, activations[inside], deltas[inside], lengths=lengths, backend="triton"
-    )
+    ops.accumulate_squared_gradients_(fisher, activations[inside], deltas[inside], lengths=lengths, backend="triton")
     assert_close(fisher, expected(case, 0.0)[0])
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.tuples(st.integers(0, 5), st.integers(0, 40), st.integers(1, 40), st.integers(1, 70)),
-    st.integers(0, 2**31),
-)
+@given(st.tuples(st.integers(0, 5), st.integers(0, 40), st.integers(1, 40), st.integers(1, 70)), st.integers(0, 2**31))
 def test_any_shape(shape: tuple[int, int, int, int], seed: int) -> None:
     case = draw(shape, seed=seed)
     fisher, _ = accumulators(case, 0.25)
@@ -132,12 +125,7 @@ def test_programs_that_share_a_tile(programs: int) -> None:
     fisher, gradient = accumulators(case, 0.5)
     rows = rows_of(case)
     kernel._launch(
-        fisher,
-        gradient,
-        *(each.flatten(0, 1) for each in case[:2]),
-        rows,
-        kernel.INTERPRETED_TILE,
-        programs,
+        fisher, gradient, *(each.flatten(0, 1) for each in case[:2]), rows, kernel.INTERPRETED_TILE, programs
     )
     wanted = expected(case, 0.5)
     assert_close(fisher, wanted[0])
@@ -162,9 +150,7 @@ def test_a_launch_that_is_only_timed_writes_nothing(programs: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=20), st.sampled_from([16, 32, 64]), st.integers(1, 25)
-)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.sampled_from([16, 32, 64]), st.integers(1, 25))
 def test_the_plan_deals_whole_samples(lengths: list[int], block: int, programs: int) -> None:
     rows, begin = [], 5
     for length in lengths:

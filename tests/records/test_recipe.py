@@ -140,21 +140,12 @@ def test_a_new_place_is_needed_to_repeat_a_run(done: Path, capsys: pytest.Captur
 
 
 def test_calls_from_python_are_recorded_too(job: Job, tmp_path: Path, asked: Asked) -> None:
-    settings: dict[str, Any] = {
-        "dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "batch_size": np.int64(5),
-    }
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": np.int64(5)}
     unlearn(*map(str, job.checkpoints), job.forget, job.retain, out=tmp_path / "a", progress=False, **settings)
     unlearn(*job.checkpoints, rule="tv", lam=2, out=tmp_path / "b", progress=False)
     kept = [Report.load(tmp_path / name).recipe for name in "ab"]
     assert [kept[0][key] for key in ("model", "dtype", "device")] == [str(job.model), "float32", "cpu"]
-    assert (kept[1]["rule"], kept[1]["lam"], "forget" in kept[1], "progress" in kept[1]) == (
-        "tv",
-        2,
-        False,
-        False,
-    )
+    assert (kept[1]["rule"], kept[1]["lam"], "forget" in kept[1], "progress" in kept[1]) == ("tv", 2, False, False)
     assert run("unlearn", "--recipe", tmp_path / "a" / "perta_report.json", "--out", tmp_path / "c") == 0
     assert (asked["batch_size"], asked["dtype"], asked["device"]) == (5, torch.float32, "cpu")
 
@@ -214,9 +205,7 @@ def test_of_two_places_that_of_the_command_line_is_taken(tmp_path: Path, asked: 
 
 
 def test_values_are_read_as_on_the_command_line(tmp_path: Path, asked: Asked) -> None:
-    path = recipe(
-        tmp_path, "\ufeffmodel: 007\nbase: no-where\ntuned: 2024-01-01\nlam: 1e-3\nout: '-x = true'\np:\n"
-    )
+    path = recipe(tmp_path, "\ufeffmodel: 007\nbase: no-where\ntuned: 2024-01-01\nlam: 1e-3\nout: '-x = true'\np:\n")
     assert run("unlearn", "--recipe", path) == 0
     assert [asked[name] for name in ("model", "base", "tuned", "out")] == [
         tmp_path / name for name in ("007", "no-where", "2024-01-01", "-x = true")
@@ -293,10 +282,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a directory": (Path.mkdir, ": cannot be read: Is a directory"),
     "a pipe": (make_pipe, ": cannot be read: Not a regular file"),
     "an empty file": (Path.touch, ": is empty; perta recipe init writes a template"),
-    "a comment": (
-        lambda path: path.write_text("# lam: 1\n"),
-        ": is empty; perta recipe init writes a template",
-    ),
+    "a comment": (lambda path: path.write_text("# lam: 1\n"), ": is empty; perta recipe init writes a template"),
     "a text": (lambda path: path.write_text("\n lam 1\n"), ", line 2: must hold lines such as lam: 1.0"),
     "a list": (lambda path: path.write_text("- lam\n"), ", line 1: must hold lines such as lam: 1.0"),
     "Latin 1": (lambda path: path.write_bytes(b"lam: 1\n# \xe9\n"), ", line 2: is not UTF-8 text (byte 9)"),
@@ -356,9 +342,7 @@ def test_the_template_is_a_recipe_once_it_is_filled(
     path = tmp_path / "run.yaml"
     assert run("recipe", "init", "--out", path) == 0
     blank = path.read_text()
-    assert refusal(capsys, "recipe", "check", path).startswith(
-        f"{path}: is not a whole run; it does not say: model,"
-    )
+    assert refusal(capsys, "recipe", "check", path).startswith(f"{path}: is not a whole run; it does not say: model,")
     needed = re.findall(r"^([a-z-]+):  # required$", blank, re.MULTILINE)
     assert needed == ["model", "base", "tuned", "lam", "out"]
     filled = re.sub(r"^([a-z-]+):  # required$", r"\1: 3", blank, flags=re.MULTILINE)

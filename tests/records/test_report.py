@@ -100,16 +100,12 @@ def test_hashes(report: dict[str, Any], inputs: Inputs, out: Path) -> None:
         record = report["inputs"][roles.get(path.name, path.name)]
         assert record["path"] == str(path)
         assert record["files"] == described(sorted(path.iterdir()))
-    assert report["output"] == {
-        "path": str(out),
-        "files": described(sorted(out.glob("*.safetensors"))),
-    }
+    assert report["output"] == {"path": str(out), "files": described(sorted(out.glob("*.safetensors")))}
 
 
 def described(paths: list[Path]) -> dict[str, dict[str, Any]]:
     return {
-        path.name: {"bytes": path.stat().st_size, "blake3": blake3(path.read_bytes()).hexdigest()}
-        for path in paths
+        path.name: {"bytes": path.stat().st_size, "blake3": blake3(path.read_bytes()).hexdigest()} for path in paths
     }
 
 

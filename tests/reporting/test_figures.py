@@ -54,9 +54,7 @@ def weights_by_numpy(inputs: Inputs, p: float, alpha: float, threshold: float | 
     arrays = []
     for role in ("forget", "retain"):
         tensors = {
-            name: array
-            for path in inputs[role].glob("*.safetensors")
-            for name, array in load_file(path).items()
+            name: array for path in inputs[role].glob("*.safetensors") for name, array in load_file(path).items()
         }
         arrays.append(np.concatenate([abs(tensors[name].ravel()) for name in sorted(tensors)]))
     forget, retain = (array if p == 1 else array * array for array in arrays)
@@ -107,9 +105,7 @@ def test_mean_weights_by_layer() -> None:
 
 @given(data=st.data())
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_report_is_refused_or_can_be_drawn(
-    data: st.DataObject, report: Report, tmp_path: Path
-) -> None:
+def test_a_damaged_report_is_refused_or_can_be_drawn(data: st.DataObject, report: Report, tmp_path: Path) -> None:
     report.save(tmp_path)
     content = data.draw(damaged(json.loads((tmp_path / "perta_report.json").read_text())))
     (tmp_path / "perta_report.json").write_text(json.dumps(content))

@@ -27,17 +27,7 @@ from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SECTIONS = [
-    "run",
-    "trade-off",
-    "evaluation",
-    "weights",
-    "distribution",
-    "change",
-    "costs",
-    "answers",
-    "provenance",
-]
+SECTIONS = ["run", "trade-off", "evaluation", "weights", "distribution", "change", "costs", "answers", "provenance"]
 HOSTILE = "model.layers.0.<script>alert(1)</script>$\\frac{\"'&.weight"
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -80,12 +70,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     data = (*made.checkpoints, made.forget, made.retain)
     sweep(*data, rule="tv", lams=[1.0], out=folder / "tv", progress=False)
     sweep(
-        *data,
-        folder / "kept" / "forget",
-        folder / "kept" / "retain",
-        lams=[1.0],
-        out=folder / "fisher",
-        progress=False,
+        *data, folder / "kept" / "forget", folder / "kept" / "retain", lams=[1.0], out=folder / "fisher", progress=False
     )
     hashes = {role: {"blake3": data["blake3"]} for role, data in Report.load(folder / "out").data.items()}
     secret = {"0": {"ground_truth": "a secret", "generation": "another secret"}}
@@ -152,18 +137,7 @@ def test_every_section(job: Job, full: Page) -> None:
 
 def test_nothing_runs_and_nothing_is_loaded(job: Job, full: Page) -> None:
     assert not full.tags & {"script", "link", "iframe", "object", "a", "form"}
-    assert full.attributes <= {
-        "lang",
-        "charset",
-        "http-equiv",
-        "content",
-        "name",
-        "id",
-        "class",
-        "scope",
-        "alt",
-        "src",
-    }
+    assert full.attributes <= {"lang", "charset", "http-equiv", "content", "name", "id", "class", "scope", "alt", "src"}
     assert not re.search(r"https?:|url\(|@import", (job.model.parent / "page.html").read_text())
 
 
@@ -199,9 +173,7 @@ def test_answers_before_and_after(job: Job, tmp_path: Path, monkeypatch: pytest.
 
 def test_answers_where_the_model_of_before_is_gone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a run in place."""
-    monkeypatch.setattr(
-        "perta_fast.models.greedy_answers.greedy_answers", lambda *_, **__: ["this"] * len(FORGET)
-    )
+    monkeypatch.setattr("perta_fast.models.greedy_answers.greedy_answers", lambda *_, **__: ["this"] * len(FORGET))
     report = Report.load(job.model.parent / "out")
     report.inputs["model"]["kept"] = False
     found = answer_prompts(report, job.model.parent / "out", read_prompts(job.forget), False)
@@ -222,9 +194,7 @@ def changed_report(job: Job, folder: Path, change: Callable[[dict[str, Any]], ob
 
 def test_hostile_names_are_nothing_but_text(job: Job, tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
-        for row, name in zip(
-            content["tensors"], (HOSTILE, "<img src=x onerror=alert(1)>", "_\ud800$"), strict=False
-        ):
+        for row, name in zip(content["tensors"], (HOSTILE, "<img src=x onerror=alert(1)>", "_\ud800$"), strict=False):
             row["name"] = name
         content["inputs"]["base"]["path"] = '"><script>alert(1)</script>'
         content["inputs"]["forget_importance"]["kept"] = False
@@ -245,10 +215,7 @@ def test_hostile_names_are_nothing_but_text(job: Job, tmp_path: Path) -> None:
 
 
 MISSING: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "temporary": (
-        lambda content: content["inputs"]["forget_importance"].update(kept=False),
-        "--save-importance",
-    ),
+    "temporary": (lambda content: content["inputs"]["forget_importance"].update(kept=False), "--save-importance"),
     "gone": (lambda content: content["inputs"]["retain_importance"].update(path="/nowhere"), "is gone"),
     "changed": (
         lambda content: next(iter(content["inputs"]["retain_importance"]["files"].values())).update(blake3="0"),
@@ -288,9 +255,7 @@ def damaged_eval(text: str) -> Callable[[Path, Path], list[object]]:
 BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "sweep without rows": (damaged_sweep(rows=[]), "is not a sweep that this version understands"),
     "sweep with text for a loss": (
-        damaged_sweep(
-            rows=[{"lam": 1.0, "forget_loss": "1", "retain_loss": 1.0, "changed": 0.0, "seconds": 0.0}]
-        ),
+        damaged_sweep(rows=[{"lam": 1.0, "forget_loss": "1", "retain_loss": 1.0, "changed": 0.0, "seconds": 0.0}]),
         "is not a sweep that this version understands",
     ),
     "row that is no object": (damaged_sweep(rows=[3]), "is not a sweep that this version understands"),
@@ -302,11 +267,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "evaluation that is a list": (damaged_eval("[]"), "bad.json: is not a file of results"),
     "evaluation without metrics": (damaged_eval('{"metrics": {}}'), "bad.json: has no metric"),
     "prompts without questions": (
-        lambda _, scratch: [
-            "--show-text",
-            "--prompts",
-            write_lines(scratch / "texts.jsonl", [{"text": "a"}]),
-        ],
+        lambda _, scratch: ["--show-text", "--prompts", write_lines(scratch / "texts.jsonl", [{"text": "a"}])],
         r'texts.jsonl, line 1: has no "question"',
     ),
     "plots in a file": (lambda folder, _: ["--png", folder / "gold.json"], "gold.json: is not a directory"),

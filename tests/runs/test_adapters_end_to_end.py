@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("Qwen3-MoE", {"rule": "tv"}),
     ],
 )
-def test_an_adapter_unlearns_as_its_merged_checkpoint(
-    family: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_adapter_unlearns_as_its_merged_checkpoint(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     row = next(each for each in FAMILIES if each.name == family)
     base, model = write(build(row, 1), tmp_path / "base"), write(build(row, 2), tmp_path / "model")
     forget, retain = (write_lines(tmp_path / f"{len(rows)}.jsonl", rows) for rows in (FORGET, RETAIN))

@@ -280,9 +280,7 @@ def test_transformers_loads_the_output_and_generates(job: Job, tmp_path: Path) -
 def test_transformers_loads_a_tied_output(tmp_path: Path) -> None:
     job = write_job(tmp_path, torch.float16, "1GB", tie_word_embeddings=True)
     apply(*job.checkpoints, rule="tv", lam=1.0, out=tmp_path / "out")
-    model, found = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype="auto", output_loading_info=True
-    )
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not found["missing_keys"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     loaded = [read_checkpoint(path)[EMBED].float() for path in job.checkpoints]
@@ -303,13 +301,8 @@ def test_an_importance_in_memory_only_is_refused(inputs: Inputs, tmp_path: Path)
 
 
 @pytest.mark.parametrize("missing", ["forget_importance", "retain_importance"])
-def test_a_rule_that_needs_importances_says_which_is_missing(
-    missing: str, inputs: Inputs, tmp_path: Path
-) -> None:
-    importances: dict[str, Path] = {
-        "forget_importance": inputs["forget"],
-        "retain_importance": inputs["retain"],
-    }
+def test_a_rule_that_needs_importances_says_which_is_missing(missing: str, inputs: Inputs, tmp_path: Path) -> None:
+    importances: dict[str, Path] = {"forget_importance": inputs["forget"], "retain_importance": inputs["retain"]}
     del importances[missing]
     with pytest.raises(InputError, match=f"rule grad needs {missing}"):
         apply(*inputs.checkpoints, **importances, rule="grad", lam=1.0, out=tmp_path / "out")  # type: ignore[arg-type]
@@ -347,9 +340,7 @@ assert "torch" not in sys.modules
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="memory is limited through /proc and RLIMIT_DATA"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited through /proc and RLIMIT_DATA")
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """One tensor of 256 MiB goes through a process that may allocate 80 MiB; torch is never imported."""
     size = 256 << 20

@@ -37,16 +37,7 @@ from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.runs import estimate
 from tests.support.children import HUNG
-from tests.support.models import (
-    CHAT_TEMPLATE,
-    FORGET,
-    Job,
-    draw_samples,
-    llama,
-    nudge_,
-    tokenizer,
-    write_lines,
-)
+from tests.support.models import CHAT_TEMPLATE, FORGET, Job, draw_samples, llama, nudge_, tokenizer, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,9 +110,7 @@ def saved(model: PreTrainedModel, values: Tensors, folder: Path) -> dict[str, to
         parameter.copy_(values[name])
     stand_in.save_pretrained(folder)
     names = dict(stand_in.named_buffers())
-    return {
-        name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name not in names
-    }
+    return {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name not in names}
 
 
 def assert_near(found: Tensors, expected: Tensors, tolerance: float = 1e-5) -> None:
@@ -172,9 +161,7 @@ def test_bfloat16_is_accumulated_in_float32() -> None:
     sums = {name: torch.zeros(each.shape) for name, each in parameters.items()}
     for sample in sorted(SAMPLES, key=lambda sample: -len(sample.input_ids)):
         loss = per_sample_losses(model, Batch.of([sample])).sum()
-        for name, gradient in zip(
-            parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True
-        ):
+        for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             assert gradient.dtype == torch.bfloat16
             sums[name] += gradient
     found = importance(model, batch_size=1).tensors

@@ -11,17 +11,7 @@ import torch
 from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from perta_fast import (
-    Importance,
-    InputError,
-    Report,
-    RunError,
-    apply,
-    estimate_importance,
-    resume,
-    unlearn,
-    verify,
-)
+from perta_fast import Importance, InputError, Report, RunError, apply, estimate_importance, resume, unlearn, verify
 from perta_fast.importance.gradients import accumulate
 from perta_fast.models import loading
 from perta_fast.runs import estimate, unlearn_in_memory
@@ -69,9 +59,7 @@ def test_where_the_gradients_are_taken_matters(job: Job, tmp_path: Path) -> None
     found = []
     for at in ("base", "model"):
         report = run(job, tmp_path / at, at=at)
-        assert {table["evaluated_at"] for table in report.importance.values()} == {
-            str(getattr(job, at).resolve())
-        }
+        assert {table["evaluated_at"] for table in report.importance.values()} == {str(getattr(job, at).resolve())}
         found.append(read_checkpoint(tmp_path / at))
     assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -228,9 +216,7 @@ def test_kept_importances(job: Job, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="kept: exists and is not empty"):
         run(job, tmp_path / "third", save_importance=tmp_path / "kept")
     run(job, tmp_path / "third", save_importance=tmp_path / "kept", overwrite=True, rule="empirical-fisher")
-    assert "empirical-fisher" in (kept[0] / "importance.safetensors").read_bytes()[:2000].decode(
-        errors="replace"
-    )
+    assert "empirical-fisher" in (kept[0] / "importance.safetensors").read_bytes()[:2000].decode(errors="replace")
 
 
 def fingerprint_of_weights(folder: Path) -> list[str]:
@@ -270,9 +256,7 @@ def second_call(action: Callable[..., Any], original: Callable[..., Any]) -> Cal
 
 STAGES: dict[str, Callable[[Callable[..., Any], pytest.MonkeyPatch], None]] = {
     "forget importance": lambda action, patch: patch.setattr(estimate, "accumulate", action),
-    "retain importance": lambda action, patch: patch.setattr(
-        estimate, "accumulate", second_call(action, accumulate)
-    ),
+    "retain importance": lambda action, patch: patch.setattr(estimate, "accumulate", second_call(action, accumulate)),
     "saving the retain importance": lambda action, patch: patch.setattr(
         Importance, "save", second_call(action, Importance.save)
     ),
@@ -292,12 +276,7 @@ def same_shards(first: Path, second: Path) -> bool:
 @pytest.mark.parametrize("action", [fail, interrupt])
 @pytest.mark.parametrize("stage", STAGES)
 def test_failure_at_any_stage(
-    stage: str,
-    action: Callable[..., Any],
-    keep: bool,
-    job: Job,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stage: str, action: Callable[..., Any], keep: bool, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No output, inputs as they were; importances only if both are complete. Finished shards can be used."""
     before = fingerprint(job.model.parent)
@@ -320,9 +299,7 @@ def test_failure_at_any_stage(
             shutil.rmtree(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == shown
     if keep and complete:
-        apply(
-            *job.checkpoints, tmp_path / "kept" / "forget", tmp_path / "kept" / "retain", out=tmp_path / "out"
-        )
+        apply(*job.checkpoints, tmp_path / "kept" / "forget", tmp_path / "kept" / "retain", out=tmp_path / "out")
     assert fingerprint(job.model.parent) == before
 
 
@@ -355,10 +332,7 @@ LATE = {"text": "a"}  # a good line, but of a single token: found when it is tok
         ({"max_length": 0}, "max_length is 0"),
         ({"threads": 0}, "threads is 0"),
         ({"device": "tpu9"}, "device 'tpu9'"),
-        (
-            {"forget": "talk.jsonl"},
-            r"talk\.jsonl, line 1: has messages, but the tokenizer has no chat template",
-        ),
+        ({"forget": "talk.jsonl"}, r"talk\.jsonl, line 1: has messages, but the tokenizer has no chat template"),
         ({"retain": "late.jsonl"}, r"late\.jsonl, line 2: has no token to compute a loss on"),
         ({"save_importance": "full"}, "full: exists and is not empty"),
         ({"save_importance": "out/kept"}, "out: is or contains"),

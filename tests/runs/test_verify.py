@@ -131,9 +131,7 @@ def test_a_sample_finds_what_is_in_it(out: Path) -> None:
         {"rule": "fisher", "lam": 0.0},
     ],
 )
-def test_runs_of_every_kind_are_right(
-    how: dict[str, Any], types: tuple[torch.dtype, ...], tmp_path: Path
-) -> None:
+def test_runs_of_every_kind_are_right(how: dict[str, Any], types: tuple[torch.dtype, ...], tmp_path: Path) -> None:
     apply(*write_inputs(tmp_path, types).all, **{"lam": 0.9} | how, out=tmp_path / "out")
     result = verify(tmp_path / "out", full=True)
     assert (result.problems, result.unchecked, result.recomputed) == ([], [], TENSOR_COUNT)
@@ -358,9 +356,7 @@ class TestData:
         flip_bit(data, 0)
         result = verify(out)
         assert (result.files, result.changed, result.problems) == (FILE_COUNT, [f"forget data {data}"], [])
-        assert (
-            f"Changed since the run, which is no fault of the output: forget data {data}." in result.summary()
-        )
+        assert f"Changed since the run, which is no fault of the output: forget data {data}." in result.summary()
 
     def test_gone(self, data: Path, out: Path) -> None:
         data.unlink()
@@ -378,9 +374,7 @@ class TestInPlace:
         result = verify(model, full=True)
         assert (result.problems, result.recomputed, result.bounded) == ([], 0, 0)
         assert result.files == FILE_COUNT - 3  # the model as it was
-        assert result.unchecked == [
-            "tensors, because the run changed the model in place and its old values are gone"
-        ]
+        assert result.unchecked == ["tensors, because the run changed the model in place and its old values are gone"]
         assert result.summary().startswith(f"Not recomputed: {model} holds what rule grad")
 
     def test_a_flipped_bit(self, model: Path) -> None:

@@ -35,9 +35,7 @@ def main(estimator: str, folder: Path) -> None:
     torch.set_num_threads(1)
 
     def stream(name: str) -> None:
-        estimate_importance(
-            folder / name, SAMPLES, estimator, out=folder / f"{name}-out", stream=True, progress=False
-        )
+        estimate_importance(folder / name, SAMPLES, estimator, out=folder / f"{name}-out", stream=True, progress=False)
 
     write(folder / "tiny", 16, 1)
     stream("tiny")  # what torch allocates once

@@ -65,8 +65,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
         family = next(each for each in FAMILIES if each.name == case.family)
         checkpoints = [write(build(family, seed), folder / str(seed)) for seed in range(3)]
         data = [
-            write_lines(folder / name, rows)
-            for name, rows in (("forget", FORGET), ("retain", RETAIN[: case.retain]))
+            write_lines(folder / name, rows) for name, rows in (("forget", FORGET), ("retain", RETAIN[: case.retain]))
         ]
         jobs.append(Job(*checkpoints, *data))
     return jobs
@@ -105,9 +104,7 @@ def assert_close(expected: Path, found: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_equals_one_process(
-    world: int, jobs: list[Job], alone: tuple[Path, list[Report]], tmp_path: Path
-) -> None:
+def test_equals_one_process(world: int, jobs: list[Job], alone: tuple[Path, list[Report]], tmp_path: Path) -> None:
     outcomes = on_ranks(world, run_all, jobs, tmp_path)
     assert all(isinstance(reports, list) for reports in outcomes), outcomes
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in alone[0].iterdir()}
@@ -338,9 +335,7 @@ def test_stopped_by_the_user(job: Job, whole: Whole, tmp_path: Path) -> None:
     assert any(advice in each.errors for each in outcomes)
     outcomes = perta_on_ranks(3, *arguments(job, out), setup=prepared)
     assert statuses(outcomes) == [2, 2, 2]
-    assert f"its samples were dealt to 2 processes, this is a run of 3; finish it with: {advice}" in said(
-        outcomes
-    )
+    assert f"its samples were dealt to 2 processes, this is a run of 3; finish it with: {advice}" in said(outcomes)
     with pytest.raises(InputError, match="this is a run of 1"):
         resume(out, progress=False)
     assert statuses(perta_on_ranks(2, *arguments(job, out), setup=prepared)) == [0, 0]

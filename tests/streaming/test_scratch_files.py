@@ -64,9 +64,7 @@ def test_whole_tensors(tmp_path: Path) -> None:
 
 def test_restored(tmp_path: Path) -> None:
     scratch = ScratchFiles(tmp_path)
-    given = [
-        draw((*batch.input_ids.shape, 4), torch.bfloat16, seed) for seed, batch in enumerate(micro_batches())
-    ]
+    given = [draw((*batch.input_ids.shape, 4), torch.bfloat16, seed) for seed, batch in enumerate(micro_batches())]
     for batch, values in zip(micro_batches(), given, strict=True):
         scratch.write("a", batch, values)
     scratch.put("b", given[0])

@@ -85,11 +85,7 @@ def test_every_schedule(
 
 @pytest.mark.parametrize("rule", ["grad", "empirical-fisher"])
 def test_what_a_record_names_is_not_written_again(
-    rule: str,
-    job: Job,
-    scheduled: Callable[[Schedule], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    rule: str, job: Job, scheduled: Callable[[Schedule], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is killed while it writes has every file of the record as it was."""
     end_step, write = ScratchFiles.end_step, ScratchFiles._write
@@ -115,9 +111,7 @@ def test_what_a_record_names_is_not_written_again(
 
 @pytest.mark.parametrize("schedule", [Schedule(2), Schedule(2, groups=3)], ids=str)
 @pytest.mark.parametrize("rule", ["grad", "empirical-fisher"])
-def test_a_tied_head(
-    schedule: Schedule, rule: str, scheduled: Callable[[Schedule], None], tmp_path: Path
-) -> None:
+def test_a_tied_head(schedule: Schedule, rule: str, scheduled: Callable[[Schedule], None], tmp_path: Path) -> None:
     """Its sum is taken in another order: to 1e-6 of the largest change."""
     job = write_job(tmp_path / "job", torch.float32, tie_word_embeddings=True)
     run(job, tmp_path / "memory", rule=rule, save_importance=tmp_path / "kept memory")
@@ -193,9 +187,7 @@ def test_too_little_memory(job: Job, tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "memory", tmp_path / "out")
 
 
-def test_what_a_run_will_take_is_said_before(
-    job: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_run_will_take_is_said_before(job: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(job, tmp_path / "out", stream=True, progress=True)
     said = capfd.readouterr().err
     for line in ("memory: ", "disk: ", "arithmetic: ", "time: about ", "schedule: batches of 2"):
@@ -213,19 +205,14 @@ def test_a_result_that_is_not_finite(tmp_path: Path) -> None:
     tensors = load_file(job.tuned / "model.safetensors")
     tensors["model.embed_tokens.weight"].fill_(3e38)
     save_file(tensors, job.tuned / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        NotFiniteError, match=r"model.embed_tokens.weight: the result would hold NaN or infinite"
-    ):
+    with pytest.raises(NotFiniteError, match=r"model.embed_tokens.weight: the result would hold NaN or infinite"):
         run(job, tmp_path / "out", lam=9, stream=True)
     assert [path.name for path in tmp_path.iterdir()] == ["job"]
 
 
 @pytest.mark.parametrize(
     ("tensor", "message"),
-    [
-        ("model.layers.1.mlp.down_proj.weight", "what layer 1 makes of it"),
-        ("lm_head.weight", "the loss of sample"),
-    ],
+    [("model.layers.1.mlp.down_proj.weight", "what layer 1 makes of it"), ("lm_head.weight", "the loss of sample")],
 )
 def test_numbers_that_are_not_finite(tensor: str, message: str, tmp_path: Path) -> None:
     """On the way forward, or at the head with half of the work done: named, and nothing is left."""

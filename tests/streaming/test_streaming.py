@@ -146,16 +146,7 @@ def test_unlearn(job: Job, tmp_path: Path) -> None:
 def test_command_line(job: Job, tmp_path: Path) -> None:
     files = []
     for name, options in (("memory", ()), ("stream", ("--stream",))):
-        arguments = [
-            "importance",
-            "--model",
-            job.base,
-            "--data",
-            job.forget,
-            "--out",
-            tmp_path / name,
-            "--quiet",
-        ]
+        arguments = ["importance", "--model", job.base, "--data", job.forget, "--out", tmp_path / name, "--quiet"]
         assert main([str(each) for each in (*arguments, *options)]) == 0
         files.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert files[0] == files[1]
@@ -230,8 +221,7 @@ def test_a_loss_that_is_not_finite(model: Path, tmp_path: Path) -> None:
     change(model, lambda tensors: tensors["model.embed_tokens.weight"][token].fill_(float("nan")))
     for estimator in ESTIMATORS:
         with pytest.raises(
-            RunError,
-            match=rf"^sample {number} \(counted from 0\): what the embedding makes of it is not finite",
+            RunError, match=rf"^sample {number} \(counted from 0\): what the embedding makes of it is not finite"
         ):
             importance(model, estimator=estimator, out=tmp_path / "out", stream=True)
         assert_nothing_left(model)

@@ -288,9 +288,7 @@ class TestAnOpenRun:
             (journal / f"segment-{number % 3}").unlink(missing_ok=True)
         segment.write_bytes(content)
         before = shards(open_run["model"])
-        with pytest.raises(
-            InputError, match=rf"segment {applied} is not what was written and may be in the shards"
-        ):
+        with pytest.raises(InputError, match=rf"segment {applied} is not what was written and may be in the shards"):
             resume(open_run["model"])
         assert shards(open_run["model"]) == before
 
@@ -343,8 +341,7 @@ def test_from_a_shell(inputs: Inputs) -> None:
     stopped = perta(*command, "--in-place", setup=signal_at("SIGINT", "subtraction.in_place.describe_output"))
     assert stopped.returncode == 130
     assert stopped.stderr == (
-        f"perta: interrupted; {model} is half changed and cannot be loaded; "
-        f"finish the run with: perta resume {model}\n"
+        f"perta: interrupted; {model} is half changed and cannot be loaded; finish the run with: perta resume {model}\n"
     )
     refused = perta(*command, "--in-place")
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -362,9 +359,7 @@ def test_unlearn_in_place(keep: bool, job: Job, tmp_path: Path) -> None:
     data = (job.forget, job.retain)
     kept = tmp_path / "kept" if keep else None
     unlearn(job.model, job.base, job.tuned, *data, lam=1.0, out=tmp_path / "out", progress=False)
-    report = unlearn(
-        *(model, job.base, job.tuned, *data), lam=1.0, in_place=True, save_importance=kept, progress=False
-    )
+    report = unlearn(*(model, job.base, job.tuned, *data), lam=1.0, in_place=True, save_importance=kept, progress=False)
     assert shards(model) == shards(tmp_path / "out")
     assert names(tmp_path) == {"model", "out"} | ({"kept"} if keep else set())
     assert report.data.keys() == {"forget", "retain"}
@@ -381,12 +376,7 @@ def test_unlearn_in_place_is_finished_with_the_importances_it_had(
     with monkeypatch.context() as patch:
         patch.setattr(in_place, "describe_output", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            unlearn(
-                *(model, job.base, job.tuned, job.forget, job.retain),
-                lam=1.0,
-                in_place=True,
-                progress=False,
-            )
+            unlearn(*(model, job.base, job.tuned, job.forget, job.retain), lam=1.0, in_place=True, progress=False)
     assert len(names(tmp_path)) == 2
     report = resume(model, progress=False)
     assert names(tmp_path) == {"model"}
@@ -413,9 +403,7 @@ def test_offsets_beyond_four_gibibytes(drop_cache: bool, tmp_path: Path) -> None
     theta, base, tuned = (draw((100,), seed=k) for k in range(3))
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(
-            "perta_fast.subtraction.report_entries.hash_files", lambda paths, *_: dict.fromkeys(paths, "")
-        )
+        patch.setattr("perta_fast.subtraction.report_entries.hash_files", lambda paths, *_: dict.fromkeys(paths, ""))
         apply(
             *(tmp_path / role for role in ("model", "base", "tuned")),
             rule="tv",

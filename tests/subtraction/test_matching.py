@@ -104,9 +104,7 @@ def test_a_shape_that_differs_is_named_with_both_shapes(role: str, room: Room) -
 @pytest.mark.parametrize(
     ("dtype", "name"), [(torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.complex64, "C64")]
 )
-def test_types_without_arithmetic_are_refused_by_name(
-    role: str, dtype: torch.dtype, name: str, room: Room
-) -> None:
+def test_types_without_arithmetic_are_refused_by_name(role: str, dtype: torch.dtype, name: str, room: Room) -> None:
     checkpoints = {"model": UNTIED, "base": UNTIED, "tuned": UNTIED, "forget": UNTIED, "retain": UNTIED}
     checkpoints[role] = UNTIED | {INNER: UNTIED[INNER].to(dtype)}
     with pytest.raises(InputError, match=rf"tensor {INNER} in .*{role}.* is {name}; save the checkpoint as"):
@@ -124,10 +122,7 @@ def test_the_three_types_may_be_mixed(room: Room) -> None:
 def test_integer_buffers_are_copied_wherever_else_they_are(room: Room) -> None:
     ids, mask = torch.arange(7), torch.ones(3, dtype=torch.bool)
     plans = room.plan(
-        UNTIED | {"ids": ids, "mask": mask},
-        base=UNTIED | {"ids": ids[:3], "other": ids},
-        tuned=UNTIED,
-        forget=UNTIED,
+        UNTIED | {"ids": ids, "mask": mask}, base=UNTIED | {"ids": ids[:3], "other": ids}, tuned=UNTIED, forget=UNTIED
     )
     assert sources(plans["ids"]) == [("model", "ids"), None, None, None, None]
     assert {name for name, plan in plans.items() if plan.copied == "not floating point"} == {"ids", "mask"}
@@ -143,9 +138,7 @@ def test_quantised_weights_are_not_taken_for_a_buffer(role: str, room: Room) -> 
 
 @pytest.mark.parametrize("base", [STORED_ONCE, STORED_TWICE])
 @pytest.mark.parametrize("tuned", [STORED_ONCE, STORED_TWICE])
-def test_a_tied_head_may_be_stored_or_left_out(
-    base: dict[str, Tensor], tuned: dict[str, Tensor], room: Room
-) -> None:
+def test_a_tied_head_may_be_stored_or_left_out(base: dict[str, Tensor], tuned: dict[str, Tensor], room: Room) -> None:
     plans = room.plan(STORED_ONCE, base, tuned)
     assert plans.keys() == STORED_ONCE.keys()
     assert sources(plans[EMBED])[:3] == [("model", EMBED), ("base", EMBED), ("tuned", EMBED)]

@@ -13,13 +13,7 @@ from perta_fast import Importance, InputError, apply, apply_to_module_, estimate
 from perta_fast.models import stored_names
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
-from tests.support.checkpoints import (
-    draw,
-    read_checkpoint,
-    same_bytes,
-    write_checkpoint,
-    write_importance,
-)
+from tests.support.checkpoints import draw, read_checkpoint, same_bytes, write_checkpoint, write_importance
 from tests.support.models import Job, draw_samples, write_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,15 +156,9 @@ def test_checkpoints_that_do_not_fit(case: str, job: Job, tmp_path: Path) -> Non
 
 
 IMPORTANCES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
-    "NaN": (
-        lambda t: t | {NORM: nan_in(t[NORM])},
-        rf"tensor {NORM} has NaN or infinite values in the importance",
-    ),
+    "NaN": (lambda t: t | {NORM: nan_in(t[NORM])}, rf"tensor {NORM} has NaN or infinite values in the importance"),
     "infinity": (lambda t: t | {NORM: t[NORM] / 0}, rf"tensor {NORM} has NaN or infinite values"),
-    "another shape": (
-        lambda t: t | {NORM: draw((31,))},
-        rf"tensor {NORM}: shape \[32\] .* \[31\] in the importance",
-    ),
+    "another shape": (lambda t: t | {NORM: draw((31,))}, rf"tensor {NORM}: shape \[32\] .* \[31\] in the importance"),
     "one tensor fewer": (
         lambda t: {name: each for name, each in t.items() if name != NORM},
         rf"tensor {NORM} is in one importance and not in the other",
@@ -189,9 +177,7 @@ def test_importances_that_do_not_fit(case: str, number: int, saved: bool, job: J
     tensors[number] = change(tensors[number])
     given: list[Any] = [write_importance(tmp_path / str(k), each, "grad") for k, each in enumerate(tensors)]
     if not saved:
-        given = [
-            Importance(each, Importance.load(path).metadata) for each, path in zip(tensors, given, strict=True)
-        ]
+        given = [Importance(each, Importance.load(path).metadata) for each, path in zip(tensors, given, strict=True)]
     assert_refused(load(job.model), job, job.tuned, given, "fisher", reason)
 
 
@@ -207,10 +193,7 @@ def test_importance_of_another_model_altogether(job: Job, tmp_path: Path) -> Non
         (lambda module: module.double(), r"is torch\.float64; it must be"),
         (lambda module: module.to("meta"), "is on the meta device"),
         (lambda module: setattr(module, "lm_head", strided(module.lm_head)), f"{HEAD} is not contiguous"),
-        (
-            lambda module: module.register_parameter("more", nn.Parameter(torch.ones(2))),
-            "lacks tensor more, which",
-        ),
+        (lambda module: module.register_parameter("more", nn.Parameter(torch.ones(2))), "lacks tensor more, which"),
     ],
 )
 def test_modules_that_do_not_fit(change: Callable[[nn.Module], Any], reason: str, job: Job) -> None:
@@ -250,9 +233,7 @@ def test_what_is_stored_in_another_order_is_refused(job: Job, monkeypatch: pytes
         return {name: each.flip(0) for name, each in tensors.items()}
 
     monkeypatch.setattr(stored_names, "as_stored", reversed_)
-    assert_refused(
-        load(job.model), job, job.tuned, [], "tv", "is stored in another order than the module has it"
-    )
+    assert_refused(load(job.model), job, job.tuned, [], "tv", "is stored in another order than the module has it")
 
 
 @pytest.mark.parametrize(
@@ -261,11 +242,7 @@ def test_what_is_stored_in_another_order_is_refused(job: Job, monkeypatch: pytes
         ([], {}, "rule fisher needs forget_importance"),
         (["forget"], {}, "rule fisher needs retain_importance"),
         (["forget", "retain"], {"rule": "tv"}, "rule tv takes no importance"),
-        (
-            ["forget", "retain"],
-            {"rule": "empirical-fisher"},
-            "forget_importance: holds estimator grad, rule empirical",
-        ),
+        (["forget", "retain"], {"rule": "empirical-fisher"}, "forget_importance: holds estimator grad, rule empirical"),
         (["forget", "retain"], {"lam": float("nan")}, "lam is nan"),
         (["forget", "absent"], {}, "absent: no such directory"),
     ],

@@ -131,19 +131,12 @@ def staging_on(runtime: Runtime, size: int) -> staging.Staging:
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=8),
-    st.integers(0, 2**31),
-    st.floats(0, 1),
-    st.integers(1, 4),
-)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 2**31), st.floats(0, 1), st.integers(1, 4))
 def test_any_order_that_the_events_allow(sizes: list[int], seed: int, pace: float, arrays: int) -> None:
     runtime = Runtime(seed)
     way = staging_on(runtime, arrays * staging.ALIGNMENT)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float32)[:arrays]
-    chunks = [
-        [draw((size,), dtype, 10 * k + j) for j, dtype in enumerate(dtypes)] for k, size in enumerate(sizes)
-    ]
+    chunks = [[draw((size,), dtype, 10 * k + j) for j, dtype in enumerate(dtypes)] for k, size in enumerate(sizes)]
     expected = [sum(each.float() for each in chunk) for chunk in chunks]
     results = [torch.zeros(size) for size in sizes]
     for chunk, result in zip(chunks, results, strict=True):
@@ -199,8 +192,7 @@ def test_chunks_of_a_module_make_the_whole(
 ) -> None:
     model = drawn(0, torch.bfloat16)
     paths = {
-        name: write_checkpoint(tmp_path / name, drawn(k, torch.bfloat16))
-        for k, name in ((10, "base"), (20, "tuned"))
+        name: write_checkpoint(tmp_path / name, drawn(k, torch.bfloat16)) for k, name in ((10, "base"), (20, "tuned"))
     }
     importances: list[Any] = []
     if weighted:
@@ -233,9 +225,7 @@ def test_a_module_on_cuda_as_on_the_cpu(backend: str, tmp_path: Path, monkeypatc
         for seed, dtype in enumerate([torch.bfloat16] * 3 + [torch.float32] * 2)
     ]
     paths = [write_checkpoint(tmp_path / name, each) for name, each in zip("bt", tensors[1:3], strict=True)]
-    paths += [
-        write_importance(tmp_path / name, each, "grad") for name, each in zip("fr", tensors[3:], strict=True)
-    ]
+    paths += [write_importance(tmp_path / name, each, "grad") for name, each in zip("fr", tensors[3:], strict=True)]
     on_cpu, on_cuda = Model(tensors[0]), Model(tensors[0]).cuda()
     apply_to_module_(on_cpu, *paths, rule="grad", lam=1.5)
     torch.cuda.reset_peak_memory_stats()
@@ -250,8 +240,6 @@ def test_importance_in_memory_of_a_type_without_arithmetic(tmp_path: Path) -> No
     tensors = {"small": draw((5,))}
     paths = [write_checkpoint(tmp_path / name, tensors) for name in ("base", "tuned")]
     metadata = Importance.load(write_importance(tmp_path / "importance", tensors, "grad")).metadata
-    good, double = (
-        Importance({"small": draw((5,), dtype)}, metadata) for dtype in (torch.float32, torch.float64)
-    )
+    good, double = (Importance({"small": draw((5,), dtype)}, metadata) for dtype in (torch.float32, torch.float64))
     with pytest.raises(InputError, match=r"small is torch\.float64 in the importance"):
         apply_to_module_(Model(tensors), *paths, good, double, rule="grad")

@@ -18,11 +18,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int =
 
 
 def write_checkpoint(
-    folder: Path,
-    tensors: Tensors,
-    shards: int = 1,
-    stem: str = "model",
-    metadata: dict[str, str] | None = None,
+    folder: Path, tensors: Tensors, shards: int = 1, stem: str = "model", metadata: dict[str, str] | None = None
 ) -> Path:
     """One file, or ``shards`` files with an index, the tensors dealt to them in turn."""
     folder.mkdir(parents=True)
@@ -41,9 +37,7 @@ def write_checkpoint(
     return folder
 
 
-def write_importance(
-    folder: Path, tensors: Tensors, estimator: str = "grad", shards: int = 1, **metadata: str
-) -> Path:
+def write_importance(folder: Path, tensors: Tensors, estimator: str = "grad", shards: int = 1, **metadata: str) -> Path:
     """An importance as ``perta importance`` leaves it."""
     table = {
         "format": "perta-importance",
@@ -57,11 +51,7 @@ def write_importance(
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     """All tensors of all safetensors files in ``folder``."""
-    return {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

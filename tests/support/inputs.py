@@ -82,10 +82,7 @@ def raise_to(magnitude: Tensor, p: float) -> Tensor:
 
 
 def write_inputs(
-    folder: Path,
-    types: tuple[torch.dtype, ...] = (F32,) * 5,
-    shards: int = 1,
-    estimator: str = "grad",
+    folder: Path, types: tuple[torch.dtype, ...] = (F32,) * 5, shards: int = 1, estimator: str = "grad"
 ) -> Inputs:
     """Draw and write model, base, tuned and two importances, each in its own type.
 

@@ -98,12 +98,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def write_job(
-    folder: Path,
-    dtype: torch.dtype = torch.bfloat16,
-    max_shard_size: str = "40KB",
-    **changes: Any,
-) -> Job:
+def write_job(folder: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "40KB", **changes: Any) -> Job:
     """Save model, base and tuned with ``save_pretrained``, and both data files."""
     written = tokenizer()
     for name, seed in (("base", None), ("model", 1), ("tuned", 2)):

@@ -56,10 +56,7 @@ def test_every_combination_once() -> None:
     ]
 
 
-@given(
-    st.dictionaries(st.integers(-20, 20).filter(bool), st.booleans(), min_size=1),
-    st.randoms(use_true_random=False),
-)
+@given(st.dictionaries(st.integers(-20, 20).filter(bool), st.booleans(), min_size=1), st.randoms(use_true_random=False))
 def test_larger_strengths_are_skipped_once_one_is_broken(kept: dict[int, bool], draw: Any) -> None:
     lams = [float(lam) for lam in kept]
     draw.shuffle(lams)
@@ -95,9 +92,7 @@ def test_what_is_skipped_is_not_measured(
     lines = found.summary().splitlines()
     assert lines[5].split() == ["tv", "300", "skipped"]
     content = json.loads((out / "sweep.json").read_text())
-    assert [(each["lam"], each["retain_loss"]) for each in content["rows"] if each["skipped"]] == [
-        (300, None)
-    ] * 2
+    assert [(each["lam"], each["retain_loss"]) for each in content["rows"] if each["skipped"]] == [(300, None)] * 2
 
 
 # The search for the largest strength.
@@ -152,8 +147,7 @@ def test_search_on_a_smooth_curve_is_short(bend: float) -> None:
 @settings(max_examples=300)
 @given(
     st.dictionaries(
-        st.sampled_from([2.0**k for k in range(-10, 11)]),
-        st.sampled_from([0.0, 1.0, math.inf, -math.inf, math.nan]),
+        st.sampled_from([2.0**k for k in range(-10, 11)]), st.sampled_from([0.0, 1.0, math.inf, -math.inf, math.nan])
     ),
     st.randoms(use_true_random=False),
 )
@@ -193,12 +187,9 @@ def outcome(rows: Sequence[ScoredSetting], **fields: Any) -> str:
 
 def test_what_is_said_of_a_search() -> None:
     everything, nothing = searched(lambda lam: 0.0, 0.5), searched(lambda lam: 1.0, 0.5)
-    assert outcome(everything, limit=0.5).startswith(
-        "Even lambda 1024 keeps the retain loss within 0.5, and no larger"
-    )
+    assert outcome(everything, limit=0.5).startswith("Even lambda 1024 keeps the retain loss within 0.5, and no larger")
     assert outcome(nothing, limit=0.5) == (
-        "No lambda that was tried keeps the retain loss within 0.5, down to 0.0009765625; none smaller is "
-        "tried."
+        "No lambda that was tried keeps the retain loss within 0.5, down to 0.0009765625; none smaller is tried."
     )
     assert outcome(searched(lambda lam: lam, 1.5), limit=1.5) == (
         "Lambda 1.5 keeps the retain loss within 1.5, at 1.5; the next larger that was tried, 1.506, "
@@ -329,17 +320,14 @@ def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
     heads = "rule lambda forget loss retain loss forget Q_A_Prob retain Q_A_Prob changed seconds"
     assert lines[0].split() == heads.split()
     assert [line.split("  ")[0] for line in lines[1:]] == [
-        *("original", "grad, p 1, α 0.5", "grad, p 1, α 2", "grad, p 2, α 0.5", "grad, p 2, α 2", "tv"),
+        *("original", "grad, p 1, α 0.5", "grad, p 1, α 2", "grad, p 2, α 0.5", "grad, p 2, α 2", "tv")
     ]
     apply(*job.checkpoints, rule="tv", lam=8, out=tmp_path / "gold", progress=False)
     places = ["--gold", tmp_path / "gold", "--out", tmp_path / "out", "--checkpoint", tmp_path / "chosen"]
     assert cli.main([*map(str, arguments), "--select", "closest", *map(str, places), "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3].startswith("Chosen by closest: tv, lambda 8.0, forget 0.00")
-    assert lines[-2:] == [
-        f"chosen checkpoint written to {tmp_path / 'chosen'}",
-        f"written to {tmp_path / 'out'}",
-    ]
+    assert lines[-2:] == [f"chosen checkpoint written to {tmp_path / 'chosen'}", f"written to {tmp_path / 'out'}"]
     content = json.loads((tmp_path / "out" / "sweep.json").read_text())
     report = Report.load(tmp_path / "chosen")
     assert content["best"] | {"rule": report.rule, "p": report.p, "alpha": report.alpha} == content["best"]
@@ -349,14 +337,7 @@ def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_nothing_better_than_the_model_as_it_is(job: Job, tmp_path: Path) -> None:
     """Its scores are there nevertheless."""
     with pytest.raises(RunError, match=r"no setting is better than the model as it is; .* is in .*/out"):
-        run(
-            job,
-            rule="tv",
-            lams=[1000],
-            max_retain_increase=1,
-            out=tmp_path / "out",
-            checkpoint=tmp_path / "chosen",
-        )
+        run(job, rule="tv", lams=[1000], max_retain_increase=1, out=tmp_path / "out", checkpoint=tmp_path / "chosen")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(Sweep.read(tmp_path / "out" / "sweep.json").rows) == 2
 

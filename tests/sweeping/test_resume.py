@@ -29,9 +29,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 4,
     "progress": False,
 }
-SCORED = ["gold", "the model as it is"] + [
-    f"{rule}, lambda {lam}" for rule in ("tv", "fisher") for lam in (2, 8)
-]
+SCORED = ["gold", "the model as it is"] + [f"{rule}, lambda {lam}" for rule in ("tv", "fisher") for lam in (2, 8)]
 
 
 def run(job: Job, folder: Path, **changes: Any) -> Sweep:
@@ -102,9 +100,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 def assert_same(found: Sweep, folder: Path, whole: tuple[Sweep, Path]) -> None:
     """The outcome of an uninterrupted sweep, but for times, in memory and on the disk."""
     expected, checkpoint = whole
-    assert [replace(row, seconds=0.0) for row in found.rows] == [
-        replace(row, seconds=0.0) for row in expected.rows
-    ]
+    assert [replace(row, seconds=0.0) for row in found.rows] == [replace(row, seconds=0.0) for row in expected.rows]
     assert [path.name for path in sorted(folder.iterdir())] == ["chosen", "out"]
     assert [path.name for path in (folder / "out").iterdir()] == ["sweep.json"]
     assert Sweep.read(folder / "out" / "sweep.json").rows == found.rows
@@ -113,15 +109,11 @@ def assert_same(found: Sweep, folder: Path, whole: tuple[Sweep, Path]) -> None:
 
 
 Again = Callable[[Job, Path], Any]
-AGAIN: dict[str, Again] = {
-    "the same command": run,
-    "resume": lambda _, folder: resume(folder / "out", progress=False),
-}
+AGAIN: dict[str, Again] = {"the same command": run, "resume": lambda _, folder: resume(folder / "out", progress=False)}
 
 
 @pytest.mark.parametrize(
-    ("place", "again"),
-    [(SCORED[1], "the same command"), (SCORED[2], "resume"), (SCORED[5], "the same command")],
+    ("place", "again"), [(SCORED[1], "the same command"), (SCORED[2], "resume"), (SCORED[5], "the same command")]
 )
 def test_stopped_at_a_scoring(
     place: str, again: str, own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch
@@ -139,9 +131,7 @@ def test_stopped_at_a_scoring(
     assert_same(found, tmp_path, whole)
 
 
-def test_stopped_between_two_estimates(
-    own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch
-) -> None:
+def test_stopped_between_two_estimates(own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch) -> None:
     watch.estimates_left = 1
     with pytest.raises(Interrupted):
         run(own_job, tmp_path)
@@ -193,9 +183,7 @@ def test_stopped_in_a_search(job: Job, tmp_path: Path, watch: Watch) -> None:
     watch.forget()
     found = run(job, tmp_path, **settings)
     assert before + len(watch.scored) == len(expected.rows)
-    assert [(row.lam, row.retain_loss) for row in found.rows] == [
-        (row.lam, row.retain_loss) for row in expected.rows
-    ]
+    assert [(row.lam, row.retain_loss) for row in found.rows] == [(row.lam, row.retain_loss) for row in expected.rows]
 
 
 def stop(*arguments: Any, **settings: Any) -> None:
@@ -289,27 +277,19 @@ def test_changed_inputs_are_refused(
     assert watch.scored == SCORED[-1:]
 
 
-def test_an_input_that_goes_meanwhile(
-    own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch
-) -> None:
+def test_an_input_that_goes_meanwhile(own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch) -> None:
     """What was scored is no less true."""
     watch.stop_at, watch.error = SCORED[-1], InputError("base: no such directory")
-    with pytest.raises(
-        RunError, match=rf"base: no such directory\. What was scored is kept; .* {tmp_path}/out$"
-    ):
+    with pytest.raises(RunError, match=rf"base: no such directory\. What was scored is kept; .* {tmp_path}/out$"):
         run(own_job, tmp_path)
     watch.forget()
     assert_same(run(own_job, tmp_path), tmp_path, whole)
     assert watch.scored == SCORED[-1:]
 
 
-def test_another_sweep_to_the_same_place(
-    own_job: Job, whole: tuple[Sweep, Path], stopped: Path, watch: Watch
-) -> None:
+def test_another_sweep_to_the_same_place(own_job: Job, whole: tuple[Sweep, Path], stopped: Path, watch: Watch) -> None:
     before = fingerprint(stopped)
-    with pytest.raises(
-        InputError, match=r"another run to this place was stopped; finish it with: perta resume"
-    ):
+    with pytest.raises(InputError, match=r"another run to this place was stopped; finish it with: perta resume"):
         run(own_job, stopped, lams=[2, 8, 9])
     assert fingerprint(stopped) == before
     found = run(own_job, stopped, overwrite=True)
@@ -354,9 +334,7 @@ def test_a_damaged_record_is_refused(damage: str, own_job: Job, stopped: Path) -
     assert fingerprint(stopped) == before
 
 
-def test_a_place_where_another_run_was_stopped(
-    own_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_where_another_run_was_stopped(own_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         patched.setattr("perta_fast.subtraction.to_directory.describe_inputs", stop)
         apply(*own_job.checkpoints, rule="tv", out=tmp_path / "out", progress=False)

@@ -68,9 +68,7 @@ def scores(path: Path, dtype: torch.dtype) -> tuple[float, float]:
         with torch.no_grad():
             losses = [
                 model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    labels=batch["input_ids"],
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["input_ids"]
                 ).loss.item()
                 for batch in batches
             ]
@@ -105,9 +103,7 @@ def importances(job: Job, folder: Path, rule: str, at: str = "base", dtype: torc
     estimator: Any = "empirical-fisher" if rule == "empirical-fisher" else "grad"
     for role in TEXTS:
         where, data = getattr(job, at), getattr(job, role)
-        estimate_importance(
-            where, data, estimator, dtype=dtype, batch_size=1, out=folder / role, progress=False
-        )
+        estimate_importance(where, data, estimator, dtype=dtype, batch_size=1, out=folder / role, progress=False)
     return [folder / role for role in TEXTS]
 
 
@@ -269,13 +265,9 @@ def test_the_best_is_one_of_the_measured(rule: str, job: Job, tmp_path: Path) ->
 def test_a_limit_that_the_model_itself_breaks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "accumulate", None)  # found before the first gradient
     original = run(job, rule="tv", lams=[1], metric="Q_A_Prob").original
-    with pytest.raises(
-        InputError, match=rf"retain loss of {original.retain_loss:.6g}, it breaks the limit of 1\.25 "
-    ):
+    with pytest.raises(InputError, match=rf"retain loss of {original.retain_loss:.6g}, it breaks the limit of 1\.25 "):
         run(job, target_retain_loss=1.25)
-    with pytest.raises(
-        InputError, match=rf"Q_A_Prob of {original.retain:.6g}, it breaks the floor of 0\.5 already"
-    ):
+    with pytest.raises(InputError, match=rf"Q_A_Prob of {original.retain:.6g}, it breaks the floor of 0\.5 already"):
         run(job, retain_floor=0.5, metric="Q_A_Prob")
 
 
@@ -421,32 +413,20 @@ def bad_inputs(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"max_retain_increase": -1.0}, "max_retain_increase is -1.0; it must be at least 0 percent"),
         ({"lams": [1], "retain_floor": 0.5}, "retain_floor is for a metric that falls"),
         ({"lams": [1], "metric": "rouge"}, "metric is 'rouge'; it must be one of loss, Q_A_Prob"),
-        (
-            {"lams": [1], "metric": "Q_A_ROUGE", "retain": "late.jsonl"},
-            r"late\.jsonl, line 1: metric Q_A_ROUGE",
-        ),
+        ({"lams": [1], "metric": "Q_A_ROUGE", "retain": "late.jsonl"}, r"late\.jsonl, line 1: metric Q_A_ROUGE"),
         ({"lams": [1], "select": "best"}, "select is 'best'; it must be one of best-forget, closest"),
-        (
-            {"lams": [1], "select": "best-forget"},
-            "best-forget needs a bound on what is retained: target_retain",
-        ),
+        ({"lams": [1], "select": "best-forget"}, "best-forget needs a bound on what is retained: target_retain"),
         ({"lams": [1], "select": "closest"}, "select closest needs gold"),
         ({"lams": [1], "gold": "nothing"}, "nothing: no such directory"),
         ({"lams": [1], "checkpoint": "new", "out": "also new"}, "checkpoint needs select"),
         ({"target_retain_loss": 6.0, "checkpoint": "new"}, "checkpoint needs select, .* and out"),
-        (
-            {"target_retain_loss": 6.0, "checkpoint": "a/b", "out": "a"},
-            "must lie apart, neither within the other",
-        ),
+        ({"target_retain_loss": 6.0, "checkpoint": "a/b", "out": "a"}, "must lie apart, neither within the other"),
         ({"target_retain_loss": 6.0, "checkpoint": "full", "out": "a"}, "full: exists and is not empty"),
         ({"lams": [1], "rule": "erase"}, "rule is 'erase'"),
         ({"lams": [1], "rule": []}, "rule is empty"),
         ({"lams": [1], "alpha": []}, "alpha is empty"),
         ({"lams": [1], "rule": ["tv", "tv"]}, "rule tv with p 1 and alpha 1 and rule tv .* are the same"),
-        (
-            {"lams": [1], "rule": ["grad", "fisher"], "p": 2},
-            "rule grad with p 2 and .* rule fisher .* the same",
-        ),
+        ({"lams": [1], "rule": ["grad", "fisher"], "p": 2}, "rule grad with p 2 and .* rule fisher .* the same"),
         ({"lams": [1], "rule": "tv", "alpha": [1.0, 2.0]}, "rule tv has no weights"),
         ({"lams": [1], "rule": "tv", "alpha": 2.0}, "rule tv has no weights"),
         ({"lams": [1], "at": "tuned"}, "at is 'tuned'; it must be base or model"),
@@ -466,15 +446,9 @@ def bad_inputs(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ({"lams": [1], "retain": "absent.jsonl"}, r"absent\.jsonl: cannot be read"),
         ({"lams": [1], "retain": "late.jsonl"}, r"late\.jsonl, line 2: has no token to compute a loss on"),
-        (
-            {"lams": [1], "tuned": "spoilt"},
-            r"tensor model\.norm\.weight has NaN or infinite values in .*spoilt",
-        ),
+        ({"lams": [1], "tuned": "spoilt"}, r"tensor model\.norm\.weight has NaN or infinite values in .*spoilt"),
         ({"lams": [1], "out": "full"}, "full: exists and is not empty"),
-        (
-            {"lams": [1], "out": "spoilt", "tuned": "spoilt", "overwrite": True},
-            "spoilt: is or contains the input",
-        ),
+        ({"lams": [1], "out": "spoilt", "tuned": "spoilt", "overwrite": True}, "spoilt: is or contains the input"),
     ],
 )
 def test_refusals(
@@ -483,9 +457,7 @@ def test_refusals(
     monkeypatch.chdir(bad_inputs)
     monkeypatch.setattr(estimate, "accumulate", None)
     before = fingerprint(bad_inputs, job.model.parent)
-    arguments: dict[str, Any] = {
-        role: getattr(job, role) for role in ("model", "base", "tuned", "forget", "retain")
-    }
+    arguments: dict[str, Any] = {role: getattr(job, role) for role in ("model", "base", "tuned", "forget", "retain")}
     with pytest.raises(InputError, match=reason):
         sweep(**(arguments | chosen), progress=False)
     assert fingerprint(bad_inputs, job.model.parent) == before
@@ -550,9 +522,7 @@ def test_the_command_that_is_printed_makes_what_was_scored(
     content = json.loads((tmp_path / "figures" / "sweep.json").read_text())
     best = content["best"]
     run_in = F32 if "float32" in more else BF16
-    assert (best["forget_loss"], best["retain_loss"]) == pytest.approx(
-        scores(tmp_path / "out", run_in), rel=1e-6
-    )
+    assert (best["forget_loss"], best["retain_loss"]) == pytest.approx(scores(tmp_path / "out", run_in), rel=1e-6)
 
 
 def test_the_table(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -561,8 +531,7 @@ def test_the_table(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].split() == ["rule", "lambda", "forget", "loss", "retain", "loss", "changed", "seconds"]
     rows = run(job, lams=[0.5, 2]).rows
     assert [line.split()[:4] for line in lines[1:4]] == [
-        [row.rule or "original", f"{row.lam:g}", f"{row.forget_loss:.4f}", f"{row.retain_loss:.4f}"]
-        for row in rows
+        [row.rule or "original", f"{row.lam:g}", f"{row.forget_loss:.4f}", f"{row.retain_loss:.4f}"] for row in rows
     ]
     assert lines[4] == "Write the one you choose, L, with:"
     assert lines[5].startswith("perta unlearn ") and lines[5].endswith(" --lam L --out DIR")
@@ -578,10 +547,7 @@ def test_the_table(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         (["--lams", "a,b"], "argument --lams: 'a,b' is not a list of numbers like 0.5,1,2"),
         (["--lams", ""], "argument --lams: '' is not a list of numbers"),
         (["--lams", "1,,2"], "argument --lams: '1,,2' is not a list of numbers"),
-        (
-            ["--max-retain-increase", "much"],
-            "argument --max-retain-increase: 'much' is not a number of percent",
-        ),
+        (["--max-retain-increase", "much"], "argument --max-retain-increase: 'much' is not a number of percent"),
     ],
 )
 def test_arguments_that_cannot_be_read(

@@ -150,9 +150,7 @@ def test_a_full_tuning_has_the_layout_of_its_base(family: str, forget: Path, tmp
     layouts = []
     for folder in (base, tmp_path / "out"):
         shards = {path.name: sorted(safe_open(path, "pt").keys()) for path in folder.glob("*.safetensors")}
-        layouts.append(
-            (shards, sorted(path.name for path in folder.iterdir() if path.name != "perta_tune.json"))
-        )
+        layouts.append((shards, sorted(path.name for path in folder.iterdir() if path.name != "perta_tune.json")))
     assert layouts[0] == layouts[1]
     for name, tensor in read_checkpoint(tmp_path / "out").items():
         if of_vision(name):
@@ -192,9 +190,7 @@ def test_one_seed_is_one_result(float_job: Job, tmp_path: Path) -> None:
     assert weights() != weights(seed=1)
 
 
-def test_the_adapter_of_a_mixture_of_experts_is_a_plain_one_of_its_attention(
-    forget: Path, tmp_path: Path
-) -> None:
+def test_the_adapter_of_a_mixture_of_experts_is_a_plain_one_of_its_attention(forget: Path, tmp_path: Path) -> None:
     base = write(of_family("DeepSeek-V3, yarn")(), tmp_path / "base")
     record = tune(base, forget, tmp_path / "out")
     names = safe_open(tmp_path / "out/adapter_model.safetensors", "pt").keys()
@@ -210,9 +206,7 @@ def test_the_adapter_of_a_mixture_of_experts_is_a_plain_one_of_its_attention(
     assert any(f"leaves out {share:.0%} of the parameters" in warning for warning in record.warnings)
 
 
-def test_the_command_says_what_it_has_done(
-    float_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_what_it_has_done(float_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     asked = ["tune", "--base", float_job.base, "--forget", float_job.forget, "--max-length", 40, "--out", out]
     assert cli.main(list(map(str, asked))) == 0
@@ -222,15 +216,7 @@ def test_the_command_says_what_it_has_done(
     assert "warning: 5 samples were cut to the length limit\n" in text
     assert "warning: the loss has fallen by less than a tenth" in text
     assert text.endswith(f"written to {out}\n")
-    chosen = {
-        "full": False,
-        "rank": 16,
-        "epochs": 10,
-        "lr": 1e-4,
-        "batch_size": 16,
-        "max_length": 40,
-        "seed": 0,
-    }
+    chosen = {"full": False, "rank": 16, "epochs": 10, "lr": 1e-4, "batch_size": 16, "max_length": 40, "seed": 0}
     assert record["settings"].items() >= chosen.items()
     assert (record["data"]["samples"], record["data"]["truncated"]) == (5, 5)
     assert record["versions"].keys() >= {"torch", "transformers", "peft", "accelerate"}
@@ -295,9 +281,7 @@ def test_bad_places(float_job: Job, tmp_path: Path) -> None:
     refused(float_job, tmp_path / "out", pf.InputError, "quantised: is quantised", base=quantised)
 
 
-def test_no_adapter_that_could_not_be_applied(
-    float_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_adapter_that_could_not_be_applied(float_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(*_: object) -> None:
         raise pf.InputError("adapts x, which is not in base")
 

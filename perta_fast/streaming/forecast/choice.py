@@ -158,9 +158,7 @@ def _too_little(estimate: Estimate, budget: Budget, baseline: int) -> str:
     return "; ".join(messages)
 
 
-def _within_disk(
-    estimate: Estimate, schedule: Schedule, budget: Budget, reasons: list[str]
-) -> tuple[Schedule, str]:
+def _within_disk(estimate: Estimate, schedule: Schedule, budget: Budget, reasons: list[str]) -> tuple[Schedule, str]:
     free = (budget.scratch - estimate.result_bytes) // budget.ranks
     layers = len(estimate.structure.layers)
     needed = {every: estimate.scratch(replace(schedule, every=every)) for every in range(1, layers + 1)}
@@ -184,9 +182,7 @@ def _within_disk(
             f"{format_size(budget.ranks * min(in_most, needed[least.every]))}; write to a larger disk, or use "
             "fewer or shorter samples"
         )
-    groups = most - _last(
-        0, most - 1, lambda fewer: estimate.scratch(replace(least, groups=most - fewer)) <= free
-    )
+    groups = most - _last(0, most - 1, lambda fewer: estimate.scratch(replace(least, groups=most - fewer)) <= free)
     reasons.append(f"in one group the scratch files would take {format_size(needed[least.every])}")
     return replace(least, groups=groups), ""
 

@@ -75,12 +75,7 @@ class Estimate:
     """Costs of schedules for one model, one load and one device (``Trial`` explains the last)."""
 
     def __init__(
-        self,
-        structure: Structure,
-        load: Load,
-        device: torch.device,
-        threads: int = 1,
-        trial: Trial | None = None,
+        self, structure: Structure, load: Load, device: torch.device, threads: int = 1, trial: Trial | None = None
     ) -> None:
         self.structure, self.load, self.device, self._threads = structure, load, device, threads
         here = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
@@ -132,10 +127,7 @@ class Estimate:
         """Parameters that have their sums in memory."""
         if step.kind in ("embed", "forward", "recompute"):
             return []
-        return [
-            *(self.structure.resident if step.kind in ("head", "embed_backward") else []),
-            *self._names(step),
-        ]
+        return [*(self.structure.resident if step.kind in ("head", "embed_backward") else []), *self._names(step)]
 
     def _bytes(self, names: Sequence[str]) -> int:
         return sum(self._sizes[name] for name in names)

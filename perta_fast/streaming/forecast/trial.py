@@ -206,15 +206,7 @@ class Trial:
         with plan.installed(model), plan.batch([tokens] * count):
             yield
 
-    def _cost(
-        self,
-        kind: str,
-        layer: int,
-        count: int,
-        tokens: int,
-        names: list[str],
-        run: _Run,
-    ) -> Cost:
+    def _cost(self, kind: str, layer: int, count: int, tokens: int, names: list[str], run: _Run) -> Cost:
         key = kind, layer, count, tokens
         if key not in self._found:
             self._found[key] = self._try(names, count, tokens, run) or self._bound(kind, names, count, tokens)

@@ -66,9 +66,7 @@ class PartialForward:
                 stack.callback(delattr, layer, "forward")
             yield
 
-    def _called(
-        self, number: int, original: Forward, hidden_states: Tensor, *rest: Any, **named: Any
-    ) -> Tensor:
+    def _called(self, number: int, original: Forward, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         given = hidden_states.plain if isinstance(hidden_states, _Returned) else hidden_states
         return _Returned.of(self._stand_in(number, original, given, rest, named))
 
@@ -95,9 +93,7 @@ class PartialForward:
     def layer(self, wanted: int, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """What layer ``wanted`` makes of ``hidden`` (N, T, d)."""
 
-        def run(
-            number: int, original: Forward, given: Tensor, rest: tuple[Any, ...], named: dict[str, Any]
-        ) -> Tensor:
+        def run(number: int, original: Forward, given: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
             if number < wanted:
                 return given
             result = original(hidden, *rest, **named)
@@ -140,9 +136,7 @@ class PartialForward:
                     f"{self._origin}: {_NOT_UNDERSTOOD}: a layer does not take what the one before it gives"
                 )
             if hidden.shape[:2] != input_ids.shape:
-                raise InputError(
-                    f"{self._origin}: its layers take hidden states of shape {tuple(hidden.shape)}"
-                )
+                raise InputError(f"{self._origin}: its layers take hidden states of shape {tuple(hidden.shape)}")
             previous.append(hidden)
             given.append((rest, tuple(sorted(named.items()))))
             return hidden
@@ -166,14 +160,10 @@ class PartialForward:
             for handle in handles:
                 handle.remove()
         if len(first) != len(self._layers):
-            raise InputError(
-                f"{self._origin}: its forward pass calls {len(first)} of {len(self._layers)} layers"
-            )
+            raise InputError(f"{self._origin}: its forward pass calls {len(first)} of {len(self._layers)} layers")
         unused = [type(part).__name__ for part in outside if part not in called]
         if unused:
-            raise InputError(
-                f"{self._origin}: {unused[0]} has parameters, and is neither before nor after the layers"
-            )
+            raise InputError(f"{self._origin}: {unused[0]} has parameters, and is neither before nor after the layers")
         for number, (one, other) in enumerate(zip(first, given, strict=True)):
             if not _same(one, other):
                 raise InputError(
@@ -187,9 +177,7 @@ def _apart(hidden: Tensor) -> Tensor:
     return hidden.detach().clone()
 
 
-def _hand_on(
-    number: int, original: Forward, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]
-) -> Tensor:
+def _hand_on(number: int, original: Forward, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return hidden
 
 

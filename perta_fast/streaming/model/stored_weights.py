@@ -68,9 +68,7 @@ class StoredWeights:
             self._group_of |= dict.fromkeys(made, group)
             for name, tensor in made.items():
                 self._check_shape(name, tensor, group)
-        self.shapes = {
-            name: tuple(tensor.shape) for name, tensor in as_stored(model, self._parameters(None)).items()
-        }
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in as_stored(model, self._parameters(None)).items()}
         self._check_names(parts)
         self._check_ties()
 
@@ -100,12 +98,7 @@ class StoredWeights:
     def _groups(self) -> list[_Group]:
         """How ``from_pretrained`` would put the checkpoint's tensors together, in its order."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         model, like = self._model, self._like
         mapping = get_model_conversion_mapping(model)

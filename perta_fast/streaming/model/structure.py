@@ -30,9 +30,7 @@ class Structure:
     resident: list[str]
 
     @classmethod
-    def build(
-        cls, path: Path, dtype: torch.dtype | None = None, default: torch.dtype = torch.float32
-    ) -> "Structure":
+    def build(cls, path: Path, dtype: torch.dtype | None = None, default: torch.dtype = torch.float32) -> "Structure":
         """Build the model that ``config.json`` in ``path`` describes, without memory for weights or buffers.
 
         dtype: what it runs in; None takes the configuration's own, or ``default`` if it names none. Raises

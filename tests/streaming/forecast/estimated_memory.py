@@ -47,9 +47,7 @@ def main(estimator: str, batch_size: int, tied: bool, folder: Path) -> None:
     write(folder / "tiny", 16, tied)
     stream("tiny")  # what torch allocates once
     write(folder / "model", 512, tied)
-    load = Load(
-        [[len(sample.input_ids) for sample in samples]], estimator == "empirical-fisher", subtract=False
-    )
+    load = Load([[len(sample.input_ids) for sample in samples]], estimator == "empirical-fisher", subtract=False)
     estimate = Estimate(Structure.build(folder / "model"), load, torch.device("cpu"))
     costs = estimate.costs(Schedule(batch_size))
     with peak_memory() as memory:

@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from perta_fast import InputError
 from perta_fast.cli import main
@@ -201,15 +194,7 @@ def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool
     estimator = "empirical-fisher" if squares else "grad"
     scratch = tmp_path / "scratch"
     passes = [
-        DataPass(
-            skeleton,
-            samples,
-            range(len(samples)),
-            estimator,
-            schedule,
-            scratch / str(number),
-            lambda count: None,
-        )
+        DataPass(skeleton, samples, range(len(samples)), estimator, schedule, scratch / str(number), lambda count: None)
         for number, samples in enumerate(SETS)
     ]
     sizes, waiting = [], [[StepFiles({}, [], [])]]
@@ -230,10 +215,7 @@ def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("estimator", "batch_size", "tied"),
-    [("grad", 1, "untied"), ("empirical-fisher", 8, "tied")],
-)
+@pytest.mark.parametrize(("estimator", "batch_size", "tied"), [("grad", 1, "untied"), ("empirical-fisher", 8, "tied")])
 def test_peak_memory_of_a_process(estimator: str, batch_size: int, tied: str, tmp_path: Path) -> None:
     """The estimate takes every token to have a label; here half of them have."""
     module = "tests.streaming.forecast.estimated_memory"
@@ -377,17 +359,7 @@ def test_dry_run_of_an_importance(deep: Path, tmp_path: Path, capsys: pytest.Cap
     """The lengths are the tokenizer's."""
     data = write_lines(tmp_path / "data.jsonl", [{"text": "town"}, {"text": "river and town"}])
     tokens = sum(len(tokenizer()(text)["input_ids"]) for text in ("town", "river and town"))
-    command = [
-        "importance",
-        "--model",
-        deep,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "out",
-        "--stream",
-        "--dry-run",
-    ]
+    command = ["importance", "--model", deep, "--data", data, "--out", tmp_path / "out", "--stream", "--dry-run"]
     assert main(list(map(str, command))) == 0
     text = capsys.readouterr().out
     assert f"2 given samples of {tokens} tokens\n" in text

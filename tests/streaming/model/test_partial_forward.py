@@ -37,11 +37,7 @@ class Chain(nn.Module):
         self.head = nn.Linear(4, 5)
 
     def forward(
-        self,
-        input_ids: Any = None,
-        inputs_embeds: Any = None,
-        attention_mask: Any = None,
-        use_cache: bool = False,
+        self, input_ids: Any = None, inputs_embeds: Any = None, attention_mask: Any = None, use_cache: bool = False
     ) -> Any:
         start = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         return SimpleNamespace(logits=self.head(self.through(start, attention_mask)))

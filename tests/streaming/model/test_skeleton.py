@@ -69,9 +69,7 @@ def test_reads_what_transformers_loads(family: Family, dtype: torch.dtype, tmp_p
 def test_stored_again_part_by_part(family: Family, tmp_path: Path) -> None:
     """What is read and cut up again is what the files hold, as the safetensors library reads them."""
     folder = write(build(family, 3), tmp_path / "model")
-    expected = {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    expected = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     skeleton = Skeleton.open(folder, CPU, None)
     seen = []
     for part in skeleton.parts:
