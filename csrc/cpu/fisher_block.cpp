@@ -1,9 +1,9 @@
 // F += sum over samples of (delta_n^T a_n)^2, with each sample's product held in registers only.
 //
 // Both factors have the token as their slow index, so a product of a few rows by a few vectors of columns is a sum of
-// outer products: load the columns once a token, broadcast the rows, multiply and add. When a sample's tokens are
-// through, the registers hold its gradient, which is squared into F at once. Packing copies the rows and columns of a
-// block side by side, as float32; what hangs over the matrix's edge is padded with zeros.
+// outer products: load the columns once a token, broadcast the rows, multiply and add. After the last token of a
+// sample, the registers hold its gradient, which is squared into F at once. Packing copies the rows and columns of a
+// block side by side, as float32, with zeros beyond the edge of the matrix.
 //
 // Assumes float32 accumulators aligned to their elements; inputs may lie at any byte.
 // FLOPs: 2 a token and element of F, as in an ordinary backward, and 2 a sample and element for the square.
@@ -95,7 +95,7 @@ void accumulate_tile(const float* rows, const float* columns, const SampleRows* 
   }
 }
 
-// A tile that hangs over the edge of the matrix works on a copy.
+// A tile that reaches beyond the edge of the matrix works on a copy.
 template <bool with_gradient>
 void accumulate_edge(const float* rows, const float* columns, const SampleRows* samples, size_t sample_count,
                      float* fisher, float* gradient, size_t stride, size_t height, size_t breadth) {

@@ -98,7 +98,7 @@ Pool& pool() {
 thread_local bool inside = false;
 
 // GOMP_parallel(body, data, threads, flags) of the OpenMP runtime that torch works with, once torch is loaded.
-// Its threads spin for a while after every operation of torch, and would keep a pool of ours from the processors.
+// Its threads spin for a while after every operation of torch, and would keep the processors from a pool of our own.
 using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 const pid_t loaded_in = getpid();
@@ -127,7 +127,7 @@ void drain(void* shared) {
 void parallel_for(size_t count, int threads, const std::function<void(size_t)>& work) {
   if (count > 1 && threads > 1 && !inside) {
     if (const OpenMPParallel parallel = openmp_parallel()) {
-      // As many threads as torch uses, even for fewer tasks: another number would make the runtime start anew.
+      // As many threads as torch uses, even for fewer tasks: with another number the runtime would start new threads.
       Shared shared{work, count};
       parallel(drain, &shared, static_cast<unsigned>(threads), 0);
       return;

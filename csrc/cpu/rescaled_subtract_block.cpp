@@ -75,8 +75,8 @@ struct Block {
   size_t n;
 };
 
-// float32 sums over one block. A value that is not finite anywhere makes its sum so too, which costs nothing to
-// look for; where it lies is then found by the slow path.
+// float32 sums over one block. If any value is not finite, its sum is not either. So the check costs nothing, and the
+// slow path then finds where the value is.
 struct BlockSums {
   float weight = 0;
   float importance = 0;
@@ -86,8 +86,8 @@ struct BlockSums {
   int32_t changed = 0;
 };
 
-// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result. The sums cost as much as the
-// result where all is in the cache, so they are left out where nobody asks.
+// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result. If all is in the cache, the
+// sums cost as much as the result, so they are left out unless they are wanted.
 template <class Weights, class Importance, class Result, bool counted, Power power, bool weighted, bool masked>
 BlockSums subtract_block(Block block, Rescaling rescaling) {
   const auto* theta = static_cast<const typename Weights::Stored*>(block.theta);
@@ -180,7 +180,7 @@ RescaledSubtractBlock rescaled_subtract;
 
 void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, size_t begin, size_t end,
                        RescaleStatistics* statistics) {
-  // The common layouts are read as they lie; any other mix is converted block by block first.
+  // The common types are read directly; any other mix is first converted block by block.
   const bool weighted = has_weights(arrays);
   const LowRank* low_rank = arrays.low_rank;
   const bool bf16_weights = low_rank == nullptr && arrays.theta_dtype == DType::bf16 &&
@@ -194,7 +194,7 @@ void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, 
       : arrays.theta_dtype == DType::f16  ? choose<F32, F16>(weighted, importance, rescaling, statistics)
                                           : choose<F32, F32>(weighted, importance, rescaling, statistics);
   alignas(64) float buffers[5][block];
-  // Given by its factors, the task vector is made block by block, and stands where theta_f does, with theta_0 = 0.
+  // A task vector given by its factors is made block by block. It takes the place of theta_f, with theta_0 = 0.
   if (low_rank != nullptr) memset(buffers[2], 0, sizeof buffers[2]);
   for (size_t i = begin; i < end; i += block) {
     const size_t n = end - i < block ? end - i : block;

@@ -5,8 +5,8 @@
 // another, so that one launch serves a large tensor and thousands of small ones alike. The table of tensors travels
 // in the kernel's parameters: no memory on the device, nothing to wait for.
 //
-// Assumes arrays aligned to their elements. Groups need all arrays of a tensor to reach a multiple of 16 bytes at one
-// and the same element (see Tensor::head); other tensors go element by element, as do the ends. Any size.
+// Assumes arrays aligned to their elements. Groups need one element at which all arrays of a tensor are at a multiple
+// of 16 bytes (see Tensor::head). Tensors without one, and the ends, are done element by element. Any size.
 // Bytes and FLOPs: the operation's own.
 #pragma once
 
@@ -25,9 +25,9 @@ constexpr int width = 8;  // elements of a group: 16 bytes of a 16-bit type, twi
 constexpr size_t chunk = 2 * width * threads_per_block;                     // elements that a block takes at a time
 constexpr size_t parameter_bytes = CUDART_VERSION >= 12010 ? 32764 : 4096;  // what a launch takes
 
-// The bits of one element or of a group, each in the lower part of a word or, 16-bit types of a group, two a word.
-// They are fetched first and converted afterwards, so that all loads of a thread are under way together even where
-// the storage types are known at run time only.
+// The bits of one element or of a group: one element a word, or two if a group has a 16-bit type. They are fetched
+// first and converted afterwards, so that all loads of a thread are in flight together, even if the storage types are
+// known only at run time.
 template <int count>
 struct Bits {
   alignas(count == 1 ? 4 : 16) uint32_t words[count];
@@ -89,7 +89,7 @@ struct Tensor {
   void* data[arrays];
   size_t n;
   uint32_t first_chunk = 0;  // of this tensor, counted over the table
-  int32_t head = -1;         // elements before the first that every array has at a multiple of 16 bytes; -1: none is so
+  int32_t head = -1;         // elements before the first at which every array is at a multiple of 16 bytes; -1: none
 };
 
 template <int arrays, int capacity>

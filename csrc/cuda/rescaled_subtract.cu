@@ -105,7 +105,8 @@ const char* run_types(bool weighted, const Dtypes& dtypes, const Rescaling& resc
 }  // namespace
 
 const char* rescaled_subtract(const std::vector<RescaleTensor>& tensors, const Rescaling& rescaling, void* stream) {
-  // Weighted or not, and the types: those share a launch. Types of arrays that there are not do not count.
+  // Tensors with the same types, all with weights or all without, share a launch. The type of an absent array is
+  // ignored.
   std::map<std::pair<bool, Dtypes>, std::vector<RescaleTensor>> groups;
   for (const RescaleTensor& tensor : tensors) {
     if (tensor.n == 0) continue;
