@@ -33,6 +33,11 @@ def torch_dtype(name: str) -> "torch.dtype":
     return dtype
 
 
+def torch_name(value: object) -> str:
+    """The name of a torch type without ``torch.``, as in ``TORCH_NAMES``; any other value as text."""
+    return str(value).removeprefix("torch.")
+
+
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor of ``shape`` stored as ``dtype`` (a safetensors name)."""
     return ITEM_SIZES[dtype] * prod(shape)

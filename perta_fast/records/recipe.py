@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import decode, regular_file
 from perta_fast.records.report import Report, Scalar
@@ -43,7 +44,7 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
         if name in _PATHS:
             value = os.path.abspath(value)
         elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device, a number of NumPy's
-            value = str(value).removeprefix("torch.")
+            value = torch_name(value)
         recipe[name.replace("_", "-")] = value
     return recipe
 

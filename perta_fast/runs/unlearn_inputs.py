@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from perta_fast.data.json_lines import Row, read_data
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
 from perta_fast.progress import Progress
@@ -147,7 +148,7 @@ class Loaded:
             options.device_memory,
         )
         samples = {role: samples_for(subject, rows[role], options.max_length) for role in rows}
-        dtype = str(subject.module.dtype).removeprefix("torch.")
+        dtype = torch_name(subject.module.dtype)
         phases = {"load": time.perf_counter() - started}
         return cls(opened, how, samples, hashes, str(how.device), dtype, phases)
 

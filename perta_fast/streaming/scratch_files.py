@@ -17,6 +17,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_file, write_fully
 from perta_fast.files.hashing import hash_file
@@ -121,7 +122,7 @@ class ScratchFiles:
         """What this step has left; files that are written or discarded from now on belong to the next one."""
         files: dict[str, FileRecord] = {
             name: {
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": torch_name(dtype),
                 "shape": list(shape),
                 "blake3": self._hashes[name].hexdigest() if name in self._hashes else self._restored[name],
             }

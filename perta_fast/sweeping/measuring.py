@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+from perta_fast.dtypes import torch_name
 from perta_fast.records.report import data_record
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
@@ -32,7 +33,7 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
         rows += _along(curve, request.lams, original, excess, live, weighed, record)
     module, samples = live.subject.module, live.samples
     data = {role: data_record(given.path, given.digest, samples[role]) for role, given in opened.data.items()}
-    run_in = {"device": str(module.device), "dtype": str(module.dtype).removeprefix("torch.")}
+    run_in = {"device": str(module.device), "dtype": torch_name(module.dtype)}
     sweep = Sweep(
         rows=rows,
         metric=request.metric,

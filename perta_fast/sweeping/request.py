@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.models.loading import check_sizes
 from perta_fast.sweeping.criteria import LOSS, SELECTIONS
@@ -63,7 +64,7 @@ class Request:
         if values["lams"] is not None:
             values["lams"] = [float(lam) for lam in values["lams"]]
         for name in ("device", "dtype"):
-            values[name] = None if values[name] is None else str(values[name]).removeprefix("torch.")
+            values[name] = None if values[name] is None else torch_name(values[name])
         return cls(**values)
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from perta_fast.dtypes import torch_name
 from perta_fast.files.durable import write_fully
 from perta_fast.files.reading import drop_pages, read_fully
 from perta_fast.memory import format_size
@@ -56,7 +57,7 @@ def measure_rates(
         read,
         written,
         f"measured: a product of {min(rows, width)} x {width} x {width} in "
-        f"{str(dtype).removeprefix('torch.')}, {what}, a file in {place}",
+        f"{torch_name(dtype)}, {what}, a file in {place}",
     )
 
 
