@@ -1,4 +1,4 @@
-"""The command line as one of many processes, which torchrun or what sets the same variables has started."""
+"""The command line as one of many processes, started by torchrun or a launcher that sets the same variables."""
 
 import os
 from collections.abc import Iterator
@@ -9,58 +9,53 @@ from typing import Any
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.errors import InputError, RankLost, RunError
 
-# More than a rank may have to wait for the work of another. One that dies is missed at once all the same, as
-# its connections close; of a machine that goes without a word, the launcher knows.
-_PATIENCE = timedelta(hours=12)
+# Longer than a rank ever waits for another one's work. When a process dies, its connections close and the others see
+# that at once; when a machine stops answering, the launcher sees it.
+_TIMEOUT = timedelta(hours=12)
 
 
 class Launch:
-    """This process's place in the launch: ``ranks``, once joined."""
+    """The processes of a launch: ``ranks``, once joined."""
 
     def __init__(self) -> None:
         self.ranks = Ranks.ALONE
-        self._store: Any = None  # what every process can reach, over the launcher
+        self._store: Any = None  # keys and values that all processes see
 
     @contextmanager
     def joined(self) -> Iterator[Ranks]:
         """Join the other processes, if WORLD_SIZE says that there are any, and leave them at the end.
 
-        The device of each is the CUDA device that LOCAL_RANK numbers, if there are any. Raises InputError if
-        the variables of the launch are incomplete or there are too few devices, RunError if the others cannot
-        be reached.
+        Where there is CUDA, this process takes the device with the number LOCAL_RANK. Raises InputError if variables
+        of the launch are missing or there are too few devices, RunError if the others cannot be reached.
         """
         if os.environ.get("WORLD_SIZE", "1") == "1":
             yield self.ranks
             return
         import torch.distributed as dist
-
-        self._join()
-        yield self.ranks
-        dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
-
-    def _join(self) -> None:
-        import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
         backend = _choose_backend()
         try:
-            store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+            store, rank, world = next(rendezvous("env://", timeout=_TIMEOUT))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
         except ValueError as error:
-            raise InputError(f"WORLD_SIZE is set, but not all that belongs to it: {error}; use torchrun") from error
+            wrong = "WORLD_SIZE is set, but other variables of a launch are missing or wrong"
+            raise InputError(f"{wrong}: {error}; use torchrun") from error
         except RuntimeError as error:
             raise RunError(f"the other processes of the launch cannot be reached: {error}") from error
         self.ranks, self._store = Ranks.of(dist.group.WORLD), store
+        yield self.ranks
+        dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
 
     def should_print(self, error: BaseException) -> bool:
-        """Whether it is for this process to tell the user of ``error``."""
+        """Whether this process is the one that tells the user of ``error``."""
         if is_shared(error):
             return self.ranks.first
         if self._store is None or not isinstance(error, RankLost | KeyboardInterrupt):
             return True
-        try:  # whoever is left, and comes first
+        try:  # one of those that are still there: the first to add to this key
             return bool(self._store.add("perta_fast: has told", 1) == 1)
-        except RuntimeError:  # the store went with the process that held it
+        except RuntimeError:  # the process that held the store is gone
             return True
 
 

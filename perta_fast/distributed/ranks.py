@@ -15,19 +15,17 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup, Work
 
-# Another rank's error is raised here as the first of these that it is an instance of, else as the last.
-_KINDS = (InputError, NotFiniteError, RunError)
-_SHARED = "_perta_fast_shared"  # the attribute that marks an error as one that every rank raises
+_SHARED = "_perta_fast_shared"  # the attribute of an error that every rank raises
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A sum that has been started; its tensor must not be touched before ``wait`` has returned."""
+    """A sum that has been started; nothing may touch its tensor before ``wait`` has returned."""
 
-    work: "Work | None"  # None: already done
+    work: "Work | None"  # None: the sum is done
 
     def wait(self) -> None:
-        """Return when the sum is there (on a device: for whatever is launched from now on)."""
+        """Return when the sum is done (on a device: before all that is launched from now on)."""
         if self.work is not None:
             with _raising_rank_lost():
                 self.work.wait()
@@ -35,11 +33,10 @@ class Pending:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that do one job together; one alone never touches torch.distributed.
+    """The processes that do one job together, maybe one alone.
 
-    If a rank dies, or leaves with an error that it does not share, the others get ``errors.RankLost`` from the
-    methods here and from nothing else: at once if the backend sees its connection close, else after the group's
-    timeout.
+    If a rank dies, or leaves with an error that it does not share, the others get RankLost from their next call here,
+    and from nothing else: at once if the backend sees the connection close, else after the group's timeout.
     """
 
     rank: int
@@ -49,27 +46,27 @@ class Ranks:
 
     @classmethod
     def of(cls, group: "ProcessGroup | None") -> "Ranks":
-        """The ranks of ``group``; None: this process alone. Raises InputError if it is not a member."""
+        """The ranks of ``group``; None: this process alone. Raises InputError if this process is not a member."""
         if group is None:
             return cls.ALONE
         import torch.distributed as dist
 
         rank = dist.get_rank(group)
         if rank < 0:
-            raise InputError("this process is not in the group that it was given")
+            raise InputError("this process is not a member of the group that was passed")
         return cls(rank, dist.get_world_size(group), group)
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that draws bars, makes directories, commits and writes the report."""
+        """Whether this is the rank that draws bars, makes and renames directories, and writes the report."""
         return self.rank == 0
 
     def own_slice(self, count: int) -> slice:
-        """This rank's share of ``count`` equal items; the shares follow each other in order of ranks."""
+        """This rank's share of ``count`` equal items; shares follow each other in the order of ranks."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def on_this_machine(self) -> int:
-        """How many of the ranks run on the machine that this one runs on."""
+        """How many of the ranks run on this rank's machine."""
         machines = self.gather(platform.node())
         return machines.count(machines[self.rank])
 
@@ -99,41 +96,41 @@ class Ranks:
     def together(self, what: str) -> Iterator[None]:
         """Run the block on every rank and wait for all at its end; if it raises on one rank, every rank raises.
 
-        what: the work, for the message if a rank is lost meanwhile. A rank whose block raised raises its own
-        error. The others raise one of the same class (InputError, NotFiniteError, else RunError) that says
-        "rank K: message". ``is_shared`` is true of all these errors. If the ranks exchange data within the
-        block, each must do so even if it raises afterwards, or the others wait for it. What is no
-        ``Exception``, such as an interrupt, leaves at once, and so does RankLost.
+        what: the work, named in the message if a rank is lost. A rank whose block raised raises its own error. The
+        others raise "rank K: message" as an error of the same class (InputError, NotFiniteError, else RunError).
+        ``is_shared`` is true of all these errors. RankLost, an interrupt, and whatever else is not an ``Exception``
+        leave at once. If the ranks exchange data within the block, each must do so even if it raises afterwards, since
+        the others wait for it.
         """
         if self.world == 1:
             yield
             return
-        own: Exception | None = None
+        error: Exception | None = None
         try:
             try:
                 yield
             except RankLost:
                 raise
-            except Exception as error:
-                own = error
-            failure = None if own is None else _failure(own)
-            failures = {rank: other for rank, other in enumerate(self.gather(failure)) if other is not None}
+            except Exception as raised:
+                error = raised
+            answers = self.gather(None if error is None else _failure(error))
         except RankLost as lost:
             raise RankLost(f"{what}: {lost}") from lost
+        failures = [(rank, *failure) for rank, failure in enumerate(answers) if failure is not None]
         if not failures:
             return
-        if own is None:
-            rank, (kind, text) = next(iter(failures.items()))
-            own = kind(f"rank {rank}: {text}")
-        setattr(own, _SHARED, True)
-        raise own
+        if error is None:
+            rank, kind, text = failures[0]
+            error = kind(f"rank {rank}: {text}")
+        setattr(error, _SHARED, True)
+        raise error
 
     @contextmanager
     def sharing_errors(self, what: str) -> Iterator[None]:
-        """Run a block in which the ranks call ``together`` now and then, and each may raise in between.
+        """For a block that calls ``together`` several times, and may raise on one rank in between.
 
-        An error that no ``together`` has shared is shared by the next one that the other ranks come to. Threads
-        of the block that call ``together`` must have ended by then.
+        Such an error is shared in the next ``together`` that the other ranks reach. When the block raises, no thread
+        of it may still call ``together``.
         """
         try:
             yield
@@ -143,12 +140,11 @@ class Ranks:
                     raise
             raise
 
-    def sum_(self, tensor: "torch.Tensor") -> None:
-        """Add up ``tensor`` (contiguous) over all ranks, in place; every rank gets the same bits."""
-        self.sum_async_(tensor).wait()
-
     def sum_async_(self, tensor: "torch.Tensor") -> Pending:
-        """Start ``sum_``; on a device it runs after what has been launched so far."""
+        """Start to add up ``tensor`` (contiguous) over all ranks, in place; every rank gets the same bits.
+
+        On a device the sum runs after all that has been launched before.
+        """
         if self.world == 1:
             return Pending(None)
         import torch.distributed as dist
@@ -161,17 +157,16 @@ Ranks.ALONE = Ranks(0, 1, None)
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether every rank raises ``error`` or one that tells of it, so that only one of them need print it."""
+    """Whether every rank raises ``error``, or one with its text, and only one rank need print it."""
     return getattr(error, _SHARED, False)
 
 
-def _failure(error: Exception) -> tuple[type[RunError] | type[InputError], str]:
-    """What the other ranks get of an error: a class that they can raise, and its text."""
+def _failure(error: Exception) -> tuple[type[PertaError], str]:
+    """What the other ranks raise when this one raises ``error``: a class and a text."""
     if isinstance(error, OSError):
         return RunError, advice(error)
-    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RunError)
-    is_message = isinstance(error, PertaError)
-    return kind, str(error) if is_message else f"{type(error).__name__}: {error}"
+    kind = next((kind for kind in (InputError, NotFiniteError) if isinstance(error, kind)), RunError)
+    return kind, str(error) if isinstance(error, PertaError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_for_one_rank_ends_all(inputs: dict[int, Inputs], tm
 
 def _refused(group: Any, inputs: Inputs, folder: Path) -> list[BaseException]:
     ranks = Ranks.of(group)
-    shared_directory._PATIENCE = 0.3
+    shared_directory._TIMEOUT = 0.3
     (folder / str(ranks.rank)).mkdir()
 
     def unseen() -> None:

@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said_once(job: Job, tmp_path: Path) -> None:
 def test_an_incomplete_launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["resume", "nowhere"]) == 2
-    assert "WORLD_SIZE is set, but not all that belongs to it" in capsys.readouterr().err
+    assert "WORLD_SIZE is set, but other variables of a launch are missing or wrong" in capsys.readouterr().err
 
 
 def _hide_the_data(rank: int) -> None:

@@ -29,7 +29,7 @@ def _meet(group: Any) -> dict[str, Any]:
     ranks = Ranks.of(group)
     found: dict[str, Any] = {"gathered": ranks.gather({"rank": ranks.rank}), "shared": ranks.share(ranks.rank + 7)}
     tensor = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
-    ranks.sum_(tensor)
+    ranks.sum_async_(tensor).wait()
     found["sum"] = tensor.tolist()
     parts = [torch.full((3,), k + 0.5) for k in range(4)]
     for each in [ranks.sum_async_(part) for part in parts]:
@@ -74,7 +74,7 @@ def _lose_one(group: Any) -> Any:
     with ranks.together("the sums"):
         if ranks.rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        ranks.sum_(torch.ones(5))
+        ranks.sum_async_(torch.ones(5)).wait()
 
 
 def test_a_rank_that_is_killed_is_missed_by_all_others() -> None:
@@ -104,7 +104,7 @@ def test_one_process_alone_needs_no_group() -> None:
     assert ranks.gather("x") == ["x"]
     assert ranks.share("x") == "x"
     tensor = torch.ones(2)
-    ranks.sum_(tensor)
+    ranks.sum_async_(tensor).wait()
     assert tensor.tolist() == [1, 1]
     with pytest.raises(KeyError), ranks.together("nothing"):
         raise KeyError
