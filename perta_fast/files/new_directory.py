@@ -37,7 +37,7 @@ class OutputDirectory:
         self.path = partial_path(self.final)
         self.keep = resume
         self._resume = resume
-        self._aside = self.final.with_name(f".{self.final.name}.perta-replaced")
+        self._replaced = _replaced_path(self.final)
         self._overwrite = overwrite
         self._lock: int | None = None
 
@@ -46,6 +46,7 @@ class OutputDirectory:
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True)
             self._lock = lock(self.path)
+            remove_replaced(self.final)
             if not self._resume:
                 self._forget()
                 for entry in self.path.iterdir():  # of a run that was killed
@@ -77,18 +78,18 @@ class OutputDirectory:
         """
         sync_tree(self.path)
         if self._overwrite and self.final.exists():
-            remove(self._aside)
-            move(self.final, self._aside)
+            remove(self._replaced)
+            move(self.final, self._replaced)
         move(self.path, self.final)  # replaces an empty directory, and no other
-        remove(self._aside)
+        remove_replaced(self.final)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
         if hopeless or not self.keep:  # gone already after a commit
             self._forget()
             remove(self.path)
-        if self._aside.exists() and not self.final.exists():  # stopped between the two renames
-            self._aside.rename(self.final)
+        if self._replaced.exists() and not self.final.exists():  # stopped between the two renames
+            self._replaced.rename(self.final)
         self._release()
         if isinstance(error, OSError):
             raise RunError(self._explain(error)) from error
@@ -101,6 +102,21 @@ class OutputDirectory:
 def partial_path(final: Path) -> Path:
     """Where a run to ``final`` builds it."""
     return final.with_name(f".{final.name}.perta-partial")
+
+
+def _replaced_path(final: Path) -> Path:
+    return final.with_name(f".{final.name}.perta-replaced")
+
+
+def remove_replaced(final: Path) -> None:
+    """Remove what a run replaced at ``final``, if it was killed before it did so.
+
+    While ``final`` is missing, the run was killed between its two renames, and the old directory stays. So does
+    a link or a file of that name, which no run makes.
+    """
+    replaced = _replaced_path(final)
+    if final.exists() and replaced.is_dir() and not replaced.is_symlink():
+        remove(replaced)
 
 
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:

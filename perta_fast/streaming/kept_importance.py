@@ -11,7 +11,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree
-from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.files.new_directory import OutputDirectory, partial_path, remove_replaced
 from perta_fast.importance.store import STEM, ShardWriter
 
 _WHAT = "the importances that are kept"
@@ -52,7 +52,10 @@ class KeptImportance:
     def _unfinished(self) -> OutputDirectory | None:
         """The directory, unless there is nothing to write any more."""
         final = self._final
-        if final is None or (self._resumed and final.is_dir() and not partial_path(final).exists()):
+        if final is None:
+            return None
+        if self._resumed and final.is_dir() and not partial_path(final).exists():
+            remove_replaced(final)
             return None
         output = OutputDirectory(final, overwrite=self._overwrite, resume=self._resumed)
         if self._resumed and not output.path.is_dir():

@@ -16,7 +16,7 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
 from perta_fast.files.durable import copy_range, remove, sync_directory, sync_file, write_fully
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import OutputDirectory, check_space, scratch_path
+from perta_fast.files.new_directory import OutputDirectory, check_space, remove_replaced, scratch_path
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import byte_bar
@@ -280,7 +280,8 @@ def _share(source: int, target: int) -> bool:
 
 
 def finish_leftover(final: Path) -> Report:
-    """A run that was stopped after its last rename: only its own files are still to go."""
+    """Finish a run that was stopped after its last rename: remove what it replaced, then its own files."""
+    remove_replaced(final)
     try:
         job = Job.load(final / STATE / JOB)
     except InputError:

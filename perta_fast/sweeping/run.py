@@ -11,7 +11,7 @@ import torch
 
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
 from perta_fast.files.durable import remove
-from perta_fast.files.new_directory import OutputDirectory
+from perta_fast.files.new_directory import OutputDirectory, remove_replaced
 from perta_fast.progress import Progress
 from perta_fast.records.typed_json import fits
 from perta_fast.records.versions import now
@@ -96,6 +96,7 @@ def resume_sweep(final: Path, progress: Progress) -> Sweep:
         if not fits(begun.request, Request):
             raise InputError(f"{final}: its sweep's record is damaged; start over with --overwrite")
         return _run(Request(**begun.request), progress, resumed=True)
+    remove_replaced(final)
     remove(final / STATE)
     return Sweep.read(final / FILE_NAME)
 

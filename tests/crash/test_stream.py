@@ -196,7 +196,10 @@ def test_killed_with_its_importances_in_their_place(calls: list[Point], struck: 
     kept = next(at for at, point in enumerate(calls) if point.target.endswith("/kept"))
     assert struck.kill("kill after", kept, *arguments(struck.job, struck.out))
     assert struck.out.with_name("kept").is_dir() and not struck.out.exists()
+    replaced = struck.out.with_name(".kept.perta-replaced")
+    replaced.mkdir()  # as if it had been killed before it removed an older one
     assert struck.finish(again=True)
+    assert not replaced.exists()
 
 
 def test_killed_while_it_starts_over(calls: list[Point], struck: Struck) -> None:

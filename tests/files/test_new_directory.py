@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -324,6 +326,67 @@ def test_killed_between_the_two_renames_the_old_one_is_not_lost(inputs: Inputs, 
     assert list(kept.values()) == list(before.values())
     resume(out)
     assert_complete(inputs, out)
+
+
+class TestKilledAfterTheLastRename:
+    """The new directory is complete, and the one that it replaced lies hidden beside it."""
+
+    REPLACED = ".out.perta-replaced"
+
+    @pytest.fixture(autouse=True)
+    def killed(self, inputs: Inputs, out: Path) -> None:
+        old_directory(out)
+        setup = signal_at("SIGKILL", "files.new_directory.move", after=True, earlier=1)
+        assert perta(*arguments(inputs, out, "--overwrite"), setup=setup).returncode == -9
+        assert names(out.parent) == {"out", self.REPLACED}
+        assert (out.parent / self.REPLACED / "below" / "old.txt").read_text() == "old"
+
+    def test_the_next_run_removes_the_old_one_before_it_works(
+        self, inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        during: list[set[str]] = []
+        copy = to_directory.copy_companions
+
+        def note(*sources: Any) -> None:
+            during.append(names(out.parent))
+            copy(*sources)
+
+        monkeypatch.setattr(to_directory, "copy_companions", note)
+        run(inputs, out, overwrite=True)
+        assert during == [{"out", ".out.perta-partial"}]
+        assert_complete(inputs, out)
+
+    def test_resume_removes_the_old_one(self, inputs: Inputs, out: Path) -> None:
+        resume(out)
+        assert_complete(inputs, out)
+
+    def test_a_run_that_is_refused_removes_nothing(self, inputs: Inputs, out: Path) -> None:
+        before = fingerprint(out.parent)
+        with pytest.raises(InputError, match="exists and is not empty"):
+            run(inputs, out)
+        assert fingerprint(out.parent) == before
+
+    @pytest.mark.parametrize("finish", [partial(run, overwrite=True), lambda _, out: resume(out)])
+    def test_only_what_bears_the_name_goes_and_no_link_is_followed(
+        self, finish: Callable[[Inputs, Path], object], inputs: Inputs, out: Path
+    ) -> None:
+        mine = out.parent.parent / "mine"
+        before = old_directory(mine)
+        other = old_directory(out.with_name(".other.perta-replaced"))
+        (out.parent / self.REPLACED / "link").symlink_to(mine)
+        finish(inputs, out)
+        assert fingerprint(mine) == before
+        assert fingerprint(out.with_name(".other.perta-replaced")) == other
+        assert names(out.parent) == {"out", ".other.perta-replaced"}
+
+    def test_a_link_of_that_name_stays(self, out: Path) -> None:
+        mine = out.parent.parent / "mine"
+        (out.parent / self.REPLACED).rename(mine)
+        before = fingerprint(mine)
+        (out.parent / self.REPLACED).symlink_to(mine)
+        resume(out)
+        assert fingerprint(mine) == before
+        assert (out.parent / self.REPLACED).is_symlink()
 
 
 def test_killed_while_it_starts_over_it_takes_up_nothing_half_removed(inputs: Inputs, out: Path) -> None:

@@ -27,15 +27,15 @@ def closing(pool, *arguments, **settings):
     return close_pool(pool, *arguments, **settings)
 
 def stopped(*arguments, **settings):
-    first = not calls
+    chosen = len(calls) == {earlier}
     calls.append(arguments)
-    if first and not {after}:
+    if chosen and not {after}:
         stopping.clear()
         os.kill(os.getpid(), signal.{signal})
         if threading.current_thread() is not threading.main_thread():
             stopping.wait({hung})  # the main thread has the signal, and closes the pool once all are to stop
     result = original(*arguments, **settings)
-    if first and {after}:
+    if chosen and {after}:
         os.kill(os.getpid(), signal.{signal})
     return result
 
@@ -54,11 +54,11 @@ def perta(
     return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=HUNG)
 
 
-def signal_at(signal: str, call: str, after: bool = False) -> str:
-    """A ``setup`` that sends ``signal`` when ``call`` is first made, or ``after`` that.
+def signal_at(signal: str, call: str, after: bool = False, earlier: int = 0) -> str:
+    """A ``setup`` that sends ``signal`` when ``call`` is made, or ``after`` that, once it was made ``earlier`` times.
 
     call: room, module and function, as ``files.new_directory.move``.
     """
     package, module, function = call.split(".")
     names = {"package": package, "module": module, "function": function}
-    return _SIGNAL_AT.format(signal=signal, after=after, hung=HUNG, **names)
+    return _SIGNAL_AT.format(signal=signal, after=after, earlier=earlier, hung=HUNG, **names)

@@ -225,6 +225,18 @@ def test_stopped_after_the_last_scoring(
         resume(tmp_path / "out")
 
 
+def test_what_a_sweep_replaced_goes_when_it_is_resumed(
+    own_job: Job, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the last rename and the removal of the old directory."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sweeping_run, "remove", stop)
+        run(own_job, tmp_path, checkpoint=None)
+    (tmp_path / ".out.perta-replaced").mkdir()
+    resume(tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # What is refused, or not kept.
 
 
