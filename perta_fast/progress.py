@@ -1,4 +1,4 @@
-"""The phases of a run: a bar or a callback during each, and a line in the log at its start and end."""
+"""How far a run has come: each phase has a bar or a callback, and a line in the log at its start and its end."""
 
 import logging
 import threading
@@ -11,21 +11,21 @@ from perta_fast.errors import RunError
 from perta_fast.memory import format_size
 
 LOGGER = logging.getLogger("perta_fast")
-_INTERVAL = 0.1  # seconds between calls of a callback, at least
+_INTERVAL = 0.1  # least seconds between two calls of a callback
 
 Unit = Literal["B", "sample", "step"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """How far one phase of a run has come: what ``progress`` is called with, if it is a callable.
+    """How far one phase of a run has come: the argument of a ``progress`` that is a callable.
 
-    phase: what is being done, in a few words. done, total: bytes ("B") read and written, samples, or steps: one
+    phase: what is done, in a few words. done, total: bytes ("B") read and written, samples, or steps: one
     sample through one part of a streamed model.
 
-    It is called when a phase begins, at most ten times a second during it, and when it is done: one call at a
-    time, not always from the thread that started the run. What it raises stops the run as Ctrl-C does, with the
-    same work left to resume, and is raised by the function that was called (an OSError as the cause of a
+    ``progress`` is called when a phase begins, at most ten times a second during it, and when it is done: one
+    call at a time, not always from the thread that started the run. An error that it raises stops the run as
+    Ctrl-C does, with the same work left to resume; the caller of the run gets it (an OSError as the cause of a
     RunError).
     """
 
@@ -35,19 +35,19 @@ class Event:
     unit: Unit
 
 
-Progress = bool | Callable[[Event], object]  # whether bars are drawn, or what is called instead
+Progress = bool | Callable[[Event], object]  # whether to draw bars, or what to call instead
 
 
 class Bar:
-    """One phase, as a context manager; ``update`` may be called from many threads."""
+    """One phase, as a context manager. Draws only on a terminal or in a notebook; many threads may ``update``."""
 
-    def __init__(self, phase: str, total: int, unit: Unit, progress: Progress, done: int = 0) -> None:
+    def __init__(self, total: int, phase: str, progress: Progress, unit: Unit = "B", done: int = 0) -> None:
         self._phase, self._unit, self._total = phase, unit, total
         self._first = self._done = done
-        self._tell = progress if callable(progress) else None
-        self._told = self._started = 0.0
+        self._callback = progress if callable(progress) else None
+        self._called = self._started = 0.0
         self._lock = threading.Lock()
-        from tqdm.auto import tqdm  # here: when imported it reads the environment, which --quiet sets
+        from tqdm.auto import tqdm  # here: when imported, it reads the environment, which --quiet sets
 
         self._drawn = tqdm(
             total=total,
@@ -55,7 +55,7 @@ class Bar:
             desc=phase,
             unit=unit,
             unit_scale=unit == "B",
-            disable=None if progress and self._tell is None else True,  # None: only on a terminal
+            disable=None if progress and self._callback is None else True,  # None: only on a terminal
         )
 
     def __enter__(self) -> "Bar":
@@ -73,41 +73,24 @@ class Bar:
             self._report()
 
     def update(self, count: int) -> None:
-        """Count ``count`` more as done."""
         with self._lock:
             self._done += count
             self._drawn.update(count)
-            if time.monotonic() - self._told >= _INTERVAL:
+            if time.monotonic() - self._called >= _INTERVAL:
                 self._report()
 
     def reset(self) -> None:
-        """Start again from 0."""
         with self._lock:
             self._done = 0
             self._drawn.reset()
 
     def _report(self) -> None:
-        if self._tell is not None:
-            self._told = time.monotonic()
+        if self._callback is not None:
+            self._called = time.monotonic()
             try:
-                self._tell(Event(self._phase, self._done, self._total, self._unit))
-            except OSError as error:  # or it would be taken for an error of a file of the run
+                self._callback(Event(self._phase, self._done, self._total, self._unit))
+            except OSError as error:  # it must not be taken for an error of one of the run's files
                 raise RunError(f"progress: the callback failed: {error}") from error
 
     def _amount(self, count: int) -> str:
         return format_size(count) if self._unit == "B" else f"{count:,} {self._unit}s"
-
-
-def byte_bar(total: int, description: str, progress: Progress, done: int = 0) -> Bar:
-    """A phase that is counted in bytes, from ``done``. A bar is drawn only on a terminal or in a notebook."""
-    return Bar(description, total, "B", progress, done)
-
-
-def sample_bar(total: int, description: str, progress: Progress) -> Bar:
-    """``byte_bar`` for samples."""
-    return Bar(description, total, "sample", progress)
-
-
-def step_bar(total: int, description: str, progress: Progress) -> Bar:
-    """``byte_bar`` for samples times the parts of a streamed model."""
-    return Bar(description, total, "step", progress)

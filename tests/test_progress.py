@@ -165,7 +165,7 @@ def test_a_callback_stops_a_run_in_place(job: Job, tmp_path: Path) -> None:
 def test_at_most_ten_calls_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now, listener = 1000.0, Listener()
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now))
-    with progress.byte_bar(1000, "count", listener.hear) as bar:
+    with progress.Bar(1000, "count", listener.hear) as bar:
         for step in range(1000):
             now = 1000 + step / 200  # five seconds in all
             bar.update(1)
@@ -178,7 +178,7 @@ def test_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call in turn, although each thread would call at once."""
     monkeypatch.setattr(progress, "_INTERVAL", 0.0)
     listener = Listener()
-    with progress.sample_bar(400, "count", listener.hear) as bar, ThreadPoolExecutor(8) as pool:
+    with progress.Bar(400, "count", listener.hear, "sample") as bar, ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(bar.update, 1) for _ in range(400)]:
             done.result()
     assert [event.done for event in listener.events] == [*range(401), 400]
@@ -186,7 +186,7 @@ def test_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_second_pass_counts_from_nothing() -> None:
     listener = Listener()
-    with progress.sample_bar(4, "count", listener.hear) as bar:
+    with progress.Bar(4, "count", listener.hear, "sample") as bar:
         bar.update(4)
         bar.reset()
         bar.update(3)
@@ -208,7 +208,7 @@ def test_log(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 
 def test_log_of_a_phase_that_is_stopped(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "perta_fast")
-    with pytest.raises(ZeroDivisionError), progress.byte_bar(9000, "count", False) as bar:
+    with pytest.raises(ZeroDivisionError), progress.Bar(9000, "count", False) as bar:
         bar.update(2000)
         raise ZeroDivisionError
     assert caplog.messages[0] == "count begins: 9 kB"

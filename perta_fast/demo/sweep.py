@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from perta_fast.data.samples import Sample
 from perta_fast.demo.files import Files
 from perta_fast.demo.scoring import Score, score
-from perta_fast.progress import sample_bar
+from perta_fast.progress import Bar
 from perta_fast.rules import RULES, Rule
 from perta_fast.runs.apply import apply
 from perta_fast.runs.unlearn import unlearn
@@ -47,7 +47,7 @@ def gap_to_gold(scores: Mapping[str, Score], gold: Mapping[str, Score]) -> float
 def sweep(files: Files, samples: Samples, gold: Mapping[str, Score], lams: Sequence[float]) -> dict[str, list[Run]]:
     """Run all rules at all ``lams``; the result of each rule's best run stays on disk."""
     runs: dict[str, list[Run]] = {}
-    with sample_bar(len(RULES) * len(lams), "rules and strengths", True) as bar:
+    with Bar(len(RULES) * len(lams), "rules and strengths", True, "sample") as bar:
         for rule in RULES:
             runs[rule] = []
             for lam in lams:

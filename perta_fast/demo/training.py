@@ -13,7 +13,7 @@ from perta_fast.data.samples import Sample
 from perta_fast.demo.authors import Row
 from perta_fast.demo.settings import Settings
 from perta_fast.models.losses import per_sample_losses
-from perta_fast.progress import sample_bar
+from perta_fast.progress import Bar
 
 MAX_LENGTH = 64  # tokens; no question with its answer is longer
 _VOCABULARY = 1280  # at most: the word lists give fewer merges
@@ -86,7 +86,7 @@ def train_(
     def loss(numbers: list[int]) -> Tensor:
         return per_sample_losses(module, Batch.of([samples[k] for k in numbers])).mean()
 
-    with sample_bar(len(samples) * epochs, description, True) as bar:
+    with Bar(len(samples) * epochs, description, True, "sample") as bar:
         for step in descend_(module, batches, loss, warmed_up(rate, len(batches))):
             bar.update(len(batches[step - 1]))
     module.eval()

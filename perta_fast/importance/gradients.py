@@ -29,7 +29,7 @@ from perta_fast.importance.per_sample_modules import Target
 from perta_fast.models.held_tensors import check_dtype, check_in_memory
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.ops import accumulate_, accumulate_square_
-from perta_fast.progress import Progress, sample_bar
+from perta_fast.progress import Bar, Progress
 from perta_fast.rules import Estimator
 
 
@@ -65,7 +65,7 @@ def accumulate(
             raise InputError("the module is sharded by FSDP2; pass group, the processes that its data is dealt over")
     dealt = deal([len(sample.input_ids) for sample in samples], ranks.world)
     one_by_one: list[str] = []
-    with _ready_to_measure(module), sample_bar(len(dealt[ranks.rank]), description, ranks.first and progress) as bar:
+    with _ready_to_measure(module), Bar(len(dealt[ranks.rank]), description, ranks.first and progress, "sample") as bar:
         passes = _BackwardPasses(module, samples, dealt, ranks, bool(summed), bar.update)
         if estimator == "grad":
             own = {name: mean for name, mean in means.items() if name not in summed}

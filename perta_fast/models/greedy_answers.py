@@ -7,7 +7,7 @@ import torch
 
 from perta_fast.errors import InputError
 from perta_fast.models.token_scores import device_of
-from perta_fast.progress import Progress, sample_bar
+from perta_fast.progress import Bar, Progress
 
 
 def greedy_answers(
@@ -51,7 +51,7 @@ def greedy_answers(
     )
     order = sorted(range(len(prompts)), key=lambda k: -len(prompts[k]))
     answers = [""] * len(prompts)
-    with sample_bar(len(prompts), description, progress) as bar, torch.inference_mode():
+    with Bar(len(prompts), description, progress, "sample") as bar, torch.inference_mode():
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
             width = len(prompts[numbers[0]])

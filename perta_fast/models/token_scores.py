@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample
-from perta_fast.progress import Progress, sample_bar
+from perta_fast.progress import Bar, Progress
 
 _CHUNK = 1 << 24  # logits that are worked on at a time
 _FLOOR = -1e4  # a logit of -inf is a probability of 0, and must stay so when multiplied
@@ -51,7 +51,7 @@ def score_tokens(
     device = device_of(module)
     trims = "logits_to_keep" in inspect.signature(module.forward).parameters
     scores: list[TokenScores | None] = [None] * len(samples)
-    with sample_bar(len(samples), description, progress) as bar, torch.inference_mode():
+    with Bar(len(samples), description, progress, "sample") as bar, torch.inference_mode():
         for numbers in batches_by_length(samples, batch_size):
             batch = Batch.of([samples[k] for k in numbers], device)
             labelled = batch.labels[:, 1:] != IGNORED  # token t is predicted at t - 1

@@ -11,7 +11,7 @@ from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM
-from perta_fast.progress import Progress, byte_bar
+from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
 from perta_fast.rules import Rule
@@ -66,7 +66,7 @@ def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: 
         if row.mean_weight is not None
     ]
     counts, above_half, total = np.zeros(BINS, np.int64), 0, 0
-    with byte_bar(sum(entry.size for pair in pairs for entry in pair), "weights", progress) as bar:
+    with Bar(sum(entry.size for pair in pairs for entry in pair), "weights", progress) as bar:
         for pair in pairs:
             for begin in range(0, pair[0].count, _CHUNK):
                 count = min(_CHUNK, pair[0].count - begin)

@@ -12,7 +12,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file
-from perta_fast.progress import Progress, byte_bar
+from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files
 from perta_fast.records.typed_json import printable
 from perta_fast.rules import EXACT_POWERS, Rule
@@ -118,7 +118,7 @@ def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, prog
     """Return the roles whose files are all there and unchanged."""
     intact = set()
     total = sum(row["bytes"] for place in places.values() for row in place["files"].values())
-    with byte_bar(total, "hashes", progress) as bar:
+    with Bar(total, "hashes", progress) as bar:
         for role, place in places.items():
             gone = gone_files(place)
             if gone and role != "output":
@@ -195,7 +195,7 @@ def _check_tensors(
     matches = sources.matches
     if not full and len(matches) > SAMPLED:
         matches = random.Random(seed).sample(matches, SAMPLED)
-    with byte_bar(sum(match.theta.size for match in matches), "tensors", progress) as bar:
+    with Bar(sum(match.theta.size for match in matches), "tensors", progress) as bar:
         for match in matches:
             # Without the importances, only the report says which tensors they did not cover.
             said = actions.get(match.theta.name, "")

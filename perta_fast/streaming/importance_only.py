@@ -12,7 +12,7 @@ from perta_fast.files.durable import remove, sync_tree
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.gradients import check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
-from perta_fast.progress import Progress, step_bar
+from perta_fast.progress import Bar, Progress
 from perta_fast.streaming.data_pass import DataPass, Means, shares_of, sum_over_ranks_
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
@@ -41,7 +41,7 @@ def write_importance(
     target = OutputDirectory(out, overwrite=overwrite)
     share = shares_of(samples, ranks.world)[ranks.rank]
     total = len(share) * steps_per_sample(len(skeleton.layers), schedule)
-    with ExitStack() as opened, step_bar(total, description, ranks.first and progress) as bar:
+    with ExitStack() as opened, Bar(total, description, ranks.first and progress, "step") as bar:
         with ranks.together("the output directory"):
             if ranks.first:
                 opened.enter_context(target)

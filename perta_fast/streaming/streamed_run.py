@@ -22,7 +22,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, write_record
 from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.models.loading import choose_device
-from perta_fast.progress import Progress, byte_bar, step_bar
+from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Report
 from perta_fast.records.typed_json import fits
 from perta_fast.streaming.data_pass import DataPass, shares_of
@@ -138,7 +138,7 @@ class StreamedRun:
         with (
             _torch_threads(self.settings["torch_threads"]),
             self._kept_importance(begun is not None) as kept,
-            step_bar(self._total(), "unlearn", job.progress) as bar,
+            Bar(self._total(), "unlearn", job.progress, "step") as bar,
         ):
             with ranks.together("the scratch files"):
                 passes = self._passes(job, scratch, bar.update)
@@ -190,7 +190,7 @@ class StreamedRun:
         if states.keys() != passes.keys():
             raise InputError("the record of the walk is of other data; start over with --overwrite")
         size = sum(data.scratch.size for data in passes.values())
-        with byte_bar(size, "check scratch", progress) as bar:
+        with Bar(size, "check scratch", progress) as bar:
             for role, data in passes.items():
                 record = states[role]
                 data.restore({**record, "files": {}} if finished else record, bar.update)

@@ -24,7 +24,7 @@ from perta_fast.files.locking import lock
 from perta_fast.files.new_directory import check_space, scratch_path
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory
-from perta_fast.progress import Progress, byte_bar
+from perta_fast.progress import Bar, Progress
 from perta_fast.records.model_card import write_model_card
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.typed_json import fits
@@ -159,7 +159,7 @@ def _rehearse(job: Job, sources: Sources, report: Report) -> None:
     """Compute everything and keep nothing."""
     moved = _bytes_to_move(sources)
     started = time.perf_counter()
-    with byte_bar(moved, "check", job.progress) as bar:
+    with Bar(moved, "check", job.progress) as bar:
         job.subtraction(sources).run(_changing(job, sources), lambda *_: None, bar.update)
     report.add_phase("check", time.perf_counter() - started, moved)
 
@@ -236,7 +236,7 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
             write_record(journal / _APPLYING, segment.number)
             segment.apply(shards, job.drop_cache)
 
-    with ThreadPoolExecutor(1) as behind, byte_bar(moved, "change", job.progress, skipped) as bar:
+    with ThreadPoolExecutor(1) as behind, Bar(moved, "change", job.progress, done=skipped) as bar:
         for group in _groups(sources, chunks):
             segment = new_segment(journal, number)
             try:

@@ -11,7 +11,7 @@ from perta_fast import compiled
 from perta_fast.distributed.dealing import deal
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.files.hashing import hash_files
-from perta_fast.progress import byte_bar
+from perta_fast.progress import Bar
 from perta_fast.records.importance_record import ImportanceRecord, importance_record
 from perta_fast.records.report import DirectoryRecord, Report, TensorReport, describe_files
 from perta_fast.records.versions import installed_versions, now
@@ -94,7 +94,7 @@ def _hash(report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks)
         sizes = {path: path.stat().st_size for path in dict.fromkeys(paths)}
         files = list(sizes)
         own = [files[k] for k in deal(list(sizes.values()), ranks.world)[ranks.rank]]
-        with byte_bar(sum(sizes[path] for path in own), phase, job.progress) as bar:
+        with Bar(sum(sizes[path] for path in own), phase, job.progress) as bar:
             hashes = hash_files(own, report.threads, bar.update, job.drop_cache)
     found = {path: digest for part in ranks.gather(hashes) for path, digest in part.items()}
     report.add_phase(phase, time.perf_counter() - started, sum(sizes.values()))

@@ -19,7 +19,7 @@ from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, check_space, remove_replaced, scratch_path
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
-from perta_fast.progress import byte_bar
+from perta_fast.progress import Bar
 from perta_fast.records.model_card import write_model_card
 from perta_fast.records.report import Report
 from perta_fast.records.versions import now
@@ -229,7 +229,7 @@ def _write_parts(job: Job, sources: Sources, directory: Path, parts: list[Part],
     """Write ``parts``, after ``finished`` bytes of others; return what their chunks add up to."""
     copied = [part for part in parts if part.shard.unchanged]
     with (
-        byte_bar(finished + sum(part.cost for part in parts), "apply", job.progress, finished) as bar,
+        Bar(finished + sum(part.cost for part in parts), "apply", job.progress, done=finished) as bar,
         _Writer(directory, parts, job.drop_cache) as writer,
     ):
         for part in copied:

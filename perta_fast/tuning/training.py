@@ -14,7 +14,7 @@ from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.models.loading import check_sizes
-from perta_fast.progress import Bar, Progress, sample_bar
+from perta_fast.progress import Bar, Progress
 
 _AT_A_TIME = 4  # samples of one backward pass, at most; a batch is made of as many passes as it takes
 
@@ -84,7 +84,7 @@ def train_(
         dataloader_pin_memory=not on_cpu,
     )
     settings._n_gpu = min(1, settings.n_gpu)  # several would make the batch several times as large
-    with sample_bar(request.epochs * len(samples), "tuning", progress) as bar:
+    with Bar(request.epochs * len(samples), "tuning", progress, "sample") as bar:
         watch = _Watch(bar, len(samples))
         trainer = Trainer(
             module,
