@@ -8,9 +8,8 @@ from perta_fast.records.report import data_record
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.sweeping.grid import search, walk
-from perta_fast.sweeping.importances import ByEstimator, load_given, load_kept
 from perta_fast.sweeping.live_model import Importances, LiveModel
-from perta_fast.sweeping.opened import OpenedSweep
+from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.results import ScoredSetting, Sweep
 from perta_fast.sweeping.unfinished import Record
 
@@ -62,23 +61,20 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
 
 def _prepare(opened: OpenedSweep, record: Record) -> tuple[LiveModel, ScoredSetting, ByEstimator]:
     """theta_full, what it scores as it is, and all importances; one model in memory at a time."""
-    importances = load_given(opened.given)
+    importances = opened.load_given()
     live = opened.live()
-    original = record.begun.original
+    original = next((row for row in record.begun.rows if not row.rule), None)
     if original is None:
         original = record.add(live.measure_original(importances))
     opened.request.bounds(original)  # before the first gradient
-    lacking = opened.lacking()
-    if lacking:
-        kept = None if record.importances is None else load_kept(record.importances, lacking, opened.data)
-        if kept is None and opened.request.at == "model":
-            kept = opened.estimate(live.subject, lacking, record.importances)
-        elif kept is None:
-            del live
-            kept = opened.estimate(opened.load(opened.sources.base.path), lacking, record.importances)
-            live = opened.live()
-        importances |= kept
-    return live, original, importances
+    kept = opened.load_kept(record.importances)
+    if kept is None and opened.request.at == "model":
+        kept = opened.estimate(live.subject, record.importances)
+    elif kept is None:
+        del live
+        kept = opened.estimate(opened.load(opened.sources.base.path), record.importances)
+        live = opened.live()
+    return live, original, importances | kept
 
 
 def _along(

@@ -1,7 +1,8 @@
-"""The opened inputs of a sweep, and the models that it loads."""
+"""The opened inputs of a sweep: checkpoints, data, importances that were given; and the models that it loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,24 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.files.hashing import hash_file
+from perta_fast.importance.store import STEM, Importance, read_metadata
 from perta_fast.models.loading import Subject, load_subject, samples_for
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
-from perta_fast.runs.estimate import Estimation
-from perta_fast.subtraction.inputs import Sources
+from perta_fast.runs.estimate import Estimation, estimate_on
+from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.job import fingerprint
 from perta_fast.sweeping.grid import curves_of
-from perta_fast.sweeping.importances import ByEstimator, estimate, open_given
 from perta_fast.sweeping.live_model import DataSet, LiveModel, ScoredModel
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import ScoredSetting
 
+ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role, forget or retain
+
 
 @dataclass(frozen=True)
 class OpenedSweep:
-    """A checked request with its inputs opened. curves: at lam 0. given: with importances, by estimator."""
+    """A checked request with its inputs opened. curves: at lam 0. given: the checkpoints with given importances."""
 
     request: Request
     curves: list[Rule]
@@ -38,15 +41,14 @@ class OpenedSweep:
 
     @classmethod
     def open(cls, request: Request, progress: Progress) -> "OpenedSweep":
-        """Raises InputError for whatever is wrong with arguments or inputs, before a model is loaded."""
-        request.check()
+        """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
         curves = curves_of(request.rules, request.ps, request.alphas, request.threshold)
-        checkpoints = (request.model, request.base, request.tuned)
+        request.check()
         return cls(
             request,
             curves,
-            Sources.open(*checkpoints),
-            open_given(curves, checkpoints, request.forget_importance, request.retain_importance),
+            Sources.open(request.model, request.base, request.tuned),
+            _open_given(request, curves),
             None if request.gold is None else Checkpoint.open(request.gold),
             {role: DataSet.read(getattr(request, role), request.metric) for role in ("forget", "retain")},
             progress,
@@ -58,7 +60,7 @@ class OpenedSweep:
         if self.gold is not None:
             directories["gold"] = self.gold
         for estimator, sources in self.given.items():
-            for role in ("forget_importance", "retain_importance"):
+            for role in IMPORTANCES:
                 name = role if len(self.given) == 1 else f"{role}, {estimator}"
                 directories[name] = sources.named()[role]
         return directories
@@ -66,11 +68,11 @@ class OpenedSweep:
     def paths(self) -> list[Path]:
         """Every directory and file that is read."""
         tensors = [path for directory in self.inputs().values() for path in (directory.path, *directory.files())]
-        return tensors + [given.path for given in self.data.values()]
+        return tensors + [data.path for data in self.data.values()]
 
     def identity(self) -> dict[str, Any]:
-        """What tells by path whether an input is still the same."""
-        small = {str(given.path): given.digest for given in self.data.values()}
+        """By path, what shows whether an input has changed."""
+        small = {str(data.path): data.digest for data in self.data.values()}
         if self.sources.adapter_config is not None:
             small[str(self.sources.adapter_config)] = hash_file(self.sources.adapter_config)
         weights = {
@@ -80,40 +82,82 @@ class OpenedSweep:
         }
         return weights | small
 
+    def load_given(self) -> ByEstimator:
+        """The given importances; a tensor is read when it is asked for."""
+        return {
+            estimator: {role: Importance.load(sources.named()[f"{role}_importance"].path) for role in self.data}
+            for estimator, sources in self.given.items()
+        }
+
     def lacking(self) -> list[Estimator]:
-        """The estimators that the rules need and that no importance was given of."""
+        """The estimators that the rules need and of which no importance was given."""
         needed = dict.fromkeys(rule.estimator for rule in self.curves)
         return [estimator for estimator in needed if estimator is not None and estimator not in self.given]
 
-    def load(self, path: Path) -> Subject:
-        """A model, where and in what type the sweep runs."""
-        dtype = None if self.request.dtype is None else getattr(torch, self.request.dtype)
-        return load_subject(path, self.request.device, dtype)
+    def load_kept(self, folder: Path | None) -> ByEstimator | None:
+        """The lacking importances that a stopped sweep has kept in ``folder``, if all are there."""
+        lacking = self.lacking()
+        if not lacking:
+            return {}
+        if folder is None or not all((folder / name / role).exists() for name in lacking for role in self.data):
+            return None
+        return {name: {role: Importance.load(folder / name / role) for role in self.data} for name in lacking}
 
-    def estimate(self, subject: Subject, estimators: Sequence[Estimator], folder: Path | None) -> ByEstimator:
-        """Importances on both data sets, kept in ``folder`` or in memory."""
-        samples = {role: samples_for(subject, given.rows, self.request.max_length) for role, given in self.data.items()}
-        importances: ByEstimator = {estimator: {} for estimator in estimators}
+    def estimate(self, subject: Subject, folder: Path | None) -> ByEstimator:
+        """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory."""
+        samples = {role: samples_for(subject, data.rows, self.request.max_length) for role, data in self.data.items()}
+        importances: ByEstimator = {estimator: {} for estimator in self.lacking()}
         for estimator, by_role in importances.items():
             how = Estimation(subject, estimator, self.request.batch_size, self.progress)
-            for role, given in self.data.items():
+            for role, data in self.data.items():
                 out = None if folder is None else folder / estimator / role
-                description = f"{role} importance, {estimator}"
-                by_role[role] = estimate(how, samples[role], given.digest, description, out)
+                if out is None or not out.exists():  # one that exists is complete: it appears as a whole
+                    description = f"{role} importance, {estimator}"
+                    importance = estimate_on(how, samples[role], data.digest, out=out, description=description)
+                if out is None:
+                    importance.tensors = {name: tensor.cpu() for name, tensor in importance.tensors.items()}
+                else:
+                    importance = Importance.load(out)
+                by_role[role] = importance
         return importances
 
-    def score_gold(self, path: Path) -> ScoredSetting:
-        """Load the gold model and score it. Raises InputError if what it scores is not finite."""
-        scored = ScoredModel(self._examinee(path), self.data, self.request.metric).score("gold")
-        if not scored.is_finite:
-            raise InputError(f"{path}: what the gold model scores is not finite")
-        return scored
+    def load(self, path: Path) -> Subject:
+        """A model, on the device and in the type of the sweep."""
+        dtype = None if self.request.dtype is None else getattr(torch, self.request.dtype)
+        return load_subject(path, self.request.device, dtype)
 
     def live(self) -> LiveModel:
         """theta_full, loaded."""
         model, request = self.sources.model, self.request
         return LiveModel(self._examinee(model.path), self.data, request.metric, model, request.base, request.tuned)
 
+    def score_gold(self, path: Path) -> ScoredSetting:
+        """Load the gold model and score it. Raises InputError if its scores are not finite."""
+        scored = ScoredModel(self._examinee(path), self.data, self.request.metric).score("gold")
+        if not scored.is_finite:
+            raise InputError(f"{path}: what the gold model scores is not finite")
+        return scored
+
     def _examinee(self, path: Path) -> Examinee:
         request = self.request
         return Examinee(self.load(path), request.batch_size, request.max_length, self.progress)
+
+
+def _open_given(request: Request, curves: Sequence[Rule]) -> dict[Estimator, Sources]:
+    """Open and match the directories of importances that were given, a pair for each estimator.
+
+    Raises InputError for one that does not fit the checkpoints, lacks its partner, or serves none of the rules.
+    """
+    given: dict[Estimator, Sources] = {}
+    for pair in zip_longest(request.forget_importance, request.retain_importance):
+        paths = [None if path is None else Path(path) for path in pair]
+        held = {read_metadata(Checkpoint.open(path, STEM))["estimator"] for path in paths if path is not None}
+        served = [rule for rule in curves if rule.estimator in held]
+        needing = [rule for rule in curves if rule.estimator is not None]
+        rule = [*served, *needing, *curves][0]  # the next line refuses the pair unless it serves one
+        sources = Sources.open(request.model, request.base, request.tuned, open_importances(rule, *paths))
+        assert rule.estimator is not None
+        if rule.estimator in given:
+            raise InputError(f"{pair[0]}: another importance of estimator {rule.estimator} was given already")
+        given[rule.estimator] = sources
+    return given

@@ -10,7 +10,7 @@ from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.models.loading import check_sizes
 from perta_fast.sweeping.criteria import LOSS, SELECTIONS
-from perta_fast.sweeping.grid import check_strengths, curves_of
+from perta_fast.sweeping.grid import check_strengths
 from perta_fast.sweeping.live_model import check_metric
 from perta_fast.sweeping.results import ScoredSetting
 
@@ -84,8 +84,7 @@ class Request:
         return "largest" if self.lams is None else "best-forget"
 
     def check(self) -> None:
-        """Raise InputError for whatever is wrong that no file need be read for."""
-        curves_of(self.rules, self.ps, self.alphas, self.threshold)
+        """Raise InputError for what is wrong with the arguments themselves; ``curves_of`` checks the settings."""
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
         if self.at not in ("base", "model"):
@@ -117,11 +116,11 @@ class Request:
         if not original.is_finite:
             reason = "what it scores is not finite; run it in float32 or bfloat16 (--dtype)"
         elif floor is None:
-            broken = f"loss of {original.retain_loss:.6g}, it breaks the limit of {limit:.6g} on that"
-            reason = f"with a retain {broken} already; allow more"
+            loss = f"{original.retain_loss:.6g}"
+            reason = f"with a retain loss of {loss}, it breaks the limit of {limit:.6g} on that already; allow more"
         else:
-            broken = f"{self.metric} of {original.retain:.6g}, it breaks the floor of {floor:.6g}"
-            reason = f"with a retain {broken} already; allow more"
+            value = f"{self.metric} of {original.retain:.6g}"
+            reason = f"with a retain {value}, it breaks the floor of {floor:.6g} already; allow more"
         raise InputError(f"the model as it is, at lambda 0, cannot be chosen against: {reason}")
 
     def _check_bounds(self) -> None:

@@ -119,9 +119,10 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
             raise InputError(unfinished_advice(final))
         check_destination(request, inputs)
     target = OutputDirectory(final, overwrite=request.overwrite, inputs=inputs, resume=goes_on)
+    record = Record(begun, target)
     with _kept_if_stopped(target, final), target:
-        begun.save(target.path)
-        sweep = _score_and_write(opened, Record(begun, target), final)
+        record.save()
+        sweep = _score_and_write(opened, record, final)
         if not draw(sweep, target.path / PLOT_NAME):
             sweep.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
         sweep.save(target.path)

@@ -15,7 +15,6 @@ from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.results import ScoredSetting
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
-IMPORTANCE = "importance"
 _FORMAT = "perta-sweep"
 _FORMAT_VERSION = 1
 
@@ -24,8 +23,8 @@ _FORMAT_VERSION = 1
 class Begun:
     """An unfinished sweep.
 
-    request: its arguments. inputs: what identifies the weights and data that it reads. rows: the settings
-    that have been scored, each at most once. gold: the gold model, if that has been scored.
+    request: its arguments. inputs: what identifies the weights and data that it reads. rows: the scored settings.
+    gold: the gold model's scores, once they are known.
     """
 
     request: dict[str, Any]
@@ -36,20 +35,8 @@ class Begun:
 
     def find(self, rule: Rule) -> ScoredSetting | None:
         """What a setting has scored."""
-        wanted = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
-        scored = {(setting.rule, setting.p, setting.alpha, setting.lam): setting for setting in self.rows}
-        return scored.get(wanted)
-
-    @property
-    def original(self) -> ScoredSetting | None:
-        """What the model as it is has scored."""
-        return next((setting for setting in self.rows if not setting.rule), None)
-
-    def save(self, directory: Path) -> None:
-        """Write it below ``directory``, durably; after a crash there is the old record or the new."""
-        (directory / STATE).mkdir(exist_ok=True)
-        about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "version": this_version()}
-        write_record(directory / STATE / SWEEP_RECORD, about | asdict(self))
+        key = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
+        return next((row for row in self.rows if (row.rule, row.p, row.alpha, row.lam) == key), None)
 
 
 def has_begun(final: Path) -> bool:
@@ -77,7 +64,7 @@ def load_begun(final: Path) -> Begun:
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise InputError, naming it, if an input is not what it was when the sweep began."""
+    """Raise InputError, naming it, if an input has changed since the sweep began."""
     for path in sorted(before.keys() | now.keys()):
         if before.get(path) != now.get(path):
             raise InputError(
@@ -86,30 +73,36 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
+@dataclass(frozen=True)
 class Record:
-    """What has been scored, kept in ``target``, if there is one, as soon as it is known."""
+    """What has been scored; kept in ``target``, if there is one."""
 
-    def __init__(self, begun: Begun, target: OutputDirectory | None) -> None:
-        self.begun = begun
-        self._target = target
+    begun: Begun
+    target: OutputDirectory | None
 
     @property
     def importances(self) -> Path | None:
         """Where importances estimated for the sweep are kept."""
-        return None if self._target is None else self._target.path / STATE / IMPORTANCE
+        return None if self.target is None else self.target.path / STATE / "importance"
 
     def add(self, setting: ScoredSetting) -> ScoredSetting:
         """Keep one more setting; returns it."""
         self.begun.rows.append(setting)
-        self._keep()
+        self.save()
         return setting
 
     def add_gold(self, setting: ScoredSetting) -> None:
         """Keep what the gold model scores."""
         self.begun.gold = setting
-        self._keep()
+        self.save()
 
-    def _keep(self) -> None:
-        if self._target is not None:
-            self.begun.save(self._target.path)
-            self._target.keep = True
+    def save(self) -> None:
+        """Write the record, durably; after a crash there is the old one or the new one."""
+        if self.target is None:
+            return
+        folder = self.target.path / STATE
+        folder.mkdir(exist_ok=True)
+        about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "version": this_version()}
+        write_record(folder / SWEEP_RECORD, about | asdict(self.begun))
+        if self.begun.rows or self.begun.gold is not None:
+            self.target.keep = True

@@ -302,6 +302,10 @@ def test_the_checkpoint_of_what_is_chosen(handed: bool, job: Job, tmp_path: Path
     assert verify(tmp_path / "chosen", progress=False).problems == []
     report = Report.load(tmp_path / "chosen")
     assert report.data == found.data
+    made_by = {"sweep": str(tmp_path / "out"), "sweep_started": found.started, "select": "closest"}
+    assert report.settings == found.settings | made_by
+    assert (report.settings["lams"], report.settings["alphas"]) == ([2.0, 8.0], [0.5, 2.0])
+    assert (report.settings["max_length"], report.settings["overwrite"]) == (None, False)
     assert report.inputs["forget_importance"].get("kept", True) == handed
     left = {"gold", "out", "chosen", "forget", "retain"}
     assert {path.name for path in tmp_path.iterdir()} == left
@@ -378,6 +382,21 @@ def test_a_record_written_by_0_1_0() -> None:
     assert [row.is_finite for row in found.rows] == [True, True, True, False, True, True, False]
     assert found.gold is not None and found.gold.forget == 5.701959860324859
     assert found.best is not None and (found.best.rule, found.best.lam) == ("tv", 1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_chosen_checkpoint_whose_settings_are_texts(version: int, tmp_path: Path) -> None:
+    """As version 0.1.0 wrote them; the first reports of version 2 had them too."""
+    texts = {
+        **{"lams": "1.0, 2.0", "rules": "tv, fisher", "ps": "None, 2.0", "alphas": "1.0", "at": "base"},
+        **{"metric": "loss", "overwrite": "False", "batch_size": "8", "device": "cpu", "dtype": "float32"},
+        **{"sweep": "/written/sweep", "sweep_started": "2026-11-28T02:13:12+00:00", "select": "best-forget"},
+    }
+    written = Path(__file__).parents[1] / "records" / "written_by_0_1_0" / "applied" / "perta_report.json"
+    content = json.loads(written.read_text()) | {"settings": texts, "format_version": version}
+    (tmp_path / "perta_report.json").write_text(json.dumps(content))
+    report = Report.load(tmp_path)
+    assert report.settings == texts and report.chosen_rule().name == "tv"
 
 
 @pytest.mark.parametrize(

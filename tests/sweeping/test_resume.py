@@ -13,7 +13,7 @@ import pytest
 from perta_fast import InputError, Interrupted, PertaError, RunError, Sweep, apply, cli, resume, sweep
 from perta_fast.files.durable import write_record
 from perta_fast.sweeping import chosen_checkpoint as writing
-from perta_fast.sweeping import importances as sweeping_importances
+from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping import run as sweeping_run
 from perta_fast.sweeping.live_model import ScoredModel
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
@@ -70,7 +70,7 @@ class Watch:
         self.stop_at: str | None = None
         self.estimates_left = 2
         self.error: BaseException = KeyboardInterrupt()
-        score, estimate = ScoredModel.score, sweeping_importances.estimate_on
+        score, estimate = ScoredModel.score, sweeping_opened.estimate_on
 
         def watched(model: ScoredModel, name: str) -> Any:
             if name == self.stop_at:
@@ -85,7 +85,7 @@ class Watch:
             return estimate(*arguments, **settings)
 
         monkeypatch.setattr(ScoredModel, "score", watched)
-        monkeypatch.setattr(sweeping_importances, "estimate_on", counted)
+        monkeypatch.setattr(sweeping_opened, "estimate_on", counted)
 
     def forget(self) -> None:
         """As in a new process."""

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perta_fast import InputError, Sweep, apply, cli, estimate_importance, evaluate, sweep
 from perta_fast.evaluation import examinee
 from perta_fast.runs import estimate
-from perta_fast.sweeping import importances as sweeping_importances
 from perta_fast.sweeping import live_model
-from perta_fast.sweeping import opened as sweeping_job
+from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping.criteria import METRICS
 from perta_fast.sweeping.results import ScoredSetting
 from tests.checkpoints.test_adapters import make_adapter
@@ -145,13 +144,13 @@ def test_the_scores_of_what_apply_writes(
 def estimated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Estimator and hash of the data of every importance that is estimated meanwhile."""
     calls = []
-    original = sweeping_importances.estimate_on
+    original = sweeping_opened.estimate_on
 
     def counted(how: estimate.Estimation, samples: Any, data_hash: str, **settings: Any) -> Any:
         calls.append((how.estimator, data_hash))
         return original(how, samples, data_hash, **settings)
 
-    monkeypatch.setattr(sweeping_importances, "estimate_on", counted)
+    monkeypatch.setattr(sweeping_opened, "estimate_on", counted)
     return calls
 
 
@@ -296,7 +295,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
     """While a strength is scored, there are one model, the importances, and nothing else of such a size."""
     alive: list[weakref.ref[torch.nn.Module]] = []
     held: list[int] = []
-    load, score = sweeping_job.load_subject, examinee.score_tokens
+    load, score = sweeping_opened.load_subject, examinee.score_tokens
 
     def watched_load(*arguments: Any) -> Any:
         assert [ref for ref in alive if ref() is not None] == []
@@ -308,7 +307,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
         held.append(tensor_bytes() - before)
         return score(*arguments, **settings)
 
-    monkeypatch.setattr(sweeping_job, "load_subject", watched_load)
+    monkeypatch.setattr(sweeping_opened, "load_subject", watched_load)
     monkeypatch.setattr(examinee, "score_tokens", watched_score)
     tensors = read_checkpoint(job.model).values()
     count = sum(tensor.numel() for tensor in tensors)
