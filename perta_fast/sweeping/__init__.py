@@ -1,1 +1,1 @@
-"""Many settings scored on a live model from one importance pass, recorded so that a stopped sweep goes on."""
+"""Many settings scored on a live model from one importance pass; a stopped sweep can be resumed."""

@@ -1,5 +1,5 @@
-"""What settings are chosen by. Apart from all else, as the command line knows it before any command runs."""
+"""What settings are chosen by. The command line imports this file at its start, so it needs nothing else."""
 
-LOSS = "loss"  # the metric that grows as a model forgets; every other one shrinks
+LOSS = "loss"  # it grows as a model forgets; all other metrics shrink
 METRICS = (LOSS, "Q_A_Prob", "Q_A_ROUGE", "extraction_strength", "exact_memorization")  # as in ``evaluation``
 SELECTIONS = ("best-forget", "closest")

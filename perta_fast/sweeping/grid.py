@@ -1,4 +1,4 @@
-"""What a sweep tries: curves, each a rule with its p and alpha, and strengths along each of them."""
+"""What a sweep tries: curves, each a rule with its p and alpha, and strengths on each curve."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,18 +8,18 @@ from perta_fast.rules import Rule
 from perta_fast.sweeping.results import LARGEST, SMALLEST, ScoredSetting
 
 _WIDTH = 1.01  # a search ends when the smallest strength that is too large is at most this many times the best
-_GUESSES = 2  # that may fail to halve the interval before it is halved at every step
-_STEP = 0.004  # of a strength: the least by which the next one that a search tries is larger or smaller
+_GUESSES = 2  # so many interpolations may fail to halve the interval; then every step halves it
+_STEP = 0.004  # the next strength of a search differs by at least this share of the one below
 
-Point = tuple[float, float]  # a strength, and by how much it breaks the bound
+Point = tuple[float, float]  # a strength, and its excess over the bound
 
 
 def curves_of(
     rules: Sequence[str], ps: Sequence[float | None], alphas: Sequence[float], threshold: float | None
 ) -> list[Rule]:
-    """Every rule at every p and alpha, each at lam 0; rule tv among others, which has neither, once.
+    """Every rule at every p and alpha, at lam 0. Among other rules, tv comes once: it has no p and no alpha.
 
-    Raises InputError for a setting out of its range, and for two that are the same.
+    Raises InputError for a value out of its range, and for two equal curves.
     """
     for name, values in (("rule", rules), ("p", ps), ("alpha", alphas)):
         if not values:
@@ -37,8 +37,12 @@ def curves_of(
     return curves
 
 
+def _described(rule: Rule) -> str:
+    return f"rule {rule.name} with p {rule.rescaling.p:g} and alpha {rule.rescaling.alpha:g}"
+
+
 def check_strengths(lams: Sequence[float]) -> None:
-    """Raise InputError unless these are finite, all different, and not 0 alone."""
+    """Raise InputError unless all are finite and different, and at least one is not 0."""
     for k, lam in enumerate(lams):
         if not math.isfinite(lam):
             raise InputError(f"lams has {lam}; each must be a finite number")
@@ -54,7 +58,7 @@ def walk(
     skip: Callable[[float], ScoredSetting],
     keeps: Callable[[ScoredSetting], bool],
 ) -> list[ScoredSetting]:
-    """Measure strengths in rising order; once a positive one does not keep the bound, ``skip`` all larger."""
+    """Measure strengths in rising order; once a positive one breaks the bound, ``skip`` the larger ones."""
     scored: list[ScoredSetting] = []
     stopped = False
     for lam in sorted(lams):
@@ -66,13 +70,13 @@ def walk(
 def search(
     measure: Callable[[float], ScoredSetting], excess: Callable[[ScoredSetting], float], original: ScoredSetting
 ) -> list[ScoredSetting]:
-    """Measure strengths until the largest that keeps the bound is known to 1 %; return them as they were tried.
+    """Measure strengths until the largest that keeps the bound is known to 1 %; return them in the order of trial.
 
     excess: how far a setting breaks the bound, at most 0 where it keeps it. original: what lam 0 scores.
 
-    Of those that were tried, the largest that keeps the bound is ``LARGEST``, or the next larger breaks it and
-    is at most 1 % larger; or none keeps it and the smallest is at most ``SMALLEST``. Nothing is asked of the
-    curve between; but where it is smooth, fewer are tried.
+    At the end the largest tried strength that keeps the bound is ``LARGEST``, or the next larger one breaks it and
+    is at most 1 % larger; or none keeps it and the smallest is at most ``SMALLEST``. This holds for any curve; a
+    smooth one takes fewer trials.
     """
     scored: list[ScoredSetting] = []
 
@@ -80,14 +84,13 @@ def search(
         scored.append(measure(lam))
         return lam, excess(scored[-1])
 
-    start = low = (0.0, excess(original))
+    low = start = (0.0, excess(original))  # low keeps the bound
     high = tried(1.0)
     while high[1] <= 0:
         if high[0] == LARGEST:
             return scored
         low, high = high, tried(2 * high[0])
-    guesses = _GUESSES
-    # low keeps the bound; high is the smallest above it that was measured, and does not.
+    guesses = _GUESSES  # from here on, high is the smallest measured strength above low, and breaks the bound
     while high[0] > _WIDTH * low[0] and high[0] > SMALLEST:
         width = high[0] - low[0]
         guess = _crossing(low, high, start[1]) if guesses else None
@@ -98,16 +101,16 @@ def search(
 
 
 def _crossing(low: Point, high: Point, start: float) -> float | None:
-    """Where the bound is broken if what is lost grows as a power of the strength; None if that is no help.
+    """Where the bound is broken if the loss grows as a power of the strength; None if the points fit no power.
 
-    start: what remains to the bound at strength 0, as a negative number.
+    start: how far strength 0 is from the bound, at most 0.
     """
-    lost_low, lost_high = low[1] - start, high[1] - start
-    if low[0] == 0 or not 0 < lost_low < lost_high < math.inf:
+    loss_low, loss_high = low[1] - start, high[1] - start
+    if low[0] == 0 or not 0 < loss_low < loss_high < math.inf:
         return None
-    power = math.log(lost_high / lost_low) / math.log(high[0] / low[0])
-    step = _STEP * low[0]  # not nearer to an end, so that the next one is likely to be on the other side
-    crossing = high[0] * (-start / lost_high) ** (1 / power)
+    power = math.log(loss_high / loss_low) / math.log(high[0] / low[0])
+    crossing = high[0] * (-start / loss_high) ** (1 / power)
+    step = _STEP * low[0]  # away from both ends, so that the next trial is likely to lie on the other side
     return _readable(min(max(crossing, low[0] + step), high[0] - step))
 
 
@@ -117,9 +120,5 @@ def _middle(low: Point, high: Point) -> float:
 
 
 def _readable(lam: float) -> float:
-    """A strength that can be written down; two that are 1 % apart stay apart."""
+    """Rounded to four digits; two strengths that are 1 % apart stay apart."""
     return float(f"{lam:.4g}")
-
-
-def _described(rule: Rule) -> str:
-    return f"rule {rule.name} with p {rule.rescaling.p:g} and alpha {rule.rescaling.alpha:g}"

@@ -1,7 +1,4 @@
-"""What a setting scores: theta_full as a live module, changed, scored and restored.
-
-So a sweep writes no checkpoint for a setting, and loads theta_full once.
-"""
+"""What a setting scores: theta_full as a live module, changed, scored and restored, without a checkpoint."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +25,7 @@ from perta_fast.sweeping.results import ScoredSetting
 _ROUGE = "Q_A_ROUGE"
 _MEMORISATION = ("extraction_strength", "exact_memorization")
 
-Importances = Mapping[str, Importance]  # by role; empty: w = 1
+Importances = Mapping[str, Importance]  # by role; empty for rule tv
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class DataSet:
 
     @classmethod
     def read(cls, path: str, metric: str) -> "DataSet":
-        """Raises InputError for a bad line, and for one that the metric has no use for."""
+        """Raises InputError for a bad line, and for one that the metric cannot be measured on."""
         rows, digest = read_data(path)
         for row in rows:
             if metric == _ROUGE and "question" not in row.content:
@@ -50,12 +47,12 @@ class DataSet:
 
 
 def rule_of(estimator: Estimator) -> Rule:
-    """A rule that weighs by importances of ``estimator``, at lam 0."""
+    """A rule that needs importances of ``estimator``, at lam 0."""
     return next(rule for name in RULES if (rule := Rule.of(name, 0.0)).estimator == estimator)
 
 
 def check_metric(metric: str) -> None:
-    """Raise InputError unless it is known, and can be measured here."""
+    """Raise InputError unless the metric is known and its package is installed."""
     if metric not in METRICS:
         raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
     if metric == _ROUGE and find_spec("rouge_score") is None:
@@ -63,25 +60,21 @@ def check_metric(metric: str) -> None:
 
 
 class ScoredModel:
-    """A model, with the forget and the retain data in its tokens, that ``score`` turns into losses and metrics.
-
-    Raises InputError naming a line that the model cannot take.
-    """
+    """A model with the tokenised forget and retain data. Raises InputError naming a line that the model cannot take."""
 
     def __init__(self, examinee: Examinee, data: Mapping[str, DataSet], metric: str) -> None:
         self.subject = examinee.subject
-        self.samples = {role: examinee.tokenise(given.rows, role) for role, given in data.items()}
+        self.samples = {role: examinee.tokenise(dataset.rows, role) for role, dataset in data.items()}
         self._examinee, self._data, self._metric = examinee, data, metric
 
     def score(self, name: str) -> ScoredSetting:
-        """Losses and metrics of the model as it stands, called ``name`` where progress is shown."""
+        """Losses and metrics of the model in its present state; ``name`` is shown with the progress."""
         started = time.perf_counter()
         (forget_loss, forget), (retain_loss, retain) = (self._score(role, name) for role in self._data)
         seconds = time.perf_counter() - started
         return ScoredSetting("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds)
 
     def _score(self, role: str, name: str) -> tuple[float, float]:
-        """Loss and metric of one set."""
         samples, metric, shown = self.samples[role], self._metric, f"{name}, {role}"
         scores = self._examinee.score(samples, shown, detailed=metric in _MEMORISATION)
         loss = mean([-mean(sample.log_probs) for sample in scores])
@@ -99,7 +92,7 @@ class ScoredModel:
 class LiveModel(ScoredModel):
     """theta_full as a module, which ``measure`` changes and restores.
 
-    model, base, tuned: where theta_full and the task vector are read from.
+    model: where theta_full is read from. base, tuned: directories of the task vector.
     """
 
     def __init__(
@@ -114,28 +107,19 @@ class LiveModel(ScoredModel):
         """Subtract, score, and put theta_full back."""
         started = time.perf_counter()
         self.subtract_(rule, importances)
-        changed, settings = self._round_as_stored_(), rule.rescaling
-        alpha = "" if settings.alpha == 1 else f", alpha {settings.alpha:g}"
-        scored = self.score(f"{rule.name}{alpha}, lambda {settings.lam:g}")
+        changed = self._round_as_stored_()
+        lam, p, alpha = rule.rescaling.lam, rule.rescaling.p, rule.rescaling.alpha
+        shown_alpha = "" if alpha == 1 else f", alpha {alpha:g}"
+        scored = self.score(f"{rule.name}{shown_alpha}, lambda {lam:g}")
         self._restore_()
-        return replace(
-            scored,
-            rule=rule.name,
-            p=settings.p,
-            alpha=settings.alpha,
-            lam=settings.lam,
-            changed=changed,
-            seconds=time.perf_counter() - started,
-        )
+        seconds = time.perf_counter() - started
+        return replace(scored, rule=rule.name, p=p, alpha=alpha, lam=lam, changed=changed, seconds=seconds)
 
     def measure_original(self, importances: Mapping[Estimator, Importances]) -> ScoredSetting:
-        """Score theta_full as it is.
-
-        Raises InputError for inputs, ``importances`` among them, that could not be subtracted from it.
-        """
-        subtractions = [(rule_of(estimator), given) for estimator, given in importances.items()]
-        for rule, given in subtractions or [(Rule.of("tv", 0.0), {})]:
-            self.subtract_(rule, given)
+        """Score theta_full as it is. Raises InputError if the task vector or ``importances`` do not fit it."""
+        rules = {rule_of(estimator): by_role for estimator, by_role in importances.items()}
+        for rule, by_role in (rules or {Rule.of("tv", 0.0): {}}).items():
+            self.subtract_(rule, by_role)
         return self.score("the model as it is")
 
     def subtract_(self, rule: Rule, importances: Importances) -> None:
@@ -152,7 +136,7 @@ class LiveModel(ScoredModel):
 
     @torch.no_grad()
     def _round_as_stored_(self) -> float:
-        """Give each parameter the value that a checkpoint would keep; return the share that has changed."""
+        """Round each parameter to its stored type, as a checkpoint does; return the share that has changed."""
         changed = total = 0
         for values, theta in self._pairs():
             values.copy_(values.to(theta.dtype))
@@ -162,13 +146,13 @@ class LiveModel(ScoredModel):
 
     @torch.no_grad()
     def _restore_(self) -> None:
-        """Read theta_full again: subtracting a difference would leave rounding errors behind."""
+        """Read theta_full again; adding the difference back would leave rounding errors."""
         for values, theta in self._pairs():
             values.copy_(theta)
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The module's values, flat, and theta_full's as they are stored."""
-        for pieces, stored in self._stored:
-            theta = self._model.tensor(stored).view(-1)
-            for first, values in pieces:
-                yield values, theta[first : first + values.numel()]
+        """The module's values, flat, each with theta_full's in their stored type."""
+        for pieces, name in self._stored:
+            theta = self._model.tensor(name).view(-1)
+            for begin, values in pieces:
+                yield values, theta[begin : begin + values.numel()]

@@ -1,4 +1,4 @@
-"""The settings of a sweep, measured one after another, each kept as soon as it is known."""
+"""The settings of a sweep, measured one after another; each is kept as soon as it is scored."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from perta_fast.sweeping.unfinished import Record
 
 
 def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
-    """Measure all settings but those on record; return the sweep, and the importances that it took."""
+    """Measure all settings that ``record`` lacks; return the sweep and its importances."""
     request, begun = opened.request, record.begun
     if opened.gold is not None and begun.gold is None:
         record.add_gold(opened.score_gold(opened.gold.path))
@@ -23,15 +23,14 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
     limit, floor = request.bounds(original)
 
     def excess(setting: ScoredSetting) -> float:
-        """How far a setting breaks the bounds; without bounds, none stops its curve."""
-        return setting.excess(limit, floor) if request.is_bounded else -math.inf
+        return setting.excess(limit, floor) if request.is_bounded else -math.inf  # without a bound, none is skipped
 
     rows = [original]
     for curve in opened.curves:
-        weighed = {} if curve.estimator is None else importances[curve.estimator]
-        rows += _along(curve, request.lams, original, excess, live, weighed, record)
+        by_role = {} if curve.estimator is None else importances[curve.estimator]
+        rows += _along(curve, request.lams, original, excess, live, by_role, record)
     module, samples = live.subject.module, live.samples
-    data = {role: data_record(given.path, given.digest, samples[role]) for role, given in opened.data.items()}
+    data = {role: data_record(dataset.path, dataset.digest, samples[role]) for role, dataset in opened.data.items()}
     run_in = {"device": str(module.device), "dtype": torch_name(module.dtype)}
     sweep = Sweep(
         rows=rows,
@@ -83,18 +82,18 @@ def _along(
     original: ScoredSetting,
     excess: Callable[[ScoredSetting], float],
     live: LiveModel,
-    weighed: Importances,
+    importances: Importances,
     record: Record,
 ) -> list[ScoredSetting]:
-    """The settings of one curve, by strength, measured unless on record; without ``lams``, a search's."""
+    """The settings of one curve, in the order of strength; ``lams`` None searches for the largest within the bound."""
 
     def measure(lam: float) -> ScoredSetting:
         rule = curve.at(lam)
-        return record.begun.find(rule) or record.add(live.measure(rule, weighed))
+        return record.begun.find(rule) or record.add(live.measure(rule, importances))
 
     def skip(lam: float) -> ScoredSetting:
-        nan, settings = math.nan, curve.rescaling
-        return ScoredSetting(curve.name, settings.p, settings.alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
+        nan, p, alpha = math.nan, curve.rescaling.p, curve.rescaling.alpha
+        return ScoredSetting(curve.name, p, alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
 
     if lams is None:
         rows = search(measure, excess, original)

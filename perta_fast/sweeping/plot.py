@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 PLOT_NAME = "sweep.png"
 DPI = 150
-_LARGEST = 1e6  # a value beyond is no point of a curve
+_LARGEST = 1e6  # larger values are not drawn
 _LONGEST = 40  # characters of a label
 
 
 def draw(sweep: Sweep, path: Path) -> bool:
     """Write the plot of ``sweep`` to ``path``; return whether matplotlib is installed."""
     curves = {
-        label: [(setting.lam, setting.retain, setting.forget) for setting in [sweep.original, *settings]]
-        for label, settings in sweep.curves().items()
+        label: [(row.lam, row.retain, row.forget) for row in (sweep.original, *rows)]
+        for label, rows in sweep.curves().items()
     }
     gold = [] if sweep.gold is None else [("gold", (sweep.gold.retain, sweep.gold.forget))]
     bound = sweep.limit if sweep.metric == LOSS else sweep.floor
@@ -39,10 +39,10 @@ def trade_off(
     metric: str = LOSS,
     bound: float | None = None,
 ) -> "Figure":
-    """Draw a line for each curve and a black mark for each point; values that are not finite are left out.
+    """Draw a line for each curve and a black mark for each point, without values that are not finite.
 
-    curves: lam, retain and forget of each setting, by label; the model as it is has lam 0. points: label, then
-    retain and forget. bound: limit on retain, a dashed line. Raises ImportError without matplotlib.
+    curves: lam, retain and forget of each setting, by label; lam 0 is the model as it is. points: label, retain
+    and forget. bound: on retain, a dashed line. Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
@@ -72,12 +72,12 @@ def trade_off(
 
 
 def is_drawable(value: float) -> bool:
-    """Whether an axis can hold ``value`` beside ordinary ones."""
+    """Whether ``value`` is finite and not so large that an axis would show nothing else."""
     return math.isfinite(value) and abs(value) <= _LARGEST
 
 
 def drawable(text: str) -> str:
-    """``text`` as a label: short, and without characters that no font has."""
+    """``text`` as a label: short, and of printable characters."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     if len(shown) > _LONGEST:  # paths differ at their ends
         shown = f"{shown[:12]}…{shown[13 - _LONGEST :]}"

@@ -1,4 +1,4 @@
-"""The arguments of a sweep, checked, in a form that is kept on disk to compare them when it goes on."""
+"""The arguments of a sweep, checked; they are kept on disk, so that a resumed sweep can compare them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from perta_fast.sweeping.results import ScoredSetting
 _BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
 _PATHS = ("model", "base", "tuned", "forget", "retain", "gold", "out")
 _IMPORTANCES = ("forget_importance", "retain_importance")
-_SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha"}  # by the argument that has one value or several
+_SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha"}  # the argument of ``sweep`` that has one value or several
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Request:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """From the arguments of ``sweep``, by name."""
+        """From the arguments of ``sweep`` by name."""
         values = {field.name: arguments[_SEVERAL.get(field.name, field.name)] for field in fields(cls)}
         for name in (*_PATHS, "checkpoint"):
-            values[name] = None if values[name] is None else absolute(values[name])
+            values[name] = None if values[name] is None else _absolute(values[name])
         for name in _SEVERAL:
             values[name] = _listed(values[name])
         for name in _IMPORTANCES:
-            values[name] = [absolute(path) for path in _listed(values[name] or ())]
+            values[name] = [_absolute(path) for path in _listed(values[name] or ())]
         if values["lams"] is not None:
             values["lams"] = [float(lam) for lam in values["lams"]]
         for name in ("device", "dtype"):
@@ -69,7 +69,7 @@ class Request:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether there is something that settings have to keep."""
+        """Whether settings have to keep a bound."""
         return any(getattr(self, name) is not None for name in _BOUNDS)
 
     def settings(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Request:
 
     @property
     def criterion(self) -> str | None:
-        """What chooses among the measured settings: what was asked for, or else what the bound suggests."""
+        """What chooses among the settings: ``select``, or else what follows from the bound."""
         if self.select is not None or not self.is_bounded:
             return self.select
         return "largest" if self.lams is None else "best-forget"
@@ -104,9 +104,9 @@ class Request:
             raise InputError("checkpoint needs select, which chooses what is written, and out, the sweep's record")
 
     def bounds(self, original: ScoredSetting) -> tuple[float | None, float | None]:
-        """The largest retain loss and the smallest retain metric that are allowed.
+        """The largest allowed retain loss and the smallest allowed retain metric.
 
-        original: the model as it is. Raises InputError if it breaks them already, or cannot be compared with.
+        original: the model as it is. Raises InputError if it breaks the bound, or its scores are not finite.
         """
         limit, floor = self.target_retain_loss, self.retain_floor
         if self.max_retain_increase is not None:
@@ -124,28 +124,26 @@ class Request:
         raise InputError(f"the model as it is, at lambda 0, cannot be chosen against: {reason}")
 
     def _check_bounds(self) -> None:
-        given = [name for name in _BOUNDS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise InputError(f"give only one of {' and '.join(given)}")
-        for name in given:
-            value = getattr(self, name)
+        bounds = {name: getattr(self, name) for name in _BOUNDS if getattr(self, name) is not None}
+        if len(bounds) > 1:
+            raise InputError(f"give only one of {' and '.join(bounds)}")
+        for name, value in bounds.items():
             if not math.isfinite(value):
                 raise InputError(f"{name} is {value}; it must be a finite number")
         if self.max_retain_increase is not None and self.max_retain_increase < 0:
             raise InputError(f"max_retain_increase is {self.max_retain_increase}; it must be at least 0 percent")
         if self.retain_floor is not None and self.metric == LOSS:
             raise InputError(
-                "retain_floor is for a metric that falls with what is lost; a loss rises: give "
-                "target_retain_loss, or another metric"
+                "retain_floor is for a metric that falls as knowledge is lost, and a loss rises; "
+                "give target_retain_loss, or another metric"
             )
 
 
 def _listed(value: Any) -> list[Any]:
-    """One value or several, as a list."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return list(value) if several else [value]
 
 
-def absolute(path: str | Path) -> str:
-    """A path that means the same from everywhere; links stay what they are."""
+def _absolute(path: str | Path) -> str:
+    """The same path from any working directory; links are not followed."""
     return str(Path(path).absolute())

@@ -1,4 +1,4 @@
-"""The results of a sweep: what each setting scores and which is chosen, as a table and as ``sweep.json``."""
+"""The results of a sweep: what each setting scores and which one is chosen, as a table and as ``sweep.json``."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,7 @@ from perta_fast.records.report import DataRecord
 from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
 from perta_fast.sweeping.criteria import LOSS
 
-LARGEST = 1024.0  # the search for a strength goes no further up,
-SMALLEST = 1 / 1024  # and no further down
+LARGEST, SMALLEST = 1024.0, 1 / 1024  # the strengths between which a search stays
 FILE_NAME = "sweep.json"
 FORMAT_VERSION = 2
 _NOT_READ = ("best", "importance")  # in the file for other readers
@@ -24,11 +23,11 @@ _NOT_READ = ("best", "importance")  # in the file for other readers
 class ScoredSetting:
     """One setting, measured.
 
-    rule: empty for the model as it is, at lam 0, and for a gold model. forget_loss, retain_loss: mean
-    over the samples of each one's mean token cross-entropy, in nats; not finite where the strength has broken
-    the model. forget, retain: the sweep's metric, of both sets. changed: share of the parameters' elements, in
-    [0, 1], whose stored value differs from theta_full's. seconds: what subtraction, scoring and restoring took.
-    skipped: not measured, as a smaller strength had broken the limit; nothing is known of the numbers then.
+    rule: empty for the model as it is, at lam 0, and for a gold model. forget_loss, retain_loss: mean over the
+    samples of their mean token cross-entropy, in nats; not finite where the strength has broken the model. forget,
+    retain: the sweep's metric on both sets. changed: share of the elements, in [0, 1], whose stored value differs
+    from theta_full's. seconds: of subtraction, scoring and restoring. skipped: not measured, since a smaller
+    strength broke the bound; the numbers then mean nothing.
     """
 
     rule: str
@@ -45,18 +44,15 @@ class ScoredSetting:
 
     @property
     def is_finite(self) -> bool:
-        """Whether losses and metrics are numbers that can be compared."""
+        """Whether losses and metrics are finite."""
         return all(map(math.isfinite, (self.forget_loss, self.retain_loss, self.forget, self.retain)))
 
     def keeps(self, limit: float | None, floor: float | None) -> bool:
-        """Whether the retain loss is at most ``limit`` and the retain metric at least ``floor``, where given.
-
-        Never where a number is not finite.
-        """
+        """Whether the retain loss is at most ``limit``, the retain metric at least ``floor``, and all are finite."""
         return self.excess(limit, floor) <= 0
 
     def excess(self, limit: float | None, floor: float | None) -> float:
-        """How far it is beyond ``limit`` or ``floor``: at most 0 within, infinite if a number is not finite."""
+        """By how much it breaks ``limit`` or ``floor``: at most 0 if it keeps them, infinite if not finite."""
         if not self.is_finite:
             return math.inf
         above = -math.inf if limit is None else self.retain_loss - limit
@@ -67,10 +63,10 @@ class ScoredSetting:
 class Sweep:
     """The record of one sweep. Paths are absolute; hashes are BLAKE3.
 
-    rows: the settings: the model as it is, then each rule with its p and alpha, by strength. metric: what
-    ``forget`` and ``retain`` of a setting are. limit: the largest retain loss that was allowed; floor: the
-    smallest retain metric; None where there was no such bound. select: how ``best`` is chosen. gold: the gold
-    model, on the same data. importance: by estimator, of ``forget`` and ``retain``.
+    rows: the model as it is, then the settings of each rule, p and alpha, in the order of strength. metric: what
+    ``forget`` and ``retain`` of a setting are. limit: the largest allowed retain loss; floor: the smallest allowed
+    retain metric; None where there was no such bound. select: how ``best`` is chosen. gold: the gold model, on the
+    same data. importance: by estimator, then ``forget`` and ``retain``.
     """
 
     rows: list[ScoredSetting]
@@ -94,7 +90,7 @@ class Sweep:
         return next(setting for setting in self.rows if not setting.rule)
 
     def curves(self) -> dict[str, list[ScoredSetting]]:
-        """The settings of each rule with its p and alpha, by a name that says what sets it apart."""
+        """The settings of each rule, p and alpha, by ``label``."""
         curves: dict[str, list[ScoredSetting]] = {}
         for setting in self.rows:
             if setting.rule:
@@ -102,7 +98,7 @@ class Sweep:
         return curves
 
     def label(self, setting: ScoredSetting) -> str:
-        """The name of a setting's curve."""
+        """The name of a setting's curve: its rule, with p and alpha where the sweep has several."""
         if not setting.rule:
             return "original"
         alike = [other for other in self.rows if other.rule == setting.rule]
@@ -112,10 +108,10 @@ class Sweep:
 
     @property
     def best(self) -> ScoredSetting | None:
-        """What ``select`` chooses of the settings that keep the bound, the model as it is among them.
+        """What ``select`` chooses among the settings that keep the bound and the model as it is.
 
-        "best-forget": the one that has forgotten most. "largest": the same, but of each curve its largest
-        strength alone. "closest": the one with the smallest ``distance``. None without ``select``.
+        "best-forget": the one that has forgotten most. "largest": the same, among the largest strength of each
+        curve. "closest": the one with the smallest ``distance``. None without ``select``.
         """
         if self.select is None:
             return None
@@ -128,21 +124,21 @@ class Sweep:
 
     @property
     def has_choice(self) -> bool:
-        """Whether ``best`` is another than the model as it is."""
+        """Whether ``best`` is a setting and not the model as it is."""
         return self.best is not None and bool(self.best.rule)
 
     def distance(self, setting: ScoredSetting) -> float:
-        """Euclidean distance to the gold model, in forget and retain metric."""
+        """Euclidean distance to the gold model in forget and retain metric."""
         assert self.gold is not None
         return math.hypot(setting.forget - self.gold.forget, setting.retain - self.gold.retain)
 
     def _largest(self, curve: list[ScoredSetting]) -> ScoredSetting:
-        """The largest measured strength that keeps the bound."""
+        """The largest measured strength that keeps the bound, 0 among them."""
         kept = (setting for setting in [self.original, *curve] if setting.keeps(self.limit, self.floor))
         return max(kept, key=lambda setting: setting.lam)
 
     def summary(self) -> str:
-        """A line a setting, what the search or the choice came to, and notes."""
+        """A line for each setting, the results of search and choice, and notes."""
         names = ["forget loss", "retain loss"]
         if self.metric != LOSS:
             names += [f"forget {self.metric}", f"retain {self.metric}"]
@@ -158,19 +154,19 @@ class Sweep:
         return "\n".join([*lines, *self._outcome(), *self.notes])
 
     def _outcome(self) -> list[str]:
-        """What a search came to on each curve, and what was chosen of several settings."""
-        lines, curves, best = [], self.curves(), self.best
+        """The result of a search on each curve, and the chosen setting."""
+        lines: list[str] = []
+        curves, best = self.curves(), self.best
         if self.select == "largest":
-            for name, rows in curves.items():
-                lines.append(f"{name}: {self._outcome_of(rows)}" if len(curves) > 1 else self._outcome_of(rows))
+            lines = [(f"{name}: " if len(curves) > 1 else "") + self._result(rows) for name, rows in curves.items()]
         if best is not None and (self.select != "largest" or len(curves) > 1):
             criterion = "best-forget" if self.select == "largest" else self.select
             what = f"{self.label(best)}, lambda {best.lam!r}" if best.rule else "the model as it is"
             lines.append(f"Chosen by {criterion}: {what}, forget {best.forget:.6g}, retain {best.retain:.6g}.")
         return lines
 
-    def _outcome_of(self, curve: list[ScoredSetting]) -> str:
-        """What a search on one curve came to."""
+    def _result(self, curve: list[ScoredSetting]) -> str:
+        """The result of a search on one curve."""
         best = self._largest(curve)
         if self.limit is not None:
             within, value = f"keeps the retain loss within {self.limit:.6g}", "retain_loss"
@@ -197,7 +193,7 @@ class Sweep:
 
     @classmethod
     def read(cls, path: Path) -> "Sweep":
-        """Read ``sweep.json``, but for what it says of importances. Raises InputError if it cannot be read."""
+        """Read ``sweep.json``, without its importances. Raises InputError if it cannot be read."""
         content = read_json(path, "give a directory that perta sweep wrote")
         unknown = InputError(f"{path}: is not a sweep that this version understands")
         if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
@@ -215,30 +211,29 @@ class Sweep:
         return sweep
 
     def _can_choose(self) -> bool:
-        """Whether ``select`` can be followed: what it needs is there, and the model itself keeps the bound."""
-        needs = {
-            None: True,
+        """Whether all that ``select`` needs is there, and the model as it is keeps the bound."""
+        if self.select is None:
+            return True
+        has_all = {
             "best-forget": True,
             "largest": self.limit is not None or self.floor is not None,
             "closest": self.gold is not None and self.gold.is_finite,
         }
-        kept = self.select is None or self.original.keeps(self.limit, self.floor)
-        return needs.get(self.select, False) and kept
+        return has_all.get(self.select, False) and self.original.keeps(self.limit, self.floor)
 
 
 def _width(name: str) -> int:
-    """The width of a column of numbers."""
     return max(13, len(name) + 2)
 
 
 def _numbers(setting: ScoredSetting, names: Sequence[str]) -> str:
-    """Losses, and metrics if they have columns."""
+    """The losses, and the metrics if ``names`` has columns for them."""
     values = (setting.forget_loss, setting.retain_loss, setting.forget, setting.retain)
     return "".join(f"{value:{_width(name)}.4f}" for name, value in zip(names, values, strict=False))
 
 
 def _with_nan(setting: Any) -> Any:
-    """NaN for the nulls of a setting."""
+    """A setting with NaN for its nulls; anything else unchanged."""
     if not isinstance(setting, Mapping):
         return setting
     return {key: math.nan if value is None else value for key, value in setting.items()}

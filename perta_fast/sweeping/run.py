@@ -1,4 +1,4 @@
-"""``sweep``, from its arguments to its record: check the inputs, score the settings, write what was chosen."""
+"""``sweep``: check the inputs, score the settings, write the record and the chosen checkpoint."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -58,28 +58,26 @@ def sweep(
     dtype: torch.dtype | None = None,
     progress: Progress = True,
 ) -> Sweep:
-    """Score theta_full - lam * w * (theta_f - theta_0) at many settings, from one importance an estimator.
+    """Score theta_full - lam * w * (theta_f - theta_0) at many settings, from one importance for each estimator.
 
-    A setting scores what the checkpoint that ``apply`` writes for it would score on ``forget`` and ``retain``.
-    lam 0, the model as it is, always comes first. The documentation ("Sweeps") tells how the search goes.
+    A setting has the scores, on ``forget`` and ``retain``, of the checkpoint that ``apply`` writes for it. lam 0,
+    the model as it is, comes first. The documentation ("Sweeps") describes the search and the choice.
 
     model, base, tuned, at, threshold, batch_size, max_length, device, progress: as in ``unlearn``.
     forget, retain: JSON lines files, to score on and to estimate importance on.
-    forget_importance, retain_importance: directories, one of each for an estimator, instead of estimating.
-    rule, p, alpha: one value or several, all of which are combined; ``tv`` has neither p nor alpha, comes once.
-    lams: strengths, all different, tried in rising order; None searches for the largest within the bound.
-    target_retain_loss, max_retain_increase, retain_floor: the bound, of which there is one at most: a retain
-    loss of at most so many nats, or so many percent above that at lam 0, or a retain ``metric`` of at least so
-    much.
+    forget_importance, retain_importance: directories to use instead; a pair for each estimator.
+    rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha, and comes once.
+    lams: different strengths, tried in rising order; None searches for the largest within the bound.
+    target_retain_loss, max_retain_increase, retain_floor: the bound; give at most one. The largest retain loss in
+    nats, or in percent above that at lam 0, or the smallest retain ``metric``.
     metric: what settings are chosen by: loss, Q_A_Prob, Q_A_ROUGE, extraction_strength, exact_memorization.
-    select: "best-forget" chooses the most forgotten within the bound, "closest" the one nearest to ``gold`` in
-    both metrics; None: best-forget if there is a bound (of a search, among each curve's largest lam), else
-    nothing.
+    select: "best-forget" chooses what has forgotten most within the bound, "closest" what is nearest to ``gold`` in
+    both metrics. None: best-forget if there is a bound (after a search, among each curve's largest lam), else none.
     gold: directory of a model trained without the forget data.
     checkpoint: directory to make of the chosen setting, as ``apply`` does; needs ``out``.
-    out: directory to make, with ``sweep.json`` and, if matplotlib is installed, ``sweep.png``. Each setting is
-    kept as it is scored; a stopped sweep goes on with the same call, or ``resume``. overwrite: start over.
-    dtype: to run in; one narrower than the stored type rounds theta_full before the subtraction too.
+    out: directory to make, with ``sweep.json`` and, if matplotlib is installed, ``sweep.png``. Each setting is kept
+    as soon as it is scored; the same call, or ``resume``, goes on with a stopped sweep. overwrite: start over.
+    dtype: to run in; if it is narrower than the stored type, theta_full is rounded before the subtraction too.
 
     Raises InputError for bad input, a bound that lam 0 breaks, or an input that changed since the sweep began;
     RunError if the run fails or no setting can be written to ``checkpoint``; ``errors.Interrupted`` if it is
@@ -90,7 +88,7 @@ def sweep(
 
 
 def resume_sweep(final: Path, progress: Progress) -> Sweep:
-    """Go on with the stopped sweep to ``final``, or remove what one that had all but finished left behind."""
+    """Go on with the stopped sweep to ``final``; if it has finished, only remove its record."""
     if has_begun(final):
         begun = load_begun(final)
         if not fits(begun.request, Request):
@@ -110,10 +108,11 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
     inputs = opened.paths()
     goes_on = has_begun(final) and (resumed or not request.overwrite)
     if goes_on:
-        begun, asked = load_begun(final), begun
-        if begun.request != asked.request:
+        earlier = load_begun(final)
+        if earlier.request != begun.request:
             raise InputError(unfinished_advice(final))
-        check_unchanged(begun.inputs, asked.inputs)
+        check_unchanged(earlier.inputs, begun.inputs)
+        begun = earlier
     else:
         if not request.overwrite and has_begun_other(final):
             raise InputError(unfinished_advice(final))
@@ -145,14 +144,14 @@ def _score_and_write(opened: OpenedSweep, record: Record, final: Path) -> Sweep:
     except (InputError, NotFiniteError) as error:
         if not any(setting.rule for setting in record.begun.rows):
             raise
-        # It is an input that has gone or changed meanwhile, and no reason to lose what was scored.
+        # An input has gone or changed meanwhile: keep what was scored.
         raise RunError(f"{error}. What was scored is kept; go on with: perta resume {final}") from error
     return sweep
 
 
 @contextmanager
 def _kept_if_stopped(target: OutputDirectory, final: Path) -> Iterator[None]:
-    """Say how to go on if the sweep is stopped after something was scored."""
+    """Say how to resume if the sweep is stopped after something was scored."""
     try:
         yield
     except KeyboardInterrupt:

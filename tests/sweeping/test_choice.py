@@ -388,9 +388,19 @@ def test_a_record_written_by_0_1_0() -> None:
 def test_a_chosen_checkpoint_whose_settings_are_texts(version: int, tmp_path: Path) -> None:
     """As version 0.1.0 wrote them; the first reports of version 2 had them too."""
     texts = {
-        **{"lams": "1.0, 2.0", "rules": "tv, fisher", "ps": "None, 2.0", "alphas": "1.0", "at": "base"},
-        **{"metric": "loss", "overwrite": "False", "batch_size": "8", "device": "cpu", "dtype": "float32"},
-        **{"sweep": "/written/sweep", "sweep_started": "2026-11-28T02:13:12+00:00", "select": "best-forget"},
+        "lams": "1.0, 2.0",
+        "rules": "tv, fisher",
+        "ps": "None, 2.0",
+        "alphas": "1.0",
+        "at": "base",
+        "metric": "loss",
+        "overwrite": "False",
+        "batch_size": "8",
+        "device": "cpu",
+        "dtype": "float32",
+        "sweep": "/written/sweep",
+        "sweep_started": "2026-11-28T02:13:12+00:00",
+        "select": "best-forget",
     }
     written = Path(__file__).parents[1] / "records" / "written_by_0_1_0" / "applied" / "perta_report.json"
     content = json.loads(written.read_text()) | {"settings": texts, "format_version": version}
