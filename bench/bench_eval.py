@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.harness.contest import Outcome, alternate, replay, replayed
 from bench.harness.tables import Row
 from bench.inputs.arrays import timed
+from bench.inputs.random_llama import LARGE, TINY, random_llama
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.models.token_scores import score_tokens
@@ -49,24 +49,6 @@ def make_samples() -> tuple[list[Sample], list[Sample]]:
     return right, wrong
 
 
-def make_model(device: str) -> nn.Module:
-    """A Llama of 2.6 M parameters in float32 on a CPU, of 1 B in bfloat16 on a GPU."""
-    torch.manual_seed(0)
-    large = device == "cuda"
-    config = LlamaConfig(
-        vocab_size=32000 if large else 4096,
-        hidden_size=2048 if large else 192,
-        intermediate_size=5632 if large else 512,
-        num_hidden_layers=20 if large else 4,
-        num_attention_heads=32 if large else 6,
-        num_key_value_heads=32 if large else 6,
-        max_position_embeddings=256,
-        tie_word_embeddings=not large,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.to(device, torch.bfloat16 if large else torch.float32).eval()
-
-
 @torch.inference_mode()
 def plain_forward(model: nn.Module, samples: list[Sample], device: str) -> None:
     """Logits of every token, in batches by length."""
@@ -87,7 +69,8 @@ def as_they_come(model: nn.Module, samples: list[Sample], device: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(device: str, rounds: int) -> tuple[dict[str, Outcome], int]:
     """All contenders, and the tokens in the samples."""
-    model = make_model(device)
+    large = device == "cuda"
+    model = random_llama(LARGE if large else TINY, 256, device, tied=not large).eval()
     right, wrong = make_samples()
 
     def detailed() -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import perta_fast as pf
 from bench.harness.contest import Outcome, Unavailable, alternate, replay, replayed
 from bench.harness.tables import Row
 from bench.inputs.arrays import timed
+from bench.inputs.random_llama import LARGE, SMALL, random_llama
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
 from perta_fast.models.losses import per_sample_losses
@@ -136,20 +136,9 @@ class Subject:
     @classmethod
     def make(cls, device: str, count: int, tokens: int) -> Subject:
         """22 M parameters in float32 on a CPU, 1 B in bfloat16 on a GPU."""
-        torch.manual_seed(0)
-        large = device == "cuda"
-        config = LlamaConfig(
-            vocab_size=32000 if large else 3000,
-            hidden_size=2048 if large else 512,
-            intermediate_size=5632 if large else 1408,
-            num_hidden_layers=20 if large else 6,
-            num_attention_heads=32 if large else 8,
-            num_key_value_heads=32 if large else 8,
-            max_position_embeddings=tokens,
-            tie_word_embeddings=False,
-        )
-        model = LlamaForCausalLM(config).to(device, torch.bfloat16 if large else torch.float32).eval()
-        rows = torch.randint(config.vocab_size, (count, tokens)).tolist()
+        size = LARGE if device == "cuda" else SMALL
+        model = random_llama(size, tokens, device).eval()
+        rows = torch.randint(size.vocabulary, (count, tokens)).tolist()
         samples = [Sample(tuple(row), tuple(row)) for row in rows]
         return cls(model, samples, Batch.of(samples, device), device)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import perta_fast as pf
 from bench.harness.conditions import threads
+from bench.inputs.random_llama import SMALL, random_llama
 from perta_fast.data.samples import Sample
 
 SAMPLES, TOKENS, BATCH = 32, 128, 8
@@ -22,23 +22,12 @@ SAMPLES, TOKENS, BATCH = 32, 128, 8
 
 def make_model() -> nn.Module:
     """Make a random Llama of 22 M parameters in float32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=3000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=TOKENS,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.train()
+    return random_llama(SMALL, TOKENS).train()
 
 
 def make_tokens() -> torch.Tensor:
     """Make the batch data, (32, 128) int64."""
-    return torch.randint(3000, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1))
+    return torch.randint(SMALL.vocabulary, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
 def plain_backward(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
