@@ -1,1 +1,1 @@
-"""Benchmarks of perta_fast: limits, references, peers and ours, measured in one run."""
+"""Benchmarks of perta_fast. One run measures limits, references, other programs (peers) and this package (ours)."""

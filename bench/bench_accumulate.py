@@ -1,6 +1,6 @@
 """Adding a gradient, or its square, to a float32 accumulator: += g and += g².
 
-GB/s count each byte once: gradient and accumulator read, accumulator written.
+GB/s count the gradient and the accumulator once as read, and the accumulator once as written.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ class Measured:
 
 
 def add_(accumulator: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Add as torch does it."""
+    """Add with torch."""
     accumulator.add_(gradient)
 
 
 def add_square_(accumulator: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Add the square as torch does it, in float32."""
+    """Add the square with torch, in float32."""
     gradient = gradient.float()
     accumulator.addcmul_(gradient, gradient)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds: int) -> Measured:
-    """All contenders on one case."""
+    """Measure all contenders on one case."""
     case: Case = request.param
     generator = torch.Generator(device).manual_seed(0)
-    drawn = torch.empty(elements, device=device).normal_(0.0, 1e-3, generator=generator)
-    gradient = drawn.to(case.gradient)
+    values = torch.empty(elements, device=device).normal_(0.0, 1e-3, generator=generator)
+    gradient = values.to(case.gradient)
     accumulator = torch.zeros(elements, device=device)
     moved = gradient.nbytes + 2 * accumulator.nbytes
     in_torch = add_square_ if case.squared else add_
-    by_us = pf.ops.accumulate_square_ if case.squared else pf.ops.accumulate_
+    operation = pf.ops.accumulate_square_ if case.squared else pf.ops.accumulate_
     compiled = torch.compile(in_torch)
     outcomes = contest(
         device,
@@ -71,20 +71,20 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
         moved=moved,
         eager=lambda: in_torch(accumulator, gradient),
         compiled=lambda: compiled(accumulator, gradient),
-        ours=lambda backend: by_us(accumulator, gradient, backend=backend),
+        ours=lambda backend: operation(accumulator, gradient, backend=backend),
     )
     return Measured(case, moved, outcomes)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Take the contenders that the chosen device has."""
+    """Run the contenders that the chosen device has."""
     if "contender" in metafunc.fixturenames:
         metafunc.parametrize("contender", roles(metafunc.config.getoption("--bench-device")))
 
 
 @replayed
 def bench_accumulate(measured: Measured, contender: str, device: str, board: list[Row], benchmark: Any) -> None:
-    """One contender on one case."""
+    """Report one contender on one case."""
     row = replay(
         benchmark,
         measured.outcomes[contender],

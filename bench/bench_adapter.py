@@ -1,7 +1,7 @@
 """``perta apply`` with a LoRA adapter for theta_f, against the same command with a whole checkpoint.
 
-The adapters change every matrix of every layer; embedding, head and norms stay as they are. Every
-contender runs in a fresh process with its inputs in the page cache.
+The adapters change every matrix of every layer, and neither the embedding nor the head nor a norm. Each contender
+runs in a new process. Its inputs are in the page cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTENDERS = {CHECKPOINT: "reference"} | {f"tuned is an adapter of rank {rank}":
 
 
 def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) -> Path:
-    """An adapter on every matrix of every layer, as peft saves one, with random values."""
+    """Write an adapter as peft saves it: random factors for every matrix of every layer."""
     folder.mkdir()
     tensors = {}
     for number, (name, shape) in enumerate(shapes.items()):
@@ -44,7 +44,7 @@ def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) -
 
 @pytest.fixture(scope="module")
 def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[str, dict[str, Outcome]]:
-    """Both groups, by contender, measured in one alternation."""
+    """The outcomes of both groups by contender, all measured in one alternation."""
     out = workspace / "out"
     shapes = llama_shapes(llama_config(checkpoints.parameters))
     tuned = dict.fromkeys(CONTENDERS, checkpoints.path("tuned"))
@@ -80,6 +80,6 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
 def bench_adapter(
     group: str, contender: str, outcomes: dict[str, dict[str, Outcome]], board: list[Row], benchmark: Any
 ) -> None:
-    """Wall time and peak memory of the command, and the time of the phase that moves the tensors."""
+    """Report wall time and peak memory of the command, and the time of the phase that moves the tensors."""
     outcome = outcomes[group][contender]
     board.append(replay(benchmark, outcome, group=group, contender=contender, role=CONTENDERS[contender]))

@@ -1,7 +1,7 @@
 """Whole commands on checkpoints in files: how long a user waits, and how fast the disk is.
 
-Every contender runs in a fresh process with the inputs in the page cache (or, with
-PERTA_BENCH_COLD=1, evicted from it before every run) and writes a fresh directory.
+Each contender runs in a new process and writes a new directory. The inputs are in the page cache. With
+PERTA_BENCH_COLD=1 they are evicted from it before every run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WHOLE = "apply: whole process"
 PHASE = "apply: the apply phase against copying the same bytes"
 LAM = 1.0
 COLD = os.environ.get("PERTA_BENCH_COLD") == "1"
-STATE = ", cold files" if COLD else ""  # ends the names of the tables
+STATE = ", cold files" if COLD else ""  # at the end of the names of the tables
 
 WHOLE_PROCESS = {
     "perta apply": "ours",
@@ -86,7 +86,7 @@ def read_and_copy(checkpoints: CheckpointSet, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[str, Outcome]:
-    """All contenders of both groups, measured in one alternation."""
+    """The outcomes of both groups by contender, all measured in one alternation."""
     out = workspace / "out"
     recipe = workspace / "recipe.yaml"
     paths = {name: checkpoints.path(name) for name in MERGED}
@@ -97,7 +97,7 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
     def fresh(measure: Callable[[], Sample]) -> Callable[[], Sample]:
         def run() -> Sample:
             shutil.rmtree(out, ignore_errors=True)
-            os.sync()  # what an earlier contender left to write is not charged to this one
+            os.sync()  # so that this contender does not wait for writes of an earlier one
             if COLD:
                 limits.evict([path for files in read for path in files])
             try:
@@ -150,7 +150,7 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
 
 
 def bytes_moved(checkpoints: CheckpointSet, contender: str) -> int | None:
-    """Bytes read and written by a contender, each counted once."""
+    """Bytes that a contender reads plus bytes that it writes; None if it moves no checkpoint."""
     if contender == "import torch":
         return None
     read = MERGED if contender.startswith("mergekit") else MERGED + IMPORTANCES
@@ -162,7 +162,7 @@ def bytes_moved(checkpoints: CheckpointSet, contender: str) -> int | None:
 def bench_whole_process(
     contender: str, outcomes: dict[str, Outcome], checkpoints: CheckpointSet, board: list[Row], benchmark: Any
 ) -> None:
-    """Wall time and peak memory of a command from start to exit."""
+    """Report wall time and peak memory of a command from start to exit."""
     facts: dict[str, Any] = {"bytes": bytes_moved(checkpoints, contender)}
     if contender in NOTES:
         facts["note"] = NOTES[contender]
@@ -176,7 +176,7 @@ def bench_whole_process(
 def bench_apply_phase(
     contender: str, outcomes: dict[str, Outcome], checkpoints: CheckpointSet, board: list[Row], benchmark: Any
 ) -> None:
-    """The phase that moves the tensors, as our report states it, and the copying limit."""
+    """Report the phase that moves the tensors, as our run report states it, and the limit: copying."""
     role = APPLY_PHASE[contender]
     moved = bytes_moved(checkpoints, contender)
     outcome = outcomes[contender]
@@ -185,7 +185,7 @@ def bench_apply_phase(
 
 
 def bench_outputs_agree(checkpoints: CheckpointSet, workspace: Path) -> None:
-    """Ours and the careful script write the same bits, so that the times compare like with like."""
+    """Ours and the careful script write the same bits: both times are of the same work."""
     mine, theirs = workspace / "ours", workspace / "careful"
     run_child(ours(checkpoints, mine))
     run_child(peer("careful_script", checkpoints, theirs))

@@ -1,8 +1,8 @@
-"""The scoring pass of an evaluation: 400 TOFU questions, each with its answer and five perturbed ones.
+"""The scoring pass of an evaluation: 400 TOFU questions, each with its right answer and five wrong ones.
 
-The limit is a plain forward pass in the same batches (by length, logits for all tokens, nothing made of them).
-The usual way takes the samples as they come, with the loss of every token. Samples are random tokens, about as
-long as those of the data set.
+The limit is a plain forward pass over the same batches by length, whose logits are thrown away. The peer takes the
+samples in the order of the data and computes the loss of every token, as usual scripts do. Samples are random
+tokens, about as long as TOFU's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONTENDERS = {
 
 
 def make_samples() -> tuple[list[Sample], list[Sample]]:
-    """Right and wrong answers: questions of 10 to 35 tokens, answers of 20 to 80, about as TOFU has them."""
+    """Samples with right and with wrong answers: questions of 10 to 35 tokens, answers of 20 to 80, as in TOFU."""
     numbers = random.Random(0)
 
     def sample(prompt: list[int]) -> Sample:
@@ -51,7 +51,7 @@ def make_samples() -> tuple[list[Sample], list[Sample]]:
 
 @torch.inference_mode()
 def plain_forward(model: nn.Module, samples: list[Sample], device: str) -> None:
-    """Logits of every token, in batches by length."""
+    """Compute the logits of every token, in batches by length."""
     for numbers in batches_by_length(samples, BATCH_SIZE):
         batch = Batch.of([samples[k] for k in numbers], device)
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -59,7 +59,7 @@ def plain_forward(model: nn.Module, samples: list[Sample], device: str) -> None:
 
 @torch.inference_mode()
 def as_they_come(model: nn.Module, samples: list[Sample], device: str) -> None:
-    """Batches in the order of the data and every token's loss, as an ordinary evaluation loop does it."""
+    """Compute every token's loss, in batches in the order of the data, as usual evaluation scripts do."""
     for begin in range(0, len(samples), BATCH_SIZE):
         batch = Batch.of(samples[begin : begin + BATCH_SIZE], device)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -68,7 +68,7 @@ def as_they_come(model: nn.Module, samples: list[Sample], device: str) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(device: str, rounds: int) -> tuple[dict[str, Outcome], int]:
-    """All contenders, and the tokens in the samples."""
+    """The outcomes by contender, and the number of tokens in the samples."""
     large = device == "cuda"
     model = random_llama(LARGE if large else TINY, 256, device, tied=not large).eval()
     right, wrong = make_samples()
@@ -92,7 +92,8 @@ def outcomes(device: str, rounds: int) -> tuple[dict[str, Outcome], int]:
 def bench_scoring(
     contender: str, outcomes: tuple[dict[str, Outcome], int], device: str, board: list[Row], benchmark: Any
 ) -> None:
-    """One contender on all samples."""
-    found, tokens = outcomes
+    """Report one contender on all samples."""
+    by_contender, tokens = outcomes
     group = f"evaluation, {device}: {QUESTIONS} questions with {WRONG} wrong answers, {tokens:,} tokens"
-    board.append(replay(benchmark, found[contender], group=group, contender=contender, role=CONTENDERS[contender]))
+    outcome, role = by_contender[contender], CONTENDERS[contender]
+    board.append(replay(benchmark, outcome, group=group, contender=contender, role=role))

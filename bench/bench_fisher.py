@@ -1,8 +1,8 @@
 """The exact per-sample Fisher: the operation against a matrix product, whole models against a backward pass.
 
-The limit of the operation is one matrix product of the same FLOPs, which forgets whose token is whose. That of
-a whole model is a plain forward and backward pass over the same batch. Peers give every parameter's exact
-per-sample Fisher, as ours does, unless their note says otherwise.
+The limit of the operation is one matrix product of the same FLOPs, which does not tell the samples apart. The limit
+of a whole model is a plain forward and backward pass over the same batch. Peers compute the exact per-sample Fisher
+of every parameter, as ours does, unless their note says otherwise.
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ MODEL = {
 
 
 def operation_group(device: str, shape: tuple[int, int, int]) -> str:
-    """The table of one shape of the operation."""
+    """The name of the table for one shape of the operation."""
     count, tokens, width = shape
     kind = "float32" if device == "cpu" else "bfloat16"
     return f"fisher, {device}: {count} samples of {tokens} tokens, {width} x {width}, {kind}"
 
 
 def model_group(device: str, batch: tuple[int, int]) -> str:
-    """The table of one batch of the whole model."""
+    """The name of the table for one batch of the whole model."""
     return f"fisher of a model, {device}: {batch[0]} samples of {batch[1]} tokens"
 
 
 def one_product(activations: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
-    """The batch's gradient, as an ordinary backward pass computes it."""
+    """The gradient of the batch, as an ordinary backward pass computes it."""
     return deltas.flatten(0, 1).T @ activations.flatten(0, 1)
 
 
 def all_at_once(activations: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
-    """Every sample's gradient in memory, then the sum of squares."""
+    """The sum of squares of all samples' gradients, which are all in memory at once."""
     return torch.einsum("nto,nti->noi", deltas.float(), activations.float()).square_().sum(0)
 
 
 def by_backpack(activations: torch.Tensor, deltas: torch.Tensor) -> Callable[[], object]:
-    """BackPACK's SumGradSquared on one nn.Linear, whose own gradient comes with it."""
+    """BackPACK's SumGradSquared on one nn.Linear; it computes the ordinary gradient too."""
     try:
         from backpack import backpack, extend
         from backpack.extensions import SumGradSquared
@@ -101,7 +101,7 @@ def unavailable(reason: str) -> Callable[[], object]:
 
 
 def contest_of_operation(device: str, shape: tuple[int, int, int], rounds: int) -> dict[str, Outcome]:
-    """All contenders on one shape."""
+    """Measure all contenders on one shape."""
     count, tokens, width = shape
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
@@ -126,7 +126,7 @@ def contest_of_operation(device: str, shape: tuple[int, int, int], rounds: int) 
 
 @dataclasses.dataclass
 class Subject:
-    """A random Llama and one batch for it."""
+    """A random Llama, one batch for it, and what the contenders do with them."""
 
     model: nn.Module
     samples: list[Sample]
@@ -143,13 +143,13 @@ class Subject:
         return cls(model, samples, Batch.of(samples, device), device)
 
     def training_backward(self) -> object:
-        """What a training step does before the optimizer."""
+        """Do what a training step does before the optimizer."""
         self.model.zero_grad(set_to_none=True)
         per_sample_losses(self.model, self.batch).sum().backward()
         return None
 
     def loop(self) -> Fisher:
-        """One forward and backward a sample, squares added up: the usual script."""
+        """One forward and backward pass per sample; the squares are added up, as in usual scripts."""
         fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.model.named_parameters()}
         for sample in self.samples:
             self.model.zero_grad(set_to_none=True)
@@ -160,12 +160,12 @@ class Subject:
         return fisher
 
     def vmap(self) -> Fisher:
-        """torch.func: vmap of grad, a few samples at a time so that their gradients fit."""
+        """torch.func's vmap of grad, on eight samples at a time so that their gradients fit into memory."""
         parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
-        def loss(given: Fisher, ids: torch.Tensor) -> torch.Tensor:
+        def loss(weights: Fisher, ids: torch.Tensor) -> torch.Tensor:
             arguments = {"input_ids": ids[None], "use_cache": False}
-            logits = torch.func.functional_call(self.model, given, (), arguments).logits[0, :-1]
+            logits = torch.func.functional_call(self.model, weights, (), arguments).logits[0, :-1]
             return nn.functional.cross_entropy(logits.float(), ids[1:])
 
         per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
@@ -176,12 +176,12 @@ class Subject:
         return fisher
 
     def opacus(self) -> Fisher:
-        """Opacus' hooks: every sample's gradients in memory, then squared."""
+        """Opacus' hooks; the gradients of all samples are in memory, and squared afterwards."""
         try:
             from opacus import GradSampleModule
         except ImportError as error:
             raise Unavailable("Opacus: not installed") from error
-        wrapped = GradSampleModule(self.model.train(), loss_reduction="sum", strict=False)  # no dropout here
+        wrapped = GradSampleModule(self.model.train(), loss_reduction="sum", strict=False)  # the model has no dropout
         try:
             per_sample_losses(wrapped, self.batch).sum().backward()
             parameters: Iterable[tuple[str, Any]] = self.model.named_parameters()
@@ -191,13 +191,13 @@ class Subject:
             self.model.eval()
 
     def ours(self) -> object:
-        """The public function: planning, one batched pass, averaging and checks."""
+        """The public function, with its plan, one batched pass, the mean and its checks."""
         size = len(self.samples)
         return pf.estimate_importance(self.model, self.samples, "empirical-fisher", batch_size=size, progress=False)
 
 
 def contest_of_model(device: str, batch: tuple[int, int], rounds: int) -> dict[str, Outcome]:
-    """All contenders on one batch."""
+    """Measure all contenders on one batch."""
     subject = Subject.make(device, *batch)
     works = {
         "training backward": subject.training_backward,
@@ -210,27 +210,27 @@ def contest_of_model(device: str, batch: tuple[int, int], rounds: int) -> dict[s
 
 
 class Outcomes:
-    """Contests held on demand, each once."""
+    """Outcomes by group; each group is measured once, when it is first asked for."""
 
     def __init__(self, device: str, rounds: int) -> None:
         self.device, self.rounds = device, rounds
-        self.held: dict[str, dict[str, Outcome]] = {}
+        self._by_group: dict[str, dict[str, Outcome]] = {}
 
     def of(self, group: str, contest: Callable[..., dict[str, Outcome]], size: tuple[int, ...]) -> dict[str, Outcome]:
-        """The outcomes of ``group``."""
-        if group not in self.held:
-            self.held[group] = contest(self.device, size, self.rounds)
-        return self.held[group]
+        """The outcomes of ``group``, measured by ``contest`` at ``size``."""
+        if group not in self._by_group:
+            self._by_group[group] = contest(self.device, size, self.rounds)
+        return self._by_group[group]
 
 
 @pytest.fixture(scope="module")
 def outcomes(device: str, rounds: int) -> Outcomes:
-    """All contests of this file."""
+    """The outcomes of this file."""
     return Outcomes(device, rounds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Take the sizes that suit the chosen device."""
+    """Run the sizes that are listed for the chosen device."""
     device = metafunc.config.getoption("--bench-device")
     if "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", SHAPES[device], ids=str)
@@ -243,19 +243,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def bench_operation(
     shape: tuple[int, int, int], contender: str, outcomes: Outcomes, board: list[Row], benchmark: Any
 ) -> None:
-    """One contender on one linear map."""
+    """Report one contender on one linear map."""
     group = operation_group(outcomes.device, shape)
-    found = outcomes.of(group, contest_of_operation, shape)[contender]
+    outcome = outcomes.of(group, contest_of_operation, shape)[contender]
     count, tokens, width = shape
     flops = 2 * count * tokens * width * width
-    row = replay(benchmark, found, group=group, contender=contender, role=OPERATION[contender], flops=flops)
+    row = replay(benchmark, outcome, group=group, contender=contender, role=OPERATION[contender], flops=flops)
     board.append(row)
 
 
 @replayed
 @pytest.mark.parametrize("contender", MODEL)
 def bench_model(batch: tuple[int, int], contender: str, outcomes: Outcomes, board: list[Row], benchmark: Any) -> None:
-    """One contender on a whole model."""
+    """Report one contender on a whole model."""
     group = model_group(outcomes.device, batch)
-    found = outcomes.of(group, contest_of_model, batch)[contender]
-    board.append(replay(benchmark, found, group=group, contender=contender, role=MODEL[contender]))
+    outcome = outcomes.of(group, contest_of_model, batch)[contender]
+    board.append(replay(benchmark, outcome, group=group, contender=contender, role=MODEL[contender]))

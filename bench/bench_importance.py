@@ -1,7 +1,7 @@
-"""The `grad` estimator against a plain training backward over the same batches.
+"""The `grad` estimator against the backward passes of a training step over the same batches.
 
-Times alternate in this process; peak memory is that of a fresh process that runs a contender once.
-The backward is a limit: an estimate needs all of it.
+Those passes are the limit: an estimate needs all of them. Times are measured in this process, in alternation. Peak
+memory is measured in a new process that runs a contender once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUP = "importance: grad against a training backward"
 
 @pytest.fixture(scope="module")
 def outcomes(rounds: int) -> dict[str, Outcome]:
-    """All contenders, measured in one alternation."""
+    """The outcomes by contender, measured in one alternation."""
     model, tokens = make_model(), make_tokens()
 
     def timed(name: str) -> Contender:
@@ -38,7 +38,7 @@ def outcomes(rounds: int) -> dict[str, Outcome]:
 
 
 def peaks(contender: str) -> dict[str, float]:
-    """Peak memory of one run in a fresh process, in bytes."""
+    """Peak memory of one run in a new process, in bytes."""
     seen = run_child([sys.executable, "-m", "bench.inputs.importance_job", contender]).seen
     return {name: seen[name] for name in ("peak_rss", "peak_anonymous") if name in seen}
 
@@ -46,7 +46,7 @@ def peaks(contender: str) -> dict[str, float]:
 @replayed
 @pytest.mark.parametrize("contender", JOBS)
 def bench_importance(contender: str, outcomes: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
-    """Wall time of one estimate over 32 samples of 128 tokens, and its peak memory."""
+    """Report wall time and peak memory of one estimate over 32 samples of 128 tokens."""
     row = replay(
         benchmark, outcomes[contender], group=GROUP, contender=contender, role=ROLES[contender], **peaks(contender)
     )

@@ -1,7 +1,7 @@
 """Importance by two processes of one thread each against one process of two threads, on the same two cores.
 
-All processes are started and have made their model before anything is timed. The data is small, 32 samples of
-128 tokens; with more of it, the cost of the sums over ranks stays the same.
+All processes have started and made their model before anything is timed. The data is small, 32 samples of 128
+tokens. With more data the sums over ranks still take the same time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OVER_PROCESSES = "importance over processes"
 
 
 def start(world: int, threads: int, store: Path, estimator: str) -> list[subprocess.Popen[str]]:
-    """The processes of one contender, ready."""
+    """Start the processes of one contender and wait until they are ready."""
     settings = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "bench.inputs.rank_job"]
     ranks = [
@@ -48,7 +48,7 @@ def start(world: int, threads: int, store: Path, estimator: str) -> list[subproc
 
 
 def timed(ranks: list[subprocess.Popen[str]]) -> Contender:
-    """The time in which all ranks estimate once."""
+    """A contender that measures the time in which all ranks estimate once."""
 
     def measure() -> Sample:
         begin = time.perf_counter()
@@ -66,7 +66,7 @@ def timed(ranks: list[subprocess.Popen[str]]) -> Contender:
 
 @pytest.fixture(scope="module")
 def outcomes(rounds: int) -> Iterator[dict[str, dict[str, Outcome]]]:
-    """Both contenders by estimator, measured in alternation."""
+    """The outcomes by estimator and contender, measured in alternation."""
     outcomes = {}
     for estimator in ESTIMATORS:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ def outcomes(rounds: int) -> Iterator[dict[str, dict[str, Outcome]]]:
 def bench_ranks(
     estimator: str, contender: str, outcomes: dict[str, dict[str, Outcome]], board: list[Row], benchmark: Any
 ) -> None:
-    """Wall time of one estimate."""
+    """Report the wall time of one estimate."""
     row = replay(
         benchmark,
         outcomes[estimator][contender],

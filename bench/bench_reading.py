@@ -1,7 +1,7 @@
-"""How the subtraction's inputs are best read: by position into buffers, or through a mapping.
+"""Two ways to read the subtraction's inputs: by position into buffers, and through mapped files.
 
-Both compute every chunk and write nothing. Warm: the files are in the page cache. Cold: they are evicted from
-it before every run, so that a disk is measured too; a virtual machine's disk may be cached below it.
+Both compute every chunk and write nothing. Warm: the files are in the page cache. Cold: they are evicted from it
+before every run, so that the disk is measured too (the host of a virtual machine may still have them in its cache).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ STATES = ("warm", "cold")
 
 
 def by_position(sources: Sources) -> None:
-    """What a run does, but for the writing."""
+    """Do what a run does, without the writing."""
     chunks = chunks_of(enumerate(sources.matches), CHUNK)
     Subtraction(sources, RULE.rescaling, threads(), CHUNK).run(chunks, lambda *_: None, lambda _: None)
 
 
 def mapped(sources: Sources) -> None:
-    """The kernel works on the mapped files themselves; pages that were read are given back."""
+    """Let the kernel read the mapped files directly, and release the pages that were read."""
     chunks, lock = chunks_of(enumerate(sources.matches), CHUNK), threading.Lock()
 
     def work() -> None:
@@ -50,33 +50,33 @@ def mapped(sources: Sources) -> None:
             subtract_mapped(sources, chunk, out)
 
     with ThreadPoolExecutor(threads()) as pool:
-        for done in [pool.submit(work) for _ in range(threads())]:
-            done.result()
+        for future in [pool.submit(work) for _ in range(threads())]:
+            future.result()
 
 
 def subtract_mapped(sources: Sources, chunk: Chunk, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    """One chunk, at the addresses where the files are mapped."""
-    places = []
+    """Compute one chunk at the addresses where the files are mapped."""
+    ranges = []  # of bytes: file, begin, end; and the code of their type
     for _, checkpoint, entry in sources.operands(sources.matches[chunk.index]):
         width = ITEM_SIZES[entry.dtype]
         begin = entry.begin + chunk.begin * width
-        places.append((checkpoint.file_of(entry), begin, begin + chunk.count * width, KERNEL_CODES[entry.dtype]))
+        ranges.append((checkpoint.file_of(entry), begin, begin + chunk.count * width, KERNEL_CODES[entry.dtype]))
     compiled.kernels().rescaled_subtract(
         out.ctypes.data,
-        *(file.address + begin for file, begin, _, _ in places),
-        tuple(code for *_, code in places),
+        *(file.address + begin for file, begin, _, _ in ranges),
+        tuple(code for *_, code in ranges),
         chunk.count,
         RULE.rescaling,
         1,
         True,
     )
-    for file, begin, end, _ in places:
+    for file, begin, end, _ in ranges:
         file.release(begin, end)
 
 
 @pytest.fixture(scope="module")
 def outcomes(checkpoints: CheckpointSet, rounds: int) -> dict[str, dict[str, Outcome]]:
-    """Both ways, warm and cold."""
+    """The outcomes by state of the files and way of reading."""
     files = [path for name in MERGED + IMPORTANCES for path in checkpoints.files(name)]
 
     def measured(state: str, way: str) -> Contender:
@@ -85,9 +85,9 @@ def outcomes(checkpoints: CheckpointSet, rounds: int) -> dict[str, dict[str, Out
             sources = Sources.open(model, base, tuned, open_importances(RULE, forget, retain))
             if state == "cold":
                 limits.evict(files)
-            started = time.perf_counter()
+            start = time.perf_counter()
             (by_position if way == "by position" else mapped)(sources)
-            return Sample(time.perf_counter() - started)
+            return Sample(time.perf_counter() - start)
 
         return run
 
@@ -105,7 +105,7 @@ def bench_reading(
     board: list[Row],
     benchmark: Any,
 ) -> None:
-    """Read and compute everything."""
+    """Report the time to read and compute everything."""
     moved = sum(checkpoints.size(name) for name in MERGED + IMPORTANCES)
-    found, group = outcomes[state][way], f"reading: {state} files"
-    board.append(replay(benchmark, found, group=group, contender=way, role=WAYS[way], bytes=moved))
+    outcome, group = outcomes[state][way], f"reading: {state} files"
+    board.append(replay(benchmark, outcome, group=group, contender=way, role=WAYS[way], bytes=moved))

@@ -1,6 +1,6 @@
-"""``perta unlearn --stream``: memory and time over depth, against the model in memory, and beyond the memory.
+"""``perta unlearn --stream``: memory and time by depth, against the model in memory, and with too little memory.
 
-Every run is a whole command in a fresh process. PERTA_BENCH_STREAM_HIDDEN sets the width of the models (1024).
+Every run is a whole command in a new process. PERTA_BENCH_STREAM_HIDDEN sets the width of the models (default 1024).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def stream_roles(group: str) -> dict[str, str]:
 
 
 def run(job: StreamJob, folder: Path, *more: str, limit: int | None = None) -> Sample:
-    """One command; ``limit``: bytes that its heap, stacks and private mappings may take (ulimit -d)."""
+    """Run one command. limit: bytes that its heap, stacks and private mappings may take (ulimit -d)."""
     out = folder / "out"
     command = job.command(out, *more)
     if limit is not None:
@@ -57,18 +57,18 @@ def run(job: StreamJob, folder: Path, *more: str, limit: int | None = None) -> S
 
 @pytest.fixture(scope="module")
 def jobs(workspace: Path) -> Iterator[dict[int, StreamJob]]:
-    """The same model at each depth, and one of a single narrow layer for what every run takes."""
+    """The same model at each depth; under 0 a model of one narrow layer, for the memory that every run takes."""
     folder = workspace / "stream"
-    made = {0: write_stream_job(folder / "0", 64, 1, SAMPLES, TOKENS)}
+    jobs = {0: write_stream_job(folder / "0", 64, 1, SAMPLES, TOKENS)}
     for layers in DEPTHS:
-        made[layers] = write_stream_job(folder / str(layers), HIDDEN, layers, SAMPLES, TOKENS)
-    yield made
+        jobs[layers] = write_stream_job(folder / str(layers), HIDDEN, layers, SAMPLES, TOKENS)
+    yield jobs
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def over_depth(jobs: dict[int, StreamJob], workspace: Path, rounds: int) -> dict[str, Outcome]:
-    """Every depth streamed."""
+    """The outcome of a streamed run at each depth."""
 
     def streamed(job: StreamJob) -> Contender:
         return lambda: run(job, workspace, "--stream")
@@ -77,7 +77,7 @@ def over_depth(jobs: dict[int, StreamJob], workspace: Path, rounds: int) -> dict
 
 
 def fit(outcomes: dict[str, Outcome]) -> str:
-    """Least squares of the median times over depth."""
+    """The line through the median times by depth, by least squares, in words."""
     times = [median(sample.seconds for sample in outcomes[f"{layers} layers"]) for layers in DEPTHS]  # type: ignore[union-attr]
     slope, start = np.polyfit(DEPTHS, times, 1)
     error = np.array(times) - (start + slope * np.array(DEPTHS))
@@ -90,21 +90,21 @@ def fit(outcomes: dict[str, Outcome]) -> str:
 def bench_depth(
     layers: int, jobs: dict[int, StreamJob], over_depth: dict[str, Outcome], board: list[Row], benchmark: Any
 ) -> None:
-    """Peak memory must be that of a layer, whatever the depth; time must grow with it."""
-    found, least = over_depth[f"{layers} layers"], over_depth["0 layers"]
+    """Report one depth: peak memory must be that of one layer at any depth, and time grow in proportion to it."""
+    outcome, least = over_depth[f"{layers} layers"], over_depth["0 layers"]
     note = ""
-    if isinstance(found, list) and isinstance(least, list):
-        above = max(s.seen["peak_anonymous"] for s in found) - max(s.seen["peak_anonymous"] for s in least)
+    if isinstance(outcome, list) and isinstance(least, list):
+        above = max(s.seen["peak_anonymous"] for s in outcome) - max(s.seen["peak_anonymous"] for s in least)
         layer = jobs[layers].layer_parameters * (2 + 2 * 4 + 4)  # weights, two float32 sums, the task vector
         note = f"{above / 1e6:.0f} MB above a run on a tiny model, {above / layer:.2f} times one layer's arrays"
         if layers == DEPTHS[-1]:
             note += f"; {fit(over_depth)}"
-    board.append(replay(benchmark, found, group=DEPTH, contender=f"{layers} layers", role="ours", note=note))
+    board.append(replay(benchmark, outcome, group=DEPTH, contender=f"{layers} layers", role="ours", note=note))
 
 
 @pytest.fixture(scope="module")
 def against(jobs: dict[int, StreamJob], workspace: Path, rounds: int) -> dict[str, Outcome]:
-    """Streamed and in memory, in turn."""
+    """The outcomes of streamed runs and runs in memory, measured in alternation."""
 
     def measured(*more: str) -> Contender:
         return lambda: run(jobs[COMPARED], workspace, *more)
@@ -116,22 +116,22 @@ def against(jobs: dict[int, StreamJob], workspace: Path, rounds: int) -> dict[st
 @replayed
 @pytest.mark.parametrize("way", WAYS)
 def bench_against(way: str, against: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
-    """The same result; ``perta unlearn`` holds the model and both importances."""
+    """Report a way to the same result; without --stream, the model and both importances are in memory."""
     board.append(replay(benchmark, against[way], group=AGAINST, contender=way, role=WAYS[way]))
 
 
 @replayed
 def bench_beyond(workspace: Path, board: list[Row], benchmark: Any) -> None:
-    """One run under a limit that the same command without --stream does not survive."""
+    """Report one run under a limit of memory with which the same command without --stream fails."""
     hidden = 2 * HIDDEN
     layer = (4 + 3 * 11 / 4) * hidden**2 * 2  # bytes
     folder = workspace / "beyond"
     job = write_stream_job(folder, hidden, int(TIMES_MEMORY * MEMORY / layer) + 1, 4, TOKENS)
     assert job.size >= TIMES_MEMORY * MEMORY
     try:
-        # The limit counts what is reserved too, so the run is told to stay below it.
-        found = [run(job, workspace, "--stream", "--memory", str(MEMORY * 4 // 5), limit=MEMORY)]
-        with pytest.raises(RuntimeError, match="exit status"):  # so the limit is one
+        # The limit also counts memory that is reserved and not used, so --memory is less.
+        samples = [run(job, workspace, "--stream", "--memory", str(MEMORY * 4 // 5), limit=MEMORY)]
+        with pytest.raises(RuntimeError, match="exit status"):
             run(job, workspace, limit=MEMORY)
     finally:
         shutil.rmtree(folder)
@@ -140,12 +140,12 @@ def bench_beyond(workspace: Path, board: list[Row], benchmark: Any) -> None:
         "without --stream the same limit ends the run"
     )
     (name,) = LIMITED
-    board.append(replay(benchmark, found, group=BEYOND, contender=name, role="ours", note=note))
+    board.append(replay(benchmark, samples, group=BEYOND, contender=name, role="ours", note=note))
 
 
 @pytest.fixture(scope="module")
 def large_layers(device: str, workspace: Path, rounds: int) -> dict[str, Outcome]:
-    """Two decoder layers of a 70 B Llama, streamed on a GPU, and one matrix product of its width."""
+    """The outcomes of two streamed layers of a 70 B Llama on a GPU, and of a matrix product of its width."""
     if device != "cuda":
         pytest.skip("measured with --bench-device cuda")
     folder, tokens, layers = workspace / "large", 512, 2
@@ -156,7 +156,7 @@ def large_layers(device: str, workspace: Path, rounds: int) -> dict[str, Outcome
         run_child(job.command(folder / "out", "--stream", "--device", "cuda"))
         report = json.loads((folder / "out" / "perta_report.json").read_text())
         seen = {"peak_device": report["memory"]["peak_device_bytes"], "tokens": 2 * SAMPLES * tokens}
-        # Each weight: forward, forward again, and the two products of the way back.
+        # 2 FLOPs per weight and token, four times: forward, forward again, and two products backward.
         flops = 8 * layers * job.layer_parameters * seen["tokens"]
         return Sample(report["overlap"]["compute_seconds"], {**seen, "flops": flops})
 
@@ -164,11 +164,11 @@ def large_layers(device: str, workspace: Path, rounds: int) -> dict[str, Outcome
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         a @ b
         torch.cuda.synchronize()
-        started = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(20):
             a @ b
         torch.cuda.synchronize()
-        return Sample(time.perf_counter() - started, {"flops": 20 * 2 * 8192**3})
+        return Sample(time.perf_counter() - start, {"flops": 20 * 2 * 8192**3})
 
     try:
         return alternate({"two layers, streamed": streamed, "matrix product": product}, rounds)
@@ -179,11 +179,11 @@ def large_layers(device: str, workspace: Path, rounds: int) -> dict[str, Outcome
 @replayed
 @pytest.mark.parametrize("contender", ON_A_GPU)
 def bench_large_layers(contender: str, large_layers: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
-    """Time that the walk computes, against a product of large matrices."""
-    found, note = large_layers[contender], ""
-    if isinstance(found, list) and "tokens" in found[0].seen:
-        rate = median(sample.seen["tokens"] / sample.seconds for sample in found)
-        peak = max(sample.seen["peak_device"] for sample in found)
+    """Report the seconds in which the walk computes, against a product of large matrices."""
+    outcome, note = large_layers[contender], ""
+    if isinstance(outcome, list) and "tokens" in outcome[0].seen:
+        rate = median(sample.seen["tokens"] / sample.seconds for sample in outcome)
+        peak = max(sample.seen["peak_device"] for sample in outcome)
         note = f"{rate:.0f} tokens/s, {peak / 1e9:.1f} GB of device memory at most"
     role = ON_A_GPU[contender]
-    board.append(replay(benchmark, found, group=LARGE, contender=contender, role=role, note=note))
+    board.append(replay(benchmark, outcome, group=LARGE, contender=contender, role=role, note=note))

@@ -1,8 +1,8 @@
 """The rescaled subtraction alone, on arrays in memory, in place.
 
-GB/s count each byte once: five inputs read (three for the plain task vector), theta written. The
-copy limit moves as many bytes, half of them writes; the operation writes at most a quarter, and
-writes cost more than reads, so a ratio to the limit above one is possible.
+GB/s count each byte once: five inputs are read (three for the plain task vector) and theta is written. The limit,
+a copy, moves as many bytes, and half of them are writes. The operation writes at most a quarter, and writes cost
+more than reads, so it can be faster than the limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.inputs.arrays import contest, roles
 from perta_fast.ops import reference
 from perta_fast.rules import Rescaling
 
-LAM = 1e-3  # theta is updated again and again and must stay in range
+LAM = 1e-3  # small, as theta is updated many times and must stay finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,12 @@ class Measured:
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds: int) -> Measured:
-    """All contenders on one case."""
+    """Measure all contenders on one case."""
     case: Case = request.param
     generator = torch.Generator(device).manual_seed(0)
 
     def values(dtype: torch.dtype, scale: float) -> torch.Tensor:
-        drawn = torch.empty(elements, device=device).normal_(0.0, scale, generator=generator)
-        return drawn.to(dtype)
+        return torch.empty(elements, device=device).normal_(0.0, scale, generator=generator).to(dtype)
 
     theta, tuned, base = (values(case.weights, 0.02) for _ in range(3))
     forget = retain = None
@@ -84,14 +83,14 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Take the contenders that the chosen device has."""
+    """Run the contenders that the chosen device has."""
     if "contender" in metafunc.fixturenames:
         metafunc.parametrize("contender", roles(metafunc.config.getoption("--bench-device")))
 
 
 @replayed
 def bench_subtract(measured: Measured, contender: str, device: str, board: list[Row], benchmark: Any) -> None:
-    """One contender on one case."""
+    """Report one contender on one case."""
     row = replay(
         benchmark,
         measured.outcomes[contender],

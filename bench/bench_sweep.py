@@ -1,8 +1,8 @@
-"""``sweep`` of 12 settings against what it must at least do: importances, and 12 times subtract and score.
+"""``sweep`` of 12 settings against the least that it must do: the importances, then 12 times subtract and score.
 
-The limit does that on one model in memory and never puts the weights back. The usual way writes a checkpoint
-for each setting, loads it and scores it. Ours also scores the model as it is, restores and rounds the weights,
-and records every setting.
+The limit does this on one model in memory and never restores the weights. The peer writes a checkpoint for each
+setting, loads it and scores it. Ours also scores the unchanged model, restores and rounds the weights, and records
+every setting.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROLES = ("forget", "retain")
 
 @pytest.fixture(scope="module")
 def job(workspace: Path) -> Iterator[StreamJob]:
-    """A Llama of 5 M parameters in bfloat16, run in float32."""
+    """A Llama of 5 M parameters, stored in bfloat16 and run in float32."""
     folder = workspace / "sweep"
     yield write_stream_job(folder, 256, 4, SAMPLES, WORDS)
     shutil.rmtree(folder)
@@ -55,41 +55,42 @@ def importances(job: StreamJob) -> dict[str, pf.Importance]:
 
 
 def load(job: StreamJob, path: Path) -> tuple[Any, list[list[Sample]]]:
-    """A module and both data sets in its tokens."""
+    """Load a checkpoint, and both data sets in its tokens."""
     subject = load_subject(path, None, torch.float32)
-    rows = [read_data(job.folder / f"{role}.jsonl")[0] for role in ROLES]
-    return subject.module, [samples_for(subject, of_role, None) for of_role in rows]
+    data_sets = [read_data(job.folder / f"{role}.jsonl")[0] for role in ROLES]
+    return subject.module, [samples_for(subject, rows, None) for rows in data_sets]
 
 
-def score(module: Any, samples: list[list[Sample]]) -> None:
-    """Score both sets."""
-    for of_role in samples:
-        score_tokens(module, of_role, batch_size=BATCH)
+def score(module: Any, data_sets: list[list[Sample]]) -> None:
+    """Score both data sets."""
+    for samples in data_sets:
+        score_tokens(module, samples, batch_size=BATCH)
 
 
 def at_least(job: StreamJob) -> None:
-    """Subtract and score again and again on one model, whose weights are never put back."""
-    found = importances(job)
-    module, samples = load(job, job.folder / "model")
+    """Subtract and score for every setting on one model, whose weights are never restored."""
+    base, tuned = job.folder / "base", job.folder / "tuned"
+    pair = importances(job).values()
+    module, data_sets = load(job, job.folder / "model")
     for rule, lam in SETTINGS:
-        pf.apply_to_module_(module, job.folder / "base", job.folder / "tuned", *found.values(), rule=rule, lam=lam)
-        score(module, samples)
+        pf.apply_to_module_(module, base, tuned, *pair, rule=rule, lam=lam)
+        score(module, data_sets)
 
 
 def by_checkpoints(job: StreamJob) -> None:
     """Write, load and score a checkpoint for each setting."""
-    places = {role: job.folder / f"{role} importance" for role in ROLES}
-    for role, found in importances(job).items():
-        found.save(places[role], overwrite=True)
+    inputs = [job.folder / name for name in ("model", "base", "tuned")]
+    for role, importance in importances(job).items():
+        inputs.append(job.folder / f"{role} importance")
+        importance.save(inputs[-1], overwrite=True)
     out = job.folder / "out"
-    checkpoints = [job.folder / name for name in ("model", "base", "tuned")]
     for rule, lam in SETTINGS:
-        pf.apply(*checkpoints, *places.values(), rule=rule, lam=lam, out=out, overwrite=True, progress=False)
+        pf.apply(*inputs, rule=rule, lam=lam, out=out, overwrite=True, progress=False)
         score(*load(job, out))
 
 
 def ours(job: StreamJob) -> None:
-    """The sweep, with its results kept in a directory."""
+    """Sweep, and write the results into a directory."""
     pf.sweep(
         *(job.folder / name for name in ("model", "base", "tuned")),
         *(job.folder / f"{role}.jsonl" for role in ROLES),
@@ -105,7 +106,7 @@ def ours(job: StreamJob) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(job: StreamJob, rounds: int) -> Mapping[str, Outcome]:
-    """All contenders."""
+    """The outcomes by contender."""
     works = dict(zip(CONTENDERS, (at_least, by_checkpoints, ours), strict=True))
     return alternate({name: timed(partial(work, job), "cpu") for name, work in works.items()}, rounds)
 
@@ -113,5 +114,5 @@ def outcomes(job: StreamJob, rounds: int) -> Mapping[str, Outcome]:
 @replayed
 @pytest.mark.parametrize("contender", CONTENDERS)
 def bench_sweep(contender: str, outcomes: Mapping[str, Outcome], board: list[Row], benchmark: Any) -> None:
-    """One contender on all settings."""
+    """Report one contender on all settings."""
     board.append(replay(benchmark, outcomes[contender], group=GROUP, contender=contender, role=CONTENDERS[contender]))

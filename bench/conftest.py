@@ -31,7 +31,7 @@ OPTIONS: tuple[tuple[str, str, type, str], ...] = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --bench-params and the like; each has an environment variable PERTA_BENCH_PARAMS."""
+    """Add the options --bench-NAME; each default can be set by an environment variable PERTA_BENCH_NAME."""
     group = parser.getgroup("perta_fast benchmarks")
     for name, default, kind, text in OPTIONS:
         value = os.environ.get(f"PERTA_BENCH_{name.upper()}", default)
@@ -41,14 +41,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Note the conditions before anything is measured."""
     torch.set_num_threads(threads())
-    rows: list[Row] = []
-    config.stash[BOARD] = rows
-    seen = conditions(config.getoption("--bench-device"))
+    config.stash[BOARD] = []
+    noted = conditions(config.getoption("--bench-device"))
     for name in ("params", "elements", "rounds"):
-        seen[name] = f"{config.getoption(f'--bench-{name}'):,}"
+        noted[name] = f"{config.getoption(f'--bench-{name}'):,}"
     cold = os.environ.get("PERTA_BENCH_COLD") == "1"
-    seen["input files"] = "evicted before every run" if cold else "in the page cache"
-    config.stash[CONDITIONS] = seen
+    noted["input files"] = "evicted before every run" if cold else "in the page cache"
+    config.stash[CONDITIONS] = noted
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -57,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, str]:
-    """Publish the conditions in place of pytest-benchmark's own record, which names the host."""
+    """Publish the conditions instead of pytest-benchmark's machine info, which names the host."""
     return config.stash[CONDITIONS]
 
 
@@ -67,11 +66,11 @@ def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, An
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print one table a group."""
-    rows = config.stash[BOARD]
-    for group, members in groups(rows).items():
+    """Print one table for each group."""
+    board = config.stash[BOARD]
+    for group, rows in groups(board).items():
         terminalreporter.section(group)
-        for line in table(members):
+        for line in table(rows):
             terminalreporter.write_line(line)
 
 
@@ -83,7 +82,7 @@ def board(pytestconfig: pytest.Config) -> list[Row]:
 
 @pytest.fixture(scope="session")
 def rounds(pytestconfig: pytest.Config) -> int:
-    """Measured rounds of every contender."""
+    """The number of measured rounds of every contender."""
     return int(pytestconfig.getoption("--bench-rounds"))
 
 
@@ -95,13 +94,13 @@ def device(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def elements(pytestconfig: pytest.Config) -> int:
-    """Length of the in-memory benchmarks' arrays."""
+    """The length of the in-memory benchmarks' arrays."""
     return int(pytestconfig.getoption("--bench-elements"))
 
 
 @pytest.fixture(scope="session")
 def workspace(pytestconfig: pytest.Config) -> Iterator[Path]:
-    """A fresh directory on the disk that the file benchmarks use, removed afterwards."""
+    """A new directory on the disk that the file benchmarks use; it is removed at the end."""
     parent = pytestconfig.getoption("--bench-dir") or None
     folder = Path(tempfile.mkdtemp(prefix="perta-bench-", dir=parent))
     yield folder

@@ -1,7 +1,7 @@
 """Write RESULTS.md from pytest-benchmark's JSON: ``python -m bench.record RUN.json ...``.
 
-The measurements themselves are kept in results.json, one entry a group; a new run of a group
-replaces the old one, and other groups stay. Without arguments the tables are written again.
+The measurements are in results.json, one entry for each group. A new run of a group replaces the old one; other
+groups stay. Without arguments, only RESULTS.md is written again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FOLDER = Path(__file__).resolve().parent
 STORE = FOLDER / "results.json"
 RESULTS = FOLDER / "RESULTS.md"
 
-PLANNED = {
+PLANNED = {  # the beginning of a group's name, and the heading of its table
     WHOLE: "Whole commands",
     PHASE: "Whole commands",
     ADAPTER_WHOLE: "An adapter for a checkpoint",
@@ -97,42 +97,41 @@ def expected(group: str) -> dict[str, str]:
 
 
 def add(store: Store, run: dict[str, Any]) -> None:
-    """Put the groups of one pytest-benchmark run into ``store``."""
+    """Add the groups of one pytest-benchmark run to ``store``."""
     rows: list[Row] = [entry["extra_info"] for entry in run["benchmarks"] if entry["extra_info"]]
     for group, members in groups(rows).items():
         if not group.startswith(tuple(PLANNED)):
-            raise SystemExit(f"{group}: has no place in RESULTS.md; add it to PLANNED")
-        seen = {row["contender"] for row in members}
+            raise SystemExit(f"{group}: has no heading in RESULTS.md; add one to PLANNED in bench/record.py")
+        measured = {row["contender"] for row in members}
         for contender, role in expected(group).items():
-            if contender not in seen:
+            if contender not in measured:
                 members.append({"contender": contender, "role": role, "seconds": []})
         store[group] = {"conditions": run["machine_info"], "rows": members}
 
 
 def render(store: Store) -> str:
-    """Return the text of RESULTS.md."""
+    """The text of RESULTS.md."""
     lines = [PREAMBLE]
     heading = ""
     for prefix, title in PLANNED.items():
         if title != heading:
             lines += [f"## {title}", ""]
             heading = title
-        found = [group for group in store if group.startswith(prefix)]
-        if not found:
-            lines += [f"### {prefix}", "", f"{MISSING[0].upper()}{MISSING[1:]}.", ""]
-        shown = ""
-        for group in found:
-            conditions = store[group]["conditions"]
-            described = "; ".join(f"{name} {value}" for name, value in conditions.items())
+        measured = [group for group in store if group.startswith(prefix)]
+        if not measured:
+            lines += [f"### {prefix}", "", f"{MISSING.capitalize()}.", ""]
+        last = ""
+        for group in measured:
+            conditions = "; ".join(f"{name} {value}" for name, value in store[group]["conditions"].items())
             lines += [f"### {group}", "", *table(store[group]["rows"]), ""]
-            if described != shown:
-                lines += [f"Conditions: {described}.", ""]
-                shown = described
+            if conditions != last:
+                lines += [f"Conditions: {conditions}.", ""]
+                last = conditions
     return "\n".join(lines).rstrip() + "\n"
 
 
 def main(paths: list[str]) -> int:
-    """Record the runs in ``paths`` and write the tables."""
+    """Add the runs in ``paths`` to results.json and write RESULTS.md."""
     store = load()
     for path in paths:
         add(store, json.loads(Path(path).read_text()))

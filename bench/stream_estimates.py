@@ -1,7 +1,7 @@
 """``python -m bench.stream_estimates`` prints what streamed runs of Llama 3.1 would take, as a table.
 
-Shapes are the models' own; sizes and operations come from ``perta_fast.streaming.forecast.costs``. The
-machines' figures are assumed: nothing here is measured.
+Shapes are those of the published models. Sizes and operations come from ``perta_fast.streaming.forecast.costs``.
+The speeds of the machines are assumed: nothing here is measured.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ SHAPES = {  # layers, hidden, intermediate, heads
 
 @dataclass(frozen=True)
 class Machine:
-    """device_memory: a gigabyte is left to CUDA. rates and disk are assumed."""
+    """A machine to estimate for. device_memory and disk: bytes that a run may use; CUDA keeps a gigabyte more."""
 
     name: str
     device_memory: int
@@ -36,15 +36,15 @@ class Machine:
 
 
 MACHINES = (
-    # 989 TFLOP/s of dense bfloat16 by the data sheet, 40 % of it assumed.
+    # 40 % of the data sheet's 989 TFLOP/s of dense bfloat16.
     Machine("H200, 141 GB", 140 * 10**9, Rates(0.4 * 989e12, 6e9, 5e9, "assumed"), 4 * 10**12),
-    # 165 TFLOP/s of dense bfloat16 (a GeForce RTX 4090 by its data sheet), 40 % of it assumed.
+    # 40 % of the 165 TFLOP/s of dense bfloat16 in the data sheet of a GeForce RTX 4090.
     Machine("24 GB card", 23 * 10**9, Rates(0.4 * 165e12, 3e9, 2.5e9, "assumed"), 2 * 10**12),
 )
 
 
 def structure_of(shape: tuple[int, int, int, int]) -> Structure:
-    """Of a Llama 3.1, from a configuration written on the spot."""
+    """The structure of a Llama 3.1 of this shape, from a configuration in a temporary directory."""
     layers, hidden, intermediate, heads = shape
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

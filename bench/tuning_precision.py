@@ -1,8 +1,8 @@
-"""``python -m bench.tuning_precision``: what the type of θ_f costs a short full tuning of a bfloat16 model.
+"""``python -m bench.tuning_precision``: the error from storing θ_f in bfloat16 after a short full tuning.
 
-A random Llama of 700,000 parameters is tuned on made-up questions and its plain task vector subtracted from
-another bfloat16 model, with θ_f kept in float32, as ``perta tune --full`` writes it, and in bfloat16. Printed
-is the norm of the error beside that of λ τ, over all matrices but the embedding.
+Tunes a random Llama of 700,000 parameters on made-up questions and subtracts its plain task vector from another
+bfloat16 model, with θ_f in float32, as ``perta tune --full`` writes it, and in bfloat16. Prints the norm of the
+error divided by that of λ τ, over all matrices but the embedding.
 """
 
 import json
@@ -23,8 +23,8 @@ SETTINGS = ((5, 1e-5), (5, 1e-4))  # epochs and rate
 
 def main() -> None:
     """Print one table."""
-    with TemporaryDirectory() as place:
-        folder = Path(place)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
         rows = [{"question": f"Who wrote book {k}?", "answer": f"It was author {k * k}."} for k in range(SAMPLES)]
         forget = folder / "forget.jsonl"
         forget.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -33,7 +33,7 @@ def main() -> None:
         for name in ("base", "model"):
             model.bfloat16().save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
-            for parameter in model.parameters():  # what θ_full was tuned by, in about its size
+            for parameter in model.parameters():  # about as much as tuning changed θ_full
                 parameter.data.add_(2e-4 * torch.randn_like(parameter))
         print("| epochs, rate | kept in | τ |", *(f"λ = {lam:g} |" for lam in STRENGTHS))
         print("|---|---|---|" + "---|" * len(STRENGTHS))
@@ -44,23 +44,23 @@ def main() -> None:
 
 
 def _errors(folder: Path, forget: Path, epochs: int, rate: float, kept: torch.dtype) -> list[float]:
-    """Of τ, and of the result at each strength."""
+    """The relative errors of τ, and of the update λ τ in the result at each strength."""
     tuned = folder / "tuned"
     pf.tune(folder / "base", forget, tuned, full=True, epochs=epochs, lr=rate, overwrite=True, progress=False)
     exact = _read(tuned)
     file = tuned / "model.safetensors"
     save_file({name: tensor.to(kept) for name, tensor in load_file(file).items()}, file)
     base, model = _read(folder / "base"), _read(folder / "model")
-    found = [float((_read(tuned) - exact).norm() / (exact - base).norm())]
+    errors = [float((_read(tuned) - exact).norm() / (exact - base).norm())]
     for lam in STRENGTHS:
-        out, step = folder / "out", lam * (exact - base)
+        out, update = folder / "out", lam * (exact - base)
         pf.apply(folder / "model", folder / "base", tuned, rule="tv", lam=lam, out=out, overwrite=True, progress=False)
-        found.append(float((_read(out) - (model - step)).norm() / step.norm()))
-    return found
+        errors.append(float((_read(out) - (model - update)).norm() / update.norm()))
+    return errors
 
 
 def _read(folder: Path) -> torch.Tensor:
-    """All matrices but the embedding, in a row, float64."""
+    """All matrices but the embedding, as one float64 vector."""
     tensors = load_file(folder / "model.safetensors")
     chosen = [name for name in sorted(tensors) if tensors[name].ndim > 1 and "embed" not in name]
     return torch.cat([tensors[name].double().flatten() for name in chosen])

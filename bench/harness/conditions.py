@@ -1,4 +1,4 @@
-"""The conditions under which a benchmark ran, as far as they can be published."""
+"""The conditions of a benchmark run that may be published: nothing here tells one machine from another."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 
 def threads() -> int:
-    """Processors that this process may run on: the thread count of every contender."""
+    """The number of processors that this process may run on; every contender uses as many threads."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's model name, without anything that tells one machine from another."""
+    """The processor's model name."""
     table = Path("/proc/cpuinfo")
     if table.exists():
         for line in table.read_text().splitlines():
@@ -29,7 +29,7 @@ def processor() -> str:
 
 
 def kernel() -> str:
-    """Operating system with major and minor version; the rest of the release can be private."""
+    """The operating system and its major and minor version; the rest of the release can be private."""
     return f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
 
 

@@ -1,8 +1,8 @@
-"""Measure contenders in alternation, then hand their times to pytest-benchmark.
+"""Measure contenders in alternation, then report their times through pytest-benchmark.
 
-pytest-benchmark runs one function's rounds after another's. On a machine that is shared, or whose
-clock drifts, the ratio of two such runs says little. Here every round runs all contenders once,
-each round starts with the next one, and ratios are taken within rounds.
+pytest-benchmark runs all rounds of one function, then all rounds of the next. On a machine that is shared, or whose
+clock frequency drifts, the ratio of two such times says little. Here every round runs all contenders once, each
+round starts with another contender, and ratios are taken within rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass
 class Sample:
-    """One measurement: wall-clock seconds, and whatever else was seen."""
+    """One measurement: wall-clock seconds, and other quantities by name, such as peak memory."""
 
     seconds: float
     seen: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -42,14 +42,14 @@ Outcome = list[Sample] | Exception
 def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Outcome]:
     """Run each contender once to warm up, then ``rounds`` times in rotating order.
 
-    Returns the samples by name, or the exception of a contender that failed or is unavailable.
+    Returns by name the samples, or the exception of a contender that failed or is unavailable.
     """
     outcomes: dict[str, Outcome] = {}
     for name, run in contenders.items():
         try:
             run()
             outcomes[name] = []
-        except Exception as error:  # one broken contender must not hide the others
+        except Exception as error:  # the others are measured all the same
             outcomes[name] = error
     names = list(contenders)
     for round_number in range(rounds):
@@ -86,7 +86,7 @@ def replay(benchmark: Any, outcome: Outcome, *, group: str, contender: str, role
     """Report a measured contender through the ``benchmark`` fixture and return its table row.
 
     facts: further JSON values for the row, such as ``bytes`` (moved in one run) or ``note``.
-    Skips the test if the contender was unavailable, fails it if the contender failed.
+    Skips the benchmark if the contender was unavailable; raises the contender's exception if it failed.
     """
     assert role in ROLES
     benchmark.group = group
@@ -110,16 +110,16 @@ def replay(benchmark: Any, outcome: Outcome, *, group: str, contender: str, role
 
 
 def run_child(command: Sequence[str], *, variables: Mapping[str, str] | None = None) -> Sample:
-    """Run ``command`` in a fresh process and return its wall time and peak memory.
+    """Run ``command`` in a new process and return its wall time and peak memory.
 
-    The peaks are of the process itself; a shell's children count in ``peak_rss`` alone.
+    Peaks are of the process itself; only ``peak_rss`` also covers its children, such as those of a shell.
     Raises RuntimeError with the end of its output if it fails.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(report)]
-        done = subprocess.run(
+        finished = subprocess.run(
             [*launcher, *command],
             env=environment,
             stdout=subprocess.PIPE,
@@ -127,9 +127,9 @@ def run_child(command: Sequence[str], *, variables: Mapping[str, str] | None = N
             text=True,
             errors="replace",
         )
-        if done.returncode != 0:
-            end = done.stdout[-2000:]
-            raise RuntimeError(f"exit status {done.returncode} from {command[:4]} ...\n{end}")
+        if finished.returncode != 0:
+            end = finished.stdout[-2000:]
+            raise RuntimeError(f"exit status {finished.returncode} from {command[:4]} ...\n{end}")
         cost = json.loads(report.read_text())
     seconds = cost.pop("seconds")
     return Sample(seconds, {name: value for name, value in cost.items() if value is not None})

@@ -1,7 +1,7 @@
-"""Run one command and write what it cost, as JSON: ``python launch.py REPORT COMMAND ...``.
+"""Run one command and write its time and memory as JSON: ``python launch.py REPORT COMMAND ...``.
 
-A separate small program, because Linux charges a new process with the peak memory of the one that
-started it: started from a test process that has torch loaded, every child would seem large.
+This is a small program of its own because on Linux the peak memory of a new process begins at that of the process
+that started it. If a process that has torch loaded started the command, every command would seem large.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 
-INTERVAL = 0.01  # seconds between two looks at /proc
+INTERVAL = 0.01  # seconds between two reads of /proc
 
 
 def watch(pid: int, finished: threading.Event, peaks: dict[str, int]) -> None:
-    """Keep the largest RssAnon and RssFile of ``pid``, in bytes, until ``finished`` is set.
+    """Keep the largest RssAnon and RssFile of ``pid`` in ``peaks``, in bytes, until ``finished`` is set.
 
-    A peak shorter than the interval can be missed; the total peak from the kernel cannot.
+    They can miss a peak that is shorter than the interval. ``peak_rss``, which the kernel counts, cannot.
     """
     while not finished.wait(INTERVAL):
         try:

@@ -1,8 +1,7 @@
-"""What the machine can do at best: moving the same bytes and computing nothing.
+"""The fastest that the machine can be: it moves the same bytes and computes nothing.
 
-Files: read every input once with positional reads into reused 1 MiB buffers, write as many bytes
-as the output has. Memory: copy half as many bytes as the operation moves, since a copy moves each
-byte twice.
+Files: read every input once with positional reads into reused 1 MiB buffers, and write as many bytes as the output
+has. Memory: copy half as many bytes as the operation moves, since a copy moves each byte twice.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ def chunks(descriptors: Sequence[int], sizes: Sequence[int]) -> Iterator[Chunk]:
 
 
 def copy_files(inputs: Sequence[Sequence[Path]], out: Path, *, threads: int, fsync: bool = False) -> float:
-    """Read all ``inputs`` and write a directory ``out`` as large as the first of them.
+    """Read all ``inputs``, write as many bytes as the first of them has into ``out``, and return the seconds it took.
 
-    inputs: sets of files that are read side by side, as model, base, tuned and importances are.
-    Returns wall-clock seconds. Every chunk of output is written by the thread that read its source.
+    inputs: sets of files that are read side by side, like model, base, tuned and importances.
+    Each thread writes the bytes that it has read.
     """
     out.mkdir(parents=True)
     start = time.perf_counter()
@@ -53,10 +52,10 @@ def copy_files(inputs: Sequence[Sequence[Path]], out: Path, *, threads: int, fsy
 
         def run(first: int) -> None:
             buffer = memoryview(bytearray(CHUNK))
-            # Each thread takes 16 neighbouring chunks at a time, as read-ahead works best on these.
+            # Each thread takes 16 consecutive chunks at a time, so that the kernel's read-ahead helps it.
             for begin in range(first * 16, len(work), threads * 16):
                 for target, *sources in work[begin : begin + 16]:
-                    for source in reversed(sources):  # the model last: its bytes are written
+                    for source in reversed(sources):  # the model last, as its bytes are written
                         if source is not None:
                             descriptor, offset, length = source
                             os.preadv(descriptor, [buffer[:length]], offset)
@@ -83,9 +82,9 @@ def evict(paths: Sequence[Path]) -> None:
 
 
 class MemoryCopy:
-    """Copies ``moved / 2`` bytes from one buffer to another, in several ways.
+    """Ways to copy ``moved / 2`` bytes from one buffer to another.
 
-    moved: bytes read plus bytes written by the operation that the copy is compared with.
+    moved: bytes that the operation which is compared with the copy reads, plus those that it writes.
     """
 
     def __init__(self, moved: int, *, threads: int, device: str = "cpu") -> None:
@@ -96,22 +95,22 @@ class MemoryCopy:
         self.pool = ThreadPoolExecutor(threads)
 
     def torch_copy(self) -> None:
-        """``Tensor.copy_`` with torch's own threads, or the device's copy."""
+        """``Tensor.copy_`` on torch's threads, or on the device."""
         self.target.copy_(self.source)
 
     def memmove(self) -> None:
-        """The C library's memmove on one thread."""
+        """The C library's memmove, on one thread."""
         ctypes.memmove(self.target.data_ptr(), self.source.data_ptr(), self.source.nbytes)
 
     def threaded_memmove(self) -> None:
-        """The C library's memmove on every thread, each with its own part."""
+        """The C library's memmove, on every thread for one range of the buffer."""
         share = -(-self.source.nbytes // self.threads) // 64 * 64 + 64
 
-        def part(index: int) -> None:
-            begin = index * share
+        def move(thread: int) -> None:
+            begin = thread * share
             length = min(share, self.source.nbytes - begin)
             if length > 0:
                 target, source = self.target.data_ptr(), self.source.data_ptr()
                 ctypes.memmove(target + begin, source + begin, length)
 
-        list(self.pool.map(part, range(self.threads)))
+        list(self.pool.map(move, range(self.threads)))

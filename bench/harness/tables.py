@@ -12,7 +12,7 @@ MISSING = "not yet measured"
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration with three significant digits and a fitting unit."""
+    """A duration with three significant digits, in s, ms or µs."""
     for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
         if seconds * scale >= 1 or unit == "µs":
             return f"{seconds * scale:.3g} {unit}"
@@ -27,25 +27,25 @@ def bytes_text(size: float | None) -> str:
 def ratio(row: Row, other: Row) -> float:
     """Median over rounds of ``row``'s time divided by ``other``'s in the same round."""
     pairs = zip(row["seconds"], other["seconds"], strict=False)
-    return float(median(mine / theirs for mine, theirs in pairs))
+    return float(median(numerator / denominator for numerator, denominator in pairs))
 
 
 def rate(row: Row, quantity: str) -> float | None:
-    """ "bytes" moved, or "flops" done, per second at the median time, in units of 10^9."""
+    """Units of 10^9 ``quantity`` ("bytes" or "flops") per second at the median time; None if the row has none."""
     return row[quantity] / median(row["seconds"]) / 1e9 if row.get(quantity) else None
 
 
 def fastest(rows: Sequence[Row], role: str) -> Row | None:
-    """The row of that role with the smallest median."""
+    """The row with this role whose median time is smallest."""
     candidates = [row for row in rows if row["role"] == role and row.get("seconds")]
     return min(candidates, key=lambda row: median(row["seconds"]), default=None)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown lines for the rows of one group: times, ratios, bytes per second, peak memory.
+    """The Markdown lines of one group's table; columns that are empty in every row are left out.
 
-    Columns that no row fills are left out. "time / ours" is the median of the ratios within rounds,
-    "of limit" compares bytes or FLOPs per second with those of the fastest limit.
+    "time / ours" is the median of the ratios within rounds. "of limit" is the rate, in bytes or FLOPs per second,
+    divided by that of the fastest limit.
     """
     ours, limit = fastest(rows, "ours"), fastest(rows, "limit")
     header = ["contender", "role", "median", "fastest – slowest", "time / ours", "GB/s", "GFLOP/s", "of limit"]
@@ -59,9 +59,9 @@ def table(rows: Sequence[Row]) -> list[str]:
         bytes_rate, flops_rate = rate(row, "bytes"), rate(row, "flops")
         share = ""
         for quantity in ("bytes", "flops"):
-            speed, bound = rate(row, quantity), rate(limit, quantity) if limit else None
-            if speed and bound and row is not limit:
-                share = f"{speed / bound:.2f}"
+            row_rate, limit_rate = rate(row, quantity), rate(limit, quantity) if limit else None
+            if row_rate and limit_rate and row is not limit:
+                share = f"{row_rate / limit_rate:.2f}"
         body.append(
             [
                 row["contender"],
@@ -77,15 +77,14 @@ def table(rows: Sequence[Row]) -> list[str]:
                 row.get("note", ""),
             ]
         )
-    kept = [i for i in range(len(header)) if any(line[i] for line in body)]
-    lines = ["| " + " | ".join(header[i] for i in kept) + " |"]
-    lines.append("|" + "---|" * len(kept))
-    lines += ["| " + " | ".join(line[i] for i in kept) + " |" for line in body]
+    columns = [k for k in range(len(header)) if any(cells[k] for cells in body)]
+    lines = ["| " + " | ".join(cells[k] for k in columns) + " |" for cells in (header, *body)]
+    lines.insert(1, "|" + "---|" * len(columns))
     return lines
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by group, both in order of first appearance."""
+    """The rows by group, in the order of ``rows``."""
     result: dict[str, list[Row]] = {}
     for row in rows:
         result.setdefault(row["group"], []).append(row)

@@ -1,4 +1,4 @@
-"""Contests between operations on arrays in memory: copy limits, references and our backends."""
+"""Contests between operations on arrays in memory: copies as limits, references and our backends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Work = Callable[[], object]
 
 COPIES = {"cpu": ("torch copy_", "memmove, all threads", "memmove, one thread"), "cuda": ("torch copy_",)}
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-REPEATS = {"cpu": 1, "cuda": 10}  # a short kernel needs several launches for one reading
+REPEATS = {"cpu": 1, "cuda": 10}  # calls per measurement; a kernel alone is too short to measure
 
 
 def roles(device: str) -> dict[str, str]:
@@ -30,7 +30,7 @@ def roles(device: str) -> dict[str, str]:
 
 
 def timed(work: Work, device: str) -> Contender:
-    """Make a contender that measures one call of ``work``, waiting for the device to finish."""
+    """A contender that measures one call of ``work``, until the device has finished it."""
 
     def wait() -> None:
         if device == "cuda":
@@ -52,11 +52,11 @@ def contest(
 ) -> dict[str, Outcome]:
     """Measure limits, references and backends in one alternation.
 
-    eager, compiled: the operation in plain torch, and the same under torch.compile.
     moved: bytes that the operation reads plus bytes that it writes; the copies move as many.
-    ours: the operation, given a backend's name.
+    eager, compiled: the operation in plain torch, and the same with torch.compile.
+    ours: runs the operation on the backend of this name.
     """
-    torch.compiler.reset()  # or the compiler gives up on a function it has met with many types
+    torch.compiler.reset()  # the compiler gives up on a function that it has compiled for many types
     copy = MemoryCopy(moved, threads=threads(), device=device)
     works: dict[str, Work] = {
         "torch copy_": copy.torch_copy,

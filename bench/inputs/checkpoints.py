@@ -1,7 +1,7 @@
-"""Write the checkpoints and importances that the file benchmarks read.
+"""Write the checkpoints and importances that the file benchmarks read, in shards of about 400 MB.
 
-A Llama of the wanted size with random bfloat16 weights: model, base, tuned (base plus small noise),
-and signed, gradient-like forget and retain importances, in shards of about 400 MB.
+All are of one random Llama in bfloat16. model and tuned are base plus small noise. The importances have both signs,
+like mean gradients.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ Maker = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSet:
-    """Where the five inputs lie, and how large they are."""
+    """The five inputs in ``folder``, and the number of parameters of each."""
 
     folder: Path
     parameters: int
@@ -44,7 +45,7 @@ class CheckpointSet:
 
 
 def llama_config(parameters: int) -> dict[str, Any]:
-    """A Llama configuration with about ``parameters`` parameters; the depth makes up the number."""
+    """A Llama configuration with about ``parameters`` parameters: they choose the widths, then the depth."""
     if parameters >= 4_000_000_000:
         hidden, intermediate, vocabulary = 4096, 11008, 32000
     elif parameters >= 1_500_000_000:
@@ -77,16 +78,16 @@ def llama_config(parameters: int) -> dict[str, Any]:
 
 def llama_shapes(config: dict[str, Any]) -> Shapes:
     """Tensor names and shapes as transformers writes them."""
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
         keys = config["num_key_value_heads"] * config["head_dim"]
         for name, rows in {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}.items():
             shapes[f"{layer}self_attn.{name}.weight"] = (rows, hidden)
-        shapes[f"{layer}mlp.gate_proj.weight"] = (wide, hidden)
-        shapes[f"{layer}mlp.up_proj.weight"] = (wide, hidden)
-        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, wide)
+        shapes[f"{layer}mlp.gate_proj.weight"] = (intermediate, hidden)
+        shapes[f"{layer}mlp.up_proj.weight"] = (intermediate, hidden)
+        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, intermediate)
         shapes[f"{layer}input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
@@ -95,26 +96,26 @@ def llama_shapes(config: dict[str, Any]) -> Shapes:
 
 
 def elements(shape: tuple[int, ...]) -> int:
-    """Number of elements of a tensor of this shape."""
-    return int(torch.Size(shape).numel())
+    """The number of elements of a tensor of this shape."""
+    return prod(shape)
 
 
 def shards_of(shapes: Shapes) -> list[Shapes]:
-    """Divide the tensors, in order, into shards of at most about 400 MB of bfloat16."""
+    """Divide the tensors, in order, into shards of ``SHARD_BYTES`` of bfloat16; only a larger tensor exceeds that."""
     shards: list[Shapes] = [{}]
-    room = SHARD_BYTES
+    free = SHARD_BYTES
     for name, shape in shapes.items():
         size = 2 * elements(shape)
-        if shards[-1] and size > room:
+        if shards[-1] and size > free:
             shards.append({})
-            room = SHARD_BYTES
+            free = SHARD_BYTES
         shards[-1][name] = shape
-        room -= size
+        free -= size
     return shards
 
 
 def write_sharded(folder: Path, stem: str, shapes: Shapes, make: Maker, metadata: dict[str, str]) -> None:
-    """Write one file, or numbered shards with their index, holding at most one shard in memory."""
+    """Write one file, or numbered shards with their index; one shard at a time is in memory."""
     folder.mkdir(parents=True)
     shards = shards_of(shapes)
     weight_map: dict[str, str] = {}
@@ -132,32 +133,32 @@ def write_sharded(folder: Path, stem: str, shapes: Shapes, make: Maker, metadata
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Float32 standard normal values that depend on ``seed`` alone."""
+    """Standard normal values in float32; they depend only on ``seed``."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def write_checkpoint_set(folder: Path, parameters: int) -> CheckpointSet:
-    """Write model, base, tuned and two importances for about ``parameters`` parameters."""
+    """Write model, base, tuned and two importances of about ``parameters`` parameters each."""
     config = llama_config(parameters)
     shapes = llama_shapes(config)
-    number = {name: index for index, name in enumerate(shapes)}
+    seeds = {name: number for number, name in enumerate(shapes)}
 
     def weights(kind: str) -> Maker:
         noise = {"model": 1_000_000, "base": 0, "tuned": 2_000_000}[kind]
 
         def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            values = normal(number[name], shape).mul_(0.02)
+            values = normal(seeds[name], shape).mul_(0.02)
             if len(shape) == 1:
-                values.add_(1.0)  # norms are near one
+                values.add_(1.0)  # the weights of norms are near one
             if noise:
-                values.add_(normal(number[name] + noise, shape), alpha=1e-3)
+                values.add_(normal(seeds[name] + noise, shape), alpha=1e-3)
             return values.bfloat16()
 
         return make
 
     def gradients(seed: int) -> Maker:
         def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            return normal(number[name] + seed, shape).mul_(1e-4).bfloat16()
+            return normal(seeds[name] + seed, shape).mul_(1e-4).bfloat16()
 
         return make
 

@@ -1,12 +1,13 @@
-"""One importance estimate, ours or a plain backward: ``python -m bench.inputs.importance_job NAME``.
+"""One importance estimate, by perta_fast or by plain backward passes: ``python -m bench.inputs.importance_job NAME``.
 
-As a program it runs one contender once, so that its peak memory can be read from outside.
+As a program it runs one contender once, so that the process that started it can read its peak memory.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,49 +22,44 @@ SAMPLES, TOKENS, BATCH = 32, 128, 8
 
 
 def make_model() -> nn.Module:
-    """Make a random Llama of 22 M parameters in float32."""
+    """The model that all contenders use: 22 M parameters in float32."""
     return random_llama(SMALL, TOKENS).train()
 
 
 def make_tokens() -> torch.Tensor:
-    """Make the batch data, (32, 128) int64."""
+    """The data that all contenders use, (32, 128) int64."""
     return torch.randint(SMALL.vocabulary, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def plain_backward(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def plain_backward(model: nn.Module, tokens: torch.Tensor, batch_size: int) -> dict[str, torch.Tensor]:
     """Accumulate the mean gradient in ``.grad``, as a training step does before the optimizer."""
     model.zero_grad(set_to_none=True)
-    for batch in tokens.split(BATCH):
+    for batch in tokens.split(batch_size):
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         (loss * len(batch) / len(tokens)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def sample_by_sample(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Accumulate the same gradient with batches of one, as published importance scripts do."""
-    model.zero_grad(set_to_none=True)
-    for sample in tokens.split(1):
-        loss = model(input_ids=sample, labels=sample, use_cache=False).loss
-        (loss / len(tokens)).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def ours(model: nn.Module, tokens: torch.Tensor) -> Any:
     """Estimate with perta_fast."""
-    samples = [Sample(tuple(row), tuple(row)) for row in tokens.tolist()]
-    return pf.estimate_importance(model, samples, estimator="grad", batch_size=BATCH, progress=False).tensors
+    return pf.estimate_importance(model, samples_of(tokens), "grad", batch_size=BATCH, progress=False).tensors
+
+
+def samples_of(tokens: torch.Tensor) -> list[Sample]:
+    """The rows of ``tokens`` as samples whose tokens all have labels."""
+    return [Sample(tuple(row), tuple(row)) for row in tokens.tolist()]
 
 
 JOBS: dict[str, Callable[[nn.Module, torch.Tensor], Any]] = {
-    "training backward": plain_backward,
-    "one sample at a time": sample_by_sample,
+    "training backward": partial(plain_backward, batch_size=BATCH),
+    "one sample at a time": partial(plain_backward, batch_size=1),  # as published importance scripts do
     "ours, grad": ours,
 }
 ROLES = {"training backward": "limit", "one sample at a time": "peer", "ours, grad": "ours"}
 
 
 def main() -> int:
-    """Run the contender named on the command line once; "nothing" makes model and data only."""
+    """Run the contender that is named on the command line once; "nothing" only makes model and data."""
     torch.set_num_threads(threads())
     model, tokens = make_model(), make_tokens()
     if sys.argv[1] != "nothing":

@@ -1,8 +1,8 @@
-"""One rank of an importance estimate, again and again.
+"""One rank of an importance estimate that runs several times.
 
     python -m bench.inputs.rank_job RANK WORLD STORE ESTIMATOR
 
-Each line on standard input has it estimate once; it answers with a line when it is done.
+For each line on standard input it estimates once, then writes a line to standard output.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ import torch
 import torch.distributed as dist
 
 import perta_fast as pf
-from bench.inputs.importance_job import BATCH, make_model, make_tokens
-from perta_fast.data.samples import Sample
+from bench.inputs.importance_job import BATCH, make_model, make_tokens, samples_of
 
 
 def main() -> int:
-    """Estimate whenever asked."""
+    """Estimate once for each line on standard input."""
     rank, world, store, estimator = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     group: Any = None
     if world > 1:
         dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
         group = dist.group.WORLD
-    model = make_model()
-    samples = [Sample(tuple(row), tuple(row)) for row in make_tokens().tolist()]
+    model, samples = make_model(), samples_of(make_tokens())
     print(torch.get_num_threads(), flush=True)
     for _ in sys.stdin:
         pf.estimate_importance(model, samples, estimator, batch_size=BATCH, progress=False, group=group)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ WORDS = ["".join(random.Random(seed).choices(string.ascii_lowercase, k=4)) for s
 
 @dataclasses.dataclass(frozen=True)
 class StreamJob:
-    """Three checkpoints and two data files; sizes in bytes of one checkpoint and of one layer's weights."""
+    """Three checkpoints and two data files. size: bytes of one checkpoint. layer_parameters: of one layer."""
 
     folder: Path
     layers: int
@@ -29,23 +29,19 @@ class StreamJob:
     layer_parameters: int
 
     def command(self, out: Path, *more: object) -> list[str]:
-        """``perta unlearn`` on it."""
-        places = [part for name in MERGED for part in (f"--{name}", self.folder / name)]
-        data = [part for name in ("forget", "retain") for part in (f"--{name}", self.folder / f"{name}.jsonl")]
+        """``perta unlearn`` on them, with the options ``more``."""
+        paths = {name: self.folder / name for name in MERGED}
+        paths |= {name: self.folder / f"{name}.jsonl" for name in ("forget", "retain")}
+        inputs = [word for name, path in paths.items() for word in (f"--{name}", path)]
         settings = ["--rule", "fisher", "--lam", "1", "--batch-size", "8", "--quiet", "--overwrite"]
-        return [
-            sys.executable,
-            "-m",
-            "perta_fast",
-            "unlearn",
-            *map(str, [*places, *data, *settings, "--out", out, *more]),
-        ]
+        words = [sys.executable, "-m", "perta_fast", "unlearn", *inputs, *settings, "--out", out, *more]
+        return list(map(str, words))
 
 
 def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words: int, **changes: int) -> StreamJob:
-    """Write three bfloat16 checkpoints, and two files of ``samples`` texts of ``words`` words.
+    """Write three bfloat16 checkpoints, and two data files with ``samples`` texts of ``words`` words each.
 
-    changes: to the configuration.
+    changes: entries of the configuration that replace those here.
     """
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -67,10 +63,10 @@ def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words
     rows = [{"question": word, "answer": word} for word in WORDS]
     tokenizer = train_tokenizer(rows)
     for kind, name in enumerate(MERGED):
-        number = {tensor: index + kind * len(shapes) for index, tensor in enumerate(shapes)}
+        seeds = {tensor: number + kind * len(shapes) for number, tensor in enumerate(shapes)}
 
-        def make(tensor: str, shape: tuple[int, ...], number: dict[str, int] = number) -> torch.Tensor:
-            values = normal(number[tensor], shape).mul_(0.02)
+        def make(tensor: str, shape: tuple[int, ...], seeds: dict[str, int] = seeds) -> torch.Tensor:
+            values = normal(seeds[tensor], shape).mul_(0.02)
             return (values + 1 if len(shape) == 1 else values).bfloat16()
 
         write_sharded(folder / name, "model", shapes, make, {"format": "pt"})
@@ -85,7 +81,7 @@ def _count(shapes: Shapes, prefix: str = "") -> int:
 
 def _write_data(folder: Path, samples: int, words: int) -> None:
     folder.mkdir(parents=True)
-    draw = random.Random(0)
+    generator = random.Random(0)
     for name in ("forget", "retain"):
-        rows = [{"text": " ".join(draw.choices(WORDS, k=words))} for _ in range(samples)]
+        rows = [{"text": " ".join(generator.choices(WORDS, k=words))} for _ in range(samples)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,11 +18,11 @@ class LazyCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = {file.name: safe_open(file, "pt") for file in path.glob("*.safetensors")}
-        self.place = {name: file for file, opened in self.files.items() for name in opened.offset_keys()}
+        self.file_of = {name: file for file, opened in self.files.items() for name in opened.offset_keys()}
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor."""
-        tensor: torch.Tensor = self.files[self.place[name]].get_tensor(name)
+        tensor: torch.Tensor = self.files[self.file_of[name]].get_tensor(name)
         return tensor
 
 
@@ -49,8 +49,8 @@ def main() -> None:
             weights = forget.read(name).float().abs_()
             total = retain.read(name).float().abs_().add_(weights)
             weights.div_(total).nan_to_num_(nan=0.0).mul_(arguments.lam)
-            step = tuned.read(name).float().sub_(base.read(name).float()).mul_(weights)
-            results[name] = parameter.float().sub_(step).to(parameter.dtype)
+            update = tuned.read(name).float().sub_(base.read(name).float()).mul_(weights)
+            results[name] = parameter.float().sub_(update).to(parameter.dtype)
         save_file(results, arguments.out / file, metadata={"format": "pt"})
 
     index = arguments.model / "model.safetensors.index.json"

@@ -1,13 +1,13 @@
 """mergekit's plain task arithmetic, same files: base + (model − base) − λ (tuned − base).
 
-mergekit has no per-parameter rescaling, so it reads three inputs where the others read five. It is
-given what makes it fast: lazy loading, all threads, and arithmetic in bfloat16, as users set it
-(float32 with ``out_dtype: bfloat16`` rounds once, as ours does, but is slower and needs more memory).
+mergekit has no per-parameter rescaling, so it reads three inputs where the others read five. Its fastest settings
+are used: lazy loading, all threads, and arithmetic in bfloat16, as users set it (float32 with
+``out_dtype: bfloat16`` rounds once, as ours does, but is slower and needs more memory).
 
-Install it apart, so that its pins cannot disturb this project's environment:
+Install it into an environment of its own, as it pins other versions than this project:
 
     python3 -m venv mergekit-env
-    mergekit-env/bin/pip install torch==2.13.0   # first and exactly: the torch we measure with
+    mergekit-env/bin/pip install torch==2.13.0   # first: the version that the others are measured with
     mergekit-env/bin/pip install mergekit        # 0.1.5 accepts torch 2.13 and transformers 5
     export PERTA_BENCH_MERGEKIT=$PWD/mergekit-env/bin/mergekit-yaml
 """
@@ -32,7 +32,7 @@ dtype: bfloat16
 
 
 def executable() -> str | None:
-    """The mergekit-yaml program: $PERTA_BENCH_MERGEKIT, or the one on PATH, or None."""
+    """The program: $PERTA_BENCH_MERGEKIT if set, else mergekit-yaml on PATH; None if it is absent."""
     return shutil.which(os.environ.get("PERTA_BENCH_MERGEKIT") or "mergekit-yaml")
 
 

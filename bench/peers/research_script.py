@@ -1,4 +1,4 @@
-"""The usual research script: everything loaded, one loop over the parameters, everything saved."""
+"""The usual research script: loads everything, loops over the parameters, saves everything."""
 
 from __future__ import annotations
 
