@@ -1,9 +1,9 @@
 """Unlearning by training: gradient ascent, gradient difference and NPO.
 
-Losses are as open-unlearning defines them (its weights gamma and alpha are 1, NPO's beta 0.1), with the mean
-over samples of each one's mean token loss where it averages over a batch's tokens. Gradient difference is of
-Liu et al. (arXiv 2203.12817) and TOFU (arXiv 2401.06121); NPO of Zhang et al. (arXiv 2404.05868), here with
-the retain loss that open-unlearning adds to it.
+Losses are those of open-unlearning (its weights gamma and alpha are 1, NPO's beta 0.1), with one difference: it takes
+the mean over the tokens of a batch, and here it is the mean over samples of the mean token loss. Sources: gradient
+difference from Liu et al. (arXiv 2203.12817) and TOFU (arXiv 2401.06121); NPO from Zhang et al. (arXiv 2404.05868),
+with the retain loss that open-unlearning adds to it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class Losses:
-    """Of the samples of one batch. forget, retain: (N,) mean token loss; retain only where a method has it.
+    """The losses of one batch. forget, retain: (N,) mean token loss of each sample.
 
-    count: (N,) tokens of the forget samples' answers. reference: (N,) mean token loss under theta_full.
+    count: (N,) tokens in the answers of the forget samples. reference: (N,) their mean token loss under theta_full.
     """
 
     forget: Tensor
@@ -52,7 +52,7 @@ def gradient_difference(losses: Losses) -> Tensor:
 
 
 def npo(losses: Losses) -> Tensor:
-    """-2 / beta · log sigmoid(-beta log(p / p_full)) + L_r, with p the probability of a whole answer."""
+    """-2 / beta · log sigmoid(-beta log(p / p_full)) + L_r, where p is the probability of a whole answer."""
     log_ratio = losses.count * (losses.reference - losses.forget)
     return -2 / BETA * functional.logsigmoid(-BETA * log_ratio).mean() + losses.retain.mean()
 
@@ -65,19 +65,19 @@ BASELINES: Mapping[str, Callable[[Losses], Tensor]] = {
 
 
 def runs(trial: Trial, method: str, kept: float = KEPT) -> dict[float, Path]:
-    """Candidates of one method by learning rate, and each rate's best model as a checkpoint.
+    """The runs of one method by learning rate: pieces with the candidates and the best model as a checkpoint.
 
-    The first seed tries all rates, the others that which was chosen there for the limit of ``kept``.
+    The first seed tries all rates, the others only the rate that the first has chosen for ``kept``.
     """
     rates: Sequence[float] = trial.models.settings.unlearning_rates
     if trial.first is not None:
-        tried = list(runs(trial.first, method).values())
-        rates = [trial.first.choice(tried, kept).setting["rate"]]
+        pieces = list(runs(trial.first, method).values())
+        rates = [trial.first.choice(pieces, kept).setting["rate"]]
     return {rate: _run(trial, method, rate) for rate in rates}
 
 
 def score_baseline(trial: Trial, method: str) -> Path:
-    """Scores of a method at the rate and the step that are chosen for it."""
+    """The piece with the scores of a method, at the learning rate and the step that are chosen for it."""
     pieces = runs(trial, method)
     best = pieces[trial.choice(list(pieces.values())).setting["rate"]]
     return trial.score(method, {"model": trial.name_of(best)}, lambda: load_model(best))
@@ -112,22 +112,21 @@ def _run(trial: Trial, method: str, rate: float) -> Path:
 
 
 def _train_(trial: Trial, module: Any, method: str, rate: float) -> Iterator[int]:
-    """Train; yields the number of steps taken. Each step takes as many retained samples as forget samples."""
+    """Train, and yield the number of steps after each. A step takes as many retained samples as forget samples."""
     settings, seed = trial.models.settings, trial.models.seed
     forget, retain = trial.samples("forget"), trial.samples("retain")
     reference = _sample_losses(module, forget, settings.scoring_batch)
-    count = torch.tensor([float(each.label_count) for each in forget])
+    count = torch.tensor([float(sample.label_count) for sample in forget])
     device = next(module.parameters()).device
 
     def loss(numbers: tuple[list[int], list[int]]) -> Tensor:
-        ours, others = numbers
+        of_forget, of_retain = numbers
         losses = Losses(
-            losses_of(module, Batch.of([forget[k] for k in ours], device)),
-            count[ours].to(device),
-            reference[ours].to(device),
-            # Gradient ascent looks at no retained rows.
-            losses_of(module, Batch.of([retain[k] for k in others], device))
-            if method != "gradient ascent"
+            losses_of(module, Batch.of([forget[k] for k in of_forget], device)),
+            count[of_forget].to(device),
+            reference[of_forget].to(device),
+            losses_of(module, Batch.of([retain[k] for k in of_retain], device))
+            if method != "gradient ascent"  # which uses no retained samples
             else torch.zeros(1),
         )
         return BASELINES[method](losses)
@@ -139,17 +138,17 @@ def _train_(trial: Trial, module: Any, method: str, rate: float) -> Iterator[int
 
 
 def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """``steps`` batches of at most ``size`` of ``count`` samples, each epoch in a new random order."""
+    """``steps`` batches of at most ``size`` numbers of samples, every epoch in a new random order."""
     order = torch.Generator().manual_seed(seed)
     batches: list[list[int]] = []
     while len(batches) < steps:
-        batches += [each.tolist() for each in torch.randperm(count, generator=order).split(size)]
+        batches += [batch.tolist() for batch in torch.randperm(count, generator=order).split(size)]
     return batches[:steps]
 
 
 @torch.no_grad()
 def _sample_losses(module: Any, samples: list[Sample], batch_size: int) -> Tensor:
-    """(N,): each sample's loss, in the order of the samples."""
+    """(N,): the loss of each sample, in the order of the samples."""
     losses = torch.empty(len(samples))
     device = next(module.parameters()).device
     for numbers in batches_by_length(samples, batch_size):

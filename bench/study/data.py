@@ -1,4 +1,4 @@
-"""TOFU's questions by the part that they play in the study."""
+"""TOFU's questions, divided by their use in the study."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _FIELDS = ("question", "answer")
 class Tofu:
     """The data set in ``folder``, checked. Every row is a question with its answer.
 
-    facts: about real authors and the world. pretraining: of theta_0, authors that nothing else uses. tuning: of
-    theta_full, all other authors; a forget set is a part of it. validation: retained rows that are not scored
-    in the end.
+    facts: about real authors and the world. pretraining: authors that only theta_0 is trained on. tuning: all other
+    authors, which theta_full is tuned on; a forget set is a part of it. validation: retained rows by whose loss
+    strengths are chosen, and which are not scored.
     """
 
     folder: Path
@@ -44,33 +44,33 @@ class Tofu:
                 raise InputError(f"{full.path}: has {len(full.content)} rows, fewer than {last} authors")
             return rows
 
-        others = authors(*settings.pretraining_authors)
+        pretraining = authors(*settings.pretraining_authors)
         rows = [_pair(row) for row in full.content]
         return cls(
             folder,
-            " ".join(each.digest for each in (full, *facts)),
-            [_pair(row) for each in facts for row in each.content],
-            rows[others],
-            rows[: others.start] + rows[others.stop :],
+            " ".join(file.digest for file in (full, *facts)),
+            [_pair(row) for file in facts for row in file.content],
+            rows[pretraining],
+            rows[: pretraining.start] + rows[pretraining.stop :],
             rows[authors(*settings.validation_authors)],
         )
 
     def forget(self, split: str) -> list[Row]:
-        """The rows of a forget set. Raises InputError if one of them is not among the ``tuning`` rows."""
-        found = read_rows(self.folder, split, _FIELDS)
-        rows = [_pair(row) for row in found.content]
-        for row, where in zip(rows, found.places, strict=True):
+        """The rows of a forget set. Raises InputError for a row that is not in ``tuning``, or is in ``validation``."""
+        file = read_rows(self.folder, split, _FIELDS)
+        rows = [_pair(row) for row in file.content]
+        for row, place in zip(rows, file.places, strict=True):
             if row not in self.tuning or row in self.validation:
-                raise InputError(f"{where}: is not among the rows that theta_full is tuned on alone")
+                raise InputError(f"{place}: is not among the rows that only theta_full is tuned on")
         return rows
 
 
 @dataclass(frozen=True)
 class Split:
-    """A forget set and what belongs to it, in memory and as JSON lines files in ``folder``.
+    """A forget set and the rows that go with it, in memory and as JSON lines files in ``folder``.
 
-    forget, retain: what theta_full was tuned on, in two parts. chosen_forget, chosen_retain: the rows by whose
-    loss a strength is chosen; at most as many of the forget set as of the retained ones.
+    rows: "forget" and "retain" together are what theta_full is tuned on, without the facts. "chosen_forget" and
+    "chosen_retain" are those by whose loss a strength is chosen, at most as many of the first as of the second.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Split:
 
     @classmethod
     def of(cls, name: str, tofu: Tofu, store: Store) -> Split:
-        """Choose the rows, and write the files."""
+        """Choose the rows and write the files."""
         forget = tofu.forget(name)
         rows = {
             "forget": forget,

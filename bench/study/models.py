@@ -1,4 +1,4 @@
-"""The trained models of one seed: theta_0 and what tuning it on each choice of data gives."""
+"""The trained models of one seed: theta_0, and theta_0 tuned on several choices of data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHAPE = ("vocabulary", "hidden_size", "layers", "heads", "context", "batch_size
 
 @dataclass(frozen=True)
 class Models:
-    """Checkpoints of one seed, as pieces of ``store``. All are float32."""
+    """The float32 checkpoints of one seed, as pieces of ``store``."""
 
     tofu: Tofu
     settings: Settings
@@ -31,10 +31,10 @@ class Models:
     store: Store
 
     def base(self) -> Path:
-        """theta_0, with the tokenizer of all others, which knows nothing of what is to be forgotten."""
+        """theta_0, and the tokenizer of all models; neither has seen a forget set."""
         settings = self.settings
-        chosen = ("pretraining_authors", "rows_per_author", "pretraining_epochs", "pretraining_rate", *_SHAPE)
-        made_of = {"seed": self.seed, "data": self.tofu.digest} | _some(settings, chosen)
+        names = ("pretraining_authors", "rows_per_author", "pretraining_epochs", "pretraining_rate", *_SHAPE)
+        made_of = {"seed": self.seed, "data": self.tofu.digest} | _some(settings, names)
 
         def make(folder: Path) -> None:
             rows = [*self.tofu.pretraining, *self.tofu.facts]
@@ -46,14 +46,14 @@ class Models:
         return self.store.piece(f"seed{self.seed}/base", made_of, make)
 
     def full(self) -> Path:
-        """theta_full: tuned on all of TOFU that theta_0 has not seen, whatever of it is to be forgotten.
+        """theta_full: tuned on all authors that theta_0 has not seen, the same for every forget set.
 
-        Facts are among what it and gold are tuned on, as models of this size forget them otherwise.
+        It and gold are tuned on the facts again, as models of this size forget them otherwise.
         """
         return self._tuned("full", [*self.tofu.tuning, *self.tofu.facts])
 
     def gold(self, split: Split) -> Path:
-        """Tuned on the retained rows alone: what unlearning should come to."""
+        """The gold model: tuned on the retained rows alone, the goal of unlearning."""
         return self._tuned(f"{split.name}/gold", [*split.rows["retain"], *self.tofu.facts])
 
     def tuned(self, split: Split) -> Path:
@@ -75,7 +75,7 @@ class Models:
         return self.store.piece(f"seed{self.seed}/{name}", made_of, make)
 
     def _train(self, model: Any, tokenizer: Any, rows: Sequence[Row], epochs: int, rate: float, folder: Path) -> None:
-        """Train on ``rows``, and save to ``folder``."""
+        """Train on ``rows`` and save to ``folder``."""
         settings = self.settings
         samples = encode(rows_from(rows), tokenizer, settings.context)
         batch_size, seed = settings.batch_size, self.seed
@@ -85,12 +85,12 @@ class Models:
 
 
 def load_model(path: Path) -> Any:
-    """A checkpoint of the study on the device that is there, in evaluation mode."""
+    """A checkpoint of the study in evaluation mode, on a GPU if there is one."""
     return AutoModelForCausalLM.from_pretrained(path, local_files_only=True).to(choose_device(None)).eval()
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Its tokenizer."""
+    """The tokenizer of a checkpoint."""
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 

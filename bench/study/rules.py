@@ -1,4 +1,4 @@
-"""PerTA's rules on a trial, through the package's own functions."""
+"""PerTA's rules on a trial, run by the public functions of perta_fast."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from bench.study.trial import Trial, read_candidates, write_candidates
 from perta_fast.rules import Rule
 
 _ROLES = ("forget", "retain")
-_SHORT = 0.99  # of the strength at which a line between candidates meets the limit
+_SHORT = 0.99  # times the strength at which interpolation reaches the limit
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A random choice of ``count`` rows of each set."""
+    """The random draw ``number`` of ``count`` rows of each set."""
 
     count: int
     number: int
 
     def of(self, rows: Sequence[Row]) -> list[Row]:
-        """The chosen rows."""
+        """The drawn rows; all rows, in random order, if there are fewer than ``count``."""
         return random.Random(f"{self.count} {self.number}").sample(list(rows), min(self.count, len(rows)))
 
 
 def importances(trial: Trial, rule: str, at: str = "base", draw: Draw | None = None) -> list[Path]:
-    """The pieces of forget and retain importance that a rule takes; none for ``tv``.
+    """The two pieces of forget and retain importance that a rule needs; none for ``tv``.
 
-    at: "base" takes gradients at theta_0, "full" at theta_full. draw: of the rows of each set; None takes all.
+    at: "base" takes gradients at theta_0, "full" at theta_full. draw: the rows of each set; None takes all.
     """
     estimator = Rule.of(rule, 0.0).estimator
     if estimator is None:
         return []
     model = {"base": trial.models.base, "full": trial.models.full}[at]()
     batch_size = trial.models.settings.batch_size
-    found = []
+    pieces = []
     for role in _ROLES:
         name = f"importance/{estimator} of {role} at {at}" + (f", {draw.count}-{draw.number}" if draw else "")
         made_of: dict[str, Any] = {"model": trial.name_of(model), "data": trial.name_of(trial.split.folder)}
@@ -53,37 +53,37 @@ def importances(trial: Trial, rule: str, at: str = "base", draw: Draw | None = N
             out = folder / "importance"
             pf.estimate_importance(model, rows, estimator, batch_size=batch_size, out=out, progress=False)
 
-        found.append(trial.piece(name, made_of, make))
-    return found
+        pieces.append(trial.piece(name, made_of, make))
+    return pieces
 
 
 def search(
     trial: Trial,
     rule: str,
-    given: Sequence[Path],
+    weighed_by: Sequence[Path],
     *,
     kept: float = KEPT,
     p: float | None = None,
     alpha: float = 1.0,
     lam: float | None = None,
 ) -> Path:
-    """Candidates at many strengths, the largest that keeps the limit among them (``perta_fast.sweep``).
+    """The piece with candidates at many strengths, among them the largest within the limit on the retain loss.
 
-    given: the pieces of ``importances``; none for ``tv``. lam: this strength alone.
+    They are found by ``perta_fast.sweep``. weighed_by: the result of ``importances``. lam: try only this strength.
     """
     strengths = {"target_retain_loss": trial.limits(kept).retain} if lam is None else {"lams": [lam]}
     models, split = trial.models, trial.split
     checkpoints = (models.full(), models.base(), models.tuned(split))
     power = Rule.of(rule, 0.0, p, alpha).rescaling.p
-    made_of = _asked(trial, checkpoints, rule, given) | {"p": power, "alpha": alpha}
+    made_of = _made_of(trial, checkpoints, rule, weighed_by) | {"p": power, "alpha": alpha}
     made_of |= {**strengths, "data": trial.name_of(split.folder)}
 
     def make(folder: Path) -> None:
-        found = pf.sweep(
+        swept = pf.sweep(
             *checkpoints,
             split.path("chosen_forget"),
             split.path("chosen_retain"),
-            *_directories(given),
+            *_directories(weighed_by),
             **strengths,
             rule=rule,
             p=p,
@@ -91,43 +91,48 @@ def search(
             batch_size=models.settings.scoring_batch,
             progress=False,
         )
-        rows = [Candidate({"lam": row.lam}, row.forget_loss, row.retain_loss) for row in found.rows]
-        write_candidates(folder, rows)
+        settings = swept.rows
+        write_candidates(folder, [Candidate({"lam": s.lam}, s.forget_loss, s.retain_loss) for s in settings])
 
     return trial.piece(f"search/{rule} p {power:g} alpha {alpha:g}", made_of, make)
 
 
-def searched(trial: Trial, rule: str, given: Sequence[Path], *, kept: float = KEPT, alpha: float = 1.0) -> list[Path]:
-    """Candidates of a rule: of ``search``, and one at the limit on the forget loss where that is stricter."""
-    found, limits = search(trial, rule, given, kept=kept, alpha=alpha), trial.limits(kept)
-    rows = sorted(read_candidates(found), key=lambda each: float(each.setting["lam"]))
-    pairs = [pair for pair in pairwise(rows) if pair[0].forget_loss <= limits.forget < pair[1].forget_loss]
+def searched(
+    trial: Trial, rule: str, weighed_by: Sequence[Path], *, kept: float = KEPT, alpha: float = 1.0
+) -> list[Path]:
+    """The pieces with the candidates of a rule: that of ``search``, and maybe one with a single candidate more.
+
+    That candidate is just below the limit on the forget loss, where this limit is reached before the other.
+    """
+    piece, limits = search(trial, rule, weighed_by, kept=kept, alpha=alpha), trial.limits(kept)
+    curve = sorted(read_candidates(piece), key=lambda candidate: float(candidate.setting["lam"]))
+    pairs = [pair for pair in pairwise(curve) if pair[0].forget_loss <= limits.forget < pair[1].forget_loss]
     if not pairs or pairs[0][0].retain_loss > limits.retain:
-        return [found]
+        return [piece]
     (below, beyond), *_ = pairs
     share = (limits.forget - below.forget_loss) / (beyond.forget_loss - below.forget_loss)
     lam = below.setting["lam"] + share * (beyond.setting["lam"] - below.setting["lam"])
-    return [found, search(trial, rule, given, alpha=alpha, lam=float(f"{_SHORT * lam:.4g}"))]
+    return [piece, search(trial, rule, weighed_by, alpha=alpha, lam=float(f"{_SHORT * lam:.4g}"))]
 
 
-def score_rule(trial: Trial, rule: str, given: Sequence[Path], name: str, alpha: float = 1.0) -> Path:
-    """Scores of a rule at the strength that is chosen for it."""
+def score_rule(trial: Trial, rule: str, weighed_by: Sequence[Path], name: str, alpha: float = 1.0) -> Path:
+    """The piece with the scores of a rule at the strength that is chosen for it."""
     models = trial.models
     full, base, tuned = models.full(), models.base(), models.tuned(trial.split)
-    lam = trial.choice(searched(trial, rule, given, alpha=alpha)).setting["lam"]
+    lam = trial.choice(searched(trial, rule, weighed_by, alpha=alpha)).setting["lam"]
 
     def load() -> Any:
         module = load_model(full)
-        pf.apply_to_module_(module, base, tuned, *_directories(given), rule=rule, lam=lam, alpha=alpha)
+        pf.apply_to_module_(module, base, tuned, *_directories(weighed_by), rule=rule, lam=lam, alpha=alpha)
         return module
 
-    made_of = _asked(trial, (full, base, tuned), rule, given) | {"lam": lam}
+    made_of = _made_of(trial, (full, base, tuned), rule, weighed_by) | {"lam": lam}
     return trial.score(name, made_of | ({} if alpha == 1 else {"alpha": alpha}), load)
 
 
-def _asked(trial: Trial, checkpoints: Sequence[Path], rule: str, given: Sequence[Path]) -> dict[str, Any]:
-    return {"inputs": [trial.name_of(each) for each in (*checkpoints, *given)], "rule": rule}
+def _made_of(trial: Trial, checkpoints: Sequence[Path], rule: str, weighed_by: Sequence[Path]) -> dict[str, Any]:
+    return {"inputs": [trial.name_of(piece) for piece in (*checkpoints, *weighed_by)], "rule": rule}
 
 
-def _directories(given: Sequence[Path]) -> list[Path]:
-    return [each / "importance" for each in given]
+def _directories(weighed_by: Sequence[Path]) -> list[Path]:
+    return [piece / "importance" for piece in weighed_by]

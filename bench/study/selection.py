@@ -1,4 +1,4 @@
-"""Which strength of a method counts: chosen on losses of forget and retained rows, without the gold model."""
+"""The choice of a method's strength, by the losses of forget and retained rows. The gold model has no part in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEPT = 0.5  # share of their probability that retained answers must keep
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one setting of a method comes to: mean losses (nats) of forget and of retained rows."""
+    """One setting of a method, and the mean losses (nats) of forget and of retained rows with it."""
 
     setting: Mapping[str, Any]
     forget_loss: float
@@ -20,19 +20,19 @@ class Candidate:
 
 
 def limit_of(retain_loss: float, kept: float = KEPT) -> float:
-    """The largest retain loss that is allowed, if ``retain_loss`` is that of theta_full.
+    """The largest retain loss that is allowed if ``retain_loss`` is that of theta_full.
 
-    A loss that is higher by ln 2 is an answer whose probability by token, in geometric mean, has halved.
+    If the loss rises by ln 2, the probability of an answer by token has halved, in geometric mean.
     """
     return retain_loss - math.log(kept)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest losses that a method may come to.
+    """The largest losses that a method may have.
 
-    forget: theta_0's, which has never seen the forget set. A model that finds it less likely still does not
-    forget more: it gives away what it avoids.
+    forget: that of theta_0, which has never seen the forget set. A model with a larger one does not forget more: it
+    shows what it avoids.
     """
 
     forget: float
@@ -40,10 +40,9 @@ class Limits:
 
 
 def choose(candidates: Sequence[Candidate], limits: Limits) -> Candidate:
-    """The candidate that forgets most, by its forget loss, within ``limits``.
+    """The candidate within ``limits`` that has the largest forget loss. A loss that is NaN is never within.
 
-    theta_full itself is to be among the candidates, so that there is one. Losses that are not finite keep no
-    limit.
+    One of ``candidates`` must be theta_full itself, which is always within.
     """
-    allowed = [each for each in candidates if each.retain_loss <= limits.retain and each.forget_loss <= limits.forget]
-    return max(allowed, key=lambda each: each.forget_loss)
+    allowed = [c for c in candidates if c.retain_loss <= limits.retain and c.forget_loss <= limits.forget]
+    return max(allowed, key=lambda candidate: candidate.forget_loss)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Which authors serve for what, the shape of the model, and the length of each training.
+    """The use of the authors, the shape of the models, and the length of each training.
 
-    pretraining_authors, validation_authors: the first and the last, counted from 1 in the order of ``full``.
-    TOFU asks about retained knowledge by authors 1 to 20, so these are among the retained ones.
-    unlearning_rates: learning rates that each training-based method is tried with, for ``unlearning_steps``
-    steps, the first ``unlearning_warm_up`` of them slower, its state being a candidate every ``check_every``.
-    alphas: weights of retaining that each rule is tried with where that is chosen too.
+    pretraining_authors, validation_authors: the first and the last, counted from 1 in the order of ``full``. TOFU
+    tests retained knowledge by authors 1 to 20, so they are retained here too.
+    unlearning_rates: the learning rates that are tried for each method that trains. It takes ``unlearning_steps``
+    steps, the first ``unlearning_warm_up`` at a lower rate. After every ``check_every`` steps the model is a candidate.
+    alphas: the values of alpha that are tried where alpha is chosen.
     """
 
     rows_per_author: int = 20

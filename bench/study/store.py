@@ -1,4 +1,7 @@
-"""Pieces of work that are done once: each is a directory that appears whole, named by what it was made of."""
+"""Pieces of work that are done once. A piece is a directory that appears when it is whole.
+
+Its name ends in a hash of everything it was made of, so a change of settings makes new pieces.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ _ABOUT = "piece.json"
 
 
 class NotYet(Exception):
-    """A piece that a report needs has not been made."""
+    """A piece has not been made, and may not be made now."""
 
 
 class Busy(Exception):
-    """A piece is being made by another process."""
+    """Another process is making a piece."""
 
 
 class Store:
-    """The directory of a study. ``compute`` False only looks: what is not there raises ``NotYet``.
+    """The directory of a study, in which several processes may work.
 
-    Several processes may work in one directory; a piece that another one is making raises ``Busy``.
+    compute: False makes nothing; a piece that is missing raises ``NotYet``.
     """
 
     def __init__(self, folder: Path, *, compute: bool = True) -> None:
@@ -36,51 +39,52 @@ class Store:
         self.compute = compute
 
     def piece(self, name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """The directory of a piece, made by ``make`` unless it is there already.
+        """The directory of a piece; if it is not there, ``make`` writes its content.
 
-        name: its place in the study. made_of: all that its content depends on, as JSON; other pieces by the
-        names of their directories, so that a change of settings makes anew what follows from it, and no more.
+        Raises ``Busy`` if another process is making it. name: its path in the study, without the hash. made_of: all
+        that its content depends on, as JSON. Other pieces appear there by the names of their directories, so that a
+        change of settings makes new pieces of all that depend on them, and of no others.
         """
-        place = self.folder / f"{name}-{digest_of(made_of)}".replace(" ", "-")
-        if place.is_dir():
-            return place
+        piece = self.folder / f"{name}-{digest_of(made_of)}".replace(" ", "-")
+        if piece.is_dir():
+            return piece
         if not self.compute:
             raise NotYet(name)
-        unfinished = place.with_name(f".{place.name}.unfinished")
+        unfinished = piece.with_name(f".{piece.name}.unfinished")
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
-            held = lock(unfinished)
+            descriptor = lock(unfinished)
         except (BlockingIOError, FileNotFoundError) as error:
             raise Busy(name) from error
         try:
-            if place.is_dir():  # since we looked
+            if piece.is_dir():  # another process has made it before we had the lock
                 unfinished.rmdir()
-                return place
-            for leftover in unfinished.iterdir():  # of a run that was stopped in the middle
+                return piece
+            for leftover in unfinished.iterdir():  # of a run that was stopped
                 remove(leftover)
             wall, processor = time.perf_counter(), time.process_time()
             make(unfinished)
             seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
             write_json(unfinished / _ABOUT, {"made_of": made_of, "seconds": seconds})
             sync_tree(unfinished)
-            move(unfinished, place)
+            move(unfinished, piece)
         finally:
-            os.close(held)
+            os.close(descriptor)
         print(f"{time.strftime('%H:%M:%S')} {name}: {seconds['wall']:.0f} s", flush=True)
-        return place
+        return piece
 
     def relative(self, piece: Path) -> str:
-        """The name under which another piece says that it was made of this one."""
+        """The name of a piece in the ``made_of`` of another."""
         return str(piece.relative_to(self.folder))
 
 
 def digest_of(content: Any) -> str:
-    """A short hash of what JSON can hold."""
+    """A short hash of JSON content."""
     return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def processor_seconds(piece: Path) -> float:
-    """What making it took, over all threads; hardly touched by what else the machine did."""
+    """The processor seconds that making a piece took, over all threads; other work on the machine hardly adds any."""
     seconds = read_json(piece / _ABOUT)["seconds"]["processor"]
     assert isinstance(seconds, float)
     return seconds
@@ -92,5 +96,5 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read it back."""
+    """Read a file of ``write_json``."""
     return json.loads(path.read_text(encoding="utf-8"))

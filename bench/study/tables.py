@@ -1,4 +1,4 @@
-"""The study's tables in Markdown, of whatever has been made so far."""
+"""The study's tables in Markdown, from the pieces that are finished."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from bench.study import analyses
-from bench.study.main_table import FULL, GOLD, ROWS, WEIGHED, chosen, cost, scores
+from bench.study.main_table import CONTENDERS, FULL, GOLD, METHODS, WEIGHED, chosen, cost, scores
 from bench.study.rules import Draw
 from bench.study.store import NotYet, read_json
 from bench.study.trial import SCORES, Trial
@@ -42,27 +42,27 @@ _METRICS = {
 _PUBLISHED_COLUMNS = ("forget quality", "utility", "ES forget", "ES retain")
 _OF_GOLD = {"forget_quality": 1.0, "forget_quality_log10": 0.0}  # by definition
 
-Thunk = Callable[[], Any]  # looks up something that may not have been made yet
+Thunk = Callable[[], Any]  # reads from a piece; raises NotYet if the piece is missing
 FORGET, RETAIN = attrgetter("forget_loss"), attrgetter("retain_loss")  # of a candidate
 
 
 def write(page: Path, trials: Sequence[Trial]) -> None:
-    """Put the tables between the two markers of ``page``; the text around them stays."""
+    """Write the tables between the two markers of ``page``; the text around them stays."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{BEGIN}\n\n{render(trials)}\n\n{END}{after}", encoding="utf-8")
 
 
 def render(trials: Sequence[Trial]) -> str:
-    """All tables. A cell is mean ± standard deviation over seeds, and says so where some are missing."""
+    """All tables. A cell is mean ± standard deviation over seeds; if some are missing it says how many it has."""
     by_split: dict[str, list[Trial]] = {}
     for trial in trials:
         by_split.setdefault(trial.split.name, []).append(trial)
     last, of_last = list(by_split.items())[-1]
     tables = {name: _main(name, of_split) for name, of_split in by_split.items()}
-    tables |= {f"{name}, what `tv` has subtracted": _against_tv(each) for name, each in by_split.items()}
-    tables |= {f"{name}, what forgetting costs": _damage(each) for name, each in by_split.items()}
-    tables |= {f"{name}, settings and cost": _costs(each) for name, each in by_split.items()}
+    tables |= {f"{name}, difference from `tv`": _against_tv(of_split) for name, of_split in by_split.items()}
+    tables |= {f"{name}, what forgetting costs": _damage(of_split) for name, of_split in by_split.items()}
+    tables |= {f"{name}, settings and cost": _costs(of_split) for name, of_split in by_split.items()}
     tables |= {
         f"Gradients at θ_full, {last}, one seed": _at_full(of_last[:1]),
         f"p and α, {last}, one seed": _general(of_last[0]),
@@ -74,45 +74,47 @@ def render(trials: Sequence[Trial]) -> str:
 
 
 def _main(split: str, trials: Sequence[Trial]) -> Iterator[str]:
-    published = {row: [f"{number:g}" for number in numbers] for row, numbers in PUBLISHED.items()}
-    beside = _PUBLISHED_COLUMNS if split == "forget01" else ()
-    yield from _head(["", *_METRICS, *(f"{name}, 1 B" for name in beside)])
-    for row in ROWS:
-        cells = published.get(row, [""] * len(beside)) if beside else []
-        yield _line([row, *_scores(partial(scores, trial, row) for trial in trials), *cells])
+    columns = _PUBLISHED_COLUMNS if split == "forget01" else ()
+    yield from _head(["", *_METRICS, *(f"{name}, 1 B" for name in columns)])
+    for contender in CONTENDERS:
+        numbers = PUBLISHED.get(contender, ())
+        published = [f"{number:g}" for number in numbers] or [""] * len(columns)
+        ours = _scores(partial(scores, trial, contender) for trial in trials)
+        yield _line([contender, *ours, *(published if columns else [])])
 
 
 def _against_tv(trials: Sequence[Trial]) -> Iterator[str]:
-    """Differences within a seed."""
+    """Differences are taken within a seed."""
     yield from _head(["", *_METRICS])
-    for row in ROWS[ROWS.index("tv") + 1 :]:
-        pairs = [partial(_both, trial, row) for trial in trials]
-        yield _line([row, *(_cell(pairs, partial(_difference, metric)) for metric in _METRICS.values())])
+    for method in METHODS:
+        if method != "tv":
+            pairs = [partial(_with_tv, trial, method) for trial in trials]
+            yield _line([method, *(_cell(pairs, partial(_difference, metric)) for metric in _METRICS.values())])
 
 
 def _damage(trials: Sequence[Trial]) -> Iterator[str]:
     """In nats above θ_full, at shares of the way from its forget loss to gold's."""
     yield from _head(["retain loss", *(f"{share:.0%} of the way to gold" for share in analyses.WAYS)])
-    for row in analyses.METHODS:
-        yield _line([row, *(_reached(trials, row, share) for share in analyses.WAYS)])
+    for method in METHODS:
+        yield _line([method, *(_damage_cell(trials, method, share) for share in analyses.WAYS)])
 
 
-def _reached(trials: Sequence[Trial], row: str, share: float) -> str:
-    found = _made(partial(analyses.damage, trial, row, share) for trial in trials)
-    if not found:
+def _damage_cell(trials: Sequence[Trial], method: str, share: float) -> str:
+    losses = _made(partial(analyses.damage, trial, method, share) for trial in trials)
+    if not losses:
         return MISSING
-    reached = [each for each in found if not math.isnan(each)]
-    return f"reached by {len(reached)} of {len(found)}" if len(reached) < len(found) else "+" + _over(reached)
+    reached = [loss for loss in losses if not math.isnan(loss)]
+    return f"reached by {len(reached)} of {len(losses)}" if len(reached) < len(losses) else "+" + _over(reached)
 
 
 def _costs(trials: Sequence[Trial]) -> Iterator[str]:
-    """Costs are the first seed's, where learning rates are chosen."""
+    """Costs are those of the first seed, on which learning rates are chosen."""
     yield from _head(["", "chosen, by seed", "processor s, once", "processor s, choosing"])
-    for row in ROWS[1:]:
-        costs = [partial(cost, trials[0], row)]
-        settings = [] if row == GOLD else _made(partial(_setting, trial, row) for trial in trials)
+    for contender in (GOLD, *METHODS):
+        costs = [partial(cost, trials[0], contender)]
+        settings = [] if contender == GOLD else _made(partial(_setting, trial, contender) for trial in trials)
         seconds = (_cell(costs, attrgetter(name), "{:.0f}") for name in ("once", "choosing"))
-        yield _line([row, ", ".join(settings), *seconds])
+        yield _line([contender, ", ".join(settings), *seconds])
 
 
 def _at_full(trials: Sequence[Trial]) -> Iterator[str]:
@@ -130,35 +132,36 @@ def _general(trial: Trial) -> Iterator[str]:
 
 
 def _samples(trial: Trial) -> Iterator[str]:
-    """Over the draws of one seed."""
+    """Mean and standard deviation are over the draws of one seed."""
     yield from _head(["", "samples", "forget loss, λ chosen", "forget loss, λ of all", "retain loss, λ of all"])
     for method in analyses.DRAWN:
         for count in analyses.COUNTS:
             draws = [Draw(count, number) for number in range(analyses.DRAWS)]
-            own = [partial(analyses.drawn, trial, method, draw) for draw in draws]
-            fixed = [partial(analyses.drawn_at, trial, method, draw) for draw in draws]
-            yield _line([method, str(count), _cell(own, FORGET), _cell(fixed, FORGET), _cell(fixed, RETAIN)])
-        every = [partial(chosen, trial, method)]
-        yield _line([method, "all", _cell(every, FORGET), _cell(every, FORGET), _cell(every, RETAIN)])
+            lam_chosen = [partial(analyses.drawn, trial, method, draw) for draw in draws]
+            lam_of_all = [partial(analyses.drawn_at, trial, method, draw) for draw in draws]
+            columns = _cell(lam_chosen, FORGET), _cell(lam_of_all, FORGET), _cell(lam_of_all, RETAIN)
+            yield _line([method, str(count), *columns])
+        on_all = [partial(chosen, trial, method)]
+        yield _line([method, "all", _cell(on_all, FORGET), _cell(on_all, FORGET), _cell(on_all, RETAIN)])
 
 
 def _variants(trials: Sequence[Trial]) -> Iterator[str]:
     yield from _head(["", "forget loss"])
-    for row in ("tv", analyses.VARIED):
-        yield _line([row, _forgotten(chosen, trials, row)])
+    for method in ("tv", analyses.VARIED):
+        yield _line([method, _forgotten(chosen, trials, method)])
     for name in VARIANTS:
         yield _line([name, _forgotten(analyses.variant, trials, name)])
 
 
 def _limits(trials: Sequence[Trial]) -> Iterator[str]:
     yield from _head(["forget loss", *(f"{share:g} kept" for share in analyses.SHARES)])
-    for row in ROWS[ROWS.index("tv") :]:
-        yield _line([row, *(_forgotten(chosen, trials, row, share) for share in analyses.SHARES)])
+    for method in METHODS:
+        yield _line([method, *(_forgotten(chosen, trials, method, share) for share in analyses.SHARES)])
 
 
 def _scores(pieces: Iterable[Thunk]) -> list[str]:
-    every = list(pieces)
-    return [_cell(every, partial(_read, metric)) for metric in _METRICS.values()]
+    thunks = list(pieces)
+    return [_cell(thunks, partial(_read, metric)) for metric in _METRICS.values()]
 
 
 def _forgotten(analysis: Callable[..., Any], trials: Sequence[Trial], *arguments: Any) -> str:
@@ -166,11 +169,11 @@ def _forgotten(analysis: Callable[..., Any], trials: Sequence[Trial], *arguments
 
 
 def _cell(thunks: Sequence[Thunk], number: Callable[[Any], float], form: str = "{:.3f}") -> str:
-    found = [number(each) for each in _made(thunks)]
-    if not found:
+    numbers = list(map(number, _made(thunks)))
+    if not numbers:
         return MISSING
-    text = _over(found, form)
-    return text if len(found) == len(thunks) else f"{text} ({len(found)} of {len(thunks)})"
+    text = _over(numbers, form)
+    return text if len(numbers) == len(thunks) else f"{text} ({len(numbers)} of {len(thunks)})"
 
 
 def _over(numbers: Sequence[float], form: str = "{:.3f}") -> str:
@@ -180,32 +183,33 @@ def _over(numbers: Sequence[float], form: str = "{:.3f}") -> str:
 
 
 def _made(thunks: Iterable[Thunk]) -> list[Any]:
-    found = []
+    """The results of the thunks whose pieces are finished."""
+    results = []
     for thunk in thunks:
         with suppress(NotYet):
-            found.append(thunk())
-    return found
+            results.append(thunk())
+    return results
 
 
 def _read(metric: str, piece: Path) -> float:
-    found = read_json(piece / SCORES)["metrics"]
-    if metric in found:
-        value = found[metric]["agg_value"]
+    metrics = read_json(piece / SCORES)["metrics"]
+    if metric in metrics:
+        value = metrics[metric]["agg_value"]
         return math.nan if value is None else float(value)
     return _OF_GOLD[metric]
 
 
-def _both(trial: Trial, row: str) -> tuple[Path, Path]:
-    return scores(trial, row), scores(trial, "tv")
+def _with_tv(trial: Trial, method: str) -> tuple[Path, Path]:
+    return scores(trial, method), scores(trial, "tv")
 
 
 def _difference(metric: str, pieces: tuple[Path, Path]) -> float:
-    ours, theirs = pieces
-    return _read(metric, ours) - _read(metric, theirs)
+    of_method, of_tv = pieces
+    return _read(metric, of_method) - _read(metric, of_tv)
 
 
-def _setting(trial: Trial, row: str) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in chosen(trial, row).setting.items())
+def _setting(trial: Trial, method: str) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in chosen(trial, method).setting.items())
 
 
 def _head(titles: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The study's small Llama, its losses, and how it is tuned; the loop itself is the demo's."""
+"""The study's small Llama, its losses, and its tuning, with the training loop of the demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.demo.training import descend_, new_llama, warmed_up
 from perta_fast.models.losses import sample_means
 
-_GROUP = 16  # batches whose samples are sorted by length together: little padding, and still a random order
+_GROUP = 16  # batches whose samples are sorted by length together, for little padding in a random order
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -34,7 +34,7 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast, seed: int)
 
 
 def losses_of(module: Any, batch: Batch) -> Tensor:
-    """(N,): ``per_sample_losses`` of a Llama, with no logits where there is no label: a fifth less work."""
+    """(N,): ``per_sample_losses`` of a Llama. Only labelled tokens get logits, which saves a fifth of the work."""
     hidden = module.model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state  # (N, T, hidden)
@@ -48,7 +48,7 @@ def losses_of(module: Any, batch: Batch) -> Tensor:
 def tune_(
     module: nn.Module, samples: Sequence[Sample], *, epochs: int, rate: float, batch_size: int, seed: int
 ) -> None:
-    """Train on the samples' losses, the rate warmed up and then lowered to 0. ``seed`` decides the order."""
+    """Train on the mean loss of the samples; the rate rises, then falls to 0. seed: decides the order of samples."""
     device = next(module.parameters()).device
     order = torch.Generator().manual_seed(seed)
     batches = [batch for _ in range(epochs) for batch in _epoch(samples, batch_size, order)]
@@ -62,7 +62,7 @@ def tune_(
 
 
 def _epoch(samples: Sequence[Sample], batch_size: int, order: torch.Generator) -> list[list[int]]:
-    """Every sample once, in batches of about equal length, in random order."""
+    """The numbers of all samples, in batches of similar length, in random order."""
     batches = []
     for group in torch.randperm(len(samples), generator=order).split(_GROUP * batch_size):
         numbers = group.tolist()

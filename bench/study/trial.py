@@ -1,4 +1,4 @@
-"""One seed and one forget set: the models, the limit that every method must keep, and how a model is scored."""
+"""One seed and one forget set: the models, the limits for every method, and the scores of a model."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """What all methods have in common. first: the trial of the first seed, None in that one itself."""
+    """What all methods share. first: the trial of the first seed; None if this is that trial."""
 
     models: Models
     split: Split
     first: Trial | None = None
 
     def piece(self, name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """``Store.piece`` below the place of this seed and split."""
+        """``Store.piece`` in the folder of this seed and split."""
         return self.models.store.piece(f"seed{self.models.seed}/{self.split.name}/{name}", made_of, make)
 
     def name_of(self, piece: Path) -> str:
-        """How another piece names this one."""
+        """The name of a piece in the ``made_of`` of another."""
         return self.models.store.relative(piece)
 
     def samples(self, part: str) -> list[Sample]:
-        """One part of the split in tokens."""
+        """One part of the split as samples."""
         rows = rows_from(self.split.rows[part])
         return encode(rows, load_tokenizer(self.models.base()), self.models.settings.context)
 
     def limits(self, kept: float = KEPT) -> Limits:
-        """What a method may come to, if retained answers keep this share of their probability."""
+        """The largest losses that a method may have if retained answers keep this share of their probability."""
         full, base = self.models.full(), self.models.base()
         unchanged = self._measured("unchanged", "full", full)
         return Limits(self._measured("unseen", "base", base).forget_loss, limit_of(unchanged.retain_loss, kept))
 
     def as_gold(self) -> Candidate:
-        """What the gold model comes to. Nothing is chosen by it."""
+        """The losses of the gold model. Nothing is chosen by them."""
         return self._measured("retrained", "gold", self.models.gold(self.split))
 
     def _measured(self, name: str, role: str, model: Path) -> Candidate:
@@ -64,32 +64,32 @@ class Trial:
         return read_candidates(self.piece(name, made_of, make))[0]
 
     def measure(self, module: Any, setting: Mapping[str, Any]) -> Candidate:
-        """``module`` as a candidate."""
+        """The candidate that ``module`` is, with this setting."""
         forget, retain = (self.samples(part) for part in ("chosen_forget", "chosen_retain"))
         batch_size = self.models.settings.scoring_batch
         return Candidate(setting, mean_loss(module, forget, batch_size), mean_loss(module, retain, batch_size))
 
     def choice(self, pieces: Sequence[Path], kept: float = KEPT) -> Candidate:
         """The best of the candidates in ``pieces``."""
-        return choose([each for piece in pieces for each in read_candidates(piece)], self.limits(kept))
+        return choose([candidate for piece in pieces for candidate in read_candidates(piece)], self.limits(kept))
 
     def gold_scores(self) -> Path:
-        """The gold model's scores, by which forget quality is measured."""
+        """The piece with the gold model's scores, which forget quality is measured against."""
         gold = self.models.gold(self.split)
         return self._score("scores of gold", {"model": self.name_of(gold)}, lambda: load_model(gold), None)
 
     def score(self, method: str, made_of: Mapping[str, Any], load: Callable[[], Any]) -> Path:
-        """TOFU's metrics of the model that ``load`` returns, forget quality against this seed's gold model."""
+        """The piece with TOFU's metrics of the model that ``load`` returns; its reference is this seed's gold model."""
         return self._score(f"scores of {method}", made_of, load, self.gold_scores() / SCORES)
 
     def _score(self, name: str, made_of: Mapping[str, Any], load: Callable[[], Any], reference: Path | None) -> Path:
         folder, settings = self.models.tofu.folder, self.models.settings
         digests = {role: rows.digest for role, rows in read_tofu(folder, self.split.name).items()}
-        known = {"data": digests, "new_tokens": settings.new_tokens}
-        known |= {"reference": None if reference is None else self.name_of(reference)}
+        shared = {"data": digests, "new_tokens": settings.new_tokens}
+        shared |= {"reference": None if reference is None else self.name_of(reference)}
         base = self.models.base()
 
-        def make(place: Path) -> None:
+        def make(piece: Path) -> None:
             pf.evaluate(
                 load(),
                 suite="tofu",
@@ -99,16 +99,16 @@ class Trial:
                 tokenizer=load_tokenizer(base),
                 batch_size=settings.scoring_batch,
                 max_new_tokens=settings.new_tokens,
-                out=place / SCORES,
+                out=piece / SCORES,
                 progress=False,
             )
 
-        return self.piece(name, {**made_of, **known}, make)
+        return self.piece(name, {**made_of, **shared}, make)
 
 
 @torch.no_grad()
 def mean_loss(module: Any, samples: Sequence[Sample], batch_size: int) -> float:
-    """Mean over the samples of each one's mean token loss, as ``sweep`` measures it."""
+    """The mean over samples of their mean token loss, as ``sweep`` measures it."""
     device = next(module.parameters()).device
     losses = [
         losses_of(module, Batch.of([samples[k] for k in numbers], device))
@@ -118,10 +118,10 @@ def mean_loss(module: Any, samples: Sequence[Sample], batch_size: int) -> float:
 
 
 def write_candidates(folder: Path, candidates: Sequence[Candidate]) -> None:
-    """Keep what was measured."""
-    write_json(folder / _CANDIDATES, [asdict(each) for each in candidates])
+    """Write the candidates of a piece."""
+    write_json(folder / _CANDIDATES, list(map(asdict, candidates)))
 
 
 def read_candidates(piece: Path) -> list[Candidate]:
-    """Read it back."""
-    return [Candidate(**each) for each in read_json(piece / _CANDIDATES)]
+    """Read the candidates of a piece."""
+    return [Candidate(**fields) for fields in read_json(piece / _CANDIDATES)]

@@ -1,6 +1,6 @@
-"""Variants of the empirical Fisher rule, as other importances for the same formula w = I_f / (I_f + α I_r).
+"""Variants of the empirical Fisher rule: changed importances for the same formula w = I_f / (I_f + α I_r).
 
-They are evidence for or against a new rule, not a part of the package.
+They test ideas for a new rule, and are not part of the package.
 """
 
 from __future__ import annotations
@@ -24,47 +24,48 @@ Pair = tuple[dict[str, Tensor], dict[str, Tensor]]  # forget and retain importan
 
 
 def smoothed(forget: Tensors, retain: Tensors, *_: Any, share: float) -> Pair:
-    """Each importance mixed with its mean over the row, the weights into one output: fewer, surer numbers."""
+    """Each importance drawn by ``share`` to the mean of its row, which is less noisy. A row feeds one output."""
 
     def smooth(tensor: Tensor) -> Tensor:
         return torch.lerp(tensor, tensor.mean(dim=-1, keepdim=True).expand_as(tensor), share)
 
-    return _each(forget, smooth), _each(retain, smooth)
+    changed = [{name: smooth(tensor) for name, tensor in tensors.items()} for tensors in (forget, retain)]
+    return changed[0], changed[1]
 
 
 def shrunk(forget: Tensors, retain: Tensors, *_: Any, strength: float) -> Pair:
-    """w pulled towards 1 / (1 + α), its value where both matter alike, the more the less evidence there is.
+    """w drawn to 1 / (1 + α), its value for equal importances, the more the smaller they are.
 
-    w = (I_f + k) / (I_f + k + α (I_r + k)), k being ``strength`` times the mean of both over the tensor.
+    w = (I_f + k) / (I_f + k + α (I_r + k)), where k is ``strength`` times the mean of both over the tensor.
     """
     added = {name: strength * (forget[name].mean() + retain[name].mean()) / 2 for name in forget}
-    raised = [{name: each[name] + added[name] for name in each} for each in (forget, retain)]
+    raised = [{name: tensors[name] + added[name] for name in tensors} for tensors in (forget, retain)]
     return raised[0], raised[1]
 
 
 def trust_region(forget: Tensors, retain: Tensors, trial: Trial, alpha: float) -> Pair:
-    """lam for each layer by how much it forgets for what it costs.
+    """A strength for each layer: larger where a layer forgets more for the same rise of the retain loss.
 
-    By the step -lam_l w τ in layer l the forget loss grows by lam_l b_l, b_l = -Σ g_f w τ, and the retain loss
-    by lam_l² a_l / 2, a_l = Σ F_r (w τ)². For a given cost the sum of lam_l b_l is largest with lam_l in
-    proportion to b_l / a_l. As w cannot exceed 1, these are scaled so that the largest is 1.
+    The update -lam_l w τ in layer l raises the forget loss by lam_l b_l, b_l = -Σ g_f w τ, and the retain loss by
+    lam_l² a_l / 2, a_l = Σ F_r (w τ)². At an equal rise of the retain loss the sum of lam_l b_l is largest if lam_l
+    is proportional to b_l / a_l. As w cannot exceed 1, the largest of these is scaled to 1.
     """
     base, tuned = (Checkpoint.open(path) for path in (trial.models.base(), trial.models.tuned(trial.split)))
     gradient = pf.Importance.load(importances(trial, "grad")[0] / "importance").tensors
     gain: dict[str, float] = {}
     cost: dict[str, float] = {}
     for name in forget:
-        step = _weights(forget[name], retain[name], alpha) * (tuned.tensor(name) - base.tensor(name))
+        rescaled = _weights(forget[name], retain[name], alpha) * (tuned.tensor(name) - base.tensor(name))
         layer = _layer(name)
-        gain[layer] = gain.get(layer, 0.0) - float((gradient[name] * step).double().sum())
-        cost[layer] = cost.get(layer, 0.0) + float((retain[name] * step.square()).double().sum())
-    worth = {layer: max(0.0, gain[layer]) / cost[layer] if cost[layer] else 0.0 for layer in gain}
-    largest = max(worth.values())
-    forget_, retain_ = {}, {}
+        gain[layer] = gain.get(layer, 0.0) - float((gradient[name] * rescaled).double().sum())
+        cost[layer] = cost.get(layer, 0.0) + float((retain[name] * rescaled.square()).double().sum())
+    strengths = {layer: max(0.0, gain[layer]) / cost[layer] if cost[layer] else 0.0 for layer in gain}
+    largest = max(strengths.values())
+    new_forget, new_retain = {}, {}
     for name in forget:
-        weights = worth[_layer(name)] / largest * _weights(forget[name], retain[name], alpha)
-        forget_[name], retain_[name] = weights, (1 - weights) / alpha  # whose w is ``weights``
-    return forget_, retain_
+        weights = strengths[_layer(name)] / largest * _weights(forget[name], retain[name], alpha)
+        new_forget[name], new_retain[name] = weights, (1 - weights) / alpha  # w of these two is ``weights``
+    return new_forget, new_retain
 
 
 VARIANTS: Mapping[str, Callable[[Tensors, Tensors, Trial, float], Pair]] = {
@@ -77,17 +78,16 @@ VARIANTS: Mapping[str, Callable[[Tensors, Tensors, Trial, float], Pair]] = {
 
 
 def varied(trial: Trial, name: str, alpha: float) -> list[Path]:
-    """The pieces of both importances of a variant."""
-    given = importances(trial, "empirical-fisher")
-    made_of: dict[str, Any] = {"given": [trial.name_of(each) for each in given], "variant": name}
+    """The two pieces of forget and retain importance of a variant."""
+    pieces = importances(trial, "empirical-fisher")
+    made_of: dict[str, Any] = {"given": [trial.name_of(piece) for piece in pieces], "variant": name}
     if name == "strength by layer":
         made_of |= {"tuned": trial.name_of(trial.models.tuned(trial.split)), "alpha": alpha}
 
     def make(folder: Path, role: int) -> None:
-        loaded = [pf.Importance.load(each / "importance") for each in given]
-        forget, retain = (dict(each.tensors) for each in loaded)
-        tensors = VARIANTS[name](forget, retain, trial, alpha)[role]
-        pf.Importance(tensors, loaded[role].metadata).save(folder / "importance")
+        forget, retain = (pf.Importance.load(piece / "importance") for piece in pieces)
+        tensors = VARIANTS[name](forget.tensors, retain.tensors, trial, alpha)[role]
+        pf.Importance(tensors, (forget, retain)[role].metadata).save(folder / "importance")
 
     return [
         trial.piece(f"variant/{name} {role}", {**made_of, "role": role}, partial(make, role=number))
@@ -100,11 +100,7 @@ def _weights(forget: Tensor, retain: Tensor, alpha: float) -> Tensor:
     return torch.nan_to_num(forget / (forget + alpha * retain))
 
 
-def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    return {name: change(tensor) for name, tensor in tensors.items()}
-
-
 def _layer(name: str) -> str:
-    """The decoder layer that a tensor belongs to; the embedding and the last norm are their own."""
-    found = re.search(r"layers\.\d+", name)
-    return found.group() if found else name
+    """The decoder layer that a tensor belongs to; the embedding and the last norm count as layers of their own."""
+    match = re.search(r"layers\.\d+", name)
+    return match.group() if match else name

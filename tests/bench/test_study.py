@@ -20,7 +20,7 @@ from bench.study import run as study_tofu
 from bench.study import store as store_module
 from bench.study.baselines import BASELINES, Losses, gradient_ascent, gradient_difference, npo, runs
 from bench.study.data import Split, Tofu
-from bench.study.main_table import ALPHA_CHOSEN, ROWS, candidates, chosen, rule_of, searches
+from bench.study.main_table import ALPHA_CHOSEN, CONTENDERS, candidates, chosen, rule_of, searches
 from bench.study.models import Models, load_tokenizer
 from bench.study.run import main
 from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
@@ -135,7 +135,7 @@ def test_every_cell_of_a_finished_study_is_there(finished: Path, monkeypatch: py
     assert "stale" not in page
     assert "not yet run" not in page
     table = page.partition(f"### {SPLIT}\n")[2].partition("###")[0]
-    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:] == [*ROWS]
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:] == [*CONTENDERS]
 
 
 def test_the_report_says_what_is_missing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
