@@ -1,4 +1,4 @@
-"""A live module's parameters by the names of its checkpoint, with the values that this process holds of each.
+"""A live module's parameters by the names of its checkpoint, with the values that this process holds.
 
 Of a sharded module a process holds only some of the elements.
 """
@@ -28,16 +28,16 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """One stored tensor. pieces: flat views of the values, each with the number of its first in the whole."""
+    """One stored tensor. ranges: flat views of consecutive elements, each with the number of its first element."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    pieces: list[tuple[int, Tensor]]
+    ranges: list[tuple[int, Tensor]]
 
 
 def held_tensors(module: nn.Module) -> dict[str, Held]:
-    """The floating-point parameters by their stored names, tied ones once; sharded ones come in pieces.
+    """The floating-point parameters by their stored names, tied ones once; a sharded one may have many ranges.
 
     All must be contiguous and in memory. Raises InputError for one whose parts are stored in another order.
     """
@@ -45,14 +45,13 @@ def held_tensors(module: nn.Module) -> dict[str, Held]:
     for name, parameter in module.named_parameters():
         if not parameter.is_floating_point():
             continue
-        own = held(parameter.detach()).view(-1)
-        ranges = list(held_ranges(parameter.detach()))
+        values = held(parameter.detach()).view(-1)
         for stored, (begin, shape) in stored_places(module, name, parameter.shape).items():
             end = begin + shape.numel()
-            pieces = []
-            for first, run in ranges:
-                start, stop = max(first, begin), min(first + run.stop - run.start, end)
+            ranges = []
+            for first, part in held_ranges(parameter.detach()):
+                start, stop = max(first, begin), min(first + part.stop - part.start, end)
                 if start < stop:
-                    pieces.append((start - begin, own[run][start - first : stop - first]))
-            tensors[stored] = Held(tuple(shape), parameter.dtype, parameter.device, pieces)
+                    ranges.append((start - begin, values[part][start - first : stop - first]))
+            tensors[stored] = Held(tuple(shape), parameter.dtype, parameter.device, ranges)
     return tensors

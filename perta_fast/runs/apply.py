@@ -1,10 +1,11 @@
 """The subtraction over files: theta - lam * w * (theta_f - theta_0), chunk by chunk.
 
-Every byte of the inputs is read once for it, and every byte of the output written once. Torch is not imported.
+It reads every byte of the inputs once and writes every byte of the output once. Torch is not imported.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,10 +74,10 @@ def apply(
     ranks = Ranks.of(group)
     with ranks.together("the opening of the inputs"):
         chosen = Rule.of(rule, lam, p, alpha, threshold)
-        place = destination(model, out, in_place, ranks)
+        final = destination(model, out, in_place, ranks)
         directories = map(_directory_of, (forget_importance, retain_importance))
         sources = Sources.open(model, base, tuned, open_importances(chosen, *directories))
-    settings = Settings(place, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
+    settings = Settings(final, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
     return apply_sources(sources, chosen, settings, ranks=ranks)
 
 
@@ -92,8 +93,8 @@ def apply_sources(
 ) -> Report:
     """``apply`` on opened inputs.
 
-    annotate: adds to the report before the work begins. temporary: the importances lie at ``scratch_path`` of
-    the result, and are removed when the run is done. streamed: finds the importances on the way.
+    annotate: adds to the report before the work begins. temporary: the importances lie at ``scratch_path`` of the
+    result and are removed when the run is done. streamed: estimates the importances during the run.
     """
     with ranks.together("the inputs"):
         check_threads(settings.threads)
@@ -102,24 +103,25 @@ def apply_sources(
     if annotate is not None:
         annotate(report)
     moved = sum(bytes_moved(match, match.theta.count) for match in sources.matches)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     own = Job(
-        final=str(settings.place),
+        final=str(settings.destination),
         in_place=settings.in_place,
         overwrite=settings.overwrite,
         rule=rule,
         threads=threads,
         chunk=chunk_elements(threads),
-        drop_cache=moved > _memory() // 2 if settings.drop_cache is None else settings.drop_cache,
+        drop_cache=moved > memory // 2 if settings.drop_cache is None else settings.drop_cache,
         link_unchanged=settings.link_unchanged,
-        directories={role: str(each.path.resolve()) for role, each in sources.named().items()},
+        directories={role: str(checkpoint.path.resolve()) for role, checkpoint in sources.named().items()},
         files=fingerprints(sources),
         matches=match_names(sources.matches),
         version=this_version(),
         temporary=temporary,
         stream={} if streamed is None else dict(streamed.settings),
     )
-    own.keep_report(report)
-    job: Job = ranks.share(own)  # as the first rank has it
+    own.report = asdict(report)
+    job: Job = ranks.share(own)  # the first rank's
     job.progress = ranks.first and settings.progress
     if settings.in_place:
         return change_in_place(job, sources)
@@ -128,7 +130,7 @@ def apply_sources(
             raise InputError("not all processes see the same input files")
         begun = ranks.first and _is_begun(job, sources)
     if ranks.share(begun):
-        return resume_directory(settings.place, settings.progress, ranks)
+        return resume_directory(settings.destination, settings.progress, ranks)
     if streamed is None:
         return write_directory(job, sources, partial(write_shards, ranks=ranks), ranks)
     return write_directory(job, sources, streamed.fill, ranks, streamed.keep_samples)
@@ -152,22 +154,18 @@ def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE
 
 def _is_begun(job: Job, sources: Sources) -> bool:
     """Whether the same run was stopped and can be resumed. Raises InputError if its destination is not free."""
-    place = Path(job.final)
-    check_output(place, overwrite=job.overwrite, inputs=sources.paths())
-    if job.overwrite or not has_begun(place):
+    final = Path(job.final)
+    check_output(final, overwrite=job.overwrite, inputs=sources.paths())
+    if job.overwrite or not has_begun(final):
         return False
-    if not job.same_work(begun_job(place)):
-        raise InputError(unfinished_advice(place))
+    if not job.same_work(begun_job(final)):
+        raise InputError(unfinished_advice(final))
     return True
 
 
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _directory_of(importance: "str | Path | Importance | None") -> Path | None:
-    if importance is None or isinstance(importance, str | Path):
+    if not isinstance(importance, Importance):
         return None if importance is None else Path(importance)
     if importance.directory is None:
-        raise InputError("this importance lives in memory only; save it first: importance.save(directory)")
+        raise InputError("this importance is in memory only; save it first: importance.save(directory)")
     return importance.directory

@@ -14,7 +14,7 @@ from perta_fast.progress import Progress
 class Settings:
     """Where the result goes and how the work is done; see ``apply``."""
 
-    place: Path
+    destination: Path
     in_place: bool = False
     overwrite: bool = False
     link_unchanged: bool = False
@@ -24,9 +24,9 @@ class Settings:
 
 
 def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks: Ranks = Ranks.ALONE) -> Path:
-    """The directory that a run makes or changes, behind links.
+    """The directory that a run makes or changes, with links resolved.
 
-    Raises InputError unless one is asked for, and if many processes are to change one in place.
+    Raises InputError unless exactly one is named, and if many processes would change one in place.
     """
     if in_place == (out is not None):
         raise InputError("give either out, a directory to make, or in_place")
@@ -36,16 +36,14 @@ def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks
 
 
 def threads_for(asked: int | None, ranks: Ranks) -> int:
-    """As many threads as were asked for, or this process's part of the machine's; every rank calls it."""
+    """The number of threads asked for, or this process's share of the machine's; every rank calls it."""
     return asked or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
 
 
-def unfinished_advice(place: Path) -> str:
+def unfinished_advice(final: Path) -> str:
     """What to do about another run's unfinished work."""
-    return (
-        f"{place}: another run to this place was stopped; finish it with: perta resume {place}, "
-        "or start over with --overwrite"
-    )
+    stopped = f"{final}: another run to this place was stopped"
+    return f"{stopped}; finish it with: perta resume {final}, or start over with --overwrite"
 
 
 def check_threads(threads: int | None) -> None:

@@ -53,50 +53,19 @@ def unlearn(
 ) -> Report:
     """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030), to ``out`` or in place.
 
-    forget, retain: JSON lines files; needed by every rule but ``tv``, which has no use for them and only puts
-    their hashes and counts in the report. Each is read once, so a pipe will do. at: the gradients are taken at
-    ``base`` (the paper's choice) or at ``model``. save_importance: directory to keep the two importances in, as
-    ``forget`` and ``retain``; without it they live in a temporary directory beside the result and are removed.
-    stream: walk through the model with one decoder layer in memory at a time, and weigh, subtract and write
-    each on the way. memory, device_memory: bytes that this may take; None sets no limit. Other arguments as in
-    ``apply`` and ``estimate_importance``.
+    forget, retain: JSON lines files. Every rule but ``tv`` needs them; for ``tv`` the report only names their hashes
+    and counts. Each is read once, so it can be a pipe. at: the gradients are taken at ``base`` (the paper's choice) or
+    at ``model``. save_importance: directory to keep the two importances in, as ``forget`` and ``retain``; without it
+    they lie in a temporary directory beside the result. stream: hold one decoder layer in memory at a time; weigh,
+    subtract and write each layer as soon as its importances are complete. memory, device_memory: bytes that this may
+    take; None sets no limit. Other arguments as in ``apply`` and ``estimate_importance``.
 
-    Everything is checked before the first gradient. Returns the report, also in ``out``. Raises InputError for
-    bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can
-    finish; otherwise nothing is left behind but a finished ``save_importance``.
-    Disk: the output and, while it runs, 8 bytes a parameter; with ``stream`` hidden states instead (in place,
-    both).
+    Everything is checked before the first gradient. Returns the report, which is also in ``out``. Raises InputError for
+    bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can finish;
+    otherwise nothing is left behind except a finished ``save_importance``.
+    Disk: the output and, during the run, 8 bytes a parameter; with ``stream`` hidden states instead (in place, both).
     """
-    options = Options(
-        model=model,
-        base=base,
-        tuned=tuned,
-        forget=forget,
-        retain=retain,
-        rule=rule,
-        lam=lam,
-        p=p,
-        alpha=alpha,
-        threshold=threshold,
-        at=at,
-        out=out,
-        in_place=in_place,
-        overwrite=overwrite,
-        link_unchanged=link_unchanged,
-        drop_cache=drop_cache,
-        save_importance=save_importance,
-        stream=stream,
-        memory=memory,
-        device_memory=device_memory,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        progress=progress,
-        group=group,
-    )
-    return _run(options)
+    return _run(Options(**locals()))  # the arguments, by name
 
 
 def _run(options: Options) -> Report:
@@ -117,7 +86,7 @@ def _run(options: Options) -> Report:
 
 
 def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str]) -> Report:
-    """Rule tv: the data is only named in the report."""
+    """Rule tv: the report names the data, nothing else uses it."""
     options = opened.options
 
     def annotate(report: Report) -> None:
@@ -128,14 +97,14 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
 
 
 def _load(opened: Opened) -> Loaded:
-    """Check all that can be wrong before the first gradient, and load model and data."""
-    options, ranks, place = opened.options, opened.ranks, opened.settings.place
+    """Check everything that can be wrong before the first gradient, and load model and data."""
+    options, ranks, final = opened.options, opened.ranks, opened.settings.destination
     with ranks.together("the loading of model and data"):
         streamed = options.stream and not options.in_place
         new = not options.overwrite and not options.in_place
-        begun = begun_job(place) if new and has_begun(place) else None
+        begun = begun_job(final) if new and has_begun(final) else None
         if begun is not None and not (streamed and begun.stream):
-            raise InputError(unfinished_advice(place))
+            raise InputError(unfinished_advice(final))
         from perta_fast.models.loading import check_sizes
 
         check_sizes(options.batch_size, options.max_length)
@@ -145,15 +114,15 @@ def _load(opened: Opened) -> Loaded:
         rows, hashes = read_all(options.data)
         if options.save_importance is not None:
             kept = Path(os.path.realpath(options.save_importance))
-            # A run that is resumed may have put its importances in their place already.
+            # A run that is resumed may have committed its importances already.
             if begun is None or begun.stream.get("save") != str(kept):
-                check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, place])
+                check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, final])
             if not options.in_place:
-                check_output(place, overwrite=options.overwrite, inputs=[kept])
-        elif not streamed:  # how much disk a streamed run takes, its schedule knows from the samples
+                check_output(final, overwrite=options.overwrite, inputs=[kept])
+        elif not streamed:  # the schedule of a streamed run checks the disk, as it knows the samples
             sources = opened.sources
             covered = sum(match.theta.count for match in sources.matches if match.copied is None)
-            check_space(place, (0 if options.in_place else sources.model.size) + 8 * covered)
+            check_space(final, (0 if options.in_place else sources.model.size) + 8 * covered)
         loaded = Loaded.load(opened, rows, hashes)
     with ranks.together("the data"):
         if any(other != hashes for other in ranks.gather(hashes)):

@@ -7,7 +7,7 @@ from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.estimate import estimate_on
-from perta_fast.runs.unlearn_inputs import Loaded, Opened
+from perta_fast.runs.unlearn_inputs import Loaded
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources, open_importances
 from perta_fast.subtraction.unfinished import has_begun
@@ -16,11 +16,12 @@ from perta_fast.subtraction.unfinished import has_begun
 def unlearn_in_memory(loaded: Loaded) -> Report:
     """Estimate the importances with the model in memory, or streamed if the run is in place; then subtract."""
     opened = loaded.opened
-    options, ranks = opened.options, opened.ranks
+    options, ranks, final = opened.options, opened.ranks, opened.settings.destination
     kept = options.save_importance is not None
     with ExitStack() as entered:
         with ranks.together("the directory of the importances"):
-            importances = _importance_directory(opened)
+            beside = final.with_name(f".{final.name}.perta-importance")  # removed after the run
+            importances = OutputDirectory(options.save_importance or beside, overwrite=kept and options.overwrite)
             if ranks.first:
                 entered.enter_context(importances)
         for role, samples in loaded.samples.items():
@@ -41,14 +42,5 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
                 sources, opened.rule, opened.settings, annotate=loaded.annotate, temporary=not kept, ranks=ranks
             )
         except BaseException:
-            place = opened.settings.place
-            importances.keep = has_begun(place) or is_open(place)
+            importances.keep = has_begun(final) or is_open(final)
             raise
-
-
-def _importance_directory(opened: Opened) -> OutputDirectory:
-    """Where the importances go: where they are kept, or beside the result, to be removed after the run."""
-    kept, place = opened.options.save_importance, opened.settings.place
-    if kept is not None:
-        return OutputDirectory(kept, overwrite=opened.options.overwrite)
-    return OutputDirectory(place.with_name(f".{place.name}.perta-importance"))

@@ -60,9 +60,9 @@ class Options:
 
     @property
     def data(self) -> dict[str, str | Path]:
-        """The data files that are given, by role."""
-        given = {"forget": self.forget, "retain": self.retain}
-        return {role: path for role, path in given.items() if path is not None}
+        """The data files, by role."""
+        files = {"forget": self.forget, "retain": self.retain}
+        return {role: path for role, path in files.items() if path is not None}
 
     @property
     def paths(self) -> list[Path]:
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Opened:
-    """A request that was checked, and the checkpoints that it names."""
+    """Checked options, and the opened checkpoints that they name."""
 
     options: Options
     rule: Rule
@@ -82,37 +82,29 @@ class Opened:
 
     @classmethod
     def open(cls, options: Options, ranks: Ranks) -> "Opened":
-        """Raises InputError for whatever is wrong with arguments or checkpoints."""
+        """Raises InputError if anything is wrong with arguments or checkpoints."""
         rule = Rule.of(options.rule, options.lam, options.p, options.alpha, options.threshold)
         if options.at not in ("base", "model"):
             raise InputError(f"at is {options.at!r}; it must be base or model")
         check_threads(options.threads)
         if options.stream and options.link_unchanged and not options.in_place:
             raise InputError("stream writes every shard as it goes; leave link_unchanged out")
-        place = destination(options.model, options.out, options.in_place, ranks)
+        final = destination(options.model, options.out, options.in_place, ranks)
         sources = Sources.open(options.model, options.base, options.tuned)
         if not options.in_place:
-            check_output(place, overwrite=options.overwrite, inputs=options.paths)
+            check_output(final, overwrite=options.overwrite, inputs=options.paths)
         if rule.estimator is None and options.save_importance is not None:
             raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
-        settings = Settings(
-            place,
-            options.in_place,
-            options.overwrite,
-            options.link_unchanged,
-            options.drop_cache,
-            options.threads,
-            options.progress,
-        )
+        names = ("in_place", "overwrite", "link_unchanged", "drop_cache", "threads", "progress")
+        settings = Settings(final, **{name: getattr(options, name) for name in names})
         return cls(options, rule, settings, sources, ranks)
 
 
 @dataclass
 class Loaded:
-    """A request with its model, and its data in tokens.
+    """Opened inputs with the loaded model, and the data in tokens.
 
-    hashes: of the data files. device, dtype: that the gradients are taken with. phases: seconds of each so far.
-    schedule: of a streamed run.
+    hashes: of the data files. device, dtype: of the gradients. phases: seconds of each phase so far.
     """
 
     opened: Opened
@@ -140,7 +132,7 @@ class Loaded:
         how = Estimation(
             subject,
             estimator,
-            int(options.batch_size),  # a number of NumPy's cannot be written as JSON
+            int(options.batch_size),  # JSON takes no number of NumPy's
             options.progress,
             opened.ranks,
             skeleton,
@@ -153,11 +145,11 @@ class Loaded:
         return cls(opened, how, samples, hashes, str(how.device), dtype, phases)
 
     def release(self) -> None:
-        """Let the model go: the subtraction needs its memory for the page cache."""
+        """Free the model: the subtraction needs its memory for the page cache."""
         del self.how
 
     def annotate(self, report: Report) -> None:
-        """Say in the report how the importances are estimated, and on what."""
+        """Put in the report how, and on what, the importances are estimated."""
         options = self.opened.options
         for name, seconds in self.phases.items():
             report.add_phase(name, seconds, 0)
@@ -182,7 +174,7 @@ class Loaded:
 
 
 def read_all(data: dict[str, str | Path]) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Rows and hashes of data files, by role; each is read once, so a pipe will do."""
+    """Rows and hashes of data files, by role; each is read once, so it can be a pipe."""
     rows, hashes = {}, {}
     for role, path in data.items():
         rows[role], hashes[role] = read_data(path)

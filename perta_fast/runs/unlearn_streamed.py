@@ -21,7 +21,7 @@ def unlearn_streamed(loaded: Loaded) -> Report:
     kept = options.save_importance
     loaded.schedule = how.schedule(
         loaded.samples.values(),
-        settings.place,
+        settings.destination,
         subtract=True,
         kept=kept is not None,
         threads=threads_for(options.threads, ranks),

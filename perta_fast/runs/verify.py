@@ -27,12 +27,11 @@ _CHUNK = 1 << 22  # elements compared at a time
 class Verification:
     """What was checked. ``problems`` is empty if everything that could be checked is right.
 
-    files: hashes that agree. recomputed: tensors equal to the reference's, bit for bit (where p is none of
-    ``EXACT_POWERS``, up to the last bit of a power). bounded: tensors whose every element lies between theta
-    and theta - lam * tau, checked where the importances were not kept. unchecked: what could not be checked,
-    and why. changed: data files that are no longer those of the run; as they are only read for importances
-    that the report has the hashes of, this says nothing against the output. claim: what the run says of its
-    output. tensors: how many the output has. agreement: how closely the recomputed ones agree.
+    files: number of hashes that agree. recomputed: tensors equal to the reference's, bit for bit (if p is not one of
+    ``EXACT_POWERS``, up to the last bit of a power). bounded: tensors whose elements all lie between theta and
+    theta - lam * tau, which is checked if the importances were not kept. unchecked: what could not be checked, and why.
+    changed: data files that have changed since the run, which says nothing against the output. claim: what the run
+    says of its output. tensors: number of tensors of the output. agreement: how closely the recomputed ones agree.
     """
 
     claim: str = ""
@@ -59,7 +58,7 @@ class Verification:
         return printable("\n".join(lines))
 
     def _outcome(self) -> str:
-        """What a reader who knows no more wants to know."""
+        """The result in one sentence."""
         if self.problems:
             return f"Not confirmed, as something is wrong: {self.claim}."
         if self.recomputed + self.bounded == 0:
@@ -78,12 +77,11 @@ class Verification:
 def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress: Progress = True) -> Verification:
     """Recompute the hashes of a run's output and inputs, and tensors of its output from the inputs.
 
-    directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them
-    drawn with ``seed``. Inputs are looked for where they were; what is gone is said to be unchecked. A data
-    file that changed is named, but is no problem of the output. After an in-place run theta is gone: then the
-    hashes of everything else are checked, and that the headers of the shards are those of the tensors reported.
-    progress: as in ``apply``. Raises InputError if there is no report, or one that no run can have written.
-    Writes nothing.
+    directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them drawn with
+    ``seed``. Inputs are looked for where they were; what is gone is listed as unchecked. After an in-place run theta is
+    gone: then the hashes of everything else are checked, and whether the headers of the shards agree with the report.
+    progress: as in ``apply``. Raises InputError if there is no report, or one that no run can have written. Writes
+    nothing.
     """
     directory = Path(directory)
     report = Report.load(directory)
@@ -97,58 +95,56 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     if report.rule != "tv" and report.p not in EXACT_POWERS:
         result.agreement = "up to the last bit of a power"
     # The output may have been moved since.
-    places = {"output": DirectoryRecord(path=str(directory), files=report.output["files"])}
-    places |= {
-        role: found
-        for role, found in report.inputs.items()
+    directories = {"output": DirectoryRecord(path=str(directory), files=report.output["files"])}
+    directories |= {
+        role: record
+        for role, record in report.inputs.items()
         # An in-place run changes its model, which may be its base too.
-        if found.get("kept", True) and not (report.in_place and found["path"] == report.output["path"])
+        if record.get("kept", True) and not (report.in_place and record["path"] == report.output["path"])
     }
-    intact = _check_hashes(places, result, progress)
+    intact = _check_hashes(directories, result, progress)
     _check_data(report, result)
     if "output" in intact and report.in_place:
         result.unchecked.append("tensors, because the run changed the model in place and its old values are gone")
         result.problems += _header_problems(report, Checkpoint.open(directory))
     elif "output" in intact:
-        _check_tensors(directory, report, intact, result, full, seed, progress)
+        checked = _Tensors.opened(directory, report, intact, result)
+        if checked is not None:
+            checked.check(result, full, seed, progress)
     return result
 
 
-def _check_hashes(places: dict[str, DirectoryRecord], result: Verification, progress: Progress) -> set[str]:
+def _check_hashes(directories: dict[str, DirectoryRecord], result: Verification, progress: Progress) -> set[str]:
     """Return the roles whose files are all there and unchanged."""
     intact = set()
-    total = sum(row["bytes"] for place in places.values() for row in place["files"].values())
+    total = sum(file["bytes"] for record in directories.values() for file in record["files"].values())
     with Bar(total, "hashes", progress) as bar:
-        for role, place in places.items():
-            gone = gone_files(place)
+        for role, record in directories.items():
+            gone = gone_files(record)
             if gone and role != "output":
                 result.unchecked.append(f"{role}: {gone[0]} is gone")
                 continue
-            changed = changed_files(place, bar.update)
-            result.files += len(place["files"]) - len(gone) - len(changed)
-            wrong = [f"{path} is gone" for path in gone]
-            wrong += [f"{path} has changed since the run" for path in changed]
-            result.problems += wrong
-            if not wrong:
+            changed = changed_files(record, bar.update)
+            result.files += len(record["files"]) - len(gone) - len(changed)
+            result.problems += [f"{path} is gone" for path in gone]
+            result.problems += [f"{path} has changed since the run" for path in changed]
+            if not gone and not changed:
                 intact.add(role)
     return intact
 
 
 def _check_data(report: Report, result: Verification) -> None:
-    for role, found in report.data.items():
-        path = Path(found["path"])
-        if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises for impossible names)
-            result.unchecked.append(f"{role} data: {path} is gone")
-            continue
+    for role, record in report.data.items():
+        path = Path(record["path"])
         try:
-            same = hash_file(path) == found["blake3"]
+            if not os.path.isfile(path):  # noqa: PTH113  (Path.is_file raises for impossible names)
+                result.unchecked.append(f"{role} data: {path} is gone")
+            elif hash_file(path) == record["blake3"]:
+                result.files += 1
+            else:
+                result.changed.append(f"{role} data {path}")
         except RunError as error:
             result.unchecked.append(f"{role} data: {error}")
-            continue
-        if same:
-            result.files += 1
-        else:
-            result.changed.append(f"{role} data {path}")
 
 
 def _header_problems(report: Report, output: Checkpoint) -> list[str]:
@@ -159,54 +155,12 @@ def _header_problems(report: Report, output: Checkpoint) -> list[str]:
         if name not in report.output["files"]
     ]
     listed = {row.name: (row.dtype, row.shape) for row in report.tensors}
-    found = {name: (entry.dtype, list(entry.shape)) for name, entry in output.tensors.items()}
-    names = sorted(listed.keys() | found.keys())
+    stored = {name: (entry.dtype, list(entry.shape)) for name, entry in output.tensors.items()}
     return problems + [
         f"tensor {name} is not of the type and shape in the report"
-        for name in names
-        if listed.get(name) != found.get(name)
+        for name in sorted(listed.keys() | stored.keys())
+        if listed.get(name) != stored.get(name)
     ]
-
-
-def _check_tensors(
-    directory: Path, report: Report, intact: set[str], result: Verification, full: bool, seed: int, progress: Progress
-) -> None:
-    absent = {"model", "base", "tuned"} - intact
-    if absent:
-        result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
-        return
-    try:
-        rule = report.chosen_rule()
-    except InputError as error:
-        raise InputError(f"{directory / FILE_NAME}: {error}") from error
-    exact = rule.estimator is None or set(IMPORTANCES) <= intact
-    places = {role: Path(found["path"]) for role, found in report.inputs.items()}
-    pair = [places.get(role) for role in IMPORTANCES]
-    importances = open_importances(rule, *pair) if exact else {}
-    sources = Sources.open(places["model"], places["base"], places["tuned"], importances)
-    if not exact:
-        result.unchecked.append("weights, because the importances were not kept (--save-importance)")
-    output = Checkpoint.open(directory)
-    problems = _layout_problems(report, sources, output)
-    if problems:
-        result.problems += problems
-        return
-    actions = {row.name: row.action for row in report.tensors}
-    matches = sources.matches
-    if not full and len(matches) > SAMPLED:
-        matches = random.Random(seed).sample(matches, SAMPLED)
-    with Bar(sum(match.theta.size for match in matches), "tensors", progress) as bar:
-        for match in matches:
-            # Without the importances, only the report says which tensors they did not cover.
-            said = actions.get(match.theta.name, "")
-            copied = match.copied is not None or (not exact and said.startswith("copied"))
-            if not _tensor_is_right(match, sources, output, rule, exact, copied):
-                result.problems.append(f"tensor {match.theta.name} is not what the inputs give")
-            elif exact or copied:
-                result.recomputed += 1
-            else:
-                result.bounded += 1
-            bar.update(match.theta.size)
 
 
 def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> list[str]:
@@ -225,60 +179,105 @@ def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> li
     return problems
 
 
-def _tensor_is_right(
-    match: TensorMatch, sources: Sources, output: Checkpoint, rule: Rule, exact: bool, copied: bool
-) -> bool:
-    found = output.tensors[match.theta.name]
-    factors = None if copied or match.low_rank is None else match.low_rank.factors()
-    for begin in range(0, match.theta.count, _CHUNK):
-        count = min(_CHUNK, match.theta.count - begin)
-        if copied:
-            same = _bytes(output, found, begin, count) == _bytes(sources.model, match.theta, begin, count)
+@dataclass(frozen=True)
+class _Tensors:
+    """The tensors of an output, beside what the inputs give by the reference.
+
+    exact: whether the weights are known; if not, results can only be checked for bounds.
+    """
+
+    report: Report
+    rule: Rule
+    sources: Sources
+    output: Checkpoint
+    exact: bool
+
+    @classmethod
+    def opened(cls, directory: Path, report: Report, intact: set[str], result: Verification) -> "_Tensors | None":
+        """Open the inputs that are ``intact``; None, with the reason in ``result``, if there is nothing to compare."""
+        absent = {"model", "base", "tuned"} - intact
+        if absent:
+            result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
+            return None
+        try:
+            rule = report.chosen_rule()
+        except InputError as error:
+            raise InputError(f"{directory / FILE_NAME}: {error}") from error
+        exact = rule.estimator is None or set(IMPORTANCES) <= intact
+        paths = {role: Path(record["path"]) for role, record in report.inputs.items()}
+        importances = open_importances(rule, *map(paths.get, IMPORTANCES)) if exact else {}
+        sources = Sources.open(paths["model"], paths["base"], paths["tuned"], importances)
+        if not exact:
+            result.unchecked.append("weights, because the importances were not kept (--save-importance)")
+        output = Checkpoint.open(directory)
+        problems = _layout_problems(report, sources, output)
+        result.problems += problems
+        return None if problems else cls(report, rule, sources, output, exact)
+
+    def check(self, result: Verification, full: bool, seed: int, progress: Progress) -> None:
+        """Compare all tensors, or a sample."""
+        actions = {row.name: row.action for row in self.report.tensors}
+        matches = self.sources.matches
+        if not full and len(matches) > SAMPLED:
+            matches = random.Random(seed).sample(matches, SAMPLED)
+        with Bar(sum(match.theta.size for match in matches), "tensors", progress) as bar:
+            for match in matches:
+                # Without the importances, only the report says which tensors they did not cover.
+                action = actions.get(match.theta.name, "")
+                copied = match.copied is not None or (not self.exact and action.startswith("copied"))
+                if not self._is_right(match, copied):
+                    result.problems.append(f"tensor {match.theta.name} is not what the inputs give")
+                elif self.exact or copied:
+                    result.recomputed += 1
+                else:
+                    result.bounded += 1
+                bar.update(match.theta.size)
+
+    def _is_right(self, match: TensorMatch, copied: bool) -> bool:
+        factors = None if copied or match.low_rank is None else match.low_rank.factors()
+        for begin in range(0, match.theta.count, _CHUNK):
+            count = min(_CHUNK, match.theta.count - begin)
+            if copied:
+                entry = self.output.tensors[match.theta.name]
+                theta = _bytes(self.sources.model, match.theta, begin, count)
+                right = _bytes(self.output, entry, begin, count) == theta
+            else:
+                right = self._chunk_is_right(match, factors, begin, count)
+            if not right:
+                return False
+        return True
+
+    def _chunk_is_right(
+        self, match: TensorMatch, factors: tuple[Matrix, Matrix] | None, begin: int, count: int
+    ) -> bool:
+        import torch
+
+        from perta_fast.ops import reference
+
+        rescaling = self.rule.rescaling
+        arrays: list[Any] = [None] * 5
+        for operand, checkpoint, entry in self.sources.operands(match):
+            arrays[operand] = checkpoint.elements(entry, begin, count)
+        theta, tuned, base, forget, retain = arrays
+        if match.low_rank is None or factors is None:
+            task_vector = tuned.float() - base.float()
         else:
-            same = _chunk_is_right(match, factors, sources, output, found, rule, exact, begin, count)
-        if not same:
-            return False
-    return True
-
-
-def _chunk_is_right(
-    match: TensorMatch,
-    factors: tuple[Matrix, Matrix] | None,
-    sources: Sources,
-    output: Checkpoint,
-    found: TensorEntry,
-    rule: Rule,
-    exact: bool,
-    begin: int,
-    count: int,
-) -> bool:
-    import torch
-
-    from perta_fast.ops import reference
-
-    arrays: list[Any] = [None] * 5
-    for number, checkpoint, entry in sources.operands(match):
-        arrays[number] = checkpoint.elements(entry, begin, count)
-    theta, tuned, base, forget, retain = arrays
-    if match.low_rank is None or factors is None:
-        task_vector = tuned.float() - base.float()
-    else:
-        task_vector = _low_rank_chunk(factors, match.low_rank.scale, begin, count)
-    # Without importances this is the whole step, w = 1: the far end of where the result may lie.
-    expected = reference.subtract(theta, task_vector, forget, retain, rule.rescaling)
-    actual = output.elements(found, begin, count)
-    if exact and (forget is None or rule.rescaling.p in EXACT_POWERS):
-        return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
-    if exact:  # another power's last bit may differ, and then the step's, and the result's
-        slack = 4 * torch.finfo(torch.float32).eps * abs(rule.rescaling.lam) * task_vector.abs()
-        slack += torch.finfo(theta.dtype).eps * expected.float().abs()
-        return bool(((actual.float() - expected.float()).abs() <= slack).all())
-    low, high = torch.minimum(theta, expected), torch.maximum(theta, expected)
-    return bool(((low <= actual) & (actual <= high)).all())
+            task_vector = _low_rank_chunk(factors, match.low_rank.scale, begin, count)
+        # Without importances this is the result for w = 1: one end of the range in which the true result lies.
+        expected = reference.subtract(theta, task_vector, forget, retain, rescaling)
+        actual = self.output.elements(self.output.tensors[match.theta.name], begin, count)
+        if self.exact and (forget is None or rescaling.p in EXACT_POWERS):
+            return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
+        if self.exact:  # the last bit of another power may differ, and then that of the update and of the result
+            slack = 4 * torch.finfo(torch.float32).eps * abs(rescaling.lam) * task_vector.abs()
+            slack += torch.finfo(theta.dtype).eps * expected.float().abs()
+            return bool(((actual.float() - expected.float()).abs() <= slack).all())
+        low, high = torch.minimum(theta, expected), torch.maximum(theta, expected)
+        return bool(((low <= actual) & (actual <= high)).all())
 
 
 def _low_rank_chunk(factors: tuple[Matrix, Matrix], scale: float, begin: int, count: int) -> Any:
-    """Elements of a task vector given by its factors, from the rows that they lie in."""
+    """Consecutive elements of a task vector that is given by its factors."""
     import torch
 
     from perta_fast.ops import reference

@@ -1,14 +1,14 @@
-"""The subtraction on chunks of files: read by position, computed, handed on; nothing is written here.
+"""The subtraction on chunks of files: read by position and computed; the caller stores the result.
 
-Memory is a few buffers of one chunk a thread, whatever the size of a tensor. Reads by position cost as much as
-mapped ones with the files in the page cache, and less than half where they are not (bench/bench_reading.py);
-and a file that shrinks or a disk that fails is then an error with a name instead of a signal. Torch is not
-imported.
+Memory is a few buffers of one chunk for each thread, whatever the size of a tensor. Reads by position cost as much as
+mapped ones if the files are in the page cache, and less than half if they are not (bench/bench_reading.py). A file that
+shrinks or a disk that fails is then an error with a name, not a signal. Torch is not imported.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,20 +45,20 @@ Store = Callable[[Chunk, memoryview, Statistics], None]
 
 
 def chunks_of(matches: Iterable[tuple[int, TensorMatch]], size: int) -> Iterator[Chunk]:
-    """Cut tensors, given with their numbers, into chunks of at most ``size`` elements, in order."""
+    """Chunks of at most ``size`` elements of numbered matches, in order."""
     for index, match in matches:
         for begin in range(0, match.theta.count, size):
             yield Chunk(index, begin, min(size, match.theta.count - begin))
 
 
 def chunk_elements(threads: int) -> int:
-    """Elements of a chunk such that the buffers of all threads stay within bounds."""
+    """The size of a chunk with which the buffers of all threads take at most ``_BUFFERS``."""
     fitting = _BUFFERS // (threads * (_OPERANDS + 1) * _WIDEST)
     return min(CHUNK, max(4096, fitting // 4096 * 4096))
 
 
 def buffer_bytes(threads: int) -> int:
-    """What the buffers of all threads take at most."""
+    """Bytes of the buffers of all threads, at most."""
     return threads * chunk_elements(threads) * (_OPERANDS + 1) * _WIDEST
 
 
@@ -66,8 +66,8 @@ def buffer_bytes(threads: int) -> int:
 class Subtraction:
     """Computes chunks on several threads.
 
-    drop_cache: give pages back to the system as soon as they were read, so that other files keep theirs.
-    held: float32 importances, forget and retain, that are in memory instead of a file, by their match's number.
+    drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
+    held: float32 importances, forget and retain, that are in memory and not in files, by number of the match.
     """
 
     sources: Sources
@@ -78,18 +78,18 @@ class Subtraction:
     held: Mapping[int, "Sequence[np.ndarray[Any, np.dtype[np.float32]]]"] = field(default_factory=dict)
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
-        """Deal the chunks to the threads in order and hand each result to ``store``, in the thread that has it.
+        """Compute the chunks in order, on all threads; each thread passes its results to ``store``.
 
-        A chunk of a tensor that is copied has theta's bytes for its result and no statistics. advance: called
-        with the bytes of every chunk, read and written. The first error stops all threads and is raised:
-        InputError or RunError, naming file and tensor, or what ``store`` raises.
+        The result of a chunk that is copied is theta's bytes, without statistics. advance: called with the bytes of
+        every chunk, read and written. The first error stops all threads and is raised: InputError or RunError, naming
+        file and tensor, or what ``store`` raises.
         """
         lock, failed = threading.Lock(), threading.Event()
         factors = _Factors(self.threads)
 
         def work() -> None:
             try:
-                with _Workspace(self, factors) as workspace:
+                with closing(_Workspace(self, factors)) as workspace:
                     while not failed.is_set():
                         with lock:
                             chunk = next(chunks, None)
@@ -114,7 +114,7 @@ class Subtraction:
 
 
 def bytes_moved(match: TensorMatch, count: int) -> int:
-    """Bytes that ``count`` elements of a tensor cost: every operand read once, theta written once."""
+    """Bytes that ``count`` elements of a tensor move: every operand read once, theta written once."""
     theta = ITEM_SIZES[match.theta.dtype]
     others = (match.tuned, match.base, match.forget_importance, match.retain_importance)
     read = sum(ITEM_SIZES[entry.dtype] for entry in others if entry is not None)
@@ -122,20 +122,20 @@ def bytes_moved(match: TensorMatch, count: int) -> int:
 
 
 class _Factors:
-    """The factors of the tensors that the threads are at, read once for all of them."""
+    """The low-rank factors that the threads work with now, read once for all threads."""
 
     def __init__(self, threads: int) -> None:
-        self._most, self._lock = threads, threading.Lock()
-        self._read: dict[int, tuple[Matrix, Matrix]] = {}
+        self._capacity, self._lock = threads, threading.Lock()
+        self._cache: dict[int, tuple[Matrix, Matrix]] = {}
 
     def of(self, index: int, update: LowRank) -> tuple[Matrix, Matrix]:
         """Left and right factor for the tensor of ``matches[index]``; tensors come in order."""
         with self._lock:
-            if index not in self._read:
-                if len(self._read) == self._most:
-                    del self._read[next(iter(self._read))]
-                self._read[index] = update.factors()
-            return self._read[index]
+            if index not in self._cache:
+                if len(self._cache) == self._capacity:
+                    del self._cache[next(iter(self._cache))]
+                self._cache[index] = update.factors()
+            return self._cache[index]
 
 
 class _Workspace:
@@ -143,66 +143,51 @@ class _Workspace:
 
     def __init__(self, job: Subtraction, factors: "_Factors") -> None:
         self._job, self._factors = job, factors
-        size = job.chunk * max([1, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
-        self._buffers = [np.empty(max(size, job.chunk * _WIDEST), np.uint8) for _ in range(_OPERANDS + 1)]
-        self._open: list[PositionReader | None] = [None] * _OPERANDS
+        width = max([_WIDEST, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
+        self._buffers = [np.empty(job.chunk * width, np.uint8) for _ in range(_OPERANDS + 1)]
+        self._readers: dict[int, PositionReader] = {}  # by operand
 
-    def __enter__(self) -> "_Workspace":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for place in range(_OPERANDS):
-            self._close(place)
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
 
     def compute(self, chunk: Chunk) -> tuple[memoryview, Statistics]:
-        """Theta's new bytes, valid until the next call, and what the kernel counted."""
+        """Theta's new bytes, valid until the next call, and the kernel's statistics."""
         sources = self._job.sources
         match = sources.matches[chunk.index]
-        size = chunk.count * ITEM_SIZES[match.theta.dtype]
         if match.copied is not None:
-            entry = match.theta
-            self._read(0, entry, entry.begin + size // chunk.count * chunk.begin, size)
-            return self._buffers[0].data[:size], {}
-        addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0 where there is no such array
-        for place, _, entry in sources.operands(match):
-            width = ITEM_SIZES[entry.dtype]
-            begin = entry.begin + chunk.begin * width
-            self._read(place, entry, begin, chunk.count * width)
-            addresses[place] = int(self._buffers[place].ctypes.data)
-            codes[place] = KERNEL_CODES[entry.dtype]
-        for place, array in enumerate(self._job.held.get(chunk.index, ()), _FORGET_IMPORTANCE):
-            addresses[place] = int(array[chunk.begin :].ctypes.data)
-            codes[place] = KERNEL_CODES["F32"]
+            return self._read(0, match.theta, chunk), {}
+        addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0: there is no such array
+        for operand, _, entry in sources.operands(match):
+            self._read(operand, entry, chunk)
+            addresses[operand] = int(self._buffers[operand].ctypes.data)
+            codes[operand] = KERNEL_CODES[entry.dtype]
+        for operand, array in enumerate(self._job.held.get(chunk.index, ()), _FORGET_IMPORTANCE):
+            addresses[operand] = int(array[chunk.begin :].ctypes.data)
+            codes[operand] = KERNEL_CODES["F32"]
         factors = None
         if match.low_rank is not None:
             left, right = self._factors.of(chunk.index, match.low_rank)
-            places = int(left.ctypes.data), int(right.ctypes.data)
-            factors = (*places, *right.shape, match.low_rank.scale, chunk.begin)
-        statistics: Statistics = compiled.kernels().rescaled_subtract(
-            int(self._buffers[_OPERANDS].ctypes.data),
-            *addresses,
-            tuple(codes),
-            chunk.count,
-            self._job.rescaling,
-            1,
-            True,
-            factors,
-        )
+            pointers = int(left.ctypes.data), int(right.ctypes.data)
+            factors = (*pointers, *right.shape, match.low_rank.scale, chunk.begin)
+        result = self._buffers[_OPERANDS]
+        arrays = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
+        statistics: Statistics = compiled.kernels().rescaled_subtract(*arrays, self._job.rescaling, 1, True, factors)
         _check_finite(match, statistics)
-        return self._buffers[_OPERANDS].data[:size], statistics
+        return result.data[: chunk.count * ITEM_SIZES[match.theta.dtype]], statistics
 
-    def _read(self, place: int, entry: TensorEntry, begin: int, size: int) -> None:
-        reader = self._open[place]
+    def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> memoryview:
+        """Read a chunk of a tensor into the operand's buffer."""
+        reader = self._readers.get(operand)
         if reader is None or reader.path != entry.path:
-            self._close(place)
-            reader = self._open[place] = PositionReader(entry.path)
-        buffer = self._buffers[place].data[:size]
-        reader.read_into(buffer, begin, f"tensor {entry.name}", drop_cache=self._job.drop_cache)
-
-    def _close(self, place: int) -> None:
-        reader = self._open[place]
-        if reader is not None:
-            reader.close()
+            if reader is not None:
+                reader.close()
+            reader = self._readers[operand] = PositionReader(entry.path)
+        width = ITEM_SIZES[entry.dtype]
+        data = self._buffers[operand].data[: chunk.count * width]
+        name = f"tensor {entry.name}"
+        reader.read_into(data, entry.begin + chunk.begin * width, name, drop_cache=self._job.drop_cache)
+        return data
 
 
 def _check_finite(match: TensorMatch, statistics: Statistics) -> None:

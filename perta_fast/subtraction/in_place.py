@@ -1,9 +1,9 @@
 """A run that changes a model where it lies, through a write-ahead journal (``journal``).
 
-The journal lives in the model's directory. While it is open, the config and the index are in there too, so that
-nothing loads a half-changed model, and every command of this package refuses the directory with the advice to
-finish the run. Before the first byte is changed, the whole result is computed once and thrown away: what could
-fail by the numbers fails then, with the model untouched.
+The journal is in the model's directory. While it is open, it also holds the config and the index, so that nothing loads
+a half-changed model; every command of this package then refuses the directory and says how to finish the run. Before
+the first byte is changed, the whole result is computed once and thrown away: numbers that are not finite are found
+then, with the model untouched.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict
@@ -36,13 +37,13 @@ from perta_fast.subtraction.report_entries import add_up, describe_inputs, descr
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
-_SEALED = "sealed"  # in the journal: the shards are done, only small files are still to be put in their places
+_SEALED = "sealed"  # in the journal: the shards are done, only small files are still to be moved out of it
 _CARD = "README.md"
 _FREE_MARGIN = 16 << 20
 
 
 def is_open(model: Path) -> bool:
-    """Whether ``model`` holds an in-place run that has not been finished."""
+    """Whether ``model`` holds an unfinished in-place run."""
     return exists(model / JOURNAL / JOB)
 
 
@@ -58,7 +59,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
         describe_inputs(report, sources, job)
         report.inputs["model"]["kept"] = False
         _rehearse(job, sources, report)
-        job.keep_report(report)
+        job.report = asdict(report)
         job.save(journal / JOB)
         sync_directory(model)
         return _finish(job, sources, journal, memory)
@@ -79,12 +80,12 @@ def resume_in_place(model: Path, progress: Progress) -> Report:
 
 
 def _check_files(job: Job, sources: Sources) -> None:
-    """Raise InputError if changing the model's files would change anything else, or is not possible.
+    """Raise InputError if the model's files cannot be changed, or another input would change with them.
 
     The base may be the model itself: a chunk is read for both before it is changed.
     """
     model = sources.model
-    places = {}
+    shards = set()  # by device and inode
     for shard in model.shards.values():
         status = shard.path.lstat()
         if shard.path.is_symlink() or status.st_nlink > 1:
@@ -94,16 +95,16 @@ def _check_files(job: Job, sources: Sources) -> None:
             )
         if not os.access(shard.path, os.W_OK):
             raise InputError(f"{shard.path}: may not be written")
-        places[status.st_dev, status.st_ino] = shard.path
+        shards.add((status.st_dev, status.st_ino))
     if not os.access(model.path, os.W_OK):
         raise InputError(f"{model.path}: may not be written")
     for match in sources.matches:
         for _, checkpoint, entry in sources.operands(match):
             status = entry.path.stat()
-            if checkpoint is model or (status.st_dev, status.st_ino) not in places:
+            if checkpoint is model or (status.st_dev, status.st_ino) not in shards:
                 continue
-            same_place = (entry.path.resolve(), entry.begin) == (match.theta.path.resolve(), match.theta.begin)
-            if not same_place or checkpoint.path.resolve() != model.path.resolve():
+            same_bytes = (entry.path.resolve(), entry.begin) == (match.theta.path.resolve(), match.theta.begin)
+            if not same_bytes or checkpoint.path.resolve() != model.path.resolve():
                 raise InputError(
                     f"{entry.path}: tensor {entry.name}, which is read for {match.theta.name}, lies in a file "
                     "that would be changed; write to a new directory with --out"
@@ -112,7 +113,7 @@ def _check_files(job: Job, sources: Sources) -> None:
 
 @contextmanager
 def _locked(model: Path) -> Iterator[Path]:
-    """The journal's directory, for one process at a time; gone afterwards unless it holds a job."""
+    """The journal's directory, for one process at a time; removed at the end unless it holds a job."""
     journal = model / JOURNAL
     try:
         journal.mkdir(exist_ok=True)
@@ -122,7 +123,7 @@ def _locked(model: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"{model}: cannot be written: {error.strerror}") from error
     try:
-        if not (journal / JOB).exists():  # left over from a run that was finished, or never began
+        if not (journal / JOB).exists():  # what is here is of a run that was finished or never began
             for entry in journal.iterdir():
                 remove(entry)
         try:
@@ -136,7 +137,7 @@ def _locked(model: Path) -> Iterator[Path]:
 
 @contextmanager
 def _explained(model: Path) -> Iterator[None]:
-    """Failures say what has become of the model."""
+    """Make every error say in what state the model is."""
     half_changed = f"{model} is half changed and cannot be loaded; finish the run with: perta resume {model}"
     try:
         yield
@@ -146,7 +147,7 @@ def _explained(model: Path) -> Iterator[None]:
         raise
     except (PertaError, OSError, MemoryError) as error:
         if isinstance(error, InputError) and is_open(model):
-            raise  # an input is not what it was, and the message says what to do
+            raise  # an input has changed, and the message says what to do
         kind, text = type(error) if isinstance(error, PertaError) else RunError, str(error)
         if isinstance(error, OSError):
             text = f"{model}: could not be written: {advice(error)}"
@@ -156,7 +157,7 @@ def _explained(model: Path) -> Iterator[None]:
 
 
 def _rehearse(job: Job, sources: Sources, report: Report) -> None:
-    """Compute everything and keep nothing."""
+    """Compute everything once and keep nothing."""
     moved = _bytes_to_move(sources)
     started = time.perf_counter()
     with Bar(moved, "check", job.progress) as bar:
@@ -174,13 +175,16 @@ def _bytes_to_move(sources: Sources) -> int:
 
 
 def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Report:
-    """From whatever the journal says to the end."""
+    """Do what the journal says is still to be done."""
     model = Path(job.final)
     if not (journal / _SEALED).exists():
-        _set_aside(sources, model, journal)
+        index = sources.model.index
+        for name in ["config.json"] + ([] if index is None else [index.name]):  # what loaders look for first
+            if (model / name).exists():
+                move(model / name, journal / name)
         report = _change(job, sources, journal)
         describe_output(report, [shard.path for shard in sources.model.shards.values()], model, job)
-        remove(journal / _CARD)  # of an attempt that came as far as this
+        remove(journal / _CARD)  # of an earlier attempt
         if (model / _CARD).exists():
             shutil.copyfile(model / _CARD, journal / _CARD)
         write_model_card(journal, report)
@@ -190,7 +194,8 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
         sync_file(journal / _CARD)
         sync_file(journal / FILE_NAME)
         write_file(journal / _SEALED, b"")
-    for path in [journal / _CARD, journal / FILE_NAME, *_set_aside_files(journal)]:
+    indices = journal.glob("*.safetensors.index.json")
+    for path in [journal / _CARD, journal / FILE_NAME, *indices, journal / "config.json"]:
         if path.exists():
             move(path, model / path.name)
     (journal / JOB).unlink()
@@ -200,27 +205,15 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
     return Report.load(model)
 
 
-def _set_aside(sources: Sources, model: Path, journal: Path) -> None:
-    """Take away what a loader looks for first."""
-    names = ["config.json"] + ([] if sources.model.index is None else [sources.model.index.name])
-    for name in names:
-        if (model / name).exists():
-            move(model / name, journal / name)
-
-
-def _set_aside_files(journal: Path) -> list[Path]:
-    return [*journal.glob("*.safetensors.index.json"), journal / "config.json"]
-
-
 class _State(TypedDict):
-    """What a segment says of the run so far: chunks that are done, and what they add up to."""
+    """How far the run has come with a segment: the number of chunks done, and the sums of their statistics."""
 
     chunks: int
     totals: dict[str, Statistics]
 
 
 def _change(job: Job, sources: Sources, journal: Path) -> Report:
-    """Replay what the journal holds, then compute the rest."""
+    """Apply what the journal holds, then compute the rest."""
     shards = {name: shard.path for name, shard in sources.model.shards.items()}
     done, number, totals = _replay(job, sources, journal)
     moved = _bytes_to_move(sources)
@@ -258,10 +251,10 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
 
 
 def _replay(job: Job, sources: Sources, journal: Path) -> tuple[int, int, dict[int, Statistics]]:
-    """Bring the shards up to the last whole segment: chunks done, number of the next segment, totals.
+    """Apply all whole segments. Returns the chunks done, the number of the next segment, and the totals.
 
-    Raises InputError, with nothing written, if a segment that may be in the shards is not whole any more: its
-    chunks would be subtracted a second time.
+    Raises InputError, with nothing written, if a segment that may be in the shards is damaged: its chunks would be
+    subtracted a second time.
     """
     shards = {name: shard.path for name, shard in sources.model.shards.items()}
     reached = read_record(journal / _APPLYING) if (journal / _APPLYING).exists() else -1
@@ -276,7 +269,7 @@ def _replay(job: Job, sources: Sources, journal: Path) -> tuple[int, int, dict[i
                 "begin again with a copy of the model as it was"
             )
         for segment, state in zip(segments, states, strict=True):
-            segment.sync()  # a process that was killed may have left it to the system
+            segment.sync()  # a process that was killed may not have flushed it
             write_record(journal / _APPLYING, max(reached, segment.number))
             segment.apply(shards, job.drop_cache)
             done, number = state["chunks"], segment.number + 1
@@ -285,7 +278,7 @@ def _replay(job: Job, sources: Sources, journal: Path) -> tuple[int, int, dict[i
 
 
 def _read_state(segment: Segment, sources: Sources) -> _State:
-    """The state of a segment; raise InputError unless all of it belongs to this run."""
+    """The state of a segment. Raises InputError unless all of the segment belongs to this run."""
     shards, numbers = sources.model.shards, {str(index) for index in range(len(sources.matches))}
     inside = all(
         extent.name in shards and 0 <= extent.offset <= shards[extent.name].size - extent.size
@@ -325,7 +318,7 @@ def _fill(
 
 
 def _groups(sources: Sources, chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks in order, as many at a time as a segment holds."""
+    """The chunks in order, as many in a group as a segment holds."""
     group: list[Chunk] = []
     size = 0
     for chunk in chunks:

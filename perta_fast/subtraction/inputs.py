@@ -1,4 +1,4 @@
-"""The opened inputs of an application, and which tensor meets which."""
+"""The opened inputs of a run, and which of their tensors belong together."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,10 @@ IMPORTANCES = ("forget_importance", "retain_importance")
 
 @dataclass(frozen=True)
 class Sources:
-    """The opened inputs of an application, and which tensor meets which."""
+    """The opened inputs of a run.
+
+    metadata: of the importances, by role. adapter_config: the config, if ``tuned`` is the file of an adapter.
+    """
 
     model: Checkpoint
     base: Checkpoint
@@ -26,8 +29,8 @@ class Sources:
     forget_importance: Checkpoint | None = None
     retain_importance: Checkpoint | None = None
     matches: list[TensorMatch] = field(default_factory=list)
-    metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of the importances, by role
-    adapter_config: Path | None = None  # where ``tuned`` is the file of an adapter
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    adapter_config: Path | None = None
 
     @classmethod
     def open(
@@ -37,10 +40,7 @@ class Sources:
         tuned: str | Path,
         importances: Mapping[str, Checkpoint] = MappingProxyType({}),
     ) -> "Sources":
-        """Open and match three checkpoints, and what ``open_importances`` gave.
-
-        Raises InputError naming what is wrong with them.
-        """
+        """Open and match three checkpoints and the result of ``open_importances``; InputError if they do not fit."""
         theta, theta_0 = open_plain(model), open_plain(base)
         adapter = Adapter.open(tuned) if is_adapter(tuned) else None
         theta_f = open_plain(tuned) if adapter is None else adapter.checkpoint
@@ -57,13 +57,13 @@ class Sources:
         )
 
     def named(self) -> dict[str, Checkpoint]:
-        """The inputs by the names they have in the report."""
+        """The inputs by their names in the report."""
         inputs = {role: getattr(self, role) for role in ("model", "base", "tuned", *IMPORTANCES)}
         return {role: checkpoint for role, checkpoint in inputs.items() if checkpoint is not None}
 
     @property
     def base_is_read(self) -> bool:
-        """Whether a task vector is a difference to the base; those of an adapter's factors are not."""
+        """Whether any task vector is a difference from the base; those of low rank are not."""
         return any(match.base is not None for match in self.matches)
 
     def paths(self) -> list[Path]:
@@ -71,7 +71,7 @@ class Sources:
         return [path for opened in self.named().values() for path in (opened.path, *opened.files())]
 
     def operands(self, match: TensorMatch) -> Iterator[tuple[int, Checkpoint, TensorEntry]]:
-        """The arrays of a tensor that lie in files: number among the kernel's five, checkpoint and entry."""
+        """The arrays of a tensor that lie in files: number among the kernel's five operands, checkpoint, entry."""
         for number, role in enumerate(("model", "tuned", "base", *IMPORTANCES)):
             entry = match.theta if role == "model" else getattr(match, role)
             if entry is not None and (checkpoint := getattr(self, role)) is not None:
@@ -79,7 +79,7 @@ class Sources:
 
 
 def open_importances(rule: Rule, forget: Path | None, retain: Path | None) -> dict[str, Checkpoint]:
-    """The importances that ``rule`` needs, by role. Raises InputError if they are not those."""
+    """The importances that ``rule`` needs, by role. Raises InputError if they are not what it needs."""
     given = dict(zip(IMPORTANCES, (forget, retain), strict=True))
     opened = {}
     for role, path in rule.required(given, "estimate it with: perta importance").items():

@@ -34,11 +34,9 @@ MatchNames = dict[str, str | float | bool | None]
 class Job:
     """What a run does. Paths are absolute.
 
-    final: the directory to make, or to change in place. files: role to file name to size, time of change and
-    hash of the header of each weight file. matches: for each tensor of the model the names of those it meets,
-    as settled when the run began. temporary: the importances lie at ``scratch_path(final)`` and go when the
-    run is done. stream: what a streamed run needs (``streaming.streamed_run``). report: what the report said
-    when the run began.
+    final: the directory to make, or to change in place. files: the ``fingerprints`` of the inputs. matches: the
+    ``match_names`` when the run began. temporary: the importances lie at ``scratch_path(final)`` and are removed
+    when the run is done. stream: the ``StreamSettings`` of a streamed run. report: as it was when the run began.
     """
 
     final: str
@@ -58,43 +56,37 @@ class Job:
     report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.progress: Progress = True  # of this process: not a field, so not in the record
+        self.progress: Progress = True  # not a field, so not in the record
 
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
         keys = ("final", "in_place", "rule", "files", "matches", "version")
-        # How a walk was scheduled and dealt changes nothing but the order of sums.
+        # Schedule and number of ranks change only the order of sums.
         walks = [{key: job.stream[key] for key in job.stream.keys() - {"schedule", "ranks"}} for job in (self, other)]
         return walks[0] == walks[1] and all(getattr(self, key) == getattr(other, key) for key in keys)
 
     @property
     def resume_command(self) -> str:
-        """What finishes the run: a walk by many processes takes as many of them again."""
+        """The command that finishes the run; a walk by many processes needs as many again."""
         ranks = self.stream.get("ranks", 1)
         perta = "perta" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m perta_fast"
         return f"{perta} resume {self.final}"
 
-    def keep_report(self, report: Report) -> None:
-        """Keep what the report says so far."""
-        self.report = asdict(report)
-
     def count_resume(self) -> None:
         """Count in the report that the run was resumed."""
-        report = self.begun_report()
-        report.resumed += 1
-        self.keep_report(report)
+        self.report["resumed"] += 1
 
     def subtraction(self, sources: Sources) -> Subtraction:
-        """The arithmetic on opened inputs, as this run does it."""
+        """The arithmetic of this run on its opened inputs."""
         return Subtraction(sources, self.rule.rescaling, self.threads, self.chunk, self.drop_cache)
 
     def begun_report(self) -> Report:
-        """The report as it was when the run began."""
+        """``report`` as a Report."""
         report: Report = typed(self.report, Report)
         return report
 
     def save(self, path: Path) -> None:
-        """Write the job, durably."""
+        """Write the job durably."""
         write_record(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
@@ -143,7 +135,7 @@ _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
 
 
 def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
-    """The matches, each tensor given by its name."""
+    """The matches with tensors by name."""
     rows = []
     for match in matches:
         row: MatchNames = {"theta": match.theta.name, "copied": match.copied}
@@ -158,10 +150,10 @@ def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
 
 
 def reopen(job: Job, index: Path | None = None) -> Sources:
-    """Open a job's inputs again; raise InputError if one of them is not what it was when the run began.
+    """Open a job's inputs again; raise InputError if one of them has changed since the run began.
 
-    index: where the model's index lies while an in-place run has it set aside; that model's times of change
-    are not compared, as the run itself has changed them.
+    index: where an in-place run has set the model's index aside. That model's times of change are not compared, since
+    the run itself has changed them.
     """
     opened: dict[str, Checkpoint] = {}
     adapted = is_adapter(job.directories["tuned"])
@@ -189,7 +181,7 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
 
 
 def _is_changed_by(job: Job, role: str) -> bool:
-    """Whether an input is the model that the run changes; the base can be that too."""
+    """Whether an input is the model that the run changes; the base may be the same directory."""
     return job.in_place and job.directories[role] == job.directories["model"]
 
 

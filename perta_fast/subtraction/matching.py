@@ -1,8 +1,6 @@
-"""Which tensor of the model meets which tensors of the others, settled before a byte is written."""
+"""Which tensors of the other inputs belong to each tensor of the model, decided before a byte is written."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from perta_fast.checkpoints.adapters import Adapter, LowRank
@@ -19,7 +17,7 @@ CopyReason = Literal["not floating point", "not covered by the importance", "tas
 
 @dataclass(frozen=True)
 class TensorMatch:
-    """What becomes of one tensor of the model: subtracted (``copied`` is None) or copied for a reason.
+    """One tensor of the model and what is read for it. ``copied``: why it is not subtracted from; else None.
 
     The task vector is ``tuned`` less ``base``, or ``low_rank``.
     """
@@ -40,11 +38,10 @@ def match_tensors(
     forget_importance: Checkpoint | None,
     retain_importance: Checkpoint | None,
 ) -> list[TensorMatch]:
-    """Match every tensor of ``model`` with its sources, in the model's order.
+    """Match every tensor of ``model`` with those of the other inputs, in the model's order.
 
-    A tied output head may be stored or left out, in each checkpoint separately. Raises InputError, naming
-    checkpoint and tensor, where names or shapes disagree, a type cannot be computed with, or an importance
-    belongs to another model.
+    Each checkpoint may store a tied output head or leave it out. Raises InputError, naming checkpoint and tensor, if
+    names or shapes differ, a type has no arithmetic, or an importance belongs to another model.
     """
     whole = tuned if isinstance(tuned, Checkpoint) else None
     for other in (base, whole):
@@ -52,14 +49,14 @@ def match_tensors(
             _check_same_names(model, other)
     if forget_importance is not None and retain_importance is not None:
         _check_importance_names(model, forget_importance, retain_importance)
-    matches = [_plan_tensor(name, model, base, whole, forget_importance, retain_importance) for name in model.tensors]
+    matches = [_match_tensor(name, model, base, whole, forget_importance, retain_importance) for name in model.tensors]
     return _with_adapter(matches, model, base, tuned) if isinstance(tuned, Adapter) else matches
 
 
 def _with_adapter(
     matches: list[TensorMatch], model: Checkpoint, base: Checkpoint, adapter: Adapter
 ) -> list[TensorMatch]:
-    """Plans with their task vectors: of low rank, or whole where the adapter holds a tensor, zero elsewhere."""
+    """The matches with the adapter's task vectors: of low rank, or whole tensors, or zero."""
     adapter.check_untouched(base)
     shapes = {name: entry.shape for name, entry in model.tensors.items()}
     low_rank, whole = adapter.meet(shapes, model.path)
@@ -85,7 +82,7 @@ def _with_adapter(
     return result
 
 
-def _plan_tensor(
+def _match_tensor(
     name: str,
     model: Checkpoint,
     base: Checkpoint,
@@ -110,18 +107,15 @@ def _plan_tensor(
         if key is None:
             return TensorMatch(theta, copied="not covered by the importance")
         forget_entry, retain_entry = forget_importance.tensors[key], retain_importance.tensors[key]
-    for entry in (theta, base_entry, tuned_entry):
+    for entry in (theta, base_entry, tuned_entry, forget_entry, retain_entry):
         if entry is not None:
-            how = "" if entry.dtype != "F64" else f", with: {conversion_command(entry.path.parent, _FLOAT32)}"
-            _check_agrees(theta, entry, how)
-    for entry in (forget_entry, retain_entry):
-        if entry is not None:
-            _check_agrees(theta, entry)
+            double = entry.dtype == "F64" and entry not in (forget_entry, retain_entry)
+            _check_agrees(theta, entry, f", with: {conversion_command(entry.path.parent, _FLOAT32)}" if double else "")
     return TensorMatch(theta, base_entry, tuned_entry, forget_entry, retain_entry)
 
 
 def _check_agrees(theta: TensorEntry, entry: TensorEntry, how: str = "") -> None:
-    """Raise InputError unless ``entry`` can meet ``theta``; how: the way to a type with arithmetic."""
+    """Raise InputError unless ``entry`` has theta's shape and a type with arithmetic; how: to get such a type."""
     if entry.shape != theta.shape:
         raise InputError(
             f"tensor {theta.name}: shape {list(theta.shape)} in {theta.path}, "
@@ -135,13 +129,12 @@ def _check_agrees(theta: TensorEntry, entry: TensorEntry, how: str = "") -> None
 
 
 def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:
-    """The tensor, or its tied partner where the checkpoint stores only that one."""
-    entry = checkpoint.tensors.get(name)
-    if entry is None:
-        partner = tied_partner(name, checkpoint.tensors)
-        assert partner is not None, "_check_same_names has let only tied heads through"
-        entry = checkpoint.tensors[partner]
-    return entry
+    """The tensor, or its tied partner if the checkpoint stores only that."""
+    if name in checkpoint.tensors:
+        return checkpoint.tensors[name]
+    partner = tied_partner(name, checkpoint.tensors)
+    assert partner is not None, "_check_same_names lets only tied heads through"
+    return checkpoint.tensors[partner]
 
 
 def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
@@ -166,17 +159,13 @@ def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
 
 
 def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Checkpoint) -> None:
-    _check_subset(forget.path, forget.tensors, retain.path, retain.tensors)
-    _check_subset(retain.path, retain.tensors, forget.path, forget.tensors)
+    for holder, other in ((forget, retain), (retain, forget)):
+        missing = [name for name in holder.tensors if name not in other.tensors]
+        if missing:
+            raise InputError(f"{other.path}: lacks {_names(missing)}, which {holder.path} has")
     unknown = [name for name in forget.tensors if name not in model.tensors]
     if unknown:
         raise InputError(f"{forget.path}: has {_names(unknown)}, which {model.path} lacks")
-
-
-def _check_subset(path: Path, names: Iterable[str], other_path: Path, others: Mapping[str, object]) -> None:
-    missing = [name for name in names if name not in others]
-    if missing:
-        raise InputError(f"{other_path}: lacks {_names(missing)}, which {path} has")
 
 
 def _names(names: list[str]) -> str:

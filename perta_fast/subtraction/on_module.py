@@ -82,8 +82,8 @@ def apply_to_module_(
         whole: dict[str, TensorEntry] = {}
         if adapter is not None:
             adapter.check_untouched(checkpoints[1])
-            low_rank, whole = adapter.meet({name: each.shape for name, each in everything.items()}, "the module")
-            parameters = {name: each for name, each in parameters.items() if name in low_rank or name in whole}
+            low_rank, whole = adapter.meet({name: tensor.shape for name, tensor in everything.items()}, "the module")
+            parameters = {name: parameters[name] for name in parameters if name in low_rank or name in whole}
         sources: dict[str, list[_Source]] = {}
         for name, parameter in parameters.items():
             check_dtype(name, parameter.dtype)
@@ -93,24 +93,22 @@ def apply_to_module_(
             ]
             for source in sources[name]:
                 _check_source(name, parameter, source)
-    stagings = {device: _staging(device) for device in {each.device for each in parameters.values()}}
+    stagings = {device: _staging(device) for device in {parameter.device for parameter in parameters.values()}}
     how = asdict(chosen.rescaling)
     for name, parameter in parameters.items():
-        if name in low_rank:
-            ((_, theta),) = parameter.pieces
-            matrix = theta.view(parameter.shape)
-            _subtract_low_rank_(matrix, low_rank[name], sources[name], stagings, how, backend)
-            continue
-        for first, theta in parameter.pieces:
-            _subtract_(theta, first, sources[name], stagings, how, backend)
+        for first, theta in parameter.ranges:
+            if name in low_rank:
+                matrix = theta.view(parameter.shape)
+                _subtract_low_rank_(matrix, low_rank[name], sources[name], stagings, how, backend)
+            else:
+                _subtract_(theta, first, sources[name], stagings, how, backend)
     return len(parameters)
 
 
 def _checkpoint_sources(name: str, entry: TensorEntry | None, tuned: Checkpoint, base: Checkpoint) -> "list[_Source]":
     """Tuned and base values of a parameter. entry: its tensor in an adapter, stored there as a whole."""
     tuned_name = stored_name(tuned, name) if entry is None else entry.name
-    stored = ((tuned, tuned_name), (base, stored_name(base, name)))
-    return [_Source.of_checkpoint(checkpoint, as_, str(checkpoint.path)) for checkpoint, as_ in stored]
+    return [_Source.of_checkpoint(tuned, tuned_name), _Source.of_checkpoint(base, stored_name(base, name))]
 
 
 def _subtract_(
@@ -121,7 +119,7 @@ def _subtract_(
     how: Mapping[str, Any],
     backend: str,
 ) -> None:
-    """Subtract chunk by chunk from a flat view whose first element is number ``first`` of the tensor."""
+    """Subtract chunk by chunk from a flat view of consecutive elements; ``first`` is the number of the first one."""
     for chunk in _chunks(theta.numel()):
         elements = slice(first + chunk.start, first + chunk.stop)
         with _on_device([source.chunk(elements) for source in sources], theta, stagings) as arrays:
@@ -138,7 +136,7 @@ def _subtract_low_rank_(
     how: Mapping[str, Any],
     backend: str,
 ) -> None:
-    """Some rows of a matrix at a time, with the rows of the left factor that make their task vector."""
+    """Subtract from some rows of a matrix at a time, with the rows of the left factor that belong to them."""
     rows, columns = theta.shape
     left, right = map(torch.from_numpy, update.factors())
     right = right.to(theta.device)
@@ -146,13 +144,13 @@ def _subtract_low_rank_(
     for first in range(0, rows, step):
         end = min(first + step, rows)
         part = slice(first * columns, end * columns)
-        chunk = [left[first:end].reshape(-1), *(each.values[part] for each in importances)]
+        chunk = [left[first:end].reshape(-1), *(source.values[part] for source in importances)]
         with _on_device(chunk, theta, stagings) as (factor, *arrays):
             low_rank_subtract_(
                 theta[first:end],
                 factor.view(end - first, len(right)),
                 right,
-                *(each.view(end - first, columns) for each in arrays),
+                *(array.view(end - first, columns) for array in arrays),
                 scale=update.scale,
                 **how,
                 backend=backend,
@@ -163,9 +161,9 @@ def _subtract_low_rank_(
 
 @dataclass(frozen=True)
 class _Source:
-    """The values of one tensor, one after another: in memory, or a view of a mapped file.
+    """The flat values of one tensor: in memory, or a view of a mapped file.
 
-    firsts: where in the tensor the runs of ``values`` begin, all of one length, if it is sharded.
+    firsts: if the tensor is sharded, ``values`` are ranges of it of equal length, and these are their first elements.
     """
 
     values: Tensor
@@ -176,17 +174,17 @@ class _Source:
     firsts: Sequence[int] = (0,)
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str) -> "_Source":
-        """A tensor that is not read before its values are. Raises InputError if its type has no arithmetic."""
+    def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str = "") -> "_Source":
+        """A mapped tensor. where: what messages call the input. Raises InputError if its type has no arithmetic."""
         entry = checkpoint.tensors[name]
         if entry.dtype not in KERNEL_CODES:
             raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
         file = checkpoint.file_of(entry)
-        # By address, as torch warns of memory that is read-only; nothing here writes to it.
+        # By address, because torch warns of read-only memory; nothing here writes to it.
         memory = (ctypes.c_ubyte * entry.size).from_address(file.address + entry.begin)
         dtype = torch_dtype(entry.dtype)
         values = torch.frombuffer(memory, dtype=dtype) if entry.size else torch.empty(0, dtype=dtype)
-        return cls(values, entry.shape, where, file, entry.begin)
+        return cls(values, entry.shape, where or str(checkpoint.path), file, entry.begin)
 
     @classmethod
     def of_importance(cls, importance: Importance, stored: Checkpoint | None, name: str) -> "_Source":
@@ -197,22 +195,22 @@ class _Source:
         firsts = [first for first, _ in held_ranges(tensor)]
         return cls(held(tensor).reshape(-1), tuple(tensor.shape), "the importance", firsts=firsts)
 
-    def chunk(self, place: slice) -> Tensor:
-        """The values [start, stop) of the whole tensor. Raises InputError if they are not held here."""
+    def chunk(self, elements: slice) -> Tensor:
+        """These elements of the whole tensor. Raises InputError if this process does not hold them."""
         if len(self.values) == math.prod(self.shape):
-            return self.values[place]
+            return self.values[elements]
         length = len(self.values) // max(1, len(self.firsts))
-        number = bisect_right(self.firsts, place.start) - 1
-        if number < 0 or place.stop > self.firsts[number] + length:
-            raise InputError(f"{self.where} is sharded otherwise than the module; save it, give its directory")
+        number = bisect_right(self.firsts, elements.start) - 1
+        if number < 0 or elements.stop > self.firsts[number] + length:
+            raise InputError(f"{self.where} is sharded differently from the module; save it and give its directory")
         shift = number * length - self.firsts[number]
-        return self.values[place.start + shift : place.stop + shift]
+        return self.values[elements.start + shift : elements.stop + shift]
 
-    def release(self, part: slice) -> None:
-        """Give back the pages of a part that has been read."""
+    def release(self, elements: slice) -> None:
+        """Drop the pages of elements that were read from the memory of this process."""
         if self.file is not None:
             width = self.values.element_size()
-            self.file.release(self.begin + part.start * width, self.begin + part.stop * width)
+            self.file.release(self.begin + elements.start * width, self.begin + elements.stop * width)
 
 
 def _stored(importance: Importance) -> Checkpoint | None:
@@ -228,7 +226,7 @@ def _chunks(count: int) -> Iterator[slice]:
 
 
 def _staging(device: torch.device) -> Staging | None:
-    """The way to ``device``; the CPU reads mapped files as they lie."""
+    """Staging for a device; the CPU reads mapped files directly."""
     return None if device.type == "cpu" else Staging(device, 4 * (4 * CHUNK + ALIGNMENT))
 
 
@@ -237,12 +235,12 @@ def _on_device(
 ) -> AbstractContextManager[list[Tensor]]:
     staging = stagings[theta.device]
     if staging is None:
-        return nullcontext([each.to(theta.device) for each in chunk])
+        return nullcontext([array.to(theta.device) for array in chunk])
     return staging.on_device(chunk)
 
 
 def _covered(parameters: dict[str, Held], importances: list[Importance]) -> dict[str, Held]:
-    """The parameters to subtract from; each importance must cover the same ones, and nothing else."""
+    """The parameters to subtract from. Raises InputError unless all importances cover the same parameters."""
     for importance in importances:
         unknown = importance.tensors.keys() - parameters.keys()
         if unknown:
@@ -250,9 +248,7 @@ def _covered(parameters: dict[str, Held], importances: list[Importance]) -> dict
         uneven = importance.tensors.keys() ^ importances[0].tensors.keys()
         if uneven:
             raise InputError(f"tensor {min(uneven)} is in one importance and not in the other")
-    if importances:
-        parameters = {name: each for name, each in parameters.items() if name in importances[0].tensors}
-    return parameters
+    return {name: parameters[name] for name in parameters if not importances or name in importances[0].tensors}
 
 
 def _importances(
@@ -268,7 +264,7 @@ def _importances(
 
 
 def stored_name(source: Checkpoint, name: str) -> str:
-    """The tensor of ``source`` that holds parameter ``name``, by its stored name, or that which it is tied to.
+    """The tensor of ``source`` that holds parameter ``name``: its own, or the one that it is tied to.
 
     Raises InputError if there is none.
     """
@@ -289,11 +285,11 @@ def _check_parameters(module: nn.Module) -> None:
 
 def _check_source(name: str, parameter: Held, source: _Source) -> None:
     if parameter.shape != source.shape:
-        found = f"{list(source.shape)} in {source.where}"
-        raise InputError(f"tensor {name}: shape {list(parameter.shape)} in the module, {found}")
+        shapes = f"shape {list(parameter.shape)} in the module, {list(source.shape)} in {source.where}"
+        raise InputError(f"tensor {name}: {shapes}")
     if source.values.dtype not in DTYPE_CODES:
         raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it has no arithmetic")
-    for first, theta in parameter.pieces:
+    for first, theta in parameter.ranges:
         for chunk in _chunks(theta.numel()):
             elements = slice(first + chunk.start, first + chunk.stop)
             if not bool(torch.isfinite(source.chunk(elements)).all()):

@@ -1,11 +1,11 @@
-"""The shards of a run into a directory, cut into parts; each is written by one rank and noted once durable.
+"""The shards of a run into a directory, divided into parts; each is written by one rank and noted once it is durable.
 
-A part is a run of a shard's chunks. What was noted stays done, however many ranks go on after a stop.
+A part is consecutive chunks of one shard. A part that was noted stays done, whatever the number of ranks that resume.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from perta_fast.subtraction.matching import TensorMatch
 
 _PART_NOTE = re.compile(r"part-(\d{1,12})-(\d{1,12})-(.*)\.json", re.DOTALL)
 
-Totals = dict[int, Statistics]  # what the chunks of each tensor add up to
+Totals = dict[int, Statistics]  # by number of the match: sums over chunks
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One weight file of the output. matches: of its tensors, by number. chunk: elements of a chunk."""
+    """One weight file of the output. matches: of its tensors, by number. state: where notes go. chunk: elements."""
 
     source: SafetensorsFile
     path: Path
@@ -39,11 +39,11 @@ class Shard:
 
     @property
     def count(self) -> int:
-        """Its chunks, which are numbered from 0; none has elements of two tensors."""
+        """The number of its chunks; no chunk has elements of two tensors."""
         return sum(self._chunks_of(match) for match in self.matches.values())
 
-    def stretches(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Chunks [begin, end) as stretches of tensors: a match's number, and its elements from and to."""
+    def ranges(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The elements of chunks [begin, end): for each tensor the number of its match, and the range in it."""
         first = 0
         for index, match in self.matches.items():
             after = first + self._chunks_of(match)
@@ -54,10 +54,10 @@ class Shard:
 
     def cost(self, begin: int, end: int) -> int:
         """Bytes that the chunks [begin, end) move."""
-        return sum(bytes_moved(self.matches[k], stop - start) for k, start, stop in self.stretches(begin, end))
+        return sum(bytes_moved(self.matches[index], stop - start) for index, start, stop in self.ranges(begin, end))
 
     def begin_file(self) -> None:
-        """Make the file anew, with its header alone."""
+        """Make the file, or empty it, and write the header."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             write_fully(descriptor, memoryview(self.source.header), 0)
@@ -65,19 +65,19 @@ class Shard:
             os.close(descriptor)
 
     def done(self) -> dict[tuple[int, int], Totals]:
-        """The parts that are noted. Raises InputError if a note is damaged, or what it says cannot be."""
-        found = {}
+        """The totals of the parts that are noted. Raises InputError if notes are damaged or contradict each other."""
         whole = self.state / f"done-{self.path.name}.json"
         if whole.exists():
             return {(0, self.count): self._read(whole)}
+        noted = {}
         for note in self.state.glob("part-*"):
             match = _PART_NOTE.fullmatch(note.name)
             if match and match[3] == self.path.name:
-                found[int(match[1]), int(match[2])] = self._read(note)
-        places = [number for part in sorted(found) for number in part]
-        if places != sorted(places) or (places and (places[-1] > self.count or not self.path.exists())):
+                noted[int(match[1]), int(match[2])] = self._read(note)
+        bounds = [number for part in sorted(noted) for number in part]
+        if bounds != sorted(bounds) or (bounds and (bounds[-1] > self.count or not self.path.exists())):
             raise InputError(f"{self.state}: its notes on {self.path.name} do not fit; start over with --overwrite")
-        return found
+        return noted
 
     def _read(self, note: Path) -> Totals:
         content = read_record(note)
@@ -99,7 +99,7 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the shard."""
+        """Whether it is the whole shard."""
         return (self.begin, self.end) == (0, self.shard.count)
 
     @property
@@ -110,12 +110,12 @@ class Part:
     def chunks(self) -> Iterator["PartChunk"]:
         """Its chunks, in order."""
         size = self.shard.chunk
-        for index, start, stop in self.shard.stretches(self.begin, self.end):
-            for place in range(start, stop, size):
-                yield PartChunk(index, place, min(size, stop - place), self)
+        for index, start, stop in self.shard.ranges(self.begin, self.end):
+            for first in range(start, stop, size):
+                yield PartChunk(index, first, min(size, stop - first), self)
 
     def note(self, totals: Totals) -> None:
-        """Record that it is written, and flushed."""
+        """Record, durably, that it is written and flushed."""
         name = self.shard.path.name
         file = f"done-{name}.json" if self.whole else f"part-{self.begin}-{self.end}-{name}.json"
         write_record(self.shard.state / file, totals)
@@ -123,7 +123,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartChunk(Chunk):
-    """A chunk that knows the part that it is of."""
+    """A chunk that knows its part."""
 
     part: Part
 
@@ -143,7 +143,7 @@ def begun_shards(state: Path) -> set[str]:
     return names | {match[3] for match in parts if match}
 
 
-def left_of(shard: Shard, done: Sequence[tuple[int, int]]) -> list[Part]:
+def remaining_parts(shard: Shard, done: Collection[tuple[int, int]]) -> list[Part]:
     """The parts of ``shard`` between those that are ``done``."""
     if not done:
         return [Part(shard, 0, shard.count)]
@@ -152,27 +152,27 @@ def left_of(shard: Shard, done: Sequence[tuple[int, int]]) -> list[Part]:
     return [Part(shard, end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
 
 
-def deal_in_order(parts: Sequence[Part], hands: int) -> list[list[Part]]:
-    """Cut ``parts`` into one run for each hand, of about the same cost; a file that is copied is not cut.
+def deal_in_order(parts: Sequence[Part], ranks: int) -> list[list[Part]]:
+    """Consecutive parts for each rank, of about the same cost; a file that is copied is not cut.
 
-    The hands' runs follow each other, so that but for its ends a hand has its files to itself.
+    A rank shares with others only the files at the ends of its parts.
     """
     total = sum(part.cost for part in parts)
-    dealt: list[list[Part]] = [[] for _ in range(hands)]
-    hand = given = 0
+    dealt: list[list[Part]] = [[] for _ in range(ranks)]
+    rank = cost = 0
     for whole in parts:
         rest: Part | None = whole
         while rest is not None:
-            while hand < hands - 1 and given >= total * (hand + 1) / hands:
-                hand += 1
-            part, rest = _cut(rest, total * (hand + 1) / hands - given) if hand < hands - 1 else (rest, None)
-            dealt[hand].append(part)
-            given += part.cost
+            while rank < ranks - 1 and cost >= total * (rank + 1) / ranks:
+                rank += 1
+            part, rest = _cut(rest, total * (rank + 1) / ranks - cost) if rank < ranks - 1 else (rest, None)
+            dealt[rank].append(part)
+            cost += part.cost
     return dealt
 
 
 def _cut(part: Part, size: float) -> tuple[Part, Part | None]:
-    """The first chunks of ``part`` that move ``size`` bytes or a little more, and the rest if there is one."""
+    """The first chunks of ``part``, which move ``size`` bytes or a little more, and the rest, if any."""
     low, high = part.begin, part.end
     if part.shard.unchanged or part.cost <= size:
         return part, None

@@ -23,7 +23,7 @@ from perta_fast.subtraction.matching import TensorMatch
 
 
 def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
-    """The report of a run that is about to start."""
+    """The report of a run that begins."""
     report = Report(
         rule=rule.name,
         **asdict(rule.rescaling),
@@ -84,8 +84,8 @@ def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = R
 
 def describe_output(report: Report, shards: list[Path], final: Path, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
     """Hash the shards of the output, which will be or is at ``final``, dealt over ``ranks``."""
-    found = describe_files(_hash(report, shards, "hash output", job, ranks), shards[0].parent)
-    report.output = DirectoryRecord(path=str(final), files=found["files"])
+    record = describe_files(_hash(report, shards, "hash output", job, ranks), shards[0].parent)
+    report.output = DirectoryRecord(path=str(final), files=record["files"])
 
 
 def _hash(report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks) -> dict[Path, str]:
@@ -96,9 +96,9 @@ def _hash(report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks)
         own = [files[k] for k in deal(list(sizes.values()), ranks.world)[ranks.rank]]
         with Bar(sum(sizes[path] for path in own), phase, job.progress) as bar:
             hashes = hash_files(own, report.threads, bar.update, job.drop_cache)
-    found = {path: digest for part in ranks.gather(hashes) for path, digest in part.items()}
+    by_path = {path: digest for part in ranks.gather(hashes) for path, digest in part.items()}
     report.add_phase(phase, time.perf_counter() - started, sum(sizes.values()))
-    return {path: found[path] for path in files}
+    return {path: by_path[path] for path in files}
 
 
 def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
@@ -129,5 +129,5 @@ def _importance_warnings(importance: Mapping[str, ImportanceRecord]) -> list[str
             f"retain importance at {retain['evaluated_at']}"
         )
     if slow := forget["one_by_one"] or retain["one_by_one"]:
-        warnings.append(f"no batched rule fits these parameters, which took a pass for each sample: {', '.join(slow)}")
+        warnings.append(f"these parameters took a backward pass for each sample, not batches: {', '.join(slow)}")
     return warnings

@@ -1,4 +1,4 @@
-"""Arrays on their way to an accelerator, through pinned buffers, while it works on the arrays before them."""
+"""Copies arrays to an accelerator, through pinned buffers, while it works on the arrays before them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ class _Slot:
 
 
 class Staging:
-    """Two pairs of buffers, pinned on the host and on the device, which are filled in turn.
+    """Two slots that are filled in turn: a pinned buffer on the host and one on the device.
 
-    While a kernel works on one chunk, the next one is copied on a stream of its own, and the host reads on.
+    While a kernel works on one chunk, the next one is copied on a second stream, and the host reads the one after it.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
@@ -33,7 +33,7 @@ class Staging:
         self._device = device
         self._runtime = torch.get_device_module(device)
         self._stream = self._runtime.Stream(device)
-        # The device buffers may be memory that work on the current stream still uses.
+        # Work on the current stream may still use the memory of the new device buffers.
         self._stream.wait_stream(self._runtime.current_stream(device))
         self._slots = cycle([self._slot(size) for _ in range(2)])
 
@@ -47,10 +47,10 @@ class Staging:
 
     @contextmanager
     def on_device(self, chunk: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield the arrays on the device, for what the block launches on the current stream and nothing later.
+        """Yield the arrays on the device, for use inside the block, on the current stream.
 
-        chunk: one-dimensional arrays, which may be changed as soon as the block is entered; those that are on
-        the device already are passed through.
+        chunk: one-dimensional arrays, which may be changed once the block is entered; arrays that are on the device
+        already are passed through.
         """
         slot = next(self._slots)
         slot.copied.synchronize()  # before the host buffer is written again
@@ -59,9 +59,9 @@ class Staging:
             if array.device == self._device:
                 arrays.append(array)
                 continue
-            place = slice(end, end + array.nbytes)
-            slot.host[place].view(array.dtype).copy_(array)
-            arrays.append(slot.device[place].view(array.dtype))
+            part = slice(end, end + array.nbytes)
+            slot.host[part].view(array.dtype).copy_(array)
+            arrays.append(slot.device[part].view(array.dtype))
             end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         with self._runtime.stream(self._stream):
             self._stream.wait_event(slot.used)

@@ -1,12 +1,11 @@
-"""A run into a new directory. If it is stopped, it is resumed shard by shard."""
+"""A run into a new directory; a run that was stopped is resumed at the first part that is not done."""
 
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from perta_fast.checkpoints.companions import copy_companions
@@ -26,16 +25,25 @@ from perta_fast.records.versions import now
 from perta_fast.subtraction.compute import Chunk, Statistics
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
-from perta_fast.subtraction.parts import Part, PartChunk, Shard, Totals, begun_shards, deal_in_order, left_of, shards_of
+from perta_fast.subtraction.parts import (
+    Part,
+    PartChunk,
+    Shard,
+    Totals,
+    begun_shards,
+    deal_in_order,
+    remaining_parts,
+    shards_of,
+)
 from perta_fast.subtraction.report_entries import add_up, added_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.subtraction.unfinished import STATE, WALK, has_begun
 
 _FREE_MARGIN = 64 << 20  # bytes of disk left for small files
 _FICLONE = 0x40049409  # Linux: share the data of another file
 
-# Writes the shards of a run's directory and says what became of each tensor; returns the sources to describe.
+# Writes the shards of a run's directory and reports on each tensor; returns the sources to describe.
 Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
-# Writes durably, beside the job, what else a run needs to be resumed.
+# Writes, durably and beside the job, what else a run needs to be resumed.
 Prepare = Callable[[Path], object]
 
 
@@ -54,7 +62,7 @@ def write_directory(
 def run_to_directory(
     job: Job, sources: Sources, target: OutputDirectory, fill: Fill, ranks: Ranks, prepare: Prepare | None = None
 ) -> Report:
-    """The first rank makes the directory and commits it; what is between, all do."""
+    """All ranks do the run; the first one makes the directory and commits it."""
     report = job.begun_report()
     final = target.final
     try:
@@ -62,10 +70,10 @@ def run_to_directory(
             with ranks.together("the output directory"):
                 if ranks.first:
                     opened.enter_context(target)
-                    opened.push(partial(_keep_what_is_done, target))
+                    opened.callback(_keep_what_is_done, target)
                     state = target.path / STATE
                     state.mkdir(exist_ok=True)
-                    if prepare is not None:  # first: a run that has a job can be resumed
+                    if prepare is not None:  # before the job: a run that has a job can be resumed
                         prepare(state)
                     job.save(state / JOB)
                     _keep_only_shards(target.path, sources)
@@ -82,21 +90,21 @@ def run_to_directory(
                     report.save(target.path)
                     target.commit()
     except KeyboardInterrupt:
-        if _stays(target):
+        if _can_be_resumed(target):
             raise Interrupted(
                 f"interrupted; the inputs are untouched. Finish the run with: {job.resume_command}"
             ) from None
         raise
     except RankLost as error:
-        rest = f"Finish the run with: {job.resume_command}" if _stays(target) else "Run the same command again"
+        rest = f"Finish the run with: {job.resume_command}" if _can_be_resumed(target) else "Run the same command again"
         raise RankLost(f"{error}. The inputs are untouched. {rest}") from error
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and _stays(target):
+        if is_out_of_memory(error) and _can_be_resumed(target):
             raise RunError(
                 "out of memory; the inputs are untouched. Finish the run where more is free with: "
                 f"{job.resume_command}, or start over with --overwrite and a smaller --batch-size"
             ) from error
-        if ranks.first and is_shared(error) and not isinstance(error, NotFiniteError) and _stays(target):
+        if ranks.first and is_shared(error) and not isinstance(error, NotFiniteError) and _can_be_resumed(target):
             rest = f"The inputs are untouched. Finish the run with: {job.resume_command}"
             raise RunError(f"{error}. {rest}") from error
         raise
@@ -105,18 +113,17 @@ def run_to_directory(
     return report
 
 
-def _stays(target: OutputDirectory) -> bool:
-    """Whether the run can be resumed if it ends now, whichever rank noted its work."""
+def _can_be_resumed(target: OutputDirectory) -> bool:
+    """Whether any rank has noted work to go on from."""
     return target.keep or has_begun(target.final)
 
 
-def _keep_what_is_done(target: OutputDirectory, *_: object) -> None:
-    """However the run ends."""
-    target.keep = _stays(target)
+def _keep_what_is_done(target: OutputDirectory) -> None:
+    target.keep = _can_be_resumed(target)
 
 
 def _keep_only_shards(directory: Path, sources: Sources) -> None:
-    """Remove what an earlier attempt left, but for its state and the shards that it has done or begun."""
+    """Remove what an earlier attempt left, except its state and the shards that it has done or begun."""
     state = directory / STATE
     done = begun_shards(state)
     if (state / WALK).exists():
@@ -127,14 +134,14 @@ def _keep_only_shards(directory: Path, sources: Sources) -> None:
 
 
 def clear_up(final: Path, job: Job) -> None:
-    """Remove what a finished run needs no more."""
+    """Remove what a finished run no longer needs."""
     if job.temporary:
         remove(scratch_path(final))
     remove(final / STATE)
 
 
 class _Writer:
-    """Takes chunks from many threads; a thread of its own flushes each part that is complete and notes it."""
+    """Writes chunks from many threads; its own thread flushes each complete part, then notes it."""
 
     def __init__(self, directory: Path, parts: list[Part], drop_cache: bool) -> None:
         self._directory, self._drop_cache = directory, drop_cache
@@ -145,10 +152,7 @@ class _Writer:
         self._thread = ThreadPoolExecutor(1)
         self._finished: list[Future[None]] = []
 
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._thread.shutdown()
         for descriptor in self._open.values():
             os.close(descriptor)
@@ -168,16 +172,16 @@ class _Writer:
                 self.finish(part)
 
     def finish(self, part: Part) -> None:
-        """Have a part flushed and noted, whose last byte is written."""
+        """Flush and note a part whose last byte is written, in the background."""
         self._finished.append(self._thread.submit(self._flush, part))
 
     def wait(self) -> None:
-        """Until all are noted; raises what went wrong."""
-        for each in self._finished:
-            each.result()
+        """Wait until all parts are noted; raises the first error of that."""
+        for noted in self._finished:
+            noted.result()
 
     def _descriptor(self, part: Part) -> int:
-        """The open file; begun over what an earlier attempt may have left, if it is this part's alone."""
+        """The open file of a part; a part that is a whole shard starts the file again."""
         if part not in self._open:
             if part.whole and not part.shard.unchanged:
                 part.shard.begin_file()
@@ -197,17 +201,17 @@ class _Writer:
 
 
 def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report, *, ranks: Ranks) -> Sources:
-    """Subtract part by part, from importances on disk, if any; return ``sources``.
+    """Subtract part by part, with importances from disk, if any; return ``sources``.
 
-    Each rank writes, flushes and notes its own parts. Only the ends of what a rank is dealt lie in files that
-    others write to as well; the first rank makes these before anyone writes.
+    Each rank writes, flushes and notes its own parts. Two ranks may write into one file, where the parts of one end and
+    those of the next begin; the first rank makes such files before anyone writes.
     """
     shards = shards_of(sources, target.path, target.path / STATE, job.chunk)
     with ranks.together("the notes of what is done"):
         done = [shard.done() if ranks.first else {} for shard in shards]
     done = ranks.share(done)
-    rest = [part for shard, known in zip(shards, done, strict=True) for part in left_of(shard, list(known))]
-    dealt = deal_in_order(rest, ranks.world)
+    remaining = [part for shard, known in zip(shards, done, strict=True) for part in remaining_parts(shard, known)]
+    dealt = deal_in_order(remaining, ranks.world)
     with ranks.together("the output files"):
         if ranks.first:
             divided = {part.shard.path: part.shard for parts in dealt for part in parts if not part.whole}
@@ -216,38 +220,36 @@ def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Re
                     shard.begin_file()
                     sync_file(shard.path)
     started = time.perf_counter()
-    finished = sum(shard.cost(*place) for shard, known in zip(shards, done, strict=True) for place in known)
+    finished = sum(shard.cost(*chunks) for shard, known in zip(shards, done, strict=True) for chunks in known)
     with ranks.together("the subtraction"):
-        own = _write_parts(job, sources, target.path, dealt[ranks.rank], finished)
-    every = [sums for known in done for sums in known.values()] + ranks.gather(own)
-    report.add_phase("apply", time.perf_counter() - started, sum(part.cost for part in rest))
-    describe_tensors(report, sources.matches, added_up(every))
+        totals = _write_parts(job, sources, target.path, dealt[ranks.rank], finished)
+    all_totals = [sums for known in done for sums in known.values()] + ranks.gather(totals)
+    report.add_phase("apply", time.perf_counter() - started, sum(part.cost for part in remaining))
+    describe_tensors(report, sources.matches, added_up(all_totals))
     return sources
 
 
 def _write_parts(job: Job, sources: Sources, directory: Path, parts: list[Part], finished: int) -> Totals:
-    """Write ``parts``, after ``finished`` bytes of others; return what their chunks add up to."""
-    copied = [part for part in parts if part.shard.unchanged]
+    """Write ``parts`` and return their totals. finished: bytes that were done before, for the progress."""
+    total = finished + sum(part.cost for part in parts)
     with (
-        Bar(finished + sum(part.cost for part in parts), "apply", job.progress, done=finished) as bar,
-        _Writer(directory, parts, job.drop_cache) as writer,
+        Bar(total, "apply", job.progress, done=finished) as bar,
+        closing(_Writer(directory, parts, job.drop_cache)) as writer,
     ):
-        for part in copied:
-            _copy_shard(part.shard, job.link_unchanged)
-            writer.finish(part)
-            bar.update(part.cost)
-        changing = [part for part in parts if part not in copied]
-        for part in changing:
-            if part.begin == part.end:  # nothing but empty tensors
+        for part in parts:
+            if part.shard.unchanged:
+                _copy_shard(part.shard, job.link_unchanged)
+                bar.update(part.cost)
+            if part.shard.unchanged or part.begin == part.end:  # the latter: all its tensors are empty
                 writer.finish(part)
-        chunks = (chunk for part in changing for chunk in part.chunks())
+        chunks = (chunk for part in parts if not part.shard.unchanged for chunk in part.chunks())
         job.subtraction(sources).run(chunks, writer.store, bar.update)
         writer.wait()
     return added_up(writer.totals.values())
 
 
 def _copy_shard(shard: Shard, link: bool) -> None:
-    """Copy a whole file; ``link``: share its data, or be the same file, where the file system can."""
+    """Copy a whole file. link: share the data, or make a hard link, if the file system can."""
     remove(shard.path)
     source = os.open(shard.source.path, os.O_RDONLY)
     try:
@@ -280,7 +282,7 @@ def _share(source: int, target: int) -> bool:
 
 
 def finish_leftover(final: Path) -> Report:
-    """Finish a run that was stopped after its last rename: remove what it replaced, then its own files."""
+    """Finish a run that was stopped after its last rename: remove what it replaced, then its state."""
     remove_replaced(final)
     try:
         job = Job.load(final / STATE / JOB)

@@ -101,7 +101,7 @@ class LiveModel(ScoredModel):
         super().__init__(examinee, data, metric)
         self._model, self._base, self._tuned = model, base, tuned
         held = held_tensors(self.subject.module)
-        self._stored = [(tensor.pieces, stored_name(model, name)) for name, tensor in held.items()]
+        self._stored = [(tensor.ranges, stored_name(model, name)) for name, tensor in held.items()]
 
     def measure(self, rule: Rule, importances: Importances) -> ScoredSetting:
         """Subtract, score, and put theta_full back."""

@@ -19,7 +19,7 @@ from perta_fast.errors import RankLost, RunError
 from perta_fast.runs import apply as application
 from perta_fast.subtraction import parts, to_directory
 from perta_fast.subtraction.matching import TensorMatch
-from perta_fast.subtraction.parts import Part, Shard, deal_in_order, left_of
+from perta_fast.subtraction.parts import Part, Shard, deal_in_order, remaining_parts
 from tests.distributed.launch import on_ranks
 from tests.support.checkpoints import fingerprint
 from tests.support.inputs import Inputs, write_inputs
@@ -207,7 +207,7 @@ def numbers(part: Part) -> list[tuple[int, int]]:
 
 @given(SHARDS, st.integers(1, 9), st.integers(1, 6))
 def test_every_chunk_is_dealt_once_in_order_and_evenly(counts: list[list[int]], chunk: int, hands: int) -> None:
-    whole = [part for each in counts for part in left_of(shard(each, chunk), [])]
+    whole = [part for each in counts for part in remaining_parts(shard(each, chunk), [])]
     dealt = deal_in_order(whole, hands)
     assert [n for hand in dealt for part in hand for n in numbers(part)] == [n for part in whole for n in numbers(part)]
     assert {part.shard for hand in dealt for part in hand} == {part.shard for part in whole}  # empty files too
@@ -227,5 +227,5 @@ def test_what_is_left_is_what_is_not_done(counts: list[int], chunk: int, data: s
     places = sorted(data.draw(st.sets(st.integers(0, one.count), max_size=6)))
     done = list(zip(places[::2], places[1::2], strict=False))
     covered = {n for begin, end in done for n in range(begin, end)}
-    left = [n for part in left_of(one, done) for n in range(part.begin, part.end)]
+    left = [n for part in remaining_parts(one, done) for n in range(part.begin, part.end)]
     assert sorted(left) == sorted(set(range(one.count)) - covered)

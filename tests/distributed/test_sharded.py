@@ -167,7 +167,7 @@ def _applied_as_placed(group: Any, folder: Path) -> dict[str, Any]:
     ):
         found[name] = _apply(placed(make("gpt2"), mesh, placements), folder, importances, group)
     columns = placed(make("gpt2"), line, [Shard(1)])
-    with pytest.raises(InputError, match="sharded otherwise than the module"):
+    with pytest.raises(InputError, match="sharded differently from the module"):
         _apply(columns, folder, in_memory, group)
     assert same(whole(columns), whole(make("gpt2")))
     return found
