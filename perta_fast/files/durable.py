@@ -1,4 +1,4 @@
-"""Writing files so that a crash loses nothing: whole writes, flushed to the disk, in order."""
+"""Writing files so that a crash loses nothing: whole writes, in order, flushed to the disk."""
 
 import errno
 import json
@@ -10,11 +10,15 @@ from typing import Any
 from blake3 import blake3
 
 from perta_fast.errors import InputError
-from perta_fast.files.reading import regular_file
+from perta_fast.files.reading import read_bytes
+
+# What the system answers where it cannot copy between two files within the kernel.
+_NO_COPY_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_STEP = 1 << 20  # bytes that are copied through memory at a time
 
 
 def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data`` at ``offset``, in as many calls as it takes."""
+    """Write all of ``data`` at ``offset``; the system may write only a part in one call."""
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
@@ -28,27 +32,21 @@ def copy_range(source: int, target: int, size: int, source_offset: int, target_o
     while size:
         try:
             count = os.copy_file_range(source, target, size, source_offset, target_offset)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        except (OSError, AttributeError) as error:  # AttributeError: not Linux
+            if isinstance(error, OSError) and error.errno not in _NO_COPY_IN_KERNEL:
                 raise
-            count = _copy_through_memory(source, target, min(size, 1 << 20), source_offset, target_offset)
-        except AttributeError:  # not Linux
-            count = _copy_through_memory(source, target, min(size, 1 << 20), source_offset, target_offset)
+            data = os.pread(source, min(size, _STEP), source_offset)
+            write_fully(target, memoryview(data), target_offset)
+            count = len(data)
         if count == 0:
             raise OSError(errno.EIO, "the file ended too early")
         size, source_offset, target_offset = size - count, source_offset + count, target_offset + count
 
 
-def _copy_through_memory(source: int, target: int, size: int, source_offset: int, target_offset: int) -> int:
-    data = os.pread(source, size, source_offset)
-    write_fully(target, memoryview(data), target_offset)
-    return len(data)
-
-
 def write_file(path: Path, data: bytes, beside: Path | None = None) -> None:
     """Make ``path`` hold ``data``: after a crash it holds the old content or the new, never a part.
 
-    beside: where it is built, in the same directory; ``path`` with ".new" at its end if not given.
+    beside: where the file is built, in the same directory; None is ``path`` with ".new" at its end.
     """
     beside = beside or path.with_name(f"{path.name}.new")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -61,18 +59,14 @@ def write_file(path: Path, data: bytes, beside: Path | None = None) -> None:
 
 
 def write_record(path: Path, content: Any) -> None:
-    """``write_file`` of JSON with its hash."""
+    """Write JSON with its hash, as ``write_file`` does."""
     text = json.dumps(content)
     write_file(path, f"{blake3(text.encode()).hexdigest()}\n{text}\n".encode())
 
 
 def read_record(path: Path) -> Any:
-    """What ``write_record`` wrote. Raises InputError if the file cannot be read or has been damaged."""
-    try:
-        with open(path, "rb", opener=regular_file) as file:
-            digest, _, text = file.read().partition(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    """What ``write_record`` wrote. Raises InputError if the file cannot be read or is damaged."""
+    digest, _, text = read_bytes(path).partition(b"\n")
     text = text.removesuffix(b"\n")
     if blake3(text).hexdigest().encode() != digest:
         raise InputError(f"{path}: is damaged: it does not have the hash that it was written with")
@@ -85,13 +79,13 @@ def read_record(path: Path) -> Any:
 def move(source: Path, target: Path) -> None:
     """Rename within one file system, replacing ``target``, and flush both directories."""
     source.rename(target)
-    sync_directory(target.parent)
+    sync(target.parent)
     if source.parent != target.parent:
-        sync_directory(source.parent)
+        sync(source.parent)
 
 
-def sync_file(path: Path) -> None:
-    """Flush one file."""
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,20 +94,15 @@ def sync_file(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flush every file below ``directory``, and the directories themselves, to the disk."""
+    """Flush every file below ``directory``, and the directories themselves."""
     for root, _, names in os.walk(directory):
         for name in names:
-            sync_file(Path(root, name))
-        sync_directory(Path(root))
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush the entries of one directory."""
-    sync_file(directory)
+            sync(Path(root, name))
+        sync(Path(root))
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory with all that it holds; no error if it does not exist."""
+    """Remove a file, a link, or a directory with its content; no error if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -9,14 +9,14 @@ from blake3 import blake3
 from perta_fast.errors import RunError
 from perta_fast.files.reading import drop_pages, regular_file
 
-_STEP = 8 << 20  # bytes read at a time: the memory that one file costs
+_STEP = 8 << 20  # bytes read at a time, and so the memory that one file takes
 
 
 def hash_file(path: Path, advance: Callable[[int], None] | None = None, drop_cache: bool = False) -> str:
-    """BLAKE3 of the file's content as 64 hexadecimal digits (what the ``b3sum`` command prints).
+    """BLAKE3 of a file as 64 hexadecimal digits, as the command ``b3sum`` prints it.
 
-    advance: called with the number of bytes read each time. drop_cache: what was read does not stay in the page
-    cache. Raises RunError if the file cannot be read.
+    advance: called with the number of bytes after each read. drop_cache: keep the file out of the page cache.
+    Raises RunError if the file cannot be read.
     """
     digest = blake3()
     buffer, done = memoryview(bytearray(_STEP)), 0
@@ -37,7 +37,7 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None, drop_cac
 def hash_files(
     paths: Iterable[Path], threads: int, advance: Callable[[int], None] | None = None, drop_cache: bool = False
 ) -> dict[Path, str]:
-    """Hash each file, up to ``threads`` at a time; see ``hash_file``."""
+    """``hash_file`` of each file, up to ``threads`` at a time."""
     unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(threads) as pool:
         hashes = pool.map(lambda path: hash_file(path, advance, drop_cache), unique)

@@ -1,18 +1,18 @@
 """A write-ahead journal of new bytes: they are on the disk, with their hashes, before a shard is touched.
 
 Three segment files are filled in turn. A segment holds the new bytes of some extents of the shards, one after
-another, then a table that says where each goes and its hash; where that table lies, and its hash, stand at the
-segment's start. A segment is valid as a whole or not at all. Segment k is written over segment k - 3 only when
-k - 2 is durable and k - 3 and k - 2 are in the shards. So the valid segments say at any instant how far the run
-has come: everything before the last of them is in the shards or in a valid segment, and nothing after it has
-reached a shard. Old bytes are never kept. Replaying a segment twice gives the same as replaying it once.
+another, then a table with the position and the hash of each; the segment's start says where the table lies, and
+its hash. A segment is valid as a whole or not at all. Segment k is written over segment k - 3 only when k - 2 is
+durable and k - 3 and k - 2 are in the shards. The valid segments always say how far the run has come: everything
+before the last of them is in the shards or in a valid segment, and nothing after it has reached a shard. Old
+bytes are never kept. To apply a segment twice gives the same as to apply it once.
 """
 
 import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from perta_fast.files.durable import copy_range, write_fully
 from perta_fast.files.reading import drop_pages
 
 # What an unfinished in-place run keeps in the model's directory: see subtraction/in_place.py.
-JOURNAL = ".perta-journal"
-JOB = "job.json"
+JOURNAL, JOB = ".perta-journal", "job.json"
 SLOTS = 3
 START = 4096  # position of the first extent in a segment
 _MAGIC = b"PERTAJNL"
@@ -46,7 +45,7 @@ class Extent:
 
 @dataclass
 class Segment:
-    """One segment, being filled or read back. state: whatever the run wants to know after a crash."""
+    """A segment that is being filled or was read back. state: what the run must know after a crash."""
 
     number: int
     path: Path
@@ -55,7 +54,6 @@ class Segment:
     state: Any = None
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self.descriptor)
 
     def __enter__(self) -> "Segment":
@@ -65,23 +63,15 @@ class Segment:
         self.close()
 
     def put(self, name: str, offset: int, data: memoryview, position: int) -> None:
-        """Keep new bytes; ``position`` must be at least ``START`` and no two extents may overlap.
-
-        May be called by several threads at once.
-        """
+        """Keep new bytes at ``position``, from ``START`` on; extents must not overlap. Several threads may call it."""
         write_fully(self.descriptor, data, position)
         self.extents.append(Extent(name, offset, len(data), position, blake3(data).hexdigest()))
 
     def seal(self, state: Any) -> None:
         """Complete the segment and make it durable."""
         self.state = state
-        table = json.dumps(
-            {
-                "number": self.number,
-                "extents": [[e.name, e.offset, e.size, e.position, e.blake3] for e in self.extents],
-                "state": state,
-            }
-        ).encode()
+        content = {"number": self.number, "extents": [astuple(extent) for extent in self.extents], "state": state}
+        table = json.dumps(content).encode()
         position = max([START, *(extent.position + extent.size for extent in self.extents)])
         write_fully(self.descriptor, memoryview(table), position)
         start = _START.pack(_MAGIC, position, len(table), blake3(table).digest())
@@ -89,14 +79,10 @@ class Segment:
         self.sync()
 
     def sync(self) -> None:
-        """Flush the segment to the disk."""
         os.fsync(self.descriptor)
 
     def apply(self, shards: Mapping[str, Path], drop_cache: bool = False) -> None:
-        """Write the extents into the shards, given by name, and flush those.
-
-        drop_cache: neither they nor the segment stay in the page cache.
-        """
+        """Write the extents into the shards, by name, and flush these. drop_cache: nothing stays in the page cache."""
         targets: dict[str, int] = {}
         try:
             for extent in self.extents:
@@ -107,7 +93,7 @@ class Segment:
                 os.fsync(target)
             if drop_cache:
                 drop_pages(self.descriptor)
-                for extent in self.extents:  # not the pages that are read ahead for the next
+                for extent in self.extents:  # but not the pages that the system has read ahead
                     drop_pages(targets[extent.name], extent.offset, extent.size)
         finally:
             for target in targets.values():
@@ -115,7 +101,7 @@ class Segment:
 
 
 def new_segment(directory: Path, number: int) -> Segment:
-    """Begin segment ``number`` over an older one. What was there is no longer valid."""
+    """Begin segment ``number`` in the file of an older one, which is then no longer valid."""
     path = directory / f"segment-{number % SLOTS}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -127,10 +113,7 @@ def new_segment(directory: Path, number: int) -> Segment:
 
 
 def valid_segments(directory: Path) -> Iterator[Segment]:
-    """The segments that are whole, in the order of their numbers; each must be closed by the caller.
-
-    Raises RunError if one cannot be read.
-    """
+    """The valid segments in the order of their numbers, for the caller to close. Raises RunError."""
     try:
         read = [_read(directory / f"segment-{slot}", slot) for slot in range(SLOTS)]
     except OSError as error:
@@ -150,7 +133,7 @@ def _read(path: Path, slot: int) -> Segment | None:
 
 
 def _parse(path: Path, slot: int, descriptor: int) -> Segment | None:
-    """The segment, if every hash is right."""
+    """The segment; None unless every hash is right."""
     start = os.pread(descriptor, _START.size, 0)
     if len(start) < _START.size:
         return None
@@ -160,12 +143,11 @@ def _parse(path: Path, slot: int, descriptor: int) -> Segment | None:
     table = os.pread(descriptor, length, position)
     if len(table) != length or blake3(table).digest() != digest:
         return None
-    content = json.loads(table)  # the hash is right, so this is what a run has written
+    content = json.loads(table)  # the hash is right: a run has written this
     number, extents = content["number"], [Extent(*row) for row in content["extents"]]
-    if number % SLOTS != slot:
+    if number % SLOTS != slot or not all(_intact(descriptor, extent) for extent in extents):
         return None
-    segment = Segment(number, path, descriptor, extents, content["state"])
-    return segment if all(_intact(descriptor, extent) for extent in segment.extents) else None
+    return Segment(number, path, descriptor, extents, content["state"])
 
 
 def _intact(descriptor: int, extent: Extent) -> bool:

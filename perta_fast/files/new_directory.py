@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice
-from perta_fast.files.durable import move, remove, sync_directory, sync_tree
+from perta_fast.files.durable import move, remove, sync, sync_tree
 from perta_fast.files.journal import JOB
 from perta_fast.files.locking import lock
 
-# Below the directory that is being built: what a run, or a sweep, needs to be resumed. Its record makes it one.
+# Below the directory that is being built: the state of a run or sweep. With its record, it can be resumed.
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
 _RECORDS = (Path(RUN_STATE, JOB), Path(SWEEP_STATE, SWEEP_RECORD))
@@ -20,13 +20,11 @@ _RECORDS = (Path(RUN_STATE, JOB), Path(SWEEP_STATE, SWEEP_RECORD))
 class OutputDirectory:
     """Builds ``final`` under a hidden name beside it and renames it at the end.
 
-    A context manager: write below ``path``, then call ``commit``. Leaving without a commit removes what was
-    written and keeps what was there before, unless ``keep`` has been set because the run can be resumed. After
-    a kill the hidden directory stays; the next run to the same destination removes it, or goes on with it if
-    told to ``resume``.
+    A context manager: write below ``path``, then call ``commit``. Without a commit the end of the context removes
+    ``path``, unless ``keep`` is set because the run can be resumed. After a kill ``path`` stays: the next run to
+    ``final`` empties it, or goes on with it if ``resume``.
 
-    Raises InputError if ``final`` exists and is not empty (unless ``overwrite``) or equals one of ``inputs``,
-    RunError if it cannot be written.
+    Raises InputError as ``check_output`` does, RunError if the directory cannot be written.
     """
 
     def __init__(
@@ -34,10 +32,8 @@ class OutputDirectory:
     ) -> None:
         self.final = Path(os.path.realpath(final))  # behind a link, so that the link stays
         check_output(self.final, overwrite=overwrite, inputs=inputs)
-        self.path = partial_path(self.final)
-        self.keep = resume
-        self._resume = resume
-        self._replaced = _replaced_path(self.final)
+        self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
+        self.keep = self._resume = resume
         self._overwrite = overwrite
         self._lock: int | None = None
 
@@ -59,12 +55,12 @@ class OutputDirectory:
         return self
 
     def _forget(self) -> None:
-        """Let nothing resume what is about to be removed: a kill may come when half of it is gone."""
+        """Remove the records first: a kill may come when half of ``path`` is gone, and that must not be resumed."""
         for record in (self.path / name for name in _RECORDS):
-            with suppress(OSError):  # a disk that fails is no reason to leave the rest
+            with suppress(OSError):  # the rest is removed even if the disk fails
                 if record.exists():
                     record.unlink()
-                    sync_directory(record.parent)
+                    sync(record.parent)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -72,15 +68,12 @@ class OutputDirectory:
             self._lock = None
 
     def commit(self) -> None:
-        """Make everything durable and give the directory its name.
-
-        With ``overwrite`` the old directory is renamed until the new one has its name, then removed.
-        """
+        """Flush everything, then rename: the old directory aside if ``overwrite``, the new one to its name."""
         sync_tree(self.path)
         if self._overwrite and self.final.exists():
             remove(self._replaced)
             move(self.final, self._replaced)
-        move(self.path, self.final)  # replaces an empty directory, and no other
+        move(self.path, self.final)  # fails if a directory is there that is not empty
         remove_replaced(self.final)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -92,15 +85,14 @@ class OutputDirectory:
             self._replaced.rename(self.final)
         self._release()
         if isinstance(error, OSError):
-            raise RunError(self._explain(error)) from error
-
-    def _explain(self, error: OSError) -> str:
-        rest = f"finish it with: perta resume {self.final}" if self.keep else "nothing was left behind"
-        return f"{self.final}: could not be written: {advice(error)}. The inputs are untouched; {rest}"
+            rest = f"finish it with: perta resume {self.final}" if self.keep else "nothing was left behind"
+            raise RunError(
+                f"{self.final}: could not be written: {advice(error)}. The inputs are untouched; {rest}"
+            ) from error
 
 
 def partial_path(final: Path) -> Path:
-    """Where a run to ``final`` builds it."""
+    """The hidden name under which a run builds ``final``."""
     return final.with_name(f".{final.name}.perta-partial")
 
 
@@ -109,10 +101,10 @@ def _replaced_path(final: Path) -> Path:
 
 
 def remove_replaced(final: Path) -> None:
-    """Remove what a run replaced at ``final``, if it was killed before it did so.
+    """Remove the directory that was at ``final`` before, if a run was killed before it removed it.
 
-    While ``final`` is missing, the run was killed between its two renames, and the old directory stays. So does
-    a link or a file of that name, which no run makes.
+    It stays while ``final`` is missing, after a kill between the two renames. A link or a file of its name stays
+    too: no run makes one.
     """
     replaced = _replaced_path(final)
     if final.exists() and replaced.is_dir() and not replaced.is_symlink():
@@ -120,7 +112,7 @@ def remove_replaced(final: Path) -> None:
 
 
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Raise InputError if a run must not write to ``final``."""
+    """Raise InputError if ``final`` is or holds an input, is no directory, or, without ``overwrite``, is not empty."""
     resolved = Path(os.path.realpath(final))
     if not resolved.name:
         raise InputError(f"{final}: is the root of the file system; choose another output directory")
@@ -153,5 +145,5 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def scratch_path(destination: Path) -> Path:
-    """Where the importances of a run to, or on, ``destination`` are kept until it is done."""
+    """Where a run to, or on, ``destination`` keeps importances that it removes at its end."""
     return partial_path(destination.with_name(f".{destination.name}.perta-importance"))

@@ -1,4 +1,4 @@
-"""A single file that a command writes: checked before the work, written whole or not at all."""
+"""One file that a command writes: checked before the work, written whole or not at all."""
 
 from pathlib import Path
 
@@ -8,14 +8,15 @@ from perta_fast.files.new_directory import partial_path
 
 
 def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
-    """Raise InputError if a file must not be written to ``path``.
+    """Raise InputError if a command must not write ``path``.
 
-    endings: one of these its name must have, so that no weights are replaced by mistake.
+    Its name must have one of the ``endings``: nobody replaces weights by mistake.
     """
+    advice = f"name a file that ends in {' or '.join(endings)}"
     if path.suffix not in endings:
-        raise InputError(f"{path}: name a file that ends in {' or '.join(endings)}")
+        raise InputError(f"{path}: {advice}")
     if path.is_dir():
-        raise InputError(f"{path}: is a directory; name a file that ends in {' or '.join(endings)}")
+        raise InputError(f"{path}: is a directory; {advice}")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists; choose another file or pass --overwrite")
     if not path.parent.is_dir():
@@ -23,7 +24,7 @@ def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool) 
 
 
 def write_output_file(path: Path, content: bytes) -> None:
-    """Write or replace ``path``. Raises RunError, with what was there still there, if that cannot be done."""
+    """Write or replace ``path``. Raises RunError, and keeps the old file, if that fails."""
     beside = partial_path(path)
     try:
         write_file(path, content, beside)

@@ -11,9 +11,9 @@ from perta_fast.errors import InputError, RunError
 
 
 class PositionReader:
-    """Reads byte ranges of one file, which it opens at the first read.
+    """Reads byte ranges of one file; the first read opens it.
 
-    A file that was cut short during the run is an error; through a mapping it would kill the process.
+    If the file is cut short during the run, a read raises an error; a mapping would kill the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -21,9 +21,9 @@ class PositionReader:
         self._descriptor: int | None = None
 
     def read_into(self, buffer: memoryview, begin: int, what: str, *, drop_cache: bool = False) -> None:
-        """Fill ``buffer`` from byte ``begin`` on. drop_cache: what was read does not stay in the page cache.
+        """Fill ``buffer`` from byte ``begin`` on; ``drop_cache`` keeps these bytes out of the page cache.
 
-        Raises RunError, naming the file and ``what`` was to be read, if it cannot be read or ends too early.
+        Raises RunError, with the file and ``what`` it holds there, if it cannot be read or ends too early.
         """
         try:
             if self._descriptor is None:
@@ -60,16 +60,13 @@ def drop_pages(descriptor: int, begin: int = 0, size: int = 0) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or directory; no error for a name that no file can have."""
+    """Whether there is such a file or directory; False for a name that no file can have."""
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such a name)
 
 
 def regular_file(path: str, flags: int) -> int:
-    """The ``opener`` with which ``open`` takes a regular file, or a link to one, and nothing else.
-
-    Raises OSError at once for anything else.
-    """
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # does not wait for a pipe's other end
+    """An ``opener`` for ``open``: raises OSError at once unless ``path`` is a regular file or a link to one."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # does not wait for a pipe's other end
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
         return descriptor
@@ -79,23 +76,27 @@ def regular_file(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, "Not a regular file", path)
 
 
-def read_json(path: Path, advice: str = "") -> Any:
-    """What a regular JSON file holds. Raises InputError, naming it, with ``advice`` if it cannot be read."""
-    hint = f"; {advice}" if advice else ""
+def read_bytes(path: Path, hint: str = "") -> bytes:
+    """The content of a regular file. Raises InputError, which ends in ``hint``, if it cannot be read."""
     try:
         with open(path, "rb", opener=regular_file) as file:
-            return json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}{hint}") from error
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}{hint}") from error
+
+
+def read_json(path: Path, advice: str = "") -> Any:
+    """What a regular JSON file holds. Raises InputError, with ``advice``, if it cannot be read."""
+    hint = f"; {advice}" if advice else ""
+    content = read_bytes(path, hint)
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON{hint}") from error
 
 
 def read_text(path: Path) -> tuple[str, bytes]:
-    """The text of a UTF-8 file, and its bytes. The file is read once, so it can be a pipe.
-
-    Raises InputError, naming the file, if it cannot be read or is not UTF-8.
-    """
+    """The text of a UTF-8 file, and its bytes. It is read once, and can be a pipe. Raises InputError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -104,7 +105,7 @@ def read_text(path: Path) -> tuple[str, bytes]:
 
 
 def decode(content: bytes, path: Path) -> str:
-    """The text of what ``path`` holds, without a byte order mark. Raises InputError if it is not UTF-8."""
+    """The content of ``path`` as text, without a byte order mark. Raises InputError if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

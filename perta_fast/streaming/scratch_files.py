@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
-from perta_fast.files.durable import sync_file, write_fully
+from perta_fast.files.durable import sync, write_fully
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.reading import PositionReader
 from perta_fast.streaming.micro_batch import MicroBatch
@@ -44,7 +44,7 @@ class StepFiles:
     def flush(self) -> None:
         """Make what was written durable."""
         for path in self.written:
-            sync_file(path)
+            sync(path)
 
     def remove_discarded(self) -> None:
         """Call this only when no durable record names these files any more."""

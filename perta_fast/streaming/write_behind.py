@@ -34,7 +34,7 @@ from perta_fast.checkpoints.tied import importance_key
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
-from perta_fast.files.durable import read_record, remove, sync_directory, write_fully, write_record
+from perta_fast.files.durable import read_record, remove, sync, write_fully, write_record
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.reading import drop_pages
 from perta_fast.importance.gradients import check_finite
@@ -265,4 +265,4 @@ class WriteBehind:
         with self._together():
             copied = [index for index, match in enumerate(self._sources.matches) if match.copied is not None]
             self._subtract(self._own_chunks(copied), {})
-            sync_directory(self._target.path)
+            sync(self._target.path)

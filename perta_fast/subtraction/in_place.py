@@ -19,7 +19,7 @@ from typing import TypedDict
 
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
-from perta_fast.files.durable import move, read_record, remove, sync_directory, sync_file, write_file, write_record
+from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
 from perta_fast.files.new_directory import check_space, scratch_path
@@ -61,7 +61,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
         _rehearse(job, sources, report)
         job.report = asdict(report)
         job.save(journal / JOB)
-        sync_directory(model)
+        sync(model)
         return _finish(job, sources, journal, memory)
 
 
@@ -191,15 +191,15 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
         report.memory = memory.as_dict()
         report.finished = now()
         report.save(journal)
-        sync_file(journal / _CARD)
-        sync_file(journal / FILE_NAME)
+        sync(journal / _CARD)
+        sync(journal / FILE_NAME)
         write_file(journal / _SEALED, b"")
     indices = journal.glob("*.safetensors.index.json")
     for path in [journal / _CARD, journal / FILE_NAME, *indices, journal / "config.json"]:
         if path.exists():
             move(path, model / path.name)
     (journal / JOB).unlink()
-    sync_directory(journal)
+    sync(journal)
     if job.temporary:
         remove(scratch_path(model))
     return Report.load(model)

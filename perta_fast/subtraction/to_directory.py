@@ -13,7 +13,7 @@ from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
-from perta_fast.files.durable import copy_range, remove, sync_directory, sync_file, write_fully
+from perta_fast.files.durable import copy_range, remove, sync, write_fully
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, check_space, remove_replaced, scratch_path
 from perta_fast.files.reading import drop_pages
@@ -196,7 +196,7 @@ class _Writer:
             drop_pages(descriptor)
         with self._lock:
             os.close(self._open.pop(part))
-        sync_directory(self._directory)
+        sync(self._directory)
         part.note(self.totals[part])
 
 
@@ -218,7 +218,7 @@ def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Re
             for shard, known in zip(shards, done, strict=True):
                 if shard.path in divided and not known:
                     shard.begin_file()
-                    sync_file(shard.path)
+                    sync(shard.path)
     started = time.perf_counter()
     finished = sum(shard.cost(*chunks) for shard, known in zip(shards, done, strict=True) for chunks in known)
     with ranks.together("the subtraction"):

@@ -230,7 +230,7 @@ def at_calls(watched: int, strike: Callable[[str], None], rank: int) -> None:
         setattr(owner, name, call)
 
     for module in (write_behind, kept_importance, scratch_files):
-        for name in ("write_fully", "write_record", "sync_file", "sync_tree", "remove"):
+        for name in ("write_fully", "write_record", "sync", "sync_tree", "remove"):
             if hasattr(module, name):
                 watch(module, name)
     watch(Path, "unlink")
