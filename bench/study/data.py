@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.study.settings import Settings
 from bench.study.store import Store, digest_of
 from perta_fast.errors import InputError
-from perta_fast.evaluation.benchmark_files import read_rows
+from perta_fast.evaluation.benchmark_files import read_benchmark_file
 
 Row = Mapping[str, str]
 _FIELDS = ("question", "answer")
@@ -35,21 +35,21 @@ class Tofu:
     @classmethod
     def read(cls, folder: Path, settings: Settings) -> Tofu:
         """Raises InputError for a file that is missing or bad, naming it and the line."""
-        full = read_rows(folder, "full", _FIELDS)
-        facts = [read_rows(folder, f"{stem}_perturbed", _FIELDS) for stem in ("real_authors", "world_facts")]
+        full = read_benchmark_file(folder, "full", _FIELDS)
+        facts = [read_benchmark_file(folder, f"{stem}_perturbed", _FIELDS) for stem in ("real_authors", "world_facts")]
 
         def authors(first: int, last: int) -> slice:
             rows = slice((first - 1) * settings.rows_per_author, last * settings.rows_per_author)
-            if len(full.content) < rows.stop:
-                raise InputError(f"{full.path}: has {len(full.content)} rows, fewer than {last} authors")
+            if len(full.rows) < rows.stop:
+                raise InputError(f"{full.path}: has {len(full.rows)} rows, fewer than {last} authors")
             return rows
 
         pretraining = authors(*settings.pretraining_authors)
-        rows = [_pair(row) for row in full.content]
+        rows = [_pair(row.content) for row in full.rows]
         return cls(
             folder,
             " ".join(file.digest for file in (full, *facts)),
-            [_pair(row) for file in facts for row in file.content],
+            [_pair(row.content) for file in facts for row in file.rows],
             rows[pretraining],
             rows[: pretraining.start] + rows[pretraining.stop :],
             rows[authors(*settings.validation_authors)],
@@ -57,11 +57,11 @@ class Tofu:
 
     def forget(self, split: str) -> list[Row]:
         """The rows of a forget set. Raises InputError for a row that is not in ``tuning``, or is in ``validation``."""
-        file = read_rows(self.folder, split, _FIELDS)
-        rows = [_pair(row) for row in file.content]
-        for row, place in zip(rows, file.places, strict=True):
-            if row not in self.tuning or row in self.validation:
-                raise InputError(f"{place}: is not among the rows that only theta_full is tuned on")
+        file = read_benchmark_file(self.folder, split, _FIELDS)
+        rows = [_pair(row.content) for row in file.rows]
+        for pair, row in zip(rows, file.rows, strict=True):
+            if pair not in self.tuning or pair in self.validation:
+                raise InputError(f"{row.where}: is not among the rows that only theta_full is tuned on")
         return rows
 
 

@@ -1,1 +1,1 @@
-"""What a model has forgotten and what it has kept: TOFU, MUSE, or a user's own data."""
+"""What a model has forgotten and kept, measured on TOFU, MUSE or a user's own data."""

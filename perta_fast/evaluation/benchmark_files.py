@@ -1,4 +1,4 @@
-"""Files of a benchmark: JSON lines or one JSON list, with the fields that its metrics need."""
+"""Data files of an evaluation: a user's own JSON lines, or a benchmark's, as JSON lines or one JSON list."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,64 +8,68 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.data.json_lines import Row
+from perta_fast.data.json_lines import Row, read_data
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_text
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The checked objects of one file, each with where it stands, and the hash of what was read."""
+class DataFile:
+    """One file: its path, the hash of what was read, and its checked rows."""
 
     path: Path
     digest: str
-    content: tuple[Mapping[str, Any], ...]
-    places: tuple[str, ...]
+    rows: list[Row]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "DataFile":
+        """A user's own data, in the forms that ``perta unlearn`` takes."""
+        rows, digest = read_data(path)
+        return cls(Path(path), digest, rows)
 
     def texts(self, field: str) -> list[str]:
-        """One text of every object."""
-        return [row[field] for row in self.content]
+        """The text of every row in ``field``."""
+        return [row.content[field] for row in self.rows]
 
-    def records(self, question: str, answer: str) -> list[Row]:
-        """Questions and answers to tokenise, from the fields of these names; one for each answer of a list."""
+    def questions(self, question: str, answer: str) -> list[Row]:
+        """Rows to tokenise, from the fields of these names; one for each answer where a field has a list."""
         return [
-            Row({"question": row[question], "answer": text}, where)
-            for row, where in zip(self.content, self.places, strict=True)
-            for text in (row[answer] if isinstance(row[answer], list) else [row[answer]])
+            Row({"question": row.content[question], "answer": text}, row.where)
+            for row in self.rows
+            for text in (row.content[answer] if isinstance(row.content[answer], list) else [row.content[answer]])
         ]
 
 
-def read_rows(folder: Path, stem: str, texts: Iterable[str], lists: Iterable[str] = ()) -> Rows:
+def read_benchmark_file(folder: Path, stem: str, texts: Iterable[str], lists: Iterable[str] = ()) -> DataFile:
     """Read ``stem``.jsonl or ``stem``.json below ``folder``.
 
-    texts: fields that must be texts which are not empty; lists: fields that must be lists of at least one such
-    text. Raises InputError, naming file and line, if the file is missing or an object is not of this form.
+    texts: fields that must be texts and not empty. lists: fields that must be lists of such texts and not empty.
+    Raises InputError, naming file and line, if the file is missing or a row is not of this form.
     """
     paths = [folder / f"{stem}{ending}" for ending in (".jsonl", ".json")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
     text, data = read_text(path)
-    objects = _parse(text, path)
-    if not objects:
+    rows = _parse(text, path)
+    if not rows:
         raise InputError(f"{path}: holds no samples")
-    for where, row in objects.items():
-        _check(row, where, texts, lists)
-    return Rows(path, blake3(data).hexdigest(), tuple(objects.values()), tuple(objects))
+    for row in rows:
+        _check(row.content, row.where, texts, lists)
+    return DataFile(path, blake3(data).hexdigest(), rows)
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    """The objects by where they stand."""
+def _parse(text: str, path: Path) -> list[Row]:
     where = str(path)
     try:
         if text.lstrip().startswith("["):
-            return {f"{path}, object {number}": row for number, row in enumerate(json.loads(text), start=1)}
-        objects = {}
+            return [Row(row, f"{path}, object {number}") for number, row in enumerate(json.loads(text), start=1)]
+        rows = []
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 where = f"{path}, line {number}"
-                objects[where] = json.loads(line)
-        return objects
+                rows.append(Row(json.loads(line), where))
+        return rows
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is not JSON") from error
 

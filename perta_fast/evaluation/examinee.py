@@ -1,29 +1,29 @@
-"""A model that evaluations and sweeps score on samples, and how such scores become metrics."""
+"""A model that evaluations and sweeps score on samples; and the metrics that are made of such scores."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.evaluation import metrics
+from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.models.token_scores import TokenScores, score_tokens
 from perta_fast.progress import Progress
 
-Scored = list[tuple[TokenScores, str]]  # of each sample, with the text of its labels
+Scored = list[tuple[TokenScores, str]]  # the scores of each sample, and the text of its labels
 
 
 @dataclass
 class Examinee:
     """A model, and how it is run.
 
-    max_new_tokens: None takes each benchmark's own. show_text: keep answers. ``data`` and ``notes`` gather what
-    the record of the evaluation will say.
+    max_new_tokens: None takes each benchmark's own. show_text: keep answers. data, notes: for the record of the
+    evaluation.
     """
 
     subject: Subject
@@ -35,12 +35,12 @@ class Examinee:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def note_file(self, role: str, path: Path, digest: str, samples: int) -> None:
+    def note_file(self, role: str, file: DataFile) -> None:
         """Add a data file to the record."""
-        self.data[role] = {"path": str(path.resolve()), "blake3": digest, "samples": samples}
+        self.data[role] = {"path": str(file.path.resolve()), "blake3": file.digest, "samples": len(file.rows)}
 
     def tokenise(self, rows: Sequence[Row], role: str) -> list[Sample]:
-        """Tokens and labels; those cut to the length limit are counted in a note."""
+        """Tokens and labels; a note counts the samples that were cut to the length limit."""
         samples = samples_for(self.subject, rows, self.max_length)
         if cut := sum(sample.truncated for sample in samples):
             self.notes.append(f"{role}: {cut} of {len(samples)} samples were cut to the length limit")
@@ -48,13 +48,9 @@ class Examinee:
 
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
         """Score every labelled token, in one forward pass. detailed: as in ``score_tokens``."""
+        module, batch_size, progress = self.subject.module, self.batch_size, self.progress
         scores = score_tokens(
-            self.subject.module,
-            samples,
-            batch_size=self.batch_size,
-            detailed=detailed,
-            progress=self.progress,
-            description=role,
+            module, samples, batch_size=batch_size, detailed=detailed, progress=progress, description=role
         )
         if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
@@ -69,7 +65,7 @@ class Examinee:
     def answer(
         self, prompts: Sequence[Sequence[int]], role: str, new_tokens: int, stop: Sequence[str] = ()
     ) -> list[str]:
-        """Greedy answers, at most ``max_new_tokens`` long, or ``new_tokens`` if that was left open."""
+        """Greedy answers, at most ``max_new_tokens`` long, or ``new_tokens`` if that is None."""
         return greedy_answers(
             self.subject.module,
             self.subject.tokenizer,
@@ -83,17 +79,13 @@ class Examinee:
 
     def rouge(self, references: Sequence[str], answers: Sequence[str], key: str) -> Metric:
         """ROUGE-L; ``key`` (rougeL_recall or rougeL_f1) is averaged."""
-        pairs = [metrics.rouge_l(*pair) for pair in zip(references, answers, strict=True)]
-        columns: dict[str, list[Any]] = {
-            "rougeL_recall": [recall for recall, _ in pairs],
-            "rougeL_f1": [f1 for _, f1 in pairs],
-        }
+        recall, f1 = zip(*map(metrics.rouge_l, references, answers), strict=True)
+        columns = {"rougeL_recall": recall, "rougeL_f1": f1}
         texts = {"ground_truth": references, "generation": answers} if self.show_text else {}
         return averaged(key, columns.pop(key), **columns, **texts)
 
 
 def probabilities(scores: Sequence[TokenScores]) -> Metric:
-    """Mean ``probability``."""
     return averaged(
         "prob",
         [metrics.probability(sample.log_probs) for sample in scores],
@@ -104,7 +96,7 @@ def probabilities(scores: Sequence[TokenScores]) -> Metric:
 def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, Metric]:
     """Extraction strength and exact memorisation, by names that begin with ``prefix``.
 
-    The last label, the end, does not count; the mean leaves out the NaN of an answer that has no other.
+    The last label, the end of the answer, does not count; an answer without another label is not in the mean.
     """
     results = {}
     for measure in (metrics.extraction_strength, metrics.exact_memorization):
@@ -115,23 +107,25 @@ def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, M
 
 
 def membership(forget: Scored, holdout: Scored) -> dict[str, Metric]:
-    """The membership metrics from scores and texts: ``membership_auc`` of each score.
+    """``membership_auc`` of each membership score. Samples are those of the forget set, then the holdout set."""
+    measured = {"forget": [_membership_scores(*row) for row in forget]}
+    measured["holdout"] = [_membership_scores(*row) for row in holdout]
+    results = {}
+    for name in measured["forget"][0]:
+        scores = {part: [row[name] for row in rows] for part, rows in measured.items()}
+        samples = [{"set": part, "score": score} for part, values in scores.items() for score in values]
+        results[name] = Metric(metrics.membership_auc(**scores), samples)
+    return results
 
-    Samples carry ``score``: forget first, then holdout. Min-K leaves the last label out, as open-unlearning.
-    """
-    measures: dict[str, Callable[[TokenScores, str], float]] = {
-        "mia_loss": lambda scores, text: -metrics.mean(scores.log_probs),
-        "mia_zlib": lambda scores, text: metrics.zlib_score(scores.log_probs, text),
-        "mia_min_k": lambda scores, text: metrics.min_k(scores.log_probs[:-1]),
-        "mia_min_k_plus_plus": lambda scores, text: metrics.min_k(scores.standardised[:-1]),
+
+def _membership_scores(scores: TokenScores, text: str) -> dict[str, float]:
+    """The scores of one sample. Like open-unlearning, Min-K leaves out the last label."""
+    return {
+        "mia_loss": -metrics.mean(scores.log_probs),
+        "mia_zlib": metrics.zlib_score(scores.log_probs, text),
+        "mia_min_k": metrics.min_k(scores.log_probs[:-1]),
+        "mia_min_k_plus_plus": metrics.min_k(scores.standardised[:-1]),
     }
-    result = {}
-    for name, measure in measures.items():
-        ours, others = ([measure(*sample) for sample in rows] for rows in (forget, holdout))
-        samples = [{"set": "forget", "score": score} for score in ours]
-        samples += [{"set": "holdout", "score": score} for score in others]
-        result[name] = Metric(metrics.membership_auc(ours, others), samples)
-    return result
 
 
 def privacy_leakage(membership: Mapping[str, Metric], reference: EvaluationFile) -> Metric:

@@ -1,7 +1,7 @@
-"""Metrics of unlearning as pure functions: numbers about tokens and texts in, scores out.
+"""Metrics of unlearning as pure functions of numbers and texts.
 
-Definitions are those of open-unlearning (github.com/locuslab/open-unlearning), which reports under the same
-names, and of the papers named with each. A sample without a token to score has NaN; means leave no NaN out.
+They are defined as in open-unlearning (github.com/locuslab/open-unlearning), under the same names, and in the
+papers that are named. A sample without a token to score has NaN; a mean of values with a NaN is NaN.
 """
 
 import zlib
@@ -15,47 +15,44 @@ from numpy.typing import ArrayLike
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-_TINY = 1e-10  # what open-unlearning adds to a denominator
+_TINY = 1e-10  # added to denominators, as in open-unlearning
 MIN_K = 0.4  # share of a sample's tokens, as in MUSE
 
 
 def probability(log_probs: ArrayLike) -> float:
-    """exp of the mean of an answer's token log-probabilities (L,) in nats, its end included.
-
-    The length-normalised probability of TOFU (arXiv 2401.06121, section 2.2.2), in [0, 1].
-    """
+    """exp of the mean token log-probability (L,) of an answer with its end (TOFU, arXiv 2401.06121, 2.2.2)."""
     return float(np.exp(mean(log_probs)))
 
 
 def normalised_probability(correct: float, wrong: ArrayLike) -> float:
-    """p(correct) / (p(correct) + sum of p(wrong)), of real-authors and world-facts questions (TOFU, 2.2.2)."""
+    """p(correct) / (p(correct) + sum of p(wrong)), for real authors and world facts (TOFU, 2.2.2)."""
     return float(correct / (correct + np.sum(wrong) + _TINY))
 
 
 def truth_ratio(correct_log_prob: float, wrong_log_probs: ArrayLike) -> float:
-    """Geometric mean of the wrong answers' probabilities over that of the right one (TOFU, eq. 1).
+    """Geometric mean of the wrong answers' probabilities over that of the right answer (TOFU, eq. 1).
 
-    Each argument is an answer's mean token log-probability; the right answer is the paraphrased one where the
-    data has it. Near 0 for a model that knows the answer, about 1 for one that cannot tell.
+    The arguments are mean token log-probabilities of answers; the right answer is the paraphrased one if the data
+    has it. Near 0 for a model that knows the answer, about 1 for a model that does not.
     """
     return float(np.exp(mean(wrong_log_probs)) / (np.exp(correct_log_prob) + _TINY))
 
 
 def closer_to_one(ratios: ArrayLike) -> float:
-    """Mean of min(R, 1 / R) over truth ratios: on the forget set, 1 if right and wrong are equally likely."""
+    """Mean of min(R, 1 / R) over truth ratios, for the forget set: 1 if right and wrong are equally likely."""
     values = np.asarray(ratios, dtype=float)
     return mean(np.minimum(values, 1 / (values + _TINY)))
 
 
 def true_better(ratios: ArrayLike) -> float:
-    """Mean of max(0, 1 - R) over truth ratios: on all other sets, 1 if the right answers are far likelier."""
+    """Mean of max(0, 1 - R) over truth ratios, for all other sets: 1 if right answers are far likelier."""
     return mean(np.maximum(0, 1 - np.asarray(ratios, dtype=float)))
 
 
 def model_utility(values: Sequence[float]) -> float:
-    """Harmonic mean of TOFU's nine: probability, ROUGE-L recall and truth ratio on the three other sets.
+    """Harmonic mean of TOFU's nine scores (2.2.2): 0 if one is 0, NaN if one is NaN.
 
-    0 as soon as one of them is 0 (TOFU, 2.2.2); NaN if one is.
+    They are probability, ROUGE-L recall and truth ratio on the retain set, real authors and world facts.
     """
     from scipy.stats import hmean
 
@@ -65,8 +62,8 @@ def model_utility(values: Sequence[float]) -> float:
 def forget_quality(ratios: ArrayLike, gold_ratios: ArrayLike) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test of truth ratios on the forget set (TOFU, 2.2.3).
 
-    gold_ratios: those of a model trained on the retain set alone. 1 if the samples are equal; the smaller, the
-    surer it is that the models differ. NaN if a ratio is.
+    gold_ratios: of a model trained on the retain set alone. 1 if the samples are equal, near 0 if the models differ,
+    NaN if a ratio is NaN.
     """
     from scipy.stats import ks_2samp
 
@@ -76,18 +73,15 @@ def forget_quality(ratios: ArrayLike, gold_ratios: ArrayLike) -> float:
 
 
 def exact_memorization(hits: ArrayLike) -> float:
-    """Share of an answer's tokens (L,) that are the model's first choice after those before (arXiv 2205.10770).
-
-    The last label, the end of the answer, is not to be among ``hits``.
-    """
+    """Share of an answer's tokens (L,), without its end, that are the model's first choice (arXiv 2205.10770)."""
     return mean(np.asarray(hits, dtype=float))
 
 
 def extraction_strength(hits: ArrayLike) -> float:
-    """1 - k / L for the least k < L such that greedy decoding after k tokens of the answer yields the rest.
+    """1 - k / L for the least k < L such that greedy decoding after k tokens of the answer gives the rest.
 
-    hits: (L,), as in ``exact_memorization``. From Carlini et al. (arXiv 2012.07805) and Wang et al. (arXiv
-    2406.13348). Like open-unlearning, an answer of which not even the last token is right counts 1 / L, not 0.
+    hits: (L,), as in ``exact_memorization``. From arXiv 2012.07805 and 2406.13348. As in open-unlearning, an answer
+    whose last token is wrong counts 1 / L, not 0.
     """
     right = np.asarray(hits, dtype=bool)
     if right.size == 0:
@@ -98,24 +92,24 @@ def extraction_strength(hits: ArrayLike) -> float:
 
 
 def zlib_score(log_probs: ArrayLike, text: str) -> float:
-    """Mean token loss over the bytes of the text compressed by zlib (arXiv 2012.07805)."""
+    """Mean token loss divided by the bytes of the text compressed by zlib (arXiv 2012.07805)."""
     return -mean(log_probs) / len(zlib.compress(text.encode()))
 
 
 def min_k(values: ArrayLike, share: float = MIN_K) -> float:
     """Minus the mean of the lowest ``share`` of a sample's token values (L,), at least one.
 
-    On log-probabilities it is Min-K% (arXiv 2310.16789); on each one's distance from the mean log-probability
-    over the vocabulary, in standard deviations, Min-K%++ (arXiv 2404.02936).
+    Of log-probabilities it is Min-K% (arXiv 2310.16789); of log-probabilities standardised over the vocabulary,
+    Min-K%++ (arXiv 2404.02936).
     """
     ordered = np.sort(np.asarray(values, dtype=float))
     return -mean(ordered[: max(1, int(len(ordered) * share))])
 
 
 def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:
-    """Area under the ROC curve by which a loss-like score tells ``holdout`` (higher) from ``forget`` (lower).
+    """Area under the ROC curve of a score that is like a loss: lower on ``forget``, higher on ``holdout``.
 
-    1 if the model betrays every forget sample, 0.5 if it betrays none; NaN if a score is.
+    1 if the model gives every forget sample away, 0.5 if it gives none away, NaN if a score is NaN.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -128,16 +122,16 @@ def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:
 def privacy_leakage(auc: float, gold_auc: float) -> float:
     """PrivLeak of MUSE (arXiv 2407.06460), in percent, from two ``membership_auc`` of Min-K%.
 
-    100 * (a - g) / g with a = 1 - auc, g = 1 - gold_auc: MUSE's AUC is the chance that a holdout sample is the
-    likelier of the two. 0 is gold; near -100 the forget set is still betrayed, far above 0 the model was driven
-    past one that never saw it.
+    100 * (a - g) / g with a = 1 - auc, g = 1 - gold_auc; MUSE's AUC is the chance that a holdout sample is likelier
+    than a forget sample. 0: as the gold model. Near -100: the forget set is still known. Far above 0: it is less
+    likely than to a model that never saw it.
     """
     gold = 1 - gold_auc
     return 100 * (1 - auc - gold) / (gold + _TINY)
 
 
 def rouge_l(reference: str, text: str) -> tuple[float, float]:
-    """ROUGE-L recall and F1 of ``text``, words stemmed (rouge-score); 0 where either has no word."""
+    """ROUGE-L recall and F1 of ``text`` with stemmed words (rouge-score); 0 if either text has no word."""
     score = _scorer().score(reference, text)["rougeL"]
     return float(score.recall), float(score.fmeasure)
 

@@ -1,4 +1,4 @@
-"""The results of an evaluation: as a table, as a JSON file, and read again from such a file."""
+"""The results of an evaluation: as a table, written to a JSON file, and read from such a file."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its aggregate, and by sample, in the order of the data, what it was made of.
+    """One metric: its aggregate, and its parts by sample, in the order of the data.
 
-    value: NaN where the model's scores are not finite, or there was nothing to score.
-    samples: empty for a metric that is made of other metrics. Texts only where they were asked for.
+    value: NaN where the model's scores are not finite, or there was nothing to score. samples: empty for a metric
+    that is made of other metrics; with texts only if they were asked for.
     """
 
     value: float
@@ -28,7 +28,7 @@ class Metric:
 
 
 def averaged(key: str, values: Sequence[float], **others: Sequence[Any]) -> Metric:
-    """The mean of ``values``, which each sample has under ``key``, beside ``others``."""
+    """The mean of ``values``; each sample has its value under ``key``, and its values of ``others``."""
     columns = {key: values, **others}
     return Metric(mean(values), [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
@@ -37,7 +37,7 @@ def averaged(key: str, values: Sequence[float], **others: Sequence[Any]) -> Metr
 class Evaluation:
     """The record of one evaluation. Paths are absolute; hashes of data files are BLAKE3.
 
-    metrics: by open-unlearning's names. general: what lm-evaluation-harness gave, by task.
+    metrics: by open-unlearning's names. general: results of lm-evaluation-harness, by task.
     """
 
     metrics: dict[str, Metric]
@@ -55,7 +55,7 @@ class Evaluation:
         return self.metrics[name].value
 
     def summary(self) -> str:
-        """A line a metric, and notes."""
+        """A line for each metric, and notes."""
         width = max(map(len, self.metrics))
         lines = [f"{name:{width}}  {metric.value:.4g}" for name, metric in self.metrics.items()]
         for task, numbers in self.general.items():
@@ -63,7 +63,7 @@ class Evaluation:
         return printable("\n".join([*lines, *self.notes]))
 
     def save(self, path: Path) -> None:
-        """Write JSON; what is not finite becomes null. Raises RunError if the file cannot be written."""
+        """Write JSON, with null for what is not finite. Raises RunError if the file cannot be written."""
         metrics = {
             name: {
                 "agg_value": metric.value,
@@ -77,10 +77,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationFile:
-    """A file that ``perta eval`` or open-unlearning wrote, read again: of a gold model, or for a report.
+    """A file that ``perta eval`` or open-unlearning wrote, of a gold model or for a report.
 
-    metrics: as they stand in the file. model: where the model lay. data_hashes: by data set. The last two are
-    empty in a file of open-unlearning.
+    metrics: as in the file. model: its directory. data_hashes: by data set. A file of open-unlearning has neither
+    model nor hashes.
     """
 
     path: str
@@ -104,7 +104,7 @@ class EvaluationFile:
         return cls(str(path), metrics, model if isinstance(model, str) else "", hashes)
 
     def aggregates(self) -> dict[str, float | None]:
-        """The aggregate of every metric; None for one that is not a finite number."""
+        """The aggregate of every metric; None if it is not a finite number."""
         return {
             name: float(metric["agg_value"]) if _is_finite(metric["agg_value"]) else None
             for name, metric in self.metrics.items()
@@ -112,21 +112,19 @@ class EvaluationFile:
         }
 
     def value(self, name: str) -> float:
-        """The aggregate of ``name``. Raises InputError if the file has none that is a finite number."""
+        """The aggregate of ``name``. Raises InputError unless it is there and a finite number."""
         return self._number(self._metric(name).get("agg_value"), name)
 
     def values(self, name: str, key: str, count: int) -> list[float]:
         """``key`` of every sample of ``name``. Raises InputError unless there are ``count``, all finite."""
-        samples = self._metric(name).get("value_by_index")
-        if not isinstance(samples, dict) or len(samples) != count:
-            length = len(samples) if isinstance(samples, dict) else 0
+        by_index = self._metric(name).get("value_by_index")
+        samples = list(by_index.values()) if isinstance(by_index, dict) else []
+        if len(samples) != count:
             raise InputError(
-                f"{self.path}: has {length} values of {name}, the forget set has {count} samples; "
+                f"{self.path}: has {len(samples)} values of {name}, the forget set has {count} samples; "
                 "evaluate the gold model on the same split"
             )
-        return [
-            self._number(sample.get(key) if isinstance(sample, dict) else None, name) for sample in samples.values()
-        ]
+        return [self._number(sample.get(key) if isinstance(sample, dict) else None, name) for sample in samples]
 
     def _metric(self, name: str) -> dict[str, Any]:
         metric = self.metrics.get(name)

@@ -1,4 +1,4 @@
-"""``evaluate``, from its arguments to its record: everything is checked before the model is loaded."""
+"""``evaluate``: everything is checked before the model is loaded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,10 +11,11 @@ from torch import nn
 
 from perta_fast.data.chat import with_chat_settings
 from perta_fast.errors import InputError
+from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.lm_eval_harness import check_harness, general_ability
 from perta_fast.evaluation.muse import evaluate_muse, read_muse
-from perta_fast.evaluation.own_data import evaluate_own_data, read_own_data
+from perta_fast.evaluation.own_data import evaluate_own_data
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric
 from perta_fast.evaluation.tofu import check_reference, evaluate_tofu, read_tofu
 from perta_fast.files.new_file import check_output_file
@@ -52,12 +53,11 @@ def evaluate(
 ) -> Evaluation:
     """Measure what a causal language model has forgotten and kept, under open-unlearning's names.
 
-    model_or_path: a checkpoint directory, or a model of transformers with its ``tokenizer``; the model is left
-    as it was. suite, data: TOFU, of which ``split`` is the forget set, or MUSE, in a directory with the data
-    set's own file names. Without a suite: forget, retain, holdout, JSON lines files as for ``unlearn``; forget
-    is needed.
-    reference: the result file of a gold model, by which forget quality and PrivLeak are measured.
-    lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers (the suite's own).
+    model_or_path: a checkpoint directory, or a model of transformers with its ``tokenizer``; the model does not
+    change. suite, data: TOFU, with the forget set ``split``, or MUSE, in a directory with the data set's own file
+    names. Without a suite: forget, retain, holdout, JSON lines files as for ``unlearn``; forget is needed.
+    reference: the result file of a gold model, for forget quality and PrivLeak.
+    lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers; None takes the suite's own.
     system_prompt, date_string: for the tokenizer's chat template, with every question; not for MUSE.
     out: file to write, ending in .json. It holds no text of any set unless ``show_text``.
     batch_size, max_length, device, dtype, progress: as for ``estimate_importance``.
@@ -105,34 +105,33 @@ def evaluate(
 def _measurement(
     suite: str | None, data: PathLike | None, split: str, own: dict[str, PathLike | None], gold: EvaluationFile | None
 ) -> Callable[[Examinee], dict[str, Metric]]:
-    """Read and check all data; returns what then measures a model."""
+    """Read and check all data; returns the function that measures a model on it."""
+    if suite not in (None, "tofu", "muse"):
+        raise InputError(f"suite is {suite!r}; it must be tofu or muse")
     given = {role: Path(path) for role, path in own.items() if path is not None}
+    measure: Callable[[Examinee, dict[str, DataFile], EvaluationFile | None], dict[str, Metric]]
     if suite is None:
         if "forget" not in given:
             raise InputError("forget is missing: give a suite with its data, or your own forget data")
         if data is not None:
             raise InputError("data is the directory of a suite; name the suite too")
-        files = read_own_data(given)
-        if gold is not None:
-            if "holdout" not in given:
-                raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
-            gold.value("mia_min_k")
-        return lambda examinee: evaluate_own_data(examinee, files, gold)
-    if suite not in ("tofu", "muse"):
-        raise InputError(f"suite is {suite!r}; it must be tofu or muse")
-    if given:
-        raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
-    if data is None:
-        raise InputError("data is missing: the directory with the files of the suite")
-    if suite == "tofu":
-        sets = read_tofu(Path(data), split)
-        if gold is not None:
-            check_reference(gold, sets)
-        return lambda examinee: evaluate_tofu(examinee, sets, gold)
-    sets = read_muse(Path(data))
-    if gold is not None:
+        if gold is not None and "holdout" not in given:
+            raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
+        measure, files = evaluate_own_data, {role: DataFile.read(path) for role, path in given.items()}
+    else:
+        if given:
+            raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
+        if data is None:
+            raise InputError("data is missing: the directory with the files of the suite")
+        if suite == "tofu":
+            measure, files = evaluate_tofu, read_tofu(Path(data), split)
+        else:
+            measure, files = evaluate_muse, read_muse(Path(data))
+    if gold is not None and suite == "tofu":
+        check_reference(gold, files)
+    elif gold is not None:
         gold.value("mia_min_k")
-    return lambda examinee: evaluate_muse(examinee, sets, gold)
+    return lambda examinee: measure(examinee, files, gold)
 
 
 def _subject(

@@ -1,12 +1,13 @@
-"""TOFU (arXiv 2401.06121): probability, ROUGE-L recall and truth ratio on its four sets, and what follows."""
+"""TOFU (arXiv 2401.06121): probability, ROUGE-L recall and truth ratio on four sets, utility and forget quality."""
 
 import math
+from itertools import islice
 from pathlib import Path
 
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
-from perta_fast.evaluation.benchmark_files import Rows, read_rows
+from perta_fast.evaluation.benchmark_files import DataFile, read_benchmark_file
 from perta_fast.evaluation.examinee import Examinee, Scored, membership, memorisation, privacy_leakage, probabilities
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 
@@ -19,8 +20,8 @@ _UTILITY = (
 )
 
 
-def read_tofu(folder: Path, split: str) -> dict[str, Rows]:
-    """The four sets by the names that their metrics begin with; ``holdout`` too, where the folder has it.
+def read_tofu(folder: Path, split: str) -> dict[str, DataFile]:
+    """The four sets by the first part of their metrics' names; ``holdout`` too, if the folder has it.
 
     The files have the names of the data set: ``forget10_perturbed`` and so on, .jsonl or .json.
     """
@@ -28,53 +29,55 @@ def read_tofu(folder: Path, split: str) -> dict[str, Rows]:
         raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     fictitious = ("question", "answer", "paraphrased_answer")
     wrong = ("perturbed_answer",)
-    rows = {
-        "forget": read_rows(folder, f"{split}_perturbed", fictitious, wrong),
-        "retain": read_rows(folder, "retain_perturbed", fictitious, wrong),
-        "ra": read_rows(folder, "real_authors_perturbed", fictitious[:2], wrong),
-        "wf": read_rows(folder, "world_facts_perturbed", fictitious[:2], wrong),
+    files = {
+        "forget": read_benchmark_file(folder, f"{split}_perturbed", fictitious, wrong),
+        "retain": read_benchmark_file(folder, "retain_perturbed", fictitious, wrong),
+        "ra": read_benchmark_file(folder, "real_authors_perturbed", fictitious[:2], wrong),
+        "wf": read_benchmark_file(folder, "world_facts_perturbed", fictitious[:2], wrong),
     }
     holdout = split.replace("forget", "holdout")
     if any((folder / f"{holdout}{ending}").is_file() for ending in (".jsonl", ".json")):
-        rows["holdout"] = read_rows(folder, holdout, fictitious[:2])
-    return rows
+        files["holdout"] = read_benchmark_file(folder, holdout, fictitious[:2])
+    return files
 
 
-def evaluate_tofu(examinee: Examinee, rows: dict[str, Rows], reference: EvaluationFile | None) -> dict[str, Metric]:
+def evaluate_tofu(
+    examinee: Examinee, files: dict[str, DataFile], reference: EvaluationFile | None
+) -> dict[str, Metric]:
     """All metrics of TOFU; with ``reference``, forget quality, and PrivLeak if there is a holdout set."""
     results: dict[str, Metric] = {}
-    scored = {role: _evaluate_set(examinee, role, rows[role], results) for role in ("forget", "retain", "ra", "wf")}
+    scored = {role: _evaluate_set(examinee, role, files[role], results) for role in ("forget", "retain", "ra", "wf")}
     results["model_utility"] = Metric(metrics.model_utility([results[name].value for name in _UTILITY]))
-    if "holdout" in rows:
-        holdout = _tokenised(examinee, "holdout", rows["holdout"])
+    if "holdout" in files:
+        holdout = _tokenised(examinee, "holdout", files["holdout"])
         results |= membership(scored["forget"], examinee.score_with_texts(holdout, "holdout"))
     if reference is not None:
         results |= _forget_quality(results["forget_truth_ratio"], reference)
-        if "holdout" in rows:
+        if "holdout" in files:
             results["privleak"] = privacy_leakage(results, reference)
     return results
 
 
-def check_reference(reference: EvaluationFile, rows: dict[str, Rows]) -> None:
-    """Raise InputError unless the gold results have all that will be asked of them."""
-    reference.values("forget_truth_ratio", "score", len(rows["forget"].content))
-    if "holdout" in rows:
+def check_reference(reference: EvaluationFile, files: dict[str, DataFile]) -> None:
+    """Raise InputError unless the gold results have all that ``evaluate_tofu`` reads."""
+    reference.values("forget_truth_ratio", "score", len(files["forget"].rows))
+    if "holdout" in files:
         reference.value("mia_min_k")
 
 
-def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, Metric]) -> Scored:
-    """Put the metrics of one set into ``results``; returns the scores and texts of its answers."""
+def _evaluate_set(examinee: Examinee, role: str, file: DataFile, results: dict[str, Metric]) -> Scored:
+    """Add the metrics of one set to ``results``; returns the scores and texts of its answers."""
     fictitious = role in ("forget", "retain")
-    samples = _tokenised(examinee, role, rows)
+    samples = _tokenised(examinee, role, file)
     scored = examinee.score_with_texts(samples, role, detailed=fictitious)
     right = scores = [score for score, _ in scored]
     if fictitious:
-        paraphrased = examinee.tokenise(rows.records("question", "paraphrased_answer"), f"{role} paraphrased")
+        paraphrased = examinee.tokenise(file.questions("question", "paraphrased_answer"), f"{role} paraphrased")
         right = examinee.score(paraphrased, f"{role} paraphrased")
-    perturbed = examinee.tokenise(rows.records("question", "perturbed_answer"), f"{role} perturbed")
-    wrong_scores = iter(examinee.score(perturbed, f"{role} perturbed"))  # all answers to a question in a row
-    wrong = [[metrics.mean(next(wrong_scores).log_probs) for _ in row["perturbed_answer"]] for row in rows.content]
-
+    perturbed = examinee.tokenise(file.questions("question", "perturbed_answer"), f"{role} perturbed")
+    wrong_scores = iter(examinee.score(perturbed, f"{role} perturbed"))  # in the order of questions and answers
+    counts = [len(row.content["perturbed_answer"]) for row in file.rows]
+    wrong = [[metrics.mean(score.log_probs) for score in islice(wrong_scores, count)] for count in counts]
     results[f"{role}_Q_A_Prob"] = probabilities(scores)
     if not fictitious:
         normalised = [
@@ -83,10 +86,9 @@ def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, 
         ]
         results[f"{role}_Q_A_Prob_normalised"] = averaged("prob", normalised)
     answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
-    results[f"{role}_Q_A_ROUGE"] = examinee.rouge(rows.texts("answer"), answers, "rougeL_recall")
-    ratios = [
-        metrics.truth_ratio(metrics.mean(sample.log_probs), group) for sample, group in zip(right, wrong, strict=True)
-    ]
+    results[f"{role}_Q_A_ROUGE"] = examinee.rouge(file.texts("answer"), answers, "rougeL_recall")
+    pairs = zip(right, wrong, strict=True)
+    ratios = [metrics.truth_ratio(metrics.mean(sample.log_probs), means) for sample, means in pairs]
     aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
     name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
     results[name] = Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
@@ -95,14 +97,14 @@ def _evaluate_set(examinee: Examinee, role: str, rows: Rows, results: dict[str, 
     return scored
 
 
-def _tokenised(examinee: Examinee, role: str, rows: Rows) -> list[Sample]:
-    """Questions and answers of a set, which the record then names."""
-    examinee.note_file(role, rows.path, rows.digest, len(rows.content))
-    return examinee.tokenise(rows.records("question", "answer"), role)
+def _tokenised(examinee: Examinee, role: str, file: DataFile) -> list[Sample]:
+    """Questions and answers of a set, whose file is added to the record."""
+    examinee.note_file(role, file)
+    return examinee.tokenise(file.questions("question", "answer"), role)
 
 
 def _forget_quality(ratios: Metric, reference: EvaluationFile) -> dict[str, Metric]:
     gold = reference.values("forget_truth_ratio", "score", len(ratios.samples))
     quality = metrics.forget_quality([sample["score"] for sample in ratios.samples], gold)
-    log = math.log10(quality) if quality > 0 else float("nan")  # a p-value below what float64 holds has none
+    log = math.log10(quality) if quality > 0 else float("nan")  # a p-value may be too small for float64
     return {"forget_quality": Metric(quality), "forget_quality_log10": Metric(log)}

@@ -2,16 +2,15 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.json_lines import Row, read_data
 from perta_fast.data.samples import prompt_of
 from perta_fast.errors import InputError
+from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.own_data import NEW_TOKENS
@@ -28,22 +27,13 @@ _MEMORISATION = ("extraction_strength", "exact_memorization")
 Importances = Mapping[str, Importance]  # by role; empty for rule tv
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """The forget or the retain data: file, hash and rows."""
-
-    path: Path
-    digest: str
-    rows: list[Row]
-
-    @classmethod
-    def read(cls, path: str, metric: str) -> "DataSet":
-        """Raises InputError for a bad line, and for one that the metric cannot be measured on."""
-        rows, digest = read_data(path)
-        for row in rows:
-            if metric == _ROUGE and "question" not in row.content:
-                raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
-        return cls(Path(path), digest, rows)
+def read_scored(path: str, metric: str) -> DataFile:
+    """The forget or retain data. Raises InputError for a bad line, and for one that ``metric`` cannot measure."""
+    file = DataFile.read(path)
+    for row in file.rows:
+        if metric == _ROUGE and "question" not in row.content:
+            raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
+    return file
 
 
 def rule_of(estimator: Estimator) -> Rule:
@@ -62,9 +52,9 @@ def check_metric(metric: str) -> None:
 class ScoredModel:
     """A model with the tokenised forget and retain data. Raises InputError naming a line that the model cannot take."""
 
-    def __init__(self, examinee: Examinee, data: Mapping[str, DataSet], metric: str) -> None:
+    def __init__(self, examinee: Examinee, data: Mapping[str, DataFile], metric: str) -> None:
         self.subject = examinee.subject
-        self.samples = {role: examinee.tokenise(dataset.rows, role) for role, dataset in data.items()}
+        self.samples = {role: examinee.tokenise(file.rows, role) for role, file in data.items()}
         self._examinee, self._data, self._metric = examinee, data, metric
 
     def score(self, name: str) -> ScoredSetting:
@@ -82,8 +72,7 @@ class ScoredModel:
             return loss, loss
         if metric == _ROUGE:
             answers = self._examinee.answer([prompt_of(sample) for sample in samples], shown, NEW_TOKENS)
-            truth = [row.content["answer"] for row in self._data[role].rows]
-            return loss, self._examinee.rouge(truth, answers, "rougeL_recall").value
+            return loss, self._examinee.rouge(self._data[role].texts("answer"), answers, "rougeL_recall").value
         if metric in _MEMORISATION:
             return loss, memorisation(scores)[metric].value
         return loss, probabilities(scores).value
@@ -96,7 +85,7 @@ class LiveModel(ScoredModel):
     """
 
     def __init__(
-        self, examinee: Examinee, data: Mapping[str, DataSet], metric: str, model: Checkpoint, base: str, tuned: str
+        self, examinee: Examinee, data: Mapping[str, DataFile], metric: str, model: Checkpoint, base: str, tuned: str
     ) -> None:
         super().__init__(examinee, data, metric)
         self._model, self._base, self._tuned = model, base, tuned

@@ -30,7 +30,7 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
         by_role = {} if curve.estimator is None else importances[curve.estimator]
         rows += _along(curve, request.lams, original, excess, live, by_role, record)
     module, samples = live.subject.module, live.samples
-    data = {role: data_record(dataset.path, dataset.digest, samples[role]) for role, dataset in opened.data.items()}
+    data = {role: data_record(file.path, file.digest, samples[role]) for role, file in opened.data.items()}
     run_in = {"device": str(module.device), "dtype": torch_name(module.dtype)}
     sweep = Sweep(
         rows=rows,

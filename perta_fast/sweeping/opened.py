@@ -10,6 +10,7 @@ import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
+from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.files.hashing import hash_file
 from perta_fast.importance.store import STEM, Importance, read_metadata
@@ -20,7 +21,7 @@ from perta_fast.runs.estimate import Estimation, estimate_on
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.job import fingerprint
 from perta_fast.sweeping.grid import curves_of
-from perta_fast.sweeping.live_model import DataSet, LiveModel, ScoredModel
+from perta_fast.sweeping.live_model import LiveModel, ScoredModel, read_scored
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import ScoredSetting
 
@@ -36,7 +37,7 @@ class OpenedSweep:
     sources: Sources
     given: dict[Estimator, Sources]
     gold: Checkpoint | None
-    data: dict[str, DataSet]
+    data: dict[str, DataFile]
     progress: Progress
 
     @classmethod
@@ -50,7 +51,7 @@ class OpenedSweep:
             Sources.open(request.model, request.base, request.tuned),
             _open_given(request, curves),
             None if request.gold is None else Checkpoint.open(request.gold),
-            {role: DataSet.read(getattr(request, role), request.metric) for role in ("forget", "retain")},
+            {role: read_scored(getattr(request, role), request.metric) for role in ("forget", "retain")},
             progress,
         )
 
@@ -68,11 +69,11 @@ class OpenedSweep:
     def paths(self) -> list[Path]:
         """Every directory and file that is read."""
         tensors = [path for directory in self.inputs().values() for path in (directory.path, *directory.files())]
-        return tensors + [data.path for data in self.data.values()]
+        return tensors + [file.path for file in self.data.values()]
 
     def identity(self) -> dict[str, Any]:
         """By path, what shows whether an input has changed."""
-        small = {str(data.path): data.digest for data in self.data.values()}
+        small = {str(file.path): file.digest for file in self.data.values()}
         if self.sources.adapter_config is not None:
             small[str(self.sources.adapter_config)] = hash_file(self.sources.adapter_config)
         weights = {
@@ -105,15 +106,15 @@ class OpenedSweep:
 
     def estimate(self, subject: Subject, folder: Path | None) -> ByEstimator:
         """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory."""
-        samples = {role: samples_for(subject, data.rows, self.request.max_length) for role, data in self.data.items()}
+        samples = {role: samples_for(subject, file.rows, self.request.max_length) for role, file in self.data.items()}
         importances: ByEstimator = {estimator: {} for estimator in self.lacking()}
         for estimator, by_role in importances.items():
             how = Estimation(subject, estimator, self.request.batch_size, self.progress)
-            for role, data in self.data.items():
+            for role, file in self.data.items():
                 out = None if folder is None else folder / estimator / role
                 if out is None or not out.exists():  # one that exists is complete: it appears as a whole
                     description = f"{role} importance, {estimator}"
-                    importance = estimate_on(how, samples[role], data.digest, out=out, description=description)
+                    importance = estimate_on(how, samples[role], file.digest, out=out, description=description)
                 if out is None:
                     importance.tensors = {name: tensor.cpu() for name, tensor in importance.tensors.items()}
                 else:

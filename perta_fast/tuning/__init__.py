@@ -1,1 +1,1 @@
-"""θ_f: a base tuned on the forget data alone, by the trainer and the adapters of others."""
+"""θ_f: a base tuned on the forget data alone, by transformers' Trainer and peft's adapters."""

@@ -1,4 +1,4 @@
-"""A LoRA adapter of the plain kind, whose task vector is scale · B A of each matrix and nothing else."""
+"""A plain LoRA adapter: its task vector is scale · B A of each adapted matrix."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,13 @@ from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 
-# Parts of an expert. In a model whose experts are joined into one parameter, peft takes a linear map of such a
-# name for all of them, and adapts that parameter by ranks of its own.
+# Parts of an expert. In a model whose experts are joined into one parameter, peft takes a linear map of such a name
+# as all experts, and adapts that parameter with ranks of its own.
 _EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def linear_maps(model: Any) -> dict[str, Any]:
-    """The modules of a transformers model that get an adapter, by name.
-
-    All linear maps but the output head, and where experts are joined those of the attention alone.
-    """
+    """The modules that get an adapter, by name: all linear maps except the output head and parts of joined experts."""
     from transformers.pytorch_utils import Conv1D
 
     joined = any(
@@ -38,23 +35,23 @@ def linear_maps(model: Any) -> dict[str, Any]:
 
 
 def share_left_out(model: Any) -> float:
-    """The share of the parameters in matrices without an adapter, embeddings, head and convolutions aside."""
-    reached = {module.weight for module in linear_maps(model).values()}
-    rest = [
+    """The share of the parameters in matrices without an adapter; embeddings, head and convolutions do not count."""
+    adapted = {module.weight for module in linear_maps(model).values()}
+    others = [
         parameter
         for module in model.modules()
         if not isinstance(module, nn.Embedding | nn.Conv1d) and module is not model.get_output_embeddings()
         for parameter in module.parameters(recurse=False)
-        if parameter.ndim > 1 and parameter not in reached
+        if parameter.ndim > 1 and parameter not in adapted
     ]
-    return float(sum(matrix.numel() for matrix in rest) / sum(tensor.numel() for tensor in model.parameters()))
+    return float(sum(matrix.numel() for matrix in others) / sum(tensor.numel() for tensor in model.parameters()))
 
 
 def add_adapter(model: Any, rank: int, seed: int) -> Any:
     """``model`` with an adapter on each of its ``linear_maps``; nothing else is trainable.
 
-    The scale is 2 (alpha = 2 · rank), B starts at 0, A is drawn by ``seed``, and both are float32 whatever the
-    model is. Raises InputError if there is nothing to put it on.
+    The scale is 2 (alpha = 2 · rank), B starts at 0, A is drawn by ``seed``; both are float32. Raises InputError if
+    the model has no linear map.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -74,21 +71,21 @@ def add_adapter(model: Any, rank: int, seed: int) -> Any:
 
 
 def check_adapter(adapted: Any, base: Checkpoint, directory: Path) -> None:
-    """Raise InputError unless ``apply`` will find the adapter's places in ``base``; it is saved for that."""
+    """Save the adapter, and raise InputError unless ``apply`` finds its tensors in ``base``."""
     save_adapter(adapted, directory)
     shapes = {name: entry.shape for name, entry in base.tensors.items()}
     try:
         Adapter.open(directory).meet(shapes, base.path)
     except InputError as error:
         raise InputError(
-            f"{base.path}: transformers gives its tensors other names than they are stored under, by which an "
-            "adapter would not find them; tune all of it with --full"
+            f"{base.path}: transformers gives its tensors other names than they are stored under, so an adapter "
+            "would not find them; tune all of it with --full"
         ) from error
 
 
 def save_adapter(adapted: Any, directory: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
     settings = adapted.peft_config["default"]
-    settings.target_modules = sorted(settings.target_modules)  # a set has another order in every process
+    settings.target_modules = sorted(settings.target_modules)  # the order of a set differs between processes
     adapted.save_pretrained(directory, save_embedding_layers=False)
-    (directory / "README.md").unlink()  # a form for a model card, which nobody has filled in
+    (directory / "README.md").unlink()  # an empty model card

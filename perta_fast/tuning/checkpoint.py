@@ -22,15 +22,14 @@ def tuned_size(base: Checkpoint) -> int:
 
 @torch.no_grad()
 def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
-    """Write ``base`` with the parameters of ``module``, in float32, in their places.
+    """Write ``base`` with the parameters of ``module``, in float32; copy what ``module`` lacks, such as buffers.
 
-    A type of 16 bits would lose much of a short tuning: 15 steps at 1e-5 move half of all parameters by less
-    than bfloat16 can tell apart. What ``module`` lacks, such as buffers and a vision tower, is copied.
-    Memory: one shard.
+    A type of 16 bits would lose much of a short tuning: 15 steps at 1e-5 move half of all parameters by less than
+    the spacing of bfloat16. Memory: one shard.
     """
     tuned = as_stored(module, dict(module.named_parameters()))
     copy_companions(base, directory)
-    (directory / FILE_NAME).unlink(missing_ok=True)  # the base may have been unlearned; this has not
+    (directory / FILE_NAME).unlink(missing_ok=True)  # of the base, if that was unlearned
     total = 0
     for shard in base.shards.values():
         with safe_open(shard.path, framework="pt") as stored:

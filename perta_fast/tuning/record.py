@@ -13,10 +13,9 @@ FILE_NAME = "perta_tune.json"
 class Tuning:
     """The record of one tuning.
 
-    base: absolute path. settings: max_length is None where the model's own limit holds. tuned_parameters: how
-    many numbers were trained. loss_before, loss_after: mean over the samples of their mean token loss, in nats.
-    epoch_losses: what the Trainer logged, the mean over the steps of each epoch of the batch's mean token loss.
-    memory: peaks in bytes. seconds: of the whole, loading included.
+    base: absolute path. settings: max_length is None for the model's own limit. tuned_parameters: how many elements
+    were trained. loss_before, loss_after: mean over the samples of their mean token loss, in nats. epoch_losses: by
+    epoch, the mean over its steps of the batch's mean token loss. memory: peaks in bytes. seconds: with loading.
     """
 
     base: str

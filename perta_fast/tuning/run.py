@@ -1,4 +1,4 @@
-"""``tune``, from its arguments to its output: everything is checked before the model is loaded."""
+"""``tune``: everything is checked before the model is loaded."""
 
 import math
 import time
@@ -29,9 +29,7 @@ from perta_fast.tuning.record import Tuning
 from perta_fast.tuning.training import Request, train_
 
 _NEEDED = ("peft", "accelerate")
-_EPOCHS = {"adapter": 10, "full": 5}
-_LR = {"adapter": 1e-4, "full": 1e-5}
-_SCORED_AT_A_TIME = 8
+_SCORED_AT_A_TIME = 8  # samples
 
 
 def tune(
@@ -51,34 +49,28 @@ def tune(
     overwrite: bool = False,
     progress: Progress = True,
 ) -> Tuning:
-    """Tune ``base`` on the forget data alone, by transformers and peft: θ_f, as ``unlearn`` takes it.
+    """Tune ``base`` on the forget data alone, by transformers and peft: the result is θ_f, as ``unlearn`` takes it.
 
     base: a checkpoint directory, θ_0. forget: a JSON lines file, tokenised and labelled as for ``unlearn``.
-    out: directory to make, of a LoRA adapter of ``rank`` or, if ``full``, of a checkpoint, both in float32; the
-    record that is returned lies there too. The documentation ("Tuning") says what is tuned, and why so.
+    out: directory to make, of a LoRA adapter of ``rank`` or, if ``full``, of a checkpoint, both in float32; with the
+    record that is returned. The documentation ("Tuning") says what is tuned and why.
     epochs, lr: None takes TOFU's, 10 epochs at 1e-4 for an adapter and 5 at 1e-5 for a checkpoint.
-    batch_size: samples a step. max_length: tokens a sample is cut to, within the model's own limit.
-    gradient_checkpointing: compute activations again instead of keeping them. device: None takes CUDA if there
-    is one. seed: on the CPU, one seed gives the same bytes with one number of threads; it seeds torch, NumPy
-    and ``random`` for good. overwrite: replace ``out``.
+    batch_size: samples of a step. max_length: tokens that a sample is cut to, within the model's own limit.
+    gradient_checkpointing: compute activations again instead of keeping them. device: None takes CUDA if there is
+    one. seed: on the CPU, one seed and one number of threads give the same bytes; torch, NumPy and ``random`` stay
+    seeded. overwrite: replace ``out``.
 
-    Memory: the model in its own type, float32 if that is float16, and 16 bytes a parameter of the adapter; if
-    ``full``, 16 bytes a parameter of the model. Disk, if ``full``: 4 bytes a parameter.
+    Memory: the model in its own type, float32 if that is float16, and 16 bytes for each parameter of the adapter; if
+    ``full``, 16 bytes for each parameter of the model. Disk, if ``full``: 4 bytes for each parameter.
     Raises InputError for bad input, before the model is loaded where possible, NotFiniteError if a loss is not
-    finite, RunError if ``out`` cannot be written. Nothing is left behind then, or after an interrupt.
+    finite, RunError if ``out`` cannot be written. Then, or after an interrupt, nothing is left behind.
     """
-    kind = "full" if full else "adapter"
+    if epochs is None:
+        epochs = 5 if full else 10
+    if lr is None:
+        lr = 1e-5 if full else 1e-4
     request = Request(
-        base=Path(base),
-        forget=Path(forget),
-        full=full,
-        rank=rank,
-        epochs=_EPOCHS[kind] if epochs is None else epochs,
-        lr=_LR[kind] if lr is None else lr,
-        batch_size=batch_size,
-        max_length=max_length,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
+        Path(base), Path(forget), full, rank, epochs, lr, batch_size, max_length, gradient_checkpointing, seed
     )
     request.check()
     if None in map(find_spec, _NEEDED):
@@ -131,7 +123,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
 
 
 def _trainable(model: Any, request: Request, checkpoint: Checkpoint, directory: Path) -> tuple[nn.Module, float]:
-    """What is trained, ``model`` or an adapter on it; and the share of parameters left out of the adapter."""
+    """What is trained, ``model`` or an adapter on it; and the share of the parameters that the adapter leaves out."""
     if request.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise InputError(f"{request.base}: this model knows no gradient checkpointing; leave it out")
@@ -145,16 +137,13 @@ def _trainable(model: Any, request: Request, checkpoint: Checkpoint, directory: 
 
 
 def _dtype(checkpoint: Checkpoint, full: bool) -> torch.dtype | None:
-    """What to hold the weights in; None for the checkpoint's own type.
-
-    bfloat16 weights would lose the steps of a full tuning, and gradients in float16 would vanish.
-    """
+    """The type of the weights; None for the checkpoint's own."""
     is_half = any(entry.dtype == "F16" for entry in checkpoint.tensors.values())
-    return torch.float32 if full or is_half else None
+    return torch.float32 if full or is_half else None  # a full step is lost in bfloat16, a gradient in float16
 
 
 def _mean_loss(module: nn.Module, samples: Sequence[Sample], when: str, progress: Progress) -> float:
-    """The mean over ``samples`` of their mean token loss, in nats. Raises NotFiniteError if it is no number."""
+    """The mean over ``samples`` of their mean token loss, in nats. Raises NotFiniteError if it is not finite."""
     phase = f"loss {when} tuning"
     with evaluation_mode(module):
         scores = score_tokens(module, samples, batch_size=_SCORED_AT_A_TIME, progress=progress, description=phase)
@@ -170,12 +159,11 @@ def _warnings(truncated: int, missed: float, before: float, after: float) -> lis
         texts.append(f"{truncated} samples were cut to the length limit")
     if missed:
         texts.append(
-            f"the adapter leaves out {missed:.0%} of the parameters, in joined experts and the like; "
-            "--full tunes them too"
+            f"the adapter leaves out {missed:.0%} of the parameters, such as joined experts; --full tunes them too"
         )
     if after > 0.9 * before:
         texts.append(
-            "the loss has fallen by less than a tenth: the forget data has hardly been learnt; "
+            "the loss fell by less than a tenth: the forget data has hardly been learnt; "
             "give more --epochs or a higher --lr"
         )
     return texts

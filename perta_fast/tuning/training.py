@@ -1,4 +1,4 @@
-"""What is tuned and how, and the training itself by transformers' Trainer: its loss, optimiser, schedule."""
+"""The arguments of a tuning, and the training by transformers' Trainer."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.models.loading import check_sizes
 from perta_fast.progress import Bar, Progress
 
-_AT_A_TIME = 4  # samples of one backward pass, at most; a batch is made of as many passes as it takes
+_AT_A_TIME = 4  # samples of one backward pass, at most; a batch takes several passes
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of ``tune`` that say what is trained and how; as there."""
+    """The arguments of ``tune`` that say what is trained and how."""
 
     base: Path
     forget: Path
@@ -39,11 +39,11 @@ class Request:
         check_sizes(self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr is {self.lr}; it must be a number above 0")
-        if not 0 <= self.seed < 1 << 32:  # what NumPy takes
+        if not 0 <= self.seed < 1 << 32:  # the limit of NumPy
             raise InputError(f"seed is {self.seed}; it must lie from 0 to 2^32 - 1")
 
     def settings(self) -> dict[str, Any]:
-        """All but the inputs, for the record."""
+        """All arguments but the inputs, for the record."""
         left_out = ("base", "forget", "rank") if self.full else ("base", "forget")
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
@@ -51,13 +51,12 @@ class Request:
 def train_(
     module: nn.Module, samples: Sequence[Sample], request: Request, directory: Path, progress: Progress
 ) -> list[float]:
-    """Train what is trainable in ``module``, in place and where it is; return the mean loss of each epoch.
+    """Train what is trainable in ``module``, in place and on its device; return the mean loss of each epoch.
 
-    The loss is the Trainer's own, the mean over all labelled tokens of a batch: most models were tuned with it,
-    and θ_f should repeat what θ_full went through. AdamW, gradients clipped to norm 1, no weight decay, which
-    would put a multiple of θ_0 into the task vector. The rate rises linearly from 0 in the first epoch, unless
-    that is the only one, and falls to 0 in the others. Weights keep their types; a GPU that knows bfloat16
-    computes in it. directory: an empty one, which the Trainer asks for.
+    The loss is the Trainer's own, the mean over all labelled tokens of a batch: most models were tuned with it, and
+    θ_f should be tuned as θ_full was. AdamW, gradients clipped to norm 1. No weight decay: it would add a multiple
+    of θ_0 to the task vector. The rate rises linearly from 0 in the first of several epochs, then falls to 0.
+    Weights keep their types; a GPU with bfloat16 computes in it. directory: an empty one, for the Trainer.
 
     Seeds torch, NumPy and ``random``. Raises NotFiniteError if the loss is not finite.
     """
@@ -83,7 +82,7 @@ def train_(
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
     )
-    settings._n_gpu = min(1, settings.n_gpu)  # several would make the batch several times as large
+    settings._n_gpu = min(1, settings.n_gpu)  # several would multiply the batch size
     with Bar(request.epochs * len(samples), "tuning", progress, "sample") as bar:
         watch = _Watch(bar, len(samples))
         trainer = Trainer(
@@ -95,13 +94,13 @@ def train_(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        # Without what computes in bfloat16, so that the model is scored as it was before.
+        # Take off the wrapper that computes in bfloat16: the model is scored in the same type before and after.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     return watch.losses
 
 
 class _Watch(TrainerCallback):
-    """Moves the bar, keeps the losses, and stops a training that has come to nothing."""
+    """Moves the bar, keeps the losses, and stops if a loss is not finite."""
 
     def __init__(self, bar: Bar, count: int) -> None:
         self.losses: list[float] = []
