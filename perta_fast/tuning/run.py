@@ -163,7 +163,7 @@ def _warnings(truncated: int, missed: float, before: float, after: float) -> lis
         )
     if after > 0.9 * before:
         texts.append(
-            "the loss fell by less than a tenth: the forget data has hardly been learnt; "
+            "the loss has fallen by less than a tenth: the forget data has hardly been learnt; "
             "give more --epochs or a higher --lr"
         )
     return texts
