@@ -1,24 +1,26 @@
 """Every example, run as a user would run it, and what it shows."""
 
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+
+from tests.support.children import run_child
 
 FOLDER = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiny")
 LOSSES = re.compile(r"^(\w[\w ]*\w) +forget loss +([\d.]+), retain loss +([\d.]+)$", re.MULTILINE)
 
 
-def run(name: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, FOLDER / f"{name}.py"], capture_output=True, text=True)
+def run(name: str) -> CompletedProcess[str]:
+    return run_child([sys.executable, FOLDER / f"{name}.py"])
 
 
 @pytest.fixture(scope="module")
-def finished() -> "dict[str, subprocess.CompletedProcess[str]]":
+def finished() -> dict[str, CompletedProcess[str]]:
     """All of them, two at a time, each with the one thread that it takes."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(NAMES, pool.map(run, NAMES), strict=True))
@@ -34,7 +36,7 @@ def assert_forgotten(losses: dict[str, tuple[float, float]]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs(name: str, finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
+def test_runs(name: str, finished: dict[str, CompletedProcess[str]]) -> None:
     done = finished[name]
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
@@ -44,23 +46,21 @@ def test_runs(name: str, finished: "dict[str, subprocess.CompletedProcess[str]]"
     assert found or name in ("streaming", "sweep", "custom_operation")
 
 
-def test_streaming_gives_the_same_bytes(finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
+def test_streaming_gives_the_same_bytes(finished: dict[str, CompletedProcess[str]]) -> None:
     assert "the same bytes" in finished["streaming"].stdout
 
 
-def test_the_sweep_finds_a_strength(finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
+def test_the_sweep_finds_a_strength(finished: dict[str, CompletedProcess[str]]) -> None:
     found = re.search(r"lambda ([\d.]+) raises the forget loss", finished["sweep"].stdout)
     assert found is not None
     assert float(found[1]) > 0.5
 
 
-def test_an_operation_of_ones_own_gives_the_bits_of_its_reference(
-    finished: "dict[str, subprocess.CompletedProcess[str]]",
-) -> None:
+def test_an_operation_of_ones_own_gives_the_bits_of_its_reference(finished: dict[str, CompletedProcess[str]]) -> None:
     assert finished["custom_operation"].stdout.count("the kernel gives the bits of the reference") == 3
 
 
-def test_a_family_of_ones_own_gives_the_same_streamed(finished: "dict[str, subprocess.CompletedProcess[str]]") -> None:
+def test_a_family_of_ones_own_gives_the_same_streamed(finished: dict[str, CompletedProcess[str]]) -> None:
     found = re.search(r"largest difference between the two ways: (\S+)", finished["custom_family"].stdout)
     assert found is not None
     assert float(found[1]) <= 1e-5

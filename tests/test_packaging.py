@@ -1,6 +1,5 @@
 """What a source distribution and a wheel hold, and the one version. `make wheel-check` builds and runs them."""
 
-import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -10,12 +9,14 @@ import pytest
 
 import perta_fast
 from perta_fast import cli
+from tests.support.children import run_child
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def setup(*commands: object) -> None:
-    subprocess.run([sys.executable, "setup.py", "--quiet", *map(str, commands)], cwd=ROOT, check=True)
+    done = run_child([sys.executable, "setup.py", "--quiet", *commands], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def files(folder: Path) -> set[Path]:

@@ -2,12 +2,12 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.children import run_child
 from tests.support.models import write_job
 
 ROOT = Path(__file__).parent.parent
@@ -45,13 +45,11 @@ def test_commands(block: str, folder: Path) -> None:
             assert f"make {arguments[0]}" in (ROOT / ".ci" / "run").read_text()
             continue
         assert program == "perta", command
-        done = subprocess.run(
-            [sys.executable, "-m", "perta_fast", *arguments], cwd=folder, capture_output=True, text=True
-        )
+        done = run_child([sys.executable, "-m", "perta_fast", *arguments], cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("block", PYTHON)
 def test_python(block: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True)
+    done = run_child([sys.executable, "-c", block], cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,10 @@
 """A user's typed program against the annotations of the public functions, by mypy."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.support.children import run_child
 
 ROOT = Path(__file__).parent.parent
 # What --strict adds to the settings of the project, with which the cache of `make lint` can be used.
@@ -53,13 +54,8 @@ def errors(program: str, folder: Path) -> list[str]:
     """What mypy says of ``program``, by line."""
     path = folder / "program.py"
     path.write_text(f"# mypy: {STRICT}\n{program}", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--hide-error-context", path],
-        cwd=ROOT,
-        env={**os.environ, "MYPYPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--hide-error-context", path]
+    done = run_child(command, cwd=ROOT, env={**os.environ, "MYPYPATH": str(ROOT)})
     assert done.returncode in (0, 1), done.stderr
     lines = [line.removeprefix(f"{path}:") for line in done.stdout.splitlines() if line.startswith(str(path))]
     return [line for line in lines if ": error:" in line]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.errors import InputError
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint, write_raw
+from tests.support.children import run_child
 from tests.support.models import Job, llama, tokenizer
 
 TENSORS = {
@@ -256,7 +256,7 @@ def test_the_conversion_command_in_the_message_converts(tmp_path: Path) -> None:
     command = str(caught.value).split("convert them with: ")[1]
     assert command == conversion_command(folder)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(command, shell=True, check=True, capture_output=True, env=os.environ | {"PATH": path})
+    run_child(["sh", "-c", command], check=True, env=os.environ | {"PATH": path})
     assert fingerprint(folder) == before
     target = Path(f"{folder}-safetensors")
     opened = Checkpoint.open(target)

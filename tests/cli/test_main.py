@@ -15,7 +15,7 @@ from perta_fast import cli
 from perta_fast.records.report import Report
 from perta_fast.runs import inspect
 from tests.support.checkpoints import fingerprint, read_checkpoint
-from tests.support.children import perta
+from tests.support.children import HUNG, perta, run_child
 from tests.support.inputs import weights
 from tests.support.models import Job, write_job, write_lines
 
@@ -102,9 +102,9 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
     "program", [[sys.executable, "-m", "perta_fast"], [str(Path(sys.executable).with_name("perta"))]]
 )
 def test_both_programs_are_the_same(program: list[str]) -> None:
-    found = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
+    found = run_child([*program, "--version"], check=True)
     assert found.stdout == f"perta {metadata.version('perta-fast')}\n"
-    assert subprocess.run([*program, "verify", "nowhere"], capture_output=True).returncode == 2
+    assert run_child([*program, "verify", "nowhere"]).returncode == 2
 
 
 def mean_gradients(path: Path, texts: list[str], squared: bool) -> dict[str, Tensor]:
@@ -288,7 +288,7 @@ def test_a_reader_that_leaves_is_no_traceback(job: Job) -> None:
     os.close(reader)
     command = [sys.executable, "-m", "perta_fast", "inspect", "--tensors", str(job.model)]
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=buffered)
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=buffered, timeout=HUNG)
     os.close(writer)
     assert (found.returncode, found.stderr) == (1, b"")
 

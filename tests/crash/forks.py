@@ -1,9 +1,9 @@
-"""``perta`` under faults in forks of one process, so that what takes seconds to import is imported once.
+"""``perta`` under faults in forks of one process: imports take seconds, and are done once.
 
     with Forks(shim.library) as forks:
         forks.perta("resume", out, faults=Faults("/place/", then="kill before", at=7))
 
-A child is one thread of a process that has computed nothing yet, so it does what a new process does.
+The process that is forked has computed nothing, so a child does what a new process does.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.crash.shim import Faults, Point, points
+from tests.support.children import HUNG
 
 _IMPORTED = (
     "torch",
@@ -32,13 +33,12 @@ _IMPORTED = (
     "perta_fast.streaming.streamed_run",
     "perta_fast.runs.unlearn",
 )
-_TIMEOUT = 120  # seconds that a child may take
 
 
 class Forks:
     """The process that is forked. setup: Python statements that each child runs first.
 
-    One child at a time: threads that call ``perta`` wait for each other.
+    It has one child at a time: threads that call ``perta`` wait for each other.
     """
 
     def __init__(self, library: Path, setup: str = "") -> None:
@@ -59,12 +59,12 @@ class Forks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._server:  # which closes its input, so that it ends
+        with self._server:  # closes its input, which ends it
             pass
 
     def perta(self, *arguments: object, faults: Faults | None = None) -> subprocess.CompletedProcess[str]:
-        """As ``Shim.perta``; None: nothing goes wrong."""
-        command = [str(each) for each in arguments]
+        """As ``Shim.perta``. faults: None injects none."""
+        command = list(map(str, arguments))
         with self._lock, tempfile.TemporaryDirectory() as folder:
             order = {
                 "folder": folder,
@@ -74,20 +74,24 @@ class Forks:
             }
             assert self._server.stdin is not None and self._server.stdout is not None
             print(json.dumps(order), file=self._server.stdin, flush=True)
-            status = int(self._server.stdout.readline())
+            answer = self._server.stdout.readline()
+            assert answer, "the process that is forked has ended"
+            status = int(answer)
             output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
         return subprocess.CompletedProcess(command, status, output, errors)
 
     def count(self, *arguments: object, path: str, log: Path) -> list[Point]:
-        """As ``Shim.count``, by way of a new file ``log``."""
+        """As ``Shim.count``. log: a new file for the calls."""
         done = self.perta(*arguments, faults=Faults(path, log=log))
         assert done.returncode == 0, done.stderr
         return points(log)
 
 
 def _serve(library: str) -> None:
+    signal.alarm(HUNG)  # ends this process, which the tests then see
     for name in _IMPORTED:
         import_module(name)
+    signal.alarm(0)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -96,8 +100,8 @@ def _serve(library: str) -> None:
 
 
 def _work(library: str, folder: str, setup: str, arguments: list[str], environment: dict[str, str]) -> int:
-    """The child's part; returns the exit status."""
-    signal.alarm(_TIMEOUT)
+    """Run ``perta`` in the child; returns its exit status."""
+    signal.alarm(HUNG)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o666), number)
     from perta_fast.cli import main
@@ -108,7 +112,7 @@ def _work(library: str, folder: str, setup: str, arguments: list[str], environme
     ctypes.CDLL(library).read_plan()
     try:
         status = main(arguments)
-    except SystemExit as error:  # of argparse
+    except SystemExit as error:  # from argparse
         status = int(str(error.code))
     sys.stdout.flush()
     sys.stderr.flush()

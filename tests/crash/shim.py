@@ -11,14 +11,14 @@ and a run that is struck must choose the same. Linux only: faults.c is loaded wi
 import errno
 import os
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-from tests.support.children import perta
+from tests.support.children import perta, run_child
 
 SIZED = ("write", "copy", "read")  # calls that move bytes; copy: copy_file_range and sendfile
 CHANGES = ("write", "copy", "truncate", "fsync", "rename", "unlink")  # calls after which a disk is not the same
@@ -97,13 +97,13 @@ class Shim:
         if compiler is None:
             pytest.skip("no C compiler was found")
         library = folder / "faults.so"
-        command = [*compiler.split(), "-std=gnu17", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared"]
-        command += [str(Path(__file__).with_name("faults.c")), "-o", str(library), "-ldl", "-pthread"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        flags = ["-std=gnu17", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared"]
+        source = Path(__file__).with_name("faults.c")
+        done = run_child([*compiler.split(), *flags, source, "-o", library, "-ldl", "-pthread"])
         assert done.returncode == 0, done.stderr
         return cls(library)
 
-    def perta(self, *arguments: object, faults: Faults, setup: str = "") -> subprocess.CompletedProcess[str]:
+    def perta(self, *arguments: object, faults: Faults, setup: str = "") -> CompletedProcess[str]:
         """Run ``perta`` with ``arguments`` in its own process, after the Python statements of ``setup``."""
         return perta(*arguments, setup=setup, environment=faults.environment(self.library))
 

@@ -1,17 +1,17 @@
-"""Killed or struck at any point of the file system, a run leaves its inputs right and can be finished.
+"""A run of ``perta apply`` that is killed, or whose file calls fail, leaves its inputs intact and can be finished.
 
-``PERTA_SOAK=1`` strikes at every point in every way, and at many random instants; otherwise at a share of them.
+With ``PERTA_SOAK=1`` it is struck at every file call in every way and at many random instants, else at some of them.
 """
 
 import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -21,7 +21,7 @@ from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place
 from perta_fast.subtraction.in_place import is_open
 from tests.crash.shim import CHANGES, SIZED, Faults, Shim
-from tests.support.children import perta
+from tests.support.children import HUNG, perta
 from tests.support.inputs import BF16, F32, write_inputs
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """Inputs, what a run must make of them, and the calls it makes on the way."""
+    """The inputs of a run, its kind ("out" or "in-place"), and what it must write."""
 
     inputs: Path
     kind: str
@@ -53,32 +53,31 @@ class World:
         return {path.name: path.read_bytes() for path in (self.inputs / "model").iterdir()}
 
     def prepare(self, folder: Path) -> Path:
-        """A place of its own for one run; returns what the run makes or changes."""
+        """Make a directory ``place`` for one run; returns the directory that the run makes or changes."""
         place = folder / "place"
         place.mkdir(parents=True)
-        if self.kind == "out":
-            return place / "result"
-        shutil.copytree(self.inputs / "model", place / "result")
+        if self.kind == "in-place":
+            shutil.copytree(self.inputs / "model", place / "result")
         return place / "result"
 
     def arguments(self, result: Path) -> list[object]:
         model = self.inputs / "model" if self.kind == "out" else result
-        end = ["--out", result] if self.kind == "out" else ["--in-place"]
+        destination = ["--out", result] if self.kind == "out" else ["--in-place"]
         return [
             *("apply", "--model", model, "--base", self.inputs / "base", "--tuned", self.inputs / "tuned"),
             *("--forget-importance", self.inputs / "forget", "--retain-importance", self.inputs / "retain"),
-            *("--rule", "fisher", "--lam", "0.7", "--threads", "2", "--quiet", *end),
+            *("--rule", "fisher", "--lam", "0.7", "--threads", "2", "--quiet", *destination),
         ]
 
     def finish(self, result: Path) -> None:
-        """Whatever the run has left, finish it and hold it to what it must be."""
+        """Finish the run from what is on the disk, and check its result."""
         if self.kind == "in-place" and is_open(result):
             assert perta("inspect", result).returncode == 2  # no command takes it for a model
         try:
             resume(result, progress=False)
         except InputError as error:
             assert "there is no unfinished run to resume" in str(error)
-            if self.kind == "out":  # nothing to be seen, or all of it
+            if self.kind == "out":  # nothing is visible, or all of it
                 assert not result.exists() or (result / "perta_report.json").exists()
             if not (result / "perta_report.json").exists():
                 if self.kind == "in-place":
@@ -116,14 +115,14 @@ def world(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest
 
 
 def share(points: list[tuple[str, int]], number: int) -> list[tuple[str, int]]:
-    """All of them in a soak, else ``number`` of them, evenly: the same each time."""
+    """All points in a soak, else ``number`` of them, evenly spread: the same every time."""
     if SOAK or len(points) <= number:
         return points
     return [points[(2 * k + 1) * len(points) // (2 * number)] for k in range(number)]
 
 
 def test_killed_at_any_point(world: World, shim: Shim, tmp_path: Path) -> None:
-    """Also with a write cut in half."""
+    """Before and after every file call, and in the middle of those that move bytes."""
     counted = shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/place/", setup=SMALL)
     assert {"write", "fsync", "rename"} <= {point.kind for point in counted}
     ways = [(then, at) for at in range(len(counted)) for then in ("kill before", "kill after")]
@@ -158,35 +157,35 @@ def test_killed_again_while_it_is_finished(world: World, shim: Shim, tmp_path: P
 
 
 def test_killed_at_any_instant(world: World, tmp_path: Path) -> None:
-    """Not at a file call, but at some time after it: the child tells of each and goes on."""
-    telling = (
-        f"{SMALL}\nimport os, sys\nfrom perta_fast.cli import main\n"
+    """Not at a file call, but some time after one: the child writes a dot for each and goes on."""
+    dotted = (
+        f"{SMALL}\nimport os, signal, sys\nfrom perta_fast.cli import main\nsignal.alarm({HUNG})\n"
         "sys.addaudithook(lambda event, _: event.startswith(('open', 'os.')) and os.write(1, b'.'))\n"
         "main(sys.argv[1:])"
     )
 
-    def start(number: str) -> tuple[Path, "subprocess.Popen[bytes]"]:
+    def start(number: str) -> tuple[Path, Popen[bytes]]:
         result = world.prepare(tmp_path / number)
-        command = [sys.executable, "-c", telling, *map(str, world.arguments(result))]
-        return result, subprocess.Popen(command, stdout=subprocess.PIPE)
+        command = [sys.executable, "-c", dotted, *map(str, world.arguments(result))]
+        return result, Popen(command, stdout=PIPE)
 
     _, whole = start("whole")
-    told = len(whole.communicate()[0])
-    assert whole.returncode == 0 and told > 50
+    dots = len(whole.communicate(timeout=HUNG)[0])
+    assert whole.returncode == 0 and dots > 50
     draw = random.Random(1)
     for number in range(1000 if SOAK else 12):
         result, child = start(str(number))
         assert child.stdout is not None
-        child.stdout.read(draw.randrange(told))
+        child.stdout.read(draw.randrange(dots))
         child.kill()
-        child.communicate()
+        child.communicate(timeout=HUNG)
         world.finish(result)
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
 def test_struck_by_an_error(error: str, world: World, shim: Shim, tmp_path: Path) -> None:
-    """One line that says what to do, exit status 1, and a run that can be finished."""
-    kinds = CHANGES[:-1]  # taking files away works
+    """Exit status 1, one line that says what to do, and a run that can be finished."""
+    kinds = CHANGES[:-1]  # removing files works
     command = world.arguments(world.prepare(tmp_path / "count"))
     counted = shim.count(*command, path="/place/", kinds=kinds, setup=SMALL)
     for _, at in share([(error, at) for at in range(len(counted))], 8):
@@ -211,7 +210,7 @@ def test_short_writes_change_nothing(world: World, shim: Shim, tmp_path: Path) -
 
 
 def test_an_input_that_cannot_be_read(world: World, shim: Shim, tmp_path: Path) -> None:
-    """The disk under an input fails: the file is named, and the run can be finished once it works again."""
+    """The disk with an input fails: the message names the file, and the run can be finished when the disk works."""
     for at in (0, 1, 9, 30):
         result = world.prepare(tmp_path / str(at))
         faults = Faults("/tuned/", kinds=("read",), then="EIO", at=at, lasting=True)

@@ -6,14 +6,14 @@ The children are plain Python programs whose calls are known one by one.
 import errno
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from tests.crash.shim import CHANGES, KINDS, Faults, Point, Shim, points
-from tests.support.children import HUNG
+from tests.support.children import run_child
 
 # Every call that the library knows: its kind, and the Python that makes it once, giving the bytes it moved.
 CALLS: dict[str, tuple[str, str]] = {
@@ -77,18 +77,12 @@ print(failed)
 )
 
 
-def python(shim: Shim, folder: Path, program: str, faults: Faults) -> subprocess.CompletedProcess[str]:
+def python(shim: Shim, folder: Path, program: str, faults: Faults) -> CompletedProcess[str]:
     """Run ``program`` in ``folder``/run under ``faults``."""
     place = folder / "run"
     place.mkdir(parents=True)
-    return subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program],
-        cwd=place,
-        env=os.environ | faults.environment(shim.library),
-        capture_output=True,
-        text=True,
-        timeout=HUNG,
-    )
+    command = [sys.executable, "-I", "-S", "-c", program]
+    return run_child(command, cwd=place, env=os.environ | faults.environment(shim.library))
 
 
 def call_once(name: str) -> str:

@@ -2,10 +2,12 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+
+from tests.support.children import run_child
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -19,11 +21,10 @@ def compiler() -> str:
     return found
 
 
-def build(target: Path, sources: list[Path], sanitizers: str) -> subprocess.CompletedProcess[str]:
+def build(target: Path, sources: list[Path], sanitizers: str) -> CompletedProcess[str]:
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-DPERTA_ISA=portable", "-fno-sanitize-recover=all"]
     command = [*compiler().split(), *flags, f"-fsanitize={sanitizers}", f"-I{CSRC}", f"-I{CSRC / 'cpu'}"]
-    command += [*map(str, sources), "-o", str(target), "-pthread", "-ldl"]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_child([*command, *sources, "-o", target, "-pthread", "-ldl"])
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -32,10 +33,10 @@ def test_program(name: str, sanitizers: str, tmp_path: Path) -> None:
     empty = tmp_path / "empty.cpp"
     empty.write_text("int main() { return 0; }\n")
     linked = build(tmp_path / "empty", [empty], sanitizers)
-    if linked.returncode or subprocess.run([tmp_path / "empty"], capture_output=True).returncode:
+    if linked.returncode or run_child([tmp_path / "empty"]).returncode:
         pytest.skip(f"this compiler or kernel has no sanitizer for {sanitizers}")
     built = build(tmp_path / name, [HERE / f"{name}.cpp", *SOURCES[name]], sanitizers)
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([tmp_path / name], capture_output=True, text=True)
+    done = run_child([tmp_path / name])
     assert done.returncode == 0, done.stderr
     assert " 0 failures" in done.stdout

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from perta_fast.cli.main import _parser
 from perta_fast.subtraction import parts
 from tests.distributed.launch import Ended, perta_on_ranks
 from tests.support.checkpoints import fingerprint, read_checkpoint
-from tests.support.children import HUNG
+from tests.support.children import run_child
 from tests.support.models import Job
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +163,7 @@ def test_torchrun(job: Job, tmp_path: Path) -> None:
     script.write_text(_DYING)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     command = [*map(str, [*launch, *subtracting(job, out)])]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG)
+    ended = run_child(command, cwd=ROOT)
     assert ended.returncode == 1
     assert not out.exists()
     assert ended.stderr.count(f"perta resume {out}") == 1

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from perta_fast.runs.unlearn import unlearn
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import to_directory
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, write_checkpoint, write_importance
-from tests.support.children import perta, signal_at
+from tests.support.children import perta, run_child, signal_at
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.models import Job
 
@@ -544,11 +543,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True)
+    mounted = run_child(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk])
     if mounted.returncode != 0:
         pytest.skip("mounting a small file system is not permitted here")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    run_child(["umount", disk], check=True)
 
 
 @pytest.fixture
@@ -585,7 +584,7 @@ def test_a_parent_that_cannot_be_written_is_a_failed_run(
     inputs: Inputs, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(to_directory, "check_space", lambda *_: None)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    run_child(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(RunError, match="out: cannot be written: Read-only file system"):
         run(inputs, small_disk / "out")
     assert not names(small_disk)

@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from perta_fast import ops
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rescaling
 from tests.ops.test_rescaled_subtract import DTYPES, SIZES, assert_same_bits, draw
+from tests.support.children import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
@@ -39,7 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folders = (stand_in, ROOT / "csrc", ROOT / "csrc" / "cuda")
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), stand_in / "entries.cpp"]
     command = [*compiler.split(), *FLAGS, *(f"-I{folder}" for folder in folders), "-x", "c++"]
-    done = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
+    done = run_child([*command, *sources, "-o", target])
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(target))
     loaded.rescaled_subtract.restype = loaded.low_rank_subtract.restype = loaded.accumulate.restype = ctypes.c_char_p

@@ -1,11 +1,10 @@
 """Where the CPU kernels find their threads: torch's OpenMP runtime, or a pool of their own without it."""
 
-import subprocess
 import sys
 
 import pytest
 
-from tests.support.children import HUNG
+from tests.support.children import run_child
 
 # accumulate(accumulator, gradient, dtype code, squared, count, threads); 0 is float32
 ACCUMULATE = """
@@ -62,7 +61,7 @@ AFTER_USE = {"its own pool": "check()", "torch's threads": "import torch; torch.
 
 
 def run(program: str) -> None:
-    done = subprocess.run([sys.executable, "-c", ACCUMULATE + program], capture_output=True, text=True, timeout=HUNG)
+    done = run_child([sys.executable, "-c", ACCUMULATE + program])
     assert done.returncode == 0, done.stderr
 
 

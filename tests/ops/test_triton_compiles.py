@@ -3,10 +3,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import pytest
+
+from tests.support.children import run_child
 
 pytest.importorskip("triton")
 
@@ -18,9 +19,7 @@ PRODUCT = re.compile(r"^\s*(wgmma\.mma_async\S*|mma\.sync\S*)", re.MULTILINE)
 def kernels() -> dict[str, str]:
     """PTX by name."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.compile_triton"], env=environment, capture_output=True, text=True
-    )
+    done = run_child([sys.executable, "-m", "tests.ops.compile_triton"], env=environment)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

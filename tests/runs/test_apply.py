@@ -1,6 +1,5 @@
 """The subtraction over files, end to end, against the formula in plain torch."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.support.checkpoints import (
     write_importance,
     write_raw,
 )
+from tests.support.children import run_child
 from tests.support.inputs import BF16, EMBED, F16, F32, HEAD, Inputs, weights, write_inputs
 from tests.support.models import Job, write_job
 
@@ -349,7 +349,8 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
         (tmp_path / role).mkdir()
         with write_raw(tmp_path / role / "model.safetensors", {"a": entry}).open("ab") as file:
             file.truncate(file.tell() + size)  # zeros that take no space on the disk
-    subprocess.run([sys.executable, "-c", MEMORY_BOUNDED], cwd=tmp_path, check=True)
+    done = run_child([sys.executable, "-c", MEMORY_BOUNDED], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == (
         tmp_path / "model" / "model.safetensors"
     ).stat().st_size

@@ -1,7 +1,6 @@
 """Importance against torch.autograd.grad in float64, one unpadded sample at a time, on eight model families."""
 
 import copy
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.runs import estimate
-from tests.support.children import HUNG
+from tests.support.children import run_child
 from tests.support.models import CHAT_TEMPLATE, FORGET, Job, draw_samples, llama, nudge_, tokenizer, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -299,7 +298,7 @@ def test_peak_memory() -> None:
     """At most weights, accumulators, one layer's gradients and activations, in a process of its own."""
     command = [sys.executable, "-m", "tests.importance.peak_memory"]
     root = Path(__file__).parents[2]
-    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=HUNG)
+    process = run_child(command, cwd=root)
     assert process.returncode == 0, process.stderr
     peak, bound, plain = map(int, process.stdout.split())
     assert peak <= bound

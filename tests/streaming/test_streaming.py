@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from perta_fast.streaming.model.partial_forward import PartialForward
 from perta_fast.streaming.model.skeleton import Skeleton
 from tests.runs.test_estimate import by_autograd
 from tests.support.checkpoints import fingerprint, read_checkpoint
+from tests.support.children import run_child
 from tests.support.models import Job, draw_samples, llama, nudge_, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,7 +267,7 @@ def test_peak_memory_does_not_grow_with_depth(estimator: str, tmp_path: Path) ->
     command = [sys.executable, "-m", "tests.streaming.peak_memory", estimator, str(tmp_path)]
     # Blocks of a layer this small are given back to the system when freed, as those of a large one always are.
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = subprocess.run(command, env=settings, capture_output=True, text=True, check=True)
+    run = run_child(command, env=settings, check=True)
     shallow, deep, least = map(int, run.stdout.split())
     assert shallow >= least  # the measure sees at least what must be there
     assert deep <= 1.1 * shallow

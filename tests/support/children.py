@@ -1,12 +1,13 @@
-"""``perta`` in a process of its own, with its surroundings changed first."""
+"""Child processes of the tests, and ``perta`` in one whose surroundings are changed first."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-# Seconds after which a child process or a rank counts as hung. It only ends a suite that would never end: tests
-# wait for what happens, and pass on a machine that many other processes keep busy too.
+# Seconds after which a child process or a rank counts as hung. Tests wait for events, not for times, and pass on a
+# busy machine too: this limit only ends a test that would never end.
 HUNG = 600
 
 _MAIN = "\nimport sys\nfrom perta_fast.cli import main\nsys.exit(main(sys.argv[1:]))\n"
@@ -44,14 +45,20 @@ ThreadPoolExecutor.shutdown = closing
 """
 
 
+def run_child(command: Sequence[object], **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` and capture its output as text. settings: of ``subprocess.run``."""
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=HUNG, **settings)
+
+
 def perta(
     *arguments: object, setup: str = "", environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``perta`` with ``arguments`` after the Python statements of ``setup``, with more variables set."""
-    command = [sys.executable, "-c", setup + _MAIN, *map(str, arguments)]
-    settings = os.environ | {"OMP_NUM_THREADS": "1"}  # for torch, as the fixture one_thread
-    settings |= environment or {}
-    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=HUNG)
+    """Run ``perta`` with ``arguments`` after the Python statements of ``setup``.
+
+    environment: variables beside those of this process.
+    """
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}  # for torch, like the fixture one_thread
+    return run_child([sys.executable, "-c", setup + _MAIN, *arguments], env=variables | (environment or {}))
 
 
 def signal_at(signal: str, call: str, after: bool = False, earlier: int = 0) -> str:

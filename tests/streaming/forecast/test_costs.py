@@ -1,7 +1,6 @@
 """Estimates of streamed runs, held to what real layers, real walks and real processes take."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from math import ceil
@@ -26,6 +25,7 @@ from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.scratch_files import StepFiles
 from perta_fast.streaming.walk import Walk
 from tests.runs.test_estimate import GPT2_SIZES, SIZES
+from tests.support.children import run_child
 from tests.support.models import draw_samples, llama, nudge_, tokenizer, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,7 +221,7 @@ def test_peak_memory_of_a_process(estimator: str, batch_size: int, tied: str, tm
     module = "tests.streaming.forecast.estimated_memory"
     command = [sys.executable, "-m", module, estimator, str(batch_size), tied, str(tmp_path)]
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back to the system
-    run = subprocess.run(command, env=settings, capture_output=True, text=True, check=True)
+    run = run_child(command, env=settings, check=True)
     peak, estimated = map(int, run.stdout.split())
     assert peak <= 1.05 * estimated
     assert estimated <= 1.4 * peak
