@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from perta_fast.subtraction.on_module import apply_to_module_
     from perta_fast.sweeping.results import Sweep
     from perta_fast.sweeping.run import sweep
-    from perta_fast.tuning.record import Tuning
-    from perta_fast.tuning.run import tune
+    from perta_fast.tuning.run import Tuning, tune
 
 _HOMES = {
     "Evaluation": "perta_fast.evaluation.results",
@@ -38,7 +37,7 @@ _HOMES = {
     "Report": "perta_fast.records.report",
     "RunError": "perta_fast.errors",
     "Sweep": "perta_fast.sweeping.results",
-    "Tuning": "perta_fast.tuning.record",
+    "Tuning": "perta_fast.tuning.run",
     "apply": "perta_fast.runs.apply",
     "apply_to_module_": "perta_fast.subtraction.on_module",
     "estimate_importance": "perta_fast.runs.estimate",

@@ -1,6 +1,7 @@
-"""``evaluate``: everything is checked before the model is loaded."""
+"""``evaluate``: everything is checked before the model is loaded. lm-evaluation-harness is called, not rewritten."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,6 @@ from perta_fast.data.chat import with_chat_settings
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
-from perta_fast.evaluation.lm_eval_harness import check_harness, general_ability
 from perta_fast.evaluation.muse import evaluate_muse, read_muse
 from perta_fast.evaluation.own_data import evaluate_own_data
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric
@@ -76,7 +76,7 @@ def evaluate(
         if find_spec(name) is None:
             raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
     if lm_eval:
-        check_harness(lm_eval)
+        _check_harness(lm_eval)
     settings = {
         "suite": suite,
         "split": split if suite == "tofu" else None,
@@ -94,7 +94,7 @@ def evaluate(
     with evaluation_mode(subject.module):
         result = Evaluation(metrics=measure(examinee), model=subject.origin, settings=settings, started=started)
         if lm_eval:
-            result.general = general_ability(subject, lm_eval, batch_size)
+            result.general = _general_ability(subject, lm_eval, batch_size)
     result.data, result.notes = examinee.data, examinee.notes
     result.versions, result.finished = installed_versions(), now()
     if out is not None:
@@ -144,3 +144,28 @@ def _subject(
     if tokenizer is None:
         raise InputError("a tokenizer is needed with a module; pass tokenizer=")
     return Subject(model_or_path, tokenizer, "live module")
+
+
+def _check_harness(tasks: Sequence[str]) -> None:
+    """Raise InputError if lm-evaluation-harness cannot be imported or lacks a task."""
+    try:
+        from lm_eval.models.huggingface import HFLM  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'perta-fast[lm-eval]'"
+        ) from error
+    known = TaskManager().all_tasks
+    if unknown := [task for task in tasks if task not in known]:
+        raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
+
+
+def _general_ability(subject: Subject, tasks: Sequence[str], batch_size: int) -> dict[str, dict[str, Any]]:
+    """The results of lm-evaluation-harness by task, under its own names. It loads its own data."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = deepcopy(subject.tokenizer)  # the harness gives it a padding token
+    model = HFLM(pretrained=subject.module, tokenizer=tokenizer, batch_size=batch_size)
+    results = simple_evaluate(model=model, tasks=list(tasks))
+    return {task: dict(numbers) for task, numbers in results["results"].items()}

@@ -17,11 +17,11 @@ from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 
 
-def check_destination(request: Request, inputs: list[Path]) -> None:
+def check_destination(request: Request, out: Path, inputs: list[Path]) -> None:
     """Raise InputError, before anything is scored, if the checkpoint could not be written to its directory."""
-    if request.checkpoint is None or request.out is None:
+    if request.checkpoint is None:
         return
-    destination, out = Path(os.path.realpath(request.checkpoint)), Path(os.path.realpath(request.out))
+    destination = Path(os.path.realpath(request.checkpoint))
     if destination == out or destination in out.parents or out in destination.parents:
         raise InputError(f"checkpoint {destination} and out {out} must lie apart, neither within the other")
     check_output(destination, overwrite=request.overwrite, inputs=inputs)

@@ -108,7 +108,7 @@ class Sweep:
 
     @property
     def best(self) -> ScoredSetting | None:
-        """What ``select`` chooses among the settings that keep the bound and the model as it is.
+        """What ``select`` chooses: a setting that keeps the bound, or the model as it is.
 
         "best-forget": the one that has forgotten most. "largest": the same, among the largest strength of each
         curve. "closest": the one with the smallest ``distance``. None without ``select``.
@@ -124,7 +124,7 @@ class Sweep:
 
     @property
     def has_choice(self) -> bool:
-        """Whether ``best`` is a setting and not the model as it is."""
+        """Whether ``best`` is another setting than the model as it is."""
         return self.best is not None and bool(self.best.rule)
 
     def distance(self, setting: ScoredSetting) -> float:

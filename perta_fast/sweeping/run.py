@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,6 @@ from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError,
 from perta_fast.files.durable import remove
 from perta_fast.files.new_directory import OutputDirectory, remove_replaced
 from perta_fast.progress import Progress
-from perta_fast.records.typed_json import fits
 from perta_fast.records.versions import now
 from perta_fast.runs.settings import unfinished_advice
 from perta_fast.subtraction.unfinished import has_begun as has_begun_other
@@ -60,13 +58,13 @@ def sweep(
 ) -> Sweep:
     """Score theta_full - lam * w * (theta_f - theta_0) at many settings, from one importance for each estimator.
 
-    A setting has the scores, on ``forget`` and ``retain``, of the checkpoint that ``apply`` writes for it. lam 0,
-    the model as it is, comes first. The documentation ("Sweeps") describes the search and the choice.
+    A setting has the scores of the checkpoint that ``apply`` writes for it. lam 0, the model as it is, comes first.
+    The documentation ("Sweeps") describes the search and the choice.
 
     model, base, tuned, at, threshold, batch_size, max_length, device, progress: as in ``unlearn``.
     forget, retain: JSON lines files, to score on and to estimate importance on.
     forget_importance, retain_importance: directories to use instead; a pair for each estimator.
-    rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha, and comes once.
+    rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha: it comes once.
     lams: different strengths, tried in rising order; None searches for the largest within the bound.
     target_retain_loss, max_retain_increase, retain_floor: the bound; give at most one. The largest retain loss in
     nats, or in percent above that at lam 0, or the smallest retain ``metric``.
@@ -90,10 +88,7 @@ def sweep(
 def resume_sweep(final: Path, progress: Progress) -> Sweep:
     """Go on with the stopped sweep to ``final``; if it has finished, only remove its record."""
     if has_begun(final):
-        begun = load_begun(final)
-        if not fits(begun.request, Request):
-            raise InputError(f"{final}: its sweep's record is damaged; start over with --overwrite")
-        return _run(Request(**begun.request), progress, resumed=True)
+        return _run(load_begun(final).request, progress, resumed=True)
     remove_replaced(final)
     remove(final / STATE)
     return Sweep.read(final / FILE_NAME)
@@ -101,7 +96,7 @@ def resume_sweep(final: Path, progress: Progress) -> Sweep:
 
 def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
     opened = OpenedSweep.open(request, progress)
-    begun = Begun(asdict(request), opened.identity(), now(), [])
+    begun = Begun(request, opened.identity(), now(), [])
     if request.out is None:
         return score(opened, Record(begun, None))[0]
     final = Path(os.path.realpath(request.out))
@@ -116,7 +111,7 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
     else:
         if not request.overwrite and has_begun_other(final):
             raise InputError(unfinished_advice(final))
-        check_destination(request, inputs)
+        check_destination(request, final, inputs)
     target = OutputDirectory(final, overwrite=request.overwrite, inputs=inputs, resume=goes_on)
     record = Record(begun, target)
     with _kept_if_stopped(target, final), target:

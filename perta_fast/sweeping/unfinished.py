@@ -12,6 +12,7 @@ from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
+from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import ScoredSetting
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
@@ -23,11 +24,11 @@ _FORMAT_VERSION = 1
 class Begun:
     """An unfinished sweep.
 
-    request: its arguments. inputs: what identifies the weights and data that it reads. rows: the scored settings.
-    gold: the gold model's scores, once they are known.
+    inputs: what identifies the weights and data that it reads. rows: the scored settings. gold: the gold model's
+    scores, once they are known.
     """
 
-    request: dict[str, Any]
+    request: Request
     inputs: dict[str, Any]
     started: str
     rows: list[ScoredSetting]

@@ -1,9 +1,10 @@
-"""``tune``: everything is checked before the model is loaded."""
+"""``tune`` and its record; everything is checked before the model is loaded."""
 
 import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,54 @@ from perta_fast.memory import PeakMemory
 from perta_fast.models.loading import choose_device, load_subject, samples_for
 from perta_fast.models.token_scores import evaluation_mode, score_tokens
 from perta_fast.progress import Progress
-from perta_fast.records.report import data_record
+from perta_fast.records.report import DataRecord, Scalar, data_record
+from perta_fast.records.typed_json import write_readable_json
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.tuning.adapter import add_adapter, check_adapter, save_adapter, share_left_out
 from perta_fast.tuning.checkpoint import tuned_size, write_tuned
-from perta_fast.tuning.record import Tuning
 from perta_fast.tuning.training import Request, train_
 
+FILE_NAME = "perta_tune.json"
 _NEEDED = ("peft", "accelerate")
 _SCORED_AT_A_TIME = 8  # samples
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The record of one tuning.
+
+    base: absolute path. settings: max_length is None for the model's own limit. tuned_parameters: how many elements
+    were trained. loss_before, loss_after: mean over the samples of their mean token loss, in nats. epoch_losses: by
+    epoch, the mean over its steps of the batch's mean token loss. memory: peaks in bytes. seconds: with loading.
+    """
+
+    base: str
+    data: DataRecord
+    settings: dict[str, Scalar | None]
+    tuned_parameters: int
+    loss_before: float
+    loss_after: float
+    epoch_losses: list[float]
+    warnings: list[str]
+    seconds: float
+    memory: dict[str, int]
+    versions: dict[str, str]
+    started: str
+    finished: str
+
+    def save(self, directory: Path) -> None:
+        """Write ``perta_tune.json`` into ``directory``."""
+        write_readable_json(directory / FILE_NAME, asdict(self))
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        kind = "checkpoint" if self.settings["full"] else f"adapter of rank {self.settings['rank']}"
+        lines = [
+            f"{kind}: {self.tuned_parameters:,} parameters tuned on {self.data['samples']} samples, "
+            f"{self.settings['epochs']} epochs, {self.seconds:.1f} s",
+            f"mean loss of the forget data: {self.loss_before:.4f} before, {self.loss_after:.4f} after",
+        ]
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
 def tune(
