@@ -33,9 +33,9 @@ class Batch:
 
 
 def batches_by_length(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of the samples of each batch, the longest samples first.
+    """The numbers of the samples in each batch, the longest samples first.
 
-    Samples of like length share a batch, and a batch too large for the memory fails at the start.
+    So samples of similar length share a batch, and a batch that is too large for the memory fails at the start.
     """
     order = sorted(range(len(samples)), key=lambda k: -len(samples[k].input_ids))
     for begin in range(0, len(order), batch_size):

@@ -1,4 +1,4 @@
-"""A system prompt and a date that a tokenizer's chat template puts with every question."""
+"""A system prompt and a date for a tokenizer's chat template."""
 
 import copy
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 def with_chat_settings(
     tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None, date_string: str | None
 ) -> "PreTrainedTokenizerBase":
-    """A tokenizer that applies its chat template with these; ``tokenizer`` itself if both are None.
+    """A tokenizer whose chat template gets these settings; ``tokenizer`` itself if both are None.
 
-    system_prompt: put before messages that have none. date_string: today's date, by the name that templates
-    such as Llama-3's have for it. Raises InputError if there is no chat template.
+    system_prompt: put before messages that have none. date_string: today's date, as templates such as Llama-3's call
+    it. Raises InputError if there is no chat template.
     """
     settings = {"system_prompt": system_prompt, "date_string": date_string}
     given = [name for name, text in settings.items() if text is not None]

@@ -29,16 +29,16 @@ class Row:
 def load_rows(path: str | Path) -> list[Row]:
     """Read and check a JSON lines file; blank lines are skipped.
 
-    Raises InputError naming file and line for a line that is not one of the three forms, and for a file that
-    is missing, unreadable or empty.
+    Raises InputError, naming file and line, for a line in none of the three forms, and for a file that is missing,
+    unreadable or empty.
     """
     return read_data(path)[0]
 
 
 def read_data(path: str | Path) -> tuple[list[Row], str]:
-    """``load_rows``, and the BLAKE3 hash of the very bytes that they were parsed from.
+    """``load_rows``, and the BLAKE3 hash of the file.
 
-    The file is read once: it can be a pipe, and a change of it meanwhile cannot make the hash wrong.
+    The file is read once: it can be a pipe, and the hash is that of the bytes that were parsed even if it changes.
     """
     path = Path(path)
     text, data = read_text(path)
@@ -57,7 +57,7 @@ def read_data(path: str | Path) -> tuple[list[Row], str]:
 
 
 def rows_from(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Check samples given as Python dictionaries in the same three forms."""
+    """Check rows that are dictionaries in the same three forms."""
     checked = [Row(_check_row(row, f"sample {number}"), f"sample {number}") for number, row in enumerate(rows)]
     if not checked:
         raise InputError("there are no samples")

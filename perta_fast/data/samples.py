@@ -28,10 +28,10 @@ class Sample:
 
 
 def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
-    """Tokenise; samples longer than ``max_length`` tokens are cut at the end and marked as truncated.
+    """Tokenise rows; cut samples at ``max_length`` tokens and mark those as truncated.
 
-    Raises InputError naming the line if nothing is left to compute a loss on, or if {"messages"} meet a
-    tokenizer without a chat template.
+    Raises InputError, naming the line, if no token with a loss remains, or a row has {"messages"} and the tokenizer has
+    no chat template.
     """
     samples = []
     for row in rows:
@@ -67,12 +67,12 @@ def _encode_plain_question(
 ) -> tuple[list[int], list[int]]:
     def tokens(text: str) -> list[int]:
         ids = list(tokenizer(text)["input_ids"])
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers add it to every text
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with it
 
     start = f"Question: {question}\nAnswer:"
     prompt, whole = tokens(start), tokens(f"{start} {answer}")
     reply = whole[len(prompt) :]
-    if whole[: len(prompt)] != prompt:  # one token spans both: tokenise them apart
+    if whole[: len(prompt)] != prompt:  # a token spans both: tokenise them separately
         reply = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         reply = [*reply, tokenizer.eos_token_id]
@@ -86,7 +86,7 @@ def _encode_messages(
         try:
             settings = {"tokenize": True, "add_generation_prompt": generation, "return_dict": False}
             ids = tokenizer.apply_chat_template(list(messages[:count]), **settings)
-        except Exception as error:  # the template is the model makers' program and can refuse anything
+        except Exception as error:  # the template is a program of the model's makers and can refuse anything
             raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
         return list(ids)
 

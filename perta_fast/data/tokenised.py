@@ -1,4 +1,4 @@
-"""Data that is already tokenised, as for a Trainer: rows of a data set, or padded batches of a loader."""
+"""Data that is tokenised already, as for a Trainer: rows of a data set, or padded batches of a loader."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -40,8 +40,8 @@ def is_tokenised(row: Any) -> bool:
 def samples_from(rows: Iterable[Any]) -> list[Sample]:
     """The samples of rows (T,), or of batches (N, T), as ``estimate_importance`` describes them.
 
-    Labels are as ``Sample`` has them. Raises InputError, naming the row, if they are not whole numbers, differ
-    in shape, or hold padding within a sample; or if there is no row.
+    Raises InputError, naming the row, if fields are not whole numbers, differ in shape, or have padding inside a
+    sample; or if there is no row.
     """
     samples = []
     for number, row in enumerate(rows):

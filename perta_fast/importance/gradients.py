@@ -1,4 +1,4 @@
-"""Means over a data set of gradients, or of squared per-sample gradients: these are the importance."""
+"""The importance: means over a data set of gradients, or of squared per-sample gradients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,7 +35,7 @@ from perta_fast.rules import Estimator
 
 @dataclass
 class Accumulated:
-    """Means by parameter name, float32; and the parameters that took a backward pass for each sample."""
+    """Float32 means by parameter name. one_by_one: the parameters that took a backward pass for each sample."""
 
     means: dict[str, Tensor]
     one_by_one: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ def accumulate(
 ) -> Accumulated:
     """The mean over ``samples`` of gradients, or of squared per-sample gradients.
 
-    ``estimate_importance`` calls this when model and data are loaded; see there for arguments and errors.
+    ``estimate_importance`` calls this with the loaded model and data; see there for arguments and errors.
     """
     with ranks.together(description):
         parameters = _covered(module, estimator)
@@ -68,10 +68,10 @@ def accumulate(
     with _ready_to_measure(module), Bar(len(dealt[ranks.rank]), description, ranks.first and progress, "sample") as bar:
         passes = _BackwardPasses(module, samples, dealt, ranks, bool(summed), bar.update)
         if estimator == "grad":
-            own = {name: mean for name, mean in means.items() if name not in summed}
+            local = {name: mean for name, mean in means.items() if name not in summed}
             with (
                 ranks.together(description),
-                OverlappedSum(ranks, own) as sums,
+                OverlappedSum(ranks, local) as sums,
                 gradients_accumulated_into(module, means, squared=False, complete=sums.complete),
             ):
                 passes.run(batch_size, sums)
@@ -93,7 +93,7 @@ def _accumulate_squares(
     description: str,
     restart_bar: Callable[[], object],
 ) -> list[str]:
-    """Add every sample's squared gradient to ``sums``; return what took a pass for each sample."""
+    """Add every sample's squared gradient to ``sums``; return the parameters that took a pass for each sample."""
     module, ranks = passes.module, passes.ranks
     with ranks.together(description):
         targets = {name: Target(total) for name, total in sums.items()}
@@ -121,12 +121,12 @@ def _accumulate_squares(
 
 
 def _covered(module: nn.Module, estimator: Estimator) -> dict[str, nn.Parameter]:
-    """The parameters to estimate the importance of. Raises InputError if that cannot be done."""
+    """The parameters that the importance covers. Raises InputError if it cannot be estimated."""
     reshard_(module)
     if is_sharded(module) and estimator != "grad":
         raise InputError(
-            f"{estimator} is not to be had of a sharded module, whose gradients are sums of samples; estimate "
-            "grad, which serves rules grad and fisher, or start from a checkpoint, with stream if need be"
+            f"{estimator} cannot be estimated on a sharded module, whose gradients are sums over samples; estimate "
+            "grad, for rules grad and fisher, or start from a checkpoint, with stream if it is large"
         )
     _check_parameters(module)
     parameters = {
@@ -143,8 +143,8 @@ def _covered(module: nn.Module, estimator: Estimator) -> dict[str, nn.Parameter]
 class _BackwardPasses:
     """Back-propagates the loss of every sample that is dealt to this rank.
 
-    dealt: the numbers of each rank's samples. in_step: the ranks exchange data in every forward and backward
-    pass, so all must do as many. advance: called with the number of samples that are done.
+    dealt: the numbers of each rank's samples. in_step: the ranks exchange data in every pass, so all must do the same
+    number of passes. advance: called with the number of samples that are done.
     """
 
     module: nn.Module
@@ -155,18 +155,19 @@ class _BackwardPasses:
     advance: Callable[[int], Any]
 
     def run(self, batch_size: int, sums: OverlappedSum, plan: Plan | None = None, unreached: bool = False) -> None:
-        """A batch at a time. unreached: a forward pass may reach no parameter that needs a gradient."""
+        """Run batch by batch. unreached: a forward pass may reach no parameter that needs a gradient."""
         device = computing_device(self.module)
-        own = self.dealt[self.ranks.rank]
-        batches = [[own[k] for k in batch] for batch in batches_by_length([self.samples[k] for k in own], batch_size)]
+        dealt = self.dealt[self.ranks.rank]
+        by_length = batches_by_length([self.samples[number] for number in dealt], batch_size)
+        batches = [[dealt[k] for k in batch] for batch in by_length]
         counted = len(batches)
-        if self.in_step:
+        if self.in_step:  # batches that do not count, so that all ranks do the same number
             most = -(-max(map(len, self.dealt)) // batch_size)
             batches += [[0]] * (most - counted)
         for k, numbers in enumerate(batches):
-            chosen = [self.samples[number] for number in numbers]
-            with nullcontext() if plan is None else plan.batch([len(sample.input_ids) for sample in chosen]):
-                losses = per_sample_losses(self.module, Batch.of(chosen, device))
+            samples = [self.samples[number] for number in numbers]
+            with nullcontext() if plan is None else plan.batch([len(sample.input_ids) for sample in samples]):
+                losses = per_sample_losses(self.module, Batch.of(samples, device))
                 with self.ranks.together("a batch") if self.in_step else nullcontext():
                     if not losses.requires_grad and not unreached:
                         raise InputError(
@@ -208,7 +209,7 @@ def _check_parameters(module: nn.Module) -> None:
 def gradients_accumulated_into(
     module: nn.Module, sums: Mapping[str, Tensor], squared: bool, complete: Callable[[str], object] | None = None
 ) -> Iterator[None]:
-    """Add every parameter's gradient, complete over all its uses, to ``sums``, and free it at once.
+    """Add each parameter's gradient to ``sums`` as soon as it is complete over all uses, and free it.
 
     complete: called with a parameter's name when a backward pass has added its gradient.
     """
@@ -231,9 +232,9 @@ def gradients_accumulated_into(
 
 
 def _keep_checkpointing(module: nn.Module) -> None:
-    """Let layers that are set to checkpoint their activations do so: transformers ties this to training mode.
+    """Put layers that checkpoint their activations in training mode, without which transformers does not do it.
 
-    The mode is set on these layers and not on their submodules; a model with dropout stays in evaluation mode.
+    Their submodules stay in evaluation mode, and so does a model with dropout.
     """
     config = getattr(module, "config", None)
     if config is None or any(value for name, value in vars(config).items() if "drop" in name):
@@ -245,7 +246,7 @@ def _keep_checkpointing(module: nn.Module) -> None:
 
 @contextmanager
 def _ready_to_measure(module: nn.Module) -> Iterator[None]:
-    """Dropout is off and no gradient is there; training modes and gradients are put back at the end."""
+    """Switch dropout off and clear gradients; restore training modes and gradients at the end."""
     training = {submodule: submodule.training for submodule in module.modules()}
     gradients = {parameter: parameter.grad for parameter in module.parameters()}
     module.eval()

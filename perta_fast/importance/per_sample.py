@@ -1,8 +1,8 @@
-"""The exact per-sample Fisher of a whole model, from one backward pass a batch.
+"""The exact per-sample Fisher of a whole model, from one backward pass for each batch.
 
-A small batch is run through the model to see how each module is called. A module with parameters then gets the
-first ``ModuleFisher`` (``per_sample_modules``) that gives the same result. The parameters that none fits take a
-backward pass for each sample.
+A small batch, the probe, is run through the model to see how each module is called. Each module with parameters gets
+the first ``ModuleFisher`` (``per_sample_modules``) that gives the same result as the module. Parameters without one
+take a backward pass for each sample.
 
 Shapes: N samples, T tokens of the longest of them.
 """
@@ -27,13 +27,13 @@ from perta_fast.importance.per_sample_modules import (
     Target,
 )
 
-# The probe is a batch of these sizes: two different primes, so that a shape tells which dimension is which.
+# Sizes of the probe: two different primes, so that a shape tells which dimension is which.
 PROBE_SAMPLES, PROBE_TOKENS = 5, 7
 
 
 @contextmanager
 def gradients_only_for(module: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Autograd computes gradients for the parameters ``names`` alone."""
+    """Make autograd compute gradients for the parameters ``names`` alone."""
     others = [p for name, p in module.named_parameters() if p.requires_grad and name not in names]
     try:
         for parameter in others:
@@ -53,7 +53,7 @@ class Plan:
 
     @contextmanager
     def installed(self, module: nn.Module) -> Iterator[None]:
-        """``modules`` take the place of the model's, and autograd computes gradients for no parameter."""
+        """Put ``modules`` in place of the model's, and let autograd compute no parameter's gradient."""
         with ExitStack() as stack:
             for fisher in self.modules:
                 stack.enter_context(fisher.installed())
@@ -62,7 +62,7 @@ class Plan:
 
     @contextmanager
     def batch(self, lengths: Sequence[int]) -> Iterator[None]:
-        """A forward and a backward pass over samples of these lengths; accumulates the rest at the end."""
+        """A context for the forward and backward pass over samples of these lengths."""
         shape = BatchShape(len(lengths), max(lengths), torch.tensor(lengths))
         for fisher in self.modules:
             fisher.batch = shape
@@ -76,7 +76,7 @@ def plan_for(
 ) -> Plan:
     """Choose a ``ModuleFisher`` for each module with a parameter of ``targets``.
 
-    run: called in place of ``model``; runs the part of it that ``targets`` belong to.
+    run: called instead of ``model``; runs the part of it that has ``targets``.
     """
     names = {parameter: name for name, parameter in model.named_parameters() if name in targets}
     uses: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in targets}
@@ -98,7 +98,8 @@ def plan_for(
             assert kind is not None
             fishers.setdefault(module, kind(module, {})).targets[key] = targets[name]
         _combine([fishers[module] for module, _ in using], sum(call.count for call in calls))
-    head = fishers.get(_output_head(model))
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find_head is None else fishers.get(find_head())
     if isinstance(head, LinearFisher):
         head.sparse = True
     plan.modules = list(fishers.values())
@@ -106,7 +107,7 @@ def plan_for(
 
 
 def _can_be_combined(calls: Sequence["_Calls"]) -> bool:
-    """Whether a parameter's gradients from these modules can be added up by sample before they are squared."""
+    """Whether the gradients of one parameter from these modules can be added up by sample before they are squared."""
     kinds = [call.kind for call in calls]
     if not calls or None in kinds or any(call.count == 0 for call in calls):
         return False
@@ -128,11 +129,6 @@ def _combine(fishers: Sequence[ModuleFisher], calls: int) -> None:
         deferred: list[tuple[Tensor, Tensor]] = []
         for fisher in linear:
             fisher.deferred = deferred
-
-
-def _output_head(model: nn.Module) -> Any:
-    find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
 
 
 @dataclass
@@ -185,7 +181,7 @@ def _probe(
 
 
 def candidates(module: nn.Module) -> list[type[ModuleFisher]]:
-    """What to try on a module, the fastest first."""
+    """The kinds to try on a module, the fastest first."""
     if type(module) in (nn.Linear, Conv1D):
         return [LinearFisher]
     if isinstance(module, nn.Embedding):
@@ -204,7 +200,7 @@ def _fits(
     keywords: dict[str, Any],
     result: Any,
 ) -> bool:
-    """Whether a ``ModuleFisher`` computes what the module did."""
+    """Whether a ``ModuleFisher`` gives the same result as the module."""
     fisher = kind(module, {key: Target.unused() for key, value in module._parameters.items() if value is not None})
     fisher.batch = shape
     try:
@@ -213,7 +209,7 @@ def _fits(
             return len(arguments) == 1 and not keywords
         with torch.enable_grad():
             again = fisher.forward(*arguments, **keywords)
-    except Exception:  # another's module may fail in any way; this kind is then not for it
+    except Exception:  # foreign code may fail in any way; then this kind does not fit
         return False
     pairs = zip(*((value if isinstance(value, tuple) else (value,)) for value in (again, result)), strict=False)
     return all(_close(first, second) for first, second in pairs)
@@ -223,7 +219,7 @@ def _close(first: Any, second: Any) -> bool:
     """Whether two tensors are equal up to rounding."""
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)) or first.dtype != second.dtype:
         return False
-    # Positions may be given once for all samples, and are then looked up for each.
+    # Positions may be given once for all samples; a ModuleFisher looks them up for each.
     if first.shape != second.shape and (first.shape[1:] != second.shape[1:] or len(second) != 1):
         return False
     if not first.is_floating_point():

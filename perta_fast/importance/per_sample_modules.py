@@ -1,11 +1,10 @@
-"""How one module gives every sample's own parameter gradient from a batched backward pass.
+"""How one module gives the parameter gradient of every sample from a batched backward pass.
 
-While a ``ModuleFisher`` is installed, it takes the place of the module's ``forward`` and computes the same.
-The squares of linear maps are accumulated inside the backward pass by the fused operation, which stores no
-per-sample gradient. All other parameters are small, so each sample's gradient may exist for a while.
-docs/mathematics.md shows why the result is exact.
+While a ``ModuleFisher`` is installed, it replaces the module's ``forward`` and computes the same. The squares of linear
+maps are accumulated inside the backward pass by the fused operation, which stores no per-sample gradient. All other
+parameters are small, so the gradient of each sample may exist for a while. docs/mathematics.md shows why this is exact.
 
-Shapes: N samples, T tokens of the longest of them, R rows of a sample, U rows of a table with one for each
+Shapes: N samples, T tokens of the longest of them, R rows of a sample, U rows of a table that has one row for each
 different token of each sample, d features.
 """
 
@@ -22,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from perta_fast.ops import accumulate_squared_gradients_
 
-_WORTH_GATHERING = 0.8  # of the tokens; with fewer gradients, a copy of them costs less than the zeros
+_WORTH_GATHERING = 0.8  # share of tokens with a gradient, below which copying them costs less than their zeros
 
 
 class UnexpectedCall(Exception):
@@ -31,9 +30,9 @@ class UnexpectedCall(Exception):
 
 @dataclass
 class Target:
-    """Where a parameter's gradients go: sums over samples of their squares and, if wanted, of themselves.
+    """Where a parameter's gradients go: sums over samples of their squares and, optionally, of the gradients.
 
-    complete: called within the backward pass when a batch has added all that it has, where that is known.
+    complete: called in the backward pass, if that can be known there, when the batch has added all its gradients.
     """
 
     fisher: Tensor  # float32, the parameter's shape
@@ -54,13 +53,8 @@ class Target:
 
     def add_outer(self, activations: Tensor, output_gradients: Tensor, lengths: Tensor | None) -> None:
         """Add delta_n^T a_n of every sample; see ``accumulate_squared_gradients_``."""
-        accumulate_squared_gradients_(
-            self.fisher,
-            activations.contiguous(),
-            output_gradients.contiguous(),
-            lengths=lengths,
-            gradient=self.gradient,
-        )
+        inputs = activations.contiguous(), output_gradients.contiguous()
+        accumulate_squared_gradients_(self.fisher, *inputs, lengths=lengths, gradient=self.gradient)
 
 
 @dataclass
@@ -72,10 +66,9 @@ class BatchShape:
     lengths: Tensor  # (N,) int64 on the CPU: real tokens of each sample
 
     def by_sample(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``tensor`` as (N, R, d), and how many of the R rows of each sample are real (None: all may be).
+        """``tensor`` as (N, R, d), and how many of the R rows of each sample are real (None: unknown, take all).
 
-        tensor: (N, T, d), (N, T, ..., d) or other (N, ..., d), or (N * T, d). Raises UnexpectedCall for other
-        shapes.
+        tensor: (N, T, d), (N, T, ..., d), another (N, ..., d), or (N * T, d). Raises UnexpectedCall for other shapes.
         """
         if tensor.dim() >= 3 and tensor.shape[0] == self.count:
             rows = tensor.flatten(1, -2)
@@ -88,7 +81,7 @@ class BatchShape:
         raise UnexpectedCall(f"shape {tuple(tensor.shape)} in a batch of {self.count} samples of {self.tokens} tokens")
 
     def rows_per_sample(self, value: Any) -> int:
-        """How many leading rows of an argument belong to each sample; 0 if it has no sample dimension."""
+        """The number of leading rows of an argument for each sample; 0 if it has no sample dimension."""
         leading = value.shape[0] if isinstance(value, Tensor) and value.dim() > 0 else 0
         return {self.count: 1, self.count * self.tokens: self.tokens}.get(leading, 0)
 
@@ -105,11 +98,11 @@ class ModuleFisher:
         self.original: Callable[..., Any] = self.module.forward
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the module computes, in a form that gives per-sample gradients."""
+        """Compute what the module computes, in a form that gives per-sample gradients."""
         raise NotImplementedError
 
     def finish_batch(self) -> None:
-        """Accumulate what the batch has left; called after the backward pass."""
+        """Accumulate what remains; called after the backward pass of a batch."""
 
     def values(self, name: str) -> Tensor:
         """A parameter of the module, without gradient."""
@@ -119,7 +112,7 @@ class ModuleFisher:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Take the place of the module's forward."""
+        """Replace the module's forward."""
         before = self.module.__dict__.get("forward")
         self.module.forward = self.forward
         try:
@@ -132,7 +125,7 @@ class ModuleFisher:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b, whose backward gives x and the output's gradient to ``owner`` and leaves W's out."""
+    """y = x W^T + b. Its backward passes x and the output's gradient to ``owner`` and computes no gradient of W."""
 
     @staticmethod
     def forward(
@@ -154,9 +147,9 @@ class _Linear(torch.autograd.Function):
 class LinearFisher(ModuleFisher):
     """nn.Linear, and GPT-2's Conv1D, which stores its weight transposed.
 
-    deferred: the weight is used in several calls, whose gradients must be summed before they are squared, so
-    what each call gives waits for the end of the pass. embedding: the input embedding that is tied to this
-    output head. sparse: the output's gradient may be zero at whole tokens (a head under masked labels).
+    deferred: what each call gives, kept to the end of the pass, if the weight is used in several calls: their gradients
+    must be summed before they are squared. embedding: the input embedding that is tied to this output head. sparse: the
+    output's gradient may be zero at whole tokens (a head with masked labels).
     """
 
     deferred: list[tuple[Tensor, Tensor]] | None = None
@@ -169,9 +162,9 @@ class LinearFisher(ModuleFisher):
         self._bias_sums: list[Tensor] = []  # (N, d_out) of each call
 
     def forward(self, x: Tensor) -> Tensor:
-        self.batch.by_sample(x)  # fails now if the backward pass could not accumulate
+        self.batch.by_sample(x)  # fails here if the backward pass could not accumulate
         weight: Any = self.module.weight
-        anchor = torch.zeros((), device=x.device, requires_grad=True)  # the output must have a backward pass
+        anchor = torch.zeros((), device=x.device, requires_grad=True)  # so that the output has a backward pass
         matrix = weight.T if self.transposed else weight
         result: Tensor = _Linear.apply(x, matrix, self.module.bias, self, anchor)
         return result
@@ -226,7 +219,7 @@ def _parameters_replaced(module: nn.Module, replacements: dict[str, Tensor]) -> 
 class EmbeddingFisher(ModuleFisher):
     """An embedding that looks tokens up in a small table with one row for each different token of each sample.
 
-    Autograd adds up the gradients of a row's uses, which gives that sample's gradient of that token's vector.
+    Autograd sums the gradients over all uses of a row: the sample's gradient of the token's vector.
     ``head_gradient``, (U, d) float32: the gradient of a tied head at the same rows.
     """
 
@@ -260,32 +253,28 @@ class EmbeddingFisher(ModuleFisher):
 
     def keep_head_gradient(self, activations: Tensor, deltas: Tensor) -> None:
         """Keep the tied head's per-sample gradient at the tokens of each sample, for the cross term."""
-        bounds = self._starts.tolist()
-        self.head_gradient = torch.cat(
-            [
-                deltas[n][:, self._tokens[bounds[n] : bounds[n + 1]]].float().T @ activations[n].float()
-                for n in range(len(activations))
-            ]
-        )
+        tokens = self._tokens.tensor_split(self._starts[1:-1].cpu())
+        samples = zip(deltas, activations, tokens, strict=True)
+        self.head_gradient = torch.cat([delta[:, rows].float().T @ a.float() for delta, a, rows in samples])
 
     def finish_batch(self) -> None:
         if self._table is None:
             return
         if self._table.grad is not None:
-            target, own = self.targets["weight"], self._table.grad.to_dense().float()
+            target, gradients = self.targets["weight"], self._table.grad.to_dense().float()
             if self.module.padding_idx is not None:  # its vector has no gradient by definition
-                own[self._tokens == self.module.padding_idx] = 0
-            # A tied head adds its own square: (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n).
-            squares = own * own if self.head_gradient is None else own * (own + 2 * self.head_gradient)
-            target.fisher.index_add_(0, self._tokens, squares)
+                gradients[self._tokens == self.module.padding_idx] = 0
+            # A tied head adds H_n^2 of (E_n + H_n)^2 = H_n^2 + (E_n^2 + 2 E_n H_n); here is the rest.
+            head = 0 if self.head_gradient is None else 2 * self.head_gradient
+            target.fisher.index_add_(0, self._tokens, gradients * (gradients + head))
             if target.gradient is not None:
-                target.gradient.index_add_(0, self._tokens, own)
+                target.gradient.index_add_(0, self._tokens, gradients)
         self._table = self.head_gradient = None
 
 
 @dataclass
 class ElementwiseFisher(ModuleFisher):
-    """Scales and shifts of the last dimension (norms): each sample gets a copy of the vector to itself."""
+    """Scales and shifts of the last dimension, as in norms: each sample gets a copy of the vector."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -325,23 +314,19 @@ class ElementwiseFisher(ModuleFisher):
 
 @dataclass
 class LoopFisher(ModuleFisher):
-    """Any other module without submodules that have parameters: it alone is called once for each sample."""
+    """Any other module whose submodules have no parameters: it is called once for each sample, the rest is not."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        results = []
-
         def of_sample(value: Any, n: int) -> Any:
             rows = self.batch.rows_per_sample(value)
             return value[n * rows : (n + 1) * rows] if rows else value
 
+        results = []
         for n in range(self.batch.count):
+            own_arguments = [of_sample(value, n) for value in arguments]
+            own_keywords = {name: of_sample(value, n) for name, value in keywords.items()}
             with _parameters_replaced(self.module, {name: self._leaf(name) for name in self.targets}):
-                results.append(
-                    self.original(
-                        *(of_sample(value, n) for value in arguments),
-                        **{name: of_sample(value, n) for name, value in keywords.items()},
-                    )
-                )
+                results.append(self.original(*own_arguments, **own_keywords))
         return _joined(results)
 
     def _leaf(self, name: str) -> Tensor:

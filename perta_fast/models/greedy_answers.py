@@ -1,4 +1,4 @@
-"""Greedy answers of a model to prompts, the same whatever the batch."""
+"""Greedy answers of a model to prompts; they do not depend on the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +21,11 @@ def greedy_answers(
     progress: Progress = False,
     description: str = "answering",
 ) -> list[str]:
-    """What ``module.generate`` says greedily after each prompt (token ids), at most ``max_new_tokens`` long.
+    """The greedy answers of ``module.generate`` to prompts (token ids), each of at most ``max_new_tokens``.
 
-    Prompts are padded on the left. Every answer is shortened alike, whatever its batch, if the longest prompt
-    would not leave room in the context. stop: texts before which an answer is cut.
-
-    Raises InputError if the module cannot generate, or a prompt fills its context.
+    Prompts are padded on the left. If the longest prompt leaves less room in the context, all answers are limited to
+    that room. stop: an answer ends before any of these texts. Raises InputError if the module cannot generate, or a
+    prompt fills its context.
     """
     from transformers import GenerationConfig
 
@@ -40,7 +39,7 @@ def greedy_answers(
     ends = getattr(module.generation_config, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    padding = next(token for token in choices if token is not None)  # masked, so any will do
+    padding = next(token for token in choices if token is not None)  # it is masked, so it can be any token
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -1,4 +1,4 @@
-"""Of a multimodal model, the part that text passes through: only that is loaded, tuned and unlearned."""
+"""The part of a multimodal model that text passes through; only this part is loaded, tuned and unlearned."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ def auto_class(config: Any) -> Any:
 
 
 def keep_language_part_(model: Any) -> None:
-    """Take away what text does not pass through, a vision tower and its projector, parameters and all.
+    """Remove the parts that text does not pass through, such as a vision tower and its projector.
 
-    No importance covers it then, so that unlearning copies it. A model of text alone is left as it is.
+    No importance covers them then, so unlearning copies them. A model for text alone is not changed.
     """
     config = model.config
     if config.is_encoder_decoder or config.get_text_config() is config:

@@ -1,4 +1,4 @@
-"""A model loaded for a run: where it runs, its tokenizer, the samples that it can take."""
+"""A model loaded for a run, its device and tokenizer, and the samples that it can take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download,
 
 
 def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -> None:
-    """Raise InputError, naming the argument, unless each is at least 1, or None where that means no limit."""
+    """Raise InputError, naming the argument, unless each is at least 1, or None (no limit)."""
     for name, value in {"batch_size": batch_size, "max_length": max_length, **others}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
@@ -29,7 +29,7 @@ def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -
 
 @dataclass(frozen=True)
 class Subject:
-    """What importance is measured on: a module, its tokenizer if there is one, and where it came from."""
+    """A module to be measured, its tokenizer, if any, and its origin: a directory, or "live module"."""
 
     module: nn.Module
     tokenizer: Any
@@ -37,15 +37,11 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where it is run."""
         return next(self.module.parameters()).device
 
 
 def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None) -> list[Sample]:
-    """Tokenise rows, and check that the model can take every sample.
-
-    Raises InputError naming the line or sample that it cannot take.
-    """
+    """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
     config: Any = getattr(subject.module, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
@@ -53,13 +49,13 @@ def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_le
         if subject.tokenizer is None:
             raise InputError("a tokenizer is needed to turn rows into tokens; pass tokenizer=")
         samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]
-        places = [row.where for row in rows]  # type: ignore[union-attr]
+        names = [row.where for row in rows]  # type: ignore[union-attr]
     else:
         samples = list(rows)  # type: ignore[arg-type]
-        places = [f"sample {number}" for number in range(len(samples))]
+        names = [f"sample {number}" for number in range(len(samples))]
     embeddings = getattr(subject.module, "get_input_embeddings", None)
     vocabulary = None if embeddings is None else len(embeddings().weight)
-    for sample, where in zip(samples, places, strict=True):
+    for sample, where in zip(samples, names, strict=True):
         _check_sample(sample, where, limit, vocabulary)
     return samples
 
@@ -75,8 +71,8 @@ def load_subject(
 ) -> Subject:
     """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
 
-    structure: the model without its weights, where these are read layer by layer; then it is not loaded. text:
-    there is text to be tokenised; without, a checkpoint need not have a tokenizer.
+    structure: the model without weights, if these are read layer by layer; then no model is loaded. text: whether there
+    is text to tokenise; if not, the checkpoint needs no tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -101,9 +97,9 @@ def load_subject(
         raise InputError(f"{path}: lacks tensor {min(loaded['missing_keys'])}, which its config.json calls for")
     keep_language_part_(model)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.named_parameters()}
-    quantised = Quantisation.of(path, stored) is not None  # which may be evaluated, under any names
+    quantised = Quantisation.of(path, stored) is not None  # such a model can only be evaluated: names do not matter
     absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
-    if absent:  # an importance under names that no rule could apply
+    if absent:  # an importance would have names that are not in the checkpoint
         raise InputError(
             f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
             f"save it anew with: {conversion_command(path)}"
@@ -112,7 +108,7 @@ def load_subject(
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or CUDA if there is one. Raises InputError if it is not to be had."""
+    """The device asked for, or CUDA if there is one. Raises InputError if it is not available."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Each sample's own loss, independent of the batch it is in."""
+"""The loss of each sample, which does not depend on the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ from perta_fast.data.samples import IGNORED
 
 
 def token_logits(module: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (M, V) float32, targets (M,) and sample numbers (M,) of the M tokens that have a label.
+    """Logits (M, V) float32, targets (M,) and sample numbers (M,) of the M labelled tokens.
 
-    module: a causal language model, or what is called as one.
+    module: a causal language model, or a function that is called like one.
     """
     logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits  # (N, T, V)
     targets = batch.labels[:, 1:]  # token t is predicted at t - 1

@@ -1,4 +1,4 @@
-"""From the parameters of a module to the tensors of its checkpoint, which may be named and cut up otherwise."""
+"""From the parameters of a module to the tensors of its checkpoint, which may have other names, and divide them."""
 
 import torch
 from torch import nn
@@ -7,11 +7,11 @@ from perta_fast.errors import InputError
 
 
 def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename and cut up ``tensors``, one a parameter and by its name, as ``save_pretrained`` would.
+    """Rename and divide ``tensors``, one for each parameter and by its name, as ``save_pretrained`` would.
 
-    transformers renames the parameters of some families when it loads a model, and joins all experts of a
-    layer into one; saving undoes both. Values only change places, so it serves importances as well. The
-    tensors of a module that is not of transformers are returned as they are. What is cut up is copied.
+    When transformers loads a model, it renames the parameters of some families and joins all experts of a layer into
+    one; saving undoes both. No value changes, so it serves importances too. The tensors of a module that is not of
+    transformers are returned unchanged. Divided tensors are copied.
     """
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
@@ -22,20 +22,19 @@ def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, tuple[int, torch.Size]]:
-    """The tensors that one parameter of ``shape`` is stored as: where in it each begins, and its shape.
+    """The stored tensors of one parameter of ``shape``: the element of it at which each begins, and its shape.
 
-    Raises InputError if one is not stored as it lies in it. Memory: if it is cut up, 16 bytes an element.
+    Raises InputError if the elements are stored in another order. Memory: 16 bytes an element if it is divided.
     """
     stand_in = torch.empty(shape, device="meta")
-    pieces = as_stored(module, {name: stand_in})
-    if len(pieces) == 1 and next(iter(pieces.values())) is stand_in:
-        return dict.fromkeys(pieces, (0, shape))
-    # What was copied is recognised by the numbers of its elements.
-    places = torch.arange(shape.numel()).view(shape)
+    tensors = as_stored(module, {name: stand_in})
+    if len(tensors) == 1 and next(iter(tensors.values())) is stand_in:
+        return dict.fromkeys(tensors, (0, shape))
+    numbers = torch.arange(shape.numel()).view(shape)  # these show where each element goes
     begins = {}
-    for stored, piece in as_stored(module, {name: places}).items():
-        first, count = int(piece.view(-1)[0]), piece.numel()
-        if not torch.equal(piece.view(-1), places.view(-1)[first : first + count]):
-            raise InputError(f"parameter {name} is stored in another order than the module has it in")
-        begins[stored] = (first, piece.shape)
+    for stored, tensor in as_stored(module, {name: numbers}).items():
+        first, count = int(tensor.view(-1)[0]), tensor.numel()
+        if not torch.equal(tensor.view(-1), numbers.view(-1)[first : first + count]):
+            raise InputError(f"the elements of parameter {name} are stored in another order")
+        begins[stored] = (first, tensor.shape)
     return begins

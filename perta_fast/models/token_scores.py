@@ -1,4 +1,4 @@
-"""What a model's logits say of each labelled token, in one forward pass a sample."""
+"""Scores of each labelled token from a model's logits, in one forward pass over each sample."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ _FLOOR = -1e4  # a logit of -inf is a probability of 0, and must stay so when mu
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model says of one sample's L labelled tokens, each given those before it.
+    """Scores of one sample's L labelled tokens, each given the tokens before it.
 
-    log_probs: (L,) float32, nats. hits: (L,) bool, whether the token is the likeliest. standardised: (L,)
-    float32, (log p - mean) / deviation, both over the vocabulary under the model. The last two are empty unless
-    asked for.
+    log_probs: (L,) float32, nats. hits: (L,) bool, whether the token is the likeliest. standardised: (L,) float32,
+    (log p - mean) / deviation of log p over the vocabulary, by the model's probabilities. The last two only if asked
+    for.
     """
 
     log_probs: NDArray[np.float32]
@@ -44,9 +44,9 @@ def score_tokens(
 ) -> list[TokenScores]:
     """Score every labelled token of ``samples``, in their order, from float32 logits.
 
-    module: a causal language model in evaluation mode; where it takes ``logits_to_keep``, as those of
-    transformers do, no logits are computed ahead of a batch's first label. detailed: ``hits`` and
-    ``standardised`` too. Memory beside the model's: the logits of one batch, and 64 MiB a few times over.
+    module: a causal language model in evaluation mode. If it takes ``logits_to_keep``, as models of transformers do, no
+    logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. Memory beside the
+    model's: the logits of one batch, and a few times 64 MiB.
     """
     device = device_of(module)
     trims = "logits_to_keep" in inspect.signature(module.forward).parameters
@@ -72,36 +72,36 @@ def score_tokens(
 
 
 def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
-    """The columns of ``TokenScores`` that are asked for, of M tokens from logits (M, V), a chunk at a time."""
+    """The columns of ``TokenScores`` for M tokens, from logits (M, V), a chunk at a time."""
     log_probs, hits, standardised = [], [], []
     step = max(1, _CHUNK // logits.shape[-1])
-    for chunk, wanted in zip(logits.split(step), targets.split(step), strict=True):
+    for chunk, target in zip(logits.split(step), targets.split(step), strict=True):
         chunk = chunk.float()
         if not detailed:
-            log_probs.append(-functional.cross_entropy(chunk, wanted, reduction="none"))
+            log_probs.append(-functional.cross_entropy(chunk, target, reduction="none"))
             continue
-        every = chunk.log_softmax(dim=-1)
-        own = every.gather(1, wanted[:, None])[:, 0]
-        log_probs.append(own)
-        hits.append(every.argmax(dim=-1) == wanted)
-        every = every.clamp(min=_FLOOR)
-        weights = every.exp()
-        center = (weights * every).sum(dim=-1, keepdim=True)
-        variance = (weights * (every - center).square()).sum(dim=-1)
-        standardised.append((own - center[:, 0]) / variance.clamp(min=1e-6).sqrt())
+        of_all = chunk.log_softmax(dim=-1)
+        of_target = of_all.gather(1, target[:, None])[:, 0]
+        log_probs.append(of_target)
+        hits.append(of_all.argmax(dim=-1) == target)
+        of_all = of_all.clamp(min=_FLOOR)
+        probabilities = of_all.exp()
+        mean = (probabilities * of_all).sum(dim=-1, keepdim=True)
+        variance = (probabilities * (of_all - mean).square()).sum(dim=-1)
+        standardised.append((of_target - mean[:, 0]) / variance.clamp(min=1e-6).sqrt())
     return [torch.cat(column) for column in (log_probs, hits, standardised) if column]
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Every submodule in evaluation mode, and afterwards as it was."""
-    training = [part for part in module.modules() if part.training]
+    """Put every submodule in evaluation mode, and back into its own mode at the end."""
+    training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for submodule in training:
+            submodule.training = True
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: reference, cpp, cuda or triton; and the checks that all of them need."""
+"""The choice of a backend (reference, cpp, cuda or triton), and the checks that all backends need."""
 
 import importlib.util
 import os
@@ -25,9 +25,9 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
 
 
 def choose(backend: str, device: torch.device, serving: tuple[str, ...] = BACKENDS) -> str:
-    """The backend to use, of those that the operation has (``serving``).
+    """The backend to use, out of those that the operation has (``serving``).
 
-    Raises ValueError if the one asked for is unknown or cannot serve ``device``, saying why.
+    Raises ValueError, saying why, if the backend asked for is unknown or cannot serve ``device``.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
@@ -52,7 +52,7 @@ def _interpreted() -> bool:
 
 
 def _why_not(backend: str, kind: str, interpreted: bool) -> str | None:
-    """What keeps ``backend`` from serving devices of this kind; None if nothing does."""
+    """Why ``backend`` cannot serve devices of this kind; None if it can."""
     if backend in ("cpp", "cuda"):
         if kind != {"cpp": "cpu", "cuda": "cuda"}[backend]:
             return f"it serves {'CPU' if backend == 'cpp' else 'CUDA'} tensors only"
@@ -72,18 +72,18 @@ def _why_not(backend: str, kind: str, interpreted: bool) -> str | None:
 
 
 def addresses(arrays: Iterable[Tensor | None]) -> tuple[int, ...]:
-    """Where tensors begin, as the compiled kernels take it; 0 where there is none."""
+    """The addresses of tensors for the compiled kernels; 0 if there is no tensor."""
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in arrays)
 
 
 def dtype_codes(arrays: Iterable[Tensor | None]) -> tuple[int, ...]:
-    """The types of tensors, as the compiled kernels take them."""
+    """The codes of the tensors' types for the compiled kernels."""
     return tuple(0 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in arrays)
 
 
 @contextmanager
 def current_stream(device: torch.device) -> Iterator[int]:
-    """The address of the stream that torch uses on a CUDA ``device``, which is current meanwhile."""
+    """Make a CUDA ``device`` current, and yield the address of torch's stream on it."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
@@ -101,9 +101,9 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 def check_types(**arguments: object) -> None:
     """Raise TypeError, naming the argument, unless each is what an argument of its name must be."""
     for name, value in arguments.items():
-        kinds, wanted = _KINDS.get(name, _TENSOR)
+        kinds, described = _KINDS.get(name, _TENSOR)
         if not isinstance(value, kinds):
-            raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")
+            raise TypeError(f"{name} must be {described}, not {type(value).__name__}")
 
 
 def check_lists(**arguments: Sequence[Tensor]) -> None:
@@ -118,7 +118,7 @@ def check_lists(**arguments: Sequence[Tensor]) -> None:
 
 
 def check_array(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raise, naming the argument, unless ``tensor`` is one dense array on ``device`` that a kernel can read."""
+    """Raise, naming the argument, unless ``tensor`` is a dense array on ``device`` that a kernel can read."""
     if tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -146,22 +146,22 @@ def check_pair(forget_importance: Tensor | None, retain_importance: Tensor | Non
 
 
 def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise ValueError unless all tensors are where the first one is."""
+    """Raise ValueError unless all tensors are on the device of the first one."""
     for numbered_name, tensor in numbered(name, tensors).items():
         if tensor.device != tensors[0].device:
             raise ValueError(f"{numbered_name} is on {tensor.device}; {tensors[0].device} is needed")
 
 
 def numbered(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Tensors of a list by the names that messages give them."""
+    """The tensors of a list by their names in messages."""
     return {f"{name}[{k}]": tensor for k, tensor in enumerate(tensors)}
 
 
 def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming both, if a tensor that is written shares memory with any other one."""
+    """Raise ValueError, naming both, if a written tensor shares memory with any other tensor."""
     extents = [(*_extent(tensor), name, True) for name, tensor in written.items()]
     extents += [(*_extent(tensor), name, False) for name, tensor in read.items()]
-    # In the order of memory only the furthest ends so far matter: of all tensors, and of the written ones.
+    # In the order of memory, only the furthest ends so far matter: of written tensors, and of tensors that are read.
     furthest: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
     for begin, end, name, is_written in sorted(extent for extent in extents if extent[0] < extent[1]):
         reach, other = max(furthest.values()) if is_written else furthest[True]

@@ -79,7 +79,7 @@ def _fisher_(
 def _check(
     fisher: Tensor, activations: Tensor, output_gradients: Tensor, lengths: Tensor | None, gradient: Tensor | None
 ) -> None:
-    """Raise unless everything fits, as far as types, shapes and devices tell."""
+    """Raise unless types, shapes and devices fit."""
     inputs = {"activations": activations, "output_gradients": output_gradients}
     accumulators = {"fisher": fisher} | ({} if gradient is None else {"gradient": gradient})
     for name, tensor in (accumulators | inputs).items():

@@ -1,4 +1,4 @@
-"""theta - lam * w * (scale * left @ right): a task vector of which only factors exist, as of a LoRA adapter."""
+"""theta - lam * w * (scale * left @ right): a task vector that is given by its factors, as by a LoRA adapter."""
 
 import math
 from typing import Any
@@ -39,8 +39,8 @@ def low_rank_subtract_(
 ) -> Tensor:
     """``rescaled_subtract_`` of the task vector ``scale * left @ right`` (LoRA, arXiv 2106.09685), in place.
 
-    The task vector is made element by element where it is subtracted, and never stored. Its sums run in the
-    order of the rank, in float32, so that all backends give the same bits.
+    The task vector is made element by element during the subtraction and never stored. Its sums run in the order
+    of the rank, in float32, so that all backends give the same bits.
 
     theta: (rows, columns), as in ``rescaled_subtract_``; so are the importances and all other settings. left:
     (rows, rank), right: (rank, columns), float32, contiguous, on the same device; rank may be 0. scale: finite.
@@ -104,7 +104,7 @@ def _subtract_(
 def _check(
     theta: Tensor, left: Tensor, right: Tensor, forget: Tensor | None, retain: Tensor | None, scale: float
 ) -> None:
-    """Raise unless everything fits, as far as types, shapes and devices tell."""
+    """Raise unless types, shapes and devices fit."""
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
     check_tensor("theta", theta, theta)

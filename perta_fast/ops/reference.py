@@ -1,4 +1,4 @@
-"""Every operation in plain torch, as its formula reads. Nothing here is fast; everything fast is held to it."""
+"""Every operation in plain torch, written as its formula. Nothing here is fast; the fast paths are held to it."""
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def rescaled_subtract(
     retain_importance: Tensor | None,
     rescaling: Rescaling,
 ) -> Tensor:
-    """theta - lam w (theta_f - theta_0), in float32, rounded once; theta itself where that step is zero."""
+    """theta - lam w (theta_f - theta_0), in float32, rounded once; theta itself where the change is zero."""
     task_vector = tuned.float() - base.float()
     return subtract(theta, task_vector, forget_importance, retain_importance, rescaling)
 
@@ -53,7 +53,7 @@ def low_rank_subtract(
 
 
 def low_rank_task_vector(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale left right, in float32, the products added one after another: the order is the same everywhere."""
+    """scale left right, in float32; the products are added in the order of the rank, as in every backend."""
     total = left.new_zeros(len(left), right.shape[1])
     for k in range(len(right)):
         total = total + left[:, k, None] * right[k]
@@ -67,7 +67,7 @@ def subtract(
     retain_importance: Tensor | None,
     rescaling: Rescaling,
 ) -> Tensor:
-    """theta - lam w task_vector, in float32, rounded once; theta itself where that step is zero."""
+    """theta - lam w task_vector, in float32, rounded once; theta itself where the change is zero."""
     if forget_importance is None or retain_importance is None:
         step = rescaling.lam * task_vector
     else:

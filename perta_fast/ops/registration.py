@@ -15,8 +15,8 @@ _LIBRARY = torch.library.Library("perta_fast", "FRAGMENT")
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``torch.ops.perta_fast.NAME`` and return it.
 
-    schema: NAME and types in torch's notation. implementation: what it does, its own checks included. fake: the
-    same on tensors without data: checks, and results of the right shape.
+    schema: NAME and types in torch's notation. implementation: the operation with its checks. fake: the same on tensors
+    without data: checks, and results of the right shape.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -27,5 +27,5 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether a call must go through torch's dispatcher: it is being compiled, or has no plain tensors."""
+    """Whether a call must go through torch's dispatcher: it is being compiled, or its tensors are not plain."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter)

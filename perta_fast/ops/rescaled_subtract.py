@@ -40,7 +40,7 @@ def rescaled_subtract_(
     """Subtract the rescaled task vector from ``theta`` in place (PerTA, arXiv 2601.22030).
 
     w = |I_f|^p / (|I_f|^p + alpha |I_r|^p), 0 where both are 0; w = 1 without importances (rule tv). Arithmetic
-    is float32, rounded once, to nearest even, into theta's dtype; an element whose step is zero keeps its bits.
+    is float32, rounded once, to nearest even, into theta's dtype; an element whose change is zero keeps its bits.
     All backends give the same bits for p in {0.5, 1, 2}; other p go through a double-precision power.
 
     theta: any shape, float32, bfloat16 or float16, contiguous; overwritten. tuned, base, forget_importance,
@@ -127,10 +127,10 @@ class _Arrays(NamedTuple):
     forget_importance: _Importance
     retain_importance: _Importance
 
-    def sources(self, place: str) -> dict[str, Tensor]:
-        """What is read besides theta, by the names that messages give it; ``place`` as in ``_places``."""
+    def sources(self, suffix: str) -> dict[str, Tensor]:
+        """The tensors that are read besides theta, by their names in messages; ``suffix`` as in ``_suffixes``."""
         named = zip(_ARRAYS[1:], self[2:], strict=True)
-        return {name + place: tensor for name, tensor in named if tensor is not None}
+        return {name + suffix: tensor for name, tensor in named if tensor is not None}
 
 
 def _subtract_(
@@ -158,7 +158,7 @@ def _subtract_many_(
     *settings: *_Settings,
 ) -> None:
     tensors = _many(thetas, tuneds, bases, forgets, retains)
-    _subtract_all_(tensors, _places(tensors), settings)
+    _subtract_all_(tensors, _suffixes(tensors), settings)
 
 
 def _many(
@@ -173,29 +173,29 @@ def _many(
     return [_Arrays(*arrays) for arrays in zip(*lists, strict=True)]
 
 
-def _places(tensors: list[_Arrays]) -> list[str]:
-    """What tells one tensor of many: with the argument's name it makes thetas[3]."""
+def _suffixes(tensors: list[_Arrays]) -> list[str]:
+    """What an argument's name gets for each tensor of a list, as in thetas[3]."""
     return [f"s[{k}]" for k in range(len(tensors))]
 
 
-def _subtract_all_(tensors: list[_Arrays], places: list[str], settings: _Settings) -> None:
-    rescaling = _check(tensors, places, settings)
+def _subtract_all_(tensors: list[_Arrays], suffixes: list[str], settings: _Settings) -> None:
+    rescaling = _check(tensors, suffixes, settings)
     written: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
-    for arrays, place in zip(tensors, places, strict=True):
-        written["theta" + place] = arrays.theta
-        read |= arrays.sources(place)
+    for arrays, suffix in zip(tensors, suffixes, strict=True):
+        written["theta" + suffix] = arrays.theta
+        read |= arrays.sources(suffix)
     check_apart(written, read)
     _run(tensors, rescaling, settings[-1])
 
 
-def _check(tensors: list[_Arrays], places: list[str], settings: _Settings) -> Rescaling:
-    """Raise unless everything fits, as far as types, shapes and devices tell."""
+def _check(tensors: list[_Arrays], suffixes: list[str], settings: _Settings) -> Rescaling:
+    """Raise unless types, shapes and devices fit."""
     rescaling = Rescaling(*settings[:-1])
-    for arrays, place in zip(tensors, places, strict=True):
-        check_tensor("theta" + place, arrays.theta, arrays.theta)
+    for arrays, suffix in zip(tensors, suffixes, strict=True):
+        check_tensor("theta" + suffix, arrays.theta, arrays.theta)
         check_pair(arrays.forget_importance, arrays.retain_importance)
-        for name, tensor in arrays.sources(place).items():
+        for name, tensor in arrays.sources(suffix).items():
             check_tensor(name, tensor, arrays.theta)
     check_one_device("thetas", [arrays.theta for arrays in tensors])
     return rescaling
@@ -226,7 +226,7 @@ def _run(tensors: list[_Arrays], rescaling: Rescaling, backend: str) -> None:
 
 
 def _entry(arrays: _Arrays) -> tuple[int | tuple[int, ...], ...]:
-    """Addresses, dtype codes and the number of elements, as the compiled kernels take them."""
+    """Addresses, dtype codes and the number of elements, for the compiled kernels."""
     return *addresses(arrays), dtype_codes(arrays[1:]), arrays.theta.numel()
 
 
@@ -241,7 +241,7 @@ def _fake_new(*arguments: Any) -> Tensor:
 
 def _fake_many(*arguments: Any) -> None:
     tensors = _many(*arguments[:5])
-    _check(tensors, _places(tensors), arguments[5:])
+    _check(tensors, _suffixes(tensors), arguments[5:])
 
 
 _ONE_TENSOR = "Tensor tuned, Tensor base, Tensor? forget_importance, Tensor? retain_importance"
