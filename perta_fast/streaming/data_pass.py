@@ -1,4 +1,4 @@
-"""One data set on its way through the parts of a model: forward, and back again.
+"""One data set that runs through the parts of a model, forward and back.
 
 Shapes: N samples of a micro-batch, T tokens of the longest of them, d the hidden width.
 """
@@ -26,26 +26,22 @@ from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.scratch_files import FileRecord, ScratchFiles, StepFiles
 
 Means = dict[str, Tensor]  # float32, by parameter name
-_Run = Callable[[MicroBatch, bool], None]
 
 
 class PassRecord(TypedDict):
-    """What a pass needs to be resumed: its ``one_by_one`` so far, and its scratch files."""
+    """What a pass needs to be resumed: its ``one_by_one`` and its scratch files."""
 
     one_by_one: list[str]
     files: dict[str, FileRecord]
 
 
 class DataPass:
-    """Importance of a skeleton's parameters on ``samples``, part by part, in the order that ``walk`` gives.
+    """Importance of a skeleton's parameters on ``samples``, part by part, in the order of ``walk.steps_of``.
 
-    share: numbers of the samples that this process runs, maybe none. The probe that ``plan_for`` runs is the
-    same for every share, and so are the plans.
-
-    Each method needs the weights of its part and the resident ones in memory, and the skeleton's partial
-    forward installed. The methods that go back return the means that they complete: what the share adds to
-    the means over all samples. ``one_by_one``: the parameters that take a backward pass for each sample,
-    known after the forward steps.
+    share: numbers of the samples that this process runs, maybe none; all processes probe with the same samples, so
+    their plans agree. The methods need the weights of their part and the resident ones in memory, and the skeleton's
+    partial forward installed. Those that go back return the means that they complete: the share's part of the means
+    over all samples.
     """
 
     def __init__(
@@ -58,39 +54,40 @@ class DataPass:
         folder: Path,
         advance: Callable[[int], Any],
     ) -> None:
-        self._skeleton, self._samples, self._schedule = skeleton, samples, schedule
+        self._skeleton, self._samples, self._schedule, self._advance = skeleton, samples, schedule, advance
         self._partial_forward = skeleton.partial_forward
         self._squares = estimator == "empirical-fisher"
-        self._advance = advance
         self.scratch = ScratchFiles(folder)
         self._top = len(skeleton.layers)  # the boundary above all layers
         batches = batches_by_length([samples[k] for k in share], schedule.batch_size)
         self._batches = [[share[k] for k in batch] for batch in batches]
         ids, lengths = probe_inputs(samples)
         self._probe = MicroBatch(ids.to(skeleton.device), tuple(lengths.tolist()), 0)
-        self._outside_plan: Plan | None = None  # for what lies before and after the layers
+        # For what lies before and after the layers; None until there are hidden states for the probe.
+        self._outside_plan = None if self._squares else Plan()
         self._outside_targets: dict[str, Target] = {}
+        self._tied_fisher: EmbeddingFisher | None = None  # of an embedding that is the head too
+        self._completed_last = [*skeleton.resident, *([skeleton.embedding] if skeleton.tied else [])]
         self._one_by_one: set[str] = set()
-        self.begin(0)
 
     def begin(self, group: int) -> None:
-        """Turn to one of the schedule's groups of samples."""
+        """Take the samples of one of the schedule's groups."""
         self._group = group
         batches = self._schedule.of_group(self._batches, group)
         self._micro_batches = micro_batches(self._samples, batches, self._skeleton.device)
 
     @property
     def one_by_one(self) -> list[str]:
-        """In the order of the model's parameters."""
+        """Parameters that take a backward pass for each sample; known after the forward steps."""
         return [name for name, _ in self._skeleton.model.named_parameters() if name in self._one_by_one]
 
     def restore(self, record: PassRecord, advance: Callable[[int], Any]) -> None:
-        """Go on from where an earlier attempt stopped. advance: called with the bytes that were checked."""
+        """Go on from where an earlier attempt stopped. advance: called with numbers of checked bytes."""
         self._one_by_one = set(record["one_by_one"])
         self.scratch.restore(record["files"], advance)
 
     def end_step(self) -> tuple[PassRecord, StepFiles]:
-        """What ``restore`` will need, and the files that are to be flushed and removed."""
+        """What ``restore`` needs, and the files to flush and to remove."""
         ended = self.scratch.end_step()
         return {"one_by_one": sorted(self._one_by_one), "files": ended.files}, ended
 
@@ -99,14 +96,11 @@ class DataPass:
     def check(self) -> None:
         """Try the model's structure on the beginning of one sample; needs the vocabulary in memory."""
         inside = {module for layer in self._skeleton.layers for module in layer.modules()}
-        outside = [
-            module
-            for module in self._skeleton.model.modules()
-            if module not in inside and list(module.parameters(recurse=False))
-        ]
+        outside = [module for module in self._skeleton.model.modules() if module not in inside]
+        with_parameters = [module for module in outside if list(module.parameters(recurse=False))]
         sample = self._probe.split()[0]
         with torch.enable_grad():
-            self._partial_forward.check(sample.input_ids, sample.attention_mask, outside)
+            self._partial_forward.check(sample.input_ids, sample.attention_mask, with_parameters)
 
     def embed(self) -> None:
         """Write the hidden states that the first layer takes."""
@@ -122,16 +116,16 @@ class DataPass:
         self._write_hidden(above, batch, hidden, "the embedding")
 
     def forward(self, layer: int, recompute: bool = False) -> None:
-        """Write what a layer makes of the boundary below it, which is discarded unless the schedule keeps it.
+        """Run a layer on the boundary below it, and discard that one unless the schedule keeps it.
 
-        recompute: on the way back, to have a boundary again that was not kept.
+        recompute: on the way back, for a boundary that was discarded.
         """
         with torch.no_grad():
             plan = self._layer_plan(layer, {name: Target.unused() for name in self._skeleton.by_layer[layer]})
-            if self._group == 0 and not recompute:  # files that a record names are not written again
+            if self._group == 0 and not recompute:  # else a record names the probe's file, which must not change
                 self._one_by_one.update(plan.one_by_one)
                 self._forward(layer, self._probe, _probe_file(layer), _probe_file(layer + 1))
-            with plan.installed(self._skeleton.model):  # the same code as on the way back, for the same bits
+            with plan.installed(self._skeleton.model):  # as on the way back, for the same bits
                 for batch in self._micro_batches:
                     with plan.batch(batch.lengths):
                         self._forward(layer, batch, self._boundary(layer), self._boundary(layer + 1))
@@ -144,22 +138,22 @@ class DataPass:
         self._write_hidden(above, batch, hidden, f"layer {layer}")
 
     def _write_hidden(self, name: str, batch: MicroBatch, hidden: Tensor, maker: str) -> None:
-        """Store hidden states (N, T, d). Raises NotFiniteError, naming the samples, if they are not finite."""
+        """Store hidden states (N, T, d). Raises NotFiniteError, with the samples, if some are not finite."""
         finite = (torch.isfinite(hidden).all(2) | (batch.attention_mask == 0)).all(1)
         if batch.numbers and not bool(finite.all()):
             bad = [str(batch.numbers[k]) for k in (~finite).nonzero().flatten().tolist()]
             raise NotFiniteError(
-                f"sample {', '.join(bad)} (counted from 0): what {maker} makes of it is not finite; look at "
-                "the sample and at the weights there, or run the model in float32 or bfloat16"
+                f"sample {', '.join(bad)} (counted from 0): what {maker} makes of it is not finite; look at the sample "
+                "and at the weights there, or run the model in float32 or bfloat16"
             )
         self.scratch.write(name, batch, hidden)
 
-    # What lies after the layers is done first on the way back.
+    # Back. What lies after the layers comes first.
 
     @property
     def needs_outside_plan(self) -> bool:
         """Whether ``plan_outside`` is still to be called."""
-        return self._squares and self._outside_plan is None
+        return self._outside_plan is None
 
     def plan_outside(self) -> None:
         """Plan for what lies before and after the layers; needs the vocabulary in memory."""
@@ -170,28 +164,30 @@ class DataPass:
             return self._partial_forward.after_layers(hidden, attention_mask, input_ids)
 
         self._outside_targets = {name: Target.unused() for name in (*skeleton.vocabulary, *skeleton.resident)}
-        self._outside_plan = plan_for(skeleton.model, self._samples, self._outside_targets, run)
-        if skeleton.tied and skeleton.embedding in self._outside_plan.one_by_one:
+        plan = plan_for(skeleton.model, self._samples, self._outside_targets, run)
+        if skeleton.tied and skeleton.embedding in plan.one_by_one:
             raise InputError(
-                f"{skeleton.checkpoint.path}: {skeleton.embedding} is used before and after the layers in "
-                "a way that gives no per-sample squares in a batch; stream with the estimator grad, or do not "
-                "stream"
+                f"{skeleton.checkpoint.path}: {skeleton.embedding} is used before and after the layers in a way that "
+                "gives no per-sample squares in a batch; stream with the estimator grad, or do not stream"
             )
-        self._one_by_one.update(self._outside_plan.one_by_one)
+        self._outside_plan = plan
+        self._one_by_one.update(plan.one_by_one)
+        for fisher in plan.modules if skeleton.tied else ():
+            if isinstance(fisher, EmbeddingFisher) and fisher.module is skeleton.embedding_module:
+                self._tied_fisher = fisher
 
     def head(self) -> Means:
         """Back through what lies after the layers. Completes the head, unless it is tied."""
         skeleton = self._skeleton
-        head = [] if skeleton.head is None else [skeleton.head]
-        sums = self._sums([*skeleton.resident, *head])
+        sums = self._sums([*self._completed_last, *([] if skeleton.head is None or skeleton.tied else [skeleton.head])])
         self._accumulate(sums, self._outside_plan, self._head)
         self.scratch.discard(self._boundary(self._top))
-        for name in [*skeleton.resident, *(head if skeleton.tied else [])]:
-            self.scratch.put(_waiting(name), sums.pop(name))
+        for name in self._completed_last:
+            self.scratch.put(f"waiting-{name}", sums.pop(name))
         return self._complete(sums)
 
     def _head(self, batch: MicroBatch, single: bool) -> None:
-        """Back-propagate the losses of a batch, down to the last hidden states."""
+        """Back-propagate the losses of a batch to the last hidden states."""
         hidden = self.scratch.read(self._boundary(self._top), batch).requires_grad_(not single)
         ids = batch.input_ids if self._skeleton.tied else None
 
@@ -206,9 +202,8 @@ class DataPass:
         if single:
             return
         self._write_gradient(self._top, batch, hidden)
-        for fisher in self._embedding_fishers():
-            if fisher.head_gradient is not None:
-                self.scratch.put(self._head_rows(batch), fisher.head_gradient)
+        if self._tied_fisher is not None and self._tied_fisher.head_gradient is not None:
+            self.scratch.put(self._head_rows(batch), self._tied_fisher.head_gradient)
 
     def backward(self, layer: int) -> Means:
         """Back through a layer. Completes its parameters."""
@@ -238,13 +233,10 @@ class DataPass:
 
         return plan_for(self._skeleton.model, self._samples, targets, run)
 
-    # What lies before the layers is done last.
-
     def embed_backward(self) -> Means:
-        """Back through what lies before the layers. Completes all that is left."""
+        """Back through what lies before the layers. Completes all other parameters."""
         skeleton = self._skeleton
-        waiting = [*skeleton.resident, *([skeleton.embedding] if skeleton.tied else [])]
-        sums = {name: self.scratch.take(_waiting(name), skeleton.device) for name in waiting}
+        sums = {name: self.scratch.take(f"waiting-{name}", skeleton.device) for name in self._completed_last}
         if not skeleton.tied:
             sums |= self._sums([skeleton.embedding])
         self._accumulate(sums, self._outside_plan, self._embed_backward)
@@ -255,33 +247,21 @@ class DataPass:
         hidden = self._partial_forward.before_layers(batch.input_ids, batch.attention_mask)
         if hidden.requires_grad:
             hidden.backward(self.scratch.read(self._gradient(0), batch))
-        for fisher in self._embedding_fishers():
-            if self._skeleton.tied and not single and self._skeleton.embedding_module is fisher.module:
-                fisher.head_gradient = self.scratch.take(self._head_rows(batch), self._skeleton.device)
+        if self._tied_fisher is not None and not single:
+            self._tied_fisher.head_gradient = self.scratch.take(self._head_rows(batch), self._skeleton.device)
 
-    def _embedding_fishers(self) -> list[EmbeddingFisher]:
-        fishers = [] if self._outside_plan is None else self._outside_plan.modules
-        return [fisher for fisher in fishers if isinstance(fisher, EmbeddingFisher)]
-
-    # Every part.
-
-    def _accumulate(self, sums: Means, plan: Plan | None, run: _Run) -> None:
+    def _accumulate(self, sums: Means, plan: Plan | None, run: Callable[[MicroBatch, bool], None]) -> None:
         """Run all micro-batches through one part of the model, and add its parameters' gradients to ``sums``.
 
-        run: takes a micro-batch, and whether it is a single sample, for the parameters that the plan has left.
+        run: takes a micro-batch, and whether it is a single sample, for the parameters in ``plan.one_by_one``.
         """
+        assert plan is not None
         model = self._skeleton.model
+        for name in sums.keys() & self._outside_targets.keys():
+            self._outside_targets[name].fisher = sums[name]
+        batched = plan.installed(model) if self._squares else gradients_accumulated_into(model, sums, squared=False)
         with torch.enable_grad():
-            if not self._squares:
-                with gradients_accumulated_into(model, sums, squared=False):
-                    for batch in self._micro_batches:
-                        run(batch, False)
-                        self._advance(len(batch.numbers))
-                return
-            assert plan is not None
-            for name in sums.keys() & self._outside_targets.keys():
-                self._outside_targets[name].fisher = sums[name]
-            with plan.installed(model):
+            with batched:
                 for batch in self._micro_batches:
                     with plan.batch(batch.lengths):
                         run(batch, False)
@@ -292,26 +272,26 @@ class DataPass:
                     for batch in self._micro_batches:
                         for single in batch.split():
                             run(single, True)
-            for target in self._outside_targets.values():
-                target.fisher = torch.empty(0)  # frees memory for the layers
+        for target in self._outside_targets.values():
+            target.fisher = torch.empty(0)  # frees memory for the layers
 
     def _write_gradient(self, boundary: int, batch: MicroBatch, hidden: Tensor) -> None:
         assert hidden.grad is not None
         self.scratch.write(self._gradient(boundary), batch, hidden.grad)
 
     def _sums(self, names: Sequence[str]) -> Means:
-        """Zeros, or the sums of the groups before."""
+        """Zeros, or the sums of the groups so far."""
         device = self._skeleton.device
         if self._group:
-            return {name: self.scratch.take(_sum(name, self._group - 1), device) for name in names}
+            return {name: self.scratch.take(f"sum-{name}-{self._group - 1}", device) for name in names}
         parameters = dict(self._skeleton.model.named_parameters())
         return {name: torch.zeros(parameters[name].shape, dtype=torch.float32, device=device) for name in names}
 
     def _complete(self, sums: Means) -> Means:
-        """The means, after the last group; before, nothing: the sums are put on disk."""
+        """The means after the last group; after another, nothing: it puts its sums on disk."""
         if self._group < self._schedule.groups - 1:
             for name, total in sums.items():
-                self.scratch.put(_sum(name, self._group), total)
+                self.scratch.put(f"sum-{name}-{self._group}", total)
             return {}
         for total in sums.values():
             total.div_(len(self._samples))
@@ -319,7 +299,7 @@ class DataPass:
                 total.clamp_(min=0)  # as in ``importance.gradients.accumulate``
         return sums
 
-    # Names of scratch files. Each group has its own, as those of the group before may not be removed yet.
+    # Names of scratch files. Each group has its own, as those of the last one may still be there.
 
     def _boundary(self, number: int) -> str:
         return f"hidden-{number}-{self._group}"
@@ -335,21 +315,13 @@ def _probe_file(boundary: int) -> str:
     return f"probe-{boundary}"
 
 
-def _waiting(name: str) -> str:
-    return f"waiting-{name}"
-
-
-def _sum(name: str, group: int) -> str:
-    return f"sum-{name}-{group}"
-
-
 def shares_of(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
-    """The numbers of the samples that each of so many ranks runs."""
+    """The numbers of the samples that each rank runs."""
     return deal([len(sample.input_ids) for sample in samples], ranks)
 
 
 def sum_over_ranks_(means: Sequence[Means], ranks: Ranks) -> None:
-    """Add up over ``ranks``, in place, what each adds to the means of each data set."""
-    pending = [ranks.sum_async_(mean) for of_one in means for mean in of_one.values()]
-    for each in pending:
-        each.wait()
+    """Add up over ``ranks``, in place, their parts of the means of each data set."""
+    pending = [ranks.sum_async_(mean) for of_set in means for mean in of_set.values()]
+    for one_sum in pending:
+        one_sum.wait()

@@ -1,4 +1,4 @@
-"""An importance written while it is computed, so that it is never in memory whole."""
+"""An importance that is written while it is computed, and is never whole in memory."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,12 +31,11 @@ def write_importance(
     progress: Progress,
     ranks: Ranks,
 ) -> Importance:
-    """Walk through ``skeleton`` and write each part's means as soon as they are complete.
+    """Walk through ``skeleton``, write each part's means as soon as they are complete, and return the whole from disk.
 
-    metadata: of the importance; ``one_by_one`` is filled in here. ranks: each runs its share of the samples,
-    and writes its share of every tensor. The scratch files lie in the hidden directory that becomes ``out``:
-    an error or an interrupt removes both. Returns the importance on disk. Raises RunError if a loss or a mean
-    is not finite, or the disk is full.
+    metadata: of the importance; ``one_by_one`` is filled in here. ranks: each runs its share of the samples, and writes
+    its share of every tensor. The scratch files lie in the hidden directory that becomes ``out``; an error or an
+    interrupt removes both. Raises RunError if a loss or a mean is not finite, or the disk is full.
     """
     target = OutputDirectory(out, overwrite=overwrite)
     share = shares_of(samples, ranks.world)[ranks.rank]
@@ -53,11 +52,11 @@ def write_importance(
             nonlocal writer
             data.scratch.end_step().remove_discarded()
             with ranks.together(description):
-                pass  # all have run the step, or all end
+                pass  # until all have run the step; if one could not, all end
             sum_over_ranks_(means, ranks)
             for name, mean in skeleton.as_stored(means[0]).items():
                 check_finite(name, mean)
-                if writer is None:  # the forward steps have told which parameters take a pass for each sample
+                if writer is None:  # after the forward steps, which find the parameters for ``one_by_one``
                     complete = replace(metadata, one_by_one=", ".join(data.one_by_one))
                     writer = ShardWriter(skeleton.stored_shapes, as_strings(complete), target.path)
                 writer.write_share(name, mean, ranks)
@@ -67,7 +66,7 @@ def write_importance(
             Walk(skeleton, [data], schedule).run(end_step)
             with ranks.together(description):
                 remove(scratch)
-        with ranks.together(description):  # when no rank removes files that are being flushed
+        with ranks.together(description):  # now that no rank removes files that another one flushes
             sync_tree(target.path)
         with ranks.together(description):
             if ranks.first:

@@ -1,4 +1,4 @@
-"""Samples that run through a part of the model together, and where their rows lie in a scratch file.
+"""Samples that run through a part of the model together, and their rows in a scratch file.
 
 Shapes: N samples, T tokens of the longest of them.
 """
@@ -15,17 +15,12 @@ from perta_fast.data.samples import Sample
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Token ids (N, T), padded on the right; a scratch file has one row for each token that is not padding."""
+    """Token ids (N, T), padded on the right; a scratch file has a row for each token that is not padding."""
 
     input_ids: Tensor
     lengths: tuple[int, ...]
     first_row: int
     numbers: tuple[int, ...] = ()  # of the samples
-
-    @property
-    def end_row(self) -> int:
-        """The row after the last."""
-        return self.first_row + sum(self.lengths)
 
     @property
     def attention_mask(self) -> Tensor:
@@ -34,7 +29,7 @@ class MicroBatch:
         return mask.long().to(self.input_ids.device)
 
     def split(self) -> list["MicroBatch"]:
-        """Each sample in a micro-batch of its own, without padding."""
+        """A micro-batch for each sample, without padding."""
         row, singles = self.first_row, []
         for k, length in enumerate(self.lengths):
             ids = self.input_ids[k : k + 1, :length]
@@ -46,12 +41,11 @@ class MicroBatch:
 def micro_batches(
     samples: Sequence[Sample], batches: Iterable[Sequence[int]], device: torch.device
 ) -> list[MicroBatch]:
-    """One micro-batch for each list of sample numbers, with their rows one after the other."""
-    made: list[MicroBatch] = []
-    row = 0
+    """One micro-batch for each list of sample numbers; their rows follow each other."""
+    result, row = [], 0
     for numbers in batches:
         chosen = [samples[k] for k in numbers]
         lengths = tuple(len(sample.input_ids) for sample in chosen)
-        made.append(MicroBatch(Batch.of(chosen, device).input_ids, lengths, row, tuple(numbers)))
-        row = made[-1].end_row
-    return made
+        result.append(MicroBatch(Batch.of(chosen, device).input_ids, lengths, row, tuple(numbers)))
+        row += sum(lengths)
+    return result

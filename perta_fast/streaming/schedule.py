@@ -1,4 +1,4 @@
-"""How a streamed run is cut: what it keeps in memory and on the scratch disk at one time."""
+"""How a streamed run is cut, which decides what is in memory and on the scratch disk at one time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The choices that change a streamed run's cost; of its result they change only the order of sums.
+    """Choices that change what a streamed run costs; of its result they change only the order of sums.
 
-    batch_size: samples that run together. every: hidden states are kept on disk at each ``every``-th boundary
-    between layers; those between are computed again on the way back. groups: the samples are dealt into so many
-    groups, each walked by itself, with the sums of every layer on disk in between. overlap: the next layer's
-    weights are read, and the last layer's result is written, while one layer is computed; this takes memory for
-    both.
+    batch_size: samples that run together. every: hidden states stay on disk at each ``every``-th boundary between
+    layers; those in between are computed again on the way back. groups: the batches are split into this many groups;
+    the walk goes through the model once for each, with the sums of all layers on disk in between. overlap: while one
+    layer is computed, the weights of the next are read and the result of the last is written; this takes memory for
+    all of them.
     """
 
     batch_size: int = 8

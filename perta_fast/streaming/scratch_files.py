@@ -1,7 +1,7 @@
 """The scratch files of a streamed run: hidden states between layers, their gradients, and sums.
 
-Padding is not stored. Files are read and written by plain calls and not through a memory mapping: a full disk
-is then an error that can be reported, not a signal that ends the process.
+Padding is not stored. Plain calls read and write the files, and not a memory mapping: a full disk is then an error
+with a message, not a signal that kills the process.
 
 Shapes: N samples, T tokens of the longest of them.
 """
@@ -26,7 +26,7 @@ from perta_fast.streaming.micro_batch import MicroBatch
 
 
 class FileRecord(TypedDict):
-    """What a scratch file holds: its type, the shape of a row (or of a whole tensor), and its hash."""
+    """The type, the shape of a row (or of a whole tensor) and the hash of a scratch file."""
 
     dtype: str
     shape: list[int]
@@ -35,7 +35,7 @@ class FileRecord(TypedDict):
 
 @dataclass(frozen=True)
 class StepFiles:
-    """The scratch files at the end of a step: all, those written since the last step, those needed no more."""
+    """The scratch files at the end of a step: all, those that it wrote, those that no later step needs."""
 
     files: dict[str, FileRecord]
     written: list[Path]
@@ -47,13 +47,13 @@ class StepFiles:
             sync(path)
 
     def remove_discarded(self) -> None:
-        """Call this only when no durable record names these files any more."""
+        """To be called when no durable record names these files any more."""
         for path in self.discarded:
             path.unlink(missing_ok=True)
 
 
 class ScratchFiles:
-    """Tensors by name, one file each: rows of tokens, filled batch by batch, or whole tensors."""
+    """Tensors by name, one file each: rows of tokens, written batch by batch, or whole tensors."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -65,7 +65,7 @@ class ScratchFiles:
         self._discarded: set[str] = set()
 
     def write(self, name: str, batch: MicroBatch, values: Tensor) -> None:
-        """Store ``values`` (N, T, ...) without padding; batches come in order, with one type and row shape."""
+        """Store ``values`` (N, T, ...) without padding; the batches of a file come in order, with one row shape."""
         self._kinds[name] = values.shape[2:], values.dtype
         self._write(name, values[batch.attention_mask.bool()], batch.first_row)
 
@@ -90,7 +90,7 @@ class ScratchFiles:
         self._written.add(name)
 
     def read(self, name: str, batch: MicroBatch) -> Tensor:
-        """What was written, (N, T, ...), on the device of ``batch``, with zeros for padding."""
+        """What was written, (N, T, ...), with zeros for padding, on the device of ``batch``."""
         device, (row, dtype) = batch.input_ids.device, self._kinds[name]
         result = torch.zeros((*batch.input_ids.shape, *row), dtype=dtype, device=device)
         rows = self._read(name, torch.Size((sum(batch.lengths), *row)), dtype, batch.first_row)
@@ -111,7 +111,7 @@ class ScratchFiles:
         return result
 
     def discard(self, name: str) -> None:
-        """``name`` is needed no more; its file, if there is one, is removed after the step."""
+        """No later step needs ``name``; its file, if there is one, is removed after this step."""
         if self._kinds.pop(name, None) is not None:
             self._hashes.pop(name, None)
             self._restored.pop(name, None)
@@ -119,7 +119,7 @@ class ScratchFiles:
             self._discarded.add(name)
 
     def end_step(self) -> StepFiles:
-        """What this step has left; files that are written or discarded from now on belong to the next one."""
+        """The files at the end of a step; those written or discarded from now on belong to the next step."""
         files: dict[str, FileRecord] = {
             name: {
                 "dtype": torch_name(dtype),
@@ -138,18 +138,18 @@ class ScratchFiles:
     def restore(self, files: Mapping[str, FileRecord], advance: Callable[[int], Any]) -> None:
         """Go on from the end of a step. Raises InputError if a file has changed since.
 
-        advance: called with the bytes that were checked.
+        advance: called with numbers of checked bytes.
         """
         for path in self._folder.iterdir():
             if path.name not in files:
                 path.unlink()
         for name, record in files.items():
             path = self._folder / name
-            dtype = getattr(torch, record["dtype"], None)
-            sound = path.name == name and isinstance(dtype, torch.dtype) and path.is_file()
-            if not sound or hash_file(path, advance) != record["blake3"]:
+            dtype: Any = getattr(torch, record["dtype"], None)
+            valid = path.name == name and isinstance(dtype, torch.dtype) and path.is_file()
+            if not valid or hash_file(path, advance) != record["blake3"]:
                 raise InputError(f"{path}: is not what the run wrote; start over with --overwrite")
-            self._kinds[name] = torch.Size(record["shape"]), getattr(torch, record["dtype"])
+            self._kinds[name] = torch.Size(record["shape"]), dtype
             self._restored[name] = record["blake3"]
 
     @property

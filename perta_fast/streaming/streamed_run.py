@@ -1,14 +1,14 @@
 """Unlearning in one walk: each part of the model is written as soon as its importance is complete.
 
-What the walk needs to be resumed lies in the directory that is being built: the samples, the scratch files, and
-after each step a record of how far it has come. Everything that a record names was flushed before it, and the
-samples before the job, which is what makes a run one that can be resumed.
+What the walk needs to be resumed lies in the directory that is being built: the samples, the scratch files, and after
+each step a record of how far it has come. All that a record names was flushed before it, and the samples before the
+job; a run with a job can be resumed.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -39,14 +39,12 @@ from perta_fast.subtraction.unfinished import STATE
 
 _SAMPLES = "samples.json"
 _SCRATCH = "scratch"
-_StoredSample = tuple[list[int], list[int], bool]
 
 
 class StreamSettings(TypedDict):
     """What a run needs to be resumed.
 
-    metadata: of each importance, by role. save: where the importances are kept, or "". ranks: processes that
-    walk together.
+    metadata: of each importance, by role. save: where the importances are kept, or "". ranks: how many processes.
     """
 
     subject: str
@@ -60,20 +58,14 @@ class StreamSettings(TypedDict):
     ranks: int
 
 
+@dataclass(frozen=True)
 class StreamedRun:
     """Fills the directory of a run; each of ``ranks`` runs its share of the samples. See ``fill``."""
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        samples: Mapping[str, Sequence[Sample]],
-        settings: StreamSettings,
-        ranks: Ranks = Ranks.ALONE,
-    ) -> None:
-        self.settings, self._ranks = settings, ranks
-        self._skeleton, self._samples = skeleton, samples
-        self._shares = {role: shares_of(of_role, ranks.world)[ranks.rank] for role, of_role in samples.items()}
-        self._schedule = Schedule(**settings["schedule"])
+    skeleton: Skeleton
+    samples: Mapping[str, Sequence[Sample]]
+    settings: StreamSettings
+    ranks: Ranks = Ranks.ALONE
 
     @classmethod
     def reopened(cls, job: Job, ranks: Ranks = Ranks.ALONE) -> "StreamedRun":
@@ -101,17 +93,17 @@ class StreamedRun:
         if not fits(rows, dict[str, list[list[Any]]]) or rows.keys() != settings["metadata"].keys():
             raise InputError(f"{path}: is damaged; start over with --overwrite")
         samples = {
-            role: [Sample(tuple(ids), tuple(labels), truncated) for ids, labels, truncated in each]
-            for role, each in rows.items()
+            role: [Sample(tuple(ids), tuple(labels), truncated) for ids, labels, truncated in stored]
+            for role, stored in rows.items()
         }
         device, dtype = choose_device(settings["device"]), getattr(torch, settings["dtype"])
         return cls(Skeleton.open(Path(settings["subject"]), device, dtype), samples, settings, ranks)
 
     def cover(self, sources: Sources) -> Sources:
-        """``sources``, with the tensors that no importance covers marked to be copied."""
+        """``sources``, which now copy the tensors that no importance covers."""
         matches = []
         for match in sources.matches:
-            covered = importance_key(match.theta.name, sources.model, self._skeleton.stored_shapes)
+            covered = importance_key(match.theta.name, sources.model, self.skeleton.stored_shapes)
             if match.copied is None and covered is None:
                 match = TensorMatch(match.theta, copied="not covered by the importance")
             matches.append(match)
@@ -119,38 +111,49 @@ class StreamedRun:
         return replace(sources, matches=matches, metadata=metadata)
 
     def keep_samples(self, state: Path) -> None:
-        """Write what ``reopened`` reads, durably; ``state``: the directory that the job will lie in."""
-        write_record(state / _SAMPLES, {role: _rows(each) for role, each in self._samples.items()})
+        """Write what ``reopened`` reads, durably; ``state``: the directory of the job."""
+        rows = {
+            role: [(sample.input_ids, sample.labels, sample.truncated) for sample in samples]
+            for role, samples in self.samples.items()
+        }
+        write_record(state / _SAMPLES, rows)
 
     def fill(self, job: Job, sources: Sources, target: OutputDirectory, report: Report) -> Sources:
         """Walk through the model and write its shards, from where an earlier attempt stopped.
 
-        Returns the sources, with the importances if they are kept. Raises RunError if a loss, a mean or a
-        result is not finite, the disk is full, or a file changes; InputError if the files of an earlier
-        attempt are damaged.
+        Returns the sources, with the importances if they are kept. Raises RunError if a loss, a mean or a result is
+        not finite, the disk is full, or a file changes; InputError if the files of an earlier attempt are damaged.
         """
-        state, ranks = target.path / STATE, self._ranks
-        steps = len(steps_of(len(self._skeleton.layers), self._schedule))
+        settings, skeleton, ranks = self.settings, self.skeleton, self.ranks
+        schedule = Schedule(**settings["schedule"])
+        steps = len(steps_of(len(skeleton.layers), schedule))
         begun = resume_walk(target, steps, len(sources.matches), ranks)
         done = 0 if begun is None else begun["done"]
-        scratch = rank_path(state, _SCRATCH, ranks.rank)
+        shares = {role: shares_of(samples, ranks.world)[ranks.rank] for role, samples in self.samples.items()}
+        total = sum(map(len, shares.values())) * steps_per_sample(len(skeleton.layers), schedule)
+        scratch = rank_path(target.path / STATE, _SCRATCH, ranks.rank)
+        estimator = job.rule.estimator
+        assert estimator is not None
         started = time.perf_counter()
+        save, overwrite, metadata = settings["save"], settings["overwrite_saved"], settings["metadata"]
+        resumed = begun is not None
         with (
-            _torch_threads(self.settings["torch_threads"]),
-            self._kept_importance(begun is not None) as kept,
-            Bar(self._total(), "unlearn", job.progress, "step") as bar,
+            _torch_threads(settings["torch_threads"]),
+            KeptImportance.opened(save, overwrite, metadata, skeleton.stored_shapes, resumed, ranks) as kept,
+            Bar(total, "unlearn", job.progress, "step") as bar,
         ):
             with ranks.together("the scratch files"):
-                passes = self._passes(job, scratch, bar.update)
+                passes = {
+                    role: DataPass(skeleton, samples, shares[role], estimator, schedule, scratch / role, bar.update)
+                    for role, samples in self.samples.items()
+                }
                 if begun is not None:
-                    self._restore(passes, begun, done == steps, job.progress)
-                    bar.update(self._total() * done // steps)
-            walk = Walk(self._skeleton, list(passes.values()), self._schedule)
+                    _restore(passes, begun, done == steps, job.progress)
+                    bar.update(total * done // steps)
+            walk = Walk(skeleton, list(passes.values()), schedule)
             with (
                 ranks.sharing_errors("the walk"),
-                WriteBehind(
-                    job, sources, target, self._skeleton, passes, kept, self._schedule.overlap, begun, ranks
-                ) as writing,
+                WriteBehind(job, sources, target, skeleton, passes, kept, schedule.overlap, begun, ranks) as writing,
             ):
                 walk.run(writing.end_step, done)
                 writing.finish()
@@ -158,8 +161,8 @@ class StreamedRun:
         remove(scratch)
         for role, data in passes.items():
             report.importance[f"{role}_importance"]["one_by_one"] = list(data.one_by_one)
-        if self._skeleton.device.type == "cuda":
-            report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._skeleton.device)
+        if skeleton.device.type == "cuda":
+            report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(skeleton.device)
         describe_tensors(report, sources.matches, added_up(ranks.gather(writing.totals)))
         _describe_time(report, walk, writing, time.perf_counter() - started)
         return replace(
@@ -168,52 +171,21 @@ class StreamedRun:
             retain_importance=importances.get("retain_importance"),
         )
 
-    def _total(self) -> int:
-        """Steps of all samples, for the progress bar."""
-        samples = sum(map(len, self._shares.values()))
-        return samples * steps_per_sample(len(self._skeleton.layers), self._schedule)
 
-    def _passes(self, job: Job, scratch: Path, advance: Callable[[int], Any]) -> dict[str, DataPass]:
-        estimator = job.rule.estimator
-        assert estimator is not None
-        return {
-            role: DataPass(
-                self._skeleton, samples, self._shares[role], estimator, self._schedule, scratch / role, advance
-            )
-            for role, samples in self._samples.items()
-        }
-
-    @staticmethod
-    def _restore(passes: Mapping[str, DataPass], begun: WalkRecord, finished: bool, progress: Progress) -> None:
-        """Resume the passes; a walk that is finished needs none of its files any more."""
-        states = begun["passes"]
-        if states.keys() != passes.keys():
-            raise InputError("the record of the walk is of other data; start over with --overwrite")
-        size = sum(data.scratch.size for data in passes.values())
-        with Bar(size, "check scratch", progress) as bar:
-            for role, data in passes.items():
-                record = states[role]
-                data.restore({**record, "files": {}} if finished else record, bar.update)
-
-    def _kept_importance(self, resumed: bool) -> KeptImportance:
-        settings = self.settings
-        return KeptImportance(
-            settings["save"],
-            settings["overwrite_saved"],
-            settings["metadata"],
-            self._skeleton.stored_shapes,
-            resumed,
-            self._ranks,
-        )
-
-
-def _rows(samples: Sequence[Sample]) -> list[_StoredSample]:
-    return [(list(sample.input_ids), list(sample.labels), sample.truncated) for sample in samples]
+def _restore(passes: Mapping[str, DataPass], begun: WalkRecord, finished: bool, progress: Progress) -> None:
+    """Resume the passes; a finished walk needs none of their files any more."""
+    records = begun["passes"]
+    if records.keys() != passes.keys():
+        raise InputError("the record of the walk is of other data; start over with --overwrite")
+    size = sum(data.scratch.size for data in passes.values())
+    with Bar(size, "check scratch", progress) as bar:
+        for role, data in passes.items():
+            data.restore({**records[role], "files": {}} if finished else records[role], bar.update)
 
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """As many as when the run began: the order of torch's sums, and so their bits, depend on the number."""
+    """As many threads as when the run began: the number decides the order of torch's sums, and so their bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

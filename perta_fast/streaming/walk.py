@@ -1,8 +1,7 @@
 """The walk over a model's parts, forward and back, with the weights of one part in memory at a time.
 
-Forward: the hidden states at the boundaries between layers are written to scratch files. Back: each layer is
-run again from its stored input, and the importance of its parameters is complete before the layer below is
-touched.
+Forward: the hidden states at the boundaries between layers go to scratch files. Back: each layer runs again from its
+stored input, which completes the importance of its parameters before the layer below is touched.
 """
 
 import time
@@ -23,9 +22,9 @@ from perta_fast.streaming.schedule import Schedule
 class Step:
     """One part of the model, run for one group of samples.
 
-    kind: ``embed``, then ``forward`` for each layer; ``head``, then ``backward`` for each layer from the
-    last, then ``embed_backward`` (the embedding, and all that is left). ``recompute``: a layer forward once
-    more, for a boundary that was not kept.
+    kind: ``embed``, then ``forward`` for each layer; ``head``, then ``backward`` for each layer from the last, then
+    ``embed_backward`` (the embedding and the resident parameters). ``recompute``: a layer forward once more, for a
+    boundary that was discarded.
     """
 
     group: int
@@ -50,7 +49,7 @@ def steps_of(layer_count: int, schedule: Schedule) -> list[Step]:
 
 
 def parameters_of(step: Step, structure: Structure) -> list[str]:
-    """The parameters whose values a step needs, beside the resident ones."""
+    """The parameters that a step needs in memory, beside the resident ones."""
     if step.kind in ("embed", "embed_backward"):
         return [structure.embedding]
     if step.kind == "head":
@@ -59,16 +58,16 @@ def parameters_of(step: Step, structure: Structure) -> list[str]:
 
 
 def steps_per_sample(layer_count: int, schedule: Schedule) -> int:
-    """How many steps run each sample: all those of its group."""
+    """How many steps each sample runs through: all those of its group."""
     return len(steps_of(layer_count, schedule)) // schedule.groups
 
 
 class Walk:
-    """Takes data sets through a skeleton's parts together, so that each part is read once for all of them.
+    """Takes data sets through a skeleton's parts together, and reads each part once for all of them.
 
-    Memory: the weights of one part (two with ``schedule.overlap``), 4 bytes for each of its parameters and each
-    data set, and the activations of one batch in one layer. ``read_seconds``: time spent reading weights;
-    ``waited_seconds``: how much of it the walk had to wait for.
+    Memory: the weights of one part (two with ``schedule.overlap``), 4 bytes for each of its parameters and each data
+    set, and the activations of one batch in one layer. ``read_seconds``: the time that reading weights took;
+    ``waited_seconds``: how much of it the walk waited for.
     """
 
     def __init__(self, skeleton: Skeleton, passes: Sequence[DataPass], schedule: Schedule) -> None:
@@ -79,8 +78,8 @@ class Walk:
     def run(self, end_step: Callable[[int, list[Means]], None], begin: int = 0) -> None:
         """Do all steps from number ``begin`` on.
 
-        end_step: called after each step with the number of the next one and the means that this one has
-        completed, for each data set; none where a later group has still to add to them.
+        end_step: called after each step with the number of the next one and, for each data set, the means that this
+        step completes (none if a later group adds to them).
         """
         skeleton = self._skeleton
         with (
@@ -92,30 +91,25 @@ class Walk:
                 with skeleton.in_memory(skeleton.vocabulary):
                     self._passes[0].check()
             ahead: Future[dict[str, Tensor]] | None = None
-            for data in self._passes:
-                data.begin(self.steps[begin].group if begin < len(self.steps) else 0)
             for number, step in enumerate(self.steps[begin:], begin):
-                coming = ahead or reader.submit(self._read, step)
-                if step.kind != "embed":
-                    self._plan_outside()
+                reading = ahead or reader.submit(self._read, step)
+                if step.kind != "embed" and self._passes[0].needs_outside_plan:  # in a resumed walk at its first step
+                    with skeleton.in_memory(skeleton.vocabulary):
+                        for data in self._passes:
+                            data.plan_outside()
                 started = time.perf_counter()
-                values = coming.result()
+                values = reading.result()
                 self.waited_seconds += time.perf_counter() - started
                 if self._overlap and number + 1 < len(self.steps):
                     ahead = reader.submit(self._read, self.steps[number + 1])
+                if step.kind == "embed" or number == begin:
+                    for data in self._passes:
+                        data.begin(step.group)
                 with skeleton.holding(values):
-                    del values, coming
+                    del values, reading
                     means = [self._run(step, data) for data in self._passes]
                 end_step(number + 1, means)
                 del means
-
-    def _plan_outside(self) -> None:
-        """As soon as there are hidden states for the probe; in a resumed walk, before its first step."""
-        missing = [data for data in self._passes if data.needs_outside_plan]
-        if missing:
-            with self._skeleton.in_memory(self._skeleton.vocabulary):
-                for data in missing:
-                    data.plan_outside()
 
     def _read(self, step: Step) -> dict[str, Tensor]:
         started = time.perf_counter()
@@ -127,7 +121,6 @@ class Walk:
     def _run(step: Step, data: DataPass) -> Means:
         match step.kind:
             case "embed":
-                data.begin(step.group)
                 data.embed()
             case "forward" | "recompute":
                 data.forward(step.layer, recompute=step.kind == "recompute")

@@ -1,34 +1,30 @@
 """What a streamed run does while the walk goes on: subtract, write, and record how far it has come.
 
-Many ranks walk through all layers, each with its share of the samples, its own scratch files and its own
-record, into one directory that all of them see. After each step, every rank
+All ranks walk through all layers into one directory that all of them see. Each has its share of the samples, its own
+scratch files and its own record. After each step, every rank
 
-1. waits for the others: all have run the step, or one says why not, and all end; 2. adds up over the ranks
-the means that the step has completed, subtracts its own share of them, writes that into the shared shards
-(and the importances that are kept), and flushes it, then its scratch files; 3. writes its record of the step,
-durably; the record also holds the step before; 4. waits for the others: all have recorded the step; 5.
-removes the scratch files that no later step needs.
+1. waits until all have run the step; if one could not, all end;
+2. adds up over the ranks the means that the step completes, subtracts its own share of them, writes the result into the
+   shared shards (and the importances that are kept) and flushes it, then its scratch files;
+3. writes its record of the step, durably; the record also holds the step before;
+4. waits until all have recorded the step;
+5. removes the scratch files that no later step needs.
 
-A rank comes to 3 only when all have passed 3 of the step before. So records differ by one step at most,
-wherever ranks are killed. The run is resumed from the last step that all have recorded: a rank that was one
-step ahead goes back to the step before, which its record still holds and whose scratch files are still there,
-as 5 comes after 4. It first makes the step before its record, since the files of the later step will be
-written again. Sums over the same ranks have the same bits, so what is written again is what was there. One
-process alone does the same.
+No rank comes to 3 before all have passed 3 of the last step, so their records differ by one step at most, wherever they
+are killed. The run resumes from the last step that all have recorded. A rank that was one step ahead goes back: its
+record still holds the step before, and the scratch files of that step are still there, as 5 comes after 4. First of all
+it records that step again, since it is about to overwrite the files of the later one. The same ranks give sums of the
+same bits, so what is written again does not change. One process alone does the same.
 """
 
 import os
 import threading
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NotRequired, TypedDict
-
-from torch import Tensor
 
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.distributed.ranks import Ranks, is_shared
@@ -51,10 +47,10 @@ from perta_fast.subtraction.unfinished import STATE, WALK
 
 
 class WalkRecord(TypedDict):
-    """How far a walk has come: steps done, the state of each data set, statistics of the written tensors.
+    """How far a walk has come.
 
-    totals: statistics by number of the match, of what this rank has written. before: the record of the step
-    before, if there are many ranks.
+    done: steps. passes: the state of each data set. totals: statistics of what this rank has written, by number of the
+    match. before: the record of the step before, if there are many ranks.
     """
 
     done: int
@@ -64,14 +60,14 @@ class WalkRecord(TypedDict):
 
 
 def rank_path(folder: Path, name: str, rank: int) -> Path:
-    """A rank's own file or directory of an unfinished run; the first rank's name is that of one process."""
+    """A rank's file or directory of an unfinished run; ``name`` itself for rank 0, and so for one process."""
     return folder / (f"{rank}-{name}" if rank else name)
 
 
 def resume_walk(target: OutputDirectory, steps: int, tensors: int, ranks: Ranks) -> WalkRecord | None:
-    """The record to go on from, in an unfinished directory of a walk of ``steps`` over ``tensors``.
+    """The record that an unfinished walk of ``steps`` over ``tensors`` goes on from; None: from the beginning.
 
-    None: from the beginning. Raises InputError if a record is damaged, or the records are not of one walk.
+    Raises InputError if a record is damaged, or the ranks' records are not of one walk.
     """
     path = rank_path(target.path / STATE, WALK, ranks.rank)
     with ranks.together("resume the walk"):
@@ -81,24 +77,23 @@ def resume_walk(target: OutputDirectory, steps: int, tensors: int, ranks: Ranks)
         if state is not None and state["done"] != done:
             state = _step_back(path, state, done)
     if state is not None:
-        state.pop("before", None)  # which no rank can go back to now
+        state.pop("before", None)  # no rank goes back to it any more
     return state
 
 
 def _read(path: Path, steps: int, tensors: int) -> WalkRecord:
-    state = read_record(path)
+    state: WalkRecord = read_record(path)
     indices = {str(index) for index in range(tensors)}
     if not fits(state, WalkRecord) or not all(
         0 <= record["done"] <= steps and record["totals"].keys() <= indices
         for record in (state, state.get("before", state))
     ):
         raise InputError(f"{path}: is not the record of a walk")
-    record: WalkRecord = state
-    return record
+    return state
 
 
 def _step_back(path: Path, state: WalkRecord, done: int) -> WalkRecord | None:
-    """The record after ``done`` steps, one less than ``state``, which it replaces on disk."""
+    """Put the record of the step before ``state`` in its place on disk, and return it."""
     if done == 0 and state["done"] == 1:
         remove(path)
         return None
@@ -109,68 +104,61 @@ def _step_back(path: Path, state: WalkRecord, done: int) -> WalkRecord | None:
     return before
 
 
+@dataclass
 class WriteBehind:
-    """Subtracts and writes what a step has completed, while the walk goes on, then records the step.
+    """Subtracts and writes what a step has completed, then records the step, while the walk goes on if ``overlap``.
 
-    begun: the record to go on from. ``totals``: statistics of what this rank has written, by number of the
-    match.
+    begun: the record to go on from. ``totals``: statistics of what this rank has written, by number of the match.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        sources: Sources,
-        target: OutputDirectory,
-        skeleton: Skeleton,
-        passes: Mapping[str, DataPass],
-        kept: KeptImportance,
-        overlap: bool,
-        begun: WalkRecord | None,
-        ranks: Ranks,
-    ) -> None:
-        self._job, self._sources, self._target, self._skeleton = job, sources, target, skeleton
-        self._passes, self._kept, self._overlap, self._ranks = passes, kept, overlap, ranks
-        self._recorded = begun
-        self._matches_of: dict[str, list[int]] = {}  # by name of their importance
-        for index, match in enumerate(sources.matches):
-            key = importance_key(match.theta.name, sources.model, skeleton.stored_shapes)
+    job: Job
+    sources: Sources
+    target: OutputDirectory
+    skeleton: Skeleton
+    passes: Mapping[str, DataPass]
+    kept: KeptImportance
+    overlap: bool
+    begun: WalkRecord | None
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self._recorded = self.begun
+        self._importance_of: dict[int, str] = {}  # by number of the match
+        for index, match in enumerate(self.sources.matches):
+            key = importance_key(match.theta.name, self.sources.model, self.skeleton.stored_shapes)
             if match.copied is None and key is not None:
-                self._matches_of.setdefault(key, []).append(index)
+                self._importance_of[index] = key
         self._behind = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._lock = threading.Lock()
         self._shards: dict[str, int] = {}
-        self.totals = {} if begun is None else {int(index): sums for index, sums in begun["totals"].items()}
+        totals = {} if self.begun is None else self.begun["totals"]
+        self.totals = {int(index): sums for index, sums in totals.items()}
         self.seconds = self.waited_seconds = 0.0
         self.bytes_moved = 0
 
     def __enter__(self) -> "WriteBehind":
-        for name, file in self._sources.model.shards.items():
+        for name, file in self.sources.model.shards.items():
             # Opened for writing alone: else a network file system writes whole pages, over other ranks' data.
-            descriptor = os.open(self._target.path / name, os.O_WRONLY | os.O_CREAT, 0o666)
+            descriptor = os.open(self.target.path / name, os.O_WRONLY | os.O_CREAT, 0o666)
             self._shards[name] = descriptor
             write_fully(descriptor, memoryview(file.header), 0)
             os.ftruncate(descriptor, file.size)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._behind.shutdown()
         for descriptor in self._shards.values():
             os.close(descriptor)
         behind = None if self._pending is None else self._pending.exception()
         if isinstance(error, Exception) and behind is not None and is_shared(behind):
-            raise behind from error  # the one that the other ranks raise
-
-    def _together(self) -> AbstractContextManager[None]:
-        return self._ranks.together("the walk")
+            raise behind from error  # the error that the other ranks raise
 
     def end_step(self, done: int, means: list[Means]) -> None:
-        """Write what a step has completed, when the step before it is recorded."""
-        ends = {role: data.end_step() for role, data in self._passes.items()}
+        """Write what a step has completed, once the step before it is recorded."""
+        ends = {role: data.end_step() for role, data in self.passes.items()}
         self._wait()
-        if self._overlap:
+        if self.overlap:
             self._pending = self._behind.submit(self._complete, done, means, ends)
         else:
             started = time.perf_counter()
@@ -185,17 +173,17 @@ class WriteBehind:
             self.waited_seconds += time.perf_counter() - started
 
     def _complete(self, done: int, means: list[Means], ends: Mapping[str, tuple[PassRecord, StepFiles]]) -> None:
-        with self._together():
-            pass  # all have run the step
+        with self.ranks.together("the walk"):
+            pass  # until all have run the step
         started = time.perf_counter()
-        with self._together():
+        with self.ranks.together("the walk"):
             if any(means):
                 self._write(means)
             for _, files in ends.values():
                 files.flush()
             self._record(done, {role: record for role, (record, _) in ends.items()})
-            self._target.keep = True
-            self._kept.keep_on_error()
+            self.target.keep = True
+            self.kept.keep_on_error()
         for _, files in ends.values():
             files.remove_discarded()
         self.seconds += time.perf_counter() - started
@@ -203,53 +191,41 @@ class WriteBehind:
     def _record(self, done: int, passes: dict[str, PassRecord]) -> None:
         totals = {str(index): sums for index, sums in self.totals.items()}
         state: WalkRecord = {"done": done, "passes": passes, "totals": totals}
-        before = {} if self._recorded is None or self._ranks.world == 1 else {"before": self._recorded}
-        path = rank_path(self._target.path / STATE, WALK, self._ranks.rank)
+        before = {} if self._recorded is None or self.ranks.world == 1 else {"before": self._recorded}
+        path = rank_path(self.target.path / STATE, WALK, self.ranks.rank)
         write_record(path, {**state, **before})
         self._recorded = state
 
     def _write(self, means: list[Means]) -> None:
-        """Add up means over the ranks, then keep and subtract this rank's share."""
-        sum_over_ranks_(means, self._ranks)
-        stored = dict(zip(self._passes, map(self._stored, means), strict=True))
-        one_by_one = {role: ", ".join(data.one_by_one) for role, data in self._passes.items()}
-        self._kept.write(stored, one_by_one)
-        indices = [index for name in next(iter(stored.values())) for index in self._matches_of.get(name, [])]
-        chunks = self._own_chunks(indices)
-        self._subtract(chunks, self._held(stored, {chunk.index for chunk in chunks}))
+        sum_over_ranks_(means, self.ranks)
+        stored = {role: self.skeleton.as_stored(of_set) for role, of_set in zip(self.passes, means, strict=True)}
+        for of_set in stored.values():
+            for name, mean in of_set.items():
+                check_finite(name, mean)
+        self.kept.write(stored, {role: ", ".join(data.one_by_one) for role, data in self.passes.items()})
+        names = next(iter(stored.values())).keys()
+        chunks = self._share_of_chunks(index for index, name in self._importance_of.items() if name in names)
+        arrays = {
+            name: [of_set[name].cpu().contiguous().view(-1).numpy() for of_set in stored.values()]
+            for name in {self._importance_of[chunk.index] for chunk in chunks}
+        }
+        self._subtract(chunks, {chunk.index: arrays[self._importance_of[chunk.index]] for chunk in chunks})
 
-    def _stored(self, means: Means) -> dict[str, Tensor]:
-        stored = self._skeleton.as_stored(means)
-        for name, mean in stored.items():
-            check_finite(name, mean)
-        return stored
-
-    def _own_chunks(self, indices: Iterable[int]) -> list[Chunk]:
-        """This rank's share of the chunks of these tensors; the shares follow each other in the shards."""
-        matches = [(index, self._sources.matches[index]) for index in sorted(indices)]
-        chunks = list(chunks_of(matches, self._job.chunk))
-        return chunks[self._ranks.own_slice(len(chunks))]
-
-    def _held(self, stored: Mapping[str, Mapping[str, Tensor]], wanted: Container[int]) -> dict[int, list[Any]]:
-        """Means as flat arrays, one for each data set, by the number of the match that uses them."""
-        held = {}
-        for name in next(iter(stored.values())):
-            indices = [index for index in self._matches_of.get(name, []) if index in wanted]
-            if indices:
-                arrays = [means[name].cpu().contiguous().view(-1).numpy() for means in stored.values()]
-                held.update(dict.fromkeys(indices, arrays))
-        return held
+    def _share_of_chunks(self, indices: Iterable[int]) -> list[Chunk]:
+        """This rank's share of the chunks of these matches; the shares follow each other in the shards."""
+        chunks = list(chunks_of([(index, self.sources.matches[index]) for index in indices], self.job.chunk))
+        return chunks[self.ranks.own_slice(len(chunks))]
 
     def _subtract(self, chunks: Sequence[Chunk], held: Mapping[int, list[Any]]) -> None:
-        subtraction = replace(self._job.subtraction(self._sources), held=held)
+        subtraction = replace(self.job.subtraction(self.sources), held=held)
         subtraction.run(iter(chunks), self._store, self._count)
-        for name in sorted({self._sources.matches[chunk.index].theta.path.name for chunk in chunks}):
+        for name in sorted({self.sources.matches[chunk.index].theta.path.name for chunk in chunks}):
             os.fsync(self._shards[name])
-            if self._job.drop_cache:
+            if self.job.drop_cache:
                 drop_pages(self._shards[name])
 
     def _store(self, chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
-        theta = self._sources.matches[chunk.index].theta
+        theta = self.sources.matches[chunk.index].theta
         offset = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
         write_fully(self._shards[theta.path.name], data, offset)
         if statistics:
@@ -260,9 +236,9 @@ class WriteBehind:
         self.bytes_moved += moved
 
     def finish(self) -> None:
-        """Wait for the last step, and copy the tensors without importance; then all ranks have written all."""
+        """Wait for the last step, then copy the tensors without importance. After this all ranks have written all."""
         self._wait()
-        with self._together():
-            copied = [index for index, match in enumerate(self._sources.matches) if match.copied is not None]
-            self._subtract(self._own_chunks(copied), {})
-            sync(self._target.path)
+        with self.ranks.together("the walk"):
+            copied = [index for index, match in enumerate(self.sources.matches) if match.copied is not None]
+            self._subtract(self._share_of_chunks(copied), {})
+            sync(self.target.path)
