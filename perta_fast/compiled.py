@@ -1,4 +1,4 @@
-"""The compiled extension: loaded once; if it is missing, the message says what to do."""
+"""The compiled extension, loaded once. If it is missing, the message says what to do."""
 
 from functools import cache
 from importlib import import_module
@@ -30,7 +30,7 @@ def why_missing() -> str:
 
 
 def kernels() -> ModuleType:
-    """The extension module. Raises RunError, saying why, if it cannot be loaded."""
+    """The extension module. Raises RunError if it cannot be loaded."""
     module = load()
     if module is None:
         raise RunError(why_missing())

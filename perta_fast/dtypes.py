@@ -1,4 +1,4 @@
-"""Storage types by their safetensors names."""
+"""Types of stored tensors: their safetensors names, sizes, and torch's names."""
 
 from math import prod
 from typing import TYPE_CHECKING, Final
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import torch
 
-# The types that the arithmetic reads and writes, with the codes of the compiled kernels (csrc/dtype.h).
+# The types with arithmetic, and their codes in the compiled kernels (csrc/dtype.h).
 KERNEL_CODES: Final = {"F32": 0, "BF16": 1, "F16": 2}
 
-# Types of buffers and counters: never part of a task vector, always copied.
+# Types of buffers and counters: they have no task vector and are copied.
 COPIED: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 _NAMES_BY_SIZE = {
@@ -20,21 +20,21 @@ _NAMES_BY_SIZE = {
 }
 ITEM_SIZES: Final = {name: size for size, names in _NAMES_BY_SIZE.items() for name in names}
 
-# torch's names for the types whose values are computed with, or read into a model, here.
+# Torch's names for the types that a model can be loaded in.
 TORCH_NAMES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
 FLOATING: Final = tuple(TORCH_NAMES[name] for name in KERNEL_CODES)
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """torch's type for one of ``TORCH_NAMES``, or for one of their values."""
-    import torch  # here, as much of the package does without it
+    """Torch's type by its safetensors name or its own, for the types of ``TORCH_NAMES``."""
+    import torch  # here: much of the package does without it
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES.get(name, name))
     return dtype
 
 
 def torch_name(value: object) -> str:
-    """The name of a torch type without ``torch.``, as in ``TORCH_NAMES``; any other value as text."""
+    """The name of a torch type without ``torch.``; any other value as text."""
     return str(value).removeprefix("torch.")
 
 

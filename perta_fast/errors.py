@@ -4,19 +4,19 @@ import errno
 
 
 class PertaError(Exception):
-    """Base of every error that this package raises on purpose; its text is meant for the user."""
+    """Base of every error that this package raises on purpose; its text is for the user."""
 
     exit_status = 1
 
 
 class InputError(PertaError, ValueError):
-    """Bad arguments or bad input: nothing was done. The command line exits with status 2."""
+    """Bad arguments or bad input: nothing was done. Exit status 2."""
 
     exit_status = 2
 
 
 class RunError(PertaError, RuntimeError):
-    """The run failed on the way (disk full, unreadable file). Exit status 1; inputs are untouched."""
+    """The run failed on the way (disk full, unreadable file); the inputs are untouched. Exit status 1."""
 
 
 class NotFiniteError(RunError):
@@ -28,11 +28,11 @@ class RankLost(RunError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by the user, with work done that can be resumed; its text says how."""
+    """Stopped by the user, with work done that can be resumed. Its text says how."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. For this torch has an error type on devices, and only a message on the host."""
+    """Whether memory ran out. Torch has an error type for this on devices, and only a message on the host."""
     of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
     return isinstance(error, MemoryError) or of_torch
 

@@ -1,4 +1,4 @@
-"""Memory: what this process takes, what is free, and sizes as text."""
+"""Memory: how much this process takes, how much is free, and sizes as text."""
 
 import contextlib
 import ctypes
@@ -23,11 +23,10 @@ _UNITS = {
 
 @dataclass
 class PeakMemory:
-    """Samples this process's memory while the context lasts.
+    """The largest memory of this process while the context lasts, in bytes (Linux only, else 0).
 
-    ``anonymous``: the largest resident memory of its own, in bytes (arrays, code objects; Linux only, else 0).
-    ``mapped``: the largest resident part of mapped files, which the system drops when it needs the space.
-    ``baseline``: the anonymous memory at the start, that is the interpreter and its libraries.
+    anonymous: resident memory of its own, such as arrays. mapped: the resident part of mapped files, which the
+    system drops when it needs the space. baseline: ``anonymous`` at the start: the interpreter and its libraries.
     """
 
     anonymous: int = 0
@@ -61,7 +60,7 @@ class PeakMemory:
         self.mapped = max(self.mapped, 1024 * int(sizes.get("RssFile", 0)))
 
     def as_dict(self) -> dict[str, int]:
-        """The figures in bytes, with the whole process's peak resident set as the system counts it."""
+        """The figures for a report, with the peak resident set of the whole process as the system counts it."""
         unit = 1 if sys.platform == "darwin" else 1024
         return {
             "peak_anonymous_bytes": self.anonymous,
@@ -72,16 +71,16 @@ class PeakMemory:
 
 
 def available_bytes() -> int | None:
-    """Bytes that this process can still take, by the system and its control groups; None if unknown."""
+    """Bytes that the system and its control groups still let this process take; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
         groups = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
-    own = next((line[3:] for line in groups if line.startswith("0::")), "/")
-    folder = Path("/sys/fs/cgroup") / own.lstrip("/")
-    for group in (folder, *folder.parents[: len(Path(own).parts) - 1]):  # a limit holds for all groups below
+    name = next((line[3:] for line in groups if line.startswith("0::")), "/")
+    folder = Path("/sys/fs/cgroup") / name.lstrip("/")
+    for group in (folder, *folder.parents[: len(Path(name).parts) - 1]):  # a limit holds for all groups below
         try:
             limit = (group / "memory.max").read_text().strip()
             if limit != "max":
@@ -92,10 +91,7 @@ def available_bytes() -> int | None:
 
 
 def return_freed_blocks() -> None:
-    """Tell glibc to give freed blocks of a MiB and more back to the system at once.
-
-    It would keep up to 32 MiB of each size that it has seen. Other C libraries are left as they are.
-    """
+    """Make glibc return freed blocks of 1 MiB and more to the system at once; it would keep up to 32 MiB."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 

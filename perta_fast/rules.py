@@ -1,36 +1,37 @@
 """The rules of the paper as settings of one formula (PerTA, arXiv 2601.22030).
 
-w = I_f^p / (I_f^p + alpha I_r^p): ``grad`` takes the mean gradient's magnitude with p = 1, ``fisher`` its
-square (p = 2), ``empirical-fisher`` the mean of squared per-sample gradients (p = 1), ``tv`` sets w = 1.
+w = I_f^p / (I_f^p + alpha I_r^p). ``grad``: I is the magnitude of the mean gradient, p = 1. ``fisher``: the same I,
+p = 2. ``empirical-fisher``: I is the mean of squared per-sample gradients, p = 1. ``tv``: w = 1.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from perta_fast.errors import InputError
 
 T = TypeVar("T")
 Estimator = Literal["grad", "empirical-fisher"]
 EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
-ESTIMATORS: tuple[Estimator, ...] = ("grad", "empirical-fisher")
-RULES = ("tv", "grad", "fisher", "empirical-fisher")
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
+# The estimator that a rule needs, and its p.
 _DEFAULTS: dict[str, tuple[Estimator | None, float]] = {
     "tv": (None, 1.0),
     "grad": ("grad", 1.0),
     "fisher": ("grad", 2.0),
     "empirical-fisher": ("empirical-fisher", 1.0),
 }
+RULES = tuple(_DEFAULTS)
 
 
 @dataclass(frozen=True)
 class Rescaling:
-    """Everything in the formula but the arrays: theta - lam * w * (theta_f - theta_0), and how w is made.
+    """The numbers in the formula: theta - lam * w * (theta_f - theta_0), and w from the importances.
 
     lam: finite. p: finite, > 0. alpha: finite, >= 0. threshold: in [0, 1), makes w the hard mask
-    w > threshold; None leaves w as it is. Raises InputError naming the setting.
+    w > threshold; None leaves w as it is. Raises InputError, naming the setting.
     """
 
     lam: float
@@ -51,7 +52,7 @@ class Rescaling:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the paper by name, and its rescaling. Raises InputError naming what is wrong."""
+    """A rule of the paper by name, and its rescaling. Raises InputError if they do not fit together."""
 
     name: str
     rescaling: Rescaling
@@ -66,7 +67,7 @@ class Rule:
     def of(
         cls, name: str, lam: float, p: float | None = None, alpha: float = 1.0, threshold: float | None = None
     ) -> "Rule":
-        """The rule ``name`` with the values of ``Rescaling``; p None takes the rule's own."""
+        """The rule ``name`` with the numbers of ``Rescaling``; p None takes the rule's default."""
         default_p = _DEFAULTS[name][1] if name in _DEFAULTS else 1.0
         return cls(name, Rescaling(float(lam), float(default_p if p is None else p), float(alpha), threshold))
 
@@ -75,24 +76,24 @@ class Rule:
         """The importance that the rule needs; None for ``tv``."""
         return _DEFAULTS[self.name][0]
 
-    def required(self, given: Mapping[str, T | None], advice: str) -> dict[str, T]:
-        """The importances ``given`` by role; ``tv`` takes none. Raises InputError for one too few or too many.
+    def required(self, importances: Mapping[str, T | None], advice: str) -> dict[str, T]:
+        """``importances``, by role, if the rule needs them. Raises InputError if one is missing, or ``tv`` has one.
 
         advice: where to get one that is missing.
         """
         if self.estimator is None:
-            if any(importance is not None for importance in given.values()):
+            if any(importance is not None for importance in importances.values()):
                 raise InputError("rule tv takes no importance; leave it out or choose another rule")
             return {}
         required = {}
-        for role, importance in given.items():
+        for role, importance in importances.items():
             if importance is None:
                 raise InputError(f"rule {self.name} needs {role}; {advice}")
             required[role] = importance
         return required
 
     def check_estimator(self, estimator: str, where: object) -> None:
-        """Raise InputError unless an importance, found ``where``, is one that the rule can use."""
+        """Raise InputError unless the rule can use the importance at ``where``, made by ``estimator``."""
         if estimator != self.estimator:
             raise InputError(f"{where}: holds estimator {estimator}, rule {self.name} needs {self.estimator}")
 

@@ -1,7 +1,7 @@
 """LoRA adapters as peft saves them (arXiv 2106.09685): a task vector that is stored as factors.
 
-Peft itself is not needed. An adapter adds scale * B @ A to a matrix; the product is formed where it is
-subtracted, a chunk at a time.
+Peft itself is not needed. An adapter adds scale * b @ a to a matrix; the subtraction forms this product a chunk
+at a time.
 """
 
 import math
@@ -28,29 +28,23 @@ Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
-_WRAPPED = ".base_layer."  # how peft calls the layer that it adds to
-# Settings of peft that do not change what the factors mean, and those that are understood here.
+_WRAPPED = ".base_layer."  # peft's name for the layer that it adds to
+# Settings of peft that this package reads, or that do not change what the factors mean.
 _HARMLESS = frozenset(
     (
-        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias"),
-        *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"),
-        *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
-        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout"),
-        *("lora_ga_config", "megatron_core", "modules_to_save", "peft_type"),
-        *("peft_version", "qalora_group_size", "r", "rank_pattern"),
-        *("revision", "runtime_config", "target_modules", "task_type"),
-        "use_rslora",
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
+        *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
+        *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+        *("runtime_config", "target_modules", "task_type", "use_rslora"),
     )
 )
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of init_lora_weights: the base stays
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base alone
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale * b @ a, which an adapter adds to a matrix, or to its transpose.
-
-    a: (rank, d_in), b: (d_out, rank).
-    """
+    """What an adapter adds to a matrix, or to its transpose: scale * b @ a. a: (rank, d_in), b: (d_out, rank)."""
 
     a: TensorEntry
     b: TensorEntry
@@ -60,11 +54,11 @@ class LowRank:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        rows, columns = self.b.shape[0], self.a.shape[1]
-        return (columns, rows) if self.transposed else (rows, columns)
+        d_out, d_in = self.b.shape[0], self.a.shape[1]
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
 
     def factors(self) -> tuple[Matrix, Matrix]:
-        """left: (rows, rank), right: (rank, columns), float32; the matrix gets scale * left @ right.
+        """Two float32 arrays, (rows, rank) and (rank, columns), whose product times scale is added to the matrix.
 
         Raises RunError if the file cannot be read.
         """
@@ -76,11 +70,11 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened adapter: headers and config read and checked.
+    """An opened adapter: header and config are read and checked.
 
-    low_rank: by the name of the weight that is added to. whole: tensors saved in full (``modules_to_save``,
-    biases), by their names. untouched: matrices of the base that were saved beside their factors. Names are
-    those of the model in memory that the adapter was trained on.
+    low_rank: by the name of the weight to add to. whole: tensors saved in full (``modules_to_save``, biases).
+    untouched: matrices of the base that were saved beside their factors. Names are those of the model in memory
+    that the adapter was trained on.
     """
 
     checkpoint: Checkpoint
@@ -94,7 +88,7 @@ class Adapter:
         """Read config and header of a LoRA or rsLoRA adapter.
 
         Raises InputError, naming file and tensor or setting, for whatever is missing or malformed, and for
-        every kind of adapter whose change of the weights is another.
+        adapters of every other kind.
         """
         path = Path(path)
         config = _read_config(path / CONFIG)
@@ -118,37 +112,35 @@ class Adapter:
 
     @property
     def config(self) -> Path:
-        """The file with the settings, on which the scale depends."""
+        """The file with the settings."""
         return self.checkpoint.path / CONFIG
 
     def meet(
         self, shapes: Mapping[str, tuple[int, ...]], where: object
     ) -> tuple[dict[str, LowRank], dict[str, TensorEntry]]:
-        """What is added to which tensors of a model, and which tensors replace the model's; others stay.
+        """What the adapter adds to tensors of a model, and which tensors it replaces, both by the model's names.
 
-        shapes: of the model's tensors, by name. where: what messages call the model. Raises InputError, naming
-        the tensor, if one is not there, or has another shape.
+        shapes: of the model's tensors. where: what messages call the model. Raises InputError, naming the tensor,
+        if the model lacks one or has it in another shape.
         """
-        low_rank, whole = {}, {}
+        low_rank = {}
         for name, update in self.low_rank.items():
             stored = self._name_in(name, shapes, where)
             shape = shapes[stored]
-            straight = shape == update.shape
-            turned = shape == update.shape[::-1]
-            if not straight and not turned:
+            if shape not in (update.shape, update.shape[::-1]):
                 raise InputError(
                     f"tensor {stored}: shape {list(shape)} in {where}, but {list(update.shape)} for {name} in "
                     f"{update.a.path}; this adapter is not of this model"
                 )
-            # For a square matrix only the config says whether it is transposed.
-            turn = turned if straight != turned else self.fan_in_fan_out or _of_embedding(update)
-            low_rank[stored] = replace(update, transposed=turn)
-        for name, entry in self.whole.items():
-            whole[self._name_in(name, shapes, where)] = entry
+            transposed = shape != update.shape
+            if shape[0] == shape[1]:  # the shape does not say it; peft stores an embedding's factors transposed
+                transposed = self.fan_in_fan_out or ".lora_embedding_" in update.a.name
+            low_rank[stored] = replace(update, transposed=transposed)
+        whole = {self._name_in(name, shapes, where): entry for name, entry in self.whole.items()}
         return low_rank, whole
 
     def check_untouched(self, base: Checkpoint) -> None:
-        """Raise InputError unless what was saved of the base beside the factors is as in ``base``."""
+        """Raise InputError unless the ``untouched`` matrices are as in ``base``."""
         shapes = {name: entry.shape for name, entry in base.tensors.items()}
         for name, entry in self.untouched.items():
             stored = self._name_in(name, shapes, base.path)
@@ -159,7 +151,7 @@ class Adapter:
                 )
 
     def _name_in(self, name: str, names: Mapping[str, object], where: object) -> str:
-        """``name`` as the model has it, whose names may begin otherwise (with or without ``model.``)."""
+        """The model's name for the tensor ``name``: it may have another beginning (with or without ``model.``)."""
         if name in names:
             return name
         alike = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
@@ -172,7 +164,7 @@ class Adapter:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a directory holds an adapter of peft and no model."""
+    """Whether a directory holds an adapter of peft, and no model."""
     try:
         names = {entry.name for entry in Path(path).iterdir()}
     except (OSError, ValueError):
@@ -193,23 +185,18 @@ def _low_rank(path: Path, module: str, pair: Mapping[str, TensorEntry], config: 
     rank = a.shape[0]
     try:
         alpha = _by_module(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-        wanted = _by_module(config.get("rank_pattern"), module, config.get("r"))
+        configured = _by_module(config.get("rank_pattern"), module, config.get("r"))
     except re.error as error:
         raise InputError(f"{path / CONFIG}: {error.pattern!r} is not a regular expression: {error}") from error
-    if not isinstance(alpha, int | float) or not abs(alpha) < 1e30 or not 0 < rank == wanted:
+    if not isinstance(alpha, int | float) or not abs(alpha) < 1e30 or not 0 < rank == configured:
         raise InputError(
-            f"{path / CONFIG}: rank {wanted}, lora_alpha {alpha} for {module}, whose factors have rank {rank}"
+            f"{path / CONFIG}: rank {configured}, lora_alpha {alpha} for {module}, whose factors have rank {rank}"
         )
     return LowRank(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _of_embedding(update: LowRank) -> bool:
-    """Whether the factors are those of an embedding, which peft keeps as of its transpose."""
-    return ".lora_embedding_" in update.a.name
-
-
 def _by_module(pattern: Any, module: str, otherwise: Any) -> Any:
-    """The value for one module, as peft finds it: the first pattern that its name ends with."""
+    """The value for one module, as peft chooses it: of the first pattern that fits the end of its name."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -217,10 +204,8 @@ def _by_module(pattern: Any, module: str, otherwise: Any) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict) or not all(
-        isinstance(config.get(name) or {}, dict) for name in ("alpha_pattern", "rank_pattern")
-    ):
+    config, patterns = read_json(path), ("alpha_pattern", "rank_pattern")
+    if not isinstance(config, dict) or not all(isinstance(config.get(name) or {}, dict) for name in patterns):
         raise InputError(f"{path}: is not the config of an adapter")
     advice = _merge_first(path.parent)
     if config.get("use_dora"):

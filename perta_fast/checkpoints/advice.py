@@ -1,13 +1,13 @@
-"""Commands that a message tells the user to run."""
+"""Commands for messages: the user can run them as they are."""
 
 import shlex
 from pathlib import Path
 
 
 def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = "") -> str:
-    """The shell command that rewrites a checkpoint of transformers as plain safetensors, beside ``path``.
+    """The shell command that saves a checkpoint of transformers as plain safetensors, beside ``path``.
 
-    arguments: of from_pretrained; ``t`` is transformers. call: what is called on the model before it is saved.
+    arguments: of from_pretrained, with ``t`` for transformers. call: on the model, before it is saved.
     """
     source, target = str(path), f"{path}-safetensors"
     program = (

@@ -1,5 +1,6 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +16,15 @@ from perta_fast.files.reading import read_json
 if TYPE_CHECKING:
     import torch
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Opened shards: headers read and checked, data mapped only where it is used.
 
-    ``shards`` maps file names to files in the order of the index; ``tensors`` maps each tensor to its place.
+    shards: by file name. tensors: by name, over all shards.
     """
 
     path: Path
@@ -37,42 +38,39 @@ class Checkpoint:
     ) -> "Checkpoint":
         """Open ``path``, a directory with ``{stem}.safetensors`` or ``{stem}.safetensors.index.json``.
 
-        Reads headers only. Raises InputError, naming file and tensor, for whatever is missing, malformed,
-        truncated, pickled, or outside the directory, and for a model with an unfinished in-place run.
-        unfinished: open even that. index: the path of the index, if it is not in ``path``.
+        Reads headers only. unfinished: open a model even if an in-place run on it is unfinished. index: the path
+        of the index, if it is not in ``path``. Raises InputError, naming file and tensor, for whatever is missing,
+        malformed, truncated, pickled, or outside the directory.
         """
         path = Path(path)
         try:
             names = [entry.name for entry in path.iterdir()]
         except (FileNotFoundError, ValueError) as error:
-            raise InputError(
-                f"{path}: no such directory; a model of the hub must be downloaded first: "
-                "hf download NAME --local-dir DIR"
-            ) from error
+            advice = "a model of the hub must be downloaded first: hf download NAME --local-dir DIR"
+            raise InputError(f"{path}: no such directory; {advice}") from error
         except NotADirectoryError as error:
             raise InputError(f"{path}: is not a directory; give the one that holds {stem}.safetensors") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         if not unfinished and (path / JOURNAL / JOB).exists():
             raise InputError(f"{path}: an in-place run has not been finished; finish it with: perta resume {path}")
-        if index is None and f"{stem}.safetensors.index.json" in names:
-            index = path / f"{stem}.safetensors.index.json"
-        single = path / f"{stem}.safetensors"
-        if index is not None:
-            weight_map = _read_index(index)
-            if single.name in names and single.name not in weight_map.values():
-                raise InputError(
-                    f"{path}: holds {single.name} and {index.name}, which does not name it; "
-                    "remove the one that is out of date"
-                )
-            shard_names = _shard_names(index, weight_map, names)
-            shards = {name: SafetensorsFile.open(path / name) for name in shard_names}
-            tensors = _tensors_of(index, weight_map, shards)
-            return cls(path, shards, tensors, index)
-        if single.name in names:
-            shard = SafetensorsFile.open(single)
-            return cls(path, {single.name: shard}, shard.tensors)
-        raise InputError(_why_nothing_found(path, names, stem))
+        single = f"{stem}.safetensors"
+        if index is None and f"{single}.index.json" in names:
+            index = path / f"{single}.index.json"
+        if index is None:
+            if single not in names:
+                raise InputError(_why_no_weights(path, names, stem))
+            shard = SafetensorsFile.open(path / single)
+            return cls(path, {single: shard}, shard.tensors)
+        weight_map = _read_index(index)
+        if single in names and single not in weight_map.values():
+            raise InputError(
+                f"{path}: holds {single} and {index.name}, which does not name it; remove the one that is out of date"
+            )
+        if missing := sorted(set(weight_map.values()) - set(names)):
+            raise InputError(f"{index}: names the shard {missing[0]}, which is not there; fetch it again")
+        shards = {name: SafetensorsFile.open(path / name) for name in sorted(set(weight_map.values()))}
+        return cls(path, shards, _tensors_of(index, weight_map, shards), index)
 
     @property
     def size(self) -> int:
@@ -84,14 +82,14 @@ class Checkpoint:
         return self.shards[entry.path.name]
 
     def files(self) -> Iterator[Path]:
-        """Every file that this checkpoint's tensors depend on."""
+        """The files that the tensors depend on: shards and index."""
         if self.index is not None:
             yield self.index
         for shard in self.shards.values():
             yield shard.path
 
     def equal(self, first: str, second: str, other: "Checkpoint | None" = None) -> bool:
-        """Whether two tensors hold the same bytes as the same type; the second may be of another checkpoint."""
+        """Whether two tensors have the same type, shape and bytes; the second may be in another checkpoint."""
         other = other or self
         a, b = self.tensors[first], other.tensors[second]
         if a.dtype != b.dtype or a.shape != b.shape:
@@ -105,10 +103,7 @@ class Checkpoint:
         return same
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """A copy of one tensor in memory, in its own dtype (float32, bfloat16 or float16).
-
-        Raises InputError if there is no such tensor or its type is another.
-        """
+        """A copy of one float32, bfloat16 or float16 tensor. Raises InputError if there is none."""
         entry = self.tensors.get(name)
         if entry is None:
             raise InputError(f"{self.path}: has no tensor {name}")
@@ -117,7 +112,7 @@ class Checkpoint:
         return self.elements(entry, 0, entry.count).view(entry.shape)
 
     def elements(self, entry: TensorEntry, begin: int, count: int) -> "torch.Tensor":
-        """A copy in memory of ``count`` elements of a floating-point tensor, (count,), from ``begin`` on."""
+        """A copy of ``count`` elements of a floating-point tensor, (count,), from element ``begin`` on."""
         import torch
 
         width = ITEM_SIZES[entry.dtype]
@@ -130,24 +125,24 @@ class Checkpoint:
         return result
 
 
+def copy_companions(source: Checkpoint, target: Path) -> None:
+    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use."""
+    for path in sorted(source.path.iterdir()):
+        weights = path.name.removesuffix(".index.json").endswith((".safetensors", *_PICKLED, *_OTHER_WEIGHTS))
+        if path.is_file() and (path == source.index or not weights):
+            shutil.copyfile(path, target / path.name)
+
+
 def _read_index(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
     for name, shard in weight_map.items():
-        # A plain file name only: an index must not reach outside its directory.
+        # Only a plain file name: an index must not reach outside its directory.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
             raise InputError(f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it")
     return weight_map
-
-
-def _shard_names(index: Path, weight_map: dict[str, str], present: list[str]) -> list[str]:
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if name not in present:
-            raise InputError(f"{index}: names the shard {name}, which is not there; fetch it again")
-    return names
 
 
 def _tensors_of(index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]) -> dict[str, TensorEntry]:
@@ -161,20 +156,23 @@ def _tensors_of(index: Path, weight_map: dict[str, str], shards: dict[str, Safet
     return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
 
 
-def _why_nothing_found(path: Path, names: list[str], stem: str) -> str:
-    if stem == "model" and "adapter_config.json" in names:
+def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
+    neither = f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"
+    if stem != "model":
+        return neither
+    if "adapter_config.json" in names:
         return f"{path}: holds a PEFT adapter, which only tuned can be; give the whole model here"
     # Only what transformers can convert: a trainer also leaves training_args.bin, optimizer.pt and the like.
     pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
-    if stem == "model" and pickled:
+    if pickled:
         return (
             f"{path}: holds pickled weights ({pickled[0]}), which are never loaded here. If you trust them, "
             f"convert them with: {conversion_command(path)}"
         )
-    other = sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
-    if stem == "model" and other:
+    other = sorted(name for name in names if name.endswith(_OTHER_WEIGHTS))
+    if other:
         return (
             f"{path}: holds {other[0]}, which is for running a model, and no safetensors; "
             "give the checkpoint that it was made from"
         )
-    return f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"
+    return neither

@@ -1,7 +1,7 @@
 """Quantised checkpoints: recognised, and refused with the command that converts them to float weights.
 
-The layouts are those that transformers 5 loads (``serialized_names`` in its quantizers). Without this
-check a subtraction would run on them: the integers look like counters, and the scales like weights.
+The layouts are those that transformers 5 loads (``serialized_names`` in its quantizers). Without this check a
+subtraction would run on them: the integers look like counters, and the scales look like weights.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_json
 
-# How names end that only a quantised checkpoint has, and its method.
+# Endings of names that only a quantised checkpoint has, and its method.
 _ENDINGS = {
     ".weight_scale_inv": "fp8",
     ".weight_packed": "compressed-tensors",
@@ -39,7 +39,7 @@ class _Undoing:
     packages: str = ""
 
 
-# Methods that are not here, transformers cannot undo.
+# By method. Transformers cannot undo any other.
 _UNDOING = {
     "fp8": _Undoing("quantization_config=t.FineGrainedFP8Config(dequantize=True)", packages="accelerate"),
     "mxfp8": _Undoing("quantization_config=t.FineGrainedFP8Config(dequantize=True)", packages="accelerate"),
@@ -56,7 +56,7 @@ _UNDOING = {
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a checkpoint is quantised: the method as transformers names it, where it shows, and what to do."""
+    """How a checkpoint is quantised: the method as transformers names it, what shows it, and what to do."""
 
     method: str
     places: str
@@ -64,7 +64,7 @@ class Quantisation:
 
     @classmethod
     def of(cls, path: Path, tensors: Mapping[str, TensorEntry]) -> "Quantisation | None":
-        """For the checkpoint in ``path`` with these tensors; None if it has plain weights."""
+        """That of the checkpoint in ``path`` with these tensors; None if its weights are plain."""
         configured, shown = _configured(path), _shown(tensors)
         if configured is None and shown is None:
             return None
@@ -103,7 +103,7 @@ def refuse_quantised_module(module: object) -> None:
 
 
 def _configured(path: Path) -> str | None:
-    """The method that config.json names; an unreadable one is reported elsewhere."""
+    """The method that config.json names; its other readers report that it cannot be read."""
     try:
         config = read_json(path / "config.json")
     except InputError:
@@ -117,11 +117,11 @@ def _configured(path: Path) -> str | None:
 
 
 def _shown(tensors: Mapping[str, TensorEntry]) -> tuple[str, TensorEntry] | None:
-    """The method that tensors show, and one that shows it."""
-    endings = tuple(_ENDINGS)
+    """The method that the tensors show, and a tensor that shows it."""
     for name, entry in tensors.items():
-        if name.endswith(endings):
-            return next(method for ending, method in _ENDINGS.items() if name.endswith(ending)), entry
+        for ending, method in _ENDINGS.items():
+            if name.endswith(ending):
+                return method, entry
     for entry in tensors.values():
         if entry.dtype.startswith("F8_"):
             scaled = any("scale" in name for name in tensors)
@@ -137,4 +137,4 @@ def _advice(path: Path, method: str) -> str:
     command = install + conversion_command(path, undoing.arguments, undoing.call)
     if method == _FLOAT8:
         return f"As float32 it has the same values; save it so with: {command}"
-    return f"Best give the checkpoint from before it was quantised; this one is dequantised with: {command}"
+    return f"Give the checkpoint from before it was quantised if you can; this one is dequantised with: {command}"

@@ -1,8 +1,8 @@
 """One safetensors file: its header checked, its data mapped.
 
-The format (huggingface/safetensors): eight bytes with the header's length, a JSON header that gives each
-tensor's type, shape and byte range, then the data without holes. The package has its own
-reader because the subtraction works on byte ranges, without a copy and without torch.
+The format (huggingface/safetensors): eight bytes with the header's length, a JSON header with the type, shape
+and byte range of each tensor, then the data without holes. The package has its own reader because the
+subtraction works on byte ranges, without a copy and without torch.
 """
 
 import json
@@ -39,12 +39,10 @@ class TensorEntry:
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
         return self.end - self.begin
 
     @property
     def count(self) -> int:
-        """Number of elements."""
         return self.size // ITEM_SIZES[self.dtype]
 
 
@@ -60,10 +58,7 @@ class SafetensorsFile:
 
     @classmethod
     def open(cls, path: Path) -> "SafetensorsFile":
-        """Read and check the header of ``path``.
-
-        Raises InputError, naming the file, if it is missing, unreadable, truncated or not safetensors.
-        """
+        """Read and check the header. Raises InputError if the file cannot be read, is truncated or not safetensors."""
         try:
             with open(path, "rb", opener=regular_file) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -86,13 +81,12 @@ class SafetensorsFile:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be read: {error.strerror}") from error
-        if hasattr(mmap, "MADV_SEQUENTIAL"):
-            mapped.madvise(mmap.MADV_SEQUENTIAL)
+        mapped.madvise(mmap.MADV_SEQUENTIAL)
         return mapped
 
     @cached_property
     def data(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        """The whole file as a read-only mapped array of bytes."""
+        """The file as a read-only mapped array of bytes."""
         return np.frombuffer(self._map, dtype=np.uint8)
 
     @cached_property
@@ -101,9 +95,7 @@ class SafetensorsFile:
         return int(self.data.ctypes.data)
 
     def release(self, begin: int, end: int) -> None:
-        """Give back the mapped pages that lie wholly in ``[begin, end)``: they stay in the page cache."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
+        """Give back the mapped pages that lie wholly in ``[begin, end)``; they stay in the page cache."""
         first = -(-begin // _PAGE) * _PAGE
         last = end // _PAGE * _PAGE
         if last > first:
@@ -113,9 +105,9 @@ class SafetensorsFile:
 def build_header(
     entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Lay out a new file: its header (length prefix included) and each tensor's offset from the file's start.
+    """The header of a new file, length prefix included, and each tensor's offset from the file's start.
 
-    entries: name to (dtype, shape), in the order of the data. The data begins at a multiple of 64 bytes.
+    entries: name to (dtype, shape), in the order of the data, which begins at a multiple of 64 bytes.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets: dict[str, int] = {}
@@ -193,5 +185,5 @@ def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """A string that can be written out again: JSON can spell half a surrogate pair, UTF-8 cannot."""
+    """Whether ``value`` is a string that UTF-8 can write: in JSON it can hold half a surrogate pair."""
     return isinstance(value, str) and not _LONE_SURROGATE.search(value)
