@@ -52,7 +52,10 @@ def evaluate_tofu(
         holdout = _tokenised(examinee, "holdout", files["holdout"])
         results |= membership(scored["forget"], examinee.score_with_texts(holdout, "holdout"))
     if reference is not None:
-        results |= _forget_quality(results["forget_truth_ratio"], reference)
+        ratios = [sample["score"] for sample in results["forget_truth_ratio"].samples]
+        quality = metrics.forget_quality(ratios, reference.values("forget_truth_ratio", "score", len(ratios)))
+        log = math.log10(quality) if quality > 0 else float("nan")  # a p-value may be too small for float64
+        results |= {"forget_quality": Metric(quality), "forget_quality_log10": Metric(log)}
         if "holdout" in files:
             results["privleak"] = privacy_leakage(results, reference)
     return results
@@ -101,10 +104,3 @@ def _tokenised(examinee: Examinee, role: str, file: DataFile) -> list[Sample]:
     """Questions and answers of a set, whose file is added to the record."""
     examinee.note_file(role, file)
     return examinee.tokenise(file.questions("question", "answer"), role)
-
-
-def _forget_quality(ratios: Metric, reference: EvaluationFile) -> dict[str, Metric]:
-    gold = reference.values("forget_truth_ratio", "score", len(ratios.samples))
-    quality = metrics.forget_quality([sample["score"] for sample in ratios.samples], gold)
-    log = math.log10(quality) if quality > 0 else float("nan")  # a p-value may be too small for float64
-    return {"forget_quality": Metric(quality), "forget_quality_log10": Metric(log)}

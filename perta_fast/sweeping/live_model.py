@@ -141,7 +141,7 @@ class LiveModel(ScoredModel):
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The module's values, flat, each with theta_full's in their stored type."""
-        for pieces, name in self._stored:
+        for ranges, name in self._stored:
             theta = self._model.tensor(name).view(-1)
-            for begin, values in pieces:
+            for begin, values in ranges:
                 yield values, theta[begin : begin + values.numel()]

@@ -18,7 +18,8 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
     """Measure all settings that ``record`` lacks; return the sweep and its importances."""
     request, begun = opened.request, record.begun
     if opened.gold is not None and begun.gold is None:
-        record.add_gold(opened.score_gold(opened.gold.path))
+        begun.gold = opened.score_gold(opened.gold.path)
+        record.save()
     live, original, importances = _prepare(opened, record)
     limit, floor = request.bounds(original)
 
@@ -29,8 +30,8 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
     for curve in opened.curves:
         by_role = {} if curve.estimator is None else importances[curve.estimator]
         rows += _along(curve, request.lams, original, excess, live, by_role, record)
-    module, samples = live.subject.module, live.samples
-    data = {role: data_record(file.path, file.digest, samples[role]) for role, file in opened.data.items()}
+    module = live.subject.module
+    data = {role: data_record(file.path, file.digest, live.samples[role]) for role, file in opened.data.items()}
     run_in = {"device": str(module.device), "dtype": torch_name(module.dtype)}
     sweep = Sweep(
         rows=rows,

@@ -92,11 +92,6 @@ class Record:
         self.save()
         return setting
 
-    def add_gold(self, setting: ScoredSetting) -> None:
-        """Keep what the gold model scores."""
-        self.begun.gold = setting
-        self.save()
-
     def save(self) -> None:
         """Write the record, durably; after a crash there is the old one or the new one."""
         if self.target is None:

@@ -130,7 +130,9 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
         check_space(target.final, tuned_size(checkpoint))
     with PeakMemory() as memory, target, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and the Trainer call transformers by older names
-        subject = load_subject(request.base.resolve(), device, _dtype(checkpoint, request.full))
+        # A step of a full tuning would be lost in bfloat16, a gradient in float16.
+        widened = request.full or any(entry.dtype == "F16" for entry in checkpoint.tensors.values())
+        subject = load_subject(request.base.resolve(), device, torch.float32 if widened else None)
         samples = samples_for(subject, rows, request.max_length)
         module, missed = _trainable(subject.module, request, checkpoint, target.path)
         before = _mean_loss(module, samples, "before", progress)
@@ -174,12 +176,6 @@ def _trainable(model: Any, request: Request, checkpoint: Checkpoint, directory: 
     adapted = add_adapter(model, request.rank, request.seed)
     check_adapter(adapted, checkpoint, directory)
     return adapted, missed
-
-
-def _dtype(checkpoint: Checkpoint, full: bool) -> torch.dtype | None:
-    """The type of the weights; None for the checkpoint's own."""
-    is_half = any(entry.dtype == "F16" for entry in checkpoint.tensors.values())
-    return torch.float32 if full or is_half else None  # a full step is lost in bfloat16, a gradient in float16
 
 
 def _mean_loss(module: nn.Module, samples: Sequence[Sample], when: str, progress: Progress) -> float:
