@@ -233,7 +233,7 @@ def test_what_is_stored_in_another_order_is_refused(job: Job, monkeypatch: pytes
         return {name: each.flip(0) for name, each in tensors.items()}
 
     monkeypatch.setattr(stored_names, "as_stored", reversed_)
-    assert_refused(load(job.model), job, job.tuned, [], "tv", "the elements of parameter .* are stored in another order")
+    assert_refused(load(job.model), job, job.tuned, [], "tv", "parameter .* are stored in another order")
 
 
 @pytest.mark.parametrize(
