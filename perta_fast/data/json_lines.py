@@ -5,7 +5,7 @@ A line is {"question", "answer"} (loss on the answer only), {"text"} (loss on al
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,22 @@ def read_data(path: str | Path) -> tuple[list[Row], str]:
 
     The file is read once: it can be a pipe, and the hash is that of the bytes that were parsed even if it changes.
     """
-    path = Path(path)
-    text, data = read_text(path)
-    rows = []
+    text, data = read_text(Path(path))
+    rows = [Row(_check_row(content, where), where) for where, content in parse_lines(text, path)]
+    if not rows:
+        raise InputError(f"{path}: holds no samples")
+    return rows, blake3(data).hexdigest()
+
+
+def parse_lines(text: str, path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The file and number of each line that is not blank, and its JSON. Raises InputError for a line without JSON."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                content = json.loads(line)
+                yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: is not JSON; each line must be one object") from error
-            rows.append(Row(_check_row(content, where), where))
-    if not rows:
-        raise InputError(f"{path}: holds no samples")
-    return rows, blake3(data).hexdigest()
 
 
 def rows_from(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -75,9 +77,7 @@ def _check_row(content: Any, where: str) -> Mapping[str, Any]:
     for key in wanted:
         if key not in content:
             raise InputError(f'{where}: needs "question" and "answer", or "text", or "messages"; "{key}" is missing')
-        if not isinstance(content[key], str) or not content[key].strip():
-            raise InputError(f'{where}: "{key}" must be a text that is not empty')
-        _check_unicode(content[key], where)
+        check_text(content[key], key, where)
     return {key: content[key] for key in wanted}
 
 
@@ -96,6 +96,13 @@ def _check_messages(messages: Any, where: str) -> None:
         raise InputError(f"{where}: the assistant says nothing, so there is nothing to learn from")
     if messages[0]["role"] == "assistant":
         raise InputError(f"{where}: the assistant speaks first; put what it answers to before it")
+
+
+def check_text(value: Any, key: str, where: str) -> None:
+    """Raise InputError unless ``value``, found under ``key``, is a text that a tokenizer can read and not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f'{where}: "{key}" must be a text that is not empty')
+    _check_unicode(value, where)
 
 
 def _check_unicode(text: str, where: str) -> None:

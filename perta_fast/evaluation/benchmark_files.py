@@ -8,7 +8,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.data.json_lines import Row, read_data
+from perta_fast.data.json_lines import Row, check_text, parse_lines, read_data
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_text
 
@@ -51,46 +51,31 @@ def read_benchmark_file(folder: Path, stem: str, texts: Iterable[str], lists: It
     if path is None:
         raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
     text, data = read_text(path)
-    rows = _parse(text, path)
+    rows = [Row(content, where) for where, content in _parse(text, path)]
     if not rows:
         raise InputError(f"{path}: holds no samples")
     for row in rows:
-        _check(row.content, row.where, texts, lists)
+        _check(row, texts, lists)
     return DataFile(path, blake3(data).hexdigest(), rows)
 
 
-def _parse(text: str, path: Path) -> list[Row]:
-    where = str(path)
+def _parse(text: str, path: Path) -> Iterable[tuple[str, Any]]:
+    if not text.lstrip().startswith("["):
+        return parse_lines(text, path)
     try:
-        if text.lstrip().startswith("["):
-            return [Row(row, f"{path}, object {number}") for number, row in enumerate(json.loads(text), start=1)]
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                rows.append(Row(json.loads(line), where))
-        return rows
+        return [(f"{path}, object {number}", row) for number, row in enumerate(json.loads(text), start=1)]
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not JSON") from error
+        raise InputError(f"{path}: is not JSON") from error
 
 
-def _check(row: Any, where: str, texts: Iterable[str], lists: Iterable[str]) -> None:
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: is not a JSON object")
+def _check(row: Row, texts: Iterable[str], lists: Iterable[str]) -> None:
+    if not isinstance(row.content, Mapping):
+        raise InputError(f"{row.where}: is not a JSON object")
     for field in texts:
-        if not _is_text(row.get(field)):
-            raise InputError(f'{where}: "{field}" must be a text that is not empty')
+        check_text(row.content.get(field), field, row.where)
     for field in lists:
-        values = row.get(field)
-        if not isinstance(values, list) or not values or not all(map(_is_text, values)):
-            raise InputError(f'{where}: "{field}" must be a list of texts that are not empty')
-
-
-def _is_text(value: Any) -> bool:
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a character
-        return False
-    return True
+        values = row.content.get(field)
+        if not isinstance(values, list) or not values:
+            raise InputError(f'{row.where}: "{field}" must be a list of texts that is not empty')
+        for number, value in enumerate(values):
+            check_text(value, f"{field}[{number}]", row.where)
