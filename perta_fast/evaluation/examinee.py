@@ -108,13 +108,13 @@ def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, M
 
 def membership(forget: Scored, holdout: Scored) -> dict[str, Metric]:
     """``membership_auc`` of each membership score. Samples are those of the forget set, then the holdout set."""
-    measured = {"forget": [_membership_scores(*row) for row in forget]}
-    measured["holdout"] = [_membership_scores(*row) for row in holdout]
+    forget_scores, holdout_scores = ([_membership_scores(*sample) for sample in scored] for scored in (forget, holdout))
     results = {}
-    for name in measured["forget"][0]:
-        scores = {part: [row[name] for row in rows] for part, rows in measured.items()}
-        samples = [{"set": part, "score": score} for part, values in scores.items() for score in values]
-        results[name] = Metric(metrics.membership_auc(**scores), samples)
+    for name in forget_scores[0]:
+        ours, others = ([scores[name] for scores in scored] for scored in (forget_scores, holdout_scores))
+        samples = [{"set": "forget", "score": score} for score in ours]
+        samples += [{"set": "holdout", "score": score} for score in others]
+        results[name] = Metric(metrics.membership_auc(ours, others), samples)
     return results
 
 

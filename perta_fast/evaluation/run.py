@@ -103,12 +103,12 @@ def evaluate(
 
 
 def _measurement(
-    suite: str | None, data: PathLike | None, split: str, own: dict[str, PathLike | None], gold: EvaluationFile | None
+    suite: str | None, data: PathLike | None, split: str, sets: dict[str, PathLike | None], gold: EvaluationFile | None
 ) -> Callable[[Examinee], dict[str, Metric]]:
     """Read and check all data; returns the function that measures a model on it."""
     if suite not in (None, "tofu", "muse"):
         raise InputError(f"suite is {suite!r}; it must be tofu or muse")
-    given = {role: Path(path) for role, path in own.items() if path is not None}
+    given = {role: Path(path) for role, path in sets.items() if path is not None}
     measure: Callable[[Examinee, dict[str, DataFile], EvaluationFile | None], dict[str, Metric]]
     if suite is None:
         if "forget" not in given:
