@@ -40,11 +40,18 @@ class Subject:
         return next(self.module.parameters()).device
 
 
-def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None) -> list[Sample]:
-    """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
+def length_limit(subject: Subject, max_length: int | None) -> int | None:
+    """Tokens that a sample may have: ``max_length`` or the model's own limit, the smaller; None without either."""
     config: Any = getattr(subject.module, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    limits = [int(limit) for limit in (max_length, context) if limit]
+    return min(limits, default=None)
+
+
+def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None) -> list[Sample]:
+    """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
+    limit = length_limit(subject, None) or 1 << 30
     if isinstance(rows[0], Row):
         if subject.tokenizer is None:
             raise InputError("a tokenizer is needed to turn rows into tokens; pass tokenizer=")

@@ -1,4 +1,4 @@
-"""What a report says of an importance: the texts in its files, as data."""
+"""The metadata of an importance, as data for a report."""
 
 from collections.abc import Mapping
 from typing import TypedDict
@@ -7,7 +7,7 @@ from perta_fast.errors import InputError
 
 
 class ImportanceRecord(TypedDict):
-    """Where an importance comes from: ``importance.store.ImportanceMetadata``, names in a list."""
+    """The fields of ``importance.store.ImportanceMetadata``, with the names in a list."""
 
     estimator: str
     data_hash: str
@@ -22,7 +22,7 @@ class ImportanceRecord(TypedDict):
 
 
 def importance_record(metadata: Mapping[str, str]) -> ImportanceRecord:
-    """``metadata`` as safetensors files hold it, as data. Raises InputError naming what is not a number."""
+    """The metadata of safetensors files, which are texts, as data. Raises InputError naming what is not a number."""
     return ImportanceRecord(
         estimator=metadata.get("estimator", ""),
         data_hash=metadata.get("data_hash", ""),

@@ -1,4 +1,4 @@
-"""The model card of an unlearned checkpoint: a section that says what was done, never on which text."""
+"""The model card of an unlearned checkpoint: a section that says what was done, without any text of the data."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ _HEADING = "## Unlearned with perta_fast"
 def write_model_card(directory: Path, report: Report) -> None:
     """Append the section to ``README.md`` in ``directory``, or make one; an earlier section stays."""
     path = directory / "README.md"
-    # Someone else's text: bytes that are not UTF-8 pass through as they are.
+    # Bytes that are not UTF-8 are kept as they are.
     card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     settings = f"rule `{report.rule}`, λ = {report.lam:g}"
     if report.rule != "tv":

@@ -15,7 +15,7 @@ from perta_fast.files.reading import decode, regular_file
 from perta_fast.records.report import Report, Scalar
 
 _PATHS = ("model", "base", "tuned", "forget", "retain", "out", "save_importance")
-_NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance")  # what a run made must not be made again
+_NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance")  # a second run must not replace the first
 _LONGEST = 1 << 16  # bytes of YAML
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = [_TAG + kind for kind in ("str", "int", "float", "bool", "null", "timestamp")]
@@ -23,10 +23,7 @@ _SCALARS = [_TAG + kind for kind in ("str", "int", "float", "bool", "null", "tim
 
 @dataclass(frozen=True)
 class Setting:
-    """The value of one option: True or False, or a text as it would stand on the command line.
-
-    where: the file and the line that say so.
-    """
+    """The value of one option: True or False, or a text as on the command line. where: the file and the line."""
 
     value: str | bool
     where: str
@@ -35,7 +32,7 @@ class Setting:
 def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
     """The arguments of ``unlearn`` by the names of the command's options, for its report.
 
-    Paths are absolute. What is None is left to its default again; ``progress`` and ``group`` are left out.
+    Paths are absolute. Arguments that are None, ``progress`` and ``group`` are left out.
     """
     recipe: dict[str, Scalar] = {}
     for name, value in arguments.items():
@@ -50,11 +47,11 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def read_recipe(path: Path) -> dict[str, Setting]:
-    """The settings in a recipe, by key; those without a value are left out.
+    """The settings in a recipe, by key; keys without a value are left out.
 
-    path: a YAML file of keys and single values, or the report of a run (``.json``). Of a report, the places of
-    what the run made are left out, and of a run in place also the model, which is no longer what it was.
-    Raises InputError, naming the line, for anything else. Keys are checked by ``commands.recipe_options``.
+    path: a YAML file of keys and single values, or the report of a run (``.json``). From a report, the destinations of
+    the run are left out, and after a run in place also the model, which has changed. Raises InputError, naming the
+    line, for anything else. ``cli.recipe_options`` checks the keys.
     """
     return _from_report(path) if path.suffix == ".json" else _from_yaml(path)
 
@@ -75,12 +72,12 @@ def _from_report(path: Path) -> dict[str, Setting]:
 def _from_yaml(path: Path) -> dict[str, Setting]:
     text = _read_text(path)
     try:
-        root = yaml.compose(text, yaml.SafeLoader)  # nodes with their lines; no object is made of them
+        root = yaml.compose(text, yaml.SafeLoader)  # nodes with line numbers; no Python object is made
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{path}, line {mark.line + 1}" if mark else path
-        said = ": ".join(filter(None, (error.context, error.problem)))
-        raise InputError(f"{place}: is not YAML: {said}") from error
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        reason = ": ".join(filter(None, (error.context, error.problem)))
+        raise InputError(f"{where}: is not YAML: {reason}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise InputError(f"{path}, line {line}: holds a character that YAML has no place for") from error
@@ -121,7 +118,7 @@ def _read_text(path: Path) -> str:
 
 
 def _scalar(node: yaml.Node, name: str) -> str:
-    """The text of a single value, as it stands in the file but for quotes and escapes."""
+    """The text of a single value, without quotes and escapes."""
     if not isinstance(node, yaml.ScalarNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a table"
         raise InputError(f"{name} must be a single value, not {kind}")
@@ -131,14 +128,13 @@ def _scalar(node: yaml.Node, name: str) -> str:
 
 
 def _possible(text: str, name: str) -> str:
-    """``text``, if it can stand on a command line."""
+    """``text``, if it can be an argument of a command."""
     try:
-        possible = b"\0" not in os.fsencode(text)
+        if b"\0" not in os.fsencode(text):
+            return text
     except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise InputError(f"{name} holds a character that no name or number can have")
-    return text
+        pass
+    raise InputError(f"{name} holds a character that no name or number can have")
 
 
 def _line(node: yaml.Node) -> int:

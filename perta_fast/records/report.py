@@ -28,7 +28,7 @@ class FileRecord(TypedDict):
 
 
 class DirectoryRecord(TypedDict):
-    """One input or output. kept: False where the directory was temporary and is gone."""
+    """One input or output. kept: False if the directory was temporary or was changed by the run."""
 
     path: str
     files: dict[str, FileRecord]
@@ -45,7 +45,7 @@ class DataRecord(TypedDict):
 
 
 def data_record(path: str | Path, digest: str, samples: Sequence[object]) -> DataRecord:
-    """What a report says of a data file; rows that were not made into tokens count as whole."""
+    """The record of a data file; rows that were not tokenised count as not truncated."""
     cut = sum(getattr(sample, "truncated", False) for sample in samples)
     return {"path": str(Path(path).resolve()), "blake3": digest, "samples": len(samples), "truncated": cut}
 
@@ -53,8 +53,8 @@ def data_record(path: str | Path, digest: str, samples: Sequence[object]) -> Dat
 class EstimationSettings(TypedDict):
     """How ``unlearn`` estimated the importances.
 
-    max_length: None for the model's own limit. schedule: the fields of ``streaming.schedule.Schedule``, if the
-    run was streamed to a new directory.
+    max_length: tokens that samples were cut to; None if neither the run nor the model has a limit. schedule: the fields
+    of ``streaming.schedule.Schedule``, if the run was streamed to a new directory.
     """
 
     at: str
@@ -78,11 +78,11 @@ class Phase(TypedDict):
 
 @dataclass
 class TensorReport:
-    """One tensor: what was done to it and how much it moved.
+    """What was done to one tensor, and how much it changed.
 
-    action: "subtracted"; "copied: ..." with the reason. mean_weight: mean of w. relative_change:
-    ||theta_out - theta|| / ||theta|| (Frobenius), after rounding; None where it is not a finite number.
-    changed: elements whose stored value differs.
+    action: "subtracted", or "copied: " and the reason. mean_weight: mean of w. relative_change:
+    ||theta_out - theta|| / ||theta|| (Frobenius), after rounding; None if it is not finite. changed: elements whose
+    stored value differs.
     """
 
     name: str
@@ -98,10 +98,9 @@ class TensorReport:
 class Report:
     """The record of one run. Paths are absolute; hashes are BLAKE3.
 
-    data: by ``forget`` and ``retain``. overlap: of a streamed run, seconds spent computing, reading weights and
-    writing results, and how many of the last two went by while it computed. settings: how the
-    importances were estimated, where the run did that. recipe: the arguments of ``unlearn``, by the
-    names of its command's options (``recipe.as_recipe``).
+    data: by ``forget`` and ``retain``. overlap: seconds that a streamed run spent computing, reading weights and
+    writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
+    importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
     """
 
     rule: str

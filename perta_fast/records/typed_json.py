@@ -20,13 +20,13 @@ def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def readable_json(content: Mapping[str, Any]) -> bytes:
-    """``content`` for people and programs; a path that is not UTF-8 comes back from its escapes."""
+    """``content`` as indented JSON; a path that is not UTF-8 is written with escapes."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode(errors="backslashreplace")
 
 
 def with_nulls(content: Any) -> Any:
-    """``content`` with null for what is not finite: JSON has no other word for it."""
+    """``content`` with null for numbers that are not finite, which JSON cannot express."""
     if isinstance(content, Mapping):
         return {key: with_nulls(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -35,12 +35,12 @@ def with_nulls(content: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """``text`` with escapes for what no stream can take: the bytes of a path that is not UTF-8."""
+    """``text`` with escapes for the bytes of a path that is not UTF-8, which no stream takes."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def typed(value: Any, hint: Any, name: str = "") -> Any:
-    """What JSON gave as the declared type: dataclasses are made, all else is handed on.
+    """A value from JSON as its declared type: dataclasses are made, other values are returned unchanged.
 
     Integers must be ones that arithmetic can take. Raises InputError naming the field that does not fit;
     name: of ``value`` itself.

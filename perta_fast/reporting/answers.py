@@ -1,4 +1,4 @@
-"""The answers of the model before the run and after it to the same questions."""
+"""The answers of the model before and after the run to the same questions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Answers:
-    """Questions and their answers, in one order. before: empty if that model is gone; ``why`` says so."""
+    """Questions and their answers, in the same order. before: empty if that model is gone; ``why`` gives the reason."""
 
     questions: list[str]
     truth: list[str]
@@ -25,7 +25,7 @@ class Answers:
 
 
 def read_prompts(path: str | Path) -> list[Row]:
-    """Read questions with their answers. Raises InputError, naming the line, for a row without a question."""
+    """Read questions and answers. Raises InputError, naming the line, for a row without a question."""
     rows = load_rows(path)
     for row in rows:
         if "question" not in row.content:

@@ -1,4 +1,4 @@
-"""What a page shows beside the run's report: sweeps and evaluations; and whether files are unchanged."""
+"""Sweeps and evaluations that a page shows beside the run's report, and whether files are unchanged."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from perta_fast.sweeping.results import ScoredSetting, Sweep
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of ``sweep``: the model as it is, then the settings of one rule. label: its name."""
+    """One curve of ``sweep``: the unchanged model, then the settings of one rule. label: its name."""
 
     label: str
     path: Path
@@ -43,8 +43,7 @@ class Scores:
 def read_curves(directories: Sequence[str | Path]) -> list[Curve]:
     """Read ``sweep.json`` of each directory.
 
-    Raises InputError for one that is missing or malformed, and for sweeps scored on different data, whose
-    losses cannot be compared.
+    Raises InputError if one is missing or malformed, and for sweeps on different data, whose losses are not comparable.
     """
     files = [Path(directory) / SWEEP for directory in directories]
     sweeps = [Sweep.read(path) for path in files]
@@ -61,9 +60,9 @@ def read_curves(directories: Sequence[str | Path]) -> list[Curve]:
 
 
 def read_scores(paths: Sequence[str | Path]) -> list[Scores]:
-    """Read result files of ``perta eval``, or of open-unlearning; no text in them is kept.
+    """Read result files of ``perta eval`` or of open-unlearning; no text in them is kept.
 
-    Raises InputError for a file that is missing or not such a file.
+    Raises InputError if a file is missing or is not one of these.
     """
     files = [Path(path) for path in paths]
     labels = distinct([path.stem for path in files], files)
@@ -76,7 +75,7 @@ def data_hashes(sweep: Sweep) -> dict[str, str]:
 
 
 def why_not_as_recorded(record: DirectoryRecord) -> str | None:
-    """Why a directory no longer holds what the run has seen; None if it does. Hashes all its files."""
+    """Why a directory no longer holds the files of the run; None if it does. Hashes all its files."""
     if not record.get("kept", True):
         return f"{record['path']} was temporary or has been replaced, so it was not kept"
     if gone := gone_files(record):
@@ -97,18 +96,18 @@ def _read_scores(path: Path, label: str) -> Scores:
 
 
 def distinct(labels: list[str], paths: list[Path]) -> list[str]:
-    """The labels. Where several are alike, each with as much of its directory as tells it from the others."""
-    alike = {
-        label: [path.parent for path, other in zip(paths, labels, strict=True) if other == label] for label in labels
-    }
+    """The labels; equal ones get as much of their directory as tells them apart."""
+    directories: dict[str, list[Path]] = {label: [] for label in labels}
+    for label, path in zip(labels, paths, strict=True):
+        directories[label].append(path.parent)
     return [
-        label if len(alike[label]) == 1 else f"{label} ({_tail(path.parent, alike[label])})"
+        label if len(directories[label]) == 1 else f"{label} ({_tail(path.parent, directories[label])})"
         for label, path in zip(labels, paths, strict=True)
     ]
 
 
 def _tail(directory: Path, others: Sequence[Path]) -> Path:
-    """The shortest end of ``directory`` that no other one has; all of it if there is none."""
+    """The shortest end of ``directory`` that no other directory has; all of it if there is none."""
     for count in range(1, len(directory.parts)):
         tails = [other.parts[-count:] for other in others]
         if tails.count(directory.parts[-count:]) == 1:

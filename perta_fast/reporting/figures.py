@@ -1,4 +1,4 @@
-"""The plots of a page, as PNG. Matplotlib is imported when the first one is drawn."""
+"""The plots of a page, as PNG. Matplotlib is imported for the first plot."""
 
 import io
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from perta_fast.errors import InputError
 from perta_fast.records.report import TensorReport
 from perta_fast.reporting.evidence import Curve
-from perta_fast.reporting.tensor_places import WeightGrid, place_of
+from perta_fast.reporting.tensor_positions import WeightGrid, position_of
 from perta_fast.reporting.weight_distribution import BINS, Distribution
 from perta_fast.sweeping import plot
 from perta_fast.sweeping.plot import DPI, drawable
@@ -26,7 +26,7 @@ _CHANGES = (1e-12, 1e12)  # relative changes that an axis can hold
 
 @dataclass(frozen=True)
 class Plot:
-    """A PNG, the name of its file without the ending, and what it shows in a sentence."""
+    """A PNG, the name of its file without the ending, and a caption of one sentence."""
 
     name: str
     caption: str
@@ -40,7 +40,7 @@ def check_matplotlib() -> None:
 
 
 def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, float]]]) -> Plot:
-    """Forget loss against retain loss: a line a curve, and ``points``, each a label and (retain, forget)."""
+    """Forget loss against retain loss: a line for each curve, and ``points``, each a label and (retain, forget)."""
     figure = plot.trade_off(
         {curve.label: [(row.lam, row.retain_loss, row.forget_loss) for row in curve.rows] for curve in curves}, points
     )
@@ -67,7 +67,7 @@ def weight_maps(grids: Sequence[WeightGrid]) -> Plot:
 
 
 def weight_histogram(distribution: Distribution) -> Plot:
-    """How many parameters have which w."""
+    """The share of parameters by w."""
     figure = _figure(6.4, 3.6)
     axes = figure.subplots()
     axes.stairs(100 * distribution.counts / max(distribution.total, 1), np.linspace(0, 1, BINS + 1), fill=True)
@@ -79,12 +79,12 @@ def weight_histogram(distribution: Distribution) -> Plot:
 
 
 def relative_changes(tensors: Sequence[TensorReport]) -> Plot | None:
-    """A dot a tensor and a line through the medians, for at most ``STACKS`` stacks; None if none changed."""
+    """A dot for each tensor and a line through the medians, for at most ``STACKS`` stacks; None if nothing changed."""
     by_layer: dict[str, dict[int, list[float]]] = {}
     for row in tensors:
-        place, change = place_of(row.name), row.relative_change
-        if place is not None and change is not None and _CHANGES[0] < change < _CHANGES[1]:
-            by_layer.setdefault(place.stack, {}).setdefault(place.layer, []).append(change)
+        position, change = position_of(row.name), row.relative_change
+        if position is not None and change is not None and _CHANGES[0] < change < _CHANGES[1]:
+            by_layer.setdefault(position.stack, {}).setdefault(position.layer, []).append(change)
     if not by_layer:
         return None
     figure = _figure(6.4, 3.6)
@@ -104,7 +104,7 @@ def relative_changes(tensors: Sequence[TensorReport]) -> Plot | None:
             text.set_parse_math(False)
     return Plot(
         "relative-change",
-        "‖θ_out − θ‖ / ‖θ‖ of each tensor within the layers that has changed; the line is the layer's median.",
+        "‖θ_out − θ‖ / ‖θ‖ of each changed tensor within the layers; the line is the median of the layer.",
         _png(figure),
     )
 

@@ -1,4 +1,4 @@
-"""The page's templates, and how they show a value. Jinja2 escapes each value once, as it is put in."""
+"""The page's templates, and how they show a value. Jinja2 escapes each value once, when it inserts it."""
 
 import base64
 import math
@@ -13,13 +13,14 @@ from markupsafe import Markup, escape
 from perta_fast.records.typed_json import printable
 
 _LONG = 24  # letters without a place for a line break
+_WORDS = re.compile(r"[\s_/.]")
 
 Cell = str | int | float | None
 
 
 @cache
 def templates() -> Environment:
-    """``page.html`` and the pieces it is made of."""
+    """The environment of ``page.html``, with filters and tests."""
     environment = Environment(
         loader=PackageLoader("perta_fast.reporting"),
         autoescape=True,
@@ -35,19 +36,20 @@ def templates() -> Environment:
         "cell": _cell,
         "numeric_columns": _numeric_columns,
     }
-    environment.tests["long"] = _is_long
+    # A text, such as a hash, that must be broken inside a word to fit a narrow column.
+    environment.tests["long"] = lambda cell: isinstance(cell, str) and max(map(len, _WORDS.split(cell))) > _LONG
     return environment
 
 
 def _text(value: Any) -> Any:
-    """A value as text that any browser can show; what is HTML already stays."""
+    """A value as text that any browser can show; HTML is not changed."""
     if isinstance(value, Markup):
         return value
     return printable("".join(c if c >= " " or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value)))
 
 
 def _cell(value: Cell) -> str:
-    """A value of a table. What is missing or not finite is a dash."""
+    """The text of a table's cell; a dash for a value that is missing or not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float):
@@ -56,15 +58,10 @@ def _cell(value: Cell) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """A name or a path, which a browser may break after its separators."""
+    """A name or a path that a browser may break after its separators."""
     return Markup(re.sub(r"(?<=[_/.])(?=\w)", "<wbr>", escape(_text(text))))
 
 
-def _is_long(value: Cell) -> bool:
-    """Whether a text, such as a hash, must be broken inside a word to fit a narrow column."""
-    return isinstance(value, str) and max(map(len, re.split(r"[\s_/.]", value))) > _LONG
-
-
 def _numeric_columns(rows: Sequence[Sequence[Cell]], count: int) -> list[bool]:
-    """Which columns hold a number."""
+    """Whether each column holds a number."""
     return [any(isinstance(row[k], int | float) for row in rows) for k in range(count)]

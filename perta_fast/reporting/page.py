@@ -1,4 +1,4 @@
-"""What the page shows, from the evidence: tables, notes and plots for the template."""
+"""The content of the page: tables, notes and plots for the template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from perta_fast.reporting.answers import Answers
 from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.html import Cell, templates
-from perta_fast.reporting.tensor_places import element_count, place_of, weight_grids
+from perta_fast.reporting.tensor_positions import element_count, position_of, weight_grids
 from perta_fast.reporting.weight_distribution import Distribution
 from perta_fast.sweeping.results import ScoredSetting
 
@@ -20,7 +20,7 @@ _OUTSIDE = 40  # tensors outside the layers that are listed
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that a page shows. weights: how w is distributed, or why that is not known."""
+    """Everything that a page shows. weights: the distribution of w, or why it is not known."""
 
     report: Report
     curves: Sequence[Curve]
@@ -30,7 +30,7 @@ class Evidence:
 
 
 def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
-    """The page in UTF-8, and the plots that are in it."""
+    """The page in UTF-8, and its plots."""
     report = evidence.report
     trade_off = _trade_off(evidence) if evidence.curves else None
     weights = _weights(report)
@@ -85,7 +85,7 @@ def _in_words(value: Any) -> str:
 
 
 def _trade_off(evidence: Evidence) -> dict[str, Any]:
-    """The plot, notes on what is not in it, and the rows of each curve."""
+    """The plot, notes on what it leaves out, and the rows of each curve."""
     hashes = data_hashes(evidence.curves[0].sweep)
     points, notes = [], []
     for scores in evidence.scores:
@@ -100,7 +100,7 @@ def _trade_off(evidence: Evidence) -> dict[str, Any]:
     points += [("gold", (gold.retain_loss, gold.forget_loss)) for gold in golds.values() if gold is not None]
     run = {role: data["blake3"] for role, data in evidence.report.data.items()}
     if run and run != hashes:
-        notes.append("The sweeps were scored on other data than this run was made with.")
+        notes.append("The sweeps were scored on other data than this run used.")
     return {
         "plot": figures.trade_off(evidence.curves, points),
         "notes": notes,
@@ -109,26 +109,25 @@ def _trade_off(evidence: Evidence) -> dict[str, Any]:
 
 
 def _measured(row: ScoredSetting) -> Sequence[Cell]:
-    """Dashes for a strength that was skipped."""
     numbers = (row.forget_loss, row.retain_loss, 100 * row.changed, row.seconds)
     return row.lam, *((None,) * len(numbers) if row.skipped else numbers)
 
 
 def _metrics(evaluations: Sequence[Scores]) -> list[Sequence[Cell]]:
-    """A row a metric, a column an evaluation."""
+    """A row for each metric, a column for each evaluation."""
     names = dict.fromkeys(name for scores in evaluations for name in scores.values)
     return [(name, *(scores.values.get(name) for scores in evaluations)) for name in names]
 
 
 def _weights(report: Report) -> dict[str, Any]:
-    """The heat maps, notes on what is not in them, and the tensors outside the layers."""
+    """The heat maps, notes on what they leave out, and the tensors outside the layers."""
     grids = weight_grids(report.tensors)
     drawn, rest = grids[: figures.STACKS], grids[figures.STACKS :]
     notes = [f"{len(rest)} more stacks of layers are left out."] if rest else []
     notes += [
         f"{grid.stack}: the {grid.left_out} smallest kinds of module are left out." for grid in drawn if grid.left_out
     ]
-    outside = [row for row in report.tensors if place_of(row.name) is None]
+    outside = [row for row in report.tensors if position_of(row.name) is None]
     return {
         "plot": figures.weight_maps(drawn) if drawn else None,
         "notes": notes,
@@ -158,7 +157,7 @@ def _costs(report: Report) -> dict[str, list[Sequence[Cell]]]:
 
 
 def _answers(answers: Answers | None) -> list[tuple[str, str, str, str]]:
-    """Each question with the data's answer, and those of before and after."""
+    """Each question with the data's answer, and the answers before and after."""
     if answers is None:
         return []
     before = answers.before or [f"(not asked: {answers.why})"] * len(answers.after)

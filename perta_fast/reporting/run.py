@@ -1,4 +1,4 @@
-"""Makes the page of a run. Everything is read and drawn before anything is written."""
+"""Makes the page of a run. It reads and draws everything before it writes anything."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +28,15 @@ def write_page(
     overwrite: bool = False,
     progress: Progress = True,
 ) -> None:
-    """Show what a run did in one HTML file that needs no other.
+    """Show what a run did, in one self-contained HTML file.
 
-    run: output directory of ``unlearn`` or ``apply``. out: an .html file. sweeps: directories of ``sweep``,
-    scored on the same data. evaluations: files of ``evaluate``; one with forget_loss and retain_loss on that
-    data, such as a gold model's, is a point beside the curves. prompts: JSON lines of questions, put to the
-    model before and after; needs ``show_text``, as answers may be private. png: directory for the plots as
-    files too.
+    run: output directory of ``unlearn`` or ``apply``. out: an .html file. sweeps: directories of ``sweep``, all on the
+    same data. evaluations: files of ``evaluate``; one with forget_loss and retain_loss on that data, such as a gold
+    model's, is a point beside the curves. prompts: JSON lines with questions for the model before and after; needs
+    ``show_text``, as answers may be private. png: directory for the plots as separate files.
 
-    Raises InputError for bad input, and without matplotlib; RunError if a file cannot be written. ``out``
-    appears whole or not at all. Memory: a few chunks of the importances; with prompts, one model at a time.
+    Raises InputError for bad input, and without matplotlib; RunError if a file cannot be written. ``out`` appears whole
+    or not at all. Memory: a few chunks of the importances; with prompts, one model at a time.
     """
     check_matplotlib()
     run, out = Path(run), Path(out)
@@ -58,7 +57,10 @@ def write_page(
     )
     page, plots = compose(evidence)
     if png is not None:
-        _make(Path(png))
+        try:
+            Path(png).mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{png}: cannot be made: {error.strerror}") from error
         for plot in plots:
             write_output_file(Path(png) / f"{plot.name}.png", plot.png)
     write_output_file(out, page)
@@ -71,10 +73,3 @@ def _check_folder(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path.parent}: is not a directory")
     if path.is_dir() and any(path.glob("*.png")) and not overwrite:
         raise InputError(f"{path}: holds plots already; choose another directory or pass --overwrite")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be made: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""How w is distributed over the parameters, from importances on disk, chunk by chunk."""
+"""The distribution of w over the parameters, from importances on disk, chunk by chunk."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +31,10 @@ class Distribution:
 
 
 def distribution(report: Report, progress: Progress) -> Distribution | str:
-    """Count w by the rule of ``report``; or say why that cannot be done.
+    """The distribution of w by the rule of ``report``, or why it cannot be computed.
 
-    Every shard is hashed first: a page must not show weights that the run has not used. Raises InputError if
-    the report contradicts itself or its importances. Memory: a few chunks of 2^20 elements.
+    Every shard is hashed first: a page must not show weights that the run did not use. Raises InputError if the report
+    contradicts itself or its importances. Memory: a few chunks of 2^20 elements.
     """
     try:
         rule = report.chosen_rule()
@@ -51,8 +51,8 @@ def distribution(report: Report, progress: Progress) -> Distribution | str:
             keep = " (perta unlearn keeps importances with --save-importance)" if "kept" in record else ""
             return reason + keep
         importance = Checkpoint.open(record["path"], STEM)
-        if strangers := [name for name in importance.shards if name not in record["files"]]:
-            return f"{importance.path / strangers[0]} was not there when the run was made"
+        if unknown := [name for name in importance.shards if name not in record["files"]]:
+            return f"{importance.path / unknown[0]} was not there when the run was made"
         opened.append(importance)
     return _count(report, rule, opened, progress)
 

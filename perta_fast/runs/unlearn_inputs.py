@@ -104,13 +104,14 @@ class Opened:
 class Loaded:
     """Opened inputs with the loaded model, and the data in tokens.
 
-    hashes: of the data files. device, dtype: of the gradients. phases: seconds of each phase so far.
+    hashes: of the data files. max_length: the resolved limit. device, dtype: of the gradients. phases: seconds so far.
     """
 
     opened: Opened
     how: "Estimation"
     samples: "dict[str, list[Sample]]"
     hashes: dict[str, str]
+    max_length: int | None
     device: str
     dtype: str
     phases: dict[str, float]
@@ -119,7 +120,7 @@ class Loaded:
     @classmethod
     def load(cls, opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str]) -> "Loaded":
         """Load the model that the gradients are taken at."""
-        from perta_fast.models.loading import load_subject, samples_for
+        from perta_fast.models.loading import length_limit, load_subject, samples_for
         from perta_fast.runs.estimate import Estimation, open_skeleton
 
         options, estimator = opened.options, opened.rule.estimator
@@ -140,9 +141,9 @@ class Loaded:
             options.device_memory,
         )
         samples = {role: samples_for(subject, rows[role], options.max_length) for role in rows}
-        dtype = torch_name(subject.module.dtype)
+        max_length, dtype = length_limit(subject, options.max_length), torch_name(subject.module.dtype)
         phases = {"load": time.perf_counter() - started}
-        return cls(opened, how, samples, hashes, str(how.device), dtype, phases)
+        return cls(opened, how, samples, hashes, max_length, str(how.device), dtype, phases)
 
     def release(self) -> None:
         """Free the model: the subtraction needs its memory for the page cache."""
@@ -161,7 +162,7 @@ class Loaded:
             at=options.at,
             estimator=str(self.opened.rule.estimator),
             batch_size=int(options.batch_size),
-            max_length=None if options.max_length is None else int(options.max_length),
+            max_length=self.max_length,
             dtype=self.dtype,
             device=self.device,
             stream=options.stream,

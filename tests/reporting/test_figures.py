@@ -16,7 +16,7 @@ from perta_fast.errors import InputError
 from perta_fast.records.report import Report, TensorReport
 from perta_fast.reporting import weight_distribution as weights
 from perta_fast.reporting.page import Evidence, compose
-from perta_fast.reporting.tensor_places import Place, place_of, weight_grids
+from perta_fast.reporting.tensor_positions import Position, position_of, weight_grids
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.json_mutation import damaged
 
@@ -70,11 +70,11 @@ def test_importances_of_another_model_are_refused(report: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "position"),
     [
-        ("model.layers.3.mlp.up_proj.weight", Place("model.layers", 3, "mlp.up_proj")),
-        ("transformer.h.11.attn.c_attn.bias", Place("transformer.h", 11, "attn.c_attn.bias")),
-        ("model.layers.0.mlp.experts.7.w1.weight", Place("model.layers", 0, "mlp.experts.*.w1")),
+        ("model.layers.3.mlp.up_proj.weight", Position("model.layers", 3, "mlp.up_proj")),
+        ("transformer.h.11.attn.c_attn.bias", Position("transformer.h", 11, "attn.c_attn.bias")),
+        ("model.layers.0.mlp.experts.7.w1.weight", Position("model.layers", 0, "mlp.experts.*.w1")),
         ("model.embed_tokens.weight", None),
         ("lm_head.weight", None),
         ("0.weight", None),
@@ -83,8 +83,8 @@ def test_importances_of_another_model_are_refused(report: Report) -> None:
         ("", None),
     ],
 )
-def test_places(name: str, place: Place | None) -> None:
-    assert place_of(name) == place
+def test_positions(name: str, position: Position | None) -> None:
+    assert position_of(name) == position
 
 
 def test_mean_weights_by_layer() -> None:

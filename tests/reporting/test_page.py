@@ -135,6 +135,16 @@ def test_every_section(job: Job, full: Page) -> None:
             assert f"{row['forget_loss']:.4g}" in page.texts["trade-off"]
 
 
+@pytest.mark.parametrize("kind", ["applied", "unlearned", "streamed", "in_place"])
+def test_a_run_of_version_0_1_0(kind: str, job: Job, tmp_path: Path) -> None:
+    run = Path(__file__).parents[1] / "records" / "written_by_0_1_0" / kind
+    report = json.loads((run / "perta_report.json").read_text(encoding="utf-8"))
+    texts = make(job, tmp_path / "page.html", run=run).texts
+    assert report["rule"] in texts["run"] and report["started"] in texts["run"]
+    for name, file in report["output"]["files"].items():
+        assert name in texts["provenance"] and file["blake3"] in texts["provenance"]
+
+
 def test_nothing_runs_and_nothing_is_loaded(job: Job, full: Page) -> None:
     assert not full.tags & {"script", "link", "iframe", "object", "a", "form"}
     assert full.attributes <= {"lang", "charset", "http-equiv", "content", "name", "id", "class", "scope", "alt", "src"}
@@ -324,7 +334,7 @@ def test_files_of_one_name_are_told_apart_by_as_little_as_does_it() -> None:
 
 def test_cells_break_where_they_may() -> None:
     """A narrow column keeps words whole, but for hashes, which have none."""
-    table = templates().get_template("pieces.html").make_module().table
+    table = templates().get_template("macros.html").make_module().table
     page = table("", ("metric", "hash"), [("retain_Q_A_Prob", "0" * 64), ("a_<b>", "-")])
     assert "<td>retain_<wbr>Q_<wbr>A_<wbr>Prob</td>" in page
     assert f'<td class="long">{"0" * 64}</td>' in page

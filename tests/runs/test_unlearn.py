@@ -83,6 +83,14 @@ def test_data_named_with_the_task_vector_alone_is_recorded(job: Job, tmp_path: P
     assert Report.load(tmp_path / "out").data == report.data
 
 
+def test_the_limit_of_the_model_is_reported(job: Job, tmp_path: Path) -> None:
+    """The number that was used, not that none was asked for; a recipe still leaves it to the model."""
+    report = run(job, tmp_path / "out")
+    config = json.loads((job.base / "config.json").read_text())
+    assert report.settings["max_length"] == config["max_position_embeddings"]
+    assert "max-length" not in report.recipe
+
+
 def test_how_the_importances_were_estimated_is_reported(job: Job, tmp_path: Path) -> None:
     report = run(job, tmp_path / "out", at="model", batch_size=3, max_length=100, dtype=torch.float32)
     assert report.settings == {
