@@ -15,6 +15,7 @@ import perta_fast as pf
 from bench.harness.contest import Outcome, replay, replayed
 from bench.harness.tables import Row
 from bench.inputs.arrays import contest, roles
+from perta_fast.dtypes import torch_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Case:
     squared: bool
 
     def __str__(self) -> str:
-        name = str(self.gradient).removeprefix("torch.")
-        return f"+= g{'²' if self.squared else ''}, {name} gradient"
+        return f"+= g{'²' if self.squared else ''}, {torch_name(self.gradient)} gradient"
 
 
 TYPES = (torch.float32, torch.bfloat16)

@@ -17,6 +17,7 @@ import perta_fast as pf
 from bench.harness.contest import Outcome, replay, replayed
 from bench.harness.tables import Row
 from bench.inputs.arrays import contest, roles
+from perta_fast.dtypes import torch_name
 from perta_fast.ops import reference
 from perta_fast.rules import Rescaling
 
@@ -32,11 +33,8 @@ class Case:
     p: float | None
 
     def __str__(self) -> str:
-        weights = str(self.weights).removeprefix("torch.")
-        if self.p is None:
-            return f"{weights}, tv"
-        importance = str(self.importance).removeprefix("torch.")
-        return f"{weights}, importance {importance}, p={self.p:g}"
+        weights, importance = torch_name(self.weights), torch_name(self.importance)
+        return f"{weights}, tv" if self.p is None else f"{weights}, importance {importance}, p={self.p:g}"
 
 
 STORAGE = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import perta_fast as pf
 from perta_fast.demo.settings import Settings
 from perta_fast.demo.training import new_model, train_tokenizer
+from perta_fast.dtypes import torch_name
 
 SAMPLES = 40  # TOFU's smallest forget set: 3 steps an epoch
 STRENGTHS = (1.0, 2.0, 5.0)
@@ -39,7 +40,7 @@ def main() -> None:
         print("|---|---|---|" + "---|" * len(STRENGTHS))
         for epochs, rate in SETTINGS:
             for kept in (torch.bfloat16, torch.float32):
-                print(f"| {epochs}, {rate:g} | {str(kept).removeprefix('torch.')} |", end=" ")
+                print(f"| {epochs}, {rate:g} | {torch_name(kept)} |", end=" ")
                 print(*(f"{error:.3f} |" for error in _errors(folder, forget, epochs, rate, kept)))
 
 
