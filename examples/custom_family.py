@@ -1,6 +1,6 @@
-"""A model family of one's own: a decoder that transformers does not know, unlearned in memory and streamed.
+"""A model family of your own: a decoder that transformers does not know, unlearned in memory and streamed.
 
-The family is Llama with a learnt gain behind each MLP. Two calls register it; nothing else is needed.
+The family is Llama with a learned gain after each MLP. Two calls register it; nothing else is needed.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class GainedConfig(LlamaConfig):
 
 
 class GainedMLP(LlamaMLP):
-    """Llama's own, times a gain for each channel."""
+    """Llama's MLP, times a gain for each channel."""
 
     def __init__(self, config: GainedConfig) -> None:
         super().__init__(config)
@@ -44,7 +44,7 @@ AutoConfig.register("gained_llama", GainedConfig)
 AutoModelForCausalLM.register(GainedConfig, GainedForCausalLM)
 
 with tiny_job() as folder:
-    # Make the three checkpoints of this family from those of a Llama. A user would have trained them.
+    # Make the three checkpoints from those of a Llama. You would have trained your own.
     for name in ("model", "base", "tuned"):
         llama = AutoModelForCausalLM.from_pretrained(folder / name)
         settings = {key: value for key, value in llama.config.to_dict().items() if key != "model_type"}
@@ -53,8 +53,8 @@ with tiny_job() as folder:
         with torch.no_grad():
             for parameter in gained.parameters():
                 if parameter.dim() == 1 and name != "base":
-                    parameter.mul_(1.01)  # so that the gains, too, have something to subtract
-        gained.save_pretrained(folder / name)  # the tokenizer is there already
+                    parameter.mul_(1.01)  # so that the gains have a task vector too
+        gained.save_pretrained(folder / name)  # the tokenizer is already there
 
     checkpoints = [folder / name for name in ("model", "base", "tuned")]
     data = [folder / "forget.jsonl", folder / "retain.jsonl"]
@@ -64,7 +64,7 @@ with tiny_job() as folder:
         )
     print_losses("model", folder)
     print_losses("streamed", folder)
-    gains = [row for row in report.tensors if row.name.endswith("mlp.gain")]
+    gains = [tensor for tensor in report.tensors if tensor.name.endswith("mlp.gain")]
     print(f"{len(gains)} gains: {gains[0].action}, mean w {gains[0].mean_weight:.2f}")
     whole, streamed = (load_file(folder / name / "model.safetensors") for name in ("whole", "streamed"))
     difference = max(float((whole[name] - streamed[name]).abs().max()) for name in whole)

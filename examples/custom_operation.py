@@ -1,6 +1,6 @@
-"""An operation of one's own: theta -= lam * clamp(tau, -bound, bound), where tau = tuned - base.
+"""An operation of your own: theta -= lam * clamp(tau, -bound, bound), where tau = tuned - base.
 
-It has a reference in plain torch, a Triton kernel that is held to the reference, and is a torch operator.
+It has a reference in plain torch and a Triton kernel that gives the same bits, and it is a torch operator.
 Needs the extra: pip install "perta-fast[triton]". Without a GPU the kernel runs in Triton's interpreter.
 """
 
@@ -30,19 +30,19 @@ def reference_(theta: Tensor, tuned: Tensor, base: Tensor, lam: float, bound: fl
 
 @triton.jit
 def kernel(theta, tuned, base, lam, bound, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One block of elements. Moves 8 bytes an element in bfloat16: three reads, one write."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    stored = tl.load(theta + at, inside)
-    tau = as_float(tl.load(tuned + at, inside)) - as_float(tl.load(base + at, inside))
+    """One block of elements. Moves 8 bytes per element in bfloat16: three reads, one write."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < count
+    stored = tl.load(theta + offsets, inside)
+    tau = as_float(tl.load(tuned + offsets, inside)) - as_float(tl.load(base + offsets, inside))
     tau = tl.minimum(tl.maximum(tau, -bound), bound)
-    tl.store(theta + at, rounded(as_float(stored) - lam * tau, stored.dtype), inside)
+    tl.store(theta + offsets, rounded(as_float(stored) - lam * tau, stored.dtype), inside)
 
 
 def clipped_subtract_(
     theta: Tensor, tuned: Tensor, base: Tensor, lam: float, bound: float, backend: str = "auto"
 ) -> None:
-    """Check the arguments, choose a backend, run it."""
+    """Check the arguments, then run the operation on the chosen backend."""
     for name, tensor in (("theta", theta), ("tuned", tuned), ("base", base)):
         check_tensor(name, tensor, theta)
     check_apart({"theta": theta}, {"tuned": tuned, "base": base})
@@ -61,7 +61,7 @@ operator = register(
 
 generator = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for count in (0, 1, 1000, BLOCK, 3 * BLOCK + 7):  # also sizes that are no multiple of a block
+    for count in (0, 1, 1000, BLOCK, 3 * BLOCK + 7):  # some of them not a multiple of the block size
         theta, tuned, base = (torch.randn(count, generator=generator).to(dtype) for _ in range(3))
         expected = theta.clone()
         clipped_subtract_(expected, tuned, base, 0.5, 1.0, backend="reference")

@@ -1,7 +1,7 @@
-"""An importance of one's own: magnitudes smoothed within each row, so that a weight's neighbours count too.
+"""An importance of your own: magnitudes smoothed within each row, so that a weight's neighbours count too.
 
-Whatever is computed from importances can be saved and applied, as long as names and shapes stay. The weights
-are then those of the general form, w = I_f^p / (I_f^p + alpha I_r^p).
+You can save and apply anything that you compute from importances, as long as names and shapes stay the same. The
+weights are then those of the general form, w = I_f^p / (I_f^p + alpha I_r^p).
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import perta_fast as pf
 
 
 def smoothed(importance: pf.Importance, share: float = 0.5) -> pf.Importance:
-    """Each magnitude drawn by ``share`` towards the mean of its row, which is what feeds one output."""
+    """Each magnitude moved by ``share`` towards the mean of its row. A row is the weights of one output."""
 
     def smooth(gradient: torch.Tensor) -> torch.Tensor:
         return gradient.abs().lerp(gradient.abs().mean(dim=-1, keepdim=True), share)
@@ -23,7 +23,7 @@ def smoothed(importance: pf.Importance, share: float = 0.5) -> pf.Importance:
 
 
 def apply(folder: Path, kind: str, importances: dict[str, pf.Importance]) -> None:
-    """Subtract with p = 2 and twice the weight on what is to be kept, and show what came of it."""
+    """Subtract with p = 2 and alpha = 2, which protects the retain data more, and print the losses."""
     for role, importance in importances.items():
         importance.save(folder / kind / role)
     pf.apply(

@@ -1,4 +1,4 @@
-"""Unlearn a checkpoint by one call, and look at what it still knows."""
+"""Unlearn a checkpoint with one call, and print what it still knows."""
 
 from tiny import print_losses, tiny_job
 
@@ -18,5 +18,5 @@ with tiny_job() as folder:
     print(report.summary())
     for name in ("model", "unlearned"):
         print_losses(name, folder)
-    most = max(report.tensors, key=lambda row: row.relative_change or 0)
+    most = max(report.tensors, key=lambda tensor: tensor.relative_change or 0)
     print(f"changed the most: {most.name}, by {most.relative_change:.1%} of its norm")

@@ -1,4 +1,4 @@
-"""Unlearn with one decoder layer in memory at a time, and follow the run from the program that started it."""
+"""Unlearn with one decoder layer in memory at a time, and receive the run's progress in your program."""
 
 from tiny import tiny_job
 
@@ -6,7 +6,7 @@ import perta_fast as pf
 
 
 def show(event: pf.Event) -> None:
-    """Stands for whatever a pipeline does with progress; raising an exception here would stop the run."""
+    """Replace this by what your program does with progress. An exception here stops the run."""
     if event.done == event.total:
         print(f"{event.phase}: {event.total} {event.unit}")
 

@@ -1,4 +1,4 @@
-"""Choose the strength: score several from one estimate of the importances, then write the one that is kept."""
+"""Choose the strength: score several with one estimate of the importances, then write the best."""
 
 from tiny import tiny_job
 
@@ -10,7 +10,7 @@ with tiny_job() as folder:
 
     print(pf.sweep(*checkpoints, *data, rule="grad", lams=[0.5, 1.0, 2.0], progress=False).summary())
 
-    # Or say what may be lost, and let it find the largest strength that keeps to it.
+    # Or give a limit on the retain loss, and let it find the largest strength within.
     searched = pf.sweep(*checkpoints, *data, rule="grad", max_retain_increase=50, progress=False)
     assert searched.best is not None
     print(f"lambda {searched.best.lam:.3g} raises the forget loss to {searched.best.forget_loss:.2f} nats")

@@ -1,4 +1,4 @@
-"""What every example begins with: a small model that knows made-up authors, some of whom it is to forget."""
+"""The inputs of every example: a small model that knows made-up authors, and must forget some of them."""
 
 import tempfile
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ _SMALL = Settings(
 
 @contextmanager
 def tiny_job() -> Iterator[Path]:
-    """A directory with checkpoints model, base and tuned, forget.jsonl and retain.jsonl; gone afterwards."""
+    """A temporary directory with the checkpoints model, base and tuned, forget.jsonl and retain.jsonl."""
     logging.disable_progress_bar()
-    torch.set_num_threads(1)  # with matrices this small, a second one waits more than it works
+    torch.set_num_threads(1)  # for matrices this small, more threads cost more time than they save
     with tempfile.TemporaryDirectory(prefix="perta-example-") as name:
         folder = Path(name)
         with redirect_stdout(StringIO()):
@@ -45,7 +45,7 @@ def tiny_job() -> Iterator[Path]:
 
 
 def print_losses(name: str, folder: Path) -> None:
-    """What a checkpoint in ``folder`` still knows: its mean losses in nats, higher where it knows less."""
+    """Print the mean losses of a checkpoint in ``folder``, in nats: higher where it knows less."""
     model = AutoModelForCausalLM.from_pretrained(folder / name).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
     losses = [

@@ -13,14 +13,14 @@ Tensors = Mapping[str, Tensor]
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Normal values, the same for the same seed."""
+    """Normal values that depend only on the seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def write_checkpoint(
     folder: Path, tensors: Tensors, shards: int = 1, stem: str = "model", metadata: dict[str, str] | None = None
 ) -> Path:
-    """One file, or ``shards`` files with an index, the tensors dealt to them in turn."""
+    """Write one file, or ``shards`` files with an index; tensors go to them in turn."""
     folder.mkdir(parents=True)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the library refuses shared memory
     if shards == 1:
@@ -29,16 +29,16 @@ def write_checkpoint(
     weight_map: dict[str, str] = {}
     for number in range(shards):
         name = f"{stem}-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = dict(list(tensors.items())[number::shards])
-        save_file(part, folder / name, metadata)
-        weight_map |= dict.fromkeys(part, name)
+        shard = dict(list(tensors.items())[number::shards])
+        save_file(shard, folder / name, metadata)
+        weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
 def write_importance(folder: Path, tensors: Tensors, estimator: str = "grad", shards: int = 1, **metadata: str) -> Path:
-    """An importance as ``perta importance`` leaves it."""
+    """Write an importance as ``perta importance`` does."""
     table = {
         "format": "perta-importance",
         "estimator": estimator,
@@ -55,14 +55,14 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
-    """A file with any header (text or what JSON can hold) and any claim about the header's length."""
+    """Write a safetensors file with any header (bytes or JSON content) and any length stated for the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
 
 
 def fingerprint(*folders: Path) -> dict[Path, str]:
-    """The hash of every file below ``folders``, to show that nothing touched them."""
+    """The hash of every file below ``folders``, to show that nothing has changed them."""
     return {
         path: blake3(path.read_bytes()).hexdigest()
         for folder in folders

@@ -1,4 +1,4 @@
-"""Inputs of one application, of odd sizes and any types, and the formula that its output must equal."""
+"""Inputs of one ``perta apply``, of odd sizes and any types, and the output that the formula gives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,24 +47,24 @@ class Inputs:
         return *self.checkpoints, self["forget"], self["retain"]
 
     def expected(self, weigh: Callable[[Tensor, Tensor], Tensor] | None, lam: float) -> Tensors:
-        """The output by the formula; ``weigh`` gives w of the two importances, None is rule tv."""
+        """The output by the formula. weigh: computes w from the two importances; None is rule tv."""
         result = {}
         for name, theta in self.tensors["model"].items():
             forget, retain = self.tensors["forget"].get(name), self.tensors["retain"].get(name)
             if not theta.is_floating_point() or (weigh is not None and forget is None):
                 result[name] = theta
                 continue
-            step = self.tensors["tuned"][name].float() - self.tensors["base"][name].float()
+            update = self.tensors["tuned"][name].float() - self.tensors["base"][name].float()
             if weigh is None or forget is None or retain is None:
-                step = lam * step
+                update = lam * update
             else:
-                step = lam * weigh(forget.float(), retain.float()) * step
-            result[name] = torch.where(step == 0, theta, (theta.float() - step).to(theta.dtype))
+                update = lam * weigh(forget.float(), retain.float()) * update
+            result[name] = torch.where(update == 0, theta, (theta.float() - update).to(theta.dtype))
         return result
 
 
 def weights(p: float, alpha: float = 1.0, threshold: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """w = |I_f|^p / (|I_f|^p + alpha |I_r|^p), 0 where both are 0; or its hard mask."""
+    """w = |I_f|^p / (|I_f|^p + alpha |I_r|^p), 0 where both are 0; with ``threshold``, its hard mask."""
 
     def weigh(forget: Tensor, retain: Tensor) -> Tensor:
         f, r = (raise_to(importance.abs(), p) for importance in (forget, retain))
@@ -75,7 +75,7 @@ def weights(p: float, alpha: float = 1.0, threshold: float | None = None) -> Cal
 
 
 def raise_to(magnitude: Tensor, p: float) -> Tensor:
-    """Each value to the power p, rounded once to float32 for p = 1, 2 and 1/2."""
+    """Each value to the power p; for p = 1, 2 and 1/2 it is rounded once to float32."""
     if p == 2:
         return magnitude.square()
     return magnitude.double().pow(p).float()
@@ -84,9 +84,9 @@ def raise_to(magnitude: Tensor, p: float) -> Tensor:
 def write_inputs(
     folder: Path, types: tuple[torch.dtype, ...] = (F32,) * 5, shards: int = 1, estimator: str = "grad"
 ) -> Inputs:
-    """Draw and write model, base, tuned and two importances, each in its own type.
+    """Draw and write model, base, tuned and two importances, whose types are ``types``.
 
-    Some parameters have no evidence at all (both importances 0). The tensor ``FROZEN`` has no importance.
+    For some elements both importances are 0. The tensor ``FROZEN`` has no importance.
     """
     tensors = {
         role: {

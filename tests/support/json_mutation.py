@@ -1,4 +1,4 @@
-"""Damage to one place of a JSON document, for hypothesis."""
+"""Damage to one value of a JSON document, for hypothesis."""
 
 import copy
 from typing import Any
@@ -21,20 +21,20 @@ any_json = st.recursive(
 def damaged(draw: st.DrawFn, content: Any) -> Any:
     """A copy of ``content`` in which one value, at any depth, is replaced, removed or added."""
     content = copy.deepcopy(content)
-    place = content
+    container = content
     while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        keys = list(container) if isinstance(container, dict) else list(range(len(container)))
         if not keys:
             return draw(any_json)
         key = draw(st.sampled_from(keys))
-        if not isinstance(place[key], dict | list) or draw(st.integers(0, 3)) == 0:
+        if not isinstance(container[key], dict | list) or draw(st.integers(0, 3)) == 0:
             break
-        place = place[key]
+        container = container[key]
     action = draw(st.sampled_from(["replace", "remove", "add"]))
     if action == "remove":
-        del place[key]
-    elif action == "add" and isinstance(place, dict):
-        place[draw(st.text(max_size=8))] = draw(any_json)
+        del container[key]
+    elif action == "add" and isinstance(container, dict):
+        container[draw(st.text(max_size=8))] = draw(any_json)
     else:
-        place[key] = draw(any_json)
+        container[key] = draw(any_json)
     return content

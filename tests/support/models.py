@@ -1,4 +1,4 @@
-"""Small models, tokenizers, data and whole jobs, made on the spot and written by transformers itself."""
+"""Small models, tokenizers, data and whole jobs, which transformers makes and writes."""
 
 import json
 import random
@@ -39,18 +39,18 @@ class Job:
 
 def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 300 tokens."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<eos>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([json.dumps(row) for row in FORGET + RETAIN], trainer)
+    bpe.train_from_iterator([json.dumps(row) for row in FORGET + RETAIN], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", chat_template=chat_template
+        tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", chat_template=chat_template
     )
 
 
@@ -82,7 +82,7 @@ def nudge_(model: PreTrainedModel, seed: int, scale: float = 0.01) -> None:
 
 
 def draw_samples(count: int, vocabulary: int = 300, longest: int = 12, seed: int = 0) -> list[Sample]:
-    """Tokenised samples of 2 to ``longest`` tokens, about half of them labelled, the last one always."""
+    """Samples of 2 to ``longest`` tokens; about half of the tokens have labels, and the last one always."""
     random_numbers = random.Random(seed)
     samples = []
     for _ in range(count):
@@ -100,13 +100,13 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def write_job(folder: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "40KB", **changes: Any) -> Job:
     """Save model, base and tuned with ``save_pretrained``, and both data files."""
-    written = tokenizer()
+    trained = tokenizer()
     for name, seed in (("base", None), ("model", 1), ("tuned", 2)):
         model = llama(0, **changes)
         if seed is not None:
             nudge_(model, seed)
         model.to(dtype).save_pretrained(folder / name, max_shard_size=max_shard_size)
-        written.save_pretrained(folder / name)
+        trained.save_pretrained(folder / name)
     return Job(
         folder / "model",
         folder / "base",

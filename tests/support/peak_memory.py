@@ -1,4 +1,4 @@
-"""The peak memory of a process, also where other processes keep the thread that watches it from running."""
+"""The peak memory of a process, measured well even where other processes leave its sampling thread no time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +22,6 @@ class _AfterEveryOperation(TorchDispatchMode):
 
 @contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
-    """A ``PeakMemory`` that also looks after every operation of torch in this thread."""
+    """A ``PeakMemory`` that also takes a sample after every operation of torch in this thread."""
     with PeakMemory() as memory, _AfterEveryOperation(memory):
         yield memory
