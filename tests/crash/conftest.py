@@ -1,4 +1,4 @@
-"""The library that injects faults, compiled once."""
+"""A fixture: the library that injects faults, compiled once."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.crash.shim import Shim
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
-    """Faults in the file calls of a child process."""
+    """Injects faults into the file calls of a child process."""
     return Shim.build(tmp_path_factory.mktemp("shim"))

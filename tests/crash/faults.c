@@ -1,15 +1,15 @@
 /* Faults on demand in the file calls of one process, which loads this library with LD_PRELOAD.
 
-   PERTA_FAULT_PATH    text that the path of a file must contain for a call on it to count
+   PERTA_FAULT_PATH    a call counts only if the path of its file contains this text
    PERTA_FAULT_KINDS   kinds of calls that count, separated by commas (see the calls below)
    PERTA_FAULT_THEN    nothing, short, torn, kill before, kill after, or the number of an error
-   PERTA_FAULT_AT      ordinal of the counted call that it happens to, from 0
-   PERTA_FAULT_LASTING 1: it happens to every later call too
-   PERTA_FAULT_LOG     file that every counted call is added to, before it is made
+   PERTA_FAULT_AT      ordinal of the counted call that has the fault, from 0
+   PERTA_FAULT_LASTING 1: every later call has it too
+   PERTA_FAULT_LOG     file to which each counted call is added before it is made
 
-   A process that was forked from one that has the library, but none of these variables, sets them and calls
-   read_plan. Children that the process starts are left alone. Linux, glibc, 64 bits. Calls that glibc makes by itself
-   (stdio) and accesses to mapped pages do not pass here. */
+   If a process has loaded the library without these variables, a fork of it can set them and call read_plan. Children
+   of the process have no faults. Linux, glibc, 64 bits. Calls inside glibc (stdio) and accesses to mapped pages do not
+   come here. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -25,7 +25,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-_Static_assert(sizeof(off_t) == sizeof(off64_t), "each call and its 64-bit twin are one function here");
+_Static_assert(sizeof(off_t) == sizeof(off64_t), "a call and its 64-bit twin are one function here");
 
 enum { PATH = 2 * PATH_MAX, LINE = 2 * PATH + 64 };
 
@@ -76,11 +76,11 @@ __attribute__((constructor)) void read_plan(void) {
   plan.process = getpid();
 }
 
-// The next definition of a function after this library's own: glibc's.
+// `real`: glibc's definition of a function, the next one after that of this library.
 #define REAL(function) \
-  static _Atomic(__typeof__(&function)) found; \
-  if (!found) found = (__typeof__(&function))dlsym(RTLD_NEXT, #function); \
-  __typeof__(&function) real = found
+  static _Atomic(__typeof__(&function)) next; \
+  if (!next) next = (__typeof__(&function))dlsym(RTLD_NEXT, #function); \
+  __typeof__(&function) real = next
 
 // Paths
 
@@ -103,7 +103,7 @@ static void path_from(int directory, const char* name, char path[PATH]) {
   strncat(path, name, PATH_MAX);
 }
 
-// Which fault this call meets
+// The fault of this call
 
 static int listed(const char* kind) {
   size_t length = strlen(kind);
@@ -118,7 +118,7 @@ static void log_call(const char* kind, size_t size, const char* path, const char
   char line[LINE];
   int length = snprintf(line, sizeof line, "%s\t%zu\t%s\t%s", kind, size, path, target);
   REAL(write);
-  if (real(plan.log, line, length + 1) != length + 1) abort();  // the closing 0 ends the record
+  if (real(plan.log, line, length + 1) != length + 1) abort();  // with the 0 at its end
 }
 
 static int active(const char* kind) { return plan.process == getpid() && listed(kind); }
@@ -162,7 +162,7 @@ static Fault on_names(const char* kind, int directory, const char* name, int to_
   return count_call(kind, 0, from, to);
 }
 
-// What the fault does, around the call
+// The fault, before and after the call
 
 static void die(void) {
   kill(getpid(), SIGKILL);
@@ -176,22 +176,22 @@ static int may_begin(Fault fault) {
   return fault != FAIL;
 }
 
-// How many of `size` bytes the call may take. A short one makes progress, or nobody could finish.
+// How many of `size` bytes the call may take. A short call takes at least one, so that a loop of them ends.
 static size_t allowed(Fault fault, size_t size) {
   if (fault == SHORT) return size - size / 2;
   return fault == TORN ? size / 2 : size;
 }
 
-static void end(Fault fault) {
+static void end_call(Fault fault) {
   if (fault == TORN || fault == KILL_AFTER) die();
 }
 
-// Makes the call `real` under the fault `due`, which the arguments may mention.
+// Makes the call `real` with the fault `injected`, a name that the arguments can use.
 #define CALL(type, fault, ...) \
-  Fault due = fault; \
-  if (!may_begin(due)) return -1; \
+  Fault injected = fault; \
+  if (!may_begin(injected)) return -1; \
   type result = real(__VA_ARGS__); \
-  end(due); \
+  end_call(injected); \
   return result
 
 // The calls, by kind
@@ -200,92 +200,92 @@ static void end(Fault fault) {
 
 ssize_t write(int file, const void* data, size_t size) {
   REAL(write);
-  CALL(ssize_t, on_descriptor("write", size, file), file, data, allowed(due, size));
+  CALL(ssize_t, on_descriptor("write", size, file), file, data, allowed(injected, size));
 }
 
 ssize_t pwrite(int file, const void* data, size_t size, off_t offset) {
   REAL(pwrite);
-  CALL(ssize_t, on_descriptor("write", size, file), file, data, allowed(due, size), offset);
+  CALL(ssize_t, on_descriptor("write", size, file), file, data, allowed(injected, size), offset);
 }
 TWIN(ssize_t, pwrite64, pwrite, int, const void*, size_t, off64_t);
 
 ssize_t read(int file, void* data, size_t size) {
   REAL(read);
-  CALL(ssize_t, on_descriptor("read", size, file), file, data, allowed(due, size));
+  CALL(ssize_t, on_descriptor("read", size, file), file, data, allowed(injected, size));
 }
 
 ssize_t pread(int file, void* data, size_t size, off_t offset) {
   REAL(pread);
-  CALL(ssize_t, on_descriptor("read", size, file), file, data, allowed(due, size), offset);
+  CALL(ssize_t, on_descriptor("read", size, file), file, data, allowed(injected, size), offset);
 }
 TWIN(ssize_t, pread64, pread, int, void*, size_t, off64_t);
 
-static size_t total(const struct iovec* pieces, int count) {
+static size_t total(const struct iovec* buffers, int count) {
   size_t size = 0;
-  for (int k = 0; k < count; ++k) size += pieces[k].iov_len;
+  for (int k = 0; k < count; ++k) size += buffers[k].iov_len;
   return size;
 }
 
-// The first `size` bytes of the pieces.
-static void cut(struct iovec* kept, const struct iovec* pieces, int count, size_t size) {
+// The first `size` bytes of the buffers.
+static void cut(struct iovec* kept, const struct iovec* buffers, int count, size_t size) {
   for (int k = 0; k < count; ++k) {
-    kept[k] = pieces[k];
+    kept[k] = buffers[k];
     if (kept[k].iov_len > size) kept[k].iov_len = size;
     size -= kept[k].iov_len;
   }
 }
 
-// The same for `count` pieces of `file`; the rest of the arguments follow.
-#define CALL_PIECES(kind, ...) \
+// The same for a call with `count` buffers on `file`; its further arguments follow.
+#define CALL_BUFFERS(kind, ...) \
   if (count < 0 || count > IOV_MAX) return errno = EINVAL, -1; \
-  size_t size = total(pieces, count); \
+  size_t size = total(buffers, count); \
   struct iovec kept[IOV_MAX]; \
   Fault fault = on_descriptor(kind, size, file); \
-  cut(kept, pieces, count, allowed(fault, size)); \
+  cut(kept, buffers, count, allowed(fault, size)); \
   CALL(ssize_t, fault, file, kept, count __VA_OPT__(, ) __VA_ARGS__)
 
-ssize_t writev(int file, const struct iovec* pieces, int count) {
+ssize_t writev(int file, const struct iovec* buffers, int count) {
   REAL(writev);
-  CALL_PIECES("write");
+  CALL_BUFFERS("write");
 }
 
-ssize_t pwritev(int file, const struct iovec* pieces, int count, off_t offset) {
+ssize_t pwritev(int file, const struct iovec* buffers, int count, off_t offset) {
   REAL(pwritev);
-  CALL_PIECES("write", offset);
+  CALL_BUFFERS("write", offset);
 }
 TWIN(ssize_t, pwritev64, pwritev, int, const struct iovec*, int, off64_t);
 
-ssize_t pwritev2(int file, const struct iovec* pieces, int count, off_t offset, int flags) {
+ssize_t pwritev2(int file, const struct iovec* buffers, int count, off_t offset, int flags) {
   REAL(pwritev2);
-  CALL_PIECES("write", offset, flags);
+  CALL_BUFFERS("write", offset, flags);
 }
 TWIN(ssize_t, pwritev64v2, pwritev2, int, const struct iovec*, int, off64_t, int);
 
-ssize_t readv(int file, const struct iovec* pieces, int count) {
+ssize_t readv(int file, const struct iovec* buffers, int count) {
   REAL(readv);
-  CALL_PIECES("read");
+  CALL_BUFFERS("read");
 }
 
-ssize_t preadv(int file, const struct iovec* pieces, int count, off_t offset) {
+ssize_t preadv(int file, const struct iovec* buffers, int count, off_t offset) {
   REAL(preadv);
-  CALL_PIECES("read", offset);
+  CALL_BUFFERS("read", offset);
 }
 TWIN(ssize_t, preadv64, preadv, int, const struct iovec*, int, off64_t);
 
-ssize_t preadv2(int file, const struct iovec* pieces, int count, off_t offset, int flags) {
+ssize_t preadv2(int file, const struct iovec* buffers, int count, off_t offset, int flags) {
   REAL(preadv2);
-  CALL_PIECES("read", offset, flags);
+  CALL_BUFFERS("read", offset, flags);
 }
 TWIN(ssize_t, preadv64v2, preadv2, int, const struct iovec*, int, off64_t, int);
 
-ssize_t copy_file_range(int from, off64_t* begin, int to, off64_t* place, size_t size, unsigned flags) {
+ssize_t copy_file_range(int from, off64_t* begin, int to, off64_t* to_begin, size_t size, unsigned flags) {
   REAL(copy_file_range);
-  CALL(ssize_t, on_descriptors("copy", size, from, to), from, begin, to, place, allowed(due, size), flags);
+  CALL(ssize_t, on_descriptors("copy", size, from, to), from, begin, to, to_begin, allowed(injected, size), flags);
 }
 
 ssize_t sendfile(int to, int from, off_t* begin, size_t size) {
   REAL(sendfile);
-  CALL(ssize_t, on_descriptors("copy", size, from, to), to, from, begin, allowed(due, size));
+  CALL(ssize_t, on_descriptors("copy", size, from, to), to, from, begin, allowed(injected, size));
 }
 TWIN(ssize_t, sendfile64, sendfile, int, int, off64_t*, size_t);
 

@@ -1,7 +1,7 @@
 """``perta`` under faults in forks of one process: imports take seconds, and are done once.
 
     with Forks(shim.library) as forks:
-        forks.perta("resume", out, faults=Faults("/place/", then="kill before", at=7))
+        forks.perta("resume", out, faults=Faults("/watched/", then="kill before", at=7))
 
 The process that is forked has computed nothing, so a child does what a new process does.
 """

@@ -1,11 +1,11 @@
-"""Faults in the file calls of a child process: which, where, when; and the calls that it makes.
+"""Faults in the file calls of a child process, and the list of its calls.
 
     points = shim.count("resume", out, path="out")
     for number, point in enumerate(points):
         shim.perta("resume", copy, faults=Faults(copy.name, then="kill before", at=number))
 
-The ordinal of a call is its place among the calls of the chosen kinds on the chosen files, so a run that counts
-and a run that is struck must choose the same. Linux only: faults.c is loaded with LD_PRELOAD.
+The ordinal of a call counts only the calls of the chosen kinds on the chosen files, so choose the same ones to count
+and to inject. Linux only: faults.c is loaded with LD_PRELOAD.
 """
 
 import errno
@@ -21,21 +21,22 @@ import pytest
 from tests.support.children import perta, run_child
 
 SIZED = ("write", "copy", "read")  # calls that move bytes; copy: copy_file_range and sendfile
-CHANGES = ("write", "copy", "truncate", "fsync", "rename", "unlink")  # calls after which a disk is not the same
+CHANGES = ("write", "copy", "truncate", "fsync", "rename", "unlink")  # calls that change the disk
 KINDS = (*CHANGES, "read")
 KILLS = ("kill before", "kill after")
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What happens to the calls of a process.
+    """What happens to which file calls of a process.
 
-    path: text in the path of the file; a rename or a copy counts if it is in one of the two. kinds: some of
-    ``KINDS``. then: "nothing" (the calls are only counted), the name of the error ("ENOSPC") that the call
-    fails with, "short" (half of the bytes are taken, and the call says so), "torn" (half are, and the process
-    is killed), "kill before" or "kill after". A call that is none of ``SIZED`` has no halves: "short" changes
-    nothing there, "torn" kills after it. at: ordinal of the call, from 0. lasting: every later call, too.
-    log: file to add each counted call to.
+    path: text that the path of the file contains; for a rename or a copy, one of the two paths. kinds: some of
+    ``KINDS``. at: ordinal of the call, from 0. lasting: also every later call. log: file for all counted calls.
+
+    then: "nothing" only counts. An error's name ("ENOSPC") makes the call fail with it. "short" takes half of the
+    bytes, and the call returns that. "torn" takes half, and the process is killed. "kill before" and "kill after"
+    kill it before or after the call. Calls that are not in ``SIZED`` move no bytes: "short" changes nothing there,
+    "torn" kills after them.
     """
 
     path: str
@@ -47,12 +48,12 @@ class Faults:
 
     def __post_init__(self) -> None:
         if not self.path or not self.kinds or not set(self.kinds) <= set(KINDS) or self.at < 0:
-            raise ValueError(f"{self}: no call can match it")
+            raise ValueError(f"{self}: no call can match this")
         if self.then not in ("nothing", "short", "torn", *KILLS) and not hasattr(errno, self.then):
-            raise ValueError(f"{self.then!r} is no fault")
+            raise ValueError(f"{self.then!r} is not a fault")
 
     def environment(self, library: Path) -> dict[str, str]:
-        """The variables that make a new process load ``library`` and do this."""
+        """The variables with which a new process loads ``library`` and meets these faults."""
         variables = {
             "LD_PRELOAD": str(library),
             "PERTA_FAULT_PATH": self.path,
@@ -66,7 +67,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class Point:
-    """A call that was made. size: bytes asked for, or the length to cut to; target: the second path, if any."""
+    """A call that was made. size: bytes requested, or the new length of a file. target: the second path, or ""."""
 
     kind: str
     size: int
@@ -75,11 +76,11 @@ class Point:
 
 
 def points(log: Path) -> list[Point]:
-    """The calls in a log, in the order of their ordinals."""
+    """The calls in a log, by ordinal."""
     if not log.exists():
         return []
-    rows = [os.fsdecode(row).split("\t") for row in log.read_bytes().split(b"\0")[:-1]]
-    return [Point(kind, int(size), path, target) for kind, size, path, target in rows]
+    calls = [os.fsdecode(call).split("\t") for call in log.read_bytes().split(b"\0")[:-1]]
+    return [Point(kind, int(size), path, target) for kind, size, path, target in calls]
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class Shim:
 
     @classmethod
     def build(cls, folder: Path) -> "Shim":
-        """Compile the library; skip the test, by name, where that cannot be."""
+        """Compile the library, or skip the test and say why."""
         compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
         if not Path("/proc/self/fd").exists():
-            pytest.skip("faults are injected on Linux only")
+            pytest.skip("faults can be injected on Linux only")
         if compiler is None:
             pytest.skip("no C compiler was found")
         library = folder / "faults.so"
@@ -104,11 +105,11 @@ class Shim:
         return cls(library)
 
     def perta(self, *arguments: object, faults: Faults, setup: str = "") -> CompletedProcess[str]:
-        """Run ``perta`` with ``arguments`` in its own process, after the Python statements of ``setup``."""
+        """Run ``perta`` with ``arguments`` in a new process, after the Python statements of ``setup``."""
         return perta(*arguments, setup=setup, environment=faults.environment(self.library))
 
     def count(self, *arguments: object, path: str, kinds: tuple[str, ...] = CHANGES, setup: str = "") -> list[Point]:
-        """The calls that ``perta`` makes with ``arguments`` when nothing goes wrong."""
+        """The calls that ``perta`` makes with ``arguments`` without faults."""
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, "log")
             done = self.perta(*arguments, faults=Faults(path, kinds, log=log), setup=setup)

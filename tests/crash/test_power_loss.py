@@ -1,8 +1,8 @@
 """The power fails: what was not flushed is on the disk in part or not at all, and the run can be finished.
 
-A run is recorded once. From any moment of the recording, disks are made as a crash could leave them: a file
-holds what it held when it was last flushed, with any blocks of what was written since; of the changes to names,
-all up to the last flush of a directory have happened, and some more in order. On each the run is finished.
+A run is recorded once. From moments of the recording, disks are made as a crash could leave them. A file holds its
+content at its last flush, and any blocks of what was written later. Of the changes to names, all until the last flush
+of a directory have happened, and some of the later ones, in order. On each disk the run is then finished.
 """
 
 import os
@@ -23,12 +23,12 @@ from perta_fast.subtraction import in_place
 from tests.crash.test_resume import SOAK
 from tests.support.inputs import BF16, F32, Inputs, write_inputs
 
-BLOCK = 64  # bytes that are written together; a disk's own blocks are larger, which leaves it fewer ways to tear
+BLOCK = 64  # bytes that are written together; blocks of real disks are larger, so fewer of them can be torn
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Files by number, as they were when last flushed and as they are; changes of names that are flushed."""
+    """Contents of files by number, at the last flush and now; numbers of changes to names, flushed and made."""
 
     flushed: dict[int, bytes]
     content: dict[int, bytes]
@@ -38,7 +38,7 @@ class Moment:
 
 @dataclass
 class Recorder:
-    """Watches a folder through the calls that flush and rename, and looks at it before and after each."""
+    """Records a folder before and after each call that flushes or renames."""
 
     folder: Path
     names: dict[str, int] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Recorder:
     moments: list[Moment] = field(default_factory=list)
 
     def start(self, patch: pytest.MonkeyPatch) -> None:
-        """What is there is on the disk."""
+        """Begin: everything in the folder counts as flushed."""
         self.look()
         self.flushed, self.names_flushed = dict(self.content), len(self.changes)
         self.moments.clear()
@@ -66,19 +66,19 @@ class Recorder:
             with lock:
                 self.look()
                 rename(source, target)
-                self._rename(*(str(Path(each).relative_to(self.folder)) for each in (source, target)))
+                self._rename(*(str(Path(path).relative_to(self.folder)) for path in (source, target)))
                 self.look()
 
         patch.setattr(os, "fsync", watched_fsync)
         patch.setattr(os, "rename", watched_rename)
 
     def look(self) -> None:
-        """Note what has changed, and this moment."""
-        found = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
-        for name in self.names.keys() - found:
+        """Record what has changed, and this moment."""
+        present = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+        for name in self.names.keys() - present:
             self.changes.append(("remove", name))
             del self.names[name]
-        for name in sorted(found - self.names.keys()):
+        for name in sorted(present - self.names.keys()):
             self.names[name] = len(self.changes)
             self.changes.append(("create", name))
         for name, number in self.names.items():
@@ -115,7 +115,7 @@ class Recorder:
 
 
 def renamed(names: dict[str, int], source: str, target: str) -> dict[str, int]:
-    """The names after a file or a directory got another one."""
+    """The names after a file or a directory is renamed."""
     result = {name: number for name, number in names.items() if name != target}
     for name in names:
         if name == source or name.startswith(f"{source}/"):
@@ -124,7 +124,7 @@ def renamed(names: dict[str, int], source: str, target: str) -> dict[str, int]:
 
 
 def torn(before: bytes, after: bytes, draw: random.Random) -> bytes:
-    """A file on its way from one content to another."""
+    """A content that a crash can leave while a file changes from ``before`` to ``after``."""
     if before == after or draw.random() < 0.3:
         return before
     size = draw.choice([len(before), len(after)])
@@ -147,7 +147,7 @@ def shown(folder: Path) -> dict[str, bytes]:
 
 
 def disks(recorder: Recorder, folder: Path, number: int) -> Iterator[Path]:
-    """Crashed disks, the moments drawn evenly."""
+    """``number`` disks after a crash, at evenly spread moments."""
     draw = random.Random(0)
     for k in range(number):
         moment = recorder.moments[k * len(recorder.moments) // number]
@@ -163,35 +163,35 @@ def test_finished_after_a_power_cut(kind: str, inputs: Inputs, tmp_path: Path, m
     settings: dict[str, Any] = {"lam": 0.7, "threads": 1, "progress": False}
     apply(*inputs.all, **settings, out=tmp_path / "whole")
     expected = shown(tmp_path / "whole")
-    place = tmp_path / "place"
-    place.mkdir()
-    model = inputs["model"] if kind == "out" else shutil.copytree(inputs["model"], place / "result")
-    settings |= {"out": place / "result"} if kind == "out" else {"in_place": True}
-    recorder = Recorder(place)
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    model = inputs["model"] if kind == "out" else shutil.copytree(inputs["model"], watched / "result")
+    settings |= {"out": watched / "result"} if kind == "out" else {"in_place": True}
+    recorder = Recorder(watched)
     with monkeypatch.context() as patch:
         recorder.start(patch)
         apply(model, *inputs.all[1:], **settings)
     assert len(recorder.moments) > 30
     finished = 0
     for disk in disks(recorder, tmp_path, 5000 if SOAK else 250):
-        place.rename(tmp_path / "away")
-        disk.rename(place) if disk.exists() else place.mkdir()
+        watched.rename(tmp_path / "away")
+        disk.rename(watched) if disk.exists() else watched.mkdir()
         try:
-            resume(place / "result", progress=False)
+            resume(watched / "result", progress=False)
             finished += 1
         except InputError as error:
             assert "no unfinished run" in str(error) or "job.json: is damaged" in str(error)
-            if not (place / "result" / "perta_report.json").exists():
-                if kind == "in-place":  # not begun
-                    assert shown(place / "result") == shown(inputs["model"])
+            if not (watched / "result" / "perta_report.json").exists():
+                if kind == "in-place":  # nothing has begun
+                    assert shown(watched / "result") == shown(inputs["model"])
                 else:
-                    assert not (place / "result").exists()
+                    assert not (watched / "result").exists()
                 apply(model, *inputs.all[1:], **settings)
-        found = shown(place / "result")
-        for name in found.keys() - {"perta_report.json", "README.md"}:
-            assert found[name] == expected[name], name
-        assert found.keys() == expected.keys()
-        assert found["README.md"] == expected["README.md"]
-        place.rename(disk)
-        (tmp_path / "away").rename(place)
+        result = shown(watched / "result")
+        for name in result.keys() - {"perta_report.json", "README.md"}:
+            assert result[name] == expected[name], name
+        assert result.keys() == expected.keys()
+        assert result["README.md"] == expected["README.md"]
+        watched.rename(disk)
+        (tmp_path / "away").rename(watched)
     assert finished > 50

@@ -53,12 +53,12 @@ class World:
         return {path.name: path.read_bytes() for path in (self.inputs / "model").iterdir()}
 
     def prepare(self, folder: Path) -> Path:
-        """Make a directory ``place`` for one run; returns the directory that the run makes or changes."""
-        place = folder / "place"
-        place.mkdir(parents=True)
+        """Make a directory ``watched`` for one run; returns the directory that the run makes or changes."""
+        watched = folder / "watched"
+        watched.mkdir(parents=True)
         if self.kind == "in-place":
-            shutil.copytree(self.inputs / "model", place / "result")
-        return place / "result"
+            shutil.copytree(self.inputs / "model", watched / "result")
+        return watched / "result"
 
     def arguments(self, result: Path) -> list[object]:
         model = self.inputs / "model" if self.kind == "out" else result
@@ -89,11 +89,11 @@ class World:
 
     def check(self, result: Path) -> None:
         assert [path.name for path in result.parent.iterdir()] == ["result"]
-        found = {path.name: path.read_bytes() for path in result.iterdir() if path.is_file()}
-        report = json.loads(found.pop("perta_report.json"))
+        files = {path.name: path.read_bytes() for path in result.iterdir() if path.is_file()}
+        report = json.loads(files.pop("perta_report.json"))
         assert report["finished"] and len(report["tensors"]) == 9
-        assert found.pop("README.md").count(b"## Unlearned with perta_fast") == 1
-        assert found == self.expected
+        assert files.pop("README.md").count(b"## Unlearned with perta_fast") == 1
+        assert files == self.expected
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def share(points: list[tuple[str, int]], number: int) -> list[tuple[str, int]]:
 
 def test_killed_at_any_point(world: World, shim: Shim, tmp_path: Path) -> None:
     """Before and after every file call, and in the middle of those that move bytes."""
-    counted = shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/place/", setup=SMALL)
+    counted = shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/watched/", setup=SMALL)
     assert {"write", "fsync", "rename"} <= {point.kind for point in counted}
     ways = [(then, at) for at in range(len(counted)) for then in ("kill before", "kill after")]
     ways += [("torn", at) for at, point in enumerate(counted) if point.kind in SIZED]
@@ -131,7 +131,7 @@ def test_killed_at_any_point(world: World, shim: Shim, tmp_path: Path) -> None:
     def strike(way: tuple[str, int]) -> int:
         then, at = way
         result = world.prepare(tmp_path / f"{then} {at}")
-        done = shim.perta(*world.arguments(result), faults=Faults("/place/", then=then, at=at), setup=SMALL)
+        done = shim.perta(*world.arguments(result), faults=Faults("/watched/", then=then, at=at), setup=SMALL)
         assert done.returncode in (0, -9), done.stderr  # threads may make a call or two less
         world.finish(result)
         shutil.rmtree(tmp_path / f"{then} {at}")
@@ -143,13 +143,13 @@ def test_killed_at_any_point(world: World, shim: Shim, tmp_path: Path) -> None:
 
 
 def test_killed_again_while_it_is_finished(world: World, shim: Shim, tmp_path: Path) -> None:
-    counted = len(shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/place/", setup=SMALL))
+    counted = len(shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/watched/", setup=SMALL))
     draw = random.Random(0)
     for number in range(200 if SOAK else 8):
         result = world.prepare(tmp_path / str(number))
         command = world.arguments(result)
         for _ in range(3):
-            faults = Faults("/place/", then="kill before", at=draw.randrange(counted))
+            faults = Faults("/watched/", then="kill before", at=draw.randrange(counted))
             done = shim.perta(*command, faults=faults, setup=SMALL)
             assert done.returncode in (0, 2, -9), done.stderr  # 2: there was nothing to resume
             command = ["resume", result, "--quiet"]
@@ -187,10 +187,10 @@ def test_struck_by_an_error(error: str, world: World, shim: Shim, tmp_path: Path
     """Exit status 1, one line that says what to do, and a run that can be finished."""
     kinds = CHANGES[:-1]  # removing files works
     command = world.arguments(world.prepare(tmp_path / "count"))
-    counted = shim.count(*command, path="/place/", kinds=kinds, setup=SMALL)
+    counted = shim.count(*command, path="/watched/", kinds=kinds, setup=SMALL)
     for _, at in share([(error, at) for at in range(len(counted))], 8):
         result = world.prepare(tmp_path / str(at))
-        faults = Faults("/place/", then=error, at=at, lasting=True, kinds=kinds)
+        faults = Faults("/watched/", then=error, at=at, lasting=True, kinds=kinds)
         done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
         assert done.returncode in (0, 1), done.stderr
         if done.returncode == 1:
@@ -203,7 +203,7 @@ def test_struck_by_an_error(error: str, world: World, shim: Shim, tmp_path: Path
 
 def test_short_writes_change_nothing(world: World, shim: Shim, tmp_path: Path) -> None:
     result = world.prepare(tmp_path / "short")
-    faults = Faults("/place/", then="short", lasting=True)
+    faults = Faults("/watched/", then="short", lasting=True)
     done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
     assert done.returncode == 0, done.stderr
     world.check(result)

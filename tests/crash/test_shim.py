@@ -1,6 +1,6 @@
-"""The fault injection itself: each fault strikes the call that it was meant for, and no other.
+"""The injection of faults itself: each fault strikes the chosen call and no other.
 
-The children are plain Python programs whose calls are known one by one.
+The children are plain Python programs, all of whose calls are known.
 """
 
 import errno
@@ -15,7 +15,7 @@ import pytest
 from tests.crash.shim import CHANGES, KINDS, Faults, Point, Shim, points
 from tests.support.children import run_child
 
-# Every call that the library knows: its kind, and the Python that makes it once, giving the bytes it moved.
+# Every call that the library knows: its kind, and Python that makes it once and returns the number of bytes moved.
 CALLS: dict[str, tuple[str, str]] = {
     "os.write": ("write", "os.write(a, b'0123456789')"),
     "os.pwrite": ("write", "os.pwrite(a, b'0123456789', 0)"),
@@ -79,21 +79,21 @@ print(failed)
 
 def python(shim: Shim, folder: Path, program: str, faults: Faults) -> CompletedProcess[str]:
     """Run ``program`` in ``folder``/run under ``faults``."""
-    place = folder / "run"
-    place.mkdir(parents=True)
+    directory = folder / "run"
+    directory.mkdir(parents=True)
     command = [sys.executable, "-I", "-S", "-c", program]
-    return run_child(command, cwd=place, env=os.environ | faults.environment(shim.library))
+    return run_child(command, cwd=directory, env=os.environ | faults.environment(shim.library))
 
 
 def call_once(name: str) -> str:
-    """A program that makes one call, prints its result or its error, and then a mark."""
+    """A program that makes one call, prints its result or its error, and then "went on"."""
     return START + (
         f"try:\n    print({CALLS[name][1]})\nexcept OSError as error:\n    print(error.errno)\nprint('went on')\n"
     )
 
 
 def only(name: str, folder: Path, **settings: object) -> Faults:
-    """Faults of the one call: START itself only writes to b."""
+    """Faults of the one call in ``call_once``; START writes only to b."""
     kind = CALLS[name][0]
     return Faults(f"{folder}/run/{'b' if kind == 'read' else 'a'}", (kind,), **settings)  # type: ignore[arg-type]
 
@@ -154,18 +154,18 @@ def test_a_kill_comes_before_or_after_the_call(name: str, shim: Shim, tmp_path: 
         assert untouched(folder / "run") == (then == "kill before" or not changes)
 
 
-def untouched(place: Path) -> bool:
-    """Whether everything is as START leaves it."""
-    found = {path.name: path.read_bytes() if path.is_file() else b"" for path in place.iterdir()}
-    return found == {"a": b"", "b": b"abcdefghijklmnop", "a directory": b""}
+def untouched(directory: Path) -> bool:
+    """Whether everything is as START has made it."""
+    content = {path.name: path.read_bytes() if path.is_file() else b"" for path in directory.iterdir()}
+    return content == {"a": b"", "b": b"abcdefghijklmnop", "a directory": b""}
 
 
 @pytest.mark.parametrize("at", [0, 4, 9])
 def test_only_the_chosen_ordinal_is_struck(at: int, shim: Shim, tmp_path: Path) -> None:
     done = python(shim, tmp_path, TEN_WRITES, Faults("/run/a", then="EIO", at=at))
     assert done.stdout == f"{at} {errno.EIO}\n"
-    left = "".join(f"{k}{k}" for k in range(10) if k != at)
-    assert (tmp_path / "run" / "a").read_text() == left
+    written = "".join(f"{k}{k}" for k in range(10) if k != at)
+    assert (tmp_path / "run" / "a").read_text() == written
 
 
 def test_a_lasting_fault_strikes_all_later_calls(shim: Shim, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_lasting_fault_strikes_all_later_calls(shim: Shim, tmp_path: Path) -> 
 
 
 def test_a_loop_gets_through_a_disk_that_always_takes_half(shim: Shim, tmp_path: Path) -> None:
-    program = START + "left = b'0123456789'\nwhile left: left = left[os.write(a, left):]\n"
+    program = START + "rest = b'0123456789'\nwhile rest: rest = rest[os.write(a, rest):]\n"
     log = tmp_path / "log"
     python(shim, tmp_path, program, Faults("/run/a", then="short", lasting=True, log=log))
     assert (tmp_path / "run" / "a").read_bytes() == b"0123456789"
@@ -182,11 +182,11 @@ def test_a_loop_gets_through_a_disk_that_always_takes_half(shim: Shim, tmp_path:
 
 
 def test_a_kill_leaves_all_before_it_and_nothing_after(shim: Shim, tmp_path: Path) -> None:
-    for then, left in (("kill before", "0011"), ("torn", "00112"), ("kill after", "001122")):
+    for then, written in (("kill before", "0011"), ("torn", "00112"), ("kill after", "001122")):
         folder = tmp_path / then
         done = python(shim, folder, TEN_WRITES, Faults("/run/a", then=then, at=2, kinds=("write",)))
         assert done.returncode == -signal.SIGKILL
-        assert (folder / "run" / "a").read_text() == left
+        assert (folder / "run" / "a").read_text() == written
 
 
 def test_other_paths_and_other_kinds_are_neither_counted_nor_struck(shim: Shim, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_children_of_the_child_are_left_alone(shim: Shim, tmp_path: Path) -> Non
     "settings", [{"path": ""}, {"kinds": ()}, {"kinds": ("open",)}, {"at": -1}, {"then": "ENOSUCH"}]
 )
 def test_faults_that_cannot_be_are_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"no call can match|is no fault"):
+    with pytest.raises(ValueError, match=r"no call can match|is not a fault"):
         Faults(**{"path": "x", **settings})  # type: ignore[arg-type]
 
 

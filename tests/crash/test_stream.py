@@ -1,7 +1,7 @@
-"""A streamed run that is killed in any phase, or meets a full disk, is finished as if nothing had been.
+"""A streamed run that is killed in any phase, or meets a full disk, is finished with the same result.
 
-It is killed at every file call before the walk's first record, and at some of the later ones; with
-``PERTA_SOAK=1`` at all of them.
+It is killed at every file call before the walk's first record and at some of the later calls; with ``PERTA_SOAK=1`` at
+all calls.
 """
 
 import os
@@ -28,11 +28,11 @@ from tests.support.children import perta
 from tests.support.models import Job, write_job
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
-SOME = 9  # kills of a kind, where it is not a soak
+SOME = 9  # kills in each test, if it is not a soak
 SCHEDULE = """
 from perta_fast.streaming.forecast import choice
 from perta_fast.streaming.schedule import Schedule
-choice.schedule_for = lambda *_: Schedule()  # what it chooses for these inputs, by trials that take seconds
+choice.schedule_for = lambda *_: Schedule()  # its own choice for these inputs; its trials take seconds
 """
 
 
@@ -46,22 +46,22 @@ def arguments(job: Job, out: Path, *more: object) -> list[object]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that must be the same from run to run: weights, importances, companions."""
+    """The files that every run must write alike: weights, importances, companions."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "perta_report.json"}
 
 
 @pytest.fixture(scope="module")
 def expected(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    place = tmp_path_factory.mktemp("whole")
-    done = perta(*arguments(job, place / "result"))
+    folder = tmp_path_factory.mktemp("whole")
+    done = perta(*arguments(job, folder / "result"))
     assert done.returncode == 0, done.stderr
-    return contents(place)
+    return contents(folder)
 
 
-def place_in(folder: Path) -> Path:
-    (folder / "place").mkdir(parents=True)
-    return folder / "place" / "result"
+def output_in(folder: Path) -> Path:
+    (folder / "watched").mkdir(parents=True)
+    return folder / "watched" / "result"
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def forks(shim: Shim) -> Iterator[Forks]:
 
 
 def finish(job: Job, out: Path, expected: dict[str, bytes], run: Callable[..., CompletedProcess[str]] = perta) -> bool:
-    """Finish whatever a run has left; return whether there was something to take up again.
+    """Finish a run from what is on the disk; return whether there was a run to resume.
 
-    run: starts the same command again, over what is left, where there was not.
+    run: starts the same command again if there was none.
     """
     resumed = True
     try:
@@ -92,7 +92,7 @@ def finish(job: Job, out: Path, expected: dict[str, bytes], run: Callable[..., C
 @pytest.fixture(scope="module")
 def calls(job: Job, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
     folder = tmp_path_factory.mktemp("count")
-    return forks.count(*arguments(job, place_in(folder)), path="/place/", log=folder / "log")
+    return forks.count(*arguments(job, output_in(folder)), path="/watched/", log=folder / "log")
 
 
 def steps_recorded(points: list[Point]) -> list[int]:
@@ -100,9 +100,9 @@ def steps_recorded(points: list[Point]) -> list[int]:
 
 
 def kills(points: list[Point]) -> list[tuple[str, int]]:
-    """Ways to be killed at each of the calls.
+    """Ways to kill the run at each of the calls.
 
-    After a call is where it stands before the next, but for files that are made empty: left to a soak.
+    After a call is the same as before the next, except where a file is created in between; only a soak tries both.
     """
     ways = [("kill before", at) for at in range(len(points))]
     ways += [("torn", at) for at, point in enumerate(points) if point.kind in SIZED]
@@ -110,39 +110,39 @@ def kills(points: list[Point]) -> list[tuple[str, int]]:
 
 
 def spread(ways: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """All of them in a soak, else some, evenly."""
+    """All ways in a soak, else some, evenly spread."""
     return ways if SOAK else [ways[(2 * k + 1) * len(ways) // (2 * SOME)] for k in range(SOME)]
 
 
 @dataclass(frozen=True)
 class Struck:
-    """A run that is killed, over and over, each time over what ``left`` holds."""
+    """A run that is killed many times, each time on a copy of the directory ``before``."""
 
     forks: Forks
     job: Job
     expected: dict[str, bytes]
     out: Path
-    left: Path
+    before: Path
 
-    def put(self, left: Path) -> None:
-        """Lay out the place of the run as ``left`` is."""
+    def put(self, directory: Path) -> None:
+        """Make the directory around ``out`` a copy of ``directory``."""
         shutil.rmtree(self.out.parent)
-        shutil.copytree(left, self.out.parent)
+        shutil.copytree(directory, self.out.parent)
 
     def count(self, *command: object) -> list[Point]:
-        """The calls that the command makes when nothing goes wrong."""
-        self.put(self.left)
-        return self.forks.count(*command, path="/place/", log=self.out.parent.with_name("log"))
+        """The calls that the command makes without faults."""
+        self.put(self.before)
+        return self.forks.count(*command, path="/watched/", log=self.out.parent.with_name("log"))
 
     def kill(self, then: str, at: int, *command: object) -> bool:
-        """Kill the command once; False if it ended before."""
-        self.put(self.left)
-        done = self.forks.perta(*command, faults=Faults("/place/", then=then, at=at))
+        """Kill the command once; False if it ended before that call."""
+        self.put(self.before)
+        done = self.forks.perta(*command, faults=Faults("/watched/", then=then, at=at))
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         return done.returncode != 0
 
     def finish(self, again: bool) -> bool:
-        """Finish what is left; ``again``: also by its own command. Returns whether there was something left."""
+        """Finish the run; ``again``: also by its own command. Returns whether there was a run to resume."""
         struck = self.out.parent.with_name("struck")
         shutil.copytree(self.out.parent, struck)
         resumed = finish(self.job, self.out, self.expected, self.forks.perta)
@@ -158,17 +158,17 @@ class Struck:
 @pytest.fixture
 def struck(job: Job, expected: dict[str, bytes], forks: Forks, tmp_path: Path) -> Struck:
     (tmp_path / "nothing").mkdir()
-    return Struck(forks, job, expected, place_in(tmp_path), tmp_path / "nothing")
+    return Struck(forks, job, expected, output_in(tmp_path), tmp_path / "nothing")
 
 
-def left_by(struck: Struck, at: int) -> Struck:
-    """The same over what a run leaves that is killed before its call ``at``."""
+def killed_before(struck: Struck, at: int) -> Struck:
+    """``struck``, beginning with what a run has written that is killed before its call ``at``."""
     assert struck.kill("kill before", at, *arguments(struck.job, struck.out))
-    return replace(struck, left=shutil.copytree(struck.out.parent, struck.out.parent.with_name("left")))
+    return replace(struck, before=shutil.copytree(struck.out.parent, struck.out.parent.with_name("before")))
 
 
 def test_killed_before_the_first_record(calls: list[Point], struck: Struck) -> None:
-    """It is taken up from its inputs, or starts over; neither needs --overwrite."""
+    """It is resumed from its inputs, or starts over; neither needs --overwrite."""
     command = arguments(struck.job, struck.out)
     begun = next(at for at, point in enumerate(calls) if point.target.endswith(JOB))
     for then, at in kills(calls[: steps_recorded(calls)[0]]):
@@ -192,19 +192,19 @@ def test_killed_during_the_walk(calls: list[Point], struck: Struck) -> None:
 
 
 def test_killed_with_its_importances_in_their_place(calls: list[Point], struck: Struck) -> None:
-    """The same command again finishes the run: what it kept is its own."""
+    """The same command finishes the run: the importances there are its own."""
     kept = next(at for at, point in enumerate(calls) if point.target.endswith("/kept"))
     assert struck.kill("kill after", kept, *arguments(struck.job, struck.out))
     assert struck.out.with_name("kept").is_dir() and not struck.out.exists()
     replaced = struck.out.with_name(".kept.perta-replaced")
-    replaced.mkdir()  # as if it had been killed before it removed an older one
+    replaced.mkdir()  # as if it were killed before it removed an older one
     assert struck.finish(again=True)
     assert not replaced.exists()
 
 
 def test_killed_while_it_starts_over(calls: list[Point], struck: Struck) -> None:
-    """Nothing is taken up of which a part has been removed."""
-    struck = left_by(struck, steps_recorded(calls)[-2])
+    """A run is not resumed after a part of its files has been removed."""
+    struck = killed_before(struck, steps_recorded(calls)[-2])
     command = arguments(struck.job, struck.out, "--overwrite")
     second = struck.count(*command)
     number = next(at for at, point in enumerate(second) if point.kind == "write")
@@ -214,7 +214,7 @@ def test_killed_while_it_starts_over(calls: list[Point], struck: Struck) -> None
 
 
 def test_killed_again_before_the_first_record(calls: list[Point], struck: Struck) -> None:
-    struck = left_by(struck, steps_recorded(calls)[0])
+    struck = killed_before(struck, steps_recorded(calls)[0])
     command = ["resume", struck.out, "--quiet"]
     second = struck.count(*command)
     for then, at in spread(kills(second[: steps_recorded(second)[0]])):
@@ -223,8 +223,8 @@ def test_killed_again_before_the_first_record(calls: list[Point], struck: Struck
 
 
 def test_stopped_by_the_user(job: Job, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Ctrl-C says how to go on; the same command again goes on too, and another one is told about the first."""
-    out = place_in(tmp_path)
+    """The message says how to go on. The same command goes on too, and another one names the unfinished run."""
+    out = output_in(tmp_path)
     stop = (
         "import os, signal\nfrom perta_fast.streaming.data_pass import DataPass\noriginal = DataPass.backward\n"
         "def layer(*arguments):\n    os.kill(os.getpid(), signal.SIGINT)\n    return original(*arguments)\n"
@@ -245,12 +245,12 @@ def test_stopped_by_the_user(job: Job, expected: dict[str, bytes], tmp_path: Pat
 
 
 def test_a_full_disk(job: Job, expected: dict[str, bytes], calls: list[Point], forks: Forks, tmp_path: Path) -> None:
-    """In the spill and in the shards: one line that says what to do, then the run can be finished."""
-    spilled = [at for at, point in enumerate(calls) if point.kind == "write" and "/hidden-" in point.path]
+    """For scratch files and for shards: one line that says what to do, and a run that can be finished."""
+    scratch = [at for at, point in enumerate(calls) if point.kind == "write" and "/hidden-" in point.path]
     shards = [at for at, point in enumerate(calls) if point.kind == "write" and point.path.endswith("tensors")]
-    for at in (spilled[len(spilled) // 2], shards[-1]):
-        out = place_in(tmp_path / str(at))
-        faults = Faults("/place/", kinds=("write",), then="ENOSPC", lasting=True, at=sum_of_writes(calls, at))
+    for at in (scratch[len(scratch) // 2], shards[-1]):
+        out = output_in(tmp_path / str(at))
+        faults = Faults("/watched/", kinds=("write",), then="ENOSPC", lasting=True, at=sum_of_writes(calls, at))
         done = forks.perta(*arguments(job, out), faults=faults)
         assert done.returncode == 1
         assert "the disk is full" in done.stderr
@@ -263,7 +263,7 @@ def sum_of_writes(points: list[Point], at: int) -> int:
 
 
 def test_out_of_memory_half_way_back(job: Job, expected: dict[str, bytes], tmp_path: Path) -> None:
-    out = place_in(tmp_path)
+    out = output_in(tmp_path)
     starve = (
         "import torch\nfrom perta_fast.streaming.data_pass import DataPass\n"
         "def layer(*arguments):\n    torch.empty(1 << 60, dtype=torch.uint8)\nDataPass.backward = layer"
@@ -283,7 +283,7 @@ DataPass.embed_backward = lambda data: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_damaged_before_it_is_resumed(job: Job, tmp_path: Path) -> None:
-    out = place_in(tmp_path)
+    out = output_in(tmp_path)
     assert perta(*arguments(job, out), setup=KILLED_AT_THE_END).returncode == -signal.SIGKILL
     files = read_record(partial_path(out) / STATE / WALK)["passes"]["forget"]["files"]
     (gradient,) = (name for name in files if name.startswith("gradient"))
@@ -308,7 +308,7 @@ def test_damaged_before_it_is_resumed(job: Job, tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_record_that_no_run_has_written(change: dict[str, Any], half_done: Path, tmp_path: Path) -> None:
-    """Refused, whoever wrote it and its hash; nothing outside is touched."""
+    """It is refused though its hash is right, and no other file is touched."""
     out = tmp_path / "result"
     shutil.copytree(partial_path(half_done), partial_path(out))
     state = partial_path(out) / STATE
@@ -327,14 +327,14 @@ def test_a_record_that_no_run_has_written(change: dict[str, Any], half_done: Pat
 
 @pytest.fixture(scope="module")
 def half_done(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = place_in(tmp_path_factory.mktemp("half"))
+    out = output_in(tmp_path_factory.mktemp("half"))
     assert perta(*arguments(job, out), setup=KILLED_AT_THE_END).returncode == -signal.SIGKILL
     return out
 
 
 def test_inputs_that_change_meanwhile(tmp_path: Path) -> None:
-    """Data files may: what was read of them is kept. Weights may not."""
-    job, out = write_job(tmp_path / "job"), place_in(tmp_path)
+    """Data files may change, as the run keeps what it has read. Weights may not."""
+    job, out = write_job(tmp_path / "job"), output_in(tmp_path)
     assert perta(*arguments(job, out), setup=KILLED_AT_THE_END).returncode == -signal.SIGKILL
     job.forget.unlink()
     job.retain.write_text("no longer JSON")

@@ -1,4 +1,4 @@
-"""Damage to the bytes of a file, for hypothesis: anywhere, or where it hurts in a file of that format."""
+"""Damage to the bytes of a file, for hypothesis: anywhere, or where it matters in a file of that format."""
 
 import json
 
@@ -16,19 +16,19 @@ _WHOLES = (
     *(b"", b"{}", b"[]", b"null", b"true", b"0", b'"text"', b"[{}]", b'{"": {}}', b"\xff\xfe{\0}\0"),
     *(b"9" * 5000, b"[" * 200_000, b'{"a":' * 200_000),
 )
-_PLACES = ("../../etc/passwd", "/etc/passwd", "/dev/zero", "..", ".", "", "~", "a" * 300)
+_PATHS = ("../../etc/passwd", "/etc/passwd", "/dev/zero", "..", ".", "", "~", "a" * 300)
 _PARTS = ("..", "/", "\\", "\0", "\n", "~", "\ud800", "model", "-00001-of-00002", ".safetensors")
-_names = st.sampled_from(_PLACES) | st.lists(st.sampled_from(_PARTS), max_size=6).map("".join)
+_names = st.sampled_from(_PATHS) | st.lists(st.sampled_from(_PARTS), max_size=6).map("".join)
 _numbers = st.sampled_from(["", "-1", "3.5", "1e3", "²", "007", "9" * 5000, "many"]) | st.text(max_size=4)
 
 
 @st.composite
 def any_bytes(draw: st.DrawFn, original: bytes) -> bytes:
-    """Up to four changes: a bit flipped, bytes replaced or repeated from elsewhere, or the end cut off."""
+    """Up to four changes: a bit is flipped, bytes are replaced or copied from elsewhere, or the end is cut off."""
     content = bytearray(original)
-    places = [place for place, byte in enumerate(original) if byte]  # padding is nobody's
+    offsets = [offset for offset, byte in enumerate(original) if byte]  # padding has no meaning
     for _ in range(draw(st.sampled_from([1, 1, 2, 4]))):
-        begin = min(draw(st.sampled_from(places)), len(content))
+        begin = min(draw(st.sampled_from(offsets)), len(content))
         end = begin + draw(st.integers(0, _LONGEST))
         kind = draw(st.sampled_from(["flip", "token", "bytes", "repeat", "cut"]))
         if kind == "cut":
@@ -45,12 +45,12 @@ def any_bytes(draw: st.DrawFn, original: bytes) -> bytes:
 
 
 def json_document(original: bytes) -> SearchStrategy[bytes]:
-    """One JSON text."""
+    """A JSON document."""
     return any_bytes(original) | _json_text(original)
 
 
 def index(original: bytes) -> SearchStrategy[bytes]:
-    """The index of a checkpoint: also with names of shards that lead elsewhere."""
+    """The index of a checkpoint; some names of shards lead elsewhere."""
 
     @st.composite
     def with_name(draw: st.DrawFn) -> bytes:
@@ -62,34 +62,34 @@ def index(original: bytes) -> SearchStrategy[bytes]:
 
 
 def json_lines(original: bytes) -> SearchStrategy[bytes]:
-    """One JSON text a line."""
+    """A file with one JSON document per line."""
     lines = original.splitlines()
 
     @st.composite
     def with_line(draw: st.DrawFn) -> bytes:
-        place = draw(st.integers(0, len(lines) - 1))
-        line = draw(_json_text(lines[place]))
-        return b"\n".join([*lines[:place], line, *lines[place + 1 :]])
+        number = draw(st.integers(0, len(lines) - 1))
+        line = draw(_json_text(lines[number]))
+        return b"\n".join([*lines[:number], line, *lines[number + 1 :]])
 
     return any_bytes(original) | with_line()
 
 
 def safetensors(original: bytes) -> SearchStrategy[bytes]:
-    """A header and data."""
+    """A safetensors file: damage to its header, or to any bytes."""
     return safetensors_header(original) | any_bytes(original)
 
 
 def safetensors_header(original: bytes) -> SearchStrategy[bytes]:
-    """The header alone: as bytes, as JSON, a tensor said to lie elsewhere, a number of the metadata."""
+    """The header alone: its bytes, its JSON, the offsets of a tensor, or a value of the metadata."""
     length = int.from_bytes(original[:8], "little")
     prefix, header, data = original[:8], original[8 : 8 + length], original[8 + length :]
 
     @st.composite
-    def with_place(draw: st.DrawFn) -> bytes:
+    def with_offsets(draw: st.DrawFn) -> bytes:
         table = json.loads(header)
-        row = table[draw(st.sampled_from(sorted(table.keys() - {"__metadata__"})))]
+        entry = table[draw(st.sampled_from(sorted(table.keys() - {"__metadata__"})))]
         shift = draw(st.integers(-len(data), len(data)) | st.sampled_from([-4, 4, 2**63, -(2**64)]))
-        row["data_offsets"] = [offset + shift for offset in row["data_offsets"]]
+        entry["data_offsets"] = [offset + shift for offset in entry["data_offsets"]]
         return _text(table)
 
     @st.composite
@@ -99,9 +99,9 @@ def safetensors_header(original: bytes) -> SearchStrategy[bytes]:
         metadata[draw(st.sampled_from(sorted(metadata)))] = draw(_numbers)
         return _text(table)
 
-    texts = any_bytes(header) | _json_text(header) | with_place() | with_number()
-    fitted = texts.map(lambda text: len(text).to_bytes(8, "little") + text)
-    return (fitted | any_bytes(prefix + header)).map(lambda start: start + data)
+    headers = any_bytes(header) | _json_text(header) | with_offsets() | with_number()
+    with_length = headers.map(lambda text: len(text).to_bytes(8, "little") + text)
+    return (with_length | any_bytes(prefix + header)).map(lambda begin: begin + data)
 
 
 def _json_text(original: bytes) -> SearchStrategy[bytes]:

@@ -1,4 +1,4 @@
-"""A limit for what might never end."""
+"""A limit for code that might never end."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ from tests.support.children import HUNG
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
-    """Raise AssertionError, which no reader takes for its own, if the body does not come to an end."""
+    """Raise AssertionError if the body does not end; the package never raises that error itself."""
     old = signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(HUNG)
     try:
@@ -21,4 +21,4 @@ def patience() -> Iterator[None]:
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:
-    raise AssertionError("this does not come to an end")
+    raise AssertionError("this does not end")

@@ -1,6 +1,6 @@
-"""The files that others may have made or damaged, each with the ways in which the package reads it.
+"""The files that others may have made or damaged, and the ways in which the package reads them.
 
-A new kind of file needs one more row in ``TARGETS``.
+For a new kind of file, add an entry to ``TARGETS``.
 """
 
 import json
@@ -55,9 +55,9 @@ TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "T
 class Target:
     """One file of a finished run.
 
-    file: its place below the folder of ``write_run``. damage: draws damaged bytes in place of its own. read:
-    opens the damaged file, given its path, as the package does; PertaError is a refusal, AssertionError a wrong
-    result. commands: those of ``COMMANDS`` that read it.
+    file: its path in the folder of ``write_run``. damage: draws damaged bytes for it. read: reads the damaged file at
+    a path as the package does; PertaError is a refusal, AssertionError a wrong result. commands: those of
+    ``COMMANDS`` that read it.
     """
 
     file: str
@@ -66,7 +66,7 @@ class Target:
     commands: tuple[str, ...] = ()
 
 
-# Command lines, below the folder of ``write_run``.
+# Command lines, to run in the folder of ``write_run``.
 COMMANDS: dict[str, str] = {
     "inspect model": "inspect --tensors model",
     "inspect forget": "inspect --tensors forget",
@@ -86,7 +86,7 @@ COMMANDS: dict[str, str] = {
 
 
 def write_run(folder: Path) -> None:
-    """The inputs of ``perta apply``, some in one file and some in two, its output, and a data file."""
+    """Write the inputs of ``perta apply``, some in one file and some in two, its output, and a file of each kind."""
     inputs = write_inputs(folder, shards=2)
     for role, write in (("base", write_checkpoint), ("forget", write_importance)):
         shutil.rmtree(inputs[role])
@@ -100,7 +100,7 @@ def write_run(folder: Path) -> None:
 
 
 def write_adapter(folder: Path) -> None:
-    """A LoRA adapter of rank 2 on the embedding."""
+    """Write a LoRA adapter of rank 2 on the embedding."""
     stem = "base_model.model.model.embed_tokens.lora_embedding"
     write_checkpoint(folder, {f"{stem}_A": draw((2, 37)), f"{stem}_B": draw((5, 2), seed=1)}, stem="adapter_model")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": {"tokens": 5, "embed_tokens": 4}}
@@ -108,8 +108,8 @@ def write_adapter(folder: Path) -> None:
 
 
 def write_sweep(folder: Path) -> None:
-    """The record of a search on two curves; one strength has broken the model, one was skipped."""
-    rows = [
+    """Write the record of a search on two curves; one strength has broken the model, one was skipped."""
+    settings = [
         ScoredSetting("", 1.0, 1.0, 0.0, 0.1, 0.2, 0.1, 0.2, 0.0, 1.5),
         ScoredSetting("tv", 1.0, 1.0, 1.0, 2.0, 0.4, 2.0, 0.4, 0.9, 1.5),
         ScoredSetting("tv", 1.0, 1.0, 2.0, math.nan, math.inf, math.nan, math.inf, 1.0, 1.5),
@@ -118,23 +118,23 @@ def write_sweep(folder: Path) -> None:
     ]
     described: DataRecord = {"path": "data.jsonl", "blake3": "0" * 64, "samples": 3, "truncated": 0}
     data = dict.fromkeys(("forget", "retain"), described)
-    sweep = Sweep(rows, "loss", 0.5, None, "best-forget", {"lams": [1, 2, 8, 9]}, {"model": "model"}, data)
+    sweep = Sweep(settings, "loss", 0.5, None, "best-forget", {"lams": [1, 2, 8, 9]}, {"model": "model"}, data)
     folder.mkdir()
-    replace(sweep, gold=replace(rows[0], forget=6.0, forget_loss=6.0)).save(folder)
+    replace(sweep, gold=replace(settings[0], forget=6.0, forget_loss=6.0)).save(folder)
 
 
 def _read_sweep(file: Path) -> None:
-    """What is taken must have something to say, and choose what keeps the bound."""
+    """A sweep that is not refused must have a summary and choose a setting within the limits."""
     sweep = Sweep.read(file)
     assert sweep.summary()
     assert sweep.original in sweep.rows
-    assert sum(map(len, sweep.curves().values())) == sum(bool(row.rule) for row in sweep.rows)
+    assert sum(map(len, sweep.curves().values())) == sum(bool(setting.rule) for setting in sweep.rows)
     best = sweep.best
     assert best is None or best.keeps(sweep.limit, sweep.floor)
 
 
 def _read_scores(file: Path) -> None:
-    """What is taken are finite numbers by name, or None."""
+    """Scores that are not refused must be finite numbers by name, or None."""
     (scores,) = read_scores([file])
     assert scores.values
     assert all(value is None or math.isfinite(value) for value in scores.values.values())
@@ -142,36 +142,36 @@ def _read_scores(file: Path) -> None:
 
 
 def _read_adapter(file: Path) -> None:
-    """What is taken must be a finite scale and factors that are a product of matrices."""
+    """An adapter that is not refused must have finite scales, and factors whose product has the stated shape."""
     for update in Adapter.open(file.parent).low_rank.values():
         assert math.isfinite(update.scale)
-        left, right = update.factors()
-        assert (len(left), right.shape[1]) == update.shape
-        assert left.shape[1] == len(right)
+        b, a = update.factors()
+        assert (len(b), a.shape[1]) == update.shape
+        assert b.shape[1] == len(a)
 
 
 def _read_weights(file: Path, stem: str = "model") -> None:
-    """What is opened must be what the headers say, and every byte of data must belong to one tensor."""
-    opened = Checkpoint.open(file.parent, stem)
+    """A checkpoint that is not refused must be what its headers say; every byte of data belongs to one tensor."""
+    checkpoint = Checkpoint.open(file.parent, stem)
     expected = {}
     for path in file.parent.glob("*.safetensors"):
         content = path.read_bytes()
         begin = 8 + int.from_bytes(content[:8], "little")
         table = json.loads(content[8:begin])
         table.pop("__metadata__", None)
-        place = 0
-        for row in sorted(table.values(), key=lambda row: row["data_offsets"]):
-            assert row["data_offsets"] == [place, place + math.prod(row["shape"]) * ITEM_SIZES[row["dtype"]]]
-            place = row["data_offsets"][1]
-        assert begin + place == len(content)
-        for name, row in table.items():
-            first, last = row["data_offsets"]
-            expected[name] = (row["dtype"], row["shape"], content[begin + first : begin + last])
-    found = {
-        name: (entry.dtype, list(entry.shape), opened.file_of(entry).path.read_bytes()[entry.begin : entry.end])
-        for name, entry in opened.tensors.items()
+        offset = 0
+        for entry in sorted(table.values(), key=lambda entry: entry["data_offsets"]):
+            assert entry["data_offsets"] == [offset, offset + math.prod(entry["shape"]) * ITEM_SIZES[entry["dtype"]]]
+            offset = entry["data_offsets"][1]
+        assert begin + offset == len(content)
+        for name, entry in table.items():
+            first, last = entry["data_offsets"]
+            expected[name] = (entry["dtype"], entry["shape"], content[begin + first : begin + last])
+    opened = {
+        name: (entry.dtype, list(entry.shape), checkpoint.file_of(entry).path.read_bytes()[entry.begin : entry.end])
+        for name, entry in checkpoint.tensors.items()
     }
-    assert found == expected
+    assert opened == expected
 
 
 def _read_importance(file: Path) -> None:
@@ -190,20 +190,20 @@ def _read_report(file: Path) -> None:
 
 
 def _read_data(file: Path) -> None:
-    records = load_rows(file)
+    rows = load_rows(file)
     lines = file.read_text(encoding="utf-8-sig").split("\n")
-    assert len(records) == sum(bool(line.strip()) for line in lines)
-    for record in records:
-        assert record.content
-        assert contains(json.loads(lines[int(record.where.rsplit(" ", 1)[1]) - 1]), dict(record.content))
+    assert len(rows) == sum(bool(line.strip()) for line in lines)
+    for row in rows:
+        assert row.content
+        assert contains(json.loads(lines[int(row.where.rsplit(" ", 1)[1]) - 1]), dict(row.content))
 
 
 def _read_recipe(file: Path) -> None:
-    """What is taken must be what YAML's own objects hold, where such can be made of it."""
+    """A recipe that is not refused must hold what YAML's own loader reads, if that can read it."""
     settings = read_recipe(file)
     try:
         expected = yaml.safe_load(file.read_bytes())
-    except ValueError:  # the 35th of May: a text to us
+    except ValueError:  # a date like May 35, which the package reads as text
         return
     assert len(settings) == sum(value is not None for value in expected.values())
     for key, value in expected.items():
@@ -212,12 +212,12 @@ def _read_recipe(file: Path) -> None:
 
 
 def contains(whole: Any, part: Any) -> bool:
-    """Whether ``whole`` has all that ``part`` has: the same lists, and in its tables at least the same rows."""
+    """Whether ``whole`` has everything that ``part`` has: equal lists, and dictionaries with at least its entries."""
     if isinstance(whole, dict) and isinstance(part, dict):
         return all(key in whole and contains(whole[key], value) for key, value in part.items())
     if isinstance(whole, list) and isinstance(part, list):
         return len(whole) == len(part) and all(map(contains, whole, part))
-    return repr(whole) == repr(part)  # NaN is itself here, and True is not 1
+    return repr(whole) == repr(part)  # so that NaN equals NaN, and True does not equal 1
 
 
 TARGETS: dict[str, Target] = {

@@ -1,8 +1,8 @@
-"""Damaged files, thousands of them: refused by name or read rightly; nothing else, ever.
+"""Thousands of damaged files: each is refused by name or read correctly.
 
-For every file of ``TARGETS`` hypothesis draws damage to its bytes and to what they mean. The package, and the
-commands that read the file, must then refuse it with an error of their own or give a right result, and must
-change nothing on the disk either way. Some 1,700 inputs in an ordinary run; more than 100,000 with
+For every file of ``TARGETS`` hypothesis draws damage to its bytes and to their meaning. The package, and the commands
+that read the file, must then refuse it with an error of the package or give a correct result. In both cases they must
+change nothing on the disk. An ordinary run has about 1,700 inputs; more than 100,000 has
 
     PERTA_SOAK=1 python -m pytest tests/fuzz
 """
@@ -26,17 +26,17 @@ from tests.fuzz.targets import COMMANDS, TARGETS, write_run
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
-PAIRS = [(target, command) for target, row in TARGETS.items() for command in row.commands]
+PAIRS = [(name, command) for name, target in TARGETS.items() for command in target.commands]
 
 
 def examples(ordinary: int, soak: int) -> settings:
-    """How many inputs each test draws."""
+    """Set how many inputs a test draws."""
     return settings(max_examples=soak if SOAK else ordinary, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; each test puts back what it damages."""
+    """A finished run; every test restores what it damages."""
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     write_run(folder)
     return folder
@@ -44,9 +44,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def damaged_file(data: st.DataObject, target: str, run: Path) -> Iterator[bool]:
-    """Damage the file of ``target`` for a while; True if it is not the same then.
+    """Damage the file of ``target`` during the body; yields whether its content differs.
 
-    Nothing in or beside ``run`` may change before it is put back, and what is done must come to an end.
+    The body must end, and change nothing in or beside ``run``.
     """
     path = run / TARGETS[target].file
     original = path.read_bytes()
@@ -62,7 +62,7 @@ def damaged_file(data: st.DataObject, target: str, run: Path) -> Iterator[bool]:
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
-    """Everything below ``folder``, and when it was last changed."""
+    """Time of the last change and content of everything below ``folder``."""
     return {
         path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in folder.rglob("*")
     }
@@ -92,7 +92,7 @@ def test_commands(target: str, command: str, run: Path, data: st.DataObject, mon
             assert (status, perta("verify --quiet --full ../new")[0]) == (0, 0)
             shutil.rmtree("../new")
         elif command == "verify":
-            # A report may be damaged where it does not matter, a file that it has the hash of may not.
+            # Some damage to a report does not matter; any to a file whose hash it has does.
             assert status == (1 if "WRONG: " in out else 0)
             assert status == 1 or target == "report" or not changed
         else:
@@ -100,7 +100,7 @@ def test_commands(target: str, command: str, run: Path, data: st.DataObject, mon
 
 
 def perta(line: str) -> tuple[int, str, str]:
-    """Exit status, output and errors of one command; the streams refuse what those of a process refuse."""
+    """Exit status, output and errors of one command; the output is encoded as that of a process is."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

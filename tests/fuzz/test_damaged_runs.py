@@ -1,6 +1,6 @@
-"""Damage to what an unfinished run keeps: ``perta resume`` refuses it or makes what the run would have made.
+"""Damage to the files of an unfinished run: ``perta resume`` refuses them or gives the result of the whole run.
 
-Either way nothing changes but the run's own files. ``PERTA_SOAK=1`` as in test_damaged_files.py.
+In both cases only the run's own files change. ``PERTA_SOAK=1`` as in test_damaged_files.py.
 """
 
 import errno
@@ -31,7 +31,7 @@ SHARD = "model-00001-of-00002.safetensors"
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A file of the unfinished run in ``folder``, which is below that of ``write_unfinished``."""
+    """A file of an unfinished run. folder: of the run, in the folder of ``write_unfinished``."""
 
     folder: str
     file: str
@@ -50,7 +50,7 @@ TARGETS = {
 
 
 def write_unfinished(folder: Path) -> None:
-    """One run three times: whole, stopped in place, and stopped before its new directory is put in place."""
+    """Write one run three times: finished, stopped while it works in place, stopped before its last rename."""
     inputs = write_inputs(folder / "inputs", shards=2)
     settings: dict[str, Any] = {"rule": "grad", "lam": 0.5, "threads": 1, "progress": False}
     apply(*inputs.all, **settings, out=folder / "whole")
@@ -69,7 +69,7 @@ def write_unfinished(folder: Path) -> None:
 
 
 def fail_at(patch: pytest.MonkeyPatch, owner: object, name: str, condition: Callable[..., bool]) -> None:
-    """Make a function fail, as on a full disk, where ``condition`` holds for its arguments."""
+    """Make a function fail as on a full disk if ``condition`` is true of its arguments."""
     function = getattr(owner, name)
 
     def failing(*arguments: object) -> object:
@@ -91,27 +91,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(data=st.data())
 @examples(ordinary=25, soak=1000)
 def test_resuming(target: str, runs: Path, data: st.DataObject) -> None:
-    kept = runs / TARGETS[target].folder
+    run = runs / TARGETS[target].folder
     original = runs.with_name("original")
-    shutil.copytree(kept, original)
-    path = kept / TARGETS[target].file
+    shutil.copytree(run, original)
+    path = run / TARGETS[target].file
     try:
         path.write_bytes(data.draw(TARGETS[target].damage(path.read_bytes())))
-        before = elsewhere(runs, kept)
+        before = outside(runs, run)
         with patience():
-            status, out, err = perta(f"resume --quiet {kept / 'model'}")
-        assert elsewhere(runs, kept) == before
+            status, out, err = perta(f"resume --quiet {run / 'model'}")
+        assert outside(runs, run) == before
         if err:
             assert (status in (1, 2), out, err[:14]) == (True, "", "perta: error: ")
         else:
             assert status == 0
             for shard in (runs / "whole").glob("*.safetensors"):
-                assert (kept / "model" / shard.name).read_bytes() == shard.read_bytes()
+                assert (run / "model" / shard.name).read_bytes() == shard.read_bytes()
     finally:
-        shutil.rmtree(kept)
-        original.rename(kept)
+        shutil.rmtree(run)
+        original.rename(run)
 
 
-def elsewhere(runs: Path, kept: Path) -> dict[Path, tuple[int, bytes | None]]:
-    """All that the run in ``kept`` must leave alone."""
-    return {path: found for path, found in contents(runs.parent).items() if kept not in (path, *path.parents)}
+def outside(runs: Path, run: Path) -> dict[Path, tuple[int, bytes | None]]:
+    """Everything that ``run`` must not change."""
+    return {path: state for path, state in contents(runs.parent).items() if run not in (path, *path.parents)}

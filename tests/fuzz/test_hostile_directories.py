@@ -1,6 +1,6 @@
-"""Directories laid out to harm: links, devices, pickles and code are never followed, loaded or run.
+"""Directories made to do harm: harmful links and devices are not followed, pickles not loaded, code not run.
 
-``perta`` gets them as every kind of input. The traps make a directory, ``marker``, when they are sprung.
+``perta`` gets them as every kind of input. A trap that is loaded or run makes a directory, ``marker``.
 """
 
 import json
@@ -27,7 +27,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 
 class Bomb:
-    """Unpickled, it writes ``marker``."""
+    """Makes the directory ``marker`` when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -37,7 +37,7 @@ class Bomb:
 
 
 def write_bombs(folder: Path, marker: Path) -> None:
-    """Pickles under every name that some program would load them from."""
+    """Write pickles under all names from which programs load them."""
     for name in (
         *("pytorch_model.bin", "model.bin", "importance.bin", "training_args.bin", "optimizer.pt"),
         *("tokenizer.pkl", "model.pt", "consolidated.00.pth", "model.ckpt"),
@@ -46,7 +46,7 @@ def write_bombs(folder: Path, marker: Path) -> None:
 
 
 def write_code(folder: Path, marker: Path, model_type: str | None = None) -> None:
-    """Code that the configurations of model and tokenizer name for their own."""
+    """Write code, and name it in the configurations of model and tokenizer."""
     (folder / "trap.py").write_text(
         f"import os\nos.mkdir({str(marker)!r})\nfrom transformers import LlamaConfig as TrapConfig\n"
         "from transformers import LlamaForCausalLM as Trap, PreTrainedTokenizerFast as TrapTokenizer\n"
@@ -73,9 +73,9 @@ def end() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def auto_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers marks a class of its own that stands in for code it did not run; that must not last."""
-    for each in (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast):
-        monkeypatch.setattr(each, "_auto_class", each._auto_class)
+    """transformers marks the class that it takes instead of code that it did not run; this undoes the mark."""
+    for marked in (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast):
+        monkeypatch.setattr(marked, "_auto_class", marked._auto_class)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def inputs(tmp_path: Path) -> Inputs:
 
 @pytest.fixture
 def copied(job: Job, tmp_path: Path) -> Path:
-    """A job that may be damaged."""
+    """A copy of the job, to damage."""
     shutil.copytree(job.model.parent, tmp_path / "job")
     return tmp_path / "job"
 
@@ -153,7 +153,7 @@ def test_importance_is_never_estimated_on_pickles(copied: Path, tmp_path: Path) 
 def test_code_that_comes_with_a_model_is_not_run(
     model_type: str | None, status: int, copied: Path, tmp_path: Path
 ) -> None:
-    """transformers has its own class for the one, and nothing but the code for the other."""
+    """transformers has a class for the first model type; for the second there is only the code."""
     for role in ("model", "base", "tuned"):
         write_code(copied / role, tmp_path / "marker", model_type)
     assert estimate(copied, tmp_path / "importance") == status
@@ -162,7 +162,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     assert not (tmp_path / "marker").exists()
 
 
-# Each makes one file of the model lead elsewhere.
+# Each entry makes a file of the model, or the model itself, a link that never ends, a device or a pipe.
 LOOPS: dict[str, Callable[[Path], object]] = {
     "shard": lambda model: relink(model / FIRST, FIRST),
     "index": lambda model: relink(model / INDEX, INDEX),
@@ -225,12 +225,12 @@ def test_an_index_leads_nowhere_else(
     assert fingerprint(tmp_path) == before
 
 
-@pytest.mark.parametrize("place", ["/dev/zero", "/dev/stdin", "pipe", "loop", "model"])
-def test_a_report_cannot_make_verify_read_what_has_no_end(place: str, inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/stdin", "pipe", "loop", "model"])
+def test_a_report_cannot_make_verify_read_what_has_no_end(target: str, inputs: Inputs, tmp_path: Path) -> None:
     assert apply(inputs, tmp_path / "out") == 0
     os.mkfifo(inputs.folder / "pipe")
     (inputs.folder / "loop").symlink_to("loop")
-    path = (inputs.folder / place).absolute()
+    path = (inputs.folder / target).absolute()
     report = tmp_path / "out" / "perta_report.json"
     content = json.loads(report.read_text())
     content["inputs"]["model"] = {"path": str(path.parent), "files": {path.name: {"bytes": 0, "blake3": "00"}}}
