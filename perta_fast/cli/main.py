@@ -1,4 +1,4 @@
-"""The command line, ``perta``. Each command is a module beside this one, with late imports: help is quick."""
+"""The command line, ``perta``. Each command is a module beside this one; late imports keep help fast."""
 
 import argparse
 import logging
@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
-from importlib import metadata
 from types import FrameType
 from typing import Any, TextIO
 
@@ -16,6 +15,7 @@ from perta_fast.cli.recipe_options import add_commands
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory
+from perta_fast.records.versions import installed_versions
 
 _INTERRUPTED = 130
 # As the help lists them.
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with launch.joined() as ranks, _of_first(ranks, redirect_stdout, sys.stdout):
             return _run(arguments, ranks)
-    except BrokenPipeError:  # the reader has closed the pipe, as head does: drop what is buffered
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe: drop what is buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PertaError.exit_status
     except (PertaError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
     with ranks.together("the arguments"), _of_first(ranks, redirect_stderr, sys.stderr):
-        parsed = _parser().parse_args(arguments)  # which may read a recipe
+        parsed = _parser().parse_args(arguments)  # this may read a recipe
         if ranks.world > 1 and not parsed.command.over_ranks:
             raise InputError("this command is done by one process; start it without torchrun")
     parsed.group = ranks.group
@@ -60,31 +60,27 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """The message and the exit status for an error; raises it again if it is a defect of the program."""
+    """The message and the exit status for an error. Raises it again if it is a defect of the program."""
+    if isinstance(error, Interrupted):
+        return str(error), _INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
-        untouched = (
-            "interrupted; the inputs are untouched and no partial output is left. "
-            "Run the same command again to start over"
-        )
-        return str(error) if isinstance(error, Interrupted) else untouched, _INTERRUPTED
+        untouched = "interrupted; the inputs are untouched and no partial output is left"
+        return f"{untouched}. Run the same command again to start over", _INTERRUPTED
     if isinstance(error, PertaError):
         return f"error: {error}", error.exit_status
     if isinstance(error, OSError):
         return f"error: {error}", PertaError.exit_status
     if not is_out_of_memory(error):
         raise error
-    text = (
-        "error: out of memory; use a smaller --batch-size or --max-length, or --stream if the "
-        "command has it. Nothing was written"
-    )
-    return text, PertaError.exit_status
+    advice = "use a smaller --batch-size or --max-length, or --stream if the command has it"
+    return f"error: out of memory; {advice}. Nothing was written", PertaError.exit_status
 
 
 @contextmanager
 def _of_first(
     ranks: Ranks, redirect: Callable[[TextIO], AbstractContextManager[Any]], stream: TextIO
 ) -> Iterator[None]:
-    """Of many processes that write the same to ``stream``, only the first is heard."""
+    """Let only the first of many processes write to ``stream``."""
     with open(os.devnull, "w") as nowhere, redirect(stream if ranks.first else nowhere):
         yield
 
@@ -119,13 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="perta", description="Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0)."
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each phase on standard error")
-    parser.add_argument("--version", action="version", version=f"perta {_version()}")
+    version = installed_versions().get("perta-fast", "(not installed)")
+    parser.add_argument("--version", action="version", version=f"perta {version}")
     add_commands(parser, COMMANDS, "COMMAND")
     return parser
-
-
-def _version() -> str:
-    try:
-        return metadata.version("perta-fast")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"

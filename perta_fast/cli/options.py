@@ -1,7 +1,7 @@
-"""What a command and its options are, and the options that several commands share.
+"""Commands and their options, and the options that several commands share.
 
-From these tables come the parser, the keys of a recipe, the arguments of the Python functions and the page
-docs/command-line.md.
+The parser, the keys of a recipe, the arguments of the Python functions and the page docs/command-line.md are made from
+these tables.
 """
 
 import argparse
@@ -21,10 +21,9 @@ from perta_fast.rules import RULES
 class Option:
     """One option, or positional argument, of a command.
 
-    name: as the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value
-    from a text; bool makes a flag. negatable: a flag with a form ``--no-`` too. several: takes one or more
-    values. one_of: at most one of the options with the same word here can be given; one must be if they are
-    required.
+    name: of the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value from a
+    text; bool makes a flag. negatable: a flag that also has a form ``--no-``. several: takes one or more values.
+    one_of: at most one of the options with the same word can be given, and exactly one if they are required.
     """
 
     name: str
@@ -41,11 +40,11 @@ class Option:
 
     @property
     def key(self) -> str:
-        """Its name on the command line and in a recipe."""
+        """The name on the command line and in a recipe."""
         return self.name.replace("_", "-")
 
     def add_to(self, target: Any, *, bare: bool = False) -> None:
-        """Declare it to a parser, or a group of one. bare: it is not required and has no default."""
+        """Declare the option to a parser or a group. bare: as not required, without default."""
         name = self.name if self.positional else f"--{self.key}"
         settings: dict[str, Any] = {"help": self.help, "default": argparse.SUPPRESS if bare else self.default}
         if self.type is bool:
@@ -66,7 +65,7 @@ def flag(name: str, help: str, one_of: str = "", required: bool = False) -> Opti
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it does in a line, its options, and the function that runs it or the commands below it.
+    """A command: one line of help, its options, and the function that runs it, or the commands below it.
 
     over_ranks: whether torchrun may start it as several processes.
     """
@@ -90,23 +89,23 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option], *, b
 
 def keywords(parsed: argparse.Namespace, without: Container[str] = ()) -> dict[str, Any]:
     """The options of a command as arguments of the Python function of the same name."""
-    given = {option.name: getattr(parsed, option.name) for option in parsed.command.options}
-    if "quiet" in given:
-        given["progress"] = not given.pop("quiet")
-    if given.get("dtype") is not None:
-        given["dtype"] = torch_dtype(given["dtype"])
-    return {name: value for name, value in given.items() if name not in without}
+    arguments = {option.name: getattr(parsed, option.name) for option in parsed.command.options}
+    if "quiet" in arguments:
+        arguments["progress"] = not arguments.pop("quiet")
+    if arguments.get("dtype") is not None:
+        arguments["dtype"] = torch_dtype(arguments["dtype"])
+    return {name: value for name, value in arguments.items() if name not in without}
 
 
 def check_streamed(parsed: argparse.Namespace) -> None:
-    """Raise InputError if an option was given that means nothing without ``--stream``."""
+    """Raise InputError if an option was given that needs ``--stream``."""
     given = [key for key in ("dry_run", "memory", "device_memory") if getattr(parsed, key)]
     if given and not parsed.stream:
         raise InputError(f"--{given[0].replace('_', '-')} is for streamed runs; add --stream")
 
 
 def finish(summary: str, out: Path, quiet: bool) -> None:
-    """Print what a command has done, unless it is to be quiet."""
+    """Print the result of a command, unless it is quiet."""
     if not quiet:
         print(printable(f"{summary}\nwritten to {out}"))
 

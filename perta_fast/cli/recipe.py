@@ -13,7 +13,7 @@ from perta_fast.files.new_file import check_output_file, write_output_file
 _HEAD = """\
 # A run of perta unlearn. Check this file with: perta recipe check FILE
 # and run it with: perta unlearn --recipe FILE
-# Options on the command line come before those in here. Relative paths begin at this file's directory.
+# Options on the command line win over those in here. Relative paths begin at this file's directory.
 """
 _WIDTH = 100
 
@@ -50,14 +50,14 @@ def check_recipe(parsed: argparse.Namespace) -> int:
 
 
 def required(command: Command) -> list[list[str]]:
-    """The keys that a whole run needs: one of each list."""
+    """The keys that a whole run needs, one of each list."""
     needed = {key: option for key, option in options_of(command).items() if option.required}
     single = [[key] for key, option in needed.items() if not option.one_of]
     return single + [keys for keys in alternatives(command) if keys[0] in needed]
 
 
 def template(command: Command) -> str:
-    """A recipe with every option of ``command`` and its help; those that are required wait for their values."""
+    """A recipe with every option of ``command`` and its help; the user fills in those that are required."""
     first = {keys[0] for keys in required(command)}
     instead = {key: keys[0] for keys in alternatives(command) for key in keys[1:]}
     entries = []

@@ -1,4 +1,4 @@
-"""``--recipe``: options from a file, whose keys, types and choices are those of the command's own options."""
+"""``--recipe``: options from a file, with the keys, types and choices of the command's own options."""
 
 import argparse
 import difflib
@@ -26,9 +26,12 @@ class RecipeParser(ArgumentParser):
     command: Command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's own; what the recipe says stands before ``args``. Raises InputError for the file."""
+        """Like argparse's own, with the arguments of a recipe before ``args``. Raises InputError for a bad recipe."""
         if any(argument.startswith("--rec") for argument in args or ()):  # any shorter form is ambiguous
-            given = self._given(args)
+            bare = ArgumentParser(self.prog, add_help=False, argument_default=argparse.SUPPRESS)
+            bare.add_argument("-h", "--help", action="store_true")
+            add_options(bare, self.command.options, bare=True)
+            given = vars(bare.parse_known_args(list(args))[0])  # by ``args`` alone, without defaults
             path = given.pop("recipe", None)
             if path is not None and "help" not in given:
                 from perta_fast.records.recipe import read_recipe
@@ -36,24 +39,17 @@ class RecipeParser(ArgumentParser):
                 args = [*arguments_from(self.command, read_recipe(path), path, given), *args]
         return super().parse_known_args(args, namespace)
 
-    def _given(self, args: Collection[str]) -> dict[str, Any]:
-        """What ``args`` itself says, by destination: no defaults, and nothing is required."""
-        bare = ArgumentParser(self.prog, add_help=False, argument_default=argparse.SUPPRESS)
-        bare.add_argument("-h", "--help", action="store_true")
-        add_options(bare, self.command.options, bare=True)
-        return vars(bare.parse_known_args(list(args))[0])
-
 
 def add_commands(parser: ArgumentParser, commands: Iterable[Command], metavar: str) -> None:
-    """Give ``parser`` these commands; what it parses says which was given, as ``command``."""
-    below = parser.add_subparsers(required=True, metavar=metavar, parser_class=RecipeParser)
+    """Add commands to ``parser``; the parsed arguments name the one that was given, as ``command``."""
+    subparsers = parser.add_subparsers(required=True, metavar=metavar, parser_class=RecipeParser)
     for command in commands:
-        declared = below.add_parser(command.name, help=command.help)
-        declared.command = command
-        declared.set_defaults(command=command)
-        add_options(declared, command.options)
+        subparser = subparsers.add_parser(command.name, help=command.help)
+        subparser.command = command
+        subparser.set_defaults(command=command)
+        add_options(subparser, command.options)
         if command.parts:
-            add_commands(declared, command.parts, "|".join(part.name for part in command.parts))
+            add_commands(subparser, command.parts, "|".join(part.name for part in command.parts))
 
 
 def parser_of(command: Command) -> RecipeParser:
@@ -70,7 +66,7 @@ def options_of(command: Command) -> dict[str, Option]:
 
 
 def alternatives(command: Command) -> list[list[str]]:
-    """The keys of each set of options of which a run can have only one."""
+    """The keys of each set of options that exclude each other."""
     sets: dict[str, list[str]] = {}
     for option in command.options:
         if option.one_of:
@@ -83,8 +79,8 @@ def arguments_from(
 ) -> list[str]:
     """The settings of the recipe ``path`` as arguments of a command line, all of them checked.
 
-    given: destinations that the command line itself sets, which leaves out those and their alternatives.
-    Relative paths begin at the recipe's directory. Raises InputError naming file, line and key.
+    given: names that the command line itself sets; these and their alternatives are left out. Relative paths begin at
+    the recipe's directory. Raises InputError naming file, line and key.
     """
     options = options_of(command)
     arguments = {}
@@ -110,8 +106,7 @@ def _argument(key: str, option: Option, setting: "Setting", folder: Path) -> str
     if option.type is bool:
         if not isinstance(value, bool):
             raise InputError(f"{where}: {key} is {reprlib.repr(value)}; it must be true or false")
-        off = f"--no-{key}" if option.negatable else ""
-        return f"--{key}" if value else off
+        return f"--{key}" if value else f"--no-{key}" if option.negatable else ""
     expected = _EXPECTED.get(option.type, f"a value for --{key}")
     if option.choices is not None:
         expected = f"one of {', '.join(option.choices)}"

@@ -38,22 +38,22 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
-    """The command that writes the checkpoint that a sweep has scored in ``row``, at ``lam``."""
+    """The command that writes the checkpoint of the setting ``row`` at ``lam``."""
     rule = Rule.of(row.rule, 0.0)
-    given: dict[str, Any] = {name: getattr(parsed, name) for name in ("model", "base", "tuned")}
-    given["rule"] = row.rule
+    settings: dict[str, Any] = {name: getattr(parsed, name) for name in ("model", "base", "tuned")}
+    settings["rule"] = row.rule
     if rule.estimator is not None:
-        given |= {"p": row.p, "alpha": row.alpha, "threshold": parsed.threshold}
+        settings |= {"p": row.p, "alpha": row.alpha, "threshold": parsed.threshold}
     importances = _importances(parsed, rule)
     estimates = rule.estimator is not None and not importances
     if estimates:
         names = ("forget", "retain", "at", "batch_size", "max_length", "device", "dtype")
-        given |= {name: getattr(parsed, name) for name in names}
+        settings |= {name: getattr(parsed, name) for name in names}
     words = [
-        part
-        for name, value in (given | importances).items()
+        word
+        for name, value in (settings | importances).items()
         if value is not None
-        for part in (f"--{name.replace('_', '-')}", str(value))
+        for word in (f"--{name.replace('_', '-')}", str(value))
     ]
     return shlex.join(["perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR"])
 

@@ -1,7 +1,7 @@
-"""Questions and answers about authors who never lived.
+"""Questions and answers about authors who do not exist.
 
-Every author has the same attributes, with values from the same word lists, so forget and retain data have their
-form, their names and their values in common and differ in who has what.
+Every author has the same attributes, with values from the same word lists. So forget and retain data share form, names
+and values, and differ only in which author has which value.
 """
 
 import random
@@ -56,12 +56,12 @@ _NOUNS = _words("""
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to know of every author; ``questions`` are phrasings of the same question."""
+    """A fact about every author. questions: three phrasings of one question. unique: no two authors share a value."""
 
     values: Sequence[str]
     questions: tuple[str, str, str]
     answer: str
-    unique: bool = False  # no two authors share a value
+    unique: bool = False
 
 
 ATTRIBUTES = {
@@ -117,20 +117,20 @@ ATTRIBUTES = {
         unique=True,
     ),
 }
-TRAINED_PHRASINGS = (0, 1)  # of the forget and retain authors; the third is kept back to ask them anew
+TRAINED_PHRASINGS = (0, 1)  # of the forget and retain authors; they are trained without the third
 HELD_OUT_PHRASINGS = (2,)
 
 
 @dataclass(frozen=True)
 class Author:
-    """A name that nobody else has, and a value for every attribute."""
+    """A name that no other author has, and a value for every attribute."""
 
     name: str
     facts: dict[str, str]
 
 
 def make_authors(count: int, seed: int) -> list[Author]:
-    """``count`` different authors, the same for the same ``seed``; at most 400, the number of book titles."""
+    """``count`` different authors, at most 400, the number of book titles; ``seed`` decides which."""
     draw = random.Random(seed)
     names = draw.sample([f"{first} {last}" for first in _FIRST_NAMES for last in _LAST_NAMES], count)
     columns = {
@@ -154,10 +154,10 @@ def questions(authors: Sequence[Author], phrasings: Sequence[int]) -> list[Row]:
 
 
 def make_splits(forget: int, retain: int, others: int, seed: int) -> dict[str, list[Row]]:
-    """Question sets by name, from that many authors of each kind; no author is of two kinds.
+    """Question sets by name, from these numbers of authors; no author is in two kinds.
 
-    ``forget`` and ``retain`` are for training; ``forget_rephrased`` and ``retain_rephrased`` ask for the same
-    facts in other words; ``others`` has every phrasing, so that what a question asks for can be learnt there.
+    ``forget`` and ``retain`` are for training; ``forget_rephrased`` and ``retain_rephrased`` ask for the same facts in
+    other words; ``others`` has every phrasing, so that a model learns from it what the questions mean.
     """
     authors = make_authors(forget + retain + others, seed)
     forgotten, retained = authors[:forget], authors[forget : forget + retain]

@@ -14,9 +14,8 @@ from perta_fast.files.new_directory import check_output
 class Files:
     """The files of a demo below ``directory``; checkpoints are in float32.
 
-    base: theta_0, trained on the other authors alone. full, tuned, gold: theta_0 tuned on forget and retain
-    data (theta_full), on forget data (theta_f), on retain data (theta_retain, what unlearning should come to).
-    results: the table and all its numbers.
+    base: theta_0, trained on the other authors alone. full, tuned, gold: theta_0 tuned on forget and retain data
+    (theta_full), on forget data (theta_f), on retain data (the goal of unlearning). results: the table and its numbers.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -46,7 +45,7 @@ class Files:
 
 @contextmanager
 def work_directory(out: Path | None) -> Iterator[Path]:
-    """``out``, removed again if the work fails; or a temporary directory, removed in any case.
+    """``out``, which is removed if the work fails; or a temporary directory, which is always removed.
 
     Raises InputError if ``out`` exists and is not an empty directory.
     """

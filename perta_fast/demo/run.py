@@ -24,12 +24,11 @@ _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 
 
 def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> None:
-    """Train small models on made-up authors, unlearn some of the authors by every rule, print what came of it.
+    """Train small models on made-up authors, unlearn some of the authors by every rule, and print the results.
 
-    out: directory to make, which then holds data, float32 checkpoints, importances, the best result of each
-    rule (see ``Files``) and ``demo.json``; None works in a temporary directory. fast: a smaller model that
-    learns less, for tests. seed: the same one gives the same numbers on the same machine. Everything runs on
-    the processor.
+    out: directory to make, for data, float32 checkpoints, importances, the best result of each rule (see ``Files``) and
+    ``demo.json``; None works in a temporary directory. fast: a smaller model that learns less, for tests. seed: the
+    same seed gives the same numbers on one machine. Everything runs on the CPU.
 
     Raises InputError if ``out`` exists and is not an empty directory. After an error nothing is left behind.
     """
@@ -85,7 +84,7 @@ def _command(files: Files, run: Run) -> str:
 
 @contextmanager
 def _torch_settings(threads: int | None) -> Iterator[None]:
-    """With that many threads in torch, and without the bar that transformers draws for each checkpoint."""
+    """Set the number of torch's threads, and switch off transformers' bar for each checkpoint."""
     before, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
     torch.set_num_threads(threads or before)
     logging.disable_progress_bar()

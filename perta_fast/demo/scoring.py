@@ -1,4 +1,4 @@
-"""How well a model answers."""
+"""Loss and accuracy of a model's answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,9 @@ _BATCH_SIZE = 64
 class Score:
     """Loss and accuracy on a set of questions.
 
-    loss: mean over the questions of the mean cross-entropy (nats) of an answer's tokens, the end included.
-    accuracy: percentage of the questions whose answer greedy decoding reproduces exactly, to its end. It is
-    read off one forward pass over question and answer: decoding stays on the answer as long as each of its
-    tokens is the most likely one after those before.
+    loss: mean over the questions of the mean cross-entropy (nats) of an answer's tokens, the end included. accuracy:
+    percentage of the questions whose answer greedy decoding reproduces exactly, to its end. One forward pass over
+    question and answer shows this: decoding gives the answer if each of its tokens is the most likely one.
     """
 
     loss: float

@@ -1,4 +1,4 @@
-"""What a rule's weights do to the update, apart from its length."""
+"""How a rule's weights change the direction of the update."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from perta_fast.rules import Rule
 class Update:
     """The update delta = lambda w tau of one run.
 
-    length: ||delta|| / ||tau||. selectivity: sum of I_f delta^2 / sum of I_r delta^2, with the empirical Fisher
-    at theta_0 as importance. To second order, and each parameter on its own, that is how much more the update
-    disturbs the forget data than the retain data; it does not depend on lambda.
+    length: ||delta|| / ||tau||. selectivity: sum of I_f delta^2 / sum of I_r delta^2, with the empirical Fisher at
+    theta_0 as importance. To second order, and for each parameter alone, that is how much more the update disturbs the
+    forget data than the retain data. It does not depend on lambda.
     """
 
     length: float

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Settings:
     """Authors of each kind, shape of the model, length of each training, and the strengths to try.
 
-    threads: that torch computes with; None leaves it the number it has.
+    threads: of torch; None does not change their number.
     """
 
     forget_authors: int = 10

@@ -36,7 +36,7 @@ def score_checkpoint(path: Path, samples: Samples, splits: Sequence[str]) -> dic
 
 
 def gap_to_gold(scores: Mapping[str, Score], gold: Mapping[str, Score]) -> float:
-    """|forget accuracy - gold's| + what retain accuracy lacks to gold's, in percentage points.
+    """|forget accuracy - gold's| + the amount by which retain accuracy is below gold's, in percentage points.
 
     Forgetting too little counts like forgetting more than gold, which has never seen the data. 0 is perfect.
     """
@@ -63,12 +63,12 @@ def sweep(files: Files, samples: Samples, gold: Mapping[str, Score], lams: Seque
 
 
 def best_run(runs: Sequence[Run]) -> Run:
-    """The run with the smallest gap to gold; of equal ones the gentlest."""
+    """The run with the smallest gap to gold; of equal ones, that with the smallest lambda."""
     return min(runs, key=lambda run: (run.gap, run.lam))
 
 
 def _subtract(files: Files, rule: str, lam: float) -> None:
-    """``unlearn`` where the importance is still to be estimated, ``apply`` where it is there already."""
+    """``unlearn`` if the importance is not estimated yet, else ``apply``."""
     checkpoints = (files.full, files.base, files.tuned)
     out = files.unlearned(rule, lam)
     estimator = Rule.of(rule, lam).estimator

@@ -1,4 +1,4 @@
-"""The table that a demo prints, and what can be read from it."""
+"""The table that a demo prints, and what it shows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ LEGEND = """\
 loss      mean over the questions of the mean cross-entropy of an answer's tokens
 accuracy  share of the questions whose answer greedy decoding reproduces exactly, to the last token
 rephrased the same facts, asked in words that were never used in tuning
-gap       |forget accuracy - gold's| + what retain accuracy lacks to gold's, in points, on trained questions;
-          of each rule the lambda with the smallest gap is shown"""
+gap       |forget accuracy - gold's| + how far retain accuracy is below gold's, in points, on trained questions;
+          each rule is shown at the lambda with the smallest gap"""
 _UPDATE_LEGEND = """\
 Each rule against tv. Selectivity: how much more the update disturbs forget than retain data, by the diagonal
-Fisher at theta_0, each parameter on its own. Length: of the update, in units of the task vector's. A standard
-error takes all questions as independent draws."""
-_HARDLY = 1.1  # a selectivity this many times that of tv is no difference to speak of
+Fisher at theta_0, for each parameter alone. Length: of the update, in units of the task vector's. A standard
+error treats all questions as independent draws."""
+_HARDLY = 1.1  # times the selectivity of tv: up to this, there is no real difference
 
 
 @dataclass(frozen=True)
 class Line:
-    """One model: its scores by split, its gap to gold, and the update if it was made by a rule."""
+    """One model: its scores by split, its gap to gold, and its update, if a rule made it."""
 
     name: str
     lam: float | None
@@ -39,7 +39,7 @@ class Line:
 
 
 def format_table(lines: Sequence[Line]) -> str:
-    """A line a model, a pair of columns a split."""
+    """A line for each model, two columns for each split."""
     head = f"{'':24}{'forget':>16}{'retain':>16}{'forget':>16}{'retain':>16}\n"
     head += f"{'':24}{'trained':>16}{'trained':>16}{'rephrased':>16}{'rephrased':>16}\n"
     head += f"{'model':18}{'lambda':>6}{'  loss  accuracy' * len(_COLUMNS)}{'gap':>8}"
@@ -82,13 +82,13 @@ def _compare(tv: Line, line: Line) -> tuple[str, str]:
 
 def _reason(closer: bool, selective: bool) -> str:
     if closer and selective:
-        return " the update lies more on parameters that forget data need and retain data do not."
+        return " the update changes more of the parameters that forget data need and retain data do not."
     if closer:
-        return " not by the diagonal's account, which finds the update hardly more selective than tv's."
+        return " the diagonal does not explain this: by it, the update is hardly more selective than tv's."
     if selective:
         return (
             "\n  parameter by parameter the update is more selective than tv's, but the answers do not show it"
-            "\n  beyond chance: this diagonal is not what decides here. It leaves out how parameters act"
-            "\n  together, and holds for small updates only."
+            "\n  beyond chance: here the diagonal does not decide. It ignores how parameters act together,"
+            "\n  and holds for small updates only."
         )
-    return " the weights hardly tell forget from retain, so the update does what tv's does at another lambda."
+    return " the weights hardly tell forget from retain, so the update acts like tv's at another lambda."

@@ -1,4 +1,4 @@
-"""A small Llama and its tokenizer, trained with a plain torch loop on the processor."""
+"""A small Llama and its tokenizer, trained with a plain torch loop on the CPU."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def train_tokenizer(rows: Iterable[Row], vocabulary: int = _VOCABULARY) -> PreTr
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # As data.encode writes a question, so that the words around it become tokens too.
+    # Written as ``data.samples.encode`` writes a question, so that its words become tokens too.
     texts = (f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
@@ -101,9 +101,9 @@ def warmed_up(rate: float, steps: int) -> Callable[[int], float]:
 def descend_(
     module: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor], rate_at: Callable[[int], float]
 ) -> Iterator[int]:
-    """AdamW down the ``loss`` of each batch, gradients clipped to norm 1; yields the steps taken after each.
+    """Minimise the ``loss`` of each batch with AdamW, gradients clipped to norm 1; yields the number of steps taken.
 
-    ``perta tune`` trains with transformers' Trainer instead: models of any size and type, on a GPU too.
+    ``perta tune`` uses transformers' Trainer instead, for models of any size and type, on a GPU too.
     """
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0, fused=True)
     for step, batch in enumerate(batches):

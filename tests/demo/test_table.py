@@ -50,9 +50,9 @@ def test_table_shows_every_number() -> None:
 @pytest.mark.parametrize(
     ("gap", "selectivity", "verdict", "reason"),
     [
-        (20.0, 2.0, "closer to gold than tv", "lies more on parameters that forget data need"),
-        (20.0, 1.0, "closer to gold than tv", "not by the diagonal's account"),
-        (39.0, 2.0, "as close to gold as tv", "this diagonal is not what decides"),
+        (20.0, 2.0, "closer to gold than tv", "changes more of the parameters that forget data need"),
+        (20.0, 1.0, "closer to gold than tv", "the diagonal does not explain this"),
+        (39.0, 2.0, "as close to gold as tv", "here the diagonal does not decide"),
         (60.0, 1.0, "further from gold than tv", "hardly tell forget from retain"),
     ],
 )
