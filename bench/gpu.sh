@@ -5,9 +5,8 @@
 #
 # Uses the python3 on PATH, whose torch must see a GPU and which has what the extra [dev] names, and the CUDA
 # compiler on PATH; installs this checkout there, editable. Results go into bench/RESULTS.md and
-# bench/results.json and, with the log, into FOLDER if given. What did not finish in its time, or could not run,
-# is listed at the end as not measured.
-# PERTA_BENCH_ELEMENTS and PERTA_BENCH_ROUNDS change the sizes, PERTA_BENCH_SECONDS the time for all (520).
+# bench/results.json and, with the log, into FOLDER. The last lines name what ran out of time or could not run.
+# PERTA_BENCH_ELEMENTS and PERTA_BENCH_ROUNDS change the sizes, PERTA_BENCH_SECONDS the time for everything (520).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +17,7 @@ exec > >(tee "$folder/gpu.log") 2>&1
 summary=()
 failed=0
 
-# stage NAME LIMIT COMMAND...: run it, for LIMIT seconds and no longer than the whole may take.
+# stage NAME LIMIT COMMAND...: run a command for at most LIMIT seconds, and within the time for everything.
 stage() {
     local name=$1 limit=$2 status=0 began=$SECONDS
     shift 2
@@ -29,7 +28,7 @@ stage() {
         failed=1
         return 1
     fi
-    timeout --signal=INT --kill-after=10 "$limit" "$@" || status=$?  # interrupted, pytest still writes results
+    timeout --signal=INT --kill-after=10 "$limit" "$@" || status=$?  # pytest still writes results when interrupted
     case $status in
         0) summary+=("$name: done in $((SECONDS - began)) s") ;;
         124 | 137) summary+=("$name: not measured to the end, stopped after $((SECONDS - began)) s") ;;
@@ -60,7 +59,7 @@ print("torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton._
 print(torch.cuda.get_device_name(), "compute capability %d.%d" % torch.cuda.get_device_capability())' || exit 1
 nvcc --version | tail -n 1
 
-# For this device alone, which is quicker than for all.
+# Compile for this device only, which is quicker.
 PERTA_CUDA_ARCHS=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 export PERTA_CUDA=1 PERTA_CUDA_ARCHS
 stage 'build' 180 python3 -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1
@@ -68,7 +67,7 @@ stage 'build' 180 python3 -m pip install --quiet --no-deps --no-build-isolation 
 stage 'tests' 170 python3 -m pytest tests/ops tests/importance tests/evaluation tests/sweeping/test_sweep.py \
     tests/subtraction/test_on_module.py tests/subtraction/test_on_module_copies.py -q -k 'cuda or triton or live'
 if command -v compute-sanitizer >/dev/null; then
-    # Without torch's cache of device memory, so that a step over the end of a tensor is seen.
+    # Without torch's cache of device memory, so that an access beyond the end of a tensor is found.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage 'compute-sanitizer' 100 \
         compute-sanitizer --tool memcheck --error-exitcode 99 \
         python3 -m pytest -q tests/ops/test_rescaled_subtract.py::test_cuda_many \
