@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from perta_fast.dtypes import torch_name
+from perta_fast.models.loading import length_limit
 from perta_fast.records.report import data_record
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
@@ -30,16 +31,16 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
     for curve in opened.curves:
         by_role = {} if curve.estimator is None else importances[curve.estimator]
         rows += _along(curve, request.lams, original, excess, live, by_role, record)
-    module = live.subject.module
+    module, max_length = live.subject.module, length_limit(live.subject, request.max_length)
     data = {role: data_record(file.path, file.digest, live.samples[role]) for role, file in opened.data.items()}
-    run_in = {"device": str(module.device), "dtype": torch_name(module.dtype)}
+    resolved = {"device": str(module.device), "dtype": torch_name(module.dtype), "max_length": max_length}
     sweep = Sweep(
         rows=rows,
         metric=request.metric,
         limit=limit,
         floor=floor,
         select=request.criterion,
-        settings=request.settings() | run_in,
+        settings=request.settings() | resolved,
         inputs={role: str(directory.path.resolve()) for role, directory in opened.inputs().items()},
         data=data,
         gold=begun.gold,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from perta_fast import InputError, RunError, Sweep, apply, cli, estimate_importance, sweep, verify
 from perta_fast.records.report import Report
@@ -305,7 +305,9 @@ def test_the_checkpoint_of_what_is_chosen(handed: bool, job: Job, tmp_path: Path
     made_by = {"sweep": str(tmp_path / "out"), "sweep_started": found.started, "select": "closest"}
     assert report.settings == found.settings | made_by
     assert (report.settings["lams"], report.settings["alphas"]) == ([2.0, 8.0], [0.5, 2.0])
-    assert (report.settings["max_length"], report.settings["overwrite"]) == (None, False)
+    assert (report.settings["threshold"], report.settings["overwrite"]) == (None, False)
+    context = AutoConfig.from_pretrained(job.model).max_position_embeddings
+    assert report.settings["max_length"] == context
     assert report.inputs["forget_importance"].get("kept", True) == handed
     left = {"gold", "out", "chosen", "forget", "retain"}
     assert {path.name for path in tmp_path.iterdir()} == left
