@@ -15,23 +15,12 @@ def _load() -> ModuleType | ImportError:
         return error
 
 
-def load() -> ModuleType | None:
-    """The extension module, or None if it cannot be loaded."""
-    module = _load()
-    return None if isinstance(module, ImportError) else module
-
-
-def why_missing() -> str:
-    """Why the extension cannot be loaded, and what to do."""
-    return (
-        f"the compiled kernels (perta_fast._C) cannot be loaded: {_load()}; "
-        "install a C++ compiler and run: pip install -e ."
-    )
-
-
 def kernels() -> ModuleType:
-    """The extension module. Raises RunError if it cannot be loaded."""
-    module = load()
-    if module is None:
-        raise RunError(why_missing())
+    """The extension module. Raises RunError, which says what to do, if it cannot be loaded."""
+    module = _load()
+    if isinstance(module, ImportError):
+        raise RunError(
+            f"the compiled kernels (perta_fast._C) cannot be loaded: {module}; "
+            "install a C++ compiler and run: pip install -e ."
+        )
     return module

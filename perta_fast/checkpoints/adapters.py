@@ -141,10 +141,8 @@ class Adapter:
 
     def check_untouched(self, base: Checkpoint) -> None:
         """Raise InputError unless the ``untouched`` matrices are as in ``base``."""
-        shapes = {name: entry.shape for name, entry in base.tensors.items()}
         for name, entry in self.untouched.items():
-            stored = self._name_in(name, shapes, base.path)
-            if not self.checkpoint.equal(entry.name, stored, base):
+            if not self.checkpoint.equal(entry.name, self._name_in(name, base.tensors, base.path), base):
                 raise InputError(
                     f"{entry.path}: holds a {name} that differs from that in {base.path}; "
                     f"{_merge_first(entry.path.parent)}"

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice
@@ -35,13 +35,13 @@ class OutputDirectory:
         self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
         self.keep = self._resume = resume
         self._overwrite = overwrite
-        self._lock: int | None = None
+        self._locked = ExitStack()
 
     def __enter__(self) -> "OutputDirectory":
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True)
-            self._lock = lock(self.path)
+            self._locked.callback(os.close, lock(self.path))
             remove_replaced(self.final)
             if not self._resume:
                 self._forget()
@@ -50,7 +50,7 @@ class OutputDirectory:
         except BlockingIOError:
             raise RunError(f"{self.final}: another run is writing it now") from None
         except OSError as error:
-            self._release()
+            self._locked.close()
             raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
         return self
 
@@ -61,11 +61,6 @@ class OutputDirectory:
                 if record.exists():
                     record.unlink()
                     sync(record.parent)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def commit(self) -> None:
         """Flush everything, then rename: the old directory aside if ``overwrite``, the new one to its name."""
@@ -83,7 +78,7 @@ class OutputDirectory:
             remove(self.path)
         if self._replaced.exists() and not self.final.exists():  # stopped between the two renames
             self._replaced.rename(self.final)
-        self._release()
+        self._locked.close()
         if isinstance(error, OSError):
             rest = f"finish it with: perta resume {self.final}" if self.keep else "nothing was left behind"
             raise RunError(

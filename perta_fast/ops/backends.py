@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perta_fast import compiled
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
+from perta_fast.errors import RunError
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 DTYPE_CODES = {torch_dtype(name): code for name, code in KERNEL_CODES.items()}
@@ -56,9 +57,10 @@ def _why_not(backend: str, kind: str, interpreted: bool) -> str | None:
     if backend in ("cpp", "cuda"):
         if kind != {"cpp": "cpu", "cuda": "cuda"}[backend]:
             return f"it serves {'CPU' if backend == 'cpp' else 'CUDA'} tensors only"
-        module = compiled.load()
-        if module is None:
-            return compiled.why_missing()
+        try:
+            module = compiled.kernels()
+        except RunError as error:
+            return str(error)
         if backend == "cuda" and not module.build_info()["cuda"]:
             return "perta_fast was built without CUDA; put nvcc on PATH and build it again"
     if backend == "triton":
