@@ -1,5 +1,9 @@
-// The Python module perta_fast._C. It takes addresses, counts and codes and trusts them: perta_fast.ops and
-// perta_fast.runs.apply check every argument first. The GIL is released while a kernel runs.
+// The Python module perta_fast._C: the operations rescaled_subtract (with its factors: low_rank_subtract), accumulate
+// and fisher on the CPU and, built with CUDA, as cuda_*; the choice of an instruction set; and what was built.
+//
+// Takes addresses, counts and codes. Assumes that they are right: its callers, perta_fast.ops and
+// perta_fast.subtraction, check types, shapes and overlap first, and keep the memory alive during the call.
+// Moves no data of its own. The GIL is released while a kernel runs.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -57,7 +61,7 @@ perta::LowRank low_rank(const Factors& factors) {
       static_cast<const float*>(pointer(left)), static_cast<const float*>(pointer(right)), rank, columns, scale, first};
 }
 
-// Returns the statistics, or None where they are not wanted. factors: the task vector, instead of tuned and base.
+// Returns the statistics if `counted`, else None. factors: the task vector, instead of tuned and base.
 py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget, Address retain,
                              const py::tuple& dtypes, size_t n, const py::object& settings, int threads, bool counted,
                              const std::optional<Factors>& factors) {

@@ -1,4 +1,7 @@
-"""The device that a kernel runs on. Triton launches on the current one, wherever its arguments are."""
+"""The device that a kernel runs on: Triton launches on the current one, wherever its arguments are.
+
+Assumes a CUDA device or another accelerator of torch, or the CPU, where kernels are interpreted. Moves no data.
+"""
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 def current_device(tensor: Tensor) -> AbstractContextManager[None]:
-    """Make the tensor's device the current one; on the CPU, where kernels are interpreted, nothing is to do."""
+    """Make the tensor's device the current one; on the CPU there is nothing to do."""
     if tensor.device.type == "cpu":
         return nullcontext()
     guard: AbstractContextManager[None] = torch.get_device_module(tensor.device).device(tensor.device)

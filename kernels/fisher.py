@@ -1,12 +1,14 @@
 """fisher += sum over samples of (delta_n^T a_n)^2 in Triton, on tensor cores.
 
-One program makes one tile of the result. It multiplies block after block of tokens into float32 registers and,
-wherever a sample ends, adds the square of what they hold to a second set of registers, which is stored once, at
-the end. The blocks of all samples are one loop, so that loads run ahead over the samples' borders. FLOPs: 2 a
-token and element, as in an ordinary backward. Where there are too few tiles to fill the device, several
-programs share one, each with samples of its own, and add to it atomically, in no fixed order.
+One program makes one tile of the result. It multiplies block after block of tokens into float32 registers. Where a
+sample ends, it adds the square of what they hold to a second set of registers, which it stores once, at the end. The
+blocks of all samples are one loop, so loads run ahead over the end of a sample. Where there are too few tiles to fill
+the device, several programs share one, each with samples of its own, and add to it atomically, in no fixed order.
 
-Inputs in one 16-bit type are multiplied as they are, all others in float32 (IEEE, no tensor cores).
+Assumes dense arrays aligned to their elements, of any size; the edges of tiles and the last block of a sample are
+masked. Inputs in one 16-bit type are multiplied as they are, all others in float32 (IEEE, no tensor cores).
+Bytes: 8 an element of the result and program; each input once for each tile that it is part of.
+FLOPs: 2 a token and element, as in an ordinary backward, and 2 a sample and element for the square.
 """
 
 import math

@@ -1,6 +1,8 @@
-"""Loads and stores as float32, the same bits on every device and in the interpreter.
+"""value = float32(stored), stored = round(value), with the same bits on every device and in the interpreter.
 
 bfloat16 goes through its bits: a cast would leave the rounding to the device, and the interpreter truncates.
+Assumes blocks that are in registers already. Moves no data; a few integer operations an element for bfloat16, one
+conversion for float16.
 """
 
 import triton
@@ -21,7 +23,7 @@ def rounded(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Float32 ``value`` as ``dtype``, to nearest even; a NaN stays one."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
-        # The sign rides along: int32 wraps only beyond the largest NaN, and NaNs are handled apart.
+        # The sum may carry into the sign only for a NaN, and NaNs are replaced below.
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         kept = tl.where(value != value, 0x7FC0, nearest)
         return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
