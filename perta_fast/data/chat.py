@@ -19,11 +19,11 @@ def with_chat_settings(
     it. Raises InputError if there is no chat template.
     """
     settings = {"system_prompt": system_prompt, "date_string": date_string}
-    given = [name for name, text in settings.items() if text is not None]
-    if not given:
+    names = [name for name, text in settings.items() if text is not None]
+    if not names:
         return tokenizer
     if not isinstance(tokenizer.chat_template, str):
-        raise InputError(f"{' and '.join(given)}: the tokenizer has no chat template to put it in; leave it out")
+        raise InputError(f"{' and '.join(names)}: the tokenizer has no chat template to put it in; leave it out")
 
     def apply(messages: Sequence[dict[str, str]], *arguments: Any, **options: Any) -> Any:
         if system_prompt is not None and messages[0]["role"] != "system":

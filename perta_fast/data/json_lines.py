@@ -27,19 +27,12 @@ class Row:
 
 
 def load_rows(path: str | Path) -> list[Row]:
-    """Read and check a JSON lines file; blank lines are skipped.
-
-    Raises InputError, naming file and line, for a line in none of the three forms, and for a file that is missing,
-    unreadable or empty.
-    """
+    """Read and check a JSON lines file; blank lines are skipped. Raises InputError, naming file and line."""
     return read_data(path)[0]
 
 
 def read_data(path: str | Path) -> tuple[list[Row], str]:
-    """``load_rows``, and the BLAKE3 hash of the file.
-
-    The file is read once: it can be a pipe, and the hash is that of the bytes that were parsed even if it changes.
-    """
+    """``load_rows``, and the BLAKE3 hash of the file, which is read once: it can be a pipe."""
     text, data = read_text(Path(path))
     rows = [Row(_check_row(content, where), where) for where, content in parse_lines(text, path)]
     if not rows:
@@ -67,18 +60,18 @@ def rows_from(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _check_row(content: Any, where: str) -> Mapping[str, Any]:
-    """The fields of ``content`` that are used, checked."""
+    """The fields of ``content`` that its form has, checked."""
     if not isinstance(content, Mapping):
         raise InputError(f"{where}: is not a JSON object")
     if "messages" in content:
         _check_messages(content["messages"], where)
         return {"messages": content["messages"]}
-    wanted = ("question", "answer") if "question" in content or "answer" in content else ("text",)
-    for key in wanted:
+    form = ("question", "answer") if "question" in content or "answer" in content else ("text",)
+    for key in form:
         if key not in content:
             raise InputError(f'{where}: needs "question" and "answer", or "text", or "messages"; "{key}" is missing')
         check_text(content[key], key, where)
-    return {key: content[key] for key in wanted}
+    return {key: content[key] for key in form}
 
 
 def _check_messages(messages: Any, where: str) -> None:

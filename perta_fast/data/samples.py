@@ -30,8 +30,7 @@ class Sample:
 def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
     """Tokenise rows; cut samples at ``max_length`` tokens and mark those as truncated.
 
-    Raises InputError, naming the line, if no token with a loss remains, or a row has {"messages"} and the tokenizer has
-    no chat template.
+    Raises InputError, naming the line, if no token with a loss remains, or the tokenizer cannot encode messages.
     """
     samples = []
     for row in rows:
@@ -56,9 +55,10 @@ def _encode_row(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[in
                 'give {"question", "answer"} or {"text"} lines, or a model with a chat template'
             )
         return _encode_messages(content["messages"], tokenizer, row.where)
+    question, answer = content["question"], content["answer"]
     if not tokenizer.chat_template:
-        return _encode_plain_question(content["question"], content["answer"], tokenizer)
-    messages = [{"role": "user", "content": content["question"]}, {"role": "assistant", "content": content["answer"]}]
+        return _encode_plain_question(question, answer, tokenizer)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _encode_messages(messages, tokenizer, row.where)
 
 
@@ -98,9 +98,9 @@ def _encode_messages(
         before, after = render(k, True), render(k + 1, False)
         if whole[: len(before)] != before or whole[: len(after)] != after:
             raise InputError(
-                f"{where}: the tokens before an assistant's message change when it or a later message is "
-                "added (by the chat template, or a merge with the message's first characters), so its own "
-                "cannot be told apart; give each turn its own line"
+                f"{where}: the tokens before an assistant's message change when it or a later message is added (by the "
+                "chat template, or a merge with the message's first characters), so its own cannot be told apart; give "
+                "each turn its own line"
             )
         labels[len(before) : len(after)] = whole[len(before) : len(after)]
     return whole, labels

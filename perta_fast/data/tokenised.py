@@ -1,6 +1,6 @@
 """Data that is tokenised already, as for a Trainer: rows of a data set, or padded batches of a loader."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,12 +59,9 @@ def samples_from(rows: Iterable[Any]) -> list[Sample]:
                         f'row {number}: "{key}" has shape {tuple(columns[key].shape)}, "input_ids" has '
                         f"{tuple(ids.shape)}; they must be the same"
                     )
-        if ids.dim() == 1:
-            samples.append(_sample(columns, f"row {number}"))
-        else:
-            for k in range(len(ids)):
-                sample = {key: value[k] for key, value in columns.items()}
-                samples.append(_sample(sample, f"batch {number}, row {k}"))
+        for k, fields in enumerate(zip(*map(torch.atleast_2d, columns.values()), strict=True)):
+            where = f"row {number}" if ids.dim() == 1 else f"batch {number}, row {k}"
+            samples.append(_sample(fields, where))
     if not samples:
         raise InputError("there are no samples")
     return samples
@@ -83,8 +80,8 @@ def _numbers(row: Mapping[str, Any], key: str, number: int) -> Tensor:
     return value.cpu()
 
 
-def _sample(columns: Mapping[str, Tensor], where: str) -> Sample:
-    ids, labels, mask = (columns[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
+def _sample(fields: Sequence[Tensor], where: str) -> Sample:
+    ids, labels, mask = (field.tolist() for field in fields)
     begin = mask.index(1) if 1 in mask else 0
     end = begin + sum(mask)
     if mask != [0] * begin + [1] * (end - begin) + [0] * (len(mask) - end):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from perta_fast.importance.per_sample import Plan, gradients_only_for, plan_for
 from perta_fast.importance.per_sample_modules import Target
 from perta_fast.models.held_tensors import check_dtype, check_in_memory
 from perta_fast.models.losses import per_sample_losses
+from perta_fast.models.token_scores import evaluation_mode
 from perta_fast.ops import accumulate_, accumulate_square_
 from perta_fast.progress import Bar, Progress
 from perta_fast.rules import Estimator
@@ -38,7 +39,7 @@ class Accumulated:
     """Float32 means by parameter name. one_by_one: the parameters that took a backward pass for each sample."""
 
     means: dict[str, Tensor]
-    one_by_one: list[str] = field(default_factory=list)
+    one_by_one: list[str]
 
 
 def accumulate(
@@ -50,10 +51,7 @@ def accumulate(
     progress: Progress = True,
     ranks: Ranks = Ranks.ALONE,
 ) -> Accumulated:
-    """The mean over ``samples`` of gradients, or of squared per-sample gradients.
-
-    ``estimate_importance`` calls this with the loaded model and data; see there for arguments and errors.
-    """
+    """The mean over ``samples`` of gradients, or of squared per-sample gradients; see ``estimate_importance``."""
     with ranks.together(description):
         parameters = _covered(module, estimator)
         means = {
@@ -128,12 +126,12 @@ def _covered(module: nn.Module, estimator: Estimator) -> dict[str, nn.Parameter]
             f"{estimator} cannot be estimated on a sharded module, whose gradients are sums over samples; estimate "
             "grad, for rules grad and fisher, or start from a checkpoint, with stream if it is large"
         )
-    _check_parameters(module)
-    parameters = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter.is_floating_point()
-    }
+    parameters = {}
+    for name, parameter in module.named_parameters():
+        check_in_memory(name, parameter)
+        if parameter.requires_grad:
+            check_dtype(name, parameter.dtype)
+            parameters[name] = parameter
     if not parameters:
         raise InputError("the model has no floating-point parameter that requires a gradient")
     return parameters
@@ -141,18 +139,14 @@ def _covered(module: nn.Module, estimator: Estimator) -> dict[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class _BackwardPasses:
-    """Back-propagates the loss of every sample that is dealt to this rank.
-
-    dealt: the numbers of each rank's samples. in_step: the ranks exchange data in every pass, so all must do the same
-    number of passes. advance: called with the number of samples that are done.
-    """
+    """Back-propagates the loss of every sample that is dealt to this rank."""
 
     module: nn.Module
     samples: Sequence[Sample]
-    dealt: Sequence[Sequence[int]]
+    dealt: Sequence[Sequence[int]]  # the numbers of each rank's samples
     ranks: Ranks
-    in_step: bool
-    advance: Callable[[int], Any]
+    in_step: bool  # the ranks exchange data in every pass, so all must do the same number of passes
+    advance: Callable[[int], Any]  # called with the number of samples that are done
 
     def run(self, batch_size: int, sums: OverlappedSum, plan: Plan | None = None, unreached: bool = False) -> None:
         """Run batch by batch. unreached: a forward pass may reach no parameter that needs a gradient."""
@@ -198,13 +192,6 @@ def check_finite(name: str, mean: Tensor) -> None:
         raise NotFiniteError(f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)")
 
 
-def _check_parameters(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        check_in_memory(name, parameter)
-        if parameter.requires_grad:
-            check_dtype(name, parameter.dtype)
-
-
 @contextmanager
 def gradients_accumulated_into(
     module: nn.Module, sums: Mapping[str, Tensor], squared: bool, complete: Callable[[str], object] | None = None
@@ -247,17 +234,13 @@ def _keep_checkpointing(module: nn.Module) -> None:
 @contextmanager
 def _ready_to_measure(module: nn.Module) -> Iterator[None]:
     """Switch dropout off and clear gradients; restore training modes and gradients at the end."""
-    training = {submodule: submodule.training for submodule in module.modules()}
     gradients = {parameter: parameter.grad for parameter in module.parameters()}
-    module.eval()
-    _keep_checkpointing(module)
     for parameter in gradients:
         parameter.grad = None
     try:
-        with torch.enable_grad():
+        with evaluation_mode(module), torch.enable_grad():
+            _keep_checkpointing(module)
             yield
     finally:
-        for submodule, mode in training.items():
-            submodule.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient

@@ -33,7 +33,7 @@ PROBE_SAMPLES, PROBE_TOKENS = 5, 7
 
 @contextmanager
 def gradients_only_for(module: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Make autograd compute gradients for the parameters ``names`` alone."""
+    """Make autograd compute gradients only for the parameters ``names``."""
     others = [p for name, p in module.named_parameters() if p.requires_grad and name not in names]
     try:
         for parameter in others:
@@ -74,10 +74,7 @@ class Plan:
 def plan_for(
     model: nn.Module, samples: Sequence[Sample], targets: Mapping[str, Target], run: Callable[..., Any] | None = None
 ) -> Plan:
-    """Choose a ``ModuleFisher`` for each module with a parameter of ``targets``.
-
-    run: called instead of ``model``; runs the part of it that has ``targets``.
-    """
+    """Choose a ``ModuleFisher`` for each module with one of ``targets``. run: the part of ``model`` to call."""
     names = {parameter: name for name, parameter in model.named_parameters() if name in targets}
     uses: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in targets}
     for module in model.modules():
@@ -97,7 +94,7 @@ def plan_for(
             kind = seen[module].kind
             assert kind is not None
             fishers.setdefault(module, kind(module, {})).targets[key] = targets[name]
-        _combine([fishers[module] for module, _ in using], sum(call.count for call in calls))
+        _connect([fishers[module] for module, _ in using], sum(call.count for call in calls))
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else fishers.get(find_head())
     if isinstance(head, LinearFisher):
@@ -107,28 +104,25 @@ def plan_for(
 
 
 def _can_be_combined(calls: Sequence["_Calls"]) -> bool:
-    """Whether the gradients of one parameter from these modules can be added up by sample before they are squared."""
+    """Whether each sample's gradients of one parameter, from all its modules, can be summed before they are squared."""
     kinds = [call.kind for call in calls]
     if not calls or None in kinds or any(call.count == 0 for call in calls):
         return False
     count = sum(call.count for call in calls)
-    return count == 1 or kinds == [ElementwiseFisher] or set(kinds) == {LinearFisher} or _is_tied(kinds, count)
+    tied = len(kinds) == count == 2 and set(kinds) == {EmbeddingFisher, LinearFisher}
+    return count == 1 or kinds == [ElementwiseFisher] or set(kinds) == {LinearFisher} or tied
 
 
-def _is_tied(kinds: Sequence[type[ModuleFisher] | None], calls: int) -> bool:
-    """Whether these are an input embedding and an output head, each called once."""
-    return len(kinds) == calls == 2 and set(kinds) == {EmbeddingFisher, LinearFisher}
-
-
-def _combine(fishers: Sequence[ModuleFisher], calls: int) -> None:
+def _connect(fishers: Sequence[ModuleFisher], calls: int) -> None:
     """Connect the modules that share one parameter."""
-    linear = [fisher for fisher in fishers if isinstance(fisher, LinearFisher)]
-    if _is_tied([type(fisher) for fisher in fishers], calls):
-        (linear[0].embedding,) = (fisher for fisher in fishers if isinstance(fisher, EmbeddingFisher))
-    elif linear and calls > 1:
-        deferred: list[tuple[Tensor, Tensor]] = []
-        for fisher in linear:
-            fisher.deferred = deferred
+    embedding = next((fisher for fisher in fishers if isinstance(fisher, EmbeddingFisher)), None)
+    deferred: list[tuple[Tensor, Tensor]] = []
+    for fisher in fishers:
+        if isinstance(fisher, LinearFisher) and calls > 1:
+            if embedding is None:
+                fisher.deferred = deferred
+            else:
+                fisher.embedding = embedding
 
 
 @dataclass
@@ -150,7 +144,7 @@ def probe_inputs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 def _probe(
     run: Callable[..., Any], device: torch.device, samples: Sequence[Sample], modules: set[nn.Module]
 ) -> dict[nn.Module, _Calls]:
-    """Run a small batch through the model and try each ``ModuleFisher`` on the module's own inputs."""
+    """Run a small batch through the model; try on each module the kinds of ``ModuleFisher`` that may fit it."""
     ids, lengths = probe_inputs(samples)
     shape = BatchShape(PROBE_SAMPLES, PROBE_TOKENS, lengths)
     seen = {module: _Calls(kind=None if "forward" in module.__dict__ else LinearFisher) for module in modules}
@@ -162,7 +156,7 @@ def _probe(
             return
         fitting = [kind for kind in candidates(module) if _fits(kind, module, shape, arguments, keywords, result)]
         if calls.count == 1:
-            calls.kind = fitting[0] if fitting else None
+            calls.kind = next(iter(fitting), None)
         elif calls.kind not in fitting:
             calls.kind = None
 

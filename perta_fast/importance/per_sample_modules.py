@@ -25,7 +25,7 @@ _WORTH_GATHERING = 0.8  # share of tokens with a gradient, below which copying t
 
 
 class UnexpectedCall(Exception):
-    """A module was called in a way that its ``ModuleFisher`` does not understand."""
+    """A module was called in a way that its ``ModuleFisher`` cannot compute."""
 
 
 @dataclass
@@ -50,11 +50,6 @@ class Target:
         self.fisher.add_(gradients.square().sum(0))
         if self.gradient is not None:
             self.gradient.add_(gradients.sum(0))
-
-    def add_outer(self, activations: Tensor, output_gradients: Tensor, lengths: Tensor | None) -> None:
-        """Add delta_n^T a_n of every sample; see ``accumulate_squared_gradients_``."""
-        inputs = activations.contiguous(), output_gradients.contiguous()
-        accumulate_squared_gradients_(self.fisher, *inputs, lengths=lengths, gradient=self.gradient)
 
 
 @dataclass
@@ -106,22 +101,17 @@ class ModuleFisher:
 
     def values(self, name: str) -> Tensor:
         """A parameter of the module, without gradient."""
-        parameter = self.module._parameters[name]
-        assert parameter is not None
+        parameter: Tensor = getattr(self.module, name)
         return parameter.detach()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace the module's forward."""
-        before = self.module.__dict__.get("forward")
+        """Replace the module's forward, which is its class's: the probe leaves out modules with another."""
         self.module.forward = self.forward
         try:
             yield
         finally:
-            if before is None:
-                del self.module.forward
-            else:
-                self.module.forward = before
+            del self.module.forward
 
 
 class _Linear(torch.autograd.Function):
@@ -147,14 +137,13 @@ class _Linear(torch.autograd.Function):
 class LinearFisher(ModuleFisher):
     """nn.Linear, and GPT-2's Conv1D, which stores its weight transposed.
 
-    deferred: what each call gives, kept to the end of the pass, if the weight is used in several calls: their gradients
-    must be summed before they are squared. embedding: the input embedding that is tied to this output head. sparse: the
-    output's gradient may be zero at whole tokens (a head with masked labels).
+    deferred: the inputs and output gradients of every call, if the weight is used in several: the gradients of all
+    calls must be summed before they are squared.
     """
 
     deferred: list[tuple[Tensor, Tensor]] | None = None
-    embedding: "EmbeddingFisher | None" = None
-    sparse: bool = False
+    embedding: "EmbeddingFisher | None" = None  # the input embedding that is tied to this output head
+    sparse: bool = False  # the output's gradient may be zero at whole tokens (a head with masked labels)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +182,9 @@ class LinearFisher(ModuleFisher):
 
     def _add(self, activations: Tensor, deltas: Tensor, lengths: Tensor | None) -> None:
         pair = (deltas, activations) if self.transposed else (activations, deltas)
-        self.targets["weight"].add_outer(*pair, lengths)
+        inputs = (tensor.contiguous() for tensor in pair)
+        target = self.targets["weight"]
+        accumulate_squared_gradients_(target.fisher, *inputs, lengths=lengths, gradient=target.gradient)
 
     def finish_batch(self) -> None:
         if self._bias_sums:
@@ -252,7 +243,7 @@ class EmbeddingFisher(ModuleFisher):
             module.padding_idx = padding
 
     def keep_head_gradient(self, activations: Tensor, deltas: Tensor) -> None:
-        """Keep the tied head's per-sample gradient at the tokens of each sample, for the cross term."""
+        """Keep the tied head's gradient of each sample at the sample's tokens, for the product with the embedding's."""
         tokens = self._tokens.tensor_split(self._starts[1:-1].cpu())
         samples = zip(deltas, activations, tokens, strict=True)
         self.head_gradient = torch.cat([delta[:, rows].float().T @ a.float() for delta, a, rows in samples])

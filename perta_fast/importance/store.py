@@ -36,9 +36,9 @@ class ImportanceMetadata:
     """Where an importance comes from.
 
     estimator: "grad" (signed mean of per-sample gradients) or "empirical-fisher" (mean of their squares).
-    data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and those cut to the length
-    limit. evaluated_at: the model directory, or "live module". one_by_one: parameters whose squares took a
-    backward pass for each sample, which no batched pass gives; separated by commas.
+    data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and those cut to the length limit.
+    evaluated_at: the model directory, or "live module". one_by_one: parameters that took a backward pass for each
+    sample, because no batched pass gives their squares; separated by commas.
     """
 
     estimator: Estimator
@@ -67,10 +67,9 @@ class Importance:
     def save(self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None) -> None:
         """Write shards and index; the directory appears only when complete.
 
-        group: the processes that hold this importance; all call this, and each writes its share into a
-        directory that all must see. None: this process alone.
-
-        Raises InputError if it exists and is not empty, RunError if it cannot be written.
+        group: the processes that hold this importance; all call this, and each writes its share into a directory that
+        all must see. None: this process alone. Raises InputError if the directory exists and is not empty, RunError if
+        it cannot be written.
         """
         ranks = Ranks.of(group)
         what = "save an importance"
@@ -83,7 +82,7 @@ class Importance:
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):
-                save_shards(self.tensors, as_strings(self.metadata), target.path, ranks)
+                self._write_shards(target.path, ranks)
             with ranks.together(what):
                 if ranks.first:
                     target.commit()
@@ -96,6 +95,21 @@ class Importance:
                 raise InputError(
                     f"the importance of {name} is held by {mesh.size()} processes; pass group, all of these"
                 )
+
+    def _write_shards(self, directory: Path, ranks: Ranks) -> None:
+        """Write this rank's share of each tensor, durably: of a sharded one, the elements that it holds."""
+        from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_first_replica
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        writer = ShardWriter(shapes, as_strings(self.metadata), directory)
+        for name, tensor in self.tensors.items():
+            if not is_distributed(tensor):
+                writer.write_share(name, tensor, ranks)
+            elif is_first_replica(tensor):
+                values = held(tensor).reshape(-1)
+                for first, part in held_ranges(tensor):
+                    writer.write(name, values[part], first)
+        sync_tree(directory)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Importance":
@@ -120,7 +134,7 @@ class _LazyTensors(Mapping[str, "torch.Tensor"]):
             raise KeyError(name)
         return self._checkpoint.tensor(name)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+    def __contains__(self, name: object) -> bool:  # Mapping's own method would read the tensor
         return name in self._checkpoint.tensors
 
     def __iter__(self) -> Iterator[str]:
@@ -146,31 +160,10 @@ def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     return table
 
 
-def save_shards(
-    tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str], directory: Path, ranks: Ranks
-) -> None:
-    """Write this rank's share of each of ``tensors`` as float32 shards, durably; see ``ShardWriter``.
-
-    Of a tensor that is sharded over processes, each rank writes what it holds.
-    """
-    from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_first_replica
-
-    writer = ShardWriter({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, directory)
-    for name, tensor in tensors.items():
-        if not is_distributed(tensor):
-            writer.write_share(name, tensor, ranks)
-        elif is_first_replica(tensor):
-            own = held(tensor).reshape(-1)
-            for first, part in held_ranges(tensor):
-                writer.write(name, own[part], first)
-    sync_tree(directory)
-
-
 class ShardWriter:
     """Float32 shards of at most ``SHARD_BYTES`` (one tensor at least), with an index, filled tensor by tensor.
 
-    The constructor writes headers and index, from the names and shapes of all tensors; tensors come in any
-    order.
+    The constructor writes headers and index; then tensors may be written in any order.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], directory: Path) -> None:
@@ -181,7 +174,7 @@ class ShardWriter:
             path = directory / f"{file}.safetensors"
             header, offsets = build_header({name: ("F32", shapes[name]) for name in names}, metadata)
             _write(path, memoryview(header), 0)
-            # Else a network file system may fill the page after a write at the end, over what others wrote.
+            # At full size at once: where a file grows, a network file system may put zeros over other ranks' writes.
             os.truncate(path, len(header) + sum(byte_count("F32", shapes[name]) for name in names))
             self._positions.update({name: (path, offsets[name]) for name in names})
         if len(groups) > 1:

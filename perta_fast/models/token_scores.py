@@ -95,13 +95,13 @@ def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put every submodule in evaluation mode, and back into its own mode at the end."""
-    training = [submodule for submodule in module.modules() if submodule.training]
+    modes = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        for submodule in training:
-            submodule.training = True
+        for submodule, mode in modes.items():
+            submodule.training = mode
 
 
 def device_of(module: nn.Module) -> torch.device:

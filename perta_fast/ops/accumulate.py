@@ -18,15 +18,15 @@ from perta_fast.ops.backends import (
     current_stream,
     numbered,
 )
-from perta_fast.ops.registration import register, traced
+from perta_fast.ops.registration import register
 
 
 def accumulate_(accumulator: Tensor, gradient: Tensor, *, backend: str = "auto") -> Tensor:
     """Add ``gradient`` to ``accumulator`` in place, for the mean gradient.
 
-    accumulator: any shape, float32, contiguous; overwritten. gradient: the same shape and device, float32,
-    bfloat16 or float16, contiguous, apart from the accumulator in memory. backend: see ``rescaled_subtract_``.
-    Returns the accumulator. Raises TypeError or ValueError naming the argument. Backends agree bit for bit.
+    accumulator: any shape, float32, contiguous; overwritten. gradient: the same shape and device, float32, bfloat16 or
+    float16, contiguous, sharing no memory with the accumulator. backend: see ``rescaled_subtract_``. Returns the
+    accumulator. Raises TypeError or ValueError naming the argument. Backends agree bit for bit.
     """
     return _one_pair(accumulator, gradient, False, backend)
 
@@ -56,7 +56,7 @@ def accumulate_square_many_(
 
 def _one_pair(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> Tensor:
     check_types(accumulator=accumulator, gradient=gradient, backend=backend)
-    (_ONE if traced(accumulator) else _accumulate_)(accumulator, gradient, squared, backend)
+    _ONE(accumulator, gradient, squared, backend)
     return accumulator
 
 
@@ -64,35 +64,31 @@ def _many_pairs(accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squ
     check_types(backend=backend)
     check_lists(accumulators=accumulators, gradients=gradients)
     if accumulators:
-        (_MANY if traced(accumulators[0]) else _accumulate_many_)(accumulators, gradients, squared, backend)
+        _MANY(accumulators, gradients, squared, backend)
 
 
 def _accumulate_(accumulator: Tensor, gradient: Tensor, squared: bool, backend: str) -> None:
-    _check("accumulator", accumulator, "gradient", gradient)
-    check_apart({"accumulator": accumulator}, {"gradient": gradient})
-    _run([(accumulator, gradient)], squared, backend)
+    _check_and_run({"accumulator": accumulator}, {"gradient": gradient}, squared, backend)
 
 
 def _accumulate_many_(accumulators: Sequence[Tensor], gradients: Sequence[Tensor], squared: bool, backend: str) -> None:
-    _check_many(accumulators, gradients)
-    check_apart(numbered("accumulators", accumulators), numbered("gradients", gradients))
-    _run(list(zip(accumulators, gradients, strict=True)), squared, backend)
+    _check_and_run(numbered("accumulators", accumulators), numbered("gradients", gradients), squared, backend)
 
 
-def _check(name: str, accumulator: Tensor, gradient_name: str, gradient: Tensor) -> None:
-    check_tensor(name, accumulator, accumulator)
-    if accumulator.dtype != torch.float32:
-        raise TypeError(f"{name} is {accumulator.dtype}; it must be float32")
-    check_tensor(gradient_name, gradient, accumulator)
+def _check(accumulators: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    """Raise unless types, shapes and devices fit; tensors are given by their names in messages."""
+    for (name, accumulator), (gradient_name, gradient) in zip(accumulators.items(), gradients.items(), strict=True):
+        check_tensor(name, accumulator, accumulator)
+        if accumulator.dtype != torch.float32:
+            raise TypeError(f"{name} is {accumulator.dtype}; it must be float32")
+        check_tensor(gradient_name, gradient, accumulator)
+    check_one_device("accumulators", list(accumulators.values()))
 
 
-def _check_many(accumulators: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    for k, (accumulator, gradient) in enumerate(zip(accumulators, gradients, strict=True)):
-        _check(f"accumulators[{k}]", accumulator, f"gradients[{k}]", gradient)
-    check_one_device("accumulators", accumulators)
-
-
-def _run(pairs: list[tuple[Tensor, Tensor]], squared: bool, backend: str) -> None:
+def _check_and_run(accumulators: dict[str, Tensor], gradients: dict[str, Tensor], squared: bool, backend: str) -> None:
+    _check(accumulators, gradients)
+    check_apart(accumulators, gradients)
+    pairs = list(zip(accumulators.values(), gradients.values(), strict=True))
     device = pairs[0][0].device
     chosen = choose(backend, device)
     if chosen == "reference":
@@ -119,10 +115,12 @@ def _run(pairs: list[tuple[Tensor, Tensor]], squared: bool, backend: str) -> Non
 _ONE = register(
     "accumulate_(Tensor(a!) accumulator, Tensor gradient, bool squared, str backend) -> ()",
     _accumulate_,
-    lambda accumulator, gradient, *_: _check("accumulator", accumulator, "gradient", gradient),
+    lambda accumulator, gradient, *_: _check({"accumulator": accumulator}, {"gradient": gradient}),
 )
 _MANY = register(
     "accumulate_many_(Tensor(a!)[] accumulators, Tensor[] gradients, bool squared, str backend) -> ()",
     _accumulate_many_,
-    lambda accumulators, gradients, *_: _check_many(accumulators, gradients),
+    lambda accumulators, gradients, *_: _check(
+        numbered("accumulators", accumulators), numbered("gradients", gradients)
+    ),
 )

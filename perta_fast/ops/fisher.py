@@ -6,7 +6,7 @@ from torch import Tensor
 from perta_fast import compiled
 from perta_fast.ops import reference
 from perta_fast.ops.backends import addresses, check_apart, check_array, check_types, choose, dtype_codes
-from perta_fast.ops.registration import register, traced
+from perta_fast.ops.registration import register
 
 
 def accumulate_squared_gradients_(
@@ -20,25 +20,23 @@ def accumulate_squared_gradients_(
 ) -> Tensor:
     """Add each sample's squared weight gradient to ``fisher`` in place (PerTA, arXiv 2601.22030, I_f and I_r).
 
-    A linear map y = W a has, for sample n, the gradient G_n = delta_n^T a_n, a sum over its tokens. Then
-    fisher += sum_n G_n^2 and, where asked for, gradient += sum_n G_n, from one pass; no G_n is ever stored.
+    The gradient of a linear map y = W a is, for sample n, G_n = delta_n^T a_n, a sum over its tokens. One pass computes
+    fisher += sum_n G_n^2 and, if there is a ``gradient``, gradient += sum_n G_n; no G_n is ever stored.
 
-    fisher: (d_out, d_in) float32, contiguous; overwritten. gradient: the same, or None.
-    activations: (N, T, d_in); output_gradients: (N, T, d_out); contiguous, on the same device, each float32,
-    bfloat16 or float16. lengths: (N,) integers between 0 and T: how many tokens of each sample count, from its
-    first; what follows is not read. None: all of them.
-    Or without padding: activations (M, d_in), output_gradients (M, d_out), and ``lengths``, which sum to M, say
-    how many consecutive rows belong to each sample.
-    backend: "auto", "reference", "cpp" (CPU), "triton".
+    fisher: (d_out, d_in) float32, contiguous; overwritten. gradient: the same, or None. activations: (N, T, d_in);
+    output_gradients: (N, T, d_out); contiguous, on the same device, each float32, bfloat16 or float16. lengths: (N,)
+    integers between 0 and T: the number of real tokens of each sample; those after them are not read. None: all.
+    Or without padding: activations (M, d_in), output_gradients (M, d_out), and ``lengths``, which sum to M: the numbers
+    of consecutive rows of each sample. backend: "auto", "reference", "cpp" (CPU), "triton".
 
-    Returns fisher. Sums are float32; backends agree to a relative error of 1e-5 of the norm in float32.
-    Raises TypeError or ValueError naming the argument. Memory: a few MB a thread; the reference holds the
-    gradient of one sample.
+    Returns fisher. Sums are float32; backends agree to a relative error of 1e-5 of the norm in float32. Raises
+    TypeError or ValueError naming the argument. Memory: a few MB a thread; the reference holds the gradient of one
+    sample.
     """
     optional = {"lengths": lengths, "gradient": gradient}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     check_types(fisher=fisher, activations=activations, output_gradients=output_gradients, backend=backend, **given)
-    (_OPERATOR if traced(fisher) else _fisher_)(fisher, activations, output_gradients, lengths, gradient, backend)
+    _FISHER(fisher, activations, output_gradients, lengths, gradient, backend)
     return fisher
 
 
@@ -120,7 +118,7 @@ def _sample_rows(activations: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.stack([begins, begins + lengths], dim=1)
 
 
-_OPERATOR = register(
+_FISHER = register(
     "accumulate_squared_gradients_(Tensor(a!) fisher, Tensor activations, Tensor output_gradients, "
     "Tensor? lengths, Tensor(b!)? gradient, str backend) -> ()",
     _fisher_,

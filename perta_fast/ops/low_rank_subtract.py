@@ -19,7 +19,7 @@ from perta_fast.ops.backends import (
     current_stream,
     dtype_codes,
 )
-from perta_fast.ops.registration import register, traced
+from perta_fast.ops.registration import register
 from perta_fast.rules import Rescaling
 
 
@@ -39,19 +39,18 @@ def low_rank_subtract_(
 ) -> Tensor:
     """``rescaled_subtract_`` of the task vector ``scale * left @ right`` (LoRA, arXiv 2106.09685), in place.
 
-    The task vector is made element by element during the subtraction and never stored. Its sums run in the order
-    of the rank, in float32, so that all backends give the same bits.
+    Each element of the task vector is computed during the subtraction and never stored. Products are added in the order
+    of the rank, in float32, so all backends give the same bits.
 
-    theta: (rows, columns), as in ``rescaled_subtract_``; so are the importances and all other settings. left:
-    (rows, rank), right: (rank, columns), float32, contiguous, on the same device; rank may be 0. scale: finite.
+    theta: (rows, columns), as in ``rescaled_subtract_``; so are the importances and all other settings. left: (rows,
+    rank), right: (rank, columns), float32, contiguous, on the same device; rank may be 0. scale: finite.
 
-    Returns theta. Raises TypeError or ValueError naming the argument. No memory is allocated except by the
-    reference.
+    Returns theta. Raises TypeError or ValueError naming the argument. Only the reference allocates memory.
     """
     arguments: tuple[Any, ...] = (theta, left, right, forget_importance, retain_importance)
     arguments += (scale, lam, p, alpha, threshold, backend)
     check_types(**dict(zip(_ARGUMENTS, arguments, strict=True)))
-    (_IN_PLACE if traced(theta) else _subtract_)(*arguments)
+    _IN_PLACE(*arguments)
     return theta
 
 
@@ -66,15 +65,11 @@ def _subtract_(
     forget: Tensor | None,
     retain: Tensor | None,
     scale: float,
-    lam: float,
-    p: float,
-    alpha: float,
-    threshold: float | None,
-    backend: str,
+    *settings: Any,
 ) -> None:
+    *numbers, backend = settings
     arrays = theta, left, right, forget, retain
-    rescaling = Rescaling(lam, p, alpha, threshold)
-    _check(*arrays, scale)
+    rescaling = _check(*arrays, scale, *numbers)
     sources = zip(_ARRAYS[1:], arrays[1:], strict=True)
     check_apart({"theta": theta}, {name: tensor for name, tensor in sources if tensor is not None})
     chosen = choose(backend, theta.device)
@@ -102,9 +97,16 @@ def _subtract_(
 
 
 def _check(
-    theta: Tensor, left: Tensor, right: Tensor, forget: Tensor | None, retain: Tensor | None, scale: float
-) -> None:
-    """Raise unless types, shapes and devices fit."""
+    theta: Tensor,
+    left: Tensor,
+    right: Tensor,
+    forget: Tensor | None,
+    retain: Tensor | None,
+    scale: float,
+    *numbers: Any,
+) -> Rescaling:
+    """Raise unless types, shapes and devices fit. numbers: lam, p, alpha, threshold."""
+    rescaling = Rescaling(*numbers)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
     check_tensor("theta", theta, theta)
@@ -123,11 +125,11 @@ def _check(
             f"left {tuple(left.shape)} times right {tuple(right.shape)} does not have theta's shape "
             f"{tuple(theta.shape)}"
         )
+    return rescaling
 
 
 def _fake(*arguments: Any) -> None:
-    Rescaling(*arguments[6:10])
-    _check(*arguments[:6])
+    _check(*arguments[:-1])
 
 
 _IN_PLACE = register(

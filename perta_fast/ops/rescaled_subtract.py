@@ -20,7 +20,7 @@ from perta_fast.ops.backends import (
     current_stream,
     dtype_codes,
 )
-from perta_fast.ops.registration import register, traced
+from perta_fast.ops.registration import register
 from perta_fast.rules import Rescaling
 
 
@@ -39,22 +39,21 @@ def rescaled_subtract_(
 ) -> Tensor:
     """Subtract the rescaled task vector from ``theta`` in place (PerTA, arXiv 2601.22030).
 
-    w = |I_f|^p / (|I_f|^p + alpha |I_r|^p), 0 where both are 0; w = 1 without importances (rule tv). Arithmetic
-    is float32, rounded once, to nearest even, into theta's dtype; an element whose change is zero keeps its bits.
-    All backends give the same bits for p in {0.5, 1, 2}; other p go through a double-precision power.
+    w = |I_f|^p / (|I_f|^p + alpha |I_r|^p), 0 where both are 0; w = 1 without importances (rule tv). Arithmetic is
+    float32, rounded once, to nearest even, into theta's dtype; an element whose change is zero keeps its bits. All
+    backends give the same bits for p in {0.5, 1, 2}; other p use a double-precision power.
 
     theta: any shape, float32, bfloat16 or float16, contiguous; overwritten. tuned, base, forget_importance,
-    retain_importance: the same shape and device, each of any of the three dtypes, contiguous; none may share
-    memory with theta. lam: finite. p > 0. alpha >= 0. threshold: in [0, 1), replaces w by (w > threshold).
-    backend: "auto", "reference", "cpp" (CPU), "cuda", "triton".
+    retain_importance: the same shape and device, each of any of the three dtypes, contiguous; none may share memory
+    with theta. lam: finite. p > 0. alpha >= 0. threshold: in [0, 1), replaces w by (w > threshold). backend: "auto",
+    "reference", "cpp" (CPU), "cuda", "triton".
 
-    Returns theta. Raises TypeError or ValueError naming the argument. Each byte is read once and written once;
-    no memory is allocated except by the reference. On an accelerator it runs on the current stream.
+    Returns theta. Raises TypeError or ValueError naming the argument. Each byte is read once and written once; only the
+    reference allocates memory. On an accelerator it runs on the current stream.
     """
-    arrays = theta, tuned, base, forget_importance, retain_importance
-    settings = lam, p, alpha, threshold, backend
-    check_types(**dict(zip(_ARGUMENTS, arrays + settings, strict=True)))
-    (_IN_PLACE if traced(theta) else _subtract_)(*arrays, *settings)
+    arguments = theta, tuned, base, forget_importance, retain_importance, lam, p, alpha, threshold, backend
+    check_types(**dict(zip(_ARGUMENTS, arguments, strict=True)))
+    _IN_PLACE(*arguments)
     return theta
 
 
@@ -75,10 +74,9 @@ def rescaled_subtract(
 
     Tensors may share memory with each other, as nothing is overwritten.
     """
-    arrays = theta, tuned, base, forget_importance, retain_importance
-    settings = lam, p, alpha, threshold, backend
-    check_types(**dict(zip(_ARGUMENTS, arrays + settings, strict=True)))
-    result: Tensor = (_NEW if traced(theta) else _subtract)(*arrays, *settings)
+    arguments = theta, tuned, base, forget_importance, retain_importance, lam, p, alpha, threshold, backend
+    check_types(**dict(zip(_ARGUMENTS, arguments, strict=True)))
+    result: Tensor = _NEW(*arguments)
     return result
 
 
@@ -106,15 +104,12 @@ def rescaled_subtract_many_(
     given = {name: tensors for name, tensors in importances.items() if tensors is not None}
     check_lists(thetas=thetas, tuneds=tuneds, bases=bases, **given)
     if thetas:
-        lists = thetas, tuneds, bases, forget_importances, retain_importances
-        (_MANY if traced(thetas[0]) else _subtract_many_)(*lists, lam, p, alpha, threshold, backend)
+        settings = lam, p, alpha, threshold, backend
+        _MANY(thetas, tuneds, bases, forget_importances, retain_importances, *settings)
 
 
 _ARRAYS = ("theta", "tuned", "base", "forget_importance", "retain_importance")
 _ARGUMENTS = (*_ARRAYS, "lam", "p", "alpha", "threshold", "backend")
-_Settings = tuple[float, float, float, float | None, str]  # lam, p, alpha, threshold, backend
-_Importance = Tensor | None
-_Importances = Sequence[Tensor] | None
 
 
 class _Arrays(NamedTuple):
@@ -124,78 +119,60 @@ class _Arrays(NamedTuple):
     theta: Tensor
     tuned: Tensor
     base: Tensor
-    forget_importance: _Importance
-    retain_importance: _Importance
+    forget_importance: Tensor | None
+    retain_importance: Tensor | None
+    suffix: str = ""  # what the arguments' names get in messages, as in thetas[3]
 
-    def sources(self, suffix: str) -> dict[str, Tensor]:
-        """The tensors that are read besides theta, by their names in messages; ``suffix`` as in ``_suffixes``."""
-        named = zip(_ARRAYS[1:], self[2:], strict=True)
-        return {name + suffix: tensor for name, tensor in named if tensor is not None}
-
-
-def _subtract_(
-    theta: Tensor, tuned: Tensor, base: Tensor, forget: _Importance, retain: _Importance, *settings: *_Settings
-) -> None:
-    _subtract_all_([_Arrays(theta, theta, tuned, base, forget, retain)], [""], settings)
+    def sources(self) -> dict[str, Tensor]:
+        """The tensors that are read besides theta, by their names in messages."""
+        named = zip(_ARRAYS[1:], self[2:6], strict=True)
+        return {name + self.suffix: tensor for name, tensor in named if tensor is not None}
 
 
-def _subtract(
-    theta: Tensor, tuned: Tensor, base: Tensor, forget: _Importance, retain: _Importance, *settings: *_Settings
-) -> Tensor:
-    arrays = _Arrays(theta, theta, tuned, base, forget, retain)
-    rescaling = _check([arrays], [""], settings)
-    out = torch.empty_like(theta, requires_grad=False)
-    _run([arrays._replace(out=out)], rescaling, settings[-1])
+# Below, ``arguments`` are those of an operator in the order of its schema: five tensors (or lists), then the settings.
+
+
+def _one(arguments: tuple[Any, ...], suffix: str = "") -> _Arrays:
+    theta, tuned, base, forget, retain, *_ = arguments
+    return _Arrays(theta, theta, tuned, base, forget, retain, suffix)
+
+
+def _many(arguments: tuple[Any, ...]) -> list[_Arrays]:
+    lists = [[None] * len(arguments[0]) if tensors is None else tensors for tensors in arguments[:5]]
+    return [_one(arrays, f"s[{k}]") for k, arrays in enumerate(zip(*lists, strict=True))]
+
+
+def _subtract_(*arguments: Any) -> None:
+    _subtract_all_([_one(arguments)], arguments[5:])
+
+
+def _subtract(*arguments: Any) -> Tensor:
+    arrays = _one(arguments)
+    rescaling = _check([arrays], arguments[5:])
+    out = torch.empty_like(arrays.theta, requires_grad=False)
+    _run([arrays._replace(out=out)], rescaling, arguments[-1])
     return out
 
 
-def _subtract_many_(
-    thetas: Sequence[Tensor],
-    tuneds: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    forgets: _Importances,
-    retains: _Importances,
-    *settings: *_Settings,
-) -> None:
-    tensors = _many(thetas, tuneds, bases, forgets, retains)
-    _subtract_all_(tensors, _suffixes(tensors), settings)
+def _subtract_many_(*arguments: Any) -> None:
+    _subtract_all_(_many(arguments), arguments[5:])
 
 
-def _many(
-    thetas: Sequence[Tensor],
-    tuneds: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    forgets: _Importances,
-    retains: _Importances,
-) -> list[_Arrays]:
-    nothing = [None] * len(thetas)
-    lists = (thetas, thetas, tuneds, bases, forgets or nothing, retains or nothing)
-    return [_Arrays(*arrays) for arrays in zip(*lists, strict=True)]
-
-
-def _suffixes(tensors: list[_Arrays]) -> list[str]:
-    """What an argument's name gets for each tensor of a list, as in thetas[3]."""
-    return [f"s[{k}]" for k in range(len(tensors))]
-
-
-def _subtract_all_(tensors: list[_Arrays], suffixes: list[str], settings: _Settings) -> None:
-    rescaling = _check(tensors, suffixes, settings)
-    written: dict[str, Tensor] = {}
-    read: dict[str, Tensor] = {}
-    for arrays, suffix in zip(tensors, suffixes, strict=True):
-        written["theta" + suffix] = arrays.theta
-        read |= arrays.sources(suffix)
+def _subtract_all_(tensors: list[_Arrays], settings: tuple[Any, ...]) -> None:
+    rescaling = _check(tensors, settings)
+    written = {"theta" + arrays.suffix: arrays.theta for arrays in tensors}
+    read = {name: tensor for arrays in tensors for name, tensor in arrays.sources().items()}
     check_apart(written, read)
     _run(tensors, rescaling, settings[-1])
 
 
-def _check(tensors: list[_Arrays], suffixes: list[str], settings: _Settings) -> Rescaling:
+def _check(tensors: list[_Arrays], settings: tuple[Any, ...]) -> Rescaling:
     """Raise unless types, shapes and devices fit."""
     rescaling = Rescaling(*settings[:-1])
-    for arrays, suffix in zip(tensors, suffixes, strict=True):
-        check_tensor("theta" + suffix, arrays.theta, arrays.theta)
+    for arrays in tensors:
+        check_tensor("theta" + arrays.suffix, arrays.theta, arrays.theta)
         check_pair(arrays.forget_importance, arrays.retain_importance)
-        for name, tensor in arrays.sources(suffix).items():
+        for name, tensor in arrays.sources().items():
             check_tensor(name, tensor, arrays.theta)
     check_one_device("thetas", [arrays.theta for arrays in tensors])
     return rescaling
@@ -207,15 +184,15 @@ def _run(tensors: list[_Arrays], rescaling: Rescaling, backend: str) -> None:
     if chosen == "reference":
         with torch.no_grad():
             for arrays in tensors:
-                arrays.out.copy_(reference.rescaled_subtract(*arrays[1:], rescaling))
+                arrays.out.copy_(reference.rescaled_subtract(*arrays[1:6], rescaling))
         return
     if chosen == "triton":
         from perta_fast.kernels.rescaled_subtract import rescaled_subtract_triton_
 
         for arrays in tensors:
-            rescaled_subtract_triton_(*arrays, rescaling)
+            rescaled_subtract_triton_(*arrays[:6], rescaling)
     else:
-        entries = [_entry(arrays) for arrays in tensors]
+        entries = [(*addresses(arrays[:6]), dtype_codes(arrays[1:6]), arrays.theta.numel()) for arrays in tensors]
         if chosen == "cpp":
             for entry in entries:
                 compiled.kernels().rescaled_subtract(*entry, rescaling, torch.get_num_threads(), False)
@@ -225,13 +202,8 @@ def _run(tensors: list[_Arrays], rescaling: Rescaling, backend: str) -> None:
     torch.autograd.graph.increment_version([arrays.out for arrays in tensors])
 
 
-def _entry(arrays: _Arrays) -> tuple[int | tuple[int, ...], ...]:
-    """Addresses, dtype codes and the number of elements, for the compiled kernels."""
-    return *addresses(arrays), dtype_codes(arrays[1:]), arrays.theta.numel()
-
-
 def _fake(*arguments: Any) -> None:
-    _check([_Arrays(arguments[0], *arguments[:5])], [""], arguments[5:])
+    _check([_one(arguments)], arguments[5:])
 
 
 def _fake_new(*arguments: Any) -> Tensor:
@@ -240,8 +212,7 @@ def _fake_new(*arguments: Any) -> Tensor:
 
 
 def _fake_many(*arguments: Any) -> None:
-    tensors = _many(*arguments[:5])
-    _check(tensors, _suffixes(tensors), arguments[5:])
+    _check(_many(arguments), arguments[5:])
 
 
 _ONE_TENSOR = "Tensor tuned, Tensor base, Tensor? forget_importance, Tensor? retain_importance"
