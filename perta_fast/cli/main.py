@@ -18,11 +18,9 @@ from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_mem
 from perta_fast.records.versions import installed_versions
 
 _INTERRUPTED = 130
-# As the help lists them.
-COMMANDS = tuple(
-    module.COMMAND
-    for module in (*(demo, tune, unlearn, recipe, importance, apply), *(sweep, eval, report, inspect, verify, resume))
-)
+# In the order of the help.
+_MODULES = (demo, tune, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
+COMMANDS = tuple(module.COMMAND for module in _MODULES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

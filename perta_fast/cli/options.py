@@ -142,7 +142,8 @@ STREAM = (
 BATCH_SIZE = Option("batch_size", "samples at a time (8)", int, "N", 8)
 MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)", int, "N")
 DEVICE = Option("device", "cpu or cuda (cuda if there is one)", metavar="D")
-ESTIMATION = (*(BATCH_SIZE, MAX_LENGTH, DEVICE), Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING))
+DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
+ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 # What the estimate of a streamed run depends on.
 FORECAST = ("batch_size", "max_length", "device", "dtype", "memory", "device_memory")
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")

@@ -18,6 +18,11 @@ from perta_fast.rules import Rule
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 2
 Scalar = str | int | float | bool
+_OVERLAP = (
+    "of this: computing {compute_seconds:.2f} s; "
+    "reading {read_seconds:.2f} s, {read_hidden_seconds:.2f} s of it hidden; "
+    "writing {write_seconds:.2f} s, {write_hidden_seconds:.2f} s of it hidden"
+)
 
 
 class FileRecord(TypedDict):
@@ -175,13 +180,7 @@ class Report:
             rate = f", {phase['gb_per_s']:.1f} GB/s" if phase["bytes"] else ""
             lines.append(f"{name}: {phase['seconds']:.2f} s{rate}")
         if self.overlap:
-            read, write = (
-                (self.overlap[f"{k}_seconds"], self.overlap[f"{k}_hidden_seconds"]) for k in ("read", "write")
-            )
-            lines.append(
-                f"of this: computing {self.overlap['compute_seconds']:.2f} s; reading {read[0]:.2f} s, "
-                f"{read[1]:.2f} s of it hidden; writing {write[0]:.2f} s, {write[1]:.2f} s of it hidden"
-            )
+            lines.append(_OVERLAP.format_map(self.overlap))
         if self.memory.get("peak_anonymous_bytes"):
             own = self.memory["peak_anonymous_bytes"] / 2**20
             start = self.memory.get("anonymous_bytes_at_start", 0) / 2**20

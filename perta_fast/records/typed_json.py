@@ -57,10 +57,10 @@ def typed(value: Any, hint: Any, name: str = "") -> Any:
         kinds = [kind for kind in arguments if (get_origin(kind) or kind) in (type(value), *alike)]
         return typed(value, kinds[0] if kinds else arguments[0], name)
     if hint is int or (hint is float and type(value) is int):
-        right = type(value) is int and abs(value) < 1 << 63
+        allowed = type(value) is int and abs(value) < 1 << 63
     else:
-        right = hint is Any or type(value) is hint
-    if not right:
+        allowed = hint is Any or type(value) is hint
+    if not allowed:
         raise InputError(f"{name or 'the content'} is {reprlib.repr(value)}, not {_KINDS.get(origin or hint, hint)}")
     return value
 
@@ -81,7 +81,7 @@ def _typed_table(value: Any, hint: Any, name: str) -> Any:
     if is_typeddict(hint):
         required = set(hint.__required_keys__)
     else:
-        required = {one.name for one in fields(hint) if one.default is one.default_factory is MISSING}
+        required = {field.name for field in fields(hint) if field.default is field.default_factory is MISSING}
     for key in (*(required - value.keys()), *(value.keys() - hints.keys())):
         raise InputError(f"{_inside(name, key)} is {'missing' if key in required else 'not known'}")
     table = {key: typed(item, hints[key], _inside(name, key)) for key, item in value.items()}

@@ -96,7 +96,7 @@ def _read_scores(path: Path, label: str) -> Scores:
 
 
 def distinct(labels: list[str], paths: list[Path]) -> list[str]:
-    """The labels; equal ones get as much of their directory as tells them apart."""
+    """The labels. Equal labels get the shortest end of their directories that differs, in brackets."""
     directories: dict[str, list[Path]] = {label: [] for label in labels}
     for label, path in zip(labels, paths, strict=True):
         directories[label].append(path.parent)
