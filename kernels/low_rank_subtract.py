@@ -72,7 +72,7 @@ def low_rank_subtract_triton_(
 ) -> None:
     """Launch on checked arguments; see ``perta_fast.ops.low_rank_subtract_``."""
     numbers, constants = settings(rescaling, forget_importance is not None)
-    importances = [theta if each is None else each for each in (forget_importance, retain_importance)]
+    importances = [theta if tensor is None else tensor for tensor in (forget_importance, retain_importance)]
     if n := theta.numel():
         factors = left, right, *importances, n, len(right), theta.shape[1], scale
         with current_device(theta):

@@ -86,7 +86,7 @@ def _encode_messages(
         try:
             settings = {"tokenize": True, "add_generation_prompt": generation, "return_dict": False}
             ids = tokenizer.apply_chat_template(list(messages[:count]), **settings)
-        except Exception as error:  # the template is a program of the model's makers and can refuse anything
+        except Exception as error:  # a template is a program and may fail in any way
             raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
         return list(ids)
 

@@ -219,7 +219,7 @@ def gradients_accumulated_into(
 
 
 def _keep_checkpointing(module: nn.Module) -> None:
-    """Put layers that checkpoint their activations in training mode, without which transformers does not do it.
+    """Put layers that checkpoint activations in training mode: transformers checkpoints in no other mode.
 
     Their submodules stay in evaluation mode, and so does a model with dropout.
     """

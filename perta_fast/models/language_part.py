@@ -4,7 +4,7 @@ from typing import Any
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes a model with an output head for text of ``config``."""
+    """The class of transformers that makes a model of ``config`` with an output head for text."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -12,15 +12,15 @@ def auto_class(config: Any) -> Any:
         AutoModelForImageTextToText,
     )
 
-    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if seeing and not alone else AutoModelForCausalLM
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def keep_language_part_(model: Any) -> None:
     """Remove the parts that text does not pass through, such as a vision tower and its projector.
 
-    No importance covers them then, so unlearning copies them. A model for text alone is not changed.
+    Then no importance covers them, and unlearning copies them. A model that takes only text is not changed.
     """
     config = model.config
     if config.is_encoder_decoder or config.get_text_config() is config:

@@ -10,8 +10,8 @@ def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, 
     """Rename and divide ``tensors``, one for each parameter and by its name, as ``save_pretrained`` would.
 
     When transformers loads a model, it renames the parameters of some families and joins all experts of a layer into
-    one; saving undoes both. No value changes, so it serves importances too. The tensors of a module that is not of
-    transformers are returned unchanged. Divided tensors are copied.
+    one; saving undoes both. No value changes, so importances can be renamed in the same way. The tensors of a module
+    that is not of transformers are returned unchanged. Divided tensors are copied.
     """
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
@@ -22,7 +22,7 @@ def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, tuple[int, torch.Size]]:
-    """The stored tensors of one parameter of ``shape``: the element of it at which each begins, and its shape.
+    """The stored tensors of one parameter of ``shape``: the number of each one's first element, and its shape.
 
     Raises InputError if the elements are stored in another order. Memory: 16 bytes an element if it is divided.
     """
@@ -30,7 +30,7 @@ def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, 
     tensors = as_stored(module, {name: stand_in})
     if len(tensors) == 1 and next(iter(tensors.values())) is stand_in:
         return dict.fromkeys(tensors, (0, shape))
-    numbers = torch.arange(shape.numel()).view(shape)  # these show where each element goes
+    numbers = torch.arange(shape.numel()).view(shape)  # as values, they show where each element goes
     begins = {}
     for stored, tensor in as_stored(module, {name: numbers}).items():
         first, count = int(tensor.view(-1)[0]), tensor.numel()
