@@ -36,16 +36,16 @@ using Vector = float __attribute__((vector_size(width * sizeof(float)), aligned(
 
 // Copies columns [column, column + count) of the rows of some samples, one token after another, each padded with
 // zeros to `padded` values.
-template <class Stored, size_t padded, class Load>
+template <float read(const void*, size_t), size_t padded>
 void pack(const void* matrix, size_t stride, size_t column, size_t count, const SampleRows* samples,
-          size_t sample_count, float* packed, Load load) {
+          size_t sample_count, float* packed) {
   for (size_t n = 0; n < sample_count; ++n) {
     for (int64_t row = samples[n].begin; row < samples[n].end; ++row, packed += padded) {
-      const Stored* source = static_cast<const Stored*>(matrix) + static_cast<size_t>(row) * stride + column;
+      const size_t first = static_cast<size_t>(row) * stride + column;
       if (count == padded) {  // a count that the compiler knows
-        for (size_t k = 0; k < padded; ++k) packed[k] = load(source[k]);
+        for (size_t k = 0; k < padded; ++k) packed[k] = read(matrix, first + k);
       } else {
-        for (size_t k = 0; k < padded; ++k) packed[k] = k < count ? load(source[k]) : 0.0f;
+        for (size_t k = 0; k < padded; ++k) packed[k] = k < count ? read(matrix, first + k) : 0.0f;
       }
     }
   }
@@ -55,14 +55,11 @@ template <size_t padded>
 void pack(const void* matrix, DType dtype, size_t stride, size_t column, size_t count, const SampleRows* samples,
           size_t sample_count, float* packed) {
   if (dtype == DType::f32) {
-    pack<UnalignedFloat, padded>(matrix, stride, column, count, samples, sample_count, packed,
-                                 [](float value) { return value; });
+    pack<read_f32, padded>(matrix, stride, column, count, samples, sample_count, packed);
   } else if (dtype == DType::bf16) {
-    pack<UnalignedHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
-                                [](uint16_t bits) { return bf16_to_float(bits); });
+    pack<read_bf16, padded>(matrix, stride, column, count, samples, sample_count, packed);
   } else {
-    pack<UnalignedHalf, padded>(matrix, stride, column, count, samples, sample_count, packed,
-                                [](uint16_t bits) { return f16_to_float(bits); });
+    pack<read_f16, padded>(matrix, stride, column, count, samples, sample_count, packed);
   }
 }
 

@@ -14,22 +14,26 @@
 namespace perta::PERTA_ISA {
 namespace {
 
+// How elements are stored; see storage.h for why pointers become unaligned ones in plain functions.
 struct F32 {
-  using Stored = UnalignedFloat;
-  static float load(float value) { return value; }
+  static float load(const void* data, size_t i) { return read_f32(data, i); }
   static float round(float value) { return value; }
+  static float widen(float value) { return value; }
+  static void store(void* data, size_t i, float value) { static_cast<UnalignedFloat*>(data)[i] = value; }
 };
 
 struct BF16 {
-  using Stored = UnalignedHalf;
-  static float load(uint16_t bits) { return bf16_to_float(bits); }
+  static float load(const void* data, size_t i) { return read_bf16(data, i); }
   static uint16_t round(float value) { return float_to_bf16(value); }
+  static float widen(uint16_t bits) { return bf16_to_float(bits); }
+  static void store(void* data, size_t i, uint16_t bits) { static_cast<UnalignedHalf*>(data)[i] = bits; }
 };
 
 struct F16 {
-  using Stored = UnalignedHalf;
-  static float load(uint16_t bits) { return f16_to_float(bits); }
+  static float load(const void* data, size_t i) { return read_f16(data, i); }
   static uint16_t round(float value) { return float_to_f16(value); }
+  static float widen(uint16_t bits) { return f16_to_float(bits); }
+  static void store(void* data, size_t i, uint16_t bits) { static_cast<UnalignedHalf*>(data)[i] = bits; }
 };
 
 // Elements [begin, begin + n) of a task vector given by its factors. The products of an element are added in the
@@ -90,24 +94,18 @@ struct BlockSums {
 // sums cost as much as the result, so they are left out unless they are wanted.
 template <class Weights, class Importance, class Result, bool counted, Power power, bool weighted, bool masked>
 BlockSums subtract_block(Block block, Rescaling rescaling) {
-  const auto* theta = static_cast<const typename Weights::Stored*>(block.theta);
-  const auto* tuned = static_cast<const typename Weights::Stored*>(block.tuned);
-  const auto* base = static_cast<const typename Weights::Stored*>(block.base);
-  const auto* forget = static_cast<const typename Importance::Stored*>(block.forget);
-  const auto* retain = static_cast<const typename Importance::Stored*>(block.retain);
-  auto* out = static_cast<typename Result::Stored*>(block.out);
   float weight_sum = 0, importance_sum = 0, squared_theta = 0, squared_change = 0;
   uint32_t task_bits = 0;
   int32_t changed = 0;
 #pragma omp simd reduction(+ : weight_sum, importance_sum, squared_theta, squared_change, changed) \
     reduction(| : task_bits)
   for (size_t i = 0; i < block.n; ++i) {
-    const float before = Weights::load(theta[i]);
-    const float task = Weights::load(tuned[i]) - Weights::load(base[i]);
+    const float before = Weights::load(block.theta, i);
+    const float task = Weights::load(block.tuned, i) - Weights::load(block.base, i);
     float scale = rescaling.lam;
     if (weighted) {
-      const float important_to_forget = Importance::load(forget[i]);
-      const float important_to_retain = Importance::load(retain[i]);
+      const float important_to_forget = Importance::load(block.forget, i);
+      const float important_to_retain = Importance::load(block.retain, i);
       const float w = weight<power, masked>(important_to_forget, important_to_retain, rescaling);
       scale = rescaling.lam * w;
       if (counted) {
@@ -116,9 +114,9 @@ BlockSums subtract_block(Block block, Rescaling rescaling) {
       }
     }
     const auto stored = Result::round(subtract(before, scale * task));
-    out[i] = stored;
+    Result::store(block.out, i, stored);
     if (counted) {
-      const float change = Result::load(stored) - before;
+      const float change = Result::widen(stored) - before;
       squared_theta += before * before;
       squared_change += change * change;
       changed += change != 0.0f;

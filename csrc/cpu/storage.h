@@ -39,6 +39,17 @@ static inline void widen_f16(const void* source, float* out, size_t n) {
   for (; i < n; ++i) out[i] = f16_to_float(halves[i]);
 }
 
+// One element as float32. These are functions because GCC drops aligned(1) from a type that is a template's argument.
+static inline float read_f32(const void* data, size_t i) { return static_cast<const UnalignedFloat*>(data)[i]; }
+
+static inline float read_bf16(const void* data, size_t i) {
+  return bf16_to_float(static_cast<const UnalignedHalf*>(data)[i]);
+}
+
+static inline float read_f16(const void* data, size_t i) {
+  return f16_to_float(static_cast<const UnalignedHalf*>(data)[i]);
+}
+
 // Elements [index, index + n) of `data` stored as `wanted`: where they lie, or else as float32 in `buffer`.
 static inline const void* stored_as(DType wanted, const void* data, DType dtype, size_t index, size_t n,
                                     float* buffer) {
