@@ -66,4 +66,4 @@ def test_verdict_follows_from_the_numbers(gap: float, selectivity: float, verdic
 
 def test_rules_with_one_reason_share_its_sentence() -> None:
     text = explain(line("tv", 40.0, 1.0), [line("grad", 20.0, 2.0), line("fisher", 10.0, 3.0)])
-    assert text.splitlines()[-1].startswith("grad, fisher: the update lies")
+    assert text.splitlines()[-1].startswith("grad, fisher: the update changes more")
