@@ -1,12 +1,13 @@
-"""The processes that do one job together, and every way in which they exchange data.
+"""The processes that do one job together, how work is dealt to them, and every way in which they exchange data.
 
 Every rank calls the same methods in the same order. Torch is imported only if there is more than one rank.
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from perta_fast.errors import InputError, NotFiniteError, PertaError, RankLost, RunError, advice, is_out_of_memory
@@ -154,6 +155,21 @@ class Ranks:
 
 
 Ranks.ALONE = Ranks(0, 1, None)
+
+
+def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """The numbers of each rank's items, in ascending order; every item goes to one rank.
+
+    costs: of each item, in any unit (tokens, bytes). Items go out in descending order of cost, each to the rank with
+    the lowest total: no rank has more than 4/3 of what the best deal would give it (Graham 1969).
+    """
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [(0, 0, rank) for rank in range(ranks)]  # a heap: cost so far, items, rank
+    for item in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
+        cost, count, rank = totals[0]
+        dealt[rank].append(item)
+        heapreplace(totals, (cost + costs[item], count + 1, rank))
+    return [sorted(items) for items in dealt]
 
 
 def is_shared(error: BaseException) -> bool:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
-from perta_fast.distributed.dealing import deal
 from perta_fast.distributed.overlapped_sum import OverlappedSum
-from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.distributed.sharded import (
     computing_device,
     held,

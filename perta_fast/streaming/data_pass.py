@@ -12,8 +12,7 @@ from torch import Tensor
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
-from perta_fast.distributed.dealing import deal
-from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.importance.gradients import check_losses, gradients_accumulated_into
 from perta_fast.importance.per_sample import Plan, gradients_only_for, plan_for, probe_inputs
@@ -63,8 +62,8 @@ class DataPass:
         self._batches = [[share[k] for k in batch] for batch in batches]
         ids, lengths = probe_inputs(samples)
         self._probe = MicroBatch(ids.to(skeleton.device), tuple(lengths.tolist()), 0)
-        # For what lies before and after the layers; None until there are hidden states for the probe.
-        self._outside_plan = None if self._squares else Plan()
+        # For what lies before and after the layers; None until ``plan_outside`` has been called.
+        self.outside_plan = None if self._squares else Plan()
         self._outside_targets: dict[str, Target] = {}
         self._tied_fisher: EmbeddingFisher | None = None  # of an embedding that is the head too
         self._completed_last = [*skeleton.resident, *([skeleton.embedding] if skeleton.tied else [])]
@@ -105,15 +104,11 @@ class DataPass:
     def embed(self) -> None:
         """Write the hidden states that the first layer takes."""
         with torch.no_grad():
-            for batch in self._micro_batches:
-                self._embed(batch, self._boundary(0))
+            probe = [] if self._group else [self._probe]
+            for batch in [*self._micro_batches, *probe]:
+                hidden = self._partial_forward.before_layers(batch.input_ids, batch.attention_mask)
+                self._write_hidden(0, batch, hidden, "the embedding")
                 self._advance(len(batch.numbers))
-            if self._group == 0:
-                self._embed(self._probe, _probe_file(0))
-
-    def _embed(self, batch: MicroBatch, above: str) -> None:
-        hidden = self._partial_forward.before_layers(batch.input_ids, batch.attention_mask)
-        self._write_hidden(above, batch, hidden, "the embedding")
 
     def forward(self, layer: int, recompute: bool = False) -> None:
         """Run a layer on the boundary below it, and discard that one unless the schedule keeps it.
@@ -124,20 +119,23 @@ class DataPass:
             plan = self._layer_plan(layer, {name: Target.unused() for name in self._skeleton.by_layer[layer]})
             if self._group == 0 and not recompute:  # else a record names the probe's file, which must not change
                 self._one_by_one.update(plan.one_by_one)
-                self._forward(layer, self._probe, _probe_file(layer), _probe_file(layer + 1))
+                self._forward(layer, self._probe)
             with plan.installed(self._skeleton.model):  # as on the way back, for the same bits
                 for batch in self._micro_batches:
                     with plan.batch(batch.lengths):
-                        self._forward(layer, batch, self._boundary(layer), self._boundary(layer + 1))
+                        self._forward(layer, batch)
                     self._advance(len(batch.numbers))
         if not recompute and layer % self._schedule.every:
-            self.scratch.discard(self._boundary(layer))
+            self.scratch.discard(self._hidden_file(layer))
 
-    def _forward(self, layer: int, batch: MicroBatch, below: str, above: str) -> None:
-        hidden = self._partial_forward.layer(layer, self.scratch.read(below, batch), batch.attention_mask)
-        self._write_hidden(above, batch, hidden, f"layer {layer}")
+    def _forward(self, layer: int, batch: MicroBatch) -> None:
+        hidden = self._partial_forward.layer(layer, self._read_hidden(layer, batch), batch.attention_mask)
+        self._write_hidden(layer + 1, batch, hidden, f"layer {layer}")
 
-    def _write_hidden(self, name: str, batch: MicroBatch, hidden: Tensor, maker: str) -> None:
+    def _read_hidden(self, boundary: int, batch: MicroBatch) -> Tensor:
+        return self.scratch.read(self._hidden_file(boundary, batch), batch)
+
+    def _write_hidden(self, boundary: int, batch: MicroBatch, hidden: Tensor, maker: str) -> None:
         """Store hidden states (N, T, d). Raises NotFiniteError, with the samples, if some are not finite."""
         finite = (torch.isfinite(hidden).all(2) | (batch.attention_mask == 0)).all(1)
         if batch.numbers and not bool(finite.all()):
@@ -146,19 +144,14 @@ class DataPass:
                 f"sample {', '.join(bad)} (counted from 0): what {maker} makes of it is not finite; look at the sample "
                 "and at the weights there, or run the model in float32 or bfloat16"
             )
-        self.scratch.write(name, batch, hidden)
+        self.scratch.write(self._hidden_file(boundary, batch), batch, hidden)
 
     # Back. What lies after the layers comes first.
-
-    @property
-    def needs_outside_plan(self) -> bool:
-        """Whether ``plan_outside`` is still to be called."""
-        return self._outside_plan is None
 
     def plan_outside(self) -> None:
         """Plan for what lies before and after the layers; needs the vocabulary in memory."""
         skeleton = self._skeleton
-        hidden = self.scratch.read(_probe_file(0), self._probe)  # the probe can take any boundary for the last
+        hidden = self._read_hidden(0, self._probe)  # any hidden states show how the head is called
 
         def run(input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
             return self._partial_forward.after_layers(hidden, attention_mask, input_ids)
@@ -170,7 +163,7 @@ class DataPass:
                 f"{skeleton.checkpoint.path}: {skeleton.embedding} is used before and after the layers in a way that "
                 "gives no per-sample squares in a batch; stream with the estimator grad, or do not stream"
             )
-        self._outside_plan = plan
+        self.outside_plan = plan
         self._one_by_one.update(plan.one_by_one)
         for fisher in plan.modules if skeleton.tied else ():
             if isinstance(fisher, EmbeddingFisher) and fisher.module is skeleton.embedding_module:
@@ -180,15 +173,15 @@ class DataPass:
         """Back through what lies after the layers. Completes the head, unless it is tied."""
         skeleton = self._skeleton
         sums = self._sums([*self._completed_last, *([] if skeleton.head is None or skeleton.tied else [skeleton.head])])
-        self._accumulate(sums, self._outside_plan, self._head)
-        self.scratch.discard(self._boundary(self._top))
+        self._accumulate(sums, self.outside_plan, self._head)
+        self.scratch.discard(self._hidden_file(self._top))
         for name in self._completed_last:
             self.scratch.put(f"waiting-{name}", sums.pop(name))
         return self._complete(sums)
 
     def _head(self, batch: MicroBatch, single: bool) -> None:
         """Back-propagate the losses of a batch to the last hidden states."""
-        hidden = self.scratch.read(self._boundary(self._top), batch).requires_grad_(not single)
+        hidden = self._read_hidden(self._top, batch).requires_grad_(not single)
         ids = batch.input_ids if self._skeleton.tied else None
 
         def run(**inputs: Any) -> Any:
@@ -203,7 +196,7 @@ class DataPass:
             return
         self._write_gradient(self._top, batch, hidden)
         if self._tied_fisher is not None and self._tied_fisher.head_gradient is not None:
-            self.scratch.put(self._head_rows(batch), self._tied_fisher.head_gradient)
+            self.scratch.put(self._head_file(batch), self._tied_fisher.head_gradient)
 
     def backward(self, layer: int) -> Means:
         """Back through a layer. Completes its parameters."""
@@ -211,22 +204,22 @@ class DataPass:
         plan = self._layer_plan(layer, {name: Target(total) for name, total in sums.items()})
 
         def run(batch: MicroBatch, single: bool) -> None:
-            hidden = self.scratch.read(self._boundary(layer), batch).requires_grad_(not single)
+            hidden = self._read_hidden(layer, batch).requires_grad_(not single)
             result = self._partial_forward.layer(layer, hidden, batch.attention_mask)
             if result.requires_grad:
-                result.backward(self.scratch.read(self._gradient(layer + 1), batch))
+                result.backward(self.scratch.read(self._gradient_file(layer + 1), batch))
             if not single:
                 self._write_gradient(layer, batch, hidden)
 
         self._accumulate(sums, plan, run)
-        self.scratch.discard(self._boundary(layer))
-        self.scratch.discard(self._gradient(layer + 1))
+        self.scratch.discard(self._hidden_file(layer))
+        self.scratch.discard(self._gradient_file(layer + 1))
         return self._complete(sums)
 
     def _layer_plan(self, layer: int, targets: Mapping[str, Target]) -> Plan:
         if not self._squares or not targets:
             return Plan()
-        hidden = self.scratch.read(_probe_file(layer), self._probe)
+        hidden = self._read_hidden(layer, self._probe)
 
         def run(attention_mask: Tensor, **inputs: Any) -> Tensor:
             return self._partial_forward.layer(layer, hidden, attention_mask)
@@ -239,16 +232,16 @@ class DataPass:
         sums = {name: self.scratch.take(f"waiting-{name}", skeleton.device) for name in self._completed_last}
         if not skeleton.tied:
             sums |= self._sums([skeleton.embedding])
-        self._accumulate(sums, self._outside_plan, self._embed_backward)
-        self.scratch.discard(self._gradient(0))
+        self._accumulate(sums, self.outside_plan, self._embed_backward)
+        self.scratch.discard(self._gradient_file(0))
         return self._complete(sums)
 
     def _embed_backward(self, batch: MicroBatch, single: bool) -> None:
         hidden = self._partial_forward.before_layers(batch.input_ids, batch.attention_mask)
         if hidden.requires_grad:
-            hidden.backward(self.scratch.read(self._gradient(0), batch))
+            hidden.backward(self.scratch.read(self._gradient_file(0), batch))
         if self._tied_fisher is not None and not single:
-            self._tied_fisher.head_gradient = self.scratch.take(self._head_rows(batch), self._skeleton.device)
+            self._tied_fisher.head_gradient = self.scratch.take(self._head_file(batch), self._skeleton.device)
 
     def _accumulate(self, sums: Means, plan: Plan | None, run: Callable[[MicroBatch, bool], None]) -> None:
         """Run all micro-batches through one part of the model, and add its parameters' gradients to ``sums``.
@@ -277,7 +270,7 @@ class DataPass:
 
     def _write_gradient(self, boundary: int, batch: MicroBatch, hidden: Tensor) -> None:
         assert hidden.grad is not None
-        self.scratch.write(self._gradient(boundary), batch, hidden.grad)
+        self.scratch.write(self._gradient_file(boundary), batch, hidden.grad)
 
     def _sums(self, names: Sequence[str]) -> Means:
         """Zeros, or the sums of the groups so far."""
@@ -301,23 +294,19 @@ class DataPass:
 
     # Names of scratch files. Each group has its own, as those of the last one may still be there.
 
-    def _boundary(self, number: int) -> str:
-        return f"hidden-{number}-{self._group}"
+    def _hidden_file(self, boundary: int, batch: MicroBatch | None = None) -> str:
+        return f"probe-{boundary}" if batch is self._probe else f"hidden-{boundary}-{self._group}"
 
-    def _gradient(self, number: int) -> str:
-        return f"gradient-{number}-{self._group}"
+    def _gradient_file(self, boundary: int) -> str:
+        return f"gradient-{boundary}-{self._group}"
 
-    def _head_rows(self, batch: MicroBatch) -> str:
+    def _head_file(self, batch: MicroBatch) -> str:
         return f"head-{batch.first_row}-{self._group}"
 
 
-def _probe_file(boundary: int) -> str:
-    return f"probe-{boundary}"
-
-
-def shares_of(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
-    """The numbers of the samples that each rank runs."""
-    return deal([len(sample.input_ids) for sample in samples], ranks)
+def share_of(samples: Sequence[Sample], ranks: Ranks) -> list[int]:
+    """The numbers of the samples that this rank runs."""
+    return deal([len(sample.input_ids) for sample in samples], ranks.world)[ranks.rank]
 
 
 def sum_over_ranks_(means: Sequence[Means], ranks: Ranks) -> None:

@@ -13,7 +13,7 @@ from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.gradients import check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
 from perta_fast.progress import Bar, Progress
-from perta_fast.streaming.data_pass import DataPass, Means, shares_of, sum_over_ranks_
+from perta_fast.streaming.data_pass import DataPass, Means, share_of, sum_over_ranks_
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.walk import Walk, steps_per_sample
@@ -38,7 +38,7 @@ def write_importance(
     interrupt removes both. Raises RunError if a loss or a mean is not finite, or the disk is full.
     """
     target = OutputDirectory(out, overwrite=overwrite)
-    share = shares_of(samples, ranks.world)[ranks.rank]
+    share = share_of(samples, ranks)
     total = len(share) * steps_per_sample(len(skeleton.layers), schedule)
     with ExitStack() as opened, Bar(total, description, ranks.first and progress, "step") as bar:
         with ranks.together("the output directory"):

@@ -25,7 +25,7 @@ from perta_fast.models.loading import choose_device
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Report
 from perta_fast.records.typed_json import fits
-from perta_fast.streaming.data_pass import DataPass, shares_of
+from perta_fast.streaming.data_pass import DataPass, share_of
 from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
@@ -73,13 +73,10 @@ class StreamedRun:
 
         Raises InputError if its files are damaged, or another number of processes began it.
         """
-        if (
-            not fits(job.stream, StreamSettings)
-            or not fits(job.stream["schedule"], Schedule)
-            or job.stream["dtype"] not in FLOATING
-        ):
-            raise InputError(f"{job.final}: the run's description is damaged")
         settings: StreamSettings = job.stream  # type: ignore[assignment]
+        valid = fits(settings, StreamSettings) and fits(settings["schedule"], Schedule)
+        if not valid or settings["dtype"] not in FLOATING:
+            raise InputError(f"{job.final}: the run's description is damaged")
         if settings["ranks"] != ranks.world:
             raise InputError(
                 f"{job.final}: its samples were dealt to {settings['ranks']} processes, this is a run of "
@@ -129,17 +126,18 @@ class StreamedRun:
         steps = len(steps_of(len(skeleton.layers), schedule))
         begun = resume_walk(target, steps, len(sources.matches), ranks)
         done = 0 if begun is None else begun["done"]
-        shares = {role: shares_of(samples, ranks.world)[ranks.rank] for role, samples in self.samples.items()}
+        shares = {role: share_of(samples, ranks) for role, samples in self.samples.items()}
         total = sum(map(len, shares.values())) * steps_per_sample(len(skeleton.layers), schedule)
         scratch = rank_path(target.path / STATE, _SCRATCH, ranks.rank)
         estimator = job.rule.estimator
         assert estimator is not None
+        shapes = skeleton.stored_shapes
         started = time.perf_counter()
-        save, overwrite, metadata = settings["save"], settings["overwrite_saved"], settings["metadata"]
-        resumed = begun is not None
         with (
             _torch_threads(settings["torch_threads"]),
-            KeptImportance.opened(save, overwrite, metadata, skeleton.stored_shapes, resumed, ranks) as kept,
+            KeptImportance.opened(
+                settings["save"], settings["overwrite_saved"], settings["metadata"], shapes, begun is not None, ranks
+            ) as kept,
             Bar(total, "unlearn", job.progress, "step") as bar,
         ):
             with ranks.together("the scratch files"):
@@ -157,7 +155,7 @@ class StreamedRun:
             ):
                 walk.run(writing.end_step, done)
                 writing.finish()
-            importances = kept.commit()
+            importances: dict[str, Any] = kept.commit()
         remove(scratch)
         for role, data in passes.items():
             report.importance[f"{role}_importance"]["one_by_one"] = list(data.one_by_one)
@@ -165,11 +163,7 @@ class StreamedRun:
             report.memory["peak_device_bytes"] = torch.cuda.max_memory_allocated(skeleton.device)
         describe_tensors(report, sources.matches, added_up(ranks.gather(writing.totals)))
         _describe_time(report, walk, writing, time.perf_counter() - started)
-        return replace(
-            sources,
-            forget_importance=importances.get("forget_importance"),
-            retain_importance=importances.get("retain_importance"),
-        )
+        return replace(sources, **importances)
 
 
 def _restore(passes: Mapping[str, DataPass], begun: WalkRecord, finished: bool, progress: Progress) -> None:

@@ -93,7 +93,7 @@ class Walk:
             ahead: Future[dict[str, Tensor]] | None = None
             for number, step in enumerate(self.steps[begin:], begin):
                 reading = ahead or reader.submit(self._read, step)
-                if step.kind != "embed" and self._passes[0].needs_outside_plan:  # in a resumed walk at its first step
+                if step.kind != "embed" and self._passes[0].outside_plan is None:  # also when it is resumed
                     with skeleton.in_memory(skeleton.vocabulary):
                         for data in self._passes:
                             data.plan_outside()

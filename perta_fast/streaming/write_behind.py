@@ -108,7 +108,7 @@ def _step_back(path: Path, state: WalkRecord, done: int) -> WalkRecord | None:
 class WriteBehind:
     """Subtracts and writes what a step has completed, then records the step, while the walk goes on if ``overlap``.
 
-    begun: the record to go on from. ``totals``: statistics of what this rank has written, by number of the match.
+    recorded: this rank's last record. ``totals``: statistics of what it has written, by number of the match.
     """
 
     job: Job
@@ -118,11 +118,10 @@ class WriteBehind:
     passes: Mapping[str, DataPass]
     kept: KeptImportance
     overlap: bool
-    begun: WalkRecord | None
+    recorded: WalkRecord | None
     ranks: Ranks
 
     def __post_init__(self) -> None:
-        self._recorded = self.begun
         self._importance_of: dict[int, str] = {}  # by number of the match
         for index, match in enumerate(self.sources.matches):
             key = importance_key(match.theta.name, self.sources.model, self.skeleton.stored_shapes)
@@ -132,7 +131,7 @@ class WriteBehind:
         self._pending: Future[None] | None = None
         self._lock = threading.Lock()
         self._shards: dict[str, int] = {}
-        totals = {} if self.begun is None else self.begun["totals"]
+        totals = {} if self.recorded is None else self.recorded["totals"]
         self.totals = {int(index): sums for index, sums in totals.items()}
         self.seconds = self.waited_seconds = 0.0
         self.bytes_moved = 0
@@ -191,10 +190,10 @@ class WriteBehind:
     def _record(self, done: int, passes: dict[str, PassRecord]) -> None:
         totals = {str(index): sums for index, sums in self.totals.items()}
         state: WalkRecord = {"done": done, "passes": passes, "totals": totals}
-        before = {} if self._recorded is None or self.ranks.world == 1 else {"before": self._recorded}
+        before = {} if self.recorded is None or self.ranks.world == 1 else {"before": self.recorded}
         path = rank_path(self.target.path / STATE, WALK, self.ranks.rank)
         write_record(path, {**state, **before})
-        self._recorded = state
+        self.recorded = state
 
     def _write(self, means: list[Means]) -> None:
         sum_over_ranks_(means, self.ranks)

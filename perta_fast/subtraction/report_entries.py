@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from perta_fast import compiled
-from perta_fast.distributed.dealing import deal
-from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.files.hashing import hash_files
 from perta_fast.progress import Bar
 from perta_fast.records.importance_record import ImportanceRecord, importance_record

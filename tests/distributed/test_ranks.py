@@ -11,8 +11,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perta_fast.distributed.dealing import deal
-from perta_fast.distributed.ranks import Ranks, is_shared
+from perta_fast.distributed.ranks import Ranks, deal, is_shared
 from perta_fast.errors import InputError, NotFiniteError, RankLost, RunError, advice
 from tests.distributed.launch import on_ranks
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from perta_fast.distributed.dealing import deal
+from perta_fast.distributed.ranks import deal
 from perta_fast.importance.per_sample import PROBE_SAMPLES, PROBE_TOKENS
 from perta_fast.streaming.forecast.trial import Cost, Trial
 from perta_fast.streaming.model.structure import Structure
