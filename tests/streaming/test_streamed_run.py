@@ -177,11 +177,11 @@ def test_in_place(job: Job, tmp_path: Path) -> None:
 
 
 def test_too_little_memory(job: Job, tmp_path: Path) -> None:
-    """Refused before anything is written, with the least that would do, which then does."""
-    with pytest.raises(InputError, match=r"the least that would do is ([0-9]+) bytes") as caught:
+    """Refused before anything is written, with the memory that it needs, which is then enough."""
+    with pytest.raises(InputError, match=r"it needs at least ([0-9]+) bytes") as caught:
         run(job, tmp_path / "out", stream=True, memory=1 << 20)
     assert list(tmp_path.iterdir()) == []
-    least = int(re.search("is ([0-9]+) bytes", str(caught.value))[1])  # type: ignore[index]
+    least = int(re.search("at least ([0-9]+) bytes", str(caught.value))[1])  # type: ignore[index]
     run(job, tmp_path / "out", stream=True, memory=least + (16 << 20))  # the process has grown meanwhile
     run(job, tmp_path / "memory")
     assert_same_weights(tmp_path / "memory", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Which schedule a streamed run takes within the memory and disk that it may use, and what that will cost."""
+"""The choice of a schedule for a streamed run, within its limits of memory and disk, and a description of its costs."""
 
 import math
 import shutil
@@ -17,14 +17,15 @@ from perta_fast.streaming.forecast.rates import Rates, measure_rates
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
 
-_MARGIN = 0.05  # share of the free disk that is left alone
+_MARGIN = 0.05  # share of the free disk that is not used
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that a run may take. memory (of the whole process), device_memory: None sets no limit. scratch:
-    what the disk has for scratch files and the result together. ranks: processes whose scratch files lie there,
-    each counted as large as the largest; memory is for each.
+    """Bytes that a run may take.
+
+    scratch: disk for scratch files and the result together. memory (of the whole process), device_memory: None sets no
+    limit. ranks: processes that share the disk; each is counted like the one with the most data, and has this memory.
     """
 
     scratch: int
@@ -33,16 +34,18 @@ class Budget:
     ranks: int = 1
 
     @classmethod
-    def at(cls, place: Path, memory: int | None, device_memory: int | None, ranks: int = 1) -> "Budget":
-        """With all but a margin of the free space where ``place`` will be."""
-        free = shutil.disk_usage(existing_parent(place)).free
+    def at(cls, destination: Path, memory: int | None, device_memory: int | None, ranks: int = 1) -> "Budget":
+        """A budget with the free disk space at ``destination``, less a margin."""
+        free = shutil.disk_usage(existing_parent(destination)).free
         return cls(int(free * (1 - _MARGIN)), memory, device_memory, ranks)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A schedule, its costs, and in words why. baseline: memory of the process as it is, before the run.
-    shortage: why the disk does not do, or ""."""
+    """A schedule, its costs, and the reasons for it.
+
+    baseline: memory of the process before the run. shortage: why the disk is too small, or "".
+    """
 
     schedule: Schedule
     costs: Costs
@@ -52,24 +55,22 @@ class Chosen:
     shortage: str
 
     def check(self) -> None:
-        """Raise InputError if the disk does not do."""
+        """Raise InputError if the disk is too small."""
         if self.shortage:
             raise InputError(self.shortage)
 
 
-def existing_parent(place: Path) -> Path:
-    """The directory that ``place`` is, or will lie in."""
-    place = place.absolute()
-    while not place.is_dir():
-        place = place.parent
-    return place
+def existing_parent(path: Path) -> Path:
+    """``path``, or its nearest parent that is a directory."""
+    path = path.absolute()
+    return next(directory for directory in (path, *path.parents) if directory.is_dir())
 
 
 def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chosen:
     """The largest batch up to ``batch_size`` that fits, then overlap, then the least work that the disk allows.
 
-    Raises InputError if the memory cannot hold the walk of single samples, naming the least that would do. If
-    the disk cannot hold its scratch files, the result has a ``shortage``, and takes the least of it.
+    Raises InputError, naming the memory that is needed, if even single samples do not fit. If the scratch files do not
+    fit on the disk, the result has a ``shortage``, and the schedule is the one with the smallest files.
     """
     with PeakMemory() as now:
         pass
@@ -87,7 +88,7 @@ def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chos
         if _fits(estimate, replace(schedule, overlap=True), budget, baseline):
             schedule = replace(schedule, overlap=True)
         else:
-            reasons.append("no overlap: two parts at a time would not fit into the memory")
+            reasons.append("no overlap: two parts at once would not fit into the memory")
     schedule, shortage = _within_disk(estimate, schedule, budget, reasons)
     costs = estimate.costs(schedule)
     warnings = []
@@ -104,28 +105,28 @@ def schedule_for(
     skeleton: Skeleton,
     load: Load,
     batch_size: int,
-    place: Path,
+    destination: Path,
     memory: int | None,
     device_memory: int | None,
     threads: int,
     announce: bool,
     ranks: Ranks = Ranks.ALONE,
 ) -> Schedule:
-    """The schedule of a run to ``place`` that is about to start: it suits the rank with the most data.
+    """The schedule of a run to ``destination`` that is about to start, chosen for the rank with the most data.
 
-    announce: say on standard error what it will take. Raises InputError if memory or disk do not do.
+    announce: print the costs on standard error. Raises InputError if memory or disk are too small.
     """
     schedule: Schedule | None = None
     with ranks.together("the choice of a schedule"):
         if ranks.first:
             estimate = Estimate(skeleton, load.share(ranks.world), skeleton.device, threads)
-            budget = Budget.at(place, memory, device_memory, ranks.world)
+            budget = Budget.at(destination, memory, device_memory, ranks.world)
             chosen = choose_schedule(estimate, batch_size, budget)
             chosen.check()
             schedule = chosen.schedule
             if announce:
                 shard = next(iter(skeleton.checkpoint.shards.values())).path
-                rates = rates_for(estimate, chosen, place, shard)
+                rates = rates_for(estimate, chosen, destination, shard)
                 print(describe(chosen, rates, ranks.world), file=sys.stderr)
     if memory is not None:
         return_freed_blocks()
@@ -144,16 +145,14 @@ def _too_little(estimate: Estimate, budget: Budget, baseline: int) -> str:
     host, device = estimate.memory(Schedule(1, overlap=False))
     host = {**host, "interpreter and libraries": baseline}
     messages = []
-    for option, limit, kinds in (
-        ("memory", budget.memory, host),
-        ("device memory", budget.device_memory, device or {}),
-    ):
+    limits = (("memory", budget.memory, host), ("device memory", budget.device_memory, device or {}))
+    for option, limit, kinds in limits:
         needed = sum(kinds.values())
         if limit is not None and needed > limit:
-            most = max(kinds, key=lambda kind: kinds[kind])
+            largest = max(kinds, key=lambda kind: kinds[kind])
             messages.append(
-                f"{option} of {format_size(limit)} cannot hold one part of the model: the least that would do "
-                f"is {needed} bytes ({format_size(needed)}), of which {most} take {format_size(kinds[most])}"
+                f"{option} of {format_size(limit)} cannot hold one part of the model: it needs at least {needed} bytes "
+                f"({format_size(needed)}), of which {largest} take {format_size(kinds[largest])}"
             )
     return "; ".join(messages)
 
@@ -171,16 +170,16 @@ def _within_disk(estimate: Estimate, schedule: Schedule, budget: Budget, reasons
             )
         return replace(schedule, every=every), ""
     least = replace(schedule, every=min(needed, key=lambda every: needed[every]))
-    most = max(math.ceil(len(each) / schedule.batch_size) for each in estimate.load.lengths)
-    in_most = estimate.scratch(replace(least, groups=most))
-    if in_most > free:
-        if in_most < needed[least.every]:
+    most = max(math.ceil(len(lengths) / schedule.batch_size) for lengths in estimate.load.lengths)
+    with_most = estimate.scratch(replace(least, groups=most))
+    if with_most > free:
+        if with_most < needed[least.every]:
             least = replace(least, groups=most)
+        scratch = budget.ranks * min(with_most, needed[least.every])
         return least, (
             f"the disk has {format_size(max(0, budget.scratch))} for the result of "
-            f"{format_size(estimate.result_bytes)} and scratch files of at least "
-            f"{format_size(budget.ranks * min(in_most, needed[least.every]))}; write to a larger disk, or use "
-            "fewer or shorter samples"
+            f"{format_size(estimate.result_bytes)} and scratch files of at least {format_size(scratch)}; write to a "
+            "larger disk, or use fewer or shorter samples"
         )
     groups = most - _last(0, most - 1, lambda fewer: estimate.scratch(replace(least, groups=most - fewer)) <= free)
     reasons.append(f"in one group the scratch files would take {format_size(needed[least.every])}")
@@ -188,22 +187,22 @@ def _within_disk(estimate: Estimate, schedule: Schedule, budget: Budget, reasons
 
 
 def _last(begin: int, end: int, holds: Callable[[int], bool]) -> int:
-    """The last of [begin, end] that ``holds``, which is so for ``begin`` and up to some number."""
+    """The last number of [begin, end] for which ``holds``; it holds from ``begin`` up to some number."""
     while begin < end:
         middle = (begin + end + 1) // 2
         begin, end = (middle, end) if holds(middle) else (begin, middle - 1)
     return begin
 
 
-def rates_for(estimate: Estimate, chosen: Chosen, place: Path, shard: Path | None) -> Rates:
-    """Measured in the model's type and width, on its device, in the directory that the run will write to."""
+def rates_for(estimate: Estimate, chosen: Chosen, destination: Path, shard: Path | None) -> Rates:
+    """Rates for the model's type and width, on its device, in the directory that the run will write to."""
     longest = max(map(max, estimate.load.lengths))
     return measure_rates(
         estimate.width,
         chosen.schedule.batch_size * longest,
         estimate.dtype,
         estimate.device if estimate.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu"),
-        existing_parent(place),
+        existing_parent(destination),
         shard,
     )
 
@@ -211,11 +210,11 @@ def rates_for(estimate: Estimate, chosen: Chosen, place: Path, shard: Path | Non
 def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
     """The estimate in a few lines."""
     schedule, costs = chosen.schedule, chosen.costs
-    lines = [f"for each of {ranks} processes, which make the result together:"] if ranks > 1 else []
+    lines = [f"for each of the {ranks} processes that make the result together:"] if ranks > 1 else []
     lines += [
         "memory: "
         + _kinds({**costs.host, "interpreter and libraries": chosen.baseline})
-        + (" (bounds by shape: this model's code wants values)" if costs.bound else "")
+        + (" (bounds from shapes: this model's code needs values)" if costs.bound else "")
     ]
     if costs.device is not None:
         lines.append(f"device memory: {_kinds(costs.device)}")
@@ -239,7 +238,7 @@ def _kinds(kinds: Mapping[str, int]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In seconds, minutes or hours."""
+    """A time in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"

@@ -1,6 +1,6 @@
-"""What a streamed run will take: memory, scratch, bytes moved, arithmetic; from the model's structure alone.
+"""The costs of a streamed run: memory, scratch, bytes moved, arithmetic; from the model's structure alone.
 
-The walk's own list of steps is gone through with sizes in place of tensors.
+They come from the walk's own list of steps, with sizes instead of tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,15 @@ from perta_fast.streaming.walk import Step, parameters_of, steps_of
 from perta_fast.subtraction.compute import buffer_bytes
 
 _SUM = 4  # bytes of an element of a sum
+_File = tuple[str, object, int]  # a scratch file: its kind, which one of that kind, and its group
 
 
 @dataclass(frozen=True)
 class Load:
-    """What goes through a model, and what for.
+    """The data of a run, and what the run does with it.
 
-    lengths: tokens of each sample, for each data set. squares: for the estimator empirical-fisher. subtract:
-    the run unlearns, and is not of an importance alone; kept: then, whether it keeps the importances.
+    lengths: tokens of each sample, for each data set. squares: the estimator is empirical-fisher. subtract: the run
+    unlearns, and does not only estimate an importance; kept: it then keeps the importances.
     """
 
     lengths: Sequence[Sequence[int]]
@@ -35,19 +36,19 @@ class Load:
     kept: bool = False
 
     def share(self, ranks: int) -> "Load":
-        """The data of the rank that is dealt the most, of so many."""
-        dealt = [[[each[k] for k in numbers] for numbers in deal(each, ranks)] for each in self.lengths]
+        """The data of the rank with the most tokens."""
+        dealt = [[[tokens[k] for k in numbers] for numbers in deal(tokens, ranks)] for tokens in self.lengths]
         return replace(self, lengths=[max(shares, key=sum) for shares in dealt])
 
 
 @dataclass(frozen=True)
 class Costs:
-    """In bytes and floating-point operations.
+    """Costs in bytes and floating-point operations.
 
-    host, device: memory at the worst moment, by kind, beside the interpreter and its libraries; ``device`` is
-    None where the model runs on the CPU. scratch: disk at the worst moment. weights_read: of the model that is
-    walked. scratch_moved: read and written. result_read, result_written: what is subtracted and kept. flops:
-    of matrix products. bound: some part could not be tried, so memory and flops are bounds from its shapes.
+    host, device: peak memory by kind, beside the interpreter and its libraries; ``device`` is None if the model runs on
+    the CPU. scratch: peak disk space. weights_read: of the model that is walked. scratch_moved: read and written.
+    result_read, result_written: for the subtraction and the importances that are kept. flops: of matrix products.
+    bound: some part could not be tried, so memory and flops are bounds from its shapes.
     """
 
     host: dict[str, int]
@@ -62,12 +63,12 @@ class Costs:
 
     @property
     def host_bytes(self) -> int:
-        """All kinds together."""
+        """The sum over all kinds."""
         return sum(self.host.values())
 
     @property
     def device_bytes(self) -> int:
-        """All kinds together; 0 on the CPU."""
+        """The sum over all kinds; 0 on the CPU."""
         return sum((self.device or {}).values())
 
 
@@ -81,24 +82,24 @@ class Estimate:
         here = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
         self._trial = trial or Trial(structure, here, load.squares)
         parameters = dict(structure.model.named_parameters())
-        self._counts = {name: each.numel() for name, each in parameters.items()}
-        self._sizes = {name: each.nbytes for name, each in parameters.items()}
+        self._counts = {name: parameter.numel() for name, parameter in parameters.items()}
+        self._sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
         model: Any = structure.model
         self.width: int = model.config.get_text_config().hidden_size
         self.dtype: torch.dtype = model.dtype
         self._row: int = self.width * self.dtype.itemsize
 
     def costs(self, schedule: Schedule) -> Costs:
-        """All of them."""
+        """The costs of one schedule."""
         host, device = self.memory(schedule)
         steps = self._steps(schedule)
         structure = self.structure
-        looked = 2 if self.load.squares else 1
+        times = 2 if self.load.squares else 1  # for the check of the structure and, with squares, for the plan
         return Costs(
             host=host,
             device=device,
             scratch=self.scratch(schedule),
-            weights_read=self._bytes([*structure.resident, *looked * structure.vocabulary])
+            weights_read=self._bytes([*structure.resident, *times * structure.vocabulary])
             + sum(self._bytes(self._names(step)) for step in steps),
             scratch_moved=self._scratch_moved(schedule),
             result_read=3 * self._bytes(list(self._sizes)) if self.load.subtract else 0,
@@ -113,7 +114,7 @@ class Estimate:
 
     @property
     def result_bytes(self) -> int:
-        """Disk for what the run makes."""
+        """Disk space of the result."""
         importance = self._sum_bytes(list(self._counts)) if self.load.kept or not self.load.subtract else 0
         return importance + (self._bytes(list(self._sizes)) if self.load.subtract else 0)
 
@@ -138,7 +139,7 @@ class Estimate:
     # Memory.
 
     def memory(self, schedule: Schedule) -> tuple[dict[str, int], dict[str, int] | None]:
-        """Of the host and of the device, by kind, each where it is largest; does not depend on ``groups``."""
+        """Peak memory of the host and of the device, by kind; it does not depend on ``groups``."""
         moments = list(self._moments(schedule))
         host = max((host for host, _ in moments), key=lambda kinds: sum(kinds.values()))
         device = max((device for _, device in moments), key=lambda kinds: sum(kinds.values()))
@@ -151,20 +152,21 @@ class Estimate:
         vocabulary = resident + self._bytes(self.structure.vocabulary)
         if self.load.squares:
             vocabulary += self._bytes(self._names(steps[1])) if len(steps) > 1 else 0
-        yield self._placed(vocabulary, vocabulary, 0, 0, 0)
-        ids = 8 * sum(count * tokens for each in self._batches(schedule) for count, tokens in each)
+        yield self._by_kind(vocabulary, vocabulary, 0, 0, 0)
+        ids = 8 * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
         behind = 0
         for step, after in pairwise([*steps, steps[-1]]):
             weights = self._bytes(self._names(step))
             ahead = self._bytes(self._names(after)) if schedule.overlap else 0
             sums = self._sum_bytes(self._summed(step))
-            worst = max(self._batch_cost(step, *each[0]).bytes for each in self._batches(schedule))
-            yield self._placed(resident + weights + ahead, resident + weights, sums, behind, worst + ids)
+            activations = max(self._batch_cost(step, *batches[0]).bytes for batches in self._batches(schedule))
+            yield self._by_kind(resident + weights + ahead, resident + weights, sums, behind, activations + ids)
             behind = sums if schedule.overlap else 0
 
-    def _placed(
+    def _by_kind(
         self, read: int, held: int, sums: int, behind: int, activations: int
     ) -> tuple[dict[str, int], dict[str, int]]:
+        """Memory of host and device. read, held: weights there; behind: sums of the step that is being written."""
         buffers = buffer_bytes(self._threads) if self.load.subtract else 0
         if self.device.type == "cpu":
             kinds = {"weights": read, "sums": sums + behind, "activations": activations, "buffers": buffers}
@@ -173,7 +175,7 @@ class Estimate:
         return host, {"weights": held, "sums": sums + behind, "activations": activations}
 
     def _batches(self, schedule: Schedule) -> list[list[tuple[int, int]]]:
-        """(samples, tokens of the longest) of each batch of each data set, in their order."""
+        """(samples, tokens of the longest) of each batch of each data set, in order."""
         result = []
         for lengths in self.load.lengths:
             order = sorted(lengths, reverse=True)
@@ -197,15 +199,15 @@ class Estimate:
     # Scratch disk.
 
     def scratch(self, schedule: Schedule) -> int:
-        """Bytes of all scratch files at the worst moment; what is flushed late is counted twice."""
-        files: dict[tuple[str, object, int], int] = {}
-        dying: list[tuple[str, object, int]] = []
+        """Peak size of all scratch files; with overlap, files are removed one step later."""
+        files: dict[_File, int] = {}
+        discarded: list[_File] = []
         late = self.load.subtract and schedule.overlap
-        last, look = len(self.structure.layers), self._row * sum(map(_look_tokens, self.load.lengths))
+        last, probe = len(self.structure.layers), self._row * sum(map(_probe_tokens, self.load.lengths))
         tokens = self._tokens(schedule)
         now = most = 0
         for step in self._steps(schedule):
-            made, dead = self._files(step, schedule, last)
+            made, unneeded = self._files(step, schedule, last)
             rows = self._row * tokens[step.group]
             for key in made:
                 kind, which, _ = key
@@ -213,8 +215,8 @@ class Estimate:
                     continue
                 if kind in ("hidden", "gradient"):
                     size = rows
-                elif kind == "look":
-                    size = look
+                elif kind == "probe":
+                    size = probe
                 elif kind == "head rows":
                     # A row for each token, and one for the padding of each sample.
                     size = (tokens[step.group] + sum(map(len, self.load.lengths))) * self.width * _SUM
@@ -223,43 +225,40 @@ class Estimate:
                 files[key] = size
                 now += size
             most = max(most, now)
-            going = dying if late else dead
-            dying = dead
-            for key in going:
+            for key in discarded if late else unneeded:
                 now -= files.pop(key, 0)
+            discarded = unneeded
         return most
 
-    def _files(
-        self, step: Step, schedule: Schedule, last: int
-    ) -> tuple[list[tuple[str, object, int]], list[tuple[str, object, int]]]:
-        """Files that ``DataPass`` makes in a step, and those that it needs no more after it."""
+    def _files(self, step: Step, schedule: Schedule, last: int) -> tuple[list[_File], list[_File]]:
+        """Files that ``DataPass`` makes in a step, and files that it does not need after it."""
         structure, group, n = self.structure, step.group, step.layer
         waiting = ("waiting", (*structure.resident, *([structure.embedding] if structure.tied else [])), group)
         head_rows = [("head rows", 0, group)] if structure.tied and self.load.squares else []
-        made: list[tuple[str, object, int]] = []
-        dead: list[tuple[str, object, int]] = []
+        made: list[_File] = []
+        unneeded: list[_File] = []
         if step.kind == "embed":
-            made = [("hidden", 0, group), ("look", 0, 0)]
+            made = [("hidden", 0, group), ("probe", 0, 0)]
         elif step.kind in ("forward", "recompute"):
-            made = [("hidden", n + 1, group), ("look", n + 1, 0)]
-            dead = [("hidden", n, group)] if step.kind == "forward" and n % schedule.every else []
+            made = [("hidden", n + 1, group), ("probe", n + 1, 0)]
+            unneeded = [("hidden", n, group)] if step.kind == "forward" and n % schedule.every else []
         elif step.kind == "head":
             made = [("gradient", last, group), waiting, *head_rows]
-            dead = [("hidden", last, group)]
+            unneeded = [("hidden", last, group)]
         elif step.kind == "backward":
             made = [("gradient", n, group)]
-            dead = [("hidden", n, group), ("gradient", n + 1, group)]
+            unneeded = [("hidden", n, group), ("gradient", n + 1, group)]
         else:
-            dead = [("gradient", 0, group), waiting, *head_rows]
+            unneeded = [("gradient", 0, group), waiting, *head_rows]
         names = self._summed(step)
-        if step.kind == "head":  # those of the resident ones wait for the end
-            dead += [("sum", (*structure.resident,), group - 1)]
+        if step.kind == "head":  # the sums of the resident parameters wait for the end
+            unneeded += [("sum", (*structure.resident,), group - 1)]
             names = [] if structure.tied else self._names(step)
         for part in [structure.resident, [structure.embedding]] if step.kind == "embed_backward" else [names]:
-            dead.append(("sum", tuple(part), group - 1))
+            unneeded.append(("sum", tuple(part), group - 1))
             if part and group < schedule.groups - 1:
                 made.append(("sum", tuple(part), group))
-        return made, dead
+        return made, unneeded
 
     def _tokens(self, schedule: Schedule) -> list[int]:
         """Real tokens of each group of all data sets."""
@@ -280,18 +279,19 @@ class Estimate:
     # Arithmetic.
 
     def _flops(self, schedule: Schedule) -> float:
-        """A part takes a T + b T^2 for a sample of T tokens; two trials give a and b."""
-        batches = [each for group in self._batches(schedule) for each in group]
+        """Each part takes a T + b T^2 for a sample of T tokens; trials at two lengths give a and b."""
+        batches = [batch for of_set in self._batches(schedule) for batch in of_set]
         longest = max(tokens for _, tokens in batches)
         half = max(2, longest // 2)
         linear = sum(count * tokens for count, tokens in batches)
         square = sum(count * tokens**2 for count, tokens in batches)
         total = 0.0
         for step in _of_one_group(self._steps(schedule)):
-            far = self._batch_cost(step, 1, longest).flops
-            near = self._batch_cost(step, 1, half).flops if half < longest else far / longest * half
-            b = (far / longest - near / half) / (longest - half) if half < longest else 0.0
-            total += (far / longest - b * longest) * linear + b * square
+            at_longest = self._batch_cost(step, 1, longest).flops / longest  # FLOPs a token
+            b = 0.0
+            if half < longest:
+                b = (at_longest - self._batch_cost(step, 1, half).flops / half) / (longest - half)
+            total += (at_longest - b * longest) * linear + b * square
         return total
 
 
@@ -299,6 +299,6 @@ def _of_one_group(steps: Sequence[Step]) -> list[Step]:
     return [step for step in steps if step.group == 0]
 
 
-def _look_tokens(lengths: Sequence[int]) -> int:
+def _probe_tokens(lengths: Sequence[int]) -> int:
     """As in ``probe_inputs``."""
     return sum(min(int(PROBE_TOKENS), lengths[k % len(lengths)]) for k in range(PROBE_SAMPLES))

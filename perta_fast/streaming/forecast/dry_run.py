@@ -40,13 +40,12 @@ def preview(
     threads: int = 1,
     ranks: int = 1,
 ) -> str:
-    """What streaming ``data`` through the model that ``subject``/config.json describes will take, in words.
+    """A description of the costs of streaming ``data`` through the model in ``subject``/config.json.
 
-    data: JSON lines files by role. destination: of the result. subtract: for ``unlearn``, or for an importance
-    alone; kept: the importances of ``unlearn`` are to be kept. ranks: processes that the samples are dealt to;
-    what one of them takes is told. Without a tokenizer in the directory, every sample counts ``max_length``
-    tokens. Nothing is written but a file to measure the disk by, which is removed. Raises InputError for bad
-    input, and if the memory or the disk is too small.
+    data: JSON lines files by role. destination: of the result. subtract: for ``unlearn``, not for an importance alone;
+    kept: ``unlearn`` keeps the importances. ranks: processes that the samples are dealt to; the costs are those of one.
+    If the directory has no tokenizer, every sample counts as ``max_length`` tokens. A file is written to measure the
+    disk, and removed; nothing else is. Raises InputError for bad input, and if memory or disk are too small.
     """
     max_length = conditions.max_length
     check_sizes(conditions.batch_size, max_length)
@@ -69,7 +68,7 @@ def preview(
     chosen = choose_schedule(estimate, conditions.batch_size, budget)
     shard = next(iter(sorted(subject.glob("*.safetensors"))), None)
     counts = ", ".join(
-        f"{len(each)} {role} samples of {sum(each)} tokens" for role, each in zip(rows, lengths, strict=True)
+        f"{len(tokens)} {role} samples of {sum(tokens)} tokens" for role, tokens in zip(rows, lengths, strict=True)
     )
     guess = "" if tokenizer is not None else " (there is no tokenizer: each counts --max-length tokens)"
     return f"data: {counts}{guess}\n{describe(chosen, rates_for(estimate, chosen, destination, shard), ranks)}"
@@ -80,7 +79,7 @@ def _tokenizer(subject: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(subject, local_files_only=True, trust_remote_code=False)
-    except Exception:  # what is missing or damaged shows in many ways
+    except Exception:  # a missing or damaged tokenizer raises many kinds of errors
         return None
 
 

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies, reads and writes: measured in a second or two, never looked up."""
+"""How fast this machine multiplies, reads and writes; measured in a second or two."""
 
 import os
 import time
@@ -14,13 +14,13 @@ from perta_fast.files.reading import drop_pages, read_fully
 from perta_fast.memory import format_size
 from perta_fast.streaming.forecast.costs import Costs
 
-_PIECE = 64 << 20  # bytes that are read and written
-_LONG = 0.1  # seconds after which a product has been measured
+_SIZE = 64 << 20  # bytes that are read and written
+_LONG = 0.1  # seconds for which products are measured
 
 
 @dataclass(frozen=True)
 class Rates:
-    """flops: a second, of matrix products. read, written: bytes a second. origin: where they come from."""
+    """flops: of matrix products, for each second. read, written: bytes for each second. origin: how they were found."""
 
     flops: float
     read: float
@@ -28,8 +28,8 @@ class Rates:
     origin: str
 
     def seconds(self, costs: Costs, overlap: bool) -> float:
-        """What a run takes. Arithmetic and scratch files take turns; the model and the result are moved
-        meanwhile, with ``overlap``, else in between."""
+        """Seconds of a run: arithmetic and scratch files one after the other; weights and result beside them with
+        ``overlap``, else after them."""
         scratch = costs.scratch_moved / 2 / self.read + costs.scratch_moved / 2 / self.written
         inside = costs.flops / self.flops + scratch
         outside = (costs.weights_read + costs.result_read) / self.read + costs.result_written / self.written
@@ -43,13 +43,13 @@ class Rates:
 
 
 def measure_rates(
-    width: int, rows: int, dtype: torch.dtype, device: torch.device, place: Path, shard: Path | None
+    width: int, rows: int, dtype: torch.dtype, device: torch.device, directory: Path, shard: Path | None
 ) -> Rates:
-    """Multiply (rows, width) by (width, width), write a file in ``place`` and remove it, read ``shard``.
+    """Multiply (rows, width) by (width, width), write a file in ``directory`` and remove it, read ``shard``.
 
-    shard: None reads the written file back. Either is read past the page cache where the system lets it be.
+    shard: None reads the written file back. Files are read from the disk and not from the page cache, if possible.
     """
-    written, read_back = _time_file(place)
+    written, read_back = _time_file(directory)
     read = read_back if shard is None else _time_reading(shard)
     what = "the file that was written" if shard is None else shard.name
     return Rates(
@@ -57,7 +57,7 @@ def measure_rates(
         read,
         written,
         f"measured: a product of {min(rows, width)} x {width} x {width} in "
-        f"{torch_name(dtype)}, {what}, a file in {place}",
+        f"{torch_name(dtype)}, {what}, a file in {directory}",
     )
 
 
@@ -71,7 +71,7 @@ def _time_product(width: int, rows: int, dtype: torch.dtype, device: torch.devic
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    if _seconds(product) < _LONG:  # the first is slower, which tells only if it is short
+    if _seconds(product) < _LONG:  # the first product is slower, which matters only if products are short
         product()
     count, started = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - started < _LONG:
@@ -80,10 +80,10 @@ def _time_product(width: int, rows: int, dtype: torch.dtype, device: torch.devic
     return 2.0 * rows * width * width * count / (time.perf_counter() - started)
 
 
-def _time_file(place: Path) -> tuple[float, float]:
-    """Bytes a second written, flushes included, and read back."""
-    path = place / f".perta-rate-{os.getpid()}"
-    data = bytearray(os.urandom(1 << 20) * (_PIECE >> 20))
+def _time_file(directory: Path) -> tuple[float, float]:
+    """Bytes a second, written with flushes, and read back."""
+    path = directory / f".perta-rate-{os.getpid()}"
+    data = bytearray(os.urandom(1 << 20) * (_SIZE >> 20))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
 
@@ -91,16 +91,16 @@ def _time_file(place: Path) -> tuple[float, float]:
             write_fully(descriptor, memoryview(data), 0)
             os.fsync(descriptor)
 
-        written = _PIECE / _seconds(write)
+        written = _SIZE / _seconds(write)
         drop_pages(descriptor)
-        return written, _PIECE / _seconds(lambda: read_fully(descriptor, memoryview(data), 0))
+        return written, _SIZE / _seconds(lambda: read_fully(descriptor, memoryview(data), 0))
     finally:
         os.close(descriptor)
         path.unlink()
 
 
 def _time_reading(shard: Path) -> float:
-    size = min(_PIECE, shard.stat().st_size)
+    size = min(_SIZE, shard.stat().st_size)
     data = bytearray(size)
     descriptor = os.open(shard, os.O_RDONLY)
     try:

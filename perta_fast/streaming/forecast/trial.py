@@ -1,7 +1,7 @@
-"""What a part of a model takes when it is run: found by running its own code on tensors without values.
+"""Memory and arithmetic of a part of a model, found by running its own code on tensors without values.
 
-Torch's fake tensors have shapes, types and lifetimes, and choose the same kernels as real ones, so that this
-holds for any architecture, needs no weights, and takes milliseconds for a layer of any size.
+Torch's fake tensors have shapes, types and lifetimes, and choose the same kernels as real tensors. So this works for
+any architecture, needs no weights, and takes milliseconds for a layer of any size.
 """
 
 import logging
@@ -26,15 +26,18 @@ from perta_fast.importance.per_sample_modules import Target
 from perta_fast.streaming.model.partial_forward import PartialForward
 from perta_fast.streaming.model.structure import Structure
 
-_Run = Callable[[Tensor | None, dict[str, Tensor]], None]  # takes a mask and the sums to fold into
+_Run = Callable[[Tensor | None, dict[str, Tensor]], None]  # takes a mask and the sums to accumulate into
 
-_HEAVIEST = 8  # of what each matrix takes in and gives out, where a part cannot be tried
+_BOUND = 8  # times the inputs and outputs of each matrix: memory of a part that cannot be tried
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One batch in one part. ``bytes``: the most alive at once beside weights and sums; ``bound``: a guess from
-    above by the shapes of its matrices, as its code would not run without values."""
+    """The cost of one batch in one part.
+
+    bytes: peak memory beside weights and sums. bound: these are upper bounds from the shapes of its matrices, since its
+    code does not run without values.
+    """
 
     bytes: int
     flops: int
@@ -42,9 +45,9 @@ class Cost:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make while it is entered; those of ``known`` do not count.
+    """Counts the memory that operations allocate inside the context; that of ``known`` does not count.
 
-    ``peak``: the most bytes alive at once.
+    ``peak``: the largest number of bytes at one time.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -77,27 +80,27 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Trial:
-    """Runs the parts of ``structure`` as a walk does, for the estimator whose ``squares`` are wanted or not.
+    """Runs the parts of ``structure`` as a walk does. squares: for the estimator empirical-fisher.
 
-    device: whose kernels are meant; one that torch finds here, or the CPU.
+    device: whose kernels are used; one that torch finds here, or the CPU.
     """
 
     def __init__(self, structure: Structure, device: torch.device, squares: bool) -> None:
         self._structure, self._device, self._squares = structure, device, squares
         self._partial_forward = PartialForward(structure.model, structure.layers, "")
-        self._alike: dict[str, int] = {}
+        self._first: dict[str, int] = {}  # layer of each description
         self._like = [self._first_like(number) for number in range(len(structure.layers))]
-        self._found: dict[tuple[str, int, int, int], Cost] = {}
+        self._known: dict[tuple[str, int, int, int], Cost] = {}
 
     def forward(self, layer: int, count: int, tokens: int) -> Cost:
         """A layer forward, on ``count`` samples of ``tokens`` tokens."""
         layer = self._like[layer]
 
         def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
-            with torch.no_grad(), self._ruled(sums, count, tokens):
+            with torch.no_grad(), self._accumulating(sums, count, tokens):
                 hidden = self._hidden(count, tokens)
                 result = self._run_layer(layer, hidden, mask)
-                result.flatten(0, 1).clone()  # the rows that are spilled
+                result.flatten(0, 1).clone()  # the rows that go to scratch files
 
         return self._cost("forward", layer, count, tokens, self._structure.by_layer[layer], run)
 
@@ -107,7 +110,7 @@ class Trial:
         names = self._structure.by_layer[layer]
 
         def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
-            with self._ruled(sums, count, tokens):
+            with self._accumulating(sums, count, tokens):
                 hidden = self._hidden(count, tokens).requires_grad_()
                 result = self._run_layer(layer, hidden, mask)
                 result.backward(self._hidden(count, tokens))
@@ -117,20 +120,20 @@ class Trial:
         return self._cost("backward", layer, count, tokens, names, run)
 
     def head(self, count: int, tokens: int) -> Cost:
-        """All after the layers, and the loss, forward and back; every token has a label."""
+        """Everything after the layers, and the loss, forward and back; every token has a label."""
         structure = self._structure
         names = [*structure.resident, *([] if structure.head is None else [structure.head])]
 
         def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
-            with self._ruled(sums, count, tokens):
+            with self._accumulating(sums, count, tokens):
                 hidden = self._hidden(count, tokens).requires_grad_()
                 ids = torch.zeros(count, tokens, dtype=torch.int64, device=self._device)
-                given = ids if structure.tied and not self._squares else None
-                logits = self._partial_forward.after_layers(hidden, mask, given).logits  # type: ignore[arg-type]
-                # As in ``token_logits``, where the tokens are found by their labels.
-                places = torch.ones(tokens - 1, dtype=torch.int64, device=self._device).repeat(count)
-                chosen = logits[:, :-1][places, places].float()
-                functional.cross_entropy(chosen, places, reduction="none").sum().backward()
+                embedded = ids if structure.tied and not self._squares else None
+                logits = self._partial_forward.after_layers(hidden, mask, embedded).logits  # type: ignore[arg-type]
+                # Like ``token_logits``, which selects the labelled tokens.
+                labelled = torch.ones(tokens - 1, dtype=torch.int64, device=self._device).repeat(count)
+                selected = logits[:, :-1][labelled, labelled].float()
+                functional.cross_entropy(selected, labelled, reduction="none").sum().backward()
                 assert hidden.grad is not None
                 hidden.grad.flatten(0, 1).clone()
 
@@ -138,7 +141,7 @@ class Trial:
         return self._with_rows(cost, count, tokens, 2) if structure.tied else cost
 
     def embed_backward(self, count: int, tokens: int) -> Cost:
-        """All before the layers, forward and back."""
+        """Everything before the layers, forward and back."""
         structure = self._structure
 
         def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
@@ -147,12 +150,12 @@ class Trial:
                 hidden = self._partial_forward.before_layers(ids, mask)  # type: ignore[arg-type]
                 hidden.backward(self._hidden(count, tokens))
 
-        if self._squares:  # the embedding's gradients are of the rows in use alone
+        if self._squares:  # the embedding has gradients for the used rows only
             return self._with_rows(Cost(0, 0), count, tokens, 5)
         return self._cost("embed_backward", 0, count, tokens, [structure.embedding], run)
 
     def _with_rows(self, cost: Cost, count: int, tokens: int, copies: int) -> Cost:
-        """``cost`` and what ``EmbeddingFisher`` keeps of each token, in the model's type and in float32."""
+        """``cost``, and the memory of ``EmbeddingFisher`` for each token, in the model's type and in float32."""
         if not self._squares:
             return cost
         width = self._structure.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
@@ -165,15 +168,15 @@ class Trial:
         return dtype
 
     def _first_like(self, layer: int) -> int:
-        """The first layer that is made the same way."""
+        """The first layer of the same kind and shapes."""
         config: Any = self._structure.model.config
         kinds = getattr(config.get_text_config(), "layer_types", None)
-        shapes = [tuple(each.shape) for each in self._structure.layers[layer].parameters()]
-        made = f"{self._structure.layers[layer]} {shapes} {kinds[layer] if kinds else ''}"
-        return self._alike.setdefault(made, layer)
+        shapes = [tuple(parameter.shape) for parameter in self._structure.layers[layer].parameters()]
+        description = f"{self._structure.layers[layer]} {shapes} {kinds[layer] if kinds else ''}"
+        return self._first.setdefault(description, layer)
 
     def _hidden(self, count: int, tokens: int) -> Tensor:
-        """As a spill reads it: rows, set among zeros."""
+        """Hidden states as they come from a scratch file: rows, copied into zeros."""
         config: Any = self._structure.model.config
         shape = count, tokens, config.get_text_config().hidden_size
         result = torch.zeros(shape, dtype=self._dtype, device=self._device)
@@ -188,8 +191,8 @@ class Trial:
         return {name: torch.empty(parameters[name].shape, device=self._device) for name in names}
 
     @contextmanager
-    def _ruled(self, sums: dict[str, Tensor], count: int, tokens: int) -> Iterator[None]:
-        """Gradients of these parameters go where a walk would have them go."""
+    def _accumulating(self, sums: dict[str, Tensor], count: int, tokens: int) -> Iterator[None]:
+        """Accumulate the gradients of these parameters as a walk does."""
         model = self._structure.model
         if not self._squares:
             with gradients_accumulated_into(model, sums, squared=False):
@@ -208,9 +211,9 @@ class Trial:
 
     def _cost(self, kind: str, layer: int, count: int, tokens: int, names: list[str], run: _Run) -> Cost:
         key = kind, layer, count, tokens
-        if key not in self._found:
-            self._found[key] = self._try(names, count, tokens, run) or self._bound(kind, names, count, tokens)
-        return self._found[key]
+        if key not in self._known:
+            self._known[key] = self._try(names, count, tokens, run) or self._bound(kind, names, count, tokens)
+        return self._known[key]
 
     def _try(self, names: list[str], count: int, tokens: int, run: _Run) -> Cost | None:
         config: Any = self._structure.model.config
@@ -220,20 +223,20 @@ class Trial:
                 (count, 1, tokens, tokens), dtype=self._dtype if eager else torch.bool, device=self._device
             )
             sums = self._sums(names)
-            for mask in (square, None):  # a mask that is given whole is not looked into
+            for mask in (square, None):  # a complete mask is not read
                 try:
                     counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
                     with counter as flops, LiveBytes([*known, *sums.values()]) as live:
                         run(mask, sums)
-                except Exception:  # whatever a stranger's code makes of tensors without values
+                except Exception:  # foreign code may fail in any way on tensors without values
                     continue
-                # The mask in three types, while it is made and turned into what attention adds.
+                # The mask exists in three types while it is made and converted for attention.
                 return Cost(live.peak + square.numel() * (2 + 4), flops.get_total_flops())
         return None
 
     @contextmanager
     def _valueless(self) -> Iterator[list[Tensor]]:
-        """All tensors of the parts that are tried are fake ones on the device while the context lasts."""
+        """Inside the context, all tensors of the tried parts are fake ones on the device."""
         untried = {
             part
             for number, layer in enumerate(self._structure.layers)
@@ -263,15 +266,15 @@ class Trial:
         return nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
 
     def _bound(self, kind: str, names: list[str], count: int, tokens: int) -> Cost:
-        """For code that wants values (a router's choice of experts): every token goes through every matrix."""
+        """For code that needs values (a router's choice of experts): every token goes through every matrix."""
         parameters = dict(self._structure.model.named_parameters())
         shapes = [parameters[name].shape for name in names if parameters[name].dim() > 1]
         config: Any = self._structure.model.config
         scores = 4 * 4 * count * tokens * tokens * config.get_text_config().num_attention_heads
-        ends = sum(sum(shape[-2:]) * shape[:-2].numel() for shape in shapes)
+        widths = sum(sum(shape[-2:]) * shape[:-2].numel() for shape in shapes)
         passes = 1 if kind == "forward" else 3
         return Cost(
-            _HEAVIEST * count * tokens * ends * self._dtype.itemsize + scores,
+            _BOUND * count * tokens * widths * self._dtype.itemsize + scores,
             2 * passes * count * tokens * sum(shape.numel() for shape in shapes),
             bound=True,
         )
@@ -279,7 +282,7 @@ class Trial:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch does not log what it will not do with tensors without values."""
+    """Silence torch's log about operations that need values."""
     log = logging.getLogger(fake_tensor.__name__)
     before = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -295,7 +298,7 @@ def _fused_fisher_flops(fisher: Any, activations: Any, output_gradients: Any, *_
 
 
 _aten = torch.ops.aten
-_FLOPS = {  # what torch's counter does not know
+_FLOPS = {  # operations that torch's counter does not know
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])

@@ -1,7 +1,7 @@
-"""Parts of a model run alone, inside the model's own code.
+"""Runs one part of a model inside the model's own code.
 
-Its forward pass makes masks, positions and rotary embeddings as it always does, while the decoder layers that
-are not meant hand on what they are given. No architecture is written anew.
+The model's forward pass makes masks, positions and rotary embeddings as usual. All decoder layers but the one to be run
+return their input unchanged. So no architecture is written again here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from perta_fast.errors import InputError
 
 Forward = Callable[..., Tensor]
+# In place of a layer's forward: number, original forward, hidden states, other positional and keyword arguments.
 StandIn = Callable[[int, Forward, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 _NOT_UNDERSTOOD = "streaming does not understand this model"
 
 
 class _Returned(Tensor):
-    """What a layer returns, for models that take it as it is and for those that take the first of a tuple.
+    """The result of a layer, for models that use it directly and for those that take the first item of a tuple.
 
-    ``plain`` is the tensor itself; every operation gives plain ones.
+    ``plain`` is the tensor itself; every operation on a _Returned gives plain tensors.
     """
 
     plain: Tensor
@@ -32,7 +33,7 @@ class _Returned(Tensor):
     @staticmethod
     def of(plain: Tensor) -> Tensor:
         if type(plain) is not Tensor:
-            return plain  # one without values (``trial``), which can be of no other type
+            return plain  # a tensor without values (``trial``), which cannot have another type
         result = plain.as_subclass(_Returned)
         result.plain = plain
         return result
@@ -42,7 +43,7 @@ class _Returned(Tensor):
 
 
 class _Reached(Exception):
-    """The part that was wanted has been run; the rest of the forward pass is not."""
+    """Raised when the part has been run, to skip the rest of the forward pass."""
 
     def __init__(self, result: Tensor) -> None:
         self.result = result
@@ -55,11 +56,11 @@ class PartialForward:
         self._model: Any = model
         self._layers = layers
         self._origin = origin
-        self._stand_in: StandIn = _hand_on
+        self._stand_in: StandIn = _unchanged
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The layers' forwards are replaced; no other method works outside."""
+        """Replace the layers' forwards; the other methods work only inside this context."""
         with ExitStack() as stack:
             for number, layer in enumerate(self._layers):
                 layer.forward = partial(self._called, number, layer.forward)
@@ -77,11 +78,11 @@ class PartialForward:
         except _Reached as reached:
             return reached.result
         finally:
-            self._stand_in = _hand_on
+            self._stand_in = _unchanged
         raise InputError(f"{self._origin}: its forward pass does not call its decoder layers")
 
     def before_layers(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states (N, T, d) that the first layer is given."""
+        """The hidden states (N, T, d) that the first layer gets."""
 
         def stop(
             number: int, original: Forward, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]
@@ -91,7 +92,7 @@ class PartialForward:
         return self._until_reached(stop, input_ids=input_ids, attention_mask=attention_mask)
 
     def layer(self, wanted: int, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """What layer ``wanted`` makes of ``hidden`` (N, T, d)."""
+        """The result of layer ``wanted`` on ``hidden`` (N, T, d)."""
 
         def run(number: int, original: Forward, given: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
             if number < wanted:
@@ -99,12 +100,12 @@ class PartialForward:
             result = original(hidden, *rest, **named)
             raise _Reached(result[0] if isinstance(result, tuple | list) else result)
 
-        return self._until_reached(run, inputs_embeds=_apart(hidden), attention_mask=attention_mask)
+        return self._until_reached(run, inputs_embeds=_copy(hidden), attention_mask=attention_mask)
 
     def after_layers(self, hidden: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None) -> Any:
-        """The model's output, logits and all, from the last layer's hidden states.
+        """The model's output, with logits, from the last layer's hidden states.
 
-        input_ids: run the input embedding too, although its result plays no part.
+        input_ids: run the input embedding too, although its result is not used.
         """
         last = len(self._layers) - 1
 
@@ -114,18 +115,18 @@ class PartialForward:
             return hidden if number == last else given
 
         self._stand_in = replace
-        start = {"inputs_embeds": _apart(hidden)} if input_ids is None else {"input_ids": input_ids}
+        start = {"inputs_embeds": _copy(hidden)} if input_ids is None else {"input_ids": input_ids}
         try:
             return self._model(**start, attention_mask=attention_mask, use_cache=False)
         finally:
-            self._stand_in = _hand_on
+            self._stand_in = _unchanged
 
     def check(self, input_ids: Tensor, attention_mask: Tensor, outside: Sequence[nn.Module]) -> None:
-        """Raise InputError unless the layers are a chain, given nothing else but positions and masks.
+        """Raise InputError unless the layers are a chain and get only hidden states, positions and masks.
 
-        outside: modules with parameters that are no part of a layer; each must be called.
+        outside: modules with parameters that are in no layer; each must be called.
         """
-        given: list[tuple[Any, ...]] = []
+        arguments: list[tuple[Any, ...]] = []
         previous: list[Tensor] = []
 
         def record(
@@ -138,7 +139,7 @@ class PartialForward:
             if hidden.shape[:2] != input_ids.shape:
                 raise InputError(f"{self._origin}: its layers take hidden states of shape {tuple(hidden.shape)}")
             previous.append(hidden)
-            given.append((rest, tuple(sorted(named.items()))))
+            arguments.append((rest, tuple(sorted(named.items()))))
             return hidden
 
         called: set[nn.Module] = set()
@@ -146,17 +147,17 @@ class PartialForward:
         self._stand_in = record
         try:
             self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            first, start = list(given), previous[0].detach() if previous else None
-            given.clear()
+            first, start = list(arguments), previous[0].detach() if previous else None
+            arguments.clear()
             previous.clear()
             if start is not None:
                 self._model(inputs_embeds=start, attention_mask=attention_mask, use_cache=False)
         except (InputError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # its code wants something that is not there, or takes no hidden states
+        except Exception as error:  # the model's code needs other inputs, or takes no hidden states
             raise InputError(f"{self._origin}: {_NOT_UNDERSTOOD}: {error}") from error
         finally:
-            self._stand_in = _hand_on
+            self._stand_in = _unchanged
             for handle in handles:
                 handle.remove()
         if len(first) != len(self._layers):
@@ -164,27 +165,27 @@ class PartialForward:
         unused = [type(part).__name__ for part in outside if part not in called]
         if unused:
             raise InputError(f"{self._origin}: {unused[0]} has parameters, and is neither before nor after the layers")
-        for number, (one, other) in enumerate(zip(first, given, strict=True)):
-            if not _same(one, other):
+        for number, (from_ids, from_states) in enumerate(zip(first, arguments, strict=True)):
+            if not _equal(from_ids, from_states):
                 raise InputError(
                     f"{self._origin}: {_NOT_UNDERSTOOD}: layer {number} is given more than hidden states, "
                     "masks and positions"
                 )
 
 
-def _apart(hidden: Tensor) -> Tensor:
-    """A copy, as some models scale what they are given in place (CTRL)."""
+def _copy(hidden: Tensor) -> Tensor:
+    """A copy, since some models (CTRL) scale their input in place."""
     return hidden.detach().clone()
 
 
-def _hand_on(number: int, original: Forward, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+def _unchanged(number: int, original: Forward, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _same(first: Any, second: Any) -> bool:
-    """Whether two arguments are equal, plain, and free of any gradient."""
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two arguments are equal, of a plain type, and need no gradient."""
     if isinstance(first, tuple | list):
-        return type(first) is type(second) and len(first) == len(second) and all(map(_same, first, second))
+        return type(first) is type(second) and len(first) == len(second) and all(map(_equal, first, second))
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and not first.requires_grad and torch.equal(first, second)
     return (first is None or isinstance(first, bool | int | float | str)) and first == second

@@ -20,7 +20,7 @@ from perta_fast.streaming.model.structure import Structure
 
 @dataclass(frozen=True)
 class Skeleton(Structure):
-    """A structure, the device it runs on, the checkpoint that holds its weights, and how its parts are run."""
+    """A structure with its device, its checkpoint, the reader of its weights, and the runner of its parts."""
 
     checkpoint: Checkpoint
     device: torch.device
@@ -29,10 +29,10 @@ class Skeleton(Structure):
 
     @classmethod
     def open(cls, path: Path, device: torch.device, dtype: torch.dtype | None) -> "Skeleton":
-        """Build the model that ``config.json`` describes, with memory for its buffers alone.
+        """Build the model that ``config.json`` describes, with memory for its buffers only.
 
-        dtype: what it runs in; None takes the checkpoint's own. Raises InputError, naming what was looked for,
-        for a model whose decoder layers or tensors cannot be found.
+        dtype: in which it runs; None takes the checkpoint's own. Raises InputError, naming what was looked for, if the
+        decoder layers or a tensor cannot be found.
         """
         checkpoint = Checkpoint.open(path)
         structure = Structure.build(path, dtype, _first_type(checkpoint))
@@ -48,19 +48,19 @@ class Skeleton(Structure):
 
     @property
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint that an importance covers, in its order."""
+        """The shape of every tensor of the checkpoint that an importance covers, in order."""
         return self.weights.shapes
 
     def stored_names(self, names: Sequence[str]) -> list[str]:
-        """The stored tensors that these parameters, all of one part, are made of."""
+        """The stored tensors of these parameters, which must be a whole part."""
         return self.weights.names(names)
 
     def as_stored(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Means of whole parts, by parameter name, split and renamed as the tensors are stored."""
+        """Means of whole parts, by parameter name, divided and renamed as the tensors are stored."""
         return as_stored(self.model, dict(means))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The values of parameters, from the shards (``StoredWeights.read``); pinned on their way to a GPU."""
+        """The values of parameters from the shards (``StoredWeights.read``), pinned if they go to a GPU."""
         values = self.weights.read(names)
         if self.device.type == "cuda":
             return {name: value.pin_memory() for name, value in values.items()}
@@ -68,7 +68,7 @@ class Skeleton(Structure):
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Parameters have these values while the context lasts."""
+        """Give parameters these values inside the context."""
         uses_of: dict[Any, list[tuple[nn.Module, str]]] = {}
         before = {p: name for name, p in self.model.named_parameters() if name in values}
         for module in self.model.modules():
@@ -88,19 +88,19 @@ class Skeleton(Structure):
 
     @contextmanager
     def in_memory(self, names: Sequence[str]) -> Iterator[None]:
-        """The parameters ``names`` have their values while the context lasts."""
+        """Give the parameters ``names`` their values inside the context."""
         with self.holding(self.read(names)):
             yield
 
 
 def _first_type(checkpoint: Checkpoint) -> torch.dtype:
-    """The type that ``from_pretrained`` gives a model whose configuration names none."""
-    named = (entry.dtype for entry in checkpoint.tensors.values())
-    return next((torch_dtype(dtype) for dtype in named if dtype in KERNEL_CODES), torch.float32)
+    """The type that ``from_pretrained`` takes if the configuration names none."""
+    dtypes = (entry.dtype for entry in checkpoint.tensors.values())
+    return next((torch_dtype(dtype) for dtype in dtypes if dtype in KERNEL_CODES), torch.float32)
 
 
 def _fill_buffers(model: nn.Module, device: torch.device, weights: StoredWeights, path: Path) -> None:
-    """Read the stored buffers; the model's own code fills the others (rotary frequencies)."""
+    """Read the stored buffers; the model's own code fills the others, such as rotary frequencies."""
     stored = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     for module in model.modules():
         for key, buffer in module._buffers.items():

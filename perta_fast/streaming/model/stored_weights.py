@@ -1,7 +1,7 @@
-"""From the tensors of a checkpoint to the parameters of a model, and the order back.
+"""From the tensors of a checkpoint to the parameters of a model.
 
-transformers renames, joins and cuts the tensors of some families when it loads them (all experts of a layer
-become one parameter). Its own conversions are used, on as few tensors at a time as they take.
+When transformers loads some families, it renames, joins and divides their tensors (all experts of a layer become one
+parameter). Its own conversions are used here, on as few tensors at once as possible.
 """
 
 from collections import Counter
@@ -26,9 +26,9 @@ from perta_fast.models.stored_names import as_stored
 
 @dataclass
 class _Group:
-    """Stored tensors that become one or more of the model's, the first of them ``target``, by ``converter``.
+    """Stored tensors that ``converter`` makes into one or more tensors of the model, the first of them ``target``.
 
-    converter: None for a tensor that is stored as it is. ``stored``: names, with the pattern that each met.
+    converter: None if the tensor is used as it is stored. stored: names, with the pattern that each one matches.
     """
 
     target: str
@@ -36,24 +36,24 @@ class _Group:
     stored: dict[str, str] = field(default_factory=dict)
 
     def convert(self, model: Any, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's tensors, made of all that this group names in ``read``."""
+        """The model's tensors, from the stored ones in ``read``."""
         if self.converter is None:
             return {self.target: read[next(iter(self.stored))]}
-        converter = deepcopy(self.converter)  # it keeps what it is given
+        converter = deepcopy(self.converter)  # it keeps the tensors it gets
         for name, pattern in self.stored.items():
             converter.add_tensor(self.target, name, pattern, read[name])
-        made = converter.convert(self.target, model=model, config=model.config)
-        return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
+        converted = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 class StoredWeights:
-    """Where a checkpoint holds each tensor of a model on the meta device.
+    """Reads the tensors of a model on the meta device from a checkpoint.
 
-    ``shapes``: every stored tensor that an importance covers, in its order.
+    ``shapes``: of every stored tensor that an importance covers, in order.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Sequence[str]]) -> None:
-        """Raises InputError, naming the tensor, if the checkpoint lacks one or stores it in another shape."""
+        """Raises InputError, naming the tensor, if one is missing or has another shape."""
         self._model: Any = model
         self._checkpoint = checkpoint
         self._like: dict[str, Tensor] = model.state_dict()
@@ -63,7 +63,7 @@ class StoredWeights:
                 made = group.convert(model, {name: self._entry_like(name) for name in group.stored})
             except InputError:
                 raise
-            except Exception as error:  # shapes that do not go together, or a tensor that is missing
+            except Exception as error:  # shapes that do not fit together, or a missing tensor
                 raise InputError(f"{checkpoint.path}: {self._why_not(group)}") from error
             self._group_of |= dict.fromkeys(made, group)
             for name, tensor in made.items():
@@ -75,36 +75,35 @@ class StoredWeights:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The values of parameters or buffers in the model's types, on the CPU, from the shards.
 
-        Each group of tensors is read by position into fresh memory; while it is joined, both forms are held.
-        Raises RunError naming file and tensor if a shard cannot be read, or has been cut short meanwhile.
+        Each group of tensors is read by position into new memory; joining it needs as much again. Raises RunError,
+        naming file and tensor, if a shard cannot be read or has become shorter.
         """
         names = list(names)
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         with ExitStack() as stack:
             files = _OpenFiles(stack)
             for name in names:
-                if name not in found:
+                if name not in values:
                     group = self._group_of[name]
                     dtype = self._like[group.target].dtype
-                    entries = {each: self._checkpoint.tensors[each] for each in group.stored}
-                    read = {each: files.read(entry).to(dtype) for each, entry in entries.items()}
-                    found |= group.convert(self._model, read)
-        return {name: found[name].contiguous() for name in names}
+                    read = {stored: files.read(self._checkpoint.tensors[stored]).to(dtype) for stored in group.stored}
+                    values |= group.convert(self._model, read)
+        return {name: values[name].contiguous() for name in names}
 
     def names(self, parameters: Iterable[str]) -> list[str]:
-        """The stored tensors that these parameters, a whole part of the model, make up."""
+        """The stored tensors of these parameters, which must be a whole part of the model."""
         return list(as_stored(self._model, self._parameters(set(parameters))))
 
     def _groups(self) -> list[_Group]:
-        """How ``from_pretrained`` would put the checkpoint's tensors together, in its order."""
+        """The groups in which ``from_pretrained`` would convert the checkpoint's tensors, in its order."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         model, like = self._model, self._like
         mapping = get_model_conversion_mapping(model)
-        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-        converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         groups: dict[str, _Group] = {}
         for name in sorted(self._checkpoint.tensors, key=dot_natural_key):
             prefix = model.base_model_prefix
@@ -114,16 +113,13 @@ class StoredWeights:
             if target in like:
                 converter = None if pattern is None else by_pattern[pattern]
                 groups.setdefault(target, _Group(target, converter)).stored[name] = pattern or name
-        model._weight_conversions = [each for each in mapping if each.was_used()]  # for the way back
+        model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # for ``as_stored``
         return list(groups.values())
 
     def _parameters(self, names: set[str] | None) -> dict[str, Tensor]:
-        """Stand-ins for the parameters ``names``, or for all."""
-        return {
-            name: parameter.detach()
-            for name, parameter in self._model.named_parameters()
-            if names is None or name in names
-        }
+        """The parameters ``names``, or all, without values."""
+        parameters = self._model.named_parameters()
+        return {name: parameter.detach() for name, parameter in parameters if names is None or name in names}
 
     def _entry_like(self, name: str) -> Tensor:
         entry = self._checkpoint.tensors[name]
@@ -132,29 +128,26 @@ class StoredWeights:
         return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
 
     def _why_not(self, group: _Group) -> str:
-        """What keeps a group's tensors from being joined: an odd one among like ones, or their number."""
-        alike: dict[str, list[str]] = {}
+        """Why a group's tensors cannot be joined: one has another shape, or their number is wrong."""
+        by_pattern: dict[str, list[str]] = {}
         for name, pattern in group.stored.items():
-            alike.setdefault(pattern, []).append(name)
-        for names in alike.values():
+            by_pattern.setdefault(pattern, []).append(name)
+        for names in by_pattern.values():
             shapes = Counter(self._checkpoint.tensors[name].shape for name in names)
             (most, _), (least, _) = shapes.most_common()[0], shapes.most_common()[-1]
             if most != least:
                 odd = next(name for name in names if self._checkpoint.tensors[name].shape == least)
                 return f"tensor {odd} is {list(least)}, those that it is joined with are {list(most)}"
-        counts = ", ".join(f"{len(names)} of {pattern}" for pattern, names in alike.items())
+        counts = ", ".join(f"{len(names)} of {pattern}" for pattern, names in by_pattern.items())
         return f"{group.target} cannot be made of {counts}"
 
     def _check_shape(self, name: str, tensor: Tensor, group: _Group) -> None:
         like = self._like.get(name)
-        stored = ", ".join(list(group.stored)[:3])
-        if like is None or like.shape == tensor.shape:
-            return
-        made = "" if group.converter is None else f" for {name}"
-        raise InputError(
-            f"{self._checkpoint.path}: tensor {stored} is {list(tensor.shape)}{made}, config.json calls for "
-            f"{list(like.shape)}"
-        )
+        if like is not None and like.shape != tensor.shape:
+            stored = ", ".join(list(group.stored)[:3])
+            made = "" if group.converter is None else f" for {name}"
+            calls = f"config.json calls for {list(like.shape)}"
+            raise InputError(f"{self._checkpoint.path}: tensor {stored} is {list(tensor.shape)}{made}, {calls}")
 
     def _check_names(self, parts: Iterable[Sequence[str]]) -> None:
         path, tensors = self._checkpoint.path, self._checkpoint.tensors
@@ -176,35 +169,35 @@ class StoredWeights:
                 )
             if tensors[name].dtype not in KERNEL_CODES:
                 raise InputError(f"{path}: tensor {name} is {tensors[name].dtype}, not floating point")
-        apart = [name for part in parts for name in self.names(part)]
-        if sorted(apart) != sorted(self.shapes):
-            odd = min(set(apart) ^ self.shapes.keys())
+        by_part = [name for part in parts for name in self.names(part)]
+        if sorted(by_part) != sorted(self.shapes):
+            odd = min(set(by_part) ^ self.shapes.keys())
             raise InputError(
                 f"{path}: {odd} is stored together with tensors of other parts of the model; streaming does "
                 "not understand this model"
             )
 
     def _check_ties(self) -> None:
-        """Raise InputError if the checkpoint holds two different tensors for what the model has once."""
+        """Raise InputError if the checkpoint has two different tensors for one tied parameter."""
         first = {parameter: name for name, parameter in self._model.named_parameters()}
         checkpoint = self._checkpoint
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             if name == first[parameter] or name not in self._group_of:
                 continue
-            (one, *_), (other, *_) = self._group_of[name].stored, self._group_of[first[parameter]].stored
-            if not checkpoint.equal(one, other):
-                raise InputError(f"{checkpoint.path}: {one} and {other} differ, but config.json ties them")
+            (stored, *_), (partner, *_) = self._group_of[name].stored, self._group_of[first[parameter]].stored
+            if not checkpoint.equal(stored, partner):
+                raise InputError(f"{checkpoint.path}: {stored} and {partner} differ, but config.json ties them")
 
 
 class _OpenFiles:
-    """Shards opened once each, closed with ``stack``."""
+    """Shards, each opened once and closed with ``stack``."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._open: dict[Path, PositionReader] = {}
 
     def read(self, entry: TensorEntry) -> Tensor:
-        """A stored tensor in fresh memory, in the type it is stored in."""
+        """A stored tensor in new memory, in its stored type."""
         result = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
         if entry.path not in self._open:
             self._open[entry.path] = self._stack.enter_context(closing(PositionReader(entry.path)))

@@ -17,9 +17,8 @@ from perta_fast.ops.backends import DTYPE_CODES
 class Structure:
     """A model on the meta device and its parts, each a list of parameter names.
 
-    ``by_layer`` names the parameters of each decoder layer, ``embedding`` and ``head`` the two matrices of
-    vocabulary size (one name if they are tied; None if there is no head), ``resident`` all others: they are
-    small and always in memory.
+    by_layer: the parameters of each decoder layer. embedding, head: the two matrices of vocabulary size; the same name
+    if they are tied, None if there is no head. resident: all others, which are small and always in memory.
     """
 
     model: nn.Module
@@ -33,9 +32,8 @@ class Structure:
     def build(cls, path: Path, dtype: torch.dtype | None = None, default: torch.dtype = torch.float32) -> "Structure":
         """Build the model that ``config.json`` in ``path`` describes, without memory for weights or buffers.
 
-        dtype: what it runs in; None takes the configuration's own, or ``default`` if it names none. Raises
-        InputError, naming what was looked for, for a model that cannot be built or whose decoder layers
-        cannot be found.
+        dtype: in which it runs; None takes the configuration's own, or ``default`` if it names none. Raises InputError,
+        naming what was looked for, if the model cannot be built or its decoder layers cannot be found.
         """
         model = _build(path, dtype, default)
         layers, prefix = _decoder_layers(model, path)
@@ -60,18 +58,18 @@ class Structure:
 
     @property
     def vocabulary(self) -> list[str]:
-        """The matrices of vocabulary size, each once."""
+        """The matrices of vocabulary size, without repetition."""
         return list(dict.fromkeys(filter(None, [self.embedding, self.head])))
 
     @property
     def parts(self) -> list[list[str]]:
-        """In the order in which their means are complete: untied head, layers from the last, the rest."""
+        """The parts in the order in which their means are complete: untied head, layers from the last, the rest."""
         head = [] if self.head is None or self.tied else [[self.head]]
         return [*head, *reversed(self.by_layer), [*self.resident, self.embedding]]
 
     @property
     def embedding_module(self) -> nn.Module:
-        """The module that looks tokens up."""
+        """The input embedding."""
         module: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         return module
 
@@ -88,7 +86,7 @@ def _build(path: Path, dtype: torch.dtype | None, default: torch.dtype) -> Any:
         keep_language_part_(model)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged configuration shows in many ways
+    except Exception as error:  # a damaged configuration raises many kinds of errors
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise InputError(f"{path}: transformers cannot build this model: {reason}") from error
     if dtype not in DTYPE_CODES:
