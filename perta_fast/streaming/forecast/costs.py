@@ -36,7 +36,7 @@ class Load:
     kept: bool = False
 
     def share(self, ranks: int) -> "Load":
-        """The data of the rank with the most tokens."""
+        """For each data set, the largest share that a rank gets."""
         dealt = [[[tokens[k] for k in numbers] for numbers in deal(tokens, ranks)] for tokens in self.lengths]
         return replace(self, lengths=[max(shares, key=sum) for shares in dealt])
 
@@ -199,7 +199,7 @@ class Estimate:
     # Scratch disk.
 
     def scratch(self, schedule: Schedule) -> int:
-        """Peak size of all scratch files; with overlap, files are removed one step later."""
+        """Peak size of all scratch files; a run that subtracts with overlap removes files one step later."""
         files: dict[_File, int] = {}
         discarded: list[_File] = []
         late = self.load.subtract and schedule.overlap

@@ -1,7 +1,7 @@
 """Runs one part of a model inside the model's own code.
 
-The model's forward pass makes masks, positions and rotary embeddings as usual. All decoder layers but the one to be run
-return their input unchanged. So no architecture is written again here.
+The model's forward pass makes masks, positions and rotary embeddings as usual, while decoder layers that are not to be
+run return their input unchanged. So no architecture is written again here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
