@@ -296,7 +296,7 @@ def test_importances_may_be_given_as_objects(inputs: Inputs, tmp_path: Path) -> 
 def test_an_importance_in_memory_only_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     forget = Importance.load(inputs["forget"])
     forget.directory = None
-    with pytest.raises(InputError, match="lives in memory only; save it first"):
+    with pytest.raises(InputError, match="is in memory only; save it first"):
         apply(*inputs.checkpoints, forget, inputs["retain"], lam=1.0, out=tmp_path / "out")
 
 

@@ -210,7 +210,7 @@ def rates_for(estimate: Estimate, chosen: Chosen, destination: Path, shard: Path
 def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
     """The estimate in a few lines."""
     schedule, costs = chosen.schedule, chosen.costs
-    lines = [f"for each of the {ranks} processes that make the result together:"] if ranks > 1 else []
+    lines = [f"for each of {ranks} processes that make the result together:"] if ranks > 1 else []
     lines += [
         "memory: "
         + _kinds({**costs.host, "interpreter and libraries": chosen.baseline})
