@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import partial_path
+from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, partial_path
 from perta_fast.files.reading import exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -16,8 +16,6 @@ from perta_fast.subtraction.in_place import is_open, resume_in_place
 from perta_fast.subtraction.to_directory import finish_leftover
 from perta_fast.subtraction.unfinished import STATE
 from perta_fast.sweeping.results import Sweep
-from perta_fast.sweeping.unfinished import STATE as SWEEP
-from perta_fast.sweeping.unfinished import has_begun as has_begun_sweep
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,7 +60,10 @@ def _unfinished(destination: Path) -> _Unfinished | None:
         return "in place"
     if destination.name and exists(partial_path(destination) / STATE / JOB):
         return "directory"
-    if has_begun_sweep(destination) or exists(destination / SWEEP):
+    # Not asked of sweeping.unfinished, which imports torch.
+    if destination.name and exists(partial_path(destination) / SWEEP_STATE / SWEEP_RECORD):
+        return "sweep"
+    if exists(destination / SWEEP_STATE):
         return "sweep"
     if exists(destination / STATE):
         return "last steps"

@@ -293,9 +293,12 @@ def test_a_reader_that_leaves_is_no_traceback(job: Job) -> None:
     assert (found.returncode, found.stderr) == (1, b"")
 
 
-def test_apply_and_inspect_do_without_torch(job: Job, tmp_path: Path) -> None:
+def test_apply_inspect_and_resume_do_without_torch(job: Job, tmp_path: Path) -> None:
     forbidden = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None"
     asked = ["apply", *checkpoint_arguments(job), "--rule", "tv", "--lam", 1, "--out", tmp_path / "out"]
     for arguments in (asked, ["inspect", tmp_path / "out"]):
         found = perta(*arguments, setup=forbidden)
         assert (found.returncode, found.stderr) == (0, "")
+    found = perta("resume", tmp_path / "out", setup=forbidden)
+    assert found.returncode == 2
+    assert "there is no unfinished run to resume" in found.stderr
