@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, partial_path
+from perta_fast.files.new_directory import SWEEP_STATE, has_record, partial_path
 from perta_fast.files.reading import exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -58,12 +57,9 @@ def _unfinished(destination: Path) -> _Unfinished | None:
     """What there is to finish at ``destination``."""
     if is_open(destination):
         return "in place"
-    if destination.name and exists(partial_path(destination) / STATE / JOB):
+    if has_record(destination, STATE):
         return "directory"
-    # Not asked of sweeping.unfinished, which imports torch.
-    if destination.name and exists(partial_path(destination) / SWEEP_STATE / SWEEP_RECORD):
-        return "sweep"
-    if exists(destination / SWEEP_STATE):
+    if has_record(destination, SWEEP_STATE) or exists(destination / SWEEP_STATE):
         return "sweep"
     if exists(destination / STATE):
         return "last steps"

@@ -10,11 +10,12 @@ from perta_fast.errors import InputError, NotFiniteError, RunError, advice
 from perta_fast.files.durable import move, remove, sync, sync_tree
 from perta_fast.files.journal import JOB
 from perta_fast.files.locking import lock
+from perta_fast.files.reading import exists
 
 # Below the directory that is being built: the state of a run or sweep. With its record, it can be resumed.
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
-_RECORDS = (Path(RUN_STATE, JOB), Path(SWEEP_STATE, SWEEP_RECORD))
+_RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD}
 
 
 class OutputDirectory:
@@ -56,7 +57,7 @@ class OutputDirectory:
 
     def _forget(self) -> None:
         """Remove the records first: a kill may come when half of ``path`` is gone, and that must not be resumed."""
-        for record in (self.path / name for name in _RECORDS):
+        for record in (self.path / state / name for state, name in _RECORDS.items()):
             with suppress(OSError):  # the rest is removed even if the disk fails
                 if record.exists():
                     record.unlink()
@@ -89,6 +90,11 @@ class OutputDirectory:
 def partial_path(final: Path) -> Path:
     """The hidden name under which a run builds ``final``."""
     return final.with_name(f".{final.name}.perta-partial")
+
+
+def has_record(final: Path, state: str) -> bool:
+    """Whether there is an unfinished run (``RUN_STATE``) or sweep (``SWEEP_STATE``) to ``final``, with its record."""
+    return bool(final.name) and exists(partial_path(final) / state / _RECORDS[state])
 
 
 def _replaced_path(final: Path) -> Path:

@@ -10,18 +10,18 @@ import torch
 
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
 from perta_fast.files.durable import remove
-from perta_fast.files.new_directory import OutputDirectory, remove_replaced
+from perta_fast.files.new_directory import OutputDirectory, has_record, remove_replaced
 from perta_fast.progress import Progress
 from perta_fast.records.versions import now
 from perta_fast.runs.settings import unfinished_advice
-from perta_fast.subtraction.unfinished import has_begun as has_begun_other
+from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_destination, write_best
 from perta_fast.sweeping.measuring import score
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
-from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, has_begun, load_begun
+from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, load_begun
 
 PathLike = str | Path
 
@@ -87,7 +87,7 @@ def sweep(
 
 def resume_sweep(final: Path, progress: Progress) -> Sweep:
     """Go on with the stopped sweep to ``final``; if it has finished, only remove its record."""
-    if has_begun(final):
+    if has_record(final, STATE):
         return _run(load_begun(final).request, progress, resumed=True)
     remove_replaced(final)
     remove(final / STATE)
@@ -101,7 +101,7 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
         return score(opened, Record(begun, None))[0]
     final = Path(os.path.realpath(request.out))
     inputs = opened.paths()
-    goes_on = has_begun(final) and (resumed or not request.overwrite)
+    goes_on = has_record(final, STATE) and (resumed or not request.overwrite)
     if goes_on:
         earlier = load_begun(final)
         if earlier.request != begun.request:
@@ -109,7 +109,7 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
         check_unchanged(earlier.inputs, begun.inputs)
         begun = earlier
     else:
-        if not request.overwrite and has_begun_other(final):
+        if not request.overwrite and has_begun(final):
             raise InputError(unfinished_advice(final))
         check_destination(request, final, inputs)
     target = OutputDirectory(final, overwrite=request.overwrite, inputs=inputs, resume=goes_on)

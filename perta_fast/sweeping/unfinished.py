@@ -8,7 +8,6 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
-from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
@@ -38,11 +37,6 @@ class Begun:
         """What a setting has scored."""
         key = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
         return next((row for row in self.rows if (row.rule, row.p, row.alpha, row.lam) == key), None)
-
-
-def has_begun(final: Path) -> bool:
-    """Whether an unfinished sweep to ``final`` can be resumed."""
-    return bool(final.name) and exists(partial_path(final) / STATE / SWEEP_RECORD)
 
 
 def load_begun(final: Path) -> Begun:
