@@ -16,7 +16,7 @@ import numpy as np
 
 from perta_fast.checkpoints.advice import python_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.safetensors_file import TensorEntry, widened
 from perta_fast.checkpoints.tied import OUTPUT_HEADS
 from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.errors import InputError
@@ -234,9 +234,4 @@ def _read(entry: TensorEntry) -> Matrix:
     data = bytearray(entry.size)
     with closing(PositionReader(entry.path)) as reader:
         reader.read_into(memoryview(data), entry.begin, f"tensor {entry.name}")
-    if entry.dtype == "BF16":
-        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        stored = np.frombuffer(data, np.float16 if entry.dtype == "F16" else np.float32)
-        values = stored.astype(np.float32, copy=False)
-    return values.reshape(entry.shape)
+    return widened(data, entry.dtype).reshape(entry.shape)

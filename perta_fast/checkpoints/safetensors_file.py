@@ -123,6 +123,14 @@ def build_header(
     return header, {name: len(header) + offset for name, offset in offsets.items()}
 
 
+def widened(data: bytearray, dtype: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    """Stored elements of a floating-point type as float32, (count,)."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    stored = np.frombuffer(data, np.float16 if dtype == "F16" else np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
         raise InputError(f"{path}: is not a safetensors file: it has {size} bytes, fewer than 8")

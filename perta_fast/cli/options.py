@@ -161,5 +161,6 @@ RESULT = (
         negatable=True,
     ),
     Option("threads", "threads to apply with (all processors)", int, "N"),
+    flag("allow_zero", "go on if the task vector is zero, which makes a copy"),
     QUIET,
 )

@@ -1,6 +1,12 @@
 """The part of a multimodal model that text passes through; only this part is loaded, tuned and unlearned."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perta_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def auto_class(config: Any) -> Any:
@@ -22,13 +28,71 @@ def keep_language_part_(model: Any) -> None:
 
     Then no importance covers them, and unlearning copies them. A model that takes only text is not changed.
     """
-    config = model.config
-    if config.is_encoder_decoder or config.get_text_config() is config:
-        return
-    kept = {*model.get_decoder().modules(), *model.get_input_embeddings().modules()}
-    head = model.get_output_embeddings()
-    kept.update([] if head is None else head.modules())
+    kept = _language_modules(model)
     for part in [module for module in model.modules() if module not in kept]:
         for name, child in part.named_children():
             if kept.isdisjoint(child.modules()):
                 setattr(part, name, None)
+
+
+def parameters_of_other_parts(model: Any) -> list[str]:
+    """The parameters that ``keep_language_part_`` would remove, by name."""
+    kept = {parameter for module in _language_modules(model) for parameter in module.parameters(recurse=False)}
+    return [name for name, parameter in model.named_parameters() if parameter not in kept]
+
+
+def _language_modules(model: Any) -> "set[torch.nn.Module]":
+    config = model.config
+    if config.is_encoder_decoder or config.get_text_config() is config:
+        return set(model.modules())
+    kept = {*model.get_decoder().modules(), *model.get_input_embeddings().modules()}
+    head = model.get_output_embeddings()
+    kept.update([] if head is None else head.modules())
+    return kept
+
+
+def empty_model(path: Path, dtype: "torch.dtype | None" = None, default: "torch.dtype | None" = None) -> Any:
+    """The language part of the model that ``config.json`` in ``path`` describes, without memory for its values.
+
+    dtype: None takes the configuration's own, or ``default`` if it names none. Raises InputError if transformers cannot
+    build it.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = auto_class(config).from_config(
+                config, dtype=dtype or config.dtype or default, trust_remote_code=False
+            )
+        keep_language_part_(model)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged configuration raises many kinds of errors
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise InputError(f"{path}: transformers cannot build this model: {reason}") from error
+    return model
+
+
+def not_of_language_part(names: list[str], *paths: Path) -> set[str]:
+    """Which of these stored tensors have no place in the language part of any model in ``paths``, by its config.json.
+
+    These are tensors that transformers leaves aside when it loads a causal language model, such as layers for
+    multi-token prediction and stored rotary frequencies, and the parts for images. Empty if a configuration is missing
+    or unknown to transformers: then nothing is known.
+    """
+    if not all((path / "config.json").is_file() for path in paths):
+        return set()
+    import torch
+
+    from perta_fast.models.stored_names import loaded_tensors
+
+    outside = set(names)
+    for path in dict.fromkeys(paths):
+        try:
+            model = empty_model(path, default=torch.float32)
+        except InputError:
+            return set()
+        outside -= {loaded.stored for loaded in loaded_tensors(model, names)}
+    return outside

@@ -1,5 +1,9 @@
 """From the parameters of a module to the tensors of its checkpoint, which may have other names, and divide them."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,3 +42,41 @@ def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, 
             raise InputError(f"the elements of parameter {name} are stored in another order")
         begins[stored] = (first, tensor.shape)
     return begins
+
+
+@dataclass(frozen=True)
+class LoadedTensor:
+    """A stored tensor that transformers loads. target: the entry of the state dict that it goes to.
+
+    converter: what makes the entry of this and other tensors, and ``pattern``, which of its patterns the name matches;
+    None if the tensor is the entry.
+    """
+
+    stored: str
+    target: str
+    converter: Any = None
+    pattern: str | None = None
+
+
+def loaded_tensors(model: Any, names: Iterable[str]) -> list[LoadedTensor]:
+    """Those of the stored tensors ``names`` that ``from_pretrained`` would use for ``model``, in its order.
+
+    It ignores all others. From now on ``as_stored`` knows the conversions that these names need.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    like, prefix = model.state_dict(), model.base_model_prefix
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    loaded = []
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, like)
+        if target not in like and name in like:
+            target, pattern = rename_source_key(name, [], [], prefix, like)
+        if target in like:
+            loaded.append(LoadedTensor(name, target, None if pattern is None else by_pattern[pattern], pattern))
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+    return loaded

@@ -17,7 +17,7 @@ from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.rules import Rule
-from perta_fast.runs.settings import Settings, check_threads, destination, threads_for, unfinished_advice
+from perta_fast.runs.settings import Settings, check_changes, check_threads, destination, threads_for, unfinished_advice
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_importances
@@ -50,6 +50,7 @@ def apply(
     link_unchanged: bool = False,
     drop_cache: bool | None = None,
     threads: int | None = None,
+    allow_zero: bool = False,
     progress: Progress = True,
     group: "ProcessGroup | None" = None,
 ) -> Report:
@@ -63,8 +64,9 @@ def apply(
     shards that takes up to 192 MiB. overwrite: replace a non-empty ``out``. link_unchanged: shards without a
     tensor to change are linked, not copied. drop_cache: read and written pages do not stay in the page cache;
     None does so if the run moves more than half of the memory. threads: None takes all processors, or this
-    process's part of them. group: the processes that deal the work among them. Each calls this with the same
-    arguments; inputs and ``out`` must lie where all see them. None: this process alone.
+    process's part of them. allow_zero: go on even if the task vector is zero, and make a copy. group: the processes
+    that deal the work among them. Each calls this with the same arguments; inputs and ``out`` must lie where all see
+    them. None: this process alone.
     progress: whether bars are drawn, on a terminal or in a notebook; or what is called with each ``Event``.
 
     Returns the report that was written. Raises InputError for bad input (nothing is written), RunError if the
@@ -77,7 +79,7 @@ def apply(
         final = destination(model, out, in_place, ranks)
         directories = map(_directory_of, (forget_importance, retain_importance))
         sources = Sources.open(model, base, tuned, open_importances(chosen, *directories))
-    settings = Settings(final, in_place, overwrite, link_unchanged, drop_cache, threads, progress)
+    settings = Settings(final, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, progress)
     return apply_sources(sources, chosen, settings, ranks=ranks)
 
 
@@ -98,6 +100,7 @@ def apply_sources(
     """
     with ranks.together("the inputs"):
         check_threads(settings.threads)
+        check_changes(sources, settings.allow_zero)
     threads = threads_for(settings.threads, ranks)
     report = begin_report(sources, rule, threads)
     if annotate is not None:

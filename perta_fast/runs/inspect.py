@@ -10,10 +10,11 @@ from perta_fast.files.reading import exists
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.typed_json import printable
+from perta_fast.subtraction.task_vector import adds
 
 
 def describe(path: str | Path, *, every_tensor: bool = False) -> str:
-    """Text for a person; headers and reports are read, weights are not.
+    """Text for a person; headers and reports are read, and of an adapter the factors; other weights are not.
 
     every_tensor: list each tensor too. Raises InputError if ``path`` is none of these or is damaged.
     """
@@ -43,6 +44,8 @@ def _adapter_lines(adapter: Adapter, every_tensor: bool) -> list[str]:
     kinds = Counter((each.a.shape[0], each.scale) for each in adapter.low_rank.values())
     lines = [f"{checkpoint.path}: LoRA adapter", *_totals(checkpoint)]
     lines += [f"  {count} matrices of rank {rank}, scale {scale:g}" for (rank, scale), count in kinds.items()]
+    if adapter.low_rank and not any(map(adds, adapter.low_rank.values())):
+        lines.append("  these add nothing: factors A or B are zero, as before training")
     if adapter.whole:
         lines.append(f"  {len(adapter.whole)} whole tensors")
     return lines + (_every_tensor(checkpoint) if every_tensor else [])

@@ -8,6 +8,8 @@ from perta_fast import compiled
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.progress import Progress
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.task_vector import check_task_vector
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Settings:
     link_unchanged: bool = False
     drop_cache: bool | None = None
     threads: int | None = None
+    allow_zero: bool = False
     progress: Progress = True
 
 
@@ -38,6 +41,12 @@ def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks
 def threads_for(asked: int | None, ranks: Ranks) -> int:
     """The number of threads asked for, or this process's share of the machine's; every rank calls it."""
     return asked or max(1, compiled.kernels().available_threads() // ranks.on_this_machine())
+
+
+def check_changes(sources: Sources, allow_zero: bool) -> None:
+    """Raise InputError, with the cause, if the run would change nothing and this was not allowed."""
+    if not allow_zero:
+        check_task_vector(sources, ", or add --allow-zero for a copy of the model")
 
 
 def unfinished_advice(final: Path) -> str:

@@ -48,6 +48,7 @@ def unlearn(
     device: "str | torch.device | None" = None,
     dtype: "torch.dtype | None" = None,
     threads: int | None = None,
+    allow_zero: bool = False,
     progress: Progress = True,
     group: "ProcessGroup | None" = None,
 ) -> Report:

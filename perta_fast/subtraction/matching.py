@@ -12,7 +12,9 @@ from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 
 _FLOAT32 = "dtype='float32'"  # for a command that converts
-CopyReason = Literal["not floating point", "not covered by the importance", "task vector is zero"]
+CopyReason = Literal[
+    "not floating point", "not covered by the importance", "task vector is zero", "not part of the language model"
+]
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,23 @@ def match_tensors(
 ) -> list[TensorMatch]:
     """Match every tensor of ``model`` with those of the other inputs, in the model's order.
 
-    Each checkpoint may store a tied output head or leave it out. Raises InputError, naming checkpoint and tensor, if
-    names or shapes differ, a type has no arithmetic, or an importance belongs to another model.
+    Each checkpoint may store a tied output head or leave it out. Tensors that are not of the language model, as
+    transformers loads it, need not be in all three: then the model's are copied. Raises InputError, naming checkpoint
+    and tensor, if names or shapes differ, a type has no arithmetic, or an importance belongs to another model.
     """
     whole = tuned if isinstance(tuned, Checkpoint) else None
+    left_out: set[str] = set()
     for other in (base, whole):
         if other is not None:
-            _check_same_names(model, other)
+            left_out |= _check_same_names(model, other)
     if forget_importance is not None and retain_importance is not None:
         _check_importance_names(model, forget_importance, retain_importance)
-    matches = [_match_tensor(name, model, base, whole, forget_importance, retain_importance) for name in model.tensors]
+    matches = [
+        TensorMatch(theta, copied="not part of the language model")
+        if name in left_out
+        else _match_tensor(name, model, base, whole, forget_importance, retain_importance)
+        for name, theta in model.tensors.items()
+    ]
     return _with_adapter(matches, model, base, tuned) if isinstance(tuned, Adapter) else matches
 
 
@@ -137,7 +146,8 @@ def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:
     return checkpoint.tensors[partner]
 
 
-def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
+def _check_same_names(model: Checkpoint, other: Checkpoint) -> set[str]:
+    """The model's tensors that ``other`` may lack. Raises InputError for all others that only one of the two has."""
     missing = [
         name
         for name in model.tensors
@@ -145,8 +155,6 @@ def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
         and model.tensors[name].dtype not in COPIED
         and not (name in OUTPUT_HEADS and tied_partner(name, other.tensors))
     ]
-    if missing:
-        raise InputError(f"{other.path}: lacks {_names(missing)}, which {model.path} has")
     extra = [name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED]
     for name in list(extra):
         partner = tied_partner(name, other.tensors) if name in OUTPUT_HEADS else None
@@ -154,8 +162,16 @@ def _check_same_names(model: Checkpoint, other: Checkpoint) -> None:
             if not other.equal(name, partner):
                 raise InputError(f"{other.path}: {name} differs from {partner}, but {model.path} ties the two")
             extra.remove(name)
-    if extra:
-        raise InputError(f"{other.path}: has {_names(extra)}, which {model.path} lacks")
+    outside: set[str] = set()
+    if missing or extra:
+        from perta_fast.models.language_part import not_of_language_part  # here: it needs torch
+
+        outside = not_of_language_part(missing + extra, model.path, other.path)
+    if needed := [name for name in missing if name not in outside]:
+        raise InputError(f"{other.path}: lacks {_names(needed)}, which {model.path} has")
+    if needed := [name for name in extra if name not in outside]:
+        raise InputError(f"{other.path}: has {_names(needed)}, which {model.path} lacks")
+    return outside
 
 
 def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 import ctypes
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +23,14 @@ from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, Importance
 from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
+from perta_fast.models.language_part import parameters_of_other_parts
+from perta_fast.models.stored_names import as_stored
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
 from perta_fast.subtraction.inputs import IMPORTANCES
 from perta_fast.subtraction.staging import ALIGNMENT, Staging
+from perta_fast.subtraction.task_vector import is_nonzero
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,6 +50,7 @@ def apply_to_module_(
     p: float | None = None,
     alpha: float = 1.0,
     threshold: float | None = None,
+    allow_zero: bool = False,
     backend: str = "auto",
     group: "ProcessGroup | None" = None,
 ) -> int:
@@ -55,7 +59,8 @@ def apply_to_module_(
     module: its parameters are theta_full; as transformers saves it (the experts of a layer apart), names and
     shapes are those in the checkpoints ``base`` and ``tuned``; ``tuned`` may be a LoRA adapter.
     forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
-    Parameters that the importance does not cover stay as they are; tied ones are changed once.
+    Parameters that the importance does not cover, and vision parts that a checkpoint lacks, stay as they are; tied ones
+    are changed once. allow_zero: go on even if the task vector is zero.
     group: all processes that hold a module sharded by FSDP2 or tensor parallelism; each changes what it holds.
 
     Returns the number of parameters that were subtracted from. Raises InputError, before anything is changed,
@@ -78,6 +83,8 @@ def apply_to_module_(
         _check_parameters(module)
         everything = held_tensors(module)
         parameters = _covered(everything, importances)
+        for name in _left_aside(module, parameters, checkpoints if adapter is None else checkpoints[1:]):
+            del parameters[name]
         low_rank: dict[str, LowRank] = {}
         whole: dict[str, TensorEntry] = {}
         if adapter is not None:
@@ -93,6 +100,8 @@ def apply_to_module_(
             ]
             for source in sources[name]:
                 _check_source(name, parameter, source)
+        if not allow_zero:
+            _check_changes(tuned, sources, low_rank)
     stagings = {device: _staging(device) for device in {parameter.device for parameter in parameters.values()}}
     how = asdict(chosen.rescaling)
     for name, parameter in parameters.items():
@@ -109,6 +118,17 @@ def _checkpoint_sources(name: str, entry: TensorEntry | None, tuned: Checkpoint,
     """Tuned and base values of a parameter. entry: its tensor in an adapter, stored there as a whole."""
     tuned_name = stored_name(tuned, name) if entry is None else entry.name
     return [_Source.of_checkpoint(tuned, tuned_name), _Source.of_checkpoint(base, stored_name(base, name))]
+
+
+def _check_changes(tuned: str | Path, sources: "Mapping[str, list[_Source]]", low_rank: Mapping[str, LowRank]) -> None:
+    """Raise InputError if the task vector is zero. sources: those of all parameters, tuned and base first."""
+    pairs = [(of[0].entry, of[1].entry) for name, of in sources.items() if name not in low_rank]
+    updates = [update for name, update in low_rank.items() if name in sources]
+    if not is_nonzero([(first, second) for first, second in pairs if first and second], updates):
+        raise InputError(
+            f"{tuned}: the task vector is zero in all parameters that it would be subtracted from; nothing would "
+            "change (allow_zero=True does it all the same)"
+        )
 
 
 def _subtract_(
@@ -172,6 +192,7 @@ class _Source:
     file: SafetensorsFile | None = None
     begin: int = 0  # offset of the first byte in the file
     firsts: Sequence[int] = (0,)
+    entry: TensorEntry | None = None
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str = "") -> "_Source":
@@ -184,7 +205,7 @@ class _Source:
         memory = (ctypes.c_ubyte * entry.size).from_address(file.address + entry.begin)
         dtype = torch_dtype(entry.dtype)
         values = torch.frombuffer(memory, dtype=dtype) if entry.size else torch.empty(0, dtype=dtype)
-        return cls(values, entry.shape, where or str(checkpoint.path), file, entry.begin)
+        return cls(values, entry.shape, where or str(checkpoint.path), file, entry.begin, entry=entry)
 
     @classmethod
     def of_importance(cls, importance: Importance, stored: Checkpoint | None, name: str) -> "_Source":
@@ -249,6 +270,16 @@ def _covered(parameters: dict[str, Held], importances: list[Importance]) -> dict
         if uneven:
             raise InputError(f"tensor {min(uneven)} is in one importance and not in the other")
     return {name: parameters[name] for name in parameters if not importances or name in importances[0].tensors}
+
+
+def _left_aside(module: nn.Module, names: Iterable[str], checkpoints: Sequence[Checkpoint]) -> set[str]:
+    """Tensors of a module's vision parts that not all checkpoints have; ``stored_name`` names any other."""
+    lacking = {name for name in names if any(name not in checkpoint.tensors for checkpoint in checkpoints)}
+    if not lacking or not hasattr(module, "get_decoder"):
+        return set()
+    parameters = dict(module.named_parameters())
+    others = {name: torch.empty_like(parameters[name], device="meta") for name in parameters_of_other_parts(module)}
+    return lacking & as_stored(module, others).keys()
 
 
 def _importances(

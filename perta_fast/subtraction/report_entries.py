@@ -59,6 +59,8 @@ def describe_tensors(report: Report, matches: Sequence[TensorMatch], totals: dic
     report.tensors = [_tensor_report(match, totals.get(index, {})) for index, match in enumerate(matches)]
     for row in report.tensors:
         report.counts[row.action] = report.counts.get(row.action, 0) + 1
+    if not any(row.changed for row in report.tensors):
+        report.warn(f"no value of the model has changed: {_why_unchanged(report)}")
 
 
 def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
@@ -113,6 +115,14 @@ def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
         if np.isfinite(norm) and np.isfinite(change):
             row.relative_change = change / norm if norm else (0.0 if change == 0 else None)
     return row
+
+
+def _why_unchanged(report: Report) -> str:
+    if report.lam == 0:
+        return "lambda is 0"
+    if "subtracted" not in report.counts:
+        return "the task vector is zero wherever the run subtracts it"
+    return "all steps round to zero in the type of the model, or all weights are zero"
 
 
 def _importance_warnings(importance: Mapping[str, ImportanceRecord]) -> list[str]:

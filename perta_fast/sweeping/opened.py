@@ -20,6 +20,7 @@ from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import Estimation, estimate_on
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.job import fingerprint
+from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.sweeping.grid import curves_of
 from perta_fast.sweeping.live_model import LiveModel, ScoredModel, read_scored
 from perta_fast.sweeping.request import Request
@@ -45,11 +46,14 @@ class OpenedSweep:
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
         curves = curves_of(request.rules, request.ps, request.alphas, request.threshold)
         request.check()
+        sources, given = Sources.open(request.model, request.base, request.tuned), _open_given(request, curves)
+        for opened in (sources, *given.values()):
+            check_task_vector(opened)
         return cls(
             request,
             curves,
-            Sources.open(request.model, request.base, request.tuned),
-            _open_given(request, curves),
+            sources,
+            given,
             None if request.gold is None else Checkpoint.open(request.gold),
             {role: read_scored(getattr(request, role), request.metric) for role in ("forget", "retain")},
             progress,

@@ -85,7 +85,16 @@ def test_the_same_bytes_as_a_run_to_a_directory(
 
 def test_a_task_vector_of_zero_writes_nothing(inputs: Inputs) -> None:
     before = {path: path.stat().st_mtime_ns for path in inputs["model"].glob("*.safetensors")}
-    apply(inputs["model"], inputs["base"], inputs["base"], rule="tv", lam=1.0, in_place=True, progress=False)
+    apply(
+        inputs["model"],
+        inputs["base"],
+        inputs["base"],
+        rule="tv",
+        lam=1.0,
+        in_place=True,
+        allow_zero=True,
+        progress=False,
+    )
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (inputs["model"] / "perta_report.json").exists()
 

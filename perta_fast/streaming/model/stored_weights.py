@@ -21,7 +21,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import KERNEL_CODES, TORCH_NAMES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.reading import PositionReader
-from perta_fast.models.stored_names import as_stored
+from perta_fast.models.stored_names import as_stored, loaded_tensors
 
 
 @dataclass
@@ -96,24 +96,10 @@ class StoredWeights:
 
     def _groups(self) -> list[_Group]:
         """The groups in which ``from_pretrained`` would convert the checkpoint's tensors, in its order."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        model, like = self._model, self._like
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         groups: dict[str, _Group] = {}
-        for name in sorted(self._checkpoint.tensors, key=dot_natural_key):
-            prefix = model.base_model_prefix
-            target, pattern = rename_source_key(name, renamings, converters, prefix, like)
-            if target not in like and name in like:
-                target, pattern = rename_source_key(name, [], [], prefix, like)
-            if target in like:
-                converter = None if pattern is None else by_pattern[pattern]
-                groups.setdefault(target, _Group(target, converter)).stored[name] = pattern or name
-        model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # for ``as_stored``
+        for loaded in loaded_tensors(self._model, self._checkpoint.tensors):
+            group = groups.setdefault(loaded.target, _Group(loaded.target, loaded.converter))
+            group.stored[loaded.stored] = loaded.pattern or loaded.stored
         return list(groups.values())
 
     def _parameters(self, names: set[str] | None) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from perta_fast.checkpoints.quantised import refuse_quantised
 from perta_fast.errors import InputError
-from perta_fast.models.language_part import auto_class, keep_language_part_
+from perta_fast.models.language_part import empty_model
 from perta_fast.ops.backends import DTYPE_CODES
 
 
@@ -75,20 +75,9 @@ class Structure:
 
 
 def _build(path: Path, dtype: torch.dtype | None, default: torch.dtype) -> Any:
-    from transformers import AutoConfig
-
     refuse_quantised(path, {})
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        dtype = dtype or config.dtype or default
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
-        keep_language_part_(model)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged configuration raises many kinds of errors
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise InputError(f"{path}: transformers cannot build this model: {reason}") from error
+    model = empty_model(path, dtype, default)
+    dtype, config = model.dtype, model.config
     if dtype not in DTYPE_CODES:
         raise InputError(f"{path}: would run in {dtype}; it must be float32, bfloat16 or float16")
     if config.is_encoder_decoder:

@@ -1,0 +1,99 @@
+"""Whether a task vector is zero, so that a run would change nothing; asked before the work begins. No torch."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+
+import numpy as np
+
+from perta_fast.checkpoints.adapters import LowRank
+from perta_fast.checkpoints.safetensors_file import TensorEntry, widened
+from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.errors import InputError
+from perta_fast.files.reading import PositionReader
+from perta_fast.subtraction.inputs import Sources
+
+_SAMPLE = 1 << 14  # elements that are looked at first, at both ends of a tensor: tuning changes nearly all
+_CHUNK = 1 << 20
+
+Pair = tuple[TensorEntry, TensorEntry]  # the values of tuned and base for one tensor
+
+
+def check_task_vector(sources: Sources, advice: str = "") -> None:
+    """Raise InputError, with the cause and ``advice``, if the run would subtract nothing from any tensor."""
+    matches = [match for match in sources.matches if match.copied is None]
+    pairs = [(match.tuned, match.base) for match in matches if match.tuned is not None and match.base is not None]
+    updates = [match.low_rank for match in matches if match.low_rank is not None]
+    if is_nonzero(pairs, updates):
+        return
+    uncovered = any(match.copied == "not covered by the importance" for match in sources.matches)
+    where = " in all tensors that the importances cover" if uncovered else ""
+    raise InputError(_cause(sources, where) + advice)
+
+
+def _cause(sources: Sources, where: str) -> str:
+    tuned, base = sources.tuned.path, sources.base.path
+    if sources.adapter_config is not None:
+        reason = "factors A or B are all zero, as before training" if sources.tuned.tensors else "it holds no tensor"
+        return f"{tuned}: nothing would change{where}: {reason}; give an adapter that was trained"
+    if not any(match.copied is None for match in sources.matches):
+        return f"{sources.model.path}: nothing would change: {_all_copied(sources)}"
+    same = "is the same checkpoint as base" if tuned.samefile(base) else f"has the same values as {base}"
+    return (
+        f"{tuned}: nothing would change: it {same}{where}, so the task vector is zero; give the base as it was tuned "
+        "on the forget data"
+    )
+
+
+def _all_copied(sources: Sources) -> str:
+    reasons = dict.fromkeys(str(match.copied) for match in sources.matches)
+    return f"of every tensor, {' or '.join(reasons)}" if reasons else "it holds no tensor"
+
+
+def is_nonzero(pairs: Iterable[Pair], updates: Iterable[LowRank] = ()) -> bool:
+    """Whether some element of a task vector is not zero, at the first one that shows it.
+
+    pairs: floating-point tensors; beyond the end of the shorter one nothing is compared. updates: of low rank; factors
+    whose product vanishes though neither is zero count as not zero. Raises RunError if a file cannot be read.
+    """
+    if any(map(adds, updates)):
+        return True
+    apart = [(tuned, base) for tuned, base in pairs if _place(tuned) != _place(base)]
+    return any(_differ(*pair, *ends) for pair in apart for ends in _samples(*pair)) or any(
+        _differ(*pair, begin, min(begin + _CHUNK, _common(*pair)))
+        for pair in apart
+        for begin in range(0, _common(*pair), _CHUNK)
+    )
+
+
+def adds(update: LowRank) -> bool:
+    """Whether an update of low rank changes anything: its scale and both factors are not zero."""
+    return update.scale != 0 and all(bool(factor.any()) for factor in update.factors())
+
+
+def _place(entry: TensorEntry) -> tuple[int, ...]:
+    """Where the bytes lie, whatever the name of the file."""
+    status = entry.path.stat()
+    return status.st_dev, status.st_ino, entry.begin
+
+
+def _common(tuned: TensorEntry, base: TensorEntry) -> int:
+    return min(tuned.count, base.count)
+
+
+def _samples(tuned: TensorEntry, base: TensorEntry) -> Iterator[tuple[int, int]]:
+    count = _common(tuned, base)
+    yield 0, min(_SAMPLE, count)
+    yield max(0, count - _SAMPLE), count
+
+
+def _differ(tuned: TensorEntry, base: TensorEntry, begin: int, end: int) -> bool:
+    first, second = (_values(entry, begin, end) for entry in (tuned, base))
+    return bool(np.any(first != second))
+
+
+def _values(entry: TensorEntry, begin: int, end: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    width = ITEM_SIZES[entry.dtype]
+    data = bytearray((end - begin) * width)
+    with closing(PositionReader(entry.path)) as reader:
+        reader.read_into(memoryview(data), entry.begin + begin * width, f"tensor {entry.name}")
+    return widened(data, entry.dtype)
