@@ -5,8 +5,7 @@
 Names are imported at first use: what does not need torch does not wait for it.
 """
 
-import logging
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,13 +71,13 @@ __all__ = [
     "verify",
 ]
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program sets up logging
-
 
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module("perta_fast.ops")
     if name == "__version__":
+        from importlib import metadata
+
         return metadata.version("perta-fast")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)

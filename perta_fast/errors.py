@@ -2,8 +2,15 @@
 
 import errno
 
+from perta_fast.terminal import printable
 
-class PertaError(Exception):
+
+class _Printable(BaseException):
+    def __str__(self) -> str:
+        return printable(super().__str__())  # it holds names and paths, which may hold anything
+
+
+class PertaError(_Printable, Exception):
     """Base of every error that this package raises on purpose; its text is for the user."""
 
     exit_status = 1
@@ -27,7 +34,7 @@ class RankLost(RunError):
     """Another process of the same run has ended. It has reported its own error, so this one is not shown."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(_Printable, KeyboardInterrupt):
     """Stopped by the user, with work done that can be resumed. Its text says how."""
 
 

@@ -9,8 +9,10 @@ from typing import Literal
 
 from perta_fast.errors import RunError
 from perta_fast.memory import format_size
+from perta_fast.terminal import printable
 
 LOGGER = logging.getLogger("perta_fast")
+LOGGER.addHandler(logging.NullHandler())  # silent unless the program sets up logging
 _INTERVAL = 0.1  # least seconds between two calls of a callback
 
 Unit = Literal["B", "sample", "step"]
@@ -52,7 +54,7 @@ class Bar:
         self._drawn = tqdm(
             total=total,
             initial=done,
-            desc=phase,
+            desc=printable(phase),
             unit=unit,
             unit_scale=unit == "B",
             disable=None if progress and self._callback is None else True,  # None: only on a terminal

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import SWEEP_STATE, has_record, partial_path
-from perta_fast.files.reading import exists
+from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import resume_directory
@@ -15,6 +15,7 @@ from perta_fast.subtraction.in_place import is_open, resume_in_place
 from perta_fast.subtraction.to_directory import finish_leftover
 from perta_fast.subtraction.unfinished import STATE
 from perta_fast.sweeping.results import Sweep
+from perta_fast.terminal import shell_command
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,13 +32,14 @@ def resume(directory: str | Path, *, progress: Progress = True, group: "ProcessG
     longer what it was (nothing is written then), RunError if the run fails again.
     """
     ranks = Ranks.of(group)
-    destination = Path(os.path.realpath(directory))
+    destination = Path(os.path.realpath(checked_path(directory)))
     with ranks.together("the unfinished run"):
         kind = _unfinished(destination) if ranks.first else None
         if ranks.first and kind is None:
             raise InputError(f"{directory}: there is no unfinished run to resume{_advice(destination)}")
         if ranks.world > 1 and kind in ("in place", "sweep"):
-            raise InputError(f"{directory}: is finished by one process: perta resume {directory}")
+            finishing = shell_command("perta", "resume", Path(directory))
+            raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
     if kind == "directory":
         return resume_directory(destination, progress, ranks)

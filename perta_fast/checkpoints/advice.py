@@ -19,6 +19,6 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
 
 
 def python_command(program: str) -> str:
-    """The shell command that runs ``program``."""
+    """The shell command that runs ``program``, which is printable."""
     plain = set(program).isdisjoint('"$`\\!')  # then double quotes are enough, and easier to read
     return f'python -c "{program}"' if plain else f"python -c {shlex.quote(program)}"

@@ -12,6 +12,7 @@ from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB, JOURNAL
 from perta_fast.files.reading import read_json
+from perta_fast.terminal import shell_command
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,8 @@ class Checkpoint:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         if not unfinished and (path / JOURNAL / JOB).exists():
-            raise InputError(f"{path}: an in-place run has not been finished; finish it with: perta resume {path}")
+            finishing = shell_command("perta", "resume", path)
+            raise InputError(f"{path}: an in-place run has not been finished; finish it with: {finishing}")
         single = f"{stem}.safetensors"
         if index is None and f"{single}.index.json" in names:
             index = path / f"{single}.index.json"

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import CHECKPOINTS, RESULT, RULE_AND_STRENGTH, Command, Option, finish, keywords
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.runs.apply import apply
+    with importing():
+        from perta_fast.runs.apply import apply
 
     report = apply(**keywords(parsed), group=parsed.group)
     finish(report.summary(), parsed.out or parsed.model, parsed.quiet)

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, flag, keywords
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.demo import run_demo
+    with importing():
+        from perta_fast.demo import run_demo
 
     run_demo(**keywords(parsed))
     return 0

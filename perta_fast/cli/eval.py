@@ -3,17 +3,20 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import ESTIMATION, Command, Option, flag, keywords
+from perta_fast.terminal import printable
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.evaluation.run import evaluate
+    with importing():
+        from perta_fast.evaluation.run import evaluate
 
     result = evaluate(parsed.model, **keywords(parsed, without=("model",)))
     if not parsed.quiet:
         print(result.summary())
         if parsed.out is not None:
-            print(f"written to {parsed.out}")
+            print(printable(f"written to {parsed.out}"))
     return 0
 
 

@@ -4,17 +4,19 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli import options
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.records.typed_json import printable
 from perta_fast.rules import ESTIMATORS
+from perta_fast.terminal import printable_lines
 
 
 def run(parsed: argparse.Namespace) -> int:
     check_streamed(parsed)
     if parsed.dry_run:
         return _dry_run(parsed)
-    from perta_fast.runs.estimate import estimate_importance
+    with importing():
+        from perta_fast.runs.estimate import estimate_importance
 
     settings = keywords(parsed, without=("model", "dry_run"))
     record = estimate_importance(parsed.model, **settings, group=parsed.group).metadata
@@ -25,7 +27,7 @@ def run(parsed: argparse.Namespace) -> int:
         lines.append(
             f"these parameters could not be computed in a batch, which took a pass for each sample: {record.one_by_one}"
         )
-    finish("\n".join(lines), parsed.out, parsed.quiet)
+    finish(printable_lines(lines), parsed.out, parsed.quiet)
     return 0
 
 
@@ -45,7 +47,7 @@ def _dry_run(parsed: argparse.Namespace) -> int:
                 subtract=False,
                 ranks=ranks.world,
             )
-            print(printable(text))
+            print(text)
     return 0
 
 

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, flag
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.runs.inspect import describe
+    with importing():
+        from perta_fast.runs.inspect import describe
 
     print(describe(parsed.path, every_tensor=parsed.tensors))
     return 0
@@ -18,4 +20,5 @@ COMMAND = Command(
     "what a checkpoint, importance or run holds",
     (Option("path", type=Path, metavar="PATH", positional=True), flag("tensors", "list every tensor")),
     run,
+    prints=True,
 )

@@ -11,13 +11,14 @@ from types import FrameType
 from typing import Any, TextIO
 
 from perta_fast.cli import apply, demo, eval, importance, inspect, recipe, report, resume, sweep, tune, unlearn, verify
+from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
 from perta_fast.cli.recipe_options import add_commands
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory
 from perta_fast.records.versions import installed_versions
+from perta_fast.terminal import ShownStream, printable, shown_streams
 
-_INTERRUPTED = 130
 # In the order of the help.
 _MODULES = (demo, tune, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
@@ -29,21 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Under torchrun every process calls this and does its part of the command.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    with shown_streams() as (output, _):
+        return _run_explained(arguments, output)
+
+
+def _run_explained(arguments: Sequence[str] | None, output: ShownStream) -> int:
     launch = Launch()
     try:
         with launch.joined() as ranks, _of_first(ranks, redirect_stdout, sys.stdout):
-            return _run(arguments, ranks)
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe: drop what is buffered
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PertaError.exit_status
+            return _run(arguments, ranks, output)
     except (PertaError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         text, status = _explain(error)
         if launch.should_print(error):
-            print(f"perta: {text}", file=sys.stderr)
+            print(f"perta: {printable(text)}", file=sys.stderr)
         return status
 
 
-def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
+def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream) -> int:
     with ranks.together("the arguments"), _of_first(ranks, redirect_stderr, sys.stderr):
         parsed = _parser().parse_args(arguments)  # this may read a recipe
         if ranks.world > 1 and not parsed.command.over_ranks:
@@ -53,17 +56,30 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
     with _log_shown(parsed.verbose and ranks.first):
         status: int = parsed.command.run(parsed)
-    sys.stdout.flush()
-    return status
+    output.flush()
+    return status if output.lost is None else _told(output.lost, parsed, status)
+
+
+def _told(lost: Exception, parsed: argparse.Namespace, status: int) -> int:
+    """The exit status where standard output could not be written: 1 if that was all that the command had to give.
+
+    A reader that has gone, such as head, needs no message.
+    """
+    writes = getattr(parsed, "out", "") is not None or getattr(parsed, "in_place", False)
+    only_printed = parsed.command.prints or getattr(parsed, "dry_run", False) or not writes
+    if not isinstance(lost, BrokenPipeError):
+        reason = getattr(lost, "strerror", None) or lost
+        rest = "" if only_printed else "; what the command makes is complete"
+        print(f"perta: standard output could not be written: {reason}{rest}", file=sys.stderr)
+    return status or (PertaError.exit_status if only_printed else 0)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """The message and the exit status for an error. Raises it again if it is a defect of the program."""
     if isinstance(error, Interrupted):
-        return str(error), _INTERRUPTED
+        return str(error), INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
-        untouched = "interrupted; the inputs are untouched and no partial output is left"
-        return f"{untouched}. Run the same command again to start over", _INTERRUPTED
+        return INTERRUPTED_MESSAGE, INTERRUPTED
     if isinstance(error, PertaError):
         return f"error: {error}", error.exit_status
     if isinstance(error, OSError):

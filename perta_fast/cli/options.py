@@ -13,8 +13,8 @@ from typing import Any
 from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.memory import parse_size
-from perta_fast.records.typed_json import printable
 from perta_fast.rules import RULES
+from perta_fast.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def flag(name: str, help: str, one_of: str = "", required: bool = False) -> Opti
 class Command:
     """A command: one line of help, its options, and the function that runs it, or the commands below it.
 
-    over_ranks: whether torchrun may start it as several processes.
+    over_ranks: whether torchrun may start it as several processes. prints: whether what it prints is its result.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Command:
     options: tuple[Option, ...] = ()
     run: Callable[[argparse.Namespace], int] | None = None
     over_ranks: bool = False
+    prints: bool = False
     parts: tuple["Command", ...] = ()
 
 
@@ -105,9 +106,10 @@ def check_streamed(parsed: argparse.Namespace) -> None:
 
 
 def finish(summary: str, out: Path, quiet: bool) -> None:
-    """Print the result of a command, unless it is quiet."""
+    """Print the result of a command, unless it is quiet. summary: lines that are printable."""
     if not quiet:
-        print(printable(f"{summary}\nwritten to {out}"))
+        print(summary)
+        print(printable(f"written to {out}"))
 
 
 def _size(text: str) -> int:

@@ -30,8 +30,8 @@ def write_template(parsed: argparse.Namespace) -> int:
 
 def check_recipe(parsed: argparse.Namespace) -> int:
     from perta_fast.records.recipe import read_recipe
-    from perta_fast.records.typed_json import printable
     from perta_fast.rules import Rule
+    from perta_fast.terminal import printable
 
     path, command = parsed.recipe, unlearn.COMMAND
     settings = read_recipe(path)
@@ -94,6 +94,7 @@ COMMAND = Command(
             "whether a recipe is a whole run, correctly written",
             (Option("recipe", "a YAML file, or the report of a run", Path, "FILE", positional=True),),
             check_recipe,
+            prints=True,
         ),
     ),
 )

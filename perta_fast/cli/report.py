@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import QUIET, Command, Option, flag, keywords
-from perta_fast.records.typed_json import printable
+from perta_fast.terminal import printable
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.reporting import write_page
+    with importing():
+        from perta_fast.reporting import write_page
 
     settings = keywords(parsed, without=("sweep", "eval"))
     write_page(sweeps=parsed.sweep, evaluations=parsed.eval, **settings)

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import QUIET, Command, Option, finish
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.resuming import resume
+    with importing():
+        from perta_fast.resuming import resume
 
     report = resume(parsed.path, progress=not parsed.quiet, group=parsed.group)
     finish(report.summary(), parsed.path, parsed.quiet)

@@ -1,37 +1,39 @@
 """``perta sweep``."""
 
 import argparse
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli import options
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, flag, keywords
 from perta_fast.rules import Rule
 from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
+from perta_fast.terminal import printable, shell_command
 
 if TYPE_CHECKING:
-    from perta_fast.sweeping.results import ScoredSetting
+    with importing():
+        from perta_fast.sweeping.results import ScoredSetting
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.records.typed_json import printable
-    from perta_fast.sweeping.run import sweep
+    with importing():
+        from perta_fast.sweeping.run import sweep
 
     settings = keywords(parsed)
     for one, several in (("rule", "rules"), ("p", "ps"), ("alpha", "alphas")):
         settings[one] = settings.pop(several) or settings[one]
     result = sweep(**settings)
-    print(printable(result.summary()))
+    print(result.summary())
     best, curves = result.best, result.curves()
     if parsed.checkpoint is not None:
         print(printable(f"chosen checkpoint written to {parsed.checkpoint}"))
     elif best is not None and best.rule:
-        print(printable(f"Write it with:\n{_making(parsed, best, repr(best.lam))}"))
+        print(f"Write it with:\n{_making(parsed, best, repr(best.lam))}")
     elif best is None and len(curves) == 1:
         (rows,) = curves.values()
-        print(printable(f"Write the one you choose, L, with:\n{_making(parsed, rows[0], 'L')}"))
+        print(f"Write the one you choose, L, with:\n{_making(parsed, rows[0], 'L')}")
     if parsed.out is not None:
         print(printable(f"written to {parsed.out}"))
     return 0
@@ -53,9 +55,9 @@ def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
         word
         for name, value in (settings | importances).items()
         if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
+        for word in (f"--{name.replace('_', '-')}", value if isinstance(value, Path) else str(value))
     ]
-    return shlex.join(["perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR"])
+    return shell_command("perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR")
 
 
 def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:

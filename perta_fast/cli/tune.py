@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import DEVICE, MAX_LENGTH, OUTPUT, Command, Option, finish, flag, keywords
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.tuning.run import tune
+    with importing():
+        from perta_fast.tuning.run import tune
 
     finish(tune(**keywords(parsed)).summary(), parsed.out, parsed.quiet)
     return 0

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from perta_fast import compiled
 from perta_fast.cli import options
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.records.typed_json import printable
 from perta_fast.rules import Rule
 
 
@@ -19,9 +19,10 @@ def run(parsed: argparse.Namespace) -> int:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
             if ranks.first:
-                print(printable(_preview(parsed, ranks.world)))
+                print(_preview(parsed, ranks.world))
         return 0
-    from perta_fast.runs.unlearn import unlearn
+    with importing():
+        from perta_fast.runs.unlearn import unlearn
 
     report = unlearn(**keywords(parsed, without=("recipe", "dry_run")), group=parsed.group)
     finish(report.summary(), parsed.out or parsed.model, parsed.quiet)

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, flag
 
 
 def run(parsed: argparse.Namespace) -> int:
-    from perta_fast.runs.verify import verify
+    with importing():
+        from perta_fast.runs.verify import verify
 
     result = verify(parsed.path, full=parsed.full, progress=not parsed.quiet)
     print(result.summary())
@@ -23,4 +25,5 @@ COMMAND = Command(
         flag("quiet", "no progress bar"),
     ),
     run,
+    prints=True,
 )

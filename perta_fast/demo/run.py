@@ -1,7 +1,6 @@
 """The whole demo, from word lists to the table."""
 
 import json
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from perta_fast.demo.settings import FAST, FULL
 from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_checkpoint, sweep
 from perta_fast.demo.table import LEGEND, Line, explain, format_table
 from perta_fast.records.versions import installed_versions
+from perta_fast.terminal import printable, shell_command
 
 _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 
@@ -57,7 +57,8 @@ def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> N
         files.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if out is not None:
             best = min((best_run(tried) for tried in runs.values()), key=lambda run: run.gap)
-            print(f"\nEverything is in {out}. This repeats the row {best.rule}:\n{_command(files, best)}")
+            where = printable(f"Everything is in {out}. This repeats the row {best.rule}:")
+            print(f"\n{where}\n{_command(files, best)}")
 
 
 def _lines(files: Files, samples: Samples, gold: dict[str, Score], runs: dict[str, list[Run]]) -> list[Line]:
@@ -74,12 +75,12 @@ def _lines(files: Files, samples: Samples, gold: dict[str, Score], runs: dict[st
 
 
 def _command(files: Files, run: Run) -> str:
-    arguments: dict[str, object] = {"model": files.full, "base": files.base, "tuned": files.tuned}
+    arguments: dict[str, str | Path] = {"model": files.full, "base": files.base, "tuned": files.tuned}
     if run.rule != "tv":
         arguments |= {"forget": files.questions("forget"), "retain": files.questions("retain"), "device": "cpu"}
     arguments |= {"rule": run.rule, "lam": f"{run.lam:g}", "out": files.directory / "again"}
-    parts = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    return shlex.join(["perta", "unlearn", *parts])
+    parts = [part for name, value in arguments.items() for part in (f"--{name}", value)]
+    return shell_command("perta", "unlearn", *parts)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.metrics import mean
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.reading import read_json
-from perta_fast.records.typed_json import fits, printable, readable_json, with_nulls
+from perta_fast.records.typed_json import fits, readable_json, with_nulls
+from perta_fast.terminal import printable_lines
 
 FORMAT_VERSION = 1
 
@@ -60,7 +61,7 @@ class Evaluation:
         lines = [f"{name:{width}}  {metric.value:.4g}" for name, metric in self.metrics.items()]
         for task, numbers in self.general.items():
             lines += [f"{task}: {name} {value}" for name, value in numbers.items()]
-        return printable("\n".join([*lines, *self.notes]))
+        return printable_lines([*lines, *self.notes])
 
     def save(self, path: Path) -> None:
         """Write JSON, with null for what is not finite. Raises RunError if the file cannot be written."""

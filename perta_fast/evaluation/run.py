@@ -19,6 +19,7 @@ from perta_fast.evaluation.own_data import evaluate_own_data
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric
 from perta_fast.evaluation.tofu import check_reference, evaluate_tofu, read_tofu
 from perta_fast.files.new_file import check_output_file
+from perta_fast.models.in_use import measuring
 from perta_fast.models.loading import Subject, check_sizes, load_subject
 from perta_fast.models.token_scores import evaluation_mode
 from perta_fast.progress import Progress
@@ -91,7 +92,7 @@ def evaluate(
     subject = _subject(model_or_path, tokenizer, device, dtype)
     subject = replace(subject, tokenizer=with_chat_settings(subject.tokenizer, system_prompt, date_string))
     examinee = Examinee(subject, batch_size, max_length, progress, max_new_tokens, show_text)
-    with evaluation_mode(subject.module):
+    with measuring(subject.module), evaluation_mode(subject.module):
         result = Evaluation(metrics=measure(examinee), model=subject.origin, settings=settings, started=started)
         if lm_eval:
             result.general = _general_ability(subject, lm_eval, batch_size)

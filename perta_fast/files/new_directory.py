@@ -10,7 +10,8 @@ from perta_fast.errors import InputError, NotFiniteError, RunError, advice
 from perta_fast.files.durable import move, remove, sync, sync_tree
 from perta_fast.files.journal import JOB
 from perta_fast.files.locking import lock
-from perta_fast.files.reading import exists
+from perta_fast.files.reading import checked_path, exists
+from perta_fast.terminal import shell_command
 
 # Below the directory that is being built: the state of a run or sweep. With its record, it can be resumed.
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
@@ -31,7 +32,7 @@ class OutputDirectory:
     def __init__(
         self, final: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = (), resume: bool = False
     ) -> None:
-        self.final = Path(os.path.realpath(final))  # behind a link, so that the link stays
+        self.final = Path(os.path.realpath(checked_path(final)))  # behind a link, so that the link stays
         check_output(self.final, overwrite=overwrite, inputs=inputs)
         self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
         self.keep = self._resume = resume
@@ -81,7 +82,8 @@ class OutputDirectory:
             self._replaced.rename(self.final)
         self._locked.close()
         if isinstance(error, OSError):
-            rest = f"finish it with: perta resume {self.final}" if self.keep else "nothing was left behind"
+            finishing = shell_command("perta", "resume", self.final)
+            rest = f"finish it with: {finishing}" if self.keep else "nothing was left behind"
             raise RunError(
                 f"{self.final}: could not be written: {advice(error)}. The inputs are untouched; {rest}"
             ) from error
@@ -114,11 +116,11 @@ def remove_replaced(final: Path) -> None:
 
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise InputError if ``final`` is or holds an input, is no directory, or, without ``overwrite``, is not empty."""
-    resolved = Path(os.path.realpath(final))
+    resolved = Path(os.path.realpath(checked_path(final)))
     if not resolved.name:
         raise InputError(f"{final}: is the root of the file system; choose another output directory")
     for path in inputs:
-        source = Path(os.path.realpath(path))
+        source = Path(os.path.realpath(checked_path(path)))
         if resolved == source or resolved in source.parents:
             raise InputError(f"{final}: is or contains the input {path}; choose another output directory")
     try:

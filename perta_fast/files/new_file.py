@@ -5,6 +5,7 @@ from pathlib import Path
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.durable import remove, write_file
 from perta_fast.files.new_directory import partial_path
+from perta_fast.files.reading import checked_path
 
 
 def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
@@ -12,6 +13,7 @@ def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool) 
 
     Its name must have one of the ``endings``: nobody replaces weights by mistake.
     """
+    checked_path(path)
     advice = f"name a file that ends in {' or '.join(endings)}"
     if path.suffix not in endings:
         raise InputError(f"{path}: {advice}")

@@ -59,6 +59,16 @@ def drop_pages(descriptor: int, begin: int = 0, size: int = 0) -> None:
         os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
 
 
+def checked_path(path: str | Path) -> Path:
+    """``path``, if a file can have this name. Raises InputError for a NUL, or text that no file system can store."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return Path(path)
+    except UnicodeEncodeError:
+        pass
+    raise InputError(f"{path}: holds a character that no file name can have")
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file or directory; False for a name that no file can have."""
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such a name)
@@ -98,7 +108,7 @@ def read_json(path: Path, advice: str = "") -> Any:
 def read_text(path: Path) -> tuple[str, bytes]:
     """The text of a UTF-8 file, and its bytes. It is read once, and can be a pipe. Raises InputError."""
     try:
-        content = path.read_bytes()
+        content = checked_path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return decode(content, path), content

@@ -8,12 +8,13 @@ from typing import Any, NotRequired, TypedDict
 
 from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_files
-from perta_fast.files.reading import exists, read_json
+from perta_fast.files.reading import checked_path, exists, read_json
 from perta_fast.progress import LOGGER
 from perta_fast.records.importance_record import ImportanceRecord
 from perta_fast.records.report_version_1 import from_version_1
-from perta_fast.records.typed_json import printable, typed, write_readable_json
+from perta_fast.records.typed_json import typed, write_readable_json
 from perta_fast.rules import Rule
+from perta_fast.terminal import printable, printable_lines
 
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 2
@@ -146,7 +147,7 @@ class Report:
 
     def save(self, directory: Path) -> None:
         """Write ``perta_report.json`` into ``directory``."""
-        write_readable_json(directory / FILE_NAME, asdict(self))
+        write_readable_json(checked_path(directory) / FILE_NAME, asdict(self))
 
     @classmethod
     def load(cls, directory: Path) -> "Report":
@@ -190,7 +191,7 @@ class Report:
                 f"{mapped:.0f} MiB of mapped files"
             )
         lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        return printable_lines(lines)
 
 
 def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryRecord:

@@ -34,11 +34,6 @@ def with_nulls(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def printable(text: str) -> str:
-    """``text`` with escapes for the bytes of a path that is not UTF-8, which no stream takes."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def typed(value: Any, hint: Any, name: str = "") -> Any:
     """A value from JSON as its declared type: dataclasses are made, other values are returned unchanged.
 

@@ -10,8 +10,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from perta_fast.records.typed_json import printable
-
 _LONG = 24  # letters without a place for a line break
 _WORDS = re.compile(r"[\s_/.]")
 
@@ -45,7 +43,8 @@ def _text(value: Any) -> Any:
     """A value as text that any browser can show; HTML is not changed."""
     if isinstance(value, Markup):
         return value
-    return printable("".join(c if c >= " " or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value)))
+    shown = "".join(c if c >= " " or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return shown.encode(errors="backslashreplace").decode()
 
 
 def _cell(value: Cell) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.new_file import check_output_file, write_output_file
+from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
@@ -67,6 +68,7 @@ def write_page(
 
 
 def _check_folder(path: Path, overwrite: bool) -> None:
+    checked_path(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is not a directory; name one for the plots")
     if not path.parent.is_dir():

@@ -1,6 +1,7 @@
 """Estimate importance: model and data checked and loaded, gradients accumulated, the result described."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
 from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata
+from perta_fast.models.in_use import measuring
 from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_for
 from perta_fast.models.stored_names import as_stored
 from perta_fast.progress import Progress
@@ -65,7 +67,7 @@ def estimate_importance(
     model_or_path: a checkpoint directory, or a module whose forward takes input_ids, attention_mask and
     use_cache and returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied
     ones count once; all are named as a checkpoint stores them. A module is left as it was found, its gradients
-    included.
+    included; a second call on it meanwhile is refused.
     data: a JSON lines file, records in the same forms, ``Sample``s, or what is tokenised already: rows with
     ``input_ids`` (T,), as a data set for transformers' Trainer has them, or padded batches of rows (N, T), as a
     loader gives them. These may have ``labels``, -100 where there is no loss (without, every token counts), and
@@ -220,7 +222,10 @@ def estimate_on(
             ranks=how.ranks,
         )
     module = how.subject.module
-    found = accumulate(module, samples, how.estimator, how.batch_size, description, how.progress, how.ranks)
+    with ExitStack() as held_module:
+        with how.ranks.together(description):
+            held_module.enter_context(measuring(module))
+        found = accumulate(module, samples, how.estimator, how.batch_size, description, how.progress, how.ranks)
     with how.ranks.together(description):
         metadata = how.describe(samples, data_hash, found.one_by_one)
         importance = Importance(as_stored(module, found.means), metadata)

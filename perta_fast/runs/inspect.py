@@ -9,8 +9,8 @@ from perta_fast.checkpoints.quantised import Quantisation
 from perta_fast.files.reading import exists
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.records.report import FILE_NAME, Report
-from perta_fast.records.typed_json import printable
 from perta_fast.subtraction.task_vector import adds
+from perta_fast.terminal import printable_lines
 
 
 def describe(path: str | Path, *, every_tensor: bool = False) -> str:
@@ -20,7 +20,7 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     """
     path = Path(path)
     if is_adapter(path):
-        return printable("\n".join(_adapter_lines(Adapter.open(path), every_tensor)))
+        return printable_lines(_adapter_lines(Adapter.open(path), every_tensor))
     is_importance = any(exists(path / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
     checkpoint = Checkpoint.open(path, STEM if is_importance else "model")
     lines = [f"{path}: {'importance' if is_importance else 'checkpoint'}", *_totals(checkpoint)]
@@ -31,12 +31,12 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     if (path / FILE_NAME).exists():
         report = Report.load(path)
         lines += ["unlearned with perta_fast:", f"  {report.started} to {report.finished}"]
-        lines += [f"  {line}" for line in report.summary().splitlines()]
+        lines += [f"  {line}" for line in report.summary().split("\n")]
         lines += [f"  {role}: {found['path']}" for role, found in report.inputs.items()]
         lines += [f"  {role} data: {found['samples']} samples, {found['path']}" for role, found in report.data.items()]
     if every_tensor:
         lines += _every_tensor(checkpoint)
-    return printable("\n".join(lines))
+    return printable_lines(lines)
 
 
 def _adapter_lines(adapter: Adapter, every_tensor: bool) -> list[str]:

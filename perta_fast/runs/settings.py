@@ -7,9 +7,11 @@ from pathlib import Path
 from perta_fast import compiled
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
+from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
+from perta_fast.terminal import shell_command
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks
         raise InputError("give either out, a directory to make, or in_place")
     if in_place and ranks.world > 1:
         raise InputError("a model is changed in place by one process alone; give out, a directory to make")
-    return Path(os.path.realpath(model if out is None else out))
+    return Path(os.path.realpath(checked_path(model if out is None else out)))
 
 
 def threads_for(asked: int | None, ranks: Ranks) -> int:
@@ -52,7 +54,7 @@ def check_changes(sources: Sources, allow_zero: bool) -> None:
 def unfinished_advice(final: Path) -> str:
     """What to do about another run's unfinished work."""
     stopped = f"{final}: another run to this place was stopped"
-    return f"{stopped}; finish it with: perta resume {final}, or start over with --overwrite"
+    return f"{stopped}; finish it with: {shell_command('perta', 'resume', final)}, or start over with --overwrite"
 
 
 def check_threads(threads: int | None) -> None:

@@ -8,6 +8,7 @@ from perta_fast.data.json_lines import Row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output, check_space
+from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report, data_record
@@ -114,7 +115,7 @@ def _load(opened: Opened) -> Loaded:
                 raise InputError(f"rule {opened.rule.name} needs {role} data: a JSON lines file")
         rows, hashes = read_all(options.data)
         if options.save_importance is not None:
-            kept = Path(os.path.realpath(options.save_importance))
+            kept = Path(os.path.realpath(checked_path(options.save_importance)))
             # A run that is resumed may have committed its importances already.
             if begun is None or begun.stream.get("save") != str(kept):
                 check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, final])

@@ -14,10 +14,10 @@ from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files
-from perta_fast.records.typed_json import printable
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.matching import TensorMatch
+from perta_fast.terminal import printable_lines
 
 SAMPLED = 8  # tensors recomputed unless all are asked for
 _CHUNK = 1 << 22  # elements compared at a time
@@ -55,7 +55,7 @@ class Verification:
         lines += [f"Not checked: {line}." for line in self.unchecked]
         lines += [f"WRONG: {line}." for line in self.problems]
         lines.append("Verification failed." if self.problems else "Nothing wrong was found.")
-        return printable("\n".join(lines))
+        return printable_lines(lines)
 
     def _outcome(self) -> str:
         """The result in one sentence."""

@@ -34,6 +34,7 @@ from perta_fast.subtraction.compute import Chunk, Statistics, Subtraction, bytes
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job, reopen
 from perta_fast.subtraction.report_entries import add_up, describe_inputs, describe_output, describe_tensors
+from perta_fast.terminal import shell_command
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
@@ -138,7 +139,8 @@ def _locked(model: Path) -> Iterator[Path]:
 @contextmanager
 def _explained(model: Path) -> Iterator[None]:
     """Make every error say in what state the model is."""
-    half_changed = f"{model} is half changed and cannot be loaded; finish the run with: perta resume {model}"
+    finishing = shell_command("perta", "resume", model)
+    half_changed = f"{model} is half changed and cannot be loaded; finish the run with: {finishing}"
     try:
         yield
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Subtraction
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
+from perta_fast.terminal import shell_command
 
 FORMAT = "perta-run"
 FORMAT_VERSION = 1
@@ -69,8 +70,8 @@ class Job:
     def resume_command(self) -> str:
         """The command that finishes the run; a walk by many processes needs as many again."""
         ranks = self.stream.get("ranks", 1)
-        perta = "perta" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m perta_fast"
-        return f"{perta} resume {self.final}"
+        perta = ["perta"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "perta_fast"]
+        return shell_command(*perta, "resume", Path(self.final))
 
     def count_resume(self) -> None:
         """Count in the report that the run was resumed."""

@@ -23,6 +23,7 @@ from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.importance.store import STEM, Importance
 from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
+from perta_fast.models.in_use import check_not_in_use
 from perta_fast.models.language_part import parameters_of_other_parts
 from perta_fast.models.stored_names import as_stored
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
@@ -69,6 +70,7 @@ def apply_to_module_(
     ranks = Ranks.of(group)
     with ranks.together("the checks"):
         chosen = Rule.of(rule, lam, p, alpha, threshold)
+        check_not_in_use(module)
         refuse_quantised_module(module)
         adapter = Adapter.open(tuned) if is_adapter(tuned) else None
         checkpoints = [open_plain(tuned) if adapter is None else adapter.checkpoint, open_plain(base)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
+from perta_fast.files.reading import checked_path
 from perta_fast.models.loading import check_sizes
 from perta_fast.sweeping.criteria import LOSS, SELECTIONS
 from perta_fast.sweeping.grid import check_strengths
@@ -146,4 +147,4 @@ def _listed(value: Any) -> list[Any]:
 
 def _absolute(path: str | Path) -> str:
     """The same path from any working directory; links are not followed."""
-    return str(Path(path).absolute())
+    return str(checked_path(path).absolute())

@@ -12,6 +12,7 @@ from perta_fast.importance.store import ImportanceMetadata
 from perta_fast.records.report import DataRecord
 from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
 from perta_fast.sweeping.criteria import LOSS
+from perta_fast.terminal import printable_lines
 
 LARGEST, SMALLEST = 1024.0, 1 / 1024  # the strengths between which a search stays
 FILE_NAME = "sweep.json"
@@ -151,7 +152,7 @@ class Sweep:
             lines.append(f"{label:{width}}{setting.lam:12g}{'  skipped' if setting.skipped else measured}")
         if self.gold is not None:
             lines.append(f"{'gold':{width}}{'':12}{_numbers(self.gold, names)}")
-        return "\n".join([*lines, *self._outcome(), *self.notes])
+        return printable_lines([*lines, *self._outcome(), *self.notes])
 
     def _outcome(self) -> list[str]:
         """The result of a search on each curve, and the chosen setting."""

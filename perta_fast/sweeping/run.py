@@ -22,6 +22,7 @@ from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
 from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, load_begun
+from perta_fast.terminal import shell_command
 
 PathLike = str | Path
 
@@ -140,7 +141,7 @@ def _score_and_write(opened: OpenedSweep, record: Record, final: Path) -> Sweep:
         if not any(setting.rule for setting in record.begun.rows):
             raise
         # An input has gone or changed meanwhile: keep what was scored.
-        raise RunError(f"{error}. What was scored is kept; go on with: perta resume {final}") from error
+        raise RunError(f"{error}. What was scored is kept; go on with: {_resuming(final)}") from error
     return sweep
 
 
@@ -152,10 +153,15 @@ def _kept_if_stopped(target: OutputDirectory, final: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if not target.keep:
             raise
-        raise Interrupted(f"interrupted; what was scored is kept. Go on with: perta resume {final}") from None
+        raise Interrupted(f"interrupted; what was scored is kept. Go on with: {_resuming(final)}") from None
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error) and target.keep:
             raise RunError(
-                f"out of memory; what was scored is kept. Go on where more is free with: perta resume {final}"
+                f"out of memory; what was scored is kept. Go on where more is free with: {_resuming(final)}"
             ) from error
         raise
+
+
+def _resuming(final: Path) -> str:
+    """The command that goes on with the sweep to ``final``."""
+    return shell_command("perta", "resume", final)

@@ -25,6 +25,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord, Scalar, data_record
 from perta_fast.records.typed_json import write_readable_json
 from perta_fast.records.versions import installed_versions, now
+from perta_fast.terminal import printable_lines
 from perta_fast.tuning.adapter import add_adapter, check_adapter, save_adapter, share_left_out
 from perta_fast.tuning.checkpoint import tuned_size, write_tuned
 from perta_fast.tuning.training import Request, train_
@@ -69,7 +70,7 @@ class Tuning:
             f"{self.settings['epochs']} epochs, {self.seconds:.1f} s",
             f"mean loss of the forget data: {self.loss_before:.4f} before, {self.loss_after:.4f} after",
         ]
-        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+        return printable_lines(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
 def tune(
