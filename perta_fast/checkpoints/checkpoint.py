@@ -1,5 +1,7 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +20,21 @@ if TYPE_CHECKING:
     import torch
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx")
+_OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ggml", ".npz", ".distcp", ".nemo", ".tflite")
+_WEIGHTS = frozenset((".safetensors", *_PICKLED, *_OTHER_WEIGHTS))
+_ABOUT_WEIGHTS = (
+    ".json",
+    ".md",
+    ".txt",
+    ".py",
+    ".metadata",
+    ".lock",
+    ".md5",
+    ".sha256",
+)  # as in model.safetensors.index.json
+# What trainers and this package leave beside a model: no values of its weights.
+_NO_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|importance)\b.*|rng_state_\d+\.pth")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -128,11 +144,40 @@ class Checkpoint:
 
 
 def copy_companions(source: Checkpoint, target: Path) -> None:
-    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use."""
+    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use.
+
+    An adapter that lies beside the model stays behind: with its config alone, transformers would look for it in vain.
+    """
     for path in sorted(source.path.iterdir()):
-        weights = path.name.removesuffix(".index.json").endswith((".safetensors", *_PICKLED, *_OTHER_WEIGHTS))
-        if path.is_file() and (path == source.index or not weights):
+        kept = path == source.index or not _is_weights(path.name.removesuffix(".index.json"))
+        if kept and path.is_file() and path.name != ADAPTER_CONFIG:
             shutil.copyfile(path, target / path.name)
+
+
+def other_weights(checkpoint: Checkpoint) -> list[str]:
+    """Files in the directory, and below it, that may hold the model's weights a second time, or an adapter to it.
+
+    They are told by their names, which are relative to the directory. Links to directories are not followed.
+    """
+    found = []
+    for folder, folders, names in os.walk(checkpoint.path):
+        inside = Path(folder).relative_to(checkpoint.path)
+        if inside.parts[-3:] == (".git", "lfs", "objects") and folders:  # all versions of all large files
+            found.append(str(inside))
+        folders[:] = sorted(name for name in folders if not name.startswith(".perta"))
+        own = checkpoint.shards if not inside.parts else {}
+        found += [str(inside / name) for name in sorted(names) if name not in own and _may_be_model(name)]
+    return found
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file's name is one of weights, or of a copy of them that was set aside (model.safetensors.bak)."""
+    lower = name.lower()
+    return not lower.endswith(_ABOUT_WEIGHTS) and not _WEIGHTS.isdisjoint(Path(lower).suffixes)
+
+
+def _may_be_model(name: str) -> bool:
+    return name == ADAPTER_CONFIG or (_is_weights(name) and not _NO_MODEL.fullmatch(name))
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -162,7 +207,7 @@ def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
     neither = f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"
     if stem != "model":
         return neither
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         return f"{path}: holds a PEFT adapter, which only tuned can be; give the whole model here"
     # Only what transformers can convert: a trainer also leaves training_args.bin, optimizer.pt and the like.
     pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))

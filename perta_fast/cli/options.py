@@ -164,5 +164,6 @@ RESULT = (
     ),
     Option("threads", "threads to apply with (all processors)", int, "N"),
     flag("allow_zero", "go on if the task vector is zero, which makes a copy"),
+    flag("leave_others", "change in place though other weight files lie beside the shards"),
     QUIET,
 )

@@ -107,6 +107,8 @@ class Report:
     data: by ``forget`` and ``retain``. overlap: seconds that a streamed run spent computing, reading weights and
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
+    other_weights: files in the model's directory that may hold weights a second time, or an adapter: a new directory
+    does not have them; a run in place left them as they were.
     """
 
     rule: str
@@ -122,6 +124,7 @@ class Report:
     importance: dict[str, ImportanceRecord] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    other_weights: list[str] = field(default_factory=list)
     phases: dict[str, Phase] = field(default_factory=dict)
     overlap: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -177,6 +180,8 @@ class Report:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
         lines = [f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
+        if self.other_weights and not self.in_place:  # in place it is a warning
+            lines.append(f"not copied, as other weights or an adapter: {listed(self.other_weights)}")
         for name, phase in self.phases.items():
             rate = f", {phase['gb_per_s']:.1f} GB/s" if phase["bytes"] else ""
             lines.append(f"{name}: {phase['seconds']:.2f} s{rate}")
@@ -192,6 +197,12 @@ class Report:
             )
         lines += [f"warning: {warning}" for warning in self.warnings]
         return printable_lines(lines)
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """The names, or the first of them and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryRecord:

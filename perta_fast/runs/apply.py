@@ -15,9 +15,17 @@ from perta_fast.errors import InputError
 from perta_fast.files.new_directory import OutputDirectory, check_output
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
-from perta_fast.records.report import Report
+from perta_fast.records.report import Report, listed
 from perta_fast.rules import Rule
-from perta_fast.runs.settings import Settings, check_changes, check_threads, destination, threads_for, unfinished_advice
+from perta_fast.runs.settings import (
+    Settings,
+    check_changes,
+    check_others,
+    check_threads,
+    destination,
+    threads_for,
+    unfinished_advice,
+)
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_importances
@@ -51,6 +59,7 @@ def apply(
     drop_cache: bool | None = None,
     threads: int | None = None,
     allow_zero: bool = False,
+    leave_others: bool = False,
     progress: Progress = True,
     group: "ProcessGroup | None" = None,
 ) -> Report:
@@ -64,7 +73,8 @@ def apply(
     shards that takes up to 192 MiB. overwrite: replace a non-empty ``out``. link_unchanged: shards without a
     tensor to change are linked, not copied. drop_cache: read and written pages do not stay in the page cache;
     None does so if the run moves more than half of the memory. threads: None takes all processors, or this
-    process's part of them. allow_zero: go on even if the task vector is zero, and make a copy. group: the processes
+    process's part of them. allow_zero: go on even if the task vector is zero, and make a copy.
+    leave_others: change ``model`` in place though other weight files lie beside its shards. group: the processes
     that deal the work among them. Each calls this with the same arguments; inputs and ``out`` must lie where all see
     them. None: this process alone.
     progress: whether bars are drawn, on a terminal or in a notebook; or what is called with each ``Event``.
@@ -79,7 +89,9 @@ def apply(
         final = destination(model, out, in_place, ranks)
         directories = map(_directory_of, (forget_importance, retain_importance))
         sources = Sources.open(model, base, tuned, open_importances(chosen, *directories))
-    settings = Settings(final, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, progress)
+    settings = Settings(
+        final, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, leave_others, progress
+    )
     return apply_sources(sources, chosen, settings, ranks=ranks)
 
 
@@ -100,9 +112,12 @@ def apply_sources(
     """
     with ranks.together("the inputs"):
         check_threads(settings.threads)
+        check_others(sources.model, settings.in_place, settings.leave_others)
         check_changes(sources, settings.allow_zero)
     threads = threads_for(settings.threads, ranks)
     report = begin_report(sources, rule, threads)
+    if settings.in_place and report.other_weights:
+        report.warn(f"left as they were, with what was to be forgotten: {listed(report.other_weights)}")
     if annotate is not None:
         annotate(report)
     moved = sum(bytes_moved(match, match.theta.count) for match in sources.matches)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast import compiled
+from perta_fast.checkpoints.checkpoint import Checkpoint, other_weights
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
+from perta_fast.records.report import listed
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.terminal import shell_command
@@ -25,6 +27,7 @@ class Settings:
     drop_cache: bool | None = None
     threads: int | None = None
     allow_zero: bool = False
+    leave_others: bool = False
     progress: Progress = True
 
 
@@ -49,6 +52,16 @@ def check_changes(sources: Sources, allow_zero: bool) -> None:
     """Raise InputError, with the cause, if the run would change nothing and this was not allowed."""
     if not allow_zero:
         check_task_vector(sources, ", or add --allow-zero for a copy of the model")
+
+
+def check_others(model: Checkpoint, in_place: bool, leave_others: bool) -> None:
+    """Raise InputError if a run in place would leave other weights beside the shards and this was not allowed."""
+    others = other_weights(model) if in_place and not leave_others else []
+    if others:
+        raise InputError(
+            f"{model.path}: beside its shards lie other weights, which keep what is to be forgotten: {listed(others)}; "
+            "move them away, write to a new directory with --out, or add --leave-others to leave them as they are"
+        )
 
 
 def unfinished_advice(final: Path) -> str:

@@ -50,6 +50,7 @@ def unlearn(
     dtype: "torch.dtype | None" = None,
     threads: int | None = None,
     allow_zero: bool = False,
+    leave_others: bool = False,
     progress: Progress = True,
     group: "ProcessGroup | None" = None,
 ) -> Report:

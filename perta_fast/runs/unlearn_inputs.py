@@ -14,7 +14,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import EstimationSettings, Report, data_record
 from perta_fast.rules import Rule
-from perta_fast.runs.settings import Settings, check_changes, check_threads, destination
+from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
 from perta_fast.subtraction.inputs import Sources
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Options:
     dtype: "torch.dtype | None"
     threads: int | None
     allow_zero: bool
+    leave_others: bool
     progress: Progress
     group: "ProcessGroup | None"
 
@@ -92,12 +93,22 @@ class Opened:
             raise InputError("stream writes every shard as it goes; leave link_unchanged out")
         final = destination(options.model, options.out, options.in_place, ranks)
         sources = Sources.open(options.model, options.base, options.tuned)
+        check_others(sources.model, options.in_place, options.leave_others)
         check_changes(sources, options.allow_zero)
         if not options.in_place:
             check_output(final, overwrite=options.overwrite, inputs=options.paths)
         if rule.estimator is None and options.save_importance is not None:
             raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
-        names = ("in_place", "overwrite", "link_unchanged", "drop_cache", "threads", "allow_zero", "progress")
+        names = (
+            "in_place",
+            "overwrite",
+            "link_unchanged",
+            "drop_cache",
+            "threads",
+            "allow_zero",
+            "leave_others",
+            "progress",
+        )
         settings = Settings(final, **{name: getattr(options, name) for name in names})
         return cls(options, rule, settings, sources, ranks)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.adapters import Matrix
-from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint, other_weights
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file
 from perta_fast.progress import Bar, Progress
-from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files
+from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files, listed
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.matching import TensorMatch
@@ -104,6 +104,8 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     }
     intact = _check_hashes(directories, result, progress)
     _check_data(report, result)
+    if "output" in intact and (others := other_weights(Checkpoint.open(directory))):
+        result.unchecked.append(f"other weights beside the shards, which the run did not change: {listed(others)}")
     if "output" in intact and report.in_place:
         result.unchecked.append("tensors, because the run changed the model in place and its old values are gone")
         result.problems += _header_problems(report, Checkpoint.open(directory))

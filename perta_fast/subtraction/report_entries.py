@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from perta_fast import compiled
+from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG, other_weights
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.files.hashing import hash_files
 from perta_fast.progress import Bar
@@ -28,12 +29,13 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         **asdict(rule.rescaling),
         inputs={},
         importance={role: importance_record(table) for role, table in sources.metadata.items()},
+        other_weights=other_weights(sources.model),
         threads=threads,
         instruction_set=compiled.kernels().build_info()["instruction_set"],
         versions=installed_versions(),
         started=now(),
     )
-    for warning in _importance_warnings(report.importance):
+    for warning in _importance_warnings(report.importance) + _adapter_warnings(sources):
         report.warn(warning)
     return report
 
@@ -115,6 +117,13 @@ def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
         if np.isfinite(norm) and np.isfinite(change):
             row.relative_change = change / norm if norm else (0.0 if change == 0 else None)
     return row
+
+
+def _adapter_warnings(sources: Sources) -> list[str]:
+    """Transformers would add to a model an adapter that lies in its directory."""
+    checkpoints = [sources.base, *([] if sources.adapter_config else [sources.tuned])]
+    both = [checkpoint.path for checkpoint in checkpoints if ADAPTER_CONFIG in other_weights(checkpoint)]
+    return [f"{path}: holds an adapter beside the model; the adapter was not read" for path in both]
 
 
 def _why_unchanged(report: Report) -> str:
