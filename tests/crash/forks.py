@@ -17,7 +17,6 @@ import threading
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from tests.crash.shim import Faults, Point, points
 from tests.support.children import HUNG
@@ -36,13 +35,13 @@ _IMPORTED = (
 
 
 class Forks:
-    """The process that is forked. setup: Python statements that each child runs first.
+    """The process that is forked.
 
     It has one child at a time: threads that call ``perta`` wait for each other.
     """
 
-    def __init__(self, library: Path, setup: str = "") -> None:
-        self._library, self._setup = library, setup
+    def __init__(self, library: Path) -> None:
+        self._library = library
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Forks":
@@ -68,7 +67,6 @@ class Forks:
         with self._lock, tempfile.TemporaryDirectory() as folder:
             order = {
                 "folder": folder,
-                "setup": self._setup,
                 "arguments": command,
                 "environment": {} if faults is None else faults.environment(self._library),
             }
@@ -99,15 +97,13 @@ def _serve(library: str) -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _work(library: str, folder: str, setup: str, arguments: list[str], environment: dict[str, str]) -> int:
+def _work(library: str, folder: str, arguments: list[str], environment: dict[str, str]) -> int:
     """Run ``perta`` in the child; returns its exit status."""
     signal.alarm(HUNG)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o666), number)
     from perta_fast.cli import main
 
-    scope: dict[str, Any] = {}
-    exec(setup, scope)
     os.environ.update(environment)
     ctypes.CDLL(library).read_plan()
     try:

@@ -29,11 +29,6 @@ from tests.support.models import Job, write_job
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
 SOME = 9  # kills in each test, if it is not a soak
-SCHEDULE = """
-from perta_fast.streaming.forecast import choice
-from perta_fast.streaming.schedule import Schedule
-choice.schedule_for = lambda *_: Schedule()  # its own choice for these inputs; its trials take seconds
-"""
 
 
 def arguments(job: Job, out: Path, *more: object) -> list[object]:
@@ -66,7 +61,7 @@ def output_in(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def forks(shim: Shim) -> Iterator[Forks]:
-    with Forks(shim.library, SCHEDULE) as forks:
+    with Forks(shim.library) as forks:
         yield forks
 
 

@@ -33,7 +33,7 @@ SCHEDULES = [
     Schedule(2, every=9, overlap=False),
     Schedule(2, groups=2),
     Schedule(2, every=2, groups=3),
-    Schedule(2, groups=50, overlap=False),  # more groups than batches
+    Schedule(2, groups=5, overlap=False),  # more groups than batches
 ]
 
 

@@ -5,9 +5,8 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
@@ -42,17 +41,34 @@ class Budget:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A schedule, its costs, and the reasons for it.
+    """A schedule and the reasons for it.
 
     baseline: memory of the process before the run. shortage: why the disk is too small, or "".
     """
 
+    estimate: Estimate
+    budget: Budget
     schedule: Schedule
-    costs: Costs
     baseline: int
     reasons: list[str]
-    warnings: list[str]
     shortage: str
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the schedule costs. Without limits of memory the choice does not need it, and it can take seconds."""
+        return self.estimate.costs(self.schedule)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is not enough, the memory that is available now included."""
+        warnings = [self.shortage] if self.shortage else []
+        needed, free = self.costs.host_bytes, available_bytes()
+        if self.budget.memory is None and free is not None and needed > free:
+            warnings.append(
+                f"this needs {format_size(needed)} of memory, {format_size(free)} are available; "
+                "--memory chooses what fits"
+            )
+        return warnings
 
     def check(self) -> None:
         """Raise InputError if the disk is too small."""
@@ -90,15 +106,7 @@ def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chos
         else:
             reasons.append("no overlap: two parts at once would not fit into the memory")
     schedule, shortage = _within_disk(estimate, schedule, budget, reasons)
-    costs = estimate.costs(schedule)
-    warnings = []
-    free = available_bytes()
-    if budget.memory is None and free is not None and costs.host_bytes > free:
-        warnings.append(
-            f"this needs {format_size(costs.host_bytes)} of memory, {format_size(free)} are available; "
-            "--memory chooses what fits"
-        )
-    return Chosen(schedule, costs, baseline, reasons, warnings, shortage)
+    return Chosen(estimate, budget, schedule, baseline, reasons, shortage)
 
 
 def schedule_for(
@@ -126,7 +134,7 @@ def schedule_for(
             schedule = chosen.schedule
             if announce:
                 shard = next(iter(skeleton.checkpoint.shards.values())).path
-                rates = rates_for(estimate, chosen, destination, shard)
+                rates = rates_for(chosen, destination, shard)
                 print(describe(chosen, rates, ranks.world), file=sys.stderr)
     if memory is not None:
         return_freed_blocks()
@@ -135,6 +143,8 @@ def schedule_for(
 
 
 def _fits(estimate: Estimate, schedule: Schedule, budget: Budget, baseline: int) -> bool:
+    if budget.memory is None and budget.device_memory is None:
+        return True
     host, device = estimate.memory(schedule)
     return (budget.memory is None or baseline + sum(host.values()) <= budget.memory) and (
         budget.device_memory is None or sum((device or {}).values()) <= budget.device_memory
@@ -194,14 +204,15 @@ def _last(begin: int, end: int, holds: Callable[[int], bool]) -> int:
     return begin
 
 
-def rates_for(estimate: Estimate, chosen: Chosen, destination: Path, shard: Path | None) -> Rates:
+def rates_for(chosen: Chosen, destination: Path, shard: Path | None) -> Rates:
     """Rates for the model's type and width, on its device, in the directory that the run will write to."""
+    estimate = chosen.estimate
     longest = max(map(max, estimate.load.lengths))
     return measure_rates(
         estimate.width,
         chosen.schedule.batch_size * longest,
         estimate.dtype,
-        estimate.device if estimate.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu"),
+        estimate.here,
         existing_parent(destination),
         shard,
     )
@@ -227,7 +238,7 @@ def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
         f"time: about {duration(rates.seconds(costs, schedule.overlap))} at {rates}",
         f"schedule: {schedule}",
         *(f"  because {reason}" for reason in chosen.reasons),
-        *(f"warning: {warning}" for warning in [*chosen.warnings, chosen.shortage] if warning),
+        *(f"warning: {warning}" for warning in chosen.warnings),
     ]
     return "\n".join(lines)
 

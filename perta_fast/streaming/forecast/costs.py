@@ -73,14 +73,15 @@ class Costs:
 
 
 class Estimate:
-    """Costs of schedules for one model, one load and one device (``Trial`` explains the last)."""
+    """Costs of schedules for one model, one load and one device.
 
-    def __init__(
-        self, structure: Structure, load: Load, device: torch.device, threads: int = 1, trial: Trial | None = None
-    ) -> None:
+    ``here``: the device, or the CPU if torch finds no such device on this machine.
+    """
+
+    def __init__(self, structure: Structure, load: Load, device: torch.device, threads: int = 1) -> None:
         self.structure, self.load, self.device, self._threads = structure, load, device, threads
-        here = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-        self._trial = trial or Trial(structure, here, load.squares)
+        self.here = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+        self._trial = Trial(structure, self.here, load.squares)
         parameters = dict(structure.model.named_parameters())
         self._counts = {name: parameter.numel() for name, parameter in parameters.items()}
         self._sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
@@ -100,7 +101,7 @@ class Estimate:
             device=device,
             scratch=self.scratch(schedule),
             weights_read=self._bytes([*structure.resident, *times * structure.vocabulary])
-            + sum(self._bytes(self._names(step)) for step in steps),
+            + sum(self._bytes(parameters_of(step, self.structure)) for step in steps),
             scratch_moved=self._scratch_moved(schedule),
             result_read=3 * self._bytes(list(self._sizes)) if self.load.subtract else 0,
             result_written=self.result_bytes,
@@ -121,14 +122,14 @@ class Estimate:
     def _steps(self, schedule: Schedule) -> list[Step]:
         return steps_of(len(self.structure.layers), schedule)
 
-    def _names(self, step: Step) -> list[str]:
-        return parameters_of(step, self.structure)
-
     def _summed(self, step: Step) -> list[str]:
         """Parameters that have their sums in memory."""
         if step.kind in ("embed", "forward", "recompute"):
             return []
-        return [*(self.structure.resident if step.kind in ("head", "embed_backward") else []), *self._names(step)]
+        return [
+            *(self.structure.resident if step.kind in ("head", "embed_backward") else []),
+            *parameters_of(step, self.structure),
+        ]
 
     def _bytes(self, names: Sequence[str]) -> int:
         return sum(self._sizes[name] for name in names)
@@ -151,13 +152,13 @@ class Estimate:
         resident = self._bytes(self.structure.resident)
         vocabulary = resident + self._bytes(self.structure.vocabulary)
         if self.load.squares:
-            vocabulary += self._bytes(self._names(steps[1])) if len(steps) > 1 else 0
+            vocabulary += self._bytes(parameters_of(steps[1], self.structure)) if len(steps) > 1 else 0
         yield self._by_kind(vocabulary, vocabulary, 0, 0, 0)
         ids = 8 * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
         behind = 0
         for step, after in pairwise([*steps, steps[-1]]):
-            weights = self._bytes(self._names(step))
-            ahead = self._bytes(self._names(after)) if schedule.overlap else 0
+            weights = self._bytes(parameters_of(step, self.structure))
+            ahead = self._bytes(parameters_of(after, self.structure)) if schedule.overlap else 0
             sums = self._sum_bytes(self._summed(step))
             activations = max(self._batch_cost(step, *batches[0]).bytes for batches in self._batches(schedule))
             yield self._by_kind(resident + weights + ahead, resident + weights, sums, behind, activations + ids)
@@ -174,14 +175,15 @@ class Estimate:
         host = {"weights": read, "sums": max(sums, behind), "buffers": buffers}
         return host, {"weights": held, "sums": sums + behind, "activations": activations}
 
+    def _lengths(self, schedule: Schedule) -> list[list[list[int]]]:
+        """The tokens of each sample of each batch of each data set, in order, the longest first."""
+        size = schedule.batch_size
+        ordered = [sorted(lengths, reverse=True) for lengths in self.load.lengths]
+        return [[order[k : k + size] for k in range(0, len(order), size)] for order in ordered]
+
     def _batches(self, schedule: Schedule) -> list[list[tuple[int, int]]]:
-        """(samples, tokens of the longest) of each batch of each data set, in order."""
-        result = []
-        for lengths in self.load.lengths:
-            order = sorted(lengths, reverse=True)
-            size = schedule.batch_size
-            result.append([(len(order[k : k + size]), order[k]) for k in range(0, len(order), size)])
-        return result
+        """(samples, tokens of the longest) of the same batches."""
+        return [[(len(batch), batch[0]) for batch in batches] for batches in self._lengths(schedule)]
 
     def _batch_cost(self, step: Step, count: int, tokens: int) -> Cost:
         match step.kind:
@@ -204,7 +206,11 @@ class Estimate:
         discarded: list[_File] = []
         late = self.load.subtract and schedule.overlap
         last, probe = len(self.structure.layers), self._row * sum(map(_probe_tokens, self.load.lengths))
-        tokens = self._tokens(schedule)
+        batches = self._lengths(schedule)
+        tokens = [
+            sum(sum(map(sum, schedule.of_group(of_set, group))) for of_set in batches)
+            for group in range(schedule.groups)
+        ]
         now = most = 0
         for step in self._steps(schedule):
             made, unneeded = self._files(step, schedule, last)
@@ -253,22 +259,12 @@ class Estimate:
         names = self._summed(step)
         if step.kind == "head":  # the sums of the resident parameters wait for the end
             unneeded += [("sum", (*structure.resident,), group - 1)]
-            names = [] if structure.tied else self._names(step)
+            names = [] if structure.tied else parameters_of(step, self.structure)
         for part in [structure.resident, [structure.embedding]] if step.kind == "embed_backward" else [names]:
             unneeded.append(("sum", tuple(part), group - 1))
             if part and group < schedule.groups - 1:
                 made.append(("sum", tuple(part), group))
         return made, unneeded
-
-    def _tokens(self, schedule: Schedule) -> list[int]:
-        """Real tokens of each group of all data sets."""
-        result = [0] * schedule.groups
-        for lengths in self.load.lengths:
-            order, size = sorted(lengths, reverse=True), schedule.batch_size
-            batches = [sum(order[k : k + size]) for k in range(0, len(order), size)]
-            for group in range(schedule.groups):
-                result[group] += sum(schedule.of_group(batches, group))
-        return result
 
     def _scratch_moved(self, schedule: Schedule) -> int:
         times = {"embed": 1, "forward": 2, "recompute": 2, "head": 2, "backward": 3, "embed_backward": 1}

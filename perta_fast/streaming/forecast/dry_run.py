@@ -71,7 +71,7 @@ def preview(
         f"{len(tokens)} {role} samples of {sum(tokens)} tokens" for role, tokens in zip(rows, lengths, strict=True)
     )
     guess = "" if tokenizer is not None else " (there is no tokenizer: each counts --max-length tokens)"
-    return f"data: {counts}{guess}\n{describe(chosen, rates_for(estimate, chosen, destination, shard), ranks)}"
+    return f"data: {counts}{guess}\n{describe(chosen, rates_for(chosen, destination, shard), ranks)}"
 
 
 def _tokenizer(subject: Path) -> Any:

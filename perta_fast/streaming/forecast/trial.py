@@ -87,6 +87,9 @@ class Trial:
 
     def __init__(self, structure: Structure, device: torch.device, squares: bool) -> None:
         self._structure, self._device, self._squares = structure, device, squares
+        model: Any = structure.model
+        self._dtype: torch.dtype = model.dtype
+        self._config: Any = model.config.get_text_config()
         self._partial_forward = PartialForward(structure.model, structure.layers, "")
         self._first: dict[str, int] = {}  # layer of each description
         self._like = [self._first_like(number) for number in range(len(structure.layers))]
@@ -94,30 +97,25 @@ class Trial:
 
     def forward(self, layer: int, count: int, tokens: int) -> Cost:
         """A layer forward, on ``count`` samples of ``tokens`` tokens."""
-        layer = self._like[layer]
-
-        def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
-            with torch.no_grad(), self._accumulating(sums, count, tokens):
-                hidden = self._hidden(count, tokens)
-                result = self._run_layer(layer, hidden, mask)
-                result.flatten(0, 1).clone()  # the rows that go to scratch files
-
-        return self._cost("forward", layer, count, tokens, self._structure.by_layer[layer], run)
+        return self._layer("forward", layer, count, tokens)
 
     def backward(self, layer: int, count: int, tokens: int) -> Cost:
         """A layer forward and back."""
+        return self._layer("backward", layer, count, tokens)
+
+    def _layer(self, direction: str, layer: int, count: int, tokens: int) -> Cost:
         layer = self._like[layer]
-        names = self._structure.by_layer[layer]
+        back = direction == "backward"
 
         def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
-            with self._accumulating(sums, count, tokens):
-                hidden = self._hidden(count, tokens).requires_grad_()
-                result = self._run_layer(layer, hidden, mask)
-                result.backward(self._hidden(count, tokens))
-                assert hidden.grad is not None
-                hidden.grad.flatten(0, 1).clone()
+            with torch.set_grad_enabled(back), self._accumulating(sums, count, tokens):
+                hidden = self._hidden(count, tokens).requires_grad_(back)
+                result = self._partial_forward.layer(layer, hidden, mask)
+                if back:
+                    result.backward(self._hidden(count, tokens))
+                _rows(hidden.grad if back else result)
 
-        return self._cost("backward", layer, count, tokens, names, run)
+        return self._cost(direction, layer, count, tokens, self._structure.by_layer[layer], run)
 
     def head(self, count: int, tokens: int) -> Cost:
         """Everything after the layers, and the loss, forward and back; every token has a label."""
@@ -129,13 +127,12 @@ class Trial:
                 hidden = self._hidden(count, tokens).requires_grad_()
                 ids = torch.zeros(count, tokens, dtype=torch.int64, device=self._device)
                 embedded = ids if structure.tied and not self._squares else None
-                logits = self._partial_forward.after_layers(hidden, mask, embedded).logits  # type: ignore[arg-type]
+                logits = self._partial_forward.after_layers(hidden, mask, embedded).logits
                 # Like ``token_logits``, which selects the labelled tokens.
                 labelled = torch.ones(tokens - 1, dtype=torch.int64, device=self._device).repeat(count)
                 selected = logits[:, :-1][labelled, labelled].float()
                 functional.cross_entropy(selected, labelled, reduction="none").sum().backward()
-                assert hidden.grad is not None
-                hidden.grad.flatten(0, 1).clone()
+                _rows(hidden.grad)
 
         cost = self._cost("head", 0, count, tokens, names, run)
         return self._with_rows(cost, count, tokens, 2) if structure.tied else cost
@@ -147,7 +144,7 @@ class Trial:
         def run(mask: Tensor | None, sums: dict[str, Tensor]) -> None:
             ids = torch.zeros(count, tokens, dtype=torch.int64, device=self._device)
             with gradients_accumulated_into(structure.model, sums, squared=False):
-                hidden = self._partial_forward.before_layers(ids, mask)  # type: ignore[arg-type]
+                hidden = self._partial_forward.before_layers(ids, mask)
                 hidden.backward(self._hidden(count, tokens))
 
         if self._squares:  # the embedding has gradients for the used rows only
@@ -158,33 +155,23 @@ class Trial:
         """``cost``, and the memory of ``EmbeddingFisher`` for each token, in the model's type and in float32."""
         if not self._squares:
             return cost
-        width = self._structure.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        width = self._structure.model.get_parameter(self._structure.embedding).shape[1]
         rows = count * tokens * width * copies * (self._dtype.itemsize + 4)
         return Cost(cost.bytes + rows, cost.flops, cost.bound)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._structure.model.dtype  # type: ignore[assignment]
-        return dtype
-
     def _first_like(self, layer: int) -> int:
         """The first layer of the same kind and shapes."""
-        config: Any = self._structure.model.config
-        kinds = getattr(config.get_text_config(), "layer_types", None)
+        kinds = getattr(self._config, "layer_types", None)
         shapes = [tuple(parameter.shape) for parameter in self._structure.layers[layer].parameters()]
         description = f"{self._structure.layers[layer]} {shapes} {kinds[layer] if kinds else ''}"
         return self._first.setdefault(description, layer)
 
     def _hidden(self, count: int, tokens: int) -> Tensor:
         """Hidden states as they come from a scratch file: rows, copied into zeros."""
-        config: Any = self._structure.model.config
-        shape = count, tokens, config.get_text_config().hidden_size
+        shape = count, tokens, self._config.hidden_size
         result = torch.zeros(shape, dtype=self._dtype, device=self._device)
         rows = torch.empty(shape, dtype=self._dtype, device=self._device)
         return result.copy_(rows)
-
-    def _run_layer(self, layer: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        return self._partial_forward.layer(layer, hidden, mask)  # type: ignore[arg-type]
 
     def _sums(self, names: list[str]) -> dict[str, Tensor]:
         parameters = dict(self._structure.model.named_parameters())
@@ -269,8 +256,7 @@ class Trial:
         """For code that needs values (a router's choice of experts): every token goes through every matrix."""
         parameters = dict(self._structure.model.named_parameters())
         shapes = [parameters[name].shape for name in names if parameters[name].dim() > 1]
-        config: Any = self._structure.model.config
-        scores = 4 * 4 * count * tokens * tokens * config.get_text_config().num_attention_heads
+        scores = 4 * 4 * count * tokens * tokens * self._config.num_attention_heads
         widths = sum(sum(shape[-2:]) * shape[:-2].numel() for shape in shapes)
         passes = 1 if kind == "forward" else 3
         return Cost(
@@ -278,6 +264,12 @@ class Trial:
             2 * passes * count * tokens * sum(shape.numel() for shape in shapes),
             bound=True,
         )
+
+
+def _rows(values: Tensor | None) -> None:
+    """Make the rows of ``values`` that go to a scratch file."""
+    assert values is not None
+    values.flatten(0, 1).clone()
 
 
 @contextmanager

@@ -51,10 +51,6 @@ class Skeleton(Structure):
         """The shape of every tensor of the checkpoint that an importance covers, in order."""
         return self.weights.shapes
 
-    def stored_names(self, names: Sequence[str]) -> list[str]:
-        """The stored tensors of these parameters, which must be a whole part."""
-        return self.weights.names(names)
-
     def as_stored(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means of whole parts, by parameter name, divided and renamed as the tensors are stored."""
         return as_stored(self.model, dict(means))

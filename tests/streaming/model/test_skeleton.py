@@ -74,7 +74,7 @@ def test_stored_again_part_by_part(family: Family, tmp_path: Path) -> None:
     seen = []
     for part in skeleton.parts:
         stored = skeleton.as_stored(skeleton.read(part))
-        assert sorted(stored) == sorted(skeleton.stored_names(part))
+        assert sorted(stored) == sorted(skeleton.weights.names(part))
         for name, tensor in stored.items():
             assert torch.equal(tensor, expected[name]), name
             assert skeleton.stored_shapes[name] == tuple(tensor.shape)
