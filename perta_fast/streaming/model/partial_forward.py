@@ -55,6 +55,11 @@ class _Call:
     others: tuple[Any, ...]
     named: dict[str, Any]
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """All but the hidden states."""
+        return self.others, tuple(sorted(self.named.items()))
+
 
 _StandIn = Callable[[_Call], Tensor]  # what is done in place of the call
 
@@ -164,7 +169,7 @@ class PartialForward:
         if unused:
             raise InputError(f"{self._origin}: {unused[0]} has parameters, and is neither before nor after the layers")
         for from_ids, from_states in zip(first, calls, strict=True):
-            if not (_equal(from_ids.others, from_states.others) and _equal(from_ids.named, from_states.named)):
+            if not _equal(from_ids.arguments, from_states.arguments):
                 raise InputError(
                     f"{self._origin}: {_NOT_UNDERSTOOD}: layer {from_ids.number} is given more than hidden states, "
                     "masks and positions"
@@ -182,8 +187,6 @@ def _unchanged(call: _Call) -> Tensor:
 
 def _equal(first: Any, second: Any) -> bool:
     """Whether two arguments are equal, of a plain type, and need no gradient."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
     if isinstance(first, tuple | list):
         return type(first) is type(second) and len(first) == len(second) and all(map(_equal, first, second))
     if isinstance(first, Tensor):
