@@ -1,71 +1,37 @@
-"""LoRA adapters as peft saves them (arXiv 2106.09685): a task vector that is stored as factors.
+"""Adapters as peft saves them: a task vector that is stored as factors, as whole tensors, or in a form of peft's own.
 
-Peft itself is not needed. An adapter adds scale * b @ a to a matrix; the subtraction forms this product a chunk
-at a time.
+Plain LoRA (arXiv 2106.09685) is read without peft: it adds scale * b @ a to a matrix, and the subtraction forms this
+product a chunk at a time.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from perta_fast.checkpoints.advice import python_command
-from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.safetensors_file import TensorEntry, widened
-from perta_fast.checkpoints.tied import OUTPUT_HEADS
-from perta_fast.dtypes import KERNEL_CODES
-from perta_fast.errors import InputError
-from perta_fast.files.reading import PositionReader, read_json
-
-CONFIG = "adapter_config.json"
-STEM = "adapter_model"
-Matrix = np.ndarray[Any, np.dtype[np.float32]]
-
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
-_WRAPPED = ".base_layer."  # peft's name for the layer that it adds to
-# Settings of peft that this package reads, or that do not change what the factors mean.
-_HARMLESS = frozenset(
-    (
-        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
-        *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
-        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
-        *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
-        *("runtime_config", "target_modules", "task_type", "use_rslora"),
-    )
+from perta_fast.checkpoints.adapter_kinds import (
+    PREFIX,
+    Settings,
+    all_by_peft,
+    holds_target_parameter,
+    merge_first,
+    read_settings,
+    some_by_peft,
 )
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base alone
+from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from perta_fast.checkpoints.low_rank import LowRank
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, tied_partner
+from perta_fast.dtypes import COPIED, KERNEL_CODES
+from perta_fast.errors import InputError
 
+STEM = "adapter_model"
 
-@dataclass(frozen=True)
-class LowRank:
-    """What an adapter adds to a matrix, or to its transpose: scale * b @ a. a: (rank, d_in), b: (d_out, rank)."""
-
-    a: TensorEntry
-    b: TensorEntry
-    scale: float
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
-        d_out, d_in = self.b.shape[0], self.a.shape[1]
-        return (d_in, d_out) if self.transposed else (d_out, d_in)
-
-    def factors(self) -> tuple[Matrix, Matrix]:
-        """Two float32 arrays, (rows, rank) and (rank, columns), whose product times scale is added to the matrix.
-
-        Raises RunError if the file cannot be read.
-        """
-        a, b = _read(self.a), _read(self.b)
-        if self.transposed:
-            return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
-        return b, a
+_LORA = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)*(?:lora_|token_adapter\.).+)")
+_FACTOR = re.compile(r"lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
+_WRAPPED = ".base_layer."  # peft's name for the layer that it adds to
 
 
 @dataclass(frozen=True)
@@ -74,58 +40,71 @@ class Adapter:
 
     low_rank: by the name of the weight to add to. whole: tensors saved in full (``modules_to_save``, biases).
     untouched: matrices of the base that were saved beside their factors. Names are those of the model in memory
-    that the adapter was trained on.
+    that the adapter was trained on. by_peft: the tensors that only peft understands, by their own names.
     """
 
     checkpoint: Checkpoint
+    settings: Settings = field(repr=False)
     low_rank: Mapping[str, LowRank] = field(repr=False)
     whole: Mapping[str, TensorEntry] = field(repr=False)
     untouched: Mapping[str, TensorEntry] = field(repr=False)
-    fan_in_fan_out: bool = False
+    by_peft: Mapping[str, TensorEntry] = field(repr=False)
+    base: Path | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> "Adapter":
-        """Read config and header of a LoRA or rsLoRA adapter.
+    def open(cls, path: str | Path, base: Path | None = None) -> "Adapter":
+        """Read config and header of an adapter. base: the checkpoint that it was tuned from, for advice.
 
         Raises InputError, naming file and tensor or setting, for whatever is missing or malformed, and for
-        adapters of every other kind.
+        adapters whose kind is not taken.
         """
         path = Path(path)
-        config = _read_config(path / CONFIG)
+        settings = read_settings(path, base)
         checkpoint = Checkpoint.open(path, STEM)
-        factors: dict[str, dict[str, TensorEntry]] = {}
-        whole: dict[str, TensorEntry] = {}
-        for key, entry in checkpoint.tensors.items():
-            name = key.removeprefix(_PREFIX)
-            factor = _FACTOR.fullmatch(name)
-            if entry.dtype not in KERNEL_CODES:
-                raise InputError(f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed")
-            if factor is not None:
-                factors.setdefault(factor["module"], {})[factor["factor"]] = entry
-            elif "lora_" in name:
-                raise InputError(f"{entry.path}: tensor {key} is not of plain LoRA; {_merge_first(path)}")
-            else:
-                whole[name.replace(_WRAPPED, ".")] = entry
-        low_rank = {f"{module}.weight": _low_rank(path, module, pair, config) for module, pair in factors.items()}
+        _check_tensors(checkpoint, COPIED if settings["peft_type"] != "LORA" else frozenset())
+        if settings["peft_type"] != "LORA":
+            return cls(checkpoint, settings, {}, {}, {}, checkpoint.tensors, base)
+        modules, others = _by_module(checkpoint)
+        low_rank: dict[str, LowRank] = {}
+        by_peft: dict[str, TensorEntry] = {}
+        for module, parts in modules.items():
+            factors = {part: _FACTOR.fullmatch(part) for part in parts}
+            plain = all(factors.values()) and not holds_target_parameter(module, settings)
+            if plain and not all_by_peft(settings) and all(len(entry.shape) == 2 for entry in parts.values()):
+                pair = {match["factor"]: parts[part] for part, match in factors.items() if match is not None}
+                low_rank[f"{module}.weight"] = _low_rank(path, module, pair, settings, base)
+                continue
+            if not plain and not some_by_peft(settings):
+                name, advice = next(iter(parts.values())).name, merge_first(path, base, settings)
+                odd = next((entry.name for part, entry in parts.items() if factors[part] is None), name)
+                raise InputError(f"{path}: tensor {odd} is not of plain LoRA; {advice}")
+            by_peft |= {entry.name: entry for entry in parts.values()}
+            wrapped = [name for name in others if name.startswith(f"{module}{_WRAPPED}")]
+            by_peft |= {others[name].name: others.pop(name) for name in wrapped}
+        for name in ("trainable_token_indices", "target_parameters"):
+            if settings.get(name) and not by_peft:
+                raise InputError(
+                    f"{path}: has no tensors for {name}, which {ADAPTER_CONFIG} names; save the adapter again"
+                )
+        whole = {name.replace(_WRAPPED, "."): entry for name, entry in others.items()}
         untouched = {name: whole.pop(name) for name in low_rank.keys() & whole.keys()}
-        return cls(checkpoint, low_rank, whole, untouched, bool(config.get("fan_in_fan_out")))
+        return cls(checkpoint, settings, low_rank, whole, untouched, by_peft, base)
 
     @property
     def config(self) -> Path:
         """The file with the settings."""
-        return self.checkpoint.path / CONFIG
+        return self.checkpoint.path / ADAPTER_CONFIG
 
-    def meet(
-        self, shapes: Mapping[str, tuple[int, ...]], where: object
-    ) -> tuple[dict[str, LowRank], dict[str, TensorEntry]]:
-        """What the adapter adds to tensors of a model, and which tensors it replaces, both by the model's names.
+    def meet(self, shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, dict[str, LowRank | TensorEntry]]:
+        """What the adapter adds to tensors of a model, or puts in their place, by the model's names.
 
-        shapes: of the model's tensors. where: what messages call the model. Raises InputError, naming the tensor,
+        A tied matrix that is stored once may have a change for each of its two uses, so changes have their own names
+        too. shapes: of the model's tensors. where: what messages call the model. Raises InputError, naming the tensor,
         if the model lacks one or has it in another shape.
         """
-        low_rank = {}
+        changes: dict[str, dict[str, LowRank | TensorEntry]] = {}
         for name, update in self.low_rank.items():
-            stored = self._name_in(name, shapes, where)
+            stored = self.name_in(name, shapes, where)
             shape = shapes[stored]
             if shape not in (update.shape, update.shape[::-1]):
                 raise InputError(
@@ -134,30 +113,38 @@ class Adapter:
                 )
             transposed = shape != update.shape
             if shape[0] == shape[1]:  # the shape does not say it; peft stores an embedding's factors transposed
-                transposed = self.fan_in_fan_out or ".lora_embedding_" in update.a.name
-            low_rank[stored] = replace(update, transposed=transposed)
-        whole = {self._name_in(name, shapes, where): entry for name, entry in self.whole.items()}
-        return low_rank, whole
+                transposed = bool(self.settings.get("fan_in_fan_out")) or ".lora_embedding_" in update.a.name
+            changes.setdefault(stored, {})[name] = replace(update, transposed=transposed)
+        for name, entry in self.whole.items():
+            changes.setdefault(self.name_in(name, shapes, where), {})[name] = entry
+        return changes
 
     def check_untouched(self, base: Checkpoint) -> None:
         """Raise InputError unless the ``untouched`` matrices are as in ``base``."""
         for name, entry in self.untouched.items():
-            if not self.checkpoint.equal(entry.name, self._name_in(name, base.tensors, base.path), base):
+            if not self.checkpoint.equal(entry.name, self.name_in(name, base.tensors, base.path), base):
                 raise InputError(
-                    f"{entry.path}: holds a {name} that differs from that in {base.path}; "
-                    f"{_merge_first(entry.path.parent)}"
+                    f"{entry.path}: holds a {name} that differs from that in {base.path}; is that the checkpoint "
+                    "that the adapter was tuned from?"
                 )
 
-    def _name_in(self, name: str, names: Mapping[str, object], where: object) -> str:
-        """The model's name for the tensor ``name``: it may have another beginning (with or without ``model.``)."""
+    def name_in(self, name: str, names: Mapping[str, object], where: object) -> str:
+        """The model's name for the tensor ``name``: it may have another beginning (with or without ``model.``).
+
+        An output head or an embedding that is stored once has the name of the other. Raises InputError if none fits.
+        """
         if name in names:
             return name
         alike = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
         if len(alike) == 1:
             return alike[0]
-        why = "which is tied to the input embedding, or missing," if name in OUTPUT_HEADS else "which is not"
+        partner = tied_partner(name, names)
+        if partner is not None:
+            return partner
+        also = "" if name not in OUTPUT_HEADS else " or tied to an embedding that is"
         raise InputError(
-            f"{self.checkpoint.path}: adapts {name}, {why} in {where}; {_merge_first(self.checkpoint.path)}"
+            f"{self.checkpoint.path}: adapts {name}, which is not in {where}{also}; give the checkpoint that the "
+            "adapter was tuned from, and others of the same model"
         )
 
 
@@ -167,10 +154,41 @@ def is_adapter(path: str | Path) -> bool:
         names = {entry.name for entry in Path(path).iterdir()}
     except (OSError, ValueError):
         return False
-    return CONFIG in names and not {"model.safetensors", "model.safetensors.index.json"} & names
+    return ADAPTER_CONFIG in names and not {"model.safetensors", "model.safetensors.index.json"} & names
 
 
-def _low_rank(path: Path, module: str, pair: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> LowRank:
+def _check_tensors(checkpoint: Checkpoint, also: frozenset[str]) -> None:
+    """Raise InputError unless there are tensors, with elements, of types with arithmetic or of those in ``also``."""
+    if not checkpoint.tensors:
+        raise InputError(f"{checkpoint.path}: the adapter has no tensors, so it changes nothing; save it again")
+    for key, entry in checkpoint.tensors.items():
+        if entry.count == 0:
+            raise InputError(
+                f"{entry.path}: tensor {key} has shape {list(entry.shape)}: DeepSpeed ZeRO-3 or FSDP had its elements "
+                "on other processes when it was saved. Save it again from the gathered model (DeepSpeed: "
+                "stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py on the checkpoint of the training)"
+            )
+        if entry.dtype not in KERNEL_CODES and entry.dtype not in also:
+            raise InputError(f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed")
+
+
+def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
+    """The tensors of LoRA by module and part; and the others by name."""
+    modules: dict[str, dict[str, TensorEntry]] = {}
+    others: dict[str, TensorEntry] = {}
+    for key, entry in checkpoint.tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = _LORA.fullmatch(name)
+        if match is None:
+            others[name] = entry
+        else:
+            modules.setdefault(match["module"], {})[match["part"]] = entry
+    return modules, others
+
+
+def _low_rank(
+    path: Path, module: str, pair: Mapping[str, TensorEntry], settings: Settings, base: Path | None
+) -> LowRank:
     missing = {"A", "B"} - pair.keys()
     if missing:
         raise InputError(f"{path}: has no lora_{missing.pop()} for {module}")
@@ -178,60 +196,24 @@ def _low_rank(path: Path, module: str, pair: Mapping[str, TensorEntry], config: 
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise InputError(
             f"{a.path}: the factors of {module} have shapes {list(b.shape)} and {list(a.shape)}, which is no "
-            f"product of matrices; {_merge_first(path)}"
+            f"product of matrices; {merge_first(path, base, settings)}"
         )
     rank = a.shape[0]
     try:
-        alpha = _by_module(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-        configured = _by_module(config.get("rank_pattern"), module, config.get("r"))
+        alpha = _of_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
+        configured = _of_pattern(settings.get("rank_pattern"), module, settings.get("r"))
     except re.error as error:
-        raise InputError(f"{path / CONFIG}: {error.pattern!r} is not a regular expression: {error}") from error
+        raise InputError(f"{path / ADAPTER_CONFIG}: {error.pattern!r} is not a regular expression: {error}") from error
     if not isinstance(alpha, int | float) or not abs(alpha) < 1e30 or not 0 < rank == configured:
         raise InputError(
-            f"{path / CONFIG}: rank {configured}, lora_alpha {alpha} for {module}, whose factors have rank {rank}"
+            f"{path / ADAPTER_CONFIG}: rank {configured}, lora_alpha {alpha} for {module}, whose factors have rank {rank}"
         )
-    return LowRank(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return LowRank(a, b, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 
 
-def _by_module(pattern: Any, module: str, otherwise: Any) -> Any:
+def _of_pattern(pattern: Any, module: str, otherwise: Any) -> Any:
     """The value for one module, as peft chooses it: of the first pattern that fits the end of its name."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return otherwise
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config, patterns = read_json(path), ("alpha_pattern", "rank_pattern")
-    if not isinstance(config, dict) or not all(isinstance(config.get(name) or {}, dict) for name in patterns):
-        raise InputError(f"{path}: is not the config of an adapter")
-    advice = _merge_first(path.parent)
-    if config.get("use_dora"):
-        raise InputError(f"{path}: a DoRA adapter, whose change of the weights is not of low rank; {advice}")
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: an adapter of type {config.get('peft_type')}, not LORA; {advice}")
-    if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        raise InputError(
-            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model too; {advice}"
-        )
-    for name, value in config.items():
-        if name not in _HARMLESS and value:
-            raise InputError(f"{path}: setting {name} is not understood here; {advice}")
-    return config
-
-
-def _merge_first(path: Path) -> str:
-    target = f"{path}-merged"
-    program = (
-        "from peft import AutoPeftModelForCausalLM as M; "
-        f"M.from_pretrained({str(path)!r}, dtype='auto').merge_and_unload().save_pretrained({target!r})"
-    )
-    return f"merge it and give the merged checkpoint: {python_command(program)}"
-
-
-def _read(entry: TensorEntry) -> Matrix:
-    """A tensor as float32."""
-    data = bytearray(entry.size)
-    with closing(PositionReader(entry.path)) as reader:
-        reader.read_into(memoryview(data), entry.begin, f"tensor {entry.name}")
-    return widened(data, entry.dtype).reshape(entry.shape)

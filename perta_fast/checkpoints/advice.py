@@ -18,6 +18,31 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
     return python_command(program)
 
 
+def merge_command(adapter: Path, base: str) -> str:
+    """The shell command that saves what peft makes of a base and an adapter, in float32, beside ``adapter``."""
+    program = (
+        "import transformers as t, peft; "
+        f"m = t.AutoModelForCausalLM.from_pretrained({base!r}, dtype='auto'); "
+        f"m = peft.PeftModel.from_pretrained(m, {str(adapter)!r}).float(); "
+        f"m.merge_and_unload().save_pretrained({f'{adapter}-merged'!r})"
+    )
+    return python_command(program)
+
+
+def untie_command(path: Path) -> str:
+    """The shell command that saves a checkpoint with an output head of its own, equal to its embedding, beside it."""
+    source, target = str(path), f"{path}-untied"
+    program = (
+        f"import transformers as t; m = t.AutoModelForCausalLM.from_pretrained({source!r}, dtype='auto'); "
+        "h = m.get_output_embeddings(); h.weight = type(h.weight)(h.weight.detach().clone()); "
+        "m.config.tie_word_embeddings = m.config.get_text_config().tie_word_embeddings = False; "
+        f"m.save_pretrained({target!r})"
+    )
+    if any(path.glob("tokenizer*")):
+        program += f"; t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({target!r})"
+    return python_command(program)
+
+
 def python_command(program: str) -> str:
     """The shell command that runs ``program``, which is printable."""
     plain = set(program).isdisjoint('"$`\\!')  # then double quotes are enough, and easier to read

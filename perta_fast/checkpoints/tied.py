@@ -3,12 +3,18 @@
 from collections.abc import Container, Mapping
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.files.reading import exists, read_json
 
 # What the model families call these two matrices.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _INPUT_EMBEDDINGS = tuple(
     f"{module}.weight" for module in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 )
+
+
+def is_tied_use(name: str) -> bool:
+    """Whether a tensor's name is that of an input embedding or an output head."""
+    return name in OUTPUT_HEADS or name.endswith(_INPUT_EMBEDDINGS)
 
 
 def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
@@ -30,3 +36,16 @@ def importance_key(name: str, model: Checkpoint, names: Container[str]) -> str |
     if partner is not None and partner in names and model.equal(name, partner):
         return partner
     return None
+
+
+def ties_embeddings(model: Checkpoint) -> bool:
+    """Whether ``model`` has one matrix for both uses, stored once or in two equal copies that its config ties."""
+    embeddings = [name for name in model.tensors if name.endswith(_INPUT_EMBEDDINGS)]
+    heads = [name for name in model.tensors if name in OUTPUT_HEADS]
+    if embeddings and heads and not (len(embeddings) == len(heads) == 1 and model.equal(embeddings[0], heads[0])):
+        return False
+    config = model.path / "config.json"
+    settings = read_json(config) if exists(config) else {"tie_word_embeddings": bool(embeddings and heads)}
+    # What is not said is True: transformers leaves it out if it is.
+    parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
+    return bool(parts) and all(part.get("tie_word_embeddings", True) for part in parts)

@@ -42,12 +42,15 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
 def _adapter_lines(adapter: Adapter, every_tensor: bool) -> list[str]:
     checkpoint = adapter.checkpoint
     kinds = Counter((each.a.shape[0], each.scale) for each in adapter.low_rank.values())
-    lines = [f"{checkpoint.path}: LoRA adapter", *_totals(checkpoint)]
+    name = "LoRA" if adapter.settings["peft_type"] == "LORA" else adapter.settings["peft_type"]
+    lines = [f"{checkpoint.path}: {name} adapter", *_totals(checkpoint)]
     lines += [f"  {count} matrices of rank {rank}, scale {scale:g}" for (rank, scale), count in kinds.items()]
     if adapter.low_rank and not any(map(adds, adapter.low_rank.values())):
         lines.append("  these add nothing: factors A or B are zero, as before training")
     if adapter.whole:
         lines.append(f"  {len(adapter.whole)} whole tensors")
+    if adapter.by_peft:
+        lines.append(f"  {len(adapter.by_peft)} tensors that peft merges")
     return lines + (_every_tensor(checkpoint) if every_tensor else [])
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.checkpoints.adapters import Matrix
 from perta_fast.checkpoints.checkpoint import Checkpoint, other_weights
+from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
@@ -236,7 +236,11 @@ class _Tensors:
                 bar.update(match.theta.size)
 
     def _is_right(self, match: TensorMatch, copied: bool) -> bool:
-        factors = None if copied or match.low_rank is None else match.low_rank.factors()
+        made: tuple[Matrix, ...] = ()
+        if match.low_rank is not None and not copied:
+            made = match.low_rank.factors()
+        elif match.merged is not None and not copied and self.sources.adapter is not None:
+            made = (self.sources.adapter.array(match.merged),)
         for begin in range(0, match.theta.count, _CHUNK):
             count = min(_CHUNK, match.theta.count - begin)
             if copied:
@@ -244,14 +248,12 @@ class _Tensors:
                 theta = _bytes(self.sources.model, match.theta, begin, count)
                 right = _bytes(self.output, entry, begin, count) == theta
             else:
-                right = self._chunk_is_right(match, factors, begin, count)
+                right = self._chunk_is_right(match, made, begin, count)
             if not right:
                 return False
         return True
 
-    def _chunk_is_right(
-        self, match: TensorMatch, factors: tuple[Matrix, Matrix] | None, begin: int, count: int
-    ) -> bool:
+    def _chunk_is_right(self, match: TensorMatch, made: tuple[Matrix, ...], begin: int, count: int) -> bool:
         import torch
 
         from perta_fast.ops import reference
@@ -261,10 +263,12 @@ class _Tensors:
         for operand, checkpoint, entry in self.sources.operands(match):
             arrays[operand] = checkpoint.elements(entry, begin, count)
         theta, tuned, base, forget, retain = arrays
-        if match.low_rank is None or factors is None:
+        if match.merged is not None:
+            tuned = torch.from_numpy(made[0][begin : begin + count])
+        if match.low_rank is None:
             task_vector = tuned.float() - base.float()
         else:
-            task_vector = _low_rank_chunk(factors, match.low_rank.scale, begin, count)
+            task_vector = _low_rank_chunk(made, match.low_rank.scale, begin, count)
         # Without importances this is the result for w = 1: one end of the range in which the true result lies.
         expected = reference.subtract(theta, task_vector, forget, retain, rescaling)
         actual = self.output.elements(self.output.tensors[match.theta.name], begin, count)
@@ -278,7 +282,7 @@ class _Tensors:
         return bool(((low <= actual) & (actual <= high)).all())
 
 
-def _low_rank_chunk(factors: tuple[Matrix, Matrix], scale: float, begin: int, count: int) -> Any:
+def _low_rank_chunk(factors: tuple[Matrix, ...], scale: float, begin: int, count: int) -> Any:
     """Consecutive elements of a task vector that is given by its factors."""
     import torch
 

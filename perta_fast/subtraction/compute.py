@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from perta_fast import compiled
-from perta_fast.checkpoints.adapters import LowRank, Matrix
+from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError, NotFiniteError
@@ -26,9 +26,10 @@ from perta_fast.subtraction.matching import TensorMatch
 
 CHUNK = 1 << 18  # elements
 _OPERANDS = 5  # theta, theta_f, theta_0, and the importances
-_FORGET_IMPORTANCE = 3
+_TUNED, _FORGET_IMPORTANCE = 1, 3
 _WIDEST = 4  # bytes of an element
 _BUFFERS = 192 << 20  # bytes that all threads together may take
+_MADE = 64 << 20  # bytes of arrays that no file holds, beyond which only those in use are kept
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ class Subtraction:
         file and tensor, or what ``store`` raises.
         """
         lock, failed = threading.Lock(), threading.Event()
-        factors = _Factors(self.threads)
+        made = _Made(self)
 
         def work() -> None:
             try:
-                with closing(_Workspace(self, factors)) as workspace:
+                with closing(_Workspace(self, made)) as workspace:
                     while not failed.is_set():
                         with lock:
                             chunk = next(chunks, None)
@@ -121,28 +122,39 @@ def bytes_moved(match: TensorMatch, count: int) -> int:
     return count * (2 * theta + read)
 
 
-class _Factors:
-    """The low-rank factors that the threads work with now, read once for all threads."""
+class _Made:
+    """The arrays that the threads work with now and that no file holds as such, made once for all threads."""
 
-    def __init__(self, threads: int) -> None:
-        self._capacity, self._lock = threads, threading.Lock()
-        self._cache: dict[int, tuple[Matrix, Matrix]] = {}
+    def __init__(self, job: Subtraction) -> None:
+        self._job, self._lock = job, threading.Lock()
+        self._cache: dict[int, tuple[Matrix, ...]] = {}
 
-    def of(self, index: int, update: LowRank) -> tuple[Matrix, Matrix]:
-        """Left and right factor for the tensor of ``matches[index]``; tensors come in order."""
+    def of(self, index: int) -> tuple[Matrix, ...]:
+        """For the tensor of ``matches[index]``: both factors, or what peft makes; tensors come in order."""
         with self._lock:
             if index not in self._cache:
-                if len(self._cache) == self._capacity:
+                while self._cache and self._is_full():
                     del self._cache[next(iter(self._cache))]
-                self._cache[index] = update.factors()
+                self._cache[index] = self._make(self._job.sources.matches[index])
             return self._cache[index]
+
+    def _is_full(self) -> bool:
+        held = sum(array.nbytes for arrays in self._cache.values() for array in arrays)
+        return len(self._cache) >= self._job.threads or held > _MADE
+
+    def _make(self, match: TensorMatch) -> tuple[Matrix, ...]:
+        if match.low_rank is not None:
+            return match.low_rank.factors()
+        if match.merged is not None and self._job.sources.adapter is not None:
+            return (self._job.sources.adapter.array(match.merged),)
+        return ()
 
 
 class _Workspace:
     """One thread's buffers and open files."""
 
-    def __init__(self, job: Subtraction, factors: "_Factors") -> None:
-        self._job, self._factors = job, factors
+    def __init__(self, job: Subtraction, made: _Made) -> None:
+        self._job, self._made = job, made
         width = max([_WIDEST, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
         self._buffers = [np.empty(job.chunk * width, np.uint8) for _ in range(_OPERANDS + 1)]
         self._readers: dict[int, PositionReader] = {}  # by operand
@@ -166,13 +178,16 @@ class _Workspace:
             addresses[operand] = int(array[chunk.begin :].ctypes.data)
             codes[operand] = KERNEL_CODES["F32"]
         factors = None
+        arrays = self._made.of(chunk.index) if match.low_rank is not None or match.merged is not None else ()
+        if match.merged is not None:
+            addresses[_TUNED], codes[_TUNED] = int(arrays[0][chunk.begin :].ctypes.data), KERNEL_CODES["F32"]
         if match.low_rank is not None:
-            left, right = self._factors.of(chunk.index, match.low_rank)
+            left, right = arrays
             pointers = int(left.ctypes.data), int(right.ctypes.data)
             factors = (*pointers, *right.shape, match.low_rank.scale, chunk.begin)
         result = self._buffers[_OPERANDS]
-        arrays = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
-        statistics: Statistics = compiled.kernels().rescaled_subtract(*arrays, self._job.rescaling, 1, True, factors)
+        operands = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
+        statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
         _check_finite(match, statistics)
         return result.data[: chunk.count * ITEM_SIZES[match.theta.dtype]], statistics
 

@@ -100,6 +100,13 @@ def _check_files(job: Job, sources: Sources) -> None:
     if not os.access(model.path, os.W_OK):
         raise InputError(f"{model.path}: may not be written")
     for match in sources.matches:
+        if match.merged is not None and match.base is not None:
+            status = match.base.path.stat()
+            if (status.st_dev, status.st_ino) in shards:
+                raise InputError(
+                    f"{match.base.path}: tensor {match.base.name} of this adapter is made from the base as a whole, "
+                    "which is the model to change; write to a new directory with --out"
+                )
         for _, checkpoint, entry in sources.operands(match):
             status = entry.path.stat()
             if checkpoint is model or (status.st_dev, status.st_ino) not in shards:

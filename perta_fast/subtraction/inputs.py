@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from perta_fast.checkpoints.adapters import Adapter, is_adapter
+from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.rules import Rule
+from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.matching import TensorMatch, match_tensors
 
 IMPORTANCES = ("forget_importance", "retain_importance")
@@ -20,7 +21,7 @@ IMPORTANCES = ("forget_importance", "retain_importance")
 class Sources:
     """The opened inputs of a run.
 
-    metadata: of the importances, by role. adapter_config: the config, if ``tuned`` is the file of an adapter.
+    metadata: of the importances, by role. adapter: the opened one, if ``tuned`` is the file of an adapter.
     """
 
     model: Checkpoint
@@ -30,7 +31,7 @@ class Sources:
     retain_importance: Checkpoint | None = None
     matches: list[TensorMatch] = field(default_factory=list)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
-    adapter_config: Path | None = None
+    adapter: OpenedAdapter | None = None
 
     @classmethod
     def open(
@@ -42,8 +43,8 @@ class Sources:
     ) -> "Sources":
         """Open and match three checkpoints and the result of ``open_importances``; InputError if they do not fit."""
         theta, theta_0 = open_plain(model), open_plain(base)
-        adapter = Adapter.open(tuned) if is_adapter(tuned) else None
-        theta_f = open_plain(tuned) if adapter is None else adapter.checkpoint
+        adapter = OpenedAdapter.open(tuned, theta_0) if is_adapter(tuned) else None
+        theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         forget, retain = map(importances.get, IMPORTANCES)
         return cls(
             theta,
@@ -53,13 +54,18 @@ class Sources:
             retain,
             matches=match_tensors(theta, theta_0, adapter or theta_f, forget, retain),
             metadata={role: read_metadata(importance) for role, importance in importances.items()},
-            adapter_config=None if adapter is None else adapter.config,
+            adapter=adapter,
         )
 
     def named(self) -> dict[str, Checkpoint]:
         """The inputs by their names in the report."""
         inputs = {role: getattr(self, role) for role in ("model", "base", "tuned", *IMPORTANCES)}
         return {role: checkpoint for role, checkpoint in inputs.items() if checkpoint is not None}
+
+    @property
+    def adapter_config(self) -> Path | None:
+        """The file with the settings of the adapter."""
+        return None if self.adapter is None else self.adapter.adapter.config
 
     @property
     def base_is_read(self) -> bool:

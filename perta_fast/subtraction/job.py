@@ -7,18 +7,21 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.checkpoints.adapters import CONFIG, LowRank, is_adapter
 from perta_fast.checkpoints.adapters import STEM as ADAPTER_STEM
+from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
+from perta_fast.files.hashing import hash_file
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule
+from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.compute import Subtraction
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
@@ -116,8 +119,14 @@ def this_version() -> str:
 
 
 def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:
-    """Size, time of change and hash of the header of every weight file, by role and name."""
-    return {role: fingerprint(checkpoint) for role, checkpoint in sources.named().items()}
+    """Size, time of change and hash of the header of every weight file, by role and name; and an adapter's config."""
+    files = {role: fingerprint(checkpoint) for role, checkpoint in sources.named().items()}
+    config = sources.adapter_config
+    if config is not None:
+        status = config.stat()
+        state = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "header": hash_file(config)}
+        files["tuned"][config.name] = state
+    return files
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
@@ -146,6 +155,8 @@ def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
         if match.low_rank is not None:
             update = match.low_rank
             row |= {"a": update.a.name, "b": update.b.name, "scale": update.scale, "transposed": update.transposed}
+        if match.merged is not None:
+            row["merged"] = match.merged
         rows.append(row)
     return rows
 
@@ -164,7 +175,8 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
             stem = ADAPTER_STEM
         changing = _is_changed_by(job, role)
         opened[role] = Checkpoint.open(path, stem, index=index if changing else None, unfinished=changing)
-    sources = Sources(**opened, adapter_config=opened["tuned"].path / CONFIG if adapted else None)  # type: ignore[arg-type]
+    adapter = OpenedAdapter(Adapter.open(job.directories["tuned"], opened["base"].path)) if adapted else None
+    sources = Sources(**opened, adapter=adapter)  # type: ignore[arg-type]
     for role, files in fingerprints(sources).items():
         before = job.files.get(role, {})
         for name, current in files.items():
@@ -178,7 +190,10 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
                 )
         if before.keys() != files.keys():
             raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
-    return replace(sources, matches=[_match(row, opened, job) for row in job.matches])
+    sources = replace(sources, matches=[_match(row, opened, job) for row in job.matches])
+    if any(match.merged is not None for match in sources.matches):
+        sources = replace(sources, adapter=OpenedAdapter.open(job.directories["tuned"], sources.base))
+    return sources
 
 
 def _is_changed_by(job: Job, role: str) -> bool:
@@ -199,4 +214,4 @@ def _match(row: MatchNames, opened: Mapping[str, Checkpoint], job: Job) -> Tenso
             low_rank = LowRank(a, b, float(row["scale"] or 0), row["transposed"] is True)
     except KeyError as error:
         raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
-    return TensorMatch(theta, **entries, copied=row["copied"], low_rank=low_rank)  # type: ignore[arg-type]
+    return TensorMatch(theta, **entries, copied=row["copied"], low_rank=low_rank, merged=row.get("merged"))  # type: ignore[arg-type]

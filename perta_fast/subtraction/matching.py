@@ -3,13 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from perta_fast.checkpoints.adapters import Adapter, LowRank
 from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, importance_key, tied_partner
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, importance_key, tied_partner, ties_embeddings
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
+from perta_fast.subtraction.adapter_changes import OpenedAdapter
 
 _FLOAT32 = "dtype='float32'"  # for a command that converts
 CopyReason = Literal[
@@ -21,7 +22,7 @@ CopyReason = Literal[
 class TensorMatch:
     """One tensor of the model and what is read for it. ``copied``: why it is not subtracted from; else None.
 
-    The task vector is ``tuned`` less ``base``, or ``low_rank``.
+    The task vector is ``tuned`` less ``base``, or ``low_rank``. merged: the name of the tuned tensor, if peft makes it.
     """
 
     theta: TensorEntry
@@ -31,12 +32,13 @@ class TensorMatch:
     retain_importance: TensorEntry | None = None
     copied: CopyReason | None = None
     low_rank: LowRank | None = None
+    merged: str | None = None
 
 
 def match_tensors(
     model: Checkpoint,
     base: Checkpoint,
-    tuned: Checkpoint | Adapter,
+    tuned: Checkpoint | OpenedAdapter,
     forget_importance: Checkpoint | None,
     retain_importance: Checkpoint | None,
 ) -> list[TensorMatch]:
@@ -59,33 +61,25 @@ def match_tensors(
         else _match_tensor(name, model, base, whole, forget_importance, retain_importance)
         for name, theta in model.tensors.items()
     ]
-    return _with_adapter(matches, model, base, tuned) if isinstance(tuned, Adapter) else matches
+    return _with_adapter(matches, model, tuned) if isinstance(tuned, OpenedAdapter) else matches
 
 
-def _with_adapter(
-    matches: list[TensorMatch], model: Checkpoint, base: Checkpoint, adapter: Adapter
-) -> list[TensorMatch]:
-    """The matches with the adapter's task vectors: of low rank, or whole tensors, or zero."""
-    adapter.check_untouched(base)
+def _with_adapter(matches: list[TensorMatch], model: Checkpoint, adapter: OpenedAdapter) -> list[TensorMatch]:
+    """The matches with the adapter's task vectors: of low rank, whole tensors, what peft makes, or zero."""
     shapes = {name: entry.shape for name, entry in model.tensors.items()}
-    low_rank, whole = adapter.meet(shapes, model.path)
+    changes = adapter.changes(shapes, model.path, ties_embeddings(model), model.path)
     result = []
     for match in matches:
-        name = match.theta.name
-        if name in low_rank or name in whole:
-            partner = tied_partner(name, model.tensors)
-            if partner is not None and model.equal(name, partner):
-                raise InputError(
-                    f"{adapter.checkpoint.path}: adapts {name}, of which {model.path} has a second copy, "
-                    f"{partner}; merge the adapter and give the merged checkpoint"
-                )
+        change = changes.get(match.theta.name)
         if match.copied is not None:
             result.append(match)
-        elif name in low_rank:
-            result.append(replace(match, base=None, low_rank=low_rank[name]))
-        elif name in whole:
-            _check_agrees(match.theta, whole[name])
-            result.append(replace(match, tuned=whole[name]))
+        elif isinstance(change, LowRank):
+            result.append(replace(match, base=None, low_rank=change))
+        elif isinstance(change, TensorEntry):
+            _check_agrees(match.theta, change)
+            result.append(replace(match, tuned=change))
+        elif change is not None:
+            result.append(replace(match, merged=change))
         else:
             result.append(TensorMatch(match.theta, copied="task vector is zero"))
     return result

@@ -5,18 +5,19 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from perta_fast.checkpoints.adapters import Adapter, LowRank, is_adapter
+from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
-from perta_fast.checkpoints.tied import tied_partner
+from perta_fast.checkpoints.tied import is_tied_use, tied_partner
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
@@ -29,6 +30,7 @@ from perta_fast.models.stored_names import as_stored
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
+from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES
 from perta_fast.subtraction.staging import ALIGNMENT, Staging
 from perta_fast.subtraction.task_vector import is_nonzero
@@ -72,8 +74,9 @@ def apply_to_module_(
         chosen = Rule.of(rule, lam, p, alpha, threshold)
         check_not_in_use(module)
         refuse_quantised_module(module)
-        adapter = Adapter.open(tuned) if is_adapter(tuned) else None
-        checkpoints = [open_plain(tuned) if adapter is None else adapter.checkpoint, open_plain(base)]
+        theta_0 = open_plain(base)
+        adapter = OpenedAdapter.open(tuned, theta_0) if is_adapter(tuned) else None
+        theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         importances = _importances(chosen, forget_importance, retain_importance)
         stored = [_stored(importance) for importance in importances]
         if is_sharded(module) and (group is None or adapter is not None):
@@ -85,48 +88,75 @@ def apply_to_module_(
         _check_parameters(module)
         everything = held_tensors(module)
         parameters = _covered(everything, importances)
-        for name in _left_aside(module, parameters, checkpoints if adapter is None else checkpoints[1:]):
+        for name in _left_aside(module, parameters, [theta_f, theta_0] if adapter is None else [theta_0]):
             del parameters[name]
-        low_rank: dict[str, LowRank] = {}
-        whole: dict[str, TensorEntry] = {}
+        inputs = _Inputs(theta_0, theta_f, adapter, importances, stored)
         if adapter is not None:
-            adapter.check_untouched(checkpoints[1])
-            low_rank, whole = adapter.meet({name: tensor.shape for name, tensor in everything.items()}, "the module")
-            parameters = {name: parameters[name] for name in parameters if name in low_rank or name in whole}
-        sources: dict[str, list[_Source]] = {}
+            shapes = {name: tensor.shape for name, tensor in everything.items()}
+            inputs.changes.update(adapter.changes(shapes, "the module", _is_tied(module)))
+            parameters = {name: parameters[name] for name in parameters if name in inputs.changes}
         for name, parameter in parameters.items():
             check_dtype(name, parameter.dtype)
-            sources[name] = [
-                *([] if name in low_rank else _checkpoint_sources(name, whole.get(name), *checkpoints)),
-                *(_Source.of_importance(*pair, name) for pair in zip(importances, stored, strict=True)),
-            ]
-            for source in sources[name]:
+            for source in inputs.sources(name):
                 _check_source(name, parameter, source)
         if not allow_zero:
-            _check_changes(tuned, sources, low_rank)
+            _check_changes(tuned, inputs, parameters)
     stagings = {device: _staging(device) for device in {parameter.device for parameter in parameters.values()}}
     how = asdict(chosen.rescaling)
     for name, parameter in parameters.items():
+        sources, change = inputs.sources(name), inputs.changes.get(name)
         for first, theta in parameter.ranges:
-            if name in low_rank:
-                matrix = theta.view(parameter.shape)
-                _subtract_low_rank_(matrix, low_rank[name], sources[name], stagings, how, backend)
+            if isinstance(change, LowRank):
+                _subtract_low_rank_(theta.view(parameter.shape), change, sources, stagings, how, backend)
             else:
-                _subtract_(theta, first, sources[name], stagings, how, backend)
+                _subtract_(theta, first, sources, stagings, how, backend)
     return len(parameters)
 
 
-def _checkpoint_sources(name: str, entry: TensorEntry | None, tuned: Checkpoint, base: Checkpoint) -> "list[_Source]":
-    """Tuned and base values of a parameter. entry: its tensor in an adapter, stored there as a whole."""
-    tuned_name = stored_name(tuned, name) if entry is None else entry.name
-    return [_Source.of_checkpoint(tuned, tuned_name), _Source.of_checkpoint(base, stored_name(base, name))]
+@dataclass(frozen=True)
+class _Inputs:
+    """All inputs, opened. changes: what the adapter changes, by name."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    adapter: OpenedAdapter | None
+    importances: list[Importance]
+    stored: list[Checkpoint | None]
+    changes: dict[str, Change] = field(default_factory=dict)
+
+    def sources(self, name: str) -> "list[_Source]":
+        """The arrays for one parameter; what peft makes is made anew each time, so that it does not stay in memory."""
+        change = self.changes.get(name)
+        values: list[_Source] = []
+        if not isinstance(change, LowRank):
+            base = _Source.of_checkpoint(self.base, stored_name(self.base, name))
+            if isinstance(change, str) and self.adapter is not None:
+                made = torch.from_numpy(self.adapter.array(change))
+                tuned = _Source(made, base.shape, str(self.tuned.path))
+            else:
+                whole = change.name if isinstance(change, TensorEntry) else stored_name(self.tuned, name)
+                tuned = _Source.of_checkpoint(self.tuned, whole)
+            values = [tuned, base]
+        pairs = zip(self.importances, self.stored, strict=True)
+        return values + [_Source.of_importance(*pair, name) for pair in pairs]
 
 
-def _check_changes(tuned: str | Path, sources: "Mapping[str, list[_Source]]", low_rank: Mapping[str, LowRank]) -> None:
-    """Raise InputError if the task vector is zero. sources: those of all parameters, tuned and base first."""
-    pairs = [(of[0].entry, of[1].entry) for name, of in sources.items() if name not in low_rank]
-    updates = [update for name, update in low_rank.items() if name in sources]
-    if not is_nonzero([(first, second) for first, second in pairs if first and second], updates):
+def _is_tied(module: nn.Module) -> bool:
+    """Whether input embedding and output head are one parameter."""
+    once = {name for name, _ in module.named_parameters()}
+    return any(is_tied_use(name) for name, _ in module.named_parameters(remove_duplicate=False) if name not in once)
+
+
+def _check_changes(tuned: str | Path, inputs: _Inputs, names: Iterable[str]) -> None:
+    """Raise InputError if the task vector is zero in all of these parameters."""
+    changes = {name: inputs.changes.get(name) for name in names}
+    updates = [change for change in changes.values() if isinstance(change, LowRank)]
+    others = [name for name, change in changes.items() if not isinstance(change, LowRank | str)]
+    pairs = [(of[0].entry, of[1].entry) for of in map(inputs.sources, others)]
+    made = (inputs.sources(name) for name, change in changes.items() if isinstance(change, str))
+    if not is_nonzero([(first, second) for first, second in pairs if first and second], updates) and not any(
+        bool((of[0].values != of[1].values.float()).any()) for of in made
+    ):
         raise InputError(
             f"{tuned}: the task vector is zero in all parameters that it would be subtracted from; nothing would "
             "change (allow_zero=True does it all the same)"

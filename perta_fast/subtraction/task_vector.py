@@ -5,12 +5,13 @@ from contextlib import closing
 
 import numpy as np
 
-from perta_fast.checkpoints.adapters import LowRank
+from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry, widened
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
 from perta_fast.files.reading import PositionReader
 from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.matching import TensorMatch
 
 _SAMPLE = 1 << 14  # elements that are looked at first, at both ends of a tensor: tuning changes nearly all
 _CHUNK = 1 << 20
@@ -23,11 +24,17 @@ def check_task_vector(sources: Sources, advice: str = "") -> None:
     matches = [match for match in sources.matches if match.copied is None]
     pairs = [(match.tuned, match.base) for match in matches if match.tuned is not None and match.base is not None]
     updates = [match.low_rank for match in matches if match.low_rank is not None]
-    if is_nonzero(pairs, updates):
+    if is_nonzero(pairs, updates) or any(_is_changed_by_peft(sources, match) for match in matches):
         return
     uncovered = any(match.copied == "not covered by the importance" for match in sources.matches)
     where = " in all tensors that the importances cover" if uncovered else ""
     raise InputError(_cause(sources, where) + advice)
+
+
+def _is_changed_by_peft(sources: Sources, match: TensorMatch) -> bool:
+    if match.merged is None or match.base is None or sources.adapter is None:
+        return False
+    return bool(np.any(sources.adapter.array(match.merged) != _values(match.base, 0, match.base.count)))
 
 
 def _cause(sources: Sources, where: str) -> str:

@@ -17,6 +17,7 @@ from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.runs.inspect import describe
 from perta_fast.subtraction import compute as subtraction_module
+from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.job import match_names
 from perta_fast.subtraction.matching import match_tensors
 from tests.support.checkpoints import draw, read_checkpoint, same_bytes, write_checkpoint, write_importance
@@ -51,7 +52,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
-    "tied embedding": ("tied", {"target_modules": ["embed_tokens"]}),
     "head": ("llama", {"target_modules": ["lm_head"]}),
     "whole tensors": ("llama", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
@@ -246,8 +246,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_plans_name_their_factors(tmp_path: Path) -> None:
-    adapter = Adapter.open(make_adapter(tmp_path, gpt2, ADAPTERS["conv1d"][1]))
+    path = make_adapter(tmp_path, gpt2, ADAPTERS["conv1d"][1])
     model, base = Checkpoint.open(tmp_path / "model"), Checkpoint.open(tmp_path / "base")
+    adapter = OpenedAdapter.open(path, base)
     rows = {row["theta"]: row for row in match_names(match_tensors(model, base, adapter, None, None))}
     square = rows["transformer.h.0.attn.c_proj.weight"]
     assert square["a"] == "base_model.model.transformer.h.0.attn.c_proj.lora_A.weight"
@@ -284,11 +285,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "a DoRA adapter"),
-        ({"peft_type": "IA3"}, "of type IA3, not LORA"),
+        ({"use_dora": True}, "should have model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+        ({"peft_type": "IA3"}, "setting bias; peft .* does not know it"),
+        ({"peft_type": "VERA"}, "of type VERA, not LORA; merge it"),
+        ({"peft_type": "TOMORROW"}, "of type TOMORROW, not LORA; merge it"),
+        ({"peft_type": None}, "of type None, not LORA"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base model too"),
-        ({"lora_bias": True}, "setting lora_bias is not understood"),
-        ({"trainable_token_indices": [3]}, "setting trainable_token_indices is not understood"),
+        ({"lora_bias": True, "init_lora_weights": True}, "should have model.layers.0.self_attn.q_proj.lora_B.bias"),
+        ({"trainable_token_indices": [3]}, "has no tensors for trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "has no tensors for target_parameters"),
         ({"something_of_tomorrow": {"x": 1}}, "setting something_of_tomorrow is not understood"),
         ({"r": 9}, "rank 9, lora_alpha 8 for model.layers"),
         ({"lora_alpha": "much"}, "lora_alpha much"),
@@ -367,7 +372,7 @@ def test_the_advice_to_merge_works(plain: Path, tmp_path: Path) -> None:
     adapter = copy_of(plain / "adapter", tmp_path)
     rewrite_config(adapter, base_model_name_or_path=str(plain / "base"))
     config = (adapter / "adapter_config.json").read_text()
-    rewrite_config(adapter, peft_type="IA3")
+    rewrite_config(adapter, peft_type="VERA")
     with pytest.raises(InputError) as caught:
         Adapter.open(adapter)
     (adapter / "adapter_config.json").write_text(config)

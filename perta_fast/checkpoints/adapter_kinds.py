@@ -1,0 +1,143 @@
+"""Which adapters of peft are taken, and how, by their settings alone; and what to do with the others.
+
+Plain LoRA is two factors for each matrix (low_rank.py). Other forms are left to peft, a module at a time, if each
+module of the model can be merged alone.
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from perta_fast.checkpoints.advice import merge_command
+from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG
+from perta_fast.errors import InputError
+from perta_fast.files.reading import read_json
+
+PREFIX = "base_model.model."  # of the names of an adapter's tensors
+Settings = dict[str, Any]
+
+# Types that peft merges module by module, from that module's tensors alone.
+_BY_MODULE = frozenset(
+    (
+        *("ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3"),
+        *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING"),
+        *("TRAINABLE_TOKENS", "WAVEFT"),
+    )
+)
+# Types that change what a model computes by something that is not its weights.
+_NO_WEIGHTS = {
+    **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"), "adds tokens to the text"),
+    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), "adds tokens to the text"),
+    **dict.fromkeys(("POLY", "XLORA"), "mixes its parts anew for every text"),
+    **dict.fromkeys(("BEFT", "LILY", "SHADOW"), "adds layers, which peft cannot merge"),
+}
+# Settings of LoRA that this package reads, or that do not change what the factors mean.
+_HARMLESS = frozenset(
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
+        *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
+        *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+        *("runtime_config", "target_modules", "task_type", "use_rslora"),
+    )
+)
+# Settings that leave all modules to peft, and those that do so with some.
+_ALL_BY_PEFT = ("use_dora", "lora_bias")
+_SOME_BY_PEFT = ("target_parameters", "trainable_token_indices")
+# init_lora_weights that leave the base alone; that change it in the same way whenever they are loaded; and the others,
+# which need what only the training had.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_REPEATED_STARTS = ("pissa", "olora")
+_CONVERTED_STARTS = ("pissa", "corda", "olora", "lora_ga")
+
+
+def read_settings(path: Path, base: Path | None) -> Settings:
+    """The settings of the adapter in ``path``.
+
+    base: the checkpoint to merge with, for advice. Raises InputError for an adapter that is not taken, with the reason
+    and what to do.
+    """
+    file = path / ADAPTER_CONFIG
+    settings, patterns = read_json(file), ("alpha_pattern", "rank_pattern")
+    if isinstance(settings, dict) and {"lora_parameters", "fine_tune_type"} & settings.keys():
+        raise InputError(
+            f"{path}: an adapter of MLX, not of peft; fuse it and give the fused checkpoint: "
+            f"{_fuse_command(path, base, settings)}"
+        )
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name) or {}, dict) for name in patterns):
+        raise InputError(f"{file}: is not the config of an adapter")
+    kind = settings.get("peft_type")
+    if kind in _NO_WEIGHTS:
+        raise InputError(
+            f"{file}: an adapter of type {kind}, which {_NO_WEIGHTS[kind]}: it is no change of weights, so nothing "
+            "can be subtracted; tune the base again with LoRA or as a whole, for example with: perta tune"
+        )
+    if kind == "LORA":
+        _check_lora(file, settings, merge_first(path, base, settings))
+    elif kind not in _BY_MODULE:
+        raise InputError(f"{file}: an adapter of type {kind}, not LORA; {merge_first(path, base, settings)}")
+    return settings
+
+
+def _check_lora(file: Path, settings: Settings, advice: str) -> None:
+    if settings.get("layer_replication"):
+        raise InputError(
+            f"{file}: layer_replication: the tuned model has more layers than its base, so no task vector is between "
+            "them; tune again without it"
+        )
+    if settings.get("alora_invocation_tokens"):
+        raise InputError(
+            f"{file}: alora_invocation_tokens: it is on for some tokens only, so it is no change of weights; "
+            "tune again without it"
+        )
+    _check_start(file, settings.get("init_lora_weights"), advice)
+    for name, value in settings.items():
+        if value and name not in _HARMLESS and name not in (*_ALL_BY_PEFT, *_SOME_BY_PEFT):
+            raise InputError(f"{file}: setting {name} is not understood here; {advice}")
+
+
+def _check_start(file: Path, start: Any, advice: str) -> None:
+    if start in _PLAIN_STARTS:
+        return
+    why = f"{file}: init_lora_weights {start!r} changes the base model too"
+    known = str(start).lower()
+    if known in _REPEATED_STARTS:
+        raise InputError(f"{why}; {advice}")
+    convert = (
+        "save the adapter again with path_initial_model_for_weight_conversion, which makes it plain LoRA, or "
+        if known.startswith(_CONVERTED_STARTS)
+        else ""
+    )
+    raise InputError(
+        f"{why}, and loading it again does not repeat that, so it cannot be merged now; {convert}call "
+        "merge_and_unload and save_pretrained on the model that was tuned, before it leaves memory, and give that "
+        "checkpoint"
+    )
+
+
+def all_by_peft(settings: Settings) -> bool:
+    """Whether every module that the adapter changes is left to peft."""
+    return settings.get("peft_type") != "LORA" or any(settings.get(name) for name in _ALL_BY_PEFT)
+
+
+def some_by_peft(settings: Settings) -> bool:
+    """Whether any module may be left to peft."""
+    return all_by_peft(settings) or any(settings.get(name) for name in _SOME_BY_PEFT)
+
+
+def holds_target_parameter(module: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a module, by path, holds a parameter that ``target_parameters`` names."""
+    holders = {str(name).rpartition(".")[0] for name in settings.get("target_parameters") or ()}
+    return any(module == holder or module.endswith(f".{holder}") for holder in holders)
+
+
+def merge_first(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:
+    """Advice to merge, with the command."""
+    named = settings.get("base_model_name_or_path")
+    return f"merge it and give the merged checkpoint: {merge_command(path, str(base or named or 'BASE'))}"
+
+
+def _fuse_command(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:
+    model, adapter, fused = map(shlex.quote, (str(base or settings.get("model") or "BASE"), str(path), f"{path}-fused"))
+    return f"mlx_lm.fuse --model {model} --adapter-path {adapter} --save-path {fused}"

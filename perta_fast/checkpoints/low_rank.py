@@ -1,0 +1,51 @@
+"""What LoRA adds to a matrix (arXiv 2106.09685), kept as two factors."""
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perta_fast.checkpoints.safetensors_file import TensorEntry, widened
+from perta_fast.files.reading import PositionReader
+
+Matrix = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a matrix, or to its transpose: scale * b @ a. a: (rank, d_in), b: (d_out, rank)."""
+
+    a: TensorEntry
+    b: TensorEntry
+    scale: float
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        d_out, d_in = self.b.shape[0], self.a.shape[1]
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
+
+    def factors(self) -> tuple[Matrix, Matrix]:
+        """Two float32 arrays, (rows, rank) and (rank, columns), whose product times scale is added to the matrix.
+
+        Raises RunError if the file cannot be read.
+        """
+        a, b = _read(self.a), _read(self.b)
+        if self.transposed:
+            return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+        return b, a
+
+    def same(self, other: "LowRank") -> bool:
+        """Whether the other one adds the same, factor by factor."""
+        pairs = zip(self.factors(), other.factors(), strict=True)
+        return self.scale == other.scale and all(np.array_equal(own, theirs) for own, theirs in pairs)
+
+
+def _read(entry: TensorEntry) -> Matrix:
+    """A tensor as float32."""
+    data = bytearray(entry.size)
+    with closing(PositionReader(entry.path)) as reader:
+        reader.read_into(memoryview(data), entry.begin, f"tensor {entry.name}")
+    return widened(data, entry.dtype).reshape(entry.shape)

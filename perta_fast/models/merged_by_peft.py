@@ -1,0 +1,262 @@
+"""The tensors of a tuned model that its adapter has in a form of peft's own, made by peft one module at a time.
+
+The module that an adapter changes is built alone, with the weights of the base in float32; peft puts the adapter on it
+and merges it. So no form of adapter is written down here a second time.
+"""
+
+import copy
+import dataclasses
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from perta_fast.checkpoints.adapter_kinds import PREFIX
+from perta_fast.checkpoints.adapters import Adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.low_rank import Matrix
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.errors import InputError, RunError
+from perta_fast.models.language_part import empty_model
+from perta_fast.models.stored_names import stored_places
+
+_NAME = "default"  # peft's name for an adapter in memory
+# Settings that say which modules an adapter changes. Here that is always the one module that is built.
+_WHERE = ("modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stored tensor lies: ``count`` elements from ``first`` on of a parameter, by path, of a module."""
+
+    module: str
+    parameter: str
+    first: int
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> slice:
+        """Its elements among those of the flat parameter."""
+        return slice(self.first, self.first + int(np.prod(self.shape)))
+
+
+@dataclass(frozen=True)
+class MergedByPeft:
+    """What peft makes of the modules of a base that an adapter changes.
+
+    places: by the name of a tensor, as the model that the adapter was trained on is stored. modules: by path, the
+    names of the adapter's tensors for it.
+    """
+
+    adapter: Adapter
+    base: Checkpoint
+    skeleton: nn.Module
+    places: Mapping[str, _Place]
+    modules: Mapping[str, list[str]]
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _last: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)  # the module merged last
+
+    @classmethod
+    def open(cls, adapter: Adapter, base: Checkpoint) -> "MergedByPeft":
+        """Find the modules that ``adapter.by_peft`` changes in the base's model, which is built without weights.
+
+        One module of each kind is merged, to see early what cannot be. Raises InputError if peft is not installed or
+        does not know a setting, the model cannot be built, or a module is not in it or cannot be merged.
+        """
+        _check_peft(adapter)
+        skeleton: nn.Module = empty_model(base.path, torch.float32)
+        paths = [name for name, _ in skeleton.named_modules(remove_duplicate=False) if name]
+        modules: dict[str, list[str]] = {}
+        for key in adapter.by_peft:
+            modules.setdefault(_module_of(key, paths, adapter, base), []).append(key)
+        places: dict[str, _Place] = {}
+        for path, keys in modules.items():
+            parameters = dict(skeleton.get_submodule(path).named_parameters())
+            if "bias" not in parameters and any(key.endswith(".lora_B.bias") for key in keys):
+                raise InputError(
+                    f"{adapter.checkpoint.path}: lora_bias gives {path} a bias, for which the model has no place; "
+                    "tune again without lora_bias"
+                )
+            for name, parameter in parameters.items():
+                for stored, (first, shape) in stored_places(skeleton, f"{path}.{name}", parameter.shape).items():
+                    places[stored] = _Place(path, name, first, tuple(shape))
+        opened = cls(adapter, base, skeleton, places, modules)
+        for path in opened._one_of_each_kind():
+            opened.array(next(name for name, place in places.items() if place.module == path))
+        return opened
+
+    def array(self, name: str) -> Matrix:
+        """The tuned values of the tensor ``name``, flat, in float32.
+
+        Memory: a few times the module in float32. Raises InputError if the adapter's tensors do not fit the module.
+        """
+        place = self.places[name]
+        with self._lock, _quiet():
+            if place.module not in self._last:
+                self._last.clear()
+                self._last[place.module] = self._merged(place.module)
+            merged = self._last[place.module][place.parameter]
+        values: Matrix = merged.contiguous().view(-1).numpy()[place.elements]
+        return values
+
+    def _one_of_each_kind(self) -> list[str]:
+        """The modules, without those that are like an earlier one in all shapes."""
+        kinds: dict[object, str] = {}
+        for path, keys in self.modules.items():
+            module = self.skeleton.get_submodule(path)
+            own = sorted((key.partition(f"{path}.")[2], self.adapter.by_peft[key].shape) for key in keys)
+            kind = type(module), tuple(own), tuple(parameter.shape for parameter in module.parameters())
+            kinds.setdefault(kind, path)
+        return list(kinds.values())
+
+    @torch.no_grad()
+    def _merged(self, path: str) -> dict[str, Tensor]:
+        """The parameters of a module after merging, by name within it."""
+        keys = {key.removeprefix(PREFIX): key for key in self.modules[path]}
+        tensors = {name: _read(self.adapter.by_peft[key]) for name, key in keys.items()}
+        module = self._with_base_weights(path)
+        own = {name.removeprefix(f"{path}.") for name in tensors}
+        parameters = dict(module.named_parameters())
+        if own <= parameters.keys():  # saved as a whole
+            return parameters | {name.removeprefix(f"{path}."): tensor.float() for name, tensor in tensors.items()}
+        merged: dict[str, Tensor] = {}
+        try:
+            merged = _merge(module, path, self._config(path, tensors), tensors)
+        except MemoryError:
+            raise
+        except Exception as error:  # shapes that do not fit, in whatever way peft finds it
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.adapter.checkpoint.path}: peft cannot merge {path}: {reason}") from error
+        return merged
+
+    def _with_base_weights(self, path: str) -> nn.Module:
+        """A copy of a module of the skeleton with the base's values, in float32."""
+        module: nn.Module = copy.deepcopy(self.skeleton.get_submodule(path)).to_empty(device="cpu").float()
+        for name, parameter in module.named_parameters():
+            flat = parameter.view(-1)
+            for stored, place in self.places.items():
+                if (place.module, place.parameter) == (path, name):
+                    base_name = self.adapter.name_in(stored, self.base.tensors, self.base.path)
+                    values = self.base.tensor(base_name)
+                    if tuple(values.shape) != place.shape:
+                        raise InputError(
+                            f"{self.base.path}: tensor {base_name} is {list(values.shape)}, its config.json calls for "
+                            f"{list(place.shape)}"
+                        )
+                    flat[place.elements] = values.view(-1).float()
+        return module
+
+    def _config(self, path: str, tensors: dict[str, Tensor]) -> Any:
+        """Peft's settings for one module. LoRA's trainable tokens become an adapter of their own."""
+        from peft import PeftConfig, TrainableTokensConfig
+
+        config = PeftConfig.from_pretrained(str(self.adapter.checkpoint.path))
+        delta = f"{path}.token_adapter.trainable_tokens_delta"
+        if delta not in tensors:
+            return config
+        tensors[f"{path}.trainable_tokens_delta"] = tensors.pop(delta)
+        tokens = config.trainable_token_indices
+        if isinstance(tokens, dict):
+            tokens = next((indices for name, indices in tokens.items() if f".{path}".endswith(f".{name}")), [])
+        return TrainableTokensConfig(token_indices=list(tokens), target_modules=[path])
+
+
+def _read(entry: TensorEntry) -> Tensor:
+    """A tensor of an adapter, of any type."""
+    try:
+        with safe_open(entry.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(entry.name)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{entry.path}: tensor {entry.name} cannot be read any more: {error}") from error
+    return tensor
+
+
+def _merge(module: nn.Module, path: str, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the adapter on a module that stands alone under its path, merge it, and return the module's parameters."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    _aim(config, path, tuner)
+    root = nn.Module()
+    parent = root
+    *names, last = path.split(".")
+    for name in names:
+        child = nn.Module()
+        parent.add_module(name, child)
+        parent = child
+    parent.add_module(last, module)
+    adapted = tuner(root, config, _NAME)
+    expected = get_peft_model_state_dict(root, save_embedding_layers=False).keys()
+    given = {name for name in tensors if not name.startswith(f"{path}.base_layer.") or name in expected}
+    if odd := sorted(expected ^ given):
+        raise ValueError(f"by its settings the adapter should {'' if odd[0] in expected else 'not '}have {odd[0]}")
+    set_peft_model_state_dict(root, dict(tensors))
+    merged: nn.Module = adapted.merge_and_unload()
+    return {name: parameter.detach() for name, parameter in merged.get_submodule(path).named_parameters()}
+
+
+def _aim(config: Any, path: str, tuner: Any) -> None:
+    """Change peft's settings so that they mean the module at ``path`` and no other."""
+    parameters = getattr(config, "target_parameters", None)
+    for name in _WHERE:
+        if hasattr(config, name):
+            setattr(config, name, None)
+    if hasattr(config, "feedforward_modules"):
+        config.feedforward_modules = [path] if tuner._check_target_module_feedforward(config, path) else []
+    config.target_modules = [path]
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # the values come from the file
+    if hasattr(config, "ensure_weight_tying"):
+        config.ensure_weight_tying = False
+    if parameters:
+        chosen = [name for name in parameters if f"{path}.".endswith(f"{name.rpartition('.')[0]}.")]
+        config.target_modules, config.target_parameters = ([], chosen) if chosen else ([path], None)
+
+
+def _module_of(key: str, paths: list[str], adapter: Adapter, base: Checkpoint) -> str:
+    """The path of the module that one of the adapter's tensors belongs to: the longest that it begins with."""
+    name = key.removeprefix(PREFIX)
+    inside = [path for path in paths if name.startswith(f"{path}.")]
+    if not inside:
+        raise InputError(
+            f"{adapter.checkpoint.path}: tensor {key} belongs to no module of the model in {base.path}; give the "
+            "checkpoint that the adapter was tuned from"
+        )
+    return max(inside, key=len)
+
+
+def _check_peft(adapter: Adapter) -> None:
+    """Raise InputError unless peft is installed and knows all settings of the adapter."""
+    kind = adapter.settings["peft_type"]
+    if find_spec("peft") is None:
+        what = "LoRA with these settings" if kind == "LORA" else kind
+        raise InputError(f"{adapter.checkpoint.path}: an adapter of {what} is merged by peft: pip install peft")
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    upgrade = f"peft {version('peft')} does not know it: pip install --upgrade peft"
+    if known is None:
+        raise InputError(f"{adapter.config}: type {kind}; {upgrade}")
+    names = {item.name for item in dataclasses.fields(known)} | {"peft_version", "runtime_config"}
+    for name, value in adapter.settings.items():
+        if value and name not in names:
+            raise InputError(f"{adapter.config}: setting {name}; {upgrade}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without peft's warnings, which are of settings for training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

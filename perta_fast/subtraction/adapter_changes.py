@@ -1,0 +1,108 @@
+"""What an adapter changes in the tensors of a model, tied matrices included: settled before a byte is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from perta_fast.checkpoints.adapters import Adapter
+from perta_fast.checkpoints.advice import untie_command
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.low_rank import LowRank, Matrix
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, is_tied_use, tied_partner
+from perta_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from perta_fast.models.merged_by_peft import MergedByPeft
+
+Change = LowRank | TensorEntry | str  # str: a name of MergedByPeft
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter beside the base that it was tuned from. merged: what peft makes of the parts in a form of its own."""
+
+    adapter: Adapter
+    merged: "MergedByPeft | None" = None
+
+    @classmethod
+    def open(cls, path: str | Path, base: Checkpoint) -> "OpenedAdapter":
+        """Raises InputError if the adapter is not taken, or saved a matrix of another base."""
+        adapter = Adapter.open(path, base.path)
+        adapter.check_untouched(base)
+        if not adapter.by_peft:
+            return cls(adapter)
+        from perta_fast.models.merged_by_peft import MergedByPeft
+
+        return cls(adapter, MergedByPeft.open(adapter, base))
+
+    def changes(
+        self, shapes: Mapping[str, tuple[int, ...]], where: object, tied: bool, model: Path | None = None
+    ) -> dict[str, Change]:
+        """The changes by the model's names.
+
+        shapes: of the model's tensors. where: what messages call the model. tied: whether its embedding and head are
+        one matrix, stored once or twice. model: its directory, for advice. Raises InputError, naming the tensor, if the
+        model lacks one, has it in another shape, or ties two that are not one in the tuned model.
+        """
+        found: dict[str, dict[str, Change]] = {
+            stored: dict(changes) for stored, changes in self.adapter.meet(shapes, where).items()
+        }
+        for name, place in self.merged.places.items() if self.merged is not None else ():
+            stored = self.adapter.name_in(name, shapes, where)
+            if shapes[stored] != place.shape:
+                raise InputError(
+                    f"tensor {stored}: shape {list(shapes[stored])} in {where}, but {list(place.shape)} in the model "
+                    f"that {self.adapter.checkpoint.path} adapts"
+                )
+            found.setdefault(stored, {})[name] = name
+        for stored in [name for name in found if tied and is_tied_use(name)]:
+            second = tied_partner(stored, shapes)
+            both = found.pop(stored, {}) | found.pop(second or "", {})
+            if both:
+                change = self._one_change(both, where, model)
+                found |= {name: {name: change} for name in (stored, second) if name is not None}
+        result = {}
+        for stored, changes in found.items():
+            if len(changes) > 1:
+                raise InputError(f"{self.adapter.checkpoint.path}: {' and '.join(changes)} are one tensor in {where}")
+            (result[stored],) = changes.values()
+        return result
+
+    def _one_change(self, changes: Mapping[str, Change], where: object, model: Path | None) -> Change:
+        """The change of a tied matrix: that of both its uses. Raises InputError if the tuned model has two matrices."""
+        names, values = list(changes), list(changes.values())
+        if len(names) == 2 and self._same(*values):
+            return values[0]
+        if len(names) == 1 and self._is_tied_by_peft(names[0]):
+            return values[0]
+        how = "alone" if len(names) == 1 else f"otherwise than {names[1]}"
+        tied_with = "input embedding" if names[0] in OUTPUT_HEADS else "output head"
+        untie = "give it an output head of its own" if model is None else f"untie that with: {untie_command(model)}"
+        raise InputError(
+            f"{self.adapter.checkpoint.path}: adapts {names[0]}, which is tied to the {tied_with} in {where}, {how}: "
+            f"the tuned model has two matrices there. So model must have two as well: {untie}"
+        )
+
+    def _same(self, first: Change, second: Change) -> bool:
+        if isinstance(first, LowRank) and isinstance(second, LowRank):
+            return first.same(second)
+        if isinstance(first, TensorEntry) and isinstance(second, TensorEntry):
+            return self.adapter.checkpoint.equal(first.name, second.name)
+        if isinstance(first, str) and isinstance(second, str):
+            return bool(np.array_equal(self.array(first), self.array(second)))
+        return False
+
+    def _is_tied_by_peft(self, name: str) -> bool:
+        """Whether peft gives the other use of a tied matrix the same change without saving it."""
+        module = name.rpartition(".")[0]
+        deltas = [key for key in self.adapter.by_peft if key.endswith(".trainable_tokens_delta")]
+        return any(f".{module}." in key for key in deltas) or bool(self.adapter.settings.get("ensure_weight_tying"))
+
+    def array(self, name: str) -> Matrix:
+        """The tuned values of a tensor that peft makes, flat, in float32."""
+        assert self.merged is not None
+        return self.merged.array(name)

@@ -1,0 +1,171 @@
+"""Adapters that peft merges a module at a time, in every way to run: in place, resumed, streamed, live, verified."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig
+from transformers import AutoModelForCausalLM
+
+from perta_fast import InputError, RunError, apply, apply_to_module_, resume, unlearn, verify
+from perta_fast.models.merged_by_peft import MergedByPeft
+from perta_fast.runs.inspect import describe
+from perta_fast.subtraction import compute
+from tests.support.adapters import tuned_model, write_adapter
+from tests.support.checkpoints import draw, read_checkpoint, same_bytes, write_checkpoint, write_importance
+from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_lines
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+DORA = {"target_modules": "all-linear", "modules_to_save": ["norm"], "use_dora": True, "task_type": "CAUSAL_LM"}
+LAYER = "model.layers.1.mlp.down_proj.weight"
+
+
+def make(folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Base, model, a DoRA adapter, and the checkpoint that peft merges it to."""
+    write_adapter(folder, llama, LoraConfig(**DORA), dtype)
+    tuned_model(folder / "base", folder / "adapter").merge_and_unload().save_pretrained(folder / "merged")
+
+
+def importances(folder: Path) -> list[Path]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_checkpoint(folder / "base").items()}
+    return [
+        write_importance(
+            folder / role, {name: draw(shape, seed=seed + k).abs() for k, (name, shape) in enumerate(shapes.items())}
+        )
+        for role, seed in (("forget", 1000), ("retain", 2000))
+    ]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    first, second = read_checkpoint(found), read_checkpoint(expected)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not same_bytes(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("rule", ["tv", "fisher"])
+def test_all_ways_give_the_bits_of_the_merged_checkpoint(
+    rule: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, dtype)
+    monkeypatch.setattr(compute, "CHUNK", 77)
+    monkeypatch.setattr(compute, "_MADE", 1000)  # no more is kept than what is in use
+    monkeypatch.setattr("perta_fast.subtraction.on_module.CHUNK", 1000)
+    base, model = tmp_path / "base", tmp_path / "model"
+    others = [] if rule == "tv" else importances(tmp_path)
+    how: dict[str, Any] = {"rule": rule, "lam": 0.7}
+    for role in ("adapter", "merged"):
+        apply(model, base, tmp_path / role, *others, out=tmp_path / f"out-{role}", threads=3, progress=False, **how)
+    assert_same(tmp_path / "out-adapter", tmp_path / "out-merged")
+    checked = verify(tmp_path / "out-adapter", full=True, progress=False)
+    assert not checked.problems and checked.recomputed == checked.tensors
+    live = AutoModelForCausalLM.from_pretrained(model)
+    apply_to_module_(live, base, tmp_path / "adapter", *others, **how)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged").state_dict()
+    assert all(same_bytes(tensor, expected[name]) for name, tensor in live.state_dict().items())
+    apply(model, base, tmp_path / "adapter", *others, in_place=True, progress=False, **how)
+    assert_same(model, tmp_path / "out-merged")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
+def test_unlearn(stream: bool, tmp_path: Path) -> None:
+    make(tmp_path)
+    tokenizer().save_pretrained(tmp_path / "base")
+    data = write_lines(tmp_path / "forget.jsonl", FORGET), write_lines(tmp_path / "retain.jsonl", RETAIN)
+    for role in ("adapter", "merged"):
+        directories = tmp_path / "model", tmp_path / "base", tmp_path / role
+        unlearn(*directories, *data, lam=2.0, stream=stream, out=tmp_path / f"out-{role}", progress=False)
+    assert_same(tmp_path / "out-adapter", tmp_path / "out-merged")
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    write_checkpoint(tmp_path / "shards", read_checkpoint(tmp_path / "model"), shards=3)
+    arguments = tmp_path / "shards", tmp_path / "base", tmp_path / "adapter"
+    how: dict[str, Any] = {"rule": "tv", "progress": False, "threads": 1}
+    apply(*arguments, out=tmp_path / "whole", **how)
+    array, calls = MergedByPeft.array, []
+
+    def failing(merged: MergedByPeft, name: str) -> Any:
+        calls.append(name)
+        if len(calls) == 10:
+            raise RunError("no more")
+        return array(merged, name)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="no more"):
+        patch.setattr(MergedByPeft, "array", failing)
+        apply(*arguments, out=tmp_path / "out", **how)
+    assert resume(tmp_path / "out", progress=False).resumed == 1
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_settings_that_have_changed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.support.adapters import change_settings
+
+    make(tmp_path)
+    write_checkpoint(tmp_path / "shards", read_checkpoint(tmp_path / "model"), shards=3)
+    array, calls = MergedByPeft.array, []
+
+    def failing(merged: MergedByPeft, name: str) -> Any:
+        calls.append(name)
+        if len(calls) == 10:
+            raise RunError("no more")
+        return array(merged, name)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="no more"):
+        patch.setattr(MergedByPeft, "array", failing)
+        arguments = tmp_path / "shards", tmp_path / "base", tmp_path / "adapter"
+        apply(*arguments, out=tmp_path / "out", rule="tv", progress=False, threads=1)
+    change_settings(tmp_path / "adapter", lora_alpha=1)
+    with pytest.raises(InputError, match=r"adapter_config\.json: has changed since the run began"):
+        resume(tmp_path / "out", progress=False)
+
+
+def test_in_place_on_the_base_itself_is_refused(tmp_path: Path) -> None:
+    """Peft needs the whole matrix of the base, which the run would be changing."""
+    make(tmp_path)
+    before = read_checkpoint(tmp_path / "base")
+    with pytest.raises(InputError, match="is made from the base as a whole"):
+        apply(tmp_path / "base", tmp_path / "base", tmp_path / "adapter", rule="tv", in_place=True, progress=False)
+    after = read_checkpoint(tmp_path / "base")
+    assert all(same_bytes(before[name], after[name]) for name in before)
+
+
+def test_one_module_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each module is merged once in a run, beside those that are merged at the start to see whether peft can."""
+    write_adapter(tmp_path, llama, LoHaConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    merged, paths = MergedByPeft._merged, []
+
+    def counting(of: MergedByPeft, path: str) -> Any:
+        paths.append(path)
+        assert len(of._last) == 0
+        return merged(of, path)
+
+    monkeypatch.setattr(MergedByPeft, "_merged", counting)
+    apply(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", rule="tv", out=tmp_path / "o", progress=False)
+    assert len(paths) <= 2 + 4
+    assert "LOHA adapter" in describe(tmp_path / "adapter")
+
+
+def test_without_peft_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    monkeypatch.setattr("perta_fast.models.merged_by_peft.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="merged by peft: pip install peft"):
+        apply(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", rule="tv", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    make(tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"
+    tensors[name][3] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(RunError, match=f"{LAYER}: the result would hold NaN"):
+        apply(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", rule="tv", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
