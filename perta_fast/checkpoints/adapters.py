@@ -206,7 +206,8 @@ def _low_rank(
         raise InputError(f"{path / ADAPTER_CONFIG}: {error.pattern!r} is not a regular expression: {error}") from error
     if not isinstance(alpha, int | float) or not abs(alpha) < 1e30 or not 0 < rank == configured:
         raise InputError(
-            f"{path / ADAPTER_CONFIG}: rank {configured}, lora_alpha {alpha} for {module}, whose factors have rank {rank}"
+            f"{path / ADAPTER_CONFIG}: rank {configured}, lora_alpha {alpha} for {module}, whose factors have "
+            f"rank {rank}"
         )
     return LowRank(a, b, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 

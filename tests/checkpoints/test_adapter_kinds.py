@@ -58,6 +58,7 @@ class Kind:
     peft_type: str = "LORA"
     build: Build = llama
     message: str = ""
+    written: bool = True
 
     def config(self) -> Any:
         settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -68,6 +69,11 @@ class Kind:
 
 def lora(outcome: Outcome, message: str = "", build: Build = llama, **settings: Any) -> Kind:
     return Kind(outcome, settings, build=build, message=message)
+
+
+def unwritten(name: str, message: str) -> Kind:
+    """A type that a small model cannot have: it is refused by its config alone."""
+    return Kind("refused", {}, name, message=message, written=False)
 
 
 def of_type(name: str, outcome: Outcome, message: str = "", **settings: Any) -> Kind:
@@ -144,6 +150,12 @@ KINDS: dict[str, Kind] = {
         adapter_layers=2,
         target_modules="self_attn",
     ),
+    "CARTRIDGE": unwritten("CARTRIDGE", "adds tokens to the text"),
+    "CPT": unwritten("CPT", "adds tokens to the text"),
+    "MULTITASK_PROMPT_TUNING": unwritten("MULTITASK_PROMPT_TUNING", "adds tokens to the text"),
+    "POLY": unwritten("POLY", "mixes its parts anew for every text"),
+    "XLORA": unwritten("XLORA", "mixes its parts anew for every text"),
+    "SHADOW": unwritten("SHADOW", "peft cannot merge"),
     "BEFT": of_type("BEFT", "refused", "peft cannot merge"),
     "LILY": of_type("LILY", "refused", "peft cannot merge"),
 }
@@ -202,6 +214,9 @@ def test_no_advice_to_merge_where_that_gives_another_model(name: str, tmp_path: 
     if kind.settings.get("layer_replication") or kind.settings.get("alora_invocation_tokens"):
         adapter = write_adapter(tmp_path, kind.build, lora("read").config())
         change_settings(adapter, **kind.settings)
+    elif not kind.written:
+        adapter = write_adapter(tmp_path, kind.build, lora("read").config())
+        change_settings(adapter, peft_type=kind.peft_type)
     else:
         adapter = write_adapter(tmp_path, kind.build, kind.config())
     with pytest.raises(InputError, match=kind.message) as caught:
@@ -210,9 +225,11 @@ def test_no_advice_to_merge_where_that_gives_another_model(name: str, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_every_type_of_peft_has_a_row() -> None:
-    """All but those that need what a small test does not have: tasks, experts, or a cache."""
-    rows = {kind.peft_type for kind in KINDS.values()}
-    assert {str(peft_type.value) for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING} - rows == {
-        *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "SHADOW", "XLORA")
+def test_the_page_says_what_becomes_of_every_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:3] for row in page.splitlines() if row.startswith("| ")]
+    table = {name.strip(): outcome.strip() for name, outcome in rows if name.strip() not in ("setting", "type")}
+    assert table == {name: kind.outcome for name, kind in KINDS.items()}
+    assert {str(peft_type.value) for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING} <= {
+        kind.peft_type for kind in KINDS.values()
     }
