@@ -1,6 +1,6 @@
 """``perta`` under faults in forks of one process: imports take seconds, and are done once.
 
-    with Forks(shim.library) as forks:
+    with Forks(shim.library, ["perta_fast.cli"]) as forks:
         forks.perta("resume", out, faults=Faults("/watched/", then="kill before", at=7))
 
 The process that is forked has computed nothing, so a child does what a new process does.
@@ -14,39 +14,28 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 
-from tests.crash.shim import Faults, Point, points
+from tests.crash.shim import CHANGES, Faults, Point, points
 from tests.support.children import HUNG
-
-_IMPORTED = (
-    "torch",
-    "transformers.convert_slow_tokenizer",
-    "transformers.models.llama.modeling_llama",
-    "perta_fast.cli",
-    "perta_fast.runs.estimate",
-    "perta_fast.resuming",
-    "perta_fast.streaming.forecast.choice",
-    "perta_fast.streaming.streamed_run",
-    "perta_fast.runs.unlearn",
-)
 
 
 class Forks:
-    """The process that is forked.
+    """The process that is forked. imported: modules; setup: Python statements that it runs after these imports.
 
     It has one child at a time: threads that call ``perta`` wait for each other.
     """
 
-    def __init__(self, library: Path) -> None:
-        self._library = library
+    def __init__(self, library: Path, imported: Sequence[str], setup: str = "") -> None:
+        self._library, self._imported, self._setup = library, imported, setup
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Forks":
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.forks", self._library],
+            [sys.executable, "-m", "tests.crash.forks", self._library, self._setup, *self._imported],
             cwd=Path(__file__).parents[2],
             env=os.environ | {"LD_PRELOAD": str(self._library), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -78,17 +67,18 @@ class Forks:
             output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
         return subprocess.CompletedProcess(command, status, output, errors)
 
-    def count(self, *arguments: object, path: str, log: Path) -> list[Point]:
-        """As ``Shim.count``. log: a new file for the calls."""
-        done = self.perta(*arguments, faults=Faults(path, log=log))
+    def count(self, *arguments: object, path: str, log: Path, kinds: tuple[str, ...] = CHANGES) -> list[Point]:
+        """The calls that ``perta`` makes with ``arguments`` without faults. log: a new file for them."""
+        done = self.perta(*arguments, faults=Faults(path, kinds, log=log))
         assert done.returncode == 0, done.stderr
         return points(log)
 
 
-def _serve(library: str) -> None:
+def _serve(library: str, setup: str, *imported: str) -> None:
     signal.alarm(HUNG)  # ends this process, which the tests then see
-    for name in _IMPORTED:
+    for name in imported:
         import_module(name)
+    exec(setup, {})
     signal.alarm(0)
     for line in sys.stdin:
         child = os.fork()
@@ -116,4 +106,4 @@ def _work(library: str, folder: str, arguments: list[str], environment: dict[str
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -1,8 +1,6 @@
 """Faults in the file calls of a child process, and the list of its calls.
 
-    points = shim.count("resume", out, path="out")
-    for number, point in enumerate(points):
-        shim.perta("resume", copy, faults=Faults(copy.name, then="kill before", at=number))
+    shim.perta("resume", out, faults=Faults("result", then="kill before", at=7))
 
 The ordinal of a call counts only the calls of the chosen kinds on the chosen files, so choose the same ones to count
 and to inject. Linux only: faults.c is loaded with LD_PRELOAD.
@@ -11,7 +9,6 @@ and to inject. Linux only: faults.c is loaded with LD_PRELOAD.
 import errno
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -104,14 +101,6 @@ class Shim:
         assert done.returncode == 0, done.stderr
         return cls(library)
 
-    def perta(self, *arguments: object, faults: Faults, setup: str = "") -> CompletedProcess[str]:
-        """Run ``perta`` with ``arguments`` in a new process, after the Python statements of ``setup``."""
-        return perta(*arguments, setup=setup, environment=faults.environment(self.library))
-
-    def count(self, *arguments: object, path: str, kinds: tuple[str, ...] = CHANGES, setup: str = "") -> list[Point]:
-        """The calls that ``perta`` makes with ``arguments`` without faults."""
-        with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder, "log")
-            done = self.perta(*arguments, faults=Faults(path, kinds, log=log), setup=setup)
-            assert done.returncode == 0, done.stderr
-            return points(log)
+    def perta(self, *arguments: object, faults: Faults) -> CompletedProcess[str]:
+        """Run ``perta`` with ``arguments`` in a new process."""
+        return perta(*arguments, environment=faults.environment(self.library))

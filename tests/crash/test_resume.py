@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -20,7 +20,8 @@ from perta_fast.resuming import resume
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place
 from perta_fast.subtraction.in_place import is_open
-from tests.crash.shim import CHANGES, SIZED, Faults, Shim
+from tests.crash.forks import Forks
+from tests.crash.shim import CHANGES, SIZED, Faults, Point, Shim
 from tests.support.children import HUNG, perta
 from tests.support.inputs import BF16, F32, write_inputs
 
@@ -29,6 +30,7 @@ SMALL = """
 from perta_fast.subtraction import compute, in_place
 compute.CHUNK, in_place.SEGMENT = 64, 700
 """
+IMPORTED = ("perta_fast.cli", "perta_fast.cli.inspect", "perta_fast.runs.apply", "perta_fast.resuming")
 CONFIG = {"model_type": "llama", "hidden_size": 5}
 
 
@@ -41,10 +43,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """The inputs of a run, its kind ("out" or "in-place"), and what it must write."""
+    """The inputs of a run, its kind ("out" or "in-place"), where it is forked, and what it must write."""
 
     inputs: Path
     kind: str
+    forks: Forks
     expected: dict[str, bytes]  # shards and companions, by name
 
     @property
@@ -69,10 +72,15 @@ class World:
             *("--rule", "fisher", "--lam", "0.7", "--threads", "2", "--quiet", *destination),
         ]
 
+    def count(self, folder: Path, kinds: tuple[str, ...] = CHANGES) -> list[Point]:
+        """The file calls of a run without faults. folder: where it runs."""
+        result = self.prepare(folder / "count")
+        return self.forks.count(*self.arguments(result), path="/watched/", log=folder / "log", kinds=kinds)
+
     def finish(self, result: Path) -> None:
         """Finish the run from what is on the disk, and check its result."""
         if self.kind == "in-place" and is_open(result):
-            assert perta("inspect", result).returncode == 2  # no command takes it for a model
+            assert self.forks.perta("inspect", result).returncode == 2  # no command takes it for a model
         try:
             resume(result, progress=False)
         except InputError as error:
@@ -83,7 +91,7 @@ class World:
                 if self.kind == "in-place":
                     files = {path.name: path.read_bytes() for path in result.iterdir() if path.is_file()}
                     assert files == self.original
-                done = perta(*self.arguments(result), setup=SMALL)
+                done = self.forks.perta(*self.arguments(result))
                 assert done.returncode == 0, done.stderr
         self.check(result)
 
@@ -104,14 +112,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def forks(shim: Shim) -> Iterator[Forks]:
+    with Forks(shim.library, IMPORTED, SMALL) as forks:
+        yield forks
+
+
 @pytest.fixture(scope="module", params=["out", "in-place"])
-def world(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = World(inputs, "out", {})
+def world(
+    request: pytest.FixtureRequest, inputs: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> World:
+    world = World(inputs, "out", forks, {})
     result = world.prepare(tmp_path_factory.mktemp("whole"))
     done = perta(*world.arguments(result))
     assert done.returncode == 0, done.stderr
     names = [path.name for path in result.iterdir() if path.name not in ("README.md", "perta_report.json")]
-    return World(inputs, request.param, {name: (result / name).read_bytes() for name in names})
+    return World(inputs, request.param, forks, {name: (result / name).read_bytes() for name in names})
 
 
 def share(points: list[tuple[str, int]], number: int) -> list[tuple[str, int]]:
@@ -121,36 +137,31 @@ def share(points: list[tuple[str, int]], number: int) -> list[tuple[str, int]]:
     return [points[(2 * k + 1) * len(points) // (2 * number)] for k in range(number)]
 
 
-def test_killed_at_any_point(world: World, shim: Shim, tmp_path: Path) -> None:
+def test_killed_at_any_point(world: World, tmp_path: Path) -> None:
     """Before and after every file call, and in the middle of those that move bytes."""
-    counted = shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/watched/", setup=SMALL)
+    counted = world.count(tmp_path)
     assert {"write", "fsync", "rename"} <= {point.kind for point in counted}
     ways = [(then, at) for at in range(len(counted)) for then in ("kill before", "kill after")]
     ways += [("torn", at) for at, point in enumerate(counted) if point.kind in SIZED]
-
-    def strike(way: tuple[str, int]) -> int:
-        then, at = way
+    statuses = []
+    for then, at in share(sorted(ways), 90):
         result = world.prepare(tmp_path / f"{then} {at}")
-        done = shim.perta(*world.arguments(result), faults=Faults("/watched/", then=then, at=at), setup=SMALL)
+        done = world.forks.perta(*world.arguments(result), faults=Faults("/watched/", then=then, at=at))
         assert done.returncode in (0, -9), done.stderr  # threads may make a call or two less
         world.finish(result)
-        shutil.rmtree(tmp_path / f"{then} {at}")
-        return done.returncode
-
-    with ThreadPoolExecutor(2) as pool:
-        statuses = list(pool.map(strike, share(sorted(ways), 90)))
+        statuses.append(done.returncode)
     assert statuses.count(-9) > len(statuses) * 0.9
 
 
-def test_killed_again_while_it_is_finished(world: World, shim: Shim, tmp_path: Path) -> None:
-    counted = len(shim.count(*world.arguments(world.prepare(tmp_path / "count")), path="/watched/", setup=SMALL))
+def test_killed_again_while_it_is_finished(world: World, tmp_path: Path) -> None:
+    counted = len(world.count(tmp_path))
     draw = random.Random(0)
     for number in range(200 if SOAK else 8):
         result = world.prepare(tmp_path / str(number))
         command = world.arguments(result)
         for _ in range(3):
             faults = Faults("/watched/", then="kill before", at=draw.randrange(counted))
-            done = shim.perta(*command, faults=faults, setup=SMALL)
+            done = world.forks.perta(*command, faults=faults)
             assert done.returncode in (0, 2, -9), done.stderr  # 2: there was nothing to resume
             command = ["resume", result, "--quiet"]
         world.finish(result)
@@ -183,15 +194,14 @@ def test_killed_at_any_instant(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
-def test_struck_by_an_error(error: str, world: World, shim: Shim, tmp_path: Path) -> None:
+def test_struck_by_an_error(error: str, world: World, tmp_path: Path) -> None:
     """Exit status 1, one line that says what to do, and a run that can be finished."""
     kinds = CHANGES[:-1]  # removing files works
-    command = world.arguments(world.prepare(tmp_path / "count"))
-    counted = shim.count(*command, path="/watched/", kinds=kinds, setup=SMALL)
+    counted = world.count(tmp_path, kinds)
     for _, at in share([(error, at) for at in range(len(counted))], 8):
         result = world.prepare(tmp_path / str(at))
         faults = Faults("/watched/", then=error, at=at, lasting=True, kinds=kinds)
-        done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
+        done = world.forks.perta(*world.arguments(result), faults=faults)
         assert done.returncode in (0, 1), done.stderr
         if done.returncode == 1:
             assert done.stderr.startswith("perta: error: ")
@@ -201,20 +211,20 @@ def test_struck_by_an_error(error: str, world: World, shim: Shim, tmp_path: Path
         world.finish(result)
 
 
-def test_short_writes_change_nothing(world: World, shim: Shim, tmp_path: Path) -> None:
+def test_short_writes_change_nothing(world: World, tmp_path: Path) -> None:
     result = world.prepare(tmp_path / "short")
     faults = Faults("/watched/", then="short", lasting=True)
-    done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
+    done = world.forks.perta(*world.arguments(result), faults=faults)
     assert done.returncode == 0, done.stderr
     world.check(result)
 
 
-def test_an_input_that_cannot_be_read(world: World, shim: Shim, tmp_path: Path) -> None:
+def test_an_input_that_cannot_be_read(world: World, tmp_path: Path) -> None:
     """The disk with an input fails: the message names the file, and the run can be finished when the disk works."""
     for at in (0, 1, 9, 30):
         result = world.prepare(tmp_path / str(at))
         faults = Faults("/tuned/", kinds=("read",), then="EIO", at=at, lasting=True)
-        done = shim.perta(*world.arguments(result), faults=faults, setup=SMALL)
+        done = world.forks.perta(*world.arguments(result), faults=faults)
         assert done.returncode in (1, 2)
         assert "/tuned" in done.stderr
         assert "Input/output error" in done.stderr

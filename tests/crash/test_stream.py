@@ -31,6 +31,19 @@ SOAK = os.environ.get("PERTA_SOAK") == "1"
 SOME = 9  # kills in each test, if it is not a soak
 
 
+IMPORTED = (
+    "torch",
+    "transformers.convert_slow_tokenizer",
+    "transformers.models.llama.modeling_llama",
+    "perta_fast.cli",
+    "perta_fast.runs.estimate",
+    "perta_fast.resuming",
+    "perta_fast.streaming.forecast.choice",
+    "perta_fast.streaming.streamed_run",
+    "perta_fast.runs.unlearn",
+)
+
+
 def arguments(job: Job, out: Path, *more: object) -> list[object]:
     model, base, tuned = job.checkpoints
     return [
@@ -61,7 +74,7 @@ def output_in(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def forks(shim: Shim) -> Iterator[Forks]:
-    with Forks(shim.library) as forks:
+    with Forks(shim.library, IMPORTED) as forks:
         yield forks
 
 
