@@ -13,6 +13,7 @@ from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB, JOURNAL
+from perta_fast.files.own import check_own, is_own_name
 from perta_fast.files.reading import read_json
 from perta_fast.terminal import shell_command
 
@@ -70,6 +71,7 @@ class Checkpoint:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         if not unfinished and (path / JOURNAL / JOB).exists():
+            check_own(path / JOURNAL)
             finishing = shell_command("perta", "resume", path)
             raise InputError(f"{path}: an in-place run has not been finished; finish it with: {finishing}")
         single = f"{stem}.safetensors"
@@ -147,11 +149,44 @@ def copy_companions(source: Checkpoint, target: Path) -> None:
     """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use.
 
     An adapter that lies beside the model stays behind: with its config alone, transformers would look for it in vain.
+    So do links that lead elsewhere (``left_out_links``): what they lead to may be private.
     """
+    for path in _companions(source):
+        if not _is_left_out(path, source):
+            shutil.copyfile(path, target / path.name)
+
+
+def left_out_links(source: Checkpoint) -> list[Path]:
+    """The links that ``copy_companions`` leaves out. The index is none of them: it is known to name tensors."""
+    return [path for path in _companions(source) if _is_left_out(path, source)]
+
+
+def _companions(source: Checkpoint) -> Iterator[Path]:
     for path in sorted(source.path.iterdir()):
         kept = path == source.index or not _is_weights(path.name.removesuffix(".index.json"))
-        if kept and path.is_file() and path.name != ADAPTER_CONFIG:
-            shutil.copyfile(path, target / path.name)
+        if kept and path.is_file() and path.name != ADAPTER_CONFIG and not is_own_name(path.name):
+            yield path
+
+
+def _is_left_out(path: Path, source: Checkpoint) -> bool:
+    return path != source.index and elsewhere(path) is not None
+
+
+def elsewhere(path: Path) -> Path | None:
+    """Where a link in a model's directory leads; None if it leads into the directory or the same hub cache.
+
+    In a hub cache, NAME/snapshots/REVISION holds links to files in NAME/blobs.
+    """
+    directory, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    blobs = [above.parent / "blobs" for above in directory.parents if above.name == "snapshots"]
+    return None if directory in target.parents or target.parent in blobs else target
+
+
+def left_out_warning(link: Path, final: Path) -> str:
+    """What to do about a link that ``copy_companions`` left out of the output ``final``."""
+    target = Path(os.path.realpath(link))
+    command = shell_command("cp", target, final / link.name)
+    return f"{link} is a link to {target}, outside the model's directory, and was not copied; copy it with: {command}"
 
 
 def other_weights(checkpoint: Checkpoint) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from perta_fast.demo.authors import Row
-from perta_fast.files.new_directory import check_output
+from perta_fast.files.new_directory import check_free
 
 
 class Files:
@@ -53,7 +53,7 @@ def work_directory(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="perta-demo-") as temporary:
             yield Path(temporary)
         return
-    check_output(out, overwrite=False, inputs=[])
+    check_free(out, overwrite=False, inputs=[])
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield out

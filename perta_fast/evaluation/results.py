@@ -139,5 +139,24 @@ class EvaluationFile:
         return float(value)
 
 
+def files_read(paths: Sequence[Path], out: Path) -> list[Path]:
+    """What ``out`` must not replace: the files among ``paths``, and those in directories among them.
+
+    A result of ``Evaluation.save`` may lie in such a directory and be replaced.
+    """
+    files = [path for path in paths if not path.is_dir()]
+    if not _is_result(out):
+        files += [file for path in paths if path.is_dir() for file in path.iterdir()]
+    return files
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        content = read_json(path)
+    except InputError:
+        return False
+    return isinstance(content, dict) and {"format_version", "metrics", "general"} <= content.keys()
+
+
 def _is_finite(value: Any) -> bool:
     return fits(value, float) and math.isfinite(value)

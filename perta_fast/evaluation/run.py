@@ -16,7 +16,7 @@ from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.muse import evaluate_muse, read_muse
 from perta_fast.evaluation.own_data import evaluate_own_data
-from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric
+from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric, files_read
 from perta_fast.evaluation.tofu import check_reference, evaluate_tofu, read_tofu
 from perta_fast.files.new_file import check_output_file
 from perta_fast.models.in_use import measuring
@@ -70,7 +70,9 @@ def evaluate(
     if suite == "muse" and not (system_prompt is date_string is None):
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
     if out is not None:
-        check_output_file(Path(out), (".json",), overwrite=overwrite)
+        given = (model_or_path, data, forget, retain, holdout, reference)
+        paths = [Path(path) for path in given if isinstance(path, str | Path)]
+        check_output_file(Path(out), (".json",), overwrite=overwrite, inputs=files_read(paths, Path(out)))
     gold = None if reference is None else EvaluationFile.read(reference)
     measure = _measurement(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
     for name in ("rouge_score", "scipy", "sklearn"):

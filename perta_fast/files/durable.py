@@ -10,6 +10,7 @@ from typing import Any
 from blake3 import blake3
 
 from perta_fast.errors import InputError
+from perta_fast.files.own import own_file
 from perta_fast.files.reading import read_bytes
 
 # What the system answers where it cannot copy between two files within the kernel.
@@ -49,7 +50,7 @@ def write_file(path: Path, data: bytes, beside: Path | None = None) -> None:
     beside: where the file is built, in the same directory; None is ``path`` with ".new" at its end.
     """
     beside = beside or path.with_name(f"{path.name}.new")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    descriptor = own_file(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         write_fully(descriptor, memoryview(data), 0)
         os.fsync(descriptor)

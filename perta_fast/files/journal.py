@@ -20,6 +20,7 @@ from blake3 import blake3
 
 from perta_fast.errors import RunError
 from perta_fast.files.durable import copy_range, write_fully
+from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
 
 # What an unfinished in-place run keeps in the model's directory: see subtraction/in_place.py.
@@ -87,7 +88,7 @@ class Segment:
         try:
             for extent in self.extents:
                 if extent.name not in targets:
-                    targets[extent.name] = os.open(shards[extent.name], os.O_RDWR)
+                    targets[extent.name] = own_file(shards[extent.name], os.O_RDWR)
                 copy_range(self.descriptor, targets[extent.name], extent.size, extent.position, extent.offset)
             for target in targets.values():
                 os.fsync(target)
@@ -103,7 +104,7 @@ class Segment:
 def new_segment(directory: Path, number: int) -> Segment:
     """Begin segment ``number`` in the file of an older one, which is then no longer valid."""
     path = directory / f"segment-{number % SLOTS}"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = own_file(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         write_fully(descriptor, memoryview(bytes(_START.size)), 0)
     except BaseException:
@@ -123,7 +124,7 @@ def valid_segments(directory: Path) -> Iterator[Segment]:
 
 def _read(path: Path, slot: int) -> Segment | None:
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = own_file(path, os.O_RDWR)
     except FileNotFoundError:
         return None
     segment = _parse(path, slot, descriptor)

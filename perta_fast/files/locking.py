@@ -10,10 +10,10 @@ def lock(directory: Path) -> int:
 
     Raises BlockingIOError if another run holds the lock, OSError if the directory cannot be opened.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), directory.stat()):
+        if not os.path.samestat(os.fstat(descriptor), directory.lstat()):
             raise BlockingIOError  # another run has just moved or removed the directory
     except BaseException:
         os.close(descriptor)

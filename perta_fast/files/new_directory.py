@@ -8,8 +8,11 @@ from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice
 from perta_fast.files.durable import move, remove, sync, sync_tree
+from perta_fast.files.identity import identity, lies_in
 from perta_fast.files.journal import JOB
 from perta_fast.files.locking import lock
+from perta_fast.files.mounts import mounts_in
+from perta_fast.files.own import check_own, check_own_tree, make_own_directory, remove_own_file
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.terminal import shell_command
 
@@ -37,22 +40,27 @@ class OutputDirectory:
         self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
         self.keep = self._resume = resume
         self._overwrite = overwrite
+        self._complete = False
         self._locked = ExitStack()
 
     def __enter__(self) -> "OutputDirectory":
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(exist_ok=True)
+            make_own_directory(self.path)
             self._locked.callback(os.close, lock(self.path))
             remove_replaced(self.final)
-            if not self._resume:
+            if self._resume:
+                check_own_tree(self.path)
+            else:
                 self._forget()
                 for entry in self.path.iterdir():  # of a run that was killed
                     remove(entry)
         except BlockingIOError:
             raise RunError(f"{self.final}: another run is writing it now") from None
-        except OSError as error:
+        except (OSError, InputError) as error:
             self._locked.close()
+            if isinstance(error, InputError):
+                raise
             raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
         return self
 
@@ -60,13 +68,14 @@ class OutputDirectory:
         """Remove the records first: a kill may come when half of ``path`` is gone, and that must not be resumed."""
         for record in (self.path / state / name for state, name in _RECORDS.items()):
             with suppress(OSError):  # the rest is removed even if the disk fails
-                if record.exists():
-                    record.unlink()
+                if record.exists() and not record.parent.is_symlink():
+                    remove_own_file(record)
                     sync(record.parent)
 
     def commit(self) -> None:
         """Flush everything, then rename: the old directory aside if ``overwrite``, the new one to its name."""
         sync_tree(self.path)
+        self._complete = True
         if self._overwrite and self.final.exists():
             remove(self._replaced)
             move(self.final, self._replaced)
@@ -75,18 +84,27 @@ class OutputDirectory:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
-        if hopeless or not self.keep:  # gone already after a commit
+        unnamed = self._complete and isinstance(error, OSError) and self.path.exists()  # only a rename failed
+        if not unnamed and (hopeless or not self.keep):  # gone already after a commit
             self._forget()
             remove(self.path)
         if self._replaced.exists() and not self.final.exists():  # stopped between the two renames
             self._replaced.rename(self.final)
         self._locked.close()
         if isinstance(error, OSError):
-            finishing = shell_command("perta", "resume", self.final)
-            rest = f"finish it with: {finishing}" if self.keep else "nothing was left behind"
             raise RunError(
-                f"{self.final}: could not be written: {advice(error)}. The inputs are untouched; {rest}"
+                f"{self.final}: could not be written: {advice(error)}. The inputs are untouched; {self._rest(unnamed)}"
             ) from error
+
+    def _rest(self, unnamed: bool) -> str:
+        """What to do after an error. unnamed: all is written, but could not be renamed."""
+        finish = f"finish it with: {shell_command('perta', 'resume', self.final)}"
+        if not unnamed:
+            return finish if self.keep else "nothing was left behind"
+        if not self.keep:
+            finish = f"give it its name: {shell_command('mv', self.path, self.final)}"
+        here = f"move {self.final} away, then " if self.final.exists() else ""
+        return f"the result is complete, in {self.path}; {here}{finish}"
 
 
 def partial_path(final: Path) -> Path:
@@ -116,13 +134,29 @@ def remove_replaced(final: Path) -> None:
 
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise InputError if ``final`` is or holds an input, is no directory, or, without ``overwrite``, is not empty."""
+    check_free(final, overwrite=overwrite, inputs=inputs)
+    resolved = Path(os.path.realpath(final))
+    if mounts := mounts_in(resolved):
+        inside = shell_command("--out", final / "NAME")
+        what = f"is a mount point, which cannot be replaced; name a new directory in it, as in {inside}"
+        if mounts[0] != resolved:
+            what = f"holds the mount point {mounts[0]}, whose content would be removed; choose another directory"
+        raise InputError(f"{final}: {what}")
+    for path in (partial_path(resolved), _replaced_path(resolved)):
+        check_own(path)
+
+
+def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """``check_output`` for a directory that is filled where it lies."""
     resolved = Path(os.path.realpath(checked_path(final)))
     if not resolved.name:
         raise InputError(f"{final}: is the root of the file system; choose another output directory")
-    for path in inputs:
-        source = Path(os.path.realpath(checked_path(path)))
-        if resolved == source or resolved in source.parents:
-            raise InputError(f"{final}: is or contains the input {path}; choose another output directory")
+    inputs = [checked_path(path) for path in inputs]
+    contained = next((path for path in inputs if lies_in(path, resolved)), None)
+    if contained is None and overwrite:
+        contained = _found_in(resolved, inputs)
+    if contained is not None:
+        raise InputError(f"{final}: is or contains the input {contained}; choose another output directory")
     try:
         occupied = any(final.iterdir())
     except FileNotFoundError:
@@ -133,6 +167,16 @@ def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> Non
         raise InputError(f"{final}: cannot be read: {error.strerror}") from error
     if occupied and not overwrite:
         raise InputError(f"{final}: exists and is not empty; choose another directory or pass --overwrite")
+
+
+def _found_in(directory: Path, inputs: Iterable[Path]) -> Path | None:
+    """An input that lies in ``directory``, whatever path was given for it: it may be that of a bind mount."""
+    folders = {identity(folder) for folder, _, _ in os.walk(directory)} - {None}
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        if not folders.isdisjoint((identity(source), identity(source.parent))):
+            return path
+    return None
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -149,4 +193,9 @@ def check_space(directory: Path, needed: int) -> None:
 
 def scratch_path(destination: Path) -> Path:
     """Where a run to, or on, ``destination`` keeps importances that it removes at its end."""
-    return partial_path(destination.with_name(f".{destination.name}.perta-importance"))
+    return partial_path(importance_path(destination))
+
+
+def importance_path(destination: Path) -> Path:
+    """The name that these importances would have if they were kept."""
+    return destination.with_name(f".{destination.name}.perta-importance")

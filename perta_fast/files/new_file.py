@@ -1,17 +1,24 @@
 """One file that a command writes: checked before the work, written whole or not at all."""
 
+import errno
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from perta_fast.errors import InputError, RunError
-from perta_fast.files.durable import remove, write_file
+from perta_fast.files.durable import write_file
+from perta_fast.files.identity import is_same
+from perta_fast.files.mounts import mounts_in
 from perta_fast.files.new_directory import partial_path
+from perta_fast.files.own import check_own, remove_own_file
 from perta_fast.files.reading import checked_path
+from perta_fast.terminal import shell_command
 
 
-def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool) -> None:
+def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Raise InputError if a command must not write ``path``.
 
-    Its name must have one of the ``endings``: nobody replaces weights by mistake.
+    Its name must have one of the ``endings``: nobody replaces weights by mistake. inputs: files that it reads.
     """
     checked_path(path)
     advice = f"name a file that ends in {' or '.join(endings)}"
@@ -19,18 +26,31 @@ def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool) 
         raise InputError(f"{path}: {advice}")
     if path.is_dir():
         raise InputError(f"{path}: is a directory; {advice}")
-    if path.exists() and not overwrite:
+    for source in map(checked_path, inputs):
+        if is_same(path, source):
+            raise InputError(f"{path}: is the input {source}; choose another file")
+    if os.path.lexists(path) and not overwrite:
         raise InputError(f"{path}: exists; choose another file or pass --overwrite")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: is not a directory")
+    if mounts_in(path):
+        raise InputError(f"{path}: is a mount point, which cannot be replaced; {advice} in a directory")
+    check_own(partial_path(path), directory=False)
 
 
 def write_output_file(path: Path, content: bytes) -> None:
     """Write or replace ``path``. Raises RunError, and keeps the old file, if that fails."""
     beside = partial_path(path)
+    check_own(beside, directory=False)
     try:
         write_file(path, content, beside)
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        remove(beside)
+        problem = f"{path}: cannot be written: {error.strerror}"
+        if error.errno in (errno.EBUSY, errno.EXDEV) and beside.exists():  # all is written: only the name is missing
+            problem += f"; the result is in {beside}. Give it a name: {shell_command('mv', beside, 'NAME')}"
+        else:
+            remove_own_file(beside)
+        raise RunError(problem) from error
+    except BaseException:
+        remove_own_file(beside)
+        raise

@@ -17,6 +17,7 @@ from perta_fast.dtypes import byte_count
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree, write_fully
 from perta_fast.files.new_directory import OutputDirectory, check_space
+from perta_fast.files.own import own_file
 from perta_fast.rules import ESTIMATORS, Estimator
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ class ShardWriter:
             total = sum(byte_count("F32", shape) for shape in shapes.values())
             weight_map = {name: path.name for name, (path, _) in self._positions.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (directory / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+            with open(directory / f"{STEM}.safetensors.index.json", "w", opener=own_file) as written:
+                written.write(json.dumps(index, indent=1) + "\n")
 
     def write_share(self, name: str, tensor: "torch.Tensor", ranks: Ranks) -> None:
         """Write the elements of a tensor that are this rank's to write."""
@@ -211,7 +213,7 @@ def _group(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def _write(path: Path, data: memoryview, offset: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    descriptor = own_file(path, os.O_WRONLY | os.O_CREAT)
     try:
         write_fully(descriptor, data, offset)
     finally:

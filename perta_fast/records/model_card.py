@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from perta_fast.files.own import own_file
 from perta_fast.records.report import FILE_NAME, Report
 
 _HEADING = "## Unlearned with perta_fast"
@@ -23,4 +24,5 @@ def write_model_card(directory: Path, report: Report) -> None:
         "`perta verify` checks them.\n"
     )
     before = card.rstrip() + "\n\n" if card.strip() else ""
-    path.write_text(before + section, encoding="utf-8", errors="surrogateescape")
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", opener=own_file) as file:
+        file.write(before + section)

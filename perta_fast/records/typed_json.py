@@ -10,13 +10,15 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 from perta_fast.errors import InputError
+from perta_fast.files.own import own_file
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
 
 
 def write_readable_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``readable_json``."""
-    path.write_bytes(readable_json(content))
+    """Write ``readable_json`` to a file of the run's own (``own_file``)."""
+    with open(path, "wb", opener=own_file) as file:
+        file.write(readable_json(content))
 
 
 def readable_json(content: Mapping[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.new_file import check_output_file, write_output_file
+from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -41,12 +42,13 @@ def write_page(
     """
     check_matplotlib()
     run, out = Path(run), Path(out)
-    check_output_file(out, (".html", ".htm"), overwrite=overwrite)
-    if png is not None:
-        _check_folder(Path(png), overwrite)
     if prompts is not None and not show_text:
         raise InputError("prompts would put private answers into the page; pass --show-text if it may hold them")
     report = Report.load(run)
+    inputs = [*map(Path, evaluations), *_files_of(report)] + ([] if prompts is None else [Path(prompts)])
+    check_output_file(out, (".html", ".htm"), overwrite=overwrite, inputs=inputs)
+    if png is not None:
+        _check_folder(Path(png), overwrite, inputs)
     curves, scores = read_curves(sweeps), read_scores(evaluations)
     questions = None if prompts is None else read_prompts(prompts)
     evidence = Evidence(
@@ -67,7 +69,14 @@ def write_page(
     write_output_file(out, page)
 
 
-def _check_folder(path: Path, overwrite: bool) -> None:
+def _files_of(report: Report) -> list[Path]:
+    """The files that a run read and wrote."""
+    records = [report.output, *report.inputs.values()]
+    files = [Path(record["path"]) / name for record in records for name in record["files"]]
+    return files + [Path(record["path"]) for record in report.data.values()]
+
+
+def _check_folder(path: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     checked_path(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is not a directory; name one for the plots")
@@ -75,3 +84,7 @@ def _check_folder(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path.parent}: is not a directory")
     if path.is_dir() and any(path.glob("*.png")) and not overwrite:
         raise InputError(f"{path}: holds plots already; choose another directory or pass --overwrite")
+    for plot in path.glob("*.png"):
+        check_output_file(plot, (".png",), overwrite=overwrite, inputs=inputs)
+    for beside in path.glob(".*.perta-partial"):
+        check_own(beside, directory=False)

@@ -3,7 +3,7 @@
 import time
 from contextlib import ExitStack
 
-from perta_fast.files.new_directory import OutputDirectory
+from perta_fast.files.new_directory import OutputDirectory, importance_path
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.estimate import estimate_on
@@ -20,7 +20,7 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
     kept = options.save_importance is not None
     with ExitStack() as entered:
         with ranks.together("the directory of the importances"):
-            beside = final.with_name(f".{final.name}.perta-importance")  # removed after the run
+            beside = importance_path(final)  # removed after the run
             importances = OutputDirectory(options.save_importance or beside, overwrite=kept and options.overwrite)
             if ranks.first:
                 entered.enter_context(importances)

@@ -9,12 +9,14 @@ from perta_fast.data.json_lines import Row, read_data
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import check_output
+from perta_fast.files.new_directory import check_output, importance_path, scratch_path
+from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import EstimationSettings, Report, data_record
 from perta_fast.rules import Rule
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
+from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
 
 if TYPE_CHECKING:
@@ -95,8 +97,13 @@ class Opened:
         sources = Sources.open(options.model, options.base, options.tuned)
         check_others(sources.model, options.in_place, options.leave_others)
         check_changes(sources, options.allow_zero)
-        if not options.in_place:
+        if options.in_place:
+            check_in_place(sources)
+        else:
             check_output(final, overwrite=options.overwrite, inputs=options.paths)
+        if rule.estimator is not None and options.save_importance is None:
+            check_own(importance_path(final))
+            check_own(scratch_path(final))
         if rule.estimator is None and options.save_importance is not None:
             raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
         names = (

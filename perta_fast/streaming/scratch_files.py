@@ -21,6 +21,7 @@ from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync, write_fully
 from perta_fast.files.hashing import hash_file
+from perta_fast.files.own import own_file
 from perta_fast.files.reading import PositionReader
 from perta_fast.streaming.micro_batch import MicroBatch
 
@@ -80,7 +81,7 @@ class ScratchFiles:
         if first_row == 0:
             self._hashes[name] = blake3()
             self._discarded.discard(name)
-        descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | truncate, 0o666)
+        descriptor = own_file(self._folder / name, os.O_WRONLY | os.O_CREAT | truncate)
         try:
             if data.size:
                 write_fully(descriptor, data.data, first_row * (data.size // len(rows)))

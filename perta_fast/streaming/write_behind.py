@@ -32,6 +32,7 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, sync, write_fully, write_record
 from perta_fast.files.new_directory import OutputDirectory
+from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.importance.gradients import check_finite
 from perta_fast.records.typed_json import fits
@@ -139,7 +140,7 @@ class WriteBehind:
     def __enter__(self) -> "WriteBehind":
         for name, file in self.sources.model.shards.items():
             # Opened for writing alone: else a network file system writes whole pages, over other ranks' data.
-            descriptor = os.open(self.target.path / name, os.O_WRONLY | os.O_CREAT, 0o666)
+            descriptor = own_file(self.target.path / name, os.O_WRONLY | os.O_CREAT)
             self._shards[name] = descriptor
             write_fully(descriptor, memoryview(file.header), 0)
             os.ftruncate(descriptor, file.size)

@@ -17,12 +17,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
+from perta_fast.checkpoints.checkpoint import Checkpoint, elsewhere
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
+from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
 from perta_fast.files.new_directory import check_space, scratch_path
+from perta_fast.files.own import check_own, check_own_tree, make_own_directory
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar, Progress
@@ -40,6 +43,7 @@ SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
 _SEALED = "sealed"  # in the journal: the shards are done, only small files are still to be moved out of it
 _CARD = "README.md"
+_INDEX = ".safetensors.index.json"
 _FREE_MARGIN = 16 << 20
 
 
@@ -51,7 +55,7 @@ def is_open(model: Path) -> bool:
 def change_in_place(job: Job, sources: Sources) -> Report:
     """Do the whole run. Raises as ``apply``; Interrupted if stopped once the model is being changed."""
     model = Path(job.final)
-    _check_files(job, sources)
+    check_in_place(sources)
     changing = sum(match.theta.size for match in sources.matches if match.copied is None)
     check_space(model, 3 * min(SEGMENT, changing) + _FREE_MARGIN)
     with PeakMemory() as memory, _locked(model) as journal, _explained(model):
@@ -69,30 +73,39 @@ def change_in_place(job: Job, sources: Sources) -> Report:
 def resume_in_place(model: Path, progress: Progress) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
     with PeakMemory() as memory, _locked(model) as journal, _explained(model):
+        indices = [path.name for path in journal.glob(f"*{_INDEX}")]
+        check_own_tree(journal, links=["config.json", *indices])
         job = Job.load(journal / JOB)
         moved = {job.directories["model"]: str(model)}
         job.directories = {role: moved.get(path, path) for role, path in job.directories.items()}
         job.final, job.progress = str(model), progress
-        set_aside = [path for path in journal.glob("*.safetensors.index.json") if path.is_file()]
-        sources = reopen(job, set_aside[0] if set_aside else None)
+        sources = reopen(job, _where_it_led(journal / indices[0]) if indices else None)
+        check_in_place(sources, resumed=True)
         job.count_resume()
         job.save(journal / JOB)
         return _finish(job, sources, journal, memory)
 
 
-def _check_files(job: Job, sources: Sources) -> None:
+def _where_it_led(path: Path) -> Path:
+    """A file that was set aside, or, if it is a link, what it led to from the model's directory."""
+    return path.parent.parent / path.readlink() if path.is_symlink() else path
+
+
+def check_in_place(sources: Sources, resumed: bool = False) -> None:
     """Raise InputError if the model's files cannot be changed, or another input would change with them.
 
     The base may be the model itself: a chunk is read for both before it is changed.
     """
     model = sources.model
+    check_own(model.path / JOURNAL)
+    _check_small_files(model)
+    instead = "put a copy in its place" if resumed else "copy the model first, or write to a new directory with --out"
     shards = set()  # by device and inode
     for shard in model.shards.values():
         status = shard.path.lstat()
         if shard.path.is_symlink() or status.st_nlink > 1:
             raise InputError(
-                f"{shard.path}: is a link to a file that others may use (as in the cache of a hub); "
-                "copy the model first, or write to a new directory with --out"
+                f"{shard.path}: is a link to a file that others may use (as in the cache of a hub); {instead}"
             )
         if not os.access(shard.path, os.W_OK):
             raise InputError(f"{shard.path}: may not be written")
@@ -111,12 +124,41 @@ def _check_files(job: Job, sources: Sources) -> None:
             status = entry.path.stat()
             if checkpoint is model or (status.st_dev, status.st_ino) not in shards:
                 continue
-            same_bytes = (entry.path.resolve(), entry.begin) == (match.theta.path.resolve(), match.theta.begin)
-            if not same_bytes or checkpoint.path.resolve() != model.path.resolve():
+            same_bytes = is_same(entry.path, match.theta.path) and entry.begin == match.theta.begin
+            if not same_bytes or not is_same(checkpoint.path, model.path):
                 raise InputError(
                     f"{entry.path}: tensor {entry.name}, which is read for {match.theta.name}, lies in a file "
                     "that would be changed; write to a new directory with --out"
                 )
+
+
+def _check_small_files(model: Checkpoint) -> None:
+    """Raise InputError unless what is set aside, and what is replaced at the end, are files.
+
+    Only what is set aside may be a link to anywhere: it is moved and comes back, and nothing is written through it.
+    """
+    set_aside = _set_aside(model)
+    for name in [*set_aside, _CARD, FILE_NAME]:
+        path = model.path / name
+        if not os.path.lexists(path):
+            continue
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a file, and a run in place would move or replace it; move it away")
+        if name in set_aside:
+            continue
+        if (target := elsewhere(path)) is not None:
+            raise InputError(
+                f"{path}: is a link to {target}, outside the model's directory, and a run in place would replace it; "
+                "remove the link, or put a copy in its place"
+            )
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: cannot be read")
+
+
+def _set_aside(model: Checkpoint) -> list[str]:
+    """What loaders look for first: the config and the index, which a resumed run may read where a link leads."""
+    indexed = model.index is not None and model.index.name.endswith(_INDEX)
+    return ["config.json", *([model.index.name] if model.index is not None and indexed else [])]
 
 
 @contextmanager
@@ -124,7 +166,7 @@ def _locked(model: Path) -> Iterator[Path]:
     """The journal's directory, for one process at a time; removed at the end unless it holds a job."""
     journal = model / JOURNAL
     try:
-        journal.mkdir(exist_ok=True)
+        make_own_directory(journal)
         descriptor = lock(journal)
     except BlockingIOError:
         raise RunError(f"{model}: another run is changing it now") from None
@@ -187,9 +229,8 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
     """Do what the journal says is still to be done."""
     model = Path(job.final)
     if not (journal / _SEALED).exists():
-        index = sources.model.index
-        for name in ["config.json"] + ([] if index is None else [index.name]):  # what loaders look for first
-            if (model / name).exists():
+        for name in _set_aside(sources.model):
+            if os.path.lexists(model / name):
                 move(model / name, journal / name)
         report = _change(job, sources, journal)
         describe_output(report, [shard.path for shard in sources.model.shards.values()], model, job)
@@ -203,9 +244,9 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
         sync(journal / _CARD)
         sync(journal / FILE_NAME)
         write_file(journal / _SEALED, b"")
-    indices = journal.glob("*.safetensors.index.json")
+    indices = journal.glob(f"*{_INDEX}")
     for path in [journal / _CARD, journal / FILE_NAME, *indices, journal / "config.json"]:
-        if path.exists():
+        if os.path.lexists(path):  # a link may lead nowhere from in here
             move(path, model / path.name)
     (journal / JOB).unlink()
     sync(journal)

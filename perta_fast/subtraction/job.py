@@ -15,6 +15,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import hash_file
+from perta_fast.files.identity import is_same
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -198,7 +199,7 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
 
 def _is_changed_by(job: Job, role: str) -> bool:
     """Whether an input is the model that the run changes; the base may be the same directory."""
-    return job.in_place and job.directories[role] == job.directories["model"]
+    return job.in_place and is_same(job.directories[role], job.directories["model"])
 
 
 def _match(row: MatchNames, opened: Mapping[str, Checkpoint], job: Job) -> TensorMatch:

@@ -12,6 +12,7 @@ from pathlib import Path
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_fully, write_record
+from perta_fast.files.own import own_file
 from perta_fast.records.typed_json import fits
 from perta_fast.subtraction.compute import Chunk, Statistics, bytes_moved
 from perta_fast.subtraction.inputs import Sources
@@ -58,7 +59,7 @@ class Shard:
 
     def begin_file(self) -> None:
         """Make the file, or empty it, and write the header."""
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = own_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             write_fully(descriptor, memoryview(self.source.header), 0)
         finally:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from perta_fast.checkpoints.checkpoint import copy_companions
+from perta_fast.checkpoints.checkpoint import copy_companions, left_out_links, left_out_warning
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
@@ -16,6 +16,7 @@ from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost,
 from perta_fast.files.durable import copy_range, remove, sync, write_fully
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, check_space, remove_replaced, scratch_path
+from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar
@@ -78,6 +79,8 @@ def run_to_directory(
                     job.save(state / JOB)
                     _keep_only_shards(target.path, sources)
                     copy_companions(sources.model, target.path)
+                    for link in left_out_links(sources.model):
+                        report.warn(left_out_warning(link, final))
             check_shared(target.path, ranks)
             describe_inputs(report, fill(job, sources, target, report), job, ranks)
             outputs = [target.path / name for name in sources.model.shards]
@@ -185,7 +188,7 @@ class _Writer:
         if part not in self._open:
             if part.whole and not part.shard.unchanged:
                 part.shard.begin_file()
-            self._open[part] = os.open(part.shard.path, os.O_RDONLY if part.shard.unchanged else os.O_WRONLY)
+            self._open[part] = own_file(part.shard.path, os.O_RDONLY if part.shard.unchanged else os.O_WRONLY)
         return self._open[part]
 
     def _flush(self, part: Part) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.errors import InputError
+from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import check_output
 from perta_fast.records.report import Report
 from perta_fast.rules import Rule
@@ -22,7 +23,7 @@ def check_destination(request: Request, out: Path, inputs: list[Path]) -> None:
     if request.checkpoint is None:
         return
     destination = Path(os.path.realpath(request.checkpoint))
-    if destination == out or destination in out.parents or out in destination.parents:
+    if lies_in(destination, out) or lies_in(out, destination):
         raise InputError(f"checkpoint {destination} and out {out} must lie apart, neither within the other")
     check_output(destination, overwrite=request.overwrite, inputs=inputs)
     if not request.overwrite and has_begun(destination):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perta_fast.files.own import own_file
 from perta_fast.sweeping.criteria import LOSS
 from perta_fast.sweeping.results import Sweep
 
@@ -29,7 +30,8 @@ def draw(sweep: Sweep, path: Path) -> bool:
         figure = trade_off(curves, gold, sweep.metric, bound)
     except ImportError:
         return False
-    figure.savefig(path, dpi=DPI)
+    with open(path, "wb", opener=own_file) as file:
+        figure.savefig(file, format="png", dpi=DPI)
     return True
 
 

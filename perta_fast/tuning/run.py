@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint, left_out_links, left_out_warning
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.json_lines import read_data
 from perta_fast.data.samples import Sample
@@ -144,6 +144,8 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
         else:
             save_adapter(module, target.path)
         data = data_record(request.forget, digest, samples)
+        links = left_out_links(checkpoint) if request.full else []
+        left_out = [left_out_warning(link, target.final) for link in links]
         on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
         record = Tuning(
             base=subject.origin,
@@ -153,7 +155,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
             loss_before=before,
             loss_after=after,
             epoch_losses=epoch_losses,
-            warnings=_warnings(data["truncated"], missed, before, after),
+            warnings=left_out + _warnings(data["truncated"], missed, before, after),
             seconds=time.perf_counter() - clock,
             memory=memory.as_dict() | on_device,
             versions=installed_versions(*_NEEDED),

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
 from perta_fast.evaluation.results import EvaluationFile
 from perta_fast.models.losses import per_sample_losses
-from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_lines
+from tests.support.checkpoints import fingerprint
+from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -426,3 +428,30 @@ def test_evaluate_is_offered_at_the_top() -> None:
     assert perta_fast.evaluate is evaluate
     assert perta_fast.Evaluation is Evaluation
     assert {"evaluate", "Evaluation"} <= set(dir(perta_fast))
+
+
+def test_no_input_is_replaced(tofu: Path, tmp_path: Path) -> None:
+    """Whatever it is and by whatever path; but a result that lies beside a model is replaced."""
+    job = write_job(tmp_path / "job")
+    data = shutil.copytree(tofu, tmp_path / "data")
+    gold, forget = tmp_path / "gold.json", tmp_path / "forget.json"
+    gold.write_text(json.dumps({"format_version": 1, "metrics": {}, "general": {}}))
+    os.link(job.forget, forget)
+    (tmp_path / "link").symlink_to(job.model)
+    before = fingerprint(tmp_path)
+    suite = {"suite": "tofu", "data": data, "split": "forget10"}
+    for settings, out in (
+        ({"forget": job.forget}, job.model / "config.json"),
+        ({"forget": job.forget}, tmp_path / "link" / "tokenizer.json"),
+        ({"forget": job.forget}, forget),
+        ({"forget": forget}, tmp_path / "link" / ".." / ".." / "forget.json"),
+        ({"forget": job.forget, "reference": gold}, gold),
+        (suite, next(data.glob("*.json"))),
+    ):
+        with pytest.raises(InputError, match=r"is the input .*choose another file"):
+            evaluate(job.model, **settings, out=out, overwrite=True, progress=False)
+        assert fingerprint(tmp_path) == before
+    beside = job.model / "scores.json"
+    for _ in range(2):
+        evaluate(job.model, forget=job.forget, out=beside, overwrite=True, progress=False)
+    assert EvaluationFile.read(beside).metrics

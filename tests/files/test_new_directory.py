@@ -1,5 +1,6 @@
 """The output appears whole or not at all, whatever was there before and however the run ends."""
 
+import errno
 import json
 import os
 import shutil
@@ -597,3 +598,43 @@ def test_a_parent_without_permission_is_a_failed_run(inputs: Inputs, out: Path) 
         run(inputs, out)
     out.parent.chmod(0o700)
     assert not names(out.parent)
+
+
+class TestARenameThatTheSystemRefuses:
+    """As over a mount point that nothing shows, or in some layered file systems: no finished work is lost."""
+
+    @pytest.fixture(params=[errno.EBUSY, errno.EXDEV, errno.EACCES])
+    def refused(self, request: pytest.FixtureRequest, out: Path) -> Iterator[pytest.MonkeyPatch]:
+        """No directory named ``out`` can be renamed, and none can get this name."""
+        rename, number = Path.rename, request.param
+
+        def renamed(path: Path, target: Path) -> Path:
+            if out in (Path(path), Path(target)):
+                raise OSError(number, os.strerror(number), str(path), None, str(target))
+            return rename(path, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", renamed)
+            yield patch
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_run_is_resumed(self, overwrite: bool, inputs: Inputs, out: Path, refused: pytest.MonkeyPatch) -> None:
+        before = old_directory(out) if overwrite else {}
+        advice = rf"the result is complete, in .*{'move .*/out away, then ' if overwrite else ''}finish it with: perta "
+        with pytest.raises(RunError, match=advice + f"resume {out}$"):
+            run(inputs, out, overwrite)
+        assert fingerprint(out) == before
+        refused.undo()
+        if overwrite:
+            out.rename(out.parent.parent / "away")
+        resume(out, progress=False)
+        assert_complete(inputs, out)
+
+    def test_an_importance_is_given_its_name(self, out: Path, tmp_path: Path, refused: pytest.MonkeyPatch) -> None:
+        importance = Importance.load(write_importance(tmp_path / "source", {"a": draw((9,)), "b": draw((3,))}))
+        with pytest.raises(RunError, match=r"the result is complete, in .*; give it its name: (mv .*)$") as raised:
+            importance.save(out)
+        refused.undo()
+        run_child(["sh", "-c", str(raised.value).rpartition("its name: ")[2]], check=True)
+        assert torch.equal(Importance.load(out).tensors["a"], draw((9,)))
+        assert names(out.parent) == {"out"}

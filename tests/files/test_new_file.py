@@ -40,3 +40,38 @@ def test_a_failure_keeps_what_was_there(call: str, tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     write_output_file(path, b"second")
     assert path.read_bytes() == b"second"
+
+
+def test_an_input_is_not_replaced_whatever_its_path(tmp_path: Path) -> None:
+    source = tmp_path / "mine.json"
+    source.write_text("mine")
+    os.link(source, tmp_path / "second.json")
+    (tmp_path / "link.json").symlink_to("mine.json")
+    (tmp_path / "folder").symlink_to(".")
+    for path in ("mine.json", "second.json", "link.json", "folder/mine.json", "folder/folder/second.json"):
+        with pytest.raises(InputError, match=r"is the input .*mine\.json; choose another file"):
+            check_output_file(tmp_path / path, (".json",), overwrite=True, inputs=[tmp_path / "x.json", source])
+    check_output_file(tmp_path / "new.json", (".json",), overwrite=True, inputs=[source])
+
+
+def test_a_link_that_leads_nowhere_is_there(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to("nowhere.json")
+    with pytest.raises(InputError, match="exists; choose another file or pass --overwrite"):
+        check_output_file(tmp_path / "link.json", (".json",), overwrite=False)
+    write_output_file(tmp_path / "link.json", b"new")
+    assert (tmp_path / "link.json").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["link.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_what_cannot_get_its_name_is_kept(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "scores.json"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"the result is in (.*)\. Give it a name: mv "):
+        patch.setattr(os, "rename", busy)
+        write_output_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert (tmp_path / ".scores.json.perta-partial").read_bytes() == b"new"

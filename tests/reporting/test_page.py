@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from perta_fast.reporting.html import templates
 from perta_fast.reporting.page import Evidence, _measured, compose
 from perta_fast.reporting.weight_distribution import distribution
 from perta_fast.sweeping.results import ScoredSetting
+from tests.support.checkpoints import fingerprint
 from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -313,6 +315,36 @@ def test_what_may_be_written_over(job: Job, tmp_path: Path, capsys: pytest.Captu
     assert Report.load(run).rule == "fisher"
     assert make(job, out, "--overwrite").texts
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_no_input_is_replaced(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, prompts = job.model.parent / "out", tmp_path / "prompts.html"
+    shutil.copyfile(job.forget, prompts)
+    os.link(job.forget, tmp_path / "data.html")
+    (tmp_path / "plots").mkdir()
+    os.link(job.forget, tmp_path / "plots" / "trade-off.png")
+    before = fingerprint(tmp_path)
+    for out, more in (
+        (prompts, ["--prompts", prompts, "--show-text"]),
+        (tmp_path / "data.html", []),  # the run's own data, under another name
+        (tmp_path / "new.html", ["--png", tmp_path / "plots"]),
+    ):
+        assert perta(run, "--out", out, "--overwrite", *more) == 2
+        assert "is the input" in capsys.readouterr().err
+        assert fingerprint(tmp_path) == before
+
+
+def test_hidden_files_of_the_page_are_no_links(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, mine = job.model.parent / "out", tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "plots").mkdir()
+    for trap in (tmp_path / ".page.html.perta-partial", tmp_path / "plots" / ".weight-histogram.png.perta-partial"):
+        trap.symlink_to(mine)
+        before = sorted(tmp_path.rglob("*"))
+        assert perta(run, "--out", tmp_path / "page.html", "--png", tmp_path / "plots") == 2
+        assert f"{trap}: is a link" in capsys.readouterr().err
+        assert mine.read_text() == "mine" and sorted(tmp_path.rglob("*")) == before
+        trap.unlink()
 
 
 def test_matplotlib_is_an_extra(

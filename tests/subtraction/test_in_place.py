@@ -432,3 +432,160 @@ def test_importance_objects_serve_too(inputs: Inputs, tmp_path: Path) -> None:
     importances = [Importance.load(inputs[role]) for role in ("forget", "retain")]
     apply(*inputs.checkpoints, *importances, lam=0.7, in_place=True, progress=False)
     assert shards(inputs["model"]) == shards(tmp_path / "out")
+
+
+def linked(model: Path, *names: str) -> Path:
+    """Move files of ``model`` into a hub cache's blobs and link them, as relative links; returns the blobs."""
+    blobs = model.parent.parent / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate(names):
+        (model / name).rename(blobs / f"{number:040x}")
+        (model / name).symlink_to(Path("../../blobs") / f"{number:040x}")
+    return blobs
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Inputs:
+    """Inputs whose model has config, index, card and tokenizer as links into a hub cache, and shards as files."""
+    inputs = write_inputs(tmp_path / "models--x" / "snapshots", shards=2)
+    for name in ("config.json", "tokenizer.json", "README.md"):
+        (inputs["model"] / name).write_text(f'{{"name": "{name}"}}')
+    linked(inputs["model"], "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md")
+    return inputs
+
+
+class TestLinksOfAHubCache:
+    STAGES = ("describe_inputs", "_rehearse", "_change", "describe_output", "write_model_card", "second segment")
+
+    def expected(self, cached: Inputs, out: Path) -> dict[str, bytes]:
+        apply(*cached.all, lam=0.7, out=out, progress=False)
+        return shards(out)
+
+    def assert_done(self, cached: Inputs, blobs: dict[Path, str], expected: dict[str, bytes]) -> None:
+        model = cached["model"]
+        assert shards(model) == expected
+        for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+            assert (model / name).readlink().parent == Path("../../blobs")
+            assert (model / name).is_file()
+        assert not (model / "README.md").is_symlink()  # a new one, with what the old one said
+        assert (model / "README.md").read_text().startswith('{"name": "README.md"}\n\n## Unlearned')
+        assert not (model / ".perta-journal").exists()
+        assert fingerprint(model.parent.parent / "blobs") == blobs
+
+    @pytest.mark.parametrize("stage", [None, *STAGES])
+    def test_they_survive(
+        self, stage: str | None, cached: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = self.expected(cached, tmp_path / "out")
+        blobs = fingerprint(cached.folder.parent / "blobs")
+        monkeypatch.setattr(subtraction, "CHUNK", 64)
+        monkeypatch.setattr(in_place, "SEGMENT", 700)
+        if stage is not None:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                if stage == "second segment":
+                    stop_at_the_second_segment(patch)
+                else:
+                    patch.setattr(in_place, stage, interrupt)
+                change(cached)
+            if in_place.is_open(cached["model"]):
+                resume(cached["model"], progress=False)
+                self.assert_done(cached, blobs, expected)
+                return
+        change(cached)
+        self.assert_done(cached, blobs, expected)
+
+    @pytest.mark.parametrize("moves", range(2, 12))
+    def test_stopped_between_two_moves(
+        self, moves: int, cached: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = self.expected(cached, tmp_path / "out")
+        blobs = fingerprint(cached.folder.parent / "blobs")
+        move, calls = in_place.move, []
+
+        def stop_after(source: Path, target: Path) -> None:
+            move(source, target)
+            calls.append(source)
+            if len(calls) == moves:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(in_place, "move", stop_after)
+            try:
+                change(cached)
+            except Interrupted:
+                resume(cached["model"], progress=False)
+        self.assert_done(cached, blobs, expected)
+
+    def test_an_absolute_link_survives(self, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = inputs["model"]
+        for name in ("config.json", "model.safetensors.index.json"):
+            if name == "config.json":
+                (model / name).write_text("{}")
+            (model / name).rename(tmp_path / name)
+            (model / name).symlink_to(tmp_path / name)
+        before = fingerprint(tmp_path / "config.json", tmp_path / "model.safetensors.index.json")
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(in_place, "describe_output", interrupt)
+            change(inputs)
+        assert not names(model) & {"config.json", "model.safetensors.index.json"}
+        resume(model, progress=False)
+        assert (model / "config.json").readlink() == tmp_path / "config.json"
+        assert (model / "model.safetensors.index.json").is_symlink()
+        assert fingerprint(tmp_path / "config.json", tmp_path / "model.safetensors.index.json") == before
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+# What a run in place would find only at its end.
+IN_THE_WAY: dict[str, Any] = {
+    "directory": Path.mkdir,
+    "pipe": os.mkfifo,
+    "link to another's file": lambda path: path.symlink_to(path.parent.parent / "private.txt"),
+    "link to nothing": lambda path: path.symlink_to("../nothing"),
+    "link to itself": make_loop,
+}
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("name", ["README.md", "perta_report.json"])
+def test_what_would_fail_at_the_end_is_refused_before(name: str, kind: str, inputs: Inputs) -> None:
+    model = inputs["model"]
+    (inputs.folder / "private.txt").write_text("private")
+    IN_THE_WAY[kind](model / name)
+    before, present = fingerprint(inputs.folder), sorted(inputs.folder.rglob("*"))
+    with pytest.raises(InputError, match=rf"{name}: (is not a file|is a link to|cannot be read)"):
+        change(inputs)
+    assert fingerprint(inputs.folder) == before
+    assert sorted(inputs.folder.rglob("*")) == present
+    if kind == "directory":
+        (model / name).rmdir()
+    else:
+        (model / name).unlink()
+    change(inputs)
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe"])
+def test_a_config_that_is_no_file_is_refused(kind: str, inputs: Inputs) -> None:
+    IN_THE_WAY[kind](inputs["model"] / "config.json")
+    before = sorted(inputs.folder.rglob("*"))
+    with pytest.raises(InputError, match=r"config\.json: is not a file, and a run in place would move or replace it"):
+        change(inputs)
+    assert sorted(inputs.folder.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("stream", [False, True])
+def test_unlearn_in_place_is_refused_before_the_first_gradient(
+    stream: bool, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(job.model, tmp_path / "model")
+    (model / "README.md").mkdir()
+    monkeypatch.setattr("perta_fast.models.loading.load_subject", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match=r"README\.md: is not a file"):
+        unlearn(model, job.base, job.tuned, job.forget, job.retain, in_place=True, stream=stream, progress=False)
