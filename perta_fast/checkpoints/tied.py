@@ -17,6 +17,12 @@ def is_tied_use(name: str) -> bool:
     return name in OUTPUT_HEADS or name.endswith(_INPUT_EMBEDDINGS)
 
 
+def has_vocabulary_rows(name: str) -> bool:
+    """Whether each row of a tensor belongs to a token: of an input embedding, or of an output head and its bias."""
+    weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
+    return weight in OUTPUT_HEADS or weight.endswith(".lm_head.weight") or name.endswith(_INPUT_EMBEDDINGS)
+
+
 def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
     """The matrix that ``name`` may be tied with: the input embedding of an output head, or the reverse."""
     candidates: list[str] = []

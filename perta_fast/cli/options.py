@@ -123,6 +123,7 @@ CHECKPOINTS = (
     Option("model", "the checkpoint to unlearn", Path, "DIR", required=True),
     Option("base", "what it was tuned from", Path, "DIR", required=True),
     Option("tuned", "the base, tuned on the forget data alone", Path, "DIR", required=True),
+    flag("common_rows", "if a vocabulary was resized, compute the rows that all have, and keep the model's others"),
 )
 AT = Option("at", "where the gradients are taken (base)", default="base", choices=("base", "model"))
 RULE = Option("rule", "how w is found (fisher)", default="fisher", choices=RULES)

@@ -57,6 +57,7 @@ def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
         if value is not None
         for word in (f"--{name.replace('_', '-')}", value if isinstance(value, Path) else str(value))
     ]
+    words += ["--common-rows"] if parsed.common_rows else []
     return shell_command("perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR")
 
 

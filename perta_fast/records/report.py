@@ -88,7 +88,8 @@ class TensorReport:
 
     action: "subtracted", or "copied: " and the reason. mean_weight: mean of w. relative_change:
     ||theta_out - theta|| / ||theta|| (Frobenius), after rounding; None if it is not finite. changed: elements whose
-    stored value differs.
+    stored value differs. kept_rows: rows at the end that not all inputs have, so that they are as in the model;
+    mean_weight and relative_change are of the others.
     """
 
     name: str
@@ -98,6 +99,7 @@ class TensorReport:
     mean_weight: float | None = None
     relative_change: float | None = None
     changed: int = 0
+    kept_rows: int = 0
 
 
 @dataclass
@@ -107,8 +109,8 @@ class Report:
     data: by ``forget`` and ``retain``. overlap: seconds that a streamed run spent computing, reading weights and
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
-    other_weights: files in the model's directory that may hold weights a second time, or an adapter: a new directory
-    does not have them; a run in place left them as they were.
+    common_rows: whether a resized vocabulary was allowed. other_weights: files in the model's directory that may hold
+    weights a second time, or an adapter: a new directory does not have them; a run in place left them as they were.
     """
 
     rule: str
@@ -124,6 +126,7 @@ class Report:
     importance: dict[str, ImportanceRecord] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    common_rows: bool = False
     other_weights: list[str] = field(default_factory=list)
     phases: dict[str, Phase] = field(default_factory=dict)
     overlap: dict[str, float] = field(default_factory=dict)
@@ -180,6 +183,8 @@ class Report:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
         lines = [f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
+        if kept := [f"{row.name} {row.kept_rows}" for row in self.tensors if row.kept_rows]:
+            lines.append(f"rows kept as the model has them, as not all inputs have them: {listed(kept)}")
         if self.other_weights and not self.in_place:  # in place it is a warning
             lines.append(f"not copied, as other weights or an adapter: {listed(self.other_weights)}")
         for name, phase in self.phases.items():

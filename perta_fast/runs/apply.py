@@ -58,6 +58,7 @@ def apply(
     link_unchanged: bool = False,
     drop_cache: bool | None = None,
     threads: int | None = None,
+    common_rows: bool = False,
     allow_zero: bool = False,
     leave_others: bool = False,
     progress: Progress = True,
@@ -73,10 +74,10 @@ def apply(
     shards that takes up to 192 MiB. overwrite: replace a non-empty ``out``. link_unchanged: shards without a
     tensor to change are linked, not copied. drop_cache: read and written pages do not stay in the page cache;
     None does so if the run moves more than half of the memory. threads: None takes all processors, or this
-    process's part of them. allow_zero: go on even if the task vector is zero, and make a copy.
-    leave_others: change ``model`` in place though other weight files lie beside its shards. group: the processes
-    that deal the work among them. Each calls this with the same arguments; inputs and ``out`` must lie where all see
-    them. None: this process alone.
+    process's part of them. common_rows: rows of a resized vocabulary that not all inputs have stay as ``model`` has
+    them. allow_zero: go on even if the task vector is zero, and make a copy. leave_others: change ``model`` in place
+    though other weight files lie beside its shards. group: the processes that deal the work among them. Each calls
+    this with the same arguments; inputs and ``out`` must lie where all see them. None: this process alone.
     progress: whether bars are drawn, on a terminal or in a notebook; or what is called with each ``Event``.
 
     Returns the report that was written. Raises InputError for bad input (nothing is written), RunError if the
@@ -88,7 +89,7 @@ def apply(
         chosen = Rule.of(rule, lam, p, alpha, threshold)
         final = destination(model, out, in_place, ranks)
         directories = map(_directory_of, (forget_importance, retain_importance))
-        sources = Sources.open(model, base, tuned, open_importances(chosen, *directories))
+        sources = Sources.open(model, base, tuned, open_importances(chosen, *directories), common_rows)
     settings = Settings(
         final, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, leave_others, progress
     )

@@ -49,6 +49,7 @@ def unlearn(
     device: "str | torch.device | None" = None,
     dtype: "torch.dtype | None" = None,
     threads: int | None = None,
+    common_rows: bool = False,
     allow_zero: bool = False,
     leave_others: bool = False,
     progress: Progress = True,

@@ -57,6 +57,7 @@ class Options:
     device: "str | torch.device | None"
     dtype: "torch.dtype | None"
     threads: int | None
+    common_rows: bool
     allow_zero: bool
     leave_others: bool
     progress: Progress
@@ -94,7 +95,7 @@ class Opened:
         if options.stream and options.link_unchanged and not options.in_place:
             raise InputError("stream writes every shard as it goes; leave link_unchanged out")
         final = destination(options.model, options.out, options.in_place, ranks)
-        sources = Sources.open(options.model, options.base, options.tuned)
+        sources = Sources.open(options.model, options.base, options.tuned, common_rows=options.common_rows)
         check_others(sources.model, options.in_place, options.leave_others)
         check_changes(sources, options.allow_zero)
         if options.in_place:

@@ -208,7 +208,7 @@ class _Tensors:
         exact = rule.estimator is None or set(IMPORTANCES) <= intact
         paths = {role: Path(record["path"]) for role, record in report.inputs.items()}
         importances = open_importances(rule, *map(paths.get, IMPORTANCES)) if exact else {}
-        sources = Sources.open(paths["model"], paths["base"], paths["tuned"], importances)
+        sources = Sources.open(paths["model"], paths["base"], paths["tuned"], importances, report.common_rows)
         if not exact:
             result.unchecked.append("weights, because the importances were not kept (--save-importance)")
         output = Checkpoint.open(directory)
@@ -243,13 +243,12 @@ class _Tensors:
             made = (self.sources.adapter.array(match.merged),)
         for begin in range(0, match.theta.count, _CHUNK):
             count = min(_CHUNK, match.theta.count - begin)
-            if copied:
-                entry = self.output.tensors[match.theta.name]
-                theta = _bytes(self.sources.model, match.theta, begin, count)
-                right = _bytes(self.output, entry, begin, count) == theta
-            else:
-                right = self._chunk_is_right(match, made, begin, count)
-            if not right:
+            computed = 0 if copied else max(0, min(count, match.common - begin))
+            kept = (begin + computed, count - computed)
+            entry = self.output.tensors[match.theta.name]
+            if _bytes(self.output, entry, *kept) != _bytes(self.sources.model, match.theta, *kept):
+                return False
+            if computed and not self._chunk_is_right(match, made, begin, computed):
                 return False
         return True
 

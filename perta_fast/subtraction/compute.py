@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -167,11 +167,14 @@ class _Workspace:
         """Theta's new bytes, valid until the next call, and the kernel's statistics."""
         sources = self._job.sources
         match = sources.matches[chunk.index]
-        if match.copied is not None:
-            return self._read(0, match.theta, chunk), {}
+        theta = self._read(0, match.theta, chunk)
+        whole, chunk = chunk, replace(chunk, count=min(chunk.count, match.common - chunk.begin))
+        if match.copied is not None or (chunk.count <= 0 < whole.count):
+            return theta, {}
         addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0: there is no such array
         for operand, _, entry in sources.operands(match):
-            self._read(operand, entry, chunk)
+            if operand:
+                self._read(operand, entry, chunk)
             addresses[operand] = int(self._buffers[operand].ctypes.data)
             codes[operand] = KERNEL_CODES[entry.dtype]
         for operand, array in enumerate(self._job.held.get(chunk.index, ()), _FORGET_IMPORTANCE):
@@ -189,7 +192,9 @@ class _Workspace:
         operands = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
         statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
         _check_finite(match, statistics)
-        return result.data[: chunk.count * ITEM_SIZES[match.theta.dtype]], statistics
+        width = ITEM_SIZES[match.theta.dtype]
+        result.data[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
+        return result.data[: whole.count * width], statistics
 
     def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> memoryview:
         """Read a chunk of a tensor into the operand's buffer."""

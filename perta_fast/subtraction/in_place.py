@@ -357,7 +357,7 @@ def _fill(
 
     def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
         theta = sources.matches[chunk.index].theta
-        if statistics["nonzero_task"]:
+        if statistics.get("nonzero_task"):  # nothing is computed of rows that are kept
             offset = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
             segment.put(theta.path.name, offset, data, positions[chunk])
         computed.append((chunk, statistics))

@@ -22,6 +22,7 @@ class Sources:
     """The opened inputs of a run.
 
     metadata: of the importances, by role. adapter: the opened one, if ``tuned`` is the file of an adapter.
+    common_rows: whether rows of a resized vocabulary that not all inputs have are kept as the model has them.
     """
 
     model: Checkpoint
@@ -32,6 +33,7 @@ class Sources:
     matches: list[TensorMatch] = field(default_factory=list)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     adapter: OpenedAdapter | None = None
+    common_rows: bool = False
 
     @classmethod
     def open(
@@ -40,6 +42,7 @@ class Sources:
         base: str | Path,
         tuned: str | Path,
         importances: Mapping[str, Checkpoint] = MappingProxyType({}),
+        common_rows: bool = False,
     ) -> "Sources":
         """Open and match three checkpoints and the result of ``open_importances``; InputError if they do not fit."""
         theta, theta_0 = open_plain(model), open_plain(base)
@@ -52,9 +55,10 @@ class Sources:
             theta_f,
             forget,
             retain,
-            matches=match_tensors(theta, theta_0, adapter or theta_f, forget, retain),
+            matches=match_tensors(theta, theta_0, adapter or theta_f, forget, retain, common_rows),
             metadata={role: read_metadata(importance) for role, importance in importances.items()},
             adapter=adapter,
+            common_rows=common_rows,
         )
 
     def named(self) -> dict[str, Checkpoint]:

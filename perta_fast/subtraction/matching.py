@@ -7,12 +7,16 @@ from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, importance_key, tied_partner, ties_embeddings
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, has_vocabulary_rows, importance_key, tied_partner, ties_embeddings
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 
 _FLOAT32 = "dtype='float32'"  # for a command that converts
+RESIZED = (
+    "the vocabulary was resized. With --common-rows (common_rows=True) the rows that all have are computed, and the "
+    "others stay as the model has them"
+)
 CopyReason = Literal[
     "not floating point", "not covered by the importance", "task vector is zero", "not part of the language model"
 ]
@@ -34,6 +38,18 @@ class TensorMatch:
     low_rank: LowRank | None = None
     merged: str | None = None
 
+    @property
+    def common(self) -> int:
+        """The first elements, which all inputs have; the others, rows of a resized vocabulary, are kept as they are."""
+        entries = (self.theta, self.base, self.tuned, self.forget_importance, self.retain_importance)
+        return min(entry.count for entry in entries if entry is not None)
+
+    @property
+    def kept_rows(self) -> int:
+        """The number of rows that are kept as they are."""
+        kept = self.theta.count - self.common
+        return kept * self.theta.shape[0] // self.theta.count if kept else 0
+
 
 def match_tensors(
     model: Checkpoint,
@@ -41,12 +57,14 @@ def match_tensors(
     tuned: Checkpoint | OpenedAdapter,
     forget_importance: Checkpoint | None,
     retain_importance: Checkpoint | None,
+    common_rows: bool = False,
 ) -> list[TensorMatch]:
     """Match every tensor of ``model`` with those of the other inputs, in the model's order.
 
     Each checkpoint may store a tied output head or leave it out. Tensors that are not of the language model, as
-    transformers loads it, need not be in all three: then the model's are copied. Raises InputError, naming checkpoint
-    and tensor, if names or shapes differ, a type has no arithmetic, or an importance belongs to another model.
+    transformers loads it, need not be in all three: then the model's are copied. common_rows: embeddings and heads may
+    have other numbers of rows. Raises InputError, naming checkpoint and tensor, if names or shapes differ, a type has
+    no arithmetic, or an importance belongs to another model.
     """
     whole = tuned if isinstance(tuned, Checkpoint) else None
     left_out: set[str] = set()
@@ -58,13 +76,15 @@ def match_tensors(
     matches = [
         TensorMatch(theta, copied="not part of the language model")
         if name in left_out
-        else _match_tensor(name, model, base, whole, forget_importance, retain_importance)
+        else _match_tensor(name, model, base, whole, forget_importance, retain_importance, common_rows)
         for name, theta in model.tensors.items()
     ]
-    return _with_adapter(matches, model, tuned) if isinstance(tuned, OpenedAdapter) else matches
+    return _with_adapter(matches, model, tuned, common_rows) if isinstance(tuned, OpenedAdapter) else matches
 
 
-def _with_adapter(matches: list[TensorMatch], model: Checkpoint, adapter: OpenedAdapter) -> list[TensorMatch]:
+def _with_adapter(
+    matches: list[TensorMatch], model: Checkpoint, adapter: OpenedAdapter, common_rows: bool
+) -> list[TensorMatch]:
     """The matches with the adapter's task vectors: of low rank, whole tensors, what peft makes, or zero."""
     shapes = {name: entry.shape for name, entry in model.tensors.items()}
     changes = adapter.changes(shapes, model.path, ties_embeddings(model), model.path)
@@ -76,7 +96,7 @@ def _with_adapter(matches: list[TensorMatch], model: Checkpoint, adapter: Opened
         elif isinstance(change, LowRank):
             result.append(replace(match, base=None, low_rank=change))
         elif isinstance(change, TensorEntry):
-            _check_agrees(match.theta, change)
+            _check_agrees(match.theta, change, common_rows)
             result.append(replace(match, tuned=change))
         elif change is not None:
             result.append(replace(match, merged=change))
@@ -92,6 +112,7 @@ def _match_tensor(
     tuned: Checkpoint | None,
     forget_importance: Checkpoint | None,
     retain_importance: Checkpoint | None,
+    common_rows: bool,
 ) -> TensorMatch:
     theta = model.tensors[name]
     if theta.dtype in COPIED:
@@ -113,22 +134,27 @@ def _match_tensor(
     for entry in (theta, base_entry, tuned_entry, forget_entry, retain_entry):
         if entry is not None:
             double = entry.dtype == "F64" and entry not in (forget_entry, retain_entry)
-            _check_agrees(theta, entry, f", with: {conversion_command(entry.path.parent, _FLOAT32)}" if double else "")
+            how = f", with: {conversion_command(entry.path.parent, _FLOAT32)}" if double else ""
+            _check_agrees(theta, entry, common_rows, how)
     return TensorMatch(theta, base_entry, tuned_entry, forget_entry, retain_entry)
 
 
-def _check_agrees(theta: TensorEntry, entry: TensorEntry, how: str = "") -> None:
+def _check_agrees(theta: TensorEntry, entry: TensorEntry, common_rows: bool, how: str = "") -> None:
     """Raise InputError unless ``entry`` has theta's shape and a type with arithmetic; how: to get such a type."""
-    if entry.shape != theta.shape:
-        raise InputError(
-            f"tensor {theta.name}: shape {list(theta.shape)} in {theta.path}, "
-            f"{list(entry.shape)} in {entry.path}; these are not of one model"
-        )
+    resized = is_resized(theta.name, theta.shape, entry.shape)
+    if entry.shape != theta.shape and not (resized and common_rows):
+        shapes = f"shape {list(theta.shape)} in {theta.path}, {list(entry.shape)} in {entry.path}"
+        raise InputError(f"tensor {theta.name}: {shapes}; {RESIZED if resized else 'these are not of one model'}")
     if entry.dtype not in KERNEL_CODES:
         raise InputError(
             f"tensor {entry.name} in {entry.path} is {entry.dtype}; "
             f"save the checkpoint as float32, bfloat16 or float16 first{how}"
         )
+
+
+def is_resized(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Whether two shapes of a tensor differ in the number of tokens alone."""
+    return has_vocabulary_rows(name) and len(first) > 0 and first[1:] == second[1:] and first != second
 
 
 def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:

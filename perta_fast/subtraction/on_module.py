@@ -32,6 +32,7 @@ from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES
+from perta_fast.subtraction.matching import RESIZED, is_resized
 from perta_fast.subtraction.staging import ALIGNMENT, Staging
 from perta_fast.subtraction.task_vector import is_nonzero
 
@@ -53,6 +54,7 @@ def apply_to_module_(
     p: float | None = None,
     alpha: float = 1.0,
     threshold: float | None = None,
+    common_rows: bool = False,
     allow_zero: bool = False,
     backend: str = "auto",
     group: "ProcessGroup | None" = None,
@@ -63,8 +65,8 @@ def apply_to_module_(
     shapes are those in the checkpoints ``base`` and ``tuned``; ``tuned`` may be a LoRA adapter.
     forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
     Parameters that the importance does not cover, and vision parts that a checkpoint lacks, stay as they are; tied ones
-    are changed once. allow_zero: go on even if the task vector is zero.
-    group: all processes that hold a module sharded by FSDP2 or tensor parallelism; each changes what it holds.
+    are changed once. group: all processes that hold a module sharded by FSDP2 or tensor parallelism; each changes what
+    it holds.
 
     Returns the number of parameters that were subtracted from. Raises InputError, before anything is changed,
     naming the tensor that is missing, of another shape or a type without arithmetic, or not finite.
@@ -98,7 +100,7 @@ def apply_to_module_(
         for name, parameter in parameters.items():
             check_dtype(name, parameter.dtype)
             for source in inputs.sources(name):
-                _check_source(name, parameter, source)
+                _check_source(name, parameter, source, common_rows)
         if not allow_zero:
             _check_changes(tuned, inputs, parameters)
     stagings = {device: _staging(device) for device in {parameter.device for parameter in parameters.values()}}
@@ -171,7 +173,11 @@ def _subtract_(
     how: Mapping[str, Any],
     backend: str,
 ) -> None:
-    """Subtract chunk by chunk from a flat view of consecutive elements; ``first`` is the number of the first one."""
+    """Subtract chunk by chunk from a flat view of consecutive elements; ``first`` is the number of the first one.
+
+    What lies beyond the end of a source, the rows of a resized vocabulary, stays.
+    """
+    theta = theta[: max(0, min(math.prod(source.shape) for source in sources) - first)]
     for chunk in _chunks(theta.numel()):
         elements = slice(first + chunk.start, first + chunk.stop)
         with _on_device([source.chunk(elements) for source in sources], theta, stagings) as arrays:
@@ -190,6 +196,7 @@ def _subtract_low_rank_(
 ) -> None:
     """Subtract from some rows of a matrix at a time, with the rows of the left factor that belong to them."""
     rows, columns = theta.shape
+    rows = min([rows, *(source.shape[0] for source in importances)])
     left, right = map(torch.from_numpy, update.factors())
     right = right.to(theta.device)
     step = max(1, CHUNK // max(columns, right.shape[0], 1))
@@ -346,14 +353,15 @@ def _check_parameters(module: nn.Module) -> None:
             raise InputError(f"parameter {name} is not contiguous; replace it by a contiguous copy")
 
 
-def _check_source(name: str, parameter: Held, source: _Source) -> None:
-    if parameter.shape != source.shape:
+def _check_source(name: str, parameter: Held, source: _Source, common_rows: bool) -> None:
+    resized = is_resized(name, parameter.shape, source.shape)
+    if parameter.shape != source.shape and not (resized and common_rows):
         shapes = f"shape {list(parameter.shape)} in the module, {list(source.shape)} in {source.where}"
-        raise InputError(f"tensor {name}: {shapes}")
+        raise InputError(f"tensor {name}: {shapes}{f'; {RESIZED}' if resized else ''}")
     if source.values.dtype not in DTYPE_CODES:
         raise InputError(f"tensor {name} is {source.values.dtype} in {source.where}; it has no arithmetic")
     for first, theta in parameter.ranges:
-        for chunk in _chunks(theta.numel()):
+        for chunk in _chunks(min(theta.numel(), math.prod(source.shape) - first)):
             elements = slice(first + chunk.start, first + chunk.stop)
             if not bool(torch.isfinite(source.chunk(elements)).all()):
                 raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")

@@ -29,6 +29,7 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         **asdict(rule.rescaling),
         inputs={},
         importance={role: importance_record(table) for role, table in sources.metadata.items()},
+        common_rows=sources.common_rows,
         other_weights=other_weights(sources.model),
         threads=threads,
         instruction_set=compiled.kernels().build_info()["instruction_set"],
@@ -110,8 +111,9 @@ def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
         row.action = f"copied: {match.copied}"
     elif not sums.get("nonzero_task"):
         row.action = "copied: task vector is zero"
-    if sums and match.theta.count:
-        row.mean_weight = sums["sum_weight"] / match.theta.count
+    row.kept_rows = 0 if match.copied else match.kept_rows
+    if sums and match.common:
+        row.mean_weight = sums["sum_weight"] / match.common
         row.changed = int(sums["changed"])
         norm, change = sums["sum_squared_theta"] ** 0.5, sums["sum_squared_change"] ** 0.5
         if np.isfinite(norm) and np.isfinite(change):

@@ -11,9 +11,9 @@ from perta_fast.records.report import Report
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.settings import Settings, unfinished_advice
-from perta_fast.subtraction.inputs import Sources, open_importances
+from perta_fast.subtraction.inputs import open_importances
 from perta_fast.subtraction.unfinished import has_begun
-from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
+from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, open_sources
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 
@@ -49,7 +49,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator) -> N
     by_role = {} if rule.estimator is None else importances[rule.estimator]
     directories = [by_role[role].directory if by_role else None for role in ("forget", "retain")]
     apply_sources(
-        Sources.open(request.model, request.base, request.tuned, open_importances(rule, *directories)),
+        open_sources(request, open_importances(rule, *directories)),
         rule,
         Settings(destination, overwrite=request.overwrite, progress=opened.progress),
         annotate=annotate,

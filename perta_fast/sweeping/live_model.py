@@ -81,14 +81,20 @@ class ScoredModel:
 class LiveModel(ScoredModel):
     """theta_full as a module, which ``measure`` changes and restores.
 
-    model: where theta_full is read from. base, tuned: directories of the task vector.
+    model: where theta_full is read from. directories: base and tuned.
     """
 
     def __init__(
-        self, examinee: Examinee, data: Mapping[str, DataFile], metric: str, model: Checkpoint, base: str, tuned: str
+        self,
+        examinee: Examinee,
+        data: Mapping[str, DataFile],
+        metric: str,
+        model: Checkpoint,
+        directories: tuple[str, str],
+        common_rows: bool = False,
     ) -> None:
         super().__init__(examinee, data, metric)
-        self._model, self._base, self._tuned = model, base, tuned
+        self._model, self._directories, self._common_rows = model, directories, common_rows
         held = held_tensors(self.subject.module)
         self._stored = [(tensor.ranges, stored_name(model, name)) for name, tensor in held.items()]
 
@@ -115,12 +121,12 @@ class LiveModel(ScoredModel):
         """``apply_to_module_`` with these checkpoints."""
         apply_to_module_(
             self.subject.module,
-            self._base,
-            self._tuned,
+            *self._directories,
             importances.get("forget"),
             importances.get("retain"),
             rule=rule.name,
             **vars(rule.rescaling),
+            common_rows=self._common_rows,
         )
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
 """The opened inputs of a sweep: checkpoints, data, importances that were given; and the models that it loads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class OpenedSweep:
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
         curves = curves_of(request.rules, request.ps, request.alphas, request.threshold)
         request.check()
-        sources, given = Sources.open(request.model, request.base, request.tuned), _open_given(request, curves)
+        sources, given = open_sources(request), _open_given(request, curves)
         for opened in (sources, *given.values()):
             check_task_vector(opened)
         return cls(
@@ -134,7 +135,8 @@ class OpenedSweep:
     def live(self) -> LiveModel:
         """theta_full, loaded."""
         model, request = self.sources.model, self.request
-        return LiveModel(self._examinee(model.path), self.data, request.metric, model, request.base, request.tuned)
+        examinee, directories = self._examinee(model.path), (request.base, request.tuned)
+        return LiveModel(examinee, self.data, request.metric, model, directories, request.common_rows)
 
     def score_gold(self, path: Path) -> ScoredSetting:
         """Load the gold model and score it. Raises InputError if its scores are not finite."""
@@ -146,6 +148,11 @@ class OpenedSweep:
     def _examinee(self, path: Path) -> Examinee:
         request = self.request
         return Examinee(self.load(path), request.batch_size, request.max_length, self.progress)
+
+
+def open_sources(request: Request, importances: Mapping[str, Checkpoint] = MappingProxyType({})) -> Sources:
+    """The checkpoints with importances, by role. Raises InputError if they do not fit."""
+    return Sources.open(request.model, request.base, request.tuned, importances, request.common_rows)
 
 
 def _open_given(request: Request, curves: Sequence[Rule]) -> dict[Estimator, Sources]:
@@ -160,7 +167,7 @@ def _open_given(request: Request, curves: Sequence[Rule]) -> dict[Estimator, Sou
         served = [rule for rule in curves if rule.estimator in held]
         needing = [rule for rule in curves if rule.estimator is not None]
         rule = [*served, *needing, *curves][0]  # the next line refuses the pair unless it serves one
-        sources = Sources.open(request.model, request.base, request.tuned, open_importances(rule, *paths))
+        sources = open_sources(request, open_importances(rule, *paths))
         assert rule.estimator is not None
         if rule.estimator in given:
             raise InputError(f"{pair[0]}: another importance of estimator {rule.estimator} was given already")

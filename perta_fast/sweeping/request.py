@@ -51,6 +51,7 @@ class Request:
     max_length: int | None
     device: str | None
     dtype: str | None
+    common_rows: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":

@@ -51,6 +51,7 @@ def sweep(
     checkpoint: PathLike | None = None,
     out: PathLike | None = None,
     overwrite: bool = False,
+    common_rows: bool = False,
     batch_size: int = 8,
     max_length: int | None = None,
     device: str | torch.device | None = None,
@@ -62,7 +63,7 @@ def sweep(
     A setting has the scores of the checkpoint that ``apply`` writes for it. lam 0, the model as it is, comes first.
     The documentation ("Sweeps") describes the search and the choice.
 
-    model, base, tuned, at, threshold, batch_size, max_length, device, progress: as in ``unlearn``.
+    model, base, tuned, at, threshold, batch_size, max_length, device, common_rows, progress: as in ``unlearn``.
     forget, retain: JSON lines files, to score on and to estimate importance on.
     forget_importance, retain_importance: directories to use instead; a pair for each estimator.
     rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha: it comes once.

@@ -115,7 +115,16 @@ def test_the_report_holds_the_resolved_recipe(done: Path, job: Job) -> None:
         "out": done / "out",
         "save-importance": done / "importance",
     }
-    flags = ("stream", "in-place", "overwrite", "link-unchanged", "drop-cache", "allow-zero", "leave-others")
+    flags = (
+        "stream",
+        "in-place",
+        "overwrite",
+        "link-unchanged",
+        "drop-cache",
+        "allow-zero",
+        "leave-others",
+        "common-rows",
+    )
     expected = {"rule": "grad", "lam": 0.75, "alpha": 1.0, "at": "model", "batch-size": 3, "dtype": "float32"}
     expected |= {key: str(path) for key, path in paths.items()} | dict.fromkeys(flags, False)
     assert Report.load(done / "out").recipe == expected
