@@ -23,7 +23,7 @@ from perta_fast.checkpoints.adapter_kinds import (
 from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, tied_partner
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, RESIZED, is_resized, tied_partner
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 
@@ -95,7 +95,9 @@ class Adapter:
         """The file with the settings."""
         return self.checkpoint.path / ADAPTER_CONFIG
 
-    def meet(self, shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, dict[str, LowRank | TensorEntry]]:
+    def meet(
+        self, shapes: Mapping[str, tuple[int, ...]], where: object, common_rows: bool = False
+    ) -> dict[str, dict[str, LowRank | TensorEntry]]:
         """What the adapter adds to tensors of a model, or puts in their place, by the model's names.
 
         A tied matrix that is stored once may have a change for each of its two uses, so changes have their own names
@@ -106,23 +108,31 @@ class Adapter:
         for name, update in self.low_rank.items():
             stored = self.name_in(name, shapes, where)
             shape = shapes[stored]
-            if shape not in (update.shape, update.shape[::-1]):
+            is_embedding = ".lora_embedding_" in update.a.name
+            resized = is_resized(stored, shape, update.shape[::-1] if is_embedding else update.shape)
+            if shape not in (update.shape, update.shape[::-1]) and not (resized and common_rows):
                 raise InputError(
                     f"tensor {stored}: shape {list(shape)} in {where}, but {list(update.shape)} for {name} in "
-                    f"{update.a.path}; this adapter is not of this model"
+                    f"{update.a.path}; {RESIZED if resized else 'this adapter is not of this model'}"
                 )
-            transposed = shape != update.shape
+            transposed = is_embedding if resized else shape != update.shape
             if shape[0] == shape[1]:  # the shape does not say it; peft stores an embedding's factors transposed
-                transposed = bool(self.settings.get("fan_in_fan_out")) or ".lora_embedding_" in update.a.name
+                transposed = bool(self.settings.get("fan_in_fan_out")) or is_embedding
             changes.setdefault(stored, {})[name] = replace(update, transposed=transposed)
         for name, entry in self.whole.items():
             changes.setdefault(self.name_in(name, shapes, where), {})[name] = entry
         return changes
 
-    def check_untouched(self, base: Checkpoint) -> None:
+    def check_untouched(self, base: Checkpoint, common_rows: bool = False) -> None:
         """Raise InputError unless the ``untouched`` matrices are as in ``base``."""
         for name, entry in self.untouched.items():
-            if not self.checkpoint.equal(entry.name, self.name_in(name, base.tensors, base.path), base):
+            stored = self.name_in(name, base.tensors, base.path)
+            shape = base.tensors[stored].shape
+            resized = is_resized(stored, shape, entry.shape)
+            if resized and not common_rows:
+                shapes = f"shape {list(shape)} in {base.path}, {list(entry.shape)} in {entry.path}"
+                raise InputError(f"tensor {stored}: {shapes}; {RESIZED}")
+            if not self.checkpoint.equal(entry.name, stored, base, common_rows=resized):
                 raise InputError(
                     f"{entry.path}: holds a {name} that differs from that in {base.path}; is that the checkpoint "
                     "that the adapter was tuned from?"

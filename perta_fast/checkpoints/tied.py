@@ -12,6 +12,12 @@ _INPUT_EMBEDDINGS = tuple(
 )
 
 
+RESIZED = (
+    "the vocabulary was resized. With --common-rows (common_rows=True) the rows that all have are computed, and the "
+    "others stay as the model has them"
+)
+
+
 def is_tied_use(name: str) -> bool:
     """Whether a tensor's name is that of an input embedding or an output head."""
     return name in OUTPUT_HEADS or name.endswith(_INPUT_EMBEDDINGS)
@@ -21,6 +27,11 @@ def has_vocabulary_rows(name: str) -> bool:
     """Whether each row of a tensor belongs to a token: of an input embedding, or of an output head and its bias."""
     weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
     return weight in OUTPUT_HEADS or weight.endswith(".lm_head.weight") or name.endswith(_INPUT_EMBEDDINGS)
+
+
+def is_resized(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Whether two shapes of a tensor differ in the number of tokens alone."""
+    return has_vocabulary_rows(name) and len(first) > 0 and first[1:] == second[1:] and first != second
 
 
 def tied_partner(name: str, names: Mapping[str, object]) -> str | None:

@@ -29,10 +29,10 @@ class OpenedAdapter:
     merged: "MergedByPeft | None" = None
 
     @classmethod
-    def open(cls, path: str | Path, base: Checkpoint) -> "OpenedAdapter":
+    def open(cls, path: str | Path, base: Checkpoint, common_rows: bool = False) -> "OpenedAdapter":
         """Raises InputError if the adapter is not taken, or saved a matrix of another base."""
         adapter = Adapter.open(path, base.path)
-        adapter.check_untouched(base)
+        adapter.check_untouched(base, common_rows)
         if not adapter.by_peft:
             return cls(adapter)
         from perta_fast.models.merged_by_peft import MergedByPeft
@@ -40,7 +40,12 @@ class OpenedAdapter:
         return cls(adapter, MergedByPeft.open(adapter, base))
 
     def changes(
-        self, shapes: Mapping[str, tuple[int, ...]], where: object, tied: bool, model: Path | None = None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        where: object,
+        tied: bool,
+        model: Path | None = None,
+        common_rows: bool = False,
     ) -> dict[str, Change]:
         """The changes by the model's names.
 
@@ -49,7 +54,7 @@ class OpenedAdapter:
         model lacks one, has it in another shape, or ties two that are not one in the tuned model.
         """
         found: dict[str, dict[str, Change]] = {
-            stored: dict(changes) for stored, changes in self.adapter.meet(shapes, where).items()
+            stored: dict(changes) for stored, changes in self.adapter.meet(shapes, where, common_rows).items()
         }
         for name, place in self.merged.places.items() if self.merged is not None else ():
             stored = self.adapter.name_in(name, shapes, where)

@@ -1,5 +1,6 @@
 """Which tensors of the other inputs belong to each tensor of the model, decided before a byte is written."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -7,16 +8,12 @@ from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, has_vocabulary_rows, importance_key, tied_partner, ties_embeddings
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, RESIZED, importance_key, is_resized, tied_partner, ties_embeddings
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 
 _FLOAT32 = "dtype='float32'"  # for a command that converts
-RESIZED = (
-    "the vocabulary was resized. With --common-rows (common_rows=True) the rows that all have are computed, and the "
-    "others stay as the model has them"
-)
 CopyReason = Literal[
     "not floating point", "not covered by the importance", "task vector is zero", "not part of the language model"
 ]
@@ -42,7 +39,8 @@ class TensorMatch:
     def common(self) -> int:
         """The first elements, which all inputs have; the others, rows of a resized vocabulary, are kept as they are."""
         entries = (self.theta, self.base, self.tuned, self.forget_importance, self.retain_importance)
-        return min(entry.count for entry in entries if entry is not None)
+        counts = [entry.count for entry in entries if entry is not None]
+        return min([*counts, *([] if self.low_rank is None else [math.prod(self.low_rank.shape)])])
 
     @property
     def kept_rows(self) -> int:
@@ -87,7 +85,7 @@ def _with_adapter(
 ) -> list[TensorMatch]:
     """The matches with the adapter's task vectors: of low rank, whole tensors, what peft makes, or zero."""
     shapes = {name: entry.shape for name, entry in model.tensors.items()}
-    changes = adapter.changes(shapes, model.path, ties_embeddings(model), model.path)
+    changes = adapter.changes(shapes, model.path, ties_embeddings(model), model.path, common_rows)
     result = []
     for match in matches:
         change = changes.get(match.theta.name)
@@ -150,11 +148,6 @@ def _check_agrees(theta: TensorEntry, entry: TensorEntry, common_rows: bool, how
             f"tensor {entry.name} in {entry.path} is {entry.dtype}; "
             f"save the checkpoint as float32, bfloat16 or float16 first{how}"
         )
-
-
-def is_resized(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> bool:
-    """Whether two shapes of a tensor differ in the number of tokens alone."""
-    return has_vocabulary_rows(name) and len(first) > 0 and first[1:] == second[1:] and first != second
 
 
 def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:

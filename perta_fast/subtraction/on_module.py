@@ -17,7 +17,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
-from perta_fast.checkpoints.tied import is_tied_use, tied_partner
+from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, tied_partner
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
@@ -32,7 +32,6 @@ from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES
-from perta_fast.subtraction.matching import RESIZED, is_resized
 from perta_fast.subtraction.staging import ALIGNMENT, Staging
 from perta_fast.subtraction.task_vector import is_nonzero
 
@@ -77,7 +76,7 @@ def apply_to_module_(
         check_not_in_use(module)
         refuse_quantised_module(module)
         theta_0 = open_plain(base)
-        adapter = OpenedAdapter.open(tuned, theta_0) if is_adapter(tuned) else None
+        adapter = OpenedAdapter.open(tuned, theta_0, common_rows) if is_adapter(tuned) else None
         theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         importances = _importances(chosen, forget_importance, retain_importance)
         stored = [_stored(importance) for importance in importances]
@@ -95,7 +94,7 @@ def apply_to_module_(
         inputs = _Inputs(theta_0, theta_f, adapter, importances, stored)
         if adapter is not None:
             shapes = {name: tensor.shape for name, tensor in everything.items()}
-            inputs.changes.update(adapter.changes(shapes, "the module", _is_tied(module)))
+            inputs.changes.update(adapter.changes(shapes, "the module", _is_tied(module), common_rows=common_rows))
             parameters = {name: parameters[name] for name in parameters if name in inputs.changes}
         for name, parameter in parameters.items():
             check_dtype(name, parameter.dtype)
@@ -196,8 +195,8 @@ def _subtract_low_rank_(
 ) -> None:
     """Subtract from some rows of a matrix at a time, with the rows of the left factor that belong to them."""
     rows, columns = theta.shape
-    rows = min([rows, *(source.shape[0] for source in importances)])
     left, right = map(torch.from_numpy, update.factors())
+    rows = min([rows, len(left), *(source.shape[0] for source in importances)])
     right = right.to(theta.device)
     step = max(1, CHUNK // max(columns, right.shape[0], 1))
     for first in range(0, rows, step):

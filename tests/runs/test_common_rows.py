@@ -216,24 +216,46 @@ def test_a_live_module_and_a_sweep_as_the_files(sizes: tuple[int, int, int], rul
     assert_equal(tmp_path / "chosen", read_checkpoint(tmp_path / "out"))
 
 
-def test_an_adapter_that_has_an_embedding_of_its_own_size(tmp_path: Path) -> None:
-    """As peft saves one: the resized embedding in full, beside the factors."""
+def write_resized_adapter(folder: Path, rows: int, targets: list[str]) -> None:
+    """An adapter to a base of 300 rows, which was resized before it was tuned; and what peft merges it to."""
     from peft import LoraConfig, get_peft_model
 
+    module = AutoModelForCausalLM.from_pretrained(folder / "base")
+    module.resize_token_embeddings(rows, mean_resizing=False)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights="gaussian")
+    adapted = get_peft_model(module, config)
+    for number, (name, parameter) in enumerate(adapted.named_parameters()):
+        whole = name.endswith((EMBED, HEAD)) and "embed_tokens" not in targets
+        if parameter.requires_grad or whole:
+            parameter.data.add_(draw(tuple(parameter.shape), seed=number) * 0.05)
+    adapted.save_pretrained(folder / "adapter")
+    adapted.merge_and_unload().save_pretrained(folder / "merged")
+
+
+@pytest.mark.parametrize("rows", [304, 296, 32])
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "lm_head", "q_proj"]])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_that_was_trained_on_a_resized_embedding(targets: list[str], rows: int, tmp_path: Path) -> None:
+    """It holds the embedding in full: as it was tuned, or as it is beside its factors."""
     model, base, _ = write_models(tmp_path, (300, 300, 300), tied=False)
-    module = AutoModelForCausalLM.from_pretrained(base)
-    module.resize_token_embeddings(304, mean_resizing=False)
-    adapted = get_peft_model(module, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    nudge_(adapted, 3)
-    adapted.save_pretrained(tmp_path / "adapter")
+    write_resized_adapter(tmp_path, rows, targets)
     with pytest.raises(InputError, match="--common-rows"):
         apply(model, base, tmp_path / "adapter", rule="tv", out=tmp_path / "out")
     apply(model, base, tmp_path / "adapter", rule="tv", common_rows=True, out=tmp_path / "out")
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    theta, theta_0, found = (read_checkpoint(path) for path in (model, base, tmp_path / "out"))
-    for name in (EMBED, HEAD):
-        whole = next(of for key, of in saved.items() if key.endswith(name))
-        assert same_bytes(found[name], theta[name] - (whole[:300] - theta_0[name]))
+    apply(model, base, tmp_path / "merged", rule="tv", common_rows=True, out=tmp_path / "expected")
+    found, right, theta = (read_checkpoint(path) for path in (tmp_path / "out", tmp_path / "expected", model))
+    for name in right:
+        torch.testing.assert_close(found[name], right[name], rtol=0, atol=1e-6)
+        changed = bool((found[name][: min(rows, 300)] != theta[name][: min(rows, 300)]).any())
+        assert changed == (name in (EMBED, HEAD) or "q_proj" in name)
+    assert same_bytes(found[EMBED][min(rows, 300) :], theta[EMBED][min(rows, 300) :])
+    assert not verify(tmp_path / "out", full=True, progress=False).problems
+    module = AutoModelForCausalLM.from_pretrained(model)
+    apply_to_module_(module, base, tmp_path / "adapter", rule="tv", common_rows=True)
+    module.save_pretrained(tmp_path / "live")
+    assert_equal(tmp_path / "live", found)
+    apply(model, base, tmp_path / "adapter", rule="tv", common_rows=True, in_place=True)
+    assert_equal(model, found)
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
