@@ -1,8 +1,11 @@
 """Tied embeddings: an input embedding and an output head that share one matrix."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
+from perta_fast.checkpoints.advice import untie_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.errors import InputError
 from perta_fast.files.reading import exists, read_json
 
 # What the model families call these two matrices.
@@ -44,10 +47,13 @@ def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def importance_key(name: str, model: Checkpoint, names: Container[str]) -> str | None:
+def importance_key(name: str, model: Checkpoint, names: Mapping[str, object]) -> str | None:
     """The name, of an importance's ``names``, that covers the model's tensor ``name``; None if none does."""
     if name in names:
         return name
+    other = tied_partner(name, names)
+    if other is not None and other not in model.tensors:  # the model stores the tied matrix under one name
+        return other
     # A tied pair has one importance, under either name, for both copies on disk: they must stay equal.
     partner = tied_partner(name, model.tensors)
     if partner is not None and partner in names and model.equal(name, partner):
@@ -66,3 +72,22 @@ def ties_embeddings(model: Checkpoint) -> bool:
     # What is not said is True: transformers leaves it out if it is.
     parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
     return bool(parts) and all(part.get("tie_word_embeddings", True) for part in parts)
+
+
+def refuse_two_matrices(other: Checkpoint, where: object, model: Path | None) -> None:
+    """Raise InputError if ``other`` has two different matrices for embedding and head, which the model ties.
+
+    where: what the message calls the model. model: its directory, for the command that gives it two.
+    """
+    for head in other.tensors.keys() & set(OUTPUT_HEADS):
+        embedding = tied_partner(head, other.tensors)
+        if embedding is not None and not other.equal(head, embedding):
+            raise InputError(
+                f"{other.path}: {head} differs from {embedding}, but {where} ties the two; {make_room(model)}"
+            )
+
+
+def make_room(model: Path | None) -> str:
+    """Advice to give a tied model two matrices."""
+    untie = "give it an output head of its own" if model is None else f"untie that with: {untie_command(model)}"
+    return f"model must have two matrices as well: {untie}"

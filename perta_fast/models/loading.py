@@ -11,6 +11,7 @@ from torch import nn
 from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
+from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
@@ -106,6 +107,7 @@ def load_subject(
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.named_parameters()}
     quantised = Quantisation.of(path, stored) is not None  # such a model can only be evaluated: names do not matter
     absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
+    absent = {name for name in absent if tied_partner(name, stored) is None}
     if absent:  # an importance would have names that are not in the checkpoint
         raise InputError(
             f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perta_fast.checkpoints.adapters import Adapter
-from perta_fast.checkpoints.advice import untie_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank, Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, is_tied_use, tied_partner
+from perta_fast.checkpoints.tied import OUTPUT_HEADS, is_tied_use, make_room, tied_partner
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,10 +85,9 @@ class OpenedAdapter:
             return values[0]
         how = "alone" if len(names) == 1 else f"otherwise than {names[1]}"
         tied_with = "input embedding" if names[0] in OUTPUT_HEADS else "output head"
-        untie = "give it an output head of its own" if model is None else f"untie that with: {untie_command(model)}"
         raise InputError(
             f"{self.adapter.checkpoint.path}: adapts {names[0]}, which is tied to the {tied_with} in {where}, {how}: "
-            f"the tuned model has two matrices there. So model must have two as well: {untie}"
+            f"the tuned model has two matrices there; {make_room(model)}"
         )
 
     def _same(self, first: Change, second: Change) -> bool:

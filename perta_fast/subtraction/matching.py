@@ -8,7 +8,14 @@ from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, RESIZED, importance_key, is_resized, tied_partner, ties_embeddings
+from perta_fast.checkpoints.tied import (
+    RESIZED,
+    importance_key,
+    is_resized,
+    refuse_two_matrices,
+    tied_partner,
+    ties_embeddings,
+)
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
@@ -66,8 +73,11 @@ def match_tensors(
     """
     whole = tuned if isinstance(tuned, Checkpoint) else None
     left_out: set[str] = set()
+    tied = ties_embeddings(model)
     for other in (base, whole):
         if other is not None:
+            if tied:
+                refuse_two_matrices(other, model.path, model.path)
             left_out |= _check_same_names(model, other)
     if forget_importance is not None and retain_importance is not None:
         _check_importance_names(model, forget_importance, retain_importance)
@@ -77,15 +87,15 @@ def match_tensors(
         else _match_tensor(name, model, base, whole, forget_importance, retain_importance, common_rows)
         for name, theta in model.tensors.items()
     ]
-    return _with_adapter(matches, model, tuned, common_rows) if isinstance(tuned, OpenedAdapter) else matches
+    return _with_adapter(matches, model, tuned, tied, common_rows) if isinstance(tuned, OpenedAdapter) else matches
 
 
 def _with_adapter(
-    matches: list[TensorMatch], model: Checkpoint, adapter: OpenedAdapter, common_rows: bool
+    matches: list[TensorMatch], model: Checkpoint, adapter: OpenedAdapter, tied: bool, common_rows: bool
 ) -> list[TensorMatch]:
     """The matches with the adapter's task vectors: of low rank, whole tensors, what peft makes, or zero."""
     shapes = {name: entry.shape for name, entry in model.tensors.items()}
-    changes = adapter.changes(shapes, model.path, ties_embeddings(model), model.path, common_rows)
+    changes = adapter.changes(shapes, model.path, tied, model.path, common_rows)
     result = []
     for match in matches:
         change = changes.get(match.theta.name)
@@ -166,14 +176,12 @@ def _check_same_names(model: Checkpoint, other: Checkpoint) -> set[str]:
         for name in model.tensors
         if name not in other.tensors
         and model.tensors[name].dtype not in COPIED
-        and not (name in OUTPUT_HEADS and tied_partner(name, other.tensors))
+        and tied_partner(name, other.tensors) is None
     ]
     extra = [name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED]
     for name in list(extra):
-        partner = tied_partner(name, other.tensors) if name in OUTPUT_HEADS else None
-        if partner is not None and partner in model.tensors:
-            if not other.equal(name, partner):
-                raise InputError(f"{other.path}: {name} differs from {partner}, but {model.path} ties the two")
+        if tied_partner(name, model.tensors) is not None:  # the model stores it once
+            refuse_two_matrices(other, model.path, model.path)
             extra.remove(name)
     outside: set[str] = set()
     if missing or extra:
@@ -192,7 +200,9 @@ def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Check
         missing = [name for name in holder.tensors if name not in other.tensors]
         if missing:
             raise InputError(f"{other.path}: lacks {_names(missing)}, which {holder.path} has")
-    unknown = [name for name in forget.tensors if name not in model.tensors]
+    unknown = [
+        name for name in forget.tensors if name not in model.tensors and tied_partner(name, model.tensors) is None
+    ]
     if unknown:
         raise InputError(f"{forget.path}: has {_names(unknown)}, which {model.path} lacks")
 

@@ -17,7 +17,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
-from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, tied_partner
+from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, refuse_two_matrices, tied_partner
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
@@ -85,6 +85,9 @@ def apply_to_module_(
                 "the module is sharded; pass group, all processes that hold it, and for tuned a checkpoint: "
                 "an adapter is merged first"
             )
+        if _is_tied(module):
+            for checkpoint in (theta_0, *([theta_f] if adapter is None else [])):
+                refuse_two_matrices(checkpoint, "the module", None)
         reshard_(module)
         _check_parameters(module)
         everything = held_tensors(module)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.dtypes import KERNEL_CODES, TORCH_NAMES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.reading import PositionReader
@@ -100,6 +101,11 @@ class StoredWeights:
         for loaded in loaded_tensors(self._model, self._checkpoint.tensors):
             group = groups.setdefault(loaded.target, _Group(loaded.target, loaded.converter))
             group.stored[loaded.stored] = loaded.pattern or loaded.stored
+        # A tied matrix may be stored under the name of its other use alone.
+        first = {parameter: name for name, parameter in self._model.named_parameters()}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if name in groups and first[parameter] not in groups:
+                groups[name].target = first[parameter]
         return list(groups.values())
 
     def _parameters(self, names: set[str] | None) -> dict[str, Tensor]:
@@ -141,13 +147,15 @@ class StoredWeights:
         lacking = (self._parameters(None).keys() | buffers) - self._group_of.keys()
         if lacking:
             raise InputError(f"{path}: lacks tensor {min(lacking)}, which its config.json calls for")
-        renamed = [name for name in self.shapes if name not in tensors]
+        stored = {name: name if name in tensors else tied_partner(name, tensors) for name in self.shapes}
+        renamed = [name for name, stored_name in stored.items() if stored_name is None]
         if renamed:
             raise InputError(
                 f"{path}: lacks tensor {renamed[0]}, the name that transformers now gives to one of its own; "
                 f"save it anew with: {conversion_command(path)}"
             )
-        for name, shape in self.shapes.items():
+        for name, shape in zip(stored.values(), self.shapes.values(), strict=True):
+            assert name is not None
             if tensors[name].shape != shape:
                 raise InputError(
                     f"{path}: tensor {name} is {list(tensors[name].shape)}, transformers would save "
