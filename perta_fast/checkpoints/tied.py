@@ -23,7 +23,12 @@ RESIZED = (
 
 def is_tied_use(name: str) -> bool:
     """Whether a tensor's name is that of an input embedding or an output head."""
-    return name in OUTPUT_HEADS or name.endswith(_INPUT_EMBEDDINGS)
+    return name in OUTPUT_HEADS or _is_input_embedding(name)
+
+
+def _is_input_embedding(name: str) -> bool:
+    """Whether a tensor's name is that of an input embedding, and not of one in a numbered layer (as in DeepSeek-V3)."""
+    return name.endswith(_INPUT_EMBEDDINGS) and not any(part.isdigit() for part in name.split("."))
 
 
 def has_vocabulary_rows(name: str) -> bool:
@@ -41,8 +46,8 @@ def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
     """The matrix that ``name`` may be tied with: the input embedding of an output head, or the reverse."""
     candidates: list[str] = []
     if name in OUTPUT_HEADS:
-        candidates = [other for other in names if other.endswith(_INPUT_EMBEDDINGS)]
-    elif name.endswith(_INPUT_EMBEDDINGS):
+        candidates = [other for other in names if _is_input_embedding(other)]
+    elif _is_input_embedding(name):
         candidates = [other for other in names if other in OUTPUT_HEADS]
     return candidates[0] if len(candidates) == 1 else None
 
@@ -63,7 +68,7 @@ def importance_key(name: str, model: Checkpoint, names: Mapping[str, object]) ->
 
 def ties_embeddings(model: Checkpoint) -> bool:
     """Whether ``model`` has one matrix for both uses, stored once or in two equal copies that its config ties."""
-    embeddings = [name for name in model.tensors if name.endswith(_INPUT_EMBEDDINGS)]
+    embeddings = [name for name in model.tensors if _is_input_embedding(name)]
     heads = [name for name in model.tensors if name in OUTPUT_HEADS]
     if embeddings and heads and not (len(embeddings) == len(heads) == 1 and model.equal(embeddings[0], heads[0])):
         return False
