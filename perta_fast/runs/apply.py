@@ -29,7 +29,7 @@ from perta_fast.runs.settings import (
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_importances
-from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen, this_version
+from perta_fast.subtraction.job import Job, companion_records, fingerprints, match_names, reopen, this_version
 from perta_fast.subtraction.report_entries import begin_report
 from perta_fast.subtraction.to_directory import Fill, run_to_directory, write_directory, write_shards
 from perta_fast.subtraction.unfinished import begun_job, has_begun
@@ -137,6 +137,7 @@ def apply_sources(
         matches=match_names(sources.matches),
         version=this_version(),
         temporary=temporary,
+        companions=companion_records(sources, report),
         stream={} if streamed is None else dict(streamed.settings),
     )
     own.report = asdict(report)

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint, other_weights
+from perta_fast.checkpoints.companions import CARD, files_of, is_read
 from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file
+from perta_fast.files.reading import exists
 from perta_fast.progress import Bar, Progress
+from perta_fast.records.file_hashes import HASHES, read_hashes
 from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files, listed
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
@@ -27,32 +30,39 @@ _CHUNK = 1 << 22  # elements compared at a time
 class Verification:
     """What was checked. ``problems`` is empty if everything that could be checked is right.
 
-    files: number of hashes that agree. recomputed: tensors equal to the reference's, bit for bit (if p is not one of
+    files: number of hashes that agree with the report. companions: files beside the shards whose hashes agree with
+    ``perta_files.b3``. recomputed: tensors equal to the reference's, bit for bit (if p is not one of
     ``EXACT_POWERS``, up to the last bit of a power). bounded: tensors whose elements all lie between theta and
     theta - lam * tau, which is checked if the importances were not kept. unchecked: what could not be checked, and why.
-    changed: data files that have changed since the run, which says nothing against the output. claim: what the run
-    says of its output. tensors: number of tensors of the output. agreement: how closely the recomputed ones agree.
+    changed: data files and model cards of inputs that have changed since the run, which says nothing against the
+    output. uncovered: files of which the run kept no hash. claim: what the run says of its output. tensors: number of
+    tensors of the output. agreement: how closely the recomputed ones agree.
     """
 
     claim: str = ""
     tensors: int = 0
     agreement: str = "bit for bit"
     files: int = 0
+    companions: int = 0
     recomputed: int = 0
     bounded: int = 0
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    uncovered: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """The outcome in plain sentences."""
         lines = [self._outcome(), f"{self.files} files have the hashes in the report."]
+        if self.companions:
+            lines.append(f"{self.companions} files beside the shards, with the report, have the hashes in {HASHES}.")
         if self.recomputed:
             lines.append(f"{self.recomputed} tensors equal the reference's result {self.agreement}.")
         if self.bounded:
             lines.append(f"{self.bounded} tensors lie between theta and theta - lambda * tau everywhere.")
         lines += [f"Changed since the run, which is no fault of the output: {line}." for line in self.changed]
         lines += [f"Not checked: {line}." for line in self.unchecked]
+        lines += [f"Not covered by the run's hashes: {line}." for line in self.uncovered]
         lines += [f"WRONG: {line}." for line in self.problems]
         lines.append("Verification failed." if self.problems else "Nothing wrong was found.")
         return printable_lines(lines)
@@ -106,6 +116,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     _check_data(report, result)
     if "output" in intact and (others := other_weights(Checkpoint.open(directory))):
         result.unchecked.append(f"other weights beside the shards, which the run did not change: {listed(others)}")
+    _check_companions(directory, report, result)
     if "output" in intact and report.in_place:
         result.unchecked.append("tensors, because the run changed the model in place and its old values are gone")
         result.problems += _header_problems(report, Checkpoint.open(directory))
@@ -122,17 +133,55 @@ def _check_hashes(directories: dict[str, DirectoryRecord], result: Verification,
     total = sum(file["bytes"] for record in directories.values() for file in record["files"].values())
     with Bar(total, "hashes", progress) as bar:
         for role, record in directories.items():
-            gone = gone_files(record)
+            gone = [path for path in gone_files(record) if path.name != CARD or role == "output"]
             if gone and role != "output":
                 result.unchecked.append(f"{role}: {gone[0]} is gone")
                 continue
             changed = changed_files(record, bar.update)
             result.files += len(record["files"]) - len(gone) - len(changed)
             result.problems += [f"{path} is gone" for path in gone]
-            result.problems += [f"{path} has changed since the run" for path in changed]
-            if not gone and not changed:
+            cards = [path for path in changed if path.name == CARD and role != "output"]
+            result.changed += [f"{role} file {path}" for path in cards]
+            result.problems += [f"{path} has changed since the run" for path in changed if path not in cards]
+            if not gone and changed == cards:
                 intact.add(role)
     return intact
+
+
+def _check_companions(directory: Path, report: Report, result: Verification) -> None:
+    """Compare the files beside the shards with the list that the run wrote, and look for what was added."""
+    if not exists(directory / HASHES):
+        beside = "config, tokenizer, model card and report of the output"
+        result.uncovered.append(f"{beside}, because {HASHES} is not there; earlier versions wrote none")
+        return
+    try:
+        hashes = read_hashes(directory)
+    except InputError as error:
+        result.problems.append(str(error))
+        return
+    shards = {name: record["blake3"] for name, record in report.output["files"].items()}  # checked already
+    for name, digest in hashes.items():
+        path = directory / name
+        try:
+            if shards.get(name, digest) != digest:
+                result.problems.append(f"{path} has another hash in the report than in {HASHES}")
+            elif name not in shards and not exists(path):
+                result.problems.append(f"{path} is gone")
+            elif name not in shards and hash_file(path) != digest:
+                result.problems.append(f"{path} has changed since the run")
+            else:
+                result.companions += name not in shards
+        except RunError as error:
+            result.problems.append(str(error))
+    copied = report.inputs["model"]["files"]  # a link that led out of the model may have been copied by hand
+    for name, path in files_of(directory).items():
+        if name not in hashes and name not in shards and name != HASHES:
+            if name in copied and hash_file(path) == copied[name]["blake3"]:
+                result.companions += 1
+            elif is_read(name):
+                result.problems.append(f"{path} was added after the run")
+            else:
+                result.uncovered.append(f"{path}, which was added after the run")
 
 
 def _check_data(report: Report, result: Verification) -> None:

@@ -29,6 +29,7 @@ from perta_fast.files.own import check_own, check_own_tree, make_own_directory
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar, Progress
+from perta_fast.records.file_hashes import HASHES, write_hashes
 from perta_fast.records.model_card import write_model_card
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.typed_json import fits
@@ -138,7 +139,7 @@ def _check_small_files(model: Checkpoint) -> None:
     Only what is set aside may be a link to anywhere: it is moved and comes back, and nothing is written through it.
     """
     set_aside = _set_aside(model)
-    for name in [*set_aside, _CARD, FILE_NAME]:
+    for name in [*set_aside, _CARD, FILE_NAME, HASHES]:
         path = model.path / name
         if not os.path.lexists(path):
             continue
@@ -241,18 +242,23 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
         report.memory = memory.as_dict()
         report.finished = now()
         report.save(journal)
-        sync(journal / _CARD)
-        sync(journal / FILE_NAME)
+        write_hashes(model, report, {path.name: _where_it_led(path) for path in _moved_back(journal)})
+        for name in (_CARD, FILE_NAME, HASHES):
+            sync(journal / name)
         write_file(journal / _SEALED, b"")
-    indices = journal.glob(f"*{_INDEX}")
-    for path in [journal / _CARD, journal / FILE_NAME, *indices, journal / "config.json"]:
-        if os.path.lexists(path):  # a link may lead nowhere from in here
-            move(path, model / path.name)
+    for path in _moved_back(journal):
+        move(path, model / path.name)
     (journal / JOB).unlink()
     sync(journal)
     if job.temporary:
         remove(scratch_path(model))
     return Report.load(model)
+
+
+def _moved_back(journal: Path) -> list[Path]:
+    """What is moved into the model's directory at the end; the config comes last, as loaders look for it first."""
+    names = (_CARD, FILE_NAME, HASHES, *sorted(path.name for path in journal.glob(f"*{_INDEX}")), "config.json")
+    return [journal / name for name in names if os.path.lexists(journal / name)]  # a link may lead nowhere from in here
 
 
 class _State(TypedDict):

@@ -10,6 +10,7 @@ from blake3 import blake3
 from perta_fast.checkpoints.adapters import STEM as ADAPTER_STEM
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import CARD, CONFIG, companions
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
@@ -18,7 +19,7 @@ from perta_fast.files.hashing import hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
-from perta_fast.records.report import Report
+from perta_fast.records.report import FileRecord, Report
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule
@@ -42,6 +43,7 @@ class Job:
     final: the directory to make, or to change in place. files: the ``fingerprints`` of the inputs. matches: the
     ``match_names`` when the run began. temporary: the importances lie at ``scratch_path(final)`` and are removed
     when the run is done. stream: the ``StreamSettings`` of a streamed run. report: as it was when the run began.
+    companions: the ``companion_records`` of the inputs.
     """
 
     final: str
@@ -59,13 +61,14 @@ class Job:
     temporary: bool = False
     stream: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    companions: dict[str, dict[str, FileRecord]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.progress: Progress = True  # not a field, so not in the record
 
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
-        keys = ("final", "in_place", "rule", "files", "matches", "version")
+        keys = ("final", "in_place", "rule", "files", "companions", "matches", "version")
         # Schedule and number of ranks change only the order of sums.
         walks = [{key: job.stream[key] for key in job.stream.keys() - {"schedule", "ranks"}} for job in (self, other)]
         return walks[0] == walks[1] and all(getattr(self, key) == getattr(other, key) for key in keys)
@@ -142,6 +145,29 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
     }
 
 
+def companion_records(sources: Sources, report: Report) -> dict[str, dict[str, FileRecord]]:
+    """Size and hash of the files beside the weights that the run depends on, by role and name.
+
+    All files of the model, as they are copied; what is read with the weights of a checkpoint that importances were
+    taken at, for its tokens; and the config of the others.
+    """
+    taken_at = {record["evaluated_at"] for record in report.importance.values()}
+    records = {}
+    for role in ("model", "base", "tuned"):
+        path = sources.named()[role].path
+        files = companions(path)
+        tokens = role == report.settings.get("at") or not taken_at.isdisjoint(map(str, (path, path.resolve())))
+        if role != "model":
+            read = files.keys() - {CARD} if tokens else {CONFIG}
+            files = {name: file for name, file in files.items() if name in read}
+        if role == "base" and not (tokens or sources.base_is_read):
+            files = {}
+        records[role] = {
+            name: FileRecord(bytes=file.stat().st_size, blake3=hash_file(file)) for name, file in files.items()
+        }
+    return records
+
+
 _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
 
 
@@ -194,7 +220,24 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
     sources = replace(sources, matches=[_match(row, opened, job) for row in job.matches])
     if any(match.merged is not None for match in sources.matches):
         sources = replace(sources, adapter=OpenedAdapter.open(job.directories["tuned"], sources.base))
+    if job.companions:
+        _check_companions(job, companion_records(sources, job.begun_report()))
     return sources
+
+
+def _check_companions(job: Job, present: Mapping[str, Mapping[str, FileRecord]]) -> None:
+    """Raise InputError if a file beside the weights of an input is not what it was when the run began."""
+    for role, before in job.companions.items():
+        if _is_changed_by(job, role):  # nothing is copied from it
+            continue
+        now = present.get(role, {})
+        for name in sorted(before.keys() | now.keys()):
+            path = Path(job.directories[role]) / name
+            if name not in before:
+                raise InputError(f"{path}: was not there when the run began; move it away to finish the run")
+            if before[name] != now.get(name):
+                what = "has changed" if name in now else "is gone"
+                raise InputError(f"{path}: {what} since the run began; put the old file back to finish the run")
 
 
 def _is_changed_by(job: Job, role: str) -> bool:

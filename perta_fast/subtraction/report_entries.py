@@ -18,7 +18,7 @@ from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Statistics
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.job import Job
+from perta_fast.subtraction.job import Job, companion_records
 from perta_fast.subtraction.matching import TensorMatch
 
 
@@ -69,9 +69,6 @@ def describe_tensors(report: Report, matches: Sequence[TensorMatch], totals: dic
 def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
     """Hash every input, the files dealt over ``ranks``."""
     by_role = {role: list(checkpoint.files()) for role, checkpoint in sources.named().items()}
-    config = sources.model.path / "config.json"
-    if config.exists():
-        by_role["model"].append(config)
     if sources.adapter_config is not None:
         by_role["tuned"].append(sources.adapter_config)
     if not sources.base_is_read and report.settings.get("at") != "base":  # neither here nor for an importance
@@ -81,6 +78,8 @@ def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = R
         role: describe_files({path: hashes[path] for path in paths}, sources.named()[role].path)
         for role, paths in by_role.items()
     }
+    for role, files in (job.companions or companion_records(sources, report)).items():
+        report.inputs[role]["files"] |= files
     for role in ("forget_importance", "retain_importance"):
         if job.temporary and role in report.inputs:
             report.inputs[role]["kept"] = False

@@ -20,6 +20,7 @@ from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar
+from perta_fast.records.file_hashes import write_hashes
 from perta_fast.records.model_card import write_model_card
 from perta_fast.records.report import Report
 from perta_fast.records.versions import now
@@ -91,6 +92,7 @@ def run_to_directory(
                     report.memory |= memory.as_dict()
                     report.finished = now()
                     report.save(target.path)
+                    write_hashes(target.path, report)
                     target.commit()
     except KeyboardInterrupt:
         if _can_be_resumed(target):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
@@ -86,7 +87,14 @@ class OpenedSweep:
             for directory in self.inputs().values()
             for name, state in fingerprint(directory).items()
         }
-        return weights | small
+        beside = {
+            str(path): hash_file(path)
+            for checkpoint in (self.sources.model, self.sources.base, self.gold)
+            if checkpoint is not None
+            for name, path in companions(checkpoint.path).items()
+            if name != CARD
+        }
+        return weights | small | beside
 
     def load_given(self) -> ByEstimator:
         """The given importances; a tensor is read when it is asked for."""

@@ -11,6 +11,7 @@ from torch import nn
 from perta_fast.checkpoints.checkpoint import Checkpoint, copy_companions
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.models.stored_names import as_stored
+from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.report import FILE_NAME
 
 
@@ -28,7 +29,8 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
     """
     tuned = as_stored(module, dict(module.named_parameters()))
     copy_companions(base, directory)
-    (directory / FILE_NAME).unlink(missing_ok=True)  # of the base, if that was unlearned
+    for name in (FILE_NAME, HASHES):  # of the base, if that was unlearned
+        (directory / name).unlink(missing_ok=True)
     total = 0
     for shard in base.shards.values():
         with safe_open(shard.path, framework="pt") as stored:

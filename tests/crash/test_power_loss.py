@@ -18,6 +18,7 @@ import pytest
 
 from perta_fast import apply, resume
 from perta_fast.errors import InputError
+from perta_fast.records.file_hashes import read_hashes
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place
 from tests.crash.test_resume import SOAK
@@ -188,7 +189,8 @@ def test_finished_after_a_power_cut(kind: str, inputs: Inputs, tmp_path: Path, m
                     assert not (watched / "result").exists()
                 apply(model, *inputs.all[1:], **settings)
         result = shown(watched / "result")
-        for name in result.keys() - {"perta_report.json", "README.md"}:
+        assert read_hashes(watched / "result").keys() == result.keys() - {"perta_files.b3"}
+        for name in result.keys() - {"perta_report.json", "README.md", "perta_files.b3"}:
             assert result[name] == expected[name], name
         assert result.keys() == expected.keys()
         assert result["README.md"] == expected["README.md"]

@@ -14,8 +14,10 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 
 import pytest
+from blake3 import blake3
 
 from perta_fast.errors import InputError
+from perta_fast.records.file_hashes import read_hashes
 from perta_fast.resuming import resume
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place
@@ -98,6 +100,8 @@ class World:
     def check(self, result: Path) -> None:
         assert [path.name for path in result.parent.iterdir()] == ["result"]
         files = {path.name: path.read_bytes() for path in result.iterdir() if path.is_file()}
+        del files["perta_files.b3"]
+        assert read_hashes(result) == {name: blake3(content).hexdigest() for name, content in files.items()}
         report = json.loads(files.pop("perta_report.json"))
         assert report["finished"] and len(report["tensors"]) == 9
         assert files.pop("README.md").count(b"## Unlearned with perta_fast") == 1
@@ -126,7 +130,8 @@ def world(
     result = world.prepare(tmp_path_factory.mktemp("whole"))
     done = perta(*world.arguments(result))
     assert done.returncode == 0, done.stderr
-    names = [path.name for path in result.iterdir() if path.name not in ("README.md", "perta_report.json")]
+    apart = ("README.md", "perta_report.json", "perta_files.b3")
+    names = [path.name for path in result.iterdir() if path.name not in apart]
     return World(inputs, request.param, forks, {name: (result / name).read_bytes() for name in names})
 
 

@@ -56,7 +56,8 @@ def arguments(job: Job, out: Path, *more: object) -> list[object]:
 def contents(folder: Path) -> dict[str, bytes]:
     """The files that every run must write alike: weights, importances, companions."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "perta_report.json"}
+    apart = ("perta_report.json", "perta_files.b3")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name not in apart}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from perta_fast.errors import InputError, PertaError
+from perta_fast.records.file_hashes import HASHES, write_hashes
+from perta_fast.records.report import Report
 from perta_fast.runs import verify as verification
 from perta_fast.runs.apply import apply
 from perta_fast.runs.verify import verify
@@ -60,6 +62,14 @@ def change_report(out: Path, change: Callable[[dict[str, Any]], object]) -> None
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+    fix_list(out)
+
+
+def fix_list(out: Path) -> None:
+    """Make the list of the output's files agree with what is there."""
+    report, path = Report.load(out), out / HASHES
+    path.unlink()
+    write_hashes(out, report)
 
 
 def flip_bit(path: Path, place: int) -> None:
