@@ -43,8 +43,15 @@ _HARMLESS = frozenset(
     )
 )
 # Settings that leave all modules to peft, and those that do so with some.
-_ALL_BY_PEFT = ("use_dora", "lora_bias")
+_ALL_BY_PEFT = ("use_dora", "lora_bias", "use_bdlora", "monteclora_config", "velora_config")
 _SOME_BY_PEFT = ("target_parameters", "trainable_token_indices")
+# Settings with which the tuned model is not the base with other weights.
+_NOT_OF_WEIGHTS = {
+    "alora_invocation_tokens": "it is on for some tokens only",
+    "arrow_config": "its parts are mixed anew for every text",
+    "layer_replication": "the tuned model has more layers than its base",
+    "use_qalora": "it adds to groups of inputs, which peft cannot merge",
+}
 # init_lora_weights that leave the base alone; that change it in the same way whenever they are loaded; and the others,
 # which need what only the training had.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -81,16 +88,9 @@ def read_settings(path: Path, base: Path | None) -> Settings:
 
 
 def _check_lora(file: Path, settings: Settings, advice: str) -> None:
-    if settings.get("layer_replication"):
-        raise InputError(
-            f"{file}: layer_replication: the tuned model has more layers than its base, so no task vector is between "
-            "them; tune again without it"
-        )
-    if settings.get("alora_invocation_tokens"):
-        raise InputError(
-            f"{file}: alora_invocation_tokens: it is on for some tokens only, so it is no change of weights; "
-            "tune again without it"
-        )
+    for name, why in _NOT_OF_WEIGHTS.items():
+        if settings.get(name):
+            raise InputError(f"{file}: {name}: {why}, so no task vector leads from base to it; tune again without it")
     _check_start(file, settings.get("init_lora_weights"), advice)
     for name, value in settings.items():
         if value and name not in _HARMLESS and name not in (*_ALL_BY_PEFT, *_SOME_BY_PEFT):
@@ -105,13 +105,14 @@ def _check_start(file: Path, start: Any, advice: str) -> None:
     if known in _REPEATED_STARTS:
         raise InputError(f"{why}; {advice}")
     convert = (
-        "save the adapter again with path_initial_model_for_weight_conversion, which makes it plain LoRA, or "
+        "save the adapter again as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion, the "
+        "adapter as it was before training), or "
         if known.startswith(_CONVERTED_STARTS)
         else ""
     )
     raise InputError(
-        f"{why}, and loading it again does not repeat that, so it cannot be merged now; {convert}call "
-        "merge_and_unload and save_pretrained on the model that was tuned, before it leaves memory, and give that "
+        f"{why}, and loading it again does not repeat that, so merging it now gives another model; {convert}merge and "
+        "save the model that was tuned while it is in memory (merge_and_unload, then save_pretrained), and give that "
         "checkpoint"
     )
 

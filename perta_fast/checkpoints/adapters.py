@@ -16,7 +16,6 @@ from perta_fast.checkpoints.adapter_kinds import (
     Settings,
     all_by_peft,
     holds_target_parameter,
-    merge_first,
     read_settings,
     some_by_peft,
 )
@@ -72,12 +71,14 @@ class Adapter:
             plain = all(factors.values()) and not holds_target_parameter(module, settings)
             if plain and not all_by_peft(settings) and all(len(entry.shape) == 2 for entry in parts.values()):
                 pair = {match["factor"]: parts[part] for part, match in factors.items() if match is not None}
-                low_rank[f"{module}.weight"] = _low_rank(path, module, pair, settings, base)
+                low_rank[f"{module}.weight"] = _low_rank(path, module, pair, settings)
                 continue
             if not plain and not some_by_peft(settings):
-                name, advice = next(iter(parts.values())).name, merge_first(path, base, settings)
-                odd = next((entry.name for part, entry in parts.items() if factors[part] is None), name)
-                raise InputError(f"{path}: tensor {odd} is not of plain LoRA; {advice}")
+                odd = next(entry.name for part, entry in parts.items() if factors[part] is None)
+                raise InputError(
+                    f"{path}: tensor {odd} is not of plain LoRA, but {ADAPTER_CONFIG} names no other form; is that "
+                    "the config that was saved with it?"
+                )
             by_peft |= {entry.name: entry for entry in parts.values()}
             wrapped = [name for name in others if name.startswith(f"{module}{_WRAPPED}")]
             by_peft |= {others[name].name: others.pop(name) for name in wrapped}
@@ -196,9 +197,7 @@ def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, TensorEntry]
     return modules, others
 
 
-def _low_rank(
-    path: Path, module: str, pair: Mapping[str, TensorEntry], settings: Settings, base: Path | None
-) -> LowRank:
+def _low_rank(path: Path, module: str, pair: Mapping[str, TensorEntry], settings: Settings) -> LowRank:
     missing = {"A", "B"} - pair.keys()
     if missing:
         raise InputError(f"{path}: has no lora_{missing.pop()} for {module}")
@@ -206,7 +205,7 @@ def _low_rank(
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise InputError(
             f"{a.path}: the factors of {module} have shapes {list(b.shape)} and {list(a.shape)}, which is no "
-            f"product of matrices; {merge_first(path, base, settings)}"
+            "product of matrices; the file is damaged, or of a form that its config does not name"
         )
     rank = a.shape[0]
     try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from perta_fast import InputError, apply
@@ -105,6 +106,15 @@ KINDS: dict[str, Kind] = {
     "`init_lora_weights`: pissa_niter_N, corda, lora_ga, loftq": lora(
         "refused", "path_initial_model_for_weight_conversion", init_lora_weights="pissa_niter_4"
     ),
+    "`velora_config`": lora("by peft", velora_config=VeloraConfig()),
+    "`use_bdlora`": lora(
+        "by peft",
+        use_bdlora=BdLoraConfig(target_modules_bd_a=["down_proj"], target_modules_bd_b=["q_proj", "v_proj"], nblocks=2),
+    ),
+    "`monteclora_config`": lora("by peft", monteclora_config=MontecloraConfig()),
+    "`kasa_config`": lora("merge first", "setting kasa_config is not understood", kasa_config=KasaConfig()),
+    "`arrow_config`": lora("refused", "mixed anew for every text", arrow_config={"top_k": 1}),
+    "`use_qalora`": lora("refused", "peft cannot merge", use_qalora=True),
     "`layer_replication`": lora("refused", "more layers than its base", layer_replication=[(0, 2), (1, 2)]),
     "`alora_invocation_tokens`": lora("refused", "on for some tokens only", alora_invocation_tokens=[5]),
     "ADALORA": of_type("ADALORA", "by peft", total_step=10),
@@ -211,7 +221,7 @@ def test_the_advice_to_merge_gives_the_tuned_model(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.outcome == "refused"])
 def test_no_advice_to_merge_where_that_gives_another_model(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
-    if kind.settings.get("layer_replication") or kind.settings.get("alora_invocation_tokens"):
+    if kind.peft_type == "LORA" and "init_lora_weights" not in kind.settings:
         adapter = write_adapter(tmp_path, kind.build, lora("read").config())
         change_settings(adapter, **kind.settings)
     elif not kind.written:
