@@ -27,6 +27,7 @@ from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 
 STEM = "adapter_model"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 _LORA = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)*(?:lora_|token_adapter\.).+)")
 _FACTOR = re.compile(r"lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
@@ -165,7 +166,8 @@ def is_adapter(path: str | Path) -> bool:
         names = {entry.name for entry in Path(path).iterdir()}
     except (OSError, ValueError):
         return False
-    return ADAPTER_CONFIG in names and not {"model.safetensors", "model.safetensors.index.json"} & names
+    of_model = ("model.safetensors", "model.safetensors.index.json")
+    return ADAPTER_CONFIG in names and not any(name in of_model or _SHARD.fullmatch(name) for name in names)
 
 
 def _check_tensors(checkpoint: Checkpoint, also: frozenset[str]) -> None:

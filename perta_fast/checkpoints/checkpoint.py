@@ -1,5 +1,6 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
+import json
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.advice import conversion_command, python_command
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
@@ -23,16 +24,8 @@ if TYPE_CHECKING:
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ggml", ".npz", ".distcp", ".nemo", ".tflite")
 _WEIGHTS = frozenset((".safetensors", *_PICKLED, *_OTHER_WEIGHTS))
-_ABOUT_WEIGHTS = (
-    ".json",
-    ".md",
-    ".txt",
-    ".py",
-    ".metadata",
-    ".lock",
-    ".md5",
-    ".sha256",
-)  # as in model.safetensors.index.json
+# As in model.safetensors.index.json.
+_ABOUT_WEIGHTS = (".json", ".md", ".md5", ".sha256", ".txt", ".py", ".metadata", ".lock")
 # What trainers and this package leave beside a model: no values of its weights.
 _NO_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|importance)\b.*|rng_state_\d+\.pth")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,7 +35,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 class Checkpoint:
     """Opened shards: headers read and checked, data mapped only where it is used.
 
-    shards: by file name. tensors: by name, over all shards.
+    shards: by file name. tensors: by name, over all shards. index: None for a single file, and for shards without one.
     """
 
     path: Path
@@ -54,11 +47,13 @@ class Checkpoint:
     def open(
         cls, path: str | Path, stem: str = "model", *, unfinished: bool = False, index: Path | None = None
     ) -> "Checkpoint":
-        """Open ``path``, a directory with ``{stem}.safetensors`` or ``{stem}.safetensors.index.json``.
+        """Open the tensors of a directory.
 
-        Reads headers only. unfinished: open a model even if an in-place run on it is unfinished. index: the path
-        of the index, if it is not in ``path``. Raises InputError, naming file and tensor, for whatever is missing,
-        malformed, truncated, pickled, or outside the directory.
+        These are ``{stem}.safetensors``, or the shards that ``{stem}.safetensors.index.json`` names, or all shards. If
+        the index places a tensor into the last of the shards that hold it, the others hold old copies. Reads headers
+        only. unfinished: open a model even if an in-place run on it is unfinished. index: the path of the index, if it
+        is not in ``path``. Raises InputError, naming file and tensor, for whatever is missing, malformed, truncated,
+        pickled, or outside the directory.
         """
         path = Path(path)
         try:
@@ -78,10 +73,8 @@ class Checkpoint:
         if index is None and f"{single}.index.json" in names:
             index = path / f"{single}.index.json"
         if index is None:
-            if single not in names:
-                raise InputError(_why_no_weights(path, names, stem))
-            shard = SafetensorsFile.open(path / single)
-            return cls(path, {single: shard}, shard.tensors)
+            shards = _shards_without_index(path, names, stem)
+            return cls(path, shards, {name: entry for file in shards.values() for name, entry in file.tensors.items()})
         weight_map = _read_index(index)
         if single in names and single not in weight_map.values():
             raise InputError(
@@ -91,6 +84,15 @@ class Checkpoint:
             raise InputError(f"{index}: names the shard {missing[0]}, which is not there; fetch it again")
         shards = {name: SafetensorsFile.open(path / name) for name in sorted(set(weight_map.values()))}
         return cls(path, shards, _tensors_of(index, weight_map, shards), index)
+
+    @property
+    def old_copies(self) -> dict[str, list[str]]:
+        """By shard, the tensors in it that the index places into another one."""
+        old = {
+            shard: [name for name, entry in file.tensors.items() if self.tensors[name].path != entry.path]
+            for shard, file in self.shards.items()
+        }
+        return {shard: names for shard, names in old.items() if names}
 
     @property
     def size(self) -> int:
@@ -152,11 +154,16 @@ def copy_companions(source: Checkpoint, target: Path) -> None:
     """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use.
 
     An adapter that lies beside the model stays behind: with its config alone, transformers would look for it in vain.
-    So do links that lead elsewhere (``left_out_links``): what they lead to may be private.
+    So do links that lead elsewhere (``left_out_links``): what they lead to may be private. Shards without an index get
+    one, since transformers cannot load them without.
     """
     for path in _companions(source):
         if not _is_left_out(path, source):
             shutil.copyfile(path, target / path.name)
+    if source.index is None and "model.safetensors" not in source.shards:
+        weight_map = {name: entry.path.name for name, entry in source.tensors.items()}
+        content = {"metadata": {"total_size": source.size}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def left_out_links(source: Checkpoint) -> list[Path]:
@@ -205,7 +212,7 @@ def other_weights(checkpoint: Checkpoint) -> list[str]:
         folders[:] = sorted(name for name in folders if not name.startswith(".perta"))
         own = checkpoint.shards if not inside.parts else {}
         found += [str(inside / name) for name in sorted(names) if name not in own and _may_be_model(name)]
-    return found
+    return found + [f"old copies of {len(names)} tensors in {name}" for name, names in checkpoint.old_copies.items()]
 
 
 def _is_weights(name: str) -> bool:
@@ -236,13 +243,54 @@ def _tensors_of(index: Path, weight_map: dict[str, str], shards: dict[str, Safet
             raise InputError(f"{index}: puts tensor {name} into {shard}, which does not hold it")
     for shard_name, file in shards.items():
         for name in file.tensors:
-            if weight_map.get(name) != shard_name:
+            if name not in weight_map:
                 raise InputError(f"{file.path}: holds tensor {name}, which the index does not place there")
+            if weight_map[name] < shard_name:  # transformers reads the shards in the order of their names
+                raise InputError(
+                    f"{file.path}: holds tensor {name}, which the index does not place there but into "
+                    f"{weight_map[name]}; transformers would load the one here. Save what it loads with: "
+                    f"{conversion_command(index.parent)}"
+                )
     return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+
+
+def _shards_without_index(path: Path, names: list[str], stem: str) -> dict[str, SafetensorsFile]:
+    """The single file, or all shards of one set. Raises InputError if one is missing, or a tensor is in two of them."""
+    if f"{stem}.safetensors" in names:
+        return {f"{stem}.safetensors": SafetensorsFile.open(path / f"{stem}.safetensors")}
+    shard = re.compile(rf"{re.escape(stem)}-(\d{{1,9}})-of-(\d{{1,9}})\.safetensors")
+    parts = {name: (int(match[1]), int(match[2])) for name in sorted(names) if (match := shard.fullmatch(name))}
+    if not parts:
+        raise InputError(_why_no_weights(path, names, stem))
+    counts = {count for _, count in parts.values()}
+    numbers = sorted(number for number, _ in parts.values())
+    if len(counts) > 1 or numbers != list(range(1, max(counts) + 1)):
+        raise InputError(
+            f"{path}: holds {next(iter(parts))}, but neither {stem}.safetensors.index.json nor exactly the shards of "
+            "one set; fetch it again"
+        )
+    files = {name: SafetensorsFile.open(path / name) for name in parts}
+    holders: dict[str, Path] = {}
+    for file in files.values():
+        for name in file.tensors:
+            if name in holders:
+                raise InputError(
+                    f"{file.path}: holds tensor {name}, as {holders[name].name} does, and there is no "
+                    f"{stem}.safetensors.index.json that says which one counts; fetch that too"
+                )
+            holders[name] = file.path
+    return files
 
 
 def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
     neither = f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"
+    if stem == "adapter_model" and f"{stem}.bin" in names:
+        source, target = str(path / f"{stem}.bin"), str(path / f"{stem}.safetensors")
+        program = (
+            f"import torch, safetensors.torch as s; t = torch.load({source!r}, 'cpu', weights_only=True); "
+            f"s.save_file({{k: v.clone().contiguous() for k, v in t.items()}}, {target!r}, {{'format': 'pt'}})"
+        )
+        return f"{path}: holds {stem}.bin, which is never loaded here; convert it with: {python_command(program)}"
     if stem != "model":
         return neither
     if ADAPTER_CONFIG in names:
@@ -260,4 +308,14 @@ def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
             f"{path}: holds {other[0]}, which is for running a model, and no safetensors; "
             "give the checkpoint that it was made from"
         )
-    return neither
+    if below := _weights_below(path):
+        return f"{neither}, but directories in it hold weights: give one of these, as {below[0]}"
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    return f"{neither}, but {', '.join(others[:3])}; is this a model as transformers saves it?" if others else neither
+
+
+def _weights_below(path: Path) -> list[Path]:
+    """Directories in ``path``, such as checkpoint-500 or snapshots/REVISION, that hold a model or an adapter."""
+    below = [*path.glob("*"), *path.glob("snapshots/*")]
+    marks = (ADAPTER_CONFIG, "model.safetensors", "model.safetensors.index.json")
+    return sorted(folder for folder in below if folder.is_dir() and any((folder / mark).exists() for mark in marks))

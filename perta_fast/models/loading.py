@@ -84,7 +84,13 @@ def load_subject(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    stored = Checkpoint.open(path).tensors  # its errors name what is wrong with the files
+    checkpoint = Checkpoint.open(path)  # its errors name what is wrong with the files
+    stored = checkpoint.tensors
+    if structure is None and checkpoint.index is None and "model.safetensors" not in checkpoint.shards:
+        raise InputError(
+            f"{path}: has no model.safetensors.index.json, without which transformers cannot load its shards; fetch "
+            "that too (perta unlearn and perta importance do without it with --stream)"
+        )
     chosen = choose_device(device)
     try:
         if structure is None:

@@ -36,7 +36,7 @@ class Shard:
     @property
     def unchanged(self) -> bool:
         """Whether the file is copied as it is."""
-        return all(match.copied for match in self.matches.values())
+        return all(match.copied for match in self.matches.values()) and len(self.matches) == len(self.source.tensors)
 
     @property
     def count(self) -> int:
@@ -58,10 +58,12 @@ class Shard:
         return sum(bytes_moved(self.matches[index], stop - start) for index, start, stop in self.ranges(begin, end))
 
     def begin_file(self) -> None:
-        """Make the file, or empty it, and write the header."""
+        """Make the file, or empty it, and write the header. Old copies of tensors become zeros."""
         descriptor = own_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             write_fully(descriptor, memoryview(self.source.header), 0)
+            if len(self.matches) < len(self.source.tensors):
+                os.ftruncate(descriptor, self.source.size)
         finally:
             os.close(descriptor)
 

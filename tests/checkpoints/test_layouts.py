@@ -1,0 +1,260 @@
+"""Directories that are not laid out as save_pretrained does: taken as transformers loads them, or named with advice."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from perta_fast import unlearn
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.errors import InputError
+from perta_fast.models.loading import load_subject
+from perta_fast.runs.apply import apply
+from perta_fast.runs.inspect import describe
+from perta_fast.runs.verify import verify
+from tests.checkpoints.test_adapters import make_adapter
+from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint
+from tests.support.children import run_child
+from tests.support.models import Job, llama, write_job
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+INDEX = "model.safetensors.index.json"
+QUERY, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Float32, in several shards."""
+    return write_job(tmp_path / "job", torch.float32)
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    content: dict[str, dict[str, str]] = json.loads((folder / INDEX).read_text())
+    return content["weight_map"]
+
+
+def overlay(
+    folder: Path, name: str = "zz-patch.safetensors", names: tuple[str, ...] = (QUERY, NORM)
+) -> dict[str, Tensor]:
+    """Put new values of some tensors into a shard of their own; the old ones stay where they are."""
+    content = json.loads((folder / INDEX).read_text())
+    new = {tensor: draw(tuple(read_checkpoint(folder)[tensor].shape), seed=len(tensor)) for tensor in names}
+    save_file(new, folder / name, {"format": "pt"})
+    content["weight_map"] |= dict.fromkeys(names, name)
+    (folder / INDEX).write_text(json.dumps(content))
+    return new
+
+
+def loaded(folder: Path) -> dict[str, Tensor]:
+    """What transformers loads."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict())
+
+
+def expected(job: Job) -> dict[str, Tensor]:
+    theta, theta_0, theta_f = map(loaded, job.checkpoints)
+    return {name: theta[name] - (theta_f[name] - theta_0[name]) for name in theta}
+
+
+def assert_loads_as(folder: Path, tensors: dict[str, Tensor]) -> None:
+    found = loaded(folder)
+    assert not [name for name in tensors if not same_bytes(found[name], tensors[name])]
+
+
+@pytest.mark.parametrize("roles", [("model",), ("base",), ("tuned",), ("model", "base", "tuned")])
+def test_what_the_index_says_counts(roles: tuple[str, ...], job: Job, tmp_path: Path) -> None:
+    for role in roles:
+        new = overlay(getattr(job, role))
+        assert all(same_bytes(loaded(getattr(job, role))[name], new[name]) for name in new)
+        assert all(same_bytes(Checkpoint.open(getattr(job, role)).tensor(name), new[name]) for name in new)
+    right = expected(job)
+    report = apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    assert_loads_as(tmp_path / "out", right)
+    assert len(report.tensors) == len(right)
+    assert not verify(tmp_path / "out", full=True, progress=False).problems
+
+
+@pytest.mark.parametrize("stream", [None, False, True])
+def test_old_copies_do_not_stay_in_the_output(stream: bool | None, job: Job, tmp_path: Path) -> None:
+    before = {name: shard for name, shard in weight_map(job.model).items() if name in (QUERY, NORM)}
+    overlay(job.model)
+    if stream is None:
+        report = apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    else:
+        report = unlearn(*job.checkpoints, job.forget, job.retain, stream=stream, out=tmp_path / "out")
+    for name, shard in before.items():
+        assert load_file(job.model / shard)[name].any()
+        assert not load_file(tmp_path / "out" / shard)[name].any()
+        assert any(line.startswith("old copies of ") and line.endswith(shard) for line in report.other_weights)
+    theta = loaded(job.model)
+    assert loaded(tmp_path / "out").keys() == theta.keys()
+    assert not verify(tmp_path / "out", full=True, progress=False).problems
+
+
+def test_a_shard_of_old_copies_alone_becomes_zeros(tmp_path: Path) -> None:
+    tensors = {"a": draw((3, 5)), "b": draw((2,), seed=1)}
+    paths = [write_checkpoint(tmp_path / role, tensors, 2) for role in ("model", "base", "tuned")]
+    save_file({"a": draw((3, 5), seed=4)}, paths[2] / "model-00001-of-00002.safetensors")
+    new = draw((3, 5), seed=7)
+    save_file({"a": new}, paths[0] / "model-00003-of-00002.safetensors")
+    content = json.loads((paths[0] / INDEX).read_text())
+    content["weight_map"]["a"] = "model-00003-of-00002.safetensors"
+    content["weight_map"]["c"] = "model-00001-of-00002.safetensors"
+    save_file(load_file(paths[0] / "model-00001-of-00002.safetensors") | {"c": torch.arange(2)},
+              paths[0] / "model-00001-of-00002.safetensors")  # fmt: skip
+    (paths[0] / INDEX).write_text(json.dumps(content))
+    for threads in (1, 3):
+        apply(*paths, rule="tv", out=tmp_path / "out", threads=threads, overwrite=True)
+        first = load_file(tmp_path / "out" / "model-00001-of-00002.safetensors")
+        assert not first["a"].any()
+        assert torch.equal(first["c"], torch.arange(2))
+        step = load_file(paths[2] / "model-00001-of-00002.safetensors")["a"] - tensors["a"]
+        assert same_bytes(load_file(tmp_path / "out" / "model-00003-of-00002.safetensors")["a"], new - step)
+
+
+def test_in_place_old_copies_are_named(job: Job, tmp_path: Path) -> None:
+    overlay(job.model)
+    before = fingerprint(job.model)
+    with pytest.raises(InputError, match=r"old copies of \d tensors in model-0000.*--leave-others"):
+        apply(*job.checkpoints, rule="tv", in_place=True)
+    assert fingerprint(job.model) == before
+    apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    right = loaded(tmp_path / "out")
+    apply(*job.checkpoints, rule="tv", in_place=True, leave_others=True)
+    assert_loads_as(job.model, right)
+
+
+def test_an_index_against_the_order_of_shards_is_refused_with_advice(job: Job, tmp_path: Path) -> None:
+    """Transformers loads the last one that it reads, whatever the index says."""
+    new = overlay(job.model, "a-patch.safetensors")
+    seen = loaded(job.model)
+    assert not same_bytes(seen[QUERY], new[QUERY])
+    with pytest.raises(
+        InputError, match=r"but into a-patch\.safetensors; transformers would load the one here"
+    ) as caught:
+        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    run_advice(str(caught.value).rpartition("Save what it loads with: ")[2])
+    saved = job.model.with_name("model-safetensors")
+    assert_loads_as(saved, seen)
+    apply(saved, job.base, job.tuned, rule="tv", out=tmp_path / "out")
+
+
+def run_advice(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    done = run_child([sys.executable, *arguments])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("roles", [("model",), ("base",), ("tuned",), ("model", "base", "tuned")])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_shards_without_an_index(roles: tuple[str, ...], in_place: bool, job: Job, tmp_path: Path) -> None:
+    right = expected(job)
+    index = (job.model / INDEX).read_bytes()
+    for role in roles:
+        (getattr(job, role) / INDEX).unlink()
+    if in_place:
+        apply(*job.checkpoints, rule="tv", in_place=True)
+        assert not list(job.model.glob("*.index.json")) or "model" not in roles
+        (job.model / INDEX).write_bytes(index)
+        assert_loads_as(job.model, right)
+        return
+    apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    assert_loads_as(tmp_path / "out", right)
+    assert weight_map(tmp_path / "out") == json.loads(index)["weight_map"]
+    assert not verify(tmp_path / "out", full=True, progress=False).problems
+    assert "checkpoint" in describe(job.model)
+
+
+def test_without_an_index_a_stream_runs_and_a_model_in_memory_is_refused(job: Job, tmp_path: Path) -> None:
+    unlearn(*job.checkpoints, job.forget, job.retain, stream=True, out=tmp_path / "expected")
+    for path in job.checkpoints:
+        (path / INDEX).unlink()
+    with pytest.raises(InputError, match=rf"has no {INDEX}, without which transformers cannot load"):
+        unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "out")
+    with pytest.raises(InputError, match=rf"has no {INDEX}"):
+        load_subject(job.model, "cpu", None)
+    unlearn(*job.checkpoints, job.forget, job.retain, stream=True, out=tmp_path / "out")
+    assert_loads_as(tmp_path / "out", loaded(tmp_path / "expected"))
+
+
+def drop(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[0].unlink()
+
+
+def repeat(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    save_file(load_file(second) | dict([next(iter(load_file(first).items()))]), second)
+
+
+def add(folder: Path) -> None:
+    save_file({"other": draw((2,))}, folder / "model-00001-of-00009.safetensors")
+
+
+INCOMPLETE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "one is missing": (drop, "nor exactly the shards of one set; fetch it again"),
+    "two sets": (add, "nor exactly the shards of one set; fetch it again"),
+    "a name in two": (repeat, "and there is no model.safetensors.index.json that says which one counts"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_other_shards_without_an_index_are_refused(case: str, job: Job, tmp_path: Path) -> None:
+    damage, reason = INCOMPLETE[case]
+    (job.tuned / INDEX).unlink()
+    damage(job.tuned)
+    with pytest.raises(InputError, match=reason):
+        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+
+
+def test_a_pickled_adapter_is_named_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path, llama, {"target_modules": ["q_proj", "down_proj"]})
+    apply(tmp_path / "model", tmp_path / "base", adapter, rule="tv", out=tmp_path / "expected")
+    path = adapter / "adapter_model.safetensors"
+    torch.save(load_file(path), adapter / "adapter_model.bin")
+    path.unlink()
+    with pytest.raises(InputError, match=r"holds adapter_model.bin, which is never loaded here") as caught:
+        apply(tmp_path / "model", tmp_path / "base", adapter, rule="tv", out=tmp_path / "out")
+    run_advice(str(caught.value).rpartition("convert it with: ")[2])
+    apply(tmp_path / "model", tmp_path / "base", adapter, rule="tv", out=tmp_path / "out")
+    assert read_checkpoint(tmp_path / "out").keys() == read_checkpoint(tmp_path / "expected").keys()
+    for name, tensor in read_checkpoint(tmp_path / "expected").items():
+        assert same_bytes(read_checkpoint(tmp_path / "out")[name], tensor)
+
+
+@pytest.mark.parametrize("below", ["checkpoint-12", "snapshots/0123abcd"])
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_weights_one_directory_down_are_named(below: str, kind: str, tmp_path: Path) -> None:
+    make_adapter(tmp_path, llama, {"target_modules": ["q_proj"]})
+    shutil.copytree(tmp_path / kind, tmp_path / "run" / below)
+    (tmp_path / "run" / "trainer_state.json").write_text("{}")
+    with pytest.raises(InputError, match="directories in it hold weights: give one of these, as") as caught:
+        apply(tmp_path / "model", tmp_path / "base", tmp_path / "run", rule="tv", out=tmp_path / "out")
+    (named,) = re.findall(r"give one of these, as (.*)", str(caught.value))
+    assert Path(named) == tmp_path / "run" / below
+    apply(tmp_path / "model", tmp_path / "base", named, rule="tv", out=tmp_path / "out")
+
+
+def test_safetensors_of_another_name_are_named(tmp_path: Path) -> None:
+    tmp_path.joinpath("config.json").write_text("{}")
+    save_file({"a": draw((2,))}, tmp_path / "consolidated.safetensors")
+    with pytest.raises(InputError, match=r"holds neither .*, but consolidated\.safetensors; is this a model as"):
+        Checkpoint.open(tmp_path)
+
+
+def test_an_adapter_beside_shards_without_an_index_is_not_taken_for_tuned(job: Job, tmp_path: Path) -> None:
+    right = expected(job)
+    (job.tuned / INDEX).unlink()
+    (job.tuned / "adapter_config.json").write_text("{}")
+    (report := apply(*job.checkpoints, rule="tv", out=tmp_path / "out"))
+    assert_loads_as(tmp_path / "out", right)
+    assert "the adapter was not read" in report.warnings[0]
