@@ -113,6 +113,7 @@ def test_in_a_new_directory_they_are_not_and_the_report_says_so(inputs: Inputs, 
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
         "perta_report.json",
+        "perta_files.b3",
         "README.md",
     }
     assert set(Report.load(tmp_path / "out").other_weights) == set(OTHERS)
