@@ -11,7 +11,8 @@ from perta_fast.files.reading import exists, read_json
 # What the model families call these two matrices.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _INPUT_EMBEDDINGS = tuple(
-    f"{module}.weight" for module in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+    f"{module}.weight"
+    for module in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", ".embeddings")
 )
 
 

@@ -51,11 +51,13 @@ def _language_modules(model: Any) -> "set[torch.nn.Module]":
     return kept
 
 
-def empty_model(path: Path, dtype: "torch.dtype | None" = None, default: "torch.dtype | None" = None) -> Any:
+def empty_model(
+    path: Path, dtype: "torch.dtype | None" = None, default: "torch.dtype | None" = None, *, all_parts: bool = False
+) -> Any:
     """The language part of the model that ``config.json`` in ``path`` describes, without memory for its values.
 
-    dtype: None takes the configuration's own, or ``default`` if it names none. Raises InputError if transformers cannot
-    build it.
+    dtype: None takes the configuration's own, or ``default`` if it names none. all_parts: those for images too. Raises
+    InputError if transformers cannot build it.
     """
     import torch
     from transformers import AutoConfig
@@ -66,7 +68,8 @@ def empty_model(path: Path, dtype: "torch.dtype | None" = None, default: "torch.
             model = auto_class(config).from_config(
                 config, dtype=dtype or config.dtype or default, trust_remote_code=False
             )
-        keep_language_part_(model)
+        if not all_parts:
+            keep_language_part_(model)
     except MemoryError:
         raise
     except Exception as error:  # a damaged configuration raises many kinds of errors

@@ -73,8 +73,9 @@ class MergedByPeft:
         does not know a setting, the model cannot be built, or a module is not in it or cannot be merged.
         """
         _check_peft(adapter)
-        skeleton: nn.Module = empty_model(base.path, torch.float32)
-        paths = [name for name, _ in skeleton.named_modules(remove_duplicate=False) if name]
+        skeleton: nn.Module = empty_model(base.path, torch.float32, all_parts=True)
+        modules_of_base = skeleton.named_modules(remove_duplicate=False)
+        paths = {name for name, module in modules_of_base if next(module.parameters(recurse=False), None) is not None}
         modules: dict[str, list[str]] = {}
         for key in adapter.by_peft:
             modules.setdefault(_module_of(key, paths, adapter, base), []).append(key)
@@ -224,16 +225,17 @@ def _aim(config: Any, path: str, tuner: Any) -> None:
         config.target_modules, config.target_parameters = ([], chosen) if chosen else ([path], None)
 
 
-def _module_of(key: str, paths: list[str], adapter: Adapter, base: Checkpoint) -> str:
-    """The path of the module that one of the adapter's tensors belongs to: the longest that it begins with."""
+def _module_of(key: str, paths: set[str], adapter: Adapter, base: Checkpoint) -> str:
+    """The path of the module that one of the adapter's tensors belongs to: the longest of ``paths`` in its name."""
     name = key.removeprefix(PREFIX)
-    inside = [path for path in paths if name.startswith(f"{path}.")]
+    parts = name.split(".")
+    inside = [path for end in range(1, len(parts)) if (path := ".".join(parts[:end])) in paths]
     if not inside:
         raise InputError(
             f"{adapter.checkpoint.path}: tensor {key} belongs to no module of the model in {base.path}; give the "
             "checkpoint that the adapter was tuned from"
         )
-    return max(inside, key=len)
+    return inside[-1]
 
 
 def _check_peft(adapter: Adapter) -> None:
