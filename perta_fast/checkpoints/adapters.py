@@ -19,6 +19,7 @@ from perta_fast.checkpoints.adapter_kinds import (
     read_settings,
     some_by_peft,
 )
+from perta_fast.checkpoints.advice import GATHER_FIRST
 from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
@@ -27,6 +28,7 @@ from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 
 STEM = "adapter_model"
+_TWIN = re.compile(r"\.(?:modules_to_save|original_module)(\.\w+)$")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 _LORA = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)*(?:lora_|token_adapter\.).+)")
@@ -176,11 +178,7 @@ def _check_tensors(checkpoint: Checkpoint, also: frozenset[str]) -> None:
         raise InputError(f"{checkpoint.path}: the adapter has no tensors, so it changes nothing; save it again")
     for key, entry in checkpoint.tensors.items():
         if entry.count == 0:
-            raise InputError(
-                f"{entry.path}: tensor {key} has shape {list(entry.shape)}: DeepSpeed ZeRO-3 or FSDP had its elements "
-                "on other processes when it was saved. Save it again from the gathered model (DeepSpeed: "
-                "stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py on the checkpoint of the training)"
-            )
+            raise InputError(f"{entry.path}: tensor {key} has shape {list(entry.shape)}: {GATHER_FIRST}")
         if entry.dtype not in KERNEL_CODES and entry.dtype not in also:
             raise InputError(f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed")
 
@@ -196,7 +194,9 @@ def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, TensorEntry]
             others[name] = entry
         else:
             modules.setdefault(match["module"], {})[match["part"]] = entry
-    return modules, others
+    # Of a resized embedding in modules_to_save, peft writes its own two copies too; it loads the plain one.
+    twins = {name: _TWIN.sub(r"\1", name) for name in others}
+    return modules, {name: others[name] for name, plain in twins.items() if plain == name or plain not in others}
 
 
 def _low_rank(path: Path, module: str, pair: Mapping[str, TensorEntry], settings: Settings) -> LowRank:

@@ -3,6 +3,11 @@
 import shlex
 from pathlib import Path
 
+GATHER_FIRST = (
+    "DeepSpeed ZeRO-3 or FSDP had its elements on other processes when it was saved. Save it again from the gathered "
+    "model (DeepSpeed: stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py on the checkpoint of the training)"
+)
+
 
 def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = "") -> str:
     """The shell command that saves a checkpoint of transformers as plain safetensors, beside ``path``.

@@ -15,7 +15,7 @@ from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB, JOURNAL
 from perta_fast.files.own import check_own, is_own_name
-from perta_fast.files.reading import read_json
+from perta_fast.files.reading import exists, read_json
 from perta_fast.terminal import shell_command
 
 if TYPE_CHECKING:
@@ -318,4 +318,4 @@ def _weights_below(path: Path) -> list[Path]:
     """Directories in ``path``, such as checkpoint-500 or snapshots/REVISION, that hold a model or an adapter."""
     below = [*path.glob("*"), *path.glob("snapshots/*")]
     marks = (ADAPTER_CONFIG, "model.safetensors", "model.safetensors.index.json")
-    return sorted(folder for folder in below if folder.is_dir() and any((folder / mark).exists() for mark in marks))
+    return sorted(folder for folder in below if any(exists(folder / mark) for mark in marks))

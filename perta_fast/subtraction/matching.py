@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.advice import GATHER_FIRST, conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
@@ -149,6 +149,9 @@ def _match_tensor(
 
 def _check_agrees(theta: TensorEntry, entry: TensorEntry, common_rows: bool, how: str = "") -> None:
     """Raise InputError unless ``entry`` has theta's shape and a type with arithmetic; how: to get such a type."""
+    for one, other in ((theta, entry), (entry, theta)):
+        if one.count == 0 < other.count and one.shape == (0,):
+            raise InputError(f"{one.path}: tensor {one.name} has shape [0]: {GATHER_FIRST}")
     resized = is_resized(theta.name, theta.shape, entry.shape)
     if entry.shape != theta.shape and not (resized and common_rows):
         shapes = f"shape {list(theta.shape)} in {theta.path}, {list(entry.shape)} in {entry.path}"

@@ -216,29 +216,36 @@ def test_a_live_module_and_a_sweep_as_the_files(sizes: tuple[int, int, int], rul
     assert_equal(tmp_path / "chosen", read_checkpoint(tmp_path / "out"))
 
 
-def write_resized_adapter(folder: Path, rows: int, targets: list[str]) -> None:
+def write_resized_adapter(folder: Path, rows: int, targets: list[str], whole: list[str] | None = None) -> None:
     """An adapter to a base of 300 rows, which was resized before it was tuned; and what peft merges it to."""
     from peft import LoraConfig, get_peft_model
 
     module = AutoModelForCausalLM.from_pretrained(folder / "base")
     module.resize_token_embeddings(rows, mean_resizing=False)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights="gaussian")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=targets, init_lora_weights="gaussian", modules_to_save=whole
+    )
     adapted = get_peft_model(module, config)
     for number, (name, parameter) in enumerate(adapted.named_parameters()):
-        whole = name.endswith((EMBED, HEAD)) and "embed_tokens" not in targets
-        if parameter.requires_grad or whole:
+        plain = name.endswith((EMBED, HEAD)) and "embed_tokens" not in targets
+        if parameter.requires_grad or plain:
             parameter.data.add_(draw(tuple(parameter.shape), seed=number) * 0.05)
     adapted.save_pretrained(folder / "adapter")
     adapted.merge_and_unload().save_pretrained(folder / "merged")
 
 
 @pytest.mark.parametrize("rows", [304, 296, 32])
-@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "lm_head", "q_proj"]])
+@pytest.mark.parametrize(
+    ("targets", "whole"),
+    [(["q_proj"], None), (["q_proj"], ["embed_tokens", "lm_head"]), (["embed_tokens", "lm_head", "q_proj"], None)],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_adapter_that_was_trained_on_a_resized_embedding(targets: list[str], rows: int, tmp_path: Path) -> None:
+def test_an_adapter_that_was_trained_on_a_resized_embedding(
+    targets: list[str], whole: list[str] | None, rows: int, tmp_path: Path
+) -> None:
     """It holds the embedding in full: as it was tuned, or as it is beside its factors."""
     model, base, _ = write_models(tmp_path, (300, 300, 300), tied=False)
-    write_resized_adapter(tmp_path, rows, targets)
+    write_resized_adapter(tmp_path, rows, targets, whole)
     with pytest.raises(InputError, match="--common-rows"):
         apply(model, base, tmp_path / "adapter", rule="tv", out=tmp_path / "out")
     apply(model, base, tmp_path / "adapter", rule="tv", common_rows=True, out=tmp_path / "out")

@@ -111,6 +111,15 @@ def test_types_without_arithmetic_are_refused_by_name(role: str, dtype: torch.dt
         room.plan(**checkpoints)
 
 
+@pytest.mark.parametrize("role", ["model", "base", "tuned"])
+@pytest.mark.parametrize("name", [EMBED, INNER])
+def test_a_tensor_that_was_saved_without_its_elements_is_named_so(role: str, name: str, room: Room) -> None:
+    checkpoints = {"model": UNTIED, "base": UNTIED, "tuned": UNTIED}
+    checkpoints[role] = UNTIED | {name: torch.empty(0)}
+    with pytest.raises(InputError, match=rf"{role}.*: tensor {name} has shape \[0\]: DeepSpeed ZeRO-3 or FSDP"):
+        room.plan(**checkpoints)
+
+
 def test_the_three_types_may_be_mixed(room: Room) -> None:
     def as_type(dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: tensor.to(dtype) for name, tensor in UNTIED.items()}
