@@ -36,18 +36,16 @@ def own_file(path: str | Path, flags: int, mode: int = 0o666) -> int:
     """
     path = Path(path)
     with _holder_of(path) as holder:
+        if flags & os.O_CREAT:
+            with suppress(FileExistsError):  # a new file needs no check
+                return os.open(path.name, flags | os.O_EXCL, mode, dir_fd=holder)
         try:
-            descriptor = os.open(path.name, (flags & ~os.O_TRUNC) | _NO_LINK, mode, dir_fd=holder)
+            descriptor = os.open(path.name, flags & ~(os.O_CREAT | os.O_TRUNC) | _NO_LINK, dir_fd=holder)
         except OSError as error:
             raise _explained(error, path) from error
         try:
-            status = os.fstat(descriptor)
-            problem = _problem(status, os.fstat(holder), directory=False)
-            if not problem and flags & (os.O_WRONLY | os.O_RDWR):
-                problem = _second_name(status)
-            if problem:
-                raise InputError(_inside(path, problem))
-            if flags & os.O_TRUNC and status.st_size:
+            _check_file(path, flags, os.fstat(descriptor), os.fstat(holder))
+            if flags & os.O_TRUNC:
                 os.ftruncate(descriptor, 0)
         except BaseException:
             os.close(descriptor)
@@ -55,12 +53,21 @@ def own_file(path: str | Path, flags: int, mode: int = 0o666) -> int:
     return descriptor
 
 
+def _check_file(path: Path, flags: int, status: os.stat_result, holder: os.stat_result) -> None:
+    # Weights in a model's directory may be of another user of a group: a journal writes them, but they are not its own.
+    own = any(map(is_own_name, path.parts))
+    problem = _problem(status, holder if own else status, directory=False)
+    if not problem and flags & (os.O_WRONLY | os.O_RDWR):
+        problem = _second_name(status)
+    if problem:
+        raise InputError(_inside(path, problem))
+
+
 def make_own_directory(path: Path) -> None:
     """Make ``path``, unless it is there already. Raises InputError as ``check_own`` does; OSError."""
     check_own(path)
     with _holder_of(path) as holder, suppress(FileExistsError):
-        os.mkdir(path.name, dir_fd=holder)
-    check_own(path)
+        os.mkdir(path.name, dir_fd=holder)  # not checked again: some network file systems give it to another user
 
 
 def remove_own_file(path: Path) -> None:

@@ -366,6 +366,36 @@ def test_what_belongs_to_another_user_is_refused(tmp_path: Path, monkeypatch: py
     check_own(hidden)
 
 
+def test_what_a_run_makes_itself_is_its_own(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the file system gives it to somebody else, as NFS does with what root makes. Weights may be a group's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file to another user")
+    for folder in (tmp_path, inputs["model"]):
+        os.chown(folder, 111, -1)
+    for shard in inputs["model"].iterdir():
+        os.chown(shard, 222, -1)
+    make = os.mkdir, os.open
+
+    def mkdir(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        make[0](path, mode, dir_fd=dir_fd)
+        os.chown(path, 333, -1, dir_fd=dir_fd)
+
+    def opened(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        descriptor = make[1](path, flags, mode, dir_fd=dir_fd)
+        if flags & os.O_EXCL:
+            os.fchown(descriptor, 333, -1)
+        return descriptor
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(own.os, "geteuid", lambda: 444)
+    apply(*inputs.checkpoints, rule="tv", out=tmp_path / "out", progress=False)
+    apply(*inputs.checkpoints, rule="tv", in_place=True, progress=False)
+    write_output_file(tmp_path / "scores.json", b"new")
+    found = read_checkpoint(inputs["model"])
+    assert all(same_bytes(tensor, found[name]) for name, tensor in read_checkpoint(tmp_path / "out").items())
+
+
 @pytest.fixture
 def bound(tmp_path: Path, elsewhere: Path) -> Iterator[Callable[[Path], None]]:
     """Binds ``elsewhere`` to a directory that it makes."""

@@ -325,3 +325,15 @@ def test_an_interrupt_leaves_nothing(float_job: Job, tmp_path: Path, monkeypatch
         signal.signal(signal.SIGINT, handler)
     assert list(tmp_path.iterdir()) == []
     assert fingerprint(float_job.base.parent) == before
+
+
+def test_companions_elsewhere_are_named_and_left_out(float_job: Job, forget: Path, tmp_path: Path) -> None:
+    base, private = shutil.copytree(float_job.base, tmp_path / "base"), tmp_path / "private.txt"
+    private.write_text("private")
+    (base / "notes.txt").symlink_to(private)
+    tuning = tune(base, forget, tmp_path / "out", full=True, epochs=1)
+    assert f"{base / 'notes.txt'} is a link to {private}, outside the model's directory" in tuning.warnings[0]
+    assert tuning.warnings[0] in tuning.summary()
+    assert not os.path.lexists(tmp_path / "out" / "notes.txt") and (tmp_path / "out" / "tokenizer.json").exists()
+    adapter = tune(base, forget, tmp_path / "adapter", epochs=1)
+    assert not any("notes.txt" in warning for warning in adapter.warnings)
