@@ -1,5 +1,6 @@
 """A new directory that appears whole or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -137,13 +138,14 @@ def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> Non
     check_free(final, overwrite=overwrite, inputs=inputs)
     resolved = Path(os.path.realpath(final))
     if mounts := mounts_in(resolved):
-        inside = shell_command("--out", final / "NAME")
-        what = f"is a mount point, which cannot be replaced; name a new directory in it, as in {inside}"
+        inside = shell_command(final / "NAME")
+        what = f"is a mount point, which cannot be replaced; name a new directory in it, such as {inside}"
         if mounts[0] != resolved:
             what = f"holds the mount point {mounts[0]}, whose content would be removed; choose another directory"
         raise InputError(f"{final}: {what}")
     for path in (partial_path(resolved), _replaced_path(resolved)):
         check_own(path)
+    check_writable(resolved)
 
 
 def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
@@ -179,12 +181,23 @@ def _found_in(directory: Path, inputs: Iterable[Path]) -> Path | None:
     return None
 
 
+def check_writable(path: Path) -> None:
+    """Raise RunError if no file or directory can be made beside ``path``, before hours of work for it."""
+    holder = existing_parent(path.parent)
+    if not os.access(holder, os.W_OK | os.X_OK):
+        read_only = os.statvfs(holder).f_flag & os.ST_RDONLY
+        raise RunError(f"{path}: cannot be written: {os.strerror(errno.EROFS if read_only else errno.EACCES)}")
+
+
+def existing_parent(path: Path) -> Path:
+    """``path``, or its nearest parent that is a directory."""
+    path = path.absolute()
+    return next(directory for directory in (path, *path.parents) if directory.is_dir())
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Raise RunError if the file system that will hold ``directory`` has fewer than ``needed`` bytes free."""
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(directory)).free
     if free < needed:
         raise RunError(
             f"{directory}: needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free; nothing was written"

@@ -9,7 +9,7 @@ from perta_fast.errors import InputError, RunError
 from perta_fast.files.durable import write_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.mounts import mounts_in
-from perta_fast.files.new_directory import partial_path
+from perta_fast.files.new_directory import check_writable, partial_path
 from perta_fast.files.own import check_own, remove_own_file
 from perta_fast.files.reading import checked_path
 from perta_fast.terminal import shell_command
@@ -36,6 +36,7 @@ def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool, 
     if mounts_in(path):
         raise InputError(f"{path}: is a mount point, which cannot be replaced; {advice} in a directory")
     check_own(partial_path(path), directory=False)
+    check_writable(path)
 
 
 def write_output_file(path: Path, content: bytes) -> None:

@@ -117,7 +117,7 @@ class TestBindMounts:
     ) -> None:
         (tmp_path / "volume").mkdir()
         out = bind(tmp_path / "volume", tmp_path / "out put")
-        advice = r"out put: is a mount point, which cannot be replaced; .* as in --out '.*/out put/NAME'$"
+        advice = r"out put: is a mount point, which cannot be replaced; .* such as '.*/out put/NAME'$"
         for overwrite in (False, True):
             with pytest.raises(InputError, match=advice):
                 apply(*inputs.checkpoints, rule="tv", out=out, overwrite=overwrite, progress=False)

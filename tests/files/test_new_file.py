@@ -3,10 +3,12 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from perta_fast.errors import InputError, RunError
+from perta_fast.files.new_directory import check_output
 from perta_fast.files.new_file import check_output_file, write_output_file
 
 
@@ -75,3 +77,26 @@ def test_what_cannot_get_its_name_is_kept(number: int, tmp_path: Path, monkeypat
         write_output_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert (tmp_path / ".scores.json.perta-partial").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(("flag", "reason"), [(0, "Permission denied"), (os.ST_RDONLY, "Read-only file system")])
+def test_a_directory_that_cannot_be_written_is_found_before_the_work(
+    flag: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flag))
+    with pytest.raises(RunError, match=rf"scores\.json: cannot be written: {reason}"):
+        check_output_file(tmp_path / "scores.json", (".json",), overwrite=False)
+    for out in (tmp_path / "out", tmp_path / "a" / "b"):
+        with pytest.raises(RunError, match=f"cannot be written: {reason}"):
+            check_output(out, overwrite=False, inputs=[])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("scores.json"), Path("./a/../scores.json")):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        check_output_file(path, (".json",), overwrite=True)
+        write_output_file(path, b"new")
+    assert (tmp_path / "scores.json").read_bytes() == b"new"

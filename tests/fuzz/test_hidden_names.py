@@ -367,7 +367,7 @@ def test_what_belongs_to_another_user_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_what_a_run_makes_itself_is_its_own(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the file system gives it to somebody else, as NFS does with what root makes. Weights may be a group's."""
+    """Even where the file system gives it to somebody else, as NFS may if root makes it. Weights may be a group's."""
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to another user")
     for folder in (tmp_path, inputs["model"]):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
+from perta_fast.files.new_directory import existing_parent
 from perta_fast.memory import PeakMemory, available_bytes, format_size, return_freed_blocks
 from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
 from perta_fast.streaming.forecast.rates import Rates, measure_rates
@@ -74,12 +75,6 @@ class Chosen:
         """Raise InputError if the disk is too small."""
         if self.shortage:
             raise InputError(self.shortage)
-
-
-def existing_parent(path: Path) -> Path:
-    """``path``, or its nearest parent that is a directory."""
-    path = path.absolute()
-    return next(directory for directory in (path, *path.parents) if directory.is_dir())
 
 
 def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chosen:
