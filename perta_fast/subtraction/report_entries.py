@@ -33,7 +33,7 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         other_weights=other_weights(sources.model),
         threads=threads,
         instruction_set=compiled.kernels().build_info()["instruction_set"],
-        versions=installed_versions(),
+        versions=installed_versions(*(["peft"] if sources.adapter is not None and sources.adapter.merged else [])),
         started=now(),
     )
     for warning in _importance_warnings(report.importance) + _adapter_warnings(sources):

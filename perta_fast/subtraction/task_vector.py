@@ -40,8 +40,9 @@ def _is_changed_by_peft(sources: Sources, match: TensorMatch) -> bool:
 def _cause(sources: Sources, where: str) -> str:
     tuned, base = sources.tuned.path, sources.base.path
     if sources.adapter_config is not None:
-        reason = "factors A or B are all zero, as before training" if sources.tuned.tensors else "it holds no tensor"
-        return f"{tuned}: nothing would change{where}: {reason}; give an adapter that was trained"
+        made = any(match.merged is not None for match in sources.matches)
+        reason = "what it adds is zero" if made else "factors A or B are all zero"
+        return f"{tuned}: nothing would change{where}: {reason}, as before training; give an adapter that was trained"
     if not any(match.copied is None for match in sources.matches):
         return f"{sources.model.path}: nothing would change: {_all_copied(sources)}"
     same = "is the same checkpoint as base" if tuned.samefile(base) else f"has the same values as {base}"

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from perta_fast import InputError, RunError, apply, apply_to_module_, resume, unlearn, verify
+from perta_fast import InputError, RunError, apply, apply_to_module_, resume, sweep, unlearn, verify
 from perta_fast.models.merged_by_peft import MergedByPeft
+from perta_fast.records.report import Report
 from perta_fast.runs.inspect import describe
 from perta_fast.subtraction import compute
 from tests.support.adapters import tuned_model, write_adapter
@@ -59,6 +60,7 @@ def test_all_ways_give_the_bits_of_the_merged_checkpoint(
     for role in ("adapter", "merged"):
         apply(model, base, tmp_path / role, *others, out=tmp_path / f"out-{role}", threads=3, progress=False, **how)
     assert_same(tmp_path / "out-adapter", tmp_path / "out-merged")
+    assert "peft" in Report.load(tmp_path / "out-adapter").versions
     checked = verify(tmp_path / "out-adapter", full=True, progress=False)
     assert not checked.problems and checked.recomputed == checked.tensors
     live = AutoModelForCausalLM.from_pretrained(model)
@@ -147,6 +149,35 @@ def test_one_module_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     apply(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", rule="tv", out=tmp_path / "o", progress=False)
     assert len(paths) <= 2 + 4
     assert "LOHA adapter" in describe(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "LoHa"])
+def test_one_that_was_not_trained_changes_nothing(kind: str, tmp_path: Path) -> None:
+    config: Any = (
+        LoHaConfig(target_modules=["q_proj"]) if kind == "LoHa" else LoraConfig(**DORA | {"modules_to_save": None})
+    )
+    llama().save_pretrained(tmp_path / "base")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    arguments = tmp_path / "base", tmp_path / "base", tmp_path / "adapter"
+    with pytest.raises(InputError, match="nothing would change: what it adds is zero, as before training"):
+        apply(*arguments, rule="tv", out=tmp_path / "out", progress=False)
+    with pytest.raises(InputError, match="the task vector is zero"):
+        apply_to_module_(llama(), *arguments[1:], rule="tv")
+
+
+def test_a_sweep_scores_as_with_the_merged_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path)
+    for role in ("base", "model"):
+        tokenizer().save_pretrained(tmp_path / role)
+    data = write_lines(tmp_path / "forget.jsonl", FORGET), write_lines(tmp_path / "retain.jsonl", RETAIN)
+    scored = [
+        sweep(tmp_path / "model", tmp_path / "base", tmp_path / role, *data, rule="tv", lams=[0.5, 2.0], progress=False)
+        for role in ("adapter", "merged")
+    ]
+    first, second = ([(row.forget, row.retain, row.changed) for row in of.rows] for of in scored)
+    assert first == second and len(first) == 3
 
 
 def test_without_peft_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
