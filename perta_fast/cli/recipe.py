@@ -24,7 +24,7 @@ def write_template(parsed: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     check_output_file(parsed.out, (".yaml", ".yml"), overwrite=parsed.overwrite)
-    write_output_file(parsed.out, text.encode())
+    write_output_file(parsed.out, text.encode(), overwrite=parsed.overwrite)
     return 0
 
 

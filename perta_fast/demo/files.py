@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from perta_fast.demo.authors import Row
-from perta_fast.files.new_directory import check_free
+from perta_fast.files.new_directory import check_free, check_unfinished
 
 
 class Files:
@@ -54,6 +54,7 @@ def work_directory(out: Path | None) -> Iterator[Path]:
             yield Path(temporary)
         return
     check_free(out, overwrite=False, inputs=[])
+    check_unfinished(out, overwrite=False, instead="choose another directory")
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield out

@@ -63,8 +63,11 @@ class Evaluation:
             lines += [f"{task}: {name} {value}" for name, value in numbers.items()]
         return printable_lines([*lines, *self.notes])
 
-    def save(self, path: Path) -> None:
-        """Write JSON, with null for what is not finite. Raises RunError if the file cannot be written."""
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write JSON, with null for what is not finite. Raises RunError if the file cannot be written.
+
+        overwrite: give up an unfinished run to a directory of this name, which is an InputError otherwise.
+        """
         metrics = {
             name: {
                 "agg_value": metric.value,
@@ -73,7 +76,7 @@ class Evaluation:
             for name, metric in self.metrics.items()
         }
         content = {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
-        write_output_file(path, readable_json(with_nulls(content)))
+        write_output_file(path, readable_json(with_nulls(content)), overwrite=overwrite)
 
 
 @dataclass(frozen=True)

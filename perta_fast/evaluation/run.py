@@ -101,7 +101,7 @@ def evaluate(
     result.data, result.notes = examinee.data, examinee.notes
     result.versions, result.finished = installed_versions(), now()
     if out is not None:
-        result.save(Path(out))
+        result.save(Path(out), overwrite=overwrite)
     return result
 
 

@@ -21,6 +21,7 @@ from perta_fast.terminal import shell_command
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
 _RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD}
+_START_OVER = "start over with --overwrite"
 
 
 class OutputDirectory:
@@ -30,14 +31,24 @@ class OutputDirectory:
     ``path``, unless ``keep`` is set because the run can be resumed. After a kill ``path`` stays: the next run to
     ``final`` empties it, or goes on with it if ``resume``.
 
-    Raises InputError as ``check_output`` does, RunError if the directory cannot be written.
+    again: ``RUN_STATE`` if the caller knows that an unfinished run to ``final`` holds no work.
+
+    Raises InputError as ``check_output`` and ``check_unfinished`` do, RunError if the directory cannot be written.
     """
 
     def __init__(
-        self, final: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = (), resume: bool = False
+        self,
+        final: str | Path,
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+        resume: bool = False,
+        again: str = "",
     ) -> None:
         self.final = Path(os.path.realpath(checked_path(final)))  # behind a link, so that the link stays
         check_output(self.final, overwrite=overwrite, inputs=inputs)
+        if not resume:
+            check_unfinished(self.final, overwrite=overwrite, again=again)
         self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
         self.keep = self._resume = resume
         self._overwrite = overwrite
@@ -53,7 +64,7 @@ class OutputDirectory:
             if self._resume:
                 check_own_tree(self.path)
             else:
-                self._forget()
+                _forget(self.path)
                 for entry in self.path.iterdir():  # of a run that was killed
                     remove(entry)
         except BlockingIOError:
@@ -64,14 +75,6 @@ class OutputDirectory:
                 raise
             raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
         return self
-
-    def _forget(self) -> None:
-        """Remove the records first: a kill may come when half of ``path`` is gone, and that must not be resumed."""
-        for record in (self.path / state / name for state, name in _RECORDS.items()):
-            with suppress(OSError):  # the rest is removed even if the disk fails
-                if record.exists() and not record.parent.is_symlink():
-                    remove_own_file(record)
-                    sync(record.parent)
 
     def commit(self) -> None:
         """Flush everything, then rename: the old directory aside if ``overwrite``, the new one to its name."""
@@ -87,7 +90,7 @@ class OutputDirectory:
         hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
         unnamed = self._complete and isinstance(error, OSError) and self.path.exists()  # only a rename failed
         if not unnamed and (hopeless or not self.keep):  # gone already after a commit
-            self._forget()
+            _forget(self.path)
             remove(self.path)
         if self._replaced.exists() and not self.final.exists():  # stopped between the two renames
             self._replaced.rename(self.final)
@@ -116,6 +119,54 @@ def partial_path(final: Path) -> Path:
 def has_record(final: Path, state: str) -> bool:
     """Whether there is an unfinished run (``RUN_STATE``) or sweep (``SWEEP_STATE``) to ``final``, with its record."""
     return bool(final.name) and exists(partial_path(final) / state / _RECORDS[state])
+
+
+def has_unfinished(final: Path, again: str = "") -> bool:
+    """Whether ``perta resume`` could finish something at ``final``. again: as in ``OutputDirectory``."""
+    return any(has_record(final, state) for state in _RECORDS if state != again)
+
+
+def check_unfinished(final: Path, *, overwrite: bool, again: str = "", instead: str = _START_OVER) -> None:
+    """Raise InputError, with the command that finishes it, if a run or sweep to ``final`` was stopped.
+
+    overwrite: no error. again: as in ``OutputDirectory``. instead: what else can be done.
+    """
+    resolved = Path(os.path.realpath(checked_path(final)))
+    if not overwrite and has_unfinished(resolved, again):
+        raise InputError(unfinished_advice(resolved, instead))
+
+
+def unfinished_advice(final: Path, instead: str = _START_OVER) -> str:
+    """What to do about another run's unfinished work."""
+    finishing = shell_command("perta", "resume", final)
+    return f"{final}: another run to this place was stopped; finish it with: {finishing}, or {instead}"
+
+
+def discard_unfinished(final: Path) -> None:
+    """Remove the unfinished run or sweep to ``final``, if there is one. Raises RunError if it is going on."""
+    resolved = Path(os.path.realpath(final))
+    if not has_unfinished(resolved):
+        return
+    path = partial_path(resolved)
+    check_own(path)
+    try:
+        with ExitStack() as locked:
+            locked.callback(os.close, lock(path))
+            _forget(path)
+            remove(path)
+    except BlockingIOError:
+        raise RunError(f"{final}: another run is writing it now") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def _forget(path: Path) -> None:
+    """Remove the records first: a kill may come when half of ``path`` is gone, and that must not be resumed."""
+    for record in (path / state / name for state, name in _RECORDS.items()):
+        with suppress(OSError):  # the rest is removed even if the disk fails
+            if record.exists() and not record.parent.is_symlink():
+                remove_own_file(record)
+                sync(record.parent)
 
 
 def _replaced_path(final: Path) -> Path:

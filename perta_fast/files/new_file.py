@@ -9,7 +9,13 @@ from perta_fast.errors import InputError, RunError
 from perta_fast.files.durable import write_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.mounts import mounts_in
-from perta_fast.files.new_directory import check_writable, partial_path
+from perta_fast.files.new_directory import (
+    check_unfinished,
+    check_writable,
+    discard_unfinished,
+    has_unfinished,
+    partial_path,
+)
 from perta_fast.files.own import check_own, remove_own_file
 from perta_fast.files.reading import checked_path
 from perta_fast.terminal import shell_command
@@ -35,13 +41,19 @@ def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool, 
         raise InputError(f"{path.parent}: is not a directory")
     if mounts_in(path):
         raise InputError(f"{path}: is a mount point, which cannot be replaced; {advice} in a directory")
-    check_own(partial_path(path), directory=False)
+    check_own(partial_path(path), directory=has_unfinished(path))
+    check_unfinished(path, overwrite=overwrite)
     check_writable(path)
 
 
-def write_output_file(path: Path, content: bytes) -> None:
-    """Write or replace ``path``. Raises RunError, and keeps the old file, if that fails."""
+def write_output_file(path: Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write or replace ``path``. Raises RunError, and keeps the old file, if that fails.
+
+    overwrite: give up a run to ``path`` that was stopped; otherwise there must be none (InputError).
+    """
     beside = partial_path(path)
+    check_unfinished(path, overwrite=overwrite)
+    discard_unfinished(path)
     check_own(beside, directory=False)
     try:
         write_file(path, content, beside)

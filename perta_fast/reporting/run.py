@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perta_fast.errors import InputError, RunError
+from perta_fast.files.new_directory import check_unfinished, discard_unfinished
 from perta_fast.files.new_file import check_output_file, write_output_file
 from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
@@ -60,13 +61,14 @@ def write_page(
     )
     page, plots = compose(evidence)
     if png is not None:
+        discard_unfinished(Path(png))
         try:
             Path(png).mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(f"{png}: cannot be made: {error.strerror}") from error
         for plot in plots:
-            write_output_file(Path(png) / f"{plot.name}.png", plot.png)
-    write_output_file(out, page)
+            write_output_file(Path(png) / f"{plot.name}.png", plot.png, overwrite=overwrite)
+    write_output_file(out, page, overwrite=overwrite)
 
 
 def _files_of(report: Report) -> list[Path]:
@@ -78,6 +80,7 @@ def _files_of(report: Report) -> list[Path]:
 
 def _check_folder(path: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     checked_path(path)
+    check_unfinished(path, overwrite=overwrite)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is not a directory; name one for the plots")
     if not path.parent.is_dir():

@@ -12,20 +12,12 @@ from typing import TYPE_CHECKING
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import OutputDirectory, check_output
+from perta_fast.files.new_directory import OutputDirectory, check_output, unfinished_advice
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
 from perta_fast.rules import Rule
-from perta_fast.runs.settings import (
-    Settings,
-    check_changes,
-    check_others,
-    check_threads,
-    destination,
-    threads_for,
-    unfinished_advice,
-)
+from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination, threads_for
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_importances

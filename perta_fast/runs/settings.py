@@ -13,7 +13,6 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import listed
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
-from perta_fast.terminal import shell_command
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,6 @@ def check_others(model: Checkpoint, in_place: bool, leave_others: bool) -> None:
             f"{model.path}: beside its shards lie other weights, which keep what is to be forgotten: {listed(others)}; "
             "move them away, write to a new directory with --out, or add --leave-others to leave them as they are"
         )
-
-
-def unfinished_advice(final: Path) -> str:
-    """What to do about another run's unfinished work."""
-    stopped = f"{final}: another run to this place was stopped"
-    return f"{stopped}; finish it with: {shell_command('perta', 'resume', final)}, or start over with --overwrite"
 
 
 def check_threads(threads: int | None) -> None:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Literal
 from perta_fast.data.json_lines import Row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import check_output, check_space
+from perta_fast.files.new_directory import check_output, check_space, check_unfinished, unfinished_advice
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report, data_record
 from perta_fast.runs.apply import apply_sources
-from perta_fast.runs.settings import unfinished_advice
 from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
@@ -121,6 +120,7 @@ def _load(opened: Opened) -> Loaded:
             # A run that is resumed may have committed its importances already.
             if begun is None or begun.stream.get("save") != str(kept):
                 check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, final])
+                check_unfinished(kept, overwrite=options.overwrite)
             if not options.in_place:
                 check_output(final, overwrite=options.overwrite, inputs=[kept])
         elif not streamed:  # the schedule of a streamed run checks the disk, as it knows the samples

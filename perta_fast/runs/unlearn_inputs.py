@@ -9,7 +9,7 @@ from perta_fast.data.json_lines import Row, read_data
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import check_output, importance_path, scratch_path
+from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
 from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
@@ -18,6 +18,7 @@ from perta_fast.rules import Rule
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
 from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.unfinished import STATE
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +103,7 @@ class Opened:
             check_in_place(sources)
         else:
             check_output(final, overwrite=options.overwrite, inputs=options.paths)
+            check_unfinished(final, overwrite=options.overwrite, again=STATE)  # ``unlearn`` looks at runs itself
         if rule.estimator is not None and options.save_importance is None:
             check_own(importance_path(final))
             check_own(scratch_path(final))

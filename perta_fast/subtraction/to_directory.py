@@ -57,7 +57,7 @@ def write_directory(
     with ranks.together("the output directory"):
         if ranks.first:
             check_space(final, sources.model.size + _FREE_MARGIN)
-        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths())
+        target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths(), again=STATE)
     return run_to_directory(job, sources, target, fill, ranks, prepare)
 
 

@@ -6,13 +6,12 @@ from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.files.identity import lies_in
-from perta_fast.files.new_directory import check_output
+from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.records.report import Report
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
-from perta_fast.runs.settings import Settings, unfinished_advice
+from perta_fast.runs.settings import Settings
 from perta_fast.subtraction.inputs import open_importances
-from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, open_sources
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
@@ -26,8 +25,7 @@ def check_destination(request: Request, out: Path, inputs: list[Path]) -> None:
     if lies_in(destination, out) or lies_in(out, destination):
         raise InputError(f"checkpoint {destination} and out {out} must lie apart, neither within the other")
     check_output(destination, overwrite=request.overwrite, inputs=inputs)
-    if not request.overwrite and has_begun(destination):
-        raise InputError(unfinished_advice(destination))
+    check_unfinished(destination, overwrite=request.overwrite)
 
 
 def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator) -> None:

@@ -10,10 +10,9 @@ import torch
 
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
 from perta_fast.files.durable import remove
-from perta_fast.files.new_directory import OutputDirectory, has_record, remove_replaced
+from perta_fast.files.new_directory import OutputDirectory, has_record, remove_replaced, unfinished_advice
 from perta_fast.progress import Progress
 from perta_fast.records.versions import now
-from perta_fast.runs.settings import unfinished_advice
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_destination, write_best
 from perta_fast.sweeping.measuring import score
