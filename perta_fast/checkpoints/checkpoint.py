@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,13 +87,10 @@ class Checkpoint:
         return cls(path, shards, _tensors_of(index, weight_map, shards), index)
 
     @property
-    def old_copies(self) -> dict[str, list[str]]:
-        """By shard, the tensors in it that the index places into another one."""
-        old = {
-            shard: [name for name, entry in file.tensors.items() if self.tensors[name].path != entry.path]
-            for shard, file in self.shards.items()
-        }
-        return {shard: names for shard, names in old.items() if names}
+    def old_copies(self) -> list[str]:
+        """The shards that hold tensors which the index places into another one."""
+        placed = Counter(entry.path.name for entry in self.tensors.values())
+        return [shard for shard, file in self.shards.items() if len(file.tensors) > placed[shard]]
 
     @property
     def size(self) -> int:
@@ -212,7 +210,7 @@ def other_weights(checkpoint: Checkpoint) -> list[str]:
         folders[:] = sorted(name for name in folders if not name.startswith(".perta"))
         own = checkpoint.shards if not inside.parts else {}
         found += [str(inside / name) for name in sorted(names) if name not in own and _may_be_model(name)]
-    return found + [f"old copies of {len(names)} tensors in {name}" for name, names in checkpoint.old_copies.items()]
+    return found + [f"old copies of tensors in {name}" for name in checkpoint.old_copies]
 
 
 def _is_weights(name: str) -> bool:
@@ -310,7 +308,9 @@ def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
         )
     if below := _weights_below(path):
         return f"{neither}, but directories in it hold weights: give one of these, as {below[0]}"
-    others = sorted(name for name in names if name.endswith(".safetensors"))
+    if "adapter_model.safetensors" in names:
+        return f"{path}: holds adapter_model.safetensors without the {ADAPTER_CONFIG} beside it; fetch that too"
+    others = sorted(name for name in names if _may_be_model(name))
     return f"{neither}, but {', '.join(others[:3])}; is this a model as transformers saves it?" if others else neither
 
 

@@ -47,8 +47,8 @@ def _cause(sources: Sources, where: str) -> str:
         return f"{sources.model.path}: nothing would change: {_all_copied(sources)}"
     same = "is the same checkpoint as base" if tuned.samefile(base) else f"has the same values as {base}"
     return (
-        f"{tuned}: nothing would change: it {same}{where}, so the task vector is zero; give the base as it was tuned "
-        "on the forget data"
+        f"{tuned}: nothing would change: it {same}{where}, so the task vector is zero; for tuned, give the "
+        "checkpoint that was tuned on the forget data"
     )
 
 
