@@ -17,11 +17,12 @@ from perta_fast.files.reading import read_json
 PREFIX = "base_model.model."  # of the names of an adapter's tensors
 Settings = dict[str, Any]
 
-# Types that peft merges module by module, from that module's tensors alone.
+# Types that peft merges module by module, from that module's tensors alone, to the same bits at any number of threads;
+# those that begin with a decomposition of the base (OSF, PSOFT) do not, so a run could not be resumed to the same bits.
 _BY_MODULE = frozenset(
     (
         *("ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3"),
-        *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING"),
+        *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "PEANUT", "ROAD", "SHIRA", "SUPERTUNING"),
         *("TRAINABLE_TOKENS", "WAVEFT"),
     )
 )
