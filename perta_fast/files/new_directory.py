@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -230,6 +230,17 @@ def _found_in(directory: Path, inputs: Iterable[Path]) -> Path | None:
         if not folders.isdisjoint((identity(source), identity(source.parent))):
             return path
     return None
+
+
+def check_replaceable(directory: Path, names: Collection[str], resuming: str) -> None:
+    """Raise InputError if a run that goes on from a record would replace what no run has written.
+
+    The record alone says that ``directory`` may be replaced, and others may have written it. names: those of entries by
+    which a run's own result is known, one is enough. resuming: what goes on, for the message.
+    """
+    present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if present and present.isdisjoint(names):
+        raise InputError(f"{directory}: holds what no run has written; move it away to go on with {resuming}")
 
 
 def check_writable(path: Path) -> None:

@@ -20,7 +20,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import FLOATING
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, write_record
-from perta_fast.files.new_directory import OutputDirectory, partial_path
+from perta_fast.files.new_directory import OutputDirectory, check_replaceable, partial_path
 from perta_fast.models.loading import choose_device
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Report
@@ -82,6 +82,8 @@ class StreamedRun:
                 f"{job.final}: its samples were dealt to {settings['ranks']} processes, this is a run of "
                 f"{ranks.world}; finish it with: {job.resume_command}"
             )
+        if settings["save"]:
+            check_replaceable(Path(settings["save"]), settings["metadata"], f"the run to {job.final}")
         path = partial_path(Path(job.final)) / STATE / _SAMPLES
         try:
             rows = read_record(path)

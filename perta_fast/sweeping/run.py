@@ -10,8 +10,16 @@ import torch
 
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
 from perta_fast.files.durable import remove
-from perta_fast.files.new_directory import OutputDirectory, has_record, remove_replaced, unfinished_advice
+from perta_fast.files.identity import is_same
+from perta_fast.files.new_directory import (
+    OutputDirectory,
+    check_replaceable,
+    has_record,
+    remove_replaced,
+    unfinished_advice,
+)
 from perta_fast.progress import Progress
+from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.records.versions import now
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_destination, write_best
@@ -89,7 +97,14 @@ def sweep(
 def resume_sweep(final: Path, progress: Progress) -> Sweep:
     """Go on with the stopped sweep to ``final``; if it has finished, only remove its record."""
     if has_record(final, STATE):
-        return _run(load_begun(final).request, progress, resumed=True)
+        request = load_begun(final).request
+        if request.out is None or not is_same(request.out, final):
+            raise InputError(
+                f"{final}: the sweep to finish is one to {request.out}; give the directory that name again"
+            )
+        if request.checkpoint is not None:
+            check_replaceable(Path(os.path.realpath(request.checkpoint)), [REPORT], f"the sweep to {final}")
+        return _run(request, progress, resumed=True)
     remove_replaced(final)
     remove(final / STATE)
     return Sweep.read(final / FILE_NAME)

@@ -13,7 +13,7 @@ import pytest
 
 from perta_fast import InputError, Interrupted, cli, resume, sweep, unlearn
 from perta_fast.files import own
-from perta_fast.files.durable import write_file
+from perta_fast.files.durable import read_record, write_file, write_record
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.own import check_own, own_file
 from perta_fast.runs.apply import apply
@@ -21,7 +21,7 @@ from perta_fast.streaming.write_behind import WriteBehind
 from perta_fast.subtraction import compute, in_place, to_directory
 from perta_fast.sweeping.live_model import ScoredModel
 from tests.support.checkpoints import read_checkpoint, same_bytes
-from tests.support.children import run_child
+from tests.support.children import perta, run_child, signal_at
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.models import Job
 
@@ -323,6 +323,24 @@ def test_links_among_the_files_of_an_unfinished_output(
         aside.rename(directory)
     resume(out, progress=False)
     assert not partial.exists()
+
+
+def test_a_record_cannot_make_resume_replace_what_no_run_wrote(job: Job, elsewhere: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = perta(
+        *("unlearn", "--model", job.model, "--base", job.base, "--tuned", job.tuned, "--lam", 1, "--stream"),
+        *("--forget", job.forget, "--retain", job.retain, "--out", out),
+        setup=signal_at("SIGKILL", "streaming.streamed_run.resume_walk"),
+    )
+    assert process.returncode == -9
+    path = tmp_path / ".out.perta-partial" / ".perta-run" / "job.json"
+    record, before = read_record(path), content(elsewhere)
+    write_record(path, record | {"stream": record["stream"] | {"save": str(elsewhere), "overwrite_saved": True}})
+    with pytest.raises(InputError, match=r"elsewhere: holds what no run has written; move it away"):
+        resume(out, progress=False)
+    assert content(elsewhere) == before
+    write_record(path, record)
+    resume(out, progress=False)
 
 
 def test_a_record_behind_a_link_is_not_removed(inputs: Inputs, elsewhere: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from perta_fast import InputError, Interrupted, PertaError, RunError, Sweep, apply, cli, resume, sweep
-from perta_fast.files.durable import write_record
+from perta_fast.files.durable import read_record, write_record
 from perta_fast.sweeping import chosen_checkpoint as writing
 from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping import run as sweeping_run
@@ -373,3 +373,21 @@ def test_a_run_that_fails_keeps_what_was_scored(
     watch.forget()
     assert_same(run(own_job, tmp_path), tmp_path, whole)
     assert watch.scored == SCORED[-1:]
+
+
+@pytest.mark.parametrize("name", ["out", "checkpoint"])
+def test_a_record_cannot_make_resume_replace_what_no_run_wrote(
+    name: str, whole: tuple[Sweep, Path], stopped: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The record of a sweep that overwrites names directories, and others may have written it."""
+    path = stopped / ".out.perta-partial" / ".perta-sweep" / "begun.json"
+    record, mine = read_record(path), tmp_path_factory.mktemp("mine")
+    (mine / "text").write_text("mine")
+    forged = {**record, "request": {**record["request"], name: str(mine), "overwrite": True}}
+    write_record(path, forged)
+    before = fingerprint(mine)
+    with pytest.raises(InputError, match=r"the sweep to finish is one to .*mine|mine.*: holds what no run has written"):
+        resume(stopped / "out", progress=False)
+    assert fingerprint(mine) == before
+    write_record(path, record)
+    assert_same(resume(stopped / "out", progress=False), stopped, whole)  # type: ignore[arg-type]
