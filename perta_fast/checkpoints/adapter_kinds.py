@@ -75,7 +75,7 @@ def read_settings(path: Path, base: Path | None) -> Settings:
         )
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name) or {}, dict) for name in patterns):
         raise InputError(f"{file}: is not the config of an adapter")
-    kind = settings.get("peft_type")
+    kind = str(settings.get("peft_type"))  # a damaged file may hold anything
     if kind in _NO_WEIGHTS:
         raise InputError(
             f"{file}: an adapter of type {kind}, which {_NO_WEIGHTS[kind]}: it is no change of weights, so nothing "
