@@ -11,10 +11,14 @@ from typing import Any
 
 from perta_fast.checkpoints.advice import merge_command
 from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG
+from perta_fast.checkpoints.safetensors_file import SafetensorsFile
+from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_json
 
 PREFIX = "base_model.model."  # of the names of an adapter's tensors
+# Settings with names of modules.
+NAMING = ("alpha_pattern", "rank_pattern", "target_parameters", "trainable_token_indices")
 Settings = dict[str, Any]
 
 # Types that peft merges module by module, from that module's tensors alone, to the same bits at any number of threads;
@@ -75,6 +79,7 @@ def read_settings(path: Path, base: Path | None) -> Settings:
         )
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name) or {}, dict) for name in patterns):
         raise InputError(f"{file}: is not the config of an adapter")
+    settings |= {name: _plain(settings[name]) for name in NAMING if settings.get(name)}
     kind = str(settings.get("peft_type"))  # a damaged file may hold anything
     if kind in _NO_WEIGHTS:
         raise InputError(
@@ -96,6 +101,15 @@ def _check_lora(file: Path, settings: Settings, advice: str) -> None:
     for name, value in settings.items():
         if value and name not in _HARMLESS and name not in (*_ALL_BY_PEFT, *_SOME_BY_PEFT):
             raise InputError(f"{file}: setting {name} is not understood here; {advice}")
+
+
+def _plain(setting: Any) -> Any:
+    """A setting with names as ``plain_name`` has them."""
+    if isinstance(setting, dict):
+        return {plain_name(name): value for name, value in setting.items()}
+    if isinstance(setting, list):
+        return [plain_name(name) if isinstance(name, str) else name for name in setting]
+    return setting
 
 
 def _check_start(file: Path, start: Any, advice: str) -> None:
@@ -137,7 +151,17 @@ def holds_target_parameter(module: str, settings: Mapping[str, Any]) -> bool:
 def merge_first(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:
     """Advice to merge, with the command."""
     named = settings.get("base_model_name_or_path")
-    return f"merge it and give the merged checkpoint: {merge_command(path, str(base or named or 'BASE'))}"
+    base_name = str(base or named or "BASE")
+    return f"merge it and give the merged checkpoint: {merge_command(path, base_name, _is_wrapped(path))}"
+
+
+def _is_wrapped(path: Path) -> bool:
+    """Whether the adapter in ``path`` has names that peft does not know: then it would merge nothing."""
+    try:
+        tensors = SafetensorsFile.open(path / "adapter_model.safetensors").tensors
+    except InputError:
+        return False
+    return any(entry.stored_name for entry in tensors.values())
 
 
 def _fuse_command(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:

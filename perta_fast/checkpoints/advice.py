@@ -23,12 +23,20 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
     return python_command(program)
 
 
-def merge_command(adapter: Path, base: str) -> str:
-    """The shell command that saves what peft makes of a base and an adapter, in float32, beside ``adapter``."""
+def merge_command(adapter: Path, base: str, wrapped: bool = False) -> str:
+    """The shell command that saves what peft makes of a base and an adapter, in float32, beside ``adapter``.
+
+    wrapped: the names of its tensors hold those of wrappers, which peft does not take off.
+    """
+    rename = (
+        "from safetensors.torch import load_file; from perta_fast.checkpoints.wrappers import plain_name; "
+        f"a = load_file({str(adapter / 'adapter_model.safetensors')!r}); "
+        "peft.set_peft_model_state_dict(m, {plain_name(k): v for k, v in a.items()}); "
+    )
     program = (
         "import transformers as t, peft; "
         f"m = t.AutoModelForCausalLM.from_pretrained({base!r}, dtype='auto'); "
-        f"m = peft.PeftModel.from_pretrained(m, {str(adapter)!r}).float(); "
+        f"m = peft.PeftModel.from_pretrained(m, {str(adapter)!r}).float(); {rename if wrapped else ''}"
         f"m.merge_and_unload().save_pretrained({f'{adapter}-merged'!r})"
     )
     return python_command(program)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.advice import conversion_command, python_command
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
+from perta_fast.checkpoints.wrappers import by_plain_name
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB, JOURNAL
@@ -159,7 +160,7 @@ def copy_companions(source: Checkpoint, target: Path) -> None:
         if not _is_left_out(path, source):
             shutil.copyfile(path, target / path.name)
     if source.index is None and "model.safetensors" not in source.shards:
-        weight_map = {name: entry.path.name for name, entry in source.tensors.items()}
+        weight_map = {entry.stored_name or name: entry.path.name for name, entry in source.tensors.items()}
         content = {"metadata": {"total_size": source.size}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -232,7 +233,7 @@ def _read_index(index: Path) -> dict[str, str]:
         # Only a plain file name: an index must not reach outside its directory.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
             raise InputError(f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it")
-    return weight_map
+    return {plain: weight_map[name] for plain, name in by_plain_name(weight_map, index).items()}
 
 
 def _tensors_of(index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]) -> dict[str, TensorEntry]:

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from perta_fast.checkpoints.wrappers import by_plain_name, plain_name
 from perta_fast.dtypes import ITEM_SIZES, byte_count
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.reading import regular_file
@@ -28,7 +29,10 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: ``[begin, end)`` are byte offsets from the start of the file."""
+    """Where one tensor lies: ``[begin, end)`` are byte offsets from the start of the file.
+
+    stored_name: its name in the file, if wrappers have added to it; else "".
+    """
 
     name: str
     dtype: str
@@ -36,6 +40,7 @@ class TensorEntry:
     begin: int
     end: int
     path: Path
+    stored_name: str = ""
 
     @property
     def size(self) -> int:
@@ -48,7 +53,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A checked header; the data is mapped at first use."""
+    """A checked header; the data is mapped at first use. tensors: by names without what wrappers added."""
 
     path: Path
     size: int
@@ -154,7 +159,8 @@ def _parse_header(
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise InputError(f"{path}: its __metadata__ is not a table of strings")
-    tensors = {name: _parse_entry(path, name, row, data_begin) for name, row in table.items()}
+    entries = {name: _parse_entry(path, name, row, data_begin) for name, row in table.items()}
+    tensors = {plain: entries[name] for plain, name in by_plain_name(entries, path).items()}
     position = data_begin
     for entry in sorted(tensors.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
@@ -185,7 +191,9 @@ def _parse_entry(path: Path, name: str, row: Any, data_begin: int) -> TensorEntr
             f"{path}: tensor {name}: shape {shape} as {dtype} does not take the {end - begin} bytes "
             "that data_offsets give"
         )
-    return TensorEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end, path)
+    plain = plain_name(name)
+    stored_name = name if plain != name else ""
+    return TensorEntry(plain, dtype, tuple(shape), data_begin + begin, data_begin + end, path, stored_name)
 
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:

@@ -232,12 +232,13 @@ def _keep_checkpointing(module: nn.Module) -> None:
 
 @contextmanager
 def _ready_to_measure(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off and clear gradients; restore training modes and gradients at the end."""
+    """Switch dropout and compiled code off and clear gradients; restore training modes and gradients at the end."""
     gradients = {parameter: parameter.grad for parameter in module.parameters()}
     for parameter in gradients:
         parameter.grad = None
     try:
-        with evaluation_mode(module), torch.enable_grad():
+        # Compiled code would not call the modules whose inputs and gradients are recorded.
+        with evaluation_mode(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             _keep_checkpointing(module)
             yield
     finally:

@@ -16,7 +16,7 @@ from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
 from perta_fast.models.language_part import auto_class, keep_language_part_
-from perta_fast.models.stored_names import as_stored
+from perta_fast.models.stored_names import as_stored, load_tensor
 
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
 
@@ -95,9 +95,7 @@ def load_subject(
     try:
         if structure is None:
             config = AutoConfig.from_pretrained(path, **_CLOSED)
-            model, loaded = auto_class(config).from_pretrained(
-                path, dtype=dtype or "auto", output_loading_info=True, **_CLOSED
-            )
+            model, loaded = _from_pretrained(checkpoint, config, dtype)
         if tokenizer is None and text:
             tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
     except (MemoryError, torch.OutOfMemoryError):
@@ -120,6 +118,17 @@ def load_subject(
             f"save it anew with: {conversion_command(path)}"
         )
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+
+
+def _from_pretrained(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None) -> Any:
+    """The model, and transformers' account of the loading. Names of wrappers are unknown to transformers."""
+    how = {"dtype": dtype or "auto", "output_loading_info": True}
+    if not any(entry.stored_name for entry in checkpoint.tensors.values()):
+        return auto_class(config).from_pretrained(checkpoint.path, **how, **_CLOSED)
+    with torch.device("meta"):
+        kind = type(auto_class(config).from_config(config, trust_remote_code=False))
+    state_dict = {name: load_tensor(entry) for name, entry in checkpoint.tensors.items()}
+    return kind.from_pretrained(None, config=config, state_dict=state_dict, **how)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

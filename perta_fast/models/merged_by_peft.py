@@ -17,17 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from perta_fast.checkpoints.adapter_kinds import PREFIX
+from perta_fast.checkpoints.adapter_kinds import NAMING, PREFIX
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import Matrix
-from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.errors import InputError, RunError
+from perta_fast.errors import InputError
 from perta_fast.models.language_part import empty_model
-from perta_fast.models.stored_names import stored_places
+from perta_fast.models.stored_names import load_tensor, stored_places
 
 _NAME = "default"  # peft's name for an adapter in memory
 # Settings that say which modules an adapter changes. Here that is always the one module that is built.
@@ -123,7 +121,7 @@ class MergedByPeft:
     def _merged(self, path: str) -> dict[str, Tensor]:
         """The parameters of a module after merging, by name within it."""
         keys = {key.removeprefix(PREFIX): key for key in self.modules[path]}
-        tensors = {name: _read(self.adapter.by_peft[key]) for name, key in keys.items()}
+        tensors = {name: load_tensor(self.adapter.by_peft[key]) for name, key in keys.items()}
         module = self._with_base_weights(path)
         own = {name.removeprefix(f"{path}.") for name in tensors}
         parameters = dict(module.named_parameters())
@@ -161,6 +159,9 @@ class MergedByPeft:
         from peft import PeftConfig, TrainableTokensConfig
 
         config = PeftConfig.from_pretrained(str(self.adapter.checkpoint.path))
+        for name in NAMING:  # without the names of wrappers
+            if hasattr(config, name):
+                setattr(config, name, self.adapter.settings.get(name) or getattr(config, name))
         delta = f"{path}.token_adapter.trainable_tokens_delta"
         if delta not in tensors:
             return config
@@ -169,16 +170,6 @@ class MergedByPeft:
         if isinstance(tokens, dict):
             tokens = next((indices for name, indices in tokens.items() if f".{path}".endswith(f".{name}")), [])
         return TrainableTokensConfig(token_indices=list(tokens), target_modules=[path])
-
-
-def _read(entry: TensorEntry) -> Tensor:
-    """A tensor of an adapter, of any type."""
-    try:
-        with safe_open(entry.path, "pt") as file:
-            tensor: Tensor = file.get_tensor(entry.name)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{entry.path}: tensor {entry.name} cannot be read any more: {error}") from error
-    return tensor
 
 
 def _merge(module: nn.Module, path: str, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,9 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from perta_fast.errors import InputError
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.wrappers import by_plain_name
+from perta_fast.errors import InputError, RunError
+
+
+def load_tensor(entry: TensorEntry) -> torch.Tensor:
+    """A stored tensor of any type. Raises RunError if it cannot be read any more."""
+    try:
+        with safe_open(entry.path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(entry.stored_name or entry.name)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{entry.path}: tensor {entry.name} cannot be read any more: {error}") from error
+    return tensor
 
 
 def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -15,11 +28,13 @@ def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
     When transformers loads a model, it renames the parameters of some families and joins all experts of a layer into
     one; saving undoes both. No value changes, so importances can be renamed in the same way. The tensors of a module
-    that is not of transformers are returned unchanged. Divided tensors are copied.
+    that is not of transformers keep their names, but for those of wrappers. Divided tensors are copied. Raises
+    InputError if two get one name.
     """
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
+    tensors = {plain: tensors[name] for plain, name in by_plain_name(tensors, "the module").items()}
     if not isinstance(module, PreTrainedModel):
         return tensors
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(module, tensors).items()}

@@ -13,6 +13,7 @@ from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
+from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.data.json_lines import Row, read_data, rows_from
 from perta_fast.data.samples import Sample
 from perta_fast.data.tokenised import MapStyle, is_tokenised, rows_of, samples_from
@@ -25,6 +26,7 @@ from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.models.in_use import measuring
 from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_for
 from perta_fast.models.stored_names import as_stored
+from perta_fast.models.wrapped import unwrapped
 from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions
 from perta_fast.rules import ESTIMATORS, Estimator
@@ -101,8 +103,9 @@ def estimate_importance(
         rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
         skeleton = None
         if isinstance(model_or_path, nn.Module):
-            _check_module(model_or_path, stream, device, dtype)
-            subject = Subject(model_or_path, tokenizer, "live module")
+            module = unwrapped(model_or_path)
+            _check_module(module, stream, device, dtype)
+            subject = Subject(module, tokenizer, "live module")
         else:
             if stream and out is None:
                 raise InputError("stream needs out: a directory to write the importance to")
@@ -163,7 +166,7 @@ class Estimation:
             truncated_count=sum(sample.truncated for sample in samples),
             label_count=sum(sample.label_count for sample in samples),
             evaluated_at=self.subject.origin,
-            one_by_one=", ".join(one_by_one),
+            one_by_one=", ".join(map(plain_name, one_by_one)),
             perta_fast_version=versions.get("perta-fast", ""),
             torch_version=versions.get("torch", ""),
             transformers_version=versions.get("transformers", ""),

@@ -56,7 +56,8 @@ def _adapter_lines(adapter: Adapter, every_tensor: bool) -> list[str]:
 
 def _every_tensor(checkpoint: Checkpoint) -> list[str]:
     return [
-        f"  {name}  {entry.dtype}  {list(entry.shape)}  {entry.path.name}" for name, entry in checkpoint.tensors.items()
+        f"  {entry.stored_name or name}  {entry.dtype}  {list(entry.shape)}  {entry.path.name}"
+        for name, entry in checkpoint.tensors.items()
     ]
 
 

@@ -18,6 +18,7 @@ from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, refuse_two_matrices, tied_partner
+from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
@@ -27,6 +28,7 @@ from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, h
 from perta_fast.models.in_use import check_not_in_use
 from perta_fast.models.language_part import parameters_of_other_parts
 from perta_fast.models.stored_names import as_stored
+from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rule
@@ -60,8 +62,8 @@ def apply_to_module_(
 ) -> int:
     """Subtract the rescaled task vector from a live module's parameters in place.
 
-    module: its parameters are theta_full; as transformers saves it (the experts of a layer apart), names and
-    shapes are those in the checkpoints ``base`` and ``tuned``; ``tuned`` may be a LoRA adapter.
+    module: its parameters are theta_full; it may be within DDP or torch.compile. As transformers saves it (the experts
+    of a layer apart), names and shapes are those in ``base`` and ``tuned``; ``tuned`` may be an adapter.
     forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
     Parameters that the importance does not cover, and vision parts that a checkpoint lacks, stay as they are; tied ones
     are changed once. group: all processes that hold a module sharded by FSDP2 or tensor parallelism; each changes what
@@ -74,6 +76,7 @@ def apply_to_module_(
     with ranks.together("the checks"):
         chosen = Rule.of(rule, lam, p, alpha, threshold)
         check_not_in_use(module)
+        module = unwrapped(module)
         refuse_quantised_module(module)
         theta_0 = open_plain(base)
         adapter = OpenedAdapter.open(tuned, theta_0, common_rows) if is_adapter(tuned) else None
@@ -148,7 +151,9 @@ class _Inputs:
 def _is_tied(module: nn.Module) -> bool:
     """Whether input embedding and output head are one parameter."""
     once = {name for name, _ in module.named_parameters()}
-    return any(is_tied_use(name) for name, _ in module.named_parameters(remove_duplicate=False) if name not in once)
+    return any(
+        is_tied_use(plain_name(name)) for name, _ in module.named_parameters(remove_duplicate=False) if name not in once
+    )
 
 
 def _check_changes(tuned: str | Path, inputs: _Inputs, names: Iterable[str]) -> None:

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint, copy_companions
 from perta_fast.checkpoints.tied import importance_key
-from perta_fast.models.stored_names import as_stored
+from perta_fast.models.stored_names import as_stored, load_tensor
 from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.report import FILE_NAME
 
@@ -24,8 +23,8 @@ def tuned_size(base: Checkpoint) -> int:
 def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
     """Write ``base`` with the parameters of ``module``, in float32; copy what ``module`` lacks, such as buffers.
 
-    A type of 16 bits would lose much of a short tuning: 15 steps at 1e-5 move half of all parameters by less than
-    the spacing of bfloat16. Memory: one shard.
+    Names of wrappers are left out, since transformers does not know them. A type of 16 bits would lose much of a short
+    tuning: 15 steps at 1e-5 move half of all parameters by less than the spacing of bfloat16. Memory: one shard.
     """
     tuned = as_stored(module, dict(module.named_parameters()))
     copy_companions(base, directory)
@@ -33,15 +32,15 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     total = 0
     for shard in base.shards.values():
-        with safe_open(shard.path, framework="pt") as stored:
-            tensors = {}
-            for name in shard.tensors:
-                key = importance_key(name, base, tuned)
-                tensors[name] = stored.get_tensor(name) if key is None else tuned[key].to("cpu", copy=True)
-            save_file(tensors, directory / shard.path.name, stored.metadata())
+        tensors = {}
+        for name, entry in shard.tensors.items():
+            key = importance_key(name, base, tuned)
+            tensors[name] = load_tensor(entry) if key is None else tuned[key].to("cpu", copy=True)
+        save_file(tensors, directory / shard.path.name, dict(shard.metadata))
         total += sum(tensor.nbytes for tensor in tensors.values())
     if base.index is not None:
         path = directory / base.index.name
         index = json.loads(path.read_bytes())
+        index["weight_map"] = {name: entry.path.name for name, entry in base.tensors.items()}
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
