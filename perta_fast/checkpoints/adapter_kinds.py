@@ -77,7 +77,12 @@ def read_settings(path: Path, base: Path | None) -> Settings:
             f"{path}: an adapter of MLX, not of peft; fuse it and give the fused checkpoint: "
             f"{_fuse_command(path, base, settings)}"
         )
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(name) or {}, dict) for name in patterns):
+    if (
+        not isinstance(settings, dict)
+        or not all(isinstance(settings.get(name) or {}, dict) for name in patterns)
+        or not isinstance(settings.get("peft_type"), str | None)
+        or not isinstance(settings.get("target_parameters"), list | None)
+    ):
         raise InputError(f"{file}: is not the config of an adapter")
     settings |= {name: _plain(settings[name]) for name in NAMING if settings.get(name)}
     kind = str(settings.get("peft_type"))  # a damaged file may hold anything

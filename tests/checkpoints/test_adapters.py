@@ -302,6 +302,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"rank_pattern": {"q_proj": 3}}, "rank 3, lora_alpha 8"),
         ({"alpha_pattern": {"(": 3}}, "is not a regular expression"),
         ({"alpha_pattern": [1]}, "is not the config of an adapter"),
+        ({"peft_type": []}, "is not the config of an adapter"),
+        ({"target_parameters": 5}, "is not the config of an adapter"),
+        ({"trainable_token_indices": 5}, "has no tensors for trainable_token_indices"),
+        ({"use_dora": {"a": []}}, "should have model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
     ],
 )
 def test_configs_that_are_refused(changes: dict[str, Any], message: str, plain: Path, tmp_path: Path) -> None:
