@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.advice import merge_command
-from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_json

@@ -20,10 +20,11 @@ from perta_fast.checkpoints.adapter_kinds import (
     some_by_peft,
 )
 from perta_fast.checkpoints.advice import GATHER_FIRST
-from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import OUTPUT_HEADS, RESIZED, is_resized, tied_partner
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 

@@ -1,9 +1,6 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
-import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,25 +9,17 @@ from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.advice import conversion_command, python_command
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, OTHER_WEIGHTS, may_be_model
 from perta_fast.checkpoints.wrappers import by_plain_name
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import JOB, JOURNAL
-from perta_fast.files.own import check_own, is_own_name
+from perta_fast.files.own import check_own
 from perta_fast.files.reading import exists, read_json
 from perta_fast.terminal import shell_command
 
 if TYPE_CHECKING:
     import torch
-
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ggml", ".npz", ".distcp", ".nemo", ".tflite")
-_WEIGHTS = frozenset((".safetensors", *_PICKLED, *_OTHER_WEIGHTS))
-# As in model.safetensors.index.json.
-_ABOUT_WEIGHTS = (".json", ".md", ".md5", ".sha256", ".txt", ".py", ".metadata", ".lock")
-# What trainers and this package leave beside a model: no values of its weights.
-_NO_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|importance)\b.*|rng_state_\d+\.pth")
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -149,81 +138,6 @@ class Checkpoint:
         return result
 
 
-def copy_companions(source: Checkpoint, target: Path) -> None:
-    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use.
-
-    An adapter that lies beside the model stays behind: with its config alone, transformers would look for it in vain.
-    So do links that lead elsewhere (``left_out_links``): what they lead to may be private. Shards without an index get
-    one, since transformers cannot load them without.
-    """
-    for path in _companions(source):
-        if not _is_left_out(path, source):
-            shutil.copyfile(path, target / path.name)
-    if source.index is None and "model.safetensors" not in source.shards:
-        weight_map = {entry.stored_name or name: entry.path.name for name, entry in source.tensors.items()}
-        content = {"metadata": {"total_size": source.size}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def left_out_links(source: Checkpoint) -> list[Path]:
-    """The links that ``copy_companions`` leaves out. The index is none of them: it is known to name tensors."""
-    return [path for path in _companions(source) if _is_left_out(path, source)]
-
-
-def _companions(source: Checkpoint) -> Iterator[Path]:
-    for path in sorted(source.path.iterdir()):
-        kept = path == source.index or not _is_weights(path.name.removesuffix(".index.json"))
-        if kept and path.is_file() and path.name != ADAPTER_CONFIG and not is_own_name(path.name):
-            yield path
-
-
-def _is_left_out(path: Path, source: Checkpoint) -> bool:
-    return path != source.index and elsewhere(path) is not None
-
-
-def elsewhere(path: Path) -> Path | None:
-    """Where a link in a model's directory leads; None if it leads into the directory or the same hub cache.
-
-    In a hub cache, NAME/snapshots/REVISION holds links to files in NAME/blobs.
-    """
-    directory, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    blobs = [above.parent / "blobs" for above in directory.parents if above.name == "snapshots"]
-    return None if directory in target.parents or target.parent in blobs else target
-
-
-def left_out_warning(link: Path, final: Path) -> str:
-    """What to do about a link that ``copy_companions`` left out of the output ``final``."""
-    target = Path(os.path.realpath(link))
-    command = shell_command("cp", target, final / link.name)
-    return f"{link} is a link to {target}, outside the model's directory, and was not copied; copy it with: {command}"
-
-
-def other_weights(checkpoint: Checkpoint) -> list[str]:
-    """Files in the directory, and below it, that may hold the model's weights a second time, or an adapter to it.
-
-    They are told by their names, which are relative to the directory. Links to directories are not followed.
-    """
-    found = []
-    for folder, folders, names in os.walk(checkpoint.path):
-        inside = Path(folder).relative_to(checkpoint.path)
-        if inside.parts[-3:] == (".git", "lfs", "objects") and folders:  # all versions of all large files
-            found.append(str(inside))
-        folders[:] = sorted(name for name in folders if not name.startswith(".perta"))
-        own = checkpoint.shards if not inside.parts else {}
-        found += [str(inside / name) for name in sorted(names) if name not in own and _may_be_model(name)]
-    return found + [f"old copies of tensors in {name}" for name in checkpoint.old_copies]
-
-
-def _is_weights(name: str) -> bool:
-    """Whether a file's name is one of weights, or of a copy of them that was set aside (model.safetensors.bak)."""
-    lower = name.lower()
-    return not lower.endswith(_ABOUT_WEIGHTS) and not _WEIGHTS.isdisjoint(Path(lower).suffixes)
-
-
-def _may_be_model(name: str) -> bool:
-    return name == ADAPTER_CONFIG or (_is_weights(name) and not _NO_MODEL.fullmatch(name))
-
-
 def _read_index(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -301,7 +215,7 @@ def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
             f"{path}: holds pickled weights ({pickled[0]}), which are never loaded here. If you trust them, "
             f"convert them with: {conversion_command(path)}"
         )
-    other = sorted(name for name in names if name.endswith(_OTHER_WEIGHTS))
+    other = sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
     if other:
         return (
             f"{path}: holds {other[0]}, which is for running a model, and no safetensors; "
@@ -311,7 +225,7 @@ def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
         return f"{neither}, but directories in it hold weights: give one of these, as {below[0]}"
     if "adapter_model.safetensors" in names:
         return f"{path}: holds adapter_model.safetensors without the {ADAPTER_CONFIG} beside it; fetch that too"
-    others = sorted(name for name in names if _may_be_model(name))
+    others = sorted(name for name in names if may_be_model(name))
     return f"{neither}, but {', '.join(others[:3])}; is this a model as transformers saves it?" if others else neither
 
 

@@ -1,12 +1,19 @@
 """The files beside the weights of a checkpoint: with the weights, they decide what a model answers."""
 
+import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, is_weights, may_be_model
+from perta_fast.files.own import is_own_name
+from perta_fast.terminal import shell_command
 
 CARD, CONFIG = "README.md", "config.json"
 TEMPLATES = "additional_chat_templates"  # the one directory beside the weights that transformers reads
 _READ = (".json", ".jinja", ".py", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".pkl")
 _INDEX = ".index.json"
 _OF_A_RUN = ("perta_report.json", "perta_files.b3", "perta_tune.json")
 
@@ -32,4 +39,69 @@ def files_of(directory: Path) -> dict[str, Path]:
 
 def is_read(name: str) -> bool:
     """Whether programs that load a model may read a file of this name: other than notes and pictures."""
-    return name.endswith((*_READ, *_WEIGHTS))
+    return name.endswith((*_READ, ".pkl")) or is_weights(name)
+
+
+def copy_companions(source: Checkpoint, target: Path) -> None:
+    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use.
+
+    An adapter that lies beside the model stays behind: with its config alone, transformers would look for it in vain.
+    So do links that lead elsewhere (``left_out_links``): what they lead to may be private. Shards without an index get
+    one, since transformers cannot load them without.
+    """
+    for path in _companions(source):
+        if not _is_left_out(path, source):
+            shutil.copyfile(path, target / path.name)
+    if source.index is None and "model.safetensors" not in source.shards:
+        weight_map = {entry.stored_name or name: entry.path.name for name, entry in source.tensors.items()}
+        content = {"metadata": {"total_size": source.size}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def left_out_links(source: Checkpoint) -> list[Path]:
+    """The links that ``copy_companions`` leaves out. The index is none of them: it is known to name tensors."""
+    return [path for path in _companions(source) if _is_left_out(path, source)]
+
+
+def _companions(source: Checkpoint) -> Iterator[Path]:
+    for path in sorted(source.path.iterdir()):
+        kept = path == source.index or not is_weights(path.name.removesuffix(".index.json"))
+        if kept and path.is_file() and path.name != ADAPTER_CONFIG and not is_own_name(path.name):
+            yield path
+
+
+def _is_left_out(path: Path, source: Checkpoint) -> bool:
+    return path != source.index and elsewhere(path) is not None
+
+
+def elsewhere(path: Path) -> Path | None:
+    """Where a link in a model's directory leads; None if it leads into the directory or the same hub cache.
+
+    In a hub cache, NAME/snapshots/REVISION holds links to files in NAME/blobs.
+    """
+    directory, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    blobs = [above.parent / "blobs" for above in directory.parents if above.name == "snapshots"]
+    return None if directory in target.parents or target.parent in blobs else target
+
+
+def left_out_warning(link: Path, final: Path) -> str:
+    """What to do about a link that ``copy_companions`` left out of the output ``final``."""
+    target = Path(os.path.realpath(link))
+    command = shell_command("cp", target, final / link.name)
+    return f"{link} is a link to {target}, outside the model's directory, and was not copied; copy it with: {command}"
+
+
+def other_weights(checkpoint: Checkpoint) -> list[str]:
+    """Files in the directory, and below it, that may hold the model's weights a second time, or an adapter to it.
+
+    They are told by their names, which are relative to the directory. Links to directories are not followed.
+    """
+    found = []
+    for folder, folders, names in os.walk(checkpoint.path):
+        inside = Path(folder).relative_to(checkpoint.path)
+        if inside.parts[-3:] == (".git", "lfs", "objects") and folders:  # all versions of all large files
+            found.append(str(inside))
+        folders[:] = sorted(name for name in folders if not name.startswith(".perta"))
+        own = checkpoint.shards if not inside.parts else {}
+        found += [str(inside / name) for name in sorted(names) if name not in own and may_be_model(name)]
+    return found + [f"old copies of tensors in {name}" for name in checkpoint.old_copies]

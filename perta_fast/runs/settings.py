@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast import compiled
-from perta_fast.checkpoints.checkpoint import Checkpoint, other_weights
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import other_weights
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.reading import checked_path

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, other_weights
-from perta_fast.checkpoints.companions import CARD, files_of, is_read
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import CARD, files_of, is_read, other_weights
 from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES

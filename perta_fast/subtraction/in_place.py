@@ -17,7 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, elsewhere
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import elsewhere
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record

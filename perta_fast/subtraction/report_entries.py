@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from perta_fast import compiled
-from perta_fast.checkpoints.checkpoint import ADAPTER_CONFIG, other_weights
+from perta_fast.checkpoints.companions import other_weights
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.files.hashing import hash_files
 from perta_fast.progress import Bar

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from perta_fast.checkpoints.checkpoint import copy_companions, left_out_links, left_out_warning
+from perta_fast.checkpoints.companions import copy_companions, left_out_links, left_out_warning
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES

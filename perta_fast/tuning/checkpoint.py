@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, copy_companions
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import copy_companions
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.models.stored_names import as_stored, load_tensor
 from perta_fast.records.file_hashes import HASHES

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from perta_fast.checkpoints.checkpoint import Checkpoint, left_out_links, left_out_warning
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import left_out_links, left_out_warning
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.json_lines import read_data
 from perta_fast.data.samples import Sample

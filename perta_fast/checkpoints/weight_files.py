@@ -1,0 +1,24 @@
+"""Files that may hold the weights of a model, told by their names."""
+
+import re
+from pathlib import Path
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ggml", ".npz", ".distcp", ".nemo", ".tflite")
+_WEIGHTS = frozenset((".safetensors", *_PICKLED, *OTHER_WEIGHTS))
+# As in model.safetensors.index.json.
+_ABOUT_WEIGHTS = (".json", ".md", ".md5", ".sha256", ".txt", ".py", ".metadata", ".lock")
+# What trainers and this package leave beside a model: no values of its weights.
+_NO_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|importance)\b.*|rng_state_\d+\.pth")
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file's name is one of weights, or of a copy of them that was set aside (model.safetensors.bak)."""
+    lower = name.lower()
+    return not lower.endswith(_ABOUT_WEIGHTS) and not _WEIGHTS.isdisjoint(Path(lower).suffixes)
+
+
+def may_be_model(name: str) -> bool:
+    """Whether a file may hold weights of a model, or is the config of an adapter."""
+    return name == ADAPTER_CONFIG or (is_weights(name) and not _NO_MODEL.fullmatch(name))
