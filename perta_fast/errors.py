@@ -1,8 +1,15 @@
-"""The errors of this package: bad input, and a run that fails."""
+"""The errors of this package, and text for a person: it shows what it holds, and its commands can be copied.
+
+Names of tensors, paths and fields of a report come from files that anyone may have written. Nothing in a shown text may
+move the cursor, hide text or reorder it.
+"""
 
 import errno
-
-from perta_fast.terminal import printable
+import os
+import shlex
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
 
 
 class _Printable(BaseException):
@@ -52,3 +59,53 @@ def advice(error: OSError) -> str:
         errno.EFBIG: "the file would exceed this process's file size limit (ulimit -f)",
         errno.EROFS: "the file system is read-only",
     }.get(error.errno or 0, str(error))
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, with escapes such as ``\\x1b`` for what a terminal would not show as it is.
+
+    That is control characters, ends of lines, characters that are invisible or turn the direction of writing, and the
+    bytes of a path that is not UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(shown_letter, text))
+
+
+def printable_lines(lines: Iterable[str]) -> str:
+    """``printable`` of each line, joined by ends of lines."""
+    return "\n".join(map(printable, lines))
+
+
+def shell_command(*words: str | Path) -> str:
+    """A command that can be copied into a shell, whatever its words hold.
+
+    A path that begins with "-" is not taken for an option. Words that are not printable are quoted as bash, zsh and ksh
+    read them, so that the command is the same when it is copied from a terminal.
+    """
+    return " ".join(map(_quoted, words))
+
+
+def shown_letter(letter: str) -> str:
+    """``letter``, or its escape if a terminal would not show it as it is."""
+    if letter.isprintable() or unicodedata.category(letter) == "Zs":
+        return letter
+    return letter.encode("unicode_escape").decode()
+
+
+def _quoted(word: str | Path) -> str:
+    text = os.fspath(word)
+    if isinstance(word, Path) and text.startswith("-"):
+        text = f"./{text}"
+    if printable(text) == text:
+        return shlex.quote(text)
+    return f"$'{''.join(map(_as_bytes, text))}'"
+
+
+def _as_bytes(letter: str) -> str:
+    if letter in "'\\":
+        return f"\\{letter}"
+    if shown_letter(letter) == letter:
+        return letter
+    kind = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass"
+    return "".join(f"\\{byte:03o}" for byte in letter.encode(errors=kind))

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from perta_fast.errors import RunError
+from perta_fast.errors import RunError, printable
 from perta_fast.memory import format_size
-from perta_fast.terminal import printable
 
 LOGGER = logging.getLogger("perta_fast")
 LOGGER.addHandler(logging.NullHandler())  # silent unless the program sets up logging

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, shell_command
 from perta_fast.files.new_directory import SWEEP_STATE, has_record, partial_path
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
@@ -15,7 +15,6 @@ from perta_fast.subtraction.in_place import is_open, resume_in_place
 from perta_fast.subtraction.to_directory import finish_leftover
 from perta_fast.subtraction.unfinished import STATE
 from perta_fast.sweeping.results import Sweep
-from perta_fast.terminal import shell_command
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

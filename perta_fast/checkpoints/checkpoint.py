@@ -12,11 +12,10 @@ from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, OTHER_WEIGHTS, may_be_model
 from perta_fast.checkpoints.wrappers import by_plain_name
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, shell_command
 from perta_fast.files.journal import JOB, JOURNAL
 from perta_fast.files.own import check_own
 from perta_fast.files.reading import exists, read_json
-from perta_fast.terminal import shell_command
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, is_weights, may_be_model
+from perta_fast.errors import shell_command
 from perta_fast.files.own import is_own_name
-from perta_fast.terminal import shell_command
 
 CARD, CONFIG = "README.md", "config.json"
 TEMPLATES = "additional_chat_templates"  # the one directory beside the weights that transformers reads

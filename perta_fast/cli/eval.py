@@ -5,7 +5,7 @@ from pathlib import Path
 
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import ESTIMATION, Command, Option, flag, keywords
-from perta_fast.terminal import printable
+from perta_fast.errors import printable
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ from perta_fast.cli import options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.errors import printable_lines
 from perta_fast.rules import ESTIMATORS
-from perta_fast.terminal import printable_lines
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -13,11 +13,11 @@ from typing import Any, TextIO
 from perta_fast.cli import apply, demo, eval, importance, inspect, recipe, report, resume, sweep, tune, unlearn, verify
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
 from perta_fast.cli.recipe_options import add_commands
+from perta_fast.cli.streams import ShownStream, shown_streams
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory
+from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory, printable
 from perta_fast.records.versions import installed_versions
-from perta_fast.terminal import ShownStream, printable, shown_streams
 
 # In the order of the help.
 _MODULES = (demo, tune, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)

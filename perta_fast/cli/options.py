@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.dtypes import FLOATING, torch_dtype
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
 from perta_fast.rules import RULES
-from perta_fast.terminal import printable
 
 
 @dataclass(frozen=True)

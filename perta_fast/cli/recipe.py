@@ -29,9 +29,9 @@ def write_template(parsed: argparse.Namespace) -> int:
 
 
 def check_recipe(parsed: argparse.Namespace) -> int:
+    from perta_fast.errors import printable
     from perta_fast.records.recipe import read_recipe
     from perta_fast.rules import Rule
-    from perta_fast.terminal import printable
 
     path, command = parsed.recipe, unlearn.COMMAND
     settings = read_recipe(path)

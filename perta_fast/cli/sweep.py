@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, flag, keywords
+from perta_fast.errors import printable, shell_command
 from perta_fast.rules import Rule
 from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
-from perta_fast.terminal import printable, shell_command
 
 if TYPE_CHECKING:
     with importing():

@@ -17,8 +17,8 @@ from perta_fast.demo.selectivity import measure_update
 from perta_fast.demo.settings import FAST, FULL
 from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_checkpoint, sweep
 from perta_fast.demo.table import LEGEND, Line, explain, format_table
+from perta_fast.errors import printable, shell_command
 from perta_fast.records.versions import installed_versions
-from perta_fast.terminal import printable, shell_command
 
 _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 

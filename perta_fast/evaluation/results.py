@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, printable_lines
 from perta_fast.evaluation.metrics import mean
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.reading import read_json
 from perta_fast.records.typed_json import fits, readable_json, with_nulls
-from perta_fast.terminal import printable_lines
 
 FORMAT_VERSION = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from perta_fast.errors import InputError, NotFiniteError, RunError, advice
+from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
 from perta_fast.files.durable import move, remove, sync, sync_tree
 from perta_fast.files.identity import identity, lies_in
 from perta_fast.files.journal import JOB
@@ -15,7 +15,6 @@ from perta_fast.files.locking import lock
 from perta_fast.files.mounts import mounts_in
 from perta_fast.files.own import check_own, check_own_tree, make_own_directory, remove_own_file
 from perta_fast.files.reading import checked_path, exists
-from perta_fast.terminal import shell_command
 
 # Below the directory that is being built: the state of a run or sweep. With its record, it can be resumed.
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"

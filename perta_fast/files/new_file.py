@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from perta_fast.errors import InputError, RunError
+from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.durable import write_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.mounts import mounts_in
@@ -18,7 +18,6 @@ from perta_fast.files.new_directory import (
 )
 from perta_fast.files.own import check_own, remove_own_file
 from perta_fast.files.reading import checked_path
-from perta_fast.terminal import shell_command
 
 
 def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:

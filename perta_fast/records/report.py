@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, printable, printable_lines
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.reading import checked_path, exists, read_json
 from perta_fast.progress import LOGGER
@@ -14,7 +14,6 @@ from perta_fast.records.importance_record import ImportanceRecord
 from perta_fast.records.report_version_1 import from_version_1
 from perta_fast.records.typed_json import typed, write_readable_json
 from perta_fast.rules import Rule
-from perta_fast.terminal import printable, printable_lines
 
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 2

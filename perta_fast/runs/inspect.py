@@ -6,11 +6,11 @@ from pathlib import Path
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
+from perta_fast.errors import printable_lines
 from perta_fast.files.reading import exists
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.subtraction.task_vector import adds
-from perta_fast.terminal import printable_lines
 
 
 def describe(path: str | Path, *, every_tensor: bool = False) -> str:

@@ -11,7 +11,7 @@ from perta_fast.checkpoints.companions import CARD, files_of, is_read, other_wei
 from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.errors import InputError, RunError
+from perta_fast.errors import InputError, RunError, printable_lines
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.reading import exists
 from perta_fast.progress import Bar, Progress
@@ -20,7 +20,6 @@ from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, change
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.matching import TensorMatch
-from perta_fast.terminal import printable_lines
 
 SAMPLED = 8  # tensors recomputed unless all are asked for
 _CHUNK = 1 << 22  # elements compared at a time

@@ -20,7 +20,7 @@ from typing import TypedDict
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import elsewhere
 from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice
+from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
@@ -39,7 +39,6 @@ from perta_fast.subtraction.compute import Chunk, Statistics, Subtraction, bytes
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job, reopen
 from perta_fast.subtraction.report_entries import add_up, describe_inputs, describe_output, describe_tensors
-from perta_fast.terminal import shell_command
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards

@@ -13,7 +13,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, CONFIG, companions
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.identity import is_same
@@ -27,7 +27,6 @@ from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.compute import Subtraction
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
-from perta_fast.terminal import shell_command
 
 FORMAT = "perta-run"
 FORMAT_VERSION = 1

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, printable_lines
 from perta_fast.files.reading import read_json
 from perta_fast.importance.store import ImportanceMetadata
 from perta_fast.records.report import DataRecord
 from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
 from perta_fast.sweeping.criteria import LOSS
-from perta_fast.terminal import printable_lines
 
 LARGEST, SMALLEST = 1024.0, 1 / 1024  # the strengths between which a search stays
 FILE_NAME = "sweep.json"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
+from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
 from perta_fast.files.durable import remove
 from perta_fast.files.identity import is_same
 from perta_fast.files.new_directory import (
@@ -29,7 +29,6 @@ from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
 from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, load_begun
-from perta_fast.terminal import shell_command
 
 PathLike = str | Path
 

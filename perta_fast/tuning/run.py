@@ -17,7 +17,7 @@ from perta_fast.checkpoints.companions import left_out_links, left_out_warning
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.json_lines import read_data
 from perta_fast.data.samples import Sample
-from perta_fast.errors import InputError, NotFiniteError
+from perta_fast.errors import InputError, NotFiniteError, printable_lines
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.memory import PeakMemory
 from perta_fast.models.loading import choose_device, load_subject, samples_for
@@ -26,7 +26,6 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord, Scalar, data_record
 from perta_fast.records.typed_json import write_readable_json
 from perta_fast.records.versions import installed_versions, now
-from perta_fast.terminal import printable_lines
 from perta_fast.tuning.adapter import add_adapter, check_adapter, save_adapter, share_left_out
 from perta_fast.tuning.checkpoint import tuned_size, write_tuned
 from perta_fast.tuning.training import Request, train_

@@ -1,44 +1,15 @@
-"""Text that is shown to a person: nothing in it moves the cursor, hides text or reorders it; and commands to copy.
-
-Names of tensors, paths and fields of a report come from files that anyone may have written.
-"""
+"""Standard output and standard error that show what is written to them, and end no run when they are closed."""
 
 import os
 import re
-import shlex
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
 from typing import Any
 
+from perta_fast.errors import shown_letter
+
 _BAR_MOVES = re.compile(r"(\n|\x1b\[A)+")  # how tqdm goes from one bar to another
-
-
-def printable(text: str) -> str:
-    """``text`` in one line, with escapes such as ``\\x1b`` for what a terminal would not show as it is.
-
-    That is control characters, ends of lines, characters that are invisible or turn the direction of writing, and the
-    bytes of a path that is not UTF-8.
-    """
-    if text.isprintable():
-        return text
-    return "".join(map(_shown, text))
-
-
-def printable_lines(lines: Iterable[str]) -> str:
-    """``printable`` of each line, joined by ends of lines."""
-    return "\n".join(map(printable, lines))
-
-
-def shell_command(*words: str | Path) -> str:
-    """A command that can be copied into a shell, whatever its words hold.
-
-    A path that begins with "-" is not taken for an option. Words that are not printable are quoted as bash, zsh and ksh
-    read them, so that the command is the same when it is copied from a terminal.
-    """
-    return " ".join(map(_quoted, words))
 
 
 class ShownStream:
@@ -74,7 +45,9 @@ class ShownStream:
         if text.isprintable() or (self._bars and _BAR_MOVES.fullmatch(text)):
             return text
         returns = len(text) - len(text.lstrip("\r")) if self._bars else 0
-        return text[:returns] + "".join(letter if letter in "\n\t" else _shown(letter) for letter in text[returns:])
+        return text[:returns] + "".join(
+            letter if letter in "\n\t" else shown_letter(letter) for letter in text[returns:]
+        )
 
     def _try(self, action: Any, *arguments: str) -> None:
         if self.lost is not None:
@@ -105,27 +78,3 @@ def shown_streams() -> Iterator[tuple[ShownStream, ShownStream]]:
             finally:
                 output.flush()
                 errors.flush()
-
-
-def _shown(letter: str) -> str:
-    if letter.isprintable() or unicodedata.category(letter) == "Zs":
-        return letter
-    return letter.encode("unicode_escape").decode()
-
-
-def _quoted(word: str | Path) -> str:
-    text = os.fspath(word)
-    if isinstance(word, Path) and text.startswith("-"):
-        text = f"./{text}"
-    if printable(text) == text:
-        return shlex.quote(text)
-    return f"$'{''.join(map(_as_bytes, text))}'"
-
-
-def _as_bytes(letter: str) -> str:
-    if letter in "'\\":
-        return f"\\{letter}"
-    if _shown(letter) == letter:
-        return letter
-    kind = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass"
-    return "".join(f"\\{byte:03o}" for byte in letter.encode(errors=kind))

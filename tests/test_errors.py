@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perta_fast.errors import InputError, Interrupted, PertaError, RunError
-from perta_fast.terminal import ShownStream, printable, printable_lines, shell_command, shown_streams
+from perta_fast.cli.streams import ShownStream, shown_streams
+from perta_fast.errors import InputError, Interrupted, PertaError, RunError, printable, printable_lines, shell_command
 
 HARM = [
     "\x1b[31m",
