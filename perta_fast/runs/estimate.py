@@ -61,31 +61,31 @@ def estimate_importance(
 ) -> Importance:
     """Per-parameter importance of a causal language model on ``data`` (PerTA, arXiv 2601.22030).
 
-    The loss of a sample is the mean over its unmasked labels of the token cross-entropy, whatever the batch it
-    is in. ``grad`` is the signed mean over samples of its gradient, which serves rule grad by its magnitude and
-    rule fisher by its square; ``empirical-fisher`` is the mean of the squared gradient of each sample alone,
-    exact although computed in batches (``per_sample``).
+    The loss of a sample is the mean over its unmasked labels of the token cross-entropy, whatever the batch it is in.
+    ``grad`` is the signed mean over samples of its gradient, which serves rule grad by its magnitude and rule fisher by
+    its square; ``empirical-fisher`` is the mean of the squared gradient of each sample alone, exact although computed
+    in batches (``per_sample``).
 
-    model_or_path: a checkpoint directory, or a module whose forward takes input_ids, attention_mask and
-    use_cache and returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied
-    ones count once; all are named as a checkpoint stores them. A module is left as it was found, its gradients
-    included; a second call on it meanwhile is refused.
+    model_or_path: a checkpoint directory, or a module whose forward takes input_ids, attention_mask and use_cache and
+    returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied ones count once; all
+    are named as a checkpoint stores them. A module is left as it was found, its gradients included; a second call on it
+    meanwhile is refused.
     data: a JSON lines file, records in the same forms, ``Sample``s, or what is tokenised already: rows with
-    ``input_ids`` (T,), as a data set for transformers' Trainer has them, or padded batches of rows (N, T), as a
-    loader gives them. These may have ``labels``, -100 where there is no loss (without, every token counts), and
-    an ``attention_mask``, 0 on padding, which is cut off; other columns are ignored. All is read once, and kept
-    as token ids. The hash in the metadata is a file's own, and of token ids and labels for anything else.
-    tokenizer: needed for records with a module; read from the checkpoint otherwise. batch_size: samples a
-    backward pass, whatever the batches that the data came in.
+    ``input_ids`` (T,), as a data set for transformers' Trainer has them, or padded batches of rows (N, T), as a loader
+    gives them. These may have ``labels``, -100 where there is no loss (without, every token counts), and an
+    ``attention_mask``, 0 on padding, which is cut off; other columns are ignored. All is read once, and kept as token
+    ids. The hash in the metadata is a file's own, and of token ids and labels for anything else.
+    tokenizer: needed for records with a module; read from the checkpoint otherwise. batch_size: samples a backward
+    pass, whatever the batches that the data came in.
     max_length: tokens a record is cut to, if that is less than the model's own limit. Cut ones are counted.
-    device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is
-    one, and the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
+    device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is one, and
+    the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
     stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
     ``out``, where the result is read from. memory, device_memory: bytes that this may take; None sets no limit.
-    group: the processes that deal the samples among them. Each calls this with the same arguments and has the
-    whole result, which is that of one process but for the order of the sums; ``out`` must lie where all see it.
-    None: this process alone. Of a module that FSDP2 or tensor parallelism has sharded, the result is sharded as
-    its parameters are; group is then that of the processes its data is divided among, and estimator ``grad``.
+    group: the processes that deal the samples among them. Each calls this with the same arguments and has the whole
+    result, which is that of one process but for the order of the sums; ``out`` must lie where all see it. None: this
+    process alone. Of a module that FSDP2 or tensor parallelism has sharded, the result is sharded as its parameters
+    are; group is then that of the processes its data is divided among, and estimator ``grad``.
     progress: as in ``apply``.
 
     Raises InputError for bad arguments or data, RunError if a loss is not finite (naming the samples).
