@@ -1,92 +1,25 @@
 """Check a finished run: hashes again, and tensors again by the reference."""
 
 import os
-import random
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, files_of, is_read, other_weights
-from perta_fast.checkpoints.low_rank import Matrix
-from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.errors import InputError, RunError, printable_lines
+from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.reading import exists
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.file_hashes import HASHES, read_hashes
 from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files, listed
-from perta_fast.rules import EXACT_POWERS, Rule
-from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
-from perta_fast.subtraction.matching import TensorMatch
-
-SAMPLED = 8  # tensors recomputed unless all are asked for
-_CHUNK = 1 << 22  # elements compared at a time
-
-
-@dataclass
-class Verification:
-    """What was checked. ``problems`` is empty if everything that could be checked is right.
-
-    files: number of hashes that agree with the report. companions: files beside the shards whose hashes agree with
-    ``perta_files.b3``. recomputed: tensors equal to the reference's, bit for bit (if p is not one of
-    ``EXACT_POWERS``, up to the last bit of a power). bounded: tensors whose elements all lie between theta and
-    theta - lam * tau, which is checked if the importances were not kept. unchecked: what could not be checked, and why.
-    changed: data files and model cards of inputs that have changed since the run, which says nothing against the
-    output. uncovered: files of which the run kept no hash. claim: what the run says of its output. tensors: number of
-    tensors of the output. agreement: how closely the recomputed ones agree.
-    """
-
-    claim: str = ""
-    tensors: int = 0
-    agreement: str = "bit for bit"
-    files: int = 0
-    companions: int = 0
-    recomputed: int = 0
-    bounded: int = 0
-    problems: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    uncovered: list[str] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """The outcome in plain sentences."""
-        lines = [self._outcome(), f"{self.files} files have the hashes in the report."]
-        if self.companions:
-            lines.append(f"{self.companions} files beside the shards, with the report, have the hashes in {HASHES}.")
-        if self.recomputed:
-            lines.append(f"{self.recomputed} tensors equal the reference's result {self.agreement}.")
-        if self.bounded:
-            lines.append(f"{self.bounded} tensors lie between theta and theta - lambda * tau everywhere.")
-        lines += [f"Changed since the run, which is no fault of the output: {line}." for line in self.changed]
-        lines += [f"Not checked: {line}." for line in self.unchecked]
-        lines += [f"Not covered by the run's hashes: {line}." for line in self.uncovered]
-        lines += [f"WRONG: {line}." for line in self.problems]
-        lines.append("Verification failed." if self.problems else "Nothing wrong was found.")
-        return printable_lines(lines)
-
-    def _outcome(self) -> str:
-        """The result in one sentence."""
-        if self.problems:
-            return f"Not confirmed, as something is wrong: {self.claim}."
-        if self.recomputed + self.bounded == 0:
-            return f"Not recomputed: {self.claim}. Only what is listed here was checked."
-        if self.bounded:
-            return (
-                f"Not refuted: {self.claim}. Without the weights, {self.bounded} of {self.tensors} tensors "
-                "could only be checked for bounds."
-            )
-        return (
-            f"{self.claim}: {self.files} files and {self.recomputed} of {self.tensors} tensors were checked, "
-            f"{self.agreement}."
-        )
+from perta_fast.rules import EXACT_POWERS
+from perta_fast.runs.recomputed_tensors import RecomputedTensors
+from perta_fast.runs.verification import Verification
 
 
 def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress: Progress = True) -> Verification:
     """Recompute the hashes of a run's output and inputs, and tensors of its output from the inputs.
 
-    directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else ``SAMPLED`` of them drawn with
+    directory: the output of ``apply`` or ``unlearn``. full: recompute every tensor, else eight of them drawn with
     ``seed``. Inputs are looked for where they were; what is gone is listed as unchecked. After an in-place run theta is
     gone: then the hashes of everything else are checked, and whether the headers of the shards agree with the report.
     progress: as in ``apply``. Raises InputError if there is no report, or one that no run can have written. Writes
@@ -120,7 +53,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
         result.unchecked.append("tensors, because the run changed the model in place and its old values are gone")
         result.problems += _header_problems(report, Checkpoint.open(directory))
     elif "output" in intact:
-        checked = _Tensors.opened(directory, report, intact, result)
+        checked = RecomputedTensors.opened(directory, report, intact, result)
         if checked is not None:
             checked.check(result, full, seed, progress)
     return result
@@ -211,138 +144,3 @@ def _header_problems(report: Report, output: Checkpoint) -> list[str]:
         for name in sorted(listed.keys() | stored.keys())
         if listed.get(name) != stored.get(name)
     ]
-
-
-def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> list[str]:
-    """Shards that the report does not list, or that are not laid out as the model's."""
-    listed = {"output": report.output, **report.inputs}
-    problems = []
-    for role, checkpoint in {"output": output, **sources.named()}.items():
-        if role == "base" and not sources.base_is_read:
-            continue
-        for name, shard in checkpoint.shards.items():
-            if name not in listed[role]["files"]:
-                problems.append(f"{shard.path} is not in the report")
-    for name, shard in sources.model.shards.items():
-        if name not in output.shards or output.shards[name].header != shard.header:
-            problems.append(f"{output.path / name} is not laid out as {shard.path}")
-    return problems
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """The tensors of an output, beside what the inputs give by the reference.
-
-    exact: whether the weights are known; if not, results can only be checked for bounds.
-    """
-
-    report: Report
-    rule: Rule
-    sources: Sources
-    output: Checkpoint
-    exact: bool
-
-    @classmethod
-    def opened(cls, directory: Path, report: Report, intact: set[str], result: Verification) -> "_Tensors | None":
-        """Open the inputs that are ``intact``; None, with the reason in ``result``, if there is nothing to compare."""
-        absent = {"model", "base", "tuned"} - intact
-        if absent:
-            result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
-            return None
-        try:
-            rule = report.chosen_rule()
-        except InputError as error:
-            raise InputError(f"{directory / FILE_NAME}: {error}") from error
-        exact = rule.estimator is None or set(IMPORTANCES) <= intact
-        paths = {role: Path(record["path"]) for role, record in report.inputs.items()}
-        importances = open_importances(rule, *map(paths.get, IMPORTANCES)) if exact else {}
-        sources = Sources.open(paths["model"], paths["base"], paths["tuned"], importances, report.common_rows)
-        if not exact:
-            result.unchecked.append("weights, because the importances were not kept (--save-importance)")
-        output = Checkpoint.open(directory)
-        problems = _layout_problems(report, sources, output)
-        result.problems += problems
-        return None if problems else cls(report, rule, sources, output, exact)
-
-    def check(self, result: Verification, full: bool, seed: int, progress: Progress) -> None:
-        """Compare all tensors, or a sample."""
-        actions = {row.name: row.action for row in self.report.tensors}
-        matches = self.sources.matches
-        if not full and len(matches) > SAMPLED:
-            matches = random.Random(seed).sample(matches, SAMPLED)
-        with Bar(sum(match.theta.size for match in matches), "tensors", progress) as bar:
-            for match in matches:
-                # Without the importances, only the report says which tensors they did not cover.
-                action = actions.get(match.theta.name, "")
-                copied = match.copied is not None or (not self.exact and action.startswith("copied"))
-                if not self._is_right(match, copied):
-                    result.problems.append(f"tensor {match.theta.name} is not what the inputs give")
-                elif self.exact or copied:
-                    result.recomputed += 1
-                else:
-                    result.bounded += 1
-                bar.update(match.theta.size)
-
-    def _is_right(self, match: TensorMatch, copied: bool) -> bool:
-        made: tuple[Matrix, ...] = ()
-        if match.low_rank is not None and not copied:
-            made = match.low_rank.factors()
-        elif match.merged is not None and not copied and self.sources.adapter is not None:
-            made = (self.sources.adapter.array(match.merged),)
-        for begin in range(0, match.theta.count, _CHUNK):
-            count = min(_CHUNK, match.theta.count - begin)
-            computed = 0 if copied else max(0, min(count, match.common - begin))
-            kept = (begin + computed, count - computed)
-            entry = self.output.tensors[match.theta.name]
-            if _bytes(self.output, entry, *kept) != _bytes(self.sources.model, match.theta, *kept):
-                return False
-            if computed and not self._chunk_is_right(match, made, begin, computed):
-                return False
-        return True
-
-    def _chunk_is_right(self, match: TensorMatch, made: tuple[Matrix, ...], begin: int, count: int) -> bool:
-        import torch
-
-        from perta_fast.ops import reference
-
-        rescaling = self.rule.rescaling
-        arrays: list[Any] = [None] * 5
-        for operand, checkpoint, entry in self.sources.operands(match):
-            arrays[operand] = checkpoint.elements(entry, begin, count)
-        theta, tuned, base, forget, retain = arrays
-        if match.merged is not None:
-            tuned = torch.from_numpy(made[0][begin : begin + count])
-        if match.low_rank is None:
-            task_vector = tuned.float() - base.float()
-        else:
-            task_vector = _low_rank_chunk(made, match.low_rank.scale, begin, count)
-        # Without importances this is the result for w = 1: one end of the range in which the true result lies.
-        expected = reference.subtract(theta, task_vector, forget, retain, rescaling)
-        actual = self.output.elements(self.output.tensors[match.theta.name], begin, count)
-        if self.exact and (forget is None or rescaling.p in EXACT_POWERS):
-            return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
-        if self.exact:  # the last bit of another power may differ, and then that of the update and of the result
-            slack = 4 * torch.finfo(torch.float32).eps * abs(rescaling.lam) * task_vector.abs()
-            slack += torch.finfo(theta.dtype).eps * expected.float().abs()
-            return bool(((actual.float() - expected.float()).abs() <= slack).all())
-        low, high = torch.minimum(theta, expected), torch.maximum(theta, expected)
-        return bool(((low <= actual) & (actual <= high)).all())
-
-
-def _low_rank_chunk(factors: tuple[Matrix, ...], scale: float, begin: int, count: int) -> Any:
-    """Consecutive elements of a task vector that is given by its factors."""
-    import torch
-
-    from perta_fast.ops import reference
-
-    left, right = map(torch.from_numpy, factors)
-    columns = right.shape[1]
-    first, end = begin // columns, -(-(begin + count) // columns)
-    rows = reference.low_rank_task_vector(left[first:end], right, scale)
-    return rows.view(-1)[begin - first * columns :][:count]
-
-
-def _bytes(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> bytes:
-    width = ITEM_SIZES[entry.dtype]
-    start = entry.begin + begin * width
-    return checkpoint.file_of(entry).data[start : start + count * width].tobytes()

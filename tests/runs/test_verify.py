@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from perta_fast.errors import InputError, PertaError
 from perta_fast.records.file_hashes import HASHES, write_hashes
 from perta_fast.records.report import Report
-from perta_fast.runs import verify as verification
+from perta_fast.runs import recomputed_tensors
 from perta_fast.runs.apply import apply
 from perta_fast.runs.verify import verify
 from tests.support.checkpoints import fingerprint, write_checkpoint
@@ -29,7 +29,7 @@ FILE_COUNT = 3 * 3 + 2 * 3 + 2  # two shards and an index for each of five input
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_CHUNK", 100)
+    monkeypatch.setattr(recomputed_tensors, "_CHUNK", 100)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_fresh_run_is_right(out: Path) -> None:
 def test_a_sample_is_checked_unless_all_are_asked_for(out: Path) -> None:
     result = verify(out)
     assert result.problems == []
-    assert result.recomputed == verification.SAMPLED < TENSOR_COUNT
+    assert result.recomputed == recomputed_tensors.SAMPLED < TENSOR_COUNT
 
 
 def test_a_sample_finds_what_is_in_it(out: Path) -> None:
