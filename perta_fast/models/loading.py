@@ -16,6 +16,7 @@ from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
 from perta_fast.models.language_part import auto_class, keep_language_part_
+from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored, load_tensor
 
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
@@ -110,9 +111,11 @@ def load_subject(
     keep_language_part_(model)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.named_parameters()}
     quantised = Quantisation.of(path, stored) is not None  # such a model can only be evaluated: names do not matter
-    absent = set() if quantised else as_stored(model, shapes).keys() - stored.keys()
-    absent = {name for name in absent if tied_partner(name, stored) is None}
-    if absent:  # an importance would have names that are not in the checkpoint
+    names = {} if quantised else as_stored(model, shapes)
+    if names:
+        stored = named_as_module(checkpoint, model, names).tensors
+    absent = {name for name in names if name not in stored and tied_partner(name, stored) is None}
+    if absent:  # an importance would have names for which the checkpoint has no tensor
         raise InputError(
             f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
             f"save it anew with: {conversion_command(path)}"

@@ -81,7 +81,8 @@ def loaded_tensors(model: Any, names: Iterable[str]) -> list[LoadedTensor]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    like, prefix = model.state_dict(), model.base_model_prefix
+    state, prefix = model.state_dict(), model.base_model_prefix
+    like = {plain: state[name] for plain, name in by_plain_name(state, "the module").items()}
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 
 import torch
 
-from perta_fast.checkpoints.tied import importance_key
 from perta_fast.data.samples import Sample
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import FLOATING
@@ -100,10 +99,9 @@ class StreamedRun:
 
     def cover(self, sources: Sources) -> Sources:
         """``sources``, which now copy the tensors that no importance covers."""
-        matches = []
+        matches, covered = [], self.skeleton.covered(sources.model)
         for match in sources.matches:
-            covered = importance_key(match.theta.name, sources.model, self.skeleton.stored_shapes)
-            if match.copied is None and covered is None:
+            if match.copied is None and match.theta.name not in covered:
                 match = TensorMatch(match.theta, copied="not covered by the importance")
             matches.append(match)
         metadata = {f"{role}_importance": dict(table) for role, table in self.settings["metadata"].items()}

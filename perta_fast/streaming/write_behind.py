@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from perta_fast.checkpoints.tied import importance_key
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
@@ -124,8 +123,9 @@ class WriteBehind:
 
     def __post_init__(self) -> None:
         self._importance_of: dict[int, str] = {}  # by number of the match
+        covered = self.skeleton.covered(self.sources.model)
         for index, match in enumerate(self.sources.matches):
-            key = importance_key(match.theta.name, self.sources.model, self.skeleton.stored_shapes)
+            key = covered.get(match.theta.name)
             if match.copied is None and key is not None:
                 self._importance_of[index] = key
         self._behind = ThreadPoolExecutor(1)

@@ -13,6 +13,7 @@ from perta_fast.checkpoints.low_rank import LowRank, Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import OUTPUT_HEADS, is_tied_use, make_room, tied_partner
 from perta_fast.errors import InputError
+from perta_fast.models.same_names import stored_as_in
 
 if TYPE_CHECKING:
     from perta_fast.models.merged_by_peft import MergedByPeft
@@ -30,7 +31,7 @@ class OpenedAdapter:
     @classmethod
     def open(cls, path: str | Path, base: Checkpoint, common_rows: bool = False) -> "OpenedAdapter":
         """Raises InputError if the adapter is not taken, or saved a matrix of another base."""
-        adapter = Adapter.open(path, base.path)
+        adapter = stored_as_in(base, Adapter.open(path, base.path))
         adapter.check_untouched(base, common_rows)
         if not adapter.by_peft:
             return cls(adapter)

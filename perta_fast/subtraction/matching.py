@@ -18,6 +18,7 @@ from perta_fast.checkpoints.tied import (
 )
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
+from perta_fast.models.same_names import named_as_model
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 
 _FLOAT32 = "dtype='float32'"  # for a command that converts
@@ -66,11 +67,18 @@ def match_tensors(
 ) -> list[TensorMatch]:
     """Match every tensor of ``model`` with those of the other inputs, in the model's order.
 
-    Each checkpoint may store a tied output head or leave it out. Tensors that are not of the language model, as
-    transformers loads it, need not be in all three: then the model's are copied. common_rows: embeddings and heads may
-    have other numbers of rows. Raises InputError, naming checkpoint and tensor, if names or shapes differ, a type has
-    no arithmetic, or an importance belongs to another model.
+    Names may differ if transformers loads the tensors to one place. Each checkpoint may store a tied output head or
+    leave it out. Tensors that are not of the language model, as transformers loads it, need not be in all three: then
+    the model's are copied. common_rows: embeddings and heads may have other numbers of rows. Raises InputError, naming
+    checkpoint and tensor, if names or shapes differ, a type has no arithmetic, or an importance belongs to another
+    model.
     """
+    base = named_as_model(base, model)
+    if isinstance(tuned, Checkpoint):
+        tuned = named_as_model(tuned, model)
+    if forget_importance is not None and retain_importance is not None:
+        forget_importance = named_as_model(forget_importance, model)
+        retain_importance = named_as_model(retain_importance, model)
     whole = tuned if isinstance(tuned, Checkpoint) else None
     left_out: set[str] = set()
     tied = ties_embeddings(model)

@@ -27,6 +27,7 @@ from perta_fast.importance.store import STEM, Importance
 from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
 from perta_fast.models.in_use import check_not_in_use
 from perta_fast.models.language_part import parameters_of_other_parts
+from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
@@ -88,12 +89,15 @@ def apply_to_module_(
                 "the module is sharded; pass group, all processes that hold it, and for tuned a checkpoint: "
                 "an adapter is merged first"
             )
-        if _is_tied(module):
-            for checkpoint in (theta_0, *([theta_f] if adapter is None else [])):
-                refuse_two_matrices(checkpoint, "the module", None)
         reshard_(module)
         _check_parameters(module)
         everything = held_tensors(module)
+        theta_0 = named_as_module(theta_0, module, everything)
+        if adapter is None:
+            theta_f = named_as_module(theta_f, module, everything)
+        if _is_tied(module):
+            for checkpoint in (theta_0, *([theta_f] if adapter is None else [])):
+                refuse_two_matrices(checkpoint, "the module", None)
         parameters = _covered(everything, importances)
         for name in _left_aside(module, parameters, [theta_f, theta_0] if adapter is None else [theta_0]):
             del parameters[name]

@@ -16,6 +16,7 @@ from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.own_data import NEW_TOKENS
 from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
+from perta_fast.models.same_names import named_as_module
 from perta_fast.rules import RULES, Estimator, Rule
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
 from perta_fast.sweeping.criteria import LOSS, METRICS
@@ -94,9 +95,10 @@ class LiveModel(ScoredModel):
         common_rows: bool = False,
     ) -> None:
         super().__init__(examinee, data, metric)
-        self._model, self._directories, self._common_rows = model, directories, common_rows
         held = held_tensors(self.subject.module)
-        self._stored = [(tensor.ranges, stored_name(model, name)) for name, tensor in held.items()]
+        self._model = named_as_module(model, self.subject.module, held)
+        self._directories, self._common_rows = directories, common_rows
+        self._stored = [(tensor.ranges, stored_name(self._model, name)) for name, tensor in held.items()]
 
     def measure(self, rule: Rule, importances: Importances) -> ScoredSetting:
         """Subtract, score, and put theta_full back."""

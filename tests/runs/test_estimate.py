@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -365,12 +365,30 @@ def test_a_checkpoint_as_the_module_loaded_from_it(job: Job, tmp_path: Path) -> 
 def test_a_checkpoint_whose_names_transformers_changes_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the first GPT-2 checkpoints, which lack the prefix that the model gives to all names now."""
-    GPT2Model(GPT2Config(**GPT2_SIZES)).save_pretrained(tmp_path)
+    """As one with the experts of one layer stored joined, as they are in memory, and those of another apart."""
+    model = mixtral()
+    model.save_pretrained(tmp_path)
+    path, joined = tmp_path / "model.safetensors", "model.layers.0.mlp.experts."
+    tensors = {name: tensor for name, tensor in load_file(path).items() if ".layers.0." not in name}
+    assert any(name.startswith(joined) for name in model.state_dict())
+    save_file(tensors | {n: t for n, t in model.state_dict().items() if ".layers.0." in n}, path, {"format": "pt"})
     tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(estimate, "accumulate", None)
-    with pytest.raises(InputError, match=r"lacks tensor transformer\.h\.0\.attn\.c_attn\.bias.*save it anew"):
+    with pytest.raises(
+        InputError, match=r"lacks tensor model\.layers\.0\..*experts\.0\.w1\.weight, the name that .*save it anew"
+    ):
         importance(tmp_path, FORGET)
+
+
+def test_a_checkpoint_without_the_prefix_of_its_names_is_taken(tmp_path: Path) -> None:
+    """As the first GPT-2 checkpoints, which lack the prefix that the model gives to all names now."""
+    GPT2Model(GPT2Config(**GPT2_SIZES)).save_pretrained(tmp_path / "old")
+    tokenizer().save_pretrained(tmp_path / "old")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    tokenizer().save_pretrained(tmp_path / "new")
+    old, new = (importance(tmp_path / name, FORGET) for name in ("old", "new"))
+    assert old.tensors.keys() == new.tensors.keys()
+    assert all(torch.equal(old.tensors[name], tensor) for name, tensor in new.tensors.items())
 
 
 # Refusals.

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.tied import importance_key
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
+from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.streaming.model.partial_forward import PartialForward
 from perta_fast.streaming.model.stored_weights import StoredWeights
@@ -50,6 +52,13 @@ class Skeleton(Structure):
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the checkpoint that an importance covers, in order."""
         return self.weights.shapes
+
+    def covered(self, model: Checkpoint) -> dict[str, str]:
+        """Which of ``stored_shapes`` covers a tensor of ``model``, by the names that ``model`` has."""
+        names = self.stored_shapes
+        model = named_as_module(model, self.model, names)
+        keys = {entry.name: importance_key(name, model, names) for name, entry in model.tensors.items()}
+        return {name: key for name, key in keys.items() if key is not None}
 
     def as_stored(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means of whole parts, by parameter name, divided and renamed as the tensors are stored."""

@@ -22,6 +22,7 @@ from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.dtypes import KERNEL_CODES, TORCH_NAMES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.reading import PositionReader
+from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored, loaded_tensors
 
 
@@ -142,7 +143,8 @@ class StoredWeights:
             raise InputError(f"{self._checkpoint.path}: tensor {stored} is {list(tensor.shape)}{made}, {calls}")
 
     def _check_names(self, parts: Iterable[Sequence[str]]) -> None:
-        path, tensors = self._checkpoint.path, self._checkpoint.tensors
+        path = self._checkpoint.path
+        tensors = named_as_module(self._checkpoint, self._model, self.shapes).tensors
         buffers = self._like.keys() - dict(self._model.named_parameters(remove_duplicate=False)).keys()
         lacking = (self._parameters(None).keys() | buffers) - self._group_of.keys()
         if lacking:

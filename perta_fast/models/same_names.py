@@ -1,0 +1,114 @@
+"""Checkpoints of one model under other names: a tensor is the same if transformers loads it to the same place.
+
+Files of the hub leave out the prefix of the base model (``wte.weight`` for ``transformer.wte.weight``), and some
+families have other names in memory than in files. What transformers makes of more than one tensor (joined experts) is
+not matched. Torch is imported only if names differ.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perta_fast.checkpoints.adapters import Adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import tied_partner
+from perta_fast.errors import InputError
+from perta_fast.models.language_part import empty_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def named_as_model(other: Checkpoint, model: Checkpoint) -> Checkpoint:
+    """``other``, a checkpoint or an importance, with its tensors under the names that ``model`` has for them.
+
+    Tensors that transformers does not load keep their names. Raises InputError if two get one name.
+    """
+    if not _differ(other.tensors, model.tensors):
+        return other
+    for path in (model.path, other.path):
+        own = _names_in_memory(path, model.tensors)
+        if own:
+            by_place = {place: name for name, place in own.items()}
+            theirs = _names_in_memory(path, other.tensors)
+            return _renamed(other, {name: by_place[place] for name, place in theirs.items() if place in by_place})
+    return other
+
+
+def named_as_module(checkpoint: Checkpoint, module: "nn.Module", stored: Collection[str]) -> Checkpoint:
+    """``checkpoint`` with its tensors under the names ``stored``, under which transformers would save ``module``."""
+    from transformers import PreTrainedModel
+
+    from perta_fast.models.stored_names import as_stored, loaded_tensors
+
+    if not isinstance(module, PreTrainedModel) or not _differ(checkpoint.tensors, stored):
+        return checkpoint
+    conversions: Any = getattr(module, "_weight_conversions", None)
+    try:
+        loaded = loaded_tensors(module, checkpoint.tensors)
+    finally:
+        module._weight_conversions = conversions  # those of the module's own loading
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    names = {}
+    for tensor in loaded:
+        if tensor.converter is None and tensor.target in parameters:
+            made = as_stored(module, {tensor.target: parameters[tensor.target].detach()})
+            if len(made) == 1:
+                names[tensor.stored] = next(iter(made))
+    return _renamed(checkpoint, names)
+
+
+def stored_as_in(base: Checkpoint, adapter: Adapter) -> Adapter:
+    """``adapter``, which has the names of a model in memory, with those under which ``base`` stores its tensors."""
+    tables = {"low_rank": adapter.low_rank, "whole": adapter.whole, "untouched": adapter.untouched}
+    if all(_is_found(name, base.tensors) for table in tables.values() for name in table):
+        return adapter
+    stored = {place: name for name, place in _names_in_memory(base.path, base.tensors).items()}
+    renamed: dict[str, Any] = {
+        role: {stored.get(name, name): value for name, value in table.items()} for role, table in tables.items()
+    }
+    return replace(adapter, **renamed)
+
+
+def _differ(names: Iterable[str], others: Collection[str]) -> bool:
+    """Whether either has names that the other lacks, but for tied matrices that are stored once."""
+    mine, theirs = dict.fromkeys(names), dict.fromkeys(others)
+    unknown = [name for name in mine if name not in theirs and tied_partner(name, theirs) is None]
+    return bool(unknown) and any(name not in mine and tied_partner(name, mine) is None for name in theirs)
+
+
+def _is_found(name: str, names: Mapping[str, object]) -> bool:
+    """Whether ``Adapter.name_in`` would find ``name``."""
+    if name in names or tied_partner(name, names) is not None:
+        return True
+    return any(other.endswith(f".{name}") or name.endswith(f".{other}") for other in names)
+
+
+def _names_in_memory(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The entries of the state dict, by stored name, that ``config.json`` in ``path`` calls for; empty if unknown."""
+    if not (path / "config.json").is_file():
+        return {}
+    import torch
+
+    from perta_fast.models.stored_names import loaded_tensors
+
+    try:
+        model = empty_model(path, default=torch.float32, all_parts=True)
+    except InputError:
+        return {}
+    return {tensor.stored: tensor.target for tensor in loaded_tensors(model, names) if tensor.converter is None}
+
+
+def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.tensors.items():
+        new = names.get(name, name)
+        if new in tensors:
+            raise InputError(
+                f"{checkpoint.path}: transformers loads {tensors[new].name} and {name} to one place; remove the one "
+                "that is out of date"
+            )
+        tensors[new] = entry
+    return replace(checkpoint, tensors=tensors)

@@ -1,0 +1,259 @@
+"""Checkpoints, adapters, importances and modules whose names differ, but not for transformers: the same bits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from perta_fast import InputError, apply, apply_to_module_, estimate_importance, unlearn, verify
+from perta_fast.importance.store import Importance
+from perta_fast.models.stored_names import as_stored
+from tests.families.matrix import write
+from tests.families.test_multimodal import BY_FAMILY
+from tests.families.test_multimodal import build as multimodal
+from tests.support.checkpoints import read_checkpoint, same_bytes
+from tests.support.models import FORGET, RETAIN, draw_samples, nudge_, tokenizer, write_lines
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def bloom() -> PreTrainedModel:
+    return BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=2, n_head=2))
+
+
+def opt() -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "max_position_embeddings": 64}
+    return OPTForCausalLM(OPTConfig(vocab_size=300, num_hidden_layers=2, num_attention_heads=2, **sizes))
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": gpt2, "bloom": bloom, "opt": opt}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Callable[[], PreTrainedModel]:
+    return FAMILIES[request.param]
+
+
+def seeded(build: Callable[[], PreTrainedModel], seed: int | None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = build()
+    if seed is not None:
+        nudge_(model, seed)
+    return model
+
+
+def written(folder: Path, build: Callable[[], PreTrainedModel]) -> list[Path]:
+    """model, base and tuned, with the names of transformers."""
+    for name, seed in (("model", 1), ("base", None), ("tuned", 2)):
+        seeded(build, seed).save_pretrained(folder / name, max_shard_size="20KB")
+        tokenizer().save_pretrained(folder / name)
+    return [folder / "model", folder / "base", folder / "tuned"]
+
+
+def as_on_the_hub(checkpoint: Path) -> Path:
+    """A copy whose names lack the prefix of the base model."""
+    copy = checkpoint.with_name(f"{checkpoint.name}-hub")
+    shutil.copytree(checkpoint, copy)
+    for shard in copy.glob("*.safetensors"):
+        save_file({plain(name): tensor for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    for path in copy.glob("*.index.json"):
+        index = json.loads(path.read_bytes())
+        index["weight_map"] = {plain(name): shard for name, shard in index["weight_map"].items()}
+        path.write_text(json.dumps(index))
+    return copy
+
+
+def plain(name: str) -> str:
+    return name.removeprefix("transformer.").removeprefix("model.")
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_checkpoints_without_the_prefix(
+    which: tuple[int, ...], family: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    inputs = written(tmp_path, family)
+    apply(*inputs, rule="tv", lam=0.7, out=tmp_path / "expected", progress=False)
+    mixed = [as_on_the_hub(path) if k in which else path for k, path in enumerate(inputs)]
+    apply(*mixed, rule="tv", lam=0.7, out=tmp_path / "out", progress=False)
+    expected, got = read_checkpoint(tmp_path / "expected"), read_checkpoint(tmp_path / "out")
+    rename = plain if 0 in which else str
+    assert got.keys() == {rename(name) for name in expected}
+    assert all(same_bytes(got[rename(name)], tensor) for name, tensor in expected.items())
+    assert not verify(tmp_path / "out").problems
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
+def test_importances_and_unlearning(stream: bool, family: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    inputs = written(tmp_path, family)
+    data = [write_lines(tmp_path / "f.jsonl", FORGET), write_lines(tmp_path / "r.jsonl", RETAIN)]
+    how: dict[str, Any] = {"rule": "fisher", "lam": 1.0, "stream": stream, "progress": False}
+    unlearn(*inputs, *data, out=tmp_path / "expected", **how)
+    hub = [as_on_the_hub(path) for path in inputs]
+    unlearn(hub[0], inputs[1], hub[2], *data, out=tmp_path / "out-0", **how)
+    unlearn(inputs[0], hub[1], inputs[2], *data, out=tmp_path / "out-1", **how)
+    paths = [tmp_path / "forget", tmp_path / "retain"]
+    for path, rows in zip(paths, data, strict=True):
+        estimate_importance(inputs[1], rows, "grad", out=path, stream=stream, progress=False)
+    apply(hub[0], hub[1], inputs[2], *paths, rule="fisher", lam=1.0, out=tmp_path / "out-2", progress=False)
+    estimate_importance(hub[1], data[0], "grad", out=tmp_path / "hub", stream=stream, progress=False)
+    expected = read_checkpoint(tmp_path / "hub")
+    assert all(same_bytes(read_checkpoint(paths[0])[name], tensor) for name, tensor in expected.items())
+    expected = read_checkpoint(tmp_path / "expected")
+    for number, rename in enumerate((plain, str, plain)):
+        got = read_checkpoint(tmp_path / f"out-{number}")
+        assert all(same_bytes(got[rename(name)], tensor) for name, tensor in expected.items())
+
+
+def test_a_live_module(family: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    _, base, tuned = written(tmp_path, family)
+    samples = draw_samples(4)
+    modules = [seeded(family, 1), seeded(family, 1)]
+    importance = estimate_importance(modules[0], samples, "grad", progress=False)
+    for module, names in zip(modules, (str, as_on_the_hub), strict=True):
+        pair = Path(names(base)), Path(names(tuned))  # type: ignore[arg-type]
+        apply_to_module_(module, *pair, importance, importance, rule="fisher", lam=0.5)
+    pairs = zip(*(module.parameters() for module in modules), strict=True)
+    assert all(same_bytes(first.detach(), second.detach()) for first, second in pairs)
+    assert not all(map(torch.equal, modules[0].parameters(), seeded(family, 1).parameters()))
+
+
+def test_an_importance_with_the_names_of_the_hub(tmp_path: Path) -> None:
+    inputs = written(tmp_path, gpt2)
+    rows = write_lines(tmp_path / "f.jsonl", FORGET)
+    found = estimate_importance(inputs[1], rows, "grad", out=tmp_path / "importance", progress=False)
+    other = Importance({plain(name): tensor for name, tensor in found.tensors.items()}, found.metadata)
+    other.save(tmp_path / "hub")
+    for number, path in enumerate((tmp_path / "importance", tmp_path / "hub")):
+        apply(*inputs, path, path, rule="fisher", lam=1.0, out=tmp_path / f"out-{number}", progress=False)
+    expected, got = (read_checkpoint(tmp_path / f"out-{number}") for number in range(2))
+    assert all(same_bytes(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
+    inputs = written(tmp_path, gpt2)
+    hub = as_on_the_hub(inputs[0])
+    path = next(file for file in inputs[1].glob("*.safetensors") if "transformer.ln_f.bias" in load_file(file))
+    tensors = load_file(path)
+    save_file(tensors | {"ln_f.bias": tensors["transformer.ln_f.bias"].clone()}, path, {"format": "pt"})
+    for index in inputs[1].glob("*.index.json"):
+        content = json.loads(index.read_bytes())
+        content["weight_map"]["ln_f.bias"] = path.name
+        index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="to one place; remove"):
+        apply(hub, inputs[1], inputs[2], rule="tv", lam=1, out=tmp_path / "out", progress=False)
+
+
+def test_adapters(family: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    inputs = written(tmp_path, family)
+    targets = {"gpt2": ["c_attn"], "bloom": ["query_key_value"], "opt": ["q_proj"]}
+    base = seeded(family, None)
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=targets[base.config.model_type]))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    for number, names in enumerate((str, as_on_the_hub)):
+        pair = Path(names(inputs[0])), Path(names(inputs[1]))  # type: ignore[arg-type]
+        apply(*pair, tmp_path / "adapter", rule="tv", lam=0.7, out=tmp_path / f"out-{number}", progress=False)
+    expected, got = (read_checkpoint(tmp_path / f"out-{number}") for number in range(2))
+    assert all(same_bytes(got[plain(name)], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_equal_names_need_no_torch(tmp_path: Path) -> None:
+    inputs = [as_on_the_hub(path) for path in written(tmp_path, gpt2)]
+    program = (
+        "import sys; from perta_fast.cli import main; "
+        f"code = main(['apply', '--model', {str(inputs[0])!r}, '--base', {str(inputs[1])!r}, '--tuned', "
+        f"{str(inputs[2])!r}, '--rule', 'tv', '--lam', '1', '--out', {str(tmp_path / 'out')!r}]); "
+        "print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip().endswith("0 False"), done.stderr
+
+
+MULTIMODAL = list(BY_FAMILY)
+
+
+def in_memory(checkpoint: Path, model: PreTrainedModel) -> Path:
+    """A copy with the names that the model has in memory, as some trainers save it."""
+    copy = checkpoint.with_name(f"{checkpoint.name}-memory")
+    copy.mkdir()
+    shutil.copy(checkpoint / "config.json", copy)
+    state = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    save_file(state, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_names_in_memory_and_stored_names(kind: str, tmp_path: Path) -> None:
+    models = [multimodal(kind, seed) for seed in (1, 2, 3)]
+    inputs = [write(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    apply(*inputs, rule="tv", lam=0.7, out=tmp_path / "expected", progress=False)
+    memory = [in_memory(path, model) for path, model in zip(inputs, models, strict=True)]
+    expected = read_checkpoint(tmp_path / "expected")
+    for number in (1, 2):
+        mixed = [memory[k] if k == number else path for k, path in enumerate(inputs)]
+        out = tmp_path / f"out-{number}"
+        apply(*mixed, rule="tv", lam=0.7, out=out, progress=False)
+        got = read_checkpoint(out)
+        assert got.keys() == expected.keys()
+        assert all(same_bytes(got[name], tensor) for name, tensor in expected.items())
+    apply_to_module_(models[0], memory[1], memory[2], rule="tv", lam=0.7)
+    changed = as_stored(models[0], dict(models[0].named_parameters()))
+    assert all(same_bytes(tensor.detach(), expected[name]) for name, tensor in changed.items())
+
+
+@pytest.mark.parametrize("targets", [r".*language_model.*\.q_proj", r".*\.(q_proj|qkv|fc1)"], ids=["text", "all"])
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_adapters_of_multimodal_models(kind: str, targets: str, tmp_path: Path) -> None:
+    """As the same adapter with the stored names, which are matched without transformers."""
+    theta, base = (write(multimodal(kind, seed), tmp_path / str(seed)) for seed in (1, 2))
+    model = multimodal(kind, 2)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "stored")
+    file, plain_model, tensors = tmp_path / "stored" / "adapter_model.safetensors", multimodal(kind, 2), {}
+    for key, tensor in load_file(file).items():
+        module, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
+        weight = plain_model.get_parameter(f"{module}.weight")
+        (stored,) = as_stored(plain_model, {f"{module}.weight": weight})
+        tensors[f"base_model.model.{stored.removesuffix('.weight')}.lora_{rest}"] = tensor
+    save_file(tensors, file, {"format": "pt"})
+    for name in ("adapter", "stored"):
+        apply(theta, base, tmp_path / name, rule="tv", lam=0.7, out=tmp_path / f"out-{name}", progress=False)
+    before, expected, got = map(read_checkpoint, (theta, tmp_path / "out-stored", tmp_path / "out-adapter"))
+    assert sum(not same_bytes(before[name], tensor) for name, tensor in expected.items()) == len(tensors) // 2
+    assert all(same_bytes(got[name], tensor) for name, tensor in expected.items())
+    live = multimodal(kind, 1)
+    apply_to_module_(live, base, tmp_path / "adapter", rule="tv", lam=0.7)
+    changed = as_stored(live, dict(live.named_parameters()))
+    assert all(same_bytes(tensor.detach(), expected[name]) for name, tensor in changed.items())
