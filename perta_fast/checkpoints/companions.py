@@ -43,15 +43,17 @@ def is_read(name: str) -> bool:
 
 
 def copy_companions(source: Checkpoint, target: Path) -> None:
-    """Copy everything beside the weights: config, tokenizer, generation config, code, and the index in use.
+    """Copy everything beside the weights: config, tokenizer, templates, generation config, code, the index in use.
 
     An adapter that lies beside the model stays behind: with its config alone, transformers would look for it in vain.
     So do links that lead elsewhere (``left_out_links``): what they lead to may be private. Shards without an index get
     one, since transformers cannot load them without.
     """
     for path in _companions(source):
+        copy = target / path.relative_to(source.path)
+        copy.parent.mkdir(exist_ok=True)
         if not _is_left_out(path, source):
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, copy)
     if source.index is None and "model.safetensors" not in source.shards:
         weight_map = {entry.stored_name or name: entry.path.name for name, entry in source.tensors.items()}
         content = {"metadata": {"total_size": source.size}, "weight_map": weight_map}
@@ -68,10 +70,14 @@ def _companions(source: Checkpoint) -> Iterator[Path]:
         kept = path == source.index or not is_weights(path.name.removesuffix(".index.json"))
         if kept and path.is_file() and path.name != ADAPTER_CONFIG and not is_own_name(path.name):
             yield path
+    templates = source.path / TEMPLATES
+    yield from (path for path in sorted(templates.iterdir()) if path.is_file()) if templates.is_dir() else ()
 
 
 def _is_left_out(path: Path, source: Checkpoint) -> bool:
-    return path != source.index and elsewhere(path) is not None
+    folder = path.parent  # may be a link itself, if it is that of the templates
+    leads_out = elsewhere(path) is not None or (folder != source.path and elsewhere(folder) is not None)
+    return path != source.index and leads_out
 
 
 def elsewhere(path: Path) -> Path | None:
@@ -87,7 +93,8 @@ def elsewhere(path: Path) -> Path | None:
 def left_out_warning(link: Path, final: Path) -> str:
     """What to do about a link that ``copy_companions`` left out of the output ``final``."""
     target = Path(os.path.realpath(link))
-    command = shell_command("cp", target, final / link.name)
+    copy = final / TEMPLATES / link.name if link.parent.name == TEMPLATES else final / link.name
+    command = shell_command("cp", target, copy)
     return f"{link} is a link to {target}, outside the model's directory, and was not copied; copy it with: {command}"
 
 

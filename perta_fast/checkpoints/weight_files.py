@@ -9,7 +9,9 @@ _WEIGHTS = frozenset((".safetensors", *_PICKLED, *OTHER_WEIGHTS))
 # As in model.safetensors.index.json.
 _ABOUT_WEIGHTS = (".json", ".md", ".md5", ".sha256", ".txt", ".py", ".metadata", ".lock")
 # What trainers and this package leave beside a model: no values of its weights.
-_NO_MODEL = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|importance)\b.*|rng_state_\d+\.pth")
+_NO_MODEL = re.compile(
+    r"(training_args|optimizer|scheduler|sampler|scaler|rng_state|importance)\b.*|rng_state_\d+\.pth"
+)
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import elsewhere
+from perta_fast.checkpoints.companions import elsewhere, files_of
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
@@ -145,15 +145,17 @@ def _check_small_files(model: Checkpoint) -> None:
             continue
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: is not a file, and a run in place would move or replace it; move it away")
-        if name in set_aside:
-            continue
-        if (target := elsewhere(path)) is not None:
+        if not path.exists():
+            where = path.readlink()
+            raise InputError(f"{path}: is a link to {where}, where nothing is; remove it, or put a copy in its place")
+        if name not in set_aside and (target := elsewhere(path)) is not None:
             raise InputError(
                 f"{path}: is a link to {target}, outside the model's directory, and a run in place would replace it; "
                 "remove the link, or put a copy in its place"
             )
-        if not os.access(path, os.R_OK):
-            raise InputError(f"{path}: cannot be read")
+    for path in files_of(model.path).values():
+        if not os.access(path, os.R_OK):  # their hashes are taken at the end
+            raise InputError(f"{path}: cannot be read; change its rights, or move it away")
 
 
 def _set_aside(model: Checkpoint) -> list[str]:

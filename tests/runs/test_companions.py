@@ -8,6 +8,7 @@ import pytest
 
 from perta_fast import Report, cli
 from perta_fast.runs.apply import apply
+from perta_fast.runs.verify import verify
 from tests.support.checkpoints import read_checkpoint, write_checkpoint
 from tests.support.children import run_child
 from tests.support.inputs import Inputs, write_inputs
@@ -92,6 +93,30 @@ def test_those_to_elsewhere_are_named_and_left_out(
     assert warning in capsys.readouterr().out
     run_child(["sh", "-c", warning.rpartition("copy it with: ")[2]], check=True)
     assert (out / "notes.txt").read_text() == "private"
+
+
+@pytest.mark.parametrize("linked", ["nothing", "file", "directory"])
+def test_chat_templates_in_a_directory_of_their_own(linked: str, inputs: Inputs, tmp_path: Path) -> None:
+    """transformers reads them; what lies outside the model is named, as for any other file."""
+    templates, private = inputs["model"] / "additional_chat_templates", tmp_path / "my home"
+    private.mkdir()
+    (private / "tool.jinja").write_text("private")
+    if linked == "directory":
+        templates.symlink_to(private)
+    else:
+        templates.mkdir()
+        (templates / "rag.jinja").write_text("{{ messages }}")
+    if linked == "file":
+        (templates / "tool.jinja").symlink_to(private / "tool.jinja")
+    out = tmp_path / "out"
+    report = apply(*inputs.checkpoints, rule="tv", out=out, progress=False)
+    assert [path.name for path in (out / templates.name).iterdir()] == ["rag.jinja"] * (linked != "directory")
+    if linked != "nothing":
+        (warning,) = report.warnings
+        run_child(["sh", "-c", warning.rpartition("copy it with: ")[2]], check=True)
+        assert (out / templates.name / "tool.jinja").read_text() == "private"
+    result = verify(out, progress=False)
+    assert result.problems == [] and result.uncovered == []
 
 
 def test_an_index_that_is_a_link_is_copied(inputs: Inputs, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ HARMLESS = [
     "training_args.bin",
     "optimizer.pt",
     "scheduler.pt",
+    "sampler.bin",
     "rng_state.pth",
     "rng_state_3.pth",
     "pytorch_model.bin.index.json",

@@ -579,6 +579,31 @@ def test_a_config_that_is_no_file_is_refused(kind: str, inputs: Inputs) -> None:
     assert sorted(inputs.folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("kind", ["link to nothing", "link to itself"])
+def test_a_config_that_leads_nowhere_is_refused(kind: str, inputs: Inputs) -> None:
+    """It would be missed at the end, with the model half changed."""
+    IN_THE_WAY[kind](inputs["model"] / "config.json")
+    before, present = fingerprint(inputs.folder), sorted(inputs.folder.rglob("*"))
+    with pytest.raises(InputError, match=r"config\.json: is a link to .*, where nothing is"):
+        change(inputs)
+    assert fingerprint(inputs.folder) == before
+    assert sorted(inputs.folder.rglob("*")) == present
+    (inputs["model"] / "config.json").unlink()
+    change(inputs)
+
+
+def test_a_file_that_cannot_be_read_is_refused_before(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hash belongs in the list of files."""
+    notice = inputs["model"] / "LICENSE"
+    notice.write_text("as you like")
+    before = fingerprint(inputs.folder)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != notice and may(path, mode))
+    with pytest.raises(InputError, match=r"LICENSE: cannot be read"):
+        change(inputs)
+    assert fingerprint(inputs.folder) == before
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stream", [False, True])
 def test_unlearn_in_place_is_refused_before_the_first_gradient(
