@@ -202,7 +202,7 @@ def test_companions_are_copied_and_other_weights_are_not(tmp_path: Path) -> None
     apply(*inputs.all, lam=1.0, out=tmp_path / "out")
     assert fingerprint(inputs.folder) == before
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert written.keys() == {*companions, "model.safetensors", "perta_report.json"}
+    assert written.keys() == {*companions, "model.safetensors", "perta_report.json", "perta_files.b3"}
     card = written.pop("README.md")
     for name in companions.keys() - {"README.md"}:
         assert written[name] == companions[name]
