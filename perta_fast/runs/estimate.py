@@ -96,7 +96,7 @@ def estimate_importance(
             raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
         check_sizes(batch_size, max_length)
         if out is not None:
-            inputs = [Path(given) for given in (model_or_path, data) if isinstance(given, str | Path)]
+            inputs = [Path(path) for path in (model_or_path, data) if isinstance(path, str | Path)]
             check_output(Path(out), overwrite=overwrite, inputs=inputs)
             check_unfinished(Path(out), overwrite=overwrite)
         rows: list[Row] | list[Sample]
@@ -113,8 +113,7 @@ def estimate_importance(
             path = Path(model_or_path)
             skeleton = open_skeleton(path, device, dtype) if stream else None
             structure = None if skeleton is None else skeleton.model
-            text = isinstance(rows[0], Row)
-            subject = load_subject(path, device, dtype, tokenizer, structure=structure, text=text)
+            subject = load_subject(path, device, dtype, tokenizer, structure=structure, text=isinstance(rows[0], Row))
         samples = samples_for(subject, rows, max_length)
         digest = digest or _hash_samples(samples)
     with ranks.together("the data"):
