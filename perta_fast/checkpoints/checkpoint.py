@@ -12,9 +12,8 @@ from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, OTHER_WEIGHTS, may_be_model
 from perta_fast.checkpoints.wrappers import by_plain_name
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
-from perta_fast.errors import InputError, shell_command
-from perta_fast.files.journal import JOB, JOURNAL
-from perta_fast.files.own import check_own
+from perta_fast.errors import InputError
+from perta_fast.files.journal import check_finished
 from perta_fast.files.reading import exists, read_json
 
 if TYPE_CHECKING:
@@ -55,10 +54,8 @@ class Checkpoint:
             raise InputError(f"{path}: is not a directory; give the one that holds {stem}.safetensors") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        if not unfinished and (path / JOURNAL / JOB).exists():
-            check_own(path / JOURNAL)
-            finishing = shell_command("perta", "resume", path)
-            raise InputError(f"{path}: an in-place run has not been finished; finish it with: {finishing}")
+        if not unfinished:
+            check_finished(path)
         single = f"{stem}.safetensors"
         if index is None and f"{single}.index.json" in names:
             index = path / f"{single}.index.json"

@@ -18,10 +18,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.errors import RunError
+from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.durable import copy_range, write_fully
-from perta_fast.files.own import own_file
-from perta_fast.files.reading import drop_pages
+from perta_fast.files.own import check_own, own_file
+from perta_fast.files.reading import drop_pages, exists
 
 # What an unfinished in-place run keeps in the model's directory: see subtraction/in_place.py.
 JOURNAL, JOB = ".perta-journal", "job.json"
@@ -31,6 +31,14 @@ _MAGIC = b"PERTAJNL"
 _START = struct.Struct("<8sQQ32s")  # magic, offset and length of the table, hash of the table
 _STEP = 1 << 20
 _TABLE_LIMIT = 1 << 28
+
+
+def check_finished(model: Path) -> None:
+    """Raise InputError, with the command that finishes it, if a run in place was stopped in the directory ``model``."""
+    if exists(model / JOURNAL / JOB):
+        check_own(model / JOURNAL)
+        finishing = shell_command("perta", "resume", model)
+        raise InputError(f"{model}: an in-place run has not been finished; finish it with: {finishing}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 
 from perta_fast.errors import InputError, printable, printable_lines
 from perta_fast.files.hashing import hash_files
+from perta_fast.files.journal import check_finished
 from perta_fast.files.reading import checked_path, exists, read_json
 from perta_fast.progress import LOGGER
 from perta_fast.records.importance_record import ImportanceRecord
@@ -156,7 +157,8 @@ class Report:
 
     @classmethod
     def load(cls, directory: Path) -> "Report":
-        """Read the report of a run. Raises InputError if it is missing or malformed."""
+        """Read the report of a run. Raises InputError if it is missing or malformed, or a run in place was stopped."""
+        check_finished(directory)  # a report that is there is of an earlier run
         return cls.read(directory / FILE_NAME)
 
     @classmethod

@@ -214,6 +214,8 @@ class TestAnOpenRun:
             lambda: apply(open_run["base"], model, open_run["tuned"], rule="tv", out=tmp_path / "out"),
             lambda: unlearn(*open_run.checkpoints, "f", "r", out=tmp_path / "out"),
             lambda: estimate_importance(model, data),
+            lambda: verify(model, progress=False),
+            lambda: Report.load(model),
         ]
         for attempt in attempts:
             with pytest.raises(InputError, match=refused):
