@@ -111,6 +111,7 @@ class Report:
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
     common_rows: whether a resized vocabulary was allowed. other_weights: files in the model's directory that may hold
     weights a second time, or an adapter: a new directory does not have them; a run in place left them as they were.
+    file_list: name of the list of the output's files; "" in reports of versions that wrote none.
     """
 
     rule: str
@@ -128,6 +129,7 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     common_rows: bool = False
     other_weights: list[str] = field(default_factory=list)
+    file_list: str = ""
     phases: dict[str, Phase] = field(default_factory=dict)
     overlap: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)

@@ -82,6 +82,9 @@ def _check_hashes(directories: dict[str, DirectoryRecord], result: Verification,
 
 def _check_companions(directory: Path, report: Report, result: Verification) -> None:
     """Compare the files beside the shards with the list that the run wrote, and look for what was added."""
+    if report.file_list and not exists(directory / HASHES):
+        result.problems.append(f"{directory / HASHES} is gone")
+        return
     if not exists(directory / HASHES):
         beside = "config, tokenizer, model card and report of the output"
         result.uncovered.append(f"{beside}, because {HASHES} is not there; earlier versions wrote none")

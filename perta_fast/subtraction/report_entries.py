@@ -13,6 +13,7 @@ from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.files.hashing import hash_files
 from perta_fast.progress import Bar
+from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.importance_record import ImportanceRecord, importance_record
 from perta_fast.records.report import DirectoryRecord, Report, TensorReport, describe_files
 from perta_fast.records.versions import installed_versions, now
@@ -32,6 +33,7 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         importance={role: importance_record(table) for role, table in sources.metadata.items()},
         common_rows=sources.common_rows,
         other_weights=other_weights(sources.model),
+        file_list=HASHES,
         threads=threads,
         instruction_set=compiled.kernels().build_info()["instruction_set"],
         versions=installed_versions(*(["peft"] if sources.adapter is not None and sources.adapter.merged else [])),
