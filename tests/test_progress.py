@@ -75,7 +75,7 @@ def test_bytes(job: Job, tmp_path: Path) -> None:
     listener = Listener()
     apply(job, tmp_path / "out", progress=listener.hear)
     inputs = [path for each in job.checkpoints for path in each.glob("*.safetensors")]
-    inputs += [job.model / "config.json", *(each / "model.safetensors.index.json" for each in job.checkpoints)]
+    inputs += [each / "model.safetensors.index.json" for each in job.checkpoints]
     outputs = shards(tmp_path / "out").values()
     assert listener.phases() == {
         "apply": (4 * data_bytes(job.model), "B"),  # three read, one written

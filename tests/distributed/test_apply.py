@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perta_fast import InputError, Report, apply, resume
-from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.distributed import shared_directory
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import RankLost, RunError
@@ -195,7 +195,8 @@ def shard(counts: list[int], chunk: int) -> Shard:
     for k, count in enumerate(counts):
         entry = TensorEntry(f"t{k}", "F32", (count,), 0, 4 * count, Path("x"))
         plans[k] = TensorMatch(entry, base=entry, tuned=entry)
-    return Shard(None, Path("x"), Path("state"), plans, chunk)  # type: ignore[arg-type]
+    source = SafetensorsFile(Path("x"), 0, b"", {match.theta.name: match.theta for match in plans.values()}, {})
+    return Shard(source, Path("x"), Path("state"), plans, chunk)
 
 
 SHARDS = st.lists(st.lists(st.integers(0, 50), max_size=5), min_size=1, max_size=5)

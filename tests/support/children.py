@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from perta_fast.{package} import {module}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+signal.signal(signal.SIGUSR1, lambda *_: None)
 original = {module}.{function}
 close_pool = ThreadPoolExecutor.shutdown
 calls = []
@@ -34,7 +35,10 @@ def stopped(*arguments, **settings):
         stopping.clear()
         os.kill(os.getpid(), signal.{signal})
         if threading.current_thread() is not threading.main_thread():
-            stopping.wait({hung})  # the main thread has the signal, and closes the pool once all are to stop
+            # The main thread has the signal, and closes the pool once all are to stop. If it began to wait for a lock
+            # just before, it looks for signals only when the next one comes: one that does nothing.
+            while not stopping.wait(1):
+                os.kill(os.getpid(), signal.SIGUSR1)
     result = original(*arguments, **settings)
     if chosen and {after}:
         os.kill(os.getpid(), signal.{signal})
@@ -68,4 +72,4 @@ def signal_at(signal: str, call: str, after: bool = False, earlier: int = 0) -> 
     """
     package, module, function = call.split(".")
     names = {"package": package, "module": module, "function": function}
-    return _SIGNAL_AT.format(signal=signal, after=after, earlier=earlier, hung=HUNG, **names)
+    return _SIGNAL_AT.format(signal=signal, after=after, earlier=earlier, **names)
