@@ -10,7 +10,7 @@ from pathlib import Path
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
 from perta_fast.files.durable import move, remove, sync, sync_tree
 from perta_fast.files.identity import identity, lies_in
-from perta_fast.files.journal import JOB
+from perta_fast.files.journal import JOB, check_finished
 from perta_fast.files.locking import lock
 from perta_fast.files.mounts import mounts_in
 from perta_fast.files.own import check_own, check_own_tree, make_own_directory, remove_own_file
@@ -184,7 +184,10 @@ def remove_replaced(final: Path) -> None:
 
 
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Raise InputError if ``final`` is or holds an input, is no directory, or, without ``overwrite``, is not empty."""
+    """Raise InputError if ``final`` is or holds an input, is no directory, or, without ``overwrite``, is not empty.
+
+    Nor may it be a model that a run in place has half changed.
+    """
     check_free(final, overwrite=overwrite, inputs=inputs)
     resolved = Path(os.path.realpath(final))
     if mounts := mounts_in(resolved):
@@ -209,6 +212,7 @@ def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
         contained = _found_in(resolved, inputs)
     if contained is not None:
         raise InputError(f"{final}: is or contains the input {contained}; choose another output directory")
+    check_finished(resolved)  # with the journal, its model would be lost
     try:
         occupied = any(final.iterdir())
     except FileNotFoundError:

@@ -211,6 +211,7 @@ class TestAnOpenRun:
         attempts = [
             lambda: change(open_run),
             lambda: apply(*open_run.all, lam=1.0, out=tmp_path / "out"),
+            lambda: apply(open_run["base"], open_run["base"], open_run["tuned"], rule="tv", out=model, overwrite=True),
             lambda: apply(open_run["base"], model, open_run["tuned"], rule="tv", out=tmp_path / "out"),
             lambda: unlearn(*open_run.checkpoints, "f", "r", out=tmp_path / "out"),
             lambda: estimate_importance(model, data),
