@@ -1,7 +1,5 @@
 """What is shown on a terminal cannot move its cursor or reorder text, and commands can be copied as they are."""
 
-import errno
-import io
 import os
 import subprocess
 from pathlib import Path
@@ -10,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perta_fast.cli.streams import ShownStream, shown_streams
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, printable, printable_lines, shell_command
 
 HARM = [
@@ -92,48 +89,3 @@ def test_a_path_is_not_taken_for_an_option() -> None:
 def test_any_word_becomes_a_printable_command(word: str) -> None:
     command = shell_command("perta", word, Path(word))
     assert printable(command) == command
-
-
-def stream_of(encoding: str) -> tuple[io.BytesIO, io.TextIOWrapper]:
-    written = io.BytesIO()
-    return written, io.TextIOWrapper(written, encoding, newline="\n")
-
-
-def test_a_stream_escapes_what_its_encoding_has_not() -> None:
-    written, stream = stream_of("ascii")
-    shown = ShownStream(stream)
-    print("θ_f\t\x1b[1mé\r", file=shown, flush=True)
-    assert written.getvalue() == b"\\u03b8_f\t\\x1b[1m\\xe9\\r\n"
-
-
-def test_a_stream_with_bars_keeps_what_draws_them_and_nothing_else() -> None:
-    written, stream = stream_of("utf-8")
-    shown = ShownStream(stream, bars=True)
-    for text in ("\r 50%|█| \x1b[2J", "\n\x1b[A\x1b[A", "\x1b[A\x1b[5m", "x\r"):
-        shown.write(text)
-    shown.flush()
-    assert written.getvalue().decode() == "\r 50%|█| \\x1b[2J\n\x1b[A\x1b[A\\x1b[A\\x1b[5mx\\r"
-
-
-class Full(io.StringIO):
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_stream_that_cannot_be_written_ends_nothing() -> None:
-    shown = ShownStream(Full())
-    assert shown.write("first") == 5
-    shown.writelines(["second"])
-    shown.flush()
-    assert isinstance(shown.lost, OSError)
-    closed = io.StringIO()
-    closed.close()
-    print("x", file=ShownStream(closed))
-
-
-def test_streams_that_are_not_there_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", None)
-    monkeypatch.setattr("sys.stderr", None)
-    with shown_streams() as (output, errors):
-        print("x")
-        assert (output.lost, errors.lost) == (None, None)

@@ -1,5 +1,7 @@
 """Adapters that peft merges a module at a time, in every way to run: in place, resumed, streamed, live, verified."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +84,9 @@ def test_unlearn(stream: bool, tmp_path: Path) -> None:
     assert_same(tmp_path / "out-adapter", tmp_path / "out-merged")
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path)
-    write_checkpoint(tmp_path / "shards", read_checkpoint(tmp_path / "model"), shards=3)
-    arguments = tmp_path / "shards", tmp_path / "base", tmp_path / "adapter"
-    how: dict[str, Any] = {"rule": "tv", "progress": False, "threads": 1}
-    apply(*arguments, out=tmp_path / "whole", **how)
+@contextmanager
+def stopped_half_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The run inside ends with an error when it asks peft for the tenth tensor."""
     array, calls = MergedByPeft.array, []
 
     def failing(merged: MergedByPeft, name: str) -> Any:
@@ -98,6 +97,16 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="no more"):
         patch.setattr(MergedByPeft, "array", failing)
+        yield
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    write_checkpoint(tmp_path / "shards", read_checkpoint(tmp_path / "model"), shards=3)
+    arguments = tmp_path / "shards", tmp_path / "base", tmp_path / "adapter"
+    how: dict[str, Any] = {"rule": "tv", "progress": False, "threads": 1}
+    apply(*arguments, out=tmp_path / "whole", **how)
+    with stopped_half_way(monkeypatch):
         apply(*arguments, out=tmp_path / "out", **how)
     assert resume(tmp_path / "out", progress=False).resumed == 1
     assert_same(tmp_path / "out", tmp_path / "whole")
@@ -108,16 +117,7 @@ def test_settings_that_have_changed_are_refused(tmp_path: Path, monkeypatch: pyt
 
     make(tmp_path)
     write_checkpoint(tmp_path / "shards", read_checkpoint(tmp_path / "model"), shards=3)
-    array, calls = MergedByPeft.array, []
-
-    def failing(merged: MergedByPeft, name: str) -> Any:
-        calls.append(name)
-        if len(calls) == 10:
-            raise RunError("no more")
-        return array(merged, name)
-
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="no more"):
-        patch.setattr(MergedByPeft, "array", failing)
+    with stopped_half_way(monkeypatch):
         arguments = tmp_path / "shards", tmp_path / "base", tmp_path / "adapter"
         apply(*arguments, out=tmp_path / "out", rule="tv", progress=False, threads=1)
     change_settings(tmp_path / "adapter", lora_alpha=1)
