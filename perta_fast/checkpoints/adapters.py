@@ -24,13 +24,12 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import OUTPUT_HEADS, RESIZED, is_resized, tied_partner
-from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, shard_number
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 
 STEM = "adapter_model"
 _TWIN = re.compile(r"\.(?:modules_to_save|original_module)(\.\w+)$")
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 _LORA = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)*(?:lora_|token_adapter\.).+)")
 _FACTOR = re.compile(r"lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
@@ -170,7 +169,7 @@ def is_adapter(path: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     of_model = ("model.safetensors", "model.safetensors.index.json")
-    return ADAPTER_CONFIG in names and not any(name in of_model or _SHARD.fullmatch(name) for name in names)
+    return ADAPTER_CONFIG in names and not any(name in of_model or shard_number(name) for name in names)
 
 
 def _check_tensors(checkpoint: Checkpoint, also: frozenset[str]) -> None:

@@ -1,6 +1,5 @@
 """A directory of safetensors shards: a model as transformers saves it, or an importance of this package."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.advice import conversion_command, python_command
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
-from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, OTHER_WEIGHTS, may_be_model
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, OTHER_WEIGHTS, may_be_model, shard_number
 from perta_fast.checkpoints.wrappers import by_plain_name
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
@@ -167,8 +166,7 @@ def _shards_without_index(path: Path, names: list[str], stem: str) -> dict[str, 
     """The single file, or all shards of one set. Raises InputError if one is missing, or a tensor is in two of them."""
     if f"{stem}.safetensors" in names:
         return {f"{stem}.safetensors": SafetensorsFile.open(path / f"{stem}.safetensors")}
-    shard = re.compile(rf"{re.escape(stem)}-(\d{{1,9}})-of-(\d{{1,9}})\.safetensors")
-    parts = {name: (int(match[1]), int(match[2])) for name in sorted(names) if (match := shard.fullmatch(name))}
+    parts = {name: number for name in sorted(names) if (number := shard_number(name, stem))}
     if not parts:
         raise InputError(_why_no_weights(path, names, stem))
     counts = {count for _, count in parts.values()}

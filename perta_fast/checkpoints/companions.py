@@ -67,7 +67,7 @@ def left_out_links(source: Checkpoint) -> list[Path]:
 
 def _companions(source: Checkpoint) -> Iterator[Path]:
     for path in sorted(source.path.iterdir()):
-        kept = path == source.index or not is_weights(path.name.removesuffix(".index.json"))
+        kept = path == source.index or not is_weights(path.name.removesuffix(_INDEX))
         if kept and path.is_file() and path.name != ADAPTER_CONFIG and not is_own_name(path.name):
             yield path
     templates = source.path / TEMPLATES

@@ -1,13 +1,11 @@
 """What LoRA adds to a matrix (arXiv 2106.09685), kept as two factors."""
 
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from perta_fast.checkpoints.safetensors_file import TensorEntry, widened
-from perta_fast.files.reading import PositionReader
+from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -44,8 +42,4 @@ class LowRank:
 
 
 def _read(entry: TensorEntry) -> Matrix:
-    """A tensor as float32."""
-    data = bytearray(entry.size)
-    with closing(PositionReader(entry.path)) as reader:
-        reader.read_into(memoryview(data), entry.begin, f"tensor {entry.name}")
-    return widened(data, entry.dtype).reshape(entry.shape)
+    return read_values(entry, 0, entry.count).reshape(entry.shape)

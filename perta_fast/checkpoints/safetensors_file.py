@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from perta_fast.checkpoints.wrappers import by_plain_name, plain_name
 from perta_fast.dtypes import ITEM_SIZES, byte_count
 from perta_fast.errors import InputError, RunError
-from perta_fast.files.reading import regular_file
+from perta_fast.files.reading import PositionReader, regular_file
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the library's own bound
 _PAGE = mmap.PAGESIZE
@@ -128,11 +129,15 @@ def build_header(
     return header, {name: len(header) + offset for name, offset in offsets.items()}
 
 
-def widened(data: bytearray, dtype: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
-    """Stored elements of a floating-point type as float32, (count,)."""
-    if dtype == "BF16":
+def read_values(entry: TensorEntry, begin: int, end: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    """Elements [begin, end) of a floating-point tensor as float32. Raises RunError if the file cannot be read."""
+    width = ITEM_SIZES[entry.dtype]
+    data = bytearray((end - begin) * width)
+    with closing(PositionReader(entry.path)) as reader:
+        reader.read_into(memoryview(data), entry.begin + begin * width, f"tensor {entry.name}")
+    if entry.dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    stored = np.frombuffer(data, np.float16 if dtype == "F16" else np.float32)
+    stored = np.frombuffer(data, np.float16 if entry.dtype == "F16" else np.float32)
     return stored.astype(np.float32, copy=False)
 
 

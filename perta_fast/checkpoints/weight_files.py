@@ -12,7 +12,14 @@ _ABOUT_WEIGHTS = (".json", ".md", ".md5", ".sha256", ".txt", ".py", ".metadata",
 _NO_MODEL = re.compile(
     r"(training_args|optimizer|scheduler|sampler|scaler|rng_state|importance)\b.*|rng_state_\d+\.pth"
 )
+_SHARD = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})\.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
+
+
+def shard_number(name: str, stem: str = "model") -> tuple[int, int] | None:
+    """Number and count of a shard of ``stem``, as in model-00001-of-00002.safetensors; None for another file."""
+    match = _SHARD.fullmatch(name)
+    return (int(match[2]), int(match[3])) if match is not None and match[1] == stem else None
 
 
 def is_weights(name: str) -> bool:

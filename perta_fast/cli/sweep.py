@@ -13,8 +13,7 @@ from perta_fast.rules import Rule
 from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
 
 if TYPE_CHECKING:
-    with importing():
-        from perta_fast.sweeping.results import ScoredSetting
+    from perta_fast.sweeping.results import ScoredSetting
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -78,11 +78,7 @@ class RecomputedTensors:
                 bar.update(match.theta.size)
 
     def _is_right(self, match: TensorMatch, copied: bool) -> bool:
-        made: tuple[Matrix, ...] = ()
-        if match.low_rank is not None and not copied:
-            made = match.low_rank.factors()
-        elif match.merged is not None and not copied and self.sources.adapter is not None:
-            made = (self.sources.adapter.array(match.merged),)
+        made = () if copied else self.sources.made(match)
         for begin in range(0, match.theta.count, _CHUNK):
             count = min(_CHUNK, match.theta.count - begin)
             computed = 0 if copied else max(0, min(count, match.common - begin))

@@ -130,24 +130,18 @@ class _Made:
         self._cache: dict[int, tuple[Matrix, ...]] = {}
 
     def of(self, index: int) -> tuple[Matrix, ...]:
-        """For the tensor of ``matches[index]``: both factors, or what peft makes; tensors come in order."""
+        """``Sources.made`` for the tensor of ``matches[index]``; tensors come in order."""
         with self._lock:
             if index not in self._cache:
                 while self._cache and self._is_full():
                     del self._cache[next(iter(self._cache))]
-                self._cache[index] = self._make(self._job.sources.matches[index])
+                sources = self._job.sources
+                self._cache[index] = sources.made(sources.matches[index])
             return self._cache[index]
 
     def _is_full(self) -> bool:
         held = sum(array.nbytes for arrays in self._cache.values() for array in arrays)
         return len(self._cache) >= self._job.threads or held > _MADE
-
-    def _make(self, match: TensorMatch) -> tuple[Matrix, ...]:
-        if match.low_rank is not None:
-            return match.low_rank.factors()
-        if match.merged is not None and self._job.sources.adapter is not None:
-            return (self._job.sources.adapter.array(match.merged),)
-        return ()
 
 
 class _Workspace:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import elsewhere, files_of
+from perta_fast.checkpoints.companions import CARD, CONFIG, elsewhere, files_of
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
@@ -43,7 +43,6 @@ from perta_fast.subtraction.report_entries import add_up, describe_inputs, descr
 SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
 _SEALED = "sealed"  # in the journal: the shards are done, only small files are still to be moved out of it
-_CARD = "README.md"
 _INDEX = ".safetensors.index.json"
 _FREE_MARGIN = 16 << 20
 
@@ -75,7 +74,7 @@ def resume_in_place(model: Path, progress: Progress) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
     with PeakMemory() as memory, _locked(model) as journal, _explained(model):
         indices = [path.name for path in journal.glob(f"*{_INDEX}")]
-        check_own_tree(journal, links=["config.json", *indices])
+        check_own_tree(journal, links=[CONFIG, *indices])
         job = Job.load(journal / JOB)
         moved = {job.directories["model"]: str(model)}
         job.directories = {role: moved.get(path, path) for role, path in job.directories.items()}
@@ -139,7 +138,7 @@ def _check_small_files(model: Checkpoint) -> None:
     Only what is set aside may be a link to anywhere: it is moved and comes back, and nothing is written through it.
     """
     set_aside = _set_aside(model)
-    for name in [*set_aside, _CARD, FILE_NAME, HASHES]:
+    for name in [*set_aside, CARD, FILE_NAME, HASHES]:
         path = model.path / name
         if not os.path.lexists(path):
             continue
@@ -160,8 +159,8 @@ def _check_small_files(model: Checkpoint) -> None:
 
 def _set_aside(model: Checkpoint) -> list[str]:
     """What loaders look for first: the config and the index, which a resumed run may read where a link leads."""
-    indexed = model.index is not None and model.index.name.endswith(_INDEX)
-    return ["config.json", *([model.index.name] if model.index is not None and indexed else [])]
+    index = model.index
+    return [CONFIG, *([index.name] if index is not None and index.name.endswith(_INDEX) else [])]
 
 
 @contextmanager
@@ -237,15 +236,15 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
                 move(model / name, journal / name)
         report = _change(job, sources, journal)
         describe_output(report, [shard.path for shard in sources.model.shards.values()], model, job)
-        remove(journal / _CARD)  # of an earlier attempt
-        if (model / _CARD).exists():
-            shutil.copyfile(model / _CARD, journal / _CARD)
+        remove(journal / CARD)  # of an earlier attempt
+        if (model / CARD).exists():
+            shutil.copyfile(model / CARD, journal / CARD)
         write_model_card(journal, report)
         report.memory = memory.as_dict()
         report.finished = now()
         report.save(journal)
         write_hashes(model, report, {path.name: _where_it_led(path) for path in _moved_back(journal)})
-        for name in (_CARD, FILE_NAME, HASHES):
+        for name in (CARD, FILE_NAME, HASHES):
             sync(journal / name)
         write_file(journal / _SEALED, b"")
     for path in _moved_back(journal):
@@ -259,7 +258,7 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
 
 def _moved_back(journal: Path) -> list[Path]:
     """What is moved into the model's directory at the end; the config comes last, as loaders look for it first."""
-    names = (_CARD, FILE_NAME, HASHES, *sorted(path.name for path in journal.glob(f"*{_INDEX}")), "config.json")
+    names = (CARD, FILE_NAME, HASHES, *sorted(path.name for path in journal.glob(f"*{_INDEX}")), CONFIG)
     return [journal / name for name in names if os.path.lexists(journal / name)]  # a link may lead nowhere from in here
 
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.importance.store import STEM, read_metadata
@@ -65,6 +66,14 @@ class Sources:
         """The inputs by their names in the report."""
         inputs = {role: getattr(self, role) for role in ("model", "base", "tuned", *IMPORTANCES)}
         return {role: checkpoint for role, checkpoint in inputs.items() if checkpoint is not None}
+
+    def made(self, match: TensorMatch) -> tuple[Matrix, ...]:
+        """The float32 arrays of a match that no file holds as such: both factors, or what peft makes; or none."""
+        if match.low_rank is not None:
+            return match.low_rank.factors()
+        if match.merged is not None and self.adapter is not None:
+            return (self.adapter.array(match.merged),)
+        return ()
 
     @property
     def adapter_config(self) -> Path | None:

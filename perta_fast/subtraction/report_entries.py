@@ -12,6 +12,7 @@ from perta_fast.checkpoints.companions import other_weights
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.files.hashing import hash_files
+from perta_fast.files.reading import exists
 from perta_fast.progress import Bar
 from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.importance_record import ImportanceRecord, importance_record
@@ -126,7 +127,7 @@ def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
 def _adapter_warnings(sources: Sources) -> list[str]:
     """Transformers would add to a model an adapter that lies in its directory."""
     checkpoints = [sources.base, *([] if sources.adapter_config else [sources.tuned])]
-    both = [checkpoint.path for checkpoint in checkpoints if ADAPTER_CONFIG in other_weights(checkpoint)]
+    both = [checkpoint.path for checkpoint in checkpoints if exists(checkpoint.path / ADAPTER_CONFIG)]
     return [f"{path}: holds an adapter beside the model; the adapter was not read" for path in both]
 
 

@@ -1,15 +1,12 @@
 """Whether a task vector is zero, so that a run would change nothing; asked before the work begins. No torch."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 
 import numpy as np
 
 from perta_fast.checkpoints.low_rank import LowRank
-from perta_fast.checkpoints.safetensors_file import TensorEntry, widened
-from perta_fast.dtypes import ITEM_SIZES
+from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 from perta_fast.errors import InputError
-from perta_fast.files.reading import PositionReader
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
@@ -32,9 +29,9 @@ def check_task_vector(sources: Sources, advice: str = "") -> None:
 
 
 def _is_changed_by_peft(sources: Sources, match: TensorMatch) -> bool:
-    if match.merged is None or match.base is None or sources.adapter is None:
+    if match.merged is None or match.base is None:
         return False
-    return bool(np.any(sources.adapter.array(match.merged) != _values(match.base, 0, match.base.count)))
+    return bool(np.any(sources.made(match)[0] != read_values(match.base, 0, match.base.count)))
 
 
 def _cause(sources: Sources, where: str) -> str:
@@ -95,13 +92,5 @@ def _samples(tuned: TensorEntry, base: TensorEntry) -> Iterator[tuple[int, int]]
 
 
 def _differ(tuned: TensorEntry, base: TensorEntry, begin: int, end: int) -> bool:
-    first, second = (_values(entry, begin, end) for entry in (tuned, base))
+    first, second = (read_values(entry, begin, end) for entry in (tuned, base))
     return bool(np.any(first != second))
-
-
-def _values(entry: TensorEntry, begin: int, end: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
-    width = ITEM_SIZES[entry.dtype]
-    data = bytearray((end - begin) * width)
-    with closing(PositionReader(entry.path)) as reader:
-        reader.read_into(memoryview(data), entry.begin + begin * width, f"tensor {entry.name}")
-    return widened(data, entry.dtype)
