@@ -21,7 +21,8 @@ from perta_fast.runs.settings import Settings, check_changes, check_others, chec
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_importances
-from perta_fast.subtraction.job import Job, companion_records, fingerprints, match_names, reopen, this_version
+from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen, this_version
+from perta_fast.subtraction.read_beside import companion_records
 from perta_fast.subtraction.report_entries import begin_report
 from perta_fast.subtraction.to_directory import Fill, run_to_directory, write_directory, write_shards
 from perta_fast.subtraction.unfinished import begun_job, has_begun

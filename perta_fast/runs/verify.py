@@ -44,6 +44,11 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
         # An in-place run changes its model, which may be its base too.
         if record.get("kept", True) and not (report.in_place and record["path"] == report.output["path"])
     }
+    result.unchecked += [
+        f"config and tokenizer of {record['path']}, where an importance was taken: no model was there to hash"
+        for role, record in directories.items()
+        if role.endswith("_evaluated_at") and not record["files"]
+    ]
     intact = _check_hashes(directories, result, progress)
     _check_data(report, result)
     if "output" in intact and (others := other_weights(Checkpoint.open(directory))):

@@ -9,7 +9,7 @@ then, with the model untouched.
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -22,6 +22,7 @@ from perta_fast.checkpoints.companions import CARD, CONFIG, elsewhere, files_of
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
+from perta_fast.files.hashing import hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
@@ -30,7 +31,7 @@ from perta_fast.files.own import check_own, check_own_tree, make_own_directory
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar, Progress
-from perta_fast.records.file_hashes import HASHES, write_hashes
+from perta_fast.records.file_hashes import HASHES, read_hashes, write_hashes
 from perta_fast.records.model_card import write_model_card
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.typed_json import fits
@@ -73,13 +74,15 @@ def change_in_place(job: Job, sources: Sources) -> Report:
 def resume_in_place(model: Path, progress: Progress) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
     with PeakMemory() as memory, _locked(model) as journal, _explained(model):
-        indices = [path.name for path in journal.glob(f"*{_INDEX}")]
-        check_own_tree(journal, links=[CONFIG, *indices])
+        moved_files = [CONFIG, *(path.name for path in journal.glob(f"*{_INDEX}"))]
+        check_own_tree(journal, links=moved_files)
         job = Job.load(journal / JOB)
         moved = {job.directories["model"]: str(model)}
         job.directories = {role: moved.get(path, path) for role, path in job.directories.items()}
         job.final, job.progress = str(model), progress
-        sources = reopen(job, _where_it_led(journal / indices[0]) if indices else None)
+        set_aside = {name: _where_it_led(journal / name) for name in moved_files if os.path.lexists(journal / name)}
+        _check_none_put_back(model, set_aside)
+        sources = reopen(job, set_aside, _new_card(journal))
         check_in_place(sources, resumed=True)
         job.count_resume()
         job.save(journal / JOB)
@@ -89,6 +92,23 @@ def resume_in_place(model: Path, progress: Progress) -> Report:
 def _where_it_led(path: Path) -> Path:
     """A file that was set aside, or, if it is a link, what it led to from the model's directory."""
     return path.parent.parent / path.readlink() if path.is_symlink() else path
+
+
+def _check_none_put_back(model: Path, set_aside: Mapping[str, Path]) -> None:
+    """Raise InputError if a file that was set aside, and will be moved back, has been replaced by another one."""
+    for name, kept in set_aside.items():
+        path = model / name
+        if os.path.lexists(path) and not (path.is_file() and kept.is_file() and hash_file(path) == hash_file(kept)):
+            raise InputError(
+                f"{path}: was put there while the run had set its own {name} aside; move it away to finish the run"
+            )
+
+
+def _new_card(journal: Path) -> str:
+    """The hash of the model card of a run that has moved it into the model; "" if it has not yet."""
+    if not (journal / _SEALED).exists() or (journal / CARD).exists():
+        return ""
+    return read_hashes(journal if (journal / HASHES).exists() else journal.parent).get(CARD, "")
 
 
 def check_in_place(sources: Sources, resumed: bool = False) -> None:

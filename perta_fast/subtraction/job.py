@@ -10,7 +10,7 @@ from blake3 import blake3
 from perta_fast.checkpoints.adapters import STEM as ADAPTER_STEM
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import CARD, CONFIG, companions
+from perta_fast.checkpoints.companions import CARD, CONFIG
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError, shell_command
@@ -19,7 +19,7 @@ from perta_fast.files.hashing import hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
-from perta_fast.records.report import FileRecord, Report
+from perta_fast.records.report import Report
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule
@@ -27,6 +27,7 @@ from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.compute import Subtraction
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
+from perta_fast.subtraction.read_beside import NONE, Records, check_unchanged, companion_records
 
 FORMAT = "perta-run"
 FORMAT_VERSION = 1
@@ -60,7 +61,7 @@ class Job:
     temporary: bool = False
     stream: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    companions: dict[str, dict[str, FileRecord]] = field(default_factory=dict)
+    companions: Records = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.progress: Progress = True  # not a field, so not in the record
@@ -144,29 +145,6 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
     }
 
 
-def companion_records(sources: Sources, report: Report) -> dict[str, dict[str, FileRecord]]:
-    """Size and hash of the files beside the weights that the run depends on, by role and name.
-
-    All files of the model, as they are copied; what is read with the weights of a checkpoint that importances were
-    taken at, for its tokens; and the config of the others.
-    """
-    taken_at = {record["evaluated_at"] for record in report.importance.values()}
-    records = {}
-    for role in ("model", "base", "tuned"):
-        path = sources.named()[role].path
-        files = companions(path)
-        tokens = role == report.settings.get("at") or not taken_at.isdisjoint(map(str, (path, path.resolve())))
-        if role != "model":
-            read = files.keys() - {CARD} if tokens else {CONFIG}
-            files = {name: file for name, file in files.items() if name in read}
-        if role == "base" and not (tokens or sources.base_is_read):
-            files = {}
-        records[role] = {
-            name: FileRecord(bytes=file.stat().st_size, blake3=hash_file(file)) for name, file in files.items()
-        }
-    return records
-
-
 _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
 
 
@@ -187,12 +165,13 @@ def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
     return rows
 
 
-def reopen(job: Job, index: Path | None = None) -> Sources:
+def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -> Sources:
     """Open a job's inputs again; raise InputError if one of them has changed since the run began.
 
-    index: where an in-place run has set the model's index aside. That model's times of change are not compared, since
-    the run itself has changed them.
+    set_aside: where files of the model lie, by name, that a run in place has moved. new_card: the hash of the model
+    card that it has written. That model's times of change are not compared, since the run itself has changed them.
     """
+    index = next((path for name, path in set_aside.items() if name != CONFIG), None)
     opened: dict[str, Checkpoint] = {}
     adapted = is_adapter(job.directories["tuned"])
     for role, path in job.directories.items():
@@ -220,23 +199,15 @@ def reopen(job: Job, index: Path | None = None) -> Sources:
     if any(match.merged is not None for match in sources.matches):
         sources = replace(sources, adapter=OpenedAdapter.open(job.directories["tuned"], sources.base))
     if job.companions:
-        _check_companions(job, companion_records(sources, job.begun_report()))
+        report = job.begun_report()
+        before, now = dict(job.companions), companion_records(sources, report, set_aside)
+        if _is_changed_by(job, "base"):  # its files are the model's
+            del before["base"]
+        card = now["model"].get(CARD)
+        if card is not None and card["blake3"] == new_card:
+            before["model"] = {**before["model"], CARD: card}
+        check_unchanged(before, now, job.directories, report)
     return sources
-
-
-def _check_companions(job: Job, present: Mapping[str, Mapping[str, FileRecord]]) -> None:
-    """Raise InputError if a file beside the weights of an input is not what it was when the run began."""
-    for role, before in job.companions.items():
-        if _is_changed_by(job, role):  # nothing is copied from it
-            continue
-        now = present.get(role, {})
-        for name in sorted(before.keys() | now.keys()):
-            path = Path(job.directories[role]) / name
-            if name not in before:
-                raise InputError(f"{path}: was not there when the run began; move it away to finish the run")
-            if before[name] != now.get(name):
-                what = "has changed" if name in now else "is gone"
-                raise InputError(f"{path}: {what} since the run began; put the old file back to finish the run")
 
 
 def _is_changed_by(job: Job, role: str) -> bool:

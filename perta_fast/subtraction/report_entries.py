@@ -12,6 +12,7 @@ from perta_fast.checkpoints.companions import other_weights
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.files.hashing import hash_files
+from perta_fast.files.identity import is_same
 from perta_fast.files.reading import exists
 from perta_fast.progress import Bar
 from perta_fast.records.file_hashes import HASHES
@@ -21,8 +22,9 @@ from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.subtraction.compute import Statistics
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.job import Job, companion_records
+from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.matching import TensorMatch
+from perta_fast.subtraction.read_beside import companion_records, taken_at, taken_elsewhere
 
 
 def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
@@ -82,6 +84,10 @@ def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = R
         role: describe_files({path: hashes[path] for path in paths}, sources.named()[role].path)
         for role, paths in by_role.items()
     }
+    for role, path in taken_elsewhere(sources, taken_at(report)).items():
+        report.inputs[role] = DirectoryRecord(path=str(path), files={})
+        if is_same(path, job.final):  # the output takes its place
+            report.inputs[role]["kept"] = False
     for role, files in (job.companions or companion_records(sources, report)).items():
         report.inputs[role]["files"] |= files
     for role in ("forget_importance", "retain_importance"):

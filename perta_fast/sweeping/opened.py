@@ -22,6 +22,7 @@ from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import Estimation, estimate_on
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.job import fingerprint
+from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.sweeping.grid import curves_of
 from perta_fast.sweeping.live_model import LiveModel, ScoredModel, read_scored
@@ -87,14 +88,18 @@ class OpenedSweep:
             for directory in self.inputs().values()
             for name, state in fingerprint(directory).items()
         }
+        at = self.request.at if self.lacking() else None
         beside = {
-            str(path): hash_file(path)
-            for checkpoint in (self.sources.model, self.sources.base, self.gold)
-            if checkpoint is not None
-            for name, path in companions(checkpoint.path).items()
-            if name != CARD
+            path
+            for sources in (self.sources, *self.given.values())
+            for files in read_beside(sources, _taken_at(sources), at).values()
+            for path in files.values()
         }
-        return weights | small | beside
+        if self.gold is not None:
+            beside |= set(companions(self.gold.path).values()) - {self.gold.path / CARD}
+        if self.request.checkpoint is None:
+            beside.discard(self.sources.model.path / CARD)
+        return weights | small | {str(path): hash_file(path) for path in beside}
 
     def load_given(self) -> ByEstimator:
         """The given importances; a tensor is read when it is asked for."""
@@ -156,6 +161,10 @@ class OpenedSweep:
     def _examinee(self, path: Path) -> Examinee:
         request = self.request
         return Examinee(self.load(path), request.batch_size, request.max_length, self.progress)
+
+
+def _taken_at(sources: Sources) -> dict[str, str]:
+    return {role: table["evaluated_at"] for role, table in sources.metadata.items()}
 
 
 def open_sources(request: Request, importances: Mapping[str, Checkpoint] = MappingProxyType({})) -> Sources:

@@ -8,6 +8,7 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
+from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.rules import Rule
 from perta_fast.subtraction.job import this_version
@@ -59,9 +60,12 @@ def load_begun(final: Path) -> Begun:
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise InputError, naming it, if an input has changed since the sweep began."""
+    """Raise InputError, naming it, if an input has changed since the sweep began.
+
+    A directory that is gone can only be one where an importance was taken: nothing more is read there.
+    """
     for path in sorted(before.keys() | now.keys()):
-        if before.get(path) != now.get(path):
+        if before.get(path) != now.get(path) and exists(Path(path).parent):
             raise InputError(
                 f"{path}: has changed since the sweep began; put the old file back to go on with it, or start "
                 "over with --overwrite"
