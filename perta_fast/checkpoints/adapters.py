@@ -23,7 +23,7 @@ from perta_fast.checkpoints.advice import GATHER_FIRST
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, RESIZED, is_resized, tied_partner
+from perta_fast.checkpoints.tied import RESIZED, is_output_head, is_resized, tied_partner
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, shard_number
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
@@ -155,7 +155,7 @@ class Adapter:
         partner = tied_partner(name, names)
         if partner is not None:
             return partner
-        also = "" if name not in OUTPUT_HEADS else " or tied to an embedding that is"
+        also = "" if not is_output_head(name) else " or tied to an embedding that is"
         raise InputError(
             f"{self.checkpoint.path}: adapts {name}, which is not in {where}{also}; give the checkpoint that the "
             "adapter was tuned from, and others of the same model"

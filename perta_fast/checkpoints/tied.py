@@ -10,6 +10,7 @@ from perta_fast.files.reading import exists, read_json
 
 # What the model families call these two matrices.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEADS_OF_PARTS = (".lm_head.weight", ".embed_out.weight")  # as in LLaVA: language_model.lm_head.weight
 _INPUT_EMBEDDINGS = tuple(
     f"{module}.weight"
     for module in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", ".embeddings")
@@ -24,18 +25,27 @@ RESIZED = (
 
 def is_tied_use(name: str) -> bool:
     """Whether a tensor's name is that of an input embedding or an output head."""
-    return name in OUTPUT_HEADS or _is_input_embedding(name)
+    return is_output_head(name) or _is_input_embedding(name)
+
+
+def is_output_head(name: str) -> bool:
+    """Whether a tensor's name is that of an output head, and not of one in a numbered layer."""
+    return name in OUTPUT_HEADS or (name.endswith(_HEADS_OF_PARTS) and not _is_in_layer(name))
 
 
 def _is_input_embedding(name: str) -> bool:
     """Whether a tensor's name is that of an input embedding, and not of one in a numbered layer (as in DeepSeek-V3)."""
-    return name.endswith(_INPUT_EMBEDDINGS) and not any(part.isdigit() for part in name.split("."))
+    return name.endswith(_INPUT_EMBEDDINGS) and not _is_in_layer(name)
+
+
+def _is_in_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def has_vocabulary_rows(name: str) -> bool:
     """Whether each row of a tensor belongs to a token: of an input embedding, or of an output head and its bias."""
     weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
-    return weight in OUTPUT_HEADS or weight.endswith(".lm_head.weight") or name.endswith(_INPUT_EMBEDDINGS)
+    return weight in OUTPUT_HEADS or weight.endswith(_HEADS_OF_PARTS) or name.endswith(_INPUT_EMBEDDINGS)
 
 
 def is_resized(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> bool:
@@ -44,13 +54,36 @@ def is_resized(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> bo
 
 
 def tied_partner(name: str, names: Mapping[str, object]) -> str | None:
-    """The matrix that ``name`` may be tied with: the input embedding of an output head, or the reverse."""
-    candidates: list[str] = []
-    if name in OUTPUT_HEADS:
-        candidates = [other for other in names if _is_input_embedding(other)]
-    elif _is_input_embedding(name):
-        candidates = [other for other in names if other in OUTPUT_HEADS]
-    return candidates[0] if len(candidates) == 1 else None
+    """The matrix that ``name`` may be tied with: the input embedding of an output head, or the reverse.
+
+    None if ``names`` has another matrix of the same use: then that one is meant, under another name.
+    """
+    if not is_tied_use(name):
+        return None
+    uses = [_is_input_embedding, is_output_head]
+    has_same_use, has_other_use = uses if _is_input_embedding(name) else reversed(uses)
+    candidates = [other for other in names if has_other_use(other)]
+    is_alone = not any(other != name and has_same_use(other) for other in names)
+    return candidates[0] if len(candidates) == 1 and is_alone else None
+
+
+def tied_in(name: str, checkpoint: Checkpoint) -> str | None:
+    """The tensor that stands for ``name`` in a checkpoint that stores a tied matrix once.
+
+    None if its config.json says that it ties nothing: then it has no output head, as LlamaModel and classifiers have
+    none.
+    """
+    partner = tied_partner(name, checkpoint.tensors)
+    return None if partner is None or _says_that_it_ties(checkpoint) is False else partner
+
+
+def _says_that_it_ties(checkpoint: Checkpoint) -> bool | None:
+    """What config.json says; None if nothing."""
+    config = checkpoint.path / "config.json"
+    settings = read_json(config) if exists(config) else {}
+    parts = [settings, settings.get("text_config")] if isinstance(settings, dict) else []
+    said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
+    return bool(said[0]) if said else None  # that of the whole model, if it says so
 
 
 def importance_key(name: str, model: Checkpoint, names: Mapping[str, object]) -> str | None:
@@ -70,14 +103,13 @@ def importance_key(name: str, model: Checkpoint, names: Mapping[str, object]) ->
 def ties_embeddings(model: Checkpoint) -> bool:
     """Whether ``model`` has one matrix for both uses, stored once or in two equal copies that its config ties."""
     embeddings = [name for name in model.tensors if _is_input_embedding(name)]
-    heads = [name for name in model.tensors if name in OUTPUT_HEADS]
+    heads = [name for name in model.tensors if is_output_head(name)]
     if embeddings and heads and not (len(embeddings) == len(heads) == 1 and model.equal(embeddings[0], heads[0])):
         return False
-    config = model.path / "config.json"
-    settings = read_json(config) if exists(config) else {"tie_word_embeddings": bool(embeddings and heads)}
-    # What is not said is True: transformers leaves it out if it is.
-    parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
-    return bool(parts) and all(part.get("tie_word_embeddings", True) for part in parts)
+    says = _says_that_it_ties(model)
+    if says is None:  # what is not said is True: transformers leaves it out if it is
+        return exists(model.path / "config.json") or bool(embeddings and heads)
+    return says
 
 
 def refuse_two_matrices(other: Checkpoint, where: object, model: Path | None) -> None:
@@ -85,7 +117,7 @@ def refuse_two_matrices(other: Checkpoint, where: object, model: Path | None) ->
 
     where: what the message calls the model. model: its directory, for the command that gives it two.
     """
-    for head in other.tensors.keys() & set(OUTPUT_HEADS):
+    for head in filter(is_output_head, other.tensors):
         embedding = tied_partner(head, other.tensors)
         if embedding is not None and not other.equal(head, embedding):
             raise InputError(

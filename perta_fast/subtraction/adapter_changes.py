@@ -11,7 +11,7 @@ from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank, Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import OUTPUT_HEADS, is_tied_use, make_room, tied_partner
+from perta_fast.checkpoints.tied import is_output_head, is_tied_use, make_room, tied_partner
 from perta_fast.errors import InputError
 from perta_fast.models.same_names import stored_as_in
 
@@ -85,7 +85,7 @@ class OpenedAdapter:
         if len(names) == 1 and self._is_tied_by_peft(names[0]):
             return values[0]
         how = "alone" if len(names) == 1 else f"otherwise than {names[1]}"
-        tied_with = "input embedding" if names[0] in OUTPUT_HEADS else "output head"
+        tied_with = "input embedding" if is_output_head(names[0]) else "output head"
         raise InputError(
             f"{self.adapter.checkpoint.path}: adapts {names[0]}, which is tied to the {tied_with} in {where}, {how}: "
             f"the tuned model has two matrices there; {make_room(model)}"

@@ -13,7 +13,7 @@ from perta_fast.checkpoints.tied import (
     importance_key,
     is_resized,
     refuse_two_matrices,
-    tied_partner,
+    tied_in,
     ties_embeddings,
 )
 from perta_fast.dtypes import COPIED, KERNEL_CODES
@@ -175,7 +175,7 @@ def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:
     """The tensor, or its tied partner if the checkpoint stores only that."""
     if name in checkpoint.tensors:
         return checkpoint.tensors[name]
-    partner = tied_partner(name, checkpoint.tensors)
+    partner = tied_in(name, checkpoint)
     assert partner is not None, "_check_same_names lets only tied heads through"
     return checkpoint.tensors[partner]
 
@@ -185,13 +185,11 @@ def _check_same_names(model: Checkpoint, other: Checkpoint) -> set[str]:
     missing = [
         name
         for name in model.tensors
-        if name not in other.tensors
-        and model.tensors[name].dtype not in COPIED
-        and tied_partner(name, other.tensors) is None
+        if name not in other.tensors and model.tensors[name].dtype not in COPIED and tied_in(name, other) is None
     ]
     extra = [name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED]
     for name in list(extra):
-        if tied_partner(name, model.tensors) is not None:  # the model stores it once
+        if tied_in(name, model) is not None:  # the model stores it once
             refuse_two_matrices(other, model.path, model.path)
             extra.remove(name)
     outside: set[str] = set()
@@ -211,9 +209,7 @@ def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Check
         missing = [name for name in holder.tensors if name not in other.tensors]
         if missing:
             raise InputError(f"{other.path}: lacks {_names(missing)}, which {holder.path} has")
-    unknown = [
-        name for name in forget.tensors if name not in model.tensors and tied_partner(name, model.tensors) is None
-    ]
+    unknown = [name for name in forget.tensors if name not in model.tensors and tied_in(name, model) is None]
     if unknown:
         raise InputError(f"{forget.path}: has {_names(unknown)}, which {model.path} lacks")
 

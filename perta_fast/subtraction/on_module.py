@@ -17,7 +17,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
-from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, refuse_two_matrices, tied_partner
+from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, refuse_two_matrices, tied_in
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
@@ -351,7 +351,7 @@ def stored_name(source: Checkpoint, name: str) -> str:
     """
     if name in source.tensors:
         return name
-    partner = tied_partner(name, source.tensors)
+    partner = tied_in(name, source)
     if partner is None:
         raise InputError(f"{source.path}: lacks tensor {name}, which the module has")
     return partner
