@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, shell_command
-from perta_fast.files.new_directory import SWEEP_STATE, has_record, partial_path
+from perta_fast.files.new_directory import SWEEP_STATE, has_record, keeping_run, partial_path
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -69,6 +69,9 @@ def _unfinished(destination: Path) -> _Unfinished | None:
 
 def _advice(destination: Path) -> str:
     """What to do where there is nothing to finish."""
+    run = keeping_run(destination) if destination.name else None
+    if run is not None:
+        return f"; importances of another run are kept here: finish it with: {shell_command('perta', 'resume', run)}"
     if destination.name and exists(partial_path(destination)):
         return "; it was stopped before there was work to keep: run the same command again"
     return ""

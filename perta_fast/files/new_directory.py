@@ -8,8 +8,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
-from perta_fast.files.durable import move, remove, sync, sync_tree
-from perta_fast.files.identity import identity, lies_in
+from perta_fast.files.durable import move, read_record, remove, sync, sync_tree, write_record
+from perta_fast.files.identity import identity, is_same, lies_in
 from perta_fast.files.journal import JOB, check_finished
 from perta_fast.files.locking import lock
 from perta_fast.files.mounts import mounts_in
@@ -19,7 +19,8 @@ from perta_fast.files.reading import checked_path, exists
 # Below the directory that is being built: the state of a run or sweep. With its record, it can be resumed.
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
-_RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD}
+_KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
+_RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, _KEPT_STATE: _KEPT_RECORD}
 _START_OVER = "start over with --overwrite"
 
 
@@ -30,7 +31,9 @@ class OutputDirectory:
     ``path``, unless ``keep`` is set because the run can be resumed. After a kill ``path`` stays: the next run to
     ``final`` empties it, or goes on with it if ``resume``.
 
-    again: ``RUN_STATE`` if the caller knows that an unfinished run to ``final`` holds no work.
+    again: ``RUN_STATE`` if the caller knows that an unfinished run to ``final`` holds no work. run: the destination of
+    the run that keeps importances in ``final``. It is recorded, in ``final`` too until ``forget_run``: others give the
+    importances up only if ``overwrite``, as they do with an unfinished run to ``final``.
 
     Raises InputError as ``check_output`` and ``check_unfinished`` do, RunError if the directory cannot be written.
     """
@@ -43,11 +46,13 @@ class OutputDirectory:
         inputs: Iterable[Path] = (),
         resume: bool = False,
         again: str = "",
+        run: Path | None = None,
     ) -> None:
         self.final = Path(os.path.realpath(checked_path(final)))  # behind a link, so that the link stays
         check_output(self.final, overwrite=overwrite, inputs=inputs)
         if not resume:
-            check_unfinished(self.final, overwrite=overwrite, again=again)
+            check_unfinished(self.final, overwrite=overwrite, again=again, run=run)
+        self._run = run
         self.path, self._replaced = partial_path(self.final), _replaced_path(self.final)
         self.keep = self._resume = resume
         self._overwrite = overwrite
@@ -66,6 +71,9 @@ class OutputDirectory:
                 _forget(self.path)
                 for entry in self.path.iterdir():  # of a run that was killed
                     remove(entry)
+                if self._run is not None:
+                    (self.path / _KEPT_STATE).mkdir()
+                    write_record(self.path / _KEPT_STATE / _KEPT_RECORD, str(self._run))
         except BlockingIOError:
             raise RunError(f"{self.final}: another run is writing it now") from None
         except (OSError, InputError) as error:
@@ -120,25 +128,64 @@ def has_record(final: Path, state: str) -> bool:
     return bool(final.name) and exists(partial_path(final) / state / _RECORDS[state])
 
 
-def has_unfinished(final: Path, again: str = "") -> bool:
-    """Whether ``perta resume`` could finish something at ``final``. again: as in ``OutputDirectory``."""
-    return any(has_record(final, state) for state in _RECORDS if state != again)
+def has_unfinished(final: Path, again: str = "", run: Path | None = None) -> bool:
+    """Whether ``perta resume`` could finish something at ``final``. again, run: as in ``OutputDirectory``."""
+    keeping = keeping_run(final)
+    if keeping is not None and (run is None or not is_same(keeping, run)):
+        return True
+    return any(has_record(final, state) for state in (RUN_STATE, SWEEP_STATE) if state != again)
 
 
-def check_unfinished(final: Path, *, overwrite: bool, again: str = "", instead: str = _START_OVER) -> None:
+def keeping_run(final: Path) -> Path | None:
+    """The destination of the unfinished run whose importances lie beside ``final``, which will hold them."""
+    run = _recorded_run(partial_path(final)) if final.name else None
+    try:
+        job = {} if run is None or not has_record(run, RUN_STATE) else read_record(partial_path(run) / RUN_STATE / JOB)
+        return run if is_same(job["stream"]["save"], final) else None
+    except (InputError, LookupError, TypeError, ValueError):  # that run was given up
+        return None
+
+
+def is_kept_by(directory: Path, run: Path) -> bool:
+    """Whether the unfinished run to ``run`` has made ``directory``, to keep its importances there."""
+    recorded = _recorded_run(directory)
+    return recorded is not None and is_same(recorded, run)
+
+
+def forget_run(directory: Path, run: Path) -> None:
+    """Remove the record by which ``is_kept_by`` knows the run, which is finished."""
+    if is_kept_by(directory, run):
+        remove(directory / _KEPT_STATE)
+
+
+def _recorded_run(directory: Path) -> Path | None:
+    path = directory / _KEPT_STATE / _KEPT_RECORD
+    try:
+        return checked_path(str(read_record(path))) if exists(path) else None
+    except InputError:
+        return None
+
+
+def check_unfinished(
+    final: Path, *, overwrite: bool, again: str = "", run: Path | None = None, instead: str = _START_OVER
+) -> None:
     """Raise InputError, with the command that finishes it, if a run or sweep to ``final`` was stopped.
 
-    overwrite: no error. again: as in ``OutputDirectory``. instead: what else can be done.
+    overwrite: no error. again, run: as in ``OutputDirectory``. instead: what else can be done.
     """
     resolved = Path(os.path.realpath(checked_path(final)))
-    if not overwrite and has_unfinished(resolved, again):
+    if not overwrite and has_unfinished(resolved, again, run):
         raise InputError(unfinished_advice(resolved, instead))
 
 
 def unfinished_advice(final: Path, instead: str = _START_OVER) -> str:
     """What to do about another run's unfinished work."""
-    finishing = shell_command("perta", "resume", final)
-    return f"{final}: another run to this place was stopped; finish it with: {finishing}, or {instead}"
+    run = keeping_run(final)
+    finishing = shell_command("perta", "resume", run or final)
+    what = "to this place" if run is None else "which keeps its importances here"
+    if run is not None and instead == _START_OVER:
+        instead = "give it up with --overwrite"
+    return f"{final}: another run {what} was stopped; finish it with: {finishing}, or {instead}"
 
 
 def discard_unfinished(final: Path) -> None:

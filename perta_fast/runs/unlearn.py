@@ -120,7 +120,7 @@ def _load(opened: Opened) -> Loaded:
             # A run that is resumed may have committed its importances already.
             if begun is None or begun.stream.get("save") != str(kept):
                 check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, final])
-                check_unfinished(kept, overwrite=options.overwrite)
+                check_unfinished(kept, overwrite=options.overwrite, run=final)  # which has no work to keep
             if not options.in_place:
                 check_output(final, overwrite=options.overwrite, inputs=[kept])
         elif not streamed:  # the schedule of a streamed run checks the disk, as it knows the samples

@@ -11,7 +11,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree
-from perta_fast.files.new_directory import OutputDirectory, partial_path, remove_replaced
+from perta_fast.files.new_directory import OutputDirectory, is_kept_by, partial_path, remove_replaced
 from perta_fast.importance.store import STEM, ShardWriter
 
 _WHAT = "the importances that are kept"
@@ -42,22 +42,24 @@ class KeptImportance:
         shapes: Mapping[str, tuple[int, ...]],
         resumed: bool,
         ranks: Ranks,
+        run: Path,
     ) -> Iterator["KeptImportance"]:
         """The first rank makes the directory; it gets the name ``save`` in ``commit``.
 
-        save: "" to keep nothing. resumed: go on with what an earlier attempt wrote. After an error, what was written
-        stays if ``keep_on_error`` was called.
+        save: "" to keep nothing. resumed: go on with what an earlier attempt wrote. run: its destination when it began.
+        After an error, what was written stays if ``keep_on_error`` was called.
         """
         final = Path(save) if save else None
         with ExitStack() as stack:
             output = None
             with ranks.together(_WHAT):
-                if final is not None and resumed and final.is_dir() and not partial_path(final).exists():
+                committed = final is not None and resumed and final.is_dir() and not partial_path(final).exists()
+                if final is not None and resumed:
+                    _check_kept(final if committed else partial_path(final), run)
+                if final is not None and committed:
                     remove_replaced(final)
                 elif final is not None:
-                    output = OutputDirectory(final, overwrite=overwrite, resume=resumed)
-                    if resumed and not output.path.is_dir():
-                        raise InputError(f"{output.path}: is gone, with importances that the run has written")
+                    output = OutputDirectory(final, overwrite=overwrite, resume=resumed, run=run)
                     if ranks.first:
                         stack.enter_context(output)
             yield cls(final, output, metadata, shapes, ranks)
@@ -89,3 +91,11 @@ class KeptImportance:
             if self.output is not None and self.ranks.first:
                 self.output.commit()
         return {f"{role}_importance": Checkpoint.open(self.final / role, STEM) for role in self.metadata}
+
+
+def _check_kept(directory: Path, run: Path) -> None:
+    """Raise InputError unless ``directory`` is the one that the run to ``run`` has begun, and nothing else."""
+    if not is_kept_by(directory, run):
+        raise InputError(
+            f"{directory}: does not hold the importances that the run has written; start it over with --overwrite"
+        )

@@ -136,7 +136,13 @@ class StreamedRun:
         with (
             _torch_threads(settings["torch_threads"]),
             KeptImportance.opened(
-                settings["save"], settings["overwrite_saved"], settings["metadata"], shapes, begun is not None, ranks
+                settings["save"],
+                settings["overwrite_saved"],
+                settings["metadata"],
+                shapes,
+                begun is not None,
+                ranks,
+                Path(job.final),
             ) as kept,
             Bar(total, "unlearn", job.progress, "step") as bar,
         ):

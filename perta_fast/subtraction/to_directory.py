@@ -15,7 +15,7 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
 from perta_fast.files.durable import copy_range, remove, sync, write_fully
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import OutputDirectory, check_space, remove_replaced, scratch_path
+from perta_fast.files.new_directory import OutputDirectory, check_space, forget_run, remove_replaced, scratch_path
 from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
@@ -142,6 +142,8 @@ def clear_up(final: Path, job: Job) -> None:
     """Remove what a finished run no longer needs."""
     if job.temporary:
         remove(scratch_path(final))
+    if isinstance(kept := job.stream.get("save"), str):
+        forget_run(Path(kept), Path(job.final))
     remove(final / STATE)
 
 

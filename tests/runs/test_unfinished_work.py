@@ -11,6 +11,7 @@ import perta_fast as pf
 from perta_fast import cli
 from perta_fast.demo import run_demo
 from perta_fast.reporting import write_page
+from perta_fast.streaming.write_behind import WriteBehind
 from tests.support.checkpoints import fingerprint, read_checkpoint
 from tests.support.models import Job
 
@@ -161,3 +162,136 @@ def test_an_evaluation_that_is_saved_by_hand(job: Job, folder: Path) -> None:
     assert isinstance(result, pf.Evaluation)
     with pytest.raises(pf.InputError, match="another run to this place was stopped"):
         result.save(folder / "out.json")
+
+
+KEPT = ("kept", "kept.json", "kept.html", "kept.yaml")
+
+
+@pytest.fixture(scope="module")
+def stopped_walks(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Streamed runs, stopped when a part of their importances is written, which keep them in the directories KEPT."""
+    folder = tmp_path_factory.mktemp("walks")
+    pf.apply(*job.checkpoints, rule="tv", out=folder / "done", progress=False)
+    for name in KEPT:
+        stop_walk(job, folder / f"run to {name}", folder / name)
+    return folder
+
+
+def stop_walk(job: Job, out: Path, keep: Path, steps: int = 4) -> None:
+    record, calls = WriteBehind._record, []
+
+    def stop_later(writing: WriteBehind, done: int, *rest: Any) -> None:
+        calls.append(done)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+        record(writing, done, *rest)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(pf.Interrupted if steps else KeyboardInterrupt):
+        patched.setattr(WriteBehind, "_record", stop_later)
+        streamed(unlearning)(job, out, save_importance=keep)
+
+
+@pytest.fixture
+def walks(stopped_walks: Path, tmp_path: Path) -> Iterator[Path]:
+    """The same, for one test, where they were begun."""
+    shutil.copytree(stopped_walks, tmp_path / "all", symlinks=True)
+    yield stopped_walks
+    shutil.rmtree(stopped_walks)
+    shutil.copytree(tmp_path / "all", stopped_walks, symlinks=True)
+
+
+AT_KEPT = [(function, "kept") for function in TO_DIRECTORIES]
+AT_KEPT += [(evaluation, "kept.json"), (page, "kept.html"), (template, "kept.yaml")]
+
+
+@pytest.mark.parametrize(("function", "name"), AT_KEPT)
+def test_importances_of_a_stopped_walk_are_not_given_up(
+    function: Callable[..., object], name: str, job: Job, walks: Path
+) -> None:
+    before = fingerprint(walks)
+    with pytest.raises(pf.InputError, match=r"another run.* was stopped.*perta resume"):
+        function(job, walks / name)
+    assert fingerprint(walks) == before
+
+
+def test_the_run_that_keeps_them_is_finished_as_the_message_says(
+    job: Job, walks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = walks / "run to kept"
+    assert cli.main(["importance", f"--model={job.base}", f"--data={job.forget}", f"--out={walks / 'kept'}"]) == 2
+    message = capsys.readouterr().err
+    finishing = f"finish it with: perta resume '{out}'"
+    assert f"kept: another run which keeps its importances here was stopped; {finishing}, or give it up" in message
+    assert cli.main(["resume", str(walks / "kept")]) == 2
+    message = capsys.readouterr().err
+    assert f"importances of another run are kept here: {finishing}" in message
+    pf.resume(out, progress=False)
+    streamed(unlearning)(job, tmp_path / "at once", save_importance=tmp_path / "kept")
+    names = [path.relative_to(tmp_path / "kept") for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert names and not any((walks / name).exists() for name in (".kept.perta-partial", "run to kept/.perta-run"))
+    assert all((walks / "kept" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes() for name in names)
+    assert sorted(path.name for path in (walks / "kept").iterdir()) == ["forget", "retain"]
+    importance(job, walks / "kept", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(importance, "kept"), (applied, "kept"), (kept, "kept"), (streamed(kept), "kept"), (evaluation, "kept.json")],
+)
+def test_overwrite_gives_them_up(function: Callable[..., object], name: str, job: Job, walks: Path) -> None:
+    """Also if what was written there instead holds importances of another run."""
+    function(job, walks / name, overwrite=True)
+    before = fingerprint(walks / name)
+    with pytest.raises(pf.InputError, match=r"start it over with --overwrite|holds what no run has written"):
+        pf.resume(walks / f"run to {name}", progress=False)
+    assert fingerprint(walks / name) == before
+    streamed(unlearning)(job, walks / f"run to {name}", save_importance=walks / "new", overwrite=True)
+
+
+def test_importances_of_a_run_that_was_given_up_hold_no_place(job: Job, walks: Path) -> None:
+    unlearning(job, walks / "run to kept", overwrite=True)
+    importance(job, walks / "kept")
+    assert (walks / "kept" / "importance.safetensors").exists()
+    unlearning(job, walks / "run to kept", save_importance=walks / "kept", overwrite=True)
+
+
+def test_the_same_command_goes_on(job: Job, walks: Path) -> None:
+    report = streamed(unlearning)(job, walks / "run to kept", save_importance=walks / "kept")
+    assert isinstance(report, pf.Report) and report.resumed == 1
+    assert sorted(path.name for path in (walks / "kept").iterdir()) == ["forget", "retain"]
+
+
+@pytest.mark.parametrize("how", ["resume", "the same command"])
+def test_a_walk_that_had_no_work_yet(how: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, keep = tmp_path / "out", tmp_path / "kept"
+    with monkeypatch.context() as patched:
+        patched.setattr("perta_fast.files.new_directory.remove", lambda _: None)  # as if killed
+        patched.setattr("perta_fast.files.new_directory._forget", lambda _: None)
+        stop_walk(job, out, keep, steps=0)
+    assert (tmp_path / ".kept.perta-partial").exists()
+    with pytest.raises(pf.InputError, match="which keeps its importances here was stopped"):
+        importance(job, keep)
+    if how == "resume":
+        pf.resume(out, progress=False)
+    else:
+        streamed(unlearning)(job, out, save_importance=keep)
+    assert sorted(path.name for path in keep.iterdir()) == ["forget", "retain"]
+
+
+def test_a_walk_stopped_when_its_importances_have_their_name(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, keep = tmp_path / "out", tmp_path / "kept"
+    with monkeypatch.context() as patched, pytest.raises(pf.Interrupted):
+        patched.setattr("perta_fast.subtraction.to_directory.describe_output", stop)
+        streamed(unlearning)(job, out, save_importance=keep)
+    assert keep.exists()
+    shutil.copytree(keep, tmp_path / "copy")
+    kept(job, keep, overwrite=True)  # of another run
+    with pytest.raises(pf.InputError, match="does not hold the importances that the run has written"):
+        pf.resume(out, progress=False)
+    shutil.rmtree(keep)
+    (tmp_path / "copy").rename(keep)
+    pf.resume(out, progress=False)
+    assert sorted(path.name for path in keep.iterdir()) == ["forget", "retain"]
+    assert pf.verify(out, progress=False).problems == []
