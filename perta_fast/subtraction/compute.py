@@ -99,7 +99,7 @@ class Subtraction:
                         data, statistics = workspace.compute(chunk)
                         store(chunk, data, statistics)
                         with lock:
-                            advance(bytes_moved(self.sources.matches[chunk.index], chunk.count))
+                            advance(bytes_moved(self.sources.matches[chunk.index], chunk.count, chunk.begin))
             except BaseException:
                 failed.set()
                 raise
@@ -114,12 +114,15 @@ class Subtraction:
                 raise
 
 
-def bytes_moved(match: TensorMatch, count: int) -> int:
-    """Bytes that ``count`` elements of a tensor move: every operand read once, theta written once."""
-    theta = ITEM_SIZES[match.theta.dtype]
+def bytes_moved(match: TensorMatch, count: int, begin: int = 0) -> int:
+    """Bytes that ``count`` elements of a tensor from ``begin`` on move: every operand read once, theta written once.
+
+    Of rows that are kept as they are, only theta is read.
+    """
     others = (match.tuned, match.base, match.forget_importance, match.retain_importance)
     read = sum(ITEM_SIZES[entry.dtype] for entry in others if entry is not None)
-    return count * (2 * theta + read)
+    computed = max(0, min(count, match.common - begin))
+    return 2 * ITEM_SIZES[match.theta.dtype] * count + read * computed
 
 
 class _Made:

@@ -235,7 +235,8 @@ def _rehearse(job: Job, sources: Sources, report: Report) -> None:
     started = time.perf_counter()
     with Bar(moved, "check", job.progress) as bar:
         job.subtraction(sources).run(_changing(job, sources), lambda *_: None, bar.update)
-    report.add_phase("check", time.perf_counter() - started, moved)
+    written = sum(match.theta.size for match in sources.matches if match.copied is None)  # here it is not
+    report.add_phase("check", time.perf_counter() - started, moved - written)
 
 
 def _changing(job: Job, sources: Sources) -> Iterator[Chunk]:
@@ -295,7 +296,7 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
     done, number, totals = _replay(job, sources, journal)
     moved = _bytes_to_move(sources)
     chunks = _changing(job, sources)
-    skipped = sum(bytes_moved(sources.matches[c.index], c.count) for c in islice(chunks, done))
+    skipped = sum(bytes_moved(sources.matches[c.index], c.count, c.begin) for c in islice(chunks, done))
     started = time.perf_counter()
     subtraction = job.subtraction(sources)
     last: Future[None] | None = None

@@ -55,7 +55,7 @@ class Shard:
 
     def cost(self, begin: int, end: int) -> int:
         """Bytes that the chunks [begin, end) move."""
-        return sum(bytes_moved(self.matches[index], stop - start) for index, start, stop in self.ranges(begin, end))
+        return sum(bytes_moved(self.matches[i], stop - start, start) for i, start, stop in self.ranges(begin, end))
 
     def begin_file(self) -> None:
         """Make the file, or empty it, and write the header. Old copies of tensors become zeros."""

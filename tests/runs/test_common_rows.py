@@ -84,6 +84,12 @@ def test_every_combination_of_sizes(sizes: tuple[int, int, int], in_place: bool,
     kept = sizes[0] - min(sizes)
     assert {row.name: row.kept_rows for row in report.tensors} == {EMBED: kept, HEAD: kept, BIAS: kept, INNER: 0}
     assert (f"{EMBED} {kept}" in report.summary()) == bool(kept)
+    read = sum(4 * of[: min(sizes)].numel() if name != INNER else 4 * of.numel() for name, of in tensors[0].items())
+    theta = sum(of.nbytes for of in tensors[0].values())
+    moved = {name: report.phases[name]["bytes"] for name in report.phases.keys() & {"check", "change", "apply"}}
+    assert moved == (
+        {"check": theta + read, "change": 2 * theta + read} if in_place else {"apply": 2 * theta + read}
+    )  # read: base and tuned, rows in common
     for row in report.tensors:
         assert row.mean_weight == 1
         assert row.changed <= (
