@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ CARD, CONFIG = "README.md", "config.json"
 TEMPLATES = "additional_chat_templates"  # the one directory beside the weights that transformers reads
 _READ = (".json", ".jinja", ".py", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe")
 _INDEX = ".index.json"
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, or SHA-256
 _OF_A_RUN = ("perta_report.json", "perta_files.b3", "perta_tune.json")
 
 
@@ -83,11 +85,18 @@ def _is_left_out(path: Path, source: Checkpoint) -> bool:
 def elsewhere(path: Path) -> Path | None:
     """Where a link in a model's directory leads; None if it leads into the directory or the same hub cache.
 
-    In a hub cache, NAME/snapshots/REVISION holds links to files in NAME/blobs.
+    In a hub cache, HUB/NAME/snapshots/REVISION holds links to files in HUB/NAME/blobs. These may be links to a store of
+    all models, HUB/blobs/XX; and each blobs may be a link itself, if it was moved to another disk. There only what is
+    named by its hash is of the cache, which names everything so.
     """
     directory, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    blobs = [above.parent / "blobs" for above in directory.parents if above.name == "snapshots"]
-    return None if directory in target.parents or target.parent in blobs else target
+    repositories = [above.parent for above in directory.parents if above.name == "snapshots"]
+    if directory in target.parents or target.parent in [repository / "blobs" for repository in repositories]:
+        return None
+    stores = [repository / "blobs" for repository in repositories]
+    stores += [repository.parent / "blobs" / target.name[:2] for repository in repositories]
+    stored = target.parent in [Path(os.path.realpath(store)) for store in stores]
+    return None if stored and _BLOB.fullmatch(target.name) else target
 
 
 def left_out_warning(link: Path, final: Path) -> str:

@@ -32,6 +32,68 @@ def hub_cache(inputs: Inputs, folder: Path, *names: str) -> Path:
     return snapshot
 
 
+MOVED = ["the hub", "the repository", "blobs", "blobs, to another name", "snapshots and blobs"]
+
+
+@pytest.mark.parametrize("what", [*MOVED, "blobs, with absolute links"])
+def test_a_hub_cache_of_which_a_part_is_on_another_disk(what: str, inputs: Inputs, tmp_path: Path) -> None:
+    hub, disk = tmp_path / "home" / "hub", tmp_path / "disk"
+    hub.mkdir(parents=True)
+    disk.mkdir()
+    model = hub_cache(inputs, hub, "config.json", "tokenizer.json", "README.md")
+    repository = hub / "models--x"
+    moved = {"the hub": [hub], "the repository": [repository], "snapshots and blobs": [repository / "snapshots"]}
+    for path in [*moved.get(what, []), *([repository / "blobs"] if "blobs" in what else [])]:
+        target = disk / ("store" if "another name" in what else path.name)
+        path.rename(target)
+        path.symlink_to(target)
+    if "absolute" in what:
+        for link in list(model.iterdir()):
+            name = link.readlink().name
+            link.unlink()
+            link.symlink_to(repository / "blobs" / name)
+    copied_from(model, inputs, tmp_path)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_hub_cache_with_a_store_of_all_models(linked: bool, inputs: Inputs, tmp_path: Path) -> None:
+    """As new versions of huggingface_hub keep files: snapshots link to blobs, and these to the store."""
+    model = hub_cache(inputs, tmp_path / "hub", "config.json", "tokenizer.json", "README.md")
+    for number, blob in enumerate(sorted((model.parent.parent / "blobs").iterdir())):
+        name = f"{number:02x}{'7' * 62}"
+        store = tmp_path / "hub" / "blobs" / name[:2]
+        store.mkdir(parents=True)
+        blob.rename(store / name)
+        blob.symlink_to(Path("../../blobs") / name[:2] / name)
+    if linked:
+        (tmp_path / "hub" / "blobs").rename(tmp_path / "store")
+        (tmp_path / "hub" / "blobs").symlink_to(tmp_path / "store")
+    copied_from(model, inputs, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["blobs", "store"])
+@pytest.mark.parametrize("name", ["id_rsa", "notes.txt", "0" * 63, "g" * 64, "0" * 40 + ".txt"])
+def test_a_private_directory_in_the_place_of_a_cache(where: str, name: str, inputs: Inputs, tmp_path: Path) -> None:
+    """Blobs that are a link may lead anywhere: only files named by a hash are of a cache."""
+    private = tmp_path / "private"
+    (private / name[:2]).mkdir(parents=True)
+    (private / name).write_text("private")
+    (private / name[:2] / name).write_text("private")
+    repository = tmp_path / "hub" / "models--x"
+    model = repository / "snapshots" / "0123"
+    shutil.copytree(inputs["model"], model)
+    if where == "blobs":
+        (repository / "blobs").symlink_to(private)
+        (model / "notes.txt").symlink_to(Path("../../blobs") / name)
+    else:
+        (tmp_path / "hub" / "blobs").symlink_to(private)
+        (model / "notes.txt").symlink_to(Path("../../../blobs") / name[:2] / name)
+    report = apply(model, inputs["base"], inputs["tuned"], rule="tv", out=tmp_path / "out", progress=False)
+    assert not os.path.lexists(tmp_path / "out" / "notes.txt")
+    (warning,) = report.warnings
+    assert "outside the model's directory, and was not copied" in warning
+
+
 @pytest.mark.parametrize("by", ["its path", "a link", "a directory below the snapshot"])
 def test_those_of_a_hub_cache_are_copied(by: str, inputs: Inputs, tmp_path: Path) -> None:
     model = hub_cache(inputs, tmp_path, "config.json", "tokenizer.json", "README.md")
@@ -44,6 +106,11 @@ def test_those_of_a_hub_cache_are_copied(by: str, inputs: Inputs, tmp_path: Path
         for path in [path for path in model.iterdir() if path.is_symlink()]:
             (below / path.name).symlink_to(Path("..") / path.readlink())
         model = below
+    copied_from(model, inputs, tmp_path)
+
+
+def copied_from(model: Path, inputs: Inputs, tmp_path: Path) -> None:
+    """Write an output, which has all files of the model."""
     report = apply(model, inputs["base"], inputs["tuned"], rule="tv", out=tmp_path / "out", progress=False)
     assert report.warnings == []
     for name in ("config.json", "tokenizer.json"):
