@@ -15,8 +15,9 @@ class Verification:
     ``EXACT_POWERS``, up to the last bit of a power). bounded: tensors whose elements all lie between theta and
     theta - lam * tau, which is checked if the importances were not kept. unchecked: what could not be checked, and why.
     changed: data files and model cards of inputs that have changed since the run, which says nothing against the
-    output. uncovered: files of which the run kept no hash. claim: what the run says of its output. tensors: number of
-    tensors of the output. agreement: how closely the recomputed ones agree.
+    output. card: the problems with the output's model card, which are in ``problems`` too. uncovered: files of which
+    the run kept no hash. claim: what the run says of its output. tensors: number of tensors of the output. agreement:
+    how closely the recomputed ones agree.
     """
 
     claim: str = ""
@@ -29,6 +30,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    card: list[str] = field(default_factory=list)
     uncovered: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -44,12 +46,14 @@ class Verification:
         lines += [f"Not checked: {line}." for line in self.unchecked]
         lines += [f"Not covered by the run's hashes: {line}." for line in self.uncovered]
         lines += [f"WRONG: {line}." for line in self.problems]
+        if self.problems and self.problems == self.card:
+            lines.append("Only this text differs: weights, config, tokenizer and report are as the run wrote them.")
         lines.append("Verification failed." if self.problems else "Nothing wrong was found.")
         return printable_lines(lines)
 
     def _outcome(self) -> str:
         """The result in one sentence."""
-        if self.problems:
+        if self.problems != self.card:
             return f"Not confirmed, as something is wrong: {self.claim}."
         if self.recomputed + self.bounded == 0:
             return f"Not recomputed: {self.claim}. Only what is listed here was checked."

@@ -102,17 +102,21 @@ def _check_companions(directory: Path, report: Report, result: Verification) -> 
     shards = {name: record["blake3"] for name, record in report.output["files"].items()}  # checked already
     for name, digest in hashes.items():
         path = directory / name
+        problem = ""
         try:
             if shards.get(name, digest) != digest:
-                result.problems.append(f"{path} has another hash in the report than in {HASHES}")
+                problem = f"{path} has another hash in the report than in {HASHES}"
             elif name not in shards and not exists(path):
-                result.problems.append(f"{path} is gone")
+                problem = f"{path} is gone"
             elif name not in shards and hash_file(path) != digest:
-                result.problems.append(f"{path} has changed since the run")
+                problem = f"{path} has changed since the run"
             else:
                 result.companions += name not in shards
         except RunError as error:
-            result.problems.append(str(error))
+            problem = str(error)
+        if problem:
+            result.problems.append(problem)
+            result.card += [problem] if name == CARD else []
     copied = report.inputs["model"]["files"]  # a link that led out of the model may have been copied by hand
     for name, path in files_of(directory).items():
         if name not in hashes and name not in shards and name != HASHES:

@@ -12,6 +12,7 @@ import pytest
 from blake3 import blake3
 
 import perta_fast as pf
+from perta_fast import cli
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.records.file_hashes import read_hashes
 from tests.records.test_version_1 import WRITTEN
@@ -120,6 +121,24 @@ def test_added_files_are_found(name: str, folder: Path) -> None:
         return
     path.write_bytes(b"{}")
     assert problems(folder) == [f"{path} was added after the run"]
+
+
+@pytest.mark.parametrize("change", [append, Path.unlink])
+def test_a_model_card_that_was_edited_says_nothing_against_the_weights(
+    change: Callable[[Path], object], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "out"
+    change(out / CARD)
+    assert cli.main(["verify", str(out)]) == 1
+    text = capsys.readouterr().out
+    what = "has changed since the run" if change is append else "is gone"
+    only = "Only this text differs: weights, config, tokenizer and report are as the run wrote them."
+    assert f"WRONG: {out / CARD} {what}.\n{only}\nVerification failed." in text
+    assert text.startswith("Not refuted: ")  # the importances were not kept
+    append(out / "config.json")
+    assert cli.main(["verify", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "Only this text" not in text and "Not confirmed, as something is wrong" in text
 
 
 def test_notes_are_named_but_not_wrong(folder: Path) -> None:
