@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast.checkpoints.advice import conversion_command, python_command
+from perta_fast.checkpoints.advice import conversion_command
+from perta_fast.checkpoints.no_weights import why_no_weights
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
-from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, OTHER_WEIGHTS, may_be_model, shard_number
+from perta_fast.checkpoints.weight_files import shard_number
 from perta_fast.checkpoints.wrappers import by_plain_name
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import check_finished
-from perta_fast.files.reading import exists, read_json
+from perta_fast.files.reading import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -138,28 +139,39 @@ def _read_index(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
-    for name, shard in weight_map.items():
+    placed: dict[str, str] = {}
+    for plain, name in by_plain_name(weight_map, index).items():
+        shard = weight_map[name]
         # Only a plain file name: an index must not reach outside its directory.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
-            raise InputError(f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it")
-    return {plain: weight_map[name] for plain, name in by_plain_name(weight_map, index).items()}
+        plain_shard = shard.removeprefix("./") if isinstance(shard, str) else ""
+        if not plain_shard.endswith(".safetensors") or set(plain_shard) & set("/\\\0"):
+            raise InputError(
+                f"{index}: tensor {name}: shard {shard!r} is not the name of a safetensors file beside it; if you "
+                f"trust it, save what transformers loads with: {conversion_command(index.parent)}"
+            )
+        placed[plain] = plain_shard
+    return placed
 
 
 def _tensors_of(index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]) -> dict[str, TensorEntry]:
+    """What transformers loads: all tensors of the shards; of one that is in two, that of the last by name.
+
+    The index may leave out a tensor. Raises InputError where it says something else.
+    """
+    tensors = {name: entry for _, file in sorted(shards.items()) for name, entry in file.tensors.items()}
+    save = f"save what transformers loads with: {conversion_command(index.parent)}"
     for name, shard in weight_map.items():
-        if name not in shards[shard].tensors:
-            raise InputError(f"{index}: puts tensor {name} into {shard}, which does not hold it")
-    for shard_name, file in shards.items():
-        for name in file.tensors:
-            if name not in weight_map:
-                raise InputError(f"{file.path}: holds tensor {name}, which the index does not place there")
-            if weight_map[name] < shard_name:  # transformers reads the shards in the order of their names
-                raise InputError(
-                    f"{file.path}: holds tensor {name}, which the index does not place there but into "
-                    f"{weight_map[name]}; transformers would load the one here. Save what it loads with: "
-                    f"{conversion_command(index.parent)}"
-                )
-    return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+        if name not in tensors:
+            raise InputError(
+                f"{index}: puts tensor {name} into {shard}, which does not hold it; fetch both again. If the model is "
+                f"whole without it, {save}"
+            )
+        if name in shards[shard].tensors and shard != tensors[name].path.name:
+            raise InputError(
+                f"{tensors[name].path}: holds tensor {name}, which the index does not place there but into {shard}; "
+                f"transformers would load the one here: {save}"
+            )
+    return {name: tensors[name] for name in [*weight_map, *tensors]}
 
 
 def _shards_without_index(path: Path, names: list[str], stem: str) -> dict[str, SafetensorsFile]:
@@ -168,7 +180,7 @@ def _shards_without_index(path: Path, names: list[str], stem: str) -> dict[str, 
         return {f"{stem}.safetensors": SafetensorsFile.open(path / f"{stem}.safetensors")}
     parts = {name: number for name in sorted(names) if (number := shard_number(name, stem))}
     if not parts:
-        raise InputError(_why_no_weights(path, names, stem))
+        raise InputError(why_no_weights(path, names, stem))
     counts = {count for _, count in parts.values()}
     numbers = sorted(number for number, _ in parts.values())
     if len(counts) > 1 or numbers != list(range(1, max(counts) + 1)):
@@ -187,44 +199,3 @@ def _shards_without_index(path: Path, names: list[str], stem: str) -> dict[str, 
                 )
             holders[name] = file.path
     return files
-
-
-def _why_no_weights(path: Path, names: list[str], stem: str) -> str:
-    neither = f"{path}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json"
-    if stem == "adapter_model" and f"{stem}.bin" in names:
-        source, target = str(path / f"{stem}.bin"), str(path / f"{stem}.safetensors")
-        program = (
-            f"import torch, safetensors.torch as s; t = torch.load({source!r}, 'cpu', weights_only=True); "
-            f"s.save_file({{k: v.clone().contiguous() for k, v in t.items()}}, {target!r}, {{'format': 'pt'}})"
-        )
-        return f"{path}: holds {stem}.bin, which is never loaded here; convert it with: {python_command(program)}"
-    if stem != "model":
-        return neither
-    if ADAPTER_CONFIG in names:
-        return f"{path}: holds a PEFT adapter, which only tuned can be; give the whole model here"
-    # Only what transformers can convert: a trainer also leaves training_args.bin, optimizer.pt and the like.
-    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
-    if pickled:
-        return (
-            f"{path}: holds pickled weights ({pickled[0]}), which are never loaded here. If you trust them, "
-            f"convert them with: {conversion_command(path)}"
-        )
-    other = sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
-    if other:
-        return (
-            f"{path}: holds {other[0]}, which is for running a model, and no safetensors; "
-            "give the checkpoint that it was made from"
-        )
-    if below := _weights_below(path):
-        return f"{neither}, but directories in it hold weights: give one of these, as {below[0]}"
-    if "adapter_model.safetensors" in names:
-        return f"{path}: holds adapter_model.safetensors without the {ADAPTER_CONFIG} beside it; fetch that too"
-    others = sorted(name for name in names if may_be_model(name))
-    return f"{neither}, but {', '.join(others[:3])}; is this a model as transformers saves it?" if others else neither
-
-
-def _weights_below(path: Path) -> list[Path]:
-    """Directories in ``path``, such as checkpoint-500 or snapshots/REVISION, that hold a model or an adapter."""
-    below = [*path.glob("*"), *path.glob("snapshots/*")]
-    marks = (ADAPTER_CONFIG, "model.safetensors", "model.safetensors.index.json")
-    return sorted(folder for folder in below if any(exists(folder / mark) for mark in marks))

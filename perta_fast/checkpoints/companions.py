@@ -5,12 +5,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, is_weights, may_be_model
 from perta_fast.errors import shell_command
 from perta_fast.files.own import is_own_name
+from perta_fast.files.reading import check_fetched, regular_file
 
 CARD, CONFIG = "README.md", "config.json"
 TEMPLATES = "additional_chat_templates"  # the one directory beside the weights that transformers reads
@@ -37,6 +39,13 @@ def files_of(directory: Path) -> dict[str, Path]:
             if not path.name.startswith(".") and os.path.isfile(path):  # noqa: PTH113  (False for a link to itself)
                 files[os.path.relpath(path, directory)] = path
     return files
+
+
+def check_companions_fetched(directory: Path) -> None:
+    """Raise InputError if one of the ``companions`` is a pointer of git-lfs: nothing could load the output."""
+    for path in companions(directory).values():
+        with suppress(OSError), open(path, "rb", opener=regular_file) as file:
+            check_fetched(path, file.read(64))
 
 
 def is_read(name: str) -> bool:

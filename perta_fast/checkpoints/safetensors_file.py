@@ -21,7 +21,7 @@ import numpy as np
 from perta_fast.checkpoints.wrappers import by_plain_name, plain_name
 from perta_fast.dtypes import ITEM_SIZES, byte_count
 from perta_fast.errors import InputError, RunError
-from perta_fast.files.reading import PositionReader, regular_file
+from perta_fast.files.reading import PositionReader, check_fetched, regular_file
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the library's own bound
 _PAGE = mmap.PAGESIZE
@@ -68,6 +68,7 @@ class SafetensorsFile:
         try:
             with open(path, "rb", opener=regular_file) as file:
                 size = os.fstat(file.fileno()).st_size
+                check_fetched(path, os.pread(file.fileno(), 64, 0))
                 prefix = file.read(8)
                 length = _header_length(path, prefix, size)
                 header = file.read(length)

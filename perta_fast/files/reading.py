@@ -7,7 +7,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from perta_fast.errors import InputError, RunError
+from perta_fast.errors import InputError, RunError, shell_command
+
+_POINTER = b"version https://git-lfs.github.com/spec/"  # what git leaves in place of a large file
 
 
 class PositionReader:
@@ -86,6 +88,13 @@ def regular_file(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, "Not a regular file", path)
 
 
+def check_fetched(path: Path, beginning: bytes) -> None:
+    """Raise InputError if a file that begins so only names the file that git-lfs has yet to fetch."""
+    if beginning.startswith(_POINTER):
+        fetch = shell_command("git", "-C", path.parent, "lfs", "pull")
+        raise InputError(f"{path}: is a pointer of git-lfs; fetch the file itself, in its clone with: {fetch}")
+
+
 def read_bytes(path: Path, hint: str = "") -> bytes:
     """The content of a regular file. Raises InputError, which ends in ``hint``, if it cannot be read."""
     try:
@@ -99,6 +108,7 @@ def read_json(path: Path, advice: str = "") -> Any:
     """What a regular JSON file holds. Raises InputError, with ``advice``, if it cannot be read."""
     hint = f"; {advice}" if advice else ""
     content = read_bytes(path, hint)
+    check_fetched(path, content)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

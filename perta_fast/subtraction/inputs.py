@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import check_companions_fetched
 from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.checkpoints.safetensors_file import TensorEntry
@@ -47,6 +48,7 @@ class Sources:
     ) -> "Sources":
         """Open and match three checkpoints and the result of ``open_importances``; InputError if they do not fit."""
         theta, theta_0 = open_plain(model), open_plain(base)
+        check_companions_fetched(theta.path)
         adapter = OpenedAdapter.open(tuned, theta_0, common_rows) if is_adapter(tuned) else None
         theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         forget, retain = map(importances.get, IMPORTANCES)

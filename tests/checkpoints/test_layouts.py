@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,7 @@ from perta_fast.runs.verify import verify
 from tests.checkpoints.test_adapters import make_adapter
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint
 from tests.support.children import run_child
-from tests.support.models import Job, llama, write_job
+from tests.support.models import Job, llama, tokenizer, write_job
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -142,10 +143,144 @@ def test_an_index_against_the_order_of_shards_is_refused_with_advice(job: Job, t
         InputError, match=r"but into a-patch\.safetensors; transformers would load the one here"
     ) as caught:
         apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
-    run_advice(str(caught.value).rpartition("Save what it loads with: ")[2])
+    run_advice(str(caught.value).rpartition("save what transformers loads with: ")[2])
     saved = job.model.with_name("model-safetensors")
     assert_loads_as(saved, seen)
     apply(saved, job.base, job.tuned, rule="tv", out=tmp_path / "out")
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    content = json.loads((folder / INDEX).read_text())
+    change(content["weight_map"])
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+def leave_out(weights: dict[str, str]) -> None:
+    del weights[QUERY]
+
+
+def put_elsewhere(weights: dict[str, str]) -> None:
+    weights[QUERY] = next(shard for shard in weights.values() if shard != weights[QUERY])
+
+
+def with_a_dot(weights: dict[str, str]) -> None:
+    weights.update({name: f"./{shard}" for name, shard in weights.items()})
+
+
+@pytest.mark.parametrize("change", [leave_out, put_elsewhere, with_a_dot])
+@pytest.mark.parametrize("roles", [("model",), ("base", "tuned")])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_index_that_transformers_takes(
+    change: Callable[[dict[str, str]], object], roles: tuple[str, ...], in_place: bool, job: Job, tmp_path: Path
+) -> None:
+    right = expected(job)
+    for role in roles:
+        change_index(getattr(job, role), change)
+    assert expected(job).keys() == right.keys()
+    assert all(same_bytes(tensor, right[name]) for name, tensor in expected(job).items())
+    target = {"in_place": True} if in_place else {"out": tmp_path / "out"}
+    apply(*job.checkpoints, rule="tv", **target)
+    output = job.model if in_place else tmp_path / "out"
+    assert_loads_as(output, right)
+    assert not verify(output, progress=False, full=not in_place).problems
+
+
+def test_a_name_that_no_shard_holds_is_refused_with_advice(job: Job, tmp_path: Path) -> None:
+    right = expected(job)
+    change_index(job.tuned, lambda weights: weights.update({"model.old.weight": weights[QUERY]}))
+    with pytest.raises(InputError, match=r"puts tensor model\.old\.weight into .* which does not hold it") as caught:
+        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    run_advice(str(caught.value).rpartition("save what transformers loads with: ")[2])
+    apply(job.model, job.base, job.tuned.with_name("tuned-safetensors"), rule="tv", out=tmp_path / "out")
+    assert_loads_as(tmp_path / "out", right)
+
+
+def test_shards_in_a_directory_of_their_own_are_refused_with_advice(job: Job, tmp_path: Path) -> None:
+    right = expected(job)
+    (job.model / "sub").mkdir()
+    for shard in set(weight_map(job.model).values()):
+        (job.model / shard).rename(job.model / "sub" / shard)
+    change_index(job.model, lambda weights: weights.update({name: f"sub/{weights[name]}" for name in weights}))
+    with pytest.raises(InputError, match=r"is not the name of a safetensors file beside it; if you trust it") as caught:
+        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    run_advice(str(caught.value).rpartition("save what transformers loads with: ")[2])
+    apply(job.model.with_name("model-safetensors"), job.base, job.tuned, rule="tv", out=tmp_path / "out")
+    assert_loads_as(tmp_path / "out", right)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_variant_is_named_with_the_command_that_saves_it(sharded: bool, job: Job, tmp_path: Path) -> None:
+    right = expected(job)
+    model = AutoModelForCausalLM.from_pretrained(job.tuned, dtype="auto")
+    shutil.rmtree(job.tuned)
+    model.save_pretrained(job.tuned, variant="fp16", max_shard_size="20KB" if sharded else "1GB")
+    tokenizer().save_pretrained(job.tuned)
+    assert (job.tuned / "model.safetensors.index.fp16.json").exists() == sharded
+    with pytest.raises(InputError, match="save this variant as a model of its own with: ") as caught:
+        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
+    run_advice(str(caught.value).rpartition("of its own with: ")[2])
+    apply(job.model, job.base, job.tuned.with_name("tuned-safetensors"), rule="tv", out=tmp_path / "out")
+    assert_loads_as(tmp_path / "out", right)
+
+
+def test_shards_of_fsdp_are_named_with_the_command_that_joins_them(job: Job, tmp_path: Path) -> None:
+    right = expected(job)
+    training = tmp_path / "checkpoint-7"
+    state = loaded(job.tuned)
+    distributed_checkpoint.save({"model": state}, checkpoint_id=training / "pytorch_model_fsdp_0", no_dist=True)
+    distributed_checkpoint.save({"step": torch.ones(1)}, checkpoint_id=training / "optimizer_0", no_dist=True)
+    with pytest.raises(InputError, match=r"give one of these, as .*/pytorch_model_fsdp_0"):
+        apply(job.model, job.base, training, rule="tv", out=tmp_path / "out")
+    folder = training / "pytorch_model_fsdp_0"
+    with pytest.raises(InputError, match="join them with: ") as caught:
+        apply(job.model, job.base, folder, rule="tv", out=tmp_path / "out")
+    command = re.findall(r"join them with: (.*) \(pip install", str(caught.value))[0]
+    program, *arguments = shlex.split(command)
+    assert program == "accelerate"
+    run_child([sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments], check=True)
+    joined = Path(f"{folder}-merged")
+    shutil.copy(job.tuned / "config.json", joined)
+    apply(job.model, job.base, joined, rule="tv", out=tmp_path / "out")
+    assert_loads_as(tmp_path / "out", right)
+
+
+OTHER_PROGRAMS = {
+    "a checkpoint of a DeepSpeed training": ("zero_to_fp32.py", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    "a checkpoint of Megatron": ("latest_checkpointed_iteration.txt", "mp_rank_00_000"),
+    "a checkpoint of NeMo": ("model.nemo",),
+    "weights of TensorFlow or JAX": ("tf_model.h5", "flax_model.msgpack"),
+    "which is for running a model": ("model.onnx", "model-Q4_K_M.gguf"),
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "name"), [(what, name) for what, names in OTHER_PROGRAMS.items() for name in names]
+)
+def test_formats_of_other_programs_are_named(program: str, name: str, tmp_path: Path) -> None:
+    for other in (name, "config.json", "training_args.bin"):
+        (tmp_path / other).write_text("{}")
+    with pytest.raises(InputError, match=f"{name}, {program}"):
+        Checkpoint.open(tmp_path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 123456\n".format("ab" * 32)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00005.safetensors", INDEX, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_pointer_of_git_lfs_is_named(name: str, in_place: bool, job: Job, tmp_path: Path) -> None:
+    (job.model / name).write_text(POINTER)
+    before = fingerprint(job.model)
+    with pytest.raises(InputError, match=r"is a pointer of git-lfs; .* git -C .* lfs pull") as caught:
+        apply(*job.checkpoints, rule="tv", **({"in_place": True} if in_place else {"out": tmp_path / "out"}))
+    assert str(caught.value).startswith(str(job.model / name))
+    assert fingerprint(job.model) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_may_be_a_pointer(job: Job, tmp_path: Path) -> None:
+    (job.model / "figure.png").write_text(POINTER)
+    apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
 
 
 def run_advice(command: str) -> None:
@@ -266,3 +401,11 @@ def test_an_adapter_beside_shards_without_an_index_is_not_taken_for_tuned(job: J
     report = apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
     assert_loads_as(tmp_path / "out", right)
     assert "the adapter was not read" in report.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "pytorch_model.bin"])
+def test_other_weights_one_directory_down_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"give one of these, as .*/checkpoint-5$"):
+        Checkpoint.open(tmp_path)
