@@ -12,34 +12,26 @@ from perta_fast import InputError
 from perta_fast.models.language_part import auto_class
 from tests.checkpoints.test_adapter_kinds import mixtral
 from tests.checkpoints.test_adapters import gpt2
+from tests.families.configs import ONE_HEAD_SIZE, SIZES
 from tests.families.test_multimodal import build
 from tests.support.adapters import Build, logits, logits_of, run_advice, tuned_model, write_adapter, write_theta_f
 from tests.support.models import llama
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
-
 
 def qwen3_moe() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
+    config = transformers.Qwen3MoeConfig(
+        **ONE_HEAD_SIZE, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    )
     return transformers.Qwen3MoeForCausalLM(config)
 
 
 def gpt_oss() -> transformers.PreTrainedModel:
     """Its experts are stored joined, and transposed."""
     torch.manual_seed(0)
-    config = transformers.GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0)
+    config = transformers.GptOssConfig(**ONE_HEAD_SIZE, num_local_experts=4, num_experts_per_tok=2)
     model = transformers.GptOssForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -48,7 +40,7 @@ def gpt_oss() -> transformers.PreTrainedModel:
 
 def gpt_neox() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")}
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
 
 

@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
 }
 ONE_HEAD_SIZE = SIZES | {"head_dim": 8}
 _SLIDING = ONE_HEAD_SIZE | {"sliding_window": 4}
-_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT2_SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _OPT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -106,8 +106,8 @@ FAMILIES = [
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
-    Family("GPT-2", "GPT2Config", _GPT),
-    Family("GPT-J", "GPTJConfig", _GPT | {"rotary_dim": 4}),
+    Family("GPT-2", "GPT2Config", GPT2_SIZES),
+    Family("GPT-J", "GPTJConfig", GPT2_SIZES | {"rotary_dim": 4}),
     Family("GPT-NeoX", "GPTNeoXConfig", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     Family("OLMo 2", "Olmo2Config", SIZES),
     Family("Falcon", "FalconConfig", {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),

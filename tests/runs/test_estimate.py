@@ -35,22 +35,12 @@ from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.runs import estimate
+from tests.families.configs import GPT2_SIZES, SIZES
 from tests.support.children import run_child
 from tests.support.models import CHAT_TEMPLATE, FORGET, Job, draw_samples, llama, nudge_, tokenizer, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-}
-GPT2_SIZES: dict[str, Any] = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 SAMPLES = draw_samples(11)
 BY_FAMILY: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: llama(),

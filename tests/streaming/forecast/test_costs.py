@@ -24,7 +24,7 @@ from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.scratch_files import StepFiles
 from perta_fast.streaming.walk import Walk
-from tests.runs.test_estimate import GPT2_SIZES, SIZES
+from tests.families.configs import GPT2_SIZES, SIZES
 from tests.support.children import run_child
 from tests.support.models import draw_samples, llama, nudge_, tokenizer, write_lines
 
