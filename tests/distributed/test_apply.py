@@ -15,7 +15,7 @@ from perta_fast import InputError, Report, apply, resume
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.distributed import shared_directory
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import RankLost, RunError
+from perta_fast.errors import Interrupted, RankLost, RunError
 from perta_fast.runs import apply as application
 from perta_fast.subtraction import parts, to_directory
 from perta_fast.subtraction.matching import TensorMatch
@@ -129,6 +129,30 @@ def test_a_rank_killed_anywhere(
     else:
         reports = on_ranks(world, _resume, out)
         assert reports[0].resumed == 1
+    assert weights_of(out) == expected
+
+
+def test_a_companion_that_changed_is_refused_by_all_ranks(
+    inputs: dict[int, Inputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is put back, and the ranks finish what one process has begun."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    expected = alone(inputs[3], tmp_path / "alone")
+    out, path = tmp_path / "out", inputs[3]["model"] / "tokenizer.json"
+    path.write_text("{}")
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(to_directory, "describe_output", stop)
+        _apply(None, inputs[3], out)
+    path.write_text("{ }")
+    for error in on_ranks(2, _resume, out):
+        assert isinstance(error, InputError)
+        assert f"{path}: has changed since the run began" in str(error)
+    path.write_text("{}")
+    on_ranks(2, _resume, out)
+    path.unlink()
     assert weights_of(out) == expected
 
 

@@ -356,3 +356,50 @@ def test_a_place_that_the_output_replaces(taken: Job, elsewhere: Path, tmp_path:
     finally:
         shutil.rmtree(elsewhere)
         (tmp_path / "kept").rename(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["model/tokenizer.json", "base/tokenizer.json", "tuned/config.json"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unlearning_in_place_that_was_stopped(
+    stream: bool, name: str, taken: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(taken.model.parent, tmp_path / "copy")
+    model, base, tuned, forget, retain = (
+        tmp_path / "copy" / part for part in ("model", "base", "tuned", "forget.jsonl", "retain.jsonl")
+    )
+    with monkeypatch.context() as patched, pytest.raises(pf.Interrupted):
+        patched.setattr("perta_fast.subtraction.in_place.describe_output", stop)
+        pf.unlearn(model, base, tuned, forget, retain, stream=stream, in_place=True, progress=False)
+    path = tmp_path / "copy" / name
+    before = path.read_bytes()
+    append(path)
+    with pytest.raises(pf.InputError, match=rf"{path}: has changed since the run began"):
+        pf.resume(model, progress=False)
+    path.write_bytes(before)
+    pf.resume(model, progress=False)
+    assert pf.verify(model, progress=False).problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpoint", "refused"),
+    [("tuned/config.json", False, True), ("model/README.md", False, False), ("model/README.md", True, True)],
+)
+def test_companions_of_a_sweep(
+    name: str, checkpoint: bool, refused: bool, taken: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's card counts if a checkpoint is written, which has a copy."""
+    shutil.copytree(taken.model.parent, tmp_path / "copy")
+    (tmp_path / "copy" / "model" / "README.md").write_text("x")
+    parts = ("model", "base", "tuned", "forget.jsonl", "retain.jsonl")
+    how: dict[str, Any] = {"rule": "tv", "lams": [0.5], "out": tmp_path / "sweep", "progress": False}
+    if checkpoint:
+        how |= {"select": "best-forget", "target_retain_loss": 1e6, "checkpoint": tmp_path / "best"}
+    with monkeypatch.context() as patched, pytest.raises(pf.Interrupted):
+        patched.setattr("perta_fast.sweeping.run.draw", stop)
+        pf.sweep(*(tmp_path / "copy" / part for part in parts), **how)
+    append(tmp_path / "copy" / name)
+    if refused:
+        with pytest.raises(pf.InputError, match=rf"{name}: has changed since the sweep began"):
+            pf.resume(tmp_path / "sweep", progress=False)
+    else:
+        pf.resume(tmp_path / "sweep", progress=False)
