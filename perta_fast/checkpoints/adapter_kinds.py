@@ -4,6 +4,7 @@ Plain LoRA is two factors for each matrix (low_rank.py). Other forms are left to
 module of the model can be merged alone.
 """
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,7 @@ _NOT_OF_WEIGHTS = {
 # which need what only the training had.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _REPEATED_STARTS = ("pissa", "olora")
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _CONVERTED_STARTS = ("pissa", "corda", "olora", "lora_ga")
 
 
@@ -151,6 +153,26 @@ def holds_target_parameter(module: str, settings: Mapping[str, Any]) -> bool:
     """Whether a module, by path, holds a parameter that ``target_parameters`` names."""
     holders = {str(name).rpartition(".")[0] for name in settings.get("target_parameters") or ()}
     return any(module == holder or module.endswith(f".{holder}") for holder in holders)
+
+
+def ties_by_name(settings: Settings, module: str, saved: bool) -> bool:
+    """Whether ``ensure_weight_tying`` gave embedding and head one change, which is saved for the embedding ``module``.
+
+    peft looks for two names alone, in modules_to_save or else in target_modules; where it finds one, it puts in the
+    embedding's path. saved: whether the module is one of modules_to_save.
+    """
+    if not settings.get("ensure_weight_tying"):
+        return False
+    if saved != _names_a_tied_module(settings.get("modules_to_save"), module):
+        return False
+    return saved or _names_a_tied_module(settings.get("target_modules"), module)
+
+
+def _names_a_tied_module(names: Any, module: str) -> bool:
+    if isinstance(names, str):
+        return any(re.fullmatch(names, name) for name in _TIED_BY_PEFT)
+    plain = [plain_name(str(name)) for name in names or ()]
+    return any(name.rpartition(".")[2] in _TIED_BY_PEFT or ("." in name and name == module) for name in plain)
 
 
 def merge_first(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:

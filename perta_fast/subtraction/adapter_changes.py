@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from perta_fast.checkpoints.adapter_kinds import ties_by_name
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank, Matrix
@@ -82,7 +83,7 @@ class OpenedAdapter:
         names, values = list(changes), list(changes.values())
         if len(names) == 2 and self._same(*values):
             return values[0]
-        if len(names) == 1 and self._is_tied_by_peft(names[0]):
+        if len(names) == 1 and self._is_tied_by_peft(names[0], values[0]):
             return values[0]
         how = "alone" if len(names) == 1 else f"otherwise than {names[1]}"
         tied_with = "input embedding" if is_output_head(names[0]) else "output head"
@@ -100,11 +101,13 @@ class OpenedAdapter:
             return bool(np.array_equal(self.array(first), self.array(second)))
         return False
 
-    def _is_tied_by_peft(self, name: str) -> bool:
+    def _is_tied_by_peft(self, name: str, change: Change) -> bool:
         """Whether peft gives the other use of a tied matrix the same change without saving it."""
-        module = name.rpartition(".")[0]
-        deltas = [key for key in self.adapter.by_peft if key.endswith(".trainable_tokens_delta")]
-        return any(f".{module}." in key for key in deltas) or bool(self.adapter.settings.get("ensure_weight_tying"))
+        if isinstance(change, str) and self.merged is not None:
+            keys = self.merged.modules[self.merged.places[name].module]
+            if any(key.endswith(".trainable_tokens_delta") for key in keys):
+                return not is_output_head(name)  # tokens of the head alone are not tied
+        return ties_by_name(self.adapter.settings, name.rpartition(".")[0], isinstance(change, TensorEntry))
 
     def array(self, name: str) -> Matrix:
         """The tuned values of a tensor that peft makes, flat, in float32."""

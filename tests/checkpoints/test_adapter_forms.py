@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, TrainableTokensConfig
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 
 from perta_fast import InputError
 from perta_fast.models.language_part import auto_class
@@ -130,7 +139,10 @@ FORMS: dict[str, tuple[Build, Any]] = {
     "IA3 of GPT-2": (gpt2, IA3Config(task_type="CAUSAL_LM")),
     "OFT": (llama, OFTConfig(task_type="CAUSAL_LM", target_modules="all-linear", oft_block_size=8)),
     "AdaLoRA": (llama, AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10)),
-    "both matrices, which are apart": (gpt_neox, lora(target_modules=["embed_in", "embed_out"], use_dora=True)),
+    "a head that has another name in files": (gpt_neox, lora(target_modules=["query_key_value", "lm_head"])),
+    "a whole head of another name": (gpt_neox, lora(target_modules=["query_key_value"], modules_to_save=["lm_head"])),
+    "both as a whole": (gpt_neox, lora(target_modules=["dense"], modules_to_save=["embed_in", "lm_head"])),
+    "both matrices, which are apart": (gpt_neox, lora(target_modules=["embed_in", "lm_head"], use_dora=True)),
 }
 
 
@@ -152,8 +164,6 @@ def test_as_the_tuned_model(name: str, dtype: torch.dtype, tmp_path: Path) -> No
 @pytest.mark.parametrize("vision", [False, True], ids=["text", "text and images"])
 def test_models_for_text_and_images(family: str, vision: bool, tmp_path: Path) -> None:
     """Names in memory are not those on disk."""
-    from peft import get_peft_model
-
     module = build(family, 0)
     module.save_pretrained(tmp_path / "base")
     kind = auto_class(module.config)
@@ -170,6 +180,29 @@ def test_models_for_text_and_images(family: str, vision: bool, tmp_path: Path) -
     merged = adapted.merge_and_unload().state_dict()
     for name, tensor in found.state_dict().items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+        TrainableTokensConfig(token_indices=[5, 6]),
+        LoraConfig(target_modules=["q_proj", "embed_tokens", "lm_head"], ensure_weight_tying=True),
+    ],
+    ids=["tokens", "tokens alone", "LoRA on both"],
+)
+def test_the_tied_matrix_of_a_model_for_text_and_images(config: Any, tmp_path: Path) -> None:
+    build("Gemma 3", 0).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(auto_class(build("Gemma 3", 0).config).from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for number, parameter in enumerate(adapted.parameters()):
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted)
+    out = write_theta_f(tmp_path / "base", tmp_path / "adapter", tmp_path / "theta_f")
+    found = type(build("Gemma 3", 0)).from_pretrained(out)
+    torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_embedding_of_another_name_is_tied_too(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -257,3 +259,19 @@ def test_adapters_of_multimodal_models(kind: str, targets: str, tmp_path: Path) 
     apply_to_module_(live, base, tmp_path / "adapter", rule="tv", lam=0.7)
     changed = as_stored(live, dict(live.named_parameters()))
     assert all(same_bytes(tensor.detach(), expected[name]) for name, tensor in changed.items())
+
+
+def test_a_head_that_has_another_name_in_memory(tmp_path: Path) -> None:
+    """GPT-NeoX's: it is not taken for the input embedding."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    paths = written(tmp_path, lambda: GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, **sizes)))
+    apply(*paths, rule="tv", out=tmp_path / "expected", progress=False)
+    tensors = read_checkpoint(paths[2])
+    assert "embed_out.weight" in tensors
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    shutil.copytree(paths[2], tmp_path / "in memory", ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(tensors, tmp_path / "in memory" / "model.safetensors", {"format": "pt"})
+    apply(*paths[:2], tmp_path / "in memory", rule="tv", out=tmp_path / "out", progress=False)
+    found, expected = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(same_bytes(found[name], expected[name]) for name in found)

@@ -12,6 +12,7 @@ from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM
 
 from perta_fast import InputError, apply, apply_to_module_, unlearn, verify
+from tests.checkpoints.test_adapters import gpt2
 from tests.support.adapters import logits, logits_of, run_advice, tuned_model, write_adapter, write_theta_f
 from tests.support.checkpoints import read_checkpoint, same_bytes, write_checkpoint
 from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_lines
@@ -44,6 +45,10 @@ TWO_MATRICES = {
     "both saved": lambda: lora(modules_to_save=["embed_tokens", "lm_head"]),
     "embedding saved": lambda: lora(modules_to_save=["embed_tokens"]),
     "head saved": lambda: lora(modules_to_save=["lm_head"]),
+    "trained tokens of the head": lambda: lora(trainable_token_indices={"lm_head": [3, 4]}),
+    "tokens of the head alone": lambda: TrainableTokensConfig(
+        task_type="CAUSAL_LM", target_modules=["lm_head"], token_indices=[3, 4]
+    ),
 }
 
 
@@ -122,6 +127,23 @@ def test_two_matrices_are_refused_with_the_command_that_makes_room(name: str, tm
     assert first.keys() == second.keys()
     for tensor, value in second.items():
         torch.testing.assert_close(first[tensor], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["LoRA", "saved"])
+def test_tying_of_an_embedding_that_peft_does_not_look_for(saved: bool, tmp_path: Path) -> None:
+    """It looks for ``embed_tokens`` and ``lm_head``: with ``wte`` the tuned model has two matrices all the same."""
+    how: dict[str, Any] = {"modules_to_save": ["wte"]} if saved else {"target_modules": ["c_attn", "wte"]}
+    adapter = write_adapter(
+        tmp_path,
+        gpt2,
+        lora(**{"target_modules": ["c_attn"], "ensure_weight_tying": True, "fan_in_fan_out": True} | how),
+    )
+    expected = logits(tuned_model(tmp_path / "base", adapter))
+    with pytest.raises(InputError, match="two matrices") as caught:
+        write_theta_f(tmp_path / "base", adapter, tmp_path / "out")
+    run_advice(str(caught.value))
+    out = write_theta_f(tmp_path / "base", adapter, tmp_path / "theta_f", tmp_path / "base-untied")
+    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_equal_copies_beside_the_adapter(tmp_path: Path) -> None:
