@@ -19,7 +19,7 @@ from perta_fast.checkpoints.adapter_kinds import (
     read_settings,
     some_by_peft,
 )
-from perta_fast.checkpoints.advice import GATHER_FIRST
+from perta_fast.checkpoints.advice import GATHER_FIRST, float32_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
@@ -180,7 +180,10 @@ def _check_tensors(checkpoint: Checkpoint, also: frozenset[str]) -> None:
         if entry.count == 0:
             raise InputError(f"{entry.path}: tensor {key} has shape {list(entry.shape)}: {GATHER_FIRST}")
         if entry.dtype not in KERNEL_CODES and entry.dtype not in also:
-            raise InputError(f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed")
+            how = f", with: {float32_command(entry.path)}" if entry.dtype.startswith("F") else ""
+            raise InputError(
+                f"{entry.path}: tensor {key} is {entry.dtype}; float32, bfloat16 or float16 is needed{how}"
+            )
 
 
 def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:

@@ -1,7 +1,11 @@
 """Commands for messages: the user can run them as they are."""
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
+
+from perta_fast.errors import InputError
+from perta_fast.files.reading import read_json
 
 GATHER_FIRST = (
     "DeepSpeed ZeRO-3 or FSDP had its elements on other processes when it was saved. Save it again from the gathered "
@@ -17,10 +21,9 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
     source, target = str(path), f"{path}-safetensors"
     program = (
         "import transformers as t; "
-        f"t.AutoModelForCausalLM.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}); "
-        f"t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({target!r})"
+        f"{_loader(path)}.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r})"
     )
-    return python_command(program)
+    return python_command(program + _save_tokenizer(path, target))
 
 
 def merge_command(adapter: Path, base: str, wrapped: bool = False) -> str:
@@ -35,7 +38,7 @@ def merge_command(adapter: Path, base: str, wrapped: bool = False) -> str:
     )
     program = (
         "import transformers as t, peft; "
-        f"m = t.AutoModelForCausalLM.from_pretrained({base!r}, dtype='auto'); "
+        f"m = {_loader(Path(base))}.from_pretrained({base!r}, dtype='auto'); "
         f"m = peft.PeftModel.from_pretrained(m, {str(adapter)!r}).float(); {rename if wrapped else ''}"
         f"m.merge_and_unload().save_pretrained({f'{adapter}-merged'!r})"
     )
@@ -46,14 +49,40 @@ def untie_command(path: Path) -> str:
     """The shell command that saves a checkpoint with an output head of its own, equal to its embedding, beside it."""
     source, target = str(path), f"{path}-untied"
     program = (
-        f"import transformers as t; m = t.AutoModelForCausalLM.from_pretrained({source!r}, dtype='auto'); "
+        f"import transformers as t; m = {_loader(path)}.from_pretrained({source!r}, dtype='auto'); "
         "h = m.get_output_embeddings(); h.weight = type(h.weight)(h.weight.detach().clone()); "
         "m.config.tie_word_embeddings = m.config.get_text_config().tie_word_embeddings = False; "
         f"m.save_pretrained({target!r})"
     )
-    if any(path.glob("tokenizer*")):
-        program += f"; t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({target!r})"
+    return python_command(program + _save_tokenizer(path, target))
+
+
+def float32_command(file: Path) -> str:
+    """The shell command that saves an adapter with the tensors of ``file`` in float32, beside its directory."""
+    adapter, target = str(file.parent), f"{file.parent}-float32"
+    program = (
+        f"import shutil, safetensors.torch as s; shutil.copytree({adapter!r}, {target!r}); "
+        f"t = s.load_file({str(file)!r}); "
+        f"s.save_file({{k: v.float() for k, v in t.items()}}, {f'{target}/{file.name}'!r}, {{'format': 'pt'}})"
+    )
     return python_command(program)
+
+
+def _loader(path: Path) -> str:
+    """The class of transformers that loads all of a checkpoint, parts for images or a classifier's head included."""
+    with suppress(InputError):
+        config = read_json(path / "config.json")
+        names = config.get("architectures") if isinstance(config, dict) and not config.get("auto_map") else None
+        name = names[0] if isinstance(names, list) and names else ""
+        if isinstance(name, str) and name.isidentifier() and not name.endswith("ForCausalLM"):
+            return f"t.{name}"
+    return "t.AutoModelForCausalLM"
+
+
+def _save_tokenizer(path: Path, target: str) -> str:
+    """The end of a program that saves the tokenizer too, if there is one."""
+    has_one = any(path.glob("*token*")) or any(path.glob("vocab*")) or any(path.glob("*.model"))
+    return f"; t.AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({target!r})" if has_one else ""
 
 
 def python_command(program: str) -> str:
