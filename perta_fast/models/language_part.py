@@ -9,18 +9,27 @@ if TYPE_CHECKING:
     import torch
 
 
-def auto_class(config: Any) -> Any:
-    """The class of transformers that makes a model of ``config`` with an output head for text."""
+def auto_class(config: Any, *, whole: bool = False) -> Any:
+    """The class of transformers that makes a model of ``config`` with an output head for text.
+
+    whole: with the parts for images or sound, also where transformers has a class without them (Qwen3.5).
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
     )
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForCausalLM
-    return AutoModelForImageTextToText
+    text = (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM)
+    images = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText)
+    encoder = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM)  # some models for speech are here too
+    order = [images, text, encoder] if whole else [text, images]
+    if config.is_encoder_decoder:  # of BART and others, the class for text has the decoder alone
+        order.insert(0, encoder)
+    return next((maker for mapping, maker in order if type(config) in mapping), AutoModelForCausalLM)
 
 
 def keep_language_part_(model: Any) -> None:
@@ -52,11 +61,11 @@ def _language_modules(model: Any) -> "set[torch.nn.Module]":
 
 
 def empty_model(
-    path: Path, dtype: "torch.dtype | None" = None, default: "torch.dtype | None" = None, *, all_parts: bool = False
+    path: Path, dtype: "torch.dtype | None" = None, default: "torch.dtype | None" = None, *, whole: bool = False
 ) -> Any:
     """The language part of the model that ``config.json`` in ``path`` describes, without memory for its values.
 
-    dtype: None takes the configuration's own, or ``default`` if it names none. all_parts: those for images too. Raises
+    dtype: None takes the configuration's own, or ``default`` if it names none. whole: with the parts for images. Raises
     InputError if transformers cannot build it.
     """
     import torch
@@ -65,10 +74,10 @@ def empty_model(
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = auto_class(config).from_config(
+            model = auto_class(config, whole=whole).from_config(
                 config, dtype=dtype or config.dtype or default, trust_remote_code=False
             )
-        if not all_parts:
+        if not whole:
             keep_language_part_(model)
     except MemoryError:
         raise
@@ -94,8 +103,9 @@ def not_of_language_part(names: list[str], *paths: Path) -> set[str]:
     outside = set(names)
     for path in dict.fromkeys(paths):
         try:
-            model = empty_model(path, default=torch.float32)
+            model = empty_model(path, default=torch.float32, whole=True)
         except InputError:
             return set()
+        keep_language_part_(model)
         outside -= {loaded.stored for loaded in loaded_tensors(model, names)}
     return outside

@@ -96,10 +96,11 @@ def load_subject(
     try:
         if structure is None:
             config = AutoConfig.from_pretrained(path, **_CLOSED)
+            _refuse_encoder(path, config)
             model, loaded = _from_pretrained(checkpoint, config, dtype)
         if tokenizer is None and text:
             tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # a damaged configuration shows in many ways
         reason = " ".join(str(error).split("\n\n")[0].split())
@@ -121,6 +122,14 @@ def load_subject(
             f"save it anew with: {conversion_command(path)}"
         )
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+
+
+def _refuse_encoder(path: Path, config: Any) -> None:
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{path}: has an encoder and a decoder; only a model that is a decoder alone can be measured, scored or "
+            "tuned (perta apply with --rule tv needs none of that)"
+        )
 
 
 def _from_pretrained(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None) -> Any:

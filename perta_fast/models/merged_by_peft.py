@@ -71,7 +71,7 @@ class MergedByPeft:
         does not know a setting, the model cannot be built, or a module is not in it or cannot be merged.
         """
         _check_peft(adapter)
-        skeleton: nn.Module = empty_model(base.path, torch.float32, all_parts=True)
+        skeleton: nn.Module = empty_model(base.path, torch.float32, whole=True)
         modules_of_base = skeleton.named_modules(remove_duplicate=False)
         paths = {name for name, module in modules_of_base if next(module.parameters(recurse=False), None) is not None}
         modules: dict[str, list[str]] = {}

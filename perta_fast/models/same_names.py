@@ -1,11 +1,12 @@
 """Checkpoints of one model under other names: a tensor is the same if transformers loads it to the same place.
 
 Files of the hub leave out the prefix of the base model (``wte.weight`` for ``transformer.wte.weight``), and some
-families have other names in memory than in files. What transformers makes of more than one tensor (joined experts) is
-not matched. Torch is imported only if names differ.
+families have other names in memory than in files; the language part of a multimodal model may be a checkpoint of its
+own. What transformers makes of more than one tensor (joined experts) is not matched. Torch is imported only if names
+differ.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,18 @@ def named_as_model(other: Checkpoint, model: Checkpoint) -> Checkpoint:
     """
     if not _differ(other.tensors, model.tensors):
         return other
-    for path in (model.path, other.path):
-        own = _names_in_memory(path, model.tensors)
-        if own:
-            by_place = {place: name for name, place in own.items()}
-            theirs = _names_in_memory(path, other.tensors)
-            return _renamed(other, {name: by_place[place] for name, place in theirs.items() if place in by_place})
-    return other
+    best: dict[str, str] = {}
+    # If both are of one class, either knows the names of both. A multimodal model and its language part are not.
+    mine, theirs = model.path, other.path
+    for own, path, whole in ((mine, mine, True), (theirs, theirs, True), (mine, theirs, True), (mine, mine, False)):
+        by_place = {place: name for name, place in _places(own, model.tensors).items()}
+        places = _places(path, other.tensors, whole)
+        names = {name: by_place[place] for name, place in places.items() if place in by_place}
+        if len(names) > len(best):
+            best = names
+        if len(best) == min(len(model.tensors), len(other.tensors)):
+            break
+    return _renamed(other, best)
 
 
 def named_as_module(checkpoint: Checkpoint, module: "nn.Module", stored: Collection[str]) -> Checkpoint:
@@ -51,12 +57,17 @@ def named_as_module(checkpoint: Checkpoint, module: "nn.Module", stored: Collect
     finally:
         module._weight_conversions = conversions  # those of the module's own loading
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    targets = {tensor.stored: tensor.target for tensor in loaded if tensor.converter is None}
+    place_of = _placing(module)
+    by_place = {place_of(name): name for name in parameters}
+    places = _places(checkpoint.path, checkpoint.tensors) if len(loaded) < len(parameters) else {}
+    others = {name: by_place[place] for name, place in places.items() if place in by_place}
     names = {}
-    for tensor in loaded:
-        if tensor.converter is None and tensor.target in parameters:
-            made = as_stored(module, {tensor.target: parameters[tensor.target].detach()})
+    for name, target in (others if len(others) > len(targets) else targets).items():
+        if target in parameters:
+            made = as_stored(module, {target: parameters[target].detach()})
             if len(made) == 1:
-                names[tensor.stored] = next(iter(made))
+                names[name] = next(iter(made))
     return _renamed(checkpoint, names)
 
 
@@ -88,6 +99,15 @@ def _is_found(name: str, names: Mapping[str, object]) -> bool:
 
 def _names_in_memory(path: Path, names: Iterable[str]) -> dict[str, str]:
     """The entries of the state dict, by stored name, that ``config.json`` in ``path`` calls for; empty if unknown."""
+    return {name: target for name, (target, _) in _loaded(path, names).items()}
+
+
+def _places(path: Path, names: Iterable[str], whole: bool = True) -> dict[str, str]:
+    """The same, with one place for what a multimodal model and its language part (not ``whole``) have both."""
+    return {name: place for name, (_, place) in _loaded(path, names, whole).items()}
+
+
+def _loaded(path: Path, names: Iterable[str], whole: bool = True) -> dict[str, tuple[str, str]]:
     if not (path / "config.json").is_file():
         return {}
     import torch
@@ -95,10 +115,28 @@ def _names_in_memory(path: Path, names: Iterable[str]) -> dict[str, str]:
     from perta_fast.models.stored_names import loaded_tensors
 
     try:
-        model = empty_model(path, default=torch.float32, all_parts=True)
+        model = empty_model(path, default=torch.float32, whole=whole)
     except InputError:
         return {}
-    return {tensor.stored: tensor.target for tensor in loaded_tensors(model, names) if tensor.converter is None}
+    targets = {tensor.stored: tensor.target for tensor in loaded_tensors(model, names) if tensor.converter is None}
+    place = _placing(model)
+    return {name: (target, place(target)) for name, target in targets.items()}
+
+
+def _placing(model: Any) -> Callable[[str], str]:
+    """What gives the place of an entry of the state dict: the head, its name beside the input embedding, or its own."""
+    names = {module: name for name, module in model.named_modules()}
+    embedding = names.get(model.get_input_embeddings(), "")
+    head = names.get(model.get_output_embeddings())
+    parts = {f"{embedding.rpartition('.')[0]}.": "beside the embedding", f"{head}.": "the head"}
+
+    def place(name: str) -> str:
+        for beginning, part in parts.items():
+            if name.startswith(beginning):
+                return f"{part}: {name.removeprefix(beginning)}"
+        return name
+
+    return place
 
 
 def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:

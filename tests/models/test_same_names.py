@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -29,7 +31,7 @@ from perta_fast import InputError, apply, apply_to_module_, estimate_importance,
 from perta_fast.importance.store import Importance
 from perta_fast.models.stored_names import as_stored
 from tests.families.matrix import write
-from tests.families.test_multimodal import BY_FAMILY
+from tests.families.test_multimodal import BY_FAMILY, of_vision
 from tests.families.test_multimodal import build as multimodal
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.models import FORGET, RETAIN, draw_samples, nudge_, tokenizer, write_lines
@@ -275,3 +277,67 @@ def test_a_head_that_has_another_name_in_memory(tmp_path: Path) -> None:
     found, expected = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "expected")
     assert found.keys() == expected.keys()
     assert all(same_bytes(found[name], expected[name]) for name in found)
+
+
+def whole_places(name: str) -> str:
+    """A name without what stands before it in a multimodal model."""
+    for beginning in ("model.language_model.", "language_model.model.", "language_model.", "model."):
+        name = name.removeprefix(beginning)
+    return name
+
+
+def language_part(checkpoint: Path, config: Any) -> Path:
+    """A copy of the language part alone, a model of text."""
+    copy = checkpoint.with_name(f"{checkpoint.name}-text")
+    tensors = {name: tensor for name, tensor in read_checkpoint(checkpoint).items() if not of_vision(name)}
+    head = {name: tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight")}
+    rest = {f"model.{whole_places(name)}": tensor for name, tensor in tensors.items() if name not in head}
+    config.architectures = [f"{config.model_type} as text"]
+    config.save_pretrained(copy)
+    save_file(rest | dict.fromkeys(head and ["lm_head.weight"], *head.values()), copy / "model.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize("text", [(2,), (1, 2), (0,), (0, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["Gemma 3", "LLaVA"])
+def test_a_multimodal_model_and_its_language_part(kind: str, text: tuple[int, ...], tmp_path: Path) -> None:
+    models = [multimodal(kind, seed) for seed in (1, 2, 3)]
+    inputs = [write(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    apply(*inputs, rule="tv", lam=0.7, out=tmp_path / "expected", progress=False)
+    config = models[0].config.get_text_config()
+    mixed = [language_part(path, config) if k in text else path for k, path in enumerate(inputs)]
+    apply(*mixed, rule="tv", lam=0.7, out=tmp_path / "out", progress=False)
+    got, before = read_checkpoint(tmp_path / "out"), read_checkpoint(mixed[0])
+    assert got.keys() == before.keys()
+    changed = {whole_places(name): tensor for name, tensor in read_checkpoint(tmp_path / "expected").items()}
+    for name, tensor in got.items():
+        assert same_bytes(tensor, before[name] if of_vision(name) else changed[whole_places(name)]), name
+    if 0 not in text:
+        apply_to_module_(models[0], *mixed[1:], rule="tv", lam=0.7)
+        live = as_stored(models[0], dict(models[0].named_parameters()))
+        assert all(same_bytes(tensor.detach(), got[name]) for name, tensor in live.items())
+
+
+def bart() -> PreTrainedModel:
+    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "max_position_embeddings": 64}
+    return BartForConditionalGeneration(BartConfig(vocab_size=300, **sizes, **layers))
+
+
+@pytest.mark.parametrize("which", [(0,), (2,), (1, 2)], ids=str)
+def test_an_encoder_belongs_to_the_model(which: tuple[int, ...], tmp_path: Path) -> None:
+    """Transformers has a class for text with the decoder of BART alone."""
+    inputs = written(tmp_path, bart)
+    apply(*inputs, rule="tv", lam=0.7, out=tmp_path / "expected", progress=False)
+    mixed = [as_on_the_hub(path) if k in which else path for k, path in enumerate(inputs)]
+    apply(*mixed, rule="tv", lam=0.7, out=tmp_path / "out", progress=False)
+    expected, got = read_checkpoint(tmp_path / "expected"), read_checkpoint(tmp_path / "out")
+    rename = plain if 0 in which else str
+    assert all(same_bytes(got[rename(name)], tensor) for name, tensor in expected.items())
+    config = BartConfig.from_pretrained(inputs[2])
+    config.encoder_layers = 1
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "shallow")
+    with pytest.raises(InputError, match=r"lacks tensors model\.encoder\.layers\.1\."):
+        apply(inputs[0], inputs[1], tmp_path / "shallow", rule="tv", out=tmp_path / "none", progress=False)
+    with pytest.raises(InputError, match="has an encoder and a decoder"):
+        estimate_importance(inputs[0], draw_samples(2), "grad", progress=False)
