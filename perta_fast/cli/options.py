@@ -49,7 +49,8 @@ class Option:
         if self.type is bool:
             settings["action"] = argparse.BooleanOptionalAction if self.negatable else "store_true"
         else:
-            settings |= {"type": self.type, "metavar": self.metavar, "choices": self.choices}
+            made_by = _path if self.type is Path else self.type
+            settings |= {"type": made_by, "metavar": self.metavar, "choices": self.choices}
         if self.several:
             settings |= {"nargs": "+", "action": "extend"}
         if self.required and not self.one_of and not bare:
@@ -109,6 +110,12 @@ def finish(summary: str, out: Path, quiet: bool) -> None:
     if not quiet:
         print(summary)
         print(printable(f"written to {out}"))
+
+
+def _path(text: str) -> Path:
+    if not text:  # of a variable that is not set; to Python it would be the working directory
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def _size(text: str) -> int:

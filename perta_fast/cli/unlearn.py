@@ -10,6 +10,7 @@ from perta_fast.cli.options import Command, Option, check_streamed, finish, keyw
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
+from perta_fast.files.new_directory import check_output
 from perta_fast.rules import Rule
 
 
@@ -21,6 +22,9 @@ def run(parsed: argparse.Namespace) -> int:
             if ranks.first:
                 print(_preview(parsed, ranks.world))
         return 0
+    for place in (parsed.out, parsed.save_importance):
+        if parsed.recipe is not None and place is not None:
+            check_output(place, overwrite=True, inputs=[parsed.recipe])  # ``unlearn`` does not know of it
     with importing():
         from perta_fast.runs.unlearn import unlearn
 

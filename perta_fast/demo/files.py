@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from perta_fast.demo.authors import Row
+from perta_fast.files.apart import check_name
 from perta_fast.files.new_directory import check_free, check_unfinished
 
 
@@ -53,6 +54,7 @@ def work_directory(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="perta-demo-") as temporary:
             yield Path(temporary)
         return
+    check_name(out)
     check_free(out, overwrite=False, inputs=[])
     check_unfinished(out, overwrite=False, instead="choose another directory")
     out.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from perta_fast.evaluation.own_data import evaluate_own_data
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric, files_read
 from perta_fast.evaluation.tofu import check_reference, evaluate_tofu, read_tofu
 from perta_fast.files.new_file import check_output_file
+from perta_fast.files.reading import checked_path
 from perta_fast.models.in_use import measuring
 from perta_fast.models.loading import Subject, check_sizes, load_subject
 from perta_fast.models.token_scores import evaluation_mode
@@ -72,7 +73,7 @@ def evaluate(
     if out is not None:
         given = (model_or_path, data, forget, retain, holdout, reference)
         paths = [Path(path) for path in given if isinstance(path, str | Path)]
-        check_output_file(Path(out), (".json",), overwrite=overwrite, inputs=files_read(paths, Path(out)))
+        check_output_file(checked_path(out), (".json",), overwrite=overwrite, inputs=files_read(paths, Path(out)))
     gold = None if reference is None else EvaluationFile.read(reference)
     measure = _measurement(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
     for name in ("rouge_score", "scipy", "sklearn"):

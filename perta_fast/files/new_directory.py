@@ -8,8 +8,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
+from perta_fast.files.apart import check_inputs_stay, check_name, input_in
 from perta_fast.files.durable import move, read_record, remove, sync, sync_tree, write_record
-from perta_fast.files.identity import identity, is_same, lies_in
+from perta_fast.files.identity import is_same, lies_in
 from perta_fast.files.journal import JOB, check_finished
 from perta_fast.files.locking import lock
 from perta_fast.files.mounts import mounts_in
@@ -49,7 +50,7 @@ class OutputDirectory:
         run: Path | None = None,
     ) -> None:
         self.final = Path(os.path.realpath(checked_path(final)))  # behind a link, so that the link stays
-        check_output(self.final, overwrite=overwrite, inputs=inputs)
+        _check_place(self.final, overwrite=overwrite, inputs=inputs)
         if not resume:
             check_unfinished(self.final, overwrite=overwrite, again=again, run=run)
         self._run = run
@@ -233,8 +234,15 @@ def remove_replaced(final: Path) -> None:
 def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise InputError if ``final`` is or holds an input, is no directory, or, without ``overwrite``, is not empty.
 
-    Nor may it be a model that a run in place has half changed.
+    Nor may it be a model that a run in place has half changed, or lie where runs keep unfinished work.
     """
+    check_name(final)
+    _check_place(final, overwrite=overwrite, inputs=inputs)
+
+
+def _check_place(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """``check_output`` for a directory of a name that a run may choose itself."""
+    inputs = list(inputs)
     check_free(final, overwrite=overwrite, inputs=inputs)
     resolved = Path(os.path.realpath(final))
     if mounts := mounts_in(resolved):
@@ -245,6 +253,7 @@ def check_output(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> Non
         raise InputError(f"{final}: {what}")
     for path in (partial_path(resolved), _replaced_path(resolved)):
         check_own(path)
+    check_inputs_stay(final, (partial_path(resolved), _replaced_path(resolved)), inputs)
     check_writable(resolved)
 
 
@@ -256,7 +265,7 @@ def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     inputs = [checked_path(path) for path in inputs]
     contained = next((path for path in inputs if lies_in(path, resolved)), None)
     if contained is None and overwrite:
-        contained = _found_in(resolved, inputs)
+        contained = input_in(resolved, inputs)
     if contained is not None:
         raise InputError(f"{final}: is or contains the input {contained}; choose another output directory")
     check_finished(resolved)  # with the journal, its model would be lost
@@ -270,16 +279,6 @@ def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
         raise InputError(f"{final}: cannot be read: {error.strerror}") from error
     if occupied and not overwrite:
         raise InputError(f"{final}: exists and is not empty; choose another directory or pass --overwrite")
-
-
-def _found_in(directory: Path, inputs: Iterable[Path]) -> Path | None:
-    """An input that lies in ``directory``, whatever path was given for it: it may be that of a bind mount."""
-    folders = {identity(folder) for folder, _, _ in os.walk(directory)} - {None}
-    for path in inputs:
-        source = Path(os.path.realpath(path))
-        if not folders.isdisjoint((identity(source), identity(source.parent))):
-            return path
-    return None
 
 
 def check_replaceable(directory: Path, names: Collection[str], resuming: str) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from perta_fast.errors import InputError, RunError, shell_command
+from perta_fast.files.apart import check_inputs_stay, check_name
 from perta_fast.files.durable import write_file
 from perta_fast.files.identity import is_same
+from perta_fast.files.journal import check_finished
 from perta_fast.files.mounts import mounts_in
 from perta_fast.files.new_directory import (
     check_unfinished,
@@ -31,13 +33,17 @@ def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool, 
         raise InputError(f"{path}: {advice}")
     if path.is_dir():
         raise InputError(f"{path}: is a directory; {advice}")
-    for source in map(checked_path, inputs):
+    check_name(path)
+    sources = list(map(checked_path, inputs))
+    check_inputs_stay(path, [partial_path(path)], sources)
+    for source in sources:
         if is_same(path, source):
             raise InputError(f"{path}: is the input {source}; choose another file")
     if os.path.lexists(path) and not overwrite:
         raise InputError(f"{path}: exists; choose another file or pass --overwrite")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: is not a directory")
+    check_finished(path.parent)
     if mounts_in(path):
         raise InputError(f"{path}: is a mount point, which cannot be replaced; {advice} in a directory")
     check_own(partial_path(path), directory=has_unfinished(path))

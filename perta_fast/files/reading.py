@@ -62,7 +62,9 @@ def drop_pages(descriptor: int, begin: int = 0, size: int = 0) -> None:
 
 
 def checked_path(path: str | Path) -> Path:
-    """``path``, if a file can have this name. Raises InputError for a NUL, or text that no file system can store."""
+    """``path``, if a file can have this name. Raises InputError if it is empty, or no file system can store it."""
+    if path == "":  # to Python the working directory, but most often a variable that is not set
+        raise InputError("a path is empty; the working directory is .")
     try:
         if b"\0" not in os.fsencode(path):
             return Path(path)

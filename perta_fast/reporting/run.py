@@ -42,7 +42,7 @@ def write_page(
     or not at all. Memory: a few chunks of the importances; with prompts, one model at a time.
     """
     check_matplotlib()
-    run, out = Path(run), Path(out)
+    run, out = Path(run), checked_path(out)
     if prompts is not None and not show_text:
         raise InputError("prompts would put private answers into the page; pass --show-text if it may hold them")
     report = Report.load(run)

@@ -21,6 +21,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output, check_unfinished
+from perta_fast.files.reading import checked_path
 from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.models.in_use import measuring
@@ -97,7 +98,7 @@ def estimate_importance(
         check_sizes(batch_size, max_length)
         if out is not None:
             inputs = [Path(path) for path in (model_or_path, data) if isinstance(path, str | Path)]
-            check_output(Path(out), overwrite=overwrite, inputs=inputs)
+            check_output(checked_path(out), overwrite=overwrite, inputs=inputs)
             check_unfinished(Path(out), overwrite=overwrite)
         rows: list[Row] | list[Sample]
         rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)

@@ -9,6 +9,8 @@ from perta_fast.data.json_lines import Row, read_data
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
+from perta_fast.files.apart import check_inputs_stay
+from perta_fast.files.journal import JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
 from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
@@ -101,12 +103,14 @@ class Opened:
         check_changes(sources, options.allow_zero)
         if options.in_place:
             check_in_place(sources)
+            check_inputs_stay(final, [final / JOURNAL], options.paths)
         else:
             check_output(final, overwrite=options.overwrite, inputs=options.paths)
             check_unfinished(final, overwrite=options.overwrite, again=STATE)  # ``unlearn`` looks at runs itself
         if rule.estimator is not None and options.save_importance is None:
             check_own(importance_path(final))
             check_own(scratch_path(final))
+            check_inputs_stay(final, (importance_path(final), scratch_path(final)), options.paths)
         if rule.estimator is None and options.save_importance is not None:
             raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
         names = (

@@ -21,12 +21,14 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, CONFIG, elsewhere, files_of
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
+from perta_fast.files.apart import check_inputs_stay
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
-from perta_fast.files.new_directory import check_space, scratch_path
+from perta_fast.files.mounts import mounts_in
+from perta_fast.files.new_directory import check_space, check_unfinished, partial_path, scratch_path
 from perta_fast.files.own import check_own, check_own_tree, make_own_directory
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory
@@ -118,6 +120,9 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
     """
     model = sources.model
     check_own(model.path / JOURNAL)
+    if not resumed:
+        _check_no_other_work(sources)
+    _check_mounts(model)
     _check_small_files(model)
     instead = "put a copy in its place" if resumed else "copy the model first, or write to a new directory with --out"
     shards = set()  # by device and inode
@@ -150,6 +155,26 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
                     f"{entry.path}: tensor {entry.name}, which is read for {match.theta.name}, lies in a file "
                     "that would be changed; write to a new directory with --out"
                 )
+
+
+def _check_no_other_work(sources: Sources) -> None:
+    """Raise InputError if a run to the model's directory was stopped, or an input lies where the journal will."""
+    model = Path(os.path.realpath(sources.model.path))
+    give_up = shell_command("rm", "-r", partial_path(model))
+    check_unfinished(model, overwrite=False, instead=f"give it up with: {give_up}")
+    check_inputs_stay(model, [model / JOURNAL], sources.paths())
+
+
+def _check_mounts(model: Checkpoint) -> None:
+    """Raise InputError if a file that a run in place moves, replaces or writes is mounted from elsewhere."""
+    directory = Path(os.path.realpath(model.path))
+    used = {directory / name for name in (*model.shards, *_set_aside(model), CARD, FILE_NAME, HASHES)}
+    for path in mounts_in(directory):
+        if path in used:
+            raise InputError(
+                f"{path}: is a mount point, which a run in place cannot replace; put a copy in its place, or write to "
+                "a new directory with --out"
+            )
 
 
 def _check_small_files(model: Checkpoint) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
+from perta_fast.files.apart import check_name
 from perta_fast.files.durable import remove
 from perta_fast.files.identity import is_same
 from perta_fast.files.new_directory import (
@@ -114,6 +115,7 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
     begun = Begun(request, opened.identity(), now(), [])
     if request.out is None:
         return score(opened, Record(begun, None))[0]
+    check_name(request.out)
     final = Path(os.path.realpath(request.out))
     inputs = opened.paths()
     goes_on = has_record(final, STATE) and (resumed or not request.overwrite)

@@ -18,6 +18,7 @@ from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.json_lines import read_data
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError, printable_lines
+from perta_fast.files.apart import check_name
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.memory import PeakMemory
 from perta_fast.models.loading import choose_device, load_subject, samples_for
@@ -119,6 +120,7 @@ def tune(
     chosen = choose_device(device)
     if chosen.index:
         raise InputError(f"device is {chosen}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
+    check_name(out)
     target = OutputDirectory(out, overwrite=overwrite, inputs=[request.base, request.forget])
     return _run(request, target, chosen, progress)
 
