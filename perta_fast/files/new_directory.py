@@ -75,6 +75,8 @@ class OutputDirectory:
                 if self._run is not None:
                     (self.path / _KEPT_STATE).mkdir()
                     write_record(self.path / _KEPT_STATE / _KEPT_RECORD, str(self._run))
+                    sync(self.path)  # the run looks for this record when it is resumed
+                    sync(self.path.parent)
         except BlockingIOError:
             raise RunError(f"{self.final}: another run is writing it now") from None
         except (OSError, InputError) as error:

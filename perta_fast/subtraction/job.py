@@ -202,10 +202,10 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
         report = job.begun_report()
         before, now = dict(job.companions), companion_records(sources, report, set_aside)
         if _is_changed_by(job, "base"):  # its files are the model's
-            del before["base"]
+            before.pop("base", None)
         card = now["model"].get(CARD)
         if card is not None and card["blake3"] == new_card:
-            before["model"] = {**before["model"], CARD: card}
+            before["model"] = {**before.get("model", {}), CARD: card}
         check_unchanged(before, now, job.directories, report)
     return sources
 

@@ -106,9 +106,11 @@ def check_unchanged(before: Records, now: Records, directories: Mapping[str, str
     directories: of the inputs. A directory that is gone can only be one where an importance was taken: nothing more is
     read there.
     """
-    others = {_role_of_place(role): place for role, place in taken_at(report).items()}
+    places = {_role_of_place(role): place for role, place in taken_at(report).items()} | {**directories}
     for role, records in before.items():
-        directory, present = Path(directories.get(role) or others[role]), now.get(role, {})
+        if role not in places:
+            raise InputError(f"the description of the run is damaged: it names files of {role}, which is no input")
+        directory, present = Path(places[role]), now.get(role, {})
         for name in sorted(records.keys() | present.keys()) if exists(directory) else ():
             path = directory / name
             if name not in records:

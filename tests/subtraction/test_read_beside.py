@@ -10,6 +10,7 @@ import pytest
 from blake3 import blake3
 
 import perta_fast as pf
+from perta_fast.files.durable import read_record, write_record
 from perta_fast.subtraction import in_place
 from tests.support.checkpoints import read_checkpoint, write_importance
 from tests.support.inputs import Inputs, write_inputs
@@ -169,6 +170,18 @@ def test_a_new_card_that_was_edited_is_refused(inputs: Inputs, monkeypatch: pyte
     append(model / "README.md")
     with pytest.raises(pf.InputError, match=r"README\.md: has changed since the run began"):
         pf.resume(model, progress=False)
+
+
+@pytest.mark.parametrize("records", [{"x": {"a": {"bytes": 1, "blake3": ""}}}, {"x": {}}, {"model": {}}, {"base": {}}])
+@pytest.mark.parametrize("move", [1, 4])
+def test_records_that_no_run_wrote(
+    records: dict[str, Any], move: int, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at_move(move, inputs, monkeypatch)
+    path = inputs["model"] / ".perta-journal" / "job.json"
+    write_record(path, read_record(path) | {"companions": records})
+    with pytest.raises(pf.InputError, match=r"is damaged: it names files of x|was not there when the run began"):
+        pf.resume(inputs["model"], progress=False)
 
 
 def test_an_index_that_changed_before_a_new_directory_is_finished(
