@@ -27,15 +27,15 @@ def write_hashes(output: Path, report: Report, moved: Mapping[str, Path] | None 
     files = files_of(output) | dict(moved or {})
     hashes = {name: hash_file(path) for name, path in files.items() if name != HASHES and name not in shards}
     hashes |= {name: record["blake3"] for name, record in shards.items()}
-    lines = [_line(name, digest) for name, digest in sorted(hashes.items())]
-    (files[FILE_NAME].parent / HASHES).write_bytes("".join(lines).encode(errors="surrogateescape"))
+    (files[FILE_NAME].parent / HASHES).write_bytes(_text(hashes))
 
 
 def read_hashes(output: Path) -> dict[str, str]:
     """The hash of each file in the list, by name. Raises InputError if it is not a list that a run can have written."""
     path = output / HASHES
+    content = read_bytes(path)
     hashes = {}
-    for number, line in enumerate(read_bytes(path).decode(errors="surrogateescape").split("\n")[:-1], start=1):
+    for number, line in enumerate(content.decode(errors="surrogateescape").split("\n")[:-1], start=1):
         match = _LINE.fullmatch(line)
         if match is None:
             raise InputError(f"{path}, line {number}: is not a hash and a name")
@@ -45,7 +45,13 @@ def read_hashes(output: Path) -> dict[str, str]:
         hashes[name] = match[2]
     if FILE_NAME not in hashes:
         raise InputError(f"{path}: lacks {FILE_NAME}")
+    if content != _text(hashes):
+        raise InputError(f"{path}: is not as a run writes it: something was added, or lines are doubled or moved")
     return hashes
+
+
+def _text(hashes: Mapping[str, str]) -> bytes:
+    return "".join(_line(name, digest) for name, digest in sorted(hashes.items())).encode(errors="surrogateescape")
 
 
 def _line(name: str, digest: str) -> str:

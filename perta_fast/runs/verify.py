@@ -1,12 +1,14 @@
 """Check a finished run: hashes again, and tensors again by the reference."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import CARD, files_of, is_read, other_weights
+from perta_fast.checkpoints.companions import CARD, TEMPLATES, elsewhere, files_of, is_read, other_weights
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file
+from perta_fast.files.own import is_own_name
 from perta_fast.files.reading import exists
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.file_hashes import HASHES, read_hashes
@@ -51,9 +53,10 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     ]
     intact = _check_hashes(directories, result, progress)
     _check_data(report, result)
+    if any(name.endswith(".index.json") for name in _check_companions(directory, report, result)):
+        intact.discard("output")  # an index that was changed may not be one any more
     if "output" in intact and (others := other_weights(Checkpoint.open(directory))):
         result.unchecked.append(f"other weights beside the shards, which the run did not change: {listed(others)}")
-    _check_companions(directory, report, result)
     if "output" in intact and report.in_place:
         result.unchecked.append("tensors, because the run changed the model in place and its old values are gone")
         result.problems += _header_problems(report, Checkpoint.open(directory))
@@ -85,21 +88,26 @@ def _check_hashes(directories: dict[str, DirectoryRecord], result: Verification,
     return intact
 
 
-def _check_companions(directory: Path, report: Report, result: Verification) -> None:
-    """Compare the files beside the shards with the list that the run wrote, and look for what was added."""
+def _check_companions(directory: Path, report: Report, result: Verification) -> list[str]:
+    """Compare the files beside the shards with the list that the run wrote, and look for what was added.
+
+    Returns the names of the listed files that are wrong.
+    """
     if report.file_list and not exists(directory / HASHES):
         result.problems.append(f"{directory / HASHES} is gone")
-        return
+        return []
     if not exists(directory / HASHES):
         beside = "config, tokenizer, model card and report of the output"
         result.uncovered.append(f"{beside}, because {HASHES} is not there; earlier versions wrote none")
-        return
+        return []
     try:
         hashes = read_hashes(directory)
     except InputError as error:
         result.problems.append(str(error))
-        return
+        return []
     shards = {name: record["blake3"] for name, record in report.output["files"].items()}  # checked already
+    result.problems += [f"{directory / HASHES} lacks {name}" for name in shards if name not in hashes]
+    wrong = []
     for name, digest in hashes.items():
         path = directory / name
         problem = ""
@@ -115,6 +123,7 @@ def _check_companions(directory: Path, report: Report, result: Verification) -> 
         except RunError as error:
             problem = str(error)
         if problem:
+            wrong.append(name)
             result.problems.append(problem)
             result.card += [problem] if name == CARD else []
     copied = report.inputs["model"]["files"]  # a link that led out of the model may have been copied by hand
@@ -126,6 +135,20 @@ def _check_companions(directory: Path, report: Report, result: Verification) -> 
                 result.problems.append(f"{path} was added after the run")
             else:
                 result.uncovered.append(f"{path}, which was added after the run")
+    _name_the_rest(directory, [*hashes, *shards], report, result)
+    return wrong
+
+
+def _name_the_rest(directory: Path, names: Collection[str], report: Report, result: Verification) -> None:
+    """Name what no hash covers: hidden files, directories, links that lead nowhere, and ``names`` that became links."""
+    seen = {*files_of(directory), TEMPLATES}
+    others = [path for path in sorted(directory.iterdir()) if path.name not in seen and not is_own_name(path.name)]
+    if others:
+        result.uncovered.append(listed([str(path) for path in others]))
+    for name in () if report.in_place else sorted(set(names)):  # a model that is changed in place may have links
+        target = elsewhere(directory / name) if (directory / name).is_symlink() else None
+        if target is not None:
+            result.uncovered.append(f"{directory / name} has become a link to {target}; what is there now was checked")
 
 
 def _check_data(report: Report, result: Verification) -> None:

@@ -321,3 +321,60 @@ def test_tokenizers_of_a_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     append(folder / "model" / "tokenizer.json")
     with pytest.raises(pf.InputError, match=r"tokenizer\.json: has changed since the sweep began"):
         pf.resume(folder / "sweep", progress=False)
+
+
+def copied_line(content: str) -> str:
+    return content + content.splitlines(keepends=True)[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content + " ",
+        lambda content: content + "\n",
+        lambda content: content + "0" * 64,
+        lambda content: content.removesuffix("\n"),
+        lambda content: content.replace("\n", "\r\n"),
+        lambda content: "".join(reversed(content.splitlines(keepends=True))),
+        lambda content: "".join(line for line in content.splitlines(keepends=True) if "safetensors" not in line),
+        copied_line,
+    ],
+)
+def test_a_list_that_was_changed_is_found(change: Callable[[str], str], folder: Path) -> None:
+    path = folder / "out" / LIST
+    path.write_bytes(change(path.read_text()).encode())
+    assert problems(folder)[0].startswith(f"{path}")
+
+
+def test_what_has_no_hash_is_named(folder: Path) -> None:
+    out = folder / "out"
+    for name in ("below/config.json", "custom_generate/generate.py", ".hidden.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    (out / "chat_template.json").mkdir()
+    (out / "tokenizer.model").symlink_to("nowhere")
+    os.mkfifo(out / "vocab.txt")
+    result = pf.verify(out, progress=False)
+    assert result.problems == []
+    names = (".hidden.json", "below", "chat_template.json", "custom_generate", "tokenizer.model", "vocab.txt")
+    assert result.uncovered == [", ".join(str(out / name) for name in names)]
+
+
+def test_a_file_that_became_a_link_is_named(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", sorted(path.name for path in (folder / "out").glob("*.safetensors"))[0]):
+        path = (folder / "out" / name).rename(tmp_path / name)
+        (folder / "out" / name).symlink_to(path)
+        result = pf.verify(folder / "out", progress=False)
+        assert result.problems == []
+        assert result.uncovered.pop().endswith(f"has become a link to {path}; what is there now was checked")
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert problems(folder)
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"weight_map": {"a": "../b"}}'])
+def test_a_damaged_index_is_one_of_the_problems(damage: bytes, folder: Path) -> None:
+    (folder / "out" / "model.safetensors.index.json").write_bytes(damage)
+    (folder / "out" / "config.json").write_bytes(damage)
+    names = ("config.json", "model.safetensors.index.json")
+    assert problems(folder) == [f"{folder / 'out' / name} has changed since the run" for name in names]
