@@ -6,6 +6,7 @@ and merges it. So no form of adapter is written down here a second time.
 
 import copy
 import dataclasses
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +23,12 @@ from perta_fast.checkpoints.adapter_kinds import NAMING, PREFIX
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import Matrix
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.checkpoints.tied import is_resized
 from perta_fast.errors import InputError
 from perta_fast.models.language_part import empty_model
 from perta_fast.models.stored_names import load_tensor, stored_places
+from perta_fast.models.untrained_adapters import is_as_before_training
 
 _NAME = "default"  # peft's name for an adapter in memory
 # Settings that say which modules an adapter changes. Here that is always the one module that is built.
@@ -42,9 +45,14 @@ class _Place:
     shape: tuple[int, ...]
 
     @property
+    def count(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
     def elements(self) -> slice:
         """Its elements among those of the flat parameter."""
-        return slice(self.first, self.first + int(np.prod(self.shape)))
+        return slice(self.first, self.first + self.count)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class MergedByPeft:
             modules.setdefault(_module_of(key, paths, adapter, base), []).append(key)
         places: dict[str, _Place] = {}
         for path, keys in modules.items():
+            _resize_as_adapted(skeleton.get_submodule(path), path, keys, adapter)
             parameters = dict(skeleton.get_submodule(path).named_parameters())
             if "bias" not in parameters and any(key.endswith(".lora_B.bias") for key in keys):
                 raise InputError(
@@ -106,6 +115,16 @@ class MergedByPeft:
             merged = self._last[place.module][place.parameter]
         values: Matrix = merged.contiguous().view(-1).numpy()[place.elements]
         return values
+
+    @torch.no_grad()
+    def is_untrained(self, name: str) -> bool:
+        """Whether the tensor ``name`` is as it was before training, but for rounding. Memory: as in ``array``."""
+        place = self.places[name]
+        if place.parameter != "weight":
+            return False
+        names = {key.removeprefix(f"{PREFIX}{place.module}."): key for key in self.modules[place.module]}
+        tensors = {own: load_tensor(self.adapter.by_peft[key]) for own, key in names.items()}
+        return is_as_before_training(self._with_base_weights(place.module), tensors, self.adapter.settings)
 
     def _one_of_each_kind(self) -> list[str]:
         """The modules, without those that are like an earlier one in all shapes."""
@@ -138,20 +157,27 @@ class MergedByPeft:
         return merged
 
     def _with_base_weights(self, path: str) -> nn.Module:
-        """A copy of a module of the skeleton with the base's values, in float32."""
+        """A copy of a module of the skeleton with the base's values, in float32.
+
+        Rows of a resized vocabulary that the base lacks are those that the adapter was saved with, or zero.
+        """
         module: nn.Module = copy.deepcopy(self.skeleton.get_submodule(path)).to_empty(device="cpu").float()
+        saved = _saved_base_layer(path, self.modules[path], self.adapter)
         for name, parameter in module.named_parameters():
+            parameter.zero_() if saved is None or name != "weight" else parameter.copy_(load_tensor(saved))
             flat = parameter.view(-1)
             for stored, place in self.places.items():
                 if (place.module, place.parameter) == (path, name):
                     base_name = self.adapter.name_in(stored, self.base.tensors, self.base.path)
                     values = self.base.tensor(base_name)
-                    if tuple(values.shape) != place.shape:
+                    shape = tuple(values.shape)
+                    if shape != place.shape and not is_resized(stored, shape, place.shape):
                         raise InputError(
                             f"{self.base.path}: tensor {base_name} is {list(values.shape)}, its config.json calls for "
                             f"{list(place.shape)}"
                         )
-                    flat[place.elements] = values.view(-1).float()
+                    common = min(values.numel(), place.count)
+                    flat[place.first : place.first + common] = values.view(-1)[:common].float()
         return module
 
     def _config(self, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -162,14 +188,12 @@ class MergedByPeft:
         for name in NAMING:  # without the names of wrappers
             if hasattr(config, name):
                 setattr(config, name, self.adapter.settings.get(name) or getattr(config, name))
-        delta = f"{path}.token_adapter.trainable_tokens_delta"
-        if delta not in tensors:
+        of_tokens = f"{path}.token_adapter."
+        if f"{of_tokens}trainable_tokens_delta" not in tensors:
             return config
-        tensors[f"{path}.trainable_tokens_delta"] = tensors.pop(delta)
-        tokens = config.trainable_token_indices
-        if isinstance(tokens, dict):
-            tokens = next((indices for name, indices in tokens.items() if f".{path}".endswith(f".{name}")), [])
-        return TrainableTokensConfig(token_indices=list(tokens), target_modules=[path])
+        for name in [name for name in tensors if name.startswith(of_tokens)]:
+            tensors[f"{path}.{name.removeprefix(of_tokens)}"] = tensors.pop(name)
+        return TrainableTokensConfig(token_indices=_tokens(path, self.adapter), target_modules=[path])
 
 
 def _merge(module: nn.Module, path: str, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,6 +238,41 @@ def _aim(config: Any, path: str, tuner: Any) -> None:
     if parameters:
         chosen = [name for name in parameters if f"{path}.".endswith(f"{name.rpartition('.')[0]}.")]
         config.target_modules, config.target_parameters = ([], chosen) if chosen else ([path], None)
+
+
+def _tokens(path: str, adapter: Adapter) -> list[int]:
+    """The rows of the module at ``path`` that an adapter of trained tokens replaces."""
+    settings = adapter.settings
+    tokens = settings.get("token_indices" if settings["peft_type"] != "LORA" else "trainable_token_indices") or []
+    if isinstance(tokens, dict):
+        # A head that is tied to the one embedding that is named has the same tokens.
+        otherwise = next(iter(tokens.values())) if len(tokens) == 1 else []
+        tokens = next((of for name, of in tokens.items() if f".{path}".endswith(f".{name}")), otherwise)
+    return [token for token in tokens if isinstance(token, int)]
+
+
+def _saved_base_layer(path: str, keys: list[str], adapter: Adapter) -> TensorEntry | None:
+    """The matrix of the base that peft saved beside what it adds to it, as it does if the vocabulary was resized."""
+    names = [f"{PREFIX}{path}.{part}base_layer.weight" for part in ("", "token_adapter.")]
+    return next((adapter.by_peft[key] for key in keys if key in names), None)
+
+
+def _resize_as_adapted(module: nn.Module, path: str, keys: list[str], adapter: Adapter) -> None:
+    """Give an embedding or a head of the skeleton the number of rows that it had when the adapter was trained."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Embedding | nn.Linear) or not isinstance(weight, Tensor):
+        return
+    saved = _saved_base_layer(path, keys, adapter)
+    rows, old = weight.shape[0], weight.shape[0]
+    if saved is not None and is_resized(f"{path}.weight", tuple(weight.shape), saved.shape):
+        rows = saved.shape[0]
+    elif any(key.endswith(".trainable_tokens_delta") for key in keys):
+        rows = max([rows, *(token + 1 for token in _tokens(path, adapter))])
+    if rows == old:
+        return
+    for name, parameter in list(module.named_parameters()):
+        setattr(module, name, nn.Parameter(torch.empty(rows, *parameter.shape[1:], device="meta")))
+    setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
 
 
 def _module_of(key: str, paths: set[str], adapter: Adapter, base: Checkpoint) -> str:

@@ -12,7 +12,7 @@ from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank, Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import is_output_head, is_tied_use, make_room, tied_partner
+from perta_fast.checkpoints.tied import RESIZED, is_output_head, is_resized, is_tied_use, make_room, tied_partner
 from perta_fast.errors import InputError
 from perta_fast.models.same_names import stored_as_in
 
@@ -59,10 +59,11 @@ class OpenedAdapter:
         }
         for name, place in self.merged.places.items() if self.merged is not None else ():
             stored = self.adapter.name_in(name, shapes, where)
-            if shapes[stored] != place.shape:
+            resized = is_resized(stored, shapes[stored], place.shape)
+            if shapes[stored] != place.shape and not (resized and common_rows):
                 raise InputError(
                     f"tensor {stored}: shape {list(shapes[stored])} in {where}, but {list(place.shape)} in the model "
-                    f"that {self.adapter.checkpoint.path} adapts"
+                    f"that {self.adapter.checkpoint.path} adapts{f'; {RESIZED}' if resized else ''}"
                 )
             found.setdefault(stored, {})[name] = name
         for stored in [name for name in found if tied and is_tied_use(name)]:
@@ -108,6 +109,21 @@ class OpenedAdapter:
             if any(key.endswith(".trainable_tokens_delta") for key in keys):
                 return not is_output_head(name)  # tokens of the head alone are not tied
         return ties_by_name(self.adapter.settings, name.rpartition(".")[0], isinstance(change, TensorEntry))
+
+    def count(self, name: str) -> int:
+        """The number of elements of a tensor that peft makes."""
+        assert self.merged is not None
+        return self.merged.places[name].count
+
+    def adds_to(self, name: str, base: Matrix) -> bool:
+        """Whether what peft makes of a tensor is not the base, by more than the rounding of an untrained adapter.
+
+        base: its first values, flat, in any type; others are not compared.
+        """
+        assert self.merged is not None
+        made = self.array(name)
+        common = min(len(made), len(base))
+        return bool(np.any(made[:common] != base[:common])) and not self.merged.is_untrained(name)
 
     def array(self, name: str) -> Matrix:
         """The tuned values of a tensor that peft makes, flat, in float32."""

@@ -197,7 +197,12 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
             raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
     sources = replace(sources, matches=[_match(row, opened, job) for row in job.matches])
     if any(match.merged is not None for match in sources.matches):
-        sources = replace(sources, adapter=OpenedAdapter.open(job.directories["tuned"], sources.base))
+        merging = OpenedAdapter.open(job.directories["tuned"], sources.base, common_rows=True)  # checked at the start
+        matches = [
+            match if match.merged is None else replace(match, merged_count=merging.count(match.merged))
+            for match in sources.matches
+        ]
+        sources = replace(sources, adapter=merging, matches=matches)
     if job.companions:
         report = job.begun_report()
         before, now = dict(job.companions), companion_records(sources, report, set_aside)

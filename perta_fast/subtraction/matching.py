@@ -31,7 +31,8 @@ CopyReason = Literal[
 class TensorMatch:
     """One tensor of the model and what is read for it. ``copied``: why it is not subtracted from; else None.
 
-    The task vector is ``tuned`` less ``base``, or ``low_rank``. merged: the name of the tuned tensor, if peft makes it.
+    The task vector is ``tuned`` less ``base``, or ``low_rank``. merged: the name of the tuned tensor, if peft makes it,
+    which then has ``merged_count`` elements.
     """
 
     theta: TensorEntry
@@ -42,13 +43,15 @@ class TensorMatch:
     copied: CopyReason | None = None
     low_rank: LowRank | None = None
     merged: str | None = None
+    merged_count: int = 0
 
     @property
     def common(self) -> int:
         """The first elements, which all inputs have; the others, rows of a resized vocabulary, are kept as they are."""
         entries = (self.theta, self.base, self.tuned, self.forget_importance, self.retain_importance)
         counts = [entry.count for entry in entries if entry is not None]
-        return min([*counts, *([] if self.low_rank is None else [math.prod(self.low_rank.shape)])])
+        counts += [] if self.low_rank is None else [math.prod(self.low_rank.shape)]
+        return min(counts if self.merged is None else [*counts, self.merged_count])
 
     @property
     def kept_rows(self) -> int:
@@ -115,7 +118,7 @@ def _with_adapter(
             _check_agrees(match.theta, change, common_rows)
             result.append(replace(match, tuned=change))
         elif change is not None:
-            result.append(replace(match, merged=change))
+            result.append(replace(match, merged=change, merged_count=adapter.count(change)))
         else:
             result.append(TensorMatch(match.theta, copied="task vector is zero"))
     return result

@@ -143,13 +143,19 @@ class _Inputs:
             base = _Source.of_checkpoint(self.base, stored_name(self.base, name))
             if isinstance(change, str) and self.adapter is not None:
                 made = torch.from_numpy(self.adapter.array(change))
-                tuned = _Source(made, base.shape, str(self.tuned.path))
+                rows = len(made) // max(1, math.prod(base.shape[1:]))  # its vocabulary may be resized
+                tuned = _Source(made, (rows, *base.shape[1:]), str(self.tuned.path))
             else:
                 whole = change.name if isinstance(change, TensorEntry) else stored_name(self.tuned, name)
                 tuned = _Source.of_checkpoint(self.tuned, whole)
             values = [tuned, base]
         pairs = zip(self.importances, self.stored, strict=True)
         return values + [_Source.of_importance(*pair, name) for pair in pairs]
+
+    def is_changed_by_peft(self, name: str, change: str) -> bool:
+        """Whether ``change``, which peft makes, is more than the rounding of an untrained adapter."""
+        base = _Source.of_checkpoint(self.base, stored_name(self.base, name))
+        return self.adapter is not None and self.adapter.adds_to(change, base.values.float().numpy())
 
 
 def _is_tied(module: nn.Module) -> bool:
@@ -166,9 +172,9 @@ def _check_changes(tuned: str | Path, inputs: _Inputs, names: Iterable[str]) -> 
     updates = [change for change in changes.values() if isinstance(change, LowRank)]
     others = [name for name, change in changes.items() if not isinstance(change, LowRank | str)]
     pairs = [(of[0].entry, of[1].entry) for of in map(inputs.sources, others)]
-    made = (inputs.sources(name) for name, change in changes.items() if isinstance(change, str))
+    made = {name: change for name, change in changes.items() if isinstance(change, str)}
     if not is_nonzero([(first, second) for first, second in pairs if first and second], updates) and not any(
-        bool((of[0].values != of[1].values.float()).any()) for of in made
+        inputs.is_changed_by_peft(name, change) for name, change in made.items()
     ):
         raise InputError(
             f"{tuned}: the task vector is zero in all parameters that it would be subtracted from; nothing would "

@@ -29,16 +29,16 @@ def check_task_vector(sources: Sources, advice: str = "") -> None:
 
 
 def _is_changed_by_peft(sources: Sources, match: TensorMatch) -> bool:
-    if match.merged is None or match.base is None:
+    if match.merged is None or match.base is None or sources.adapter is None:
         return False
-    return bool(np.any(sources.made(match)[0] != read_values(match.base, 0, match.base.count)))
+    return sources.adapter.adds_to(match.merged, read_values(match.base, 0, match.common))
 
 
 def _cause(sources: Sources, where: str) -> str:
     tuned, base = sources.tuned.path, sources.base.path
     if sources.adapter_config is not None:
         made = any(match.merged is not None for match in sources.matches)
-        reason = "what it adds is zero" if made else "factors A or B are all zero"
+        reason = "what it adds is zero but for rounding" if made else "factors A or B are all zero"
         return f"{tuned}: nothing would change{where}: {reason}, as before training; give an adapter that was trained"
     if not any(match.copied is None for match in sources.matches):
         return f"{sources.model.path}: nothing would change: {_all_copied(sources)}"

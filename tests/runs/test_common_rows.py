@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from perta_fast.resuming import resume
 from perta_fast.runs.apply import apply
 from perta_fast.runs.verify import verify
 from perta_fast.subtraction import compute as subtraction
+from tests.support.adapters import run_advice
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint, write_importance
 from tests.support.inputs import BF16, F32, weights
 from tests.support.models import FORGET, RETAIN, llama, nudge_, tokenizer, write_lines
@@ -140,17 +143,22 @@ def test_rows_that_only_tuned_has_are_no_task_vector(tmp_path: Path) -> None:
         apply(model, *paths, rule="tv", common_rows=True, out=tmp_path / "out")
 
 
-def test_a_stopped_run_is_finished_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths, tensors = write(tmp_path, (45, 40, 43))
+@contextmanager
+def stopped_before_the_first_byte_is_changed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from perta_fast.subtraction.in_place import Segment  # type: ignore[attr-defined]
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Segment, "apply", stop)
-        with pytest.raises(KeyboardInterrupt):
-            apply(*paths, rule="tv", common_rows=True, in_place=True, progress=False)
+        yield
+
+
+def test_a_stopped_run_is_finished_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, tensors = write(tmp_path, (45, 40, 43))
+    with stopped_before_the_first_byte_is_changed(monkeypatch):
+        apply(*paths, rule="tv", common_rows=True, in_place=True, progress=False)
     resume(paths[0])
     assert_equal(paths[0], expected(tensors[0], tensors[1], tensors[2], 1.0))
     assert {row.kept_rows for row in Report.load(paths[0]).tensors} == {0, 5}
@@ -269,6 +277,122 @@ def test_an_adapter_that_was_trained_on_a_resized_embedding(
     assert_equal(tmp_path / "live", found)
     apply(model, base, tmp_path / "adapter", rule="tv", common_rows=True, in_place=True)
     assert_equal(model, found)
+
+
+def write_tokens_adapter(folder: Path, config: Any, rows: int, saved: str, tied: bool) -> None:
+    """An adapter that was tuned after tokens were added to a base of 300, and what peft merges it to.
+
+    saved: what was saved of the resized embedding: "beside" the adapter, with the "base", or "nothing".
+    """
+    from peft import get_peft_model
+
+    module = AutoModelForCausalLM.from_pretrained(folder / "base")
+    module.resize_token_embeddings(rows, mean_resizing=False)
+    if saved == "base":
+        module.save_pretrained(folder / "base")
+        module = AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapted = get_peft_model(module, config)
+    for number, parameter in enumerate(adapted.parameters()):
+        if parameter.requires_grad:
+            parameter.data.add_(draw(tuple(parameter.shape), seed=number) * 0.05)
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False if saved == "nothing" else "auto")
+    adapted.merge_and_unload().save_pretrained(folder / "merged")
+
+
+def tokens_config(kind: str, rows: int) -> Any:
+    from peft import LoHaConfig, LoraConfig, TrainableTokensConfig
+
+    tokens, targets = [5, min(301, rows - 1)], ["q_proj"]
+    lora: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
+    return {
+        "tokens": lambda: LoraConfig(**lora, trainable_token_indices=tokens),
+        "tokens by module": lambda: LoraConfig(**lora, trainable_token_indices={"embed_tokens": tokens}),
+        "tokens of both": lambda: LoraConfig(
+            **lora, trainable_token_indices={"embed_tokens": tokens, "lm_head": tokens}
+        ),
+        "TRAINABLE_TOKENS": lambda: TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=tokens),
+        "DoRA": lambda: LoraConfig(**lora | {"target_modules": [*targets, "embed_tokens"]}, use_dora=True),
+        "DoRA of the head": lambda: LoraConfig(**lora | {"target_modules": [*targets, "lm_head"]}, use_dora=True),
+        "LoHa of the head": lambda: LoHaConfig(target_modules=[*targets, "lm_head"]),
+    }[kind]()
+
+
+TOKENS = ("tokens", "tokens by module", "tokens of both", "TRAINABLE_TOKENS")
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "tied"),
+    [
+        *itertools.product(TOKENS, ("beside",), (False, True)),
+        *itertools.product(("tokens",), ("base", "nothing"), (False, True)),
+        *itertools.product(("DoRA", "DoRA of the head", "LoHa of the head"), ("beside",), (False,)),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(304, 300), (304, 308), (296, 300)])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_trained_tokens_and_others_that_peft_merges(
+    kind: str, saved: str, tied: bool, sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the merged checkpoint, to the bit, except where a product of factors is not rounded."""
+    rows, of_model = sizes
+    model, base, _ = write_models(tmp_path, (of_model, 300, 300), tied)
+    write_tokens_adapter(tmp_path, tokens_config(kind, rows), rows, saved, tied)
+    before = fingerprint(tmp_path)
+    if not (rows == 296 and saved == "nothing" and of_model == 300):  # nothing there says that it was resized
+        with pytest.raises(InputError, match="--common-rows"):
+            apply(model, base, tmp_path / "adapter", rule="tv", out=tmp_path / "out")
+    assert fingerprint(tmp_path) == before
+    how: dict[str, Any] = {"rule": "tv", "lam": 0.7, "common_rows": True, "progress": False}
+    for role in ("adapter", "merged"):
+        apply(model, base, tmp_path / role, out=tmp_path / f"out-{role}", **how)
+    found, right, theta = (read_checkpoint(path) for path in (tmp_path / "out-adapter", tmp_path / "out-merged", model))
+    for name in right:
+        if "q_proj" in name and "DoRA" not in kind and "LoHa" not in kind:
+            torch.testing.assert_close(found[name], right[name], rtol=1e-6, atol=1e-7)
+        else:
+            assert same_bytes(found[name], right[name]), name
+    tuned_matrix = HEAD if "head" in kind else EMBED
+    assert not same_bytes(found[tuned_matrix], theta[tuned_matrix])
+    common = min(rows, read_checkpoint(base)[EMBED].shape[0])
+    assert same_bytes(found[tuned_matrix][common:], theta[tuned_matrix][common:])
+    assert not verify(tmp_path / "out-adapter", full=True, progress=False).problems
+    module = AutoModelForCausalLM.from_pretrained(model)
+    apply_to_module_(module, base, tmp_path / "adapter", rule="tv", lam=0.7, common_rows=True)
+    module.save_pretrained(tmp_path / "live")
+    assert_equal(tmp_path / "live", found)
+    with stopped_before_the_first_byte_is_changed(monkeypatch):
+        apply(model, base, tmp_path / "adapter", in_place=True, **how)
+    resume(model, progress=False)
+    assert_equal(model, found)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tied_model_of_another_size_can_be_untied_as_the_message_says(tmp_path: Path) -> None:
+    model, base, _ = write_models(tmp_path, (308, 300, 300), tied=True)
+    write_tokens_adapter(tmp_path, tokens_config("DoRA", 304), 304, "beside", tied=True)
+    how: dict[str, Any] = {"rule": "tv", "common_rows": True, "progress": False}
+    with pytest.raises(InputError, match="untie that with") as caught:
+        apply(model, base, tmp_path / "adapter", out=tmp_path / "out", **how)
+    run_advice(str(caught.value))
+    tuned = tuned_model_of_resized(base, tmp_path / "adapter", 304)
+    apply(tmp_path / "model-untied", base, tmp_path / "adapter", out=tmp_path / "out", **how)
+    found, theta, of_base = (read_checkpoint(path) for path in (tmp_path / "out", tmp_path / "model-untied", base))
+    right = theta[EMBED][:300] - (tuned[:300] - of_base[EMBED])
+    torch.testing.assert_close(found[EMBED][:300], right, rtol=0, atol=1e-6)
+    assert same_bytes(found[EMBED][300:], theta[EMBED][300:])
+    assert same_bytes(found[HEAD], theta[HEAD])
+
+
+def tuned_model_of_resized(base: Path, adapter: Path, rows: int) -> Tensor:
+    """The input embedding of the tuned model, which peft loads to a base that was resized as in the training."""
+    from peft import PeftModel
+
+    module = AutoModelForCausalLM.from_pretrained(base)
+    module.resize_token_embeddings(rows, mean_resizing=False)
+    module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach().clone())  # merged by itself
+    merged = PeftModel.from_pretrained(module, adapter).merge_and_unload()
+    weight: Tensor = merged.get_input_embeddings().weight.detach()
+    return weight
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import DeftConfig, HRAConfig, LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from perta_fast import InputError, RunError, apply, apply_to_module_, resume, sweep, unlearn, verify
@@ -15,7 +15,8 @@ from perta_fast.models.merged_by_peft import MergedByPeft
 from perta_fast.records.report import Report
 from perta_fast.runs.inspect import describe
 from perta_fast.subtraction import compute
-from tests.support.adapters import tuned_model, write_adapter
+from tests.checkpoints.test_adapters import gpt2
+from tests.support.adapters import IDS, tuned_model, write_adapter
 from tests.support.checkpoints import draw, read_checkpoint, same_bytes, write_checkpoint, write_importance
 from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_lines
 
@@ -161,10 +162,66 @@ def test_one_that_was_not_trained_changes_nothing(kind: str, tmp_path: Path) -> 
         tmp_path / "adapter"
     )
     arguments = tmp_path / "base", tmp_path / "base", tmp_path / "adapter"
-    with pytest.raises(InputError, match="nothing would change: what it adds is zero, as before training"):
+    with pytest.raises(
+        InputError, match="nothing would change: what it adds is zero but for rounding, as before training"
+    ):
         apply(*arguments, rule="tv", out=tmp_path / "out", progress=False)
     with pytest.raises(InputError, match="the task vector is zero"):
         apply_to_module_(llama(), *arguments[1:], rule="tv")
+
+
+def untrained_config(kind: str) -> Any:
+    lora: dict[str, Any] = {"task_type": "CAUSAL_LM", "use_dora": True}
+    return {
+        "DoRA": lambda: LoraConfig(**lora, target_modules=["q_proj", "down_proj", "embed_tokens"]),
+        "DoRA of GPT-2": lambda: LoraConfig(**lora, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "HRA": lambda: HRAConfig(target_modules=["q_proj", "down_proj"]),
+        "DEFT": lambda: DeftConfig(target_modules=["q_proj", "down_proj"]),
+        "DEFT by relu": lambda: DeftConfig(target_modules=["q_proj"], decomposition_method="relu", alpha=16),
+        "DEFT by qr": lambda: DeftConfig(target_modules=["q_proj"], decomposition_method="qr"),
+    }[kind]()
+
+
+@pytest.mark.parametrize("in_float32", [True, False], ids=["stored as float32", "as the base"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("kind", ["DoRA", "DoRA of GPT-2", "HRA", "DEFT", "DEFT by relu", "DEFT by qr"])
+def test_what_rounding_leaves_of_an_untrained_one_is_no_task_vector(
+    kind: str, dtype: torch.dtype, in_float32: bool, tmp_path: Path
+) -> None:
+    """These are computed from the base before training. The least step of training is a task vector."""
+    build = gpt2 if "GPT-2" in kind else llama
+    build().to(dtype).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    adapted = get_peft_model(base, untrained_config(kind), autocast_adapter_dtype=in_float32)
+    adapted.save_pretrained(tmp_path / "adapter")
+    arguments = tmp_path / "base", tmp_path / "base", tmp_path / "adapter"
+    with pytest.raises(InputError, match="nothing would change: what it adds is zero but for rounding"):
+        apply(*arguments, rule="tv", out=tmp_path / "out", progress=False)
+    with pytest.raises(InputError, match="the task vector is zero"):
+        apply_to_module_(build().to(dtype), *arguments[1:], rule="tv")
+    apply(*arguments, rule="tv", out=tmp_path / "out", progress=False, allow_zero=True)
+    adapted.to(torch.float32)
+    optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
+    for _ in range(3):
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        optimiser.step()
+    adapted.save_pretrained(tmp_path / "adapter")
+    apply(*arguments, rule="tv", out=tmp_path / "trained", progress=False)
+
+
+@pytest.mark.parametrize("change", [1 + 2**-6, 1 - 2**-6])
+def test_norms_alone_that_were_trained_are_a_task_vector(change: float, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    llama().bfloat16().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    get_peft_model(base, untrained_config("DoRA")).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors[next(name for name in tensors if name.endswith("q_proj.lora_magnitude_vector"))][2] *= change
+    save_file(tensors, path)
+    arguments = tmp_path / "base", tmp_path / "base", tmp_path / "adapter"
+    assert apply(*arguments, rule="tv", out=tmp_path / "out", progress=False).counts["subtracted"]
 
 
 def test_a_sweep_scores_as_with_the_merged_checkpoint(tmp_path: Path) -> None:
