@@ -10,6 +10,7 @@ from perta_fast.demo.files import Files
 from perta_fast.demo.settings import Settings
 from perta_fast.demo.sweep import Samples
 from perta_fast.demo.training import MAX_LENGTH, new_model, train_, train_tokenizer
+from perta_fast.tuning.saving import disk_errors
 
 
 def train_models(files: Files, settings: Settings, seed: int, clock: Clock) -> Samples:
@@ -33,6 +34,7 @@ def train_models(files: Files, settings: Settings, seed: int, clock: Clock) -> S
         with clock.phase(f"training {name}"):
             model = base if name == "theta_0" else copy.deepcopy(base)
             train_(model, data, epochs, rate, settings.batch_size, seed, description=name)
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+            with disk_errors():
+                model.save_pretrained(path)
+                tokenizer.save_pretrained(path)
     return samples

@@ -9,6 +9,7 @@ from torch import nn
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
+from perta_fast.tuning.saving import disk_errors
 
 # Parts of an expert. In a model whose experts are joined into one parameter, peft takes a linear map of such a name
 # as all experts, and adapts that parameter with ranks of its own.
@@ -87,5 +88,6 @@ def save_adapter(adapted: Any, directory: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
     settings = adapted.peft_config["default"]
     settings.target_modules = sorted(settings.target_modules)  # the order of a set differs between processes
-    adapted.save_pretrained(directory, save_embedding_layers=False)
+    with disk_errors():
+        adapted.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink()  # an empty model card

@@ -13,6 +13,7 @@ from perta_fast.checkpoints.tied import importance_key
 from perta_fast.models.stored_names import as_stored, load_tensor
 from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.report import FILE_NAME
+from perta_fast.tuning.saving import disk_errors
 
 
 def tuned_size(base: Checkpoint) -> int:
@@ -37,7 +38,8 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
         for name, entry in shard.tensors.items():
             key = importance_key(name, base, tuned)
             tensors[name] = load_tensor(entry) if key is None else tuned[key].to("cpu", copy=True)
-        save_file(tensors, directory / shard.path.name, dict(shard.metadata))
+        with disk_errors():
+            save_file(tensors, directory / shard.path.name, dict(shard.metadata))
         total += sum(tensor.nbytes for tensor in tensors.values())
     if base.index is not None:
         path = directory / base.index.name

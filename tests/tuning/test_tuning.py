@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -22,6 +23,9 @@ import perta_fast as pf
 from perta_fast import cli
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.progress import Event
+from perta_fast.tuning.adapter import save_adapter
+from perta_fast.tuning.checkpoint import write_tuned
+from perta_fast.tuning.saving import disk_errors
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
 from tests.families.test_multimodal import build as build_multimodal
@@ -337,3 +341,36 @@ def test_companions_elsewhere_are_named_and_left_out(float_job: Job, forget: Pat
     assert not os.path.lexists(tmp_path / "out" / "notes.txt") and (tmp_path / "out" / "tokenizer.json").exists()
     adapter = tune(base, forget, tmp_path / "adapter", epochs=1)
     assert not any("notes.txt" in warning for warning in adapter.warnings)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_full_disk_is_a_sentence(
+    full: bool, float_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors has an error type of its own for it."""
+    where = "perta_fast.tuning.run.write_tuned" if full else "perta_fast.tuning.run.save_adapter"
+    save = write_tuned if full else save_adapter
+
+    def saved_to_a_full_disk(*arguments: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the system answers likewise, with another number
+        try:
+            save(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(where, saved_to_a_full_disk)
+    asked = ["tune", "--base", float_job.base, "--forget", float_job.forget, "--epochs", 1, "--out", tmp_path / "out"]
+    assert cli.main([*map(str, asked), *(["--full"] if full else [])]) == 1
+    said = f"{tmp_path / 'out'}: could not be written: the file would exceed this process's file size limit (ulimit -f)"
+    assert f"{said}. The inputs are untouched; nothing was left behind" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_libraries_stay_as_they_are() -> None:
+    for error in (SafetensorError("invalid header"), Exception("no model"), ValueError("(os error 28)")):
+        with pytest.raises(type(error)) as raised, disk_errors():
+            raise error
+        assert raised.value is error
+    with pytest.raises(OSError, match="No space left"), disk_errors():
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
