@@ -22,17 +22,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def named_as_model(other: Checkpoint, model: Checkpoint) -> Checkpoint:
+def named_as_model(other: Checkpoint, model: Checkpoint, *known: Path) -> Checkpoint:
     """``other``, a checkpoint or an importance, with its tensors under the names that ``model`` has for them.
 
-    Tensors that transformers does not load keep their names. Raises InputError if two get one name.
+    Tensors that transformers does not load keep their names. known: of an importance, the models that it may be of.
+    Raises InputError if two get one name.
     """
     if not _differ(other.tensors, model.tensors):
         return other
     best: dict[str, str] = {}
     # If both are of one class, either knows the names of both. A multimodal model and its language part are not.
     mine, theirs = model.path, other.path
-    for own, path, whole in ((mine, mine, True), (theirs, theirs, True), (mine, theirs, True), (mine, mine, False)):
+    ways = [(mine, mine, True), (theirs, theirs, True), (mine, theirs, True), (mine, mine, False)]
+    ways += [(mine, path, whole) for path in known for whole in (True, False)]
+    for own, path, whole in ways:
         by_place = {place: name for name, place in _places(own, model.tensors).items()}
         places = _places(path, other.tensors, whole)
         names = {name: by_place[place] for name, place in places.items() if place in by_place}

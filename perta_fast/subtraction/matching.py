@@ -76,12 +76,13 @@ def match_tensors(
     checkpoint and tensor, if names or shapes differ, a type has no arithmetic, or an importance belongs to another
     model.
     """
+    known = (base.path, *([tuned.path] if isinstance(tuned, Checkpoint) else []))
     base = named_as_model(base, model)
     if isinstance(tuned, Checkpoint):
         tuned = named_as_model(tuned, model)
     if forget_importance is not None and retain_importance is not None:
-        forget_importance = named_as_model(forget_importance, model)
-        retain_importance = named_as_model(retain_importance, model)
+        forget_importance = named_as_model(forget_importance, model, *known)
+        retain_importance = named_as_model(retain_importance, model, *known)
     whole = tuned if isinstance(tuned, Checkpoint) else None
     left_out: set[str] = set()
     tied = ties_embeddings(model)

@@ -341,3 +341,23 @@ def test_an_encoder_belongs_to_the_model(which: tuple[int, ...], tmp_path: Path)
         apply(inputs[0], inputs[1], tmp_path / "shallow", rule="tv", out=tmp_path / "none", progress=False)
     with pytest.raises(InputError, match="has an encoder and a decoder"):
         estimate_importance(inputs[0], draw_samples(2), "grad", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["Gemma 3", "LLaVA"])
+@pytest.mark.parametrize(("text", "stream"), [((1, 2), False), ((1, 2), True), ((0,), False), ((0,), True)], ids=str)
+def test_importances_at_a_language_part(kind: str, text: tuple[int, ...], stream: bool, tmp_path: Path) -> None:
+    """An importance has the names of the checkpoint that it was taken at."""
+    models = [multimodal(kind, seed) for seed in (1, 2, 3)]
+    inputs = [write(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    config = models[0].config.get_text_config()
+    mixed = [language_part(path, config) if k in text else path for k, path in enumerate(inputs)]
+    for k in text:
+        tokenizer().save_pretrained(mixed[k])
+    data = [write_lines(tmp_path / "f.jsonl", FORGET[:3]), write_lines(tmp_path / "r.jsonl", RETAIN[:3])]
+    for out, three in ((tmp_path / "expected", inputs), (tmp_path / "out", mixed)):
+        unlearn(*three, *data, rule="fisher", lam=0.7, out=out, stream=stream, progress=False)
+    got, before = read_checkpoint(tmp_path / "out"), read_checkpoint(mixed[0])
+    changed = {whole_places(name): tensor for name, tensor in read_checkpoint(tmp_path / "expected").items()}
+    assert got.keys() == before.keys()
+    assert all(same_bytes(tensor, changed[whole_places(name)]) for name, tensor in got.items())
+    assert not all(same_bytes(tensor, before[name]) for name, tensor in got.items())
