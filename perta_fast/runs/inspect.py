@@ -1,27 +1,40 @@
 """What a directory holds: a checkpoint, an adapter, an importance, or the output of a run."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.quantised import Quantisation
-from perta_fast.errors import printable_lines
+from perta_fast.checkpoints.quantised import Quantisation, open_plain
+from perta_fast.errors import InputError, printable_lines
 from perta_fast.files.reading import exists
 from perta_fast.importance.store import STEM, read_metadata
+from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import FILE_NAME, Report
-from perta_fast.subtraction.task_vector import adds
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.matching import TensorMatch
+from perta_fast.subtraction.task_vector import adds, count_changes, zero_because
 
 
-def describe(path: str | Path, *, every_tensor: bool = False) -> str:
+def describe(
+    path: str | Path, *, every_tensor: bool = False, base: str | Path | None = None, progress: Progress = False
+) -> str:
     """Text for a person; headers and reports are read, and of an adapter the factors; other weights are not.
 
-    every_tensor: list each tensor too. Raises InputError if ``path`` is none of these or is damaged.
+    every_tensor: list each tensor too. base: say too what the task vector from this checkpoint is: weights are read
+    until they differ. Raises InputError if ``path`` is none of these or is damaged, or ``base`` is no checkpoint.
     """
     path = Path(path)
+    if base is None:
+        return _describe(path, every_tensor)
+    return f"{_describe(path, every_tensor)}\n{_task_vector(path, Path(base), progress)}"
+
+
+def _describe(path: Path, every_tensor: bool) -> str:
     if is_adapter(path):
         return printable_lines(_adapter_lines(Adapter.open(path), every_tensor))
-    is_importance = any(exists(path / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
+    is_importance = _is_importance(path)
     checkpoint = Checkpoint.open(path, STEM if is_importance else "model")
     lines = [f"{path}: {'importance' if is_importance else 'checkpoint'}", *_totals(checkpoint)]
     if is_importance:
@@ -37,6 +50,47 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     if every_tensor:
         lines += _every_tensor(checkpoint)
     return printable_lines(lines)
+
+
+def _task_vector(path: Path, base: Path, progress: Progress) -> str:
+    """Whether ``path``, as tuned, differs from ``base``; where the two do not belong together, why not."""
+    checkpoint = open_plain(base)
+    if _is_importance(path):
+        raise InputError(f"{path}: an importance is not tuned from a base; leave out --base")
+    try:
+        sources = Sources.open(base, base, path, common_rows=True)
+        total = sum(match.theta.size for match in sources.matches)
+        with Bar(total, "comparing", progress) as bar:
+            counts = count_changes(sources, bar.update)
+    except InputError as error:
+        nothing = "" if is_adapter(path) or _has_any_of(path, checkpoint) else "no tensor has the same name; "
+        return printable_lines([f"task vector from {base}: none, {nothing}{error}"])
+    if counts.differ:
+        what = f"not zero: {counts.differ} tensors differ, {counts.same} are the same"
+    elif counts.same:
+        what = f"zero in all {counts.same} tensors: {zero_because(sources)}"
+    else:
+        what = "none: no tensor can be compared"
+    lines = [f"task vector from {base}: {what}"]
+    lines += [f"  {count} tensors left aside: {reason}" for reason, count in counts.aside.items()]
+    resized = [match for match in sources.matches if match.copied is None and _is_resized(match)]
+    lines += [f"  {match.theta.name}: rows in common only, the vocabulary was resized" for match in resized]
+    return printable_lines(lines)
+
+
+def _is_importance(path: Path) -> bool:
+    return any(exists(path / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
+
+
+def _is_resized(match: TensorMatch) -> bool:
+    made = match.merged_count if match.merged is not None else match.theta.count
+    low_rank = match.theta.shape if match.low_rank is None else match.low_rank.shape
+    tuned = match.theta.count if match.tuned is None else match.tuned.count
+    return {made, tuned, math.prod(low_rank)} != {match.theta.count}
+
+
+def _has_any_of(path: Path, base: Checkpoint) -> bool:
+    return bool(Checkpoint.open(path).tensors.keys() & base.tensors.keys())
 
 
 def _adapter_lines(adapter: Adapter, every_tensor: bool) -> list[str]:

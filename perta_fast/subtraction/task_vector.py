@@ -1,6 +1,8 @@
 """Whether a task vector is zero, so that a run would change nothing; asked before the work begins. No torch."""
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +18,41 @@ _CHUNK = 1 << 20
 Pair = tuple[TensorEntry, TensorEntry]  # the values of tuned and base for one tensor
 
 
+@dataclass(frozen=True)
+class TaskVectorCounts:
+    """How many tensors a task vector changes, and how many it does not. aside: those not compared, by the reason."""
+
+    differ: int
+    same: int
+    aside: dict[str, int]
+
+
+def count_changes(sources: Sources, advance: Callable[[int], object]) -> TaskVectorCounts:
+    """Look at every tensor of opened inputs. advance: called with the bytes of each tensor of the model.
+
+    Reads are few for a tensor that differs, and both tensors for one that does not. Raises RunError if a file cannot be
+    read.
+    """
+    differ, same, aside = 0, 0, Counter[str]()
+    for match in sources.matches:
+        if match.copied is not None and match.copied != "task vector is zero":
+            aside[match.copied] += 1
+        elif _is_changed(sources, match):
+            differ += 1
+        else:
+            same += 1
+        advance(match.theta.size)
+    return TaskVectorCounts(differ, same, dict(aside))
+
+
+def _is_changed(sources: Sources, match: TensorMatch) -> bool:
+    if match.low_rank is not None:
+        return adds(match.low_rank)
+    if match.tuned is not None and match.base is not None:
+        return is_nonzero([(match.tuned, match.base)])
+    return _is_changed_by_peft(sources, match)
+
+
 def check_task_vector(sources: Sources, advice: str = "") -> None:
     """Raise InputError, with the cause and ``advice``, if the run would subtract nothing from any tensor."""
     matches = [match for match in sources.matches if match.copied is None]
@@ -25,7 +62,9 @@ def check_task_vector(sources: Sources, advice: str = "") -> None:
         return
     uncovered = any(match.copied == "not covered by the importance" for match in sources.matches)
     where = " in all tensors that the importances cover" if uncovered else ""
-    raise InputError(_cause(sources, where) + advice)
+    if any(match.copied is None for match in sources.matches) or sources.adapter_config is not None:
+        raise InputError(f"{sources.tuned.path}: nothing would change{_cause(sources, where)}{advice}")
+    raise InputError(f"{sources.model.path}: nothing would change: {_all_copied(sources)}{advice}")
 
 
 def _is_changed_by_peft(sources: Sources, match: TensorMatch) -> bool:
@@ -35,18 +74,21 @@ def _is_changed_by_peft(sources: Sources, match: TensorMatch) -> bool:
 
 
 def _cause(sources: Sources, where: str) -> str:
-    tuned, base = sources.tuned.path, sources.base.path
     if sources.adapter_config is not None:
-        made = any(match.merged is not None for match in sources.matches)
-        reason = "what it adds is zero but for rounding" if made else "factors A or B are all zero"
-        return f"{tuned}: nothing would change{where}: {reason}, as before training; give an adapter that was trained"
-    if not any(match.copied is None for match in sources.matches):
-        return f"{sources.model.path}: nothing would change: {_all_copied(sources)}"
-    same = "is the same checkpoint as base" if tuned.samefile(base) else f"has the same values as {base}"
+        return f"{where}: {zero_because(sources)}; give an adapter that was trained"
     return (
-        f"{tuned}: nothing would change: it {same}{where}, so the task vector is zero; for tuned, give the "
-        "checkpoint that was tuned on the forget data"
+        f": {zero_because(sources)}{where}, so the task vector is zero; for tuned, give the checkpoint that was tuned "
+        "on the forget data"
     )
+
+
+def zero_because(sources: Sources) -> str:
+    """Why a task vector that is zero is zero, in a few words."""
+    tuned, base = sources.tuned.path, sources.base.path
+    if sources.adapter_config is None:
+        return "it is the same checkpoint as base" if tuned.samefile(base) else f"it has the same values as {base}"
+    made = any(match.merged is not None for match in sources.matches)
+    return f"{'what it adds is zero but for rounding' if made else 'factors A or B are all zero'}, as before training"
 
 
 def _all_copied(sources: Sources) -> str:

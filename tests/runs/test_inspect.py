@@ -1,14 +1,21 @@
 """What ``perta inspect`` says of a checkpoint, an importance and a run."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from perta_fast import cli
 from perta_fast.errors import InputError
+from perta_fast.progress import Event
 from perta_fast.runs.apply import apply
 from perta_fast.runs.inspect import describe
+from tests.checkpoints.test_adapters import make_adapter, rename
+from tests.support.checkpoints import draw, read_checkpoint, write_checkpoint
 from tests.support.inputs import BF16, F32, Inputs, write_inputs
-from tests.support.models import Job
+from tests.support.models import Job, llama
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +79,65 @@ def test_what_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds neither model"):
         describe(tmp_path)
+
+
+Tensors = dict[str, Tensor]
+ROWS = {"model.embed_tokens.weight": draw((7, 3)), "inner": draw((5, 3), seed=1), "steps": torch.arange(4)}
+MOVED = {"inner": ROWS["inner"] + 1}
+RESIZED = {"model.embed_tokens.weight": draw((9, 3))}
+EMPTY = {"inner": torch.empty(0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "zero in all 2 tensors: it has the same values as .*base\n  1 tensors left aside: not floating point$"),
+        (MOVED, "not zero: 1 tensors differ, 1 are the same\n  1 tensors left aside: not floating point$"),
+        (RESIZED, "not zero: 1 tensors differ, 1 are the same\n.*\n  model.embed_tokens.weight: rows in common only"),
+        (EMPTY, r"none, .*tensor inner has shape \[0\]: .*gather"),
+        ({"inner": draw((2, 3))}, "none, tensor inner: shape .* these are not of one model"),
+    ],
+)
+def test_the_task_vector_of_a_checkpoint(changes: Tensors, text: str, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", ROWS)
+    tuned = write_checkpoint(tmp_path / "tuned", ROWS | changes)
+    found = describe(tuned, base=base)
+    assert found.startswith(describe(tuned) + "\n")
+    assert re.search(rf"\ntask vector from {base}: {text}", found, re.IGNORECASE), found
+    assert "task vector" not in describe(tuned)
+
+
+def test_the_base_itself_and_one_without_common_tensors(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", ROWS)
+    assert "zero in all 2 tensors: it is the same checkpoint as base" in describe(base, base=base)
+    other = write_checkpoint(tmp_path / "other", {"elsewhere": draw((2, 3))})
+    assert f"task vector from {base}: none, no tensor has the same name; {other}: lacks" in describe(other, base=base)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_task_vector_of_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_adapter(tmp_path, llama, {"target_modules": ["q_proj"]})
+    base = tmp_path / "base"
+    assert cli.main(["inspect", str(adapter), "--base", str(base)]) == 0
+    assert f"task vector from {base}: not zero: 2 tensors differ, 19 are the same" in capsys.readouterr().out
+    other = write_checkpoint(tmp_path / "other", {"elsewhere": draw((2, 3))})
+    assert f"task vector from {other}: none, {adapter}: adapts model.layers" in describe(adapter, base=other)
+    rename(adapter, lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})
+    assert "zero in all 21 tensors: factors A or B are all zero, as before training" in describe(adapter, base=base)
+    rename(adapter, lambda tensors: {})
+    assert cli.main(["inspect", str(adapter), "--base", str(base)]) == 2
+    assert "the adapter has no tensors, so it changes nothing" in capsys.readouterr().err
+
+
+def test_an_importance_has_no_task_vector(inputs: Inputs) -> None:
+    with pytest.raises(InputError, match="an importance is not tuned from a base"):
+        describe(inputs["forget"], base=inputs["base"])
+
+
+def test_progress_and_damaged_bases(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", ROWS)
+    events: list[Event] = []
+    describe(base, base=write_checkpoint(tmp_path / "copy", read_checkpoint(base)), progress=events.append)
+    assert events[-1].phase == "comparing" and events[-1].done == events[-1].total > 0
+    with pytest.raises(InputError, match="nowhere"):
+        describe(base, base=tmp_path / "nowhere")
