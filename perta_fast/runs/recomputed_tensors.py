@@ -49,8 +49,12 @@ class RecomputedTensors:
             raise InputError(f"{directory / FILE_NAME}: {error}") from error
         exact = rule.estimator is None or set(IMPORTANCES) <= intact
         paths = {role: Path(record["path"]) for role, record in report.inputs.items()}
-        importances = open_importances(rule, *map(paths.get, IMPORTANCES)) if exact else {}
-        sources = Sources.open(paths["model"], paths["base"], paths["tuned"], importances, report.common_rows)
+        try:
+            importances = open_importances(rule, *map(paths.get, IMPORTANCES)) if exact else {}
+            sources = Sources.open(paths["model"], paths["base"], paths["tuned"], importances, report.common_rows)
+        except InputError as error:  # such as a base of which an adapter needed only the headers
+            result.unchecked.append(f"tensors, because an input cannot be opened any more: {error}")
+            return None
         if not exact:
             result.unchecked.append("weights, because the importances were not kept (--save-importance)")
         output = Checkpoint.open(directory)

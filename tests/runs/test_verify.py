@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import perta_fast as pf
 from perta_fast.errors import InputError, PertaError
 from perta_fast.records.file_hashes import HASHES, write_hashes
 from perta_fast.records.report import Report
@@ -22,6 +23,7 @@ from perta_fast.runs.verify import verify
 from tests.support.checkpoints import fingerprint, write_checkpoint
 from tests.support.inputs import BF16, COUNTER, F16, F32, FROZEN, HEAD, SHAPES, Inputs, write_inputs
 from tests.support.json_mutation import damaged
+from tests.support.models import write_job
 
 TENSOR_COUNT = len(SHAPES) + 2
 FILE_COUNT = 3 * 3 + 2 * 3 + 2  # two shards and an index for each of five inputs, two shards of output
@@ -404,3 +406,21 @@ class TestInPlace:
         apply(model, model, inputs["tuned"], rule="tv", lam=1.0, in_place=True, progress=False)
         result = verify(model)
         assert (result.problems, result.files) == ([], 2 + 3)  # the output, and what the tuned one has
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x01" * 64])
+def test_weights_that_an_adapter_did_not_need(damage: bytes, tmp_path: Path) -> None:
+    """Only the headers of the base were read: what becomes of it says nothing against the output."""
+    job = write_job(tmp_path)
+    pf.tune(job.base, job.forget, tmp_path / "adapter", epochs=3, progress=False)
+    out = tmp_path / "out"
+    pf.apply(job.model, job.base, tmp_path / "adapter", rule="tv", out=out, progress=False)
+    assert pf.verify(out, progress=False).recomputed
+    shard = sorted(job.base.glob("*.safetensors"))[0]
+    shard.write_bytes(damage) if damage else shard.unlink()
+    result = pf.verify(out, progress=False)
+    assert result.problems == [] and result.recomputed == 0 and result.companions
+    (why,) = result.unchecked
+    assert why.startswith("tensors, because an input cannot be opened any more: ") and str(job.base) in why
+    (out / "config.json").write_text("{}")
+    assert pf.verify(out, progress=False).problems == [f"{out / 'config.json'} has changed since the run"]
