@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.advice import merge_command
-from perta_fast.checkpoints.safetensors_file import SafetensorsFile
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_json
 
-PREFIX = "base_model.model."  # of the names of an adapter's tensors
 # Settings with names of modules.
 NAMING = ("alpha_pattern", "rank_pattern", "target_parameters", "trainable_token_indices")
 Settings = dict[str, Any]
@@ -62,6 +60,7 @@ _NOT_OF_WEIGHTS = {
 # which need what only the training had.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _REPEATED_STARTS = ("pissa", "olora")
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _CONVERTED_STARTS = ("pissa", "corda", "olora", "lora_ga")
 
@@ -175,20 +174,21 @@ def _names_a_tied_module(names: Any, module: str) -> bool:
     return any(name.rpartition(".")[2] in _TIED_BY_PEFT or ("." in name and name == module) for name in plain)
 
 
+def of_another_model(settings: Settings) -> str:
+    """Advice on a tensor that has no place in the base."""
+    task = settings.get("task_type")
+    if task in _CLASSIFIERS:
+        return (
+            f"the adapter is of a classifier (task_type {task}), with a head of its own; give it to classifiers with "
+            "that head as model and base, or tune the base as a language model"
+        )
+    return "give the checkpoint that the adapter was tuned from, and others of the same model"
+
+
 def merge_first(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:
     """Advice to merge, with the command."""
     named = settings.get("base_model_name_or_path")
-    base_name = str(base or named or "BASE")
-    return f"merge it and give the merged checkpoint: {merge_command(path, base_name, _is_wrapped(path))}"
-
-
-def _is_wrapped(path: Path) -> bool:
-    """Whether the adapter in ``path`` has names that peft does not know: then it would merge nothing."""
-    try:
-        tensors = SafetensorsFile.open(path / "adapter_model.safetensors").tensors
-    except InputError:
-        return False
-    return any(entry.stored_name for entry in tensors.values())
+    return f"merge it and give the merged checkpoint: {merge_command(path, str(base or named or 'BASE'))}"
 
 
 def _fuse_command(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.adapter_kinds import (
-    PREFIX,
     Settings,
     all_by_peft,
     holds_target_parameter,
+    of_another_model,
     read_settings,
     some_by_peft,
 )
+from perta_fast.checkpoints.adapter_names import PREFIX, peft_names
 from perta_fast.checkpoints.advice import GATHER_FIRST, float32_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
@@ -29,7 +30,6 @@ from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
 
 STEM = "adapter_model"
-_TWIN = re.compile(r"\.(?:modules_to_save|original_module)(\.\w+)$")
 
 _LORA = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)*(?:lora_|token_adapter\.).+)")
 _FACTOR = re.compile(r"lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
@@ -42,7 +42,7 @@ class Adapter:
 
     low_rank: by the name of the weight to add to. whole: tensors saved in full (``modules_to_save``, biases).
     untouched: matrices of the base that were saved beside their factors. Names are those of the model in memory
-    that the adapter was trained on. by_peft: the tensors that only peft understands, by their own names.
+    that the adapter was trained on. by_peft: the tensors that only peft understands, by peft's names.
     """
 
     checkpoint: Checkpoint
@@ -64,9 +64,10 @@ class Adapter:
         settings = read_settings(path, base)
         checkpoint = Checkpoint.open(path, STEM)
         _check_tensors(checkpoint, COPIED if settings["peft_type"] != "LORA" else frozenset())
+        tensors = {new: checkpoint.tensors[name] for new, name in peft_names(checkpoint.tensors, path).items()}
         if settings["peft_type"] != "LORA":
-            return cls(checkpoint, settings, {}, {}, {}, checkpoint.tensors, base)
-        modules, others = _by_module(checkpoint)
+            return cls(checkpoint, settings, {}, {}, {}, tensors, base)
+        modules, others = _by_module(tensors)
         low_rank: dict[str, LowRank] = {}
         by_peft: dict[str, TensorEntry] = {}
         for module, parts in modules.items():
@@ -82,9 +83,9 @@ class Adapter:
                     f"{path}: tensor {odd} is not of plain LoRA, but {ADAPTER_CONFIG} names no other form; is that "
                     "the config that was saved with it?"
                 )
-            by_peft |= {entry.name: entry for entry in parts.values()}
+            by_peft |= {f"{PREFIX}{module}.{part}": entry for part, entry in parts.items()}
             wrapped = [name for name in others if name.startswith(f"{module}{_WRAPPED}")]
-            by_peft |= {others[name].name: others.pop(name) for name in wrapped}
+            by_peft |= {f"{PREFIX}{name}": others.pop(name) for name in wrapped}
         for name in ("trainable_token_indices", "target_parameters"):
             if settings.get(name) and not by_peft:
                 raise InputError(
@@ -157,8 +158,7 @@ class Adapter:
             return partner
         also = "" if not is_output_head(name) else " or tied to an embedding that is"
         raise InputError(
-            f"{self.checkpoint.path}: adapts {name}, which is not in {where}{also}; give the checkpoint that the "
-            "adapter was tuned from, and others of the same model"
+            f"{self.checkpoint.path}: adapts {name}, which is not in {where}{also}; {of_another_model(self.settings)}"
         )
 
 
@@ -186,20 +186,18 @@ def _check_tensors(checkpoint: Checkpoint, also: frozenset[str]) -> None:
             )
 
 
-def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
+def _by_module(tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
     """The tensors of LoRA by module and part; and the others by name."""
     modules: dict[str, dict[str, TensorEntry]] = {}
     others: dict[str, TensorEntry] = {}
-    for key, entry in checkpoint.tensors.items():
+    for key, entry in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _LORA.fullmatch(name)
         if match is None:
             others[name] = entry
         else:
             modules.setdefault(match["module"], {})[match["part"]] = entry
-    # Of a resized embedding in modules_to_save, peft writes its own two copies too; it loads the plain one.
-    twins = {name: _TWIN.sub(r"\1", name) for name in others}
-    return modules, {name: others[name] for name, plain in twins.items() if plain == name or plain not in others}
+    return modules, others
 
 
 def _low_rank(path: Path, module: str, pair: Mapping[str, TensorEntry], settings: Settings) -> LowRank:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perta_fast.checkpoints.adapter_kinds import NAMING, PREFIX
+from perta_fast.checkpoints.adapter_kinds import NAMING, of_another_model
+from perta_fast.checkpoints.adapter_names import PREFIX
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import Matrix
@@ -27,7 +28,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import is_resized
 from perta_fast.errors import InputError
 from perta_fast.models.language_part import empty_model
-from perta_fast.models.stored_names import load_tensor, stored_places
+from perta_fast.models.stored_names import load_tensor, loaded_tensors, stored_places
 from perta_fast.models.untrained_adapters import is_as_before_training
 
 _NAME = "default"  # peft's name for an adapter in memory
@@ -59,15 +60,15 @@ class _Place:
 class MergedByPeft:
     """What peft makes of the modules of a base that an adapter changes.
 
-    places: by the name of a tensor, as the model that the adapter was trained on is stored. modules: by path, the
-    names of the adapter's tensors for it.
+    places: by the name of a tensor, as the model that the adapter was trained on is stored. modules: by path,
+    the adapter's tensors for it, by their names in the model.
     """
 
     adapter: Adapter
     base: Checkpoint
     skeleton: nn.Module
     places: Mapping[str, _Place]
-    modules: Mapping[str, list[str]]
+    modules: Mapping[str, Mapping[str, TensorEntry]]
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _last: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)  # the module merged last
 
@@ -80,16 +81,12 @@ class MergedByPeft:
         """
         _check_peft(adapter)
         skeleton: nn.Module = empty_model(base.path, torch.float32, whole=True)
-        modules_of_base = skeleton.named_modules(remove_duplicate=False)
-        paths = {name for name, module in modules_of_base if next(module.parameters(recurse=False), None) is not None}
-        modules: dict[str, list[str]] = {}
-        for key in adapter.by_peft:
-            modules.setdefault(_module_of(key, paths, adapter, base), []).append(key)
+        modules = _by_module(adapter, base, skeleton)
         places: dict[str, _Place] = {}
-        for path, keys in modules.items():
-            _resize_as_adapted(skeleton.get_submodule(path), path, keys, adapter)
+        for path, tensors in modules.items():
+            _resize_as_adapted(skeleton.get_submodule(path), path, tensors, adapter)
             parameters = dict(skeleton.get_submodule(path).named_parameters())
-            if "bias" not in parameters and any(key.endswith(".lora_B.bias") for key in keys):
+            if "bias" not in parameters and any(name.endswith(".lora_B.bias") for name in tensors):
                 raise InputError(
                     f"{adapter.checkpoint.path}: lora_bias gives {path} a bias, for which the model has no place; "
                     "tune again without lora_bias"
@@ -122,16 +119,16 @@ class MergedByPeft:
         place = self.places[name]
         if place.parameter != "weight":
             return False
-        names = {key.removeprefix(f"{PREFIX}{place.module}."): key for key in self.modules[place.module]}
-        tensors = {own: load_tensor(self.adapter.by_peft[key]) for own, key in names.items()}
+        entries = self.modules[place.module].items()
+        tensors = {name.removeprefix(f"{place.module}."): load_tensor(entry) for name, entry in entries}
         return is_as_before_training(self._with_base_weights(place.module), tensors, self.adapter.settings)
 
     def _one_of_each_kind(self) -> list[str]:
         """The modules, without those that are like an earlier one in all shapes."""
         kinds: dict[object, str] = {}
-        for path, keys in self.modules.items():
+        for path, tensors in self.modules.items():
             module = self.skeleton.get_submodule(path)
-            own = sorted((key.partition(f"{path}.")[2], self.adapter.by_peft[key].shape) for key in keys)
+            own = sorted((name.removeprefix(f"{path}."), entry.shape) for name, entry in tensors.items())
             kind = type(module), tuple(own), tuple(parameter.shape for parameter in module.parameters())
             kinds.setdefault(kind, path)
         return list(kinds.values())
@@ -139,13 +136,13 @@ class MergedByPeft:
     @torch.no_grad()
     def _merged(self, path: str) -> dict[str, Tensor]:
         """The parameters of a module after merging, by name within it."""
-        keys = {key.removeprefix(PREFIX): key for key in self.modules[path]}
-        tensors = {name: load_tensor(self.adapter.by_peft[key]) for name, key in keys.items()}
+        tensors = {name: load_tensor(entry) for name, entry in self.modules[path].items()}
         module = self._with_base_weights(path)
         own = {name.removeprefix(f"{path}.") for name in tensors}
         parameters = dict(module.named_parameters())
         if own <= parameters.keys():  # saved as a whole
-            return parameters | {name.removeprefix(f"{path}."): tensor.float() for name, tensor in tensors.items()}
+            saved = {name.removeprefix(f"{path}."): tensor.float() for name, tensor in tensors.items()}
+            return {name: tensor.detach() for name, tensor in (parameters | saved).items()}
         merged: dict[str, Tensor] = {}
         try:
             merged = _merge(module, path, self._config(path, tensors), tensors)
@@ -162,7 +159,7 @@ class MergedByPeft:
         Rows of a resized vocabulary that the base lacks are those that the adapter was saved with, or zero.
         """
         module: nn.Module = copy.deepcopy(self.skeleton.get_submodule(path)).to_empty(device="cpu").float()
-        saved = _saved_base_layer(path, self.modules[path], self.adapter)
+        saved = _saved_base_layer(path, self.modules[path])
         for name, parameter in module.named_parameters():
             parameter.zero_() if saved is None or name != "weight" else parameter.copy_(load_tensor(saved))
             flat = parameter.view(-1)
@@ -251,22 +248,22 @@ def _tokens(path: str, adapter: Adapter) -> list[int]:
     return [token for token in tokens if isinstance(token, int)]
 
 
-def _saved_base_layer(path: str, keys: list[str], adapter: Adapter) -> TensorEntry | None:
+def _saved_base_layer(path: str, tensors: Mapping[str, TensorEntry]) -> TensorEntry | None:
     """The matrix of the base that peft saved beside what it adds to it, as it does if the vocabulary was resized."""
-    names = [f"{PREFIX}{path}.{part}base_layer.weight" for part in ("", "token_adapter.")]
-    return next((adapter.by_peft[key] for key in keys if key in names), None)
+    names = [f"{path}.{part}base_layer.weight" for part in ("", "token_adapter.")]
+    return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _resize_as_adapted(module: nn.Module, path: str, keys: list[str], adapter: Adapter) -> None:
+def _resize_as_adapted(module: nn.Module, path: str, tensors: Mapping[str, TensorEntry], adapter: Adapter) -> None:
     """Give an embedding or a head of the skeleton the number of rows that it had when the adapter was trained."""
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Embedding | nn.Linear) or not isinstance(weight, Tensor):
         return
-    saved = _saved_base_layer(path, keys, adapter)
+    saved = _saved_base_layer(path, tensors)
     rows, old = weight.shape[0], weight.shape[0]
     if saved is not None and is_resized(f"{path}.weight", tuple(weight.shape), saved.shape):
         rows = saved.shape[0]
-    elif any(key.endswith(".trainable_tokens_delta") for key in keys):
+    elif any(name.endswith(".trainable_tokens_delta") for name in tensors):
         rows = max([rows, *(token + 1 for token in _tokens(path, adapter))])
     if rows == old:
         return
@@ -275,17 +272,43 @@ def _resize_as_adapted(module: nn.Module, path: str, keys: list[str], adapter: A
     setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
 
 
-def _module_of(key: str, paths: set[str], adapter: Adapter, base: Checkpoint) -> str:
-    """The path of the module that one of the adapter's tensors belongs to: the longest of ``paths`` in its name."""
-    name = key.removeprefix(PREFIX)
-    parts = name.split(".")
-    inside = [path for end in range(1, len(parts)) if (path := ".".join(parts[:end])) in paths]
-    if not inside:
-        raise InputError(
-            f"{adapter.checkpoint.path}: tensor {key} belongs to no module of the model in {base.path}; give the "
-            "checkpoint that the adapter was tuned from"
-        )
-    return inside[-1]
+def _by_module(adapter: Adapter, base: Checkpoint, skeleton: nn.Module) -> dict[str, dict[str, TensorEntry]]:
+    """The tensors that peft understands by the paths of their modules, and by their names in the model.
+
+    The adapter may name a module without the beginning of its path (``model.``), or as ``base`` stores it. Raises
+    InputError if a tensor belongs to no module.
+    """
+    named = skeleton.named_modules(remove_duplicate=False)
+    paths = {name for name, module in named if next(module.parameters(recurse=False), None) is not None}
+    stored: dict[str, str] | None = None
+    modules: dict[str, dict[str, TensorEntry]] = {}
+    for key, entry in adapter.by_peft.items():
+        parts = key.removeprefix(PREFIX).split(".")
+        names = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]  # the longest first
+        name = next((name for name in names if name in paths), None)
+        path = name
+        if path is None:
+            stored = _stored_modules(base, skeleton) if stored is None else stored
+            found = [
+                (name, path)
+                for name in names
+                for path in paths
+                if path.endswith(f".{name}") or path == stored.get(name)
+            ]
+            name, path = found[0] if len(found) == 1 else (None, None)
+        if name is None or path is None:
+            raise InputError(
+                f"{adapter.checkpoint.path}: tensor {entry.name} belongs to no module of the model in {base.path}; "
+                f"{of_another_model(adapter.settings)}"
+            )
+        modules.setdefault(path, {})[f"{path}.{key.removeprefix(PREFIX).removeprefix(f'{name}.')}"] = entry
+    return modules
+
+
+def _stored_modules(base: Checkpoint, skeleton: nn.Module) -> dict[str, str]:
+    """The paths of modules by what comes before the last part of their stored tensors' names."""
+    loaded = [tensor for tensor in loaded_tensors(skeleton, base.tensors) if tensor.converter is None]
+    return {tensor.stored.rpartition(".")[0]: tensor.target.rpartition(".")[0] for tensor in loaded}
 
 
 def _check_peft(adapter: Adapter) -> None:

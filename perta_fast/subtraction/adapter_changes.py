@@ -105,8 +105,8 @@ class OpenedAdapter:
     def _is_tied_by_peft(self, name: str, change: Change) -> bool:
         """Whether peft gives the other use of a tied matrix the same change without saving it."""
         if isinstance(change, str) and self.merged is not None:
-            keys = self.merged.modules[self.merged.places[name].module]
-            if any(key.endswith(".trainable_tokens_delta") for key in keys):
+            tensors = self.merged.modules[self.merged.places[name].module]
+            if any(tensor.endswith(".trainable_tokens_delta") for tensor in tensors):
                 return not is_output_head(name)  # tokens of the head alone are not tied
         return ties_by_name(self.adapter.settings, name.rpartition(".")[0], isinstance(change, TensorEntry))
 
