@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,28 +121,39 @@ class Importance:
             key: int(metadata.get(key, 0)) if key in _COUNTS else metadata.get(key, "")
             for key in ImportanceMetadata.__dataclass_fields__
         }
-        return cls(_LazyTensors(checkpoint), ImportanceMetadata(**values), Path(directory))  # type: ignore[arg-type]
+        return cls(StoredTensors(checkpoint), ImportanceMetadata(**values), Path(directory))  # type: ignore[arg-type]
+
+    def renamed(self, names: Mapping[str, str]) -> "Importance":
+        """With tensors under other names, where ``names`` has one."""
+        tensors: Mapping[str, torch.Tensor]
+        if isinstance(self.tensors, StoredTensors):
+            checkpoint = self.tensors.checkpoint
+            entries = {names.get(name, name): entry for name, entry in checkpoint.tensors.items()}
+            tensors = StoredTensors(replace(checkpoint, tensors=entries))
+        else:
+            tensors = {names.get(name, name): tensor for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
 
-class _LazyTensors(Mapping[str, "torch.Tensor"]):
+class StoredTensors(Mapping[str, "torch.Tensor"]):
     """The tensors of a checkpoint, read one at a time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
 
     def __getitem__(self, name: str) -> "torch.Tensor":
-        if name not in self._checkpoint.tensors:
+        if name not in self.checkpoint.tensors:
             raise KeyError(name)
-        return self._checkpoint.tensor(name)
+        return self.checkpoint.tensor(name)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own method would read the tensor
-        return name in self._checkpoint.tensors
+        return name in self.checkpoint.tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.tensors)
+        return iter(self.checkpoint.tensors)
 
     def __len__(self) -> int:
-        return len(self._checkpoint.tensors)
+        return len(self.checkpoint.tensors)
 
 
 def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:

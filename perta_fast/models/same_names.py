@@ -48,30 +48,40 @@ def named_as_model(other: Checkpoint, model: Checkpoint, *known: Path) -> Checkp
 
 def named_as_module(checkpoint: Checkpoint, module: "nn.Module", stored: Collection[str]) -> Checkpoint:
     """``checkpoint`` with its tensors under the names ``stored``, under which transformers would save ``module``."""
+    return _renamed(checkpoint, names_in_module(checkpoint.tensors, module, stored, checkpoint.path))
+
+
+def names_in_module(names: Iterable[str], module: "nn.Module", stored: Collection[str], *known: Path) -> dict[str, str]:
+    """Those of ``stored``, under which transformers would save ``module``, for ``names``; none if they do not differ.
+
+    known: the models that may have the names.
+    """
     from transformers import PreTrainedModel
 
     from perta_fast.models.stored_names import as_stored, loaded_tensors
 
-    if not isinstance(module, PreTrainedModel) or not _differ(checkpoint.tensors, stored):
-        return checkpoint
+    if not isinstance(module, PreTrainedModel) or not _differ(names, stored):
+        return {}
     conversions: Any = getattr(module, "_weight_conversions", None)
     try:
-        loaded = loaded_tensors(module, checkpoint.tensors)
+        loaded = loaded_tensors(module, names)
     finally:
         module._weight_conversions = conversions  # those of the module's own loading
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    targets = {tensor.stored: tensor.target for tensor in loaded if tensor.converter is None}
+    best = {tensor.stored: tensor.target for tensor in loaded if tensor.converter is None}
     place_of = _placing(module)
     by_place = {place_of(name): name for name in parameters}
-    places = _places(checkpoint.path, checkpoint.tensors) if len(loaded) < len(parameters) else {}
-    others = {name: by_place[place] for name, place in places.items() if place in by_place}
-    names = {}
-    for name, target in (others if len(others) > len(targets) else targets).items():
+    for path in dict.fromkeys(known) if len(loaded) < len(parameters) else ():
+        places = _places(path, names)
+        targets = {name: by_place[place] for name, place in places.items() if place in by_place}
+        best = max(best, targets, key=len)
+    result = {}
+    for name, target in best.items():
         if target in parameters:
             made = as_stored(module, {target: parameters[target].detach()})
             if len(made) == 1:
-                names[name] = next(iter(made))
-    return _renamed(checkpoint, names)
+                result[name] = next(iter(made))
+    return result
 
 
 def stored_as_in(base: Checkpoint, adapter: Adapter) -> Adapter:

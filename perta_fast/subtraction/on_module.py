@@ -23,11 +23,11 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
-from perta_fast.importance.store import STEM, Importance
+from perta_fast.importance.store import Importance, StoredTensors
 from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
 from perta_fast.models.in_use import check_not_in_use
 from perta_fast.models.language_part import parameters_of_other_parts
-from perta_fast.models.same_names import named_as_module
+from perta_fast.models.same_names import named_as_module, names_in_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
@@ -83,7 +83,6 @@ def apply_to_module_(
         adapter = OpenedAdapter.open(tuned, theta_0, common_rows) if is_adapter(tuned) else None
         theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         importances = _importances(chosen, forget_importance, retain_importance)
-        stored = [_stored(importance) for importance in importances]
         if is_sharded(module) and (group is None or adapter is not None):
             raise InputError(
                 "the module is sharded; pass group, all processes that hold it, and for tuned a checkpoint: "
@@ -98,10 +97,13 @@ def apply_to_module_(
         if _is_tied(module):
             for checkpoint in (theta_0, *([theta_f] if adapter is None else [])):
                 refuse_two_matrices(checkpoint, "the module", None)
+        known = theta_0.path, theta_f.path
+        tables = [names_in_module(importance.tensors, module, everything, *known) for importance in importances]
+        importances = [importance.renamed(table) for importance, table in zip(importances, tables, strict=True)]
         parameters = _covered(everything, importances)
         for name in _left_aside(module, parameters, [theta_f, theta_0] if adapter is None else [theta_0]):
             del parameters[name]
-        inputs = _Inputs(theta_0, theta_f, adapter, importances, stored)
+        inputs = _Inputs(theta_0, theta_f, adapter, importances)
         if adapter is not None:
             shapes = {name: tensor.shape for name, tensor in everything.items()}
             inputs.changes.update(adapter.changes(shapes, "the module", _is_tied(module), common_rows=common_rows))
@@ -132,7 +134,6 @@ class _Inputs:
     tuned: Checkpoint
     adapter: OpenedAdapter | None
     importances: list[Importance]
-    stored: list[Checkpoint | None]
     changes: dict[str, Change] = field(default_factory=dict)
 
     def sources(self, name: str) -> "list[_Source]":
@@ -149,8 +150,7 @@ class _Inputs:
                 whole = change.name if isinstance(change, TensorEntry) else stored_name(self.tuned, name)
                 tuned = _Source.of_checkpoint(self.tuned, whole)
             values = [tuned, base]
-        pairs = zip(self.importances, self.stored, strict=True)
-        return values + [_Source.of_importance(*pair, name) for pair in pairs]
+        return values + [_Source.of_importance(importance, name) for importance in self.importances]
 
     def is_changed_by_peft(self, name: str, change: str) -> bool:
         """Whether ``change``, which peft makes, is more than the rounding of an untrained adapter."""
@@ -264,10 +264,10 @@ class _Source:
         return cls(values, entry.shape, where or str(checkpoint.path), file, entry.begin, entry=entry)
 
     @classmethod
-    def of_importance(cls, importance: Importance, stored: Checkpoint | None, name: str) -> "_Source":
-        """A tensor of an importance, from its files if it is ``stored``."""
-        if stored is not None:
-            return cls.of_checkpoint(stored, name, "the importance")
+    def of_importance(cls, importance: Importance, name: str) -> "_Source":
+        """A tensor of an importance, from its files if it is stored."""
+        if isinstance(importance.tensors, StoredTensors):
+            return cls.of_checkpoint(importance.tensors.checkpoint, name, "the importance")
         tensor = importance.tensors[name].detach()
         firsts = [first for first, _ in held_ranges(tensor)]
         return cls(held(tensor).reshape(-1), tuple(tensor.shape), "the importance", firsts=firsts)
@@ -288,13 +288,6 @@ class _Source:
         if self.file is not None:
             width = self.values.element_size()
             self.file.release(self.begin + elements.start * width, self.begin + elements.stop * width)
-
-
-def _stored(importance: Importance) -> Checkpoint | None:
-    """The files of an importance whose tensors are not in memory."""
-    if isinstance(importance.tensors, dict) or importance.directory is None:
-        return None
-    return Checkpoint.open(importance.directory, STEM)
 
 
 def _chunks(count: int) -> Iterator[slice]:

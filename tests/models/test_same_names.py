@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from perta_fast import InputError, apply, apply_to_module_, estimate_importance, unlearn, verify
+from perta_fast import InputError, apply, apply_to_module_, estimate_importance, sweep, unlearn, verify
 from perta_fast.importance.store import Importance
 from perta_fast.models.stored_names import as_stored
 from tests.families.matrix import write
@@ -361,3 +361,26 @@ def test_importances_at_a_language_part(kind: str, text: tuple[int, ...], stream
     assert got.keys() == before.keys()
     assert all(same_bytes(tensor, changed[whole_places(name)]) for name, tensor in got.items())
     assert not all(same_bytes(tensor, before[name]) for name, tensor in got.items())
+
+
+@pytest.mark.parametrize("kind", ["Gemma 3", "LLaVA"])
+def test_a_live_module_with_importances_at_a_language_part(kind: str, tmp_path: Path) -> None:
+    """In memory and from files; a sweep does the same."""
+    models = [multimodal(kind, seed) for seed in (1, 2, 3)]
+    inputs = [write(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    text = [language_part(path, models[0].config.get_text_config()) for path in inputs]
+    tokenizer().save_pretrained(text[1])
+    data = [write_lines(tmp_path / "f.jsonl", FORGET[:3]), write_lines(tmp_path / "r.jsonl", RETAIN[:3])]
+    paths = [tmp_path / "forget", tmp_path / "retain"]
+    saved = [estimate_importance(text[1], *pair, progress=False) for pair in zip(data, ["grad"] * 2, strict=True)]
+    for importance, path in zip(saved, paths, strict=True):
+        importance.save(path)
+    apply(inputs[0], *text[1:], *paths, rule="fisher", lam=0.7, out=tmp_path / "expected", progress=False)
+    expected = read_checkpoint(tmp_path / "expected")
+    for importances in (saved, paths):
+        module = multimodal(kind, 1)
+        apply_to_module_(module, *text[1:], *importances, rule="fisher", lam=0.7)
+        changed = as_stored(module, dict(module.named_parameters()))
+        assert all(same_bytes(tensor.detach(), expected[name]) for name, tensor in changed.items())
+    scored = sweep(inputs[0], *text[1:], *data, *paths, rule="fisher", lams=[0.7], progress=False)
+    assert len(scored.rows) == 2
