@@ -16,7 +16,7 @@ from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost,
 from perta_fast.files.durable import copy_range, remove, sync, write_fully
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, check_space, forget_run, remove_replaced, scratch_path
-from perta_fast.files.own import own_file
+from perta_fast.files.own import check_own, own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar
@@ -290,6 +290,7 @@ def _share(source: int, target: int) -> bool:
 
 def finish_leftover(final: Path) -> Report:
     """Finish a run that was stopped after its last rename: remove what it replaced, then its state."""
+    check_own(final / STATE)
     remove_replaced(final)
     try:
         job = Job.load(final / STATE / JOB)

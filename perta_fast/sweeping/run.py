@@ -19,6 +19,7 @@ from perta_fast.files.new_directory import (
     remove_replaced,
     unfinished_advice,
 )
+from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.records.versions import now
@@ -105,6 +106,7 @@ def resume_sweep(final: Path, progress: Progress) -> Sweep:
         if request.checkpoint is not None:
             check_replaceable(Path(os.path.realpath(request.checkpoint)), [REPORT], f"the sweep to {final}")
         return _run(request, progress, resumed=True)
+    check_own(final / STATE)
     remove_replaced(final)
     remove(final / STATE)
     return Sweep.read(final / FILE_NAME)

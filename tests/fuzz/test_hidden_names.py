@@ -353,6 +353,19 @@ def test_a_record_behind_a_link_is_not_removed(inputs: Inputs, elsewhere: Path, 
         assert content(elsewhere) == before
 
 
+@pytest.mark.parametrize("state", [".perta-run", ".perta-sweep"])
+def test_what_a_finished_run_leaves_is_no_link(
+    state: str, inputs: Inputs, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    apply(*inputs.checkpoints, rule="tv", out=out, progress=False)
+    (tmp_path / ".out.perta-replaced").mkdir()
+    for kind in ("link", "relative link", "link to a file", "file", "pipe"):
+        TRAPS[kind](out / state, elsewhere)
+        refused(["resume", out], out / state, capsys, tmp_path)
+        (out / state).unlink()
+
+
 def test_a_file_is_opened_through_no_link_from_the_first_hidden_name_on(elsewhere: Path, tmp_path: Path) -> None:
     before = content(elsewhere)
     (tmp_path / "seen").symlink_to(elsewhere)
