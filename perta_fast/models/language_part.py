@@ -82,9 +82,13 @@ def empty_model(
     except MemoryError:
         raise
     except Exception as error:  # a damaged configuration raises many kinds of errors
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise InputError(f"{path}: transformers cannot build this model: {reason}") from error
+        raise InputError(f"{path}: transformers cannot build this model: {reason_of(error)}") from error
     return model
+
+
+def reason_of(error: Exception) -> str:
+    """The first paragraph of an error of transformers in one line, without the list of all its classes."""
+    return " ".join(str(error).split("\n\n")[0].split()).split(" Model type should be one of ")[0]
 
 
 def not_of_language_part(names: list[str], *paths: Path) -> set[str]:

@@ -15,7 +15,7 @@ from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
-from perta_fast.models.language_part import auto_class, keep_language_part_
+from perta_fast.models.language_part import auto_class, keep_language_part_, reason_of
 from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored, load_tensor
 
@@ -103,8 +103,7 @@ def load_subject(
     except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # a damaged configuration shows in many ways
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise InputError(f"{path}: transformers cannot load this model: {reason}") from error
+        raise InputError(f"{path}: transformers cannot load this model: {reason_of(error)}") from error
     if structure is not None:
         return Subject(structure, tokenizer, str(path.resolve()))
     if loaded["missing_keys"]:  # transformers would draw them at random

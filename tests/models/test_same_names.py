@@ -384,3 +384,11 @@ def test_a_live_module_with_importances_at_a_language_part(kind: str, tmp_path: 
         assert all(same_bytes(tensor.detach(), expected[name]) for name, tensor in changed.items())
     scored = sweep(inputs[0], *text[1:], *data, *paths, rule="fisher", lams=[0.7], progress=False)
     assert len(scored.rows) == 2
+
+
+def test_a_model_that_is_not_for_text_is_refused_in_a_line(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_audio"}))
+    for stream in (False, True):
+        with pytest.raises(InputError, match=r"Unrecognized configuration class .* AutoModelForCausalLM\.$"):
+            estimate_importance(tmp_path, draw_samples(2), "grad", out=tmp_path / "out", stream=stream, progress=False)
