@@ -21,25 +21,23 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
     source, target = str(path), f"{path}-safetensors"
     program = (
         "import transformers as t; "
-        f"{_loader(path)}.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r})"
+        f"{loader(path)}.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r})"
     )
     return python_command(program + _save_tokenizer(path, target))
 
 
-def merge_command(adapter: Path, base: str, wrapped: bool = False) -> str:
-    """The shell command that saves what peft makes of a base and an adapter, in float32, beside ``adapter``.
+def merge_command(adapter: Path, base: str, plain: bool = True) -> str:
+    """The shell command that saves what an adapter makes of a base, in float32, beside ``adapter``.
 
-    wrapped: the names of its tensors hold those of wrappers, which peft does not take off.
+    plain: whether peft alone makes the tuned model of them.
     """
-    rename = (
-        "from safetensors.torch import load_file; from perta_fast.checkpoints.wrappers import plain_name; "
-        f"a = load_file({str(adapter / 'adapter_model.safetensors')!r}); "
-        "peft.set_peft_model_state_dict(m, {plain_name(k): v for k, v in a.items()}); "
-    )
+    if not plain:
+        call = f"merge_adapter({str(adapter)!r}, {base!r})"
+        return python_command(f"from perta_fast.models.merge_adapter import merge_adapter; {call}")
     program = (
         "import transformers as t, peft; "
-        f"m = {_loader(Path(base))}.from_pretrained({base!r}, dtype='auto'); "
-        f"m = peft.PeftModel.from_pretrained(m, {str(adapter)!r}).float(); {rename if wrapped else ''}"
+        f"m = {loader(Path(base))}.from_pretrained({base!r}, dtype='auto'); "
+        f"m = peft.PeftModel.from_pretrained(m, {str(adapter)!r}).float(); "
         f"m.merge_and_unload().save_pretrained({f'{adapter}-merged'!r})"
     )
     return python_command(program)
@@ -49,7 +47,7 @@ def untie_command(path: Path) -> str:
     """The shell command that saves a checkpoint with an output head of its own, equal to its embedding, beside it."""
     source, target = str(path), f"{path}-untied"
     program = (
-        f"import transformers as t; m = {_loader(path)}.from_pretrained({source!r}, dtype='auto'); "
+        f"import transformers as t; m = {loader(path)}.from_pretrained({source!r}, dtype='auto'); "
         "h = m.get_output_embeddings(); h.weight = type(h.weight)(h.weight.detach().clone()); "
         "m.config.tie_word_embeddings = m.config.get_text_config().tie_word_embeddings = False; "
         f"m.save_pretrained({target!r})"
@@ -68,7 +66,7 @@ def float32_command(file: Path) -> str:
     return python_command(program)
 
 
-def _loader(path: Path) -> str:
+def loader(path: Path) -> str:
     """The class of transformers that loads all of a checkpoint, parts for images or a classifier's head included."""
     with suppress(InputError):
         config = read_json(path / "config.json")

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from perta_fast import InputError, apply
 from perta_fast.cli import main
+from perta_fast.models.merge_adapter import merge_adapter
 from perta_fast.runs.inspect import describe
 from tests.checkpoints.test_adapters import gpt2
 from tests.support.adapters import (
@@ -24,7 +25,7 @@ from tests.support.adapters import (
     write_adapter,
     write_theta_f,
 )
-from tests.support.checkpoints import draw
+from tests.support.checkpoints import draw, read_checkpoint
 from tests.support.models import llama
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -189,3 +190,61 @@ def test_without_a_base_the_adapters_own_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"from_pretrained\('of/the hub'"):
         describe(tmp_path / "adapter")
     assert f"from_pretrained('{tmp_path / 'base'}'" in refusal(tmp_path, "of type VERA")
+
+
+def tied() -> Any:
+    return llama(tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(init_lora_weights="pissa", target_modules=["q_proj", "lm_head"]),
+        lora(init_lora_weights="olora", target_modules=["q_proj", "embed_tokens"]),
+        lora(init_lora_weights="pissa", target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        VeraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], r=8),
+    ],
+    ids=["pissa, head", "olora, embedding", "pissa, whole head", "VeRA, head"],
+)
+def test_a_merge_of_tied_matrices_gives_both(config: Any, tmp_path: Path) -> None:
+    """Peft's merge would add what belongs to one of them to both. Then the model is untied, as its message says."""
+    adapter = write_adapter(tmp_path, tied, config)
+    expected = logits(tuned_model(tmp_path / "base", adapter))
+    run_advice(refusal(tmp_path, "merge it and give the merged checkpoint"))
+    torch.testing.assert_close(logits_of(tmp_path / "adapter-merged"), expected, rtol=1e-4, atol=1e-5)
+    run_advice(refusal(tmp_path, "two matrices as well: untie that with", "adapter-merged"))
+    out, untied = tmp_path / "out", tmp_path / "model-untied"
+    write_theta_f(tmp_path / "base", tmp_path / "adapter-merged", out, untied)
+    found, before, merged = (read_checkpoint(path) for path in (out, untied, tmp_path / "adapter-merged"))
+    base = read_checkpoint(tmp_path / "base")
+    base["lm_head.weight"] = base["model.embed_tokens.weight"]
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, before[name] + merged[name] - base[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("way", ["the prefix twice", "no prefix", "a state dict"])
+def test_a_merge_of_names_that_peft_does_not_know(way: str, start: str, tmp_path: Path) -> None:
+    """Peft would leave the tensors out and write the base."""
+    adapter = write_adapter(tmp_path, llama, lora(init_lora_weights=start, modules_to_save=["norm"]))
+    expected = logits(tuned_model(tmp_path / "base", adapter))
+    path = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    rename = {
+        "the prefix twice": lambda name: f"base_model.model.{name}",
+        "no prefix": lambda name: name.removeprefix("base_model.model."),
+        "a state dict": lambda name: name.replace("norm.", "norm.modules_to_save.default.").replace(
+            "lora_A.", "lora_A.default."
+        ),
+    }[way]
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, path)
+    run_advice(refusal(tmp_path, "merge it and give the merged checkpoint"))
+    torch.testing.assert_close(logits_of(tmp_path / "adapter-merged"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_does_not_leave_tensors_out(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path, llama, lora())
+    path = adapter / "adapter_model.safetensors"
+    save_file({name.replace("layers", "blocks"): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(InputError, match=r"blocks.* has no place in the model in"):
+        merge_adapter(str(adapter), str(tmp_path / "base"))
