@@ -15,6 +15,7 @@ _PART = (
     r"(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta|hada_\w+|lokr_\w+|ia3_l|oft_R|boft_[RS])"
 )
 _OWN = re.compile(rf".*\.{_PART}\.(\w+)(?:\.(?:weight|bias))?")
+_SHARED = "base_model."  # tensors of no module, which all modules share (VeRA, TinyLoRA): their names stay
 _SAVED, _ORIGINAL = ".modules_to_save.", ".original_module."
 _UNWRAPPED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
@@ -36,9 +37,13 @@ def peft_names(names: Iterable[str], where: object) -> dict[str, str]:
     result: dict[str, str] = {}
     # Where a module is there more than once, peft loads the plain one; then that which was trained.
     for name in sorted(given, key=lambda name: (_SAVED in name, name)):
-        short = own.sub(lambda match: f".{match[1]}" if match[1] else "", name)
+        short = name
         while short.startswith(PREFIX):
             short = short.removeprefix(PREFIX)
+        if short.startswith(_SHARED):
+            result[short] = name
+            continue
+        short = own.sub(lambda match: f".{match[1]}" if match[1] else "", short)
         if _ORIGINAL in short:
             continue
         new = PREFIX + _UNWRAPPED.sub("", short).removesuffix(".weight" if "lora_magnitude_vector" in short else "")

@@ -159,6 +159,11 @@ def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
         write_theta_f(tmp_path / "base", adapter, tmp_path / "out")
 
 
+def test_tensors_that_modules_share_keep_their_names() -> None:
+    names = ["base_model.vera_A", "base_model.tinylora_v.default.0", f"{PREFIX}model.norm.weight"]
+    assert peft_names(names, "here") == dict(zip(names, names, strict=True))
+
+
 def test_two_tensors_of_one_name_are_refused() -> None:
     names = [f"{PREFIX}norm.weight", "norm.weight"]
     with pytest.raises(InputError, match=r"here: tensors .* are both base_model.model.norm.weight to peft"):
