@@ -1,8 +1,11 @@
 """What messages about adapters tell a person to do, done."""
 
+import dataclasses
 import json
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from perta_fast.models.merge_adapter import merge_adapter
 from perta_fast.runs.inspect import describe
 from tests.checkpoints.test_adapters import gpt2
 from tests.support.adapters import (
+    IDS,
     change_settings,
     logits,
     logits_of,
@@ -92,6 +96,57 @@ def test_the_residue_in_bfloat16_is_that_of_the_training(start: str, tmp_path: P
     expected = logits(live.float())
     run_advice(refusal(tmp_path, "merge it"))
     torch.testing.assert_close(logits_of(tmp_path / "adapter-merged"), expected, rtol=1e-4, atol=1e-5)
+
+
+def started_from_data(start: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An adapter that peft begins with what a model makes of samples."""
+    settings: dict[str, Any] = {"init_lora_weights": start, "r": 4, "lora_alpha": 8}
+    if start == "lora_ga":
+        from peft.tuners.lora.config import LoraGAConfig
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        config = lora(**settings, lora_ga_config=LoraGAConfig())
+        preprocess_loraga(model, config, lambda: model(input_ids=IDS, labels=IDS).loss.backward())
+        return get_peft_model(model, config)
+    # Of the package attrs, which may not be installed, peft uses here what the standard library has too.
+    monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclasses.dataclass))
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    texts = torch.randint(2, 300, (20, 1, 64), generator=torch.Generator().manual_seed(0))
+    config = lora(**settings, corda_config=CordaConfig(corda_method="kpm"))
+    with torch.no_grad():
+        preprocess_corda(model, config, run_model=lambda: [model(input_ids=text) for text in texts])
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("start", ["lora_ga", "corda"])
+def test_a_start_from_data_is_not_repeated_by_loading(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways out that the message names give the tuned model; LoftQ's start needs a GPU and bitsandbytes."""
+    llama().save_pretrained(tmp_path / "base")
+    llama(1).save_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    live = started_from_data(start, base, monkeypatch)
+    live.save_pretrained(tmp_path / "before")
+    tune_(live)
+    live.save_pretrained(tmp_path / "adapter")
+    expected = logits(live)
+    message = refusal(tmp_path, "path_initial_model_for_weight_conversion, the adapter as it was before training")
+    assert "merge it and give" not in message and "merge_and_unload, then save_pretrained" in message
+    if start == "corda":
+        with pytest.raises(ValueError, match="please run `preprocess_corda` first"):
+            tuned_model(tmp_path / "base", tmp_path / "adapter")
+    else:
+        assert not torch.allclose(logits(tuned_model(tmp_path / "base", tmp_path / "adapter")), expected, atol=1e-4)
+    initial = str(tmp_path / "before")
+    live.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
+    out = write_theta_f(tmp_path / "base", tmp_path / "converted", tmp_path / "of converted")
+    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-4)
+    live.merge_and_unload().save_pretrained(tmp_path / "live")
+    out = write_theta_f(tmp_path / "base", tmp_path / "live", tmp_path / "of live")
+    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["lora_ga", "corda", "pissa_niter_16"])
