@@ -15,6 +15,7 @@ from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
+from perta_fast.files.reading import exists
 from perta_fast.models.language_part import auto_class, keep_language_part_, reason_of
 from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored, load_tensor
@@ -87,10 +88,11 @@ def load_subject(
 
     checkpoint = Checkpoint.open(path)  # its errors name what is wrong with the files
     stored = checkpoint.tensors
-    if structure is None and checkpoint.index is None and "model.safetensors" not in checkpoint.shards:
+    quantised = Quantisation.of(path, stored) is not None  # such a model can only be evaluated: names do not matter
+    if structure is None and quantised and not _is_indexed(checkpoint):
         raise InputError(
-            f"{path}: has no model.safetensors.index.json, without which transformers cannot load its shards; fetch "
-            "that too (perta unlearn and perta importance do without it with --stream)"
+            f"{path}: has no model.safetensors.index.json, without which transformers cannot load a quantised model; "
+            "fetch that too"
         )
     chosen = choose_device(device)
     try:
@@ -110,7 +112,6 @@ def load_subject(
         raise InputError(f"{path}: lacks tensor {min(loaded['missing_keys'])}, which its config.json calls for")
     keep_language_part_(model)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.named_parameters()}
-    quantised = Quantisation.of(path, stored) is not None  # such a model can only be evaluated: names do not matter
     names = {} if quantised else as_stored(model, shapes)
     if names:
         stored = named_as_module(checkpoint, model, names).tensors
@@ -132,14 +133,27 @@ def _refuse_encoder(path: Path, config: Any) -> None:
 
 
 def _from_pretrained(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None) -> Any:
-    """The model, and transformers' account of the loading. Names of wrappers are unknown to transformers."""
+    """The model, and transformers' account of the loading.
+
+    Transformers knows neither names of wrappers nor shards without an index: it is given the tensors.
+    """
     how = {"dtype": dtype or "auto", "output_loading_info": True}
-    if not any(entry.stored_name for entry in checkpoint.tensors.values()):
+    if _is_indexed(checkpoint) and not any(entry.stored_name for entry in checkpoint.tensors.values()):
         return auto_class(config).from_pretrained(checkpoint.path, **how, **_CLOSED)
+    from transformers import GenerationConfig
+
     with torch.device("meta"):
         kind = type(auto_class(config).from_config(config, trust_remote_code=False))
     state_dict = {name: load_tensor(entry) for name, entry in checkpoint.tensors.items()}
-    return kind.from_pretrained(None, config=config, state_dict=state_dict, **how)
+    model, loaded = kind.from_pretrained(None, config=config, state_dict=state_dict, **how)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.path)
+    if exists(checkpoint.path / "generation_config.json"):
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    return model, loaded
+
+
+def _is_indexed(checkpoint: Checkpoint) -> bool:
+    return checkpoint.index is not None or "model.safetensors" in checkpoint.shards
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

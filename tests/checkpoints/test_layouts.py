@@ -7,15 +7,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from perta_fast import unlearn
+from perta_fast import estimate_importance, evaluate, sweep, tune, unlearn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 from perta_fast.models.loading import load_subject
@@ -310,16 +311,53 @@ def test_shards_without_an_index(roles: tuple[str, ...], in_place: bool, job: Jo
     assert "checkpoint" in describe(job.model)
 
 
-def test_without_an_index_a_stream_runs_and_a_model_in_memory_is_refused(job: Job, tmp_path: Path) -> None:
-    unlearn(*job.checkpoints, job.forget, job.retain, stream=True, out=tmp_path / "expected")
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_an_index_a_run_is_the_same(stream: bool, job: Job, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"stream": stream, "progress": False}
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "expected", **how)
     for path in job.checkpoints:
         (path / INDEX).unlink()
-    with pytest.raises(InputError, match=rf"has no {INDEX}, without which transformers cannot load"):
-        unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "out")
-    with pytest.raises(InputError, match=rf"has no {INDEX}"):
-        load_subject(job.model, "cpu", None)
-    unlearn(*job.checkpoints, job.forget, job.retain, stream=True, out=tmp_path / "out")
+    before = {path: sorted(path.iterdir()) for path in job.checkpoints}
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "out", **how)
     assert_loads_as(tmp_path / "out", loaded(tmp_path / "expected"))
+    assert before == {path: sorted(path.iterdir()) for path in job.checkpoints}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_model_without_an_index_loads_as_with_one(dtype: torch.dtype | None, job: Job) -> None:
+    GenerationConfig(eos_token_id=[0, 7], max_length=99).save_pretrained(job.model)
+    right = load_subject(job.model, "cpu", dtype).module
+    (job.model / INDEX).unlink()
+    found = load_subject(job.model, "cpu", dtype).module
+    expected_state, state = right.state_dict(), found.state_dict()
+    assert state.keys() == expected_state.keys() and right.training == found.training
+    assert all(same_bytes(state[name], expected_state[name]) for name in state)
+    for name in ("generation_config", "config"):
+        assert getattr(found, name).to_dict() == getattr(right, name).to_dict()
+    assert found.name_or_path == right.name_or_path and found.config.name_or_path == right.config.name_or_path
+
+
+def test_the_other_commands_do_without_an_index(job: Job, tmp_path: Path) -> None:
+    written = []
+    for _ in ("with", "without"):
+        folder = tmp_path / str(len(written))
+        how: dict[str, Any] = {"progress": False}
+        estimate_importance(job.base, job.forget, "grad", out=folder / "importance", **how)
+        scores = evaluate(job.model, forget=job.forget, device="cpu", **how)
+        swept = sweep(*job.checkpoints, job.forget, job.retain, rule="tv", lams=[0.5], **how)
+        tune(job.base, job.forget, out=folder / "adapter", epochs=1, **how)
+        importance = read_checkpoint(folder / "importance")
+        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+        named = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        rows = [(row.forget, row.retain) for row in swept.rows]
+        written.append((importance, adapter, rows, scores, named))
+        for path in job.checkpoints:
+            (path / INDEX).unlink(missing_ok=True)
+    (importance, adapter, rows, scores, named), (first, second, *others) = written
+    assert importance.keys() == first.keys() and all(same_bytes(importance[name], first[name]) for name in first)
+    assert adapter.keys() == second.keys() and all(same_bytes(adapter[name], second[name]) for name in second)
+    assert others[0] == rows and others[2] == named
+    assert others[1].metrics == scores.metrics
 
 
 def drop(folder: Path) -> None:
