@@ -102,7 +102,8 @@ class MergedByPeft:
     def array(self, name: str) -> Matrix:
         """The tuned values of the tensor ``name``, flat, in float32.
 
-        Memory: a few times the module in float32. Raises InputError if the adapter's tensors do not fit the module.
+        Memory: 3 to 34 times the module in float32, by kind (docs/adapters.md). Raises InputError if the adapter's
+        tensors do not fit the module.
         """
         place = self.places[name]
         with self._lock, _quiet():

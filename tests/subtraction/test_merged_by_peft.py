@@ -1,5 +1,7 @@
 """Adapters that peft merges a module at a time, in every way to run: in place, resumed, streamed, live, verified."""
 
+import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +13,18 @@ from peft import DeftConfig, HRAConfig, LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from perta_fast import InputError, RunError, apply, apply_to_module_, resume, sweep, unlearn, verify
+from perta_fast.checkpoints.adapters import Adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.models.merged_by_peft import MergedByPeft
 from perta_fast.records.report import Report
 from perta_fast.runs.inspect import describe
 from perta_fast.subtraction import compute
+from tests.checkpoints.test_adapter_kinds import KINDS
 from tests.checkpoints.test_adapters import gpt2
 from tests.support.adapters import IDS, tuned_model, write_adapter
 from tests.support.checkpoints import draw, read_checkpoint, same_bytes, write_checkpoint, write_importance
 from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_lines
+from tests.support.peak_memory import peak_memory
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -150,6 +156,33 @@ def test_one_module_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     apply(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", rule="tv", out=tmp_path / "o", progress=False)
     assert len(paths) <= 2 + 4
     assert "LOHA adapter" in describe(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        *(("WAVEFT", 9), ("LOHA", 9), ("`use_dora`", 12), ("`monteclora_config`", 16)),
+        *(("HRA", 16), ("BOFT", 21), ("C3A", 34)),
+    ],
+)
+def test_memory_is_what_the_page_says(kind: str, most: int, tmp_path: Path) -> None:
+    """In multiples of the module in float32, 16 MiB; beside what peft takes when it is imported."""
+    llama(0, hidden_size=1024, intermediate_size=4096, num_hidden_layers=1).bfloat16().save_pretrained(
+        tmp_path / "base"
+    )
+    config = KINDS[kind].config()
+    config.target_modules = ["down_proj"]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    del base
+    adapter = Adapter.open(tmp_path / "adapter", tmp_path / "base")
+    merged = MergedByPeft.open(adapter, Checkpoint.open(tmp_path / "base"))
+    merged._last.clear()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed would hide what is taken anew
+    with peak_memory() as memory:
+        merged.array("model.layers.0.mlp.down_proj.weight")
+    assert 1 < (memory.anonymous - memory.baseline) / (4 * 1024 * 4096) <= most
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "LoHa"])
