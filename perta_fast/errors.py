@@ -8,7 +8,7 @@ import errno
 import os
 import shlex
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -75,6 +75,12 @@ def printable(text: str) -> str:
 def printable_lines(lines: Iterable[str]) -> str:
     """``printable`` of each line, joined by ends of lines."""
     return "\n".join(map(printable, lines))
+
+
+def tensors_named(names: Sequence[str]) -> str:
+    """The first of these names, and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{rest}"
 
 
 def shell_command(*words: str | Path) -> str:

@@ -13,15 +13,16 @@ GATHER_FIRST = (
 )
 
 
-def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = "") -> str:
+def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = "", save: str = "") -> str:
     """The shell command that saves a checkpoint of transformers as plain safetensors, beside ``path``.
 
-    arguments: of from_pretrained, with ``t`` for transformers. call: on the model, before it is saved.
+    arguments: of from_pretrained, with ``t`` for transformers. call: on the model, before it is saved. save: more
+    arguments of save_pretrained.
     """
     source, target = str(path), f"{path}-safetensors"
     program = (
         "import transformers as t; "
-        f"{loader(path)}.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r})"
+        f"{loader(path)}.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}{save})"
     )
     return python_command(program + _save_tokenizer(path, target))
 

@@ -11,7 +11,7 @@ from perta_fast.checkpoints.no_weights import why_no_weights
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.weight_files import shard_number
 from perta_fast.checkpoints.wrappers import by_plain_name
-from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
+from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.journal import check_finished
 from perta_fast.files.reading import read_json
@@ -84,7 +84,7 @@ class Checkpoint:
         return sum(entry.size for entry in self.tensors.values())
 
     def file_of(self, entry: TensorEntry) -> SafetensorsFile:
-        """The shard that holds ``entry``."""
+        """The shard that holds ``entry``, which is stored as such."""
         return self.shards[entry.path.name]
 
     def files(self) -> Iterator[Path]:
@@ -124,13 +124,15 @@ class Checkpoint:
         """A copy of ``count`` elements of a floating-point tensor, (count,), from element ``begin`` on."""
         import torch
 
-        width = ITEM_SIZES[entry.dtype]
-        first, end = entry.begin + begin * width, entry.begin + (begin + count) * width
-        file = self.file_of(entry)
         result = torch.empty(count, dtype=torch_dtype(entry.dtype))
-        if count:
-            result.view(torch.uint8).numpy()[:] = file.data[first:end]
-        file.release(first, end)
+        if not count:
+            return result
+        data, position = result.view(torch.uint8).numpy(), 0
+        for stored in entry.elements(begin, count):
+            file = self.file_of(stored)
+            data[position : position + stored.size] = file.data[stored.begin : stored.end]
+            file.release(stored.begin, stored.end)
+            position += stored.size
         return result
 
 

@@ -9,10 +9,12 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -32,7 +34,9 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 class TensorEntry:
     """Where one tensor lies: ``[begin, end)`` are byte offsets from the start of the file.
 
-    stored_name: its name in the file, if wrappers have added to it; else "".
+    stored_name: its name in the file, if wrappers have added to it; else "". pieces: if the tensor is not stored as
+    such, the ranges of stored ones that it is made of, one after another; then the other fields are those of the first,
+    but for type and shape.
     """
 
     name: str
@@ -42,14 +46,39 @@ class TensorEntry:
     end: int
     path: Path
     stored_name: str = ""
+    pieces: "tuple[TensorEntry, ...]" = ()
 
     @property
     def size(self) -> int:
-        return self.end - self.begin
+        return sum(piece.size for piece in self.pieces) if self.pieces else self.end - self.begin
 
     @property
     def count(self) -> int:
         return self.size // ITEM_SIZES[self.dtype]
+
+    def elements(self, begin: int, count: int) -> "Iterator[TensorEntry]":
+        """Where ``count`` elements lie, from element ``begin`` on: flat entries, each in one file, in order."""
+        if not self.pieces:
+            width = ITEM_SIZES[self.dtype]
+            first = self.begin + begin * width
+            yield replace(self, shape=(count,), begin=first, end=first + count * width)
+            return
+        number, end = bisect_right(self._ends, begin), begin + count
+        while begin < end:
+            stop = min(end, self._ends[number])
+            piece = self.pieces[number]
+            yield from piece.elements(begin - self._ends[number] + piece.count, stop - begin)
+            number, begin = number + 1, stop
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The number of elements up to the end of each piece."""
+        return list(accumulate(piece.count for piece in self.pieces))
+
+    @classmethod
+    def made_of(cls, pieces: "Sequence[TensorEntry]", shape: tuple[int, ...]) -> "TensorEntry":
+        """A tensor of ``shape`` whose elements are those of ``pieces``, one after another."""
+        return replace(pieces[0], shape=shape, pieces=tuple(pieces))
 
 
 @dataclass(frozen=True)
@@ -132,10 +161,12 @@ def build_header(
 
 def read_values(entry: TensorEntry, begin: int, end: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
     """Elements [begin, end) of a floating-point tensor as float32. Raises RunError if the file cannot be read."""
-    width = ITEM_SIZES[entry.dtype]
-    data = bytearray((end - begin) * width)
-    with closing(PositionReader(entry.path)) as reader:
-        reader.read_into(memoryview(data), entry.begin + begin * width, f"tensor {entry.name}")
+    data = bytearray((end - begin) * ITEM_SIZES[entry.dtype])
+    buffer = memoryview(data)
+    for piece in entry.elements(begin, end - begin):
+        with closing(PositionReader(piece.path)) as reader:
+            reader.read_into(buffer[: piece.size], piece.begin, f"tensor {piece.name}")
+        buffer = buffer[piece.size :]
     if entry.dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
     stored = np.frombuffer(data, np.float16 if entry.dtype == "F16" else np.float32)

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,24 +115,22 @@ class Importance:
     @classmethod
     def load(cls, directory: str | Path) -> "Importance":
         """Read a saved importance; each tensor is read from disk when it is asked for."""
-        checkpoint = Checkpoint.open(directory, STEM)
+        return cls.of_checkpoint(Checkpoint.open(directory, STEM))
+
+    @property
+    def stored(self) -> Checkpoint | None:
+        """The files that the tensors are read from; None if they are in memory."""
+        return self.tensors.checkpoint if isinstance(self.tensors, StoredTensors) else None
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> "Importance":
+        """``load``, from opened shards."""
         metadata = read_metadata(checkpoint)
         values = {
             key: int(metadata.get(key, 0)) if key in _COUNTS else metadata.get(key, "")
             for key in ImportanceMetadata.__dataclass_fields__
         }
-        return cls(StoredTensors(checkpoint), ImportanceMetadata(**values), Path(directory))  # type: ignore[arg-type]
-
-    def renamed(self, names: Mapping[str, str]) -> "Importance":
-        """With tensors under other names, where ``names`` has one."""
-        tensors: Mapping[str, torch.Tensor]
-        if isinstance(self.tensors, StoredTensors):
-            checkpoint = self.tensors.checkpoint
-            entries = {names.get(name, name): entry for name, entry in checkpoint.tensors.items()}
-            tensors = StoredTensors(replace(checkpoint, tensors=entries))
-        else:
-            tensors = {names.get(name, name): tensor for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors)
+        return cls(StoredTensors(checkpoint), ImportanceMetadata(**values), checkpoint.path)  # type: ignore[arg-type]
 
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):

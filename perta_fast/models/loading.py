@@ -115,7 +115,7 @@ def load_subject(
     names = {} if quantised else as_stored(model, shapes)
     if names:
         stored = named_as_module(checkpoint, model, names).tensors
-    absent = {name for name in names if name not in stored and tied_partner(name, stored) is None}
+    absent = {name for name in names if (stored[name].pieces if name in stored else tied_partner(name, stored) is None)}
     if absent:  # an importance would have names for which the checkpoint has no tensor
         raise InputError(
             f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import is_resized
 from perta_fast.errors import InputError
 from perta_fast.models.language_part import empty_model
+from perta_fast.models.same_names import is_found, named_as_module
 from perta_fast.models.stored_names import load_tensor, loaded_tensors, stored_places
 from perta_fast.models.untrained_adapters import is_as_before_training
 
@@ -60,8 +61,8 @@ class _Place:
 class MergedByPeft:
     """What peft makes of the modules of a base that an adapter changes.
 
-    places: by the name of a tensor, as the model that the adapter was trained on is stored. modules: by path,
-    the adapter's tensors for it, by their names in the model.
+    places: by the name of a tensor, as the model is stored that it is subtracted from. modules: by path, the adapter's
+    tensors for it, by their names in the model.
     """
 
     adapter: Adapter
@@ -73,16 +74,16 @@ class MergedByPeft:
     _last: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)  # the module merged last
 
     @classmethod
-    def open(cls, adapter: Adapter, base: Checkpoint) -> "MergedByPeft":
+    def open(cls, adapter: Adapter, base: Checkpoint, names: Mapping[str, object]) -> "MergedByPeft":
         """Find the modules that ``adapter.by_peft`` changes in the base's model, which is built without weights.
 
+        names: of the tensors of the model that it is subtracted from: the form in which results are wanted.
         One module of each kind is merged, to see early what cannot be. Raises InputError if peft is not installed or
         does not know a setting, the model cannot be built, or a module is not in it or cannot be merged.
         """
         _check_peft(adapter)
         skeleton: nn.Module = empty_model(base.path, torch.float32, whole=True)
         modules = _by_module(adapter, base, skeleton)
-        places: dict[str, _Place] = {}
         for path, tensors in modules.items():
             _resize_as_adapted(skeleton.get_submodule(path), path, tensors, adapter)
             parameters = dict(skeleton.get_submodule(path).named_parameters())
@@ -91,9 +92,8 @@ class MergedByPeft:
                     f"{adapter.checkpoint.path}: lora_bias gives {path} a bias, for which the model has no place; "
                     "tune again without lora_bias"
                 )
-            for name, parameter in parameters.items():
-                for stored, (first, shape) in stored_places(skeleton, f"{path}.{name}", parameter.shape).items():
-                    places[stored] = _Place(path, name, first, tuple(shape))
+        places = _places(skeleton, modules, names)
+        base = named_as_module(base, skeleton, places)
         opened = cls(adapter, base, skeleton, places, modules)
         for path in opened._one_of_each_kind():
             opened.array(next(name for name, place in places.items() if place.module == path))
@@ -192,6 +192,27 @@ class MergedByPeft:
         for name in [name for name in tensors if name.startswith(of_tokens)]:
             tensors[f"{path}.{name.removeprefix(of_tokens)}"] = tensors.pop(name)
         return TrainableTokensConfig(token_indices=_tokens(path, self.adapter), target_modules=[path])
+
+
+def _places(skeleton: Any, paths: Iterable[str], names: Mapping[str, object]) -> dict[str, _Place]:
+    """Where the tensors of the modules at ``paths`` lie, in the form of ``names``, or as they are usually stored."""
+
+    def places() -> dict[str, _Place]:
+        return {
+            stored: _Place(path, name, first, tuple(shape))
+            for path in paths
+            for name, parameter in skeleton.get_submodule(path).named_parameters()
+            for stored, (first, shape) in stored_places(skeleton, f"{path}.{name}", parameter.shape).items()
+        }
+
+    usual, conversions = places(), getattr(skeleton, "_weight_conversions", None)
+    if not all(is_found(name, names) for name in usual):
+        loaded_tensors(skeleton, names)  # now stored_places gives these names, as of joined experts
+        found = places()
+        if all(is_found(name, names) for name in found):
+            return found
+        skeleton._weight_conversions = conversions
+    return usual
 
 
 def _merge(module: nn.Module, path: str, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
 """From the parameters of a module to the tensors of its checkpoint, which may have other names, and divide them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,20 +46,49 @@ def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, 
 def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, tuple[int, torch.Size]]:
     """The stored tensors of one parameter of ``shape``: the number of each one's first element, and its shape.
 
-    Raises InputError if the elements are stored in another order. Memory: 16 bytes an element if it is divided.
+    Raises InputError if the elements are stored in another order. Memory: 128 bytes a row if it is divided.
     """
     stand_in = torch.empty(shape, device="meta")
     tensors = as_stored(module, {name: stand_in})
     if len(tensors) == 1 and next(iter(tensors.values())) is stand_in:
         return dict.fromkeys(tensors, (0, shape))
-    numbers = torch.arange(shape.numel()).view(shape)  # as values, they show where each element goes
+    width = number_width(tensor.shape for tensor in (stand_in, *tensors.values()))
     begins = {}
-    for stored, tensor in as_stored(module, {name: numbers}).items():
-        first, count = int(tensor.view(-1)[0]), tensor.numel()
-        if not torch.equal(tensor.view(-1), numbers.view(-1)[first : first + count]):
+    for stored, numbers in as_stored(module, {name: numbered(shape, width)}).items():
+        runs = runs_of(numbers, tensors[stored].shape, width)
+        if len(runs) != 1:
             raise InputError(f"the elements of parameter {name} are stored in another order")
-        begins[stored] = (first, tensor.shape)
+        begins[stored] = (runs[0][0], tensors[stored].shape)
     return begins
+
+
+def number_width(shapes: Iterable[Sequence[int]]) -> int:
+    """How many elements may share a number where tensors of these shapes are made of each other: an eighth of a row.
+
+    1 if their rows differ. With eight numbers a row, whatever moves elements within rows is seen as well.
+    """
+    lasts = {shape[-1] if len(shape) else 1 for shape in shapes}
+    last = lasts.pop()
+    return 1 if lasts or not last else last // math.gcd(last, 8)
+
+
+def numbered(shape: Sequence[int], width: int, first: int = 0) -> torch.Tensor:
+    """The numbers of every ``width``-th element of a tensor, from ``first`` on: as values, they show where it goes."""
+    shape = (*shape[:-1], shape[-1] // width) if shape else shape
+    return (torch.arange(math.prod(shape)) * width + first).view(*shape)
+
+
+def runs_of(numbers: torch.Tensor, shape: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """The runs of consecutive elements in what was made of ``numbered``: the first number of each, and how many.
+
+    shape: of what is made of the elements themselves. None if that of ``numbers`` does not fit it.
+    """
+    if tuple(numbers.shape) != ((*shape[:-1], shape[-1] // width) if shape else ()):
+        return []
+    flat = numbers.reshape(-1)
+    ends = [*((flat[1:] != flat[:-1] + width).nonzero().view(-1) + 1).tolist(), len(flat)]
+    begins = [0, *ends[:-1]]
+    return [(int(flat[begin]), (end - begin) * width) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
 
 @dataclass(frozen=True)
@@ -96,3 +128,50 @@ def loaded_tensors(model: Any, names: Iterable[str]) -> list[LoadedTensor]:
             loaded.append(LoadedTensor(name, target, None if pattern is None else by_pattern[pattern], pattern))
     model._weight_conversions = [entry for entry in mapping if entry.was_used()]
     return loaded
+
+
+@dataclass
+class LoadedGroup:
+    """Stored tensors that ``converter`` makes into one or more entries of the state dict, the first of them ``target``.
+
+    converter: None if the tensor is used as it is stored. stored: names, with the pattern that each one matches.
+    """
+
+    target: str
+    converter: Any
+    stored: dict[str, str] = field(default_factory=dict)
+
+    def convert(self, model: Any, read: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The entries, from the stored tensors in ``read``."""
+        if self.converter is None:
+            return {self.target: read[next(iter(self.stored))]}
+        converter = deepcopy(self.converter)  # it keeps the tensors it gets
+        for name, pattern in self.stored.items():
+            converter.add_tensor(self.target, name, pattern, read[name])
+        converted = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def why_not(self, shapes: Mapping[str, Sequence[int]]) -> str:
+        """Why its tensors cannot be joined: one has another shape, or their number is wrong. shapes: as stored."""
+        by_pattern: dict[str, list[str]] = {}
+        for name, pattern in self.stored.items():
+            by_pattern.setdefault(pattern, []).append(name)
+        for names in by_pattern.values():
+            (most, _), *_, (least, _) = 2 * Counter(tuple(shapes[name]) for name in names).most_common()
+            if most != least:
+                odd = next(name for name in names if tuple(shapes[name]) == least)
+                return f"tensor {odd} is {list(least)}, those that it is joined with are {list(most)}"
+        counts = ", ".join(f"{len(names)} of {pattern}" for pattern, names in by_pattern.items())
+        return f"{self.target} cannot be made of {counts}"
+
+
+def loaded_groups(model: Any, names: Iterable[str]) -> dict[str, LoadedGroup]:
+    """The groups in which ``from_pretrained`` would convert the stored tensors ``names``, in its order, by target.
+
+    What is said of ``loaded_tensors`` holds here too.
+    """
+    groups: dict[str, LoadedGroup] = {}
+    for loaded in loaded_tensors(model, names):
+        group = groups.setdefault(loaded.target, LoadedGroup(loaded.target, loaded.converter))
+        group.stored[loaded.stored] = loaded.pattern or loaded.stored
+    return groups

@@ -1,6 +1,7 @@
 """The distribution of w over the parameters, from importances on disk, chunk by chunk."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError
+from perta_fast.files.reading import exists
 from perta_fast.importance.store import STEM
+from perta_fast.models.same_names import named_as_model
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
@@ -53,7 +56,7 @@ def distribution(report: Report, progress: Progress) -> Distribution | str:
         importance = Checkpoint.open(record["path"], STEM)
         if unknown := [name for name in importance.shards if name not in record["files"]]:
             return f"{importance.path / unknown[0]} was not there when the run was made"
-        opened.append(importance)
+        opened.append(_in_form_of_output(importance, report))
     return _count(report, rule, opened, progress)
 
 
@@ -80,6 +83,14 @@ def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: 
                 total += count
                 bar.update(sum(count * ITEM_SIZES[entry.dtype] for entry in pair))
     return Distribution(counts, above_half, total)
+
+
+def _in_form_of_output(importance: Checkpoint, report: Report) -> Checkpoint:
+    """``importance`` with the tensors of the run's output, if it holds them under other names."""
+    names = [row.name for row in report.tensors if row.mean_weight is not None]
+    output = Path(report.output["path"])
+    known = all(name in importance.tensors or tied_partner(name, importance.tensors) for name in names)
+    return importance if known or not exists(output) else named_as_model(importance, Checkpoint.open(output))
 
 
 def _entry(importance: Checkpoint, name: str, shape: list[int]) -> TensorEntry:

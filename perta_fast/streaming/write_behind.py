@@ -34,6 +34,7 @@ from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.importance.gradients import check_finite
+from perta_fast.models.layouts import Run, values_of
 from perta_fast.records.typed_json import fits
 from perta_fast.streaming.data_pass import DataPass, Means, PassRecord, sum_over_ranks_
 from perta_fast.streaming.kept_importance import KeptImportance
@@ -122,12 +123,12 @@ class WriteBehind:
     ranks: Ranks
 
     def __post_init__(self) -> None:
-        self._importance_of: dict[int, str] = {}  # by number of the match
+        self._importance_of: dict[int, list[Run]] = {}  # by number of the match
         covered = self.skeleton.covered(self.sources.model)
         for index, match in enumerate(self.sources.matches):
-            key = covered.get(match.theta.name)
-            if match.copied is None and key is not None:
-                self._importance_of[index] = key
+            runs = covered.get(match.theta.name)
+            if match.copied is None and runs is not None:
+                self._importance_of[index] = runs
         self._behind = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._lock = threading.Lock()
@@ -204,12 +205,14 @@ class WriteBehind:
                 check_finite(name, mean)
         self.kept.write(stored, {role: ", ".join(data.one_by_one) for role, data in self.passes.items()})
         names = next(iter(stored.values())).keys()
-        chunks = self._share_of_chunks(index for index, name in self._importance_of.items() if name in names)
+        complete = (index for index, runs in self._importance_of.items() if runs[0].name in names)
+        chunks = self._share_of_chunks(complete)
         arrays = {
-            name: [of_set[name].cpu().contiguous().view(-1).numpy() for of_set in stored.values()]
-            for name in {self._importance_of[chunk.index] for chunk in chunks}
+            index: [values_of(runs, of_set).cpu().numpy() for of_set in stored.values()]
+            for index, runs in self._importance_of.items()
+            if index in {chunk.index for chunk in chunks}
         }
-        self._subtract(chunks, {chunk.index: arrays[self._importance_of[chunk.index]] for chunk in chunks})
+        self._subtract(chunks, arrays)
 
     def _share_of_chunks(self, indices: Iterable[int]) -> list[Chunk]:
         """This rank's share of the chunks of these matches; the shares follow each other in the shards."""

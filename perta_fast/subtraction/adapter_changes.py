@@ -30,15 +30,20 @@ class OpenedAdapter:
     merged: "MergedByPeft | None" = None
 
     @classmethod
-    def open(cls, path: str | Path, base: Checkpoint, common_rows: bool = False) -> "OpenedAdapter":
-        """Raises InputError if the adapter is not taken, or saved a matrix of another base."""
+    def open(
+        cls, path: str | Path, base: Checkpoint, common_rows: bool = False, names: Mapping[str, object] | None = None
+    ) -> "OpenedAdapter":
+        """names: of the tensors of the model; None: as those of ``base``.
+
+        Raises InputError if the adapter is not taken, or saved a matrix of another base.
+        """
         adapter = stored_as_in(base, Adapter.open(path, base.path))
         adapter.check_untouched(base, common_rows)
         if not adapter.by_peft:
             return cls(adapter)
         from perta_fast.models.merged_by_peft import MergedByPeft
 
-        return cls(adapter, MergedByPeft.open(adapter, base))
+        return cls(adapter, MergedByPeft.open(adapter, base, base.tensors if names is None else names))
 
     def changes(
         self,

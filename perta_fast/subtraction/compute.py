@@ -195,15 +195,17 @@ class _Workspace:
 
     def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> memoryview:
         """Read a chunk of a tensor into the operand's buffer."""
-        reader = self._readers.get(operand)
-        if reader is None or reader.path != entry.path:
-            if reader is not None:
-                reader.close()
-            reader = self._readers[operand] = PositionReader(entry.path)
-        width = ITEM_SIZES[entry.dtype]
-        data = self._buffers[operand].data[: chunk.count * width]
-        name = f"tensor {entry.name}"
-        reader.read_into(data, entry.begin + chunk.begin * width, name, drop_cache=self._job.drop_cache)
+        data = self._buffers[operand].data[: chunk.count * ITEM_SIZES[entry.dtype]]
+        remaining = data
+        for stored in entry.elements(chunk.begin, chunk.count):
+            reader = self._readers.get(operand)
+            if reader is None or reader.path != stored.path:
+                if reader is not None:
+                    reader.close()
+                reader = self._readers[operand] = PositionReader(stored.path)
+            name = f"tensor {stored.name}"
+            reader.read_into(remaining[: stored.size], stored.begin, name, drop_cache=self._job.drop_cache)
+            remaining = remaining[stored.size :]
         return data
 
 

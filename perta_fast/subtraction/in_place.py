@@ -145,7 +145,8 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
                     f"{match.base.path}: tensor {match.base.name} of this adapter is made from the base as a whole, "
                     "which is the model to change; write to a new directory with --out"
                 )
-        for _, checkpoint, entry in sources.operands(match):
+        operands = ((of, stored) for _, of, entry in sources.operands(match) for stored in entry.pieces or (entry,))
+        for checkpoint, entry in operands:
             status = entry.path.stat()
             if checkpoint is model or (status.st_dev, status.st_ino) not in shards:
                 continue

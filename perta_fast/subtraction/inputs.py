@@ -49,7 +49,7 @@ class Sources:
         """Open and match three checkpoints and the result of ``open_importances``; InputError if they do not fit."""
         theta, theta_0 = open_plain(model), open_plain(base)
         check_companions_fetched(theta.path)
-        adapter = OpenedAdapter.open(tuned, theta_0, common_rows) if is_adapter(tuned) else None
+        adapter = OpenedAdapter.open(tuned, theta_0, common_rows, theta.tensors) if is_adapter(tuned) else None
         theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         forget, retain = map(importances.get, IMPORTANCES)
         return cls(

@@ -13,6 +13,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, CONFIG
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import hash_file
@@ -33,7 +34,8 @@ FORMAT = "perta-run"
 FORMAT_VERSION = 1
 
 Fingerprint = dict[str, Any]
-MatchNames = dict[str, str | float | bool | None]
+Piece = list[str | int]  # name, and the bytes of its shard from where to where
+MatchNames = dict[str, str | float | bool | list[Piece] | None]
 
 
 @dataclass
@@ -156,6 +158,8 @@ def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
         for role in _OPERANDS:
             entry: TensorEntry | None = getattr(match, role)
             row[role] = None if entry is None else entry.name
+            if entry is not None and entry.pieces:
+                row[role] = [[piece.name, piece.begin, piece.end] for piece in entry.pieces]
         if match.low_rank is not None:
             update = match.low_rank
             row |= {"a": update.a.name, "b": update.b.name, "scale": update.scale, "transposed": update.transposed}
@@ -197,7 +201,10 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
             raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
     sources = replace(sources, matches=[_match(row, opened, job) for row in job.matches])
     if any(match.merged is not None for match in sources.matches):
-        merging = OpenedAdapter.open(job.directories["tuned"], sources.base, common_rows=True)  # checked at the start
+        base, names = sources.base, sources.model.tensors
+        merging = OpenedAdapter.open(
+            job.directories["tuned"], base, common_rows=True, names=names
+        )  # checked at the start
         matches = [
             match if match.merged is None else replace(match, merged_count=merging.count(match.merged))
             for match in sources.matches
@@ -220,17 +227,28 @@ def _is_changed_by(job: Job, role: str) -> bool:
     return job.in_place and is_same(job.directories[role], job.directories["model"])
 
 
+def _piece(tensors: Mapping[str, TensorEntry], name: Any, begin: Any, end: Any) -> TensorEntry:
+    """A range of a stored tensor. Raises KeyError, TypeError or ValueError if there is none."""
+    whole, width = tensors[name], ITEM_SIZES[tensors[name].dtype]
+    if not whole.begin <= begin < end <= whole.end or (begin - whole.begin) % width or (end - begin) % width:
+        raise ValueError(f"{name} has no bytes {begin} to {end}")
+    return replace(whole, shape=((end - begin) // width,), begin=begin, end=end)
+
+
 def _match(row: MatchNames, opened: Mapping[str, Checkpoint], job: Job) -> TensorMatch:
     entries: dict[str, TensorEntry | None] = {}
     try:
-        for role in _OPERANDS:
-            name = row[role]
-            entries[role] = None if name is None else opened[role].tensors[str(name)]
         theta = opened["model"].tensors[str(row["theta"])]
+        for role in _OPERANDS:
+            name, tensors = row[role], opened[role].tensors if role in opened else {}
+            if isinstance(name, list):
+                entries[role] = TensorEntry.made_of([_piece(tensors, *piece) for piece in name], theta.shape)
+            else:
+                entries[role] = None if name is None else tensors[str(name)]
         low_rank = None
         if "scale" in row:
             a, b = (opened["tuned"].tensors[str(row[factor])] for factor in ("a", "b"))
-            low_rank = LowRank(a, b, float(row["scale"] or 0), row["transposed"] is True)
-    except KeyError as error:
+            low_rank = LowRank(a, b, float(str(row["scale"])), row["transposed"] is True)
+    except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{job.final}: the run's description is damaged: {error}") from error
     return TensorMatch(theta, **entries, copied=row["copied"], low_rank=low_rank, merged=row.get("merged"))  # type: ignore[arg-type]

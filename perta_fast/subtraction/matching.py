@@ -17,7 +17,7 @@ from perta_fast.checkpoints.tied import (
     ties_embeddings,
 )
 from perta_fast.dtypes import COPIED, KERNEL_CODES
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, tensors_named
 from perta_fast.models.same_names import named_as_model
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 
@@ -202,9 +202,9 @@ def _check_same_names(model: Checkpoint, other: Checkpoint) -> set[str]:
 
         outside = not_of_language_part(missing + extra, model.path, other.path)
     if needed := [name for name in missing if name not in outside]:
-        raise InputError(f"{other.path}: lacks {_names(needed)}, which {model.path} has")
+        raise InputError(f"{other.path}: lacks {tensors_named(needed)}, which {model.path} has")
     if needed := [name for name in extra if name not in outside]:
-        raise InputError(f"{other.path}: has {_names(needed)}, which {model.path} lacks")
+        raise InputError(f"{other.path}: has {tensors_named(needed)}, which {model.path} lacks")
     return outside
 
 
@@ -212,13 +212,7 @@ def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Check
     for holder, other in ((forget, retain), (retain, forget)):
         missing = [name for name in holder.tensors if name not in other.tensors]
         if missing:
-            raise InputError(f"{other.path}: lacks {_names(missing)}, which {holder.path} has")
+            raise InputError(f"{other.path}: lacks {tensors_named(missing)}, which {holder.path} has")
     unknown = [name for name in forget.tensors if name not in model.tensors and tied_in(name, model) is None]
     if unknown:
-        raise InputError(f"{forget.path}: has {_names(unknown)}, which {model.path} lacks")
-
-
-def _names(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {shown}{rest}"
+        raise InputError(f"{forget.path}: has {tensors_named(unknown)}, which {model.path} lacks")

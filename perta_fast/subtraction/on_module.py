@@ -5,7 +5,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,15 @@ from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, refuse_two_matrices, tied_in
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
+from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
-from perta_fast.importance.store import Importance, StoredTensors
+from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
 from perta_fast.models.in_use import check_not_in_use
 from perta_fast.models.language_part import parameters_of_other_parts
-from perta_fast.models.same_names import named_as_module, names_in_module
+from perta_fast.models.layouts import values_of
+from perta_fast.models.same_names import cut_for_module, named_as_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
@@ -80,10 +81,8 @@ def apply_to_module_(
         module = unwrapped(module)
         refuse_quantised_module(module)
         theta_0 = open_plain(base)
-        adapter = OpenedAdapter.open(tuned, theta_0, common_rows) if is_adapter(tuned) else None
-        theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         importances = _importances(chosen, forget_importance, retain_importance)
-        if is_sharded(module) and (group is None or adapter is not None):
+        if is_sharded(module) and (group is None or is_adapter(tuned)):
             raise InputError(
                 "the module is sharded; pass group, all processes that hold it, and for tuned a checkpoint: "
                 "an adapter is merged first"
@@ -91,6 +90,8 @@ def apply_to_module_(
         reshard_(module)
         _check_parameters(module)
         everything = held_tensors(module)
+        adapter = OpenedAdapter.open(tuned, theta_0, common_rows, everything) if is_adapter(tuned) else None
+        theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         theta_0 = named_as_module(theta_0, module, everything)
         if adapter is None:
             theta_f = named_as_module(theta_f, module, everything)
@@ -98,8 +99,7 @@ def apply_to_module_(
             for checkpoint in (theta_0, *([theta_f] if adapter is None else [])):
                 refuse_two_matrices(checkpoint, "the module", None)
         known = theta_0.path, theta_f.path
-        tables = [names_in_module(importance.tensors, module, everything, *known) for importance in importances]
-        importances = [importance.renamed(table) for importance, table in zip(importances, tables, strict=True)]
+        importances = [_in_form(importance, module, everything, *known) for importance in importances]
         parameters = _covered(everything, importances)
         for name in _left_aside(module, parameters, [theta_f, theta_0] if adapter is None else [theta_0]):
             del parameters[name]
@@ -155,7 +155,7 @@ class _Inputs:
     def is_changed_by_peft(self, name: str, change: str) -> bool:
         """Whether ``change``, which peft makes, is more than the rounding of an untrained adapter."""
         base = _Source.of_checkpoint(self.base, stored_name(self.base, name))
-        return self.adapter is not None and self.adapter.adds_to(change, base.values.float().numpy())
+        return self.adapter is not None and self.adapter.adds_to(change, base.all().float().numpy())
 
 
 def _is_tied(module: nn.Module) -> bool:
@@ -220,7 +220,7 @@ def _subtract_low_rank_(
     for first in range(0, rows, step):
         end = min(first + step, rows)
         part = slice(first * columns, end * columns)
-        chunk = [left[first:end].reshape(-1), *(source.values[part] for source in importances)]
+        chunk = [left[first:end].reshape(-1), *(source.chunk(part) for source in importances)]
         with _on_device(chunk, theta, stagings) as (factor, *arrays):
             low_rank_subtract_(
                 theta[first:end],
@@ -240,6 +240,7 @@ class _Source:
     """The flat values of one tensor: in memory, or a view of a mapped file.
 
     firsts: if the tensor is sharded, ``values`` are ranges of it of equal length, and these are their first elements.
+    pieces: if it is made of several stored ranges, these; then ``values`` are none.
     """
 
     values: Tensor
@@ -249,6 +250,7 @@ class _Source:
     begin: int = 0  # offset of the first byte in the file
     firsts: Sequence[int] = (0,)
     entry: TensorEntry | None = None
+    pieces: "Sequence[_Source]" = ()
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str = "") -> "_Source":
@@ -256,24 +258,38 @@ class _Source:
         entry = checkpoint.tensors[name]
         if entry.dtype not in KERNEL_CODES:
             raise InputError(f"{entry.path}: tensor {name} is {entry.dtype}, not floating point")
+        where = where or str(checkpoint.path)
+        pieces = [cls._mapped(checkpoint, piece, where) for piece in entry.pieces or (entry,)]
+        if len(pieces) == 1:
+            return replace(pieces[0], shape=entry.shape, entry=entry)
+        return cls(torch.empty(0, dtype=torch_dtype(entry.dtype)), entry.shape, where, entry=entry, pieces=pieces)
+
+    @classmethod
+    def _mapped(cls, checkpoint: Checkpoint, entry: TensorEntry, where: str) -> "_Source":
         file = checkpoint.file_of(entry)
         # By address, because torch warns of read-only memory; nothing here writes to it.
         memory = (ctypes.c_ubyte * entry.size).from_address(file.address + entry.begin)
         dtype = torch_dtype(entry.dtype)
         values = torch.frombuffer(memory, dtype=dtype) if entry.size else torch.empty(0, dtype=dtype)
-        return cls(values, entry.shape, where or str(checkpoint.path), file, entry.begin, entry=entry)
+        return cls(values, entry.shape, where, file, entry.begin)
 
     @classmethod
     def of_importance(cls, importance: Importance, name: str) -> "_Source":
-        """A tensor of an importance, from its files if it is stored."""
-        if isinstance(importance.tensors, StoredTensors):
-            return cls.of_checkpoint(importance.tensors.checkpoint, name, "the importance")
+        """A tensor of an importance, from its files if it is not in memory."""
+        if importance.stored is not None:
+            return cls.of_checkpoint(importance.stored, name, "the importance")
         tensor = importance.tensors[name].detach()
         firsts = [first for first, _ in held_ranges(tensor)]
         return cls(held(tensor).reshape(-1), tuple(tensor.shape), "the importance", firsts=firsts)
 
+    def all(self) -> Tensor:
+        """All elements; they are copied if there are several pieces."""
+        return self.chunk(slice(0, math.prod(self.shape)))
+
     def chunk(self, elements: slice) -> Tensor:
         """These elements of the whole tensor. Raises InputError if this process does not hold them."""
+        if self.pieces:
+            return torch.cat([piece.values[part] for piece, part in self._parts(elements)])
         if len(self.values) == math.prod(self.shape):
             return self.values[elements]
         length = len(self.values) // max(1, len(self.firsts))
@@ -283,11 +299,43 @@ class _Source:
         shift = number * length - self.firsts[number]
         return self.values[elements.start + shift : elements.stop + shift]
 
+    def _parts(self, elements: slice) -> "Iterator[tuple[_Source, slice]]":
+        first = 0
+        for piece in self.pieces:
+            start, stop = max(elements.start - first, 0), min(elements.stop - first, len(piece.values))
+            if start < stop:
+                yield piece, slice(start, stop)
+            first += len(piece.values)
+
     def release(self, elements: slice) -> None:
         """Drop the pages of elements that were read from the memory of this process."""
+        for piece, part in self._parts(elements):
+            piece.release(part)
         if self.file is not None:
             width = self.values.element_size()
             self.file.release(self.begin + elements.start * width, self.begin + elements.stop * width)
+
+
+def _in_form(importance: Importance, module: nn.Module, parameters: Mapping[str, Held], *known: Path) -> Importance:
+    """An importance with the tensors that transformers would save of ``module``; one that is sharded stays as it is.
+
+    known: the models that it may be of.
+    """
+    if importance.stored is not None:
+        return Importance.of_checkpoint(named_as_module(importance.stored, module, parameters, *known))
+    tensors = dict(importance.tensors)
+    if not any(map(is_distributed, tensors.values())):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        cut = cut_for_module(module, parameters, shapes, "the importance", *known)
+        made = {}
+        for name, runs in cut.items():
+            values, whole, shape = values_of(runs, tensors), tensors[runs[0].name], parameters[name].shape
+            is_one = values.numel() == whole.numel() and whole.dim() == len(shape)
+            made[name] = whole if is_one else values.view(shape)  # shapes are compared later
+        for name in {run.name for runs in cut.values() for run in runs}:
+            del tensors[name]
+        tensors |= made
+    return replace(importance, tensors=tensors)
 
 
 def _chunks(count: int) -> Iterator[slice]:

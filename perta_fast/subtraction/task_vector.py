@@ -117,10 +117,10 @@ def adds(update: LowRank) -> bool:
     return update.scale != 0 and all(bool(factor.any()) for factor in update.factors())
 
 
-def _place(entry: TensorEntry) -> tuple[int, ...]:
+def _place(entry: TensorEntry) -> list[tuple[int, ...]]:
     """Where the bytes lie, whatever the name of the file."""
-    status = entry.path.stat()
-    return status.st_dev, status.st_ino, entry.begin
+    stored = entry.pieces or (entry,)
+    return [(status.st_dev, status.st_ino, piece.begin) for piece in stored if (status := piece.path.stat())]
 
 
 def _common(tuned: TensorEntry, base: TensorEntry) -> int:

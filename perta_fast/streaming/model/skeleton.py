@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.tied import importance_key
-from perta_fast.dtypes import KERNEL_CODES, torch_dtype
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
+from perta_fast.models.layouts import Run
 from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.streaming.model.partial_forward import PartialForward
@@ -53,12 +55,24 @@ class Skeleton(Structure):
         """The shape of every tensor of the checkpoint that an importance covers, in order."""
         return self.weights.shapes
 
-    def covered(self, model: Checkpoint) -> dict[str, str]:
-        """Which of ``stored_shapes`` covers a tensor of ``model``, by the names that ``model`` has."""
+    def covered(self, model: Checkpoint) -> dict[str, list[Run]]:
+        """Which elements of ``stored_shapes`` cover a tensor of ``model``, by the names that ``model`` has."""
         names = self.stored_shapes
-        model = named_as_module(model, self.model, names)
-        keys = {entry.name: importance_key(name, model, names) for name, entry in model.tensors.items()}
-        return {name: key for name, key in keys.items() if key is not None}
+        view = named_as_module(model, self.model, names)
+        covered: dict[str, list[Run]] = {}
+        pieces: dict[str, list[tuple[int, Run]]] = {}  # of tensors in another form, from which element on
+        for name, entry in view.tensors.items():
+            key = importance_key(name, view, names)
+            if key is not None and not entry.pieces:
+                covered[entry.name] = [Run(key, 0, entry.count)]
+            elif key is not None:
+                position = 0
+                for piece in entry.pieces:
+                    whole = model.tensors[piece.name]
+                    first = (piece.begin - whole.begin) // ITEM_SIZES[piece.dtype]
+                    pieces.setdefault(piece.name, []).append((first, Run(key, position, piece.count)))
+                    position += piece.count
+        return covered | {name: [run for _, run in sorted(runs, key=itemgetter(0))] for name, runs in pieces.items()}
 
     def as_stored(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means of whole parts, by parameter name, divided and renamed as the tensors are stored."""

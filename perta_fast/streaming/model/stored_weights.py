@@ -4,11 +4,8 @@ When transformers loads some families, it renames, joins and divides their tenso
 parameter). Its own conversions are used here, on as few tensors at once as possible.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
-from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +20,7 @@ from perta_fast.dtypes import KERNEL_CODES, TORCH_NAMES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.reading import PositionReader
 from perta_fast.models.same_names import named_as_module
-from perta_fast.models.stored_names import as_stored, loaded_tensors
-
-
-@dataclass
-class _Group:
-    """Stored tensors that ``converter`` makes into one or more tensors of the model, the first of them ``target``.
-
-    converter: None if the tensor is used as it is stored. stored: names, with the pattern that each one matches.
-    """
-
-    target: str
-    converter: Any
-    stored: dict[str, str] = field(default_factory=dict)
-
-    def convert(self, model: Any, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's tensors, from the stored ones in ``read``."""
-        if self.converter is None:
-            return {self.target: read[next(iter(self.stored))]}
-        converter = deepcopy(self.converter)  # it keeps the tensors it gets
-        for name, pattern in self.stored.items():
-            converter.add_tensor(self.target, name, pattern, read[name])
-        converted = converter.convert(self.target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+from perta_fast.models.stored_names import LoadedGroup, as_stored, loaded_groups
 
 
 class StoredWeights:
@@ -59,14 +34,15 @@ class StoredWeights:
         self._model: Any = model
         self._checkpoint = checkpoint
         self._like: dict[str, Tensor] = model.state_dict()
-        self._group_of: dict[str, _Group] = {}
+        self._group_of: dict[str, LoadedGroup] = {}
         for group in self._groups():
             try:
                 made = group.convert(model, {name: self._entry_like(name) for name in group.stored})
             except InputError:
                 raise
             except Exception as error:  # shapes that do not fit together, or a missing tensor
-                raise InputError(f"{checkpoint.path}: {self._why_not(group)}") from error
+                shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+                raise InputError(f"{checkpoint.path}: {group.why_not(shapes)}") from error
             self._group_of |= dict.fromkeys(made, group)
             for name, tensor in made.items():
                 self._check_shape(name, tensor, group)
@@ -96,12 +72,9 @@ class StoredWeights:
         """The stored tensors of these parameters, which must be a whole part of the model."""
         return list(as_stored(self._model, self._parameters(set(parameters))))
 
-    def _groups(self) -> list[_Group]:
-        """The groups in which ``from_pretrained`` would convert the checkpoint's tensors, in its order."""
-        groups: dict[str, _Group] = {}
-        for loaded in loaded_tensors(self._model, self._checkpoint.tensors):
-            group = groups.setdefault(loaded.target, _Group(loaded.target, loaded.converter))
-            group.stored[loaded.stored] = loaded.pattern or loaded.stored
+    def _groups(self) -> list[LoadedGroup]:
+        """``loaded_groups`` of the checkpoint."""
+        groups = loaded_groups(self._model, self._checkpoint.tensors)
         # A tied matrix may be stored under the name of its other use alone.
         first = {parameter: name for name, parameter in self._model.named_parameters()}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
@@ -120,21 +93,7 @@ class StoredWeights:
             raise InputError(f"{self._checkpoint.path}: tensor {name} is {entry.dtype}, not floating point")
         return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
 
-    def _why_not(self, group: _Group) -> str:
-        """Why a group's tensors cannot be joined: one has another shape, or their number is wrong."""
-        by_pattern: dict[str, list[str]] = {}
-        for name, pattern in group.stored.items():
-            by_pattern.setdefault(pattern, []).append(name)
-        for names in by_pattern.values():
-            shapes = Counter(self._checkpoint.tensors[name].shape for name in names)
-            (most, _), (least, _) = shapes.most_common()[0], shapes.most_common()[-1]
-            if most != least:
-                odd = next(name for name in names if self._checkpoint.tensors[name].shape == least)
-                return f"tensor {odd} is {list(least)}, those that it is joined with are {list(most)}"
-        counts = ", ".join(f"{len(names)} of {pattern}" for pattern, names in by_pattern.items())
-        return f"{group.target} cannot be made of {counts}"
-
-    def _check_shape(self, name: str, tensor: Tensor, group: _Group) -> None:
+    def _check_shape(self, name: str, tensor: Tensor, group: LoadedGroup) -> None:
         like = self._like.get(name)
         if like is not None and like.shape != tensor.shape:
             stored = ", ".join(list(group.stored)[:3])
@@ -150,7 +109,7 @@ class StoredWeights:
         if lacking:
             raise InputError(f"{path}: lacks tensor {min(lacking)}, which its config.json calls for")
         stored = {name: name if name in tensors else tied_partner(name, tensors) for name in self.shapes}
-        renamed = [name for name, stored_name in stored.items() if stored_name is None]
+        renamed = [name for name, stored_name in stored.items() if stored_name is None or tensors[stored_name].pieces]
         if renamed:
             raise InputError(
                 f"{path}: lacks tensor {renamed[0]}, the name that transformers now gives to one of its own; "
