@@ -27,7 +27,7 @@ Settings = dict[str, Any]
 # those that begin with a decomposition of the base (OSF, PSOFT) do not, so a run could not be resumed to the same bits.
 _BY_MODULE = frozenset(
     (
-        *("ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3"),
+        *("ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3"),
         *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "PEANUT", "ROAD", "SHIRA", "SUPERTUNING"),
         *("TRAINABLE_TOKENS", "WAVEFT"),
     )
@@ -66,6 +66,10 @@ _REPEATED_STARTS = ("pissa", "olora")
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _CONVERTED_STARTS = ("pissa", "corda", "olora", "lora_ga")
+_MERGE_LIVE = (
+    "merge and save the model that was tuned while it is in memory (merge_and_unload, then save_pretrained), and give "
+    "that checkpoint"
+)
 
 
 def read_settings(path: Path, base: Path | None) -> Settings:
@@ -97,6 +101,11 @@ def read_settings(path: Path, base: Path | None) -> Settings:
         )
     if kind == "LORA":
         _check_lora(file, settings, merge_first(path, base, settings))
+    elif kind == "ADAMSS":
+        raise InputError(
+            f"{file}: an adapter of type {kind}: loading it finds clusters anew, which depend on the number of threads"
+            f", so merging it now may give another model; {_MERGE_LIVE}"
+        )
     elif kind not in _BY_MODULE:
         raise InputError(f"{file}: an adapter of type {kind}, not LORA; {merge_first(path, base, settings)}")
     return settings
@@ -135,9 +144,8 @@ def _check_start(file: Path, start: Any, advice: str) -> None:
         else ""
     )
     raise InputError(
-        f"{why}, and loading it again does not repeat that, so merging it now gives another model; {convert}merge and "
-        "save the model that was tuned while it is in memory (merge_and_unload, then save_pretrained), and give that "
-        "checkpoint"
+        f"{why}, and loading it again does not repeat that, so merging it now gives another model; "
+        f"{convert}{_MERGE_LIVE}"
     )
 
 

@@ -118,7 +118,6 @@ KINDS: dict[str, Kind] = {
     "`layer_replication`": lora("refused", "more layers than its base", layer_replication=[(0, 2), (1, 2)]),
     "`alora_invocation_tokens`": lora("refused", "on for some tokens only", alora_invocation_tokens=[5]),
     "ADALORA": of_type("ADALORA", "by peft", total_step=10),
-    "ADAMSS": of_type("ADAMSS", "by peft"),
     "BOFT": of_type("BOFT", "by peft", boft_block_size=4),
     "C3A": of_type("C3A", "by peft", block_size=8),
     "DEFT": of_type("DEFT", "by peft"),
@@ -166,6 +165,7 @@ KINDS: dict[str, Kind] = {
     "POLY": unwritten("POLY", "mixes its parts anew for every text"),
     "XLORA": unwritten("XLORA", "mixes its parts anew for every text"),
     "SHADOW": unwritten("SHADOW", "peft cannot merge"),
+    "ADAMSS": of_type("ADAMSS", "refused", "finds clusters anew, which depend on the number of threads"),
     "BEFT": of_type("BEFT", "refused", "peft cannot merge"),
     "LILY": of_type("LILY", "refused", "peft cannot merge"),
 }
