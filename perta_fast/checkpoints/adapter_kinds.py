@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perta_fast.checkpoints.adapter_names import PREFIX, peft_names
 from perta_fast.checkpoints.advice import merge_command
-from perta_fast.checkpoints.safetensors_file import SafetensorsFile
-from perta_fast.checkpoints.tied import is_tied_use
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import read_json
 
+STEM = "adapter_model"
 # Settings with names of modules.
 NAMING = ("alpha_pattern", "rank_pattern", "target_parameters", "trainable_token_indices")
 Settings = dict[str, Any]
@@ -197,22 +196,11 @@ def of_another_model(settings: Settings) -> str:
 
 
 def merge_first(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:
-    """Advice to merge, with the command."""
+    """Advice to merge, with the command. Raises InputError if the adapter's tensors must be converted before that."""
+    if not any(path.glob(f"{STEM}*.safetensors")):
+        Checkpoint.open(path, STEM)
     named = str(base or settings.get("base_model_name_or_path") or "BASE")
-    return f"merge it and give the merged checkpoint: {merge_command(path, named, _is_plain(path))}"
-
-
-def _is_plain(path: Path) -> bool:
-    """Whether the adapter in ``path`` has one file, names that peft knows, and leaves alone what may be tied."""
-    try:
-        tensors = SafetensorsFile.open(path / "adapter_model.safetensors").tensors
-    except InputError:
-        return not any(path.glob("adapter_model*.safetensors"))
-    names = peft_names(tensors, path)
-    stored = {tensors[name].stored_name or name for name in names.values()}
-    paths = [name.removeprefix(PREFIX).split(".") for name in names]
-    modules = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
-    return names.keys() == stored and not any(is_tied_use(f"{module}.weight") for module in modules)
+    return f"merge it and give the merged checkpoint: {merge_command(path, named)}"
 
 
 def read_json_settings(path: Path) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.adapter_kinds import (
+    STEM,
     Settings,
     all_by_peft,
     holds_target_parameter,
@@ -28,8 +29,6 @@ from perta_fast.checkpoints.tied import RESIZED, is_output_head, is_resized, tie
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, shard_number
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError
-
-STEM = "adapter_model"
 
 _LORA = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)*(?:lora_|token_adapter\.).+)")
 _FACTOR = re.compile(r"lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")

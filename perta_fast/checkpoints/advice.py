@@ -27,21 +27,10 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
     return python_command(program + _save_tokenizer(path, target))
 
 
-def merge_command(adapter: Path, base: str, plain: bool = True) -> str:
-    """The shell command that saves what an adapter makes of a base, in float32, beside ``adapter``.
-
-    plain: whether peft alone makes the tuned model of them.
-    """
-    if not plain:
-        call = f"merge_adapter({str(adapter)!r}, {base!r})"
-        return python_command(f"from perta_fast.models.merge_adapter import merge_adapter; {call}")
-    program = (
-        "import transformers as t, peft; "
-        f"m = {loader(Path(base))}.from_pretrained({base!r}, dtype='auto'); "
-        f"m = peft.PeftModel.from_pretrained(m, {str(adapter)!r}).float(); "
-        f"m.merge_and_unload().save_pretrained({f'{adapter}-merged'!r})"
-    )
-    return python_command(program)
+def merge_command(adapter: Path, base: str) -> str:
+    """The shell command that saves what an adapter makes of a base, in float32, beside ``adapter``."""
+    call = f"merge_adapter({str(adapter)!r}, {base!r})"
+    return python_command(f"from perta_fast.models.merge_adapter import merge_adapter; {call}")
 
 
 def untie_command(path: Path) -> str:

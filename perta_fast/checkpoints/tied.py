@@ -86,6 +86,16 @@ def _says_that_it_ties(checkpoint: Checkpoint) -> bool | None:
     return bool(said[0]) if said else None  # that of the whole model, if it says so
 
 
+def is_shared_by_parts(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a matrix is one that encoder and decoder of a model share, perhaps with the output head (T5, BART)."""
+    config = checkpoint.path / "config.json"
+    settings = read_json(config) if exists(config) else {}
+    if not isinstance(settings, dict) or not settings.get("is_encoder_decoder"):
+        return False
+    is_input = _is_input_embedding(name) or name.rpartition(".")[0].endswith("shared")
+    return is_input or (is_output_head(name) and _says_that_it_ties(checkpoint) is not False)
+
+
 def importance_key(name: str, model: Checkpoint, names: Mapping[str, object]) -> str | None:
     """The name, of an importance's ``names``, that covers the model's tensor ``name``; None if none does."""
     if name in names:

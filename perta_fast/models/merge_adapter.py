@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from perta_fast.checkpoints.adapter_kinds import read_json_settings
-from perta_fast.checkpoints.adapter_names import peft_names
+from perta_fast.checkpoints.adapter_kinds import STEM, read_json_settings
+from perta_fast.checkpoints.adapter_names import PREFIX, peft_names
 from perta_fast.checkpoints.advice import loader
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
@@ -18,7 +18,7 @@ from perta_fast.models.stored_names import load_tensor
 
 
 def merge_adapter(adapter: str, base: str) -> None:
-    """Save, beside ``adapter``, what it makes of ``base``, in float32, an output head of its own included.
+    """Save, beside ``adapter``, what it makes of ``base``, in float32. Tied matrices become two if one is adapted.
 
     Raises InputError if the model has no place for a tensor of the adapter.
     """
@@ -28,21 +28,33 @@ def merge_adapter(adapter: str, base: str) -> None:
     from torch import nn
 
     model: Any = getattr(transformers, loader(Path(base)).removeprefix("t.")).from_pretrained(base, dtype="auto")
-    saved = Checkpoint.open(adapter, "adapter_model").tensors
-    tensors = {new: load_tensor(saved[name]).contiguous() for new, name in peft_names(saved, adapter).items()}
+    saved = Checkpoint.open(adapter, STEM).tensors
+    tensors = {
+        _in_whole_model(new, model): load_tensor(saved[name]).contiguous()
+        for new, name in peft_names(saved, adapter).items()
+    }
     with TemporaryDirectory() as folder:
-        save_file(tensors, f"{folder}/adapter_model.safetensors")
+        save_file(tensors, f"{folder}/{STEM}.safetensors")
         Path(folder, ADAPTER_CONFIG).write_text(json.dumps(read_json_settings(Path(adapter))), encoding="utf-8")
         tuned: Any = PeftModel.from_pretrained(model, folder).float()
     loaded: Any = set_peft_model_state_dict(tuned, tensors)
     if odd := loaded.unexpected_keys:
         raise InputError(f"{adapter}: {odd[0]} has no place in the model in {base}")
-    head = model.get_output_embeddings()
-    if head is not None and model.config.get_text_config().tie_word_embeddings:
-        layer = _innermost(head)
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    both = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = map(_innermost, both)
+    if head is not None and head.weight is embedding.weight and (head, embedding) != both:  # one of them is adapted
+        head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     tuned.merge_and_unload().save_pretrained(f"{adapter}-merged")
+
+
+def _in_whole_model(name: str, model: Any) -> str:
+    """A name of the adapter's, with the path of the model without a head if that is what was tuned (AutoModel)."""
+    inner, path = getattr(model, model.base_model_prefix, model), name.removeprefix(PREFIX)
+    first = path.partition(".")[0]
+    if path == name or hasattr(model, first) or not hasattr(inner, first):
+        return name
+    return f"{PREFIX}{model.base_model_prefix}.{path}"
 
 
 def _innermost(module: Any) -> Any:

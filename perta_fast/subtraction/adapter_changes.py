@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perta_fast.checkpoints.adapter_kinds import ties_by_name
+from perta_fast.checkpoints.adapter_names import PREFIX
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank, Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import RESIZED, is_output_head, is_resized, is_tied_use, make_room, tied_partner
+from perta_fast.checkpoints.tied import (
+    RESIZED,
+    is_output_head,
+    is_resized,
+    is_shared_by_parts,
+    is_tied_use,
+    make_room,
+    tied_partner,
+)
 from perta_fast.errors import InputError
 from perta_fast.models.same_names import stored_as_in
 
@@ -35,9 +44,11 @@ class OpenedAdapter:
     ) -> "OpenedAdapter":
         """names: of the tensors of the model; None: as those of ``base``.
 
-        Raises InputError if the adapter is not taken, or saved a matrix of another base.
+        Raises InputError if the adapter is not taken, saved a matrix of another base, or adapts one that encoder and
+        decoder share.
         """
         adapter = stored_as_in(base, Adapter.open(path, base.path))
+        _refuse_shared(adapter, base)
         adapter.check_untouched(base, common_rows)
         if not adapter.by_peft:
             return cls(adapter)
@@ -134,3 +145,15 @@ class OpenedAdapter:
         """The tuned values of a tensor that peft makes, flat, in float32."""
         assert self.merged is not None
         return self.merged.array(name)
+
+
+def _refuse_shared(adapter: Adapter, base: Checkpoint) -> None:
+    """Raise InputError if the adapter changes a matrix that encoder and decoder share."""
+    paths = [key.removeprefix(PREFIX).split(".") for key in adapter.by_peft]
+    modules = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
+    for name in (*adapter.low_rank, *adapter.whole, *(f"{module}.weight" for module in sorted(modules))):
+        if is_shared_by_parts(name, base):
+            raise InputError(
+                f"{adapter.checkpoint.path}: adapts {name}, a matrix that encoder and decoder share, for one use; no "
+                "checkpoint has a place for that, so tune again without it"
+            )

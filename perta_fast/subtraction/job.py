@@ -7,7 +7,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from perta_fast.checkpoints.adapters import STEM as ADAPTER_STEM
+from perta_fast.checkpoints.adapter_kinds import STEM as ADAPTER_STEM
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, CONFIG

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from perta_fast import InputError, apply
 from perta_fast.cli import main
@@ -242,9 +242,9 @@ def test_what_its_config_does_not_name(tmp_path: Path) -> None:
 def test_without_a_base_the_adapters_own_is_named(tmp_path: Path) -> None:
     write_adapter(tmp_path, llama, lora())
     change_settings(tmp_path / "adapter", peft_type="VERA", base_model_name_or_path="of/the hub")
-    with pytest.raises(InputError, match=r"from_pretrained\('of/the hub'"):
+    with pytest.raises(InputError, match=r"merge_adapter\(.*, 'of/the hub'\)"):
         describe(tmp_path / "adapter")
-    assert f"from_pretrained('{tmp_path / 'base'}'" in refusal(tmp_path, "of type VERA")
+    assert refusal(tmp_path, "of type VERA").endswith(f", '{tmp_path / 'base'}')\"")
 
 
 def tied() -> Any:
@@ -303,3 +303,31 @@ def test_a_merge_does_not_leave_tensors_out(tmp_path: Path) -> None:
     save_file({name.replace("layers", "blocks"): value for name, value in load_file(path).items()}, path)
     with pytest.raises(InputError, match=r"blocks.* has no place in the model in"):
         merge_adapter(str(adapter), str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("kind", ["VERA", "pissa"])
+def test_an_adapter_of_a_model_without_its_head_is_merged_into_the_whole(kind: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    llama(1).save_pretrained(tmp_path / "model")
+    modules = {"target_modules": ["q_proj", "v_proj"]}
+    config = VeraConfig(r=8, **modules) if kind == "VERA" else LoraConfig(init_lora_weights=kind, **modules)
+    live = get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), config)
+    tune_(live)
+    live.save_pretrained(tmp_path / "adapter")
+    run_advice(refusal(tmp_path, "merge it"))
+    tuned = live.merge_and_unload().state_dict()
+    merged = read_checkpoint(tmp_path / "adapter-merged")
+    base = read_checkpoint(tmp_path / "base")
+    assert merged.keys() == base.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, tuned.get(name.removeprefix("model."), base[name]), rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(tensor, base[name]) for name, tensor in merged.items())
+
+
+def test_a_pickled_adapter_is_converted_before_it_is_merged(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path, llama, lora(init_lora_weights="pissa"))
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    run_advice(refusal(tmp_path, r"adapter_model\.bin, which is never loaded here; convert it with"))
+    run_advice(refusal(tmp_path, "merge it"))
+    assert read_checkpoint(tmp_path / "adapter-merged").keys() == read_checkpoint(tmp_path / "base").keys()

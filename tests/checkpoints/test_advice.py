@@ -8,7 +8,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from perta_fast import InputError, apply
 from perta_fast.checkpoints.advice import conversion_command, merge_command, untie_command
@@ -107,3 +107,24 @@ def test_an_adapter_of_another_type_is_converted(dtype: torch.dtype, tmp_path: P
         rule="tv", out=tmp_path / "out", progress=False,
     )  # fmt: skip
     assert report.tensors
+
+
+@pytest.mark.parametrize("where", ["shared", "lm_head"])
+@pytest.mark.parametrize("how", ["LoRA", "DoRA", "whole"])
+def test_a_matrix_that_encoder_and_decoder_share_is_not_adapted(where: str, how: str, tmp_path: Path) -> None:
+    chosen = {"modules_to_save": [where]} if how == "whole" else {"use_dora": how == "DoRA"}
+    modules = ["q", "v", *([] if how == "whole" else [where])]
+    write_adapter(tmp_path, t5, LoraConfig(target_modules=modules, **chosen), loads=AutoModelForSeq2SeqLM)
+    with pytest.raises(InputError, match=rf"adapts {where}\.weight, a matrix that encoder and decoder share"):
+        apply(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", rule="tv", out=tmp_path / "out")
+
+
+def test_other_matrices_of_an_encoder_decoder_are_adapted(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path, t5, LoraConfig(target_modules=["q", "wo"]), loads=AutoModelForSeq2SeqLM)
+    tuned = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base"), adapter)
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    apply(tmp_path / "base", tmp_path / "base", adapter, rule="tv", lam=-1.0, out=tmp_path / "out", progress=False)
+    expected, found = read_checkpoint(tmp_path / "merged"), read_checkpoint(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)

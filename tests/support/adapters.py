@@ -21,14 +21,20 @@ Build = Callable[[], PreTrainedModel]
 IDS = torch.arange(3, 27).view(2, 12)
 
 
-def write_adapter(folder: Path, build: Build, config: PeftConfig, dtype: torch.dtype = torch.float32) -> Path:
+def write_adapter(
+    folder: Path,
+    build: Build,
+    config: PeftConfig,
+    dtype: torch.dtype = torch.float32,
+    loads: Any = AutoModelForCausalLM,
+) -> Path:
     """Write base and model, and an adapter with values in all of its tensors."""
     base = build().to(dtype)
     base.save_pretrained(folder / "base")
     model = build()
     nudge_(model, 1)
     model.to(dtype).save_pretrained(folder / "model")
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
+    adapted = get_peft_model(loads.from_pretrained(folder / "base"), config)
     with torch.no_grad():
         for number, parameter in enumerate(adapted.parameters()):
             if parameter.requires_grad:
