@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, is_weights, may_be_model
+from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG, INDEX, is_weights, may_be_model
 from perta_fast.errors import shell_command
 from perta_fast.files.own import is_own_name
 from perta_fast.files.reading import check_fetched, regular_file
@@ -17,7 +17,6 @@ from perta_fast.files.reading import check_fetched, regular_file
 CARD, CONFIG = "README.md", "config.json"
 TEMPLATES = "additional_chat_templates"  # the one directory beside the weights that transformers reads
 _READ = (".json", ".jinja", ".py", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe")
-_INDEX = ".index.json"
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, or SHA-256
 _OF_A_RUN = ("perta_report.json", "perta_files.b3", "perta_tune.json")
 
@@ -27,7 +26,7 @@ def companions(directory: Path) -> dict[str, Path]:
     return {
         name: path
         for name, path in files_of(directory).items()
-        if name == CARD or (name.endswith(_READ) and not name.endswith(_INDEX) and name not in _OF_A_RUN)
+        if name == CARD or (name.endswith(_READ) and not name.endswith(INDEX) and name not in _OF_A_RUN)
     }
 
 
@@ -78,7 +77,7 @@ def left_out_links(source: Checkpoint) -> list[Path]:
 
 def _companions(source: Checkpoint) -> Iterator[Path]:
     for path in sorted(source.path.iterdir()):
-        kept = path == source.index or not is_weights(path.name.removesuffix(_INDEX))
+        kept = path == source.index or not is_weights(path.name.removesuffix(INDEX))
         if kept and path.is_file() and path.name != ADAPTER_CONFIG and not is_own_name(path.name):
             yield path
     templates = source.path / TEMPLATES
@@ -127,6 +126,6 @@ def other_weights(checkpoint: Checkpoint) -> list[str]:
         if inside.parts[-3:] == (".git", "lfs", "objects") and folders:  # all versions of all large files
             found.append(str(inside))
         folders[:] = sorted(name for name in folders if not name.startswith(".perta"))
-        own = checkpoint.shards if not inside.parts else {}
+        own = set() if inside.parts else {path.name for path in checkpoint.files()}
         found += [str(inside / name) for name in sorted(names) if name not in own and may_be_model(name)]
     return found + [f"old copies of tensors in {name}" for name in checkpoint.old_copies]

@@ -5,7 +5,20 @@ from pathlib import Path
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ggml", ".npz", ".distcp", ".nemo", ".tflite")
-_WEIGHTS = frozenset((".safetensors", *_PICKLED, *OTHER_WEIGHTS))
+_OF_OTHER_PROGRAMS = (
+    ".ot",
+    ".pkl",
+    ".npy",
+    ".pb",
+    ".keras",
+    ".mlmodel",
+    ".mlpackage",
+    ".llamafile",
+    ".litertlm",
+    ".engine",
+)
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".zst", ".gz")
+_WEIGHTS = frozenset((".safetensors", *_PICKLED, *OTHER_WEIGHTS, *_OF_OTHER_PROGRAMS, *_ARCHIVES))
 # As in model.safetensors.index.json.
 _ABOUT_WEIGHTS = (".json", ".md", ".md5", ".sha256", ".txt", ".py", ".metadata", ".lock")
 # What trainers and this package leave beside a model: no values of its weights.
@@ -14,6 +27,7 @@ _NO_MODEL = re.compile(
 )
 _SHARD = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})\.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
+INDEX = ".index.json"  # how the name of an index ends, after that of the file that its shards stand for
 
 
 def shard_number(name: str, stem: str = "model") -> tuple[int, int] | None:
@@ -24,10 +38,10 @@ def shard_number(name: str, stem: str = "model") -> tuple[int, int] | None:
 
 def is_weights(name: str) -> bool:
     """Whether a file's name is one of weights, or of a copy of them that was set aside (model.safetensors.bak)."""
-    lower = name.lower()
+    lower = name.lower().rstrip("~")  # of an editor's copy
     return not lower.endswith(_ABOUT_WEIGHTS) and not _WEIGHTS.isdisjoint(Path(lower).suffixes)
 
 
 def may_be_model(name: str) -> bool:
-    """Whether a file may hold weights of a model, or is the config of an adapter."""
-    return name == ADAPTER_CONFIG or (is_weights(name) and not _NO_MODEL.fullmatch(name))
+    """Whether a file may hold weights of a model, or is an index of such files or the config of an adapter."""
+    return name == ADAPTER_CONFIG or (is_weights(name.removesuffix(INDEX)) and not _NO_MODEL.fullmatch(name))
