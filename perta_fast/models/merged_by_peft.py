@@ -7,6 +7,7 @@ and merges it. So no form of adapter is written down here a second time.
 import copy
 import dataclasses
 import math
+import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -353,7 +354,18 @@ def _check_peft(adapter: Adapter) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without peft's warnings, which are of settings for training."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without peft's warnings, which are of settings for training, and without traces in the environment.
+
+    BOFT leaves other compilers in it if its extension cannot be built (peft 0.21.2).
+    """
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import perta_fast as pf
 from perta_fast import cli
@@ -171,9 +172,12 @@ KEPT = ("kept", "kept.json", "kept.html", "kept.yaml")
 def stopped_walks(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Streamed runs, stopped when a part of their importances is written, which keep them in the directories KEPT."""
     folder = tmp_path_factory.mktemp("walks")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests that go on with them
     pf.apply(*job.checkpoints, rule="tv", out=folder / "done", progress=False)
     for name in KEPT:
         stop_walk(job, folder / f"run to {name}", folder / name)
+    torch.set_num_threads(threads)
     return folder
 
 

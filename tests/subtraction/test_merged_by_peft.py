@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,13 +177,15 @@ def test_memory_is_what_the_page_says(kind: str, most: int, tmp_path: Path) -> N
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     del base
     adapter = Adapter.open(tmp_path / "adapter", tmp_path / "base")
-    merged = MergedByPeft.open(adapter, Checkpoint.open(tmp_path / "base"))
+    opened = Checkpoint.open(tmp_path / "base")
+    merged = MergedByPeft.open(adapter, opened, opened.tensors)
     merged._last.clear()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else what was freed would hide what is taken anew
     with peak_memory() as memory:
         merged.array("model.layers.0.mlp.down_proj.weight")
-    assert 1 < (memory.anonymous - memory.baseline) / (4 * 1024 * 4096) <= most
+    taken = (memory.anonymous - memory.baseline) / (4 * 1024 * 4096)
+    assert 1 < taken <= 1.25 * most  # the page says "about"; the allocator keeps a little more or less
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "LoHa"])
@@ -290,3 +293,15 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"{LAYER}: the result would hold NaN"):
         apply(tmp_path / "model", tmp_path / "base", tmp_path / "adapter", rule="tv", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_peft_leaves_the_compilers_of_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), KINDS["BOFT"].config()).save_pretrained(
+        tmp_path / "adapter"
+    )
+    monkeypatch.setenv("CC", "mine")
+    monkeypatch.delenv("CXX", raising=False)
+    base = Checkpoint.open(tmp_path / "base")
+    MergedByPeft.open(Adapter.open(tmp_path / "adapter", tmp_path / "base"), base, base.tensors)
+    assert os.environ["CC"] == "mine" and "CXX" not in os.environ
