@@ -197,7 +197,7 @@ def of_another_model(settings: Settings) -> str:
 
 def merge_first(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:
     """Advice to merge, with the command. Raises InputError if the adapter's tensors must be converted before that."""
-    if not any(path.glob(f"{STEM}*.safetensors")):
+    if (path / f"{STEM}.bin").exists() and not any(path.glob(f"{STEM}*.safetensors")):
         Checkpoint.open(path, STEM)
     named = str(base or settings.get("base_model_name_or_path") or "BASE")
     return f"merge it and give the merged checkpoint: {merge_command(path, named)}"
