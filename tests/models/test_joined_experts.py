@@ -184,7 +184,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("forms", MIXED, ids="-".join)
+@pytest.mark.parametrize("forms", MIXED[:1], ids="-".join)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_run_goes_on(
     way: str, forms: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,7 +238,7 @@ def test_a_live_module(own: str, tmp_path: Path) -> None:
 JOINED = "model.layers.1.mlp.experts.gate_up_proj"
 
 
-@pytest.mark.parametrize("forms", MIXED, ids="-".join)
+@pytest.mark.parametrize("forms", MIXED[:1], ids="-".join)
 def test_a_sweep(forms: tuple[str, ...], tmp_path: Path) -> None:
     paths, rows = written(tmp_path), data(tmp_path)
     how: dict[str, Any] = {"rule": "fisher", "lams": [0.5, 1.0], "progress": False}
