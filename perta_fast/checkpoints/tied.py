@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from perta_fast.checkpoints.advice import untie_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
@@ -79,21 +80,25 @@ def tied_in(name: str, checkpoint: Checkpoint) -> str | None:
 
 def _says_that_it_ties(checkpoint: Checkpoint) -> bool | None:
     """What config.json says; None if nothing."""
-    config = checkpoint.path / "config.json"
-    settings = read_json(config) if exists(config) else {}
-    parts = [settings, settings.get("text_config")] if isinstance(settings, dict) else []
+    settings = _settings(checkpoint)
+    parts = [settings, settings.get("text_config")]
     said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
     return bool(said[0]) if said else None  # that of the whole model, if it says so
 
 
 def is_shared_by_parts(name: str, checkpoint: Checkpoint) -> bool:
     """Whether a matrix is one that encoder and decoder of a model share, perhaps with the output head (T5, BART)."""
+    is_input = _is_input_embedding(name) or name.rpartition(".")[0].endswith("shared")
+    if not (is_input or is_output_head(name)) or not _settings(checkpoint).get("is_encoder_decoder"):
+        return False
+    return is_input or _says_that_it_ties(checkpoint) is not False
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json holds; nothing if there is none."""
     config = checkpoint.path / "config.json"
     settings = read_json(config) if exists(config) else {}
-    if not isinstance(settings, dict) or not settings.get("is_encoder_decoder"):
-        return False
-    is_input = _is_input_embedding(name) or name.rpartition(".")[0].endswith("shared")
-    return is_input or (is_output_head(name) and _says_that_it_ties(checkpoint) is not False)
+    return settings if isinstance(settings, dict) else {}
 
 
 def importance_key(name: str, model: Checkpoint, names: Mapping[str, object]) -> str | None:
