@@ -62,9 +62,9 @@ _NOT_OF_WEIGHTS = {
 # which need what only the training had.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _REPEATED_STARTS = ("pissa", "olora")
-_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _CONVERTED_STARTS = ("pissa", "corda", "olora", "lora_ga")
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # values of task_type
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")  # modules that ensure_weight_tying knows
 _MERGE_LIVE = (
     "merge and save the model that was tuned while it is in memory (merge_and_unload, then save_pretrained), and give "
     "that checkpoint"
@@ -91,7 +91,7 @@ def read_settings(path: Path, base: Path | None) -> Settings:
         or not isinstance(settings.get("target_parameters"), list | None)
     ):
         raise InputError(f"{file}: is not the config of an adapter")
-    settings |= {name: _plain(settings[name]) for name in NAMING if settings.get(name)}
+    settings = with_plain_names(settings)
     kind = str(settings.get("peft_type"))  # a damaged file may hold anything
     if kind in _NO_WEIGHTS:
         raise InputError(
@@ -118,6 +118,11 @@ def _check_lora(file: Path, settings: Settings, advice: str) -> None:
     for name, value in settings.items():
         if value and name not in _HARMLESS and name not in (*_ALL_BY_PEFT, *_SOME_BY_PEFT):
             raise InputError(f"{file}: setting {name} is not understood here; {advice}")
+
+
+def with_plain_names(settings: Settings) -> Settings:
+    """The settings with names of modules as ``plain_name`` has them."""
+    return settings | {name: _plain(settings[name]) for name in NAMING if settings.get(name)}
 
 
 def _plain(setting: Any) -> Any:
@@ -201,12 +206,6 @@ def merge_first(path: Path, base: Path | None, settings: Mapping[str, Any]) -> s
         Checkpoint.open(path, STEM)
     named = str(base or settings.get("base_model_name_or_path") or "BASE")
     return f"merge it and give the merged checkpoint: {merge_command(path, named)}"
-
-
-def read_json_settings(path: Path) -> Any:
-    """The settings of the adapter in ``path`` as they are, with names as ``plain_name`` has them."""
-    settings = read_json(path / ADAPTER_CONFIG)
-    return settings | {name: _plain(settings[name]) for name in NAMING if settings.get(name)}
 
 
 def _fuse_command(path: Path, base: Path | None, settings: Mapping[str, Any]) -> str:

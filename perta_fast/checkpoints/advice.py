@@ -22,7 +22,7 @@ def conversion_command(path: Path, arguments: str = "dtype='auto'", call: str = 
     source, target = str(path), f"{path}-safetensors"
     program = (
         "import transformers as t; "
-        f"{loader(path)}.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}{save})"
+        f"t.{model_class(path)}.from_pretrained({source!r}, {arguments}){call}.save_pretrained({target!r}{save})"
     )
     return python_command(program + _save_tokenizer(path, target))
 
@@ -37,7 +37,7 @@ def untie_command(path: Path) -> str:
     """The shell command that saves a checkpoint with an output head of its own, equal to its embedding, beside it."""
     source, target = str(path), f"{path}-untied"
     program = (
-        f"import transformers as t; m = {loader(path)}.from_pretrained({source!r}, dtype='auto'); "
+        f"import transformers as t; m = t.{model_class(path)}.from_pretrained({source!r}, dtype='auto'); "
         "h = m.get_output_embeddings(); h.weight = type(h.weight)(h.weight.detach().clone()); "
         "m.config.tie_word_embeddings = m.config.get_text_config().tie_word_embeddings = False; "
         f"m.save_pretrained({target!r})"
@@ -56,15 +56,15 @@ def float32_command(file: Path) -> str:
     return python_command(program)
 
 
-def loader(path: Path) -> str:
-    """The class of transformers that loads all of a checkpoint, parts for images or a classifier's head included."""
+def model_class(path: Path) -> str:
+    """The name of the class of transformers that loads all of a checkpoint, with parts for images or a classifier."""
     with suppress(InputError):
         config = read_json(path / "config.json")
         names = config.get("architectures") if isinstance(config, dict) and not config.get("auto_map") else None
         name = names[0] if isinstance(names, list) and names else ""
         if isinstance(name, str) and name.isidentifier() and not name.endswith("ForCausalLM"):
-            return f"t.{name}"
-    return "t.AutoModelForCausalLM"
+            return name
+    return "AutoModelForCausalLM"
 
 
 def _save_tokenizer(path: Path, target: str) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from perta_fast.checkpoints.adapter_kinds import STEM, read_json_settings
+from perta_fast.checkpoints.adapter_kinds import STEM, with_plain_names
 from perta_fast.checkpoints.adapter_names import PREFIX, peft_names
-from perta_fast.checkpoints.advice import loader
+from perta_fast.checkpoints.advice import model_class
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.errors import InputError
+from perta_fast.files.reading import read_json
 from perta_fast.models.stored_names import load_tensor
 
 
@@ -27,16 +28,18 @@ def merge_adapter(adapter: str, base: str) -> None:
     from safetensors.torch import save_file
     from torch import nn
 
-    model: Any = getattr(transformers, loader(Path(base)).removeprefix("t.")).from_pretrained(base, dtype="auto")
+    model: Any = getattr(transformers, model_class(Path(base))).from_pretrained(base, dtype="auto")
     saved = Checkpoint.open(adapter, STEM).tensors
     tensors = {
         _in_whole_model(new, model): load_tensor(saved[name]).contiguous()
         for new, name in peft_names(saved, adapter).items()
     }
+    settings = with_plain_names(read_json(Path(adapter) / ADAPTER_CONFIG))
     with TemporaryDirectory() as folder:
         save_file(tensors, f"{folder}/{STEM}.safetensors")
-        Path(folder, ADAPTER_CONFIG).write_text(json.dumps(read_json_settings(Path(adapter))), encoding="utf-8")
+        Path(folder, ADAPTER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
         tuned: Any = PeftModel.from_pretrained(model, folder).float()
+    # Once more, for what it could not place: the first time that is not told.
     loaded: Any = set_peft_model_state_dict(tuned, tensors)
     if odd := loaded.unexpected_keys:
         raise InputError(f"{adapter}: {odd[0]} has no place in the model in {base}")
