@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
-from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
 from perta_fast.files.reading import exists
 from perta_fast.models.language_part import auto_class, keep_language_part_, reason_of
-from perta_fast.models.same_names import named_as_module
+from perta_fast.models.same_names import named_as_module, stored_under
 from perta_fast.models.stored_names import as_stored, load_tensor
 
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
@@ -112,15 +110,9 @@ def load_subject(
         raise InputError(f"{path}: lacks tensor {min(loaded['missing_keys'])}, which its config.json calls for")
     keep_language_part_(model)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.named_parameters()}
-    names = {} if quantised else as_stored(model, shapes)
-    if names:
-        stored = named_as_module(checkpoint, model, names).tensors
-    absent = {name for name in names if (stored[name].pieces if name in stored else tied_partner(name, stored) is None)}
-    if absent:  # an importance would have names for which the checkpoint has no tensor
-        raise InputError(
-            f"{path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
-            f"save it anew with: {conversion_command(path)}"
-        )
+    if not quantised:
+        names = as_stored(model, shapes)
+        stored_under(names, named_as_module(checkpoint, model, names))
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
 
 

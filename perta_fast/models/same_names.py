@@ -103,6 +103,26 @@ def cut_for_module(
     return {name: runs for name, runs in cut.items() if name in stored}
 
 
+def stored_under(names: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
+    """The names that a checkpoint ``named_as_module`` has for ``names``: the same, or those of tied matrices.
+
+    Raises InputError if a tensor is not stored as such: an importance would have a name that the checkpoint lacks.
+    """
+    tensors, stored, absent = checkpoint.tensors, {}, []
+    for name in names:
+        found = name if name in tensors else tied_partner(name, tensors)
+        if found is None or tensors[found].pieces:
+            absent.append(name)
+        else:
+            stored[name] = found
+    if absent:
+        raise InputError(
+            f"{checkpoint.path}: lacks tensor {min(absent)}, the name that transformers now gives to one of its own; "
+            f"save it anew with: {conversion_command(checkpoint.path)}"
+        )
+    return stored
+
+
 def stored_as_in(base: Checkpoint, adapter: Adapter) -> Adapter:
     """``adapter``, which has the names of a model in memory, with those under which ``base`` stores its tensors."""
     tables = {"low_rank": adapter.low_rank, "whole": adapter.whole, "untouched": adapter.untouched}

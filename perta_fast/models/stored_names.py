@@ -81,7 +81,7 @@ def numbered(shape: Sequence[int], width: int, first: int = 0) -> torch.Tensor:
 def runs_of(numbers: torch.Tensor, shape: Sequence[int], width: int) -> list[tuple[int, int]]:
     """The runs of consecutive elements in what was made of ``numbered``: the first number of each, and how many.
 
-    shape: of what is made of the elements themselves. None if that of ``numbers`` does not fit it.
+    shape: of what is made of the elements themselves. No runs if that of ``numbers`` does not fit it.
     """
     if tuple(numbers.shape) != ((*shape[:-1], shape[-1] // width) if shape else ()):
         return []
@@ -157,7 +157,8 @@ class LoadedGroup:
         for name, pattern in self.stored.items():
             by_pattern.setdefault(pattern, []).append(name)
         for names in by_pattern.values():
-            (most, _), *_, (least, _) = 2 * Counter(tuple(shapes[name]) for name in names).most_common()
+            counted = Counter(tuple(shapes[name]) for name in names).most_common()
+            most, least = counted[0][0], counted[-1][0]
             if most != least:
                 odd = next(name for name in names if tuple(shapes[name]) == least)
                 return f"tensor {odd} is {list(least)}, those that it is joined with are {list(most)}"

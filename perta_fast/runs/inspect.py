@@ -1,6 +1,5 @@
 """What a directory holds: a checkpoint, an adapter, an importance, or the output of a run."""
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.task_vector import adds, count_changes, zero_because
 
 
@@ -73,20 +71,13 @@ def _task_vector(path: Path, base: Path, progress: Progress) -> str:
         what = "none: no tensor can be compared"
     lines = [f"task vector from {base}: {what}"]
     lines += [f"  {count} tensors left aside: {reason}" for reason, count in counts.aside.items()]
-    resized = [match for match in sources.matches if match.copied is None and _is_resized(match)]
-    lines += [f"  {match.theta.name}: rows in common only, the vocabulary was resized" for match in resized]
+    resized = [match.theta.name for match in sources.matches if match.is_resized]
+    lines += [f"  {name}: rows in common only, the vocabulary was resized" for name in resized]
     return printable_lines(lines)
 
 
 def _is_importance(path: Path) -> bool:
     return any(exists(path / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
-
-
-def _is_resized(match: TensorMatch) -> bool:
-    made = match.merged_count if match.merged is not None else match.theta.count
-    low_rank = match.theta.shape if match.low_rank is None else match.low_rank.shape
-    tuned = match.theta.count if match.tuned is None else match.tuned.count
-    return {made, tuned, math.prod(low_rank)} != {match.theta.count}
 
 
 def _has_any_of(path: Path, base: Checkpoint) -> bool:

@@ -201,10 +201,9 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
             raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
     sources = replace(sources, matches=[_match(row, opened, job) for row in job.matches])
     if any(match.merged is not None for match in sources.matches):
-        base, names = sources.base, sources.model.tensors
-        merging = OpenedAdapter.open(
-            job.directories["tuned"], base, common_rows=True, names=names
-        )  # checked at the start
+        names = sources.model.tensors
+        # Whether rows may differ was checked at the start.
+        merging = OpenedAdapter.open(job.directories["tuned"], sources.base, common_rows=True, names=names)
         matches = [
             match if match.merged is None else replace(match, merged_count=merging.count(match.merged))
             for match in sources.matches

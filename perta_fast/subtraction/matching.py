@@ -48,10 +48,20 @@ class TensorMatch:
     @property
     def common(self) -> int:
         """The first elements, which all inputs have; the others, rows of a resized vocabulary, are kept as they are."""
+        return min(self._counts)
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether an input has another number of rows than the others."""
+        return len(set(self._counts)) > 1
+
+    @property
+    def _counts(self) -> list[int]:
+        """The number of elements in each input."""
         entries = (self.theta, self.base, self.tuned, self.forget_importance, self.retain_importance)
         counts = [entry.count for entry in entries if entry is not None]
         counts += [] if self.low_rank is None else [math.prod(self.low_rank.shape)]
-        return min(counts if self.merged is None else [*counts, self.merged_count])
+        return counts if self.merged is None else [*counts, self.merged_count]
 
     @property
     def kept_rows(self) -> int:

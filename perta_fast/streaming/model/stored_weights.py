@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.dtypes import KERNEL_CODES, TORCH_NAMES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.reading import PositionReader
-from perta_fast.models.same_names import named_as_module
+from perta_fast.models.same_names import named_as_module, stored_under
 from perta_fast.models.stored_names import LoadedGroup, as_stored, loaded_groups
 
 
@@ -103,20 +102,14 @@ class StoredWeights:
 
     def _check_names(self, parts: Iterable[Sequence[str]]) -> None:
         path = self._checkpoint.path
-        tensors = named_as_module(self._checkpoint, self._model, self.shapes).tensors
+        view = named_as_module(self._checkpoint, self._model, self.shapes)
+        tensors = view.tensors
         buffers = self._like.keys() - dict(self._model.named_parameters(remove_duplicate=False)).keys()
         lacking = (self._parameters(None).keys() | buffers) - self._group_of.keys()
         if lacking:
             raise InputError(f"{path}: lacks tensor {min(lacking)}, which its config.json calls for")
-        stored = {name: name if name in tensors else tied_partner(name, tensors) for name in self.shapes}
-        renamed = [name for name, stored_name in stored.items() if stored_name is None or tensors[stored_name].pieces]
-        if renamed:
-            raise InputError(
-                f"{path}: lacks tensor {renamed[0]}, the name that transformers now gives to one of its own; "
-                f"save it anew with: {conversion_command(path)}"
-            )
+        stored = stored_under(self.shapes, view)
         for name, shape in zip(stored.values(), self.shapes.values(), strict=True):
-            assert name is not None
             if tensors[name].shape != shape:
                 raise InputError(
                     f"{path}: tensor {name} is {list(tensors[name].shape)}, transformers would save "
