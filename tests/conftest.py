@@ -5,6 +5,7 @@ Hypothesis draws the same examples each time. In a soak it draws new ones, and p
 
 import os
 from collections.abc import Iterator
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -38,11 +39,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compilers in the environment stay as they are: making a BOFT adapter changes them (peft 0.21.2)."""
-    for name in ("CC", "CXX"):
-        if name in os.environ:
-            monkeypatch.setenv(name, os.environ[name])
-        else:
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)
+def environment() -> Iterator[None]:
+    """A test leaves the environment as it was: making a BOFT adapter changes its compilers (peft 0.21.2)."""
+    with patch.dict(os.environ):
+        yield

@@ -55,6 +55,17 @@ def tune_(adapted: Any) -> None:
                 parameter.add_(draw(tuple(parameter.shape), seed=number).to(parameter) * 0.05)
 
 
+def assert_converted_or_merged_live(live: Any, expected: torch.Tensor, tmp_path: Path) -> None:
+    """Both ways out that the message names give the tuned model."""
+    initial = str(tmp_path / "before")
+    live.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
+    out = write_theta_f(tmp_path / "base", tmp_path / "converted", tmp_path / "of converted")
+    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-4)
+    live.merge_and_unload().save_pretrained(tmp_path / "live")
+    out = write_theta_f(tmp_path / "base", tmp_path / "live", tmp_path / "of live")
+    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("start", ["pissa_niter_4", "pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_start_that_changed_the_base_is_converted_or_merged_live(start: str, rslora: bool, tmp_path: Path) -> None:
@@ -75,13 +86,7 @@ def test_a_start_that_changed_the_base_is_converted_or_merged_live(start: str, r
         run_advice(refusal(tmp_path, "changes the base model too; merge it"))
         out = write_theta_f(tmp_path / "base", tmp_path / "adapter-merged", tmp_path / "merged")
         torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-5)
-    initial = str(tmp_path / "before")
-    live.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
-    out = write_theta_f(tmp_path / "base", tmp_path / "converted", tmp_path / "of converted")
-    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-4)
-    live.merge_and_unload().save_pretrained(tmp_path / "live")
-    out = write_theta_f(tmp_path / "base", tmp_path / "live", tmp_path / "of live")
-    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-5)
+    assert_converted_or_merged_live(live, expected, tmp_path)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -140,13 +145,7 @@ def test_a_start_from_data_is_not_repeated_by_loading(
             tuned_model(tmp_path / "base", tmp_path / "adapter")
     else:
         assert not torch.allclose(logits(tuned_model(tmp_path / "base", tmp_path / "adapter")), expected, atol=1e-4)
-    initial = str(tmp_path / "before")
-    live.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
-    out = write_theta_f(tmp_path / "base", tmp_path / "converted", tmp_path / "of converted")
-    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-4)
-    live.merge_and_unload().save_pretrained(tmp_path / "live")
-    out = write_theta_f(tmp_path / "base", tmp_path / "live", tmp_path / "of live")
-    torch.testing.assert_close(logits_of(out), expected, rtol=1e-4, atol=1e-5)
+    assert_converted_or_merged_live(live, expected, tmp_path)
 
 
 @pytest.mark.parametrize("start", ["lora_ga", "corda", "pissa_niter_16"])

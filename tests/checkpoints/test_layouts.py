@@ -186,14 +186,21 @@ def test_an_index_that_transformers_takes(
     assert not verify(output, progress=False, full=not in_place).problems
 
 
+def assert_saved_anew(job: Job, role: str, refusal: str, right: dict[str, Tensor], out: Path) -> None:
+    """The command of the message saves a checkpoint that is taken in place of that of ``role``."""
+    with pytest.raises(InputError, match=refusal) as caught:
+        apply(*job.checkpoints, rule="tv", out=out)
+    run_advice(str(caught.value).rpartition(" with: ")[2])
+    saved = getattr(job, role).with_name(f"{role}-safetensors")
+    apply(*(saved if path == getattr(job, role) else path for path in job.checkpoints), rule="tv", out=out)
+    assert_loads_as(out, right)
+
+
 def test_a_name_that_no_shard_holds_is_refused_with_advice(job: Job, tmp_path: Path) -> None:
     right = expected(job)
     change_index(job.tuned, lambda weights: weights.update({"model.old.weight": weights[QUERY]}))
-    with pytest.raises(InputError, match=r"puts tensor model\.old\.weight into .* which does not hold it") as caught:
-        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
-    run_advice(str(caught.value).rpartition("save what transformers loads with: ")[2])
-    apply(job.model, job.base, job.tuned.with_name("tuned-safetensors"), rule="tv", out=tmp_path / "out")
-    assert_loads_as(tmp_path / "out", right)
+    refusal = r"puts tensor model\.old\.weight into .* which does not hold it.* save what transformers loads with: "
+    assert_saved_anew(job, "tuned", refusal, right, tmp_path / "out")
 
 
 def test_shards_in_a_directory_of_their_own_are_refused_with_advice(job: Job, tmp_path: Path) -> None:
@@ -202,11 +209,8 @@ def test_shards_in_a_directory_of_their_own_are_refused_with_advice(job: Job, tm
     for shard in set(weight_map(job.model).values()):
         (job.model / shard).rename(job.model / "sub" / shard)
     change_index(job.model, lambda weights: weights.update({name: f"sub/{weights[name]}" for name in weights}))
-    with pytest.raises(InputError, match=r"is not the name of a safetensors file beside it; if you trust it") as caught:
-        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
-    run_advice(str(caught.value).rpartition("save what transformers loads with: ")[2])
-    apply(job.model.with_name("model-safetensors"), job.base, job.tuned, rule="tv", out=tmp_path / "out")
-    assert_loads_as(tmp_path / "out", right)
+    refusal = "is not the name of a safetensors file beside it; if you trust it, save what transformers loads with: "
+    assert_saved_anew(job, "model", refusal, right, tmp_path / "out")
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -217,11 +221,7 @@ def test_a_variant_is_named_with_the_command_that_saves_it(sharded: bool, job: J
     model.save_pretrained(job.tuned, variant="fp16", max_shard_size="20KB" if sharded else "1GB")
     tokenizer().save_pretrained(job.tuned)
     assert (job.tuned / "model.safetensors.index.fp16.json").exists() == sharded
-    with pytest.raises(InputError, match="save this variant as a model of its own with: ") as caught:
-        apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
-    run_advice(str(caught.value).rpartition("of its own with: ")[2])
-    apply(job.model, job.base, job.tuned.with_name("tuned-safetensors"), rule="tv", out=tmp_path / "out")
-    assert_loads_as(tmp_path / "out", right)
+    assert_saved_anew(job, "tuned", "save this variant as a model of its own with: ", right, tmp_path / "out")
 
 
 def test_shards_of_fsdp_are_named_with_the_command_that_joins_them(job: Job, tmp_path: Path) -> None:

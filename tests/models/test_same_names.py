@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,26 @@ def plain(name: str) -> str:
     return name.removeprefix("transformer.").removeprefix("model.")
 
 
+def applied_as_on_the_hub(
+    inputs: Sequence[Path], which: tuple[int, ...], tmp_path: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What is expected, and what a run makes if those of ``which`` have names without the prefix."""
+    apply(*inputs, rule="tv", lam=0.7, out=tmp_path / "expected", progress=False)
+    mixed = [as_on_the_hub(path) if k in which else path for k, path in enumerate(inputs)]
+    apply(*mixed, rule="tv", lam=0.7, out=tmp_path / "out", progress=False)
+    rename = plain if 0 in which else str
+    expected = {rename(name): tensor for name, tensor in read_checkpoint(tmp_path / "expected").items()}
+    return expected, read_checkpoint(tmp_path / "out")
+
+
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
 def test_checkpoints_without_the_prefix(
     which: tuple[int, ...], family: Callable[[], PreTrainedModel], tmp_path: Path
 ) -> None:
     inputs = written(tmp_path, family)
-    apply(*inputs, rule="tv", lam=0.7, out=tmp_path / "expected", progress=False)
-    mixed = [as_on_the_hub(path) if k in which else path for k, path in enumerate(inputs)]
-    apply(*mixed, rule="tv", lam=0.7, out=tmp_path / "out", progress=False)
-    expected, got = read_checkpoint(tmp_path / "expected"), read_checkpoint(tmp_path / "out")
-    rename = plain if 0 in which else str
-    assert got.keys() == {rename(name) for name in expected}
-    assert all(same_bytes(got[rename(name)], tensor) for name, tensor in expected.items())
+    expected, got = applied_as_on_the_hub(inputs, which, tmp_path)
+    assert got.keys() == expected.keys()
+    assert all(same_bytes(got[name], tensor) for name, tensor in expected.items())
     assert not verify(tmp_path / "out").problems
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
@@ -328,12 +336,8 @@ def bart() -> PreTrainedModel:
 def test_an_encoder_belongs_to_the_model(which: tuple[int, ...], tmp_path: Path) -> None:
     """Transformers has a class for text with the decoder of BART alone."""
     inputs = written(tmp_path, bart)
-    apply(*inputs, rule="tv", lam=0.7, out=tmp_path / "expected", progress=False)
-    mixed = [as_on_the_hub(path) if k in which else path for k, path in enumerate(inputs)]
-    apply(*mixed, rule="tv", lam=0.7, out=tmp_path / "out", progress=False)
-    expected, got = read_checkpoint(tmp_path / "expected"), read_checkpoint(tmp_path / "out")
-    rename = plain if 0 in which else str
-    assert all(same_bytes(got[rename(name)], tensor) for name, tensor in expected.items())
+    expected, got = applied_as_on_the_hub(inputs, which, tmp_path)
+    assert all(same_bytes(got[name], tensor) for name, tensor in expected.items())
     config = BartConfig.from_pretrained(inputs[2])
     config.encoder_layers = 1
     BartForConditionalGeneration(config).save_pretrained(tmp_path / "shallow")
