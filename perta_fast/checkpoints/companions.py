@@ -94,8 +94,8 @@ def elsewhere(path: Path) -> Path | None:
     """Where a link in a model's directory leads; None if it leads into the directory or the same hub cache.
 
     In a hub cache, HUB/NAME/snapshots/REVISION holds links to files in HUB/NAME/blobs. These may be links to a store of
-    all models, HUB/blobs/XX; and each blobs may be a link itself, if it was moved to another disk. There only what is
-    named by its hash is of the cache, which names everything so.
+    all models, HUB/blobs/XX; and each blobs may be a link itself, if it was moved to another disk. There, only files
+    that are named by a hash belong to the cache.
     """
     directory, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     repositories = [above.parent for above in directory.parents if above.name == "snapshots"]

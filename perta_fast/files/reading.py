@@ -91,10 +91,10 @@ def regular_file(path: str, flags: int) -> int:
 
 
 def check_fetched(path: Path, beginning: bytes) -> None:
-    """Raise InputError if a file that begins so only names the file that git-lfs has yet to fetch."""
+    """Raise InputError if the ``beginning`` of a file is that of a pointer, which git-lfs puts in its place."""
     if beginning.startswith(_POINTER):
         fetch = shell_command("git", "-C", path.parent, "lfs", "pull")
-        raise InputError(f"{path}: is a pointer of git-lfs; fetch the file itself, in its clone with: {fetch}")
+        raise InputError(f"{path}: is a pointer of git-lfs; fetch the file itself with: {fetch}")
 
 
 def read_bytes(path: Path, hint: str = "") -> bytes:
