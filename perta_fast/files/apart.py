@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from perta_fast.errors import InputError
-from perta_fast.files.identity import Identity, identity, lies_in
+from perta_fast.files.identity import Identity, identity
 from perta_fast.files.own import is_own_name
 from perta_fast.files.reading import checked_path
 
@@ -36,11 +36,15 @@ def input_in(directory: Path, inputs: Iterable[Path]) -> Path | None:
     does not go with the first.
     """
     known = set(_identities(directory))
-    for path in inputs:
+    identities: dict[Path, Identity | None] = {}  # of inputs, and of the directories above them
+    for path in inputs if known else ():
         for part in (path, *_files_in(path)):
             source = Path(os.path.realpath(part))
-            if not known.isdisjoint((identity(source), identity(source.parent))) or lies_in(source, directory):
-                return part
+            for above in (source, *source.parents):
+                if above not in identities:
+                    identities[above] = identity(above)
+                if identities[above] in known:
+                    return part
     return None
 
 

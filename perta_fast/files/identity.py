@@ -26,5 +26,6 @@ def is_same(first: str | Path, second: str | Path) -> bool:
 
 def lies_in(path: str | Path, directory: str | Path) -> bool:
     """Whether ``path`` is ``directory`` or lies in it; both may be missing."""
-    resolved = Path(os.path.realpath(path))
-    return any(is_same(above, directory) for above in (resolved, *resolved.parents))
+    resolved, target, known = Path(os.path.realpath(path)), Path(os.path.realpath(directory)), identity(directory)
+    above = (resolved, *resolved.parents)
+    return target in above or (known is not None and known in map(identity, above))
