@@ -30,14 +30,17 @@ def check_inputs_stay(final: Path, places: Iterable[Path], inputs: Iterable[Path
 
 
 def input_in(directory: Path, inputs: Iterable[Path]) -> Path | None:
-    """An input, or a file of one, that would go with ``directory``; None if there is none.
+    """An input, or a file of one, that would go with ``directory`` (or a file); None if there is none.
 
     A link may lead there, and so may a mount of a directory or of one file. A file that has a second name (a hard link)
     does not go with the first.
     """
-    known = set(_identities(directory))
+    itself = identity(directory)
+    if itself is None:
+        return None
+    known = {itself, *_identities(directory)}
     identities: dict[Path, Identity | None] = {}  # of inputs, and of the directories above them
-    for path in inputs if known else ():
+    for path in inputs:
         for part in (path, *_files_in(path)):
             source = Path(os.path.realpath(part))
             for above in (source, *source.parents):

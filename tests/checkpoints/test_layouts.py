@@ -24,6 +24,7 @@ from perta_fast.runs.apply import apply
 from perta_fast.runs.inspect import describe
 from perta_fast.runs.verify import verify
 from tests.checkpoints.test_adapters import make_adapter
+from tests.support.adapters import run_advice
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint
 from tests.support.children import run_child
 from tests.support.models import Job, llama, tokenizer, write_job
@@ -282,13 +283,6 @@ def test_a_pointer_of_git_lfs_is_named(name: str, in_place: bool, job: Job, tmp_
 def test_a_picture_may_be_a_pointer(job: Job, tmp_path: Path) -> None:
     (job.model / "figure.png").write_text(POINTER)
     apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
-
-
-def run_advice(command: str) -> None:
-    program, *arguments = shlex.split(command)
-    assert program == "python"
-    done = run_child([sys.executable, *arguments])
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("roles", [("model",), ("base",), ("tuned",), ("model", "base", "tuned")])
