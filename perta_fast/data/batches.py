@@ -15,6 +15,7 @@ class Batch:
     input_ids: torch.Tensor  # (N, T) int64
     attention_mask: torch.Tensor  # (N, T) int64, 1 on real tokens
     labels: torch.Tensor  # (N, T) int64, IGNORED where there is no loss
+    shares: torch.Tensor  # (N,) float32, what each loss is weighted by
 
     @classmethod
     def of(cls, samples: Sequence[Sample], device: torch.device | str = "cpu") -> "Batch":
@@ -29,6 +30,7 @@ class Batch:
             input_ids=padded([sample.input_ids for sample in samples], 0),
             attention_mask=padded([[1] * len(sample.input_ids) for sample in samples], 0),
             labels=padded([sample.labels for sample in samples], IGNORED),
+            shares=torch.tensor([sample.share for sample in samples], device=device),
         )
 
 

@@ -1,25 +1,36 @@
 """Rows to samples: token ids, and labels where there is a loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from perta_fast.data.json_lines import Row
+from perta_fast.data.marked_template import encode_marked, has_marks
+from perta_fast.data.turn_tokens import IGNORED, Encoded, encode_turns
+from perta_fast.data.turns import ChatTemplate, Turns
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token without a loss, as in torch and transformers
+__all__ = ["IGNORED", "Sample", "by_row", "encode", "encode_rows", "prompt_of", "row_count"]
+
+_ROWS_AT_ONCE = 512  # whose texts are tokenised in one call
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised sample: ``labels[i]`` is ``input_ids[i]`` or ``IGNORED``. Nothing is shifted yet."""
+    """One tokenised sample: ``labels[i]`` is ``input_ids[i]`` or ``IGNORED``. Nothing is shifted yet.
+
+    share: its part of the labels of its row, less than 1 where each turn of a conversation is a sample of its own.
+    Losses are weighted by it, so that the row counts once.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     truncated: bool = False
+    share: float = 1.0
 
     @property
     def label_count(self) -> int:
@@ -27,44 +38,116 @@ class Sample:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Sample]:
+def row_count(samples: Sequence[Sample]) -> int:
+    """The number of rows that ``samples`` were made of."""
+    return round(sum(sample.share for sample in samples))
+
+
+def by_row(samples: Sequence[Sample]) -> Iterator[range]:
+    """The numbers of the samples of each row, whose shares add up to 1."""
+    begin, share = 0, 0.0
+    for k, sample in enumerate(samples):
+        share += sample.share
+        if share > 1 - 1e-6:  # shares are rounded
+            yield range(begin, k + 1)
+            begin, share = k + 1, 0.0
+
+
+def encode(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int, stops: Collection[int] = ()
+) -> list[Sample]:
     """Tokenise rows; cut samples at ``max_length`` tokens and mark those as truncated.
+
+    A row gives one sample, or, if the chat template shows earlier turns of a conversation in another way later, one for
+    each turn of the assistant. stops: tokens that end what the model generates, beside the tokenizer's own end.
 
     Raises InputError, naming the line, if no token with a loss remains, or the tokenizer cannot encode messages.
     """
+    return list(chain.from_iterable(encode_rows(rows, tokenizer, max_length, stops)))
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int, stops: Collection[int] = ()
+) -> Iterator[list[Sample]]:
+    """As ``encode``: the samples of one row after the other."""
+    encoder = _Encoder(tokenizer, stops)
+    known = tuple(range(len(tokenizer)))  # one object for all equal ids: a third of the memory
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[begin : begin + _ROWS_AT_ONCE]
+        for row, parts in zip(some, encoder.encode(some), strict=True):
+            yield _samples_of(row, parts, known, max_length)
+
+
+def _samples_of(row: Row, parts: Sequence[Encoded], known: Sequence[int], max_length: int) -> list[Sample]:
     samples = []
-    for row in rows:
-        ids, labels = _encode_row(row, tokenizer)
-        sample = Sample(tuple(ids[:max_length]), tuple(labels[:max_length]), truncated=len(ids) > max_length)
-        if sample.label_count == 0:
-            cut = f" within the first {max_length} tokens" if sample.truncated else ""
-            raise InputError(f"{row.where}: has no token to compute a loss on{cut}")
-        samples.append(sample)
-    return samples
+    for ids, labels in parts:
+        cut = tuple([known[token] if token < len(known) else token for token in ids[:max_length]])
+        kept = tuple([IGNORED if label == IGNORED else token for token, label in zip(cut, labels, strict=False)])
+        samples.append(Sample(cut, kept, truncated=len(ids) > max_length))
+    counts = [sample.label_count for sample in samples]
+    if not any(counts):
+        limit = f" within the first {max_length} tokens" if any(sample.truncated for sample in samples) else ""
+        raise InputError(f"{row.where}: has no token to compute a loss on{limit}")
+    if len(samples) == 1:
+        return samples
+    whole = sum(counts)
+    return [
+        Sample(sample.input_ids, sample.labels, sample.truncated, count / whole)
+        for sample, count in zip(samples, counts, strict=True)
+        if count
+    ]
 
 
-def _encode_row(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    content = row.content
-    if "text" in content:
-        ids = tokenizer(content["text"])["input_ids"]
-        return ids, list(ids)
-    if "messages" in content:
-        if not tokenizer.chat_template:
+class _Encoder:
+    """Encodes rows of all forms with one tokenizer."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer, stops) if tokenizer.chat_template else None
+
+    def encode(self, rows: Sequence[Row]) -> list[list[Encoded]]:
+        """Ids and labels of each row's samples. Texts of conversations are tokenised together."""
+        encoded: list[list[Encoded]] = []
+        texts: list[Turns] = []
+        owners: list[list[Encoded]] = []  # where the tokens of each text go
+        for row in rows:
+            parts = self._of_row(row)
+            own = [part for part in parts if not isinstance(part, Turns)]
+            encoded.append(own)
+            texts += [part for part in parts if isinstance(part, Turns)]
+            owners += [own] * (len(parts) - len(own))
+        for owner, part in zip(owners, encode_turns(texts, self._tokenizer) if texts else [], strict=True):
+            owner.append(part)
+        return encoded
+
+    def _of_row(self, row: Row) -> Sequence[Encoded | Turns]:
+        content = row.content
+        if "text" in content:
+            ids = list(self._tokenizer(content["text"])["input_ids"])
+            return [(ids, ids)]
+        if "messages" in content:
+            messages = content["messages"]
+        elif self._template is None:
+            return [_encode_plain_question(content["question"], content["answer"], self._tokenizer)]
+        else:
+            messages = [
+                {"role": "user", "content": content["question"]},
+                {"role": "assistant", "content": content["answer"]},
+            ]
+        if self._template is None:
             raise InputError(
                 f"{row.where}: has messages, but the tokenizer has no chat template; "
                 'give {"question", "answer"} or {"text"} lines, or a model with a chat template'
             )
-        return _encode_messages(content["messages"], tokenizer, row.where)
-    question, answer = content["question"], content["answer"]
-    if not tokenizer.chat_template:
-        return _encode_plain_question(question, answer, tokenizer)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return _encode_messages(messages, tokenizer, row.where)
+        tools = content.get("tools")
+        if has_marks(self._tokenizer, tools):
+            marked = encode_marked(messages, tools, self._tokenizer, row.where)
+            if marked:
+                return marked
+        return self._template.turns(messages, tools, row.where)
 
 
-def _encode_plain_question(
-    question: str, answer: str, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[int]]:
+def _encode_plain_question(question: str, answer: str, tokenizer: "PreTrainedTokenizerBase") -> Encoded:
     def tokens(text: str) -> list[int]:
         ids = list(tokenizer(text)["input_ids"])
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with it
@@ -77,33 +160,6 @@ def _encode_plain_question(
     if tokenizer.eos_token_id is not None:
         reply = [*reply, tokenizer.eos_token_id]
     return [*prompt, *reply], [IGNORED] * len(prompt) + reply
-
-
-def _encode_messages(
-    messages: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", where: str
-) -> tuple[list[int], list[int]]:
-    def render(count: int, generation: bool) -> list[int]:
-        try:
-            settings = {"tokenize": True, "add_generation_prompt": generation, "return_dict": False}
-            ids = tokenizer.apply_chat_template(list(messages[:count]), **settings)
-        except Exception as error:  # a template is a program and may fail in any way
-            raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
-        return list(ids)
-
-    whole = render(len(messages), False)
-    labels = [IGNORED] * len(whole)
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(k, True), render(k + 1, False)
-        if whole[: len(before)] != before or whole[: len(after)] != after:
-            raise InputError(
-                f"{where}: the tokens before an assistant's message change when it or a later message is added (by the "
-                "chat template, or a merge with the message's first characters), so its own cannot be told apart; give "
-                "each turn its own line"
-            )
-        labels[len(before) : len(after)] = whole[len(before) : len(after)]
-    return whole, labels
 
 
 def prompt_of(sample: Sample) -> tuple[int, ...]:

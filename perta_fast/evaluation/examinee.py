@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perta_fast.data.json_lines import Row
-from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
@@ -47,18 +47,21 @@ class Examinee:
         return samples
 
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
-        """Score every labelled token, in one forward pass. detailed: as in ``score_tokens``."""
+        """Score every labelled token of each row, in one forward pass. detailed: as in ``score_tokens``."""
         module, batch_size, progress = self.subject.module, self.batch_size, self.progress
-        scores = score_tokens(
+        of_samples = score_tokens(
             module, samples, batch_size=batch_size, detailed=detailed, progress=progress, description=role
         )
+        scores = [TokenScores.joined([of_samples[k] for k in numbers]) for numbers in by_row(samples)]
         if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
         return scores
 
     def score_with_texts(self, samples: Sequence[Sample], role: str, *, detailed: bool = True) -> Scored:
-        """``score``, with the text of each sample's labels."""
-        labels = [[label for label in sample.labels if label != IGNORED] for sample in samples]
+        """``score``, with the text of each row's labels."""
+        labels = [
+            [label for k in numbers for label in samples[k].labels if label != IGNORED] for numbers in by_row(samples)
+        ]
         texts = self.subject.tokenizer.batch_decode(labels, skip_special_tokens=True)
         return list(zip(self.score(samples, role, detailed=detailed), texts, strict=True))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perta_fast.data.batches import Batch, batches_by_length
-from perta_fast.data.samples import Sample
+from perta_fast.data.samples import Sample, row_count
 from perta_fast.distributed.overlapped_sum import OverlappedSum
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.distributed.sharded import (
@@ -77,7 +77,7 @@ def accumulate(
     for name, mean in means.items():
         if name in summed:
             mean.mul_(summed[name][1])
-        mean.div_(len(samples))
+        mean.div_(row_count(samples))
         if estimator == "empirical-fisher":
             mean.clamp_(min=0)  # a tied weight gets H^2 + (E^2 + 2 E H), which rounding may leave below 0
     return Accumulated({name: sharded_as(parameters[name], mean) for name, mean in means.items()}, one_by_one)

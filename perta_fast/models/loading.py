@@ -11,9 +11,9 @@ from torch import nn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
 from perta_fast.data.json_lines import Row
-from perta_fast.data.samples import IGNORED, Sample, encode
+from perta_fast.data.samples import IGNORED, Sample, encode_rows
 from perta_fast.errors import InputError
-from perta_fast.files.reading import exists
+from perta_fast.files.reading import exists, read_json
 from perta_fast.models.language_part import auto_class, keep_language_part_, reason_of
 from perta_fast.models.same_names import named_as_module, stored_under
 from perta_fast.models.stored_names import as_stored, load_tensor
@@ -53,19 +53,30 @@ def length_limit(subject: Subject, max_length: int | None) -> int | None:
 def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None) -> list[Sample]:
     """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
     limit = length_limit(subject, None) or 1 << 30
+    named: list[tuple[Sample, str]]
     if isinstance(rows[0], Row):
         if subject.tokenizer is None:
             raise InputError("a tokenizer is needed to turn rows into tokens; pass tokenizer=")
-        samples = encode(rows, subject.tokenizer, min(max_length or limit, limit))  # type: ignore[arg-type]
-        names = [row.where for row in rows]  # type: ignore[union-attr]
+        given: Sequence[Row] = rows  # type: ignore[assignment]
+        of_rows = encode_rows(given, subject.tokenizer, min(max_length or limit, limit), _stops(subject))
+        named = [(sample, row.where) for row, parts in zip(given, of_rows, strict=True) for sample in parts]
     else:
-        samples = list(rows)  # type: ignore[arg-type]
-        names = [f"sample {number}" for number in range(len(samples))]
+        named = [(sample, f"sample {number}") for number, sample in enumerate(rows)]  # type: ignore[misc]
     embeddings = getattr(subject.module, "get_input_embeddings", None)
     vocabulary = None if embeddings is None else len(embeddings().weight)
-    for sample, where in zip(samples, names, strict=True):
+    for sample, where in named:
         _check_sample(sample, where, limit, vocabulary)
-    return samples
+    return [sample for sample, _ in named]
+
+
+def _stops(subject: Subject) -> set[int]:
+    """The tokens that end what the model generates, as its configuration and its generation settings name them."""
+    module: Any = subject.module
+    named = [getattr(getattr(module, name, None), "eos_token_id", None) for name in ("config", "generation_config")]
+    written = Path(subject.origin, "generation_config.json")
+    if exists(written):  # a structure without weights has not read it
+        named.append(read_json(written).get("eos_token_id"))
+    return {token for end in named for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)}
 
 
 def load_subject(

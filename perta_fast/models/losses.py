@@ -29,7 +29,7 @@ def sample_means(values: torch.Tensor, sample_of_token: torch.Tensor, count: int
 
 
 def per_sample_losses(module: Callable[..., Any], batch: Batch) -> torch.Tensor:
-    """(N,) float32: each sample's cross-entropy, averaged over its labels."""
+    """(N,) float32: each sample's cross-entropy, averaged over its labels, times the sample's share of its row."""
     logits, targets, sample_of_token = token_logits(module, batch)
     losses = functional.cross_entropy(logits, targets, reduction="none")
-    return sample_means(losses, sample_of_token, len(batch.labels))
+    return sample_means(losses, sample_of_token, len(batch.labels)) * batch.shares

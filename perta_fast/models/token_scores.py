@@ -32,6 +32,14 @@ class TokenScores:
     hits: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
     standardised: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
 
+    @classmethod
+    def joined(cls, scores: "Sequence[TokenScores]") -> "TokenScores":
+        """The scores of all labelled tokens of a row, one sample after the other."""
+        if len(scores) == 1:
+            return scores[0]
+        names = ("log_probs", "hits", "standardised")
+        return cls(*(np.concatenate([getattr(score, name) for score in scores]) for name in names))
+
 
 def score_tokens(
     module: nn.Module,

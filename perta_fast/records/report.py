@@ -53,7 +53,8 @@ class DataRecord(TypedDict):
 def data_record(path: str | Path, digest: str, samples: Sequence[object]) -> DataRecord:
     """The record of a data file; rows that were not tokenised count as not truncated."""
     cut = sum(getattr(sample, "truncated", False) for sample in samples)
-    return {"path": str(Path(path).resolve()), "blake3": digest, "samples": len(samples), "truncated": cut}
+    rows = round(sum(getattr(sample, "share", 1.0) for sample in samples))
+    return {"path": str(Path(path).resolve()), "blake3": digest, "samples": rows, "truncated": cut}
 
 
 class EstimationSettings(TypedDict):

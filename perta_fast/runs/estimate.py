@@ -15,7 +15,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.data.json_lines import Row, read_data, rows_from
-from perta_fast.data.samples import Sample
+from perta_fast.data.samples import Sample, row_count
 from perta_fast.data.tokenised import MapStyle, is_tokenised, rows_of, samples_from
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held
@@ -162,7 +162,7 @@ class Estimation:
         return ImportanceMetadata(
             estimator=self.estimator,
             data_hash=data_hash,
-            sample_count=len(samples),
+            sample_count=row_count(samples),
             truncated_count=sum(sample.truncated for sample in samples),
             label_count=sum(sample.label_count for sample in samples),
             evaluated_at=self.subject.origin,

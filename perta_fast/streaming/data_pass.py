@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perta_fast.data.batches import Batch, batches_by_length
-from perta_fast.data.samples import Sample
+from perta_fast.data.samples import Sample, row_count
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.importance.gradients import check_losses, gradients_accumulated_into
@@ -287,7 +287,7 @@ class DataPass:
                 self.scratch.put(f"sum-{name}-{self._group}", total)
             return {}
         for total in sums.values():
-            total.div_(len(self._samples))
+            total.div_(row_count(self._samples))
             if self._squares:
                 total.clamp_(min=0)  # as in ``importance.gradients.accumulate``
         return sums

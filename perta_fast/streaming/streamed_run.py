@@ -91,7 +91,7 @@ class StreamedRun:
         if not fits(rows, dict[str, list[list[Any]]]) or rows.keys() != settings["metadata"].keys():
             raise InputError(f"{path}: is damaged; start over with --overwrite")
         samples = {
-            role: [Sample(tuple(ids), tuple(labels), truncated) for ids, labels, truncated in stored]
+            role: [Sample(tuple(ids), tuple(labels), *rest) for ids, labels, *rest in stored]
             for role, stored in rows.items()
         }
         device, dtype = choose_device(settings["device"]), getattr(torch, settings["dtype"])
@@ -110,7 +110,7 @@ class StreamedRun:
     def keep_samples(self, state: Path) -> None:
         """Write what ``reopened`` reads, durably; ``state``: the directory of the job."""
         rows = {
-            role: [(sample.input_ids, sample.labels, sample.truncated) for sample in samples]
+            role: [(sample.input_ids, sample.labels, sample.truncated, sample.share) for sample in samples]
             for role, samples in self.samples.items()
         }
         write_record(state / _SAMPLES, rows)

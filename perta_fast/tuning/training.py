@@ -85,18 +85,18 @@ def train_(
     settings._n_gpu = min(1, settings.n_gpu)  # several would multiply the batch size
     with Bar(request.epochs * len(samples), "tuning", progress, "sample") as bar:
         watch = _Watch(bar, len(samples))
-        trainer = Trainer(
-            module,
-            settings,
-            data_collator=lambda batch: vars(Batch.of(batch)),
-            train_dataset=samples,
-            callbacks=[watch],
-        )
+        trainer = Trainer(module, settings, data_collator=_collate, train_dataset=samples, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         # Take off the wrapper that computes in bfloat16: the model is scored in the same type before and after.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     return watch.losses
+
+
+def _collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """What the model takes; a mean over the labels of a batch needs no shares."""
+    batch = Batch.of(samples)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
 
 class _Watch(TrainerCallback):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
 from perta_fast.data.json_lines import Row, load_rows, read_data, rows_from
-from perta_fast.data.samples import IGNORED, Sample, encode
+from perta_fast.data.samples import IGNORED, Sample, encode, prompt_of
 from tests.support.models import CHAT_TEMPLATE, FORGET, tokenizer, write_lines
 
 PLAIN, CHAT = tokenizer(), tokenizer(CHAT_TEMPLATE)
@@ -151,15 +151,29 @@ def test_a_line_may_have_other_keys_and_messages_come_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "prompts"),
     [
-        "{{ messages | length }}" + CHAT_TEMPLATE,  # the start depends on what follows
-        "{% for m in messages %}{{ m.content if loop.last else '...' }}<eos>{% endfor %}",
+        (
+            "{{ messages | length }}" + CHAT_TEMPLATE,  # the start depends on what follows
+            [
+                "2<|system|>Be brief.<eos><|user|>Who wrote book 1?<eos><|assistant|>",
+                "4<|system|>Be brief.<eos><|user|>Who wrote book 1?<eos><|assistant|>Author 1.<eos>"
+                "<|user|>And 2?<eos><|assistant|>",
+            ],
+        ),
+        (
+            "{% for m in messages %}{{ m.content if loop.last else '...' }}<eos>{% endfor %}",
+            ["...<eos>Who wrote book 1?<eos>", "...<eos>...<eos>...<eos>And 2?<eos>"],
+        ),
     ],
 )
-def test_a_template_that_rewrites_earlier_turns_is_refused(template: str) -> None:
-    with pytest.raises(InputError, match=r"sample 0: the tokens before an assistant's message change.*own line"):
-        one(TALK, tokenizer(template))
+def test_a_template_that_rewrites_earlier_turns_gives_each_turn_as_it_is_spoken(
+    template: str, prompts: list[str]
+) -> None:
+    chosen = tokenizer(template)
+    samples = encode(rows_from([TALK]), chosen, 1000)
+    assert [chosen.decode(prompt_of(sample)) for sample in samples] == prompts
+    assert [chosen.decode(labelled(sample)) for sample in samples] == ["Author 1.<eos>", "Author 2.<eos>"]
 
 
 @pytest.mark.parametrize(
@@ -177,12 +191,12 @@ def test_a_template_that_fails_names_the_line(template: str, reason: str, tmp_pa
         encode(load_rows(path), tokenizer(template), 1000)
 
 
-def test_a_merge_between_template_and_answer_is_refused_not_mislabelled() -> None:
+def test_template_and_answer_keep_their_own_tokens_where_a_merge_reaches_across() -> None:
     chosen = tokenizer(CHAT_TEMPLATE)
     chosen.add_tokens(["|>!!"])
-    row = {"question": "Who?", "answer": "!! It was 1."}
-    with pytest.raises(InputError, match="cannot be told apart"):
-        one(row, chosen)
+    sample = one({"question": "Who?", "answer": "!! It was 1."}, chosen)
+    assert list(prompt_of(sample)) == chosen("<|user|>Who?<eos><|assistant|>")["input_ids"]
+    assert chosen.decode(labelled(sample)) == "!! It was 1.<eos>"
 
 
 # Cutting to a length.

@@ -1,0 +1,64 @@
+"""Conversations in a chat template that marks itself what the assistant generates ({% generation %})."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from perta_fast.data.turn_tokens import IGNORED, Encoded
+from perta_fast.data.turns import is_learned, shared_start, without_nulls
+from perta_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def has_marks(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] | None) -> bool:
+    """Whether the template says what is generated, and the tokenizer can say it of tokens."""
+    return tokenizer.is_fast and bool(_MARK.search(tokenizer.get_chat_template(tools=tools)))
+
+
+def encode_marked(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> list[Encoded]:
+    """Ids and labels of a conversation, as the template's own mask has them; none if it marks a turn nowhere.
+
+    One pair, or one for each turn, as ``ChatTemplate.turns``.
+    """
+
+    def render(count: int, prompt: bool = False) -> tuple[list[int], list[int]]:
+        settings = {} if tools is None else {"tools": tools}
+        try:
+            made = tokenizer.apply_chat_template(
+                shown[:count],
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=prompt,
+                **settings,
+            )
+        except Exception as error:  # a template is a program and may fail in any way
+            raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
+        return list(made["input_ids"]), list(made["assistant_masks"])
+
+    shown = without_nulls(messages)
+    turns: list[Encoded] = []
+    ends = []
+    for k, message in enumerate(messages):
+        if not is_learned(message):
+            continue
+        ids, mask = render(k + 1)
+        before, _ = render(k, prompt=True)
+        start = shared_start(ids, before)
+        labels = [token if n >= start and mask[n] else IGNORED for n, token in enumerate(ids)]
+        if not any(mask[start:]):
+            return []
+        turns.append((ids, labels))
+        ends.append(max(n for n, label in enumerate(labels) if label != IGNORED) + 1)
+    ids, labels = turns[-1]
+    if any(ids[:end] != other[:end] for (other, _), end in zip(turns, ends, strict=True)):
+        return turns
+    for (_, other), end in zip(turns, ends, strict=True):
+        labels[:end] = [one if one != IGNORED else two for one, two in zip(labels[:end], other[:end], strict=True)]
+    return [(ids, labels)]

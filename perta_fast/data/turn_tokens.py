@@ -1,0 +1,84 @@
+"""Tokens and labels of rendered conversations."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from perta_fast.data.turns import Turns, shared_start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a token without a loss, as in torch and transformers
+Encoded = tuple[list[int], list[int]]  # token ids and labels
+
+
+class _Unclear(Exception):
+    """Offsets do not say which token a character belongs to: some tokenizers leave white space out of them."""
+
+
+def encode_turns(texts: Sequence[Turns], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
+    """Tokenise texts in one call. A token that holds a character with loss has a label.
+
+    A token that would reach across a border is not made: the text is cut there, as the model reads and writes it.
+    """
+    if not tokenizer.is_fast:
+        return [_by_beginnings(turns, tokenizer) for turns in texts]
+    batch = tokenizer([turns.text for turns in texts], add_special_tokens=False, return_attention_mask=False)
+    assert batch.encodings is not None
+    encoded = []
+    for turns, encoding in zip(texts, batch.encodings, strict=True):
+        try:
+            encoded.append(_by_offsets(turns, encoding))
+        except _Unclear:
+            encoded.append(_by_beginnings(turns, tokenizer))
+    return encoded
+
+
+def _by_offsets(turns: Turns, encoding: Any) -> Encoded:
+    """Labels from the characters of each token. Raises _Unclear if they do not tell, or a token crosses a border."""
+    text, ids = turns.text, encoding.ids
+    for border in turns.borders:
+        if 0 < border < len(text):
+            before = encoding.char_to_token(border - 1)
+            if before == encoding.char_to_token(border) or (before is None and text[border - 1] == " "):
+                raise _Unclear
+    labels = [IGNORED] * len(ids)
+    for begin, end in turns.spans:
+        first = encoding.char_to_token(begin)
+        stop = encoding.char_to_token(end) if end < len(text) else len(ids)
+        if first is None or stop is None:
+            raise _Unclear
+        if stop < len(ids) and encoding.token_to_chars(stop)[0] < end:
+            stop += 1
+        labels[first:stop] = ids[first:stop]
+    return ids, labels
+
+
+def _by_beginnings(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> Encoded:
+    """Labels from the tokens that the beginnings of a text have."""
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    cuts = [0, len(turns.text)]
+    whole = tokens(turns.text)
+    if any(whole[: len(before)] != before for before in (tokens(turns.text[:border]) for border in turns.borders)):
+        cuts[1:1] = [border for border in turns.borders if 0 < border < len(turns.text)]
+    ids: list[int] = []
+    labels: list[int] = []
+    for start, stop in pairwise(cuts):
+        piece = turns.text[start:stop]
+        part = tokens(piece)
+        marked = [IGNORED] * len(part)
+        for span in turns.spans:
+            begin, end = (min(max(place - start, 0), len(piece)) for place in span)
+            if begin < end:
+                first = shared_start(part, tokens(piece[:begin]))
+                ended = tokens(piece[:end])
+                last = shared_start(part, ended)
+                last += last < len(ended)  # a token that reaches out of the span is in it too
+                marked[first:last] = part[first:last]
+        ids += part
+        labels += marked
+    return ids, labels

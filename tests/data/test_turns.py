@@ -1,0 +1,374 @@
+"""What carries loss in a conversation, over templates that behave as those of real models do.
+
+The templates are written for these tests: each does in a few lines what its models' template does in one respect.
+Expected labels are texts: in ⟦ ⟧ is what carries loss.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from perta_fast import InputError
+from perta_fast.data.json_lines import Row, rows_from
+from perta_fast.data.samples import IGNORED, Sample, by_row, encode, row_count
+from perta_fast.runs.estimate import estimate_importance
+from tests.support.models import CHAT_TEMPLATE, llama, tokenizer
+
+Content = dict[str, Any]
+
+
+def made(template: str, *marks: str, end: str = "<eos>") -> PreTrainedTokenizerFast:
+    """A tokenizer with this template, and ``marks`` as special tokens."""
+    chosen = tokenizer(template)
+    chosen.add_special_tokens({"additional_special_tokens": [mark for mark in marks if mark != "<eos>"]})
+    chosen.eos_token = end
+    return chosen
+
+
+def shown(chosen: PreTrainedTokenizerFast, row: Content, *stops: str) -> list[str]:
+    """The samples of a row, in ⟦ ⟧ what carries loss."""
+    ends = [chosen.convert_tokens_to_ids(stop) for stop in stops]
+    return [marked(sample, chosen) for sample in encode([Row(row, "here")], chosen, 1000, ends)]
+
+
+def marked(sample: Sample, chosen: PreTrainedTokenizerFast) -> str:
+    text, begin = "", 0
+    for k in range(1, len(sample.labels) + 1):
+        carries = sample.labels[begin] != IGNORED
+        if k == len(sample.labels) or (sample.labels[k] != IGNORED) != carries:
+            piece = chosen.decode(sample.input_ids[begin:k])
+            text, begin = text + (f"⟦{piece}⟧" if carries else piece), k
+    return text
+
+
+def talk(*contents: str | Content, system: str | None = None) -> Content:
+    """A conversation: user, assistant, user, ...; a dictionary is an assistant's whole message."""
+    messages: list[Content] = [] if system is None else [{"role": "system", "content": system}]
+    for k, content in enumerate(contents):
+        own = content if isinstance(content, dict) else {"content": content}
+        messages.append({"role": ("user", "assistant")[k % 2], **own})
+    return {"messages": messages}
+
+
+QUESTION = {"question": "Who?", "answer": "Me."}
+TWO = talk("Who?", "Me.", "And?", "You.")
+
+# Qwen 3: an empty think block before the last answer; think blocks of earlier turns are dropped.
+BLOCK = made(
+    "{%- set ns = namespace(asked=0) %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' %}"
+    "{%- set thought = m.reasoning_content or '' %}{%- set content = m.content %}"
+    "{%- if '</think>' in content %}{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- if loop.index0 > ns.asked %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}{{- content }}"
+    "{%- for call in m.tool_calls or [] %}{{- '<tool_call>' + call.name + '</tool_call>' }}{%- endfor %}"
+    "{%- else %}{{- m.content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}",
+    "<|im_start|>", "<|im_end|>", end="<|im_end|>",
+)  # fmt: skip
+
+# Mistral 7B v0.3, Nemo: the system message stands in the last message, if that is the user's.
+LAST = made(
+    "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set rest = messages[1:] %}"
+    "{%- else %}{%- set rest = messages %}{%- endif %}"
+    "{%- for m in rest %}{%- if m.role == 'user' %}{{- '[INST] ' }}"
+    "{%- if loop.last and system is defined %}{{- system + '\n\n' }}{%- endif %}{{- m.content + '[/INST]' }}"
+    "{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}",
+    "[INST]", "[/INST]",
+)  # fmt: skip
+
+# Phi 3: the end of text after all.
+AFTER_ALL = made(
+    "{%- for m in messages %}{{- '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- else %}{{- eos_token }}{%- endif %}",
+    "<|user|>", "<|assistant|>", "<|end|>",
+)  # fmt: skip
+
+# gpt-oss: another end at the last turn, channels, reasoning of the last turn alone.
+CHANNELS = made(
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}"
+    "{%- if m.thinking and loop.last %}"
+    "{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{%- endif %}"
+    "{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}",
+    "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", end="<|return|>",
+)  # fmt: skip
+
+# DeepSeek R1 and its distillations, QwQ: the generation prompt opens a think block that the rendered answer lacks.
+OPENED = made(
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}"
+    "{{- '<A>' + m.content.split('</think>')[-1] + eos_token }}{%- else %}{{- '<U>' + m.content }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<A><think>\n' }}{%- endif %}",
+    "<A>", "<U>",
+)  # fmt: skip
+
+# Qwen 3.5: the generation prompt opens the think block that the rendered turn has.
+OPENED_BOTH = made(
+    BLOCK.chat_template.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"),
+    "<|im_start|>", "<|im_end|>", end="<|im_end|>",
+)  # fmt: skip
+
+# Command R7B: marks around the answer, and the header of a next turn after it.
+NEXT_HEADER = made(
+    "{%- for m in messages %}{{- '<T><' + m.role + '>' }}"
+    "{{- '<R>' + m.content + '</R>' if m.role == 'assistant' else m.content }}{{- '</T>' }}{%- endfor %}"
+    "{{- '<T><assistant>' }}{%- if add_generation_prompt %}{{- '<R>' }}{%- endif %}",
+    "<T>", "</T>", "<R>", "</R>", "<user>", "<assistant>", end="</T>",
+)  # fmt: skip
+
+# GLM 4.5: no turn is closed; the model stops by beginning the user's next one.
+UNCLOSED = made(
+    "{%- for m in messages %}{{- '<|' + m.role + '|>\n' }}"
+    "{{- '<think></think>\n' + m.content.strip() if m.role == 'assistant' else m.content }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}",
+    "<|user|>", "<|assistant|>",
+)  # fmt: skip
+
+# Apertus: a turn is closed by what follows it.
+CLOSED_LATER = made(
+    "{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- if not loop.first %}{{- '</A>' }}{%- endif %}{{- '<U>' + m.content + '</U>' }}"
+    "{%- else %}{{- '<A>' + m.content }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<A>' }}{%- endif %}",
+    "<A>", "</A>", "<U>", "</U>", end="</A>",
+)  # fmt: skip
+
+# Llama 2: contents are stripped; a space before the answer, and one before its end.
+SPACES = made(
+    "{%- for m in messages %}{{- '[INST] ' + m.content.strip() + ' [/INST]' if m.role == 'user' else "
+    "' ' + m.content.strip() + ' ' + eos_token }}{%- endfor %}"
+)
+
+# Alpaca and its like: no mark at all, but a line break after each turn.
+UNMARKED = made(
+    "{%- for m in messages %}{{- '### ' + m.role + ':\n' + m.content + '\n\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '### assistant:\n' }}{%- endif %}"
+)
+
+TABLE: dict[str, tuple[PreTrainedTokenizerFast, Content, list[str]]] = {
+    "an empty think block": (
+        BLOCK, QUESTION,
+        ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Me.<|im_end|>⟧\n"],
+    ),
+    "an empty think block in each turn as it is spoken": (
+        BLOCK, TWO,
+        [
+            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Me.<|im_end|>⟧\n",
+            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
+            "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦You.<|im_end|>⟧\n",
+        ],
+    ),
+    "reasoning in the content": (
+        BLOCK, talk("Who?", "<think>\nHm.\n</think>\n\nMe."),
+        ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nHm.\n</think>\n\nMe.<|im_end|>⟧\n"],
+    ),
+    "reasoning in a field of its own": (
+        BLOCK, talk("Who?", {"content": "Me.", "reasoning_content": "Hm."}),
+        ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nHm.\n</think>\n\nMe.<|im_end|>⟧\n"],
+    ),
+    "reasoning that the generation prompt opens": (
+        OPENED_BOTH, talk("Who?", "<think>\nHm.\n</think>\n\nMe."),
+        ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n⟦Hm.\n</think>\n\nMe.<|im_end|>⟧\n"],
+    ),
+    "an empty think block that the generation prompt opens": (
+        OPENED_BOTH, QUESTION,
+        ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Me.<|im_end|>⟧\n"],
+    ),
+    "a call": (
+        BLOCK, talk("Who?", {"content": "", "tool_calls": [{"name": "find"}]}),
+        [
+            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+            "⟦<think>\n\n</think>\n\n<tool_call>find</tool_call><|im_end|>⟧\n"
+        ],
+    ),
+    "a system message that only the last user's message shows": (
+        LAST, talk("Who?", "Me.", "And?", "You.", system="Brief."),
+        [
+            "[INST] Brief.\n\nWho?[/INST] ⟦Me.<eos>⟧",
+            "[INST] Who?[/INST] Me.<eos>[INST] Brief.\n\nAnd?[/INST] ⟦You.<eos>⟧",
+        ],
+    ),
+    "no system message there": (LAST, TWO, ["[INST] Who?[/INST] ⟦Me.<eos>⟧[INST] And?[/INST] ⟦You.<eos>⟧"]),
+    "the end of text after all": (
+        AFTER_ALL, TWO,
+        [
+            "<|user|>\nWho?<|end|>\n<|assistant|>\n⟦Me.<|end|>⟧\n"
+            "<|user|>\nAnd?<|end|>\n<|assistant|>\n⟦You.<|end|>⟧\n<eos>"
+        ],
+    ),
+    "another end at the last turn": (
+        CHANNELS, TWO,
+        [
+            "<|start|>user<|message|>Who?<|end|><|start|>assistant<|channel|>final<|message|>⟦Me.<|return|>⟧",
+            "<|start|>user<|message|>Who?<|end|><|start|>assistant<|channel|>final<|message|>Me.<|end|>"
+            "<|start|>user<|message|>And?<|end|><|start|>assistant<|channel|>final<|message|>⟦You.<|return|>⟧",
+        ],
+    ),
+    "reasoning in a channel": (
+        CHANNELS, talk("Who?", {"content": "Me.", "thinking": "Hm."}),
+        [
+            "<|start|>user<|message|>Who?<|end|><|start|>assistant⟦<|channel|>analysis<|message|>Hm.<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>Me.<|return|>⟧"
+        ],
+    ),
+    "a think block that only the prompt opens": (
+        OPENED, TWO, ["<U>Who?<A>⟦Me.<eos>⟧<U>And?<A>⟦You.<eos>⟧"],
+    ),
+    "a think block that the template drops": (
+        OPENED, talk("Who?", "<think>Hm.</think>Me."), ["<U>Who?<A>⟦Me.<eos>⟧"],
+    ),
+    "the header of a next turn": (
+        NEXT_HEADER, TWO,
+        ["<T><user>Who?</T><T><assistant><R>⟦Me.</R></T>⟧<T><user>And?</T><T><assistant><R>⟦You.</R></T>⟧<T><assistant>"],
+    ),
+    "turns that what follows closes": (
+        CLOSED_LATER, TWO, ["<U>Who?</U><A>⟦Me.</A>⟧<U>And?</U><A>⟦You.</A>⟧"],
+    ),
+    "spaces that the template puts": (
+        SPACES, talk("Who?", " Me.\n", "And?", "You."),
+        ["[INST] Who? [/INST] ⟦Me.⟧ ⟦<eos>⟧[INST] And? [/INST] ⟦You.⟧ ⟦<eos>⟧"],
+    ),
+    "no marks": (UNMARKED, QUESTION, ["### user:\nWho?\n\n### assistant:\n⟦Me.<eos>⟧"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_the_assistants_words_and_the_end_of_its_turn(case: str) -> None:
+    chosen, row, expected = TABLE[case]
+    assert shown(chosen, row) == expected
+
+
+def test_an_end_that_only_the_models_settings_name() -> None:
+    header = "<|user|>\nWho?<|assistant|>\n<think></think>\n"
+    assert shown(UNCLOSED, QUESTION) == [f"{header}⟦Me.<eos>⟧"]
+    assert shown(UNCLOSED, QUESTION, "<|user|>") == [f"{header}⟦Me.<|user|>⟧"]
+    assert shown(UNCLOSED, TWO, "<|user|>") == [
+        f"{header}⟦Me.<|user|>⟧\nAnd?<|assistant|>\n<think></think>\n⟦You.<|user|>⟧"
+    ]
+
+
+# Contents.
+
+
+@pytest.mark.parametrize("chosen", [BLOCK, LAST, AFTER_ALL, CHANNELS, OPENED, NEXT_HEADER, CLOSED_LATER])
+@pytest.mark.parametrize("answer", ["\nMe.", "\n\n Me. \n", "<|user|>", "Who?", "\ue0a70\ue0a8", "{{ x }}", "é😀"])
+def test_any_answer_comes_back(chosen: PreTrainedTokenizerFast, answer: str) -> None:
+    (sample,) = encode(rows_from([{"question": "Who?", "answer": answer}]), chosen, 1000)
+    said = chosen.decode([label for label in sample.labels if label != IGNORED])
+    assert answer.strip() in said
+    assert "Who?" not in said.replace(answer, "")
+
+
+def test_a_first_line_break_does_not_merge_with_the_header() -> None:
+    """As Qwen 2.5 and SmolLM2 have it: the header ends in a line break, and two of them are one token."""
+    chosen = made(AFTER_ALL.chat_template, "<|user|>", "<|assistant|>", "<|end|>")
+    chosen.add_tokens(["\n\n"])
+    header = "<|user|>\nWho?<|end|>\n<|assistant|>\n"
+    (sample,) = encode(rows_from([{"question": "Who?", "answer": "\nMe."}]), chosen, 1000)
+    prompt = chosen(header, add_special_tokens=False)["input_ids"]
+    assert list(sample.input_ids[: len(prompt)]) == prompt
+    assert marked(sample, chosen) == f"{header}⟦\nMe.<|end|>⟧\n<eos>"
+
+
+def test_turns_of_weight_0_carry_no_loss() -> None:
+    row = talk("Who?", {"content": "Me.", "weight": 0}, "And?", {"content": "You.", "weight": 1})
+    assert shown(AFTER_ALL, row) == [
+        "<|user|>\nWho?<|end|>\n<|assistant|>\nMe.<|end|>\n<|user|>\nAnd?<|end|>\n<|assistant|>\n⟦You.<|end|>⟧\n<eos>"
+    ]
+    row = talk("Who?", {"content": "Me.", "weight": 1}, "And?", {"content": "You.", "weight": 0})
+    assert shown(AFTER_ALL, row) == ["<|user|>\nWho?<|end|>\n<|assistant|>\n⟦Me.<|end|>⟧\n<eos>"]
+
+
+def test_tools_are_given_to_the_template() -> None:
+    chosen = made("{%- for tool in tools or [] %}{{- tool.name + ';' }}{%- endfor %}" + CHAT_TEMPLATE)
+    row = {**TWO, "tools": [{"name": "find"}, {"name": "run"}]}
+    (text,) = shown(chosen, row)
+    assert text.startswith("find;run;<|user|>Who?<eos><|assistant|>⟦Me.<eos>⟧")
+
+
+# A template with marks of its own.
+
+MARKED = CHAT_TEMPLATE.replace(
+    "{{ message.content }}<eos>",
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<eos>{% endgeneration %}"
+    "{% else %}{{ message.content }}<eos>{% endif %}",
+)
+MARKED_BLOCK = BLOCK.chat_template.replace(
+    "{{- content }}", "{%- generation %}{{- content }}<|im_end|>{%- endgeneration %}"
+).replace("{{- '<|im_end|>\n' }}", "{{- '\n' if m.role == 'assistant' else '<|im_end|>\n' }}")
+
+
+@pytest.mark.parametrize("row", [QUESTION, TWO, talk("Who?", "Me.", system="Brief."), talk("Who?", "\n é😀")])
+@pytest.mark.parametrize(
+    ("marking", "plain", "end"), [(MARKED, CHAT_TEMPLATE, "<eos>"), (MARKED_BLOCK, BLOCK.chat_template, "<|im_end|>")]
+)
+def test_ours_is_the_mask_that_a_template_gives_itself(marking: str, plain: str, end: str, row: Content) -> None:
+    marks = ("<|im_start|>", "<|im_end|>")
+    ours, own = (encode(rows_from([row]), made(text, *marks, end=end), 1000) for text in (plain, marking))
+    assert ours == own
+    assert any(label != IGNORED for label in own[0].labels)
+
+
+def test_the_mask_of_a_template_is_taken_as_it_is() -> None:
+    chosen = made(MARKED.replace("{{ message.content }}<eos>{% endgen", "{{ message.content[:2] }}{% endgen"))
+    assert shown(chosen, QUESTION) == ["<|user|>Who?<eos><|assistant|>⟦Me⟧"]
+    weighed = talk("Who?", {"content": "Me.", "weight": 0}, "And?", "You.")
+    assert shown(chosen, weighed) == ["<|user|>Who?<eos><|assistant|>Me<|user|>And?<eos><|assistant|>⟦Yo⟧"]
+
+
+# A row that gives several samples counts once.
+
+
+def test_a_row_counts_once() -> None:
+    samples = encode(rows_from([TWO, QUESTION, talk("Who?", "Me.", "And?", "It was you.")]), BLOCK, 1000)
+    assert [list(numbers) for numbers in by_row(samples)] == [[0, 1], [2], [3, 4]]
+    assert row_count(samples) == 3
+    counts = [sample.label_count for sample in samples]
+    shares = [counts[0] / sum(counts[:2]), counts[1] / sum(counts[:2]), 1.0]
+    shares += [counts[3] / sum(counts[3:]), counts[4] / sum(counts[3:])]
+    assert [sample.share for sample in samples] == pytest.approx(shares)
+
+
+def test_a_row_in_several_samples_has_the_gradient_of_its_labels(one_thread: None) -> None:
+    """The mean over all labels of the row, as if it were one sequence; its squares are those of its samples."""
+    chosen = BLOCK
+    model = llama(vocab_size=len(chosen))
+    rows = [TWO, QUESTION]
+    samples = encode(rows_from(rows), chosen, 1000)
+    found = estimate_importance(model, rows, "grad", tokenizer=chosen, progress=False)
+    squares = estimate_importance(model, rows, "empirical-fisher", tokenizer=chosen, progress=False)
+    assert found.metadata.sample_count == squares.metadata.sample_count == 2
+
+    def gradient(numbers: list[int]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        losses = []
+        for k in numbers:
+            ids = torch.tensor([samples[k].input_ids])
+            logits = model(input_ids=ids).logits[0, :-1]
+            labels = torch.tensor(samples[k].labels[1:])
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED))
+        (torch.stack(losses).sum() / sum(samples[k].label_count for k in of_row)).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    of_row = [0, 1]
+    first, parts = gradient([0, 1]), [gradient([0]), gradient([1])]
+    of_row = [2]
+    second = gradient([2])
+    for name in first:
+        expected = (first[name] + second[name]) / 2
+        torch.testing.assert_close(found.tensors[name], expected, rtol=1e-4, atol=1e-7)
+        expected = (sum(part[name] ** 2 for part in parts) + second[name] ** 2) / 2
+        torch.testing.assert_close(squares.tensors[name], expected, rtol=1e-4, atol=1e-9)
+
+
+# What cannot be found is refused.
+
+
+def test_an_answer_that_the_template_hides_is_refused() -> None:
+    with pytest.raises(InputError, match=r"here: what the assistant says is not found in what the chat template"):
+        shown(made("{% for m in messages %}<|{{ m.role }}|>{% endfor %}"), QUESTION)
