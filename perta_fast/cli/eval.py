@@ -1,6 +1,7 @@
 """``perta eval``."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
@@ -17,11 +18,14 @@ def run(parsed: argparse.Namespace) -> int:
         print(result.summary())
         if parsed.out is not None:
             print(printable(f"written to {parsed.out}"))
+    if parsed.quiet or not sys.stdout.isatty():  # else the summary has just shown them
+        for note in result.notes:
+            print(f"perta: warning: {printable(note)}", file=sys.stderr)
     return 0
 
 
-def _tasks(text: str) -> list[str]:
-    return [task for task in text.split(",") if task]
+def _names(text: str) -> list[str]:
+    return [name for name in map(str.strip, text.split(",")) if name]
 
 
 COMMAND = Command(
@@ -36,7 +40,10 @@ COMMAND = Command(
         Option("retain", "JSON lines that were to be kept", Path, "FILE"),
         Option("holdout", "JSON lines that were never trained on", Path, "FILE"),
         Option("reference", "what this command wrote for a model trained without the forget set", Path, "FILE"),
-        Option("lm_eval", "tasks of lm-evaluation-harness too", _tasks, "T,T,...", ()),
+        Option(
+            "metrics", "the metrics to compute: names, patterns as forget_*, groups (all by default)", _names, "M,M,..."
+        ),
+        Option("lm_eval", "tasks of lm-evaluation-harness too", _names, "T,T,...", ()),
         Option("max_new_tokens", "longest answer (the benchmark's own)", int, "N"),
         Option("system_prompt", "given with every question, by the chat template", metavar="TEXT"),
         Option("date_string", "today's date, for a chat template that tells it", metavar="DATE"),

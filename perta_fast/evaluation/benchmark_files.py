@@ -40,18 +40,28 @@ class DataFile:
         ]
 
 
+def benchmark_file(folder: Path, stem: str) -> Path | None:
+    """``stem``.jsonl or ``stem``.json below ``folder``, if there is one."""
+    paths = [folder / f"{stem}{ending}" for ending in (".jsonl", ".json")]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def read_benchmark_file(folder: Path, stem: str, texts: Iterable[str], lists: Iterable[str] = ()) -> DataFile:
     """Read ``stem``.jsonl or ``stem``.json below ``folder``.
 
-    texts: fields that must be texts and not empty. lists: fields that must be lists of such texts and not empty.
+    texts: fields that must be texts and not empty; if it is "text" alone, a row may be that text itself. lists: fields
+    that must be lists of such texts and not empty.
     Raises InputError, naming file and line, if the file is missing or a row is not of this form.
     """
-    paths = [folder / f"{stem}{ending}" for ending in (".jsonl", ".json")]
-    path = next((path for path in paths if path.is_file()), None)
+    path = benchmark_file(folder, stem)
     if path is None:
         raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
     text, data = read_text(path)
-    rows = [Row(content, where) for where, content in _parse(text, path)]
+    texts_alone = tuple(texts) == ("text",)
+    rows = [
+        Row({"text": content} if texts_alone and isinstance(content, str) else content, where)
+        for where, content in _parse(text, path)
+    ]
     if not rows:
         raise InputError(f"{path}: holds no samples")
     for row in rows:

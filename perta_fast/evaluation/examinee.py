@@ -10,6 +10,7 @@ from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
+from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
 from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.models.token_scores import TokenScores, score_tokens
@@ -80,9 +81,17 @@ class Examinee:
             description=f"{role} answers",
         )
 
-    def rouge(self, references: Sequence[str], answers: Sequence[str], key: str) -> Metric:
-        """ROUGE-L; ``key`` (rougeL_recall or rougeL_f1) is averaged."""
-        recall, f1 = zip(*map(metrics.rouge_l, references, answers), strict=True)
+    def rouge(
+        self, name: str, references: Sequence[str], answers: Sequence[str], key: str, *, any_script: bool = False
+    ) -> Metric:
+        """ROUGE-L; ``key`` (rougeL_recall or rougeL_f1) is averaged. name: of the metric, for a note.
+
+        any_script: with words of any script, where references have such.
+        """
+        blind = sum(map(is_blind, references))
+        if blind and not any_script:
+            self.notes.append(blind_note(name, blind, len(references)))
+        recall, f1 = zip(*map(rouge_l_any_script if any_script else rouge_l, references, answers), strict=True)
         columns = {"rougeL_recall": recall, "rougeL_f1": f1}
         texts = {"ground_truth": references, "generation": answers} if self.show_text else {}
         return averaged(key, columns.pop(key), **columns, **texts)

@@ -6,14 +6,9 @@ papers that are named. A sample without a token to score has NaN; a mean of valu
 
 import zlib
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
 
 _TINY = 1e-10  # added to denominators, as in open-unlearning
 MIN_K = 0.4  # share of a sample's tokens, as in MUSE
@@ -128,19 +123,6 @@ def privacy_leakage(auc: float, gold_auc: float) -> float:
     """
     gold = 1 - gold_auc
     return 100 * (1 - auc - gold) / (gold + _TINY)
-
-
-def rouge_l(reference: str, text: str) -> tuple[float, float]:
-    """ROUGE-L recall and F1 of ``text`` with stemmed words (rouge-score); 0 if either text has no word."""
-    score = _scorer().score(reference, text)["rougeL"]
-    return float(score.recall), float(score.fmeasure)
-
-
-@cache
-def _scorer() -> "RougeScorer":
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def mean(values: ArrayLike) -> float:

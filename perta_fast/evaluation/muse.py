@@ -1,15 +1,18 @@
 """MUSE (arXiv 2407.06460): verbatim memory, knowledge memory and privacy leakage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
-from perta_fast.evaluation.benchmark_files import DataFile, read_benchmark_file
-from perta_fast.evaluation.examinee import Examinee, Scored, membership, memorisation, privacy_leakage
-from perta_fast.evaluation.results import EvaluationFile, Metric
+from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file
+from perta_fast.evaluation.examinee import Scored
+from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.offers import offer_membership, offer_memorisation, offer_rouge
+from perta_fast.evaluation.results import EvaluationFile
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
 SCORED_TOKENS = 2048  # at most, of a text; as in open-unlearning
@@ -17,72 +20,95 @@ _STOP = ("\n\n", "\nQuestion", "Question:")
 
 
 def read_muse(folder: Path) -> dict[str, DataFile]:
-    """The files of one corpus (News or Books), by their paths in the authors' scripts."""
+    """The files of one corpus (News or Books), by the paths that the authors' ``load_data.py`` gives them.
+
+    In ``privleak`` rows are texts or objects with a ``text``. The retain set's questions may have their older name,
+    ``retain2_qa``. Worked examples (``*_qa_icl``) may be missing: the authors' code can do without.
+    """
     question = ("question", "answer")
-    files = {
-        "verbmem/forget": ("prompt", "gt"),
-        "knowmem/forget_qa": question,
-        "knowmem/forget_qa_icl": question,
-        "knowmem/retain_qa": question,
-        "knowmem/retain_qa_icl": question,
-        "privleak/forget": ("text",),
-        "privleak/holdout": ("text",),
-    }
-    return {name: read_benchmark_file(folder, name, fields) for name, fields in files.items()}
-
-
-def evaluate_muse(
-    examinee: Examinee, files: dict[str, DataFile], reference: EvaluationFile | None
-) -> dict[str, Metric]:
-    """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak."""
-    for name, file in files.items():
-        examinee.note_file(name, file)
-    passages = files["verbmem/forget"]
-    results = {"forget_verbmem_ROUGE": _verbatim(examinee, passages)}
+    files = {"verbmem/forget": read_benchmark_file(folder, "verbmem/forget", ("prompt", "gt"))}
     for role in ("forget", "retain"):
-        questions, examples = files[f"knowmem/{role}_qa"], files[f"knowmem/{role}_qa_icl"]
-        results[f"{role}_knowmem_ROUGE"] = _knowledge(examinee, role, questions, examples)
-    whole = [Row({"text": f"{row.content['prompt']} {row.content['gt']}"}, row.where) for row in passages.rows]
-    continued = _score_texts(examinee, "verbmem", whole, passages.texts("prompt"))
-    results |= memorisation([scores for scores, _ in continued])
-    texts = {role: files[f"privleak/{role}"].rows for role in ("forget", "holdout")}
-    results |= membership(*(_score_texts(examinee, role, rows, [""] * len(rows)) for role, rows in texts.items()))
-    if reference is not None:
-        results["privleak"] = privacy_leakage(results, reference)
-    return results
+        name = f"knowmem/{role}_qa"
+        older = role == "retain" and benchmark_file(folder, name) is None
+        stem = "knowmem/retain2_qa" if older and benchmark_file(folder, "knowmem/retain2_qa") else name
+        files[name] = read_benchmark_file(folder, stem, question)
+        shown = next((given for given in (f"{stem}_icl", f"{name}_icl") if benchmark_file(folder, given)), None)
+        if shown is not None:
+            files[f"{name}_icl"] = read_benchmark_file(folder, shown, question)
+    for name in ("privleak/forget", "privleak/holdout"):
+        files[name] = read_benchmark_file(folder, name, ("text",))
+    return files
 
 
-def _verbatim(examinee: Examinee, passages: DataFile) -> Metric:
-    """ROUGE-L F1 of a passage's continuation and the same number of tokens of the original."""
-    tokenizer = examinee.subject.tokenizer
-    count = examinee.max_new_tokens or VERBATIM_TOKENS
-    truth = [tokenizer(text, add_special_tokens=False)["input_ids"][:count] for text in passages.texts("gt")]
-    prompts = [_opening(tokenizer, text) for text in passages.texts("prompt")]
-    answers = examinee.answer(prompts, "verbmem", VERBATIM_TOKENS)
-    return examinee.rouge(tokenizer.batch_decode(truth, skip_special_tokens=True), answers, "rougeL_f1")
+class MuseMetrics(MetricTable):
+    """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak."""
 
+    def __init__(self, files: Mapping[str, DataFile], reference: EvaluationFile | None) -> None:
+        super().__init__(files)
+        passages = files["verbmem/forget"].texts("gt")
+        offer_rouge(self, "forget_verbmem_ROUGE", passages, self._continued, "rougeL_f1", self._originals)
+        for role in ("forget", "retain"):
+            truth, answers = files[f"knowmem/{role}_qa"].texts("answer"), partial(self._answers, role)
+            offer_rouge(self, f"{role}_knowmem_ROUGE", truth, answers, "rougeL_f1")
+        offer_memorisation(self, "", self._scored_passages)
+        offer_membership(self, partial(self._scored, "forget"), partial(self._scored, "holdout"), reference)
 
-def _knowledge(examinee: Examinee, role: str, questions: DataFile, examples: DataFile) -> Metric:
-    """ROUGE-L F1 of answers to questions, each asked after worked examples and without a chat template."""
-    pairs = zip(examples.texts("question"), examples.texts("answer"), strict=True)
-    shown = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in pairs)
-    asked = [f"{shown}Question: {question}\nAnswer: " for question in questions.texts("question")]
-    prompts = [_opening(examinee.subject.tokenizer, text) for text in asked]
-    answers = examinee.answer(prompts, f"{role} knowmem", KNOWLEDGE_TOKENS, _STOP)
-    return examinee.rouge(questions.texts("answer"), answers, "rougeL_f1")
+    def _originals(self) -> list[str]:
+        """The start of each passage's original continuation: as many tokens as are generated, less any BOS.
 
+        MUSE cuts what the tokenizer gives, so a BOS counts as one of the tokens, though the text does not show it.
+        """
+        tokenizer = self.examinee.subject.tokenizer
+        count = self.examinee.max_new_tokens or VERBATIM_TOKENS
+        texts = self.files["verbmem/forget"].texts("gt")
+        truth = [tokenizer(text)["input_ids"][:count] for text in texts]
+        originals: list[str] = tokenizer.batch_decode(truth, skip_special_tokens=True)
+        return originals
 
-def _score_texts(examinee: Examinee, role: str, rows: Sequence[Row], prompts: Sequence[str]) -> Scored:
-    """Scores and text of the rest of each row, after the prompt that it begins with."""
-    samples = []
-    for prompt, row, whole in zip(prompts, rows, examinee.tokenise(rows, role), strict=True):
-        begin = max(1, len(_opening(examinee.subject.tokenizer, prompt)))  # the first token is never predicted
-        end = begin + SCORED_TOKENS
-        ids, labels = whole.input_ids[:end], whole.labels[begin:end]
-        if not labels:
-            raise InputError(f"{row.where}: its prompt leaves no token to score within {len(ids)} tokens")
-        samples.append(Sample(ids, (IGNORED,) * begin + labels))
-    return examinee.score_with_texts(samples, role)
+    def _continued(self) -> list[str]:
+        tokenizer, passages = self.examinee.subject.tokenizer, self.files["verbmem/forget"]
+        prompts = [_opening(tokenizer, text) for text in passages.texts("prompt")]
+        return self.examinee.answer(prompts, "verbmem", VERBATIM_TOKENS)
+
+    def _answers(self, role: str) -> list[str]:
+        """Answers to questions, each asked after worked examples and without a chat template."""
+        questions, examples = self.files[f"knowmem/{role}_qa"], self.files.get(f"knowmem/{role}_qa_icl")
+        if examples is None:
+            self.examinee.notes.append(
+                f"{role}_knowmem_ROUGE: {role}_qa_icl is missing, so there were no worked examples"
+            )
+        rows = [] if examples is None else examples.rows
+        pairs = [(row.content["question"], row.content["answer"]) for row in rows]
+        shown = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in pairs)
+        asked = [f"{shown}Question: {question}\nAnswer: " for question in questions.texts("question")]
+        prompts = [_opening(self.examinee.subject.tokenizer, text) for text in asked]
+        return self.examinee.answer(prompts, f"{role} knowmem", KNOWLEDGE_TOKENS, _STOP)
+
+    def _scored_passages(self) -> Scored:
+        """Scores of each passage after its prompt."""
+
+        def make() -> Scored:
+            passages = self.files["verbmem/forget"]
+            whole = [Row({"text": f"{row.content['prompt']} {row.content['gt']}"}, row.where) for row in passages.rows]
+            return self._score_texts("verbmem", whole, passages.texts("prompt"))
+
+        return self.once("verbmem scores", make)
+
+    def _scored(self, role: str) -> Scored:
+        rows = self.files[f"privleak/{role}"].rows
+        return self.once(f"{role} scores", lambda: self._score_texts(role, rows, [""] * len(rows)))
+
+    def _score_texts(self, role: str, rows: Sequence[Row], prompts: Sequence[str]) -> Scored:
+        """Scores and text of the rest of each row, after the prompt that it begins with."""
+        samples = []
+        for prompt, row, whole in zip(prompts, rows, self.examinee.tokenise(rows, role), strict=True):
+            begin = max(1, len(_opening(self.examinee.subject.tokenizer, prompt)))  # the first token is never predicted
+            end = begin + SCORED_TOKENS
+            ids, labels = whole.input_ids[:end], whole.labels[begin:end]
+            if not labels:
+                raise InputError(f"{row.where}: its prompt leaves no token to score within {len(ids)} tokens")
+            samples.append(Sample(ids, (IGNORED,) * begin + labels))
+        return self.examinee.score_with_texts(samples, role)
 
 
 def _opening(tokenizer: Any, text: str) -> list[int]:

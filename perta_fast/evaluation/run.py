@@ -1,6 +1,6 @@
 """``evaluate``: everything is checked before the model is loaded. lm-evaluation-harness is called, not rewritten."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,10 +14,11 @@ from perta_fast.data.chat import with_chat_settings
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
-from perta_fast.evaluation.muse import evaluate_muse, read_muse
-from perta_fast.evaluation.own_data import evaluate_own_data
-from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric, files_read
-from perta_fast.evaluation.tofu import check_reference, evaluate_tofu, read_tofu
+from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.muse import MuseMetrics, read_muse
+from perta_fast.evaluation.own_data import OwnData
+from perta_fast.evaluation.results import Evaluation, EvaluationFile, files_read
+from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from perta_fast.files.new_file import check_output_file
 from perta_fast.files.reading import checked_path
 from perta_fast.models.in_use import measuring
@@ -39,6 +40,7 @@ def evaluate(
     retain: PathLike | None = None,
     holdout: PathLike | None = None,
     reference: PathLike | None = None,
+    metrics: Sequence[str] | None = None,
     lm_eval: Sequence[str] = (),
     tokenizer: Any = None,
     batch_size: int = 16,
@@ -59,6 +61,8 @@ def evaluate(
     change. suite, data: TOFU, with the forget set ``split``, or MUSE, in a directory with the data set's own file
     names. Without a suite: forget, retain, holdout, JSON lines files as for ``unlearn``; forget is needed.
     reference: the result file of a gold model, for forget quality and PrivLeak.
+    metrics: names of the metrics to compute, patterns such as ``forget_*``, or groups (``metric_table.GROUPS``).
+    None: all that the data allows, but those that are only computed when they are named.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers; None takes the suite's own.
     system_prompt, date_string: for the tokenizer's chat template, with every question; not for MUSE.
     out: file to write, ending in .json. It holds no text of any set unless ``show_text``.
@@ -75,7 +79,10 @@ def evaluate(
         paths = [Path(path) for path in given if isinstance(path, str | Path)]
         check_output_file(checked_path(out), (".json",), overwrite=overwrite, inputs=files_read(paths, Path(out)))
     gold = None if reference is None else EvaluationFile.read(reference)
-    measure = _measurement(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
+    table = _table(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
+    names = table.chosen(metrics)
+    if gold is not None:
+        _check_reference(gold, table, names)
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:
             raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
@@ -84,6 +91,7 @@ def evaluate(
     settings = {
         "suite": suite,
         "split": split if suite == "tofu" else None,
+        "metrics": None if metrics is None else list(metrics),
         "reference": None if reference is None else str(Path(reference).resolve()),
         "batch_size": batch_size,
         "max_length": max_length,
@@ -96,7 +104,9 @@ def evaluate(
     subject = replace(subject, tokenizer=with_chat_settings(subject.tokenizer, system_prompt, date_string))
     examinee = Examinee(subject, batch_size, max_length, progress, max_new_tokens, show_text)
     with measuring(subject.module), evaluation_mode(subject.module):
-        result = Evaluation(metrics=measure(examinee), model=subject.origin, settings=settings, started=started)
+        result = Evaluation(
+            metrics=table.measure(examinee, names), model=subject.origin, settings=settings, started=started
+        )
         if lm_eval:
             result.general = _general_ability(subject, lm_eval, batch_size)
     result.data, result.notes = examinee.data, examinee.notes
@@ -106,14 +116,13 @@ def evaluate(
     return result
 
 
-def _measurement(
+def _table(
     suite: str | None, data: PathLike | None, split: str, sets: dict[str, PathLike | None], gold: EvaluationFile | None
-) -> Callable[[Examinee], dict[str, Metric]]:
-    """Read and check all data; returns the function that measures a model on it."""
+) -> MetricTable:
+    """Read and check all data; returns what can be measured on it."""
     if suite not in (None, "tofu", "muse"):
         raise InputError(f"suite is {suite!r}; it must be tofu or muse")
     given = {role: Path(path) for role, path in sets.items() if path is not None}
-    measure: Callable[[Examinee, dict[str, DataFile], EvaluationFile | None], dict[str, Metric]]
     if suite is None:
         if "forget" not in given:
             raise InputError("forget is missing: give a suite with its data, or your own forget data")
@@ -121,21 +130,22 @@ def _measurement(
             raise InputError("data is the directory of a suite; name the suite too")
         if gold is not None and "holdout" not in given:
             raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
-        measure, files = evaluate_own_data, {role: DataFile.read(path) for role, path in given.items()}
-    else:
-        if given:
-            raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
-        if data is None:
-            raise InputError("data is missing: the directory with the files of the suite")
-        if suite == "tofu":
-            measure, files = evaluate_tofu, read_tofu(Path(data), split)
-        else:
-            measure, files = evaluate_muse, read_muse(Path(data))
-    if gold is not None and suite == "tofu":
-        check_reference(gold, files)
-    elif gold is not None:
+        return OwnData({role: DataFile.read(path) for role, path in given.items()}, gold)
+    if given:
+        raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
+    if data is None:
+        raise InputError("data is missing: the directory with the files of the suite")
+    if suite == "tofu":
+        return TofuMetrics(read_tofu(Path(data), split), gold)
+    return MuseMetrics(read_muse(Path(data)), gold)
+
+
+def _check_reference(gold: EvaluationFile, table: MetricTable, names: Sequence[str]) -> None:
+    """Raise InputError unless the gold results have all that the metrics of these names read."""
+    if any(name.startswith("forget_quality") for name in names):
+        gold.values("forget_truth_ratio", "score", len(table.files["forget"].rows))
+    if "privleak" in names:
         gold.value("mia_min_k")
-    return lambda examinee: measure(examinee, files, gold)
 
 
 def _subject(

@@ -1,6 +1,8 @@
 """TOFU (arXiv 2401.06121): probability, ROUGE-L recall and truth ratio on four sets, utility and forget quality."""
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -8,11 +10,15 @@ from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile, read_benchmark_file
-from perta_fast.evaluation.examinee import Examinee, Scored, membership, memorisation, privacy_leakage, probabilities
+from perta_fast.evaluation.examinee import Scored, probabilities
+from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.offers import offer_membership, offer_memorisation, offer_rouge
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
+from perta_fast.models.token_scores import TokenScores
 
 SPLITS = ("forget01", "forget05", "forget10")
 NEW_TOKENS = 200
+_FICTITIOUS = ("forget", "retain")  # sets with paraphrased answers
 _UTILITY = (
     *("retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"),
     *("ra_Q_A_Prob_normalised", "ra_Q_A_ROUGE", "ra_Truth_Ratio"),
@@ -41,66 +47,89 @@ def read_tofu(folder: Path, split: str) -> dict[str, DataFile]:
     return files
 
 
-def evaluate_tofu(
-    examinee: Examinee, files: dict[str, DataFile], reference: EvaluationFile | None
-) -> dict[str, Metric]:
+class TofuMetrics(MetricTable):
     """All metrics of TOFU; with ``reference``, forget quality, and PrivLeak if there is a holdout set."""
-    results: dict[str, Metric] = {}
-    scored = {role: _evaluate_set(examinee, role, files[role], results) for role in ("forget", "retain", "ra", "wf")}
-    results["model_utility"] = Metric(metrics.model_utility([results[name].value for name in _UTILITY]))
-    if "holdout" in files:
-        holdout = _tokenised(examinee, "holdout", files["holdout"])
-        results |= membership(scored["forget"], examinee.score_with_texts(holdout, "holdout"))
-    if reference is not None:
-        ratios = [sample["score"] for sample in results["forget_truth_ratio"].samples]
-        quality = metrics.forget_quality(ratios, reference.values("forget_truth_ratio", "score", len(ratios)))
-        log = math.log10(quality) if quality > 0 else float("nan")  # a p-value may be too small for float64
-        results |= {"forget_quality": Metric(quality), "forget_quality_log10": Metric(log)}
+
+    def __init__(self, files: Mapping[str, DataFile], reference: EvaluationFile | None) -> None:
+        super().__init__(files)
+        for role in ("forget", "retain", "ra", "wf"):
+            self._offer_set(role)
+        self.offer("model_utility", self._utility)
         if "holdout" in files:
-            results["privleak"] = privacy_leakage(results, reference)
-    return results
+            offer_membership(self, partial(self._scored, "forget"), partial(self._scored, "holdout"), reference)
+        if reference is None:
+            self.lacking |= {"forget_quality": "--reference", "forget_quality_log10": "--reference"}
+        else:
+            self.offer("forget_quality", lambda: self._quality(reference))
+            self.offer("forget_quality_log10", self._log_quality)
 
+    def _offer_set(self, role: str) -> None:
+        fictitious = role in _FICTITIOUS
+        self.offer(f"{role}_Q_A_Prob", lambda: probabilities(self._scores(role)))
+        if not fictitious:
+            self.offer(f"{role}_Q_A_Prob_normalised", lambda: self._normalised(role))
+        truth = self.files[role].texts("answer")
+        offer_rouge(self, f"{role}_Q_A_ROUGE", truth, partial(self._answers, role), "rougeL_recall")
+        name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
+        self.offer(name, lambda: self._truth_ratio(role))
+        if fictitious:
+            offer_memorisation(self, "" if role == "forget" else "retain_", partial(self._scored, role))
 
-def check_reference(reference: EvaluationFile, files: dict[str, DataFile]) -> None:
-    """Raise InputError unless the gold results have all that ``evaluate_tofu`` reads."""
-    reference.values("forget_truth_ratio", "score", len(files["forget"].rows))
-    if "holdout" in files:
-        reference.value("mia_min_k")
+    def _samples(self, role: str) -> list[Sample]:
+        """Questions and answers of a set."""
+        rows = self.files[role].questions("question", "answer")
+        return self.once(f"{role} samples", lambda: self.examinee.tokenise(rows, role))
 
+    def _scored(self, role: str) -> Scored:
+        """Scores and texts of the answers of a set."""
+        detailed = role not in ("ra", "wf")
+        return self.once(
+            f"{role} scores", lambda: self.examinee.score_with_texts(self._samples(role), role, detailed=detailed)
+        )
 
-def _evaluate_set(examinee: Examinee, role: str, file: DataFile, results: dict[str, Metric]) -> Scored:
-    """Add the metrics of one set to ``results``; returns the scores and texts of its answers."""
-    fictitious = role in ("forget", "retain")
-    samples = _tokenised(examinee, role, file)
-    scored = examinee.score_with_texts(samples, role, detailed=fictitious)
-    right = scores = [score for score, _ in scored]
-    if fictitious:
-        paraphrased = examinee.tokenise(file.questions("question", "paraphrased_answer"), f"{role} paraphrased")
-        right = examinee.score(paraphrased, f"{role} paraphrased")
-    perturbed = examinee.tokenise(file.questions("question", "perturbed_answer"), f"{role} perturbed")
-    wrong_scores = iter(examinee.score(perturbed, f"{role} perturbed"))  # in the order of questions and answers
-    counts = [len(row.content["perturbed_answer"]) for row in file.rows]
-    wrong = [[metrics.mean(score.log_probs) for score in islice(wrong_scores, count)] for count in counts]
-    results[f"{role}_Q_A_Prob"] = probabilities(scores)
-    if not fictitious:
-        normalised = [
+    def _scores(self, role: str) -> list[TokenScores]:
+        return [score for score, _ in self._scored(role)]
+
+    def _right(self, role: str) -> list[TokenScores]:
+        """Scores of the right answers that the truth ratio takes: the paraphrased ones, where the set has them."""
+        if role not in _FICTITIOUS:
+            return self._scores(role)
+        what = f"{role} paraphrased"
+        rows = self.files[role].questions("question", "paraphrased_answer")
+        return self.once(what, lambda: self.examinee.score(self.examinee.tokenise(rows, what), what))
+
+    def _wrong(self, role: str) -> list[list[float]]:
+        """The mean log-probability of each question's wrong answers."""
+        what, file = f"{role} perturbed", self.files[role]
+        rows = file.questions("question", "perturbed_answer")
+        scores = self.once(what, lambda: self.examinee.score(self.examinee.tokenise(rows, what), what))
+        means = (metrics.mean(score.log_probs) for score in scores)  # in the order of questions and answers
+        return [list(islice(means, len(row.content["perturbed_answer"]))) for row in file.rows]
+
+    def _normalised(self, role: str) -> Metric:
+        pairs = zip(self._scores(role), self._wrong(role), strict=True)
+        values = [
             metrics.normalised_probability(metrics.probability(sample.log_probs), list(map(math.exp, means)))
-            for sample, means in zip(scores, wrong, strict=True)
+            for sample, means in pairs
         ]
-        results[f"{role}_Q_A_Prob_normalised"] = averaged("prob", normalised)
-    answers = examinee.answer([prompt_of(sample) for sample in samples], role, NEW_TOKENS)
-    results[f"{role}_Q_A_ROUGE"] = examinee.rouge(file.texts("answer"), answers, "rougeL_recall")
-    pairs = zip(right, wrong, strict=True)
-    ratios = [metrics.truth_ratio(metrics.mean(sample.log_probs), means) for sample, means in pairs]
-    aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
-    name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
-    results[name] = Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
-    if fictitious:
-        results |= memorisation(scores, "" if role == "forget" else "retain_")
-    return scored
+        return averaged("prob", values)
 
+    def _answers(self, role: str) -> list[str]:
+        return self.examinee.answer([prompt_of(sample) for sample in self._samples(role)], role, NEW_TOKENS)
 
-def _tokenised(examinee: Examinee, role: str, file: DataFile) -> list[Sample]:
-    """Questions and answers of a set, whose file is added to the record."""
-    examinee.note_file(role, file)
-    return examinee.tokenise(file.questions("question", "answer"), role)
+    def _truth_ratio(self, role: str) -> Metric:
+        pairs = zip(self._right(role), self._wrong(role), strict=True)
+        ratios = [metrics.truth_ratio(metrics.mean(sample.log_probs), means) for sample, means in pairs]
+        aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
+        return Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
+
+    def _utility(self) -> Metric:
+        return Metric(metrics.model_utility([self.metric(name).value for name in _UTILITY]))
+
+    def _quality(self, reference: EvaluationFile) -> Metric:
+        ratios = [sample["score"] for sample in self.metric("forget_truth_ratio").samples]
+        return Metric(metrics.forget_quality(ratios, reference.values("forget_truth_ratio", "score", len(ratios))))
+
+    def _log_quality(self) -> Metric:
+        quality = self.metric("forget_quality").value
+        return Metric(math.log10(quality) if quality > 0 else float("nan"))  # it may be too small for float64

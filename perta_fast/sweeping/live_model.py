@@ -14,6 +14,7 @@ from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.own_data import NEW_TOKENS
+from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
 from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
 from perta_fast.models.same_names import named_as_module
@@ -73,10 +74,25 @@ class ScoredModel:
             return loss, loss
         if metric == _ROUGE:
             answers = self._examinee.answer([prompt_of(sample) for sample in samples], shown, NEW_TOKENS)
-            return loss, self._examinee.rouge(self._data[role].texts("answer"), answers, "rougeL_recall").value
+            return loss, self._rouge(role, answers)
         if metric in _MEMORISATION:
             return loss, memorisation(scores)[metric].value
         return loss, probabilities(scores).value
+
+    def notes(self) -> list[str]:
+        """What to say of the metric on this data."""
+        if self._metric != _ROUGE:
+            return []
+        return [
+            f"{_ROUGE} of the {role} data has words of any script, as {role}_{_ROUGE}{ANY_SCRIPT} in perta eval"
+            for role, file in self._data.items()
+            if not all(map(is_seen_whole, file.texts("answer")))
+        ]
+
+    def _rouge(self, role: str, answers: list[str]) -> float:
+        """With words of any script: a sweep must not choose by a number that cannot see the answers."""
+        truth = self._data[role].texts("answer")
+        return self._examinee.rouge(f"{role}_{_ROUGE}", truth, answers, "rougeL_recall", any_script=True).value
 
 
 class LiveModel(ScoredModel):

@@ -53,7 +53,8 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
             f"warning: {entry['truncated']} of {entry['samples']} {role} samples were cut to the length limit"
             for role, entry in data.items()
             if entry["truncated"]
-        ],
+        ]
+        + live.notes(),
         started=begun.started,
         finished=now(),
     )

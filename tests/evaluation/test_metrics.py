@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from perta_fast.evaluation import metrics
+from perta_fast.evaluation import metrics, rouge
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 
@@ -105,8 +105,8 @@ def test_privacy_leakage() -> None:
 
 def test_rouge_l() -> None:
     # Longest common subsequence "the cat sat", 3 of 6 words of the reference, 3 of 4 of the answer.
-    recall, f1 = metrics.rouge_l("the cat sat on a mat", "the black cat sat")
+    recall, f1 = rouge.rouge_l("the cat sat on a mat", "the black cat sat")
     assert recall == pytest.approx(3 / 6)
     assert f1 == pytest.approx(2 * (1 / 2) * (3 / 4) / (1 / 2 + 3 / 4))
-    assert metrics.rouge_l("running", "runs") == (1.0, 1.0)  # stemmed
-    assert metrics.rouge_l("a word", "") == (0.0, 0.0)
+    assert rouge.rouge_l("running", "runs") == (1.0, 1.0)  # stemmed
+    assert rouge.rouge_l("a word", "") == (0.0, 0.0)

@@ -1,0 +1,97 @@
+"""The metrics that a suite offers, by name; each is computed when it is asked for, and what several need once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from perta_fast.errors import InputError
+from perta_fast.evaluation.benchmark_files import DataFile
+from perta_fast.evaluation.examinee import Examinee
+from perta_fast.evaluation.results import Metric
+
+T = TypeVar("T")
+
+# Names for several metrics. Any other name may be a pattern too, such as forget_* or *_ROUGE.
+GROUPS = {
+    "all": ("*",),
+    "probability": ("*_Prob", "*_Prob_normalised", "*_loss"),
+    "rouge": ("*ROUGE*",),
+    "truth_ratio": ("*[Tt]ruth_[Rr]atio",),
+    "memorization": ("*extraction_strength", "*exact_memorization"),
+    "membership": ("mia_*", "privleak"),
+}
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class _Offer:
+    compute: Callable[[], Metric]
+    default: bool
+
+
+class MetricTable:
+    """What can be measured on the data of a suite (``files``, by their roles). Made before a model is loaded.
+
+    lacking: what a metric that is not offered would need.
+    """
+
+    examinee: Examinee  # set by ``measure``
+
+    def __init__(self, files: Mapping[str, DataFile]) -> None:
+        self.files = files
+        self.lacking: dict[str, str] = {}
+        self._offers: dict[str, _Offer] = {}
+        self._made: dict[str, object] = {}
+
+    def offer(self, name: str, compute: Callable[[], Metric], *, default: bool = True) -> None:
+        """Add a metric. default: whether it is computed unless metrics are chosen."""
+        self._offers[name] = _Offer(compute, default)
+
+    def once(self, what: str, make: Callable[[], T]) -> T:
+        """The result of ``make``, which several metrics need, made at the first call with ``what``."""
+        if what not in self._made:
+            self._made[what] = make()
+        return self._made[what]  # type: ignore[return-value]
+
+    def metric(self, name: str) -> Metric:
+        """One metric, computed once."""
+        return self.once(f"metric {name}", self._offers[name].compute)
+
+    def chosen(self, wanted: Sequence[str] | None) -> list[str]:
+        """The names of the metrics that ``wanted`` (names, patterns, groups; None: the default) stands for.
+
+        Raises InputError for one that stands for none.
+        """
+        names: set[str] = set()
+        for word in [DEFAULT] if wanted is None else wanted:
+            found = self._named(word)
+            if not found:
+                raise InputError(f"metrics: {word!r} is no metric of this data{self._advice(word)}")
+            names.update(found)
+        if not names:
+            raise InputError("metrics: names none")
+        return [name for name in self._offers if name in names]
+
+    def measure(self, examinee: Examinee, names: Sequence[str]) -> dict[str, Metric]:
+        """Compute the metrics of these names, and what they need."""
+        self.examinee = examinee
+        for role, file in self.files.items():
+            examinee.note_file(role, file)
+        return {name: self.metric(name) for name in names}
+
+    def _named(self, word: str) -> list[str]:
+        if word == DEFAULT:
+            return [name for name, offer in self._offers.items() if offer.default]
+        patterns = GROUPS.get(word, (word,))
+        return [name for name in self._offers if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def _advice(self, word: str) -> str:
+        if word in self.lacking:
+            return f": {word} needs {self.lacking[word]}"
+        known = [*self._offers, DEFAULT, *GROUPS]
+        by_lower = {name.lower(): name for name in known}
+        near = get_close_matches(word.lower(), by_lower, n=1)
+        meant = f"; did you mean {by_lower[near[0]]}?" if near else "."
+        return f"{meant} There are: {', '.join(known)}"

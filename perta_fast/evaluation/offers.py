@@ -1,0 +1,60 @@
+"""Metrics that every suite offers on its own sets: ROUGE-L, memorisation, membership."""
+
+from collections.abc import Callable, Sequence
+
+from perta_fast.evaluation.examinee import Scored, membership, memorisation, privacy_leakage
+from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.results import EvaluationFile, Metric
+from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
+
+MEMORISATION = ("extraction_strength", "exact_memorization")
+MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+
+
+def offer_rouge(
+    table: MetricTable,
+    name: str,
+    texts: Sequence[str],
+    answers: Callable[[], list[str]],
+    key: str,
+    references: Callable[[], Sequence[str]] | None = None,
+) -> None:
+    """Offer ROUGE-L as open-unlearning computes it; and with words of any script, if a reference needs that.
+
+    texts: of the data, by which this is decided. references: what answers are compared with; None is ``texts``. key:
+    what is averaged.
+    """
+
+    def computed(any_script: bool) -> Metric:
+        truth = texts if references is None else table.once(f"{name} references", references)
+        return table.examinee.rouge(name, truth, table.once(f"{name} answers", answers), key, any_script=any_script)
+
+    table.offer(name, lambda: computed(False))
+    if not all(map(is_seen_whole, texts)):
+        table.offer(f"{name}{ANY_SCRIPT}", lambda: computed(True))
+
+
+def offer_memorisation(table: MetricTable, prefix: str, scored: Callable[[], Scored]) -> None:
+    """Offer extraction strength and exact memorisation, by names that begin with ``prefix``."""
+
+    def both() -> dict[str, Metric]:
+        return table.once(f"{prefix}memorisation", lambda: memorisation([scores for scores, _ in scored()], prefix))
+
+    for measure in MEMORISATION:
+        table.offer(f"{prefix}{measure}", lambda name=f"{prefix}{measure}": both()[name])  # type: ignore[misc]
+
+
+def offer_membership(
+    table: MetricTable, forget: Callable[[], Scored], holdout: Callable[[], Scored], reference: EvaluationFile | None
+) -> None:
+    """Offer the membership scores of the forget set against the holdout set; with ``reference``, PrivLeak."""
+
+    def every() -> dict[str, Metric]:
+        return table.once("membership", lambda: membership(forget(), holdout()))
+
+    for name in MEMBERSHIP:
+        table.offer(name, lambda name=name: every()[name])  # type: ignore[misc]
+    if reference is None:
+        table.lacking["privleak"] = "--reference"
+    else:
+        table.offer("privleak", lambda: privacy_leakage(every(), reference))
