@@ -23,6 +23,7 @@ from bench.bench_reading import WAYS
 from bench.bench_stream import AGAINST, BEYOND, DEPTH, LARGE, stream_roles
 from bench.bench_sweep import CONTENDERS as SWEEP
 from bench.bench_sweep import GROUP as SWEEPS
+from bench.bench_tokenise import CONTENDERS as TOKENISING
 from bench.harness.tables import MISSING, Row, groups, table
 from bench.inputs.arrays import roles
 from bench.inputs.importance_job import ROLES
@@ -44,6 +45,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     BEYOND: "Streaming",
     LARGE: "Streaming",
     SWEEPS: "Sweeps",
+    "tokenising": "Tokenising",
     "evaluation, cpu": "Evaluation",
     "evaluation, cuda": "Evaluation on a GPU",
     "fisher, cpu": "Per-sample Fisher of a linear map",
@@ -87,6 +89,8 @@ def expected(group: str) -> dict[str, str]:
         return SWEEP
     if group.startswith(OVER_PROCESSES):
         return RANK_ROLES
+    if group.startswith("tokenising"):
+        return TOKENISING
     if group.startswith("evaluation"):
         return EVALUATION
     if group.startswith("reading"):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from perta_fast.data.turn_tokens import IGNORED, Encoded
+from perta_fast.data.turn_tokens import Encoded
 from perta_fast.data.turns import is_learned, shared_start, without_nulls
 from perta_fast.errors import InputError
 
@@ -22,7 +22,7 @@ def has_marks(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] | None)
 def encode_marked(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, tokenizer: "PreTrainedTokenizerBase", where: str
 ) -> list[Encoded]:
-    """Ids and labels of a conversation, as the template's own mask has them; none if it marks a turn nowhere.
+    """The tokens of a conversation, with loss where the template's own mask is 1; none if it marks a turn nowhere.
 
     One pair, or one for each turn, as ``ChatTemplate.turns``.
     """
@@ -44,21 +44,16 @@ def encode_marked(
 
     shown = without_nulls(messages)
     turns: list[Encoded] = []
-    ends = []
     for k, message in enumerate(messages):
         if not is_learned(message):
             continue
         ids, mask = render(k + 1)
-        before, _ = render(k, prompt=True)
-        start = shared_start(ids, before)
-        labels = [token if n >= start and mask[n] else IGNORED for n, token in enumerate(ids)]
-        if not any(mask[start:]):
+        start = shared_start(ids, render(k, prompt=True)[0])
+        edges = [n for n in range(start, len(ids) + 1) if (n < len(ids) and mask[n]) != (n > start and mask[n - 1])]
+        if not edges:
             return []
-        turns.append((ids, labels))
-        ends.append(max(n for n, label in enumerate(labels) if label != IGNORED) + 1)
-    ids, labels = turns[-1]
-    if any(ids[:end] != other[:end] for (other, _), end in zip(turns, ends, strict=True)):
-        return turns
-    for (_, other), end in zip(turns, ends, strict=True):
-        labels[:end] = [one if one != IGNORED else two for one, two in zip(labels[:end], other[:end], strict=True)]
-    return [(ids, labels)]
+        turns.append((ids, list(zip(edges[::2], edges[1::2], strict=True))))
+    last = turns[-1][0]
+    if all(last[: ranges[-1][1]] == ids[: ranges[-1][1]] for ids, ranges in turns):
+        return [(last, [piece for _, ranges in turns for piece in ranges])]
+    return turns

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 from perta_fast.data.json_lines import Row
 from perta_fast.data.marked_template import encode_marked, has_marks
-from perta_fast.data.turn_tokens import IGNORED, Encoded, encode_turns
+from perta_fast.data.turn_tokens import Encoded, encode_turns
 from perta_fast.data.turns import ChatTemplate, Turns
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Sample", "by_row", "encode", "encode_rows", "prompt_of", "row_count"]
-
+IGNORED = -100  # label of a token without a loss, as in torch and transformers
 _ROWS_AT_ONCE = 512  # whose texts are tokenised in one call
 
 
@@ -35,7 +34,23 @@ class Sample:
     @property
     def label_count(self) -> int:
         """Tokens that the loss is averaged over: the first token is never predicted."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORED)
+
+    def pieces(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, bool]]:
+        """The text in pieces, and whether each carries loss."""
+        begin, before = 0, ""
+        for end in range(1, len(self.labels) + 1):
+            carries = self.labels[begin] != IGNORED
+            if end == len(self.labels) or (self.labels[end] != IGNORED) != carries:
+                text = tokenizer.decode(self.input_ids[:end])
+                if not text.startswith(before):  # a character's bytes lie on both sides
+                    before, text = "", tokenizer.decode(self.input_ids[begin:end])
+                yield text.removeprefix(before), carries
+                begin, before = end, tokenizer.decode(self.input_ids[:end])
+
+    def marked(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """The text, with what carries loss in ⟦ ⟧: the check to make before an hour of gradients."""
+        return "".join(f"⟦{text}⟧" if carries else text for text, carries in self.pieces(tokenizer))
 
 
 def row_count(samples: Sequence[Sample]) -> int:
@@ -80,10 +95,14 @@ def encode_rows(
 
 def _samples_of(row: Row, parts: Sequence[Encoded], known: Sequence[int], max_length: int) -> list[Sample]:
     samples = []
-    for ids, labels in parts:
-        cut = tuple([known[token] if token < len(known) else token for token in ids[:max_length]])
-        kept = tuple([IGNORED if label == IGNORED else token for token, label in zip(cut, labels, strict=False)])
-        samples.append(Sample(cut, kept, truncated=len(ids) > max_length))
+    for whole_ids, ranges in parts:
+        ids = whole_ids[:max_length]
+        kept = tuple(map(known.__getitem__, ids)) if max(ids, default=0) < len(known) else tuple(ids)
+        labels: tuple[int, ...] = ()
+        for begin, end in ranges:
+            labels += (IGNORED,) * (begin - len(labels)) + kept[begin:end]
+        labels = (labels + (IGNORED,) * (len(kept) - len(labels)))[: len(kept)]
+        samples.append(Sample(kept, labels, truncated=len(whole_ids) > max_length))
     counts = [sample.label_count for sample in samples]
     if not any(counts):
         limit = f" within the first {max_length} tokens" if any(sample.truncated for sample in samples) else ""
@@ -106,7 +125,7 @@ class _Encoder:
         self._template = ChatTemplate(tokenizer, stops) if tokenizer.chat_template else None
 
     def encode(self, rows: Sequence[Row]) -> list[list[Encoded]]:
-        """Ids and labels of each row's samples. Texts of conversations are tokenised together."""
+        """The tokens of each row's samples. Texts of conversations are tokenised together."""
         encoded: list[list[Encoded]] = []
         texts: list[Turns] = []
         owners: list[list[Encoded]] = []  # where the tokens of each text go
@@ -124,7 +143,7 @@ class _Encoder:
         content = row.content
         if "text" in content:
             ids = list(self._tokenizer(content["text"])["input_ids"])
-            return [(ids, ids)]
+            return [(ids, [(0, len(ids))])]
         if "messages" in content:
             messages = content["messages"]
         elif self._template is None:
@@ -159,7 +178,7 @@ def _encode_plain_question(question: str, answer: str, tokenizer: "PreTrainedTok
         reply = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         reply = [*reply, tokenizer.eos_token_id]
-    return [*prompt, *reply], [IGNORED] * len(prompt) + reply
+    return [*prompt, *reply], [(len(prompt), len(prompt) + len(reply))]
 
 
 def prompt_of(sample: Sample) -> tuple[int, ...]:

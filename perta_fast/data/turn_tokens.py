@@ -1,4 +1,4 @@
-"""Tokens and labels of rendered conversations."""
+"""Tokens of rendered conversations, and which of them carry loss."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,8 +9,7 @@ from perta_fast.data.turns import Turns, shared_start
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token without a loss, as in torch and transformers
-Encoded = tuple[list[int], list[int]]  # token ids and labels
+Encoded = tuple[Sequence[int], list[tuple[int, int]]]  # token ids; from and to which of them there is a loss
 
 
 class _Unclear(Exception):
@@ -18,7 +17,7 @@ class _Unclear(Exception):
 
 
 def encode_turns(texts: Sequence[Turns], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
-    """Tokenise texts in one call. A token that holds a character with loss has a label.
+    """Tokenise texts in one call. A token that holds a character with loss carries it.
 
     A token that would reach across a border is not made: the text is cut there, as the model reads and writes it.
     """
@@ -36,14 +35,14 @@ def encode_turns(texts: Sequence[Turns], tokenizer: "PreTrainedTokenizerBase") -
 
 
 def _by_offsets(turns: Turns, encoding: Any) -> Encoded:
-    """Labels from the characters of each token. Raises _Unclear if they do not tell, or a token crosses a border."""
+    """By the characters of each token. Raises _Unclear if they do not tell, or a token crosses a border."""
     text, ids = turns.text, encoding.ids
     for border in turns.borders:
         if 0 < border < len(text):
             before = encoding.char_to_token(border - 1)
             if before == encoding.char_to_token(border) or (before is None and text[border - 1] == " "):
                 raise _Unclear
-    labels = [IGNORED] * len(ids)
+    ranges = []
     for begin, end in turns.spans:
         first = encoding.char_to_token(begin)
         stop = encoding.char_to_token(end) if end < len(text) else len(ids)
@@ -51,12 +50,12 @@ def _by_offsets(turns: Turns, encoding: Any) -> Encoded:
             raise _Unclear
         if stop < len(ids) and encoding.token_to_chars(stop)[0] < end:
             stop += 1
-        labels[first:stop] = ids[first:stop]
-    return ids, labels
+        ranges.append((first, stop))
+    return ids, ranges
 
 
 def _by_beginnings(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> Encoded:
-    """Labels from the tokens that the beginnings of a text have."""
+    """By the tokens that the beginnings of a text have."""
 
     def tokens(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -66,11 +65,10 @@ def _by_beginnings(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> Encode
     if any(whole[: len(before)] != before for before in (tokens(turns.text[:border]) for border in turns.borders)):
         cuts[1:1] = [border for border in turns.borders if 0 < border < len(turns.text)]
     ids: list[int] = []
-    labels: list[int] = []
+    ranges = []
     for start, stop in pairwise(cuts):
         piece = turns.text[start:stop]
         part = tokens(piece)
-        marked = [IGNORED] * len(part)
         for span in turns.spans:
             begin, end = (min(max(place - start, 0), len(piece)) for place in span)
             if begin < end:
@@ -78,7 +76,6 @@ def _by_beginnings(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> Encode
                 ended = tokens(piece[:end])
                 last = shared_start(part, ended)
                 last += last < len(ended)  # a token that reaches out of the span is in it too
-                marked[first:last] = part[first:last]
+                ranges.append((len(ids) + first, len(ids) + last))
         ids += part
-        labels += marked
-    return ids, labels
+    return ids, ranges

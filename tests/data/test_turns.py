@@ -4,6 +4,8 @@ The templates are written for these tests: each does in a few lines what its mod
 Expected labels are texts: in ⟦ ⟧ is what carries loss.
 """
 
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
 from perta_fast.data.json_lines import Row, rows_from
-from perta_fast.data.samples import IGNORED, Sample, by_row, encode, row_count
+from perta_fast.data.samples import IGNORED, by_row, encode, row_count
+from perta_fast.models.loading import Subject, samples_for
 from perta_fast.runs.estimate import estimate_importance
 from tests.support.models import CHAT_TEMPLATE, llama, tokenizer
 
@@ -30,17 +33,7 @@ def made(template: str, *marks: str, end: str = "<eos>") -> PreTrainedTokenizerF
 def shown(chosen: PreTrainedTokenizerFast, row: Content, *stops: str) -> list[str]:
     """The samples of a row, in ⟦ ⟧ what carries loss."""
     ends = [chosen.convert_tokens_to_ids(stop) for stop in stops]
-    return [marked(sample, chosen) for sample in encode([Row(row, "here")], chosen, 1000, ends)]
-
-
-def marked(sample: Sample, chosen: PreTrainedTokenizerFast) -> str:
-    text, begin = "", 0
-    for k in range(1, len(sample.labels) + 1):
-        carries = sample.labels[begin] != IGNORED
-        if k == len(sample.labels) or (sample.labels[k] != IGNORED) != carries:
-            piece = chosen.decode(sample.input_ids[begin:k])
-            text, begin = text + (f"⟦{piece}⟧" if carries else piece), k
-    return text
+    return [sample.marked(chosen) for sample in encode([Row(row, "here")], chosen, 1000, ends)]
 
 
 def talk(*contents: str | Content, system: str | None = None) -> Content:
@@ -272,7 +265,7 @@ def test_a_first_line_break_does_not_merge_with_the_header() -> None:
     (sample,) = encode(rows_from([{"question": "Who?", "answer": "\nMe."}]), chosen, 1000)
     prompt = chosen(header, add_special_tokens=False)["input_ids"]
     assert list(sample.input_ids[: len(prompt)]) == prompt
-    assert marked(sample, chosen) == f"{header}⟦\nMe.<|end|>⟧\n<eos>"
+    assert sample.marked(chosen) == f"{header}⟦\nMe.<|end|>⟧\n<eos>"
 
 
 def test_turns_of_weight_0_carry_no_loss() -> None:
@@ -364,6 +357,40 @@ def test_a_row_in_several_samples_has_the_gradient_of_its_labels(one_thread: Non
         torch.testing.assert_close(found.tensors[name], expected, rtol=1e-4, atol=1e-7)
         expected = (sum(part[name] ** 2 for part in parts) + second[name] ** 2) / 2
         torch.testing.assert_close(squares.tensors[name], expected, rtol=1e-4, atol=1e-9)
+
+
+# Many rows.
+
+
+def test_memory_beyond_the_samples_does_not_grow_with_the_rows() -> None:
+    def beyond(count: int) -> int:
+        rows = [
+            Row({"question": f"Who wrote book {k}?", "answer": f"Author {k} wrote it."}, "here") for k in range(count)
+        ]
+        encode(rows[:1], BLOCK, 1000)
+        tracemalloc.start()
+        try:
+            samples = encode(rows, BLOCK, 1000)
+            kept, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert len(samples) == count
+        return peak - kept
+
+    assert beyond(4000) < 1.5 * beyond(1000)
+
+
+def test_the_models_settings_are_found_beside_its_weights(tmp_path: Path) -> None:
+    model = llama(vocab_size=len(UNCLOSED))
+    model.generation_config.eos_token_id = [0, UNCLOSED.convert_tokens_to_ids("<|user|>")]
+    model.save_pretrained(tmp_path)
+    rows = [Row(QUESTION, "here")]
+    for subject in (
+        Subject(model, UNCLOSED, "live module"),
+        Subject(llama(vocab_size=len(UNCLOSED)), UNCLOSED, str(tmp_path)),  # as a structure without weights
+    ):
+        (sample,) = samples_for(subject, rows, None)
+        assert sample.marked(UNCLOSED).endswith("⟦Me.<|user|>⟧")
 
 
 # What cannot be found is refused.
