@@ -119,15 +119,34 @@ def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, M
 
 
 def membership(forget: Scored, holdout: Scored) -> dict[str, Metric]:
-    """``membership_auc`` of each membership score. Samples are those of the forget set, then the holdout set."""
-    forget_scores, holdout_scores = ([_membership_scores(*sample) for sample in scored] for scored in (forget, holdout))
+    """``membership_auc`` of each membership score. Samples are those of the forget set, then the holdout set.
+
+    An answer that is only its end has no Min-K and no Min-K++, so their AUCs are those of the others.
+    """
+    sets = {"forget": forget, "holdout": holdout}
+    scores = {role: [_membership_scores(*sample) for sample in scored] for role, scored in sets.items()}
     results = {}
-    for name in forget_scores[0]:
-        ours, others = ([scores[name] for scores in scored] for scored in (forget_scores, holdout_scores))
-        samples = [{"set": "forget", "score": score} for score in ours]
-        samples += [{"set": "holdout", "score": score} for score in others]
-        results[name] = Metric(metrics.membership_auc(ours, others), samples)
+    for name in scores["forget"][0]:
+        values = {role: [of_sample[name] for of_sample in scores[role]] for role in sets}
+        known = {
+            role: [
+                value for value, (sample, _) in zip(values[role], scored, strict=True) if not _has_none(value, sample)
+            ]
+            for role, scored in sets.items()
+        }
+        samples = [{"set": role, "score": value} for role in sets for value in values[role]]
+        results[name] = Metric(metrics.membership_auc(known["forget"], known["holdout"]), samples)
     return results
+
+
+def _has_none(value: float, sample: TokenScores) -> bool:
+    """Whether there was nothing to make the value of; NaN also comes from scores that are not finite."""
+    return is_end_alone(sample) and math.isnan(value)
+
+
+def is_end_alone(scores: TokenScores) -> bool:
+    """Whether an answer is only its end: without the last label nothing is left of it."""
+    return scores.log_probs.size < 2
 
 
 def _membership_scores(scores: TokenScores, text: str) -> dict[str, float]:

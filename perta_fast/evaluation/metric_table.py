@@ -20,7 +20,7 @@ GROUPS = {
     "rouge": ("*ROUGE*",),
     "truth_ratio": ("*[Tt]ruth_[Rr]atio",),
     "memorization": ("*extraction_strength", "*exact_memorization"),
-    "membership": ("mia_*", "privleak"),
+    "membership": ("mia_*", "privleak*"),
 }
 DEFAULT = "default"
 

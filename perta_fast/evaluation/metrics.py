@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 _TINY = 1e-10  # added to denominators, as in open-unlearning
+NO_GOLD_AUC = 0.5  # of a model that tells the sets apart no better than chance; open-unlearning's without a gold model
 MIN_K = 0.4  # share of a sample's tokens, as in MUSE
 
 
@@ -104,12 +105,12 @@ def min_k(values: ArrayLike, share: float = MIN_K) -> float:
 def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:
     """Area under the ROC curve of a score that is like a loss: lower on ``forget``, higher on ``holdout``.
 
-    1 if the model gives every forget sample away, 0.5 if it gives none away, NaN if a score is NaN.
+    1 if the model gives every forget sample away, 0.5 if it gives none away, NaN if a score is NaN or a set is empty.
     """
     from sklearn.metrics import roc_auc_score
 
     scores = np.concatenate([np.asarray(forget, dtype=float), np.asarray(holdout, dtype=float)])
-    if not np.isfinite(scores).all():
+    if not np.isfinite(scores).all() or not np.size(forget) or not np.size(holdout):
         return float("nan")
     return float(roc_auc_score([0] * np.size(forget) + [1] * np.size(holdout), scores))
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 
-from perta_fast.evaluation.examinee import Scored, membership, memorisation, privacy_leakage
+from perta_fast.evaluation import metrics
+from perta_fast.evaluation.examinee import Scored, is_end_alone, membership, memorisation, privacy_leakage
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.results import EvaluationFile, Metric
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
 
 MEMORISATION = ("extraction_strength", "exact_memorization")
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+WITHOUT_GOLD = "privleak_without_gold"
 
 
 def offer_rouge(
@@ -37,8 +39,12 @@ def offer_rouge(
 def offer_memorisation(table: MetricTable, prefix: str, scored: Callable[[], Scored]) -> None:
     """Offer extraction strength and exact memorisation, by names that begin with ``prefix``."""
 
+    def make() -> dict[str, Metric]:
+        _note_ends_alone(table, [f"{prefix}{measure}" for measure in MEMORISATION], scored())
+        return memorisation([scores for scores, _ in scored()], prefix)
+
     def both() -> dict[str, Metric]:
-        return table.once(f"{prefix}memorisation", lambda: memorisation([scores for scores, _ in scored()], prefix))
+        return table.once(f"{prefix}memorisation", make)
 
     for measure in MEMORISATION:
         table.offer(f"{prefix}{measure}", lambda name=f"{prefix}{measure}": both()[name])  # type: ignore[misc]
@@ -47,14 +53,37 @@ def offer_memorisation(table: MetricTable, prefix: str, scored: Callable[[], Sco
 def offer_membership(
     table: MetricTable, forget: Callable[[], Scored], holdout: Callable[[], Scored], reference: EvaluationFile | None
 ) -> None:
-    """Offer the membership scores of the forget set against the holdout set; with ``reference``, PrivLeak."""
+    """Offer the membership scores of the forget set against the holdout set, and PrivLeak.
+
+    reference: of a gold model. Without one, PrivLeak is computed where it is named, under a name that says so.
+    """
+
+    def make() -> dict[str, Metric]:
+        _note_ends_alone(table, ["mia_min_k", "mia_min_k_plus_plus"], [*forget(), *holdout()])
+        return membership(forget(), holdout())
 
     def every() -> dict[str, Metric]:
-        return table.once("membership", lambda: membership(forget(), holdout()))
+        return table.once("membership", make)
+
+    def without_gold() -> Metric:
+        table.examinee.notes.append(
+            f"{WITHOUT_GOLD}: takes {metrics.NO_GOLD_AUC} for the AUC of a gold model, whose own may be another; "
+            "--reference gives it"
+        )
+        return Metric(metrics.privacy_leakage(every()["mia_min_k"].value, metrics.NO_GOLD_AUC))
 
     for name in MEMBERSHIP:
         table.offer(name, lambda name=name: every()[name])  # type: ignore[misc]
     if reference is None:
         table.lacking["privleak"] = "--reference"
+        table.offer(WITHOUT_GOLD, without_gold, default=False)
     else:
         table.offer("privleak", lambda: privacy_leakage(every(), reference))
+
+
+def _note_ends_alone(table: MetricTable, names: Sequence[str], scored: Scored) -> None:
+    """Say how many answers have no value of these metrics, for want of another token than their end."""
+    if alone := sum(is_end_alone(scores) for scores, _ in scored):
+        table.examinee.notes.append(
+            f"{', '.join(names)}: {alone} of {len(scored)} answers are only their end; they are left out"
+        )
