@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
 from perta_fast.data.json_lines import Row, rows_from
 from perta_fast.data.samples import IGNORED, by_row, encode, row_count
 from perta_fast.models.loading import Subject, samples_for
+from perta_fast.rules import Estimator
 from perta_fast.runs.estimate import estimate_importance
 from tests.support.models import CHAT_TEMPLATE, llama, tokenizer
 
@@ -236,6 +238,36 @@ def test_the_assistants_words_and_the_end_of_its_turn(case: str) -> None:
     assert shown(chosen, row) == expected
 
 
+def word_marking(like: PreTrainedTokenizerFast, *, opens: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks spaces as SentencePiece does, with the template and marks of ``like``.
+
+    opens: each text between marks begins a word, as in Llama 2; or not, as in Gemma.
+    """
+    bpe = Tokenizer(models.BPE())
+    prepended = [normalizers.Prepend("▁")] if opens else []
+    bpe.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    letters = "".join(map(chr, range(32, 127))) + "\n"
+    texts = [letters, *("Who? Me. And? You. Brief. Hm. user assistant system\n" * 3).splitlines()]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=["<eos>"], show_progress=False))
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", chat_template=like.chat_template)
+    made.add_special_tokens({"additional_special_tokens": list(like.get_added_vocab())})
+    made.eos_token = like.eos_token
+    return made
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("case", TABLE)
+def test_the_same_with_tokens_as_sentencepiece_makes_them(case: str, opens: bool) -> None:
+    """But for spaces: a space may belong to the word after it or before it."""
+
+    def without_spaces(texts: list[str]) -> list[str]:
+        return [text.replace(" ", "").replace("⟧⟦", "") for text in texts]
+
+    like, row, expected = TABLE[case]
+    assert without_spaces(shown(word_marking(like, opens=opens), row)) == without_spaces(expected)
+
+
 def test_an_end_that_only_the_models_settings_name() -> None:
     header = "<|user|>\nWho?<|assistant|>\n<think></think>\n"
     assert shown(UNCLOSED, QUESTION) == [f"{header}⟦Me.<eos>⟧"]
@@ -357,6 +389,20 @@ def test_a_row_in_several_samples_has_the_gradient_of_its_labels(one_thread: Non
         torch.testing.assert_close(found.tensors[name], expected, rtol=1e-4, atol=1e-7)
         expected = (sum(part[name] ** 2 for part in parts) + second[name] ** 2) / 2
         torch.testing.assert_close(squares.tensors[name], expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["grad", "empirical-fisher"])
+def test_a_row_in_several_samples_streamed(estimator: Estimator, tmp_path: Path, one_thread: None) -> None:
+    llama(vocab_size=len(BLOCK)).save_pretrained(tmp_path / "model")
+    BLOCK.save_pretrained(tmp_path / "model")
+    rows = [TWO, QUESTION, talk("Who?", "Me.", "And?", "It was you.", "Or?", "They.")]
+    found, expected = (
+        estimate_importance(tmp_path / "model", rows, estimator, progress=False, **how)
+        for how in ({"stream": True, "out": tmp_path / "streamed"}, {})
+    )
+    assert found.metadata.sample_count == expected.metadata.sample_count == 3
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-4, atol=1e-7)
 
 
 # Many rows.
