@@ -13,7 +13,7 @@ from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
 from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.loading import Subject, samples_for
-from perta_fast.models.token_scores import TokenScores, score_tokens
+from perta_fast.models.token_scores import TokenScores, score_rows
 from perta_fast.progress import Progress
 
 Scored = list[tuple[TokenScores, str]]  # the scores of each sample, and the text of its labels
@@ -50,10 +50,9 @@ class Examinee:
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
         """Score every labelled token of each row, in one forward pass. detailed: as in ``score_tokens``."""
         module, batch_size, progress = self.subject.module, self.batch_size, self.progress
-        of_samples = score_tokens(
+        scores = score_rows(
             module, samples, batch_size=batch_size, detailed=detailed, progress=progress, description=role
         )
-        scores = [TokenScores.joined([of_samples[k] for k in numbers]) for numbers in by_row(samples)]
         if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
         return scores

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perta_fast.data.batches import Batch, batches_by_length
-from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.progress import Bar, Progress
 
 _CHUNK = 1 << 24  # logits that are worked on at a time
@@ -77,6 +78,12 @@ def score_tokens(
                 scores[number] = TokenScores(*(column[k].numpy() for column in split))
             bar.update(len(numbers))
     return [score for score in scores if score is not None]
+
+
+def score_rows(module: nn.Module, samples: Sequence[Sample], **how: Any) -> list[TokenScores]:
+    """``score_tokens``, with the tokens of all samples of a row in one."""
+    scores = score_tokens(module, samples, **how)
+    return [TokenScores.joined([scores[k] for k in numbers]) for numbers in by_row(samples)]
 
 
 def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:

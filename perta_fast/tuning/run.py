@@ -22,7 +22,7 @@ from perta_fast.files.apart import check_name
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.memory import PeakMemory
 from perta_fast.models.loading import choose_device, load_subject, samples_for
-from perta_fast.models.token_scores import evaluation_mode, score_tokens
+from perta_fast.models.token_scores import evaluation_mode, score_rows
 from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord, Scalar, data_record
 from perta_fast.records.typed_json import write_readable_json
@@ -184,10 +184,10 @@ def _trainable(model: Any, request: Request, checkpoint: Checkpoint, directory: 
 
 
 def _mean_loss(module: nn.Module, samples: Sequence[Sample], when: str, progress: Progress) -> float:
-    """The mean over ``samples`` of their mean token loss, in nats. Raises NotFiniteError if it is not finite."""
+    """The mean over all rows of their mean token loss, in nats. Raises NotFiniteError if it is not finite."""
     phase = f"loss {when} tuning"
     with evaluation_mode(module):
-        scores = score_tokens(module, samples, batch_size=_SCORED_AT_A_TIME, progress=progress, description=phase)
+        scores = score_rows(module, samples, batch_size=_SCORED_AT_A_TIME, progress=progress, description=phase)
     loss = -sum(float(sample.log_probs.mean()) for sample in scores) / len(scores)
     if not math.isfinite(loss):
         raise NotFiniteError(f"the loss of the forget data {when} tuning is not finite; nothing was written")
