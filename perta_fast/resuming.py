@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, shell_command
-from perta_fast.files.new_directory import SWEEP_STATE, has_record, keeping_run, partial_path
+from perta_fast.files.new_directory import EVALUATION_STATE, SWEEP_STATE, has_record, keeping_run, partial_path
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
@@ -19,16 +19,20 @@ from perta_fast.sweeping.results import Sweep
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_Unfinished = Literal["in place", "directory", "sweep", "last steps"]
+    from perta_fast.evaluation.results import Evaluation
+
+_Unfinished = Literal["in place", "directory", "sweep", "evaluation", "last steps"]
 
 
-def resume(directory: str | Path, *, progress: Progress = True, group: "ProcessGroup | None" = None) -> Report | Sweep:
-    """Finish a run or sweep that was stopped; a run's result is that of an uninterrupted one, bit for bit.
+def resume(
+    directory: str | Path, *, progress: Progress = True, group: "ProcessGroup | None" = None
+) -> "Report | Sweep | Evaluation":
+    """Finish a run, sweep or evaluation that was stopped; the result is that of an uninterrupted one, bit for bit.
 
-    directory: what was given as ``out``, or the model of an in-place run. progress: as in ``apply``. group: the
-    processes that finish it, as there: any number, but for a streamed run as many as began it. Returns the
-    report, or the sweep's result. Raises InputError if there is nothing to finish, or an input is no
-    longer what it was (nothing is written then), RunError if the run fails again.
+    directory: what was given as ``out`` (of an evaluation, a file), or the model of an in-place run. progress: as in
+    ``apply``. group: the processes that finish it, as there: any number, but for a streamed run as many as began it.
+    Returns the report, or the result of the sweep or evaluation. Raises InputError if there is nothing to finish, or
+    an input is no longer what it was (nothing is written then), RunError if the run fails again.
     """
     ranks = Ranks.of(group)
     destination = Path(os.path.realpath(checked_path(directory)))
@@ -36,7 +40,7 @@ def resume(directory: str | Path, *, progress: Progress = True, group: "ProcessG
         kind = _unfinished(destination) if ranks.first else None
         if ranks.first and kind is None:
             raise InputError(f"{directory}: there is no unfinished run to resume{_advice(destination)}")
-        if ranks.world > 1 and kind in ("in place", "sweep"):
+        if ranks.world > 1 and kind in ("in place", "sweep", "evaluation"):
             finishing = shell_command("perta", "resume", Path(directory))
             raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
@@ -48,6 +52,10 @@ def resume(directory: str | Path, *, progress: Progress = True, group: "ProcessG
         from perta_fast.sweeping.run import resume_sweep
 
         return resume_sweep(destination, progress)
+    if kind == "evaluation":
+        from perta_fast.evaluation.run import resume_evaluation
+
+        return resume_evaluation(destination, progress)
     with ranks.together("the unfinished run"):
         report = finish_leftover(destination) if ranks.first else None
     finished: Report = ranks.share(report)
@@ -62,6 +70,8 @@ def _unfinished(destination: Path) -> _Unfinished | None:
         return "directory"
     if has_record(destination, SWEEP_STATE) or exists(destination / SWEEP_STATE):
         return "sweep"
+    if has_record(destination, EVALUATION_STATE):
+        return "evaluation"
     if exists(destination / STATE):
         return "last steps"
     return None

@@ -9,8 +9,10 @@ from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
+from perta_fast.evaluation.kept_passes import kept_part, kept_scores
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
+from perta_fast.files.kept_parts import KeptParts
 from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.models.token_scores import TokenScores, score_rows
@@ -23,8 +25,8 @@ Scored = list[tuple[TokenScores, str]]  # the scores of each sample, and the tex
 class Examinee:
     """A model, and how it is run.
 
-    max_new_tokens: None takes each benchmark's own. show_text: keep answers. data, notes: for the record of the
-    evaluation.
+    max_new_tokens: None takes each benchmark's own. show_text: keep answers. kept: finished passes, if they are kept.
+    data, notes: for the record of the evaluation.
     """
 
     subject: Subject
@@ -33,6 +35,7 @@ class Examinee:
     progress: Progress
     max_new_tokens: int | None = None
     show_text: bool = False
+    kept: KeptParts | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -50,8 +53,13 @@ class Examinee:
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
         """Score every labelled token of each row, in one forward pass. detailed: as in ``score_tokens``."""
         module, batch_size, progress = self.subject.module, self.batch_size, self.progress
-        scores = score_rows(
-            module, samples, batch_size=batch_size, detailed=detailed, progress=progress, description=role
+        scores = kept_scores(
+            self.kept,
+            f"{role} scores",
+            [(sample.input_ids, sample.labels) for sample in samples],
+            lambda: score_rows(
+                module, samples, batch_size=batch_size, detailed=detailed, progress=progress, description=role
+            ),
         )
         if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
@@ -69,16 +77,22 @@ class Examinee:
         self, prompts: Sequence[Sequence[int]], role: str, new_tokens: int, stop: Sequence[str] = ()
     ) -> list[str]:
         """Greedy answers, at most ``max_new_tokens`` long, or ``new_tokens`` if that is None."""
-        return greedy_answers(
-            self.subject.module,
-            self.subject.tokenizer,
-            prompts,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens or new_tokens,
-            stop=stop,
-            progress=self.progress,
-            description=f"{role} answers",
+        answers: list[str] = kept_part(
+            self.kept,
+            f"{role} answers",
+            list(map(list, prompts)),
+            lambda: greedy_answers(
+                self.subject.module,
+                self.subject.tokenizer,
+                prompts,
+                batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens or new_tokens,
+                stop=stop,
+                progress=self.progress,
+                description=f"{role} answers",
+            ),
         )
+        return answers
 
     def rouge(
         self, name: str, references: Sequence[str], answers: Sequence[str], key: str, *, any_script: bool = False

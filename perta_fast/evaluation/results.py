@@ -63,10 +63,14 @@ class Evaluation:
         return printable_lines([*lines, *self.notes])
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write JSON, with null for what is not finite. Raises RunError if the file cannot be written.
+        """Write ``as_json``. Raises RunError if the file cannot be written.
 
         overwrite: give up an unfinished run to a directory of this name, which is an InputError otherwise.
         """
+        write_output_file(path, self.as_json(), overwrite=overwrite)
+
+    def as_json(self) -> bytes:
+        """What is written to a file: JSON, with null for what is not finite."""
         metrics = {
             name: {
                 "agg_value": metric.value,
@@ -75,7 +79,7 @@ class Evaluation:
             for name, metric in self.metrics.items()
         }
         content = {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
-        write_output_file(path, readable_json(with_nulls(content)), overwrite=overwrite)
+        return readable_json(with_nulls(content))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """``evaluate``: everything is checked before the model is loaded. lm-evaluation-harness is called, not rewritten."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +13,21 @@ import torch
 from torch import nn
 
 from perta_fast.data.chat import with_chat_settings
-from perta_fast.errors import InputError
+from perta_fast.dtypes import torch_dtype
+from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
+from perta_fast.evaluation.kept_passes import kept_part
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.muse import MuseMetrics, read_muse
 from perta_fast.evaluation.own_data import OwnData
+from perta_fast.evaluation.request import Begun, Request
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, files_read
 from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
+from perta_fast.files.identity import is_same
+from perta_fast.files.kept_parts import KeptParts
+from perta_fast.files.new_directory import EVALUATION_STATE
 from perta_fast.files.new_file import check_output_file
-from perta_fast.files.reading import checked_path
 from perta_fast.models.in_use import measuring
 from perta_fast.models.loading import Subject, check_sizes, load_subject
 from perta_fast.models.token_scores import evaluation_mode
@@ -65,79 +72,148 @@ def evaluate(
     None: all that the data allows, but those that are only computed when they are named.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers; None takes the suite's own.
     system_prompt, date_string: for the tokenizer's chat template, with every question; not for MUSE.
-    out: file to write, ending in .json. It holds no text of any set unless ``show_text``.
+    out: file to write, ending in .json. It holds no text of any set unless ``show_text``. Of a checkpoint, finished
+    parts are kept beside it until then: the same call, or ``resume``, goes on with a stopped evaluation. overwrite:
+    replace the file, start over.
     batch_size, max_length, device, dtype, progress: as for ``estimate_importance``.
 
-    Raises InputError for bad input, before the model is loaded where possible, RunError if ``out`` cannot be
-    written. Memory: the model and the logits of one batch, which are compared in float32.
+    Raises InputError for bad input, before the model is loaded where possible, or an input that changed since a stopped
+    evaluation began; RunError if ``out`` cannot be written; ``errors.Interrupted`` if it is stopped with a part
+    finished. Memory: the model and the logits of one batch, which are compared in float32.
     """
-    check_sizes(batch_size, max_length, max_new_tokens=max_new_tokens)
-    if suite == "muse" and not (system_prompt is date_string is None):
+    return _run(Request.of(locals()), model_or_path, tokenizer, progress, overwrite=overwrite)
+
+
+def resume_evaluation(final: Path, progress: Progress) -> Evaluation:
+    """Go on with the stopped evaluation to ``final``."""
+    begun = Begun.load(final)
+    if begun is None or begun.request.out is None or not is_same(begun.request.out, final):
+        raise InputError(f"{final}: the evaluation to finish was one to another file; give it that name again")
+    assert begun.request.model is not None
+    return _run(begun.request, begun.request.model, None, progress, overwrite=True, earlier=begun)
+
+
+def _run(
+    request: Request,
+    model_or_path: PathLike | nn.Module,
+    tokenizer: Any,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    earlier: Begun | None = None,
+) -> Evaluation:
+    """Check everything, go on with what is kept of ``earlier`` or of the same request, measure, and write."""
+    check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
+    if request.suite == "muse" and not (request.system_prompt is request.date_string is None):
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
+    out = None if request.out is None else Path(request.out)
     if out is not None:
-        given = (model_or_path, data, forget, retain, holdout, reference)
-        paths = [Path(path) for path in given if isinstance(path, str | Path)]
-        check_output_file(checked_path(out), (".json",), overwrite=overwrite, inputs=files_read(paths, Path(out)))
-    gold = None if reference is None else EvaluationFile.read(reference)
-    table = _table(suite, data, split, {"forget": forget, "retain": retain, "holdout": holdout}, gold)
-    names = table.chosen(metrics)
+        again = "" if overwrite and earlier is None else EVALUATION_STATE
+        inputs = files_read(request.paths(), out)
+        check_output_file(out, (".json",), overwrite=overwrite, inputs=inputs, again=again)
+    gold = None if request.reference is None else EvaluationFile.read(request.reference)
+    table = _table(request, gold)
+    names = table.chosen(request.metrics)
     if gold is not None:
         _check_reference(gold, table, names)
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:
             raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
-    if lm_eval:
-        _check_harness(lm_eval)
-    settings = {
-        "suite": suite,
-        "split": split if suite == "tofu" else None,
-        "metrics": None if metrics is None else list(metrics),
-        "reference": None if reference is None else str(Path(reference).resolve()),
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "max_new_tokens": max_new_tokens,
-        "system_prompt": system_prompt,
-        "date_string": date_string,
-    }
-    started = now()
-    subject = _subject(model_or_path, tokenizer, device, dtype)
-    subject = replace(subject, tokenizer=with_chat_settings(subject.tokenizer, system_prompt, date_string))
-    examinee = Examinee(subject, batch_size, max_length, progress, max_new_tokens, show_text)
-    with measuring(subject.module), evaluation_mode(subject.module):
-        result = Evaluation(
-            metrics=table.measure(examinee, names), model=subject.origin, settings=settings, started=started
-        )
-        if lm_eval:
-            result.general = _general_ability(subject, lm_eval, batch_size)
-    result.data, result.notes = examinee.data, examinee.notes
-    result.versions, result.finished = installed_versions(), now()
-    if out is not None:
-        result.save(Path(out), overwrite=overwrite)
+    if request.lm_eval:
+        _check_harness(request.lm_eval)
+    measure = partial(_measure, request, table, names, model_or_path, tokenizer, progress)
+    # A model in memory may be another one at the next call; a link is replaced itself.
+    if out is None or request.model is None or tokenizer is not None or out.is_symlink():
+        result = measure(None, now())
+        if out is not None:
+            result.save(out, overwrite=overwrite)
+        return result
+    return _measure_kept(request, table, measure, overwrite=overwrite and earlier is None)
+
+
+def _measure_kept(
+    request: Request, table: MetricTable, measure: Callable[[KeptParts, str], Evaluation], *, overwrite: bool
+) -> Evaluation:
+    """Keep each part that is finished beside ``out``, and go on with those that are there, unless ``overwrite``."""
+    assert request.out is not None
+    final = Path(os.path.realpath(request.out))
+    begun, earlier = Begun.now(request, table, now()), None if overwrite else Begun.load(final)
+    if earlier is not None:
+        earlier.check_same(final, begun)
+        begun = earlier
+    with KeptParts(final, begun.record(), resume=earlier is not None) as kept:
+        try:
+            result = measure(kept, begun.started)
+        except KeyboardInterrupt:
+            if not kept.any:
+                raise
+            raise Interrupted(f"interrupted; {kept.going_on()}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or not kept.any:
+                raise
+            raise RunError(f"out of memory; {kept.going_on()}") from error
+        kept.finish(result.as_json())
     return result
 
 
-def _table(
-    suite: str | None, data: PathLike | None, split: str, sets: dict[str, PathLike | None], gold: EvaluationFile | None
-) -> MetricTable:
+def _measure(
+    request: Request,
+    table: MetricTable,
+    names: Sequence[str],
+    model_or_path: PathLike | nn.Module,
+    tokenizer: Any,
+    progress: Progress,
+    kept: KeptParts | None,
+    started: str,
+) -> Evaluation:
+    """Load the model and measure it."""
+    dtype = None if request.dtype is None else torch_dtype(request.dtype)
+    subject = _subject(model_or_path, tokenizer, request.device, dtype)
+    spoken = with_chat_settings(subject.tokenizer, request.system_prompt, request.date_string)
+    subject = replace(subject, tokenizer=spoken)
+    examinee = Examinee(
+        subject, request.batch_size, request.max_length, progress, request.max_new_tokens, request.show_text, kept
+    )
+    with measuring(subject.module), evaluation_mode(subject.module):
+        measured, general = table.measure(examinee, names), {}
+        if request.lm_eval:
+            general = kept_part(
+                kept, "general", request.lm_eval, lambda: _general_ability(subject, request.lm_eval, request.batch_size)
+            )
+    return Evaluation(
+        measured,
+        subject.origin,
+        request.settings(),
+        examinee.data,
+        general,
+        installed_versions(),
+        examinee.notes,
+        started,
+        now(),
+    )
+
+
+def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:
     """Read and check all data; returns what can be measured on it."""
+    suite = request.suite
     if suite not in (None, "tofu", "muse"):
         raise InputError(f"suite is {suite!r}; it must be tofu or muse")
-    given = {role: Path(path) for role, path in sets.items() if path is not None}
+    given = {role: path for role in ("forget", "retain", "holdout") if (path := getattr(request, role)) is not None}
     if suite is None:
         if "forget" not in given:
             raise InputError("forget is missing: give a suite with its data, or your own forget data")
-        if data is not None:
+        if request.data is not None:
             raise InputError("data is the directory of a suite; name the suite too")
         if gold is not None and "holdout" not in given:
             raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
         return OwnData({role: DataFile.read(path) for role, path in given.items()}, gold)
     if given:
         raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
-    if data is None:
+    if request.data is None:
         raise InputError("data is missing: the directory with the files of the suite")
     if suite == "tofu":
-        return TofuMetrics(read_tofu(Path(data), split), gold)
-    return MuseMetrics(read_muse(Path(data)), gold)
+        return TofuMetrics(read_tofu(Path(request.data), request.split), gold)
+    return MuseMetrics(read_muse(Path(request.data)), gold)
 
 
 def _check_reference(gold: EvaluationFile, table: MetricTable, names: Sequence[str]) -> None:

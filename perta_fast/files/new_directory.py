@@ -20,8 +20,9 @@ from perta_fast.files.reading import checked_path, exists
 # Below the directory that is being built: the state of a run or sweep. With its record, it can be resumed.
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
+EVALUATION_STATE, EVALUATION_RECORD = ".perta-evaluation", "begun.json"  # beside an output file
 _KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
-_RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, _KEPT_STATE: _KEPT_RECORD}
+_RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD, _KEPT_STATE: _KEPT_RECORD}
 _START_OVER = "start over with --overwrite"
 
 
@@ -69,7 +70,7 @@ class OutputDirectory:
             if self._resume:
                 check_own_tree(self.path)
             else:
-                _forget(self.path)
+                forget(self.path)
                 for entry in self.path.iterdir():  # of a run that was killed
                     remove(entry)
                 if self._run is not None:
@@ -100,7 +101,7 @@ class OutputDirectory:
         hopeless = isinstance(error, InputError | NotFiniteError) and not self._resume
         unnamed = self._complete and isinstance(error, OSError) and self.path.exists()  # only a rename failed
         if not unnamed and (hopeless or not self.keep):  # gone already after a commit
-            _forget(self.path)
+            forget(self.path)
             remove(self.path)
         if self._replaced.exists() and not self.final.exists():  # stopped between the two renames
             self._replaced.rename(self.final)
@@ -127,7 +128,7 @@ def partial_path(final: Path) -> Path:
 
 
 def has_record(final: Path, state: str) -> bool:
-    """Whether there is an unfinished run (``RUN_STATE``) or sweep (``SWEEP_STATE``) to ``final``, with its record."""
+    """Whether there is an unfinished run (``RUN_STATE``), sweep or evaluation to ``final``, with its record."""
     return bool(final.name) and exists(partial_path(final) / state / _RECORDS[state])
 
 
@@ -136,7 +137,7 @@ def has_unfinished(final: Path, again: str = "", run: Path | None = None) -> boo
     keeping = keeping_run(final)
     if keeping is not None and (run is None or not is_same(keeping, run)):
         return True
-    return any(has_record(final, state) for state in (RUN_STATE, SWEEP_STATE) if state != again)
+    return any(has_record(final, state) for state in (RUN_STATE, SWEEP_STATE, EVALUATION_STATE) if state != again)
 
 
 def keeping_run(final: Path) -> Path | None:
@@ -194,14 +195,15 @@ def unfinished_advice(final: Path, instead: str = _START_OVER) -> str:
 def discard_unfinished(final: Path) -> None:
     """Remove the unfinished run or sweep to ``final``, if there is one. Raises RunError if it is going on."""
     resolved = Path(os.path.realpath(final))
-    if not has_unfinished(resolved):
-        return
     path = partial_path(resolved)
+    killed = path.is_dir() and not path.is_symlink()  # before it had a record
+    if not killed and not has_unfinished(resolved):
+        return
     check_own(path)
     try:
         with ExitStack() as locked:
             locked.callback(os.close, lock(path))
-            _forget(path)
+            forget(path)
             remove(path)
     except BlockingIOError:
         raise RunError(f"{final}: another run is writing it now") from None
@@ -209,7 +211,7 @@ def discard_unfinished(final: Path) -> None:
         raise RunError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
-def _forget(path: Path) -> None:
+def forget(path: Path) -> None:
     """Remove the records first: a kill may come when half of ``path`` is gone, and that must not be resumed."""
     for record in (path / state / name for state, name in _RECORDS.items()):
         with suppress(OSError):  # the rest is removed even if the disk fails

@@ -22,10 +22,13 @@ from perta_fast.files.own import check_own, remove_own_file
 from perta_fast.files.reading import checked_path
 
 
-def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+def check_output_file(
+    path: Path, endings: tuple[str, ...], *, overwrite: bool, inputs: Iterable[Path] = (), again: str = ""
+) -> None:
     """Raise InputError if a command must not write ``path``.
 
     Its name must have one of the ``endings``: nobody replaces weights by mistake. inputs: files that it reads.
+    again: the state of an unfinished run to ``path`` that the command can go on with.
     """
     checked_path(path)
     advice = f"name a file that ends in {' or '.join(endings)}"
@@ -46,8 +49,9 @@ def check_output_file(path: Path, endings: tuple[str, ...], *, overwrite: bool, 
     check_finished(path.parent)
     if mounts_in(path):
         raise InputError(f"{path}: is a mount point, which cannot be replaced; {advice} in a directory")
-    check_own(partial_path(path), directory=has_unfinished(path))
-    check_unfinished(path, overwrite=overwrite)
+    beside = partial_path(path)
+    check_own(beside, directory=has_unfinished(path) or (beside.is_dir() and not beside.is_symlink()))
+    check_unfinished(path, overwrite=overwrite, again=again)
     check_writable(path)
 
 

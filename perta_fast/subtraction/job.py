@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from perta_fast.checkpoints.adapter_kinds import STEM as ADAPTER_STEM
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, CONFIG
+from perta_fast.checkpoints.fingerprint import Fingerprint, fingerprint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
@@ -33,7 +32,6 @@ from perta_fast.subtraction.read_beside import NONE, Records, check_unchanged, c
 FORMAT = "perta-run"
 FORMAT_VERSION = 1
 
-Fingerprint = dict[str, Any]
 Piece = list[str | int]  # name, and the bytes of its shard from where to where
 MatchNames = dict[str, str | float | bool | list[Piece] | None]
 
@@ -133,18 +131,6 @@ def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:
         state = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "header": hash_file(config)}
         files["tuned"][config.name] = state
     return files
-
-
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Fingerprint]:
-    """``fingerprints`` of one input, by name."""
-    return {
-        name: {
-            "bytes": shard.size,
-            "mtime_ns": shard.path.stat().st_mtime_ns,
-            "header": blake3(shard.header).hexdigest(),
-        }
-        for name, shard in checkpoint.shards.items()
-    }
 
 
 _OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")

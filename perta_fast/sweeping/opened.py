@@ -11,6 +11,7 @@ import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
+from perta_fast.checkpoints.fingerprint import fingerprint
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
@@ -21,7 +22,6 @@ from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import Estimation, estimate_on
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
-from perta_fast.subtraction.job import fingerprint
 from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.sweeping.grid import curves_of

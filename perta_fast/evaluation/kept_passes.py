@@ -1,0 +1,40 @@
+"""Finished passes of a model over data, as parts that are kept: the same bits come back."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from perta_fast.files.kept_parts import KeptParts
+from perta_fast.models.token_scores import TokenScores
+
+_COLUMNS: Mapping[str, Any] = {"log_probs": np.float32, "hits": np.bool_, "standardised": np.float32}
+
+
+def kept_scores(
+    kept: KeptParts | None, name: str, of: Any, score: Callable[[], list[TokenScores]]
+) -> list[TokenScores]:
+    """The scores that ``score`` gives, or has given before. of: what was scored, as JSON has it."""
+    if kept is None:
+        return score()
+    rows = kept_part(kept, name, of, lambda: [_as_lists(scores) for scores in score()])
+    return [TokenScores(*(np.array(row[key], dtype=kind) for key, kind in _COLUMNS.items())) for row in rows]
+
+
+def kept_part(kept: KeptParts | None, name: str, of: Any, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, or has given before for the same ``of``; JSON can express both."""
+    if kept is None:
+        return make()
+    digest = blake3(json.dumps(of).encode()).hexdigest()
+    part = kept.read(name)
+    if part is None or part["of"] != digest:
+        part = {"of": digest, "result": make()}
+        kept.write(name, part)
+    return part["result"]
+
+
+def _as_lists(scores: TokenScores) -> dict[str, Sequence[float]]:
+    """Float32 as Python's floats, which JSON writes exactly."""
+    return {key: getattr(scores, key).tolist() for key in _COLUMNS}

@@ -1,0 +1,140 @@
+"""The arguments of an evaluation of a checkpoint, kept on disk with its finished parts, so that it can go on."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import CARD, companions
+from perta_fast.checkpoints.fingerprint import fingerprint
+from perta_fast.dtypes import torch_name
+from perta_fast.errors import InputError
+from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.files.hashing import hash_file
+from perta_fast.files.identity import is_same
+from perta_fast.files.kept_parts import kept_record
+from perta_fast.files.new_directory import unfinished_advice
+from perta_fast.files.reading import checked_path
+from perta_fast.records.typed_json import typed
+from perta_fast.records.versions import installed_versions
+
+_PATHS = ("data", "forget", "retain", "holdout", "reference")
+_FORMAT, _FORMAT_VERSION = "perta-evaluation", 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``evaluate``, with absolute paths. model: None for one in memory."""
+
+    model: str | None
+    suite: str | None
+    data: str | None
+    split: str
+    forget: str | None
+    retain: str | None
+    holdout: str | None
+    reference: str | None
+    metrics: list[str] | None
+    lm_eval: list[str]
+    batch_size: int
+    max_length: int | None
+    max_new_tokens: int | None
+    system_prompt: str | None
+    date_string: str | None
+    device: str | None
+    dtype: str | None
+    out: str | None
+    show_text: bool
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Request":
+        """From the arguments of ``evaluate`` by name."""
+        given = arguments["model_or_path"]
+        values: dict[str, Any] = {"model": given if isinstance(given, str | Path) else None}
+        values |= {field.name: arguments[field.name] for field in fields(cls) if field.name != "model"}
+        for name in (*_PATHS, "model", "out"):
+            values[name] = None if values[name] is None else str(checked_path(values[name]).absolute())
+        for name in ("device", "dtype"):
+            values[name] = None if values[name] is None else torch_name(values[name])
+        values["metrics"] = None if values["metrics"] is None else list(values["metrics"])
+        values["lm_eval"] = list(values["lm_eval"])
+        return cls(**values)
+
+    def paths(self) -> list[Path]:
+        """Every file and directory that is read."""
+        return [Path(path) for name in ("model", *_PATHS) if (path := getattr(self, name)) is not None]
+
+    def settings(self) -> dict[str, Any]:
+        """For the record of the evaluation."""
+        names = ("suite", "metrics", "batch_size", "max_length", "max_new_tokens", "system_prompt", "date_string")
+        shown = {name: getattr(self, name) for name in names}
+        reference = None if self.reference is None else str(Path(self.reference).resolve())
+        return shown | {"split": self.split if self.suite == "tofu" else None, "reference": reference}
+
+    def identity(self, table: MetricTable) -> dict[str, Any]:
+        """By path, what shows whether an input has changed."""
+        inputs: dict[str, Any] = {str(file.path): file.digest for file in table.files.values()}
+        if self.reference is not None:
+            inputs[self.reference] = hash_file(Path(self.reference))
+        if self.model is not None:
+            checkpoint = Checkpoint.open(self.model)
+            inputs |= {str(checkpoint.path / name): state for name, state in fingerprint(checkpoint).items()}
+            beside = {name: path for name, path in companions(checkpoint.path).items() if name != CARD}
+            inputs |= {str(path): hash_file(path) for path in beside.values() if not is_same(path, self.out or "")}
+        return inputs
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a stopped evaluation was begun with. inputs: ``Request.identity``. versions: of what computes."""
+
+    request: Request
+    inputs: dict[str, Any]
+    versions: dict[str, str]
+    started: str
+
+    @classmethod
+    def now(cls, request: Request, table: MetricTable, started: str) -> "Begun":
+        """That of an evaluation which begins."""
+        return cls(request, request.identity(table), installed_versions(), started)
+
+    def record(self) -> dict[str, Any]:
+        """As it is written to the disk."""
+        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def load(cls, final: Path) -> "Begun | None":
+        """That of the stopped evaluation to ``final``, if there is one. Raises InputError if it is damaged."""
+        content = kept_record(final)
+        if content is None:
+            return None
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise InputError(f"{final}: its unfinished work is no evaluation's; start over with --overwrite")
+        if content.pop("format_version", None) != _FORMAT_VERSION:
+            raise InputError(f"{final}: was begun by another version of perta_fast; start over with --overwrite")
+        try:
+            begun: Begun = typed(content, cls)
+        except InputError as error:
+            raise InputError(
+                f"{final}: was begun by another version of perta_fast ({error}); start over with --overwrite"
+            ) from error
+        return begun
+
+    def check_same(self, final: Path, other: "Begun") -> None:
+        """Raise InputError unless ``other`` is the same evaluation of the same inputs, by the same versions."""
+        if self.request != other.request:
+            raise InputError(unfinished_advice(final))
+        for path in sorted(self.inputs.keys() | other.inputs.keys()):
+            if self.inputs.get(path) != other.inputs.get(path):
+                raise InputError(
+                    f"{path}: has changed since the evaluation began; put the old file back to go on with it, or "
+                    "start over with --overwrite"
+                )
+        for name in sorted(self.versions.keys() | other.versions.keys()):
+            before, now = self.versions.get(name), other.versions.get(name)
+            if before != now:
+                raise InputError(
+                    f"{final}: the evaluation was begun with {name} {before}, this is {now}; install that to go on "
+                    "with it, or start over with --overwrite"
+                )

@@ -1,0 +1,100 @@
+"""Finished parts of the work for one output file, kept beside it: a run that was stopped goes on with them."""
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from perta_fast.errors import InputError, RunError, advice, shell_command
+from perta_fast.files.durable import read_record, remove, write_file, write_record
+from perta_fast.files.locking import lock
+from perta_fast.files.new_directory import EVALUATION_RECORD, EVALUATION_STATE, forget, has_record, partial_path
+from perta_fast.files.own import check_own_tree, make_own_directory, remove_own_file
+from perta_fast.files.reading import exists
+
+
+def kept_record(final: Path) -> Any:
+    """What the stopped run to ``final`` was begun with; None if there is none. Raises InputError if it is damaged."""
+    if not has_record(final, EVALUATION_STATE):
+        return None
+    return read_record(partial_path(final) / EVALUATION_STATE / EVALUATION_RECORD)
+
+
+class KeptParts:
+    """The parts of the run to the file ``final``, by name; and the file itself at the end.
+
+    A context manager. With the first part, ``record`` is written, which says what the run is. Parts stay if the run is
+    stopped, unless bad input has stopped one that was not resumed; ``finish`` removes them. resume: go on with the
+    parts that are there; else they are given up.
+    """
+
+    def __init__(self, final: Path, record: Mapping[str, Any], *, resume: bool) -> None:
+        self._final, self._record = final, record
+        self._folder = partial_path(final)
+        self._state = self._folder / EVALUATION_STATE
+        self._resume = self.any = resume
+        self._locked = ExitStack()
+
+    def __enter__(self) -> "KeptParts":
+        try:
+            if self._folder.is_file():  # a result that could not be given its name
+                remove_own_file(self._folder)
+            make_own_directory(self._folder)
+            self._locked.callback(os.close, lock(self._folder))
+            if self._resume:
+                check_own_tree(self._folder)
+            else:
+                forget(self._folder)
+                for entry in self._folder.iterdir():  # of a run that was killed, or is given up
+                    remove(entry)
+        except BlockingIOError:
+            raise RunError(f"{self._final}: another run is writing it now") from None
+        except OSError as error:
+            self._locked.close()
+            raise RunError(f"{self._final}: cannot be written: {error.strerror}") from error
+        except InputError:
+            self._locked.close()
+            raise
+        return self
+
+    def read(self, name: str) -> Any:
+        """A part; None if it was not finished. Raises InputError if it is damaged."""
+        path = self._path(name)
+        return read_record(path) if self.any and exists(path) else None
+
+    def write(self, name: str, content: Any) -> None:
+        """Keep a part, as JSON. Raises RunError if that fails."""
+        try:
+            if not self.any:
+                self._state.mkdir(exist_ok=True)
+                write_record(self._state / EVALUATION_RECORD, self._record)
+                self.any = True
+            write_record(self._path(name), content)
+        except OSError as error:
+            raise RunError(f"{self._final}: could not be written: {advice(error)}; {self.going_on()}") from error
+
+    def finish(self, content: bytes) -> None:
+        """Write the file, replacing one of its name, and remove the parts. Raises RunError if that fails."""
+        try:
+            write_file(self._final, content, self._folder / "result")
+        except OSError as error:
+            raise RunError(f"{self._final}: cannot be written: {error.strerror}; {self.going_on()}") from error
+        self.any = False
+
+    def going_on(self) -> str:
+        """How to go on."""
+        if not self.any:
+            return "nothing was left behind"
+        return f"what was done is kept; go on with: {shell_command('perta', 'resume', self._final)}"
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not self.any or (isinstance(error, InputError) and not self._resume):
+            forget(self._folder)
+            remove(self._folder)
+        self._locked.close()
+
+    def _path(self, name: str) -> Path:
+        return self._state / f"{blake3(name.encode()).hexdigest()[:32]}.json"
