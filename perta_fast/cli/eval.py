@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import ESTIMATION, Command, Option, flag, keywords
+from perta_fast.cli.options import DOWNLOAD, ESTIMATION, FIELDS, Command, Option, flag, keywords
 from perta_fast.errors import printable
 
 
@@ -36,9 +36,11 @@ COMMAND = Command(
         Option("suite", "a benchmark; or own data, below", choices=("tofu", "muse")),
         Option("data", "the benchmark's files, under their own names", Path, "DIR"),
         Option("split", "TOFU's forget set (forget10)", metavar="NAME", default="forget10"),
-        Option("forget", "JSON lines that were to be forgotten", Path, "FILE"),
-        Option("retain", "JSON lines that were to be kept", Path, "FILE"),
-        Option("holdout", "JSON lines that were never trained on", Path, "FILE"),
+        Option("forget", "data that was to be forgotten", Path, "FILE"),
+        Option("retain", "data that was to be kept", Path, "FILE"),
+        Option("holdout", "data that was never trained on", Path, "FILE"),
+        FIELDS,
+        DOWNLOAD,
         Option("reference", "what this command wrote for a model trained without the forget set", Path, "FILE"),
         Option(
             "metrics", "the metrics to compute: names, patterns as forget_*, groups (all by default)", _names, "M,M,..."

@@ -21,6 +21,8 @@ def run(parsed: argparse.Namespace) -> int:
     settings = keywords(parsed, without=("model", "dry_run"))
     record = estimate_importance(parsed.model, **settings, group=parsed.group).metadata
     lines = [f"{record.estimator} over {record.sample_count} samples, {record.label_count} labels"]
+    if record.read_as:
+        lines.append(f"data: {record.read_as}")
     if record.truncated_count:
         lines.append(f"warning: {record.truncated_count} samples were cut to the length limit")
     if record.one_by_one:
@@ -56,7 +58,9 @@ COMMAND = Command(
     "estimate the importance of every parameter on data",
     (
         Option("model", "where it is taken", Path, "DIR", required=True),
-        Option("data", "JSON lines", Path, "FILE", required=True),
+        Option("data", "rows of text, questions or messages", Path, "FILE", required=True),
+        options.FIELDS,
+        options.DOWNLOAD,
         Option("estimator", "grad serves the rules grad and fisher (default)", default="grad", choices=ESTIMATORS),
         *options.STREAM,
         *options.ESTIMATION,

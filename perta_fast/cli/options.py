@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
@@ -125,11 +126,23 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _fields(text: str) -> dict[str, str]:
+    try:
+        return fields_from(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+FIELDS = Option(
+    "fields", "names of the data's fields, as in question=prompt,answer=completion (the usual ones)", _fields, "A=B,..."
+)
+DOWNLOAD = flag("download", "fetch models and data that are named ORG/NAME from the Hugging Face hub into its cache")
 CHECKPOINTS = (
     Option("model", "the checkpoint to unlearn", Path, "DIR", required=True),
     Option("base", "what it was tuned from", Path, "DIR", required=True),
     Option("tuned", "the base, tuned on the forget data alone", Path, "DIR", required=True),
     flag("common_rows", "if a vocabulary was resized, compute the rows that all have, and keep the model's others"),
+    DOWNLOAD,
 )
 AT = Option("at", "where the gradients are taken (base)", default="base", choices=("base", "model"))
 RULE = Option("rule", "how w is found (fisher)", default="fisher", choices=RULES)
@@ -154,7 +167,7 @@ DEVICE = Option("device", "cpu or cuda (cuda if there is one)", metavar="D")
 DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 # What the estimate of a streamed run depends on.
-FORECAST = ("batch_size", "max_length", "device", "dtype", "memory", "device_memory")
+FORECAST = ("batch_size", "max_length", "device", "dtype", "memory", "device_memory", "fields", "download")
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
 QUIET = flag("quiet", "no progress bar, no summary")
 OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, flag, keywords
+from perta_fast.data.forms import fields_text
 from perta_fast.errors import printable, shell_command
 from perta_fast.rules import Rule
 from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
@@ -50,6 +51,7 @@ def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
     if estimates:
         names = ("forget", "retain", "at", "batch_size", "max_length", "device", "dtype")
         settings |= {name: getattr(parsed, name) for name in names}
+        settings["fields"] = None if parsed.fields is None else fields_text(parsed.fields)
     words = [
         word
         for name, value in (settings | importances).items()
@@ -94,8 +96,9 @@ COMMAND = Command(
     "many settings from one importance pass, scored and chosen from",
     (
         *options.CHECKPOINTS,
-        Option("forget", "JSON lines to forget", Path, "FILE", required=True),
-        Option("retain", "JSON lines to keep", Path, "FILE", required=True),
+        Option("forget", "data to forget", Path, "FILE", required=True),
+        Option("retain", "data to keep", Path, "FILE", required=True),
+        options.FIELDS,
         replace(options.RULE, one_of="rules"),
         Option("rules", "several rules", _names, "R,R,...", one_of="rules"),
         Option("lams", "strengths; without them, the largest within the bound", _numbers, "L,L,..."),

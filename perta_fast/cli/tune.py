@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import DEVICE, MAX_LENGTH, OUTPUT, Command, Option, finish, flag, keywords
+from perta_fast.cli.options import DEVICE, DOWNLOAD, FIELDS, MAX_LENGTH, OUTPUT, Command, Option, finish, flag, keywords
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -20,7 +20,9 @@ COMMAND = Command(
     "make θ_f: tune the base on the forget data alone",
     (
         Option("base", "the checkpoint to tune", Path, "DIR", required=True),
-        Option("forget", "JSON lines to forget", Path, "FILE", required=True),
+        Option("forget", "data to forget", Path, "FILE", required=True),
+        FIELDS,
+        DOWNLOAD,
         flag("full", "make a whole checkpoint instead of a LoRA adapter"),
         Option("rank", "rank of the adapter (16)", int, "R", 16),
         Option("epochs", "passes over the data (10 for an adapter, 5 with --full)", int, "N"),

@@ -60,8 +60,9 @@ COMMAND = Command(
     (
         RECIPE,
         *options.CHECKPOINTS,
-        Option("forget", "JSON lines to forget", Path, "FILE"),
-        Option("retain", "JSON lines to keep", Path, "FILE"),
+        Option("forget", "data to forget", Path, "FILE"),
+        Option("retain", "data to keep", Path, "FILE"),
+        options.FIELDS,
         options.AT,
         Option("save_importance", "keep both importances here", Path, "DIR"),
         *options.STREAM,

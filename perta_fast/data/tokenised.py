@@ -1,7 +1,7 @@
 """Data that is tokenised already, as for a Trainer: rows of a data set, or padded batches of a loader."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,25 +11,6 @@ from perta_fast.errors import InputError
 
 # Fields that change what a model computes: packed samples, images, tokens given as vectors.
 _REFUSED = ("position_ids", "inputs_embeds", "pixel_values")
-
-
-class MapStyle(Protocol):
-    """A data set of rows numbered from 0, as torch's ``Dataset``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-def rows_of(data: Any) -> Iterator[Any]:
-    """The rows of an iterable, of a data set, or of a single batch. Raises InputError for anything else."""
-    if is_tokenised(data):
-        return iter([data])
-    if hasattr(data, "__iter__"):
-        return iter(data)
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):  # it may not raise IndexError at its end
-        return (data[number] for number in range(len(data)))
-    raise InputError(f"data is {type(data).__name__}; it must be a file, or have __iter__, or __len__ and __getitem__")
 
 
 def is_tokenised(row: Any) -> bool:

@@ -1,16 +1,13 @@
-"""Data files of an evaluation: a user's own JSON lines, or a benchmark's, as JSON lines or one JSON list."""
+"""Data files of an evaluation: a user's own, or a benchmark's."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from blake3 import blake3
-
-from perta_fast.data.json_lines import Row, check_text, parse_lines, read_data
+from perta_fast.data.formats import ENDINGS, read_records
+from perta_fast.data.forms import Fields, read_as
+from perta_fast.data.json_lines import Row, check_text, read_data
 from perta_fast.errors import InputError
-from perta_fast.files.reading import read_text
 
 
 @dataclass(frozen=True)
@@ -22,10 +19,15 @@ class DataFile:
     rows: list[Row]
 
     @classmethod
-    def read(cls, path: str | Path) -> "DataFile":
+    def read(cls, path: str | Path, fields: Fields | None = None) -> "DataFile":
         """A user's own data, in the forms that ``perta unlearn`` takes."""
-        rows, digest = read_data(path)
+        rows, digest = read_data(path, fields)
         return cls(Path(path), digest, rows)
+
+    @property
+    def read_as(self) -> str:
+        """What was taken for what in the rows."""
+        return read_as(self.rows)
 
     def texts(self, field: str) -> list[str]:
         """The text of every row in ``field``."""
@@ -41,13 +43,13 @@ class DataFile:
 
 
 def benchmark_file(folder: Path, stem: str) -> Path | None:
-    """``stem``.jsonl or ``stem``.json below ``folder``, if there is one."""
-    paths = [folder / f"{stem}{ending}" for ending in (".jsonl", ".json")]
+    """``stem``.jsonl, ``stem``.json or another format of data below ``folder``, if there is one."""
+    paths = [folder / f"{stem}{ending}" for ending in ENDINGS]
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_benchmark_file(folder: Path, stem: str, texts: Iterable[str], lists: Iterable[str] = ()) -> DataFile:
-    """Read ``stem``.jsonl or ``stem``.json below ``folder``.
+    """Read ``stem``.jsonl, ``stem``.json or another format of data below ``folder``.
 
     texts: fields that must be texts and not empty; if it is "text" alone, a row may be that text itself. lists: fields
     that must be lists of such texts and not empty.
@@ -56,26 +58,15 @@ def read_benchmark_file(folder: Path, stem: str, texts: Iterable[str], lists: It
     path = benchmark_file(folder, stem)
     if path is None:
         raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
-    text, data = read_text(path)
+    records, digest = read_records(path)
     texts_alone = tuple(texts) == ("text",)
     rows = [
         Row({"text": content} if texts_alone and isinstance(content, str) else content, where)
-        for where, content in _parse(text, path)
+        for where, content in records
     ]
-    if not rows:
-        raise InputError(f"{path}: holds no samples")
     for row in rows:
         _check(row, texts, lists)
-    return DataFile(path, blake3(data).hexdigest(), rows)
-
-
-def _parse(text: str, path: Path) -> Iterable[tuple[str, Any]]:
-    if not text.lstrip().startswith("["):
-        return parse_lines(text, path)
-    try:
-        return [(f"{path}, object {number}", row) for number, row in enumerate(json.loads(text), start=1)]
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON") from error
+    return DataFile(path, digest, rows)
 
 
 def _check(row: Row, texts: Iterable[str], lists: Iterable[str]) -> None:

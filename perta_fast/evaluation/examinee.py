@@ -42,6 +42,9 @@ class Examinee:
     def note_file(self, role: str, file: DataFile) -> None:
         """Add a data file to the record."""
         self.data[role] = {"path": str(file.path.resolve()), "blake3": file.digest, "samples": len(file.rows)}
+        if file.read_as:
+            self.data[role]["read_as"] = file.read_as
+            self.notes.append(f"{role} data: {file.read_as}")
 
     def tokenise(self, rows: Sequence[Row], role: str) -> list[Sample]:
         """Tokens and labels; a note counts the samples that were cut to the length limit."""

@@ -8,10 +8,12 @@ from typing import Any
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import fingerprint
+from perta_fast.data.formats import data_files
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.files.hashing import hash_file
+from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.identity import is_same
 from perta_fast.files.kept_parts import kept_record
 from perta_fast.files.new_directory import unfinished_advice
@@ -19,7 +21,8 @@ from perta_fast.files.reading import checked_path
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import installed_versions
 
-_PATHS = ("data", "forget", "retain", "holdout", "reference")
+_OWN = ("forget", "retain", "holdout")
+_PATHS = ("data", *_OWN, "reference")
 _FORMAT, _FORMAT_VERSION = "perta-evaluation", 1
 
 
@@ -46,13 +49,17 @@ class Request:
     dtype: str | None
     out: str | None
     show_text: bool
+    fields: dict[str, str] | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """From the arguments of ``evaluate`` by name."""
-        given = arguments["model_or_path"]
-        values: dict[str, Any] = {"model": given if isinstance(given, str | Path) else None}
+        """From the arguments of ``evaluate`` by name; names of the hub become paths."""
+        given, download = arguments["model_or_path"], arguments["download"]
+        values: dict[str, Any] = {"model": local_model(given, download) if isinstance(given, str | Path) else None}
         values |= {field.name: arguments[field.name] for field in fields(cls) if field.name != "model"}
+        for name in ("data", *_OWN):
+            values[name] = None if values[name] is None else local_data(values[name], download)
+        values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "model", "out"):
             values[name] = None if values[name] is None else str(checked_path(values[name]).absolute())
         for name in ("device", "dtype"):
@@ -63,12 +70,15 @@ class Request:
 
     def paths(self) -> list[Path]:
         """Every file and directory that is read."""
-        return [Path(path) for name in ("model", *_PATHS) if (path := getattr(self, name)) is not None]
+        paths = {name: path for name in ("model", *_PATHS) if (path := getattr(self, name)) is not None}
+        return [file for name, path in paths.items() for file in (data_files(path) if name in _OWN else [Path(path)])]
 
     def settings(self) -> dict[str, Any]:
         """For the record of the evaluation."""
         names = ("suite", "metrics", "batch_size", "max_length", "max_new_tokens", "system_prompt", "date_string")
         shown = {name: getattr(self, name) for name in names}
+        if self.fields is not None:
+            shown["fields"] = self.fields
         reference = None if self.reference is None else str(Path(self.reference).resolve())
         return shown | {"split": self.split if self.suite == "tofu" else None, "reference": reference}
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from perta_fast.data.chat import with_chat_settings
+from perta_fast.data.forms import Fields
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
 from perta_fast.evaluation.benchmark_files import DataFile
@@ -46,6 +47,8 @@ def evaluate(
     forget: PathLike | None = None,
     retain: PathLike | None = None,
     holdout: PathLike | None = None,
+    fields: Fields | None = None,
+    download: bool = False,
     reference: PathLike | None = None,
     metrics: Sequence[str] | None = None,
     lm_eval: Sequence[str] = (),
@@ -66,7 +69,8 @@ def evaluate(
 
     model_or_path: a checkpoint directory, or a model of transformers with its ``tokenizer``; the model does not
     change. suite, data: TOFU, with the forget set ``split``, or MUSE, in a directory with the data set's own file
-    names. Without a suite: forget, retain, holdout, JSON lines files as for ``unlearn``; forget is needed.
+    names. Without a suite: forget, retain, holdout, data files as for ``unlearn``, as are fields and download; forget
+    is needed.
     reference: the result file of a gold model, for forget quality and PrivLeak.
     metrics: names of the metrics to compute, patterns such as ``forget_*``, or groups (``metric_table.GROUPS``).
     None: all that the data allows, but those that are only computed when they are named.
@@ -81,7 +85,9 @@ def evaluate(
     evaluation began; RunError if ``out`` cannot be written; ``errors.Interrupted`` if it is stopped with a part
     finished. Memory: the model and the logits of one batch, which are compared in float32.
     """
-    return _run(Request.of(locals()), model_or_path, tokenizer, progress, overwrite=overwrite)
+    request = Request.of(locals())
+    model = model_or_path if request.model is None else request.model
+    return _run(request, model, tokenizer, progress, overwrite=overwrite)
 
 
 def resume_evaluation(final: Path, progress: Progress) -> Evaluation:
@@ -206,9 +212,11 @@ def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:
             raise InputError("data is the directory of a suite; name the suite too")
         if gold is not None and "holdout" not in given:
             raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
-        return OwnData({role: DataFile.read(path) for role, path in given.items()}, gold)
+        return OwnData({role: DataFile.read(path, request.fields) for role, path in given.items()}, gold)
     if given:
         raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
+    if request.fields is not None:
+        raise InputError("fields is for data of your own; the suite has its own names of fields")
     if request.data is None:
         raise InputError("data is missing: the directory with the files of the suite")
     if suite == "tofu":

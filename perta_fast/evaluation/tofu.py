@@ -9,7 +9,7 @@ from pathlib import Path
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
-from perta_fast.evaluation.benchmark_files import DataFile, read_benchmark_file
+from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file
 from perta_fast.evaluation.examinee import Scored, probabilities
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.offers import offer_membership, offer_memorisation, offer_rouge
@@ -42,7 +42,7 @@ def read_tofu(folder: Path, split: str) -> dict[str, DataFile]:
         "wf": read_benchmark_file(folder, "world_facts_perturbed", fictitious[:2], wrong),
     }
     holdout = split.replace("forget", "holdout")
-    if any((folder / f"{holdout}{ending}").is_file() for ending in (".jsonl", ".json")):
+    if benchmark_file(folder, holdout) is not None:
         files["holdout"] = read_benchmark_file(folder, holdout, fictitious[:2])
     return files
 

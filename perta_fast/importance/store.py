@@ -39,7 +39,8 @@ class ImportanceMetadata:
     estimator: "grad" (signed mean of per-sample gradients) or "empirical-fisher" (mean of their squares).
     data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and those cut to the length limit.
     evaluated_at: the model directory, or "live module". one_by_one: parameters that took a backward pass for each
-    sample, because no batched pass gives their squares; separated by commas.
+    sample, because no batched pass gives their squares; separated by commas. read_as: which fields of the data were
+    taken for what, "" if it has plain forms.
     """
 
     estimator: Estimator
@@ -52,6 +53,7 @@ class ImportanceMetadata:
     torch_version: str
     transformers_version: str
     one_by_one: str = ""
+    read_as: str = ""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from perta_fast.data.forms import fields_text
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import decode, regular_file
@@ -32,14 +33,16 @@ class Setting:
 def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
     """The arguments of ``unlearn`` by the names of the command's options, for its report.
 
-    Paths are absolute. Arguments that are None, ``progress`` and ``group`` are left out.
+    Paths are absolute. Arguments that are None, ``progress``, ``group`` and ``download`` are left out.
     """
     recipe: dict[str, Scalar] = {}
     for name, value in arguments.items():
-        if value is None or name in ("progress", "group"):
+        if value is None or name in ("progress", "group", "download"):
             continue
         if name in _PATHS:
             value = os.path.abspath(value)
+        elif isinstance(value, Mapping):  # of names of fields
+            value = fields_text(value)
         elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device, a number of NumPy's
             value = torch_name(value)
         recipe[name.replace("_", "-")] = value

@@ -42,19 +42,31 @@ class DirectoryRecord(TypedDict):
 
 
 class DataRecord(TypedDict):
-    """One data file; samples, and how many of them were cut to the length limit."""
+    """One data file; samples, and how many of them were cut to the length limit.
+
+    read_as: which fields were taken for what, if they had other names (``forms.Row``).
+    """
 
     path: str
     blake3: str
     samples: int
     truncated: int
+    read_as: NotRequired[str]
 
 
-def data_record(path: str | Path, digest: str, samples: Sequence[object]) -> DataRecord:
+def data_record(path: str | Path, digest: str, samples: Sequence[object], read_as: str = "") -> DataRecord:
     """The record of a data file; rows that were not tokenised count as not truncated."""
     cut = sum(getattr(sample, "truncated", False) for sample in samples)
     rows = round(sum(getattr(sample, "share", 1.0) for sample in samples))
-    return {"path": str(Path(path).resolve()), "blake3": digest, "samples": rows, "truncated": cut}
+    record: DataRecord = {"path": str(Path(path).resolve()), "blake3": digest, "samples": rows, "truncated": cut}
+    if read_as:
+        record["read_as"] = read_as
+    return record
+
+
+def read_as_lines(data: Mapping[str, DataRecord]) -> list[str]:
+    """For a person: which fields were taken for what."""
+    return [f"{role} data: {record['read_as']}" for role, record in data.items() if record.get("read_as")]
 
 
 class EstimationSettings(TypedDict):
@@ -187,6 +199,7 @@ class Report:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
         lines = [f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
+        lines += read_as_lines(self.data)
         if kept := [f"{row.name} {row.kept_rows}" for row in self.tensors if row.kept_rows]:
             lines.append(f"rows kept as the model has them, as not all inputs have them: {listed(kept)}")
         if self.other_weights and not self.in_place:  # in place it is a warning

@@ -1,8 +1,10 @@
 """Makes the page of a run. It reads and draws everything before it writes anything."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from perta_fast.data.formats import data_files
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.new_directory import check_unfinished, discard_unfinished
 from perta_fast.files.new_file import check_output_file, write_output_file
@@ -75,7 +77,10 @@ def _files_of(report: Report) -> list[Path]:
     """The files that a run read and wrote."""
     records = [report.output, *report.inputs.values()]
     files = [Path(record["path"]) / name for record in records for name in record["files"]]
-    return files + [Path(record["path"]) for record in report.data.values()]
+    for record in report.data.values():
+        with suppress(InputError):  # it has gone
+            files += data_files(record["path"])
+    return files
 
 
 def _check_folder(path: Path, overwrite: bool, inputs: Sequence[Path]) -> None:

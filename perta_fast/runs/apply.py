@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
+from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import OutputDirectory, check_output, unfinished_advice
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
@@ -40,6 +41,7 @@ def apply(
     forget_importance: "str | Path | Importance | None" = None,
     retain_importance: "str | Path | Importance | None" = None,
     *,
+    download: bool = False,
     rule: str = "fisher",
     lam: float = 1.0,
     p: float | None = None,
@@ -59,7 +61,8 @@ def apply(
 ) -> Report:
     """Write theta_full - lam * w * (theta_f - theta_0), to a new checkpoint or in place (arXiv 2601.22030).
 
-    model, base, tuned: directories with safetensors weights that agree in tensor names and shapes.
+    model, base, tuned: directories with safetensors weights that agree in tensor names and shapes; or names of the
+    Hugging Face hub, ORG/NAME, that lie in the local cache. download: fetch these there first.
     forget_importance, retain_importance: what ``estimate_importance`` saved (or returned with ``out``); both
     needed by every rule but ``tv``, which takes none. rule, lam, p, alpha, threshold: see ``rules.Rule``.
     out: directory to make; it appears only when complete, with config, tokenizer, ``perta_report.json`` and a
@@ -80,6 +83,8 @@ def apply(
     ranks = Ranks.of(group)
     with ranks.together("the opening of the inputs"):
         chosen = Rule.of(rule, lam, p, alpha, threshold)
+        model = local_model(model, download, in_place=in_place)
+        base, tuned = local_model(base, download), local_model(tuned, download)
         final = destination(model, out, in_place, ranks)
         directories = map(_directory_of, (forget_importance, retain_importance))
         sources = Sources.open(model, base, tuned, open_importances(chosen, *directories), common_rows)

@@ -14,12 +14,16 @@ from torch import nn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.wrappers import plain_name
+from perta_fast.data.formats import data_files
+from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row, read_data, rows_from
+from perta_fast.data.python_rows import MapStyle, rows_of
 from perta_fast.data.samples import Sample, row_count
-from perta_fast.data.tokenised import MapStyle, is_tokenised, rows_of, samples_from
+from perta_fast.data.tokenised import is_tokenised, samples_from
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held
 from perta_fast.errors import InputError
+from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.gradients import accumulate, check_finite
@@ -47,6 +51,8 @@ def estimate_importance(
     data: Data,
     estimator: Estimator = "grad",
     *,
+    fields: Fields | None = None,
+    download: bool = False,
     tokenizer: Any = None,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -71,14 +77,16 @@ def estimate_importance(
     returns an object with logits (N, T, V). Only parameters with requires_grad are covered; tied ones count once; all
     are named as a checkpoint stores them. A module is left as it was found, its gradients included; a second call on it
     meanwhile is refused.
-    data: a JSON lines file, records in the same forms, ``Sample``s, or what is tokenised already: rows with
+    data: a data file as ``unlearn`` takes it, rows in the same forms (a list, a data set, a DataFrame, a dictionary of
+    columns), ``Sample``s, or what is tokenised already: rows with
     ``input_ids`` (T,), as a data set for transformers' Trainer has them, or padded batches of rows (N, T), as a loader
     gives them. These may have ``labels``, -100 where there is no loss (without, every token counts), and an
     ``attention_mask``, 0 on padding, which is cut off; other columns are ignored. All is read once, and kept as token
     ids. The hash in the metadata is a file's own, and of token ids and labels for anything else.
-    tokenizer: needed for records with a module; read from the checkpoint otherwise. batch_size: samples a backward
+    fields, download: as in ``unlearn``.
+    tokenizer: needed for rows with a module; read from the checkpoint otherwise. batch_size: samples a backward
     pass, whatever the batches that the data came in.
-    max_length: tokens a record is cut to, if that is less than the model's own limit. Cut ones are counted.
+    max_length: tokens a row is cut to, if that is less than the model's own limit. Cut ones are counted.
     device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is one, and
     the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
     stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
@@ -96,12 +104,17 @@ def estimate_importance(
         if estimator not in ESTIMATORS:
             raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
         check_sizes(batch_size, max_length)
+        if isinstance(model_or_path, str | Path):
+            model_or_path = local_model(model_or_path, download)
+        if isinstance(data, str | Path):
+            data = local_data(data, download)
         if out is not None:
-            inputs = [Path(path) for path in (model_or_path, data) if isinstance(path, str | Path)]
+            inputs = [Path(path) for path in (model_or_path,) if isinstance(path, str | Path)]
+            inputs += data_files(data) if isinstance(data, Path) else []
             check_output(checked_path(out), overwrite=overwrite, inputs=inputs)
             check_unfinished(Path(out), overwrite=overwrite)
         rows: list[Row] | list[Sample]
-        rows, digest = read_data(data) if isinstance(data, str | Path) else (_checked_rows(data), None)
+        rows, digest = read_data(data, fields) if isinstance(data, str | Path) else (_checked_rows(data, fields), None)
         skeleton = None
         if isinstance(model_or_path, nn.Module):
             module = unwrapped(model_or_path)
@@ -120,7 +133,8 @@ def estimate_importance(
     with ranks.together("the data"):
         if len(set(ranks.gather(digest))) > 1:
             raise InputError("the processes were given different data; each must be given all of it")
-    how = Estimation(subject, estimator, batch_size, progress, ranks, skeleton, memory, device_memory)
+    taken = read_as(rows)
+    how = Estimation(subject, estimator, batch_size, progress, ranks, skeleton, memory, device_memory, taken)
     return estimate_on(how, samples, digest, out=out, overwrite=overwrite)
 
 
@@ -139,7 +153,7 @@ class Estimation:
     """A loaded model, and how importances of it are estimated, whatever the data.
 
     skeleton: where the weights are read from layer by layer; None if they are in memory. memory, device_memory:
-    as in ``estimate_importance``.
+    as in ``estimate_importance``. read_as: which fields of the data were taken for what.
     """
 
     subject: Subject
@@ -150,6 +164,7 @@ class Estimation:
     skeleton: "Skeleton | None" = None
     memory: int | None = None
     device_memory: int | None = None
+    read_as: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +182,7 @@ class Estimation:
             label_count=sum(sample.label_count for sample in samples),
             evaluated_at=self.subject.origin,
             one_by_one=", ".join(map(plain_name, one_by_one)),
+            read_as=self.read_as,
             perta_fast_version=versions.get("perta-fast", ""),
             torch_version=versions.get("torch", ""),
             transformers_version=versions.get("transformers", ""),
@@ -248,15 +264,17 @@ def open_skeleton(path: Path, device: str | torch.device | None, dtype: torch.dt
     return Skeleton.open(path, choose_device(device), dtype)
 
 
-def _checked_rows(data: Iterable[Any] | MapStyle) -> list[Row] | list[Sample]:
+def _checked_rows(data: Iterable[Any] | MapStyle, fields: Fields | None) -> list[Row] | list[Sample]:
     rest = rows_of(data)
     first = list(islice(rest, 1))
+    if fields is not None and first and (is_tokenised(first[0]) or isinstance(first[0], Sample)):
+        raise InputError("fields is for rows of text, and this data is tokenised already; leave it out")
     if first and is_tokenised(first[0]):
         return samples_from(chain(first, rest))
     rows = [*first, *rest]
     if rows and all(isinstance(row, Sample) for row in rows):
         return rows
-    return rows_from(rows)
+    return rows_from(rows, fields)
 
 
 def _hash_samples(samples: Sequence[Sample]) -> str:

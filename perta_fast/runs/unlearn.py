@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
@@ -28,6 +29,8 @@ def unlearn(
     forget: str | Path | None = None,
     retain: str | Path | None = None,
     *,
+    fields: Fields | None = None,
+    download: bool = False,
     rule: str = "fisher",
     lam: float = 1.0,
     p: float | None = None,
@@ -56,8 +59,11 @@ def unlearn(
 ) -> Report:
     """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030), to ``out`` or in place.
 
-    forget, retain: JSON lines files. Every rule but ``tv`` needs them; for ``tv`` the report only names their hashes
-    and counts. Each is read once, so it can be a pipe. at: the gradients are taken at ``base`` (the paper's choice) or
+    forget, retain: data files, as the documentation ("Data") has them. Every rule but ``tv`` needs them; for ``tv`` the
+    report only names their hashes and counts. Each is read once, so it can be a pipe. fields: names of their fields, as
+    in {"question": "prompt", "answer": "completion"}, for question, answer, text, messages and tools; None knows the
+    usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that lie in the local cache; download:
+    fetch them there first. at: the gradients are taken at ``base`` (the paper's choice) or
     at ``model``. save_importance: directory to keep the two importances in, as ``forget`` and ``retain``; without it
     they lie in a temporary directory beside the result. stream: hold one decoder layer in memory at a time; weigh,
     subtract and write each layer as soon as its importances are complete. memory, device_memory: bytes that this may
@@ -74,8 +80,8 @@ def unlearn(
 def _run(options: Options) -> Report:
     ranks = Ranks.of(options.group)
     with ranks.together("the opening of the inputs"):
-        opened = Opened.open(options, ranks)
-        contents = read_all(options.data) if opened.rule.estimator is None else None
+        opened = Opened.open(options.located(), ranks)
+        contents = read_all(opened.options) if opened.rule.estimator is None else None
     if contents is not None:
         return _task_vector_alone(opened, *contents)
     loaded = _load(opened)
@@ -94,7 +100,9 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
 
     def annotate(report: Report) -> None:
         report.recipe = as_recipe(vars(options))
-        report.data = {role: data_record(options.data[role], hashes[role], rows[role]) for role in rows}
+        report.data = {
+            role: data_record(options.data[role], hashes[role], rows[role], read_as(rows[role])) for role in rows
+        }
 
     return apply_sources(opened.sources, opened.rule, opened.settings, annotate=annotate, ranks=opened.ranks)
 
@@ -113,8 +121,8 @@ def _load(opened: Opened) -> Loaded:
         check_sizes(options.batch_size, options.max_length)
         for role in ("forget", "retain"):
             if role not in options.data:
-                raise InputError(f"rule {opened.rule.name} needs {role} data: a JSON lines file")
-        rows, hashes = read_all(options.data)
+                raise InputError(f"rule {opened.rule.name} needs {role} data: give a file of it")
+        rows, hashes = read_all(options)
         if options.save_importance is not None:
             kept = Path(os.path.realpath(checked_path(options.save_importance)))
             # A run that is resumed may have committed its importances already.

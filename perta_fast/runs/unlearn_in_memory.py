@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 from perta_fast.files.new_directory import OutputDirectory, importance_path
 from perta_fast.records.report import Report
@@ -27,7 +28,8 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
         for role, samples in loaded.samples.items():
             started = time.perf_counter()
             name = f"{role} importance"
-            estimate_on(loaded.how, samples, loaded.hashes[role], out=importances.path / role, description=name)
+            how = replace(loaded.how, read_as=loaded.read_as[role])
+            estimate_on(how, samples, loaded.hashes[role], out=importances.path / role, description=name)
             loaded.phases[name] = time.perf_counter() - started
         loaded.release()
         with ranks.together("the importances"):

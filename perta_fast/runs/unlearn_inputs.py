@@ -1,15 +1,18 @@
 """What a run of ``unlearn`` was asked for, and what it opens and loads before the first gradient."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from perta_fast.data.formats import data_files
+from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row, read_data
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_inputs_stay
+from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.journal import JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
 from perta_fast.files.own import check_own
@@ -40,6 +43,8 @@ class Options:
     tuned: str | Path
     forget: str | Path | None
     retain: str | Path | None
+    fields: Fields | None
+    download: bool
     rule: str
     lam: float
     p: float | None
@@ -75,7 +80,20 @@ class Options:
     @property
     def paths(self) -> list[Path]:
         """Everything that is read."""
-        return [Path(path) for path in (self.model, self.base, self.tuned, *self.data.values())]
+        files = [file for path in self.data.values() for file in data_files(path)]
+        return [*map(Path, (self.model, self.base, self.tuned)), *files]
+
+    def located(self) -> "Options":
+        """With paths in place of names of the hub."""
+        data = {role: local_data(path, self.download) for role, path in self.data.items()}
+        return replace(
+            self,
+            model=local_model(self.model, self.download, in_place=self.in_place),
+            base=local_model(self.base, self.download),
+            tuned=local_model(self.tuned, self.download),
+            forget=data.get("forget"),
+            retain=data.get("retain"),
+        )
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,7 @@ class Loaded:
     """Opened inputs with the loaded model, and the data in tokens.
 
     hashes: of the data files. max_length: the resolved limit. device, dtype: of the gradients. phases: seconds so far.
+    read_as: of the data, by role, see ``Row``.
     """
 
     opened: Opened
@@ -142,6 +161,7 @@ class Loaded:
     device: str
     dtype: str
     phases: dict[str, float]
+    read_as: dict[str, str]
     schedule: "Schedule | None" = None
 
     @classmethod
@@ -170,7 +190,8 @@ class Loaded:
         samples = {role: samples_for(subject, rows[role], options.max_length) for role in rows}
         max_length, dtype = length_limit(subject, options.max_length), torch_name(subject.module.dtype)
         phases = {"load": time.perf_counter() - started}
-        return cls(opened, how, samples, hashes, max_length, str(how.device), dtype, phases)
+        taken = {role: read_as(rows[role]) for role in rows}
+        return cls(opened, how, samples, hashes, max_length, str(how.device), dtype, phases, taken)
 
     def release(self) -> None:
         """Free the model: the subtraction needs its memory for the page cache."""
@@ -183,7 +204,8 @@ class Loaded:
             report.add_phase(name, seconds, 0)
         report.recipe = as_recipe(vars(options))
         report.data = {
-            role: data_record(options.data[role], self.hashes[role], samples) for role, samples in self.samples.items()
+            role: data_record(options.data[role], self.hashes[role], samples, self.read_as[role])
+            for role, samples in self.samples.items()
         }
         report.settings = EstimationSettings(
             at=options.at,
@@ -201,9 +223,9 @@ class Loaded:
                 report.warn(f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit")
 
 
-def read_all(data: dict[str, str | Path]) -> tuple[dict[str, list[Row]], dict[str, str]]:
+def read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Rows and hashes of data files, by role; each is read once, so it can be a pipe."""
     rows, hashes = {}, {}
-    for role, path in data.items():
-        rows[role], hashes[role] = read_data(path)
+    for role, path in options.data.items():
+        rows[role], hashes[role] = read_data(path, options.fields)
     return rows, hashes

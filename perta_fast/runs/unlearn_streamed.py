@@ -1,7 +1,7 @@
 """``unlearn`` layer by layer: importance, subtraction and writing in one walk."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -33,7 +33,8 @@ def unlearn_streamed(loaded: Loaded) -> Report:
         schedule=asdict(loaded.schedule),
         torch_threads=torch.get_num_threads(),
         metadata={
-            role: as_strings(how.describe(samples, loaded.hashes[role])) for role, samples in loaded.samples.items()
+            role: as_strings(replace(how, read_as=loaded.read_as[role]).describe(samples, loaded.hashes[role]))
+            for role, samples in loaded.samples.items()
         },
         save="" if kept is None else os.path.realpath(kept),
         overwrite_saved=options.overwrite,

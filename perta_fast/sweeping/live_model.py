@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.data.forms import Fields
 from perta_fast.data.samples import prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
@@ -29,9 +30,9 @@ _MEMORISATION = ("extraction_strength", "exact_memorization")
 Importances = Mapping[str, Importance]  # by role; empty for rule tv
 
 
-def read_scored(path: str, metric: str) -> DataFile:
+def read_scored(path: str, metric: str, fields: Fields | None = None) -> DataFile:
     """The forget or retain data. Raises InputError for a bad line, and for one that ``metric`` cannot measure."""
-    file = DataFile.read(path)
+    file = DataFile.read(path, fields)
     for row in file.rows:
         if metric == _ROUGE and "question" not in row.content:
             raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from perta_fast.dtypes import torch_name
 from perta_fast.models.loading import length_limit
-from perta_fast.records.report import data_record
+from perta_fast.records.report import data_record, read_as_lines
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.sweeping.grid import search, walk
@@ -32,7 +32,10 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
         by_role = {} if curve.estimator is None else importances[curve.estimator]
         rows += _along(curve, request.lams, original, excess, live, by_role, record)
     module, max_length = live.subject.module, length_limit(live.subject, request.max_length)
-    data = {role: data_record(file.path, file.digest, live.samples[role]) for role, file in opened.data.items()}
+    data = {
+        role: data_record(file.path, file.digest, live.samples[role], file.read_as)
+        for role, file in opened.data.items()
+    }
     resolved = {"device": str(module.device), "dtype": torch_name(module.dtype), "max_length": max_length}
     sweep = Sweep(
         rows=rows,
@@ -49,7 +52,8 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
             for estimator, by_role in importances.items()
         },
         versions=installed_versions(),
-        notes=[
+        notes=read_as_lines(data)
+        + [
             f"warning: {entry['truncated']} of {entry['samples']} {role} samples were cut to the length limit"
             for role, entry in data.items()
             if entry["truncated"]

@@ -1,7 +1,7 @@
 """The opened inputs of a sweep: checkpoints, data, importances that were given; and the models that it loads."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ import torch
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import fingerprint
+from perta_fast.data.formats import data_files
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
@@ -58,7 +59,10 @@ class OpenedSweep:
             sources,
             given,
             None if request.gold is None else Checkpoint.open(request.gold),
-            {role: read_scored(getattr(request, role), request.metric) for role in ("forget", "retain")},
+            {
+                role: read_scored(getattr(request, role), request.metric, request.fields)
+                for role in ("forget", "retain")
+            },
             progress,
         )
 
@@ -76,7 +80,7 @@ class OpenedSweep:
     def paths(self) -> list[Path]:
         """Every directory and file that is read."""
         tensors = [path for directory in self.inputs().values() for path in (directory.path, *directory.files())]
-        return tensors + [file.path for file in self.data.values()]
+        return tensors + [path for file in self.data.values() for path in data_files(file.path)]
 
     def identity(self) -> dict[str, Any]:
         """By path, what shows whether an input has changed."""
@@ -127,8 +131,9 @@ class OpenedSweep:
         samples = {role: samples_for(subject, file.rows, self.request.max_length) for role, file in self.data.items()}
         importances: ByEstimator = {estimator: {} for estimator in self.lacking()}
         for estimator, by_role in importances.items():
-            how = Estimation(subject, estimator, self.request.batch_size, self.progress)
+            plain = Estimation(subject, estimator, self.request.batch_size, self.progress)
             for role, file in self.data.items():
+                how = replace(plain, read_as=file.read_as)
                 out = None if folder is None else folder / estimator / role
                 if out is None or not out.exists():  # one that exists is complete: it appears as a whole
                     description = f"{role} importance, {estimator}"

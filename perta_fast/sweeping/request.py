@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from perta_fast.data.forms import check_fields
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
+from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.reading import checked_path
 from perta_fast.models.loading import check_sizes
 from perta_fast.sweeping.criteria import LOSS, SELECTIONS
@@ -16,7 +18,8 @@ from perta_fast.sweeping.live_model import check_metric
 from perta_fast.sweeping.results import ScoredSetting
 
 _BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
-_PATHS = ("model", "base", "tuned", "forget", "retain", "gold", "out")
+_MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")
+_PATHS = (*_MODELS, *_DATA, "out")
 _IMPORTANCES = ("forget_importance", "retain_importance")
 _SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha"}  # the argument of ``sweep`` that has one value or several
 
@@ -52,11 +55,16 @@ class Request:
     device: str | None
     dtype: str | None
     common_rows: bool = False
+    fields: dict[str, str] | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """From the arguments of ``sweep`` by name."""
+        """From the arguments of ``sweep`` by name; names of the hub become paths."""
         values = {field.name: arguments[_SEVERAL.get(field.name, field.name)] for field in fields(cls)}
+        for name in (*_MODELS, *_DATA):
+            local = local_data if name in _DATA else local_model
+            values[name] = None if values[name] is None else local(values[name], arguments["download"])
+        values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "checkpoint"):
             values[name] = None if values[name] is None else _absolute(values[name])
         for name in _SEVERAL:
@@ -89,6 +97,7 @@ class Request:
         """Raise InputError for what is wrong with the arguments themselves; ``curves_of`` checks the settings."""
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
+        check_fields(self.fields)
         if self.at not in ("base", "model"):
             raise InputError(f"at is {self.at!r}; it must be base or model")
         self._check_bounds()

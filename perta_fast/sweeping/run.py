@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from perta_fast.data.forms import Fields
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
 from perta_fast.files.apart import check_name
 from perta_fast.files.durable import remove
@@ -44,6 +45,8 @@ def sweep(
     forget_importance: PathLike | Sequence[PathLike] | None = None,
     retain_importance: PathLike | Sequence[PathLike] | None = None,
     *,
+    fields: Fields | None = None,
+    download: bool = False,
     lams: Sequence[float] | None = None,
     target_retain_loss: float | None = None,
     max_retain_increase: float | None = None,
@@ -71,8 +74,8 @@ def sweep(
     A setting has the scores of the checkpoint that ``apply`` writes for it. lam 0, the model as it is, comes first.
     The documentation ("Sweeps") describes the search and the choice.
 
-    model, base, tuned, at, threshold, batch_size, max_length, device, common_rows, progress: as in ``unlearn``.
-    forget, retain: JSON lines files, to score on and to estimate importance on.
+    model, base, tuned, fields, download, at, threshold, batch_size, max_length, device, common_rows, progress: as in
+    ``unlearn``. forget, retain: data files, to score on and to estimate importance on.
     forget_importance, retain_importance: directories to use instead; a pair for each estimator.
     rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha: it comes once.
     lams: different strengths, tried in rising order; None searches for the largest within the bound.

@@ -15,16 +15,19 @@ from torch import nn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import left_out_links, left_out_warning
 from perta_fast.checkpoints.quantised import open_plain
+from perta_fast.data.formats import data_files
+from perta_fast.data.forms import Fields, check_fields, read_as
 from perta_fast.data.json_lines import read_data
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError, printable_lines
 from perta_fast.files.apart import check_name
+from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.memory import PeakMemory
 from perta_fast.models.loading import choose_device, load_subject, samples_for
 from perta_fast.models.token_scores import evaluation_mode, score_rows
 from perta_fast.progress import Progress
-from perta_fast.records.report import DataRecord, Scalar, data_record
+from perta_fast.records.report import DataRecord, Scalar, data_record, read_as_lines
 from perta_fast.records.typed_json import write_readable_json
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.tuning.adapter import add_adapter, check_adapter, save_adapter, share_left_out
@@ -71,6 +74,7 @@ class Tuning:
             f"{self.settings['epochs']} epochs, {self.seconds:.1f} s",
             f"mean loss of the forget data: {self.loss_before:.4f} before, {self.loss_after:.4f} after",
         ]
+        lines += read_as_lines({"forget": self.data})
         return printable_lines(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
@@ -79,6 +83,8 @@ def tune(
     forget: str | Path,
     out: str | Path,
     *,
+    fields: Fields | None = None,
+    download: bool = False,
     full: bool = False,
     rank: int = 16,
     epochs: int | None = None,
@@ -93,7 +99,8 @@ def tune(
 ) -> Tuning:
     """Tune ``base`` on the forget data alone, by transformers and peft: the result is θ_f, as ``unlearn`` takes it.
 
-    base: a checkpoint directory, θ_0. forget: a JSON lines file, tokenised and labelled as for ``unlearn``.
+    base: a checkpoint directory, θ_0. forget: a data file, tokenised and labelled as for ``unlearn``, as are fields and
+    download.
     out: directory to make, of a LoRA adapter of ``rank`` or, if ``full``, of a checkpoint, both in float32; with the
     record that is returned. The documentation ("Tuning") says what is tuned and why.
     epochs, lr: None takes TOFU's, 10 epochs at 1e-4 for an adapter and 5 at 1e-5 for a checkpoint.
@@ -112,22 +119,33 @@ def tune(
     if lr is None:
         lr = 1e-5 if full else 1e-4
     request = Request(
-        Path(base), Path(forget), full, rank, epochs, lr, batch_size, max_length, gradient_checkpointing, seed
+        local_model(base, download),
+        local_data(forget, download),
+        full,
+        rank,
+        epochs,
+        lr,
+        batch_size,
+        max_length,
+        gradient_checkpointing,
+        seed,
+        fields,
     )
     request.check()
+    check_fields(fields)
     if None in map(find_spec, _NEEDED):
         raise InputError(f"{' and '.join(_NEEDED)} are needed: pip install 'perta-fast[tune]'")
     chosen = choose_device(device)
     if chosen.index:
         raise InputError(f"device is {chosen}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
     check_name(out)
-    target = OutputDirectory(out, overwrite=overwrite, inputs=[request.base, request.forget])
+    target = OutputDirectory(out, overwrite=overwrite, inputs=[request.base, *data_files(request.forget)])
     return _run(request, target, chosen, progress)
 
 
 def _run(request: Request, target: OutputDirectory, device: torch.device, progress: Progress) -> Tuning:
     started, clock = now(), time.perf_counter()
-    rows, digest = read_data(request.forget)
+    rows, digest = read_data(request.forget, request.fields)
     checkpoint = open_plain(request.base)
     if request.full:
         check_space(target.final, tuned_size(checkpoint))
@@ -145,7 +163,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
             write_tuned(module, checkpoint, target.path)
         else:
             save_adapter(module, target.path)
-        data = data_record(request.forget, digest, samples)
+        data = data_record(request.forget, digest, samples, read_as(rows))
         links = left_out_links(checkpoint) if request.full else []
         left_out = [left_out_warning(link, target.final) for link in links]
         on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from perta_fast.data.batches import Batch
+from perta_fast.data.forms import Fields
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.models.loading import check_sizes
@@ -33,6 +34,7 @@ class Request:
     max_length: int | None
     gradient_checkpointing: bool
     seed: int
+    fields: Fields | None = None
 
     def check(self) -> None:
         """Raise InputError, naming the argument, for a number out of its range."""
@@ -44,7 +46,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """All arguments but the inputs, for the record."""
-        left_out = ("base", "forget", "rank") if self.full else ("base", "forget")
+        left_out = {"base", "forget", "fields"} | ({"rank"} if self.full else set())
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 

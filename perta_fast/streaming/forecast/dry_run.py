@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from perta_fast.data.forms import Fields
 from perta_fast.data.json_lines import Row, read_data
 from perta_fast.errors import InputError
+from perta_fast.files.hub import local_data, local_model
 from perta_fast.models.loading import Subject, check_sizes, choose_device, samples_for
 from perta_fast.rules import Estimator
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
@@ -26,6 +28,8 @@ class Conditions:
     dtype: torch.dtype | None
     memory: int | None
     device_memory: int | None
+    fields: Fields | None = None
+    download: bool = False
 
 
 def preview(
@@ -42,15 +46,16 @@ def preview(
 ) -> str:
     """A description of the costs of streaming ``data`` through the model in ``subject``/config.json.
 
-    data: JSON lines files by role. destination: of the result. subtract: for ``unlearn``, not for an importance alone;
+    data: files by role. destination: of the result. subtract: for ``unlearn``, not for an importance alone;
     kept: ``unlearn`` keeps the importances. ranks: processes that the samples are dealt to; the costs are those of one.
     If the directory has no tokenizer, every sample counts as ``max_length`` tokens. A file is written to measure the
     disk, and removed; nothing else is. Raises InputError for bad input, and if memory or disk are too small.
     """
     max_length = conditions.max_length
     check_sizes(conditions.batch_size, max_length)
+    subject = local_model(subject, conditions.download)
     structure = Structure.build(subject, conditions.dtype)
-    rows = {role: read_data(path)[0] for role, path in data.items()}
+    rows = {role: read_data(local_data(path, conditions.download), conditions.fields)[0] for role, path in data.items()}
     tokenizer = _tokenizer(subject)
     if tokenizer is None and max_length is None:
         raise InputError(

@@ -1,0 +1,174 @@
+"""Every command that takes data takes it in other forms and under other names of fields, with the same result."""
+
+import csv
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from perta_fast import Importance, InputError, cli, tune, unlearn
+from perta_fast.records.report import Report
+from perta_fast.sweeping.results import Sweep
+from tests.support.checkpoints import fingerprint
+from tests.support.models import FORGET, RETAIN, Job, write_job
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+FIELDS = "question=title,answer=reply"
+SAID = "title as question, reply as answer"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return write_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def other(job: Job) -> Job:
+    """The same job, whose data is CSV with names of its own."""
+    folder = job.forget.parent
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["title", "reply", "text"])
+            writer.writerows([row["question"], row["answer"], "of no use"] for row in rows)
+    return Job(*job.checkpoints, folder / "forget.csv", folder / "retain.csv")
+
+
+def run(*arguments: object) -> int:
+    return cli.main(list(map(str, arguments)))
+
+
+def whole(command: str, job: Job, *others: object) -> list[object]:
+    model, base, tuned = job.checkpoints
+    return [command, "--model", model, "--base", base, "--tuned", tuned, "--forget", job.forget, "--retain", job.retain,
+            *others]  # fmt: skip
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    names = [path.name for path in one.glob("*.safetensors")]
+    return bool(names) and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_unlearn_and_its_recipe(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*whole("unlearn", job, "--lam", 1, "--out", tmp_path / "plain")) == 0
+    assert " data: " not in capsys.readouterr().out
+    assert run(*whole("unlearn", other, "--fields", FIELDS, "--lam", 1, "--out", tmp_path / "other")) == 0
+    assert f"forget data: {SAID}\nretain data: {SAID}\n" in capsys.readouterr().out
+    assert same_weights(tmp_path / "plain", tmp_path / "other")
+    plain, report = Report.load(tmp_path / "plain"), Report.load(tmp_path / "other")
+    assert "read_as" not in plain.data["forget"]
+    assert report.data["forget"]["read_as"] == SAID
+    assert report.recipe["fields"] == FIELDS
+    again = ["unlearn", "--recipe", tmp_path / "other" / "perta_report.json", "--out", tmp_path / "again"]
+    assert run(*again) == 0
+    assert same_weights(tmp_path / "plain", tmp_path / "again")
+    assert run("verify", tmp_path / "other") == 0
+    written = whole("unlearn", other, "--lam", 1, "--out", tmp_path / "written")
+    keys = dict(zip((str(key).removeprefix("--") for key in written[1::2]), map(str, written[2::2]), strict=True))
+    (tmp_path / "run.yaml").write_text(json.dumps(keys | {"fields": FIELDS}))
+    assert run("recipe", "check", tmp_path / "run.yaml") == 0
+    assert run("unlearn", "--recipe", tmp_path / "run.yaml") == 0
+    assert same_weights(tmp_path / "plain", tmp_path / "written")
+
+
+def test_unlearn_streamed(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*whole("unlearn", other, "--fields", FIELDS, "--lam", 1, "--stream", "--out", tmp_path / "out")) == 0
+    assert f"retain data: {SAID}" in capsys.readouterr().out
+    kept = ["--fields", FIELDS, "--lam", 1, "--save-importance", tmp_path / "kept", "--out", tmp_path / "third"]
+    for more in ([], ["--stream", "--overwrite"]):
+        assert run(*whole("unlearn", other, *kept, *more)) == 0
+        assert Importance.load(tmp_path / "kept" / "retain").metadata.read_as == SAID
+    capsys.readouterr()
+    dry = ["--fields", FIELDS, "--lam", 1, "--stream", "--dry-run", "--out", tmp_path / "dry"]
+    assert run(*whole("unlearn", other, *dry)) == 0
+    assert f"data: {len(FORGET)} forget samples" in capsys.readouterr().out
+
+
+def test_importance(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("importance", "--model", job.base, "--data", job.forget, "--out", tmp_path / "plain") == 0
+    capsys.readouterr()
+    for more in ([], ["--stream"]):
+        out = tmp_path / f"other{len(more)}"
+        arguments = ["--model", job.base, "--data", other.forget, "--fields", FIELDS, "--out", out, *more]
+        assert run("importance", *arguments) == 0
+        assert f"\ndata: {SAID}\n" in capsys.readouterr().out
+
+
+def test_tune(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--epochs", 1, "--rank", 2]
+    assert run("tune", "--base", job.base, "--forget", job.forget, *short, "--out", tmp_path / "plain") == 0
+    capsys.readouterr()
+    other_data = ["--forget", other.forget, "--fields", FIELDS]
+    assert run("tune", "--base", job.base, *other_data, *short, "--out", tmp_path / "other") == 0
+    assert f"forget data: {SAID}\n" in capsys.readouterr().out
+    assert same_weights(tmp_path / "plain", tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "perta_tune.json").read_text())["data"]["read_as"] == SAID
+
+
+def test_sweep(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*whole("sweep", job, "--lams", "1", "--out", tmp_path / "plain")) == 0
+    capsys.readouterr()
+    assert run(*whole("sweep", other, "--fields", FIELDS, "--lams", "1", "--out", tmp_path / "other")) == 0
+    shown = capsys.readouterr().out
+    assert f"forget data: {SAID}" in shown
+    found = [Sweep.read(tmp_path / name / "sweep.json") for name in ("plain", "other")]
+    assert found[0].rows[1].forget_loss == found[1].rows[1].forget_loss
+    assert found[1].data["retain"]["read_as"] == SAID
+    command = next(line for line in shown.splitlines() if line.startswith("perta unlearn"))
+    assert f"--fields {FIELDS} " in command
+    words = [word.replace("DIR", str(tmp_path / "made")).replace("L", "1") for word in shlex.split(command)[1:]]
+    assert run(*words) == 0
+
+
+def test_eval(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--max-new-tokens", 1, "--metrics", "forget_Q_A_Prob", "--out"]
+    assert run("eval", "--model", job.model, "--forget", job.forget, *shared, tmp_path / "plain.json") == 0
+    capsys.readouterr()
+    data = ["--forget", other.forget, "--fields", FIELDS]
+    assert run("eval", "--model", job.model, *data, *shared, tmp_path / "other.json") == 0
+    assert f"forget data: {SAID}\n" in capsys.readouterr().out
+    plain, found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "other"))
+    assert plain["metrics"] == found["metrics"]
+    assert found["data"]["forget"]["read_as"] == SAID
+    assert run("eval", "--model", job.model, "--suite", "tofu", "--data", tmp_path, "--fields", FIELDS) == 2
+    assert "the suite has its own names of fields" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("question=title,answer=no", 'no row has "no", which fields names; they have "title", "reply", "text"'),
+        ("prompt=title", "argument --fields: fields has prompt=title; write it like question=prompt"),
+        ("title", "argument --fields: fields has title=; write it like question=prompt"),
+    ],
+)
+def test_bad_fields(fields: str, said: str, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = fingerprint(tmp_path)
+    try:
+        status = run(*whole("unlearn", other, "--fields", fields, "--lam", 1, "--out", tmp_path / "out"))
+    except SystemExit as stopped:  # argparse
+        status = int(str(stopped.code))
+    assert status == 2
+    assert said in capsys.readouterr().err
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_directory_that_holds_the_output_is_refused(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(job.forget.read_bytes())
+    with pytest.raises(InputError, match=r"is or contains the input .*train\.jsonl"):
+        unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "set", overwrite=True)
+    with pytest.raises(InputError, match=r"is or contains the input .*train\.jsonl"):
+        tune(job.base, tmp_path / "set", tmp_path / "set", overwrite=True)
+
+
+@pytest.mark.parametrize("data", [[{"text": "a"}], {"text": ["a"]}])
+def test_rows_in_place_of_a_file(data: object, job: Job, tmp_path: Path) -> None:
+    for call in (
+        lambda: unlearn(*job.checkpoints, data, job.retain, out=tmp_path / "out"),  # type: ignore[arg-type]
+        lambda: tune(job.base, data, tmp_path / "out"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match="and here it must be a file; write one, with to_json"):
+            call()

@@ -1,0 +1,154 @@
+"""Names of the hub in place of paths, found in a cache that is made here; nothing goes over a network."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from perta_fast import InputError, RunError, apply
+from perta_fast.data.json_lines import load_rows
+from perta_fast.files.hub import local_data, local_model
+from tests.support.models import llama
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+TEXT = b'{"text": "a"}\n'
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, and an empty directory to work in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept(cache: Path, name: str, kind: str = "model", **files: bytes) -> Path:
+    """Put a repository into the cache, each file a link to its content; returns the directory of the revision."""
+    top = cache / f"{kind}s--{name.replace('/', '--')}"
+    snapshot = top / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    (top / "refs").mkdir()
+    (top / "refs" / "main").write_text(REVISION)
+    (top / "blobs").mkdir()
+    for number, (file, content) in enumerate(files.items()):
+        blob, link = top / "blobs" / f"{number:040x}", snapshot / file.replace("__", "/").replace("_dot_", ".")
+        blob.write_bytes(content)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return snapshot
+
+
+def test_a_model_of_the_cache(cache: Path) -> None:
+    snapshot = kept(cache, "org/model", model_dot_safetensors=b"", config_dot_json=b"{}")
+    assert local_model("org/model") == local_model(Path("org/model")) == snapshot
+
+
+def test_a_path_comes_first(cache: Path) -> None:
+    kept(cache, "org/model", model_dot_safetensors=b"")
+    kept(cache, "org/data", "dataset", a_dot_jsonl=TEXT)
+    Path("org/model").mkdir(parents=True)
+    Path("org/data").write_bytes(TEXT)
+    assert local_model("org/model") == Path("org/model")
+    assert local_data("org/data") == Path("org/data")
+    assert local_data("org/data:train") == Path("org/data:train")
+
+
+@pytest.mark.parametrize("path", ["model", "/org/model", "../org/model", "a/b/c", "org/model:x", "-org/model"])
+def test_what_is_no_name(path: str, cache: Path) -> None:
+    assert local_model(path) == Path(path)
+
+
+def test_data_of_the_cache(cache: Path) -> None:
+    snapshot = kept(
+        cache,
+        "org/data",
+        "dataset",
+        data__train_dot_jsonl=TEXT,
+        forget10_dot_json=b'[{"text": "b"}]',
+        README_dot_md=b"x",
+    )
+    assert local_data("org/data") == snapshot
+    for name, text in {"forget10": "b", "train": "a", "data/train": "a", "data/train.jsonl": "a"}.items():
+        (row,) = load_rows(local_data(f"org/data:{name}"))
+        assert row.content == {"text": text}
+    with pytest.raises(InputError, match=r"with the data files data/train, forget10; name one"):
+        load_rows(local_data("org/data"))
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_what_the_cache_lacks_names_the_command(kind: str, cache: Path) -> None:
+    local = local_model if kind == "model" else local_data
+    with pytest.raises(InputError) as caught:
+        local("org/name")
+    option = "" if kind == "model" else "--repo-type dataset "
+    assert "add --download (in Python download=True)" in str(caught.value)
+    assert str(caught.value).endswith(f", or fetch it with: hf download {option}org/name")
+    Path("org").mkdir()  # then it is rather a file that is missing in that directory
+    assert local("org/name") == Path("org/name")
+
+
+def test_a_model_without_its_weights(cache: Path) -> None:
+    kept(cache, "org/model", config_dot_json=b"{}")
+    with pytest.raises(InputError, match=r"org/model: .* no weights .*: hf download org/model$"):
+        local_model("org/model")
+
+
+def test_a_download_was_asked_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append({"name": name} | options)
+        return str(kept(cache, name, options["repo_type"], model_dot_safetensors=b"", a_dot_jsonl=TEXT))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert local_model("org/name", download=True).name == REVISION
+    assert local_data("org/name:a", download=True).name == f"{REVISION}:a"
+    kinds = [(entry["repo_type"], entry["local_files_only"]) for entry in asked]
+    assert kinds == [("model", False), ("dataset", False)]
+
+
+@pytest.mark.parametrize("error", [OSError("no\nroute"), ValueError("no"), LocalEntryNotFoundError("no")])
+def test_a_download_that_fails(error: Exception, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(name: str, **options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(RunError, match=r"org/name: cannot be downloaded: no$"):
+        local_model("org/name", download=True)
+
+
+def test_data_that_is_no_path() -> None:
+    with pytest.raises(InputError, match="data is list, and here it must be a file; write one, with to_json"):
+        local_data([{"text": "a"}])  # type: ignore[arg-type]
+
+
+def saved(cache: Path, name: str, seed: int) -> Path:
+    llama(seed).save_pretrained("made")
+    files = {path.name.replace(".", "_dot_"): path.read_bytes() for path in Path("made").iterdir()}
+    return kept(cache, name, **files)
+
+
+@pytest.mark.slow
+def test_apply_by_names(cache: Path) -> None:
+    snapshots = [saved(cache, f"org/{name}", seed) for seed, name in enumerate(("model", "base", "tuned"))]
+    report = apply("org/model", "org/base", "org/tuned", rule="tv", out="by-name", progress=False)
+    assert report.inputs["model"]["path"] == str(snapshots[0].resolve())  # names the model and its revision
+    apply(*snapshots, rule="tv", out="by-path", progress=False)
+    assert Path("by-name/model.safetensors").read_bytes() == Path("by-path/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_cache_is_not_changed_in_place(cache: Path) -> None:
+    snapshot = saved(cache, "org/model", 0)
+    saved(cache, "org/base", 1)
+    saved(cache, "org/tuned", 2)
+    with pytest.raises(InputError) as caught:
+        apply("org/model", "org/base", "org/tuned", rule="tv", in_place=True, progress=False)
+    command = str(caught.value).partition("copy it first: ")[2]
+    assert command == f"cp -rL {snapshot} DIR"
+    assert os.system(command) == 0
+    apply("DIR", "org/base", "org/tuned", rule="tv", in_place=True, progress=False)
