@@ -42,6 +42,8 @@ COMMAND = Command(
         FIELDS,
         DOWNLOAD,
         Option("reference", "what this command wrote for a model trained without the forget set", Path, "FILE"),
+        Option("reference_model", "a model for the membership score mia_reference", Path, "DIR"),
+        Option("min_k", "share of the tokens for Min-K (0.4)", float, "K", 0.4),
         Option(
             "metrics", "the metrics to compute: names, patterns as forget_*, groups (all by default)", _names, "M,M,..."
         ),

@@ -9,7 +9,7 @@ from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
-from perta_fast.evaluation.kept_passes import kept_part, kept_scores
+from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
 from perta_fast.files.kept_parts import KeptParts
@@ -26,7 +26,7 @@ class Examinee:
     """A model, and how it is run.
 
     max_new_tokens: None takes each benchmark's own. show_text: keep answers. kept: finished passes, if they are kept.
-    data, notes: for the record of the evaluation.
+    min_k: share of the tokens for Min-K and Min-K++. data, notes: for the record of the evaluation.
     """
 
     subject: Subject
@@ -36,6 +36,7 @@ class Examinee:
     max_new_tokens: int | None = None
     show_text: bool = False
     kept: KeptParts | None = None
+    min_k: float = metrics.MIN_K
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -59,7 +60,7 @@ class Examinee:
         scores = kept_scores(
             self.kept,
             f"{role} scores",
-            [(sample.input_ids, sample.labels) for sample in samples],
+            as_lists(samples),
             lambda: score_rows(
                 module, samples, batch_size=batch_size, detailed=detailed, progress=progress, description=role
             ),
@@ -134,30 +135,32 @@ def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, M
     return results
 
 
-def membership(forget: Scored, holdout: Scored) -> dict[str, Metric]:
-    """``membership_auc`` of each membership score. Samples are those of the forget set, then the holdout set.
+def membership(forget: Scored, holdout: Scored, share: float) -> dict[str, Metric]:
+    """``membership_auc`` of each membership score. share: of the tokens, for Min-K and Min-K++.
 
     An answer that is only its end has no Min-K and no Min-K++, so their AUCs are those of the others.
     """
     sets = {"forget": forget, "holdout": holdout}
-    scores = {role: [_membership_scores(*sample) for sample in scored] for role, scored in sets.items()}
-    results = {}
-    for name in scores["forget"][0]:
-        values = {role: [of_sample[name] for of_sample in scores[role]] for role in sets}
-        known = {
-            role: [
-                value for value, (sample, _) in zip(values[role], scored, strict=True) if not _has_none(value, sample)
-            ]
-            for role, scored in sets.items()
-        }
-        samples = [{"set": role, "score": value} for role in sets for value in values[role]]
-        results[name] = Metric(metrics.membership_auc(known["forget"], known["holdout"]), samples)
-    return results
+    values = {role: [_membership_scores(*sample, share) for sample in scored] for role, scored in sets.items()}
+    alone = {role: [is_end_alone(score) for score, _ in scored] for role, scored in sets.items()}
+    return {
+        name: auc_of({role: [of_sample[name] for of_sample in values[role]] for role in sets}, alone)
+        for name in values["forget"][0]
+    }
 
 
-def _has_none(value: float, sample: TokenScores) -> bool:
-    """Whether there was nothing to make the value of; NaN also comes from scores that are not finite."""
-    return is_end_alone(sample) and math.isnan(value)
+def auc_of(values: Mapping[str, Sequence[float]], alone: Mapping[str, Sequence[bool]]) -> Metric:
+    """``membership_auc`` of the values of the forget and the holdout set; its samples are in this order.
+
+    alone: which answers are only their end. If there was nothing to make their value of, they are left out; NaN of
+    another answer comes from scores that are not finite.
+    """
+    known = {
+        role: [value for value, end in zip(own, alone[role], strict=True) if not (end and math.isnan(value))]
+        for role, own in values.items()
+    }
+    samples = [{"set": role, "score": value} for role, own in values.items() for value in own]
+    return Metric(metrics.membership_auc(known["forget"], known["holdout"]), samples)
 
 
 def is_end_alone(scores: TokenScores) -> bool:
@@ -165,13 +168,13 @@ def is_end_alone(scores: TokenScores) -> bool:
     return scores.log_probs.size < 2
 
 
-def _membership_scores(scores: TokenScores, text: str) -> dict[str, float]:
+def _membership_scores(scores: TokenScores, text: str, share: float) -> dict[str, float]:
     """The scores of one sample. Like open-unlearning, Min-K leaves out the last label."""
     return {
         "mia_loss": -metrics.mean(scores.log_probs),
         "mia_zlib": metrics.zlib_score(scores.log_probs, text),
-        "mia_min_k": metrics.min_k(scores.log_probs[:-1]),
-        "mia_min_k_plus_plus": metrics.min_k(scores.standardised[:-1]),
+        "mia_min_k": metrics.min_k(scores.log_probs[:-1], share),
+        "mia_min_k_plus_plus": metrics.min_k(scores.standardised[:-1], share),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from perta_fast.data.samples import Sample
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.models.token_scores import TokenScores
 
@@ -19,7 +20,7 @@ def kept_scores(
     """The scores that ``score`` gives, or has given before. of: what was scored, as JSON has it."""
     if kept is None:
         return score()
-    rows = kept_part(kept, name, of, lambda: [_as_lists(scores) for scores in score()])
+    rows = kept_part(kept, name, of, lambda: [_columns(scores) for scores in score()])
     return [TokenScores(*(np.array(row[key], dtype=kind) for key, kind in _COLUMNS.items())) for row in rows]
 
 
@@ -35,6 +36,11 @@ def kept_part(kept: KeptParts | None, name: str, of: Any, make: Callable[[], Any
     return part["result"]
 
 
-def _as_lists(scores: TokenScores) -> dict[str, Sequence[float]]:
+def as_lists(samples: Sequence[Sample]) -> list[Any]:
+    """Samples as JSON has them."""
+    return [[sample.input_ids, sample.labels] for sample in samples]
+
+
+def _columns(scores: TokenScores) -> dict[str, Sequence[float]]:
     """Float32 as Python's floats, which JSON writes exactly."""
     return {key: getattr(scores, key).tolist() for key in _COLUMNS}

@@ -6,9 +6,10 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
-from perta_fast.evaluation.examinee import Examinee
+from perta_fast.evaluation.examinee import Examinee, Scored
 from perta_fast.evaluation.results import Metric
 
 T = TypeVar("T")
@@ -44,6 +45,19 @@ class MetricTable:
         self.lacking: dict[str, str] = {}
         self._offers: dict[str, _Offer] = {}
         self._made: dict[str, object] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics that are offered."""
+        return list(self._offers)
+
+    def samples(self, role: str) -> list[Sample]:
+        """The tokenised forget or holdout set, of which membership is scored."""
+        raise NotImplementedError
+
+    def scored(self, role: str) -> Scored:
+        """Scores and texts of the answers of these sets."""
+        raise NotImplementedError
 
     def offer(self, name: str, compute: Callable[[], Metric], *, default: bool = True) -> None:
         """Add a metric. default: whether it is computed unless metrics are chosen."""

@@ -51,7 +51,7 @@ class MuseMetrics(MetricTable):
             truth, answers = files[f"knowmem/{role}_qa"].texts("answer"), partial(self._answers, role)
             offer_rouge(self, f"{role}_knowmem_ROUGE", truth, answers, "rougeL_f1")
         offer_memorisation(self, "", self._scored_passages)
-        offer_membership(self, partial(self._scored, "forget"), partial(self._scored, "holdout"), reference)
+        offer_membership(self, reference)
 
     def _originals(self) -> list[str]:
         """The start of each passage's original continuation: as many tokens as are generated, less any BOS.
@@ -90,16 +90,20 @@ class MuseMetrics(MetricTable):
         def make() -> Scored:
             passages = self.files["verbmem/forget"]
             whole = [Row({"text": f"{row.content['prompt']} {row.content['gt']}"}, row.where) for row in passages.rows]
-            return self._score_texts("verbmem", whole, passages.texts("prompt"))
+            samples = self._after_prompts("verbmem", whole, passages.texts("prompt"))
+            return self.examinee.score_with_texts(samples, "verbmem")
 
         return self.once("verbmem scores", make)
 
-    def _scored(self, role: str) -> Scored:
+    def samples(self, role: str) -> list[Sample]:
         rows = self.files[f"privleak/{role}"].rows
-        return self.once(f"{role} scores", lambda: self._score_texts(role, rows, [""] * len(rows)))
+        return self.once(f"{role} samples", lambda: self._after_prompts(role, rows, [""] * len(rows)))
 
-    def _score_texts(self, role: str, rows: Sequence[Row], prompts: Sequence[str]) -> Scored:
-        """Scores and text of the rest of each row, after the prompt that it begins with."""
+    def scored(self, role: str) -> Scored:
+        return self.once(f"{role} scores", lambda: self.examinee.score_with_texts(self.samples(role), role))
+
+    def _after_prompts(self, role: str, rows: Sequence[Row], prompts: Sequence[str]) -> list[Sample]:
+        """Each row with labels on the rest of it, after the prompt that it begins with."""
         samples = []
         for prompt, row, whole in zip(prompts, rows, self.examinee.tokenise(rows, role), strict=True):
             begin = max(1, len(_opening(self.examinee.subject.tokenizer, prompt)))  # the first token is never predicted
@@ -108,7 +112,7 @@ class MuseMetrics(MetricTable):
             if not labels:
                 raise InputError(f"{row.where}: its prompt leaves no token to score within {len(ids)} tokens")
             samples.append(Sample(ids, (IGNORED,) * begin + labels))
-        return self.examinee.score_with_texts(samples, role)
+        return samples
 
 
 def _opening(tokenizer: Any, text: str) -> list[int]:

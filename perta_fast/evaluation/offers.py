@@ -2,14 +2,25 @@
 
 from collections.abc import Callable, Sequence
 
+from perta_fast.data.json_lines import Row, check_text
+from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.evaluation import metrics
-from perta_fast.evaluation.examinee import Scored, is_end_alone, membership, memorisation, privacy_leakage
+from perta_fast.evaluation.examinee import (
+    Scored,
+    is_end_alone,
+    membership,
+    memorisation,
+    privacy_leakage,
+    probabilities,
+)
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.results import EvaluationFile, Metric
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
 
 MEMORISATION = ("extraction_strength", "exact_memorization")
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+ANSWER_TOKENS = 200  # of an answer to a question, at most
+_PARAPHRASED = "paraphrased_question"
 WITHOUT_GOLD = "privleak_without_gold"
 
 
@@ -20,6 +31,8 @@ def offer_rouge(
     answers: Callable[[], list[str]],
     key: str,
     references: Callable[[], Sequence[str]] | None = None,
+    *,
+    default: bool = True,
 ) -> None:
     """Offer ROUGE-L as open-unlearning computes it; and with words of any script, if a reference needs that.
 
@@ -31,9 +44,34 @@ def offer_rouge(
         truth = texts if references is None else table.once(f"{name} references", references)
         return table.examinee.rouge(name, truth, table.once(f"{name} answers", answers), key, any_script=any_script)
 
-    table.offer(name, lambda: computed(False))
+    table.offer(name, lambda: computed(False), default=default)
     if not all(map(is_seen_whole, texts)):
-        table.offer(f"{name}{ANY_SCRIPT}", lambda: computed(True))
+        table.offer(f"{name}{ANY_SCRIPT}", lambda: computed(True), default=default)
+
+
+def offer_paraphrased(table: MetricTable, role: str) -> None:
+    """Offer probability and ROUGE-L of the answers to the questions in other words, if every row has such a question.
+
+    They are computed if they are named, since they take as long as those of the questions themselves.
+    """
+    rows, what = table.files[role].rows, f"{role} paraphrased questions"
+    names = [f"{role}_paraphrased_question_{metric}" for metric in ("Prob", "ROUGE")]
+    if not all(row.content.get(_PARAPHRASED) for row in rows):
+        table.lacking |= dict.fromkeys(names, f"a {_PARAPHRASED} in every row of the {role} set")
+        return
+    for row in rows:
+        check_text(row.content[_PARAPHRASED], _PARAPHRASED, row.where)
+    asked = [Row({"question": row.content[_PARAPHRASED], "answer": row.content["answer"]}, row.where) for row in rows]
+
+    def samples() -> list[Sample]:
+        return table.once(f"{what} samples", lambda: table.examinee.tokenise(asked, what))
+
+    def answers() -> list[str]:
+        return table.examinee.answer([prompt_of(sample) for sample in samples()], what, ANSWER_TOKENS)
+
+    table.offer(names[0], lambda: probabilities(table.examinee.score(samples(), what)), default=False)
+    truth = table.files[role].texts("answer")
+    offer_rouge(table, names[1], truth, answers, "rougeL_recall", default=False)
 
 
 def offer_memorisation(table: MetricTable, prefix: str, scored: Callable[[], Scored]) -> None:
@@ -50,17 +88,16 @@ def offer_memorisation(table: MetricTable, prefix: str, scored: Callable[[], Sco
         table.offer(f"{prefix}{measure}", lambda name=f"{prefix}{measure}": both()[name])  # type: ignore[misc]
 
 
-def offer_membership(
-    table: MetricTable, forget: Callable[[], Scored], holdout: Callable[[], Scored], reference: EvaluationFile | None
-) -> None:
+def offer_membership(table: MetricTable, reference: EvaluationFile | None) -> None:
     """Offer the membership scores of the forget set against the holdout set, and PrivLeak.
 
     reference: of a gold model. Without one, PrivLeak is computed where it is named, under a name that says so.
     """
 
     def make() -> dict[str, Metric]:
-        _note_ends_alone(table, ["mia_min_k", "mia_min_k_plus_plus"], [*forget(), *holdout()])
-        return membership(forget(), holdout())
+        forget, holdout = table.scored("forget"), table.scored("holdout")
+        _note_ends_alone(table, ["mia_min_k", "mia_min_k_plus_plus"], [*forget, *holdout])
+        return membership(forget, holdout, table.examinee.min_k)
 
     def every() -> dict[str, Metric]:
         return table.once("membership", make)

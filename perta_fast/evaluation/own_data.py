@@ -7,10 +7,14 @@ from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Scored, probabilities
 from perta_fast.evaluation.metric_table import MetricTable
-from perta_fast.evaluation.offers import offer_membership, offer_memorisation, offer_rouge
+from perta_fast.evaluation.offers import (
+    ANSWER_TOKENS,
+    offer_membership,
+    offer_memorisation,
+    offer_paraphrased,
+    offer_rouge,
+)
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
-
-NEW_TOKENS = 200
 
 
 class OwnData(MetricTable):
@@ -28,21 +32,22 @@ class OwnData(MetricTable):
             if all("question" in row.content for row in file.rows):
                 answers = partial(self._answers, role)
                 offer_rouge(self, f"{role}_Q_A_ROUGE", file.texts("answer"), answers, "rougeL_recall")
-            offer_memorisation(self, f"{role}_", partial(self._scored, role))
+                offer_paraphrased(self, role)
+            offer_memorisation(self, f"{role}_", partial(self.scored, role))
         if "holdout" in files:
-            offer_membership(self, partial(self._scored, "forget"), partial(self._scored, "holdout"), reference)
+            offer_membership(self, reference)
 
-    def _samples(self, role: str) -> list[Sample]:
+    def samples(self, role: str) -> list[Sample]:
         return self.once(f"{role} samples", lambda: self.examinee.tokenise(self.files[role].rows, role))
 
-    def _scored(self, role: str) -> Scored:
-        return self.once(f"{role} scores", lambda: self.examinee.score_with_texts(self._samples(role), role))
+    def scored(self, role: str) -> Scored:
+        return self.once(f"{role} scores", lambda: self.examinee.score_with_texts(self.samples(role), role))
 
     def _probability(self, role: str) -> Metric:
-        return probabilities([score for score, _ in self._scored(role)])
+        return probabilities([score for score, _ in self.scored(role)])
 
     def _loss(self, role: str) -> Metric:
         return averaged("avg_loss", [sample["avg_loss"] for sample in self.metric(f"{role}_Q_A_Prob").samples])
 
     def _answers(self, role: str) -> list[str]:
-        return self.examinee.answer([prompt_of(sample) for sample in self._samples(role)], role, NEW_TOKENS)
+        return self.examinee.answer([prompt_of(sample) for sample in self.samples(role)], role, ANSWER_TOKENS)

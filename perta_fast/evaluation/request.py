@@ -22,7 +22,7 @@ from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import installed_versions
 
 _OWN = ("forget", "retain", "holdout")
-_PATHS = ("data", *_OWN, "reference")
+_PATHS = ("data", *_OWN, "reference", "reference_model")
 _FORMAT, _FORMAT_VERSION = "perta-evaluation", 1
 
 
@@ -38,6 +38,8 @@ class Request:
     retain: str | None
     holdout: str | None
     reference: str | None
+    reference_model: str | None
+    min_k: float
     metrics: list[str] | None
     lm_eval: list[str]
     batch_size: int
@@ -75,7 +77,17 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """For the record of the evaluation."""
-        names = ("suite", "metrics", "batch_size", "max_length", "max_new_tokens", "system_prompt", "date_string")
+        names = (
+            "suite",
+            "metrics",
+            "reference_model",
+            "min_k",
+            "batch_size",
+            "max_length",
+            "max_new_tokens",
+            "system_prompt",
+            "date_string",
+        )
         shown = {name: getattr(self, name) for name in names}
         if self.fields is not None:
             shown["fields"] = self.fields
@@ -87,12 +99,16 @@ class Request:
         inputs: dict[str, Any] = {str(file.path): file.digest for file in table.files.values()}
         if self.reference is not None:
             inputs[self.reference] = hash_file(Path(self.reference))
-        if self.model is not None:
-            checkpoint = Checkpoint.open(self.model)
-            inputs |= {str(checkpoint.path / name): state for name, state in fingerprint(checkpoint).items()}
-            beside = {name: path for name, path in companions(checkpoint.path).items() if name != CARD}
-            inputs |= {str(path): hash_file(path) for path in beside.values() if not is_same(path, self.out or "")}
+        for directory in (self.model, self.reference_model):
+            if directory is not None:
+                inputs |= self._identity_of(Checkpoint.open(directory))
         return inputs
+
+    def _identity_of(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The weights, and what is read beside them."""
+        weights = {str(checkpoint.path / name): state for name, state in fingerprint(checkpoint).items()}
+        beside = [path for name, path in companions(checkpoint.path).items() if name != CARD]
+        return weights | {str(path): hash_file(path) for path in beside if not is_same(path, self.out or "")}
 
 
 @dataclass(frozen=True)

@@ -86,14 +86,15 @@ class Evaluation:
 class EvaluationFile:
     """A file that ``perta eval`` or open-unlearning wrote, of a gold model or for a report.
 
-    metrics: as in the file. model: its directory. data_hashes: by data set. A file of open-unlearning has neither
-    model nor hashes.
+    metrics: as in the file. model: its directory. data_hashes: by data set. min_k: share of the tokens for Min-K. A
+    file of open-unlearning has only metrics.
     """
 
     path: str
     metrics: Mapping[str, Any]
     model: str
     data_hashes: Mapping[str, str]
+    min_k: float | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> "EvaluationFile":
@@ -108,7 +109,10 @@ class EvaluationFile:
             for role, entry in (data.items() if isinstance(data, dict) else ())
             if isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
         }
-        return cls(str(path), metrics, model if isinstance(model, str) else "", hashes)
+        settings = content.get("settings")
+        min_k = settings.get("min_k") if isinstance(settings, dict) else None
+        share = float(min_k) if min_k is not None and _is_finite(min_k) else None
+        return cls(str(path), metrics, model if isinstance(model, str) else "", hashes, share)
 
     def aggregates(self) -> dict[str, float | None]:
         """The aggregate of every metric; None if it is not a finite number."""

@@ -12,14 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.chat import with_chat_settings
 from perta_fast.data.forms import Fields
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
+from perta_fast.evaluation.attacks import offer_attacks
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.kept_passes import kept_part
 from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.metrics import MIN_K
 from perta_fast.evaluation.muse import MuseMetrics, read_muse
 from perta_fast.evaluation.own_data import OwnData
 from perta_fast.evaluation.request import Begun, Request
@@ -50,6 +53,8 @@ def evaluate(
     fields: Fields | None = None,
     download: bool = False,
     reference: PathLike | None = None,
+    reference_model: PathLike | None = None,
+    min_k: float = MIN_K,
     metrics: Sequence[str] | None = None,
     lm_eval: Sequence[str] = (),
     tokenizer: Any = None,
@@ -71,7 +76,8 @@ def evaluate(
     change. suite, data: TOFU, with the forget set ``split``, or MUSE, in a directory with the data set's own file
     names. Without a suite: forget, retain, holdout, data files as for ``unlearn``, as are fields and download; forget
     is needed.
-    reference: the result file of a gold model, for forget quality and PrivLeak.
+    reference: the result file of a gold model, for forget quality and PrivLeak. reference_model: a checkpoint with the
+    same tokens, for the membership score ``mia_reference``. min_k: share of the tokens for Min-K and Min-K++.
     metrics: names of the metrics to compute, patterns such as ``forget_*``, or groups (``metric_table.GROUPS``).
     None: all that the data allows, but those that are only computed when they are named.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers; None takes the suite's own.
@@ -83,7 +89,8 @@ def evaluate(
 
     Raises InputError for bad input, before the model is loaded where possible, or an input that changed since a stopped
     evaluation began; RunError if ``out`` cannot be written; ``errors.Interrupted`` if it is stopped with a part
-    finished. Memory: the model and the logits of one batch, which are compared in float32.
+    finished. Memory: the model, the reference model while it is scored, and the logits of one batch, which are
+    compared in float32.
     """
     request = Request.of(locals())
     model = model_or_path if request.model is None else request.model
@@ -110,6 +117,8 @@ def _run(
 ) -> Evaluation:
     """Check everything, go on with what is kept of ``earlier`` or of the same request, measure, and write."""
     check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
+    if not 0 < request.min_k <= 1:
+        raise InputError(f"min_k is {request.min_k}; it must be a share of the tokens, above 0 and at most 1")
     if request.suite == "muse" and not (request.system_prompt is request.date_string is None):
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
     out = None if request.out is None else Path(request.out)
@@ -119,9 +128,12 @@ def _run(
         check_output_file(out, (".json",), overwrite=overwrite, inputs=inputs, again=again)
     gold = None if request.reference is None else EvaluationFile.read(request.reference)
     table = _table(request, gold)
+    if request.reference_model is not None:
+        Checkpoint.open(request.reference_model)
+    offer_attacks(table, request.reference_model)
     names = table.chosen(request.metrics)
     if gold is not None:
-        _check_reference(gold, table, names)
+        _check_reference(gold, table, names, request.min_k)
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:
             raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
@@ -178,7 +190,14 @@ def _measure(
     spoken = with_chat_settings(subject.tokenizer, request.system_prompt, request.date_string)
     subject = replace(subject, tokenizer=spoken)
     examinee = Examinee(
-        subject, request.batch_size, request.max_length, progress, request.max_new_tokens, request.show_text, kept
+        subject,
+        request.batch_size,
+        request.max_length,
+        progress,
+        request.max_new_tokens,
+        request.show_text,
+        kept,
+        request.min_k,
     )
     with measuring(subject.module), evaluation_mode(subject.module):
         measured, general = table.measure(examinee, names), {}
@@ -224,12 +243,16 @@ def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:
     return MuseMetrics(read_muse(Path(request.data)), gold)
 
 
-def _check_reference(gold: EvaluationFile, table: MetricTable, names: Sequence[str]) -> None:
+def _check_reference(gold: EvaluationFile, table: MetricTable, names: Sequence[str], min_k: float) -> None:
     """Raise InputError unless the gold results have all that the metrics of these names read."""
     if any(name.startswith("forget_quality") for name in names):
         gold.values("forget_truth_ratio", "score", len(table.files["forget"].rows))
     if "privleak" in names:
         gold.value("mia_min_k")
+        if gold.min_k not in (None, min_k):
+            raise InputError(
+                f"{gold.path}: has Min-K of {gold.min_k} of the tokens; evaluate with --min-k {gold.min_k}"
+            )
 
 
 def _subject(

@@ -12,12 +12,17 @@ from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file
 from perta_fast.evaluation.examinee import Scored, probabilities
 from perta_fast.evaluation.metric_table import MetricTable
-from perta_fast.evaluation.offers import offer_membership, offer_memorisation, offer_rouge
+from perta_fast.evaluation.offers import (
+    ANSWER_TOKENS,
+    offer_membership,
+    offer_memorisation,
+    offer_paraphrased,
+    offer_rouge,
+)
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.models.token_scores import TokenScores
 
 SPLITS = ("forget01", "forget05", "forget10")
-NEW_TOKENS = 200
 _FICTITIOUS = ("forget", "retain")  # sets with paraphrased answers
 _UTILITY = (
     *("retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"),
@@ -56,7 +61,7 @@ class TofuMetrics(MetricTable):
             self._offer_set(role)
         self.offer("model_utility", self._utility)
         if "holdout" in files:
-            offer_membership(self, partial(self._scored, "forget"), partial(self._scored, "holdout"), reference)
+            offer_membership(self, reference)
         if reference is None:
             self.lacking |= {"forget_quality": "--reference", "forget_quality_log10": "--reference"}
         else:
@@ -73,22 +78,23 @@ class TofuMetrics(MetricTable):
         name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
         self.offer(name, lambda: self._truth_ratio(role))
         if fictitious:
-            offer_memorisation(self, "" if role == "forget" else "retain_", partial(self._scored, role))
+            offer_memorisation(self, "" if role == "forget" else "retain_", partial(self.scored, role))
+            offer_paraphrased(self, role)
 
-    def _samples(self, role: str) -> list[Sample]:
+    def samples(self, role: str) -> list[Sample]:
         """Questions and answers of a set."""
         rows = self.files[role].questions("question", "answer")
         return self.once(f"{role} samples", lambda: self.examinee.tokenise(rows, role))
 
-    def _scored(self, role: str) -> Scored:
+    def scored(self, role: str) -> Scored:
         """Scores and texts of the answers of a set."""
         detailed = role not in ("ra", "wf")
         return self.once(
-            f"{role} scores", lambda: self.examinee.score_with_texts(self._samples(role), role, detailed=detailed)
+            f"{role} scores", lambda: self.examinee.score_with_texts(self.samples(role), role, detailed=detailed)
         )
 
     def _scores(self, role: str) -> list[TokenScores]:
-        return [score for score, _ in self._scored(role)]
+        return [score for score, _ in self.scored(role)]
 
     def _right(self, role: str) -> list[TokenScores]:
         """Scores of the right answers that the truth ratio takes: the paraphrased ones, where the set has them."""
@@ -115,7 +121,7 @@ class TofuMetrics(MetricTable):
         return averaged("prob", values)
 
     def _answers(self, role: str) -> list[str]:
-        return self.examinee.answer([prompt_of(sample) for sample in self._samples(role)], role, NEW_TOKENS)
+        return self.examinee.answer([prompt_of(sample) for sample in self.samples(role)], role, ANSWER_TOKENS)
 
     def _truth_ratio(self, role: str) -> Metric:
         pairs = zip(self._right(role), self._wrong(role), strict=True)

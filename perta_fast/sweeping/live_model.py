@@ -14,7 +14,7 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
 from perta_fast.evaluation.metrics import mean
-from perta_fast.evaluation.own_data import NEW_TOKENS
+from perta_fast.evaluation.offers import ANSWER_TOKENS
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
 from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
@@ -74,7 +74,7 @@ class ScoredModel:
         if metric == LOSS:
             return loss, loss
         if metric == _ROUGE:
-            answers = self._examinee.answer([prompt_of(sample) for sample in samples], shown, NEW_TOKENS)
+            answers = self._examinee.answer([prompt_of(sample) for sample in samples], shown, ANSWER_TOKENS)
             return loss, self._rouge(role, answers)
         if metric in _MEMORISATION:
             return loss, memorisation(scores)[metric].value

@@ -1,0 +1,81 @@
+"""Membership attacks that need more than the model's scores: a reference model, or gradients."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from perta_fast.data.samples import Sample, by_row
+from perta_fast.errors import InputError
+from perta_fast.evaluation import metrics
+from perta_fast.evaluation.examinee import auc_of
+from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
+from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.results import Metric
+from perta_fast.models.gradient_norms import gradient_norms
+from perta_fast.models.loading import Subject, load_subject, samples_for
+from perta_fast.models.token_scores import TokenScores, score_rows
+
+_SETS = ("forget", "holdout")
+
+
+def offer_attacks(table: MetricTable, reference_model: str | None) -> None:
+    """Offer ``mia_gradnorm``, and with a reference model ``mia_reference``, on data with a holdout set."""
+    if "mia_loss" not in table.names:
+        for name in ("mia_gradnorm", "mia_reference"):
+            table.lacking[name] = "a holdout set"
+        return
+    if reference_model is None:
+        table.lacking["mia_reference"] = "--reference-model"
+    else:
+        table.offer("mia_reference", lambda: _by_reference(table, Path(reference_model)))
+    table.offer("mia_gradnorm", lambda: _by_gradient(table), default=False)
+
+
+def _by_gradient(table: MetricTable) -> Metric:
+    """AUC of the norms of the gradients."""
+    examinee = table.examinee
+    values: dict[str, list[float]] = {}
+    alone: dict[str, list[bool]] = {}
+    for role in _SETS:
+        samples, what = table.samples(role), f"{role} gradient norms"
+        rows = [[samples[k] for k in numbers] for numbers in by_row(samples)]
+        norms = partial(gradient_norms, examinee.subject.module, rows, progress=examinee.progress, description=what)
+        values[role] = kept_part(examinee.kept, what, as_lists(samples), norms)
+        alone[role] = [sum(sample.label_count for sample in row) < 2 for row in rows]
+    return auc_of(values, alone)
+
+
+def _by_reference(table: MetricTable, path: Path) -> Metric:
+    """AUC of each sample's loss less its loss by the reference model."""
+    loaded: list[Subject] = []  # one model, when it is needed
+
+    def score(samples: Sequence[Sample], role: str) -> list[TokenScores]:
+        if not loaded:
+            loaded.append(_load_reference(path, table))
+        known = samples_for(loaded[0], samples, None)  # checks that it can read them
+        size, progress = table.examinee.batch_size, table.examinee.progress
+        return score_rows(loaded[0].module, known, batch_size=size, progress=progress, description=f"{role} reference")
+
+    values: dict[str, list[float]] = {}
+    for role in _SETS:
+        samples = table.samples(role)
+        scoring = partial(score, samples, role)
+        theirs = kept_scores(table.examinee.kept, f"{role} reference scores", as_lists(samples), scoring)
+        values[role] = [
+            metrics.mean(other.log_probs) - metrics.mean(own.log_probs)
+            for (own, _), other in zip(table.scored(role), theirs, strict=True)
+        ]
+    return auc_of(values, {role: [False] * len(own) for role, own in values.items()})
+
+
+def _load_reference(path: Path, table: MetricTable) -> Subject:
+    """The reference model, on the model's device. Raises InputError if its tokens are others than the model's."""
+    own = table.examinee.subject
+    reference = load_subject(path, own.device, None)
+    if reference.tokenizer.get_vocab() != own.tokenizer.get_vocab():
+        raise InputError(
+            f"{path}: its tokenizer has another vocabulary than the model's; a reference model must read the same "
+            "tokens"
+        )
+    reference.module.eval()
+    return reference
