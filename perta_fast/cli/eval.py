@@ -20,7 +20,8 @@ def run(parsed: argparse.Namespace) -> int:
             print(printable(f"written to {parsed.out}"))
     if parsed.quiet or not sys.stdout.isatty():  # else the summary has just shown them
         for note in result.notes:
-            print(f"perta: warning: {printable(note)}", file=sys.stderr)
+            if note.startswith("warning"):
+                print(f"perta: {printable(note)}", file=sys.stderr)
     return 0
 
 

@@ -40,12 +40,13 @@ FORMS: tuple[dict[str, str], ...] = (
     {"question": "instruction+input", "answer": "output"},
     {"messages": "conversations"},
 )
+PARAPHRASED = "paraphrased_question"  # which a question may have beside it; evaluations ask it too
 _NEEDED = 'needs "question" and "answer", or "text", or "messages"'
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checked record: ``content`` has the keys of its form and no others, ``where`` names file and line.
+    """One checked record: ``content`` has the keys of its form, ``where`` names file and line.
 
     read_as: what was taken for what, "" if the record has these keys itself.
     """
@@ -127,6 +128,9 @@ def _row(record: Any, where: str, fields: Fields) -> Row:
     else:
         for target, source in form.items():
             check_text(values[target], source, where)
+        if "question" in form and record.get(PARAPHRASED) is not None:
+            check_text(record[PARAPHRASED], PARAPHRASED, where)
+            values[PARAPHRASED] = record[PARAPHRASED]
         return Row(values, where, _described(form))
     _check_messages(content["messages"], where)
     tools = _decoded(record.get(fields.get("tools", "tools")))

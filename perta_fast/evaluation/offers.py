@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from perta_fast.data.forms import PARAPHRASED
 from perta_fast.data.json_lines import Row, check_text
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.evaluation import metrics
@@ -20,7 +21,6 @@ from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
 MEMORISATION = ("extraction_strength", "exact_memorization")
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
 ANSWER_TOKENS = 200  # of an answer to a question, at most
-_PARAPHRASED = "paraphrased_question"
 WITHOUT_GOLD = "privleak_without_gold"
 
 
@@ -56,12 +56,12 @@ def offer_paraphrased(table: MetricTable, role: str) -> None:
     """
     rows, what = table.files[role].rows, f"{role} paraphrased questions"
     names = [f"{role}_paraphrased_question_{metric}" for metric in ("Prob", "ROUGE")]
-    if not all(row.content.get(_PARAPHRASED) for row in rows):
-        table.lacking |= dict.fromkeys(names, f"a {_PARAPHRASED} in every row of the {role} set")
+    if not all(row.content.get(PARAPHRASED) for row in rows):
+        table.lacking |= dict.fromkeys(names, f"a {PARAPHRASED} in every row of the {role} set")
         return
     for row in rows:
-        check_text(row.content[_PARAPHRASED], _PARAPHRASED, row.where)
-    asked = [Row({"question": row.content[_PARAPHRASED], "answer": row.content["answer"]}, row.where) for row in rows]
+        check_text(row.content[PARAPHRASED], PARAPHRASED, row.where)
+    asked = [Row({"question": row.content[PARAPHRASED], "answer": row.content["answer"]}, row.where) for row in rows]
 
     def samples() -> list[Sample]:
         return table.once(f"{what} samples", lambda: table.examinee.tokenise(asked, what))

@@ -61,6 +61,8 @@ class Request:
         values |= {field.name: arguments[field.name] for field in fields(cls) if field.name != "model"}
         for name in ("data", *_OWN):
             values[name] = None if values[name] is None else local_data(values[name], download)
+        if values["reference_model"] is not None:
+            values["reference_model"] = local_model(values["reference_model"], download)
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "model", "out"):
             values[name] = None if values[name] is None else str(checked_path(values[name]).absolute())

@@ -56,8 +56,8 @@ def is_blind(reference: str) -> bool:
 def blind_note(name: str, blind: int, count: int) -> str:
     """What to say of a metric that ``is_blind`` for so many of its references."""
     return (
-        f"{name}: of {blind} of {count} answers it sees less than half, since ROUGE keeps the letters a-z and digits "
-        f'alone: there it can say "forgotten" where nothing is. {name}{ANY_SCRIPT} has words of any script'
+        f"warning: {name}: of {blind} of {count} answers it sees less than half, since ROUGE keeps the letters a-z and "
+        f'digits alone: there it can say "forgotten" where nothing is. {name}{ANY_SCRIPT} has words of any script'
     )
 
 

@@ -31,7 +31,7 @@ def on_tofu(model: LlamaForCausalLM, rows: list[dict[str, Any]], folder: Path, m
     return evaluate(model, suite="tofu", data=folder, split="forget01", metrics=metrics, **SETTINGS)
 
 
-@pytest.mark.parametrize("on", [on_tofu])
+@pytest.mark.parametrize("on", [on_own, on_tofu])
 def test_the_question_in_other_words_is_asked(on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -50,7 +50,7 @@ def test_the_question_in_other_words_is_asked(on: Any, tmp_path: Path, monkeypat
     assert result[NAMES[1]] == 1
 
 
-@pytest.mark.parametrize("on", [on_tofu])
+@pytest.mark.parametrize("on", [on_own, on_tofu])
 def test_only_if_it_is_named(on: Any, tmp_path: Path) -> None:
     model = llama(1).eval()
     with_questions = on(model, ROWS, tmp_path, None)
@@ -58,7 +58,7 @@ def test_only_if_it_is_named(on: Any, tmp_path: Path) -> None:
     assert on(model, FORGET, tmp_path, None).metrics == with_questions.metrics
 
 
-@pytest.mark.parametrize("on", [on_tofu])
+@pytest.mark.parametrize("on", [on_own, on_tofu])
 def test_rows_that_lack_it(on: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Prob needs a paraphrased_question in every row of the forget set"):
         on(llama(1), [*ROWS[:-1], FORGET[-1]], tmp_path, NAMES)
