@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import DOWNLOAD, ESTIMATION, FIELDS, Command, Option, flag, keywords
+from perta_fast.cli.options import CHAT, DOWNLOAD, ESTIMATION, FIELDS, Command, Option, flag, keywords
 from perta_fast.errors import printable
 
 
@@ -50,8 +50,7 @@ COMMAND = Command(
         ),
         Option("lm_eval", "tasks of lm-evaluation-harness too", _names, "T,T,...", ()),
         Option("max_new_tokens", "longest answer (the benchmark's own)", int, "N"),
-        Option("system_prompt", "given with every question, by the chat template", metavar="TEXT"),
-        Option("date_string", "today's date, for a chat template that tells it", metavar="DATE"),
+        *CHAT,
         flag("show_text", "write answers, which may be private, to --out"),
         *ESTIMATION,
         Option("out", "file to write, ending in .json", Path, "FILE"),

@@ -63,6 +63,7 @@ COMMAND = Command(
         options.DOWNLOAD,
         Option("estimator", "grad serves the rules grad and fisher (default)", default="grad", choices=ESTIMATORS),
         *options.STREAM,
+        *options.CHAT,
         *options.ESTIMATION,
         *options.OUTPUT,
     ),

@@ -24,6 +24,7 @@ class Option:
     name: of the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value from a
     text; bool makes a flag. negatable: a flag that also has a form ``--no-``. several: takes one or more values.
     one_of: at most one of the options with the same word can be given, and exactly one if they are required.
+    may_be_empty: whether an empty text is a value in a recipe.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Option:
     negatable: bool = False
     several: bool = False
     one_of: str = ""
+    may_be_empty: bool = False
 
     @property
     def key(self) -> str:
@@ -161,13 +163,17 @@ STREAM = (
     Option("device_memory", "what --stream may take of the GPU's (no limit)", _size, "SIZE"),
     flag("dry_run", "print what --stream will take, from config.json, and stop"),
 )
+CHAT = (
+    Option("system_prompt", "given with every question, by the chat template", metavar="TEXT", may_be_empty=True),
+    Option("date_string", "the date, for a chat template that tells it, as in 2025-04-10 (today's)", metavar="DATE"),
+)
 BATCH_SIZE = Option("batch_size", "samples at a time (8)", int, "N", 8)
 MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)", int, "N")
 DEVICE = Option("device", "cpu or cuda (cuda if there is one)", metavar="D")
 DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 # What the estimate of a streamed run depends on.
-FORECAST = ("batch_size", "max_length", "device", "dtype", "memory", "device_memory", "fields", "download")
+FORECAST = (*(option.name for option in (*CHAT, *ESTIMATION)), "memory", "device_memory", "fields", "download")
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
 QUIET = flag("quiet", "no progress bar, no summary")
 OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET)

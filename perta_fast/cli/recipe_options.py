@@ -113,7 +113,7 @@ def _argument(key: str, option: Option, setting: "Setting", folder: Path) -> str
     refusal = f"{where}: {key} is {reprlib.repr(value)}; it must be {expected}"
     if isinstance(value, bool):
         raise InputError(f"{refusal}; write it in quotes if it is a name")
-    if not value:
+    if not value and not option.may_be_empty:
         raise InputError(refusal)
     if option.type is Path:
         value = str(folder / value)

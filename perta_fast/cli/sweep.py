@@ -14,7 +14,7 @@ from perta_fast.rules import Rule
 from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
 
 if TYPE_CHECKING:
-    from perta_fast.sweeping.results import ScoredSetting
+    from perta_fast.sweeping.results import ScoredSetting, Sweep
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -30,17 +30,17 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.checkpoint is not None:
         print(printable(f"chosen checkpoint written to {parsed.checkpoint}"))
     elif best is not None and best.rule:
-        print(f"Write it with:\n{_making(parsed, best, repr(best.lam))}")
+        print(f"Write it with:\n{_making(parsed, result, best, repr(best.lam))}")
     elif best is None and len(curves) == 1:
         (rows,) = curves.values()
-        print(f"Write the one you choose, L, with:\n{_making(parsed, rows[0], 'L')}")
+        print(f"Write the one you choose, L, with:\n{_making(parsed, result, rows[0], 'L')}")
     if parsed.out is not None:
         print(printable(f"written to {parsed.out}"))
     return 0
 
 
-def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
-    """The command that writes the checkpoint of the setting ``row`` at ``lam``."""
+def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", lam: str) -> str:
+    """The command that writes the checkpoint of the setting ``row`` of a sweep at ``lam``."""
     rule = Rule.of(row.rule, 0.0)
     settings: dict[str, Any] = {name: getattr(parsed, name) for name in ("model", "base", "tuned")}
     settings["rule"] = row.rule
@@ -58,6 +58,9 @@ def _making(parsed: argparse.Namespace, row: "ScoredSetting", lam: str) -> str:
         if value is not None
         for word in (f"--{name.replace('_', '-')}", value if isinstance(value, Path) else str(value))
     ]
+    if estimates:
+        told = (("--system-prompt", parsed.system_prompt), ("--date-string", result.settings["date"]))
+        words += [f"{option}={text}" for option, text in told if text is not None]
     words += ["--common-rows"] if parsed.common_rows else []
     return shell_command("perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR")
 
@@ -127,6 +130,7 @@ COMMAND = Command(
         Option("forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
         options.AT,
+        *options.CHAT,
         *options.ESTIMATION,
         Option("out", "directory to make, for figures and plot", Path, "DIR"),
         flag("overwrite", "replace what is there, and start over"),

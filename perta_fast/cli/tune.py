@@ -4,7 +4,19 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import DEVICE, DOWNLOAD, FIELDS, MAX_LENGTH, OUTPUT, Command, Option, finish, flag, keywords
+from perta_fast.cli.options import (
+    CHAT,
+    DEVICE,
+    DOWNLOAD,
+    FIELDS,
+    MAX_LENGTH,
+    OUTPUT,
+    Command,
+    Option,
+    finish,
+    flag,
+    keywords,
+)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -29,6 +41,7 @@ COMMAND = Command(
         Option("lr", "highest learning rate (1e-4, with --full 1e-5)", float, "X"),
         Option("batch_size", "samples a step (16)", int, "N", 16),
         MAX_LENGTH,
+        *CHAT,
         flag("gradient_checkpointing", "less memory for activations, more time"),
         Option("seed", "order of the samples, start (0)", int, "N", 0),
         DEVICE,

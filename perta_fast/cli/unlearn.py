@@ -67,6 +67,7 @@ COMMAND = Command(
         Option("save_importance", "keep both importances here", Path, "DIR"),
         *options.STREAM,
         *options.RULE_AND_STRENGTH,
+        *options.CHAT,
         *options.ESTIMATION,
         *options.RESULT,
     ),

@@ -16,7 +16,11 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def has_marks(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] | None) -> bool:
     """Whether the template says what is generated, and the tokenizer can say it of tokens."""
-    return tokenizer.is_fast and bool(_MARK.search(tokenizer.get_chat_template(tools=tools)))
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except ValueError:  # of several named templates none is the default, which the rendering will say of the row
+        return False
+    return tokenizer.is_fast and bool(_MARK.search(template))
 
 
 def encode_marked(

@@ -8,6 +8,7 @@ from typing import Any
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import fingerprint
+from perta_fast.data.chat import today
 from perta_fast.data.formats import data_files
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
@@ -115,17 +116,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a stopped evaluation was begun with. inputs: ``Request.identity``. versions: of what computes."""
+    """What a stopped evaluation was begun with. inputs: ``Request.identity``. versions: of what computes.
+
+    day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in records that do not have it.
+    """
 
     request: Request
     inputs: dict[str, Any]
     versions: dict[str, str]
     started: str
+    day: str = ""
 
     @classmethod
     def now(cls, request: Request, table: MetricTable, started: str) -> "Begun":
         """That of an evaluation which begins."""
-        return cls(request, request.identity(table), installed_versions(), started)
+        return cls(request, request.identity(table), installed_versions(), started, today().isoformat())
 
     def record(self) -> dict[str, Any]:
         """As it is written to the disk."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.chat import with_chat_settings
+from perta_fast.data.chat import ChatSettings, parse_date, today, told, with_chat_settings
 from perta_fast.data.forms import Fields
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
@@ -81,7 +82,8 @@ def evaluate(
     metrics: names of the metrics to compute, patterns such as ``forget_*``, or groups (``metric_table.GROUPS``).
     None: all that the data allows, but those that are only computed when they are named.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers; None takes the suite's own.
-    system_prompt, date_string: for the tokenizer's chat template, with every question; not for MUSE.
+    system_prompt, date_string: for the tokenizer's chat template, with every question; not for MUSE. Without a date, a
+    template that asks for one is told that of the start; ``settings["date"]`` of the result is what it was told.
     out: file to write, ending in .json. It holds no text of any set unless ``show_text``. Of a checkpoint, finished
     parts are kept beside it until then: the same call, or ``resume``, goes on with a stopped evaluation. overwrite:
     replace the file, start over.
@@ -119,6 +121,7 @@ def _run(
     check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
     if not 0 < request.min_k <= 1:
         raise InputError(f"min_k is {request.min_k}; it must be a share of the tokens, above 0 and at most 1")
+    ChatSettings.of(request.system_prompt, request.date_string)
     if request.suite == "muse" and not (request.system_prompt is request.date_string is None):
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
     out = None if request.out is None else Path(request.out)
@@ -142,7 +145,7 @@ def _run(
     measure = partial(_measure, request, table, names, model_or_path, tokenizer, progress)
     # A model in memory may be another one at the next call; a link is replaced itself.
     if out is None or request.model is None or tokenizer is not None or out.is_symlink():
-        result = measure(None, now())
+        result = measure(None, now(), today())
         if out is not None:
             result.save(out, overwrite=overwrite)
         return result
@@ -150,7 +153,7 @@ def _run(
 
 
 def _measure_kept(
-    request: Request, table: MetricTable, measure: Callable[[KeptParts, str], Evaluation], *, overwrite: bool
+    request: Request, table: MetricTable, measure: Callable[[KeptParts, str, date], Evaluation], *, overwrite: bool
 ) -> Evaluation:
     """Keep each part that is finished beside ``out``, and go on with those that are there, unless ``overwrite``."""
     assert request.out is not None
@@ -159,9 +162,10 @@ def _measure_kept(
     if earlier is not None:
         earlier.check_same(final, begun)
         begun = earlier
+    day = parse_date(begun.day) if begun.day else today()
     with KeptParts(final, begun.record(), resume=earlier is not None) as kept:
         try:
-            result = measure(kept, begun.started)
+            result = measure(kept, begun.started, day)
         except KeyboardInterrupt:
             if not kept.any:
                 raise
@@ -183,11 +187,12 @@ def _measure(
     progress: Progress,
     kept: KeptParts | None,
     started: str,
+    day: date,
 ) -> Evaluation:
-    """Load the model and measure it."""
+    """Load the model and measure it. day: for chat templates that ask for the date."""
     dtype = None if request.dtype is None else torch_dtype(request.dtype)
     subject = _subject(model_or_path, tokenizer, request.device, dtype)
-    spoken = with_chat_settings(subject.tokenizer, request.system_prompt, request.date_string)
+    spoken = with_chat_settings(subject.tokenizer, request.system_prompt, request.date_string, day)
     subject = replace(subject, tokenizer=spoken)
     examinee = Examinee(
         subject,
@@ -208,7 +213,7 @@ def _measure(
     return Evaluation(
         measured,
         subject.origin,
-        request.settings(),
+        request.settings() | {"date": told(spoken).date},
         examinee.data,
         general,
         installed_versions(),

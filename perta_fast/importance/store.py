@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import build_header
+from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import byte_count
@@ -40,7 +41,8 @@ class ImportanceMetadata:
     data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and those cut to the length limit.
     evaluated_at: the model directory, or "live module". one_by_one: parameters that took a backward pass for each
     sample, because no batched pass gives their squares; separated by commas. read_as: which fields of the data were
-    taken for what, "" if it has plain forms.
+    taken for what, "" if it has plain forms. chat_template, system_prompt, date_string, date: what the chat template
+    was told (``data.chat.Told``).
     """
 
     estimator: Estimator
@@ -54,6 +56,15 @@ class ImportanceMetadata:
     transformers_version: str
     one_by_one: str = ""
     read_as: str = ""
+    chat_template: bool = False
+    system_prompt: str | None = None
+    date_string: str | None = None
+    date: str | None = None
+
+    @property
+    def told(self) -> Told:
+        """What the chat template was told."""
+        return Told(self.chat_template, self.system_prompt, self.date_string, self.date)
 
 
 @dataclass
@@ -128,11 +139,12 @@ class Importance:
     def of_checkpoint(cls, checkpoint: Checkpoint) -> "Importance":
         """``load``, from opened shards."""
         metadata = read_metadata(checkpoint)
-        values = {
+        values: dict[str, Any] = {
             key: int(metadata.get(key, 0)) if key in _COUNTS else metadata.get(key, "")
-            for key in ImportanceMetadata.__dataclass_fields__
+            for key in ImportanceMetadata.__dataclass_fields__.keys() - Told.__dataclass_fields__.keys()
         }
-        return cls(StoredTensors(checkpoint), ImportanceMetadata(**values), checkpoint.path)  # type: ignore[arg-type]
+        values |= vars(Told.read(metadata))
+        return cls(StoredTensors(checkpoint), ImportanceMetadata(**values), checkpoint.path)
 
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):
@@ -233,5 +245,6 @@ def _write(path: Path, data: memoryview, offset: int) -> None:
 
 def as_strings(metadata: ImportanceMetadata) -> dict[str, str]:
     """``metadata`` as the header of a shard keeps it."""
-    table = {key: str(value) for key, value in asdict(metadata).items()}
-    return {"format": FORMAT, "format_version": FORMAT_VERSION, **table}
+    told = metadata.told
+    table = {key: str(value) for key, value in asdict(metadata).items() if key not in vars(told)}
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **table, **told.as_strings()}

@@ -1,7 +1,7 @@
 """A model loaded for a run, its device and tokenizer, and the samples that it can take."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
+from perta_fast.data.chat import ChatSettings, Told, told
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample, encode_rows
 from perta_fast.errors import InputError
@@ -77,6 +78,21 @@ def _stops(subject: Subject) -> set[int]:
     if exists(written):  # a structure without weights has not read it
         named.append(read_json(written).get("eos_token_id"))
     return {token for end in named for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)}
+
+
+def samples_and_told(
+    subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None, chat: ChatSettings
+) -> tuple[list[Sample], Told]:
+    """``samples_for`` with these settings for the chat template, and what it was told. Raises InputError as these do.
+
+    Settings for a chat template that no row can go through are refused.
+    """
+    if not isinstance(rows[0], Row):
+        chat.refuse_for("the data is tokenised already")
+        return samples_for(subject, rows, max_length), Told()
+    if subject.tokenizer is not None:
+        subject = replace(subject, tokenizer=chat.given_to(subject.tokenizer))
+    return samples_for(subject, rows, max_length), told(subject.tokenizer)
 
 
 def load_subject(

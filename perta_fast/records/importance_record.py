@@ -1,13 +1,14 @@
 """The metadata of an importance, as data for a report."""
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
+from perta_fast.data.chat import Told
 from perta_fast.errors import InputError
 
 
 class ImportanceRecord(TypedDict):
-    """The fields of ``importance.store.ImportanceMetadata``, with the names in a list."""
+    """The fields of ``importance.store.ImportanceMetadata``, with the names in a list; older reports lack the last."""
 
     estimator: str
     data_hash: str
@@ -19,10 +20,15 @@ class ImportanceRecord(TypedDict):
     torch_version: str
     transformers_version: str
     one_by_one: list[str]
+    chat_template: NotRequired[bool]
+    system_prompt: NotRequired[str | None]
+    date_string: NotRequired[str | None]
+    date: NotRequired[str | None]
 
 
 def importance_record(metadata: Mapping[str, str]) -> ImportanceRecord:
     """The metadata of safetensors files, which are texts, as data. Raises InputError naming what is not a number."""
+    told = Told.read(metadata)
     return ImportanceRecord(
         estimator=metadata.get("estimator", ""),
         data_hash=metadata.get("data_hash", ""),
@@ -34,6 +40,10 @@ def importance_record(metadata: Mapping[str, str]) -> ImportanceRecord:
         torch_version=metadata.get("torch_version", ""),
         transformers_version=metadata.get("transformers_version", ""),
         one_by_one=[name for name in metadata.get("one_by_one", "").split(", ") if name],
+        chat_template=told.chat_template,
+        system_prompt=told.system_prompt,
+        date_string=told.date_string,
+        date=told.date,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from perta_fast.data.chat import Told
 from perta_fast.errors import InputError, printable, printable_lines
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.journal import check_finished
@@ -73,7 +74,8 @@ class EstimationSettings(TypedDict):
     """How ``unlearn`` estimated the importances.
 
     max_length: tokens that samples were cut to; None if neither the run nor the model has a limit. schedule: the fields
-    of ``streaming.schedule.Schedule``, if the run was streamed to a new directory.
+    of ``streaming.schedule.Schedule``, if the run was streamed to a new directory. system_prompt, date_string: as they
+    were given; date: what the chat template was told, None if it did not ask. Older reports lack these three.
     """
 
     at: str
@@ -85,6 +87,9 @@ class EstimationSettings(TypedDict):
     stream: bool
     schedule: dict[str, Any] | None
     processes: int
+    system_prompt: NotRequired[str | None]
+    date_string: NotRequired[str | None]
+    date: NotRequired[str | None]
 
 
 class Phase(TypedDict):
@@ -195,11 +200,17 @@ class Report:
         """The rule with its rescaling. Raises InputError if the report contradicts itself."""
         return Rule.of(self.rule, self.lam, self.p, self.alpha, self.threshold)
 
+    def prompts(self) -> list[str]:
+        """For a person, what the chat template was told for each importance, if anything."""
+        told = {role: Told.read(record).in_words() for role, record in self.importance.items()}
+        return [f"{role.replace('_', ' ')}: {words}" for role, words in told.items() if words]
+
     def summary(self) -> str:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
         lines = [f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
         lines += read_as_lines(self.data)
+        lines += self.prompts()
         if kept := [f"{row.name} {row.kept_rows}" for row in self.tensors if row.kept_rows]:
             lines.append(f"rows kept as the model has them, as not all inputs have them: {listed(kept)}")
         if self.other_weights and not self.in_place:  # in place it is a warning

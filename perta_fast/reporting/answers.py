@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from perta_fast.data.chat import ChatSettings
 from perta_fast.data.json_lines import Row, load_rows
 from perta_fast.errors import InputError
 from perta_fast.progress import Progress
@@ -41,24 +42,25 @@ def answer_prompts(report: Report, run: Path, prompts: list[Row], progress: Prog
     if reason := why_not_as_recorded({"path": str(run), "files": report.output["files"]}):
         raise InputError(f"{reason}; its answers would not be those of the run")
     before = report.inputs.get("model")
+    chat = ChatSettings.of(report.settings.get("system_prompt"), report.settings.get("date"))  # as in the run
     why = "the report names none" if before is None else why_not_as_recorded(before)
     return Answers(
         [row.content["question"] for row in prompts],
         [row.content["answer"] for row in prompts],
-        [] if before is None or why else _ask(Path(before["path"]), prompts, "before", progress),
-        _ask(run, prompts, "after", progress),
+        [] if before is None or why else _ask(Path(before["path"]), prompts, chat, "before", progress),
+        _ask(run, prompts, chat, "after", progress),
         why,
     )
 
 
-def _ask(model: Path, prompts: list[Row], name: str, progress: Progress) -> list[str]:
+def _ask(model: Path, prompts: list[Row], chat: ChatSettings, name: str, progress: Progress) -> list[str]:
     from perta_fast.data.samples import prompt_of
     from perta_fast.models.greedy_answers import greedy_answers
-    from perta_fast.models.loading import load_subject, samples_for
+    from perta_fast.models.loading import load_subject, samples_and_told
     from perta_fast.models.token_scores import evaluation_mode
 
     subject = load_subject(model, None, None)
-    tokens = [prompt_of(sample) for sample in samples_for(subject, prompts, None)]
+    tokens = [prompt_of(sample) for sample in samples_and_told(subject, prompts, None, chat)[0]]
     with evaluation_mode(subject.module):
         return greedy_answers(
             subject.module,

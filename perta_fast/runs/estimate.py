@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import nn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.wrappers import plain_name
+from perta_fast.data.chat import ChatSettings, Told, today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row, read_data, rows_from
@@ -29,7 +30,7 @@ from perta_fast.files.reading import checked_path
 from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.models.in_use import measuring
-from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_for
+from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_and_told
 from perta_fast.models.stored_names import as_stored
 from perta_fast.models.wrapped import unwrapped
 from perta_fast.progress import Progress
@@ -56,6 +57,8 @@ def estimate_importance(
     tokenizer: Any = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     out: str | Path | None = None,
@@ -78,15 +81,13 @@ def estimate_importance(
     are named as a checkpoint stores them. A module is left as it was found, its gradients included; a second call on it
     meanwhile is refused.
     data: a data file as ``unlearn`` takes it, rows in the same forms (a list, a data set, a DataFrame, a dictionary of
-    columns), ``Sample``s, or what is tokenised already: rows with
-    ``input_ids`` (T,), as a data set for transformers' Trainer has them, or padded batches of rows (N, T), as a loader
-    gives them. These may have ``labels``, -100 where there is no loss (without, every token counts), and an
-    ``attention_mask``, 0 on padding, which is cut off; other columns are ignored. All is read once, and kept as token
-    ids. The hash in the metadata is a file's own, and of token ids and labels for anything else.
-    fields, download: as in ``unlearn``.
-    tokenizer: needed for rows with a module; read from the checkpoint otherwise. batch_size: samples a backward
-    pass, whatever the batches that the data came in.
-    max_length: tokens a row is cut to, if that is less than the model's own limit. Cut ones are counted.
+    columns), ``Sample``s, or what is tokenised already: rows with ``input_ids`` (T,), as transformers' Trainer takes
+    them, or padded batches of rows (N, T) of a loader. These may have ``labels``, -100 where there is no loss (without,
+    every token counts), and an ``attention_mask``, 0 on padding, which is cut off; other columns are not read. All is
+    read once, and kept as token ids. The hash in the metadata is a file's own, or of token ids and labels.
+    fields, download: as in ``unlearn``. tokenizer: needed for rows with a module; read from the checkpoint otherwise.
+    batch_size: samples a backward pass, however the data came. max_length: tokens a row is cut to, if that is less than
+    the model's own limit; cut ones are counted. system_prompt, date_string: for the chat template (docs/data.md).
     device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is one, and
     the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
     stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
@@ -100,6 +101,7 @@ def estimate_importance(
     Raises InputError for bad arguments or data, RunError if a loss is not finite (naming the samples).
     """
     ranks = Ranks.of(group)
+    day = ranks.share(today())
     with ranks.together("the loading of model and data"):
         if estimator not in ESTIMATORS:
             raise InputError(f"estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
@@ -108,34 +110,50 @@ def estimate_importance(
             model_or_path = local_model(model_or_path, download)
         if isinstance(data, str | Path):
             data = local_data(data, download)
+        chat = ChatSettings.of(system_prompt, date_string, day)
         if out is not None:
-            inputs = [Path(path) for path in (model_or_path,) if isinstance(path, str | Path)]
-            inputs += data_files(data) if isinstance(data, Path) else []
-            check_output(checked_path(out), overwrite=overwrite, inputs=inputs)
-            check_unfinished(Path(out), overwrite=overwrite)
+            _check_out(out, overwrite, model_or_path, data)
         rows: list[Row] | list[Sample]
         rows, digest = read_data(data, fields) if isinstance(data, str | Path) else (_checked_rows(data, fields), None)
-        skeleton = None
-        if isinstance(model_or_path, nn.Module):
-            module = unwrapped(model_or_path)
-            _check_module(module, stream, device, dtype)
-            subject = Subject(module, tokenizer, "live module")
-        else:
-            if stream and out is None:
-                raise InputError("stream needs out: a directory to write the importance to")
-            open_plain(model_or_path)
-            path = Path(model_or_path)
-            skeleton = open_skeleton(path, device, dtype) if stream else None
-            structure = None if skeleton is None else skeleton.model
-            subject = load_subject(path, device, dtype, tokenizer, structure=structure, text=isinstance(rows[0], Row))
-        samples = samples_for(subject, rows, max_length)
+        if stream and out is None and not isinstance(model_or_path, nn.Module):
+            raise InputError("stream needs out: a directory to write the importance to")
+        subject, skeleton = _opened(model_or_path, tokenizer, isinstance(rows[0], Row), stream, device, dtype)
+        samples, told = samples_and_told(subject, rows, max_length, chat)
         digest = digest or _hash_samples(samples)
     with ranks.together("the data"):
         if len(set(ranks.gather(digest))) > 1:
             raise InputError("the processes were given different data; each must be given all of it")
-    taken = read_as(rows)
-    how = Estimation(subject, estimator, batch_size, progress, ranks, skeleton, memory, device_memory, taken)
+    how = Estimation(
+        subject, estimator, batch_size, progress, ranks, skeleton, memory, device_memory, read_as(rows), told
+    )
     return estimate_on(how, samples, digest, out=out, overwrite=overwrite)
+
+
+def _check_out(out: str | Path, overwrite: bool, model_or_path: str | Path | nn.Module, data: Data) -> None:
+    inputs = [] if isinstance(model_or_path, nn.Module) else [Path(model_or_path)]
+    inputs += data_files(data) if isinstance(data, Path) else []
+    check_output(checked_path(out), overwrite=overwrite, inputs=inputs)
+    check_unfinished(Path(out), overwrite=overwrite)
+
+
+def _opened(
+    model_or_path: str | Path | nn.Module,
+    tokenizer: Any,
+    text: bool,
+    stream: bool,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> "tuple[Subject, Skeleton | None]":
+    """A module, or a checkpoint, loaded, or its structure alone; text: whether there is text to tokenise."""
+    if isinstance(model_or_path, nn.Module):
+        module = unwrapped(model_or_path)
+        _check_module(module, stream, device, dtype)
+        return Subject(module, tokenizer, "live module"), None
+    open_plain(model_or_path)
+    path = Path(model_or_path)
+    skeleton = open_skeleton(path, device, dtype) if stream else None
+    structure = None if skeleton is None else skeleton.model
+    return load_subject(path, device, dtype, tokenizer, structure=structure, text=text), skeleton
 
 
 def _check_module(
@@ -154,6 +172,7 @@ class Estimation:
 
     skeleton: where the weights are read from layer by layer; None if they are in memory. memory, device_memory:
     as in ``estimate_importance``. read_as: which fields of the data were taken for what.
+    told: what the chat template was told with it.
     """
 
     subject: Subject
@@ -165,6 +184,7 @@ class Estimation:
     memory: int | None = None
     device_memory: int | None = None
     read_as: str = ""
+    told: Told = field(default_factory=Told)
 
     @property
     def device(self) -> torch.device:
@@ -186,6 +206,7 @@ class Estimation:
             perta_fast_version=versions.get("perta-fast", ""),
             torch_version=versions.get("torch", ""),
             transformers_version=versions.get("transformers", ""),
+            **vars(self.told),
         )
 
     def schedule(

@@ -1,9 +1,11 @@
 """The whole job: importance on forget and retain data, then the subtraction."""
 
 import os
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from perta_fast.data.chat import today
 from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row
 from perta_fast.distributed.ranks import Ranks
@@ -14,7 +16,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report, data_record
 from perta_fast.runs.apply import apply_sources
-from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all
+from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all, streamed_on
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def unlearn(
     device_memory: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
     device: "str | torch.device | None" = None,
     dtype: "torch.dtype | None" = None,
     threads: int | None = None,
@@ -79,12 +83,13 @@ def unlearn(
 
 def _run(options: Options) -> Report:
     ranks = Ranks.of(options.group)
+    day = ranks.share(today())
     with ranks.together("the opening of the inputs"):
         opened = Opened.open(options.located(), ranks)
         contents = read_all(opened.options) if opened.rule.estimator is None else None
     if contents is not None:
         return _task_vector_alone(opened, *contents)
-    loaded = _load(opened)
+    loaded = _load(opened, day)
     if options.stream and not options.in_place:
         from perta_fast.runs.unlearn_streamed import unlearn_streamed
 
@@ -107,8 +112,8 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
     return apply_sources(opened.sources, opened.rule, opened.settings, annotate=annotate, ranks=opened.ranks)
 
 
-def _load(opened: Opened) -> Loaded:
-    """Check everything that can be wrong before the first gradient, and load model and data."""
+def _load(opened: Opened, day: date) -> Loaded:
+    """Check everything that can be wrong before the first gradient, and load model and data. day: today."""
     options, ranks, final = opened.options, opened.ranks, opened.settings.destination
     with ranks.together("the loading of model and data"):
         streamed = options.stream and not options.in_place
@@ -135,7 +140,8 @@ def _load(opened: Opened) -> Loaded:
             sources = opened.sources
             covered = sum(match.theta.count for match in sources.matches if match.copied is None)
             check_space(final, (0 if options.in_place else sources.model.size) + 8 * covered)
-        loaded = Loaded.load(opened, rows, hashes)
+        day = (begun and streamed_on(begun.stream)) or day  # the same prompts as before it was stopped
+        loaded = Loaded.load(opened, rows, hashes, day)
     with ranks.together("the data"):
         if any(other != hashes for other in ranks.gather(hashes)):
             raise InputError("not all processes see the same data files")

@@ -2,7 +2,6 @@
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 
 from perta_fast.files.new_directory import OutputDirectory, importance_path
 from perta_fast.records.report import Report
@@ -28,7 +27,7 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
         for role, samples in loaded.samples.items():
             started = time.perf_counter()
             name = f"{role} importance"
-            how = replace(loaded.how, read_as=loaded.read_as[role])
+            how = loaded.how_for(role)
             estimate_on(how, samples, loaded.hashes[role], out=importances.path / role, description=name)
             loaded.phases[name] = time.perf_counter() - started
         loaded.release()

@@ -1,10 +1,13 @@
 """What a run of ``unlearn`` was asked for, and what it opens and loads before the first gradient."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from perta_fast.data.chat import ChatSettings, Told, parse_date
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row, read_data
@@ -19,6 +22,7 @@ from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import EstimationSettings, Report, data_record
+from perta_fast.records.typed_json import fits
 from perta_fast.rules import Rule
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
 from perta_fast.subtraction.in_place import check_in_place
@@ -62,6 +66,8 @@ class Options:
     device_memory: int | None
     batch_size: int
     max_length: int | None
+    system_prompt: str | None
+    date_string: str | None
     device: "str | torch.device | None"
     dtype: "torch.dtype | None"
     threads: int | None
@@ -110,6 +116,7 @@ class Opened:
     def open(cls, options: Options, ranks: Ranks) -> "Opened":
         """Raises InputError if anything is wrong with arguments or checkpoints."""
         rule = Rule.of(options.rule, options.lam, options.p, options.alpha, options.threshold)
+        ChatSettings.of(options.system_prompt, options.date_string)
         if options.at not in ("base", "model"):
             raise InputError(f"at is {options.at!r}; it must be base or model")
         check_threads(options.threads)
@@ -149,14 +156,15 @@ class Opened:
 class Loaded:
     """Opened inputs with the loaded model, and the data in tokens.
 
-    hashes: of the data files. max_length: the resolved limit. device, dtype: of the gradients. phases: seconds so far.
-    read_as: of the data, by role, see ``Row``.
+    hashes: of the data files. told: to the chat template. max_length: the resolved limit. device, dtype: of the
+    gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``.
     """
 
     opened: Opened
     how: "Estimation"
     samples: "dict[str, list[Sample]]"
     hashes: dict[str, str]
+    told: dict[str, Told]
     max_length: int | None
     device: str
     dtype: str
@@ -165,9 +173,9 @@ class Loaded:
     schedule: "Schedule | None" = None
 
     @classmethod
-    def load(cls, opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str]) -> "Loaded":
-        """Load the model that the gradients are taken at."""
-        from perta_fast.models.loading import length_limit, load_subject, samples_for
+    def load(cls, opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str], day: date) -> "Loaded":
+        """Load the model that the gradients are taken at. day: when the run began."""
+        from perta_fast.models.loading import length_limit, load_subject, samples_and_told
         from perta_fast.runs.estimate import Estimation, open_skeleton
 
         options, estimator = opened.options, opened.rule.estimator
@@ -187,11 +195,18 @@ class Loaded:
             options.memory,
             options.device_memory,
         )
-        samples = {role: samples_for(subject, rows[role], options.max_length) for role in rows}
+        chat = ChatSettings.of(options.system_prompt, options.date_string, day)
+        samples, told = {}, {}
+        for role in rows:
+            samples[role], told[role] = samples_and_told(subject, rows[role], options.max_length, chat)
         max_length, dtype = length_limit(subject, options.max_length), torch_name(subject.module.dtype)
         phases = {"load": time.perf_counter() - started}
         taken = {role: read_as(rows[role]) for role in rows}
-        return cls(opened, how, samples, hashes, max_length, str(how.device), dtype, phases, taken)
+        return cls(opened, how, samples, hashes, told, max_length, str(how.device), dtype, phases, taken)
+
+    def how_for(self, role: str) -> "Estimation":
+        """``how``, with what is known of the data of one role."""
+        return replace(self.how, read_as=self.read_as[role], told=self.told[role])
 
     def release(self) -> None:
         """Free the model: the subtraction needs its memory for the page cache."""
@@ -202,7 +217,8 @@ class Loaded:
         options = self.opened.options
         for name, seconds in self.phases.items():
             report.add_phase(name, seconds, 0)
-        report.recipe = as_recipe(vars(options))
+        told_date = next((told.date for told in self.told.values() if told.date is not None), None)
+        report.recipe = as_recipe(vars(options) | {"date_string": options.date_string or told_date})
         report.data = {
             role: data_record(options.data[role], self.hashes[role], samples, self.read_as[role])
             for role, samples in self.samples.items()
@@ -217,10 +233,21 @@ class Loaded:
             stream=options.stream,
             schedule=None if self.schedule is None else vars(self.schedule),
             processes=self.opened.ranks.world,
+            system_prompt=options.system_prompt,
+            date_string=options.date_string,
+            date=told_date,
         )
         for role, record in report.data.items():
             if record["truncated"]:
                 report.warn(f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit")
+
+
+def streamed_on(stream: Mapping[str, Any]) -> date | None:
+    """The date that the chat template was told in a streamed run of these settings; None if it did not ask."""
+    metadata = stream.get("metadata")
+    if metadata is None or not fits(metadata, dict[str, dict[str, str]]):
+        return None
+    return next((parse_date(table["date"]) for table in metadata.values() if "date" in table), None)
 
 
 def read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:

@@ -1,7 +1,7 @@
 """``unlearn`` layer by layer: importance, subtraction and writing in one walk."""
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -33,7 +33,7 @@ def unlearn_streamed(loaded: Loaded) -> Report:
         schedule=asdict(loaded.schedule),
         torch_threads=torch.get_num_threads(),
         metadata={
-            role: as_strings(replace(how, read_as=loaded.read_as[role]).describe(samples, loaded.hashes[role]))
+            role: as_strings(loaded.how_for(role).describe(samples, loaded.hashes[role]))
             for role, samples in loaded.samples.items()
         },
         save="" if kept is None else os.path.realpath(kept),

@@ -17,7 +17,8 @@ class Verification:
     changed: data files and model cards of inputs that have changed since the run, which says nothing against the
     output. card: the problems with the output's model card, which are in ``problems`` too. uncovered: files of which
     the run kept no hash. claim: what the run says of its output. tensors: number of tensors of the output. agreement:
-    how closely the recomputed ones agree.
+    how closely the recomputed ones agree. prompts: what the
+    chat template was told for each importance, as the run says.
     """
 
     claim: str = ""
@@ -32,10 +33,11 @@ class Verification:
     changed: list[str] = field(default_factory=list)
     card: list[str] = field(default_factory=list)
     uncovered: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """The outcome in plain sentences."""
-        lines = [self._outcome(), f"{self.files} files have the hashes in the report."]
+        lines = [self._outcome(), *self.prompts, f"{self.files} files have the hashes in the report."]
         if self.companions:
             lines.append(f"{self.companions} files beside the shards, with the report, have the hashes in {HASHES}.")
         if self.recomputed:

@@ -36,6 +36,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     result = Verification(
         claim=f"{directory} holds what rule {report.rule} with lambda {report.lam:g} gives on the inputs named",
         tensors=len(report.tensors),
+        prompts=report.prompts(),
     )
     if report.rule != "tv" and report.p not in EXACT_POWERS:
         result.agreement = "up to the last bit of a power"

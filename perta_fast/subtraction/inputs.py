@@ -11,6 +11,8 @@ from perta_fast.checkpoints.companions import check_companions_fetched
 from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.data.chat import Told
+from perta_fast.importance.prompts import check_system_prompts
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
@@ -100,10 +102,16 @@ class Sources:
 
 
 def open_importances(rule: Rule, forget: Path | None, retain: Path | None) -> dict[str, Checkpoint]:
-    """The importances that ``rule`` needs, by role. Raises InputError if they are not what it needs."""
+    """The importances that ``rule`` needs, by role.
+
+    Raises InputError if they are not what it needs, or had different system prompts.
+    """
     given = dict(zip(IMPORTANCES, (forget, retain), strict=True))
-    opened = {}
+    opened, metadata = {}, {}
     for role, path in rule.required(given, "estimate it with: perta importance").items():
         opened[role] = Checkpoint.open(path, STEM)
-        rule.check_estimator(read_metadata(opened[role])["estimator"], path)
+        metadata[role] = read_metadata(opened[role])
+        rule.check_estimator(metadata[role]["estimator"], path)
+    if metadata:
+        check_system_prompts(*(Told.read(metadata[role]) for role in IMPORTANCES))
     return opened

@@ -23,6 +23,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
+from perta_fast.importance.prompts import check_system_prompts, different_dates
 from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
 from perta_fast.models.in_use import check_not_in_use
@@ -33,6 +34,7 @@ from perta_fast.models.stored_names import as_stored
 from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
+from perta_fast.progress import LOGGER
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES
@@ -388,6 +390,11 @@ def _importances(
     for role, importance in required.items():
         loaded.append(importance if isinstance(importance, Importance) else Importance.load(importance))
         rule.check_estimator(loaded[-1].metadata.estimator, role)
+    if loaded:
+        told = [importance.metadata.told for importance in loaded]
+        check_system_prompts(*told)
+        if warning := different_dates(*told):
+            LOGGER.warning("%s", warning)
     return loaded
 
 

@@ -10,10 +10,12 @@ import numpy as np
 from perta_fast import compiled
 from perta_fast.checkpoints.companions import other_weights
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
+from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.identity import is_same
 from perta_fast.files.reading import exists
+from perta_fast.importance.prompts import different_dates
 from perta_fast.progress import Bar
 from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.importance_record import ImportanceRecord, importance_record
@@ -157,6 +159,8 @@ def _importance_warnings(importance: Mapping[str, ImportanceRecord]) -> list[str
             f"forget importance was evaluated at {forget['evaluated_at']}, "
             f"retain importance at {retain['evaluated_at']}"
         )
+    if different := different_dates(Told.read(forget), Told.read(retain)):
+        warnings.append(different)
     if slow := forget["one_by_one"] or retain["one_by_one"]:
         warnings.append(f"these parameters took a backward pass for each sample, not batches: {', '.join(slow)}")
     return warnings

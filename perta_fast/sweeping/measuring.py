@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
+from perta_fast.data.chat import Told, told
 from perta_fast.dtypes import torch_name
+from perta_fast.importance.prompts import different_dates
 from perta_fast.models.loading import length_limit
 from perta_fast.records.report import data_record, read_as_lines
 from perta_fast.records.versions import installed_versions, now
@@ -36,7 +38,13 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
         role: data_record(file.path, file.digest, live.samples[role], file.read_as)
         for role, file in opened.data.items()
     }
-    resolved = {"device": str(module.device), "dtype": torch_name(module.dtype), "max_length": max_length}
+    scored = told(live.subject.tokenizer)
+    resolved = {
+        "device": str(module.device),
+        "dtype": torch_name(module.dtype),
+        "max_length": max_length,
+        "date": scored.date,
+    }
     sweep = Sweep(
         rows=rows,
         metric=request.metric,
@@ -58,11 +66,27 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
             for role, entry in data.items()
             if entry["truncated"]
         ]
-        + live.notes(),
+        + live.notes()
+        + _notes_on_prompts(importances, scored),
         started=begun.started,
         finished=now(),
     )
     return sweep, importances
+
+
+def _notes_on_prompts(importances: ByEstimator, scored: Told) -> list[str]:
+    """Warnings where an importance was estimated with other prompts than its partner, or than the scores."""
+    notes = []
+    for by_role in importances.values():
+        estimated = {role: importance.metadata.told for role, importance in by_role.items()}
+        if different := different_dates(estimated["forget"], estimated["retain"]):
+            notes.append(f"warning: {different}")
+        for role, used in estimated.items():
+            dates = {used.day, scored.day} - {None}
+            if used.chat_template and (used.system_prompt != scored.system_prompt or len(dates) > 1):
+                words = [each.in_words() or "no system prompt" for each in (used, scored)]
+                notes.append(f"warning: {role} importance estimated with {words[0]}, scores taken with {words[1]}")
+    return notes
 
 
 def _prepare(opened: OpenedSweep, record: Record) -> tuple[LiveModel, ScoredSetting, ByEstimator]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -12,13 +13,14 @@ import torch
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import fingerprint
+from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.files.hashing import hash_file
 from perta_fast.importance.store import STEM, Importance, read_metadata
-from perta_fast.models.loading import Subject, load_subject, samples_for
+from perta_fast.models.loading import Subject, load_subject, samples_and_told
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import Estimation, estimate_on
@@ -35,7 +37,10 @@ ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role, forget or 
 
 @dataclass(frozen=True)
 class OpenedSweep:
-    """A checked request with its inputs opened. curves: at lam 0. given: the checkpoints with given importances."""
+    """A checked request with its inputs opened.
+
+    curves: at lam 0. given: the checkpoints with given importances. day: when the sweep began.
+    """
 
     request: Request
     curves: list[Rule]
@@ -44,9 +49,10 @@ class OpenedSweep:
     gold: Checkpoint | None
     data: dict[str, DataFile]
     progress: Progress
+    day: date
 
     @classmethod
-    def open(cls, request: Request, progress: Progress) -> "OpenedSweep":
+    def open(cls, request: Request, progress: Progress, day: date) -> "OpenedSweep":
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
         curves = curves_of(request.rules, request.ps, request.alphas, request.threshold)
         request.check()
@@ -64,7 +70,13 @@ class OpenedSweep:
                 for role in ("forget", "retain")
             },
             progress,
+            day,
         )
+
+    @property
+    def chat(self) -> ChatSettings:
+        """What chat templates are told."""
+        return ChatSettings.of(self.request.system_prompt, self.request.date_string, self.day)
 
     def inputs(self) -> dict[str, Checkpoint]:
         """Every directory of tensors that is read, by what it is."""
@@ -128,16 +140,20 @@ class OpenedSweep:
 
     def estimate(self, subject: Subject, folder: Path | None) -> ByEstimator:
         """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory."""
-        samples = {role: samples_for(subject, file.rows, self.request.max_length) for role, file in self.data.items()}
+        tokenised = {
+            role: samples_and_told(subject, file.rows, self.request.max_length, self.chat)
+            for role, file in self.data.items()
+        }
         importances: ByEstimator = {estimator: {} for estimator in self.lacking()}
         for estimator, by_role in importances.items():
             plain = Estimation(subject, estimator, self.request.batch_size, self.progress)
             for role, file in self.data.items():
-                how = replace(plain, read_as=file.read_as)
+                samples, told = tokenised[role]
+                how = replace(plain, read_as=file.read_as, told=told)
                 out = None if folder is None else folder / estimator / role
                 if out is None or not out.exists():  # one that exists is complete: it appears as a whole
                     description = f"{role} importance, {estimator}"
-                    importance = estimate_on(how, samples[role], file.digest, out=out, description=description)
+                    importance = estimate_on(how, samples, file.digest, out=out, description=description)
                 if out is None:
                     importance.tensors = {name: tensor.cpu() for name, tensor in importance.tensors.items()}
                 else:
@@ -146,7 +162,7 @@ class OpenedSweep:
         return importances
 
     def load(self, path: Path) -> Subject:
-        """A model, on the device and in the type of the sweep."""
+        """A model, on the device and in the type of the sweep, and its tokenizer as it is."""
         dtype = None if self.request.dtype is None else getattr(torch, self.request.dtype)
         return load_subject(path, self.request.device, dtype)
 
@@ -164,8 +180,9 @@ class OpenedSweep:
         return scored
 
     def _examinee(self, path: Path) -> Examinee:
-        request = self.request
-        return Examinee(self.load(path), request.batch_size, request.max_length, self.progress)
+        request, subject = self.request, self.load(path)
+        subject = replace(subject, tokenizer=self.chat.given_to(subject.tokenizer))
+        return Examinee(subject, request.batch_size, request.max_length, self.progress)
 
 
 def _taken_at(sources: Sources) -> dict[str, str]:

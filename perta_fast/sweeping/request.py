@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
@@ -56,6 +57,8 @@ class Request:
     dtype: str | None
     common_rows: bool = False
     fields: dict[str, str] | None = None
+    system_prompt: str | None = None
+    date_string: str | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -98,6 +101,7 @@ class Request:
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
         check_fields(self.fields)
+        ChatSettings.of(self.system_prompt, self.date_string)
         if self.at not in ("base", "model"):
             raise InputError(f"at is {self.at!r}; it must be base or model")
         self._check_bounds()

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from perta_fast.data.chat import parse_date, today
 from perta_fast.data.forms import Fields
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
 from perta_fast.files.apart import check_name
@@ -65,6 +67,8 @@ def sweep(
     common_rows: bool = False,
     batch_size: int = 8,
     max_length: int | None = None,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress = True,
@@ -76,6 +80,7 @@ def sweep(
 
     model, base, tuned, fields, download, at, threshold, batch_size, max_length, device, common_rows, progress: as in
     ``unlearn``. forget, retain: data files, to score on and to estimate importance on.
+    system_prompt, date_string: as in ``unlearn``, and for the scores. A resumed sweep keeps the date of its start.
     forget_importance, retain_importance: directories to use instead; a pair for each estimator.
     rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha: it comes once.
     lams: different strengths, tried in rising order; None searches for the largest within the bound.
@@ -116,8 +121,8 @@ def resume_sweep(final: Path, progress: Progress) -> Sweep:
 
 
 def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
-    opened = OpenedSweep.open(request, progress)
-    begun = Begun(request, opened.identity(), now(), [])
+    opened = OpenedSweep.open(request, progress, today())
+    begun = Begun(request, opened.identity(), now(), [], day=opened.day.isoformat())
     if request.out is None:
         return score(opened, Record(begun, None))[0]
     check_name(request.out)
@@ -130,6 +135,7 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
             raise InputError(unfinished_advice(final))
         check_unchanged(earlier.inputs, begun.inputs)
         begun = earlier
+        opened = replace(opened, day=parse_date(begun.day or begun.started[:10]))
     else:
         if not request.overwrite and has_begun(final):
             raise InputError(unfinished_advice(final))

@@ -25,7 +25,8 @@ class Begun:
     """An unfinished sweep.
 
     inputs: what identifies the weights and data that it reads. rows: the scored settings. gold: the gold model's
-    scores, once they are known.
+    scores, once they are known. day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in
+    records of builds that did not keep it.
     """
 
     request: Request
@@ -33,6 +34,7 @@ class Begun:
     started: str
     rows: list[ScoredSetting]
     gold: ScoredSetting | None = None
+    day: str = ""
 
     def find(self, rule: Rule) -> ScoredSetting | None:
         """What a setting has scored."""

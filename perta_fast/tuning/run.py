@@ -15,6 +15,7 @@ from torch import nn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import left_out_links, left_out_warning
 from perta_fast.checkpoints.quantised import open_plain
+from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields, read_as
 from perta_fast.data.json_lines import read_data
@@ -24,7 +25,7 @@ from perta_fast.files.apart import check_name
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.memory import PeakMemory
-from perta_fast.models.loading import choose_device, load_subject, samples_for
+from perta_fast.models.loading import choose_device, load_subject, samples_and_told
 from perta_fast.models.token_scores import evaluation_mode, score_rows
 from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord, Scalar, data_record, read_as_lines
@@ -43,7 +44,8 @@ _SCORED_AT_A_TIME = 8  # samples
 class Tuning:
     """The record of one tuning.
 
-    base: absolute path. settings: max_length is None for the model's own limit. tuned_parameters: how many elements
+    base: absolute path. settings: max_length is None for the model's own limit; date is what the chat template was
+    told, None if it did not ask. tuned_parameters: how many elements
     were trained. loss_before, loss_after: mean over the samples of their mean token loss, in nats. epoch_losses: by
     epoch, the mean over its steps of the batch's mean token loss. memory: peaks in bytes. seconds: with loading.
     """
@@ -91,6 +93,8 @@ def tune(
     lr: float | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -105,6 +109,7 @@ def tune(
     record that is returned. The documentation ("Tuning") says what is tuned and why.
     epochs, lr: None takes TOFU's, 10 epochs at 1e-4 for an adapter and 5 at 1e-5 for a checkpoint.
     batch_size: samples of a step. max_length: tokens that a sample is cut to, within the model's own limit.
+    system_prompt, date_string: as for ``unlearn``.
     gradient_checkpointing: compute activations again instead of keeping them. device: None takes CUDA if there is
     one. seed: on the CPU, one seed and one number of threads give the same bytes; torch, NumPy and ``random`` stay
     seeded. overwrite: replace ``out``.
@@ -130,6 +135,8 @@ def tune(
         gradient_checkpointing,
         seed,
         fields,
+        system_prompt,
+        date_string,
     )
     request.check()
     check_fields(fields)
@@ -145,6 +152,7 @@ def tune(
 
 def _run(request: Request, target: OutputDirectory, device: torch.device, progress: Progress) -> Tuning:
     started, clock = now(), time.perf_counter()
+    chat = ChatSettings.of(request.system_prompt, request.date_string)
     rows, digest = read_data(request.forget, request.fields)
     checkpoint = open_plain(request.base)
     if request.full:
@@ -154,7 +162,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
         # A step of a full tuning would be lost in bfloat16, a gradient in float16.
         widened = request.full or any(entry.dtype == "F16" for entry in checkpoint.tensors.values())
         subject = load_subject(request.base.resolve(), device, torch.float32 if widened else None)
-        samples = samples_for(subject, rows, request.max_length)
+        samples, told = samples_and_told(subject, rows, request.max_length, chat)
         module, missed = _trainable(subject.module, request, checkpoint, target.path)
         before = _mean_loss(module, samples, "before", progress)
         epoch_losses = train_(module, samples, request, target.path, progress)
@@ -170,7 +178,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
         record = Tuning(
             base=subject.origin,
             data=data,
-            settings=request.settings() | {"device": str(subject.device)},
+            settings=request.settings() | {"device": str(subject.device), "date": told.date},
             tuned_parameters=sum(tensor.numel() for tensor in module.parameters() if tensor.requires_grad),
             loss_before=before,
             loss_after=after,

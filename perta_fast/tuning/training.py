@@ -35,6 +35,8 @@ class Request:
     gradient_checkpointing: bool
     seed: int
     fields: Fields | None = None
+    system_prompt: str | None = None
+    date_string: str | None = None
 
     def check(self) -> None:
         """Raise InputError, naming the argument, for a number out of its range."""

@@ -103,6 +103,9 @@ def test_how_the_importances_were_estimated_is_reported(job: Job, tmp_path: Path
         "stream": False,
         "schedule": None,
         "processes": 1,
+        "system_prompt": None,
+        "date_string": None,
+        "date": None,
     }
 
 

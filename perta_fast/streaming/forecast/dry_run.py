@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import Fields
 from perta_fast.data.json_lines import Row, read_data
 from perta_fast.errors import InputError
@@ -22,6 +23,8 @@ from perta_fast.streaming.model.structure import Structure
 class Conditions:
     """How the model would be run; the fields are arguments of ``unlearn``. memory, device_memory: bytes."""
 
+    system_prompt: str | None
+    date_string: str | None
     batch_size: int
     max_length: int | None
     device: str | torch.device | None
@@ -56,12 +59,15 @@ def preview(
     subject = local_model(subject, conditions.download)
     structure = Structure.build(subject, conditions.dtype)
     rows = {role: read_data(local_data(path, conditions.download), conditions.fields)[0] for role, path in data.items()}
+    chat = ChatSettings.of(conditions.system_prompt, conditions.date_string)
     tokenizer = _tokenizer(subject)
     if tokenizer is None and max_length is None:
         raise InputError(
             f"{subject}: has no tokenizer, so the lengths of the samples are not known; give --max-length, and "
             "each will count that many tokens"
         )
+    if tokenizer is not None:
+        tokenizer = chat.given_to(tokenizer)
     lengths = [_lengths(structure, subject, tokenizer, records, max_length) for records in rows.values()]
     estimate = Estimate(
         structure,
