@@ -23,8 +23,8 @@ class Option:
 
     name: of the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value from a
     text; bool makes a flag. negatable: a flag that also has a form ``--no-``. several: takes one or more values.
-    one_of: at most one of the options with the same word can be given, and exactly one if they are required.
-    may_be_empty: whether an empty text is a value in a recipe.
+    one_of: at most one of the options with the same word can be given, and exactly one if they are required. named: a
+    path, or a name of the Hugging Face hub. may_be_empty: whether an empty text is a value in a recipe.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Option:
     several: bool = False
     one_of: str = ""
     may_be_empty: bool = False
+    named: bool = False
 
     @property
     def key(self) -> str:
@@ -140,9 +141,9 @@ FIELDS = Option(
 )
 DOWNLOAD = flag("download", "fetch models and data that are named ORG/NAME from the Hugging Face hub into its cache")
 CHECKPOINTS = (
-    Option("model", "the checkpoint to unlearn", Path, "DIR", required=True),
-    Option("base", "what it was tuned from", Path, "DIR", required=True),
-    Option("tuned", "the base, tuned on the forget data alone", Path, "DIR", required=True),
+    Option("model", "the checkpoint to unlearn", Path, "DIR", required=True, named=True),
+    Option("base", "what it was tuned from", Path, "DIR", required=True, named=True),
+    Option("tuned", "the base, tuned on the forget data alone", Path, "DIR", required=True, named=True),
     flag("common_rows", "if a vocabulary was resized, compute the rows that all have, and keep the model's others"),
     DOWNLOAD,
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli.options import Command, Option, add_options
 from perta_fast.errors import InputError
+from perta_fast.files.hub import is_name
 
 if TYPE_CHECKING:
     from perta_fast.records.recipe import Setting
@@ -115,7 +116,7 @@ def _argument(key: str, option: Option, setting: "Setting", folder: Path) -> str
         raise InputError(f"{refusal}; write it in quotes if it is a name")
     if not value and not option.may_be_empty:
         raise InputError(refusal)
-    if option.type is Path:
+    if option.type is Path and not (option.named and is_name(value, folder)):
         value = str(folder / value)
     try:
         converted = option.type(value)

@@ -60,8 +60,8 @@ COMMAND = Command(
     (
         RECIPE,
         *options.CHECKPOINTS,
-        Option("forget", "data to forget", Path, "FILE"),
-        Option("retain", "data to keep", Path, "FILE"),
+        Option("forget", "data to forget", Path, "FILE", named=True),
+        Option("retain", "data to keep", Path, "FILE", named=True),
         options.FIELDS,
         options.AT,
         Option("save_importance", "keep both importances here", Path, "DIR"),

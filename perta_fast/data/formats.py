@@ -171,7 +171,20 @@ def _parse(content: bytes, path: Path) -> Records:
     text = decode(content, path)
     if path_of_text.suffix in (".csv", ".tsv"):
         return _csv_records(text, path, "\t" if path_of_text.suffix == ".tsv" else None)
-    return _list_records(text, path) if text.lstrip().startswith("[") else _line_records(text, path)
+    if text.lstrip().startswith("["):
+        return _list_records(text, path)
+    return _single_record(text, path) or _line_records(text, path)
+
+
+def _single_record(text: str, path: Path) -> Records:
+    """The object of a file that holds one, printed over several lines; nothing if it holds anything else."""
+    if text.lstrip().partition("\n")[0].rstrip().endswith("}"):
+        return []
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return [(str(path), record)] if isinstance(record, dict) else []
 
 
 def _line_records(text: str, path: Path) -> Iterator[tuple[str, Any]]:

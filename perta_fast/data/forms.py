@@ -108,7 +108,8 @@ def _check_present(records: list[tuple[str, Any]], fields: Fields, name: str | P
 
 def _row(record: Any, where: str, fields: Fields) -> Row:
     if not isinstance(record, Mapping):
-        raise InputError(f"{where}: is not a JSON object")
+        hint = ', but a text; give it a name, as in {"text": "..."}' if isinstance(record, str) else ""
+        raise InputError(f"{where}: is not a JSON object{hint}")
     form = _form_of(record, where, fields)
     for source in form.values():
         if _first(record, source) not in record:

@@ -17,6 +17,12 @@ _DATA_FILES = ["*.json", "*.jsonl", "*.parquet", "*.csv", "*.tsv", "*.gz", "*.ar
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
+def is_name(text: str, folder: Path) -> bool:
+    """Whether ``text`` can only be a name: neither from ``folder`` nor from here does it lead towards a path."""
+    name = _NAME.fullmatch(text)
+    return name is not None and not any(exists(start / text.partition("/")[0]) for start in (folder, Path()))
+
+
 def local_model(path: str | Path, download: bool = False, *, in_place: bool = False) -> Path:
     """``path``, or the directory of the cache with the model of this name.
 

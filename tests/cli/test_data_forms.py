@@ -1,14 +1,18 @@
 """Every command that takes data takes it in other forms and under other names of fields, with the same result."""
 
 import csv
+import inspect
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from perta_fast import Importance, InputError, cli, tune, unlearn
+from perta_fast import Importance, InputError, cli, sweep, tune, unlearn
 from perta_fast.records.report import Report
+from perta_fast.records.typed_json import typed
+from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 from tests.support.checkpoints import fingerprint
 from tests.support.models import FORGET, RETAIN, Job, write_job
@@ -153,6 +157,35 @@ def test_bad_fields(fields: str, said: str, other: Job, tmp_path: Path, capsys: 
     assert status == 2
     assert said in capsys.readouterr().err
     assert fingerprint(tmp_path) == before
+
+
+def test_shards_of_a_directory(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = job.forget.read_text().splitlines(keepends=True)
+    (tmp_path / "set").mkdir()
+    shards = [tmp_path / "set" / f"train-0000{k}-of-00002.jsonl" for k in range(2)]
+    shards[0].write_text("".join(lines[:2]))
+    shards[1].write_text("".join(lines[2:]))
+    unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "out", progress=False)
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "plain", progress=False)
+    assert same_weights(tmp_path / "out", tmp_path / "plain")
+    report, plain = Report.load(tmp_path / "out"), Report.load(tmp_path / "plain")
+    assert report.data["forget"] == plain.data["forget"] | {"path": f"{tmp_path}/set:train"}
+    assert run("verify", tmp_path / "out") == 0
+    assert "changed" not in capsys.readouterr().out
+    shards[1].write_text("".join(lines[3:]))
+    assert run("verify", tmp_path / "out") == 0
+    assert f"forget data {tmp_path}/set:train" in capsys.readouterr().out
+    shards[1].unlink()
+    shards[0].unlink()
+    assert run("verify", tmp_path / "out") == 0
+    assert "forget data: " in capsys.readouterr().out
+
+
+def test_a_sweep_with_fields_is_read_back(other: Job) -> None:
+    arguments = {name: parameter.default for name, parameter in inspect.signature(sweep).parameters.items()}
+    paths = dict(zip(("model", "base", "tuned", "forget", "retain"), vars(other).values(), strict=True))
+    request = Request.of(arguments | paths | {"fields": {"question": "title", "answer": "reply"}})
+    assert typed(json.loads(json.dumps(asdict(request))), Request) == request
 
 
 def test_a_directory_that_holds_the_output_is_refused(job: Job, tmp_path: Path) -> None:

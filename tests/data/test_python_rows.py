@@ -1,11 +1,12 @@
 """Data given to Python functions: data sets, DataFrames, dictionaries of columns, tables; taken or refused in words."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perta_fast import InputError, estimate_importance
-from perta_fast.data.json_lines import rows_from
+from perta_fast.data.json_lines import load_rows, rows_from
 from perta_fast.data.python_rows import rows_of
 from perta_fast.runs.estimate import _checked_rows
 from tests.data.test_forms import CALL, TALK, TOOL
@@ -49,7 +50,7 @@ def test_a_data_frame() -> None:
     assert contents(pandas.DataFrame({"messages": [TALK]})) == [{"messages": TALK}]
 
 
-def test_a_data_frame_of_a_parquet_file(tmp_path: Any) -> None:
+def test_a_data_frame_of_a_parquet_file(tmp_path: Path) -> None:
     pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     pandas.DataFrame({"messages": [CALLS["messages"]], "tools": [CALLS["tools"]]}).to_parquet(tmp_path / "a.parquet")
     assert contents(pandas.read_parquet(tmp_path / "a.parquet")) == [CALLS]  # lists are arrays of NumPy's there
@@ -89,6 +90,19 @@ def test_importance_is_the_same_however_the_rows_come() -> None:
         assert found.metadata.data_hash == expected.metadata.data_hash
         assert all(found.tensors[name].equal(tensor) for name, tensor in expected.tensors.items())
     assert expected.metadata.read_as == ""
+
+
+def test_the_advice_to_write_a_file_is_right(tmp_path: Path) -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    datasets.Dataset.from_list(ROWS).to_json(tmp_path / "a.jsonl")
+    pandas.DataFrame(ROWS).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    for name in ("a", "b"):
+        assert [row.content for row in load_rows(tmp_path / f"{name}.jsonl")] == ROWS
+
+
+def test_texts_alone_need_a_name() -> None:
+    with pytest.raises(InputError, match="sample 0: is not a JSON object, but a text; give it a name"):
+        contents(["one", "two"])
 
 
 def test_fields_are_not_for_tokens() -> None:

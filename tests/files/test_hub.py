@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from perta_fast import InputError, RunError, apply
+from perta_fast import InputError, RunError, apply, cli
 from perta_fast.data.json_lines import load_rows
 from perta_fast.files.hub import local_data, local_model
 from tests.support.models import llama
@@ -139,6 +139,21 @@ def test_apply_by_names(cache: Path) -> None:
     assert report.inputs["model"]["path"] == str(snapshots[0].resolve())  # names the model and its revision
     apply(*snapshots, rule="tv", out="by-path", progress=False)
     assert Path("by-name/model.safetensors").read_bytes() == Path("by-path/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_names_in_a_recipe(cache: Path, tmp_path: Path) -> None:
+    """They are not paths that begin at the recipe's directory; where they could be, they are."""
+    for seed, name in enumerate(("model", "base", "tuned")):
+        saved(cache, f"org/{name}", seed)
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    lines = ["model: org/model", "base: org/base", "tuned: org/tuned", "rule: tv", "lam: 1", "out: org-out/tv"]
+    (folder / "run.yaml").write_text("\n".join(lines))
+    assert cli.main(["unlearn", "--recipe", str(folder / "run.yaml")]) == 0
+    assert (folder / "org-out" / "tv" / "perta_report.json").is_file()
+    (folder / "org").mkdir()
+    assert cli.main(["unlearn", "--recipe", str(folder / "run.yaml"), "--overwrite"]) == 2
 
 
 @pytest.mark.slow
