@@ -47,7 +47,7 @@ def _rows_of_columns(data: Mapping[Any, Any]) -> Iterator[Any]:
         return rows_of(values[0])
     columns = [list(value) for value in values if hasattr(value, "__iter__") and not isinstance(value, str | Mapping)]
     if not columns or len(columns) < len(values) or any(column and _is_message(column[0]) for column in columns):
-        raise InputError("data is a dictionary and no columns, so it may be one row; put it in a list")
+        raise InputError("sample 0: is not a JSON object; data is a dictionary, but no columns: put one row in a list")
     if len({len(column) for column in columns}) > 1:
         lengths = ", ".join(f"{name} {len(column)}" for name, column in zip(data, columns, strict=True))
         raise InputError(f"data has columns of different lengths: {lengths}")

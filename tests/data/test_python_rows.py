@@ -62,10 +62,10 @@ def test_a_table_of_arrow() -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "one row": ({"question": "Who?", "answer": "Me."}, "it may be one row; put it in a list"),
-    "one conversation": ({"messages": TALK}, "it may be one row; put it in a list"),
+    "one row": ({"question": "Who?", "answer": "Me."}, "a dictionary, but no columns: put one row in a list"),
+    "one conversation": ({"messages": TALK}, "a dictionary, but no columns: put one row in a list"),
     "columns of different lengths": ({"a": ["x"], "b": ["x", "y"]}, "data has columns of different lengths: a 1, b 2"),
-    "nothing": ({}, "it may be one row"),
+    "nothing": ({}, "but no columns"),
     "a number": (3, "data is int; it must be a file, or have __iter__"),
 }
 

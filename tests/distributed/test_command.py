@@ -114,7 +114,7 @@ def _hide_the_data(rank: int) -> None:
     if rank == 1:
         from perta_fast.runs import unlearn_inputs as module
 
-        def missing(path: Path) -> Any:
+        def missing(path: Path, fields: Any) -> Any:
             raise module.InputError(f"{path}: cannot be read")
 
         module.read_data = missing
