@@ -73,6 +73,8 @@ def fields_text(fields: Fields) -> str:
 
 def check_fields(fields: Fields | None) -> None:
     """Raise InputError unless ``fields`` are those of one form."""
+    if fields is not None and not isinstance(fields, Mapping):
+        raise InputError(f"fields is {fields!r}; give a dictionary such as {{'question': 'prompt', 'answer': 'reply'}}")
     for target, source in (fields or {}).items():
         if target not in TARGETS or not isinstance(source, str) or not source.strip() or set(source) & set(",="):
             raise InputError(

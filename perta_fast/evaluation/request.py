@@ -10,6 +10,7 @@ from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import fingerprint
 from perta_fast.data.chat import today
 from perta_fast.data.formats import data_files
+from perta_fast.data.forms import check_fields
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.metric_table import MetricTable
@@ -64,6 +65,7 @@ class Request:
             values[name] = None if values[name] is None else local_data(values[name], download)
         if values["reference_model"] is not None:
             values["reference_model"] = local_model(values["reference_model"], download)
+        check_fields(values["fields"])
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "model", "out"):
             values[name] = None if values[name] is None else str(checked_path(values[name]).absolute())

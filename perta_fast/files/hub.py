@@ -5,6 +5,7 @@ What exists under a path comes first. Nothing is downloaded unless that was aske
 
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,9 @@ def local_data(path: str | Path, download: bool = False) -> Path:
     snapshot = None if name is None else _snapshot(path, name[1], "dataset", download)
     if name is None or snapshot is None:
         return Path(path)
+    if not any(fnmatch(file.name, pattern) for file in snapshot.rglob("*") for pattern in _DATA_FILES):
+        fetch = _fetch(name[1], "dataset")
+        raise InputError(f"{path}: the Hugging Face cache has no file of this data set's rows; fetch it with: {fetch}")
     return Path(f"{snapshot}{name[2] or ''}")
 
 

@@ -67,6 +67,7 @@ class Request:
         for name in (*_MODELS, *_DATA):
             local = local_data if name in _DATA else local_model
             values[name] = None if values[name] is None else local(values[name], arguments["download"])
+        check_fields(values["fields"])
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "checkpoint"):
             values[name] = None if values[name] is None else _absolute(values[name])
@@ -100,7 +101,6 @@ class Request:
         """Raise InputError for what is wrong with the arguments themselves; ``curves_of`` checks the settings."""
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
-        check_fields(self.fields)
         ChatSettings.of(self.system_prompt, self.date_string)
         if self.at not in ("base", "model"):
             raise InputError(f"at is {self.at!r}; it must be base or model")

@@ -223,6 +223,11 @@ def test_fields_as_text() -> None:
     assert fields_from(fields_text(fields)) == fields
 
 
+def test_fields_in_python_are_a_dictionary() -> None:
+    with pytest.raises(InputError, match="fields is 'question=q'; give a dictionary such as"):
+        rows_from([QUESTION], "question=q")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text", ["", "question", "question=", "=x", "q=x", "text=a,text=b", "question=a,messages=b"])
 def test_fields_that_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="fields"):

@@ -6,12 +6,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from perta_fast import InputError, RunError, apply, cli
+from perta_fast import InputError, RunError, apply, cli, estimate_importance, evaluate, sweep, tune, unlearn
 from perta_fast.data.json_lines import load_rows
 from perta_fast.files.hub import local_data, local_model
-from tests.support.models import llama
+from tests.support.models import llama, write_job
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 TEXT = b'{"text": "a"}\n'
@@ -139,6 +140,45 @@ def test_apply_by_names(cache: Path) -> None:
     assert report.inputs["model"]["path"] == str(snapshots[0].resolve())  # names the model and its revision
     apply(*snapshots, rule="tv", out="by-path", progress=False)
     assert Path("by-name/model.safetensors").read_bytes() == Path("by-path/model.safetensors").read_bytes()
+
+
+def test_a_data_set_without_its_rows(cache: Path) -> None:
+    kept(cache, "org/data", "dataset", README_dot_md=b"x")
+    with pytest.raises(InputError, match=r"org/data:train: .* no file of this data set's rows; .* dataset org/data$"):
+        local_data("org/data:train")
+
+
+@pytest.mark.slow
+def test_every_command_by_names(cache: Path, one_thread: None) -> None:
+    job = write_job(Path("job").absolute(), torch.float32)
+    for name, path in zip(("model", "base", "tuned"), job.checkpoints, strict=True):
+        kept(cache, f"org/{name}", **{file.name.replace(".", "_dot_"): file.read_bytes() for file in path.iterdir()})
+    rows = {"forget_dot_jsonl": job.forget.read_bytes(), "retain_dot_jsonl": job.retain.read_bytes()}
+    kept(cache, "org/data", "dataset", **rows)
+    sets = {"forget": "org/data:forget", "retain": "org/data:retain"}
+    names, quiet = ("org/model", "org/base", "org/tuned"), {"progress": False}
+    swept = sweep(*names, **sets, lams=[1.0], out="swept", **quiet)
+    expected = sweep(*job.checkpoints, job.forget, job.retain, lams=[1.0], **quiet)
+    assert swept.rows[1].forget_loss == expected.rows[1].forget_loss
+    assert swept.data["forget"]["path"].endswith(f"datasets--org--data/snapshots/{REVISION}:forget")
+    importance = estimate_importance("org/base", "org/data:forget", **quiet)
+    expected_importance = estimate_importance(job.base, job.forget, **quiet)
+    assert importance.metadata.data_hash == expected_importance.metadata.data_hash
+    assert f"models--org--base/snapshots/{REVISION}" in importance.metadata.evaluated_at
+    report = unlearn(*names, **sets, out="made", **quiet)
+    unlearn(*job.checkpoints, job.forget, job.retain, out="made-by-path", **quiet)
+    for path in Path("made-by-path").glob("*.safetensors"):
+        assert path.read_bytes() == (Path("made") / path.name).read_bytes()
+    assert cli.main(["unlearn", "--recipe", "made/perta_report.json", "--out", "again"]) == 0
+    assert cli.main(["verify", "made"]) == 0
+    assert report.data["retain"]["path"].endswith(":retain")
+    tuning = tune("org/base", "org/data:forget", "adapter", rank=2, epochs=1, **quiet)
+    assert tuning.data["blake3"] == report.data["forget"]["blake3"]
+    scores = evaluate("org/model", forget="org/data:forget", metrics=["forget_Q_A_Prob"], **quiet)
+    assert (
+        scores["forget_Q_A_Prob"]
+        == evaluate(job.model, forget=job.forget, metrics=["forget_Q_A_Prob"], **quiet)["forget_Q_A_Prob"]
+    )
 
 
 @pytest.mark.slow
