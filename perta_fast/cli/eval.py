@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import CHAT, DOWNLOAD, ESTIMATION, FIELDS, Command, Option, flag, keywords
+from perta_fast.cli.options import CHAT, DOWNLOAD, ESTIMATION, FIELDS, SHOW_LABELS, Command, Option, flag, keywords
 from perta_fast.errors import printable
 
 
@@ -41,6 +41,7 @@ COMMAND = Command(
         Option("retain", "data that was to be kept", Path, "FILE"),
         Option("holdout", "data that was never trained on", Path, "FILE"),
         FIELDS,
+        SHOW_LABELS,
         DOWNLOAD,
         Option("reference", "what this command wrote for a model trained without the forget set", Path, "FILE"),
         Option("reference_model", "a model for the membership score mia_reference", Path, "DIR"),

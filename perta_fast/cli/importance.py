@@ -60,6 +60,7 @@ COMMAND = Command(
         Option("model", "where it is taken", Path, "DIR", required=True),
         Option("data", "rows of text, questions or messages", Path, "FILE", required=True),
         options.FIELDS,
+        options.SHOW_LABELS,
         options.DOWNLOAD,
         Option("estimator", "grad serves the rules grad and fisher (default)", default="grad", choices=ESTIMATORS),
         *options.STREAM,

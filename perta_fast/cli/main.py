@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from perta_fast.cli import apply, demo, eval, importance, inspect, recipe, report, resume, sweep, tune, unlearn, verify
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
 from perta_fast.cli.recipe_options import add_commands
+from perta_fast.cli.show_labels import show_labels
 from perta_fast.cli.streams import ShownStream, shown_streams
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
@@ -55,7 +56,8 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream) -> 
     if getattr(parsed, "quiet", False) or not ranks.first:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
     with _log_shown(parsed.verbose and ranks.first):
-        status: int = parsed.command.run(parsed)
+        shows = getattr(parsed, "show_labels", None) is not None
+        status: int = show_labels(parsed) if shows else parsed.command.run(parsed)
     output.flush()
     return status if output.lost is None else _told(output.lost, parsed, status)
 

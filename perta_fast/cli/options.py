@@ -99,6 +99,7 @@ def keywords(parsed: argparse.Namespace, without: Container[str] = ()) -> dict[s
         arguments["progress"] = not arguments.pop("quiet")
     if arguments.get("dtype") is not None:
         arguments["dtype"] = torch_dtype(arguments["dtype"])
+    arguments.pop(SHOW_LABELS.name, None)
     return {name: value for name, value in arguments.items() if name not in without}
 
 
@@ -139,6 +140,7 @@ def _fields(text: str) -> dict[str, str]:
 FIELDS = Option(
     "fields", "names of the data's fields, as in question=prompt,answer=completion (the usual ones)", _fields, "A=B,..."
 )
+SHOW_LABELS = Option("show_labels", "print N rows of each data file with what carries loss marked, and stop", int, "N")
 DOWNLOAD = flag("download", "fetch models and data that are named ORG/NAME from the Hugging Face hub into its cache")
 CHECKPOINTS = (
     Option("model", "the checkpoint to unlearn", Path, "DIR", required=True, named=True),

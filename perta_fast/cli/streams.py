@@ -9,6 +9,7 @@ from typing import Any
 
 from perta_fast.errors import shown_letter
 
+COLOUR_ON, COLOUR_OFF = "\x1b[7m", "\x1b[27m"  # reverse video: it shows spaces too
 _BAR_MOVES = re.compile(r"(\n|\x1b\[A)+")  # how tqdm goes from one bar to another
 
 
@@ -16,7 +17,8 @@ class ShownStream:
     """A text stream that escapes what is not printable, or has no place in the stream's encoding.
 
     Once a write fails, as the reader has gone or the disk is full, ``lost`` is the error, and nothing more is written.
-    bars: keep what tqdm writes to draw a bar. Other attributes are those of the stream itself.
+    bars: keep what tqdm writes to draw a bar. COLOUR_ON and COLOUR_OFF are kept if they are written alone. Other
+    attributes are those of the stream itself.
     """
 
     def __init__(self, stream: Any, *, bars: bool = False) -> None:
@@ -42,7 +44,7 @@ class ShownStream:
         self._try(self._stream.flush)
 
     def _escaped(self, text: str) -> str:
-        if text.isprintable() or (self._bars and _BAR_MOVES.fullmatch(text)):
+        if text.isprintable() or text in (COLOUR_ON, COLOUR_OFF) or (self._bars and _BAR_MOVES.fullmatch(text)):
             return text
         returns = len(text) - len(text.lstrip("\r")) if self._bars else 0
         return text[:returns] + "".join(

@@ -102,6 +102,7 @@ COMMAND = Command(
         Option("forget", "data to forget", Path, "FILE", required=True),
         Option("retain", "data to keep", Path, "FILE", required=True),
         options.FIELDS,
+        options.SHOW_LABELS,
         replace(options.RULE, one_of="rules"),
         Option("rules", "several rules", _names, "R,R,...", one_of="rules"),
         Option("lams", "strengths; without them, the largest within the bound", _numbers, "L,L,..."),

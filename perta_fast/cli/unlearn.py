@@ -63,6 +63,7 @@ COMMAND = Command(
         Option("forget", "data to forget", Path, "FILE", named=True),
         Option("retain", "data to keep", Path, "FILE", named=True),
         options.FIELDS,
+        options.SHOW_LABELS,
         options.AT,
         Option("save_importance", "keep both importances here", Path, "DIR"),
         *options.STREAM,

@@ -1,6 +1,6 @@
 """A model loaded for a run, its device and tokenizer, and the samples that it can take."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,20 @@ def length_limit(subject: Subject, max_length: int | None) -> int | None:
     return min(limits, default=None)
 
 
+def row_samples(subject: Subject, rows: Sequence[Row], max_length: int | None) -> Iterator[list[Sample]]:
+    """The samples of each row, cut to the length that the model takes. Raises InputError naming the row."""
+    if subject.tokenizer is None:
+        raise InputError("a tokenizer is needed to turn rows into tokens; pass tokenizer=")
+    return encode_rows(rows, subject.tokenizer, length_limit(subject, max_length) or 1 << 30, _stops(subject))
+
+
 def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None) -> list[Sample]:
     """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
     limit = length_limit(subject, None) or 1 << 30
     named: list[tuple[Sample, str]]
     if isinstance(rows[0], Row):
-        if subject.tokenizer is None:
-            raise InputError("a tokenizer is needed to turn rows into tokens; pass tokenizer=")
         given: Sequence[Row] = rows  # type: ignore[assignment]
-        of_rows = encode_rows(given, subject.tokenizer, min(max_length or limit, limit), _stops(subject))
+        of_rows = row_samples(subject, given, max_length)
         named = [(sample, row.where) for row, parts in zip(given, of_rows, strict=True) for sample in parts]
     else:
         named = [(sample, f"sample {number}") for number, sample in enumerate(rows)]  # type: ignore[misc]
@@ -93,6 +98,19 @@ def samples_and_told(
     if subject.tokenizer is not None:
         subject = replace(subject, tokenizer=chat.given_to(subject.tokenizer))
     return samples_for(subject, rows, max_length), told(subject.tokenizer)
+
+
+def subject_without_weights(path: Path, chat: ChatSettings) -> Subject:
+    """The tokenizer and the settings of a checkpoint, for ``row_samples`` alone. Raises InputError if they are bad."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    module: Any = nn.Module()
+    try:
+        module.config = AutoConfig.from_pretrained(path, **_CLOSED)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
+    except Exception as error:  # a damaged configuration shows in many ways
+        raise InputError(f"{path}: transformers cannot load this model's tokenizer: {reason_of(error)}") from error
+    return Subject(module, chat.given_to(tokenizer), str(path.resolve()))
 
 
 def load_subject(

@@ -1,0 +1,61 @@
+"""``--show-labels N``: rows with what carries loss marked, without any weight; the command itself does not run."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from perta_fast.cli.importing import importing
+from perta_fast.cli.streams import COLOUR_OFF, COLOUR_ON
+from perta_fast.errors import InputError, printable
+
+_FILES = ("data", "forget", "retain", "holdout")  # options that name data files
+
+
+def show_labels(parsed: argparse.Namespace) -> int:
+    """Print the first rows of each data file of a command as the model that is measured gets them."""
+    if parsed.show_labels < 1:
+        raise InputError(f"show_labels is {parsed.show_labels}; it must be at least 1")
+    files = {role: getattr(parsed, role, None) for role in _FILES}
+    if getattr(parsed, "suite", None):
+        raise InputError("show_labels is for data of your own; leave out the suite")
+    if not any(files.values()):
+        raise InputError("show_labels needs data: name the file with the rows")
+    with importing():
+        from perta_fast.data.chat import ChatSettings
+        from perta_fast.data.json_lines import read_data
+        from perta_fast.files.hub import local_data, local_model
+        from perta_fast.models.loading import check_sizes, row_samples, subject_without_weights
+
+    check_sizes(parsed.show_labels, parsed.max_length)
+    chat = ChatSettings.of(parsed.system_prompt, parsed.date_string)
+    subject = subject_without_weights(local_model(_measured(parsed), parsed.download), chat)
+    for role, path in files.items():
+        if path is None:
+            continue
+        rows, _ = read_data(local_data(path, parsed.download), parsed.fields)
+        chosen = rows[: parsed.show_labels]
+        for row, samples in zip(chosen, row_samples(subject, chosen, parsed.max_length), strict=True):
+            for number, sample in enumerate(samples, start=1):
+                turn = f", turn {number} of {len(samples)}" if len(samples) > 1 else ""
+                cut = ", cut to the length limit" if sample.truncated else ""
+                count = f"{sample.label_count} of {len(sample.input_ids)} tokens carry loss"
+                print(printable(f"{role}: {row.where}{turn}: {count}{cut}"))
+                _print_marked(sample.pieces(subject.tokenizer))
+    return 0
+
+
+def _measured(parsed: argparse.Namespace) -> Path:
+    """The checkpoint whose tokenizer the command takes."""
+    at_base = not hasattr(parsed, "model") or getattr(parsed, "at", "model") == "base"
+    path: Path = parsed.base if at_base else parsed.model
+    return path
+
+
+def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
+    """Write the text of a sample; what carries loss in colour on a terminal, in brackets elsewhere."""
+    begin, end = (COLOUR_ON, COLOUR_OFF) if sys.stdout.isatty() else ("⟦", "⟧")
+    for text, carries in pieces:
+        for part in (begin, text, end) if carries else (text,):
+            sys.stdout.write(part)
+    sys.stdout.write("\n\n")
