@@ -20,12 +20,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 # Options that are given to the function in another form, or not at all.
 OTHERWISE = {
-    "unlearn": {"recipe", "dry_run", "quiet"},
+    "unlearn": {"recipe", "dry_run", "quiet", "show_labels"},
     "apply": {"quiet"},
-    "importance": {"model", "dry_run", "quiet"},
-    "tune": {"quiet"},
-    "sweep": {"rules", "ps", "alphas", "quiet"},
-    "eval": {"model", "quiet"},
+    "importance": {"model", "dry_run", "quiet", "show_labels"},
+    "tune": {"quiet", "show_labels"},
+    "sweep": {"rules", "ps", "alphas", "quiet", "show_labels"},
+    "eval": {"model", "quiet", "show_labels"},
 }
 OTHER_DEFAULTS = {"eval": {"batch_size"}}  # 8 on the command line as for all commands, 16 in Python
 
