@@ -23,6 +23,8 @@ def run(parsed: argparse.Namespace) -> int:
     lines = [f"{record.estimator} over {record.sample_count} samples, {record.label_count} labels"]
     if record.read_as:
         lines.append(f"data: {record.read_as}")
+    if words := record.told.in_words():
+        lines.append(words)
     if record.truncated_count:
         lines.append(f"warning: {record.truncated_count} samples were cut to the length limit")
     if record.one_by_one:

@@ -29,6 +29,7 @@ def write_template(parsed: argparse.Namespace) -> int:
 
 
 def check_recipe(parsed: argparse.Namespace) -> int:
+    from perta_fast.data.chat import ChatSettings
     from perta_fast.errors import printable
     from perta_fast.records.recipe import read_recipe
     from perta_fast.rules import Rule
@@ -43,6 +44,7 @@ def check_recipe(parsed: argparse.Namespace) -> int:
     run = parser_of(command).parse_args(arguments)
     try:
         Rule.of(run.rule, run.lam, run.p, run.alpha, run.threshold)
+        ChatSettings.of(run.system_prompt, run.date_string)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     print(printable(f"{path}: a whole run, {len(settings)} settings"))

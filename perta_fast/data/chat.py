@@ -4,7 +4,7 @@ import copy
 import datetime
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -173,7 +173,7 @@ class _Applying:
         template = self.tokenizer.get_chat_template(chat_template, tools)
         if self._settings.date_string is not None:
             options = {"date_string": self._settings.date_string, "current_date": f"{self._time:%Y-%m-%d}", **options}
-        with _clock_of(template, self._strftime):
+        with _clock_of(template, self._strftime) if _CLOCK in _names(template) else nullcontext():
             result = self.tokenizer.apply_chat_template(
                 prompted, tools=tools, documents=documents, chat_template=template, **options
             )
@@ -186,9 +186,9 @@ class _Applying:
             return messages
         return [{"role": "system", "content": prompt}, *messages]
 
-    def _strftime(self, form: str) -> str:
-        """What templates call in place of the clock."""
-        text = self._time.strftime(form)
+    def _strftime(self, format: str) -> str:
+        """What templates call in place of the clock, maybe with the argument by name, as transformers names it."""
+        text = self._time.strftime(format)
         self._clock_said.append(text)
         return text
 
@@ -197,7 +197,7 @@ class _Applying:
         now, given = self.told, self._settings.date_string
         if not now.chat_template:
             now = replace(now, chat_template=True, system_prompt=self._settings.system_prompt)
-        if given is not None and now.date is None and _reads_date(template):
+        if given is not None and now.date is None and not _names(template).isdisjoint((_CLOCK, *_VARIABLES)):
             now = replace(now, date_string=given, date=given)
         elif self._clock_said and now.date is None:
             now = replace(now, date=next(filter(self._is_the_day, self._clock_said), f"{self._time:%Y-%m-%d}"))
@@ -230,13 +230,13 @@ def _clock_of(template: str, clock: Any) -> Iterator[None]:
 
 
 @lru_cache
-def _reads_date(template: str) -> bool:
-    """Whether a template names the clock, or a variable with the date."""
+def _names(template: str) -> frozenset[str]:
+    """The names of variables and functions in a template. Raises what jinja2 raises if it is none."""
     from jinja2.nodes import Name
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tree = _compile_jinja_template(template).environment.parse(template)
-    return any(node.name in (_CLOCK, *_VARIABLES) for node in tree.find_all(Name))
+    return frozenset(node.name for node in tree.find_all(Name))
 
 
 def _check_takes_system_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> None:

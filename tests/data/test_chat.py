@@ -77,6 +77,13 @@ ASKING = {
         "2025-04-09",
         "2025-04-01",
     ),
+    "by name": ("{{ strftime_now(format='%d %B %Y') }}", "01 April 2025", "10 April 2025", None),
+    "under another name": (
+        "{%- set today = strftime_now -%}{{ today('%b %d, %Y') }}",
+        "Apr 01, 2025",
+        "Apr 10, 2025",
+        None,
+    ),
     "a time": ("{{ strftime_now('%Y-%m-%d %H:%M') }}", "2025-04-01 00:00", "2025-04-10 00:00", "2025-04-01"),
     "a loop": ("{% for k in [1, 2] %}{{ strftime_now('%d') }}{% endfor %}", "0101", "1010", "2025-04-01"),
     "a fixed date, as Llama-3.1's": ("{{ date_string|default('26 Jul 2024') }}", "26 Jul 2024", "10 Apr 2025", ""),

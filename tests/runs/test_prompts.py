@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from perta_fast.data import chat
 from perta_fast.data.json_lines import load_rows
 from perta_fast.data.samples import Sample, encode
 from perta_fast.evaluation import examinee
+from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.runs.inspect import describe
 from perta_fast.streaming.write_behind import WriteBehind
 from perta_fast.sweeping.live_model import ScoredModel
@@ -85,10 +87,11 @@ def options(told: dict[str, str]) -> list[str]:
     return [f"--{name.replace('_', '-')}={text}" for name, text in told.items()]
 
 
-def test_importance(job: Job, tmp_path: Path, on: Callable[[datetime.date], None]) -> None:
+def test_importance(job: Job, tmp_path: Path, on: Callable[[datetime.date], None], capsys: Any) -> None:
     expected = estimate_importance(job.base, samples(job.forget, PROMPT, TOLD["date_string"]), progress=False)
     here = ["importance", "--model", str(job.base), "--data", str(job.forget), "--quiet", "--out"]
-    assert cli.main([*here, str(tmp_path / "whole"), *options(TOLD)]) == 0
+    assert cli.main([*here[:-2], "--out", str(tmp_path / "whole"), *options(TOLD)]) == 0
+    assert r"""system prompt 'Be "brief",\nplease.', date April 10, 2025""" in capsys.readouterr().out
     assert cli.main([*here, str(tmp_path / "streamed"), *options(TOLD), "--stream"]) == 0
     found = [Importance.load(tmp_path / name) for name in ("whole", "streamed")]
     model = LlamaForCausalLM.from_pretrained(job.base, dtype="auto")
@@ -249,7 +252,9 @@ def make_older(record: Path) -> None:
     write_record(record, content)
 
 
-def test_sweep(job: Job, tmp_path: Path, on: Callable[[datetime.date], None], capsys: Any) -> None:
+def test_sweep(
+    job: Job, tmp_path: Path, on: Callable[[datetime.date], None], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = swept(job, None, **TOLD)
     assert {name: plain.settings[name] for name in TOLD} == TOLD
     assert plain.notes == []
@@ -259,7 +264,14 @@ def test_sweep(job: Job, tmp_path: Path, on: Callable[[datetime.date], None], ca
     words = ["sweep", *here, "--retain", job.retain, "--lams", 1, "--quiet", *options(TOLD)]
     assert cli.main([str(word) for word in words]) == 0
     assert r"""$'--system-prompt=Be "brief",\012please.' '--date-string=April 10, 2025'""" in capsys.readouterr().out
-    # Importances that were estimated otherwise than the scores are taken.
+    assert cli.main([str(word) for word in words[:-2]] + ["--system-prompt=-x y"]) == 0
+    printed = shlex.split(capsys.readouterr().out.splitlines()[-1].replace("--lam L", "--lam 1").replace("DIR", "out"))
+    on(TUESDAY)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*printed[1:], "--quiet"]) == 0
+    report = pf.Report.load(tmp_path / "out")
+    assert (report.settings["system_prompt"], report.settings["date"]) == ("-x y", "02 Mar 2026")
+    on(MONDAY)  # importances that were estimated otherwise than the scores are taken
     for role in ("forget", "retain"):
         estimate_importance(job.base, getattr(job, role), out=tmp_path / role, progress=False)
     given = {f"{role}_importance": tmp_path / role for role in ("forget", "retain")}
@@ -428,6 +440,30 @@ def test_bad_input(
     assert cli.main([command, *map(str, words), "--out", str(tmp_path / "out"), "--quiet", option]) == 2
     assert said in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_recipe_with_what_is_no_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\nbase: b\ntuned: t\nlam: 1\nout: o\ndate-string: soon\n")
+    assert cli.main(["recipe", "check", str(recipe)]) == 2
+    assert f"{recipe}: date_string is 'soon'; write a date in one of the forms" in capsys.readouterr().err
+
+
+def test_a_report_asks_both_models_as_the_run_did(
+    job: Job, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path, progress=False, system_prompt=PROMPT)
+    on(TUESDAY)
+    asked = []
+
+    def answer(module: Any, words: Any, prompts: Any, **settings: Any) -> list[str]:
+        asked.append([words.decode(prompt) for prompt in prompts])
+        return [""] * len(prompts)
+
+    monkeypatch.setattr("perta_fast.models.greedy_answers.greedy_answers", answer)
+    answer_prompts(report, tmp_path, read_prompts(job.forget), False)
+    begin = f"02 Mar 2026\nsystem: {PROMPT}<eos>user: Who wrote book 0?<eos>assistant: "
+    assert [texts[0] for texts in asked] == [begin, begin]
 
 
 def test_settings_for_data_that_is_tokenised_already(job: Job) -> None:
