@@ -9,6 +9,7 @@ import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +212,13 @@ def _decoded(value: Any) -> Any:
 def _turns(value: Any, name: str, where: str) -> list[Any]:
     """Messages with role and content, without fields that are null, which templates would take for given."""
     messages = _decoded(value)
+    if isinstance(messages, Mapping) and messages and all(isinstance(column, list) for column in messages.values()):
+        # Older versions of the library datasets keep a list of objects as an object of lists.
+        columns = zip_longest(*messages.values())
+        messages = [dict(zip(messages, cells, strict=True)) for cells in columns]
     if not isinstance(messages, list) or not messages:
-        raise InputError(f'{where}: "{name}" must be a list that is not empty')
+        hint = ", in JSON if it is text" if isinstance(messages, str) else ""
+        raise InputError(f'{where}: "{name}" must be a list that is not empty{hint}')
     return [_turn(message, where) for message in messages]
 
 

@@ -55,6 +55,11 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "conversations with roles": ({"conversations": TALK}, {"messages": TALK}, "conversations as messages"),
     "messages in ShareGPT's words": ({"messages": SHARED}, {"messages": TALK}, ""),
+    "ShareGPT in columns": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["Who?", "Me."]}},
+        {"messages": TALK},
+        "conversations as messages",
+    ),
     "JSON in a text": (
         {"messages": '[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]'},
         {"messages": TALK},
@@ -180,7 +185,9 @@ RECORDS_BAD: dict[str, tuple[dict[str, Any], dict[str, str] | None, list[str]]] 
     ),
     "half of the form": ({"q": "Who?"}, {"question": "q"}, ['"answer" is missing']),
     "a list that is named for a text": ({"q": ["a"], "answer": "b"}, {"question": "q"}, ['"q" must be a text']),
-    "not messages": ({"q": "Who?"}, {"messages": "q"}, ['"q" must be a list that is not empty']),
+    "not messages": ({"q": "Who?"}, {"messages": "q"}, ['"q" must be a list that is not empty, in JSON if it is text']),
+    "a list as Python shows it": ({"messages": str(TALK)}, None, ["that is not empty, in JSON if it is text"]),
+    "columns of nothing": ({"messages": {"role": []}}, None, ['"messages" must be a list that is not empty']),
     "no such target": (QUESTION, {"prompt": "question"}, ["fields has prompt=question; write it like question=prompt"]),
     "two forms named": (QUESTION, {"question": "a", "text": "b"}, ["give question and answer, or text, or messages"]),
 }  # fmt: skip
