@@ -9,6 +9,7 @@ import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def _form_of(record: Mapping[str, Any], where: str, fields: Fields) -> Mapping[s
     for form in PLAIN:
         if not form.keys().isdisjoint(fields):
             return {target: fields.get(target, target) for target in form}
-    whole = [form for form in FORMS if all(_is_given(record.get(_first(record, s))) for s in form.values())]
+    possible = _possible(tuple(record))
+    whole = [form for form in possible if all(_is_given(record[_first(record, source)]) for source in form.values())]
     if len(whole) > 1:
         first, second = whole[:2]
         raise InputError(
@@ -172,8 +174,14 @@ def _form_of(record: Mapping[str, Any], where: str, fields: Fields) -> Mapping[s
         return {"messages": "messages"}
     if half_asked:
         return PLAIN[0]
-    near = (form for form in FORMS if all(_first(record, source) in record for source in form.values()))
-    return next(near, {"text": "text"})
+    return next(iter(possible), {"text": "text"})
+
+
+@lru_cache(maxsize=64)  # most rows of a file have the same fields
+def _possible(names: tuple[str, ...]) -> tuple[Mapping[str, str], ...]:
+    """The forms that a record with fields of these names may have."""
+    known = dict.fromkeys(names)
+    return tuple(form for form in FORMS if all(_first(known, source) in known for source in form.values()))
 
 
 def _first(record: Mapping[str, Any], source: str) -> str:
@@ -303,16 +311,16 @@ def _check_unicode(value: Any, where: str) -> None:
     remaining = [value]
     while remaining:
         part = remaining.pop()
-        if isinstance(part, Mapping):
-            remaining += [*part, *part.values()]
-        elif isinstance(part, list | tuple):
-            remaining += part
-        elif isinstance(part, str):
+        if isinstance(part, str):
             try:
                 part.encode()
             except UnicodeEncodeError as error:
                 half = part[error.start]
                 raise InputError(f"{where}: has half a character, {half!a}, which no tokenizer can read") from error
+        elif isinstance(part, list | tuple):
+            remaining += part
+        elif isinstance(part, Mapping):
+            remaining += [*part, *part.values()]
 
 
 def _quoted(form: Mapping[str, str]) -> str:
