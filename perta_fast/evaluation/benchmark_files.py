@@ -43,8 +43,11 @@ class DataFile:
 
 
 def benchmark_file(folder: Path, stem: str) -> Path | None:
-    """``stem``.jsonl, ``stem``.json or another format of data below ``folder``, if there is one."""
-    paths = [folder / f"{stem}{ending}" for ending in ENDINGS]
+    """``stem``.jsonl, ``stem``.json or another format of data below ``folder``, if there is one.
+
+    The hub puts the number of a file between name and ending.
+    """
+    paths = [folder / f"{stem}{number}{ending}" for number in ("", "-00000-of-00001") for ending in ENDINGS]
     return next((path for path in paths if path.is_file()), None)
 
 

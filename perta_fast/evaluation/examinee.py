@@ -10,6 +10,7 @@ from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
+from perta_fast.evaluation.prompt_used import both, prompt_used
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
 from perta_fast.files.kept_parts import KeptParts
@@ -26,7 +27,8 @@ class Examinee:
     """A model, and how it is run.
 
     max_new_tokens: None takes each benchmark's own. show_text: keep answers. kept: finished passes, if they are kept.
-    min_k: share of the tokens for Min-K and Min-K++. data, notes: for the record of the evaluation.
+    min_k: share of the tokens for Min-K and Min-K++. prompt (of ``prompt_used``), data, notes: for the record of the
+    evaluation.
     """
 
     subject: Subject
@@ -37,6 +39,7 @@ class Examinee:
     show_text: bool = False
     kept: KeptParts | None = None
     min_k: float = metrics.MIN_K
+    prompt: dict[str, Any] | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -52,6 +55,8 @@ class Examinee:
         samples = samples_for(self.subject, rows, self.max_length)
         if cut := sum(sample.truncated for sample in samples):
             self.notes.append(f"{role}: {cut} of {len(samples)} samples were cut to the length limit")
+        used = prompt_used(self.subject.tokenizer, rows, samples)
+        self.prompt = used if self.prompt is None else both(self.prompt, used)
         return samples
 
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from perta_fast.errors import InputError, printable_lines
 from perta_fast.evaluation.metrics import mean
+from perta_fast.evaluation.prompt_used import in_words
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.reading import read_json
 from perta_fast.records.typed_json import fits, readable_json, with_nulls
@@ -55,11 +56,13 @@ class Evaluation:
         return self.metrics[name].value
 
     def summary(self) -> str:
-        """A line for each metric, and notes."""
+        """A line for each metric, how the rows were put to the model, and notes."""
         width = max(map(len, self.metrics))
         lines = [f"{name:{width}}  {metric.value:.4g}" for name, metric in self.metrics.items()]
         for task, numbers in self.general.items():
             lines += [f"{task}: {name} {value}" for name, value in numbers.items()]
+        if prompt := self.settings.get("prompt"):
+            lines.append(in_words(prompt))
         return printable_lines([*lines, *self.notes])
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:

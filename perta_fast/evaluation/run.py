@@ -213,7 +213,7 @@ def _measure(
     return Evaluation(
         measured,
         subject.origin,
-        request.settings() | {"date": told(spoken).date},
+        request.settings() | {"date": told(spoken).date, "prompt": examinee.prompt},
         examinee.data,
         general,
         installed_versions(),

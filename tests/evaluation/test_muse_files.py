@@ -71,6 +71,17 @@ def test_older_names(tmp_path: Path) -> None:
     assert scored(folder).notes == []
 
 
+def test_names_as_on_the_hub(tmp_path: Path) -> None:
+    """A number stands before the ending, whatever the format; a file is known by what it holds."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "scripts").mkdir()
+    hub, scripts = publish(tmp_path / "hub"), publish(tmp_path / "scripts")
+    for path in list(hub.glob("*/*.json")):
+        path.rename(path.with_name(f"{path.stem}-00000-of-00001.parquet"))
+    found, expected = read_muse(hub), read_muse(scripts)
+    assert {name: file.digest for name, file in found.items()} == {name: f.digest for name, f in expected.items()}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
