@@ -11,47 +11,75 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file
 from perta_fast.evaluation.examinee import Scored
 from perta_fast.evaluation.metric_table import MetricTable
-from perta_fast.evaluation.offers import offer_membership, offer_memorisation, offer_rouge
+from perta_fast.evaluation.offers import MEMBERSHIP, MEMORISATION, offer_membership, offer_memorisation, offer_rouge
 from perta_fast.evaluation.results import EvaluationFile
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
 SCORED_TOKENS = 2048  # at most, of a text; as in open-unlearning
+_QUESTION = ("question", "answer")
+_FIELDS = {  # of the rows of each file
+    "verbmem/forget": ("prompt", "gt"),
+    "knowmem/forget_qa": _QUESTION,
+    "knowmem/forget_qa_icl": _QUESTION,
+    "knowmem/retain_qa": _QUESTION,
+    "knowmem/retain_qa_icl": _QUESTION,
+    "privleak/forget": ("text",),
+    "privleak/holdout": ("text",),
+}
+_RETAIN, _OLDER_RETAIN = "knowmem/retain_qa", "knowmem/retain2_qa"
 _STOP = ("\n\n", "\nQuestion", "Question:")
 
 
-def read_muse(folder: Path) -> dict[str, DataFile]:
+def read_muse(folder: Path, *, partly: bool = False) -> dict[str, DataFile]:
     """The files of one corpus (News or Books), by the paths that the authors' ``load_data.py`` gives them.
 
     In ``privleak`` rows are texts or objects with a ``text``. The retain set's questions may have their older name,
-    ``retain2_qa``. Worked examples (``*_qa_icl``) may be missing: the authors' code can do without.
+    ``retain2_qa``. Worked examples (``*_qa_icl``) may be missing: the authors' code can do without. partly: others may
+    be missing too, but not all.
     """
-    question = ("question", "answer")
-    files = {"verbmem/forget": read_benchmark_file(folder, "verbmem/forget", ("prompt", "gt"))}
-    for role in ("forget", "retain"):
-        name = f"knowmem/{role}_qa"
-        older = role == "retain" and benchmark_file(folder, name) is None
-        stem = "knowmem/retain2_qa" if older and benchmark_file(folder, "knowmem/retain2_qa") else name
-        files[name] = read_benchmark_file(folder, stem, question)
-        shown = next((given for given in (f"{stem}_icl", f"{name}_icl") if benchmark_file(folder, given)), None)
-        if shown is not None:
-            files[f"{name}_icl"] = read_benchmark_file(folder, shown, question)
-    for name in ("privleak/forget", "privleak/holdout"):
-        files[name] = read_benchmark_file(folder, name, ("text",))
-    return files
+    stems = {name: name for name in _FIELDS}
+    if benchmark_file(folder, _RETAIN) is None and benchmark_file(folder, _OLDER_RETAIN) is not None:
+        stems[_RETAIN] = _OLDER_RETAIN
+        stems[f"{_RETAIN}_icl"] = f"{_OLDER_RETAIN}_icl"
+        if benchmark_file(folder, f"{_OLDER_RETAIN}_icl") is None:
+            stems[f"{_RETAIN}_icl"] = f"{_RETAIN}_icl"
+    there = {name for name, stem in stems.items() if benchmark_file(folder, stem) is not None}
+    if partly and there:
+        stems = {name: stem for name, stem in stems.items() if name in there}
+    return {
+        name: read_benchmark_file(folder, stem, _FIELDS[name])
+        for name, stem in stems.items()
+        if name in there or not name.endswith("_icl")
+    }
 
 
 class MuseMetrics(MetricTable):
-    """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak."""
+    """VerbMem, KnowMem on both sets, extraction strength, membership; with ``reference``, PrivLeak.
+
+    What needs a file that is missing is not offered.
+    """
 
     def __init__(self, files: Mapping[str, DataFile], reference: EvaluationFile | None) -> None:
         super().__init__(files)
-        passages = files["verbmem/forget"].texts("gt")
-        offer_rouge(self, "forget_verbmem_ROUGE", passages, self._continued, "rougeL_f1", self._originals)
+        passages = "verbmem/forget"
+        if self._has(passages, "forget_verbmem_ROUGE", *MEMORISATION):
+            texts = files[passages].texts("gt")
+            offer_rouge(self, "forget_verbmem_ROUGE", texts, self._continued, "rougeL_f1", self._originals)
         for role in ("forget", "retain"):
-            truth, answers = files[f"knowmem/{role}_qa"].texts("answer"), partial(self._answers, role)
-            offer_rouge(self, f"{role}_knowmem_ROUGE", truth, answers, "rougeL_f1")
-        offer_memorisation(self, "", self._scored_passages)
-        offer_membership(self, reference)
+            name, questions = f"{role}_knowmem_ROUGE", f"knowmem/{role}_qa"
+            if self._has(questions, name):
+                answers = partial(self._answers, role)
+                offer_rouge(self, name, files[questions].texts("answer"), answers, "rougeL_f1")
+        if passages in files:
+            offer_memorisation(self, "", self._scored_passages)
+        if all(self._has(f"privleak/{role}", *MEMBERSHIP, "privleak") for role in ("forget", "holdout")):
+            offer_membership(self, reference)
+
+    def _has(self, file: str, *names: str) -> bool:
+        """Whether the file is there, which the metrics of these names need."""
+        if file not in self.files:
+            self.lacking |= dict.fromkeys(names, f"the file {file}")
+        return file in self.files
 
     def _originals(self) -> list[str]:
         """The start of each passage's original continuation: as many tokens as are generated, less any BOS.

@@ -245,7 +245,7 @@ def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:
         raise InputError("data is missing: the directory with the files of the suite")
     if suite == "tofu":
         return TofuMetrics(read_tofu(Path(request.data), request.split), gold)
-    return MuseMetrics(read_muse(Path(request.data)), gold)
+    return MuseMetrics(read_muse(Path(request.data), partly=request.metrics is not None), gold)
 
 
 def _check_reference(gold: EvaluationFile, table: MetricTable, names: Sequence[str], min_k: float) -> None:

@@ -1,6 +1,7 @@
 """MUSE's files as its authors publish them, and what is cut from its texts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,30 @@ def test_names_as_on_the_hub(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_muse(publish(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("missing", "metrics", "needed"),
+    [
+        ("privleak", ["forget_verbmem_ROUGE", "*knowmem*", "memorization"], "mia_min_k needs the file privleak/forget"),
+        ("privleak", ["rouge"], "privleak needs the file privleak/forget"),
+        ("knowmem", ["membership", "forget_verbmem_ROUGE"], "retain_knowmem_ROUGE needs the file knowmem/retain_qa"),
+        ("verbmem", ["membership"], "extraction_strength needs the file verbmem/forget"),
+    ],
+)
+def test_chosen_metrics_do_without_other_files(tmp_path: Path, missing: str, metrics: list[str], needed: str) -> None:
+    folder = publish(tmp_path)
+    whole = scored(folder, metrics=metrics)
+    shutil.rmtree(folder / missing)
+    assert scored(folder, metrics=metrics).metrics == whole.metrics
+    with pytest.raises(InputError, match=needed):
+        scored(folder, metrics=[needed.split()[0]])
+    with pytest.raises(InputError, match=f"has no file {missing}/"):
+        scored(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(InputError, match="has no file verbmem/forget"):
+        scored(folder, metrics=metrics)
 
 
 def test_the_original_text_is_cut_as_muse_cuts_it(tmp_path: Path) -> None:
