@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import QUIET, Command, Option, flag, keywords
+from perta_fast.cli.options import FIELDS, QUIET, Command, Option, flag, keywords
 from perta_fast.errors import printable
 
 
@@ -26,7 +26,8 @@ COMMAND = Command(
         Option("run", "output directory of perta unlearn or apply", Path, "RUN", positional=True),
         Option("sweep", "sweeps, for the trade-off curves", Path, "DIR", [], several=True),
         Option("eval", "evaluations, a gold model's too", Path, "FILE", [], several=True),
-        Option("prompts", "JSON lines to ask before and after", Path, "FILE"),
+        Option("prompts", "questions to ask before and after", Path, "FILE"),
+        FIELDS,
         flag("show_text", "put answers, which may be private, on the page"),
         Option("out", "file to write", Path, "PAGE.html", required=True),
         Option("png", "the plots as files too", Path, "DIR"),

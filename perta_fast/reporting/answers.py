@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast.data.chat import ChatSettings
+from perta_fast.data.forms import Fields
 from perta_fast.data.json_lines import Row, load_rows
 from perta_fast.errors import InputError
 from perta_fast.progress import Progress
@@ -25,9 +26,9 @@ class Answers:
     why: str | None
 
 
-def read_prompts(path: str | Path) -> list[Row]:
+def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Row]:
     """Read questions and answers. Raises InputError, naming the line, for a row without a question."""
-    rows = load_rows(path)
+    rows = load_rows(path, fields)
     for row in rows:
         if "question" not in row.content:
             raise InputError(f'{row.where}: has no "question" to ask')

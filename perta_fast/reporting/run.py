@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from perta_fast.data.formats import data_files
+from perta_fast.data.forms import Fields
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.new_directory import check_unfinished, discard_unfinished
 from perta_fast.files.new_file import check_output_file, write_output_file
@@ -28,6 +29,7 @@ def write_page(
     sweeps: Sequence[PathLike] = (),
     evaluations: Sequence[PathLike] = (),
     prompts: PathLike | None = None,
+    fields: Fields | None = None,
     show_text: bool = False,
     png: PathLike | None = None,
     overwrite: bool = False,
@@ -37,8 +39,9 @@ def write_page(
 
     run: output directory of ``unlearn`` or ``apply``. out: an .html file. sweeps: directories of ``sweep``, all on the
     same data. evaluations: files of ``evaluate``; one with forget_loss and retain_loss on that data, such as a gold
-    model's, is a point beside the curves. prompts: JSON lines with questions for the model before and after; needs
-    ``show_text``, as answers may be private. png: directory for the plots as separate files.
+    model's, is a point beside the curves. prompts: data with questions for the model before and after; needs
+    ``show_text``, as answers may be private. fields: names of its fields, as in ``unlearn``. png: directory for the
+    plots as separate files.
 
     Raises InputError for bad input, and without matplotlib; RunError if a file cannot be written. ``out`` appears whole
     or not at all. Memory: a few chunks of the importances; with prompts, one model at a time.
@@ -48,12 +51,12 @@ def write_page(
     if prompts is not None and not show_text:
         raise InputError("prompts would put private answers into the page; pass --show-text if it may hold them")
     report = Report.load(run)
-    inputs = [*map(Path, evaluations), *_files_of(report)] + ([] if prompts is None else [Path(prompts)])
+    inputs = [*map(Path, evaluations), *_files_of(report)] + ([] if prompts is None else data_files(prompts))
     check_output_file(out, (".html", ".htm"), overwrite=overwrite, inputs=inputs)
     if png is not None:
         _check_folder(Path(png), overwrite, inputs)
     curves, scores = read_curves(sweeps), read_scores(evaluations)
-    questions = None if prompts is None else read_prompts(prompts)
+    questions = None if prompts is None else read_prompts(prompts, fields)
     evidence = Evidence(
         report,
         curves,

@@ -181,6 +181,9 @@ def test_answers_before_and_after(job: Job, tmp_path: Path, monkeypatch: pytest.
     ]
     places = [page.texts["answers"].index(text) for text in expected]
     assert places == sorted(places)
+    (tmp_path / "prompts.csv").write_text("q;reply\nWho is <b>she</b>?;Nobody.\n")
+    named = ["--prompts", tmp_path / "prompts.csv", "--fields", "question=q,answer=reply", "--show-text"]
+    assert make(job, tmp_path / "named.html", *named).texts["answers"] == page.texts["answers"]
 
 
 def test_answers_where_the_model_of_before_is_gone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
