@@ -4,6 +4,7 @@ import datetime
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,8 @@ def test_sweep(
     notes = swept(job, None, **given, **TOLD, rule="fisher").notes
     assert len(notes) == 2
     assert notes[0].startswith("warning: forget importance estimated with date 02 Mar 2026, scores taken with system ")
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "No prompt."}])  # which no template tells anything
+    assert swept(replace(job, forget=texts, retain=texts), None, **given, **TOLD, rule="fisher").notes == []
 
 
 @pytest.mark.parametrize("again", ["the same command", "resume"])
