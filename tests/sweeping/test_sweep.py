@@ -182,7 +182,7 @@ def test_rules_and_alphas_from_one_importance_an_estimator(
 
 def test_the_metrics_of_an_evaluation(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what ``apply`` writes."""
-    monkeypatch.setattr(live_model, "NEW_TOKENS", 10)
+    monkeypatch.setattr(live_model, "ANSWER_TOKENS", 10)
     apply(*job.checkpoints, rule="tv", lam=8, out=tmp_path / "out", progress=False)
     settings: dict[str, Any] = {"forget": job.forget, "retain": job.retain, "max_new_tokens": 10}
     expected = [evaluate(path, **settings, progress=False) for path in (job.model, tmp_path / "out")]
@@ -295,7 +295,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
     """While a strength is scored, there are one model, the importances, and nothing else of such a size."""
     alive: list[weakref.ref[torch.nn.Module]] = []
     held: list[int] = []
-    load, score = sweeping_opened.load_subject, examinee.score_tokens
+    load, score = sweeping_opened.load_subject, examinee.score_rows
 
     def watched_load(*arguments: Any) -> Any:
         assert [ref for ref in alive if ref() is not None] == []
@@ -308,7 +308,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
         return score(*arguments, **settings)
 
     monkeypatch.setattr(sweeping_opened, "load_subject", watched_load)
-    monkeypatch.setattr(examinee, "score_tokens", watched_score)
+    monkeypatch.setattr(examinee, "score_rows", watched_score)
     tensors = read_checkpoint(job.model).values()
     count = sum(tensor.numel() for tensor in tensors)
     del tensors
@@ -370,7 +370,7 @@ def test_a_failure_before_anything_is_scored_leaves_nothing(
     def fail(*arguments: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(examinee, "score_tokens", fail)
+    monkeypatch.setattr(examinee, "score_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         run(job, rule="tv", max_retain_increase=1.0, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
