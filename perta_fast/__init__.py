@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perta_fast import ops
+    from perta_fast.data.samples import Sample
     from perta_fast.errors import InputError, Interrupted, PertaError, RunError
     from perta_fast.evaluation.results import Evaluation
     from perta_fast.evaluation.run import evaluate
@@ -35,6 +36,7 @@ _HOMES = {
     "PertaError": "perta_fast.errors",
     "Report": "perta_fast.records.report",
     "RunError": "perta_fast.errors",
+    "Sample": "perta_fast.data.samples",
     "Sweep": "perta_fast.sweeping.results",
     "Tuning": "perta_fast.tuning.run",
     "apply": "perta_fast.runs.apply",
@@ -57,6 +59,7 @@ __all__ = [
     "PertaError",
     "Report",
     "RunError",
+    "Sample",
     "Sweep",
     "Tuning",
     "apply",

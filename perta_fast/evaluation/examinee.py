@@ -52,7 +52,7 @@ class Examinee:
 
     def tokenise(self, rows: Sequence[Row], role: str) -> list[Sample]:
         """Tokens and labels; a note counts the samples that were cut to the length limit."""
-        samples = samples_for(self.subject, rows, self.max_length)
+        samples = samples_for(self.subject, rows, self.max_length, self.progress)
         if cut := sum(sample.truncated for sample in samples):
             self.notes.append(f"{role}: {cut} of {len(samples)} samples were cut to the length limit")
         used = prompt_used(self.subject.tokenizer, rows, samples)

@@ -1,6 +1,6 @@
 """A model loaded for a run, its device and tokenizer, and the samples that it can take."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from perta_fast.files.reading import exists, read_json
 from perta_fast.models.language_part import auto_class, keep_language_part_, reason_of
 from perta_fast.models.same_names import named_as_module, stored_under
 from perta_fast.models.stored_names import as_stored, load_tensor
+from perta_fast.progress import Bar, Progress
 
+_WORTH_A_BAR = 2000  # rows that take about a second to tokenise
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
 
 
@@ -58,13 +60,17 @@ def row_samples(subject: Subject, rows: Sequence[Row], max_length: int | None) -
     return encode_rows(rows, subject.tokenizer, length_limit(subject, max_length) or 1 << 30, _stops(subject))
 
 
-def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None) -> list[Sample]:
+def samples_for(
+    subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None, progress: Progress = False
+) -> list[Sample]:
     """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
     limit = length_limit(subject, None) or 1 << 30
     named: list[tuple[Sample, str]]
     if isinstance(rows[0], Row):
         given: Sequence[Row] = rows  # type: ignore[assignment]
         of_rows = row_samples(subject, given, max_length)
+        if len(given) >= _WORTH_A_BAR:
+            of_rows = _with_bar(of_rows, len(given), progress)
         named = [(sample, row.where) for row, parts in zip(given, of_rows, strict=True) for sample in parts]
     else:
         named = [(sample, f"sample {number}") for number, sample in enumerate(rows)]  # type: ignore[misc]
@@ -73,6 +79,13 @@ def samples_for(subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_le
     for sample, where in named:
         _check_sample(sample, where, limit, vocabulary)
     return [sample for sample, _ in named]
+
+
+def _with_bar(of_rows: Iterable[list[Sample]], count: int, progress: Progress) -> Iterator[list[Sample]]:
+    with Bar(count, "tokenising", progress, "sample") as bar:
+        for samples in of_rows:
+            yield samples
+            bar.update(1)
 
 
 def _stops(subject: Subject) -> set[int]:
@@ -86,7 +99,11 @@ def _stops(subject: Subject) -> set[int]:
 
 
 def samples_and_told(
-    subject: Subject, rows: Sequence[Row] | Sequence[Sample], max_length: int | None, chat: ChatSettings
+    subject: Subject,
+    rows: Sequence[Row] | Sequence[Sample],
+    max_length: int | None,
+    chat: ChatSettings,
+    progress: Progress = False,
 ) -> tuple[list[Sample], Told]:
     """``samples_for`` with these settings for the chat template, and what it was told. Raises InputError as these do.
 
@@ -94,10 +111,10 @@ def samples_and_told(
     """
     if not isinstance(rows[0], Row):
         chat.refuse_for("the data is tokenised already")
-        return samples_for(subject, rows, max_length), Told()
+        return samples_for(subject, rows, max_length, progress), Told()
     if subject.tokenizer is not None:
         subject = replace(subject, tokenizer=chat.given_to(subject.tokenizer))
-    return samples_for(subject, rows, max_length), told(subject.tokenizer)
+    return samples_for(subject, rows, max_length, progress), told(subject.tokenizer)
 
 
 def subject_without_weights(path: Path, chat: ChatSettings) -> Subject:

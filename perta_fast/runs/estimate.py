@@ -118,7 +118,7 @@ def estimate_importance(
         if stream and out is None and not isinstance(model_or_path, nn.Module):
             raise InputError("stream needs out: a directory to write the importance to")
         subject, skeleton = _opened(model_or_path, tokenizer, isinstance(rows[0], Row), stream, device, dtype)
-        samples, told = samples_and_told(subject, rows, max_length, chat)
+        samples, told = samples_and_told(subject, rows, max_length, chat, ranks.first and progress)
         digest = digest or _hash_samples(samples)
     with ranks.together("the data"):
         if len(set(ranks.gather(digest))) > 1:

@@ -196,9 +196,10 @@ class Loaded:
             options.device_memory,
         )
         chat = ChatSettings.of(options.system_prompt, options.date_string, day)
+        shown = opened.ranks.first and options.progress
         samples, told = {}, {}
         for role in rows:
-            samples[role], told[role] = samples_and_told(subject, rows[role], options.max_length, chat)
+            samples[role], told[role] = samples_and_told(subject, rows[role], options.max_length, chat, shown)
         max_length, dtype = length_limit(subject, options.max_length), torch_name(subject.module.dtype)
         phases = {"load": time.perf_counter() - started}
         taken = {role: read_as(rows[role]) for role in rows}

@@ -141,7 +141,7 @@ class OpenedSweep:
     def estimate(self, subject: Subject, folder: Path | None) -> ByEstimator:
         """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory."""
         tokenised = {
-            role: samples_and_told(subject, file.rows, self.request.max_length, self.chat)
+            role: samples_and_told(subject, file.rows, self.request.max_length, self.chat, self.progress)
             for role, file in self.data.items()
         }
         importances: ByEstimator = {estimator: {} for estimator in self.lacking()}

@@ -17,6 +17,7 @@ from perta_fast import InputError
 from perta_fast.data.json_lines import Row, rows_from
 from perta_fast.data.samples import IGNORED, by_row, encode, row_count
 from perta_fast.models.loading import Subject, samples_for
+from perta_fast.progress import Event
 from perta_fast.rules import Estimator
 from perta_fast.runs.estimate import estimate_importance
 from tests.support.models import CHAT_TEMPLATE, llama, tokenizer
@@ -424,6 +425,16 @@ def test_memory_beyond_the_samples_does_not_grow_with_the_rows() -> None:
         return peak - kept
 
     assert beyond(4000) < 1.5 * beyond(1000)
+
+
+def test_many_rows_show_how_far_they_are() -> None:
+    seen: list[Event] = []
+    subject = Subject(llama(vocab_size=len(BLOCK)), BLOCK, "live module")
+    for count in (10, 2500):
+        samples_for(subject, [Row(QUESTION, "here")] * count, None, seen.append)
+    assert {(event.phase, event.total, event.unit) for event in seen} == {("tokenising", 2500, "sample")}
+    assert [event.done for event in seen] == sorted(event.done for event in seen)
+    assert seen[-1].done == 2500
 
 
 def test_the_models_settings_are_found_beside_its_weights(tmp_path: Path) -> None:
