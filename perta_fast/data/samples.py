@@ -6,7 +6,6 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from perta_fast.data.json_lines import Row
-from perta_fast.data.marked_template import encode_marked, has_marks
 from perta_fast.data.turn_tokens import Encoded, encode_turns
 from perta_fast.data.turns import ChatTemplate, Turns
 from perta_fast.errors import InputError
@@ -22,8 +21,8 @@ _ROWS_AT_ONCE = 512  # whose texts are tokenised in one call
 class Sample:
     """One tokenised sample: ``labels[i]`` is ``input_ids[i]`` or ``IGNORED``. Nothing is shifted yet.
 
-    share: its part of the labels of its row, less than 1 where each turn of a conversation is a sample of its own.
-    Losses are weighted by it, so that the row counts once.
+    truncated: whether its row was cut to a length. share: its part of the labels of its row, less than 1 where each
+    turn of a conversation is a sample of its own. Losses are weighted by it, so that the row counts once.
     """
 
     input_ids: tuple[int, ...]
@@ -56,6 +55,11 @@ class Sample:
 def row_count(samples: Sequence[Sample]) -> int:
     """The number of rows that ``samples`` were made of."""
     return round(sum(sample.share for sample in samples))
+
+
+def truncated_count(samples: Sequence[Sample]) -> int:
+    """The number of rows that were cut."""
+    return sum(samples[numbers[0]].truncated for numbers in by_row(samples))
 
 
 def by_row(samples: Sequence[Sample]) -> Iterator[range]:
@@ -109,9 +113,9 @@ def _samples_of(row: Row, parts: Sequence[Encoded], known: Sequence[int], max_le
         raise InputError(f"{row.where}: has no token to compute a loss on{limit}")
     if len(samples) == 1:
         return samples
-    whole = sum(counts)
+    whole, cut = sum(counts), any(sample.truncated for sample in samples)
     return [
-        Sample(sample.input_ids, sample.labels, sample.truncated, count / whole)
+        Sample(sample.input_ids, sample.labels, cut, count / whole)
         for sample, count in zip(samples, counts, strict=True)
         if count
     ]
@@ -158,12 +162,7 @@ class _Encoder:
                 f"{row.where}: has messages, but the tokenizer has no chat template; "
                 'give {"question", "answer"} or {"text"} lines, or a model with a chat template'
             )
-        tools = content.get("tools")
-        if has_marks(self._tokenizer, tools):
-            marked = encode_marked(messages, tools, self._tokenizer, row.where)
-            if marked:
-                return marked
-        return self._template.turns(messages, tools, row.where)
+        return self._template.turns(messages, content.get("tools"), row.where)
 
 
 def _encode_plain_question(question: str, answer: str, tokenizer: "PreTrainedTokenizerBase") -> Encoded:

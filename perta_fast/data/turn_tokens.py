@@ -39,8 +39,10 @@ def _by_offsets(turns: Turns, encoding: Any) -> Encoded:
     text, ids = turns.text, encoding.ids
     for border in turns.borders:
         if 0 < border < len(text):
-            before = encoding.char_to_token(border - 1)
-            if before == encoding.char_to_token(border) or (before is None and text[border - 1] == " "):
+            token = encoding.char_to_token(border)
+            if token is None or encoding.token_to_chars(token)[0] < border:
+                raise _Unclear
+            if text[border - 1] == " " and encoding.char_to_token(border - 1) is None:  # it may be that token's
                 raise _Unclear
     ranges = []
     for begin, end in turns.spans:

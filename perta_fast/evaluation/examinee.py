@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perta_fast.data.json_lines import Row
-from perta_fast.data.samples import IGNORED, Sample, by_row
+from perta_fast.data.samples import IGNORED, Sample, by_row, row_count, truncated_count
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
@@ -53,8 +53,8 @@ class Examinee:
     def tokenise(self, rows: Sequence[Row], role: str) -> list[Sample]:
         """Tokens and labels; a note counts the samples that were cut to the length limit."""
         samples = samples_for(self.subject, rows, self.max_length, self.progress)
-        if cut := sum(sample.truncated for sample in samples):
-            self.notes.append(f"{role}: {cut} of {len(samples)} samples were cut to the length limit")
+        if cut := truncated_count(samples):
+            self.notes.append(f"{role}: {cut} of {row_count(samples)} samples were cut to the length limit")
         used = prompt_used(self.subject.tokenizer, rows, samples)
         self.prompt = used if self.prompt is None else both(self.prompt, used)
         return samples

@@ -55,11 +55,14 @@ class DataRecord(TypedDict):
     read_as: NotRequired[str]
 
 
-def data_record(path: str | Path, digest: str, samples: Sequence[object], read_as: str = "") -> DataRecord:
-    """The record of a data file; rows that were not tokenised count as not truncated."""
-    cut = sum(getattr(sample, "truncated", False) for sample in samples)
-    rows = round(sum(getattr(sample, "share", 1.0) for sample in samples))
-    record: DataRecord = {"path": str(Path(path).resolve()), "blake3": digest, "samples": rows, "truncated": cut}
+def data_record(path: str | Path, digest: str, samples: int, truncated: int = 0, read_as: str = "") -> DataRecord:
+    """The record of a data file."""
+    record: DataRecord = {
+        "path": str(Path(path).resolve()),
+        "blake3": digest,
+        "samples": samples,
+        "truncated": truncated,
+    }
     if read_as:
         record["read_as"] = read_as
     return record

@@ -19,7 +19,7 @@ from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row, read_data, rows_from
 from perta_fast.data.python_rows import MapStyle, rows_of
-from perta_fast.data.samples import Sample, row_count
+from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.data.tokenised import is_tokenised, samples_from
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held
@@ -198,7 +198,7 @@ class Estimation:
             estimator=self.estimator,
             data_hash=data_hash,
             sample_count=row_count(samples),
-            truncated_count=sum(sample.truncated for sample in samples),
+            truncated_count=truncated_count(samples),
             label_count=sum(sample.label_count for sample in samples),
             evaluated_at=self.subject.origin,
             one_by_one=", ".join(map(plain_name, one_by_one)),

@@ -106,7 +106,8 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
     def annotate(report: Report) -> None:
         report.recipe = as_recipe(vars(options))
         report.data = {
-            role: data_record(options.data[role], hashes[role], rows[role], read_as(rows[role])) for role in rows
+            role: data_record(options.data[role], hashes[role], len(rows[role]), read_as=read_as(rows[role]))
+            for role in rows
         }
 
     return apply_sources(opened.sources, opened.rule, opened.settings, annotate=annotate, ranks=opened.ranks)

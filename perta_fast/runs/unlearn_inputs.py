@@ -11,6 +11,7 @@ from perta_fast.data.chat import ChatSettings, Told, parse_date
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row, read_data
+from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
@@ -220,9 +221,10 @@ class Loaded:
             report.add_phase(name, seconds, 0)
         told_date = next((told.date for told in self.told.values() if told.date is not None), None)
         report.recipe = as_recipe(vars(options) | {"date_string": options.date_string or told_date})
+        counts = {role: (row_count(samples), truncated_count(samples)) for role, samples in self.samples.items()}
         report.data = {
-            role: data_record(options.data[role], self.hashes[role], samples, self.read_as[role])
-            for role, samples in self.samples.items()
+            role: data_record(options.data[role], self.hashes[role], *counts[role], self.read_as[role])
+            for role in self.samples
         }
         report.settings = EstimationSettings(
             at=options.at,

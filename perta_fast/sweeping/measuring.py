@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from perta_fast.data.chat import Told, told
+from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.dtypes import torch_name
 from perta_fast.importance.prompts import different_dates
 from perta_fast.models.loading import length_limit
@@ -34,9 +35,9 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
         by_role = {} if curve.estimator is None else importances[curve.estimator]
         rows += _along(curve, request.lams, original, excess, live, by_role, record)
     module, max_length = live.subject.module, length_limit(live.subject, request.max_length)
+    counts = {role: (row_count(samples), truncated_count(samples)) for role, samples in live.samples.items()}
     data = {
-        role: data_record(file.path, file.digest, live.samples[role], file.read_as)
-        for role, file in opened.data.items()
+        role: data_record(file.path, file.digest, *counts[role], file.read_as) for role, file in opened.data.items()
     }
     scored = told(live.subject.tokenizer)
     resolved = {

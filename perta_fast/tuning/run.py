@@ -19,7 +19,7 @@ from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields, read_as
 from perta_fast.data.json_lines import read_data
-from perta_fast.data.samples import Sample
+from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.errors import InputError, NotFiniteError, printable_lines
 from perta_fast.files.apart import check_name
 from perta_fast.files.hub import local_data, local_model
@@ -171,7 +171,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
             write_tuned(module, checkpoint, target.path)
         else:
             save_adapter(module, target.path)
-        data = data_record(request.forget, digest, samples, read_as(rows))
+        data = data_record(request.forget, digest, row_count(samples), truncated_count(samples), read_as(rows))
         links = left_out_links(checkpoint) if request.full else []
         left_out = [left_out_warning(link, target.final) for link in links]
         on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}

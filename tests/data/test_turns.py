@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
 from perta_fast.data.json_lines import Row, rows_from
-from perta_fast.data.samples import IGNORED, by_row, encode, row_count
+from perta_fast.data.samples import IGNORED, by_row, encode, row_count, truncated_count
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.progress import Event
 from perta_fast.rules import Estimator
@@ -73,8 +73,9 @@ LAST = made(
     "{%- else %}{%- set rest = messages %}{%- endif %}"
     "{%- for m in rest %}{%- if m.role == 'user' %}{{- '[INST] ' }}"
     "{%- if loop.last and system is defined %}{{- system + '\n\n' }}{%- endif %}{{- m.content + '[/INST]' }}"
-    "{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}",
-    "[INST]", "[/INST]",
+    "{%- else %}{%- for call in m.tool_calls or [] %}{{- '[CALL]' + call.name }}{%- endfor %}"
+    "{%- if m.content %}{{- ' ' + m.content }}{%- endif %}{{- eos_token }}{%- endif %}{%- endfor %}",
+    "[INST]", "[/INST]", "[CALL]",
 )  # fmt: skip
 
 # Phi 3: the end of text after all.
@@ -146,6 +147,13 @@ UNMARKED = made(
     "{%- if add_generation_prompt %}{{- '### assistant:\n' }}{%- endif %}"
 )
 
+# Kimi K3: words between the marks that end a turn; the last one stops the model.
+WORDS_IN_END = made(
+    "{%- for m in messages %}{{- '<|open|>' + m.role + '<|sep|>' + m.content + '<|close|>' + m.role + '<|end|>' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|open|>assistant<|sep|>' }}{%- endif %}",
+    "<|open|>", "<|sep|>", "<|close|>", "<|end|>", end="<|end|>",
+)  # fmt: skip
+
 TABLE: dict[str, tuple[PreTrainedTokenizerFast, Content, list[str]]] = {
     "an empty think block": (
         BLOCK, QUESTION,
@@ -178,9 +186,36 @@ TABLE: dict[str, tuple[PreTrainedTokenizerFast, Content, list[str]]] = {
     "a call": (
         BLOCK, talk("Who?", {"content": "", "tool_calls": [{"name": "find"}]}),
         [
-            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-            "⟦<think>\n\n</think>\n\n<tool_call>find</tool_call><|im_end|>⟧\n"
+            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+            "⟦<tool_call>find</tool_call><|im_end|>⟧\n"
         ],
+    ),
+    "reasoning on one line": (
+        BLOCK, talk("Who?", "<think>Hm.</think>Me."),
+        ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nHm.\n</think>\n\nMe.<|im_end|>⟧\n"],
+    ),
+    "reasoning alone": (
+        BLOCK, talk("Who?", {"content": "", "reasoning_content": "Hm."}),
+        ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nHm.\n</think>\n\n<|im_end|>⟧\n"],
+    ),
+    "a call without a content": (
+        BLOCK, talk("Who?", {"content": None, "tool_calls": [{"name": "find"}]}),
+        [
+            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+            "⟦<tool_call>find</tool_call><|im_end|>⟧\n"
+        ],
+    ),
+    "a question that the header holds": (
+        BLOCK, {**talk("a", "Me."), "tools": [{"name": "find"}]},
+        ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Me.<|im_end|>⟧\n"],
+    ),
+    "a call after a system message that only the last user's message shows": (
+        LAST, talk("Who?", {"content": "", "tool_calls": [{"name": "find"}]}, system="Brief."),
+        ["[INST] Brief.\n\nWho?[/INST]⟦[CALL]find<eos>⟧"],
+    ),
+    "words in the end of a turn": (
+        WORDS_IN_END, QUESTION,
+        ["<|open|>user<|sep|>Who?<|close|>user<|end|><|open|>assistant<|sep|>⟦Me.<|close|>assistant<|end|>⟧"],
     ),
     "a system message that only the last user's message shows": (
         LAST, talk("Who?", "Me.", "And?", "You.", system="Brief."),
@@ -341,10 +376,28 @@ def test_ours_is_the_mask_that_a_template_gives_itself(marking: str, plain: str,
 
 
 def test_the_mask_of_a_template_is_taken_as_it_is() -> None:
-    chosen = made(MARKED.replace("{{ message.content }}<eos>{% endgen", "{{ message.content[:2] }}{% endgen"))
-    assert shown(chosen, QUESTION) == ["<|user|>Who?<eos><|assistant|>⟦Me⟧"]
+    chosen = made(MARKED.replace("<eos>{% endgeneration %}", "{% endgeneration %}<eos>"))
+    assert shown(chosen, QUESTION) == ["<|user|>Who?<eos><|assistant|>⟦Me.⟧<eos>"]
     weighed = talk("Who?", {"content": "Me.", "weight": 0}, "And?", "You.")
-    assert shown(chosen, weighed) == ["<|user|>Who?<eos><|assistant|>Me<|user|>And?<eos><|assistant|>⟦Yo⟧"]
+    assert shown(chosen, weighed) == ["<|user|>Who?<eos><|assistant|>Me.<eos><|user|>And?<eos><|assistant|>⟦You.⟧<eos>"]
+
+
+def test_in_a_template_with_marks_too_the_header_keeps_its_tokens() -> None:
+    chosen = made(
+        MARKED.replace("{{ message.role }}|>", "{{ message.role }}|>\n").replace("assistant|>", "assistant|>\n")
+    )
+    chosen.add_tokens(["\n\n"])
+    (sample,) = encode(rows_from([{"question": "Who?", "answer": "\nMe."}]), chosen, 1000)
+    header = "<|user|>\nWho?<eos><|assistant|>\n"
+    prompt = chosen(header, add_special_tokens=False)["input_ids"]
+    assert list(sample.input_ids[: len(prompt)]) == prompt
+    assert sample.marked(chosen) == f"{header}⟦\nMe.<eos>⟧"
+
+
+def test_a_template_with_marks_that_hides_the_text_is_refused() -> None:
+    hides = "{% for m in messages %}<|{{ m.role }}|>{% generation %}<eos>{% endgeneration %}{% endfor %}"
+    with pytest.raises(InputError, match="what the assistant says is not found"):
+        shown(made(hides), QUESTION)
 
 
 # A row that gives several samples counts once.
@@ -358,6 +411,15 @@ def test_a_row_counts_once() -> None:
     shares = [counts[0] / sum(counts[:2]), counts[1] / sum(counts[:2]), 1.0]
     shares += [counts[3] / sum(counts[3:]), counts[4] / sum(counts[3:])]
     assert [sample.share for sample in samples] == pytest.approx(shares)
+
+
+def test_a_cut_row_is_marked_in_all_its_samples() -> None:
+    row = {**talk("Who?", "Me.", "And?", "You. " * 50, "Or?", "They.")}
+    (whole, cut) = (encode([Row(row, "here"), Row(QUESTION, "here")], BLOCK, length) for length in (10_000, 100))
+    assert [sample.truncated for sample in whole] == [False] * 4
+    assert [sample.truncated for sample in cut] == [True] * (len(cut) - 1) + [False]
+    assert len(cut) < len(whole)  # the last turn lies beyond the limit
+    assert (row_count(cut), truncated_count(cut), truncated_count(whole)) == (2, 1, 0)
 
 
 def test_a_row_in_several_samples_has_the_gradient_of_its_labels(one_thread: None) -> None:
