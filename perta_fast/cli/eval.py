@@ -52,6 +52,7 @@ COMMAND = Command(
         Option("lm_eval", "tasks of lm-evaluation-harness too", _names, "T,T,...", ()),
         Option("max_new_tokens", "longest answer (the benchmark's own)", int, "N"),
         *CHAT,
+        Option("compatible", "measure as it does where it differs", choices=("open-unlearning",)),
         flag("show_text", "write answers, which may be private, to --out"),
         *ESTIMATION,
         Option("out", "file to write, ending in .json", Path, "FILE"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from perta_fast.data.samples import Sample, by_row
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
+from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.examinee import auc_of
 from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
 from perta_fast.evaluation.metric_table import MetricTable
@@ -18,8 +19,11 @@ from perta_fast.models.token_scores import TokenScores, score_rows
 _SETS = ("forget", "holdout")
 
 
-def offer_attacks(table: MetricTable, reference_model: str | None) -> None:
-    """Offer ``mia_gradnorm``, and with a reference model ``mia_reference``, on data with a holdout set."""
+def offer_attacks(table: MetricTable, reference_model: str | None, conventions: Conventions) -> None:
+    """Offer ``mia_gradnorm``, and with a reference model ``mia_reference``, on data with a holdout set.
+
+    ``mia_gradnorm`` masks nothing, so conventions that do are without it.
+    """
     if "mia_loss" not in table.names:
         for name in ("mia_gradnorm", "mia_reference"):
             table.lacking[name] = "a holdout set"
@@ -28,7 +32,10 @@ def offer_attacks(table: MetricTable, reference_model: str | None) -> None:
         table.lacking["mia_reference"] = "--reference-model"
     else:
         table.offer("mia_reference", lambda: _by_reference(table, Path(reference_model)))
-    table.offer("mia_gradnorm", lambda: _by_gradient(table), default=False)
+    if conventions.hides_padding:
+        table.lacking["mia_gradnorm"] = f"to be measured without --compatible {conventions.name}"
+    else:
+        table.offer("mia_gradnorm", lambda: _by_gradient(table), default=False)
 
 
 def _by_gradient(table: MetricTable) -> Metric:
@@ -54,7 +61,10 @@ def _by_reference(table: MetricTable, path: Path) -> Metric:
             loaded.append(_load_reference(path, table))
         known = samples_for(loaded[0], samples, None)  # checks that it can read them
         size, progress = table.examinee.batch_size, table.examinee.progress
-        return score_rows(loaded[0].module, known, batch_size=size, progress=progress, description=f"{role} reference")
+        hidden = table.examinee.conventions.hidden(table.examinee.subject.tokenizer)
+        return score_rows(
+            loaded[0].module, known, batch_size=size, hidden=hidden, progress=progress, description=f"{role} reference"
+        )
 
     values: dict[str, list[float]] = {}
     for role in _SETS:

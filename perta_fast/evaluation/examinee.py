@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perta_fast.data.json_lines import Row
-from perta_fast.data.samples import IGNORED, Sample, by_row, row_count, truncated_count
+from perta_fast.data.samples import IGNORED, Sample, by_row, prompt_of, row_count, truncated_count
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
+from perta_fast.evaluation.conventions import OURS, Asked, Conventions
 from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
 from perta_fast.evaluation.prompt_used import both, prompt_used
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
@@ -27,8 +28,8 @@ class Examinee:
     """A model, and how it is run.
 
     max_new_tokens: None takes each benchmark's own. show_text: keep answers. kept: finished passes, if they are kept.
-    min_k: share of the tokens for Min-K and Min-K++. prompt (of ``prompt_used``), data, notes: for the record of the
-    evaluation.
+    min_k: share of the tokens for Min-K and Min-K++. conventions: how rows become tokens, what is masked, how the model
+    answers, what counts. prompt (of ``prompt_used``), data, notes: for the record of the evaluation.
     """
 
     subject: Subject
@@ -39,6 +40,7 @@ class Examinee:
     show_text: bool = False
     kept: KeptParts | None = None
     min_k: float = metrics.MIN_K
+    conventions: Conventions = OURS
     prompt: dict[str, Any] | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -52,12 +54,29 @@ class Examinee:
 
     def tokenise(self, rows: Sequence[Row], role: str) -> list[Sample]:
         """Tokens and labels; a note counts the samples that were cut to the length limit."""
-        samples = samples_for(self.subject, rows, self.max_length, self.progress)
+        asked = self._asked(rows)
+        given = rows if asked is None else [row.sample for row in asked]
+        samples = samples_for(self.subject, given, self.max_length, self.progress)
         if cut := truncated_count(samples):
             self.notes.append(f"{role}: {cut} of {row_count(samples)} samples were cut to the length limit")
         used = prompt_used(self.subject.tokenizer, rows, samples)
         self.prompt = used if self.prompt is None else both(self.prompt, used)
         return samples
+
+    def _asked(self, rows: Sequence[Row]) -> list[Asked] | None:
+        """Rows as tokens, where the conventions have their own; None if not."""
+        own, tokenizer = self.conventions.asked, self.subject.tokenizer
+        return None if own is None else [own(row, tokenizer) for row in rows]
+
+    def prompts(self, rows: Sequence[Row], samples: Sequence[Sample]) -> list[tuple[int, ...]]:
+        """What the model answers to; ``samples`` are those of ``rows``."""
+        asked = self._asked(rows)
+        return [prompt_of(sample) for sample in samples] if asked is None else [row.prompt for row in asked]
+
+    def truths(self, rows: Sequence[Row]) -> list[str]:
+        """What the answers to questions are compared with."""
+        asked, tokenizer = self._asked(rows), self.subject.tokenizer
+        return [row.content["answer"] for row in rows] if asked is None else [row.truth(tokenizer) for row in asked]
 
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
         """Score every labelled token of each row, in one forward pass. detailed: as in ``score_tokens``."""
@@ -67,7 +86,13 @@ class Examinee:
             f"{role} scores",
             as_lists(samples),
             lambda: score_rows(
-                module, samples, batch_size=batch_size, detailed=detailed, progress=progress, description=role
+                module,
+                samples,
+                batch_size=batch_size,
+                detailed=detailed,
+                hidden=self.conventions.hidden(self.subject.tokenizer),
+                progress=progress,
+                description=role,
             ),
         )
         if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
@@ -86,22 +111,25 @@ class Examinee:
         self, prompts: Sequence[Sequence[int]], role: str, new_tokens: int, stop: Sequence[str] = ()
     ) -> list[str]:
         """Greedy answers, at most ``max_new_tokens`` long, or ``new_tokens`` if that is None."""
+        tokenizer, conventions = self.subject.tokenizer, self.conventions
         answers: list[str] = kept_part(
             self.kept,
             f"{role} answers",
             list(map(list, prompts)),
             lambda: greedy_answers(
                 self.subject.module,
-                self.subject.tokenizer,
+                tokenizer,
                 prompts,
                 batch_size=self.batch_size,
                 max_new_tokens=self.max_new_tokens or new_tokens,
                 stop=stop,
+                hidden=conventions.hidden(tokenizer),
+                as_configured=conventions.as_configured,
                 progress=self.progress,
                 description=f"{role} answers",
             ),
         )
-        return answers
+        return list(map(conventions.read, answers))
 
     def rouge(
         self, name: str, references: Sequence[str], answers: Sequence[str], key: str, *, any_script: bool = False
@@ -127,26 +155,36 @@ def probabilities(scores: Sequence[TokenScores]) -> Metric:
     )
 
 
-def memorisation(scores: Sequence[TokenScores], prefix: str = "") -> dict[str, Metric]:
+def memorisation(
+    scores: Sequence[TokenScores], prefix: str = "", end_alone: float = OURS.end_alone
+) -> dict[str, Metric]:
     """Extraction strength and exact memorisation, by names that begin with ``prefix``.
 
-    The last label, the end of the answer, does not count; an answer without another label is not in the mean.
+    The last label, the end of the answer, does not count; an answer without another label is not in the mean, unless
+    ``end_alone`` is a number, which is then its extraction strength.
     """
     results = {}
     for measure in (metrics.extraction_strength, metrics.exact_memorization):
         values = [measure(sample.hits[:-1]) for sample in scores]
+        if measure is metrics.extraction_strength:
+            values = [
+                end_alone if is_end_alone(sample) else value for sample, value in zip(scores, values, strict=True)
+            ]
         known = [value for value in values if not math.isnan(value)]
         results[prefix + measure.__name__] = Metric(metrics.mean(known), [{"score": value} for value in values])
     return results
 
 
-def membership(forget: Scored, holdout: Scored, share: float) -> dict[str, Metric]:
+def membership(forget: Scored, holdout: Scored, share: float, end_alone: float = OURS.end_alone) -> dict[str, Metric]:
     """``membership_auc`` of each membership score. share: of the tokens, for Min-K and Min-K++.
 
-    An answer that is only its end has no Min-K and no Min-K++, so their AUCs are those of the others.
+    An answer that is only its end has no Min-K and no Min-K++, so their AUCs are those of the others, unless
+    ``end_alone`` is a number, which is then its value.
     """
     sets = {"forget": forget, "holdout": holdout}
-    values = {role: [_membership_scores(*sample, share) for sample in scored] for role, scored in sets.items()}
+    values = {
+        role: [_membership_scores(*sample, share, end_alone) for sample in scored] for role, scored in sets.items()
+    }
     alone = {role: [is_end_alone(score) for score, _ in scored] for role, scored in sets.items()}
     return {
         name: auc_of({role: [of_sample[name] for of_sample in values[role]] for role in sets}, alone)
@@ -173,13 +211,14 @@ def is_end_alone(scores: TokenScores) -> bool:
     return scores.log_probs.size < 2
 
 
-def _membership_scores(scores: TokenScores, text: str, share: float) -> dict[str, float]:
+def _membership_scores(scores: TokenScores, text: str, share: float, end_alone: float) -> dict[str, float]:
     """The scores of one sample. Like open-unlearning, Min-K leaves out the last label."""
+    alone = is_end_alone(scores)
     return {
         "mia_loss": -metrics.mean(scores.log_probs),
         "mia_zlib": metrics.zlib_score(scores.log_probs, text),
-        "mia_min_k": metrics.min_k(scores.log_probs[:-1], share),
-        "mia_min_k_plus_plus": metrics.min_k(scores.standardised[:-1], share),
+        "mia_min_k": end_alone if alone else metrics.min_k(scores.log_probs[:-1], share),
+        "mia_min_k_plus_plus": end_alone if alone else metrics.min_k(scores.standardised[:-1], share),
     }
 
 

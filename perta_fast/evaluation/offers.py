@@ -1,10 +1,11 @@
 """Metrics that every suite offers on its own sets: ROUGE-L, memorisation, membership."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from perta_fast.data.forms import PARAPHRASED
 from perta_fast.data.json_lines import Row, check_text
-from perta_fast.data.samples import Sample, prompt_of
+from perta_fast.data.samples import Sample
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.examinee import (
     Scored,
@@ -67,19 +68,21 @@ def offer_paraphrased(table: MetricTable, role: str) -> None:
         return table.once(f"{what} samples", lambda: table.examinee.tokenise(asked, what))
 
     def answers() -> list[str]:
-        return table.examinee.answer([prompt_of(sample) for sample in samples()], what, ANSWER_TOKENS)
+        return table.examinee.answer(table.examinee.prompts(asked, samples()), what, ANSWER_TOKENS)
 
     table.offer(names[0], lambda: probabilities(table.examinee.score(samples(), what)), default=False)
     truth = table.files[role].texts("answer")
-    offer_rouge(table, names[1], truth, answers, "rougeL_recall", default=False)
+    offer_rouge(table, names[1], truth, answers, "rougeL_recall", lambda: table.examinee.truths(asked), default=False)
 
 
 def offer_memorisation(table: MetricTable, prefix: str, scored: Callable[[], Scored]) -> None:
     """Offer extraction strength and exact memorisation, by names that begin with ``prefix``."""
 
     def make() -> dict[str, Metric]:
-        _note_ends_alone(table, [f"{prefix}{measure}" for measure in MEMORISATION], scored())
-        return memorisation([scores for scores, _ in scored()], prefix)
+        end_alone = table.examinee.conventions.end_alone
+        for measure, value in zip(MEMORISATION, (end_alone, math.nan), strict=True):
+            _note_ends_alone(table, f"{prefix}{measure}", scored(), value)
+        return memorisation([scores for scores, _ in scored()], prefix, end_alone)
 
     def both() -> dict[str, Metric]:
         return table.once(f"{prefix}memorisation", make)
@@ -96,8 +99,9 @@ def offer_membership(table: MetricTable, reference: EvaluationFile | None) -> No
 
     def make() -> dict[str, Metric]:
         forget, holdout = table.scored("forget"), table.scored("holdout")
-        _note_ends_alone(table, ["mia_min_k", "mia_min_k_plus_plus"], [*forget, *holdout])
-        return membership(forget, holdout, table.examinee.min_k)
+        end_alone = table.examinee.conventions.end_alone
+        _note_ends_alone(table, "mia_min_k, mia_min_k_plus_plus", [*forget, *holdout], end_alone)
+        return membership(forget, holdout, table.examinee.min_k, end_alone)
 
     def every() -> dict[str, Metric]:
         return table.once("membership", make)
@@ -118,9 +122,8 @@ def offer_membership(table: MetricTable, reference: EvaluationFile | None) -> No
         table.offer("privleak", lambda: privacy_leakage(every(), reference))
 
 
-def _note_ends_alone(table: MetricTable, names: Sequence[str], scored: Scored) -> None:
-    """Say how many answers have no value of these metrics, for want of another token than their end."""
+def _note_ends_alone(table: MetricTable, names: str, scored: Scored, value: float) -> None:
+    """Say how many answers have no value of these metrics of their own, for want of another token than their end."""
     if alone := sum(is_end_alone(scores) for scores, _ in scored):
-        table.examinee.notes.append(
-            f"{', '.join(names)}: {alone} of {len(scored)} answers are only their end; they are left out"
-        )
+        counted = "are left out" if math.isnan(value) else f"count {value:g}"
+        table.examinee.notes.append(f"{names}: {alone} of {len(scored)} answers are only their end; they {counted}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
-from perta_fast.data.samples import Sample, prompt_of
+from perta_fast.data.samples import Sample
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Scored, probabilities
 from perta_fast.evaluation.metric_table import MetricTable
@@ -31,7 +31,8 @@ class OwnData(MetricTable):
             self.offer(f"{role}_Q_A_Prob", partial(self._probability, role))
             if all("question" in row.content for row in file.rows):
                 answers = partial(self._answers, role)
-                offer_rouge(self, f"{role}_Q_A_ROUGE", file.texts("answer"), answers, "rougeL_recall")
+                truths = partial(self._truths, role)
+                offer_rouge(self, f"{role}_Q_A_ROUGE", file.texts("answer"), answers, "rougeL_recall", truths)
                 offer_paraphrased(self, role)
             offer_memorisation(self, f"{role}_", partial(self.scored, role))
         if "holdout" in files:
@@ -49,5 +50,9 @@ class OwnData(MetricTable):
     def _loss(self, role: str) -> Metric:
         return averaged("avg_loss", [sample["avg_loss"] for sample in self.metric(f"{role}_Q_A_Prob").samples])
 
+    def _truths(self, role: str) -> list[str]:
+        return self.examinee.truths(self.files[role].rows)
+
     def _answers(self, role: str) -> list[str]:
-        return self.examinee.answer([prompt_of(sample) for sample in self.samples(role)], role, ANSWER_TOKENS)
+        prompts = self.examinee.prompts(self.files[role].rows, self.samples(role))
+        return self.examinee.answer(prompts, role, ANSWER_TOKENS)

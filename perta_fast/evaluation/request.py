@@ -54,6 +54,7 @@ class Request:
     out: str | None
     show_text: bool
     fields: dict[str, str] | None = None
+    compatible: str | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -92,6 +93,7 @@ class Request:
             "max_new_tokens",
             "system_prompt",
             "date_string",
+            "compatible",
         )
         shown = {name: getattr(self, name) for name in names}
         if self.fields is not None:

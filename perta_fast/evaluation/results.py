@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.errors import InputError, printable_lines
+from perta_fast.evaluation.conventions import OPEN_UNLEARNING
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.prompt_used import in_words
 from perta_fast.files.new_file import write_output_file
@@ -90,7 +91,8 @@ class EvaluationFile:
     """A file that ``perta eval`` or open-unlearning wrote, of a gold model or for a report.
 
     metrics: as in the file. model: its directory. data_hashes: by data set. min_k: share of the tokens for Min-K. A
-    file of open-unlearning has only metrics.
+    file of open-unlearning has only metrics. conventions: the name of those by which it was measured, None for this
+    project's. foreign: not written by ``perta eval``.
     """
 
     path: str
@@ -98,6 +100,8 @@ class EvaluationFile:
     model: str
     data_hashes: Mapping[str, str]
     min_k: float | None = None
+    conventions: str | None = None
+    foreign: bool = False
 
     @classmethod
     def read(cls, path: str | Path) -> "EvaluationFile":
@@ -112,10 +116,30 @@ class EvaluationFile:
             for role, entry in (data.items() if isinstance(data, dict) else ())
             if isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
         }
-        settings = content.get("settings")
-        min_k = settings.get("min_k") if isinstance(settings, dict) else None
+        foreign, settings = "metrics" not in content, content.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
+        min_k = settings.get("min_k")
         share = float(min_k) if min_k is not None and _is_finite(min_k) else None
-        return cls(str(path), metrics, model if isinstance(model, str) else "", hashes, share)
+        conventions = OPEN_UNLEARNING if foreign else settings.get("compatible")
+        directory = model if isinstance(model, str) else ""
+        return cls(str(path), metrics, directory, hashes, share, conventions, foreign)
+
+    def compared_with(self, conventions: str | None) -> list[str]:
+        """Notes on setting its numbers beside those of other ``conventions``.
+
+        Raises InputError if ``perta eval`` wrote it by others: then it can be made anew.
+        """
+        if self.conventions == conventions:
+            return []
+        if self.foreign:
+            return [
+                f"{self.path}: was not written by perta eval; --compatible {OPEN_UNLEARNING} measures this model as "
+                f"{OPEN_UNLEARNING} does"
+            ]
+        raise InputError(
+            f"{self.path}: was measured {_with(self.conventions)}, this evaluation is {_with(conventions)}; measure "
+            "both models in the same way"
+        )
 
     def aggregates(self) -> dict[str, float | None]:
         """The aggregate of every metric; None if it is not a finite number."""
@@ -161,6 +185,10 @@ def files_read(paths: Sequence[Path], out: Path) -> list[Path]:
     if not _is_result(out):
         files += [file for path in paths if path.is_dir() for file in path.iterdir()]
     return files
+
+
+def _with(conventions: str | None) -> str:
+    return "without --compatible" if conventions is None else f"with --compatible {conventions}"
 
 
 def _is_result(path: Path) -> bool:

@@ -20,6 +20,7 @@ from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
 from perta_fast.evaluation.attacks import offer_attacks
 from perta_fast.evaluation.benchmark_files import DataFile
+from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.kept_passes import kept_part
 from perta_fast.evaluation.metric_table import MetricTable
@@ -64,6 +65,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     system_prompt: str | None = None,
     date_string: str | None = None,
+    compatible: Literal["open-unlearning"] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     out: PathLike | None = None,
@@ -84,6 +86,8 @@ def evaluate(
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers; None takes the suite's own.
     system_prompt, date_string: for the tokenizer's chat template, with every question; not for MUSE. Without a date, a
     template that asks for one is told that of the start; ``settings["date"]`` of the result is what it was told.
+    compatible: measure as open-unlearning does where it differs (docs/evaluation.md), to set beside published tables;
+    not for MUSE, nor with max_length. If the model has a repetition penalty, answers then depend on batch_size.
     out: file to write, ending in .json. It holds no text of any set unless ``show_text``. Of a checkpoint, finished
     parts are kept beside it until then: the same call, or ``resume``, goes on with a stopped evaluation. overwrite:
     replace the file, start over.
@@ -124,6 +128,7 @@ def _run(
     ChatSettings.of(request.system_prompt, request.date_string)
     if request.suite == "muse" and not (request.system_prompt is request.date_string is None):
         raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
+    conventions = _conventions(request)
     out = None if request.out is None else Path(request.out)
     if out is not None:
         again = "" if overwrite and earlier is None else EVALUATION_STATE
@@ -133,16 +138,17 @@ def _run(
     table = _table(request, gold)
     if request.reference_model is not None:
         Checkpoint.open(request.reference_model)
-    offer_attacks(table, request.reference_model)
-    names = table.chosen(request.metrics)
+    offer_attacks(table, request.reference_model, conventions)
+    names, notes = table.chosen(request.metrics), list[str]()
     if gold is not None:
+        notes += gold.compared_with(conventions.name)
         _check_reference(gold, table, names, request.min_k)
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:
             raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
     if request.lm_eval:
         _check_harness(request.lm_eval)
-    measure = partial(_measure, request, table, names, model_or_path, tokenizer, progress)
+    measure = partial(_measure, request, table, names, model_or_path, tokenizer, progress, notes)
     # A model in memory may be another one at the next call; a link is replaced itself.
     if out is None or request.model is None or tokenizer is not None or out.is_symlink():
         result = measure(None, now(), today())
@@ -185,11 +191,12 @@ def _measure(
     model_or_path: PathLike | nn.Module,
     tokenizer: Any,
     progress: Progress,
+    notes: Sequence[str],
     kept: KeptParts | None,
     started: str,
     day: date,
 ) -> Evaluation:
-    """Load the model and measure it. day: for chat templates that ask for the date."""
+    """Load the model and measure it. notes: of what was checked before. day: for templates that ask for the date."""
     dtype = None if request.dtype is None else torch_dtype(request.dtype)
     subject = _subject(model_or_path, tokenizer, request.device, dtype)
     spoken = with_chat_settings(subject.tokenizer, request.system_prompt, request.date_string, day)
@@ -203,6 +210,8 @@ def _measure(
         request.show_text,
         kept,
         request.min_k,
+        Conventions.named(request.compatible),
+        notes=list(notes),
     )
     with measuring(subject.module), evaluation_mode(subject.module):
         measured, general = table.measure(examinee, names), {}
@@ -221,6 +230,16 @@ def _measure(
         started,
         now(),
     )
+
+
+def _conventions(request: Request) -> Conventions:
+    """Raises InputError for a request that they do not cover."""
+    conventions = Conventions.named(request.compatible)
+    if conventions.name is not None and request.suite == "muse":
+        raise InputError(f"compatible {conventions.name} is for TOFU and data of your own, not for MUSE; leave it out")
+    if conventions.name is not None and request.max_length is not None:
+        raise InputError(f"max_length: {conventions.name} has limits of its own; leave out the one or the other")
+    return conventions
 
 
 def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:

@@ -6,7 +6,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from perta_fast.data.samples import Sample, prompt_of
+from perta_fast.data.json_lines import Row
+from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file
@@ -74,17 +75,21 @@ class TofuMetrics(MetricTable):
         if not fictitious:
             self.offer(f"{role}_Q_A_Prob_normalised", lambda: self._normalised(role))
         truth = self.files[role].texts("answer")
-        offer_rouge(self, f"{role}_Q_A_ROUGE", truth, partial(self._answers, role), "rougeL_recall")
+        offer_rouge(
+            self, f"{role}_Q_A_ROUGE", truth, partial(self._answers, role), "rougeL_recall", partial(self._truths, role)
+        )
         name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
         self.offer(name, lambda: self._truth_ratio(role))
         if fictitious:
             offer_memorisation(self, "" if role == "forget" else "retain_", partial(self.scored, role))
             offer_paraphrased(self, role)
 
-    def samples(self, role: str) -> list[Sample]:
+    def rows(self, role: str) -> list[Row]:
         """Questions and answers of a set."""
-        rows = self.files[role].questions("question", "answer")
-        return self.once(f"{role} samples", lambda: self.examinee.tokenise(rows, role))
+        return self.files[role].questions("question", "answer")
+
+    def samples(self, role: str) -> list[Sample]:
+        return self.once(f"{role} samples", lambda: self.examinee.tokenise(self.rows(role), role))
 
     def scored(self, role: str) -> Scored:
         """Scores and texts of the answers of a set."""
@@ -120,8 +125,11 @@ class TofuMetrics(MetricTable):
         ]
         return averaged("prob", values)
 
+    def _truths(self, role: str) -> list[str]:
+        return self.examinee.truths(self.rows(role))
+
     def _answers(self, role: str) -> list[str]:
-        return self.examinee.answer([prompt_of(sample) for sample in self.samples(role)], role, ANSWER_TOKENS)
+        return self.examinee.answer(self.examinee.prompts(self.rows(role), self.samples(role)), role, ANSWER_TOKENS)
 
     def _truth_ratio(self, role: str) -> Metric:
         pairs = zip(self._right(role), self._wrong(role), strict=True)

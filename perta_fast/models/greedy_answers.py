@@ -18,17 +18,19 @@ def greedy_answers(
     batch_size: int,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    hidden: int | None = None,
+    as_configured: bool = False,
     progress: Progress = False,
     description: str = "answering",
 ) -> list[str]:
     """The greedy answers of ``module.generate`` to prompts (token ids), each of at most ``max_new_tokens``.
 
     Prompts are padded on the left. If the longest prompt leaves less room in the context, all answers are limited to
-    that room. stop: an answer ends before any of these texts. Raises InputError if the module cannot generate, or a
-    prompt fills its context.
+    that room. stop: an answer ends before any of these texts. hidden: a token of prompts that is masked wherever it
+    stands. as_configured: obey the model's own generation settings, such as its repetition penalty, in batches in the
+    order of the prompts: padding is penalised too, so answers then depend on the batch. Raises InputError if the module
+    cannot generate, or a prompt fills its context.
     """
-    from transformers import GenerationConfig
-
     if not hasattr(module, "generate"):
         raise InputError("the model cannot generate; ROUGE needs a model of transformers with a generate method")
     context = getattr(module.config, "max_position_embeddings", None) or 1 << 30
@@ -36,32 +38,27 @@ def greedy_answers(
     room = min(max_new_tokens, context - longest)
     if room < 1:
         raise InputError(f"a prompt of {longest} tokens leaves no room to answer in a context of {context}")
-    ends = getattr(module.generation_config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
     choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     padding = next(token for token in choices if token is not None)  # it is masked, so it can be any token
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=room,
-        eos_token_id=ends,
-        pad_token_id=padding,
-    )
-    order = sorted(range(len(prompts)), key=lambda k: -len(prompts[k]))
+    settings = _as_configured(tokenizer, room) if as_configured else _greedy(module, tokenizer, padding, room)
+    order = list(range(len(prompts)))
+    if not as_configured:
+        order.sort(key=lambda k: -len(prompts[k]))
     answers = [""] * len(prompts)
     with Bar(len(prompts), description, progress, "sample") as bar, torch.inference_mode():
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
-            width = len(prompts[numbers[0]])
+            width = max(len(prompts[k]) for k in numbers)
             gaps = [width - len(prompts[k]) for k in numbers]
             rows = [[padding] * gap + list(prompts[k]) for k, gap in zip(numbers, gaps, strict=True)]
-            masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
+            masks = [
+                [0] * gap + [int(token != hidden) for token in prompts[k]] for k, gap in zip(numbers, gaps, strict=True)
+            ]
             device = device_of(module)
             output = module.generate(
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(masks, device=device),
-                generation_config=settings,
+                **settings,
             )
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             for number, text in zip(numbers, texts, strict=True):
@@ -70,3 +67,27 @@ def greedy_answers(
                 answers[number] = text.strip()
             bar.update(len(numbers))
     return answers
+
+
+def _greedy(module: Any, tokenizer: Any, padding: int, room: int) -> dict[str, Any]:
+    """The likeliest token each time. transformers fills what is not set here from the model's own settings."""
+    from transformers import GenerationConfig
+
+    ends = getattr(module.generation_config, "eos_token_id", None)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        suppress_tokens=[],
+        max_new_tokens=room,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        pad_token_id=padding,
+    )
+    return {"generation_config": config}
+
+
+def _as_configured(tokenizer: Any, room: int) -> dict[str, Any]:
+    """No sampling, and for the rest the model's own settings."""
+    return {"do_sample": False, "max_new_tokens": room, "use_cache": True, "pad_token_id": tokenizer.eos_token_id}

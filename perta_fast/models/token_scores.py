@@ -48,14 +48,15 @@ def score_tokens(
     *,
     batch_size: int,
     detailed: bool = False,
+    hidden: int | None = None,
     progress: Progress = False,
     description: str = "scoring",
 ) -> list[TokenScores]:
     """Score every labelled token of ``samples``, in their order, from float32 logits.
 
     module: a causal language model in evaluation mode. If it takes ``logits_to_keep``, as models of transformers do, no
-    logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. Memory beside the
-    model's: the logits of one batch, and a few times 64 MiB.
+    logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. hidden: a token that
+    is masked wherever it stands. Memory beside the model's: the logits of one batch, and a few times 64 MiB.
     """
     device = device_of(module)
     trims = "logits_to_keep" in inspect.signature(module.forward).parameters
@@ -66,8 +67,9 @@ def score_tokens(
             labelled = batch.labels[:, 1:] != IGNORED  # token t is predicted at t - 1
             begin = int(labelled.any(dim=0).nonzero()[0]) if trims else 0
             kept = {"logits_to_keep": batch.labels.shape[1] - begin} if trims else {}
+            mask = batch.attention_mask if hidden is None else batch.attention_mask * (batch.input_ids != hidden)
             logits = module(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **kept
+                input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **kept
             ).logits  # (N, T - begin, V)
             labelled = labelled[:, begin:]
             targets = batch.labels[:, 1 + begin :][labelled]

@@ -93,6 +93,9 @@ def test_sampling_settings_of_the_checkpoint_are_not_used() -> None:
     model.generation_config.do_sample = True
     model.generation_config.temperature = 5.0
     model.generation_config.repetition_penalty = 3.0
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.min_new_tokens = 9
+    model.generation_config.suppress_tokens = list(range(2, 200))
     settings = {"batch_size": 3, "max_new_tokens": 9}
     assert greedy_answers(model, tokenizer(), PROMPTS, **settings) == greedy_answers(
         MODEL, tokenizer(), PROMPTS, **settings
