@@ -28,7 +28,7 @@ class Asked:
     def truth(self, tokenizer: Any) -> str:
         """The text of the whole without that of the prompt: what the answer is compared with."""
         whole, prompt = tokenizer.batch_decode([self.whole, self.prompt], skip_special_tokens=True)
-        return cleaned(cleaned(whole).replace(cleaned(prompt), "").strip())
+        return cleaned(whole).replace(cleaned(prompt), "").strip()
 
 
 @dataclass(frozen=True)
