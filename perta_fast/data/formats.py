@@ -1,4 +1,4 @@
-"""Data files of every format, read into records: JSON lines, JSON, CSV, parquet, Arrow, any of them compressed by gzip.
+"""Data files of every format, read into entries: JSON lines, JSON, CSV, parquet, Arrow, any of them compressed by gzip.
 
 A format is known by what the file holds; CSV, which may begin with anything, by its name.
 """
@@ -20,7 +20,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.reading import check_fetched, checked_path, decode, exists, read_json
 
-Records = Iterable[tuple[str, Any]]  # where each comes from, by file and line, and what it holds
+Entries = Iterable[tuple[str, Any]]  # where each comes from, by file and line, and what it holds
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # of a data set, not its rows
@@ -29,24 +29,24 @@ _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK
 _LONGEST_LIST = 20  # of names in a message
 
 
-def read_records(path: str | Path) -> tuple[list[tuple[str, Any]], str]:
-    """All records of a data file or directory, and the BLAKE3 hash of the files, one after another.
+def read_entries(path: str | Path) -> tuple[list[tuple[str, Any]], str]:
+    """All entries of a data file or directory, and the BLAKE3 hash of the files, one after another.
 
     path: as for ``data_files``. Each file is read once: it can be a pipe. Raises InputError, naming file and line.
     """
-    records: list[tuple[str, Any]] = []
+    entries: list[tuple[str, Any]] = []
     digest = blake3()
     for file in data_files(path):
         content = _read(file)
         digest.update(content)
-        records += _parse(content, file)
-    if not records:
+        entries += _parse(content, file)
+    if not entries:
         raise InputError(f"{path}: holds no samples")
-    return records, digest.hexdigest()
+    return entries, digest.hexdigest()
 
 
 def hash_data(path: str | Path) -> str:
-    """The hash that ``read_records`` gives."""
+    """The hash that ``read_entries`` gives."""
     files = data_files(path)
     if len(files) == 1:
         return hash_file(files[0])
@@ -117,8 +117,8 @@ def _files_of_state(directory: Path) -> list[Path]:
     """The files of a data set that ``save_to_disk`` has written."""
     path = directory / "state.json"
     state = read_json(path)
-    entries = state.get("_data_files") if isinstance(state, dict) else None
-    names: list[Any] = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    names: list[Any] = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
     if not names or not all(map(_is_plain, names)):
         raise InputError(f"{path}: names no files of data; save the data set again")
     if state.get("_indices_data_files"):
@@ -154,7 +154,7 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _parse(content: bytes, path: Path) -> Records:
+def _parse(content: bytes, path: Path) -> Entries:
     if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
@@ -167,27 +167,27 @@ def _parse(content: bytes, path: Path) -> Records:
         if content.startswith(beginning):
             raise InputError(f"{path}: is compressed by {program}; decompress it first (gzip alone is read)")
     if content.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
-        return _arrow_records(content, path)
+        return _arrow_entries(content, path)
     text = decode(content, path)
     if path_of_text.suffix in (".csv", ".tsv"):
-        return _csv_records(text, path, "\t" if path_of_text.suffix == ".tsv" else None)
+        return _csv_entries(text, path, "\t" if path_of_text.suffix == ".tsv" else None)
     if text.lstrip().startswith("["):
-        return _list_records(text, path)
-    return _single_record(text, path) or _line_records(text, path)
+        return _list_entries(text, path)
+    return _single_entry(text, path) or _line_entries(text, path)
 
 
-def _single_record(text: str, path: Path) -> Records:
+def _single_entry(text: str, path: Path) -> Entries:
     """The object of a file that holds one, printed over several lines; nothing if it holds anything else."""
     if text.lstrip().partition("\n")[0].rstrip().endswith("}"):
         return []
     try:
-        record = json.loads(text)
+        entry = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    return [(str(path), record)] if isinstance(record, dict) else []
+    return [(str(path), entry)] if isinstance(entry, dict) else []
 
 
-def _line_records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _line_entries(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -197,7 +197,7 @@ def _line_records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{where}: is not JSON; each line must be one object") from error
 
 
-def _list_records(text: str, path: Path) -> Records:
+def _list_entries(text: str, path: Path) -> Entries:
     try:
         return [(f"{path}, object {number}", row) for number, row in enumerate(json.loads(text), start=1)]
     except (ValueError, RecursionError) as error:
@@ -205,7 +205,7 @@ def _list_records(text: str, path: Path) -> Records:
         raise InputError(f"{path}{line}: is not JSON; a file that begins with [ must be one list of objects") from error
 
 
-def _csv_records(text: str, path: Path, separator: str | None) -> Iterator[tuple[str, Any]]:
+def _csv_entries(text: str, path: Path, separator: str | None) -> Iterator[tuple[str, Any]]:
     """Rows by the names in the header. A cell that is empty is none."""
     separator = separator or max(",;\t", key=text.partition("\n")[0].count)
     limit = csv.field_size_limit(sys.maxsize)  # of a cell; a whole book may be one
@@ -231,7 +231,7 @@ def _csv_records(text: str, path: Path, separator: str | None) -> Iterator[tuple
         csv.field_size_limit(limit)
 
 
-def _arrow_records(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+def _arrow_entries(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow as pa
         from pyarrow import ipc, parquet
@@ -262,7 +262,7 @@ def _with_json(value: Any, kind: Any) -> Any:
     if isinstance(value, dict):
         return {field.name: _with_json(value[field.name], field.type) for field in kind}
     if isinstance(value, list) and value and hasattr(kind, "value_type"):
-        return [_with_json(entry, kind.value_type) for entry in value]
+        return [_with_json(inner, kind.value_type) for inner in value]
     return value
 
 
@@ -273,8 +273,8 @@ def without_nulls(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         said = "role" in value
-        kept = ((key, entry) for key, entry in value.items() if entry is not None or (said and key == "content"))
-        return {key: without_nulls(entry) for key, entry in kept}
+        kept = ((key, inner) for key, inner in value.items() if inner is not None or (said and key == "content"))
+        return {key: without_nulls(inner) for key, inner in kept}
     if isinstance(value, list) and value and isinstance(value[0], Mapping | list):
-        return [without_nulls(entry) for entry in value]
+        return [without_nulls(inner) for inner in value]
     return value

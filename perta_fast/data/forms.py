@@ -1,7 +1,7 @@
-"""What a record of a data file says: its form known by the names of its fields, and its content checked.
+"""What an entry of a data file says: its form known by the names of its fields, and its content checked.
 
 The content has "question" and "answer" (loss on the answer only), "text" (loss on all tokens) or "messages" (loss on
-what the assistant says), with "tools" if the record has them. Other names are taken for these as ``FORMS`` has them,
+what the assistant says), with "tools" if the entry has them. Other names are taken for these as ``FORMS`` has them,
 or as the caller's ``Fields`` say.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from perta_fast.errors import InputError
 
-Fields = Mapping[str, str]  # the field of a record, by what it is taken for; A+B joins two by a blank line
+Fields = Mapping[str, str]  # the field of an entry, by what it is taken for; A+B joins two by a blank line
 
 _ROLES = ("system", "user", "assistant", "tool")
 _SPEAKERS = {  # of ShareGPT
@@ -48,9 +48,9 @@ _NEEDED = 'needs "question" and "answer", or "text", or "messages"'
 
 @dataclass(frozen=True)
 class Row:
-    """One checked record: ``content`` has the keys of its form, ``where`` names file and line.
+    """One checked entry: ``content`` has the keys of its form, ``where`` names file and line.
 
-    read_as: what was taken for what, "" if the record has these keys itself.
+    read_as: what was taken for what, "" if the entry has these keys itself.
     """
 
     content: Mapping[str, Any]
@@ -87,13 +87,13 @@ def check_fields(fields: Fields | None) -> None:
         raise InputError(f"fields is {fields_text(fields)}; give question and answer, or text, or messages")
 
 
-def rows_of_records(records: Iterable[tuple[str, Any]], fields: Fields | None, name: str | Path) -> list[Row]:
-    """The rows of records and the places that these have. name: of all of them. Raises InputError, naming the place."""
+def rows_of_entries(entries: Iterable[tuple[str, Any]], fields: Fields | None, name: str | Path) -> list[Row]:
+    """Check entries, each with where it stands. name: of the data, for messages. Raises InputError, naming where."""
     check_fields(fields)
-    records = list(records)
+    entries = list(entries)
     if fields:
-        _check_present(records, fields, name)
-    return [_row(record, where, fields or {}) for where, record in records]
+        _check_present(entries, fields, name)
+    return [_row(entry, where, fields or {}) for where, entry in entries]
 
 
 def read_as(rows: Iterable[Any]) -> str:
@@ -101,29 +101,29 @@ def read_as(rows: Iterable[Any]) -> str:
     return "; ".join(dict.fromkeys(row.read_as for row in rows if getattr(row, "read_as", "")))
 
 
-def _check_present(records: list[tuple[str, Any]], fields: Fields, name: str | Path) -> None:
-    """Raise InputError if a field that ``fields`` names is in no record."""
-    known = dict.fromkeys(key for _, record in records if isinstance(record, Mapping) for key in record)
+def _check_present(entries: list[tuple[str, Any]], fields: Fields, name: str | Path) -> None:
+    """Raise InputError if a field that ``fields`` names is in no entry."""
+    known = dict.fromkeys(key for _, entry in entries if isinstance(entry, Mapping) for key in entry)
     for source in fields.values():
         for part in [source] if source in known else source.split("+"):
             if part not in known:
                 raise InputError(f'{name}: no row has "{part}", which fields names; they have {_listed(known)}')
 
 
-def _row(record: Any, where: str, fields: Fields) -> Row:
-    if not isinstance(record, Mapping):
-        hint = ', but a text; give it a name, as in {"text": "..."}' if isinstance(record, str) else ""
+def _row(entry: Any, where: str, fields: Fields) -> Row:
+    if not isinstance(entry, Mapping):
+        hint = ', but a text; give it a name, as in {"text": "..."}' if isinstance(entry, str) else ""
         raise InputError(f"{where}: is not a JSON object{hint}")
-    form = _form_of(record, where, fields)
+    form = _form_of(entry, where, fields)
     for source in form.values():
-        if _first(record, source) not in record:
-            has = f"; it has {_listed(record)}, which --fields can take for these" if record else ""
+        if _first(entry, source) not in entry:
+            has = f"; it has {_listed(entry)}, which --fields can take for these" if entry else ""
             raise InputError(f'{where}: {_NEEDED}; "{source}" is missing{has}')
-    values = {target: _value(record, source, where) for target, source in form.items()}
+    values = {target: _value(entry, source, where) for target, source in form.items()}
     content: dict[str, Any]
     if "messages" in form:
         content = {"messages": _turns(values["messages"], form["messages"], where)}
-        system = record.get("system")
+        system = entry.get("system")
         if form["messages"] == "conversations" and _is_given(system) and _role(content["messages"]) != "system":
             content["messages"].insert(0, {"role": "system", "content": system})
             form = {"messages": "system+conversations"}
@@ -133,12 +133,12 @@ def _row(record: Any, where: str, fields: Fields) -> Row:
     else:
         for target, source in form.items():
             check_text(values[target], source, where)
-        if "question" in form and record.get(PARAPHRASED) is not None:
-            check_text(record[PARAPHRASED], PARAPHRASED, where)
-            values[PARAPHRASED] = record[PARAPHRASED]
+        if "question" in form and entry.get(PARAPHRASED) is not None:
+            check_text(entry[PARAPHRASED], PARAPHRASED, where)
+            values[PARAPHRASED] = entry[PARAPHRASED]
         return Row(values, where, _described(form))
     _check_messages(content["messages"], where)
-    tools = _decoded(record.get(fields.get("tools", "tools")))
+    tools = _decoded(entry.get(fields.get("tools", "tools")))
     if _is_given(tools):
         content["tools"] = _checked_tools(tools, fields.get("tools", "tools"), where)
         form = {**form, **{key: source for key, source in fields.items() if key == "tools"}}
@@ -151,26 +151,26 @@ def _described(form: Mapping[str, str]) -> str:
     return ", ".join(f"{source.replace('+', ' and ')} as {target}" for target, source in form.items())
 
 
-def _form_of(record: Mapping[str, Any], where: str, fields: Fields) -> Mapping[str, str]:
-    """The form that ``fields`` names; or the one that the record has, or seems to be meant to have.
+def _form_of(entry: Mapping[str, Any], where: str, fields: Fields) -> Mapping[str, str]:
+    """The form that ``fields`` names; or the one that the entry has, or seems to be meant to have.
 
     Raises InputError if it has two.
     """
     for form in PLAIN:
         if not form.keys().isdisjoint(fields):
             return {target: fields.get(target, target) for target in form}
-    possible = _possible(tuple(record))
-    whole = [form for form in possible if all(_is_given(record[_first(record, source)]) for source in form.values())]
+    possible = _possible(tuple(entry))
+    whole = [form for form in possible if all(_is_given(entry[_first(entry, source)]) for source in form.values())]
     if len(whole) > 1:
         first, second = whole[:2]
         raise InputError(
             f"{where}: has {_quoted(first)}, and {_quoted(second)} too; choose with --fields {fields_text(first)} or "
             f"--fields {fields_text(second)}"
         )
-    half_asked = any(record.get(key) is not None for key in PLAIN[0])
+    half_asked = any(entry.get(key) is not None for key in PLAIN[0])
     if whole and not (half_asked and "text" in whole[0]):
         return whole[0]
-    if record.get("messages") is not None:
+    if entry.get("messages") is not None:
         return {"messages": "messages"}
     if half_asked:
         return PLAIN[0]
@@ -179,20 +179,20 @@ def _form_of(record: Mapping[str, Any], where: str, fields: Fields) -> Mapping[s
 
 @lru_cache(maxsize=64)  # most rows of a file have the same fields
 def _possible(names: tuple[str, ...]) -> tuple[Mapping[str, str], ...]:
-    """The forms that a record with fields of these names may have."""
+    """The forms that an entry with fields of these names may have."""
     known = dict.fromkeys(names)
     return tuple(form for form in FORMS if all(_first(known, source) in known for source in form.values()))
 
 
-def _first(record: Mapping[str, Any], source: str) -> str:
+def _first(entry: Mapping[str, Any], source: str) -> str:
     """The field that a row must have for ``source``: of several that are joined, the first."""
-    return source if source in record else source.split("+")[0]
+    return source if source in entry else source.split("+")[0]
 
 
-def _value(record: Mapping[str, Any], source: str, where: str) -> Any:
-    if source in record or "+" not in source:
-        return record[source]
-    parts = {name: record[name] for name in source.split("+") if _is_given(record.get(name))}
+def _value(entry: Mapping[str, Any], source: str, where: str) -> Any:
+    if source in entry or "+" not in source:
+        return entry[source]
+    parts = {name: entry[name] for name in source.split("+") if _is_given(entry.get(name))}
     for name, text in parts.items():
         check_text(text, name, where)
     return "\n\n".join(parts.values())

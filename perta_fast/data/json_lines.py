@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from perta_fast.data.formats import read_records
-from perta_fast.data.forms import Fields, Row, check_fields, check_text, rows_of_records
+from perta_fast.data.formats import read_entries
+from perta_fast.data.forms import Fields, Row, check_fields, check_text, rows_of_entries
 from perta_fast.errors import InputError
 
 __all__ = ["Row", "check_text", "load_rows", "read_data", "rows_from"]
@@ -19,13 +19,13 @@ def load_rows(path: str | Path, fields: Fields | None = None) -> list[Row]:
 def read_data(path: str | Path, fields: Fields | None = None) -> tuple[list[Row], str]:
     """``load_rows``, and the BLAKE3 hash of the file, which is read once: it can be a pipe."""
     check_fields(fields)
-    records, digest = read_records(path)
-    return rows_of_records(records, fields, path), digest
+    entries, digest = read_entries(path)
+    return rows_of_entries(entries, fields, path), digest
 
 
 def rows_from(rows: Iterable[Any], fields: Fields | None = None) -> list[Row]:
     """Check rows that are dictionaries in the same forms."""
-    records = [(f"sample {number}", row) for number, row in enumerate(rows)]
-    if not records:
+    entries = [(f"sample {number}", row) for number, row in enumerate(rows)]
+    if not entries:
         raise InputError("there are no samples")
-    return rows_of_records(records, fields, "the data")
+    return rows_of_entries(entries, fields, "the data")

@@ -166,18 +166,20 @@ class _Encoder:
 
 
 def _encode_plain_question(question: str, answer: str, tokenizer: "PreTrainedTokenizerBase") -> Encoded:
-    def tokens(text: str) -> list[int]:
-        ids = list(tokenizer(text)["input_ids"])
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with it
-
     start = f"Question: {question}\nAnswer:"
-    prompt, whole = tokens(start), tokens(f"{start} {answer}")
+    prompt, whole = (opening_tokens(text, tokenizer) for text in (start, f"{start} {answer}"))
     reply = whole[len(prompt) :]
     if whole[: len(prompt)] != prompt:  # a token spans both: tokenise them separately
         reply = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         reply = [*reply, tokenizer.eos_token_id]
     return [*prompt, *reply], [(len(prompt), len(prompt) + len(reply))]
+
+
+def opening_tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens of a text that goes on: without the end token that some tokenizers put after every text."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def prompt_of(sample: Sample) -> tuple[int, ...]:

@@ -303,7 +303,7 @@ def _gap(head: str, prompt: str, header: str) -> str:
 
 
 def _for_template(message: Message) -> dict[str, Any]:
-    """A message as templates take it: without weight and nulls, but with a content."""
+    """A message as templates take it: without weight, and with a content, which a call may lack."""
     kept = {name: value for name, value in message.items() if name != "weight" and value is not None}
     return {"content": "", **kept}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from perta_fast.data.formats import ENDINGS, read_records
+from perta_fast.data.formats import ENDINGS, read_entries
 from perta_fast.data.forms import Fields, read_as
 from perta_fast.data.json_lines import Row, check_text, read_data
 from perta_fast.errors import InputError
@@ -61,11 +61,11 @@ def read_benchmark_file(folder: Path, stem: str, texts: Iterable[str], lists: It
     path = benchmark_file(folder, stem)
     if path is None:
         raise InputError(f"{folder}: has no file {stem}.jsonl or {stem}.json")
-    records, digest = read_records(path)
+    entries, digest = read_entries(path)
     texts_alone = tuple(texts) == ("text",)
     rows = [
         Row({"text": content} if texts_alone and isinstance(content, str) else content, where)
-        for where, content in records
+        for where, content in entries
     ]
     for row in rows:
         _check(row, texts, lists)

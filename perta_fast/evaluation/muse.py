@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from perta_fast.data.json_lines import Row
-from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.data.samples import IGNORED, Sample, opening_tokens
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file
 from perta_fast.evaluation.examinee import Scored
@@ -95,7 +94,7 @@ class MuseMetrics(MetricTable):
 
     def _continued(self) -> list[str]:
         tokenizer, passages = self.examinee.subject.tokenizer, self.files["verbmem/forget"]
-        prompts = [_opening(tokenizer, text) for text in passages.texts("prompt")]
+        prompts = [opening_tokens(text, tokenizer) for text in passages.texts("prompt")]
         return self.examinee.answer(prompts, "verbmem", VERBATIM_TOKENS)
 
     def _answers(self, role: str) -> list[str]:
@@ -109,7 +108,7 @@ class MuseMetrics(MetricTable):
         pairs = [(row.content["question"], row.content["answer"]) for row in rows]
         shown = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in pairs)
         asked = [f"{shown}Question: {question}\nAnswer: " for question in questions.texts("question")]
-        prompts = [_opening(self.examinee.subject.tokenizer, text) for text in asked]
+        prompts = [opening_tokens(text, self.examinee.subject.tokenizer) for text in asked]
         return self.examinee.answer(prompts, f"{role} knowmem", KNOWLEDGE_TOKENS, _STOP)
 
     def _scored_passages(self) -> Scored:
@@ -134,16 +133,11 @@ class MuseMetrics(MetricTable):
         """Each row with labels on the rest of it, after the prompt that it begins with."""
         samples = []
         for prompt, row, whole in zip(prompts, rows, self.examinee.tokenise(rows, role), strict=True):
-            begin = max(1, len(_opening(self.examinee.subject.tokenizer, prompt)))  # the first token is never predicted
+            opening = opening_tokens(prompt, self.examinee.subject.tokenizer)
+            begin = max(1, len(opening))  # the first token is never predicted
             end = begin + SCORED_TOKENS
             ids, labels = whole.input_ids[:end], whole.labels[begin:end]
             if not labels:
                 raise InputError(f"{row.where}: its prompt leaves no token to score within {len(ids)} tokens")
             samples.append(Sample(ids, (IGNORED,) * begin + labels))
         return samples
-
-
-def _opening(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of ``text`` without an end token."""
-    ids = list(tokenizer(text)["input_ids"])
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers add one

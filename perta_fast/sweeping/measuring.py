@@ -86,7 +86,7 @@ def _notes_on_prompts(importances: ByEstimator, scored: Told) -> list[str]:
             dates = {used.day, scored.day} - {None}
             both = used.chat_template and scored.chat_template
             if both and (used.system_prompt != scored.system_prompt or len(dates) > 1):
-                words = [each.in_words() or "no system prompt" for each in (used, scored)]
+                words = [prompt.in_words() or "no system prompt" for prompt in (used, scored)]
                 notes.append(f"warning: {role} importance estimated with {words[0]}, scores taken with {words[1]}")
     return notes
 
