@@ -4,8 +4,8 @@ A turn is an assistant's message with all that comes before it, rendered as the 
 Loss lies on the assistant's own content and on the end of its turn: the mark that a model generates to stop. All else
 is the template's: headers, an empty think block, a line break after the end.
 
-Where a message lies in a rendered text is found with a skeleton (``skeletons``). For most templates it depends on
-nothing but the roles, so it is made once. A text that is not its skeleton with the contents put in (a template may read
+Where a message lies in a rendered text is found with an outline (``outlines``). For most templates it depends on
+nothing but the roles, so it is made once. A text that is not its outline with the contents put in (a template may read
 the contents) is looked at by itself.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.data.marked_template import generated, marks_itself
 from perta_fast.data.marks import Marks
-from perta_fast.data.skeletons import Skeleton, has_sign, sign
+from perta_fast.data.outlines import Outline, has_sign, sign
 from perta_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Turns:
 class _Pattern:
     """How the last turn of a conversation is rendered if it is content alone. own: the number of its hole."""
 
-    text: Skeleton  # up to the turn, and with it
-    prompt: Skeleton  # what the model generates the turn from
+    text: Outline  # up to the turn, and with it
+    prompt: Outline  # what the model generates the turn from
     own: int
 
     @property
@@ -136,7 +136,7 @@ class ChatTemplate:
         return self._closed(self._searched(text, messages, tools, pattern, where), messages, tools)
 
     def _pattern(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> _Pattern | None:
-        """None if a skeleton does not show where the last message lies."""
+        """None if an outline does not show where the last message lies."""
         if tools or any(message.keys() - _PLAIN for message in messages[:-1]) or messages[-1].keys() - _PLAIN:
             return self._make_pattern(messages, tools)
         roles = tuple(message["role"] for message in messages)
@@ -153,8 +153,8 @@ class ChatTemplate:
         own = {name: value for name, value in messages[-1].items() if name not in (*_REASONING, *_CALLS)}
         signed[-1] = {**own, "content": sign(len(messages) - 1)}
         try:
-            text = Skeleton.of(self._render(signed, tools, ""))
-            prompt = Skeleton.of(self._prompt(signed, tools, ""))
+            text = Outline.of(self._render(signed, tools, ""))
+            prompt = Outline.of(self._prompt(signed, tools, ""))
         except InputError:  # a template may ask more of a content than a sign has
             return None
         holes = [k for k, hole in enumerate(text.holes) if hole.index == len(messages) - 1]
@@ -185,9 +185,9 @@ class ChatTemplate:
         reasons = any(own.get(name) and self._shows(messages, tools, name) for name in _REASONING)
         if not calls and not reasons and own.get("content"):
             signed = self._try([*before, {**own, "content": sign(0)}], tools)
-            skeleton = Skeleton.of(signed or "")
-            if len(skeleton.holes) == 1:
-                start, tail = skeleton.literals
+            outline = Outline.of(signed or "")
+            if len(outline.holes) == 1:
+                start, tail = outline.literals
                 begin, end = len(start), len(text) - len(tail)
                 if text.startswith(start) and text.endswith(tail) and begin < end:
                     return _Place(text, begin, end, prompt, same_start, header)

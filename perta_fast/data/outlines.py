@@ -39,14 +39,14 @@ class Hole:
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class Outline:
     """A rendered text without the contents: ``literals[k]`` comes before ``holes[k]``, the last one after all."""
 
     literals: tuple[str, ...]
     holes: tuple[Hole, ...]
 
     @classmethod
-    def of(cls, text: str) -> "Skeleton":
+    def of(cls, text: str) -> "Outline":
         """From a text that was rendered with signs."""
         parts = _SIGN.split(text)  # literal, index, literal, index, ..., literal
         literals, holes = parts[::2], []
