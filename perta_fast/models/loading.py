@@ -94,7 +94,10 @@ def _stops(subject: Subject) -> set[int]:
     named = [getattr(getattr(module, name, None), "eos_token_id", None) for name in ("config", "generation_config")]
     written = Path(subject.origin, "generation_config.json")
     if exists(written):  # a structure without weights has not read it
-        named.append(read_json(written).get("eos_token_id"))
+        settings = read_json(written)
+        if not isinstance(settings, dict):
+            raise InputError(f"{written}: is not a JSON object")
+        named.append(settings.get("eos_token_id"))
     return {token for end in named for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)}
 
 

@@ -67,11 +67,11 @@ def unlearn(
     report only names their hashes and counts. Each is read once, so it can be a pipe. fields: names of their fields, as
     in {"question": "prompt", "answer": "completion"}, for question, answer, text, messages and tools; None knows the
     usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that lie in the local cache; download:
-    fetch them there first. at: the gradients are taken at ``base`` (the paper's choice) or
-    at ``model``. save_importance: directory to keep the two importances in, as ``forget`` and ``retain``; without it
-    they lie in a temporary directory beside the result. stream: hold one decoder layer in memory at a time; weigh,
-    subtract and write each layer as soon as its importances are complete. memory, device_memory: bytes that this may
-    take; None sets no limit. Other arguments as in ``apply`` and ``estimate_importance``.
+    fetch them there first. at: the gradients are taken at ``base`` (the paper's choice) or at ``model``.
+    save_importance: directory to keep the two importances in, as ``forget`` and ``retain``; without it they lie in a
+    temporary directory beside the result. stream: hold one decoder layer in memory at a time; weigh, subtract and write
+    each layer as soon as its importances are complete. memory, device_memory: bytes that this may take; None sets no
+    limit. Other arguments as in ``apply`` and ``estimate_importance``.
 
     Everything is checked before the first gradient. Returns the report, which is also in ``out``. Raises InputError for
     bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can finish;

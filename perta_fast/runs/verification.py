@@ -17,8 +17,8 @@ class Verification:
     changed: data files and model cards of inputs that have changed since the run, which says nothing against the
     output. card: the problems with the output's model card, which are in ``problems`` too. uncovered: files of which
     the run kept no hash. claim: what the run says of its output. tensors: number of tensors of the output. agreement:
-    how closely the recomputed ones agree. prompts: what the
-    chat template was told for each importance, as the run says.
+    how closely the recomputed ones agree. prompts: what the chat template was told for each importance, as the run
+    says.
     """
 
     claim: str = ""

@@ -81,6 +81,13 @@ def test_bad_input(options: list[str], said: str, job: Job, capsys: pytest.Captu
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["[]", '"text"', "{"])
+def test_damaged_generation_settings_are_named(content: str, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base", "generation_config.json").write_text(content, encoding="utf-8")
+    assert cli.main(["tune", *COMMANDS["tune"], "--show-labels=1"]) == 2
+    assert "generation_config.json: is not" in capsys.readouterr().err
+
+
 def test_none_are_refused(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", *COMMANDS["tune"], "--show-labels=0"]) == 2
     assert "it must be at least 1" in capsys.readouterr().err

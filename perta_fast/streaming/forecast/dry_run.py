@@ -68,7 +68,7 @@ def preview(
         )
     if tokenizer is not None:
         tokenizer = chat.given_to(tokenizer)
-    lengths = [_lengths(structure, subject, tokenizer, records, max_length) for records in rows.values()]
+    lengths = [_lengths(structure, subject, tokenizer, of_role, max_length) for of_role in rows.values()]
     estimate = Estimate(
         structure,
         Load(lengths, estimator == "empirical-fisher", subtract, kept).share(ranks),
