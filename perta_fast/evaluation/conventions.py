@@ -92,10 +92,10 @@ def ask(row: Row, tokenizer: Any) -> Asked:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         prompt, whole = (_rendered(messages[:count], tokenizer, row.where) for count in (1, 2))
     else:
-        text = f"Question: {question}\nAnswer: "
+        start = f"Question: {question}\nAnswer: "
         prompt, whole = (
             list(tokenizer(text, truncation=True, max_length=_QUESTION_TOKENS)["input_ids"])
-            for text in (text, text + answer)
+            for text in (start, start + answer)
         )
     if whole[-1:] != [tokenizer.eos_token_id]:
         whole = [*whole, tokenizer.eos_token_id]
