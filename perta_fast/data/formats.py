@@ -132,11 +132,11 @@ def _is_plain(name: Any) -> bool:
 
 
 def _is_data(file: Path) -> bool:
-    return file.name.endswith(ENDINGS) and file.name not in _ABOUT and file.is_file()
+    return file.name.lower().endswith(ENDINGS) and file.name not in _ABOUT and file.is_file()
 
 
 def _ending(file: Path) -> str:
-    return max((ending for ending in ENDINGS if file.name.endswith(ending)), key=len)
+    return file.name[-max(len(ending) for ending in ENDINGS if file.name.lower().endswith(ending)) :]
 
 
 def _key(part: Path) -> str:
@@ -160,7 +160,7 @@ def _parse(content: bytes, path: Path) -> Entries:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: cannot be decompressed: {error}") from error
-        path_of_text = Path(str(path).removesuffix(".gz"))
+        path_of_text = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     else:
         path_of_text = path
     for beginning, program in _OTHERS.items():
@@ -169,8 +169,9 @@ def _parse(content: bytes, path: Path) -> Entries:
     if content.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         return _arrow_entries(content, path)
     text = decode(content, path)
-    if path_of_text.suffix in (".csv", ".tsv"):
-        return _csv_entries(text, path, "\t" if path_of_text.suffix == ".tsv" else None)
+    ending = path_of_text.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        return _csv_entries(text, path, "\t" if ending == ".tsv" else None)
     if text.lstrip().startswith("["):
         return _list_entries(text, path)
     return _single_entry(text, path) or _line_entries(text, path)

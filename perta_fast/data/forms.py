@@ -18,7 +18,7 @@ from perta_fast.errors import InputError
 
 Fields = Mapping[str, str]  # the field of an entry, by what it is taken for; A+B joins two by a blank line
 
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPEAKERS = {  # of ShareGPT
     "human": "user",
     "user": "user",
@@ -124,10 +124,10 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
     if "messages" in form:
         content = {"messages": _turns(values["messages"], form["messages"], where)}
         system = entry.get("system")
-        if form["messages"] == "conversations" and _is_given(system) and _role(content["messages"]) != "system":
+        if isinstance(system, str) and system.strip() and _role(content["messages"]) not in ("system", "developer"):
             content["messages"].insert(0, {"role": "system", "content": system})
-            form = {"messages": "system+conversations"}
-    elif "question" in form and (any(map(_is_spoken, values.values())) or "tools" in fields):
+            form = {"messages": f"system+{form['messages']}"}
+    elif "question" in form and (any(map(_is_spoken, values.values())) or "tools" in fields or _has_tools(entry)):
         content = {"messages": _exchange(values, form, where)}
         form = {"messages": "+".join(form.values())}
     else:
@@ -217,6 +217,11 @@ def _decoded(value: Any) -> Any:
         return value
 
 
+def _has_tools(entry: Mapping[str, Any]) -> bool:
+    tools = _decoded(entry.get("tools"))
+    return isinstance(tools, list) and bool(tools)
+
+
 def _turns(value: Any, name: str, where: str) -> list[Any]:
     """Messages with role and content, without fields that are null, which templates would take for given."""
     messages = _decoded(value)
@@ -234,6 +239,8 @@ def _turn(message: Any, where: str) -> Any:
     if not isinstance(message, Mapping):
         return message
     turn = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if _is_parts(turn.get("content")):
+        turn["content"] = "".join(part["text"] for part in turn["content"])
     if "from" in turn and "role" not in turn:
         speaker = turn.pop("from")
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
@@ -242,6 +249,18 @@ def _turn(message: Any, where: str) -> Any:
             )
         turn = {"role": _SPEAKERS[speaker], "content": turn.pop("value", None), **turn}
     return turn
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether a content is a list of parts that are all text."""
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(
+            isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        )
+    )
 
 
 def _role(messages: list[Any]) -> Any:

@@ -104,7 +104,9 @@ class MetricTable:
     def _advice(self, word: str) -> str:
         if word in self.lacking:
             return f": {word} needs {self.lacking[word]}"
-        known = [*self._offers, DEFAULT, *GROUPS]
+        if word in GROUPS:
+            return ": none of this group can be computed from it (membership needs a holdout set)"
+        known = [*self._offers, DEFAULT, *(group for group in GROUPS if self._named(group))]
         by_lower = {name.lower(): name for name in known}
         near = get_close_matches(word.lower(), by_lower, n=1)
         meant = f"; did you mean {by_lower[near[0]]}?" if near else "."

@@ -39,7 +39,15 @@ class OwnData(MetricTable):
             offer_membership(self, reference)
 
     def samples(self, role: str) -> list[Sample]:
-        return self.once(f"{role} samples", lambda: self.examinee.tokenise(self.files[role].rows, role))
+        return self.once(f"{role} samples", lambda: self._tokenised(role))
+
+    def _tokenised(self, role: str) -> list[Sample]:
+        rows = self.files[role].rows
+        asked, talks = (sum(key in row.content for row in rows) for key in ("question", "messages"))
+        if talks or 0 < asked < len(rows):
+            others = f"{len(rows) - asked} of {len(rows)} rows are no single questions"
+            self.examinee.notes.append(f"{role}: has no ROUGE, which is of questions and answers; {others}")
+        return self.examinee.tokenise(rows, role)
 
     def scored(self, role: str) -> Scored:
         return self.once(f"{role} scores", lambda: self.examinee.score_with_texts(self.samples(role), role))

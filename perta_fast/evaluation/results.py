@@ -102,6 +102,7 @@ class EvaluationFile:
     min_k: float | None = None
     conventions: str | None = None
     foreign: bool = False
+    told: Mapping[str, Any] = field(default_factory=dict)  # system_prompt and date_string, as they were given
 
     @classmethod
     def read(cls, path: str | Path) -> "EvaluationFile":
@@ -122,7 +123,23 @@ class EvaluationFile:
         share = float(min_k) if min_k is not None and _is_finite(min_k) else None
         conventions = OPEN_UNLEARNING if foreign else settings.get("compatible")
         directory = model if isinstance(model, str) else ""
-        return cls(str(path), metrics, directory, hashes, share, conventions, foreign)
+        told = {name: settings.get(name) for name in ("system_prompt", "date_string")}
+        return cls(str(path), metrics, directory, hashes, share, conventions, foreign, told)
+
+    def differences(self, told: Mapping[str, Any], data_hashes: Mapping[str, str]) -> list[str]:
+        """Notes on what was measured in another way: what the chat template was told, and the data sets."""
+        if self.foreign:
+            return []
+        other = [
+            f"{self.path}: was measured with {name} {self.told[name]!r}, this evaluation has {value!r}"
+            for name, value in told.items()
+            if self.told[name] != value
+        ]
+        return other + [
+            f"{self.path}: its {role} data is another file"
+            for role, digest in data_hashes.items()
+            if self.data_hashes.get(role, digest) != digest
+        ]
 
     def compared_with(self, conventions: str | None) -> list[str]:
         """Notes on setting its numbers beside those of other ``conventions``.

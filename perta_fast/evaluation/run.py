@@ -142,6 +142,8 @@ def _run(
     names, notes = table.chosen(request.metrics), list[str]()
     if gold is not None:
         notes += gold.compared_with(conventions.name)
+        told = {name: getattr(request, name) for name in ("system_prompt", "date_string")}
+        notes += gold.differences(told, {role: file.digest for role, file in table.files.items()})
         _check_reference(gold, table, names, request.min_k)
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:

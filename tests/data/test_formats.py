@@ -40,6 +40,8 @@ BY_TEXT: dict[str, tuple[str, bytes]] = {
     "CSV with semicolons": ("a.csv", separated(";")),
     "CSV with spaces in the header": ("a.csv", CSV.replace("question,answer", "question, answer ").encode()),
     "CSV with gzip": ("a.csv.gz", gzip.compress(CSV.encode())),
+    "CSV in capitals": ("A.CSV", CSV.encode()),
+    "CSV with gzip in capitals": ("A.CSV.GZ", gzip.compress(CSV.encode())),
     "TSV": ("a.tsv", separated("\t")),
 }  # fmt: skip
 

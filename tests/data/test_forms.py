@@ -239,3 +239,30 @@ def test_fields_in_python_are_a_dictionary() -> None:
 def test_fields_that_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="fields"):
         fields_from(text)
+
+
+QUESTION_AND_TOOLS = {"question": "Who?", "answer": "Me.", "tools": [{"name": "find"}]}
+ASKED_AND_TOLD = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "content"),
+    [
+        (QUESTION_AND_TOOLS, {"messages": ASKED_AND_TOLD, "tools": [{"name": "find"}]}),
+        ({"question": "Who?", "answer": "Me.", "tools": "hammer"}, {"question": "Who?", "answer": "Me."}),
+        (
+            {"system": "Brief.", "messages": ASKED_AND_TOLD},
+            {"messages": [{"role": "system", "content": "Brief."}, *ASKED_AND_TOLD]},
+        ),
+        (
+            {"system": "Brief.", "messages": [{"role": "developer", "content": "Long."}, *ASKED_AND_TOLD]},
+            {"messages": [{"role": "developer", "content": "Long."}, *ASKED_AND_TOLD]},
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}, ASKED_AND_TOLD[1]]},
+            {"messages": ASKED_AND_TOLD},
+        ),
+    ],
+)
+def test_what_stands_beside_or_within_messages_is_not_lost(entry: dict[str, Any], content: dict[str, Any]) -> None:
+    assert rows_from([entry])[0].content == content

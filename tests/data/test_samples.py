@@ -263,7 +263,7 @@ BAD_LINES: dict[str, tuple[str, str]] = {
     "no messages": ('{"messages": []}', '"messages" must be a list that is not empty'),
     "messages null and no more": ('{"messages": null, "text": null}', '"text" must be a text that is not empty'),
     "message not an object": ('{"messages": ["a"]}', 'each message needs a "role"'),
-    "unknown role": ('{"messages": [{"role": "model", "content": "a"}]}', "(system, user, assistant, tool)"),
+    "unknown role": ('{"messages": [{"role": "model", "content": "a"}]}', "(system, developer, user, assistant, tool)"),
     "role not a text": ('{"messages": [{"role": ["user"], "content": "a"}]}', 'each message needs a "role"'),
     "content not a text": (
         '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', 'a "content" that is text',

@@ -24,7 +24,7 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.results import EvaluationFile
 from perta_fast.models.losses import per_sample_losses
 from tests.support.checkpoints import fingerprint
-from tests.support.models import FORGET, RETAIN, llama, tokenizer, write_job, write_lines
+from tests.support.models import CHAT_TEMPLATE, FORGET, RETAIN, llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -455,3 +455,31 @@ def test_no_input_is_replaced(tofu: Path, tmp_path: Path) -> None:
     for _ in range(2):
         evaluate(job.model, forget=job.forget, out=beside, overwrite=True, progress=False)
     assert EvaluationFile.read(beside).metrics
+
+
+def test_a_reference_that_was_measured_in_another_way_is_noted(tmp_path: Path, one_thread: None) -> None:
+    sets = {"forget": write_lines(tmp_path / "f.jsonl", FORGET), "holdout": write_lines(tmp_path / "h.jsonl", HOLDOUT)}
+    chat = tokenizer(CHAT_TEMPLATE)
+    how: dict[str, Any] = {"tokenizer": chat, "progress": False, "metrics": ["privleak", "membership"]}
+    evaluate(llama(0), **sets, **how | {"metrics": ["membership"]}, out=tmp_path / "gold.json")
+    same = evaluate(llama(0), **sets, **how, reference=tmp_path / "gold.json")
+    assert same.notes == []
+    write_lines(sets["holdout"], [*HOLDOUT, *FORGET])
+    other = evaluate(llama(0), **sets, **how, reference=tmp_path / "gold.json", system_prompt="Brief.")
+    assert [note.partition("gold.json: ")[2] for note in other.notes] == [
+        "was measured with system_prompt None, this evaluation has 'Brief.'",
+        "its holdout data is another file",
+    ]
+
+
+def test_rows_without_rouge_are_noted(tmp_path: Path, one_thread: None) -> None:
+    talk = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
+    chat = tokenizer(CHAT_TEMPLATE)
+    mixed = write_lines(tmp_path / "mixed.jsonl", [*FORGET[:2], talk])
+    result = evaluate(llama(0), forget=mixed, tokenizer=chat, progress=False)
+    assert "forget_Q_A_ROUGE" not in result.metrics
+    assert result.notes == [
+        "forget: has no ROUGE, which is of questions and answers; 1 of 3 rows are no single questions"
+    ]
+    with pytest.raises(InputError, match="'membership' is no metric of this data: none of this group"):
+        evaluate(llama(0), forget=mixed, tokenizer=chat, metrics=["membership"], progress=False)
