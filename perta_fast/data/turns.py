@@ -70,6 +70,11 @@ class _Pattern:
         """What is written after the content."""
         return self.text.literals[self.own + 1]
 
+    def head(self, messages: Sequence[Message]) -> str:
+        """What is written before the content."""
+        text, places = self.text.fill(_contents(messages))
+        return text[: places[self.own][0]]
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -122,7 +127,7 @@ class ChatTemplate:
             if any(_last_words(messages[-1]) in text[slice(*span)] for span in spans):
                 return Turns(text, tuple(spans), (begin,))
         pattern = self._pattern(messages, tools)
-        contents = [message.get("content") or "" for message in messages]
+        contents = _contents(messages)
         if pattern is not None and not _has_more(messages[-1]):
             expected, places = pattern.text.fill(contents)
             begin, end = places[pattern.own]
@@ -168,30 +173,14 @@ class ChatTemplate:
         Reasoning and calls of its own are said by the assistant too: such a turn begins where the prompt ends, or where
         the content would.
         """
-        *before, own = messages
-        prompt = self._prompt(messages, tools, where)
-        contents = [message.get("content") or "" for message in messages]
-        head = None  # what is written before the content, if there is nothing else
-        if pattern is not None:
-            expected, places = pattern.text.fill(contents)
-            head = expected[: places[pattern.own][0]]
-        if pattern is not None and pattern.header and pattern.prompt.fill(contents)[0] == prompt:
-            same_start, header = pattern.same_start, pattern.header
-        else:
-            conversation = self._render(before, tools, where) if before else ""
-            begun = self._marks.outside(prompt, shared_start(conversation, prompt))
-            same_start, header = text.startswith(prompt[:begun]), prompt[begun:]
+        own, prompt = messages[-1], self._prompt(messages, tools, where)
+        same_start, header = self._start(text, prompt, messages, tools, pattern, where)
         calls = any(own.get(name) for name in _CALLS)
         reasons = any(own.get(name) and self._shows(messages, tools, name) for name in _REASONING)
-        if not calls and not reasons and own.get("content"):
-            signed = self._try([*before, {**own, "content": sign(0)}], tools)
-            outline = Outline.of(signed or "")
-            if len(outline.holes) == 1:
-                start, tail = outline.literals
-                begin, end = len(start), len(text) - len(tail)
-                if text.startswith(start) and text.endswith(tail) and begin < end:
-                    return _Place(text, begin, end, prompt, same_start, header)
-        if calls and not reasons and head is not None and text.startswith(head.rstrip()):
+        if not calls and not reasons and (content := self._content_alone(text, messages, tools)):
+            return _Place(text, *content, prompt, same_start, header)
+        head = None if reasons or not calls or pattern is None else pattern.head(messages)
+        if head is not None and text.startswith(head.rstrip()):
             begin = shared_start(text, head)
         elif text.startswith(prompt):
             begin = len(prompt)
@@ -206,6 +195,34 @@ class ChatTemplate:
             f"{where}: what the assistant says is not found in what the chat template makes of it; give its turns "
             'lines of their own, as {"question", "answer"}, or a {"text"} line'
         )
+
+    def _start(
+        self,
+        text: str,
+        prompt: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        pattern: _Pattern | None,
+        where: str,
+    ) -> tuple[bool, str]:
+        """Whether ``text`` shows the conversation before the turn as ``prompt`` does, and the header of the turn."""
+        if pattern is not None and pattern.header and pattern.prompt.fill(_contents(messages))[0] == prompt:
+            return pattern.same_start, pattern.header
+        conversation = self._render(messages[:-1], tools, where) if len(messages) > 1 else ""
+        begun = self._marks.outside(prompt, shared_start(conversation, prompt))
+        return text.startswith(prompt[:begun]), prompt[begun:]
+
+    def _content_alone(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> tuple[int, int] | None:
+        """From where to where the last content lies, by a sign in place of it alone; None if that does not show it."""
+        signed = self._try([*messages[:-1], {**messages[-1], "content": sign(0)}], tools)
+        outline = Outline.of(signed or "")
+        if len(outline.holes) != 1:
+            return None
+        head, tail = outline.literals
+        begin, end = len(head), len(text) - len(tail)
+        return (begin, end) if text.startswith(head) and text.endswith(tail) and begin < end else None
 
     def _shows(self, messages: Sequence[Message], tools: Sequence[Any] | None, name: str) -> bool:
         """Whether the template writes this entry of the last message."""
@@ -300,6 +317,10 @@ def _gap(head: str, prompt: str, header: str) -> str:
     if header and (begin := head.rfind(header)) >= 0:
         return head[begin + len(header) :]
     return head[len(head.rstrip()) :] if prompt == prompt.rstrip() else ""
+
+
+def _contents(messages: Sequence[Message]) -> list[str]:
+    return [message.get("content") or "" for message in messages]
 
 
 def _for_template(message: Message) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from blake3 import blake3
 from perta_fast.errors import InputError, RunError, advice, shell_command
 from perta_fast.files.durable import read_record, remove, write_file, write_record
 from perta_fast.files.locking import lock
-from perta_fast.files.new_directory import EVALUATION_RECORD, EVALUATION_STATE, forget, has_record, partial_path
+from perta_fast.files.new_directory import EVALUATION_RECORD, EVALUATION_STATE, RESULT, forget, has_record, partial_path
 from perta_fast.files.own import check_own_tree, make_own_directory, remove_own_file
 from perta_fast.files.reading import exists
 
@@ -79,7 +79,7 @@ class KeptParts:
     def finish(self, content: bytes) -> None:
         """Write the file, replacing one of its name, and remove the parts. Raises RunError if that fails."""
         try:
-            write_file(self._final, content, self._folder / "result")
+            write_file(self._final, content, self._folder / RESULT)
         except OSError as error:
             raise RunError(f"{self._final}: cannot be written: {error.strerror}; {self.going_on()}") from error
         self.any = False

@@ -21,6 +21,7 @@ from perta_fast.files.reading import checked_path, exists
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
 EVALUATION_STATE, EVALUATION_RECORD = ".perta-evaluation", "begun.json"  # beside an output file
+RESULT = "result"  # the output file there, until it gets its name
 _KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
 _RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD, _KEPT_STATE: _KEPT_RECORD}
 _START_OVER = "start over with --overwrite"
@@ -196,8 +197,7 @@ def discard_unfinished(final: Path) -> None:
     """Remove the unfinished run or sweep to ``final``, if there is one. Raises RunError if it is going on."""
     resolved = Path(os.path.realpath(final))
     path = partial_path(resolved)
-    killed = path.is_dir() and not path.is_symlink()  # before it had a record
-    if not killed and not has_unfinished(resolved):
+    if not was_killed_early(path) and not has_unfinished(resolved):
         return
     check_own(path)
     try:
@@ -209,6 +209,15 @@ def discard_unfinished(final: Path) -> None:
         raise RunError(f"{final}: another run is writing it now") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def was_killed_early(path: Path) -> bool:
+    """Whether ``path``, beside an output file, is the directory of a run that was killed before it had a record.
+
+    A directory that holds anything else is not a run's.
+    """
+    own = (*_RECORDS, RESULT)
+    return path.is_dir() and not path.is_symlink() and all(entry.name in own for entry in path.iterdir())
 
 
 def forget(path: Path) -> None:

@@ -17,6 +17,7 @@ from perta_fast.files.new_directory import (
     discard_unfinished,
     has_unfinished,
     partial_path,
+    was_killed_early,
 )
 from perta_fast.files.own import check_own, remove_own_file
 from perta_fast.files.reading import checked_path
@@ -50,7 +51,7 @@ def check_output_file(
     if mounts_in(path):
         raise InputError(f"{path}: is a mount point, which cannot be replaced; {advice} in a directory")
     beside = partial_path(path)
-    check_own(beside, directory=has_unfinished(path) or (beside.is_dir() and not beside.is_symlink()))
+    check_own(beside, directory=has_unfinished(path) or was_killed_early(beside))
     check_unfinished(path, overwrite=overwrite, again=again)
     check_writable(path)
 

@@ -268,6 +268,55 @@ TABLE: dict[str, tuple[PreTrainedTokenizerFast, Content, list[str]]] = {
 }  # fmt: skip
 
 
+# "Who?" and "Me." in each template, whatever form the row has.
+ONE_TURN: dict[str, tuple[PreTrainedTokenizerFast, str]] = {
+    "Qwen 3": (
+        BLOCK,
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Me.<|im_end|>⟧\n",
+    ),
+    "Qwen 3.5": (
+        OPENED_BOTH,
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Me.<|im_end|>⟧\n",
+    ),
+    "Mistral": (LAST, "[INST] Who?[/INST] ⟦Me.<eos>⟧"),
+    "Phi": (AFTER_ALL, "<|user|>\nWho?<|end|>\n<|assistant|>\n⟦Me.<|end|>⟧\n<eos>"),
+    "gpt-oss": (
+        CHANNELS, "<|start|>user<|message|>Who?<|end|><|start|>assistant<|channel|>final<|message|>⟦Me.<|return|>⟧",
+    ),
+    "R1": (OPENED, "<U>Who?<A>⟦Me.<eos>⟧"),
+    "Command R7B": (NEXT_HEADER, "<T><user>Who?</T><T><assistant><R>⟦Me.</R></T>⟧<T><assistant>"),
+    "GLM": (UNCLOSED, "<|user|>\nWho?<|assistant|>\n<think></think>\n⟦Me.<eos>⟧"),
+    "Apertus": (CLOSED_LATER, "<U>Who?</U><A>⟦Me.</A>⟧"),
+    "Llama 2": (SPACES, "[INST] Who? [/INST] ⟦Me.⟧ ⟦<eos>⟧"),
+    "Alpaca": (UNMARKED, "### user:\nWho?\n\n### assistant:\n⟦Me.<eos>⟧"),
+    "Kimi": (
+        WORDS_IN_END,
+        "<|open|>user<|sep|>Who?<|close|>user<|end|><|open|>assistant<|sep|>⟦Me.<|close|>assistant<|end|>⟧",
+    ),
+}  # fmt: skip
+ASKED, SAID = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
+SAME: list[Content] = [
+    QUESTION,
+    {"prompt": "Who?", "completion": "Me."},
+    {"prompt": "Who?", "response": "Me."},
+    {"instruction": "Who?", "input": "", "output": "Me."},
+    {"messages": [ASKED, SAID]},
+    {"messages": [ASKED, SAID], "question": None, "tools": None},
+    {"prompt": [ASKED], "completion": [SAID]},
+    {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]},
+    {"conversations": [ASKED, {**SAID, "weight": 1}]},
+]
+
+
+@pytest.mark.parametrize("name", ONE_TURN)
+def test_every_form_of_a_row_has_the_same_labels(name: str) -> None:
+    chosen, expected = ONE_TURN[name]
+    samples = encode(rows_from(SAME), chosen, 1000)
+    assert [sample.marked(chosen) for sample in samples] == [expected] * len(SAME)
+    (text,) = encode(rows_from([{"text": "Who? Me."}]), chosen, 1000)
+    assert text.marked(chosen) == "⟦Who? Me.⟧"
+
+
 @pytest.mark.parametrize("case", TABLE)
 def test_the_assistants_words_and_the_end_of_its_turn(case: str) -> None:
     chosen, row, expected = TABLE[case]

@@ -150,7 +150,7 @@ def test_a_run_that_had_no_work_yet_is_begun_again(job: Job, tmp_path: Path, mon
     """Its job is on the disk, but no part is: the same command starts over, as it always did."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("perta_fast.files.new_directory.remove", lambda _: None)  # as if killed
-        patched.setattr("perta_fast.files.new_directory._forget", lambda _: None)
+        patched.setattr("perta_fast.files.new_directory.forget", lambda _: None)
         patched.setattr("perta_fast.subtraction.to_directory.copy_companions", stop)
         applied(job, tmp_path / "out")
     assert (tmp_path / ".out.perta-partial" / ".perta-run" / "job.json").exists()
@@ -270,7 +270,7 @@ def test_a_walk_that_had_no_work_yet(how: str, job: Job, tmp_path: Path, monkeyp
     out, keep = tmp_path / "out", tmp_path / "kept"
     with monkeypatch.context() as patched:
         patched.setattr("perta_fast.files.new_directory.remove", lambda _: None)  # as if killed
-        patched.setattr("perta_fast.files.new_directory._forget", lambda _: None)
+        patched.setattr("perta_fast.files.new_directory.forget", lambda _: None)
         stop_walk(job, out, keep, steps=0)
     assert (tmp_path / ".kept.perta-partial").exists()
     with pytest.raises(pf.InputError, match="which keeps its importances here was stopped"):
