@@ -97,6 +97,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._marks = Marks(tokenizer, stops)
+        self._marked: dict[bool, bool] = {}  # by whether there are tools, which may have a template of their own
         self._patterns: dict[tuple[str, ...], _Pattern | None] = {}
         self._unwritten_ends: dict[tuple[bool, tuple[str, ...]], str] = {}
 
@@ -120,7 +121,7 @@ class ChatTemplate:
     def _turn(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> Turns:
         """The last of ``messages``, an assistant's, in its conversation."""
         text = self._render(messages, tools, where)
-        if marks_itself(self._tokenizer, tools):
+        if self._has_marks(tools):
             prompt = self._prompt(messages, tools, where)
             begin = shared_start(text, prompt)
             spans = generated(self._tokenizer, messages, tools, begin)
@@ -139,6 +140,11 @@ class ChatTemplate:
                     _Place(text, begin, end, prompt, pattern.same_start, pattern.header), messages, tools
                 )
         return self._closed(self._searched(text, messages, tools, pattern, where), messages, tools)
+
+    def _has_marks(self, tools: Sequence[Any] | None) -> bool:
+        if bool(tools) not in self._marked:
+            self._marked[bool(tools)] = marks_itself(self._tokenizer, tools)
+        return self._marked[bool(tools)]
 
     def _pattern(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> _Pattern | None:
         """None if an outline does not show where the last message lies."""
