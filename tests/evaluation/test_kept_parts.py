@@ -15,7 +15,7 @@ from perta_fast import Evaluation, cli, evaluate, resume
 from perta_fast.errors import InputError, Interrupted, RunError
 from perta_fast.evaluation import examinee
 from perta_fast.files.locking import lock
-from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS
+from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS, write_tofu
 from tests.support.checkpoints import fingerprint
 from tests.support.children import perta, signal_at
 from tests.support.models import CHAT_TEMPLATE, llama, tokenizer, write_lines
@@ -26,10 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    for name, rows in TOFU.items():
-        (folder / "tofu").mkdir(exist_ok=True)
-        write_lines(folder / "tofu" / f"{name}.jsonl", rows)
-    write_lines(folder / "tofu" / "holdout01.json", HOLDOUT)
+    (folder / "tofu").mkdir()
+    write_tofu(folder / "tofu")
     llama(1).save_pretrained(folder / "model")
     WORDS.save_pretrained(folder / "model")
     return folder

@@ -8,7 +8,7 @@ import pytest
 from perta_fast import Evaluation, cli, evaluate
 from perta_fast.errors import InputError
 from perta_fast.evaluation.examinee import Examinee
-from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS
+from tests.evaluation.test_suites import WORDS, write_tofu
 from tests.support.models import FORGET, RETAIN, llama, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,11 +18,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "progress": False, "tokenizer":
 
 @pytest.fixture(scope="module")
 def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tofu")
-    for name, rows in TOFU.items():
-        write_lines(folder / f"{name}.jsonl", rows)
-    write_lines(folder / "holdout01.json", HOLDOUT)
-    return folder
+    return write_tofu(tmp_path_factory.mktemp("tofu"))
 
 
 @pytest.fixture

@@ -59,13 +59,17 @@ TOFU = {
 HOLDOUT = [{"question": f"Why is hill {k}?", "answer": f"Because of stone {k}."} for k in range(6)]
 
 
-@pytest.fixture(scope="module")
-def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tofu")
+def write_tofu(folder: Path) -> Path:
+    """TOFU's files in ``folder``, and a holdout set."""
     for name, rows in TOFU.items():
         write_lines(folder / f"{name}.jsonl", rows)
     write_lines(folder / "holdout01.json", HOLDOUT)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tofu(tmp_path_factory.mktemp("tofu"))
 
 
 @pytest.fixture(scope="module")
