@@ -14,8 +14,6 @@ _FILES = ("data", "forget", "retain", "holdout")  # options that name data files
 
 def show_labels(parsed: argparse.Namespace) -> int:
     """Print the first rows of each data file of a command as the model that is measured gets them."""
-    if parsed.show_labels < 1:
-        raise InputError(f"show_labels is {parsed.show_labels}; it must be at least 1")
     files = {role: getattr(parsed, role, None) for role in _FILES}
     if getattr(parsed, "suite", None):
         raise InputError("show_labels is for data of your own; leave out the suite")
@@ -27,7 +25,7 @@ def show_labels(parsed: argparse.Namespace) -> int:
         from perta_fast.files.hub import local_data, local_model
         from perta_fast.models.loading import check_sizes, row_samples, subject_without_weights
 
-    check_sizes(parsed.show_labels, parsed.max_length)
+    check_sizes(1, parsed.max_length, show_labels=parsed.show_labels)
     chat = ChatSettings.of(parsed.system_prompt, parsed.date_string)
     subject = subject_without_weights(local_model(_measured(parsed), parsed.download), chat)
     for role, path in files.items():

@@ -84,7 +84,12 @@ def shown(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What to tell chat templates; see ``with_chat_settings``."""
+    """What to tell chat templates.
+
+    system_prompt: put before messages that do not begin with one. date_string: the date, in the form that a template
+    shall have it in if it reads ``date_string``; it may be written as in ``parse_date``. day: the date of the run's
+    start, for templates that ask the clock.
+    """
 
     system_prompt: str | None = None
     date_string: str | None = None
@@ -92,7 +97,7 @@ class ChatSettings:
 
     @classmethod
     def of(cls, system_prompt: str | None, date_string: str | None, day: datetime.date | None = None) -> "ChatSettings":
-        """Raises InputError if the date is none, or the prompt no text that a tokenizer can read."""
+        """day: None takes today. Raises InputError if the date is none, or the prompt no text for a tokenizer."""
         try:
             _ = system_prompt is None or system_prompt.encode()
         except (AttributeError, UnicodeEncodeError) as error:
@@ -104,8 +109,23 @@ class ChatSettings:
         return cls(system_prompt, date_string, day or today())
 
     def given_to(self, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-        """``with_chat_settings``."""
-        return with_chat_settings(tokenizer, self.system_prompt, self.date_string, self.day)
+        """A copy of a tokenizer whose chat template gets these settings; ``told`` says which it was told.
+
+        Every template that asks for the date is told one, at midnight, however long the run lasts. Earlier settings of
+        ``tokenizer`` are replaced. Raises InputError if there is no chat template to put them in, or it takes no system
+        prompt.
+        """
+        applying = getattr(tokenizer, "apply_chat_template", None)
+        if isinstance(applying, _Applying):
+            tokenizer = applying.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            self.refuse_for("the tokenizer has no chat template to put it in")
+            return tokenizer
+        if self.system_prompt is not None:
+            _check_takes_system_prompt(tokenizer, self.system_prompt)
+        changed = copy.copy(tokenizer)
+        changed.apply_chat_template = _Applying(tokenizer, self)
+        return changed
 
     def refuse_for(self, what: str) -> None:
         """Raise InputError, as ``what`` goes through no chat template, if any of them is given."""
@@ -114,36 +134,8 @@ class ChatSettings:
             raise InputError(f"{' and '.join(names)}: {what}; leave it out")
 
 
-def with_chat_settings(
-    tokenizer: "PreTrainedTokenizerBase",
-    system_prompt: str | None,
-    date_string: str | None,
-    day: datetime.date | None = None,
-) -> "PreTrainedTokenizerBase":
-    """A copy of a tokenizer whose chat template gets these settings; ``told`` says which it was told.
-
-    system_prompt: put before messages that do not begin with one. date_string: the date, in the form that a template
-    shall have it in if it reads ``date_string``; it may be written as in ``parse_date``. day: the date of the run's
-    start, for templates that ask the clock; None takes today. Every template that asks is told the one or the other,
-    at midnight, however long the run lasts. Earlier settings of ``tokenizer`` are replaced. Raises InputError if there
-    is no chat template to put them in, or it takes no system prompt.
-    """
-    settings = ChatSettings.of(system_prompt, date_string, day)
-    applying = getattr(tokenizer, "apply_chat_template", None)
-    if isinstance(applying, _Applying):
-        tokenizer = applying.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        settings.refuse_for("the tokenizer has no chat template to put it in")
-        return tokenizer
-    if system_prompt is not None:
-        _check_takes_system_prompt(tokenizer, system_prompt)
-    changed = copy.copy(tokenizer)
-    changed.apply_chat_template = _Applying(tokenizer, settings)
-    return changed
-
-
 def told(tokenizer: Any) -> Told:
-    """What the template of a tokenizer of ``with_chat_settings`` was told until now; of any other, nothing is known."""
+    """What the template of a tokenizer that got settings was told until now; of any other, nothing is known."""
     applying = getattr(tokenizer, "apply_chat_template", None)
     return applying.told if isinstance(applying, _Applying) else Told()
 

@@ -120,6 +120,9 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
             has = f"; it has {_listed(entry)}, which --fields can take for these" if entry else ""
             raise InputError(f'{where}: {_NEEDED}; "{source}" is missing{has}')
     values = {target: _value(entry, source, where) for target, source in form.items()}
+    tools_name = fields.get("tools", "tools")
+    tools = _decoded(entry.get(tools_name))
+    has_tools = "tools" in fields or (isinstance(tools, list) and bool(tools))
     content: dict[str, Any]
     if "messages" in form:
         content = {"messages": _turns(values["messages"], form["messages"], where)}
@@ -127,7 +130,7 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
         if isinstance(system, str) and system.strip() and _role(content["messages"]) not in ("system", "developer"):
             content["messages"].insert(0, {"role": "system", "content": system})
             form = {"messages": f"system+{form['messages']}"}
-    elif "question" in form and (any(map(_is_spoken, values.values())) or "tools" in fields or _has_tools(entry)):
+    elif "question" in form and (has_tools or any(map(_is_spoken, values.values()))):
         content = {"messages": _exchange(values, form, where)}
         form = {"messages": "+".join(form.values())}
     else:
@@ -138,9 +141,8 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
             values[PARAPHRASED] = entry[PARAPHRASED]
         return Row(values, where, _described(form))
     _check_messages(content["messages"], where)
-    tools = _decoded(entry.get(fields.get("tools", "tools")))
     if _is_given(tools):
-        content["tools"] = _checked_tools(tools, fields.get("tools", "tools"), where)
+        content["tools"] = _checked_tools(tools, tools_name, where)
         form = {**form, **{key: source for key, source in fields.items() if key == "tools"}}
     return Row(content, where, _described(form))
 
@@ -215,11 +217,6 @@ def _decoded(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
-
-
-def _has_tools(entry: Mapping[str, Any]) -> bool:
-    tools = _decoded(entry.get("tools"))
-    return isinstance(tools, list) and bool(tools)
 
 
 def _turns(value: Any, name: str, where: str) -> list[Any]:

@@ -33,7 +33,8 @@ class Sample:
     @property
     def label_count(self) -> int:
         """Tokens that the loss is averaged over: the first token is never predicted."""
-        return len(self.labels[1:]) - self.labels[1:].count(IGNORED)
+        predicted = self.labels[1:]
+        return len(predicted) - predicted.count(IGNORED)
 
     def pieces(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, bool]]:
         """The text in pieces, and whether each carries loss."""

@@ -148,17 +148,19 @@ class ChatTemplate:
 
     def _pattern(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> _Pattern | None:
         """None if an outline does not show where the last message lies."""
-        if tools or any(message.keys() - _PLAIN for message in messages[:-1]) or messages[-1].keys() - _PLAIN:
-            return self._make_pattern(messages, tools)
+        if tools or any(message.keys() - _PLAIN for message in messages):
+            return self._make_pattern(messages, tools, by_roles=False)
         roles = tuple(message["role"] for message in messages)
         if roles not in self._patterns:
-            self._patterns[roles] = self._make_pattern(messages, tools)
+            self._patterns[roles] = self._make_pattern(messages, None, by_roles=True)
         return self._patterns[roles]
 
-    def _make_pattern(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> _Pattern | None:
-        plain = tools is None and all(message.keys() <= _PLAIN for message in messages)
+    def _make_pattern(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, *, by_roles: bool
+    ) -> _Pattern | None:
+        """by_roles: for all conversations with these roles, so that what is empty in this one has a sign too."""
         signed = [
-            {**message, "content": sign(k)} if plain or message.get("content") else message
+            {**message, "content": sign(k)} if by_roles or message.get("content") else message
             for k, message in enumerate(messages)
         ]
         own = {name: value for name, value in messages[-1].items() if name not in (*_REASONING, *_CALLS)}
@@ -290,13 +292,16 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str, prompt: bool = False
     ) -> str:
         settings = {} if tools is None else {"tools": tools}
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, **settings
-            )
-        except Exception as error:  # a template is a program and may fail in any way
-            raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
+        text: str = rendered(self._tokenizer, messages, where, tokenize=False, add_generation_prompt=prompt, **settings)
         return text
+
+
+def rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str, **settings: Any) -> Any:
+    """Messages by the chat template. Raises InputError, naming ``where``, if it refuses them."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), **settings)
+    except Exception as error:  # a template is a program and may fail in any way
+        raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
 
 
 def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.data.turns import rendered
 from perta_fast.errors import InputError
 
 OPEN_UNLEARNING = "open-unlearning"
@@ -90,7 +91,10 @@ def ask(row: Row, tokenizer: Any) -> Asked:
     question, answer = row.content["question"], row.content["answer"]
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        prompt, whole = (_rendered(messages[:count], tokenizer, row.where) for count in (1, 2))
+        prompt, whole = (
+            list(rendered(tokenizer, some, row.where, add_generation_prompt=asks, return_dict=False))
+            for some, asks in ((messages[:1], True), (messages, False))
+        )
     else:
         start = f"Question: {question}\nAnswer: "
         prompt, whole = (
@@ -100,16 +104,6 @@ def ask(row: Row, tokenizer: Any) -> Asked:
     if whole[-1:] != [tokenizer.eos_token_id]:
         whole = [*whole, tokenizer.eos_token_id]
     return Asked(tuple(prompt), tuple(whole), len(prompt))
-
-
-def _rendered(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[int]:
-    """Messages by the chat template: a question with the start of an answer to it, an answer as it is."""
-    asks = messages[-1]["role"] == "user"
-    try:
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=asks, return_dict=False)
-    except Exception as error:  # a template is a program and may fail in any way
-        raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
-    return list(ids)
 
 
 OURS = Conventions()

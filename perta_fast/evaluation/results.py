@@ -90,19 +90,16 @@ class Evaluation:
 class EvaluationFile:
     """A file that ``perta eval`` or open-unlearning wrote, of a gold model or for a report.
 
-    metrics: as in the file. model: its directory. data_hashes: by data set. min_k: share of the tokens for Min-K. A
-    file of open-unlearning has only metrics. conventions: the name of those by which it was measured, None for this
-    project's. foreign: not written by ``perta eval``.
+    metrics: as in the file. model: its directory. data_hashes: by data set. settings: of the evaluation. A file that is
+    ``foreign``, not written by ``perta eval``, has only metrics.
     """
 
     path: str
     metrics: Mapping[str, Any]
     model: str
     data_hashes: Mapping[str, str]
-    min_k: float | None = None
-    conventions: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     foreign: bool = False
-    told: Mapping[str, Any] = field(default_factory=dict)  # system_prompt and date_string, as they were given
 
     @classmethod
     def read(cls, path: str | Path) -> "EvaluationFile":
@@ -117,23 +114,36 @@ class EvaluationFile:
             for role, entry in (data.items() if isinstance(data, dict) else ())
             if isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
         }
-        foreign, settings = "metrics" not in content, content.get("settings")
-        settings = settings if isinstance(settings, dict) else {}
-        min_k = settings.get("min_k")
-        share = float(min_k) if min_k is not None and _is_finite(min_k) else None
-        conventions = OPEN_UNLEARNING if foreign else settings.get("compatible")
-        directory = model if isinstance(model, str) else ""
-        told = {name: settings.get(name) for name in ("system_prompt", "date_string")}
-        return cls(str(path), metrics, directory, hashes, share, conventions, foreign, told)
+        settings = content.get("settings")
+        return cls(
+            str(path),
+            metrics,
+            model if isinstance(model, str) else "",
+            hashes,
+            settings if isinstance(settings, dict) else {},
+            foreign="metrics" not in content,
+        )
+
+    @property
+    def min_k(self) -> float | None:
+        """Share of the tokens for Min-K, if it is known."""
+        share = self.settings.get("min_k")
+        return float(share) if share is not None and _is_finite(share) else None
+
+    @property
+    def conventions(self) -> str | None:
+        """The name of those by which it was measured, None for this project's."""
+        name: str | None = OPEN_UNLEARNING if self.foreign else self.settings.get("compatible")
+        return name
 
     def differences(self, told: Mapping[str, Any], data_hashes: Mapping[str, str]) -> list[str]:
         """Notes on what was measured in another way: what the chat template was told, and the data sets."""
         if self.foreign:
             return []
         other = [
-            f"{self.path}: was measured with {name} {self.told[name]!r}, this evaluation has {value!r}"
+            f"{self.path}: was measured with {name} {before!r}, this evaluation has {value!r}"
             for name, value in told.items()
-            if self.told[name] != value
+            if (before := self.settings.get(name)) != value
         ]
         return other + [
             f"{self.path}: its {role} data is another file"

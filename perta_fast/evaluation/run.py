@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.chat import ChatSettings, parse_date, today, told, with_chat_settings
+from perta_fast.data.chat import ChatSettings, parse_date, today, told
 from perta_fast.data.forms import Fields
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
@@ -142,8 +142,8 @@ def _run(
     names, notes = table.chosen(request.metrics), list[str]()
     if gold is not None:
         notes += gold.compared_with(conventions.name)
-        told = {name: getattr(request, name) for name in ("system_prompt", "date_string")}
-        notes += gold.differences(told, {role: file.digest for role, file in table.files.items()})
+        given = {"system_prompt": request.system_prompt, "date_string": request.date_string}
+        notes += gold.differences(given, {role: file.digest for role, file in table.files.items()})
         _check_reference(gold, table, names, request.min_k)
     for name in ("rouge_score", "scipy", "sklearn"):
         if find_spec(name) is None:
@@ -201,7 +201,7 @@ def _measure(
     """Load the model and measure it. notes: of what was checked before. day: for templates that ask for the date."""
     dtype = None if request.dtype is None else torch_dtype(request.dtype)
     subject = _subject(model_or_path, tokenizer, request.device, dtype)
-    spoken = with_chat_settings(subject.tokenizer, request.system_prompt, request.date_string, day)
+    spoken = ChatSettings.of(request.system_prompt, request.date_string, day).given_to(subject.tokenizer)
     subject = replace(subject, tokenizer=spoken)
     examinee = Examinee(
         subject,

@@ -117,15 +117,6 @@ def read_json(path: Path, advice: str = "") -> Any:
         raise InputError(f"{path}: is not JSON{hint}") from error
 
 
-def read_text(path: Path) -> tuple[str, bytes]:
-    """The text of a UTF-8 file, and its bytes. It is read once, and can be a pipe. Raises InputError."""
-    try:
-        content = checked_path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return decode(content, path), content
-
-
 def decode(content: bytes, path: Path) -> str:
     """The content of ``path`` as text, without a byte order mark. Raises InputError if it is not UTF-8."""
     try:

@@ -66,7 +66,8 @@ def samples_for(
     """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
     limit = length_limit(subject, None) or 1 << 30
     named: list[tuple[Sample, str]]
-    if isinstance(rows[0], Row):
+    of_text = isinstance(rows[0], Row)
+    if of_text:
         given: Sequence[Row] = rows  # type: ignore[assignment]
         of_rows = row_samples(subject, given, max_length)
         if len(given) >= _WORTH_A_BAR:
@@ -77,7 +78,10 @@ def samples_for(
     embeddings = getattr(subject.module, "get_input_embeddings", None)
     vocabulary = None if embeddings is None else len(embeddings().weight)
     for sample, where in named:
-        _check_sample(sample, where, limit, vocabulary)
+        if not of_text:
+            _check_sample(sample, where, limit)
+        if vocabulary is not None:
+            _check_known(sample, where, vocabulary)
     return [sample for sample, _ in named]
 
 
@@ -230,7 +234,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None) -> None:
+def _check_sample(sample: Sample, where: str, limit: int) -> None:
     ids, labels = sample.input_ids, sample.labels
     if len(ids) != len(labels) or any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
         raise InputError(f"{where}: needs one label for each token, the token itself or {IGNORED}")
@@ -238,7 +242,11 @@ def _check_sample(sample: Sample, where: str, limit: int, vocabulary: int | None
         raise InputError(f"{where}: has no token to compute a loss on")
     if len(ids) > limit:
         raise InputError(f"{where}: has {len(ids)} tokens, the model takes {limit}")
-    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+
+
+def _check_known(sample: Sample, where: str, vocabulary: int) -> None:
+    ids = sample.input_ids
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
         raise InputError(
             f"{where}: has tokens from {min(ids)} to {max(ids)}, the model knows those below {vocabulary}; "
             "is this the model's own tokenizer?"

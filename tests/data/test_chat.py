@@ -6,12 +6,13 @@ The templates are small ones that ask for the date as the templates of real mode
 import datetime
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perta_fast import cli
 from perta_fast.data import chat
-from perta_fast.data.chat import Told, parse_date, told, with_chat_settings
+from perta_fast.data.chat import ChatSettings, Told, parse_date, told
 from perta_fast.data.json_lines import Row
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
@@ -34,6 +35,10 @@ REST = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+
+def with_chat_settings(given: Any, system_prompt: str | None, date: str | None, day: Any = None) -> Any:
+    return ChatSettings.of(system_prompt, date, day).given_to(given)
 
 
 @pytest.fixture(autouse=True)
