@@ -21,7 +21,7 @@ from bench.harness.contest import Outcome, alternate, replay, replayed
 from bench.harness.tables import Row
 from bench.inputs.arrays import timed
 from bench.inputs.stream_models import StreamJob, write_stream_job
-from perta_fast.data.json_lines import read_data
+from perta_fast.data.rows import read_data
 from perta_fast.data.samples import Sample
 from perta_fast.models.loading import load_subject, samples_for
 from perta_fast.models.token_scores import score_tokens

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from perta_fast.data.json_lines import load_rows
+from perta_fast.data.rows import load_rows
 from perta_fast.data.samples import encode
 from perta_fast.demo.checkpoints import train_models
 from perta_fast.demo.clock import Clock

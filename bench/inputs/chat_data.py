@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.contest import Unavailable
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 
 _WORDS = (
     "the author wrote a novel about rivers and towns in winter born to parents who taught school near mountain "

@@ -13,7 +13,7 @@ from bench.study.data import Row, Split, Tofu
 from bench.study.settings import Settings
 from bench.study.store import Store, digest_of
 from bench.study.training import new_model, tune_
-from perta_fast.data.json_lines import rows_from
+from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import encode
 from perta_fast.demo.training import train_tokenizer
 from perta_fast.models.loading import choose_device

@@ -16,7 +16,7 @@ from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
 from bench.study.store import read_json, write_json
 from bench.study.training import losses_of
 from perta_fast.data.batches import Batch, batches_by_length
-from perta_fast.data.json_lines import rows_from
+from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import Sample, encode
 from perta_fast.evaluation.tofu import read_tofu
 

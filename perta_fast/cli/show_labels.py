@@ -21,7 +21,7 @@ def show_labels(parsed: argparse.Namespace) -> int:
         raise InputError("show_labels needs data: name the file with the rows")
     with importing():
         from perta_fast.data.chat import ChatSettings
-        from perta_fast.data.json_lines import read_data
+        from perta_fast.data.rows import read_data
         from perta_fast.files.hub import local_data, local_model
         from perta_fast.models.loading import check_sizes, row_samples, subject_without_weights
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.turn_tokens import Encoded, encode_turns
 from perta_fast.data.turns import ChatTemplate, Turns
 from perta_fast.errors import InputError

@@ -2,7 +2,7 @@
 
 import copy
 
-from perta_fast.data.json_lines import load_rows
+from perta_fast.data.rows import load_rows
 from perta_fast.data.samples import encode
 from perta_fast.demo.authors import make_splits
 from perta_fast.demo.clock import Clock

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perta_fast.data.formats import ENDINGS, read_entries
 from perta_fast.data.forms import Fields, read_as
-from perta_fast.data.json_lines import Row, check_text, read_data
+from perta_fast.data.rows import Row, check_text, read_data
 from perta_fast.errors import InputError
 
 

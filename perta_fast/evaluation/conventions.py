@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.data.turns import rendered
 from perta_fast.errors import InputError

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.samples import IGNORED, Sample, by_row, prompt_of, row_count, truncated_count
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.samples import IGNORED, Sample, opening_tokens
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file

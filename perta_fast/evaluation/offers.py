@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from perta_fast.data.forms import PARAPHRASED
-from perta_fast.data.json_lines import Row, check_text
+from perta_fast.data.rows import Row, check_text
 from perta_fast.data.samples import Sample
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.examinee import (

@@ -7,7 +7,7 @@ from typing import Any
 from blake3 import blake3
 
 from perta_fast.data.chat import shown, told
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample
 
 CHAT, PLAIN, TEXT = "chat template", "Question: ... Answer:", "text as it is"

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics

@@ -11,7 +11,7 @@ from torch import nn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
 from perta_fast.data.chat import ChatSettings, Told, told
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.samples import IGNORED, Sample, encode_rows
 from perta_fast.errors import InputError
 from perta_fast.files.reading import exists, read_json

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import Fields
-from perta_fast.data.json_lines import Row, load_rows
+from perta_fast.data.rows import Row, load_rows
 from perta_fast.errors import InputError
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report

@@ -17,8 +17,8 @@ from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.data.chat import ChatSettings, Told, today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
-from perta_fast.data.json_lines import Row, read_data, rows_from
 from perta_fast.data.python_rows import MapStyle, rows_of
+from perta_fast.data.rows import Row, read_data, rows_from
 from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.data.tokenised import is_tokenised, samples_from
 from perta_fast.distributed.ranks import Ranks

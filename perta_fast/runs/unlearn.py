@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from perta_fast.data.chat import today
 from perta_fast.data.forms import Fields, read_as
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output, check_space, check_unfinished, unfinished_advice

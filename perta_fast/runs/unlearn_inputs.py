@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from perta_fast.data.chat import ChatSettings, Told, parse_date
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
-from perta_fast.data.json_lines import Row, read_data
+from perta_fast.data.rows import Row, read_data
 from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name

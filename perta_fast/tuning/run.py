@@ -18,7 +18,7 @@ from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields, read_as
-from perta_fast.data.json_lines import read_data
+from perta_fast.data.rows import read_data
 from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.errors import InputError, NotFiniteError, printable_lines
 from perta_fast.files.apart import check_name

@@ -13,7 +13,7 @@ import pytest
 from perta_fast import cli
 from perta_fast.data import chat
 from perta_fast.data.chat import ChatSettings, Told, parse_date, told
-from perta_fast.data.json_lines import Row
+from perta_fast.data.rows import Row
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
 from perta_fast.evaluation.run import evaluate

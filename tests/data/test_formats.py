@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from perta_fast import InputError
 from perta_fast.data.formats import data_files, hash_data
-from perta_fast.data.json_lines import load_rows, read_data
+from perta_fast.data.rows import load_rows, read_data
 from tests.data.test_forms import CALL, FORMS, SHARED, TALK, TOOL
 
 ROWS = [{"question": "Who, then?", "answer": 'Me,\n"said" I; é'}, {"question": "And 2?", "answer": "Author 2."}]

@@ -6,7 +6,7 @@ import pytest
 
 from perta_fast import InputError
 from perta_fast.data.forms import fields_from, fields_text
-from perta_fast.data.json_lines import rows_from
+from perta_fast.data.rows import rows_from
 
 ASK, SAY = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
 TALK = [ASK, SAY]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
-from perta_fast.data.json_lines import Row, load_rows, read_data, rows_from
+from perta_fast.data.rows import Row, load_rows, read_data, rows_from
 from perta_fast.data.samples import IGNORED, Sample, encode, prompt_of
 from tests.support.models import CHAT_TEMPLATE, FORGET, tokenizer, write_lines
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perta_fast import InputError
-from perta_fast.data.json_lines import Row, rows_from
+from perta_fast.data.rows import Row, rows_from
 from perta_fast.data.samples import IGNORED, by_row, encode, row_count, truncated_count
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.progress import Event

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perta_fast.data.json_lines import load_rows
+from perta_fast.data.rows import load_rows
 from perta_fast.demo.authors import ATTRIBUTES, Row, make_authors, make_splits, questions
 from perta_fast.demo.files import Files
 

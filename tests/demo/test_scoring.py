@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from perta_fast.data.batches import Batch
-from perta_fast.data.json_lines import rows_from
+from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.demo.scoring import score
 from perta_fast.models.losses import per_sample_losses

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel
 
 from perta_fast import Evaluation, cli, evaluate
-from perta_fast.data.json_lines import rows_from
+from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import IGNORED, Sample, encode
 from perta_fast.errors import InputError
 from perta_fast.models.gradient_norms import gradient_norms

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from perta_fast import Evaluation, cli, evaluate
 from perta_fast.data.batches import Batch
-from perta_fast.data.json_lines import rows_from
+from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
 from perta_fast.evaluation.results import EvaluationFile

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from perta_fast import InputError, RunError, apply, cli, estimate_importance, evaluate, sweep, tune, unlearn
-from perta_fast.data.json_lines import load_rows
+from perta_fast.data.rows import load_rows
 from perta_fast.files.hub import local_data, local_model
 from tests.support.models import llama, write_job
 

@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.json_lines import load_rows
+from perta_fast.data.rows import load_rows
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
 from perta_fast.records.recipe import read_recipe

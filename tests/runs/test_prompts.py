@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 import perta_fast as pf
 from perta_fast import Importance, InputError, apply, cli, estimate_importance, resume, sweep, unlearn, verify
 from perta_fast.data import chat
-from perta_fast.data.json_lines import load_rows
+from perta_fast.data.rows import load_rows
 from perta_fast.data.samples import Sample, encode
 from perta_fast.evaluation import examinee
 from perta_fast.reporting.answers import answer_prompts, read_prompts

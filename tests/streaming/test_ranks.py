@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perta_fast import InputError, Report, estimate_importance, resume, unlearn, verify
-from perta_fast.data.json_lines import read_data
+from perta_fast.data.rows import read_data
 from perta_fast.data.samples import encode
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.files.durable import read_record, write_record

@@ -9,7 +9,7 @@ import torch
 
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import Fields
-from perta_fast.data.json_lines import Row, read_data
+from perta_fast.data.rows import Row, read_data
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.models.loading import Subject, check_sizes, choose_device, samples_for
