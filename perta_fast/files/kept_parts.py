@@ -1,6 +1,5 @@
 """Finished parts of the work for one output file, kept beside it: a run that was stopped goes on with them."""
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,9 +9,17 @@ from blake3 import blake3
 
 from perta_fast.errors import InputError, RunError, advice, shell_command
 from perta_fast.files.durable import read_record, remove, write_file, write_record
-from perta_fast.files.locking import lock
-from perta_fast.files.new_directory import EVALUATION_RECORD, EVALUATION_STATE, RESULT, forget, has_record, partial_path
-from perta_fast.files.own import check_own_tree, make_own_directory, remove_own_file
+from perta_fast.files.new_directory import (
+    EVALUATION_RECORD,
+    EVALUATION_STATE,
+    RESULT,
+    beginning,
+    forget,
+    has_record,
+    partial_path,
+    take,
+)
+from perta_fast.files.own import remove_own_file
 from perta_fast.files.reading import exists
 
 
@@ -39,25 +46,10 @@ class KeptParts:
         self._locked = ExitStack()
 
     def __enter__(self) -> "KeptParts":
-        try:
+        with beginning(self._final, self._locked):
             if self._folder.is_file():  # a result that could not be given its name
                 remove_own_file(self._folder)
-            make_own_directory(self._folder)
-            self._locked.callback(os.close, lock(self._folder))
-            if self._resume:
-                check_own_tree(self._folder)
-            else:
-                forget(self._folder)
-                for entry in self._folder.iterdir():  # of a run that was killed, or is given up
-                    remove(entry)
-        except BlockingIOError:
-            raise RunError(f"{self._final}: another run is writing it now") from None
-        except OSError as error:
-            self._locked.close()
-            raise RunError(f"{self._final}: cannot be written: {error.strerror}") from error
-        except InputError:
-            self._locked.close()
-            raise
+            take(self._folder, self._locked, resume=self._resume)
         return self
 
     def read(self, name: str) -> Any:

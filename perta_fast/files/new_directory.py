@@ -3,8 +3,8 @@
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
@@ -63,29 +63,15 @@ class OutputDirectory:
         self._locked = ExitStack()
 
     def __enter__(self) -> "OutputDirectory":
-        try:
+        with beginning(self.final, self._locked):
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            make_own_directory(self.path)
-            self._locked.callback(os.close, lock(self.path))
+            take(self.path, self._locked, resume=self._resume)
             remove_replaced(self.final)
-            if self._resume:
-                check_own_tree(self.path)
-            else:
-                forget(self.path)
-                for entry in self.path.iterdir():  # of a run that was killed
-                    remove(entry)
-                if self._run is not None:
-                    (self.path / _KEPT_STATE).mkdir()
-                    write_record(self.path / _KEPT_STATE / _KEPT_RECORD, str(self._run))
-                    sync(self.path)  # the run looks for this record when it is resumed
-                    sync(self.path.parent)
-        except BlockingIOError:
-            raise RunError(f"{self.final}: another run is writing it now") from None
-        except (OSError, InputError) as error:
-            self._locked.close()
-            if isinstance(error, InputError):
-                raise
-            raise RunError(f"{self.final}: cannot be written: {error.strerror}") from error
+            if self._run is not None and not self._resume:
+                (self.path / _KEPT_STATE).mkdir()
+                write_record(self.path / _KEPT_STATE / _KEPT_RECORD, str(self._run))
+                sync(self.path)  # the run looks for this record when it is resumed
+                sync(self.path.parent)
         return self
 
     def commit(self) -> None:
@@ -121,6 +107,32 @@ class OutputDirectory:
             finish = f"give it its name: {shell_command('mv', self.path, self.final)}"
         here = f"move {self.final} away, then " if self.final.exists() else ""
         return f"the result is complete, in {self.path}; {here}{finish}"
+
+
+@contextmanager
+def beginning(final: Path, locked: ExitStack) -> Iterator[None]:
+    """Explain errors of a run to ``final`` that begins, and close ``locked`` then."""
+    try:
+        yield
+    except BlockingIOError:
+        raise RunError(f"{final}: another run is writing it now") from None
+    except (OSError, InputError) as error:
+        locked.close()
+        if isinstance(error, InputError):
+            raise
+        raise RunError(f"{final}: cannot be written: {error.strerror}") from error
+
+
+def take(path: Path, locked: ExitStack, *, resume: bool) -> None:
+    """Make or take the directory of unfinished work, lock it until ``locked`` is closed, and check or empty it."""
+    make_own_directory(path)
+    locked.callback(os.close, lock(path))
+    if resume:
+        check_own_tree(path)
+        return
+    forget(path)
+    for entry in path.iterdir():  # of a run that was killed, or is given up
+        remove(entry)
 
 
 def partial_path(final: Path) -> Path:

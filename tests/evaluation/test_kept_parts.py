@@ -283,12 +283,12 @@ def test_on_the_command_line(home: Path, passes: Passes, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("call", "after", "earlier"),
     [
-        ("files.kept_parts.make_own_directory", True, 0),
+        ("files.new_directory.make_own_directory", True, 0),
         ("files.kept_parts.write_record", True, 0),  # the record, and no part yet
         ("files.kept_parts.write_record", False, 4),
         ("files.durable.move", False, 4),
         ("files.kept_parts.write_file", False, 0),  # the result
-        ("files.kept_parts.forget", False, 1),  # the result is there, and its parts too
+        ("files.kept_parts.forget", False, 0),  # the result is there, and its parts too
         ("files.kept_parts.remove", False, 0),
     ],
 )
