@@ -26,6 +26,11 @@ _DEFAULTS: dict[str, tuple[Estimator | None, float]] = {
 RULES = tuple(_DEFAULTS)
 
 
+def negative_strength(lam: float) -> str:
+    """The warning of a strength below 0."""
+    return f"lambda {lam:g} is less than 0: the task vector is added, which teaches the model what it should forget"
+
+
 @dataclass(frozen=True)
 class Rescaling:
     """The numbers in the formula: theta - lam * w * (theta_f - theta_0), and w from the importances.

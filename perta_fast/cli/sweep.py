@@ -113,6 +113,13 @@ COMMAND = Command(
         options.THRESHOLD,
         Option("target_retain_loss", "bound: a retain loss of at most X nats", float, "X", one_of="bound"),
         Option(
+            "max_retain_rise",
+            "bound: a retain loss of at most X nats above the model's own",
+            float,
+            "X",
+            one_of="bound",
+        ),
+        Option(
             "max_retain_increase",
             "bound: a retain loss of at most P percent above the model's own",
             _percent,

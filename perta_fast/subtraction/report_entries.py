@@ -21,7 +21,7 @@ from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.importance_record import ImportanceRecord, importance_record
 from perta_fast.records.report import DirectoryRecord, Report, TensorReport, describe_files
 from perta_fast.records.versions import installed_versions, now
-from perta_fast.rules import Rule
+from perta_fast.rules import Rule, negative_strength
 from perta_fast.subtraction.compute import Statistics
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
@@ -44,7 +44,8 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         versions=installed_versions(*(["peft"] if sources.adapter is not None and sources.adapter.merged else [])),
         started=now(),
     )
-    for warning in _importance_warnings(report.importance) + _adapter_warnings(sources):
+    sign = [negative_strength(rule.rescaling.lam)] if rule.rescaling.lam < 0 else []
+    for warning in sign + _importance_warnings(report.importance) + _adapter_warnings(sources):
         report.warn(warning)
     return report
 

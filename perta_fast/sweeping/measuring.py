@@ -72,6 +72,7 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
         started=begun.started,
         finished=now(),
     )
+    sweep.notes += sweep.warnings()
     return sweep, importances
 
 

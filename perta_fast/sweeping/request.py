@@ -18,7 +18,7 @@ from perta_fast.sweeping.grid import check_strengths
 from perta_fast.sweeping.live_model import check_metric
 from perta_fast.sweeping.results import ScoredSetting
 
-_BOUNDS = ("target_retain_loss", "max_retain_increase", "retain_floor")
+_BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")
 _PATHS = (*_MODELS, *_DATA, "out")
 _IMPORTANCES = ("forget_importance", "retain_importance")
@@ -59,6 +59,7 @@ class Request:
     fields: dict[str, str] | None = None
     system_prompt: str | None = None
     date_string: str | None = None
+    max_retain_rise: float | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -124,7 +125,9 @@ class Request:
         original: the model as it is. Raises InputError if it breaks the bound, or its scores are not finite.
         """
         limit, floor = self.target_retain_loss, self.retain_floor
-        if self.max_retain_increase is not None:
+        if self.max_retain_rise is not None:
+            limit = original.retain_loss + self.max_retain_rise
+        elif self.max_retain_increase is not None:
             limit = original.retain_loss * (1 + self.max_retain_increase / 100)
         if self.criterion is None or original.keeps(limit, floor):
             return limit, floor
@@ -145,8 +148,9 @@ class Request:
         for name, value in bounds.items():
             if not math.isfinite(value):
                 raise InputError(f"{name} is {value}; it must be a finite number")
-        if self.max_retain_increase is not None and self.max_retain_increase < 0:
-            raise InputError(f"max_retain_increase is {self.max_retain_increase}; it must be at least 0 percent")
+        for name, unit in (("max_retain_rise", "nats"), ("max_retain_increase", "percent")):
+            if bounds.get(name, 0) < 0:
+                raise InputError(f"{name} is {bounds[name]}; it must be at least 0 {unit}")
         if self.retain_floor is not None and self.metric == LOSS:
             raise InputError(
                 "retain_floor is for a metric that falls as knowledge is lost, and a loss rises; "

@@ -11,6 +11,7 @@ from perta_fast.files.reading import read_json
 from perta_fast.importance.store import ImportanceMetadata
 from perta_fast.records.report import DataRecord
 from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
+from perta_fast.rules import negative_strength
 from perta_fast.sweeping.criteria import LOSS
 
 LARGEST, SMALLEST = 1024.0, 1 / 1024  # the strengths between which a search stays
@@ -131,6 +132,36 @@ class Sweep:
         """Euclidean distance to the gold model in forget and retain metric."""
         assert self.gold is not None
         return math.hypot(setting.forget - self.gold.forget, setting.retain - self.gold.retain)
+
+    def warnings(self) -> list[str]:
+        """What to doubt: strengths below 0, a bound that nothing keeps, a choice at the edge of what was tried."""
+        measured = [setting for setting in self.rows if setting.rule and not setting.skipped]
+        lines = list(map(negative_strength, sorted({setting.lam for setting in measured if setting.lam < 0})))
+        is_bounded = self.limit is not None or self.floor is not None
+        if is_bounded and not any(setting.keeps(self.limit, self.floor) for setting in measured):
+            lines.append(self._nearest(measured))
+        best = self.best
+        if best is not None and best.rule:
+            alike = [setting for setting in self.rows if setting.rule == best.rule]
+            curve = {0.0} | {setting.lam for setting in alike if (setting.p, setting.alpha) == (best.p, best.alpha)}
+            if self.select != "largest" and best.lam == max(curve) and len(curve) > 2:
+                lines.append(f"the chosen lambda, {best.lam:g}, is the largest that was tried; try larger ones too")
+            for name in ("p", "alpha"):
+                values, chosen = {getattr(setting, name) for setting in alike}, getattr(best, name)
+                if len(values) > 2 and chosen in (min(values), max(values)):
+                    end, more = ("largest", "larger") if chosen == max(values) else ("smallest", "smaller")
+                    lines.append(f"the chosen {name}, {chosen:g}, is the {end} that was tried; try {more} ones too")
+        return [f"warning: {line}" for line in lines]
+
+    def _nearest(self, measured: Sequence[ScoredSetting]) -> str:
+        nearest = min(measured, key=lambda setting: setting.excess(self.limit, self.floor))
+        beyond = nearest.excess(self.limit, self.floor)
+        what = "nothing that was tried keeps the bound"
+        if not math.isfinite(beyond):
+            return f"{what}: at every strength the losses are no longer finite; try smaller ones"
+        broken = f"retain loss is {beyond:.4g} too high" if self.limit is not None else ""
+        broken = broken or f"retain {self.metric} is {beyond:.4g} too low"
+        return f"{what}; nearest to it is {self.label(nearest)}, lambda {nearest.lam!r}, whose {broken}"
 
     def _largest(self, curve: list[ScoredSetting]) -> ScoredSetting:
         """The largest measured strength that keeps the bound, 0 among them."""

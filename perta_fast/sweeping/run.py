@@ -51,6 +51,7 @@ def sweep(
     download: bool = False,
     lams: Sequence[float] | None = None,
     target_retain_loss: float | None = None,
+    max_retain_rise: float | None = None,
     max_retain_increase: float | None = None,
     retain_floor: float | None = None,
     rule: str | Sequence[str] = "fisher",
@@ -84,8 +85,8 @@ def sweep(
     forget_importance, retain_importance: directories to use instead; a pair for each estimator.
     rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha: it comes once.
     lams: different strengths, tried in rising order; None searches for the largest within the bound.
-    target_retain_loss, max_retain_increase, retain_floor: the bound; give at most one. The largest retain loss in
-    nats, or in percent above that at lam 0, or the smallest retain ``metric``.
+    target_retain_loss, max_retain_rise, max_retain_increase, retain_floor: the bound; give at most one. The largest
+    retain loss in nats, or in nats or percent above that at lam 0, or the smallest retain ``metric``.
     metric: what settings are chosen by: loss, Q_A_Prob, Q_A_ROUGE, extraction_strength, exact_memorization.
     select: "best-forget" chooses what has forgotten most within the bound, "closest" what is nearest to ``gold`` in
     both metrics. None: best-forget if there is a bound (after a search, among each curve's largest lam), else none.

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,22 @@ def test_task_vector_alone_needs_no_data(job: Job, tmp_path: Path) -> None:
         expected = (theta.float() - 0.5 * (tuned[name].float() - base[name].float())).to(theta.dtype)
         assert same_bytes(out[name], expected), name
     assert (report.data, report.importance) == ({}, {})
+
+
+@pytest.mark.parametrize("way", ["apply", "unlearn", "stream", "in place"])
+def test_a_strength_below_zero_is_warned_of(way: str, job: Job, tmp_path: Path) -> None:
+    """It is computed all the same: that is how a task vector is added."""
+    if way == "in place":
+        job = replace(job, model=Path(shutil.copytree(job.model, tmp_path / "model")))
+    place: dict[str, Any] = {"in_place": True} if way == "in place" else {"out": tmp_path / "out"}
+    settings = {"rule": "tv", "lam": -0.5, "progress": False} | place
+    if way == "apply":
+        report = apply(*job.checkpoints, **settings)
+    else:
+        rule = {"rule": "grad", "stream": True} if way == "stream" else {}
+        report = unlearn(*job.checkpoints, job.forget, job.retain, **settings | rule)
+    assert [warning.partition(":")[0] for warning in report.warnings] == ["lambda -0.5 is less than 0"]
+    assert "warning: lambda -0.5 is less than 0: the task vector is added" in report.summary()
 
 
 def test_data_named_with_the_task_vector_alone_is_recorded(job: Job, tmp_path: Path) -> None:

@@ -271,6 +271,59 @@ def test_names_of_curves() -> None:
     assert [line.split("  ")[0] for line in table(*rows).summary().splitlines()[2:]] == names
 
 
+@pytest.mark.parametrize(
+    ("rows", "fields", "expected"),
+    [
+        ([KEPT, BROKEN], {"select": "best-forget", "limit": 0.5}, []),
+        ([row(-1.0, 0.5, 0.1), KEPT], {}, ["lambda -1 is less than 0: the task vector is added, which teaches"]),
+        (
+            [row(0.5, 5.0, 0.75), BROKEN],
+            {"select": "best-forget", "limit": 0.5},
+            ["nothing that was tried keeps the bound; nearest to it is tv, lambda 0.5, whose retain loss is 0.25 too"],
+        ),
+        (
+            [row(0.5, math.nan, math.nan), replace(BROKEN, skipped=True, retain_loss=math.nan)],
+            {"select": "best-forget", "limit": 0.5},
+            ["nothing that was tried keeps the bound: at every strength the losses are no longer finite"],
+        ),
+        (
+            RATES,
+            {"metric": "Q_A_Prob", "select": "best-forget", "floor": 0.95},
+            ["nothing that was tried keeps the bound; nearest to it is tv, lambda 1.0, whose retain Q_A_Prob is 0.05"],
+        ),
+        (
+            RATES,
+            {"metric": "Q_A_Prob", "select": "best-forget", "floor": 0.1},
+            ["the chosen lambda, 4, is the largest that was tried; try larger ones too"],
+        ),
+        (RATES[:1], {"metric": "Q_A_Prob", "select": "best-forget", "floor": 0.1}, []),  # one strength is no grid
+        (
+            [row(1.0, 1.0 + alpha, 0.1, "grad", alpha=alpha) for alpha in (1.0, 4.0, 16.0)],
+            {"select": "best-forget", "limit": 0.5},
+            ["the chosen alpha, 16, is the largest that was tried; try larger ones too"],
+        ),
+        (
+            [row(1.0, 3.0 - alpha, 0.1, "grad", alpha=alpha) for alpha in (0.25, 0.5, 0.75)],
+            {"select": "best-forget", "limit": 0.5},
+            ["the chosen alpha, 0.25, is the smallest that was tried; try smaller ones too"],
+        ),
+    ],
+)
+def test_what_is_to_be_doubted(rows: list[ScoredSetting], fields: dict[str, Any], expected: list[str]) -> None:
+    found = table(*rows, **fields)
+    if fields.get("metric"):
+        found.rows[0] = replace(ORIGINAL, forget=1.0, retain=1.0)
+    warnings = found.warnings()
+    assert len(warnings) == len(expected)
+    assert all(line.startswith(f"warning: {start}") for line, start in zip(warnings, expected, strict=True))
+
+
+def test_a_sweep_says_what_is_to_be_doubted(job: Job) -> None:
+    found = run(job, rule="tv", lams=[-1, 1, 2], target_retain_loss=1000)
+    assert found.notes == found.warnings() and found.notes[0].startswith("warning: lambda -1 is less than 0")
+    assert found.summary().endswith("\n".join(found.notes))
+
+
 # What is written of it.
 
 

@@ -259,6 +259,9 @@ def test_the_best_is_one_of_the_measured(rule: str, job: Job, tmp_path: Path) ->
     assert losses(again) == losses(best)
     by_loss = run(job, *made, rule=rule, target_retain_loss=limit)
     assert [losses(row) for row in by_loss.rows] == [losses(row) for row in by_percent.rows]
+    by_rise = run(job, *made, rule=rule, max_retain_rise=0.2 * reference.retain_loss)
+    assert by_rise.limit == reference.retain_loss + 0.2 * reference.retain_loss
+    assert by_rise.best is not None and by_rise.best.lam == best.lam
 
 
 def test_a_limit_that_the_model_itself_breaks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,6 +413,9 @@ def bad_inputs(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"target_retain_loss": float("nan")}, "target_retain_loss is nan"),
         ({"max_retain_increase": float("inf")}, "max_retain_increase is inf"),
         ({"max_retain_increase": -1.0}, "max_retain_increase is -1.0; it must be at least 0 percent"),
+        ({"max_retain_rise": -0.1}, "max_retain_rise is -0.1; it must be at least 0 nats"),
+        ({"max_retain_rise": float("nan")}, "max_retain_rise is nan; it must be a finite number"),
+        ({"max_retain_rise": 0.1, "max_retain_increase": 5.0}, "only one of max_retain_rise and max_retain_increase"),
         ({"lams": [1], "retain_floor": 0.5}, "retain_floor is for a metric that falls"),
         ({"lams": [1], "metric": "rouge"}, "metric is 'rouge'; it must be one of loss, Q_A_Prob"),
         ({"lams": [1], "metric": "Q_A_ROUGE", "retain": "late.jsonl"}, r"late\.jsonl, line 1: metric Q_A_ROUGE"),
@@ -567,6 +573,7 @@ def test_arguments_that_cannot_be_read(
         (["--lams", "1,nan"], "lams has nan; each must be a finite number"),
         (["--lams", "1,2,1"], "lams has 1 twice"),
         (["--max-retain-increase=-5"], "max_retain_increase is -5.0"),
+        (["--max-retain-rise=-5"], "max_retain_rise is -5.0"),
         (["--target-retain-loss", "0.5"], "breaks the limit of 0.5 on that already"),
         (["--lams", "1", "--rule", "tv", "--p", "2"], "rule tv has no weights"),
     ],
