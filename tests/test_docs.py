@@ -11,7 +11,8 @@ import pytest
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.importance.store import ImportanceMetadata
 from perta_fast.records.report import DataRecord, DirectoryRecord, FileRecord, Phase, Report, TensorReport
-from perta_fast.sweeping.results import ScoredSetting, Sweep
+from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.sweeping.results import Sweep
 
 ROOT = Path(__file__).parent.parent
 FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")

@@ -11,10 +11,11 @@ from perta_fast.cli.options import Command, Option, flag, keywords
 from perta_fast.data.forms import fields_text
 from perta_fast.errors import printable, shell_command
 from perta_fast.rules import Rule
-from perta_fast.sweeping.criteria import LOSS, METRICS, SELECTIONS
+from perta_fast.scoring.criteria import LOSS, METRICS, SELECTIONS
 
 if TYPE_CHECKING:
-    from perta_fast.sweeping.results import ScoredSetting, Sweep
+    from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.sweeping.results import Sweep
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -7,9 +7,10 @@ from pathlib import Path
 from perta_fast.errors import InputError, RunError
 from perta_fast.evaluation.results import EvaluationFile
 from perta_fast.records.report import DirectoryRecord, changed_files, gone_files
+from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.plot import is_drawable
 from perta_fast.sweeping.results import FILE_NAME as SWEEP
-from perta_fast.sweeping.results import ScoredSetting, Sweep
+from perta_fast.sweeping.results import Sweep
 
 
 @dataclass(frozen=True)

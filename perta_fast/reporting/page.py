@@ -13,7 +13,7 @@ from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.html import Cell, templates
 from perta_fast.reporting.tensor_positions import element_count, position_of, weight_grids
 from perta_fast.reporting.weight_distribution import Distribution
-from perta_fast.sweeping.results import ScoredSetting
+from perta_fast.scoring.setting import ScoredSetting
 
 _OUTSIDE = 40  # tensors outside the layers that are listed
 

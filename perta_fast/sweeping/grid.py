@@ -5,13 +5,7 @@ from collections.abc import Callable, Sequence
 
 from perta_fast.errors import InputError
 from perta_fast.rules import Rule
-from perta_fast.sweeping.results import LARGEST, SMALLEST, ScoredSetting
-
-_WIDTH = 1.01  # a search ends when the smallest strength that is too large is at most this many times the best
-_GUESSES = 2  # so many interpolations may fail to halve the interval; then every step halves it
-_STEP = 0.004  # the next strength of a search differs by at least this share of the one below
-
-Point = tuple[float, float]  # a strength, and its excess over the bound
+from perta_fast.scoring.setting import ScoredSetting
 
 
 def curves_of(
@@ -65,60 +59,3 @@ def walk(
         scored.append(skip(lam) if stopped else measure(lam))
         stopped = stopped or (lam > 0 and not keeps(scored[-1]))
     return scored
-
-
-def search(
-    measure: Callable[[float], ScoredSetting], excess: Callable[[ScoredSetting], float], original: ScoredSetting
-) -> list[ScoredSetting]:
-    """Measure strengths until the largest that keeps the bound is known to 1 %; return them in the order of trial.
-
-    excess: how far a setting breaks the bound, at most 0 where it keeps it. original: what lam 0 scores.
-
-    At the end the largest tried strength that keeps the bound is ``LARGEST``, or the next larger one breaks it and
-    is at most 1 % larger; or none keeps it and the smallest is at most ``SMALLEST``. This holds for any curve; a
-    smooth one takes fewer trials.
-    """
-    scored: list[ScoredSetting] = []
-
-    def tried(lam: float) -> Point:
-        scored.append(measure(lam))
-        return lam, excess(scored[-1])
-
-    low = start = (0.0, excess(original))  # low keeps the bound
-    high = tried(1.0)
-    while high[1] <= 0:
-        if high[0] == LARGEST:
-            return scored
-        low, high = high, tried(2 * high[0])
-    guesses = _GUESSES  # from here on, high is the smallest measured strength above low, and breaks the bound
-    while high[0] > _WIDTH * low[0] and high[0] > SMALLEST:
-        width = high[0] - low[0]
-        guess = _crossing(low, high, start[1]) if guesses else None
-        probe = tried(_middle(low, high) if guess is None else guess)
-        low, high = (probe, high) if probe[1] <= 0 else (low, probe)
-        guesses -= high[0] - low[0] > width / 2
-    return scored
-
-
-def _crossing(low: Point, high: Point, start: float) -> float | None:
-    """Where the bound is broken if the loss grows as a power of the strength; None if the points fit no power.
-
-    start: how far strength 0 is from the bound, at most 0.
-    """
-    loss_low, loss_high = low[1] - start, high[1] - start
-    if low[0] == 0 or not 0 < loss_low < loss_high < math.inf:
-        return None
-    power = math.log(loss_high / loss_low) / math.log(high[0] / low[0])
-    crossing = high[0] * (-start / loss_high) ** (1 / power)
-    step = _STEP * low[0]  # away from both ends, so that the next trial is likely to lie on the other side
-    return _readable(min(max(crossing, low[0] + step), high[0] - step))
-
-
-def _middle(low: Point, high: Point) -> float:
-    middle = (low[0] + high[0]) / 2
-    return _readable(middle) if low[0] > 0 else middle
-
-
-def _readable(lam: float) -> float:
-    """Rounded to four digits; two strengths that are 1 % apart stay apart."""
-    return float(f"{lam:.4g}")

@@ -11,10 +11,12 @@ from perta_fast.models.loading import length_limit
 from perta_fast.records.report import data_record, read_as_lines
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
-from perta_fast.sweeping.grid import search, walk
-from perta_fast.sweeping.live_model import Importances, LiveModel
+from perta_fast.scoring.live_model import Importances, LiveModel
+from perta_fast.scoring.search import search
+from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.sweeping.grid import walk
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
-from perta_fast.sweeping.results import ScoredSetting, Sweep
+from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Record
 
 

@@ -24,13 +24,13 @@ from perta_fast.models.loading import Subject, load_subject, samples_and_told
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import Estimation, estimate_on
+from perta_fast.scoring.live_model import LiveModel, ScoredModel, read_scored
+from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.sweeping.grid import curves_of
-from perta_fast.sweeping.live_model import LiveModel, ScoredModel, read_scored
 from perta_fast.sweeping.request import Request
-from perta_fast.sweeping.results import ScoredSetting
 
 ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role, forget or retain
 

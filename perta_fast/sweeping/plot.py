@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.files.own import own_file
-from perta_fast.sweeping.criteria import LOSS
+from perta_fast.scoring.criteria import LOSS
 from perta_fast.sweeping.results import Sweep
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.reading import checked_path
 from perta_fast.models.loading import check_sizes
-from perta_fast.sweeping.criteria import LOSS, SELECTIONS
+from perta_fast.scoring.criteria import LOSS, SELECTIONS
+from perta_fast.scoring.live_model import check_metric
+from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import check_strengths
-from perta_fast.sweeping.live_model import check_metric
-from perta_fast.sweeping.results import ScoredSetting
 
 _BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")

@@ -11,9 +11,9 @@ from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDire
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.rules import Rule
+from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.request import Request
-from perta_fast.sweeping.results import ScoredSetting
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 _FORMAT = "perta-sweep"

@@ -23,7 +23,8 @@ from perta_fast.records.recipe import read_recipe
 from perta_fast.records.report import DataRecord, Report
 from perta_fast.reporting.evidence import read_scores
 from perta_fast.runs.apply import apply
-from perta_fast.sweeping.results import ScoredSetting, Sweep
+from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.sweeping.results import Sweep
 from tests.fuzz import mutation
 from tests.support.checkpoints import draw, write_checkpoint, write_importance
 from tests.support.inputs import write_inputs

@@ -17,9 +17,9 @@ from perta_fast.files.durable import read_record, write_file, write_record
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.own import check_own, own_file
 from perta_fast.runs.apply import apply
+from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.streaming.write_behind import WriteBehind
 from perta_fast.subtraction import compute, in_place, to_directory
-from perta_fast.sweeping.live_model import ScoredModel
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.children import perta, run_child, signal_at
 from tests.support.inputs import Inputs, write_inputs

@@ -23,7 +23,7 @@ from perta_fast.reporting.evidence import distinct
 from perta_fast.reporting.html import templates
 from perta_fast.reporting.page import Evidence, _measured, compose
 from perta_fast.reporting.weight_distribution import distribution
-from perta_fast.sweeping.results import ScoredSetting
+from perta_fast.scoring.setting import ScoredSetting
 from tests.support.checkpoints import fingerprint
 from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 

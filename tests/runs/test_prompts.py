@@ -19,8 +19,8 @@ from perta_fast.data.samples import Sample, encode
 from perta_fast.evaluation import examinee
 from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.runs.inspect import describe
+from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.streaming.write_behind import WriteBehind
-from perta_fast.sweeping.live_model import ScoredModel
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.models import FORGET, Job, llama, tokenizer, write_job, write_lines

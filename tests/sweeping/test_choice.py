@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from perta_fast import InputError, RunError, Sweep, apply, cli, estimate_importance, sweep, verify
 from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import read_curves
-from perta_fast.sweeping.grid import curves_of, search, walk
-from perta_fast.sweeping.live_model import LiveModel
-from perta_fast.sweeping.results import LARGEST, SMALLEST, ScoredSetting
+from perta_fast.scoring.live_model import LiveModel
+from perta_fast.scoring.search import LARGEST, SMALLEST, search
+from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.sweeping.grid import curves_of, walk
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.models import Job, tokenizer
 

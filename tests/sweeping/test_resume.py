@@ -12,10 +12,10 @@ import pytest
 
 from perta_fast import InputError, Interrupted, PertaError, RunError, Sweep, apply, cli, resume, sweep
 from perta_fast.files.durable import read_record, write_record
+from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.sweeping import chosen_checkpoint as writing
 from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping import run as sweeping_run
-from perta_fast.sweeping.live_model import ScoredModel
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.children import perta
 from tests.support.models import RETAIN, Job, write_job, write_lines
@@ -147,7 +147,7 @@ def test_killed(own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: 
     setup = """
 import os, signal, sys
 sys.modules["matplotlib.figure"] = None
-from perta_fast.sweeping.live_model import LiveModel
+from perta_fast.scoring.live_model import LiveModel
 measure, calls = LiveModel.measure, []
 def killed(*arguments):
     calls.append(arguments)

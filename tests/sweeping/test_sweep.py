@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perta_fast import InputError, Sweep, apply, cli, estimate_importance, evaluate, sweep
 from perta_fast.evaluation import examinee
 from perta_fast.runs import estimate
-from perta_fast.sweeping import live_model
+from perta_fast.scoring import live_model
+from perta_fast.scoring.criteria import METRICS
+from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping import opened as sweeping_opened
-from perta_fast.sweeping.criteria import METRICS
-from perta_fast.sweeping.results import ScoredSetting
 from tests.checkpoints.test_adapters import make_adapter
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write

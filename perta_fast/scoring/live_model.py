@@ -20,9 +20,9 @@ from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
 from perta_fast.models.same_names import named_as_module
 from perta_fast.rules import RULES, Estimator, Rule
+from perta_fast.scoring.criteria import LOSS, METRICS
+from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
-from perta_fast.sweeping.criteria import LOSS, METRICS
-from perta_fast.sweeping.results import ScoredSetting
 
 _ROUGE = "Q_A_ROUGE"
 _MEMORISATION = ("extraction_strength", "exact_memorization")
