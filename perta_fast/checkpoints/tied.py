@@ -1,6 +1,6 @@
 """Tied embeddings: an input embedding and an output head that share one matrix."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from perta_fast.files.reading import exists, read_json
 # What the model families call these two matrices.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _HEADS_OF_PARTS = (".lm_head.weight", ".embed_out.weight")  # as in LLaVA: language_model.lm_head.weight
+_HEADS_OF_FAMILIES = {"embed_in.weight": "embed_out.weight", "tok_embeddings.weight": "output.weight"}
 _INPUT_EMBEDDINGS = tuple(
     f"{module}.weight"
     for module in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", ".embeddings")
@@ -52,6 +53,48 @@ def has_vocabulary_rows(name: str) -> bool:
 def is_resized(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     """Whether two shapes of a tensor differ in the number of tokens alone."""
     return has_vocabulary_rows(name) and len(first) > 0 and first[1:] == second[1:] and first != second
+
+
+def has_rows_of_tokens(name: str, shape: tuple[int, ...], counts: Collection[int]) -> bool:
+    """Whether a tensor is an input embedding or an output head: by its name, or as a matrix of as many rows as tokens.
+
+    counts: numbers of tokens, see ``token_counts``. In a numbered layer, where most matrices are, the name decides.
+    """
+    if has_vocabulary_rows(name) or is_tied_use(name):
+        return True
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return len(shape) == 2 and shape[0] in counts and (not _is_in_layer(name) or "head" in module or "embed" in module)
+
+
+def token_counts(model: Checkpoint) -> set[int]:
+    """The sizes of vocabularies that config.json names."""
+    return counts_in(_settings(model))
+
+
+def counts_in(settings: Mapping[str, Any]) -> set[int]:
+    """The sizes of vocabularies in a configuration, as of both embeddings of Gemma 3n."""
+    parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, dict)]
+    return {
+        value
+        for part in parts
+        for key, value in part.items()
+        if key.startswith("vocab_size") and isinstance(value, int)
+    }
+
+
+def other_uses(model: Checkpoint, tied: bool) -> dict[str, set[str]]:
+    """The other names of each tied matrix, by the name of a stored tensor.
+
+    tied: ``ties_embeddings(model)``. A matrix that is stored once is known by the name of its other use too.
+    """
+    alike = [name for name in model.tensors if (tied and is_tied_use(name)) or is_shared_by_parts(name, model)]
+    uses = {name: {other for other in alike if other != name and model.equal(name, other)} for name in alike}
+    if tied and alike and not any(map(is_output_head, alike)):
+        head = {"lm_head.weight", *(head for end, head in _HEADS_OF_FAMILIES.items() if alike[0].endswith(end))}
+        uses = {name: others | head for name, others in uses.items()}
+    elif tied and len(alike) == 1:
+        uses[alike[0]].add("model.embed_tokens.weight")
+    return uses
 
 
 def tied_partner(name: str, names: Mapping[str, object]) -> str | None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import CHECKPOINTS, RESULT, RULE_AND_STRENGTH, Command, Option, finish, keywords
+from perta_fast.cli.options import CHECKPOINTS, RESULT, RULE_AND_STRENGTH, SCOPE, Command, Option, finish, keywords
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -24,6 +24,7 @@ COMMAND = Command(
         Option("forget_importance", type=Path, metavar="DIR"),
         Option("retain_importance", type=Path, metavar="DIR"),
         *RULE_AND_STRENGTH,
+        *SCOPE,
         *RESULT,
     ),
     run,

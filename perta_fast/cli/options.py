@@ -23,8 +23,9 @@ class Option:
 
     name: of the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value from a
     text; bool makes a flag. negatable: a flag that also has a form ``--no-``. several: takes one or more values.
-    one_of: at most one of the options with the same word can be given, and exactly one if they are required. named: a
-    path, or a name of the Hugging Face hub. may_be_empty: whether an empty text is a value in a recipe.
+    joined: given again, its lists are joined. one_of: at most one of the options with the same word can be given, and
+    exactly one if they are required. named: a path, or a name of the Hugging Face hub. may_be_empty: whether an empty
+    text is a value in a recipe.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Option:
     positional: bool = False
     negatable: bool = False
     several: bool = False
+    joined: bool = False
     one_of: str = ""
     may_be_empty: bool = False
     named: bool = False
@@ -57,6 +59,8 @@ class Option:
             settings |= {"type": made_by, "metavar": self.metavar, "choices": self.choices}
         if self.several:
             settings |= {"nargs": "+", "action": "extend"}
+        elif self.joined:
+            settings["action"] = "extend"
         if self.required and not self.one_of and not bare:
             settings["required"] = True
         target.add_argument(name, **settings)
@@ -137,6 +141,10 @@ def _fields(text: str) -> dict[str, str]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _patterns(text: str) -> list[str]:
+    return text.split(",")
+
+
 FIELDS = Option(
     "fields", "names of the data's fields, as in question=prompt,answer=completion (the usual ones)", _fields, "A=B,..."
 )
@@ -155,6 +163,18 @@ P = Option("p", "exponent of the importances (the rule's own)", float, "P")
 ALPHA = Option("alpha", "weight of retaining (1)", float, "A", 1.0)
 THRESHOLD = Option("threshold", "hard mask: w becomes 1 where w > T, else 0", float, "T")
 RULE_AND_STRENGTH = (RULE, Option("lam", "strength lambda", float, "L", required=True), P, ALPHA, THRESHOLD)
+SCOPE = (
+    Option(
+        "only", "change only parameters with such names, as in '*.mlp.*' (all)", _patterns, "PATTERN,...", joined=True
+    ),
+    Option(
+        "leave",
+        "leave these as they are: patterns of names, or embeddings, norms (none)",
+        _patterns,
+        "PATTERN,...",
+        joined=True,
+    ),
+)
 STREAM = (
     flag("stream", "estimate with one decoder layer in memory at a time, for models larger than the memory"),
     Option(

@@ -88,7 +88,7 @@ def arguments_from(
     for key, setting in settings.items():
         if key not in options:
             near = difflib.get_close_matches(key, options, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(list(options)[:12])}, … (--help)"
             raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of perta {command.name}; {hint}")
         arguments[key] = _argument(key, options[key], setting, path.parent)
     left_out = {key for key, option in options.items() if option.name in given}

@@ -62,6 +62,9 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
     if estimates:
         told = (("--system-prompt", parsed.system_prompt), ("--date-string", result.settings["date"]))
         words += [f"{option}={text}" for option, text in told if text is not None]
+    for option in options.SCOPE:
+        patterns = getattr(parsed, option.name)
+        words += [f"--{option.key}", ",".join(patterns)] if patterns else []
     words += ["--common-rows"] if parsed.common_rows else []
     return shell_command("perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR")
 
@@ -112,6 +115,7 @@ COMMAND = Command(
         replace(options.P, one_of="ps"),
         Option("ps", "several exponents", _numbers, "P,P,...", one_of="ps"),
         options.THRESHOLD,
+        *options.SCOPE,
         Option("target_retain_loss", "bound: a retain loss of at most X nats", float, "X", one_of="bound"),
         Option(
             "max_retain_rise",

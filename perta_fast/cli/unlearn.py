@@ -34,13 +34,16 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _preview(parsed: argparse.Namespace, ranks: int) -> str:
+    from perta_fast.files.hub import local_model
     from perta_fast.streaming.forecast.dry_run import Conditions, preview
+    from perta_fast.subtraction.scope import Scope
 
     estimator = Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
     data = {role: getattr(parsed, role) for role in ("forget", "retain")}
     if estimator is None or None in data.values():
         raise InputError("--dry-run is for a rule that needs forget and retain data, and for both of these")
     settings = keywords(parsed)
+    Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
     return preview(
         parsed.model if parsed.at == "model" else parsed.base,
         data,
@@ -68,6 +71,7 @@ COMMAND = Command(
         Option("save_importance", "keep both importances here", Path, "DIR"),
         *options.STREAM,
         *options.RULE_AND_STRENGTH,
+        *options.SCOPE,
         *options.CHAT,
         *options.ESTIMATION,
         *options.RESULT,

@@ -2,7 +2,7 @@
 
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
             continue
         if name in _PATHS:
             value = os.path.abspath(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):  # of patterns
+            value = ",".join(value)
         elif isinstance(value, Mapping):  # of names of fields
             value = fields_text(value)
         elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device, a number of NumPy's
@@ -80,6 +82,8 @@ def _from_yaml(path: Path) -> dict[str, Setting]:
         mark = error.problem_mark or error.context_mark
         where = f"{path}, line {mark.line + 1}" if mark else path
         reason = ": ".join(filter(None, (error.context, error.problem)))
+        if "alias" in reason:  # for YAML, * at the beginning of a value is a reference
+            reason += "; write a value that begins with * in quotes"
         raise InputError(f"{where}: is not YAML: {reason}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

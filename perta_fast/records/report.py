@@ -130,7 +130,8 @@ class Report:
     data: by ``forget`` and ``retain``. overlap: seconds that a streamed run spent computing, reading weights and
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
-    common_rows: whether a resized vocabulary was allowed. other_weights: files in the model's directory that may hold
+    common_rows: whether a resized vocabulary was allowed. only, leave: the patterns that chose which parameters are
+    changed. other_weights: files in the model's directory that may hold
     weights a second time, or an adapter: a new directory does not have them; a run in place left them as they were.
     file_list: name of the list of the output's files; "" in reports of versions that wrote none.
     """
@@ -149,6 +150,8 @@ class Report:
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     common_rows: bool = False
+    only: list[str] = field(default_factory=list)
+    leave: list[str] = field(default_factory=list)
     other_weights: list[str] = field(default_factory=list)
     file_list: str = ""
     phases: dict[str, Phase] = field(default_factory=dict)
@@ -212,7 +215,7 @@ class Report:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
         lines = [f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
-        lines += read_as_lines(self.data)
+        lines += scope_lines(self.only, self.leave) + read_as_lines(self.data)
         lines += self.prompts()
         if kept := [f"{row.name} {row.kept_rows}" for row in self.tensors if row.kept_rows]:
             lines.append(f"rows kept as the model has them, as not all inputs have them: {listed(kept)}")
@@ -233,6 +236,12 @@ class Report:
             )
         lines += [f"warning: {warning}" for warning in self.warnings]
         return printable_lines(lines)
+
+
+def scope_lines(only: Sequence[str] | None, leave: Sequence[str] | None) -> list[str]:
+    """For a person: which parameters were chosen to be changed, by their patterns."""
+    said = (("changed only", only), ("left alone", leave))
+    return [f"{what}: {', '.join(patterns)}" for what, patterns in said if patterns]
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

@@ -65,6 +65,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         "p": report.p,
         "α": report.alpha,
         "threshold": report.threshold,
+        **{name: patterns for name, patterns in (("only", report.only), ("leave", report.leave)) if patterns},
         "started": report.started,
         "finished": report.finished,
         "in place": report.in_place,

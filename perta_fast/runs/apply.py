@@ -25,6 +25,7 @@ from perta_fast.subtraction.inputs import Sources, open_importances
 from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen, this_version
 from perta_fast.subtraction.read_beside import companion_records
 from perta_fast.subtraction.report_entries import begin_report
+from perta_fast.subtraction.scope import Patterns, Scope
 from perta_fast.subtraction.to_directory import Fill, run_to_directory, write_directory, write_shards
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
@@ -47,6 +48,8 @@ def apply(
     p: float | None = None,
     alpha: float = 1.0,
     threshold: float | None = None,
+    only: Patterns = None,
+    leave: Patterns = None,
     out: str | Path | None = None,
     in_place: bool = False,
     overwrite: bool = False,
@@ -65,6 +68,9 @@ def apply(
     Hugging Face hub, ORG/NAME, that lie in the local cache. download: fetch these there first.
     forget_importance, retain_importance: what ``estimate_importance`` saved (or returned with ``out``); both
     needed by every rule but ``tv``, which takes none. rule, lam, p, alpha, threshold: see ``rules.Rule``.
+    only, leave: names of parameters in ``model``, or patterns of them with ``*``, ``?`` and ``[...]``, or the words
+    ``embeddings`` and ``norms``; a list, or one text with commas. Only those of ``only`` are changed, or all; those of
+    ``leave`` are copied byte for byte. A tied matrix goes by both its names.
     out: directory to make; it appears only when complete, with config, tokenizer, ``perta_report.json`` and a
     section in its model card. in_place: change ``model`` where it lies instead, through a journal beside its
     shards that takes up to 192 MiB. overwrite: replace a non-empty ``out``. link_unchanged: shards without a
@@ -82,12 +88,13 @@ def apply(
     """
     ranks = Ranks.of(group)
     with ranks.together("the opening of the inputs"):
-        chosen = Rule.of(rule, lam, p, alpha, threshold)
+        chosen, scope = Rule.of(rule, lam, p, alpha, threshold), Scope.of(only, leave)
         model = local_model(model, download, in_place=in_place)
         base, tuned = local_model(base, download), local_model(tuned, download)
         final = destination(model, out, in_place, ranks)
         directories = map(_directory_of, (forget_importance, retain_importance))
-        sources = Sources.open(model, base, tuned, open_importances(chosen, *directories), common_rows)
+        importances = open_importances(chosen, *directories)
+        sources = Sources.open(model, base, tuned, importances, common_rows, scope)
     settings = Settings(
         final, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, leave_others, progress
     )

@@ -16,6 +16,7 @@ from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.runs.verification import Verification
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.matching import TensorMatch
+from perta_fast.subtraction.scope import Scope
 
 SAMPLED = 8  # tensors recomputed unless all are asked for
 _CHUNK = 1 << 22  # elements compared at a time
@@ -51,7 +52,8 @@ class RecomputedTensors:
         paths = {role: Path(record["path"]) for role, record in report.inputs.items()}
         try:
             importances = open_importances(rule, *map(paths.get, IMPORTANCES)) if exact else {}
-            sources = Sources.open(paths["model"], paths["base"], paths["tuned"], importances, report.common_rows)
+            three, scope = (paths["model"], paths["base"], paths["tuned"]), Scope.of(report.only or None, report.leave)
+            sources = Sources.open(*three, importances, report.common_rows, scope)
         except InputError as error:  # such as a base of which an adapter needed only the headers
             result.unchecked.append(f"tensors, because an input cannot be opened any more: {error}")
             return None

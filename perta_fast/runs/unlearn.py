@@ -17,6 +17,7 @@ from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report, data_record
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all, streamed_on
+from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def unlearn(
     p: float | None = None,
     alpha: float = 1.0,
     threshold: float | None = None,
+    only: Patterns = None,
+    leave: Patterns = None,
     at: Literal["base", "model"] = "base",
     out: str | Path | None = None,
     in_place: bool = False,
@@ -139,7 +142,9 @@ def _load(opened: Opened, day: date) -> Loaded:
                 check_output(final, overwrite=options.overwrite, inputs=[kept])
         elif not streamed:  # the schedule of a streamed run checks the disk, as it knows the samples
             sources = opened.sources
-            covered = sum(match.theta.count for match in sources.matches if match.copied is None)
+            covered = sum(
+                match.theta.count for match in sources.matches if match.copied in (None, "left alone by choice")
+            )
             check_space(final, (0 if options.in_place else sources.model.size) + 8 * covered)
         day = (begun and streamed_on(begun.stream)) or day  # the same prompts as before it was stopped
         loaded = Loaded.load(opened, rows, hashes, day)

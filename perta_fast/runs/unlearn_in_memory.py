@@ -37,7 +37,8 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
         directory = importances.final if kept else importances.path
         with ranks.together("the importances"):
             estimated = open_importances(opened.rule, directory / "forget", directory / "retain")
-            sources = Sources.open(options.model, options.base, options.tuned, estimated, options.common_rows)
+            three = options.model, options.base, options.tuned
+            sources = Sources.open(*three, estimated, options.common_rows, options.scope)
         try:
             return apply_sources(
                 sources, opened.rule, opened.settings, annotate=loaded.annotate, temporary=not kept, ranks=ranks

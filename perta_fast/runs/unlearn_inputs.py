@@ -28,6 +28,7 @@ from perta_fast.rules import Rule
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
 from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.scope import Patterns, Scope
 from perta_fast.subtraction.unfinished import STATE
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Options:
     p: float | None
     alpha: float
     threshold: float | None
+    only: Patterns
+    leave: Patterns
     at: Literal["base", "model"]
     out: str | Path | None
     in_place: bool
@@ -83,6 +86,11 @@ class Options:
         """The data files, by role."""
         files = {"forget": self.forget, "retain": self.retain}
         return {role: path for role, path in files.items() if path is not None}
+
+    @property
+    def scope(self) -> Scope:
+        """Which parameters are changed. Raises InputError for what are no patterns."""
+        return Scope.of(self.only, self.leave)
 
     @property
     def paths(self) -> list[Path]:
@@ -124,7 +132,8 @@ class Opened:
         if options.stream and options.link_unchanged and not options.in_place:
             raise InputError("stream writes every shard as it goes; leave link_unchanged out")
         final = destination(options.model, options.out, options.in_place, ranks)
-        sources = Sources.open(options.model, options.base, options.tuned, common_rows=options.common_rows)
+        three = options.model, options.base, options.tuned
+        sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
         check_others(sources.model, options.in_place, options.leave_others)
         check_changes(sources, options.allow_zero)
         if options.in_place:

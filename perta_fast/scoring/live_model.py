@@ -1,8 +1,9 @@
 """What a setting scores: theta_full as a live module, changed, scored and restored, without a checkpoint."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from glob import escape
 from importlib.util import find_spec
 
 import torch
@@ -99,7 +100,7 @@ class ScoredModel:
 class LiveModel(ScoredModel):
     """theta_full as a module, which ``measure`` changes and restores.
 
-    model: where theta_full is read from. directories: base and tuned.
+    model: where theta_full is read from. directories: base and tuned. left: tensors of ``model`` that stay as they are.
     """
 
     def __init__(
@@ -110,12 +111,14 @@ class LiveModel(ScoredModel):
         model: Checkpoint,
         directories: tuple[str, str],
         common_rows: bool = False,
+        left: Collection[str] = (),
     ) -> None:
         super().__init__(examinee, data, metric)
         held = held_tensors(self.subject.module)
         self._model = named_as_module(model, self.subject.module, held)
         self._directories, self._common_rows = directories, common_rows
         self._stored = [(tensor.ranges, stored_name(self._model, name)) for name, tensor in held.items()]
+        self._left = [name for name in held if self._is_left(stored_name(self._model, name), left)]
 
     def measure(self, rule: Rule, importances: Importances) -> ScoredSetting:
         """Subtract, score, and put theta_full back."""
@@ -145,8 +148,20 @@ class LiveModel(ScoredModel):
             importances.get("retain"),
             rule=rule.name,
             **vars(rule.rescaling),
+            leave=[escape(name) for name in self._left],
             common_rows=self._common_rows,
         )
+
+    def _is_left(self, name: str, left: Collection[str]) -> bool:
+        """Whether a tensor of the module stays. Raises InputError if that is so for a part of it only."""
+        entry = self._model.tensors[name]
+        made_of = {piece.name for piece in entry.pieces or (entry,)}
+        if len(made_of.intersection(left)) not in (0, len(made_of)):
+            raise InputError(
+                f"{self._model.path}: in memory, {min(made_of.intersection(left))} is one tensor with "
+                f"{min(made_of.difference(left))}; let --only and --leave mean both or neither"
+            )
+        return not made_of.isdisjoint(left)
 
     @torch.no_grad()
     def _round_as_stored_(self) -> float:

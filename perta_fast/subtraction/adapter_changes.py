@@ -1,6 +1,6 @@
 """What an adapter changes in the tensors of a model, tied matrices included: settled before a byte is written."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,12 +63,14 @@ class OpenedAdapter:
         tied: bool,
         model: Path | None = None,
         common_rows: bool = False,
+        left: Collection[str] = (),
     ) -> dict[str, Change]:
         """The changes by the model's names.
 
         shapes: of the model's tensors. where: what messages call the model. tied: whether its embedding and head are
-        one matrix, stored once or twice. model: its directory, for advice. Raises InputError, naming the tensor, if the
-        model lacks one, has it in another shape, or ties two that are not one in the tuned model.
+        one matrix, stored once or twice. model: its directory, for advice. left: tensors that are to stay as they are.
+        Raises InputError, naming the tensor, if the model lacks one, has it in another shape, or ties two that are not
+        one in the tuned model.
         """
         found: dict[str, dict[str, Change]] = {
             stored: dict(changes) for stored, changes in self.adapter.meet(shapes, where, common_rows).items()
@@ -82,6 +84,8 @@ class OpenedAdapter:
                     f"that {self.adapter.checkpoint.path} adapts{f'; {RESIZED}' if resized else ''}"
                 )
             found.setdefault(stored, {})[name] = name
+        for stored in found.keys() & set(left):
+            del found[stored]
         for stored in [name for name in found if tied and is_tied_use(name)]:
             second = tied_partner(stored, shapes)
             both = found.pop(stored, {}) | found.pop(second or "", {})

@@ -17,6 +17,7 @@ from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.matching import TensorMatch, match_tensors
+from perta_fast.subtraction.scope import EVERYTHING, Scope
 
 IMPORTANCES = ("forget_importance", "retain_importance")
 
@@ -27,6 +28,7 @@ class Sources:
 
     metadata: of the importances, by role. adapter: the opened one, if ``tuned`` is the file of an adapter.
     common_rows: whether rows of a resized vocabulary that not all inputs have are kept as the model has them.
+    scope: which parameters were chosen to be changed. Neither is there again when a run is resumed.
     """
 
     model: Checkpoint
@@ -38,6 +40,7 @@ class Sources:
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     adapter: OpenedAdapter | None = None
     common_rows: bool = False
+    scope: Scope = EVERYTHING
 
     @classmethod
     def open(
@@ -47,6 +50,7 @@ class Sources:
         tuned: str | Path,
         importances: Mapping[str, Checkpoint] = MappingProxyType({}),
         common_rows: bool = False,
+        scope: Scope = EVERYTHING,
     ) -> "Sources":
         """Open and match three checkpoints and the result of ``open_importances``; InputError if they do not fit."""
         theta, theta_0 = open_plain(model), open_plain(base)
@@ -60,10 +64,11 @@ class Sources:
             theta_f,
             forget,
             retain,
-            matches=match_tensors(theta, theta_0, adapter or theta_f, forget, retain, common_rows),
+            matches=match_tensors(theta, theta_0, adapter or theta_f, forget, retain, common_rows, scope),
             metadata={role: read_metadata(importance) for role, importance in importances.items()},
             adapter=adapter,
             common_rows=common_rows,
+            scope=scope,
         )
 
     def named(self) -> dict[str, Checkpoint]:

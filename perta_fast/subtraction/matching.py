@@ -1,6 +1,7 @@
 """Which tensors of the other inputs belong to each tensor of the model, decided before a byte is written."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from perta_fast.checkpoints.tied import (
     RESIZED,
     importance_key,
     is_resized,
+    is_tied_use,
     refuse_two_matrices,
     tied_in,
     ties_embeddings,
@@ -19,11 +21,16 @@ from perta_fast.checkpoints.tied import (
 from perta_fast.dtypes import COPIED, KERNEL_CODES
 from perta_fast.errors import InputError, tensors_named
 from perta_fast.models.same_names import named_as_model
-from perta_fast.subtraction.adapter_changes import OpenedAdapter
+from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
+from perta_fast.subtraction.scope import EVERYTHING, Names, Scope
 
 _FLOAT32 = "dtype='float32'"  # for a command that converts
 CopyReason = Literal[
-    "not floating point", "not covered by the importance", "task vector is zero", "not part of the language model"
+    "not floating point",
+    "not covered by the importance",
+    "task vector is zero",
+    "not part of the language model",
+    "left alone by choice",
 ]
 
 
@@ -77,14 +84,15 @@ def match_tensors(
     forget_importance: Checkpoint | None,
     retain_importance: Checkpoint | None,
     common_rows: bool = False,
+    scope: Scope = EVERYTHING,
 ) -> list[TensorMatch]:
     """Match every tensor of ``model`` with those of the other inputs, in the model's order.
 
     Names may differ if transformers loads the tensors to one place. Each checkpoint may store a tied output head or
     leave it out. Tensors that are not of the language model, as transformers loads it, need not be in all three: then
-    the model's are copied. common_rows: embeddings and heads may have other numbers of rows. Raises InputError, naming
-    checkpoint and tensor, if names or shapes differ, a type has no arithmetic, or an importance belongs to another
-    model.
+    the model's are copied. common_rows: embeddings and heads may have other numbers of rows. scope: the others may lack
+    what it leaves alone, or have it in another shape. Raises InputError, naming checkpoint and tensor, if names or
+    shapes differ, a type has no arithmetic, or an importance belongs to another model.
     """
     known = (base.path, *([tuned.path] if isinstance(tuned, Checkpoint) else []))
     base = named_as_model(base, model)
@@ -96,28 +104,35 @@ def match_tensors(
     whole = tuned if isinstance(tuned, Checkpoint) else None
     left_out: set[str] = set()
     tied = ties_embeddings(model)
+    left = scope.left(Names.of(model, tied)) if scope != EVERYTHING else set()
+    is_head_left = any(map(is_tied_use, left))
     for other in (base, whole):
         if other is not None:
-            if tied:
+            if tied and not is_head_left:
                 refuse_two_matrices(other, model.path, model.path)
-            left_out |= _check_same_names(model, other)
+            left_out |= _check_same_names(model, other, left)
     if forget_importance is not None and retain_importance is not None:
         _check_importance_names(model, forget_importance, retain_importance)
     matches = [
         TensorMatch(theta, copied="not part of the language model")
         if name in left_out
+        else TensorMatch(theta, copied="left alone by choice")
+        if name in left
         else _match_tensor(name, model, base, whole, forget_importance, retain_importance, common_rows)
         for name, theta in model.tensors.items()
     ]
-    return _with_adapter(matches, model, tuned, tied, common_rows) if isinstance(tuned, OpenedAdapter) else matches
+    if not isinstance(tuned, OpenedAdapter):
+        return matches
+    shapes = {name: entry.shape for name, entry in model.tensors.items()}
+    return _with_changes(
+        matches, tuned.changes(shapes, model.path, tied, model.path, common_rows, left), tuned, common_rows
+    )
 
 
-def _with_adapter(
-    matches: list[TensorMatch], model: Checkpoint, adapter: OpenedAdapter, tied: bool, common_rows: bool
+def _with_changes(
+    matches: list[TensorMatch], changes: Mapping[str, Change], adapter: OpenedAdapter, common_rows: bool
 ) -> list[TensorMatch]:
     """The matches with the adapter's task vectors: of low rank, whole tensors, what peft makes, or zero."""
-    shapes = {name: entry.shape for name, entry in model.tensors.items()}
-    changes = adapter.changes(shapes, model.path, tied, model.path, common_rows)
     result = []
     for match in matches:
         change = changes.get(match.theta.name)
@@ -194,17 +209,25 @@ def _resolve(checkpoint: Checkpoint, name: str) -> TensorEntry:
     return checkpoint.tensors[partner]
 
 
-def _check_same_names(model: Checkpoint, other: Checkpoint) -> set[str]:
-    """The model's tensors that ``other`` may lack. Raises InputError for all others that only one of the two has."""
+def _check_same_names(model: Checkpoint, other: Checkpoint, left: set[str]) -> set[str]:
+    """The model's tensors, beside those ``left`` alone, that ``other`` may lack.
+
+    Raises InputError for all others that only one of the two has.
+    """
     missing = [
         name
         for name in model.tensors
-        if name not in other.tensors and model.tensors[name].dtype not in COPIED and tied_in(name, other) is None
+        if name not in other.tensors
+        and name not in left
+        and model.tensors[name].dtype not in COPIED
+        and tied_in(name, other) is None
     ]
     extra = [name for name in other.tensors if name not in model.tensors and other.tensors[name].dtype not in COPIED]
     for name in list(extra):
-        if tied_in(name, model) is not None:  # the model stores it once
-            refuse_two_matrices(other, model.path, model.path)
+        partner = tied_in(name, model)
+        if partner is not None:  # the model stores it once
+            if partner not in left:
+                refuse_two_matrices(other, model.path, model.path)
             extra.remove(name)
     outside: set[str] = set()
     if missing or extra:

@@ -17,7 +17,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
-from perta_fast.checkpoints.tied import RESIZED, is_resized, is_tied_use, refuse_two_matrices, tied_in
+from perta_fast.checkpoints.tied import RESIZED, counts_in, is_resized, is_tied_use, refuse_two_matrices, tied_in
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_sharded, reshard_
@@ -38,6 +38,7 @@ from perta_fast.progress import LOGGER
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES
+from perta_fast.subtraction.scope import EVERYTHING, Names, Patterns, Scope
 from perta_fast.subtraction.staging import ALIGNMENT, Staging
 from perta_fast.subtraction.task_vector import is_nonzero
 
@@ -59,6 +60,8 @@ def apply_to_module_(
     p: float | None = None,
     alpha: float = 1.0,
     threshold: float | None = None,
+    only: Patterns = None,
+    leave: Patterns = None,
     common_rows: bool = False,
     allow_zero: bool = False,
     backend: str = "auto",
@@ -68,7 +71,7 @@ def apply_to_module_(
 
     module: its parameters are theta_full; it may be within DDP or torch.compile. As transformers saves it (the experts
     of a layer apart), names and shapes are those in ``base`` and ``tuned``; ``tuned`` may be an adapter.
-    forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``.
+    forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``, with these names.
     Parameters that the importance does not cover, and vision parts that a checkpoint lacks, stay as they are; tied ones
     are changed once. group: all processes that hold a module sharded by FSDP2 or tensor parallelism; each changes what
     it holds.
@@ -78,7 +81,7 @@ def apply_to_module_(
     """
     ranks = Ranks.of(group)
     with ranks.together("the checks"):
-        chosen = Rule.of(rule, lam, p, alpha, threshold)
+        chosen, scope = Rule.of(rule, lam, p, alpha, threshold), Scope.of(only, leave)
         check_not_in_use(module)
         module = unwrapped(module)
         refuse_quantised_module(module)
@@ -92,23 +95,26 @@ def apply_to_module_(
         reshard_(module)
         _check_parameters(module)
         everything = held_tensors(module)
+        left = scope.left(_names(module, everything)) if scope != EVERYTHING else set()
+        is_tied = _is_tied(module)
         adapter = OpenedAdapter.open(tuned, theta_0, common_rows, everything) if is_adapter(tuned) else None
         theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
         theta_0 = named_as_module(theta_0, module, everything)
         if adapter is None:
             theta_f = named_as_module(theta_f, module, everything)
-        if _is_tied(module):
+        if is_tied and not any(map(is_tied_use, left)):
             for checkpoint in (theta_0, *([theta_f] if adapter is None else [])):
                 refuse_two_matrices(checkpoint, "the module", None)
         known = theta_0.path, theta_f.path
         importances = [_in_form(importance, module, everything, *known) for importance in importances]
-        parameters = _covered(everything, importances)
+        covered = _covered(everything, importances)
+        parameters = {name: covered[name] for name in covered if name not in left}
         for name in _left_aside(module, parameters, [theta_f, theta_0] if adapter is None else [theta_0]):
             del parameters[name]
         inputs = _Inputs(theta_0, theta_f, adapter, importances)
         if adapter is not None:
             shapes = {name: tensor.shape for name, tensor in everything.items()}
-            inputs.changes.update(adapter.changes(shapes, "the module", _is_tied(module), common_rows=common_rows))
+            inputs.changes.update(adapter.changes(shapes, "the module", is_tied, None, common_rows, left))
             parameters = {name: parameters[name] for name in parameters if name in inputs.changes}
         for name, parameter in parameters.items():
             check_dtype(name, parameter.dtype)
@@ -116,8 +122,13 @@ def apply_to_module_(
                 _check_source(name, parameter, source, common_rows)
         if not allow_zero:
             _check_changes(tuned, inputs, parameters)
+    _subtract_from_(parameters, inputs, chosen, backend)
+    return len(parameters)
+
+
+def _subtract_from_(parameters: Mapping[str, Held], inputs: "_Inputs", rule: Rule, backend: str) -> None:
     stagings = {device: _staging(device) for device in {parameter.device for parameter in parameters.values()}}
-    how = asdict(chosen.rescaling)
+    how = asdict(rule.rescaling)
     for name, parameter in parameters.items():
         sources, change = inputs.sources(name), inputs.changes.get(name)
         for first, theta in parameter.ranges:
@@ -125,7 +136,6 @@ def apply_to_module_(
                 _subtract_low_rank_(theta.view(parameter.shape), change, sources, stagings, how, backend)
             else:
                 _subtract_(theta, first, sources, stagings, how, backend)
-    return len(parameters)
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,20 @@ class _Inputs:
         """Whether ``change``, which peft makes, is more than the rounding of an untrained adapter."""
         base = _Source.of_checkpoint(self.base, stored_name(self.base, name))
         return self.adapter is not None and self.adapter.adds_to(change, base.all().float().numpy())
+
+
+def _names(module: nn.Module, held: Mapping[str, Held]) -> Names:
+    """The stored names for the patterns of a scope; a tied parameter has several."""
+    first = {parameter: name for name, parameter in module.named_parameters()}
+    uses: dict[str, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name != first[parameter]:
+            stand_in = torch.empty(parameter.shape, device="meta")
+            (stored,), (other,) = (as_stored(module, {one: stand_in}) for one in (first[parameter], name))
+            uses.setdefault(stored, set()).add(other)
+    config: Any = getattr(module, "config", None)
+    counts = counts_in(config.to_dict()) if hasattr(config, "to_dict") else ()
+    return Names({name: tuple(tensor.shape) for name, tensor in held.items()}, uses, counts)
 
 
 def _is_tied(module: nn.Module) -> bool:

@@ -37,6 +37,8 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         inputs={},
         importance={role: importance_record(table) for role, table in sources.metadata.items()},
         common_rows=sources.common_rows,
+        only=list(sources.scope.only),
+        leave=list(sources.scope.leave),
         other_weights=other_weights(sources.model),
         file_list=HASHES,
         threads=threads,

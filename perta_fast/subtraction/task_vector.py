@@ -60,9 +60,11 @@ def check_task_vector(sources: Sources, advice: str = "") -> None:
     updates = [match.low_rank for match in matches if match.low_rank is not None]
     if is_nonzero(pairs, updates) or any(_is_changed_by_peft(sources, match) for match in matches):
         return
-    uncovered = any(match.copied == "not covered by the importance" for match in sources.matches)
-    where = " in all tensors that the importances cover" if uncovered else ""
-    if any(match.copied is None for match in sources.matches) or sources.adapter_config is not None:
+    reasons = {match.copied for match in sources.matches}
+    where = " in all tensors that the importances cover" if "not covered by the importance" in reasons else ""
+    if "left alone by choice" in reasons:
+        where = " in all tensors that --only and --leave let the run change"
+    if None in reasons or sources.adapter_config is not None:
         raise InputError(f"{sources.tuned.path}: nothing would change{_cause(sources, where)}{advice}")
     raise InputError(f"{sources.model.path}: nothing would change: {_all_copied(sources)}{advice}")
 
@@ -74,6 +76,8 @@ def _is_changed_by_peft(sources: Sources, match: TensorMatch) -> bool:
 
 
 def _cause(sources: Sources, where: str) -> str:
+    if sources.adapter_config is not None and any(match.copied == "left alone by choice" for match in sources.matches):
+        return f"{where}, as the adapter does not; let it change others, or give an adapter that was trained on these"
     if sources.adapter_config is not None:
         return f"{where}: {zero_because(sources)}; give an adapter that was trained"
     return (

@@ -8,7 +8,7 @@ from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.dtypes import torch_name
 from perta_fast.importance.prompts import different_dates
 from perta_fast.models.loading import length_limit
-from perta_fast.records.report import data_record, read_as_lines
+from perta_fast.records.report import data_record, read_as_lines, scope_lines
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import Rule
 from perta_fast.scoring.live_model import Importances, LiveModel
@@ -63,7 +63,8 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
             for estimator, by_role in importances.items()
         },
         versions=installed_versions(),
-        notes=read_as_lines(data)
+        notes=scope_lines(request.only, request.leave)
+        + read_as_lines(data)
         + [
             f"warning: {entry['truncated']} of {entry['samples']} {role} samples were cut to the length limit"
             for role, entry in data.items()

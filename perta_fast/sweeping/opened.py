@@ -28,6 +28,7 @@ from perta_fast.scoring.live_model import LiveModel, ScoredModel, read_scored
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.read_beside import read_beside
+from perta_fast.subtraction.scope import Scope
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.sweeping.grid import curves_of
 from perta_fast.sweeping.request import Request
@@ -170,7 +171,8 @@ class OpenedSweep:
         """theta_full, loaded."""
         model, request = self.sources.model, self.request
         examinee, directories = self._examinee(model.path), (request.base, request.tuned)
-        return LiveModel(examinee, self.data, request.metric, model, directories, request.common_rows)
+        left = [match.theta.name for match in self.sources.matches if match.copied == "left alone by choice"]
+        return LiveModel(examinee, self.data, request.metric, model, directories, request.common_rows, left)
 
     def score_gold(self, path: Path) -> ScoredSetting:
         """Load the gold model and score it. Raises InputError if its scores are not finite."""
@@ -191,7 +193,8 @@ def _taken_at(sources: Sources) -> dict[str, str]:
 
 def open_sources(request: Request, importances: Mapping[str, Checkpoint] = MappingProxyType({})) -> Sources:
     """The checkpoints with importances, by role. Raises InputError if they do not fit."""
-    return Sources.open(request.model, request.base, request.tuned, importances, request.common_rows)
+    three = request.model, request.base, request.tuned
+    return Sources.open(*three, importances, request.common_rows, Scope.of(request.only, request.leave))
 
 
 def _open_given(request: Request, curves: Sequence[Rule]) -> dict[Estimator, Sources]:

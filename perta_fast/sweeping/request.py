@@ -16,6 +16,7 @@ from perta_fast.models.loading import check_sizes
 from perta_fast.scoring.criteria import LOSS, SELECTIONS
 from perta_fast.scoring.live_model import check_metric
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.subtraction.scope import Scope
 from perta_fast.sweeping.grid import check_strengths
 
 _BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
@@ -56,6 +57,8 @@ class Request:
     device: str | None
     dtype: str | None
     common_rows: bool = False
+    only: list[str] | None = None
+    leave: list[str] | None = None
     fields: dict[str, str] | None = None
     system_prompt: str | None = None
     date_string: str | None = None
@@ -78,6 +81,8 @@ class Request:
             values[name] = [_absolute(path) for path in _listed(values[name] or ())]
         if values["lams"] is not None:
             values["lams"] = [float(lam) for lam in values["lams"]]
+        scope = Scope.of(values["only"], values["leave"])
+        values |= {"only": list(scope.only) or None, "leave": list(scope.leave) or None}
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
         return cls(**values)

@@ -26,6 +26,7 @@ from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.records.versions import now
+from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_destination, write_best
 from perta_fast.sweeping.measuring import score
@@ -58,6 +59,8 @@ def sweep(
     p: float | Sequence[float] | None = None,
     alpha: float | Sequence[float] = 1.0,
     threshold: float | None = None,
+    only: Patterns = None,
+    leave: Patterns = None,
     at: Literal["base", "model"] = "base",
     metric: str = "loss",
     select: Literal["best-forget", "closest"] | None = None,
@@ -79,8 +82,8 @@ def sweep(
     A setting has the scores of the checkpoint that ``apply`` writes for it. lam 0, the model as it is, comes first.
     The documentation ("Sweeps") describes the search and the choice.
 
-    model, base, tuned, fields, download, at, threshold, batch_size, max_length, device, common_rows, progress: as in
-    ``unlearn``. forget, retain: data files, to score on and to estimate importance on.
+    model, base, tuned, fields, download, at, threshold, only, leave, batch_size, max_length, device, common_rows,
+    progress: as in ``unlearn``. forget, retain: data files, to score on and to estimate importance on.
     system_prompt, date_string: as in ``unlearn``, and for the scores. A resumed sweep keeps the date of its start.
     forget_importance, retain_importance: directories to use instead; a pair for each estimator.
     rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha: it comes once.
