@@ -13,6 +13,8 @@ from perta_fast.errors import InputError
 
 T = TypeVar("T")
 Estimator = Literal["grad", "empirical-fisher"]
+DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of every command and function that takes a rule
+DEFAULT_RETAIN_RISE = 0.05  # nats, where the strength is searched for
 EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
@@ -29,6 +31,22 @@ RULES = tuple(_DEFAULTS)
 def negative_strength(lam: float) -> str:
     """The warning of a strength below 0."""
     return f"lambda {lam:g} is less than 0: the task vector is added, which teaches the model what it should forget"
+
+
+def check_strength(lam: float | None, max_retain_rise: float | None, stream: bool, allow_zero: bool = False) -> None:
+    """Raise InputError unless there is a strength, or a bound up to which this run can search for one."""
+    if lam is not None:
+        if max_retain_rise is not None:
+            raise InputError("give lam, or max_retain_rise, up to which it is searched for; not both")
+        return
+    if max_retain_rise is not None and not 0 <= max_retain_rise < math.inf:
+        raise InputError(f"max_retain_rise is {max_retain_rise}; it must be at least 0 nats, and finite")
+    if stream:
+        raise InputError(
+            "a streamed run cannot choose lam, since trying strengths needs the whole model in memory; give lam"
+        )
+    if allow_zero:
+        raise InputError("allow_zero is for a given strength, since a task vector of zero has none to choose; give lam")
 
 
 @dataclass(frozen=True)
@@ -70,10 +88,15 @@ class Rule:
 
     @classmethod
     def of(
-        cls, name: str, lam: float, p: float | None = None, alpha: float = 1.0, threshold: float | None = None
+        cls, name: str, lam: float, p: float | None = None, alpha: float = DEFAULT_ALPHA, threshold: float | None = None
     ) -> "Rule":
-        """The rule ``name`` with the numbers of ``Rescaling``; p None takes the rule's default."""
-        default_p = _DEFAULTS[name][1] if name in _DEFAULTS else 1.0
+        """The rule ``name`` with the numbers of ``Rescaling``; p None takes the rule's default.
+
+        ``tv``, which has no alpha, takes the default of the others as none given.
+        """
+        estimator, default_p = _DEFAULTS.get(name, (None, 1.0))
+        if estimator is None and alpha == DEFAULT_ALPHA:
+            alpha = 1.0
         return cls(name, Rescaling(float(lam), float(default_p if p is None else p), float(alpha), threshold))
 
     @property

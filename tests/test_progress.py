@@ -85,7 +85,7 @@ def test_bytes(job: Job, tmp_path: Path) -> None:
 
 
 def unlearn(job: Job, out: Path, hear: Any, **settings: Any) -> None:
-    pf.unlearn(*job.checkpoints, job.forget, job.retain, out=out, progress=hear, **settings)
+    pf.unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out=out, progress=hear, **settings)
 
 
 def sweep(job: Job, out: Path, hear: Any) -> None:
@@ -195,7 +195,9 @@ def test_a_second_pass_counts_from_nothing() -> None:
 
 def test_log(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "perta_fast")
-    report = pf.unlearn(*job.checkpoints, job.forget, job.forget, out=tmp_path / "out", max_length=40, progress=False)
+    report = pf.unlearn(
+        *job.checkpoints, job.forget, job.forget, out=tmp_path / "out", max_length=40, progress=False, lam=1.0
+    )
     lines = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "perta_fast"]
     phases = [text for level, text in lines if level == "INFO"]
     names = ["forget importance", "retain importance", "apply", "hash inputs", "hash output"]

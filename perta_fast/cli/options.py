@@ -14,7 +14,7 @@ from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
-from perta_fast.rules import RULES
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, RULES
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,12 @@ CHECKPOINTS = (
     DOWNLOAD,
 )
 AT = Option("at", "where the gradients are taken (base)", default="base", choices=("base", "model"))
-RULE = Option("rule", "how w is found (fisher)", default="fisher", choices=RULES)
+RULE = Option("rule", f"how w is found ({DEFAULT_RULE})", default=DEFAULT_RULE, choices=RULES)
+LAM = Option("lam", "strength lambda", float, "L", required=True)
 P = Option("p", "exponent of the importances (the rule's own)", float, "P")
-ALPHA = Option("alpha", "weight of retaining (1)", float, "A", 1.0)
+ALPHA = Option("alpha", f"weight of retaining ({DEFAULT_ALPHA:g})", float, "A", DEFAULT_ALPHA)
 THRESHOLD = Option("threshold", "hard mask: w becomes 1 where w > T, else 0", float, "T")
-RULE_AND_STRENGTH = (RULE, Option("lam", "strength lambda", float, "L", required=True), P, ALPHA, THRESHOLD)
+RULE_AND_STRENGTH = (RULE, LAM, P, ALPHA, THRESHOLD)
 SCOPE = (
     Option(
         "only", "change only parameters with such names, as in '*.mlp.*' (all)", _patterns, "PATTERN,...", joined=True

@@ -32,7 +32,7 @@ def check_recipe(parsed: argparse.Namespace) -> int:
     from perta_fast.data.chat import ChatSettings
     from perta_fast.errors import printable
     from perta_fast.records.recipe import read_recipe
-    from perta_fast.rules import Rule
+    from perta_fast.rules import Rule, check_strength
 
     path, command = parsed.recipe, unlearn.COMMAND
     settings = read_recipe(path)
@@ -43,7 +43,8 @@ def check_recipe(parsed: argparse.Namespace) -> int:
         raise InputError(f"{path}: is not a whole run; it does not say: {', '.join(missing)}")
     run = parser_of(command).parse_args(arguments)
     try:
-        Rule.of(run.rule, run.lam, run.p, run.alpha, run.threshold)
+        check_strength(run.lam, run.max_retain_rise, run.stream, run.allow_zero)
+        Rule.of(run.rule, run.lam or 0.0, run.p, run.alpha, run.threshold)
         ChatSettings.of(run.system_prompt, run.date_string)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

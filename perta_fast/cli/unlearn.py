@@ -1,6 +1,7 @@
 """``perta unlearn``."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from perta_fast import compiled
@@ -11,11 +12,12 @@ from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
-from perta_fast.rules import Rule
+from perta_fast.rules import DEFAULT_RETAIN_RISE, Rule, check_strength
 
 
 def run(parsed: argparse.Namespace) -> int:
     check_streamed(parsed)
+    check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
     if parsed.dry_run:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
@@ -70,7 +72,21 @@ COMMAND = Command(
         options.AT,
         Option("save_importance", "keep both importances here", Path, "DIR"),
         *options.STREAM,
-        *options.RULE_AND_STRENGTH,
+        options.RULE,
+        replace(
+            options.LAM, help="strength lambda (searched for, see --max-retain-rise)", required=False, one_of="strength"
+        ),
+        Option(
+            "max_retain_rise",
+            "without --lam: take the largest at which the retain loss is at most X nats above the model's own "
+            f"({DEFAULT_RETAIN_RISE:g})",
+            float,
+            "X",
+            one_of="strength",
+        ),
+        options.P,
+        options.ALPHA,
+        options.THRESHOLD,
         *options.SCOPE,
         *options.CHAT,
         *options.ESTIMATION,

@@ -23,6 +23,12 @@ def read_data(path: str | Path, fields: Fields | None = None) -> tuple[list[Row]
     return rows_of_entries(entries, fields, path), digest
 
 
+def evenly_spread(count: int, most: int) -> list[int]:
+    """The numbers of at most ``most`` of ``count`` rows; the first row is among them."""
+    chosen = min(count, most)
+    return [k * count // chosen for k in range(chosen)]
+
+
 def rows_from(rows: Iterable[Any], fields: Fields | None = None) -> list[Row]:
     """Check rows that are dictionaries in the same forms."""
     entries = [(f"sample {number}", row) for number, row in enumerate(rows)]

@@ -13,7 +13,7 @@ def write_model_card(directory: Path, report: Report) -> None:
     path = directory / "README.md"
     # Bytes that are not UTF-8 are kept as they are.
     card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
-    settings = f"rule `{report.rule}`, λ = {report.lam:g}"
+    settings = f"rule `{report.rule}`, λ = {report.lam:.10g}"
     if report.rule != "tv":
         settings += f", p = {report.p:g}, α = {report.alpha:g}"
     section = (

@@ -14,6 +14,7 @@ from perta_fast.files.reading import checked_path, exists, read_json
 from perta_fast.progress import LOGGER
 from perta_fast.records.importance_record import ImportanceRecord
 from perta_fast.records.report_version_1 import from_version_1
+from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import typed, write_readable_json
 from perta_fast.rules import Rule
 
@@ -130,9 +131,9 @@ class Report:
     data: by ``forget`` and ``retain``. overlap: seconds that a streamed run spent computing, reading weights and
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
-    common_rows: whether a resized vocabulary was allowed. only, leave: the patterns that chose which parameters are
-    changed. other_weights: files in the model's directory that may hold
-    weights a second time, or an adapter: a new directory does not have them; a run in place left them as they were.
+    choice: how lam was chosen; None if it was given. common_rows: whether a resized vocabulary was allowed. only,
+    leave: the patterns that chose which parameters are changed. other_weights: files in the model's directory that may
+    hold weights a second time, or an adapter: a new directory does not have them; in place they are as they were.
     file_list: name of the list of the output's files; "" in reports of versions that wrote none.
     """
 
@@ -146,6 +147,7 @@ class Report:
     output: DirectoryRecord = field(default_factory=lambda: DirectoryRecord(path="", files={}))
     settings: EstimationSettings | dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Scalar] = field(default_factory=dict)
+    choice: StrengthChoice | None = None
     importance: dict[str, ImportanceRecord] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -214,7 +216,8 @@ class Report:
     def summary(self) -> str:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
-        lines = [f"rule {self.rule}, lambda {self.lam:g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
+        lines = [f"rule {self.rule}, lambda {self.lam:.10g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
+        lines += [] if self.choice is None else self.choice.lines()
         lines += scope_lines(self.only, self.leave) + read_as_lines(self.data)
         lines += self.prompts()
         if kept := [f"{row.name} {row.kept_rows}" for row in self.tensors if row.kept_rows]:

@@ -38,7 +38,7 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
     changes = figures.relative_changes(report.tensors)
     page = templates().get_template("page.html")
     text = page.render(
-        title=f"PerTA: rule {report.rule}, λ = {report.lam:g}",
+        title=f"PerTA: rule {report.rule}, λ = {report.lam:.10g}",
         report=report,
         settings=_settings(report),
         trade_off=trade_off,
@@ -61,7 +61,8 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
 def _settings(report: Report) -> list[tuple[str, str]]:
     settings: dict[str, Any] = {
         "rule": report.rule,
-        "λ": report.lam,
+        "λ": f"{report.lam:.10g}",
+        "choice of λ": "given" if report.choice is None else "; ".join(report.choice.lines()),
         "p": report.p,
         "α": report.alpha,
         "threshold": report.threshold,

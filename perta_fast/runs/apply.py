@@ -17,7 +17,7 @@ from perta_fast.files.new_directory import OutputDirectory, check_output, unfini
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
-from perta_fast.rules import Rule
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination, threads_for
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
@@ -43,10 +43,10 @@ def apply(
     retain_importance: "str | Path | Importance | None" = None,
     *,
     download: bool = False,
-    rule: str = "fisher",
+    rule: str = DEFAULT_RULE,
     lam: float = 1.0,
     p: float | None = None,
-    alpha: float = 1.0,
+    alpha: float = DEFAULT_ALPHA,
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,

@@ -15,6 +15,8 @@ from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report, data_record
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE
+from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all, streamed_on
 from perta_fast.subtraction.scope import Patterns
@@ -34,10 +36,11 @@ def unlearn(
     *,
     fields: Fields | None = None,
     download: bool = False,
-    rule: str = "fisher",
-    lam: float = 1.0,
+    rule: str = DEFAULT_RULE,
+    lam: float | None = None,
+    max_retain_rise: float | None = None,
     p: float | None = None,
-    alpha: float = 1.0,
+    alpha: float = DEFAULT_ALPHA,
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,
@@ -70,7 +73,9 @@ def unlearn(
     report only names their hashes and counts. Each is read once, so it can be a pipe. fields: names of their fields, as
     in {"question": "prompt", "answer": "completion"}, for question, answer, text, messages and tools; None knows the
     usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that lie in the local cache; download:
-    fetch them there first. at: the gradients are taken at ``base`` (the paper's choice) or at ``model``.
+    fetch them there first. lam: None searches for the largest at which the mean loss on the retain data (at most 200
+    rows) is at most ``max_retain_rise`` nats (0.05) above that of ``model``; this needs the whole model in memory, and
+    data for ``tv`` too. at: the gradients are taken at ``base`` (the paper's choice) or at ``model``.
     save_importance: directory to keep the two importances in, as ``forget`` and ``retain``; without it they lie in a
     temporary directory beside the result. stream: hold one decoder layer in memory at a time; weigh, subtract and write
     each layer as soon as its importances are complete. memory, device_memory: bytes that this may take; None sets no
@@ -91,7 +96,7 @@ def _run(options: Options) -> Report:
         opened = Opened.open(options.located(), ranks)
         contents = read_all(opened.options) if opened.rule.estimator is None else None
     if contents is not None:
-        return _task_vector_alone(opened, *contents)
+        return _task_vector_alone(opened, *contents, day)
     loaded = _load(opened, day)
     if options.stream and not options.in_place:
         from perta_fast.runs.unlearn_streamed import unlearn_streamed
@@ -102,12 +107,18 @@ def _run(options: Options) -> Report:
     return unlearn_in_memory(loaded)
 
 
-def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str]) -> Report:
-    """Rule tv: the report names the data, nothing else uses it."""
+def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str], day: date) -> Report:
+    """Rule tv: the data is for the report, and for the search if there is no strength."""
+    with opened.ranks.together(strength.PHASE):
+        search = strength.StrengthSearch.begin(opened, rows, day)
+    choice = None if search is None else search.find({})
+    if choice is not None:
+        opened = opened.at(choice.after.lam)
     options = opened.options
 
     def annotate(report: Report) -> None:
         report.recipe = as_recipe(vars(options))
+        strength.annotate(report, choice, 0.0 if search is None else search.seconds)
         report.data = {
             role: data_record(options.data[role], hashes[role], len(rows[role]), read_as=read_as(rows[role]))
             for role in rows
@@ -147,7 +158,9 @@ def _load(opened: Opened, day: date) -> Loaded:
             )
             check_space(final, (0 if options.in_place else sources.model.size) + 8 * covered)
         day = (begun and streamed_on(begun.stream)) or day  # the same prompts as before it was stopped
+        search = strength.StrengthSearch.begin(opened, rows, day)
         loaded = Loaded.load(opened, rows, hashes, day)
+        loaded.search = search
     with ranks.together("the data"):
         if any(other != hashes for other in ranks.gather(hashes)):
             raise InputError("not all processes see the same data files")

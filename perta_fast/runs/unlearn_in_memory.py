@@ -30,11 +30,14 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
             how = loaded.how_for(role)
             estimate_on(how, samples, loaded.hashes[role], out=importances.path / role, description=name)
             loaded.phases[name] = time.perf_counter() - started
+            del how  # it holds the model
         loaded.release()
         with ranks.together("the importances"):
             if kept and ranks.first:
                 importances.commit()
         directory = importances.final if kept else importances.path
+        loaded.choose_strength({role: directory / role for role in loaded.samples})
+        opened = loaded.opened
         with ranks.together("the importances"):
             estimated = open_importances(opened.rule, directory / "forget", directory / "retain")
             three = options.model, options.base, options.tuned

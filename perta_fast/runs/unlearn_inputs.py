@@ -23,8 +23,10 @@ from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import EstimationSettings, Report, data_record
+from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
-from perta_fast.rules import Rule
+from perta_fast.rules import Rule, check_strength
+from perta_fast.runs import strength
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
 from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
@@ -52,7 +54,8 @@ class Options:
     fields: Fields | None
     download: bool
     rule: str
-    lam: float
+    lam: float | None
+    max_retain_rise: float | None
     p: float | None
     alpha: float
     threshold: float | None
@@ -113,7 +116,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Opened:
-    """Checked options, and the opened checkpoints that they name."""
+    """Checked options, and the opened checkpoints that they name. rule: at lam 0 until it is chosen."""
 
     options: Options
     rule: Rule
@@ -124,7 +127,8 @@ class Opened:
     @classmethod
     def open(cls, options: Options, ranks: Ranks) -> "Opened":
         """Raises InputError if anything is wrong with arguments or checkpoints."""
-        rule = Rule.of(options.rule, options.lam, options.p, options.alpha, options.threshold)
+        check_strength(options.lam, options.max_retain_rise, options.stream, options.allow_zero)
+        rule = Rule.of(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
         ChatSettings.of(options.system_prompt, options.date_string)
         if options.at not in ("base", "model"):
             raise InputError(f"at is {options.at!r}; it must be base or model")
@@ -161,13 +165,20 @@ class Opened:
         settings = Settings(final, **{name: getattr(options, name) for name in names})
         return cls(options, rule, settings, sources, ranks)
 
+    def at(self, lam: float) -> "Opened":
+        """With a strength that was searched for, as if it had been given."""
+        return replace(
+            self, options=replace(self.options, lam=lam, max_retain_rise=None), rule=self.rule.at(float(lam))
+        )
+
 
 @dataclass
 class Loaded:
     """Opened inputs with the loaded model, and the data in tokens.
 
     hashes: of the data files. told: to the chat template. max_length: the resolved limit. device, dtype: of the
-    gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``.
+    gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``. search: for lam, if none was given;
+    choice: what it has chosen.
     """
 
     opened: Opened
@@ -180,6 +191,8 @@ class Loaded:
     dtype: str
     phases: dict[str, float]
     read_as: dict[str, str]
+    search: strength.StrengthSearch | None = None
+    choice: StrengthChoice | None = None
     schedule: "Schedule | None" = None
 
     @classmethod
@@ -223,6 +236,12 @@ class Loaded:
         """Free the model: the subtraction needs its memory for the page cache."""
         del self.how
 
+    def choose_strength(self, importances: Mapping[str, Path]) -> None:
+        """Search for lam, if none was given. importances: directories, by role."""
+        if self.search is not None:
+            self.choice = self.search.find(importances)
+            self.opened = self.opened.at(self.choice.after.lam)
+
     def annotate(self, report: Report) -> None:
         """Put in the report how, and on what, the importances are estimated."""
         options = self.opened.options
@@ -249,6 +268,8 @@ class Loaded:
             date_string=options.date_string,
             date=told_date,
         )
+        if self.search is not None:
+            strength.annotate(report, self.choice, self.search.seconds)
         for role, record in report.data.items():
             if record["truncated"]:
                 report.warn(f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit")

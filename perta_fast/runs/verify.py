@@ -34,7 +34,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     if unnamed:
         raise InputError(f"{directory / FILE_NAME}: names no {', '.join(sorted(unnamed))}")
     result = Verification(
-        claim=f"{directory} holds what rule {report.rule} with lambda {report.lam:g} gives on the inputs named",
+        claim=f"{directory} holds what rule {report.rule} with lambda {report.lam:.10g} gives on the inputs named",
         tensors=len(report.tensors),
         prompts=report.prompts(),
     )

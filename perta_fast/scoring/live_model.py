@@ -1,8 +1,8 @@
 """What a setting scores: theta_full as a live module, changed, scored and restored, without a checkpoint."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from glob import escape
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.forms import Fields
-from perta_fast.data.samples import prompt_of
+from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
@@ -53,18 +53,32 @@ def check_metric(metric: str) -> None:
         raise InputError("rouge_score is not installed: pip install 'perta-fast[eval]'")
 
 
-class ScoredModel:
-    """A model with the tokenised forget and retain data. Raises InputError naming a line that the model cannot take."""
+@dataclass(frozen=True)
+class ScoredData:
+    """Tokenised forget and retain data, by role in this order. answers: the true ones, for the metric Q_A_ROUGE."""
 
-    def __init__(self, examinee: Examinee, data: Mapping[str, DataFile], metric: str) -> None:
-        self.subject = examinee.subject
-        self.samples = {role: examinee.tokenise(file.rows, role) for role, file in data.items()}
+    samples: Mapping[str, Sequence[Sample]]
+    answers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, examinee: Examinee, data: Mapping[str, DataFile], metric: str) -> "ScoredData":
+        """As ``examinee`` reads it. Raises InputError naming a line that its model cannot take."""
+        samples = {role: examinee.tokenise(file.rows, role) for role, file in data.items()}
+        asked = metric == _ROUGE
+        return cls(samples, {role: file.texts("answer") for role, file in data.items()} if asked else {})
+
+
+class ScoredModel:
+    """A model, with what it is scored on."""
+
+    def __init__(self, examinee: Examinee, data: ScoredData, metric: str) -> None:
+        self.subject, self.samples = examinee.subject, data.samples
         self._examinee, self._data, self._metric = examinee, data, metric
 
     def score(self, name: str) -> ScoredSetting:
         """Losses and metrics of the model in its present state; ``name`` is shown with the progress."""
         started = time.perf_counter()
-        (forget_loss, forget), (retain_loss, retain) = (self._score(role, name) for role in self._data)
+        (forget_loss, forget), (retain_loss, retain) = (self._score(role, name) for role in self.samples)
         seconds = time.perf_counter() - started
         return ScoredSetting("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds)
 
@@ -87,13 +101,13 @@ class ScoredModel:
             return []
         return [
             f"{_ROUGE} of the {role} data has words of any script, as {role}_{_ROUGE}{ANY_SCRIPT} in perta eval"
-            for role, file in self._data.items()
-            if not all(map(is_seen_whole, file.texts("answer")))
+            for role, answers in self._data.answers.items()
+            if not all(map(is_seen_whole, answers))
         ]
 
     def _rouge(self, role: str, answers: list[str]) -> float:
         """With words of any script: a sweep must not choose by a number that cannot see the answers."""
-        truth = self._data[role].texts("answer")
+        truth = self._data.answers[role]
         return self._examinee.rouge(f"{role}_{_ROUGE}", truth, answers, "rougeL_recall", any_script=True).value
 
 
@@ -106,7 +120,7 @@ class LiveModel(ScoredModel):
     def __init__(
         self,
         examinee: Examinee,
-        data: Mapping[str, DataFile],
+        data: ScoredData,
         metric: str,
         model: Checkpoint,
         directories: tuple[str, str],

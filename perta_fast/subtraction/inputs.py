@@ -71,6 +71,11 @@ class Sources:
             scope=scope,
         )
 
+    @property
+    def left(self) -> list[str]:
+        """The tensors of the model that stay as they are because ``scope`` leaves them out."""
+        return [match.theta.name for match in self.matches if match.copied == "left alone by choice"]
+
     def named(self) -> dict[str, Checkpoint]:
         """The inputs by their names in the report."""
         inputs = {role: getattr(self, role) for role in ("model", "base", "tuned", *IMPORTANCES)}

@@ -35,7 +35,7 @@ from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import LOGGER
-from perta_fast.rules import Rule
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES
 from perta_fast.subtraction.scope import EVERYTHING, Names, Patterns, Scope
@@ -55,10 +55,10 @@ def apply_to_module_(
     forget_importance: str | Path | Importance | None = None,
     retain_importance: str | Path | Importance | None = None,
     *,
-    rule: str = "fisher",
+    rule: str = DEFAULT_RULE,
     lam: float = 1.0,
     p: float | None = None,
-    alpha: float = 1.0,
+    alpha: float = DEFAULT_ALPHA,
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,

@@ -24,7 +24,7 @@ from perta_fast.models.loading import Subject, load_subject, samples_and_told
 from perta_fast.progress import Progress
 from perta_fast.rules import Estimator, Rule
 from perta_fast.runs.estimate import Estimation, estimate_on
-from perta_fast.scoring.live_model import LiveModel, ScoredModel, read_scored
+from perta_fast.scoring.live_model import LiveModel, ScoredData, ScoredModel, read_scored
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.read_beside import read_beside
@@ -171,12 +171,13 @@ class OpenedSweep:
         """theta_full, loaded."""
         model, request = self.sources.model, self.request
         examinee, directories = self._examinee(model.path), (request.base, request.tuned)
-        left = [match.theta.name for match in self.sources.matches if match.copied == "left alone by choice"]
-        return LiveModel(examinee, self.data, request.metric, model, directories, request.common_rows, left)
+        data = ScoredData.of(examinee, self.data, request.metric)
+        return LiveModel(examinee, data, request.metric, model, directories, request.common_rows, self.sources.left)
 
     def score_gold(self, path: Path) -> ScoredSetting:
         """Load the gold model and score it. Raises InputError if its scores are not finite."""
-        scored = ScoredModel(self._examinee(path), self.data, self.request.metric).score("gold")
+        examinee, metric = self._examinee(path), self.request.metric
+        scored = ScoredModel(examinee, ScoredData.of(examinee, self.data, metric), metric).score("gold")
         if not scored.is_finite:
             raise InputError(f"{path}: what the gold model scores is not finite")
         return scored

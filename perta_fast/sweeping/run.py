@@ -26,6 +26,7 @@ from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.records.versions import now
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_destination, write_best
@@ -55,9 +56,9 @@ def sweep(
     max_retain_rise: float | None = None,
     max_retain_increase: float | None = None,
     retain_floor: float | None = None,
-    rule: str | Sequence[str] = "fisher",
+    rule: str | Sequence[str] = DEFAULT_RULE,
     p: float | Sequence[float] | None = None,
-    alpha: float | Sequence[float] = 1.0,
+    alpha: float | Sequence[float] = DEFAULT_ALPHA,
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,

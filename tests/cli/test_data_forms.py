@@ -165,8 +165,8 @@ def test_shards_of_a_directory(job: Job, tmp_path: Path, capsys: pytest.CaptureF
     shards = [tmp_path / "set" / f"train-0000{k}-of-00002.jsonl" for k in range(2)]
     shards[0].write_text("".join(lines[:2]))
     shards[1].write_text("".join(lines[2:]))
-    unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "out", progress=False)
-    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "plain", progress=False)
+    unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "out", progress=False, lam=1.0)
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "plain", progress=False, lam=1.0)
     assert same_weights(tmp_path / "out", tmp_path / "plain")
     report, plain = Report.load(tmp_path / "out"), Report.load(tmp_path / "plain")
     assert report.data["forget"] == plain.data["forget"] | {"path": f"{tmp_path}/set:train"}
@@ -192,7 +192,7 @@ def test_a_directory_that_holds_the_output_is_refused(job: Job, tmp_path: Path) 
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(job.forget.read_bytes())
     with pytest.raises(InputError, match=r"is or contains the input .*train\.jsonl"):
-        unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "set", overwrite=True)
+        unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "set", overwrite=True, lam=1.0)
     with pytest.raises(InputError, match=r"is or contains the input .*train\.jsonl"):
         tune(job.base, tmp_path / "set", tmp_path / "set", overwrite=True)
 
@@ -200,7 +200,7 @@ def test_a_directory_that_holds_the_output_is_refused(job: Job, tmp_path: Path) 
 @pytest.mark.parametrize("data", [[{"text": "a"}], {"text": ["a"]}])
 def test_rows_in_place_of_a_file(data: object, job: Job, tmp_path: Path) -> None:
     for call in (
-        lambda: unlearn(*job.checkpoints, data, job.retain, out=tmp_path / "out"),  # type: ignore[arg-type]
+        lambda: unlearn(*job.checkpoints, data, job.retain, out=tmp_path / "out", lam=1.0),  # type: ignore[arg-type]
         lambda: tune(job.base, data, tmp_path / "out"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError, match="and here it must be a file; write one, with to_json"):

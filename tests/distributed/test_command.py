@@ -49,6 +49,7 @@ def test_unlearn(job: Job, tmp_path: Path) -> None:
         save_importance=tmp_path / "alone-kept",
         batch_size=1,
         progress=False,
+        lam=1.0,
     )
     for role in ("forget", "retain"):
         assert near(Importance.load(kept / role), Importance.load(tmp_path / "alone-kept" / role))

@@ -100,7 +100,9 @@ class TestBindMounts:
         (data / "below" / "mine.jsonl").write_bytes(job.forget.read_bytes())
         seen = bind(data / "below", tmp_path / "seen")
         with pytest.raises(InputError, match=r"is or contains the input .*seen/mine.jsonl"):
-            unlearn(*job.checkpoints, seen / "mine.jsonl", job.retain, out=data, overwrite=True, progress=False)
+            unlearn(
+                *job.checkpoints, seen / "mine.jsonl", job.retain, out=data, overwrite=True, progress=False, lam=1.0
+            )
         assert (data / "below" / "mine.jsonl").exists()
 
     def test_the_base_is_the_model_under_a_second_path(

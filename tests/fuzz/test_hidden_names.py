@@ -283,7 +283,14 @@ def test_links_among_the_files_of_an_unfinished_output(
 
             patch.setattr(WriteBehind, "_record", stop_later)
             unlearn(
-                *job.checkpoints, job.forget, job.retain, out=out, save_importance=kept, stream=True, progress=False
+                *job.checkpoints,
+                job.forget,
+                job.retain,
+                out=out,
+                save_importance=kept,
+                stream=True,
+                progress=False,
+                lam=1.0,
             )
         else:
             score, scored = ScoredModel.score, []

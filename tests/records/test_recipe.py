@@ -149,8 +149,9 @@ def test_a_new_place_is_needed_to_repeat_a_run(done: Path, capsys: pytest.Captur
 
 
 def test_calls_from_python_are_recorded_too(job: Job, tmp_path: Path, asked: Asked) -> None:
-    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": np.int64(5)}
-    unlearn(*map(str, job.checkpoints), job.forget, job.retain, out=tmp_path / "a", progress=False, **settings)
+    how: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": np.int64(5)}
+    settings: dict[str, Any] = how | {"lam": 1.0, "progress": False}
+    unlearn(*map(str, job.checkpoints), job.forget, job.retain, out=tmp_path / "a", **settings)
     unlearn(*job.checkpoints, rule="tv", lam=2, out=tmp_path / "b", progress=False)
     kept = [Report.load(tmp_path / name).recipe for name in "ab"]
     assert [kept[0][key] for key in ("model", "dtype", "device")] == [str(job.model), "float32", "cpu"]
@@ -163,7 +164,7 @@ def test_a_run_in_place_is_repeated_on_another_model_only(
     job: Job, tmp_path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = shutil.copytree(job.model, tmp_path / "model")
-    unlearn(model, model, job.tuned, rule="tv", in_place=True, progress=False)
+    unlearn(model, model, job.tuned, rule="tv", in_place=True, progress=False, lam=1.0)
     report = shutil.copy(model / "perta_report.json", tmp_path / "r.json")
     with pytest.raises(SystemExit):
         run("unlearn", "--recipe", report, "--in-place")
@@ -313,7 +314,7 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipe", "check", path) == 0
     assert capsys.readouterr().out == f"{path}: a whole run, 6 settings\n"
     recipe(tmp_path, "model: m\nin-place: false\nbase:\n")
-    expected = f"{path}: is not a whole run; it does not say: base, tuned, lam, out or in-place"
+    expected = f"{path}: is not a whole run; it does not say: base, tuned, out or in-place"
     assert refusal(capsys, "recipe", "check", path) == expected
     recipe(tmp_path, NEEDED.replace("lam: 1", "lam: .nan").replace(".nan", "nan"))
     assert refusal(capsys, "recipe", "check", path) == f"{path}: lam is nan; it must be a finite number"
@@ -353,8 +354,9 @@ def test_the_template_is_a_recipe_once_it_is_filled(
     blank = path.read_text()
     assert refusal(capsys, "recipe", "check", path).startswith(f"{path}: is not a whole run; it does not say: model,")
     needed = re.findall(r"^([a-z-]+):  # required$", blank, re.MULTILINE)
-    assert needed == ["model", "base", "tuned", "lam", "out"]
-    filled = re.sub(r"^([a-z-]+):  # required$", r"\1: 3", blank, flags=re.MULTILINE)
+    assert needed == ["model", "base", "tuned", "out"]
+    filled = re.sub(r"^(?:# )?(lam:) L$", r"\1 3", blank, flags=re.MULTILINE)
+    filled = re.sub(r"^([a-z-]+):  # required$", r"\1: 3", filled, flags=re.MULTILINE)
     path.write_text(filled)
     assert run("recipe", "check", path) == 0
     assert run("unlearn", "--recipe", path) == 0

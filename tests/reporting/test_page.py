@@ -68,7 +68,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A job whose model has a run with its importances kept, two sweeps and two evaluations beside it."""
     folder = tmp_path_factory.mktemp("reported")
     made = write_job(folder, torch.float32)
-    unlearn(*made.checkpoints, made.forget, made.retain, out=folder / "out", save_importance=folder / "kept")
+    unlearn(*made.checkpoints, made.forget, made.retain, out=folder / "out", save_importance=folder / "kept", lam=1.0)
     data = (*made.checkpoints, made.forget, made.retain)
     sweep(*data, rule="tv", lams=[1.0], out=folder / "tv", progress=False)
     sweep(

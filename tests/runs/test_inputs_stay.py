@@ -233,8 +233,10 @@ def test_an_empty_path_is_not_the_working_directory(
         assert "the path is empty" in capsys.readouterr().err
     calls: list[Callable[[], object]] = [
         lambda: pf.apply(*job.checkpoints, rule="tv", out="", overwrite=True),
-        lambda: pf.unlearn(*job.checkpoints, job.forget, job.retain, out="", overwrite=True),
-        lambda: pf.unlearn(*job.checkpoints, job.forget, job.retain, out="o", save_importance="", overwrite=True),
+        lambda: pf.unlearn(*job.checkpoints, job.forget, job.retain, out="", overwrite=True, lam=1.0),
+        lambda: pf.unlearn(
+            *job.checkpoints, job.forget, job.retain, out="o", save_importance="", overwrite=True, lam=1.0
+        ),
         lambda: pf.estimate_importance(job.base, job.forget, out="", overwrite=True),
         lambda: pf.tune(job.base, job.forget, "", overwrite=True),
         lambda: pf.sweep(*job.checkpoints, job.forget, job.retain, lams=[1], rule="tv", out="", overwrite=True),

@@ -164,7 +164,17 @@ def test_unlearn_says_so_before_it_loads_the_model(
 ) -> None:
     monkeypatch.delattr(loading, "load_subject")
     with pytest.raises(InputError, match="is the same checkpoint as base"):
-        unlearn(job.model, job.base, job.base, job.forget, job.retain, rule=rule, stream=stream, out=tmp_path / "out")
+        unlearn(
+            job.model,
+            job.base,
+            job.base,
+            job.forget,
+            job.retain,
+            rule=rule,
+            stream=stream,
+            out=tmp_path / "out",
+            lam=1.0,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -172,7 +182,11 @@ def test_unlearn_says_so_before_it_loads_the_model(
 def test_unlearn_makes_the_copy_that_is_asked_for(stream: bool, tmp_path: Path) -> None:
     job = write_job(tmp_path)
     unlearn(
-        *(job.model, job.base, job.base, job.forget, job.retain), stream=stream, out=tmp_path / "out", allow_zero=True
+        *(job.model, job.base, job.base, job.forget, job.retain),
+        stream=stream,
+        out=tmp_path / "out",
+        allow_zero=True,
+        lam=1.0,
     )
     found, model = read_checkpoint(tmp_path / "out"), read_checkpoint(job.model)
     assert all(same_bytes(found[name], model[name]) for name in model)

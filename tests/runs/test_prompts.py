@@ -137,6 +137,7 @@ def test_unlearn(how: dict[str, bool], job: Job, tmp_path: Path, on: Callable[[d
         job.retain,
         **out,
         **how,
+        lam=1.0,
         save_importance=tmp_path / "kept",
         progress=False,
         **TOLD,
@@ -183,7 +184,9 @@ def test_a_streamed_run_that_is_resumed_on_another_day(
     again: str, job: Job, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path) -> object:
-        return unlearn(*job.checkpoints, job.forget, job.retain, out=out, stream=True, batch_size=2, progress=False)
+        return unlearn(
+            *job.checkpoints, job.forget, job.retain, out=out, stream=True, batch_size=2, progress=False, lam=1.0
+        )
 
     run(tmp_path / "whole")
     end_step, steps = WriteBehind.end_step, []
@@ -455,7 +458,9 @@ def test_a_recipe_with_what_is_no_date(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_report_asks_both_models_as_the_run_did(
     job: Job, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path, progress=False, system_prompt=PROMPT)
+    report = unlearn(
+        *job.checkpoints, job.forget, job.retain, out=tmp_path, progress=False, system_prompt=PROMPT, lam=1.0
+    )
     on(TUESDAY)
     asked = []
 

@@ -28,7 +28,7 @@ RULES: dict[str, Any] = {"grad": "grad", "fisher": "grad", "empirical-fisher": "
 
 
 def run(job: Job, out: Path, **settings: Any) -> Report:
-    data = {"forget": job.forget, "retain": job.retain} | settings
+    data = {"forget": job.forget, "retain": job.retain, "lam": 1.0} | settings
     return unlearn(*job.checkpoints, out=out, progress=False, **data)
 
 
@@ -389,7 +389,7 @@ def test_checkpoints_of_different_models_are_refused_first(
     other = write_job(tmp_path / "other", hidden_size=16)
     monkeypatch.setattr(loading, "load_subject", None)
     with pytest.raises(InputError, match="these are not of one model"):
-        unlearn(job.model, job.base, other.tuned, job.forget, job.retain, out=tmp_path / "out")
+        unlearn(job.model, job.base, other.tuned, job.forget, job.retain, out=tmp_path / "out", lam=1.0)
 
 
 def test_a_second_run_to_the_same_place_waits_for_leave(job: Job, tmp_path: Path) -> None:

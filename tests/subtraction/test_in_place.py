@@ -213,7 +213,7 @@ class TestAnOpenRun:
             lambda: apply(*open_run.all, lam=1.0, out=tmp_path / "out"),
             lambda: apply(open_run["base"], open_run["base"], open_run["tuned"], rule="tv", out=model, overwrite=True),
             lambda: apply(open_run["base"], model, open_run["tuned"], rule="tv", out=tmp_path / "out"),
-            lambda: unlearn(*open_run.checkpoints, "f", "r", out=tmp_path / "out"),
+            lambda: unlearn(*open_run.checkpoints, "f", "r", out=tmp_path / "out", lam=1.0),
             lambda: estimate_importance(model, data),
             lambda: verify(model, progress=False),
             lambda: Report.load(model),
@@ -616,4 +616,6 @@ def test_unlearn_in_place_is_refused_before_the_first_gradient(
     (model / "README.md").mkdir()
     monkeypatch.setattr("perta_fast.models.loading.load_subject", lambda *_, **__: 1 / 0)
     with pytest.raises(InputError, match=r"README\.md: is not a file"):
-        unlearn(model, job.base, job.tuned, job.forget, job.retain, in_place=True, stream=stream, progress=False)
+        unlearn(
+            model, job.base, job.tuned, job.forget, job.retain, in_place=True, stream=stream, progress=False, lam=1.0
+        )

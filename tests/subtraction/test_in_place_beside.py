@@ -80,7 +80,7 @@ def test_a_run_to_the_same_directory_waits(rule: str, tmp_path: Path, monkeypatc
     job = write_job(tmp_path / "inputs")
     model, (_, base, tuned) = job.model.rename(tmp_path / "model"), job.checkpoints
     job = Job(model, base, tuned, job.forget, job.retain)
-    settings: dict[str, Any] = {"rule": rule, "progress": False}
+    settings: dict[str, Any] = {"rule": rule, "lam": 1.0, "progress": False}
     data = (job.forget, job.retain)
     with monkeypatch.context() as patched, pytest.raises(pf.Interrupted):
         patched.setattr("perta_fast.subtraction.to_directory.describe_output", stop)
@@ -89,7 +89,7 @@ def test_a_run_to_the_same_directory_waits(rule: str, tmp_path: Path, monkeypatc
     said = r"finish it with: perta resume .*, or give it up with: rm -r "
     for call in (
         lambda: pf.unlearn(model, base, tuned, *data, in_place=True, **settings),
-        lambda: pf.unlearn(model, base, tuned, *data, in_place=True, rule="grad", stream=True, progress=False),
+        lambda: pf.unlearn(model, base, tuned, *data, in_place=True, rule="grad", stream=True, progress=False, lam=1.0),
         lambda: pf.apply(model, base, tuned, rule="tv", in_place=True, progress=False),
     ):
         with pytest.raises(pf.InputError, match=said) as refusal:

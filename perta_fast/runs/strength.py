@@ -1,0 +1,184 @@
+"""``unlearn`` without a strength: it searches for the largest at which little of the retain data is lost.
+
+theta_full is scored before the first gradient, so that data or a model that cannot be scored is refused in time; once
+the importances are there, the search of ``scoring`` tries strengths on it. Both score the same rows, with the tokens
+that the gradients are taken on.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perta_fast.data.chat import ChatSettings
+from perta_fast.data.rows import Row, evenly_spread
+from perta_fast.errors import InputError, RunError
+from perta_fast.records.report import Report
+from perta_fast.records.strength_choice import StrengthChoice, TriedStrength
+from perta_fast.rules import DEFAULT_RETAIN_RISE
+from perta_fast.scoring.criteria import LOSS
+from perta_fast.scoring.search import LARGEST, search
+from perta_fast.scoring.setting import ScoredSetting
+
+if TYPE_CHECKING:
+    from perta_fast.runs.unlearn_inputs import Opened
+    from perta_fast.scoring.live_model import LiveModel, ScoredData
+
+ROWS = 200  # of each data set that are scored; fewer if it has fewer
+PHASE = "choice of lambda"
+
+
+@dataclass
+class StrengthSearch:
+    """The search of one run. original, data: on the first rank alone, which scores. live: kept for rule ``tv``."""
+
+    opened: "Opened"
+    rows: dict[str, int]
+    totals: dict[str, int]
+    data: "ScoredData | None" = None
+    original: ScoredSetting | None = None
+    live: "LiveModel | None" = None
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, opened: "Opened", rows: Mapping[str, list[Row]], day: date) -> "StrengthSearch | None":
+        """Score theta_full as it is; None if the run has a strength. Every rank calls it; they exchange nothing.
+
+        Raises InputError if data is missing, or theta_full cannot be scored on it.
+        """
+        options = opened.options
+        if options.lam is not None:
+            return None
+        for role in ("forget", "retain"):
+            if role not in rows:
+                raise InputError(f"choosing lam needs {role} data: give a file of it, or lam")
+        started = time.perf_counter()
+        chosen = {role: [rows[role][k] for k in evenly_spread(len(rows[role]), ROWS)] for role in ("forget", "retain")}
+        count, total = ({role: len(some[role]) for role in chosen} for some in (chosen, rows))
+        begun = cls(opened, count, total)
+        if opened.ranks.first:
+            begun._score_original(chosen, day)
+        begun.seconds = time.perf_counter() - started
+        return begun
+
+    def find(self, importances: Mapping[str, Path]) -> StrengthChoice:
+        """Search. importances: directories, by role; none for rule ``tv``. Every rank calls it.
+
+        Raises RunError if no strength keeps the bound.
+        """
+        started = time.perf_counter()
+        ranks, rule = self.opened.ranks, self.opened.rule
+        original: ScoredSetting = ranks.share(self.original)
+        bound = self.bound
+        live = None
+        with ranks.together(PHASE):
+            if ranks.first:
+                from perta_fast.importance.store import Importance
+
+                live, self.live = self.live or self._load(), None
+                loaded = {role: Importance.load(path) for role, path in importances.items()}
+
+        def measure(lam: float) -> ScoredSetting:
+            with ranks.together(PHASE):
+                scored = None if live is None else live.measure(rule.at(lam), loaded)
+            shared: ScoredSetting = ranks.share(scored)
+            return shared
+
+        def excess(setting: ScoredSetting) -> float:
+            return setting.excess(original.retain_loss + bound, None)
+
+        tried = search(measure, excess, original)
+        self.seconds += time.perf_counter() - started
+        kept = [setting for setting in tried if excess(setting) <= 0]
+        with ranks.together(PHASE):
+            if not kept:
+                raise RunError(_nothing_keeps(bound, original, tried))
+        best = max(kept, key=lambda setting: setting.lam)
+        return StrengthChoice(
+            max_retain_rise=bound,
+            metric=LOSS,
+            rows=self.rows,
+            totals=self.totals,
+            before=_tried(original),
+            after=_tried(best),
+            tried=list(map(_tried, tried)),
+        )
+
+    @property
+    def bound(self) -> float:
+        """Nats by which the retain loss may rise."""
+        given = self.opened.options.max_retain_rise
+        return DEFAULT_RETAIN_RISE if given is None else float(given)
+
+    def _score_original(self, rows: Mapping[str, list[Row]], day: date) -> None:
+        from perta_fast.models.loading import check_sizes, row_samples, samples_for, subject_without_weights
+        from perta_fast.scoring.live_model import ScoredData
+
+        options = self.opened.options
+        check_sizes(options.batch_size, options.max_length)
+        chat = ChatSettings.of(options.system_prompt, options.date_string, day)
+        reader = subject_without_weights(Path(options.model if options.at == "model" else options.base), chat)
+        samples = {role: list(chain(*row_samples(reader, some, options.max_length))) for role, some in rows.items()}
+        self.data = ScoredData(samples)
+        live = self._load()
+        for role, of_role in samples.items():
+            try:
+                samples_for(live.subject, of_role, None)
+            except InputError as error:
+                raise InputError(f"{options.model}: cannot be scored on the {role} data: {error}") from error
+        self.original = live.measure_original({})
+        if not self.original.is_finite:
+            raise InputError(
+                f"{options.model}: its losses on the data are not finite, so no strength can be chosen; "
+                "run it in float32 or bfloat16 (dtype), or give lam"
+            )
+        if self.opened.rule.estimator is None:
+            self.live = live
+
+    def _load(self) -> "LiveModel":
+        from perta_fast.evaluation.examinee import Examinee
+        from perta_fast.models.loading import load_subject
+        from perta_fast.scoring.live_model import LiveModel
+
+        options = self.opened.options
+        subject = load_subject(Path(options.model), options.device, options.dtype, text=False)
+        examinee = Examinee(subject, int(options.batch_size), options.max_length, options.progress)
+        assert self.data is not None
+        directories = str(options.base), str(options.tuned)
+        sources = self.opened.sources
+        return LiveModel(examinee, self.data, LOSS, sources.model, directories, options.common_rows, sources.left)
+
+
+def annotate(report: Report, choice: StrengthChoice | None, seconds: float) -> None:
+    """Put in the report how lam was chosen, if it was."""
+    if choice is None:
+        return
+    report.choice = choice
+    report.add_phase(PHASE, seconds, 0)
+    if choice.after.lam == LARGEST:
+        report.warn(
+            f"even lambda {LARGEST:g}, the largest that is tried, keeps the retain loss within the bound, so a larger "
+            "one may as well; if too little is forgotten, give lam"
+        )
+
+
+def _tried(setting: ScoredSetting) -> TriedStrength:
+    losses = (setting.forget_loss, setting.retain_loss)
+    return TriedStrength(setting.lam, *(loss if math.isfinite(loss) else None for loss in losses))
+
+
+def _nothing_keeps(bound: float, original: ScoredSetting, tried: list[ScoredSetting]) -> str:
+    start = f"no lambda that was tried keeps the rise of the retain loss within {bound:g} nats"
+    finite = [setting for setting in tried if setting.is_finite]
+    nearest = min(finite, key=lambda setting: (setting.retain_loss, setting.lam), default=None)
+    if nearest is None:
+        return f"{start}: at each the losses are not finite, down to {min(setting.lam for setting in tried)!r}"
+    rise = nearest.retain_loss - original.retain_loss
+    return (
+        f"{start}; nearest to it is {nearest.lam!r}, where it rises by {rise:.4g}, from {original.retain_loss:.4g}. "
+        "Allow more with max_retain_rise, or give lam"
+    )
