@@ -53,6 +53,8 @@ COMMAND = Command(
         Option("max_new_tokens", "longest answer (the benchmark's own)", int, "N"),
         *CHAT,
         Option("compatible", "measure as it does where it differs", choices=("open-unlearning",)),
+        Option("stress", "measure it rounded or retrained too: int8, int4, relearn=STEPS", _names, "S,S,..."),
+        Option("against", "the model before unlearning, to count changed codes (that of its report)", Path, "DIR"),
         flag("show_text", "write answers, which may be private, to --out"),
         *ESTIMATION,
         Option("out", "file to write, ending in .json", Path, "FILE"),

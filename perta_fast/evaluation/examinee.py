@@ -80,24 +80,27 @@ class Examinee:
 
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
         """Score every labelled token of each row, in one forward pass. detailed: as in ``score_tokens``."""
-        module, batch_size, progress = self.subject.module, self.batch_size, self.progress
         scores = kept_scores(
-            self.kept,
-            f"{role} scores",
-            as_lists(samples),
-            lambda: score_rows(
-                module,
-                samples,
-                batch_size=batch_size,
-                detailed=detailed,
-                hidden=self.conventions.hidden(self.subject.tokenizer),
-                progress=progress,
-                description=role,
-            ),
+            self.kept, f"{role} scores", as_lists(samples), lambda: self._score(samples, role, detailed=detailed)
         )
         if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
         return scores
+
+    def score_under(self, stress: str, samples: Sequence[Sample], role: str) -> list[TokenScores]:
+        """``score``, detailed, of a model that is changed for now: the pass is not kept."""
+        return self._score(samples, f"{role} {stress}", detailed=True)
+
+    def _score(self, samples: Sequence[Sample], description: str, *, detailed: bool) -> list[TokenScores]:
+        return score_rows(
+            self.subject.module,
+            samples,
+            batch_size=self.batch_size,
+            detailed=detailed,
+            hidden=self.conventions.hidden(self.subject.tokenizer),
+            progress=self.progress,
+            description=description,
+        )
 
     def score_with_texts(self, samples: Sequence[Sample], role: str, *, detailed: bool = True) -> Scored:
         """``score``, with the text of each row's labels."""

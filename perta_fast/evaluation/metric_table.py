@@ -11,6 +11,7 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee, Scored
 from perta_fast.evaluation.results import Metric
+from perta_fast.models.token_scores import TokenScores
 
 T = TypeVar("T")
 
@@ -58,6 +59,13 @@ class MetricTable:
     def scored(self, role: str) -> Scored:
         """Scores and texts of the answers of these sets."""
         raise NotImplementedError
+
+    forget_file = "forget"  # the file that a stress needs
+
+    def stress_sets(self) -> dict[str, tuple[list[Sample], list[TokenScores]]]:
+        """The forget set, and the retain set if there is one: what is scored again under stress, and its scores."""
+        roles = [role for role in ("forget", "retain") if role in self.files]
+        return {role: (self.samples(role), [scores for scores, _ in self.scored(role)]) for role in roles}
 
     def offer(self, name: str, compute: Callable[[], Metric], *, default: bool = True) -> None:
         """Add a metric. default: whether it is computed unless metrics are chosen."""

@@ -12,6 +12,7 @@ from perta_fast.evaluation.examinee import Scored
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.offers import MEMBERSHIP, MEMORISATION, offer_membership, offer_memorisation, offer_rouge
 from perta_fast.evaluation.results import EvaluationFile
+from perta_fast.models.token_scores import TokenScores
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
 SCORED_TOKENS = 2048  # at most, of a text; as in open-unlearning
@@ -57,6 +58,8 @@ class MuseMetrics(MetricTable):
 
     What needs a file that is missing is not offered.
     """
+
+    forget_file = "verbmem/forget"
 
     def __init__(self, files: Mapping[str, DataFile], reference: EvaluationFile | None) -> None:
         super().__init__(files)
@@ -111,16 +114,30 @@ class MuseMetrics(MetricTable):
         prompts = [opening_tokens(text, self.examinee.subject.tokenizer) for text in asked]
         return self.examinee.answer(prompts, f"{role} knowmem", KNOWLEDGE_TOKENS, _STOP)
 
-    def _scored_passages(self) -> Scored:
-        """Scores of each passage after its prompt."""
+    def _passages(self) -> list[Sample]:
+        """Each passage after its prompt."""
 
-        def make() -> Scored:
+        def make() -> list[Sample]:
             passages = self.files["verbmem/forget"]
             whole = [Row({"text": f"{row.content['prompt']} {row.content['gt']}"}, row.where) for row in passages.rows]
-            samples = self._after_prompts("verbmem", whole, passages.texts("prompt"))
-            return self.examinee.score_with_texts(samples, "verbmem")
+            return self._after_prompts("verbmem", whole, passages.texts("prompt"))
 
-        return self.once("verbmem scores", make)
+        return self.once("verbmem samples", make)
+
+    def _scored_passages(self) -> Scored:
+        return self.once("verbmem scores", lambda: self.examinee.score_with_texts(self._passages(), "verbmem"))
+
+    def stress_sets(self) -> dict[str, tuple[list[Sample], list[TokenScores]]]:
+        """The passages; and the answers to the questions of the retain set, asked without worked examples."""
+        sets = {"forget": (self._passages(), [scores for scores, _ in self._scored_passages()])}
+        questions = self.files.get(_RETAIN)
+        if questions is not None:
+            prompts = [f"Question: {question}\nAnswer:" for question in questions.texts("question")]
+            pairs = zip(prompts, questions.rows, strict=True)
+            whole = [Row({"text": f"{prompt} {row.content['answer']}"}, row.where) for prompt, row in pairs]
+            samples = self._after_prompts("retain knowmem", whole, prompts)
+            sets["retain"] = samples, self.examinee.score(samples, "retain knowmem", detailed=True)
+        return sets
 
     def samples(self, role: str) -> list[Sample]:
         rows = self.files[f"privleak/{role}"].rows

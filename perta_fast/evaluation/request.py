@@ -13,7 +13,9 @@ from perta_fast.data.formats import data_files
 from perta_fast.data.forms import check_fields
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
+from perta_fast.evaluation.changed_codes import model_before
 from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.stress import rounds, stress_words
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.identity import is_same
@@ -24,7 +26,7 @@ from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import installed_versions
 
 _OWN = ("forget", "retain", "holdout")
-_PATHS = ("data", *_OWN, "reference", "reference_model")
+_PATHS = ("data", *_OWN, "reference", "reference_model", "against")
 _FORMAT, _FORMAT_VERSION = "perta-evaluation", 1
 
 
@@ -55,6 +57,8 @@ class Request:
     show_text: bool
     fields: dict[str, str] | None = None
     compatible: str | None = None
+    stress: list[str] | None = None
+    against: str | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -64,8 +68,8 @@ class Request:
         values |= {field.name: arguments[field.name] for field in fields(cls) if field.name != "model"}
         for name in ("data", *_OWN):
             values[name] = None if values[name] is None else local_data(values[name], download)
-        if values["reference_model"] is not None:
-            values["reference_model"] = local_model(values["reference_model"], download)
+        for name in ("reference_model", "against"):
+            values[name] = None if values[name] is None else local_model(values[name], download)
         check_fields(values["fields"])
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "model", "out"):
@@ -74,6 +78,7 @@ class Request:
             values[name] = None if values[name] is None else torch_name(values[name])
         values["metrics"] = None if values["metrics"] is None else list(values["metrics"])
         values["lm_eval"] = list(values["lm_eval"])
+        values["stress"] = None if values["stress"] is None else stress_words(values["stress"])
         return cls(**values)
 
     def paths(self) -> list[Path]:
@@ -96,17 +101,24 @@ class Request:
             "compatible",
         )
         shown = {name: getattr(self, name) for name in names}
-        if self.fields is not None:
-            shown["fields"] = self.fields
+        shown |= {name: given for name in ("fields", "stress", "against") if (given := getattr(self, name)) is not None}
         reference = None if self.reference is None else str(Path(self.reference).resolve())
         return shown | {"split": self.split if self.suite == "tofu" else None, "reference": reference}
+
+    @property
+    def counted_against(self) -> str | None:
+        """The model whose codes are compared: the one that is named, or else what the model was unlearned from."""
+        if self.against is not None or self.stress is None or self.model is None or not rounds(self.stress):
+            return self.against
+        before = model_before(Path(self.model))
+        return None if before is None else str(before)
 
     def identity(self, table: MetricTable) -> dict[str, Any]:
         """By path, what shows whether an input has changed."""
         inputs: dict[str, Any] = {str(file.path): file.digest for file in table.files.values()}
         if self.reference is not None:
             inputs[self.reference] = hash_file(Path(self.reference))
-        for directory in (self.model, self.reference_model):
+        for directory in (self.model, self.reference_model, self.counted_against):
             if directory is not None:
                 inputs |= self._identity_of(Checkpoint.open(directory))
         return inputs

@@ -10,6 +10,7 @@ from perta_fast.errors import InputError, printable_lines
 from perta_fast.evaluation.conventions import OPEN_UNLEARNING
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.prompt_used import in_words
+from perta_fast.evaluation.stress_table import stress_lines
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.reading import read_json
 from perta_fast.records.typed_json import fits, readable_json, with_nulls
@@ -39,7 +40,8 @@ def averaged(key: str, values: Sequence[float], **others: Sequence[Any]) -> Metr
 class Evaluation:
     """The record of one evaluation. Paths are absolute; hashes of data files are BLAKE3.
 
-    metrics: by open-unlearning's names. general: results of lm-evaluation-harness, by task.
+    metrics: by open-unlearning's names. general: results of lm-evaluation-harness, by task. stress: what the model
+    scores before and under each stress, and which codes have changed; docs/formats.md has its fields.
     """
 
     metrics: dict[str, Metric]
@@ -51,17 +53,19 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     started: str = ""
     finished: str = ""
+    stress: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """The aggregate of one metric."""
         return self.metrics[name].value
 
     def summary(self) -> str:
-        """A line for each metric, how the rows were put to the model, and notes."""
+        """A line for each metric, a table of the stresses, how the rows were put to the model, and notes."""
         width = max(map(len, self.metrics))
         lines = [f"{name:{width}}  {metric.value:.4g}" for name, metric in self.metrics.items()]
         for task, numbers in self.general.items():
             lines += [f"{task}: {name} {value}" for name, value in numbers.items()]
+        lines += stress_lines(self.stress)
         if prompt := self.settings.get("prompt"):
             lines.append(in_words(prompt))
         return printable_lines([*lines, *self.notes])

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings, parse_date, today, told
 from perta_fast.data.forms import Fields
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
 from perta_fast.evaluation.attacks import offer_attacks
 from perta_fast.evaluation.benchmark_files import DataFile
+from perta_fast.evaluation.changed_codes import changed_codes
 from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.kept_passes import kept_part
@@ -29,6 +31,7 @@ from perta_fast.evaluation.muse import MuseMetrics, read_muse
 from perta_fast.evaluation.own_data import OwnData
 from perta_fast.evaluation.request import Begun, Request
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, files_read
+from perta_fast.evaluation.stress import check_stress, stressed
 from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from perta_fast.files.identity import is_same
 from perta_fast.files.kept_parts import KeptParts
@@ -66,6 +69,8 @@ def evaluate(
     system_prompt: str | None = None,
     date_string: str | None = None,
     compatible: Literal["open-unlearning"] | None = None,
+    stress: Sequence[str] | None = None,
+    against: PathLike | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     out: PathLike | None = None,
@@ -88,6 +93,10 @@ def evaluate(
     template that asks for one is told that of the start; ``settings["date"]`` of the result is what it was told.
     compatible: measure as open-unlearning does where it differs (docs/evaluation.md), to set beside published tables;
     not for MUSE, nor with max_length. If the model has a repetition penalty, answers then depend on batch_size.
+    stress: what is done to the model, and undone, before its teacher-forced metrics are computed again: ``int8`` and
+    ``int4`` round the weights of linear maps (``models.rounding``), ``relearn=20`` takes 20 steps on a tenth of the
+    forget rows (``models.relearning``). against: with it, the checkpoint of which codes are counted that differ; None
+    takes the one that the model's report names, if that is still there and weights are rounded.
     out: file to write, ending in .json. It holds no text of any set unless ``show_text``. Of a checkpoint, finished
     parts are kept beside it until then: the same call, or ``resume``, goes on with a stopped evaluation. overwrite:
     replace the file, start over.
@@ -96,7 +105,8 @@ def evaluate(
     Raises InputError for bad input, before the model is loaded where possible, or an input that changed since a stopped
     evaluation began; RunError if ``out`` cannot be written; ``errors.Interrupted`` if it is stopped with a part
     finished. Memory: the model, the reference model while it is scored, and the logits of one batch, which are
-    compared in float32.
+    compared in float32. Under a stress, a second copy of the weights that it changes; ``relearn`` takes 12 more
+    bytes for each parameter, 18 if it has 16 bits.
     """
     request = Request.of(locals())
     model = model_or_path if request.model is None else request.model
@@ -139,6 +149,7 @@ def _run(
     if request.reference_model is not None:
         Checkpoint.open(request.reference_model)
     offer_attacks(table, request.reference_model, conventions)
+    _check_stress(request, table)
     names, notes = table.chosen(request.metrics), list[str]()
     if gold is not None:
         notes += gold.compared_with(conventions.name)
@@ -203,6 +214,8 @@ def _measure(
     subject = _subject(model_or_path, tokenizer, request.device, dtype)
     spoken = ChatSettings.of(request.system_prompt, request.date_string, day).given_to(subject.tokenizer)
     subject = replace(subject, tokenizer=spoken)
+    if request.stress is not None:
+        check_stress(request.stress, subject.module)
     examinee = Examinee(
         subject,
         request.batch_size,
@@ -216,11 +229,14 @@ def _measure(
         notes=list(notes),
     )
     with measuring(subject.module), evaluation_mode(subject.module):
+        under_stress = _codes(request, examinee)
         measured, general = table.measure(examinee, names), {}
         if request.lm_eval:
             general = kept_part(
                 kept, "general", request.lm_eval, lambda: _general_ability(subject, request.lm_eval, request.batch_size)
             )
+        if request.stress is not None:
+            under_stress |= stressed(table, request.stress)
     return Evaluation(
         measured,
         subject.origin,
@@ -231,7 +247,42 @@ def _measure(
         examinee.notes,
         started,
         now(),
+        under_stress,
     )
+
+
+def _check_stress(request: Request, table: MetricTable) -> None:
+    """Raise InputError for stresses that the request does not allow."""
+    if request.against is not None:
+        if request.stress is None:
+            raise InputError("against is for counting codes that have changed; name what to measure with stress too")
+        if request.model is None:
+            raise InputError("against compares two checkpoints, and the model is one in memory; give its directory")
+        open_plain(request.against)
+    if request.stress is None:
+        return
+    if table.forget_file not in table.files:
+        raise InputError(f"stress needs the file {table.forget_file}")
+    if request.model is not None:
+        open_plain(request.model)
+
+
+def _codes(request: Request, examinee: Examinee) -> dict[str, Any]:
+    """``changed_codes``, under ``codes``, if there is a model to compare with; a note if its report's does not fit."""
+    before = request.counted_against
+    if before is None:
+        return {}
+    assert request.model is not None
+    count = partial(
+        changed_codes, examinee.subject.module, Path(request.model), Path(before), progress=examinee.progress
+    )
+    try:
+        return {"codes": kept_part(examinee.kept, "codes", before, count)}
+    except InputError as error:
+        if request.against is not None:
+            raise
+        examinee.notes.append(f"codes were not compared with {before}, which the model's report names: {error}")
+        return {}
 
 
 def _conventions(request: Request) -> Conventions:

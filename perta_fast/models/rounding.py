@@ -8,6 +8,7 @@ A group is a row of the matrix (out, in) for 8 bits; for 4 bits, 32 columns of a
 remain. q is the code of a weight. All arithmetic is float32; w' is rounded once, to the type of the weight.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -100,9 +101,14 @@ def rounded_(module: nn.Module, bits: int) -> list[str]:
     if bits not in BITS:
         raise InputError(f"bits is {bits!r}; it must be 8 or 4")
     weights = linear_weights(module)
-    for name, weight in weights.items():
-        if not weight.parameter.isfinite().all():
-            raise InputError(f"parameter {name} has values that are not finite, which cannot be rounded to {bits} bits")
+    check_roundable(weights, bits)
     for weight in weights.values():
         weight.matrix.copy_(rounded(weight.matrix, bits))
     return list(weights)
+
+
+def check_roundable(weights: Mapping[str, LinearWeight], bits: int) -> None:
+    """Raise InputError, naming the parameter, for one with infinities or NaN."""
+    for name, weight in weights.items():
+        if not weight.parameter.isfinite().all():
+            raise InputError(f"parameter {name} has values that are not finite, which cannot be rounded to {bits} bits")
