@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from perta_fast.errors import printable
 from perta_fast.files.own import own_file
-from perta_fast.records.report import FILE_NAME, Report
+from perta_fast.records.report import FILE_NAME, Report, scope_lines
 
 _HEADING = "## Unlearned with perta_fast"
 
@@ -16,6 +17,7 @@ def write_model_card(directory: Path, report: Report) -> None:
     settings = f"rule `{report.rule}`, λ = {report.lam:.10g}"
     if report.rule != "tv":
         settings += f", p = {report.p:g}, α = {report.alpha:g}"
+    settings += "".join(f"; {printable(line)}" for line in scope_lines(report.only, report.leave))
     section = (
         f"{_HEADING}\n\n"
         f"On {report.started[:10]} a rescaled task vector was subtracted from this model's weights "

@@ -37,8 +37,13 @@ class Names:
     def of(cls, model: Checkpoint, tied: bool) -> "Names":
         """The floating-point tensors of a checkpoint. tied: whether its embedding and head are one matrix."""
         shapes = {name: entry.shape for name, entry in model.tensors.items() if entry.dtype not in COPIED}
+        uses = other_uses(model, tied)
+        for name in shapes:  # as a wrapper has named it in the file
+            stored = model.tensors[name].stored_name
+            if stored and stored != name:
+                uses.setdefault(name, set()).add(stored)
         listing = shell_command("perta", "inspect", model.path, "--tensors")
-        return cls(shapes, other_uses(model, tied), token_counts(model), model.path, listing)
+        return cls(shapes, uses, token_counts(model), model.path, listing)
 
     def matching(self, pattern: str) -> set[str]:
         """The names that a pattern or the word of a group stands for; of a tied matrix, all that are stored."""
@@ -61,6 +66,8 @@ class Names:
             return f"leave it out, or give patterns of names{listed}"
         if not set(pattern) & set("*?[") and (names := self.matching(f"*{pattern}*")):
             return f"a pattern is for whole names: *{pattern}* stands for {len(names)}, such as {min(names)}"
+        if set(pattern) & set("{}"):
+            return "braces mean nothing here: give several patterns, or [01] for 0 or 1"
         if names := {name for name in self.shapes if fnmatchcase(name.lower(), pattern.lower())}:
             return f"upper and lower case count: {min(names)} is a name"
         if near := get_close_matches(pattern.lower(), (EMBEDDINGS, NORMS), 1, 0.75):

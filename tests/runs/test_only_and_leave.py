@@ -19,9 +19,10 @@ from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_file
 from perta_fast.records.report import Report, describe_files
 from perta_fast.scoring.live_model import LiveModel
+from tests.distributed.launch import on_ranks
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
-from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
+from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes, write_checkpoint
 from tests.support.models import FORGET, RETAIN, Job, llama, nudge_, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +101,36 @@ def test_unlearn(stream: bool, tied: bool, given: dict[str, Any], tmp_path: Path
         first, second = (read_checkpoint(tmp_path / name / role) for name in ("first", "second"))
         assert all(same_bytes(first[name], second[name]) for name in first) and first.keys() == second.keys()
     assert not verify(tmp_path / "out", full=True, progress=False).problems
+
+
+def _run_with(group: Any, job: Job, folder: Path) -> None:
+    how: dict[str, Any] = {"leave": "embeddings,*norm*", "lam": 0.7, "progress": False, "group": group}
+    apply(*job.checkpoints, rule="tv", out=folder / "applied", **how)
+    unlearn(*job.checkpoints, job.forget, job.retain, rule="grad", stream=True, out=folder / "streamed", **how)
+
+
+def test_many_processes(job: Job, tmp_path: Path) -> None:
+    on_ranks(2, _run_with, job, tmp_path)
+    model = read_checkpoint(job.model)
+    apply(*job.checkpoints, rule="tv", lam=0.7, out=tmp_path / "whole", progress=False)
+    check(tmp_path / "applied", model, read_checkpoint(tmp_path / "whole"), [EMBED, HEAD, "norm"])
+    found = read_checkpoint(tmp_path / "streamed")
+    assert {name for name in model if same_bytes(found[name], model[name])} == {
+        name for name in model if name in (EMBED, HEAD) or "norm" in name
+    }
+    for out in ("applied", "streamed"):
+        assert Report.load(tmp_path / out).counts[BY_CHOICE] == 7
+        assert "left alone: embeddings, *norm*" in (tmp_path / out / "README.md").read_text()
+        assert not verify(tmp_path / out, full=True, progress=False).problems
+
+
+def test_names_that_a_wrapper_has_put_into_the_file(job: Job, tmp_path: Path) -> None:
+    wrapped = {f"_orig_mod.{name}": values for name, values in read_checkpoint(job.model).items()}
+    folder = write_checkpoint(tmp_path / "model", wrapped)
+    for number, pattern in enumerate(("_orig_mod.model.norm.weight", "model.norm.weight", "*.model.norm.*")):
+        apply(folder, *job.checkpoints[1:], rule="tv", leave=pattern, out=tmp_path / str(number), progress=False)
+        found = read_checkpoint(tmp_path / str(number))
+        assert [name for name in wrapped if same_bytes(found[name], wrapped[name])] == ["_orig_mod.model.norm.weight"]
 
 
 def test_a_left_tensor_that_was_changed_is_found(job: Job, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_names_that_are_left(only: Any, leave: Any, left: set[str]) -> None:
         ("lm_head", None, r"--only lm_head: .* whole names: \*lm_head\* stands for 1, such as lm_head.weight"),
         (None, "norm", r"whole names: \*norm\* stands for 12"),
         (None, "LM_HEAD.weight", "upper and lower case count: lm_head.weight"),
+        (None, "model.layers.{0,1}.*", "braces mean nothing here"),
         (None, "embedding", "did you mean embeddings?"),
         (None, "*xyz*", "one of its names: lm_head.weight"),
         (None, "lm_head.weight,*nothing*", r"--leave \*nothing\*"),
