@@ -17,6 +17,8 @@ EMBEDDINGS, NORMS = "embeddings", "norms"  # words that stand for a group of par
 # The last word of a module's name, but for the number of one in a list: ln_1, norm_f, q_norm, layer_norms.0.
 _NORM = re.compile(r"(?:.*\.)?(?:[^.]*norm[^.]*|ln(?:_[^.]*|\d*)|[^.]*_ln)(?:\.\d+)?\.[^.]*", re.IGNORECASE)
 
+_NUMBER = re.compile(r"\d+")
+
 
 @dataclass(frozen=True)
 class Names:
@@ -72,10 +74,10 @@ class Names:
             return f"upper and lower case count: {min(names)} is a name"
         if near := get_close_matches(pattern.lower(), (EMBEDDINGS, NORMS), 1, 0.75):
             return f"did you mean {near[0]}?"
-        words = pattern.strip("*.")
-        parts: dict[str, str] = {}  # as many words of a name as the pattern has, and one such name
+        words = _NUMBER.sub("0", pattern.strip("*."))
+        parts: dict[str, str] = {}  # as many words of a name as the pattern has, and the first such name of any layer
         for name in self.shapes:
-            split, count = name.split("."), words.count(".") + 1
+            split, count = _NUMBER.sub("0", name).split("."), words.count(".") + 1
             for first in range(len(split) - count + 1):
                 parts.setdefault(".".join(split[first : first + count]), name)
         close = dict.fromkeys(parts[part] for part in get_close_matches(words, parts, 3, 0.5))

@@ -43,7 +43,7 @@ def test_names_that_are_left(only: Any, leave: Any, left: set[str]) -> None:
     ("only", "leave", "said"),
     [
         (None, "*embd_tokens*", r"--leave \*embd_tokens\*: no parameter .* close to it: model.embed_tokens.weight"),
-        (None, "model.layer.3.mlp.*", "close to it: model.layers.3.mlp.up_proj.weight"),
+        (None, "model.layer.3.mlp.*", "close to it: model.layers.0.mlp.up_proj.weight"),
         ("lm_head", None, r"--only lm_head: .* whole names: \*lm_head\* stands for 1, such as lm_head.weight"),
         (None, "norm", r"whole names: \*norm\* stands for 12"),
         (None, "LM_HEAD.weight", "upper and lower case count: lm_head.weight"),
