@@ -94,8 +94,8 @@ class Evaluation:
 class EvaluationFile:
     """A file that ``perta eval`` or open-unlearning wrote, of a gold model or for a report.
 
-    metrics: as in the file. model: its directory. data_hashes: by data set. settings: of the evaluation. A file that is
-    ``foreign``, not written by ``perta eval``, has only metrics.
+    metrics, stress: as in the file. model: its directory. data_hashes: by data set. settings: of the evaluation. A file
+    that is ``foreign``, not written by ``perta eval``, has only metrics.
     """
 
     path: str
@@ -104,6 +104,7 @@ class EvaluationFile:
     data_hashes: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
     foreign: bool = False
+    stress: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> "EvaluationFile":
@@ -118,7 +119,7 @@ class EvaluationFile:
             for role, entry in (data.items() if isinstance(data, dict) else ())
             if isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
         }
-        settings = content.get("settings")
+        settings, stress = content.get("settings"), content.get("stress")
         return cls(
             str(path),
             metrics,
@@ -126,6 +127,7 @@ class EvaluationFile:
             hashes,
             settings if isinstance(settings, dict) else {},
             foreign="metrics" not in content,
+            stress=stress if isinstance(stress, dict) else {},
         )
 
     @property
@@ -180,6 +182,21 @@ class EvaluationFile:
             if isinstance(metric, dict) and "agg_value" in metric
         }
 
+    def under_stress(self) -> dict[str, float | None]:
+        """The scores of each set before and under each stress, and the share of the codes that differ.
+
+        By a name for a person; None as in ``aggregates``.
+        """
+        numbers = {
+            f"{role} {name}, {word}".replace("_", " "): score
+            for word, sets in _table(self.stress.get("scores")).items()
+            for role, scores in _table(sets).items()
+            for name, score in _table(scores).items()
+        }
+        shares = _table(_table(self.stress.get("codes")).get("share"))
+        numbers |= {f"share of codes that differ, {kind}": share for kind, share in shares.items()}
+        return {name: float(number) if _is_finite(number) else None for name, number in numbers.items()}
+
     def value(self, name: str) -> float:
         """The aggregate of ``name``. Raises InputError unless it is there and a finite number."""
         return self._number(self._metric(name).get("agg_value"), name)
@@ -228,6 +245,11 @@ def _is_result(path: Path) -> bool:
     except InputError:
         return False
     return isinstance(content, dict) and {"format_version", "metrics", "general"} <= content.keys()
+
+
+def _table(value: Any) -> dict[str, Any]:
+    """What a JSON object holds; nothing of any other value."""
+    return value if isinstance(value, dict) else {}
 
 
 def _is_finite(value: Any) -> bool:

@@ -25,13 +25,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Scores:
-    """One evaluation. values: the aggregate of each metric, None if it is not finite. hashes: of its data."""
+    """One evaluation. values: the aggregate of each metric, None if it is not finite. hashes: of its data.
+
+    stress: scores under stress, by name, in the same way.
+    """
 
     label: str
     path: Path
     model: str
     values: dict[str, float | None]
     hashes: Mapping[str, str]
+    stress: Mapping[str, float | None]
 
     def point(self) -> tuple[float, float] | None:
         """Retain and forget loss, if both can be drawn."""
@@ -93,7 +97,7 @@ def _read_scores(path: Path, label: str) -> Scores:
     values = file.aggregates()
     if not values:
         raise InputError(f"{path}: has no metric; give the file that perta eval wrote")
-    return Scores(label, path, file.model, values, file.data_hashes)
+    return Scores(label, path, file.model, values, file.data_hashes, file.under_stress())
 
 
 def distinct(labels: list[str], paths: list[Path]) -> list[str]:

@@ -1,6 +1,6 @@
 """The content of the page: tables, notes and plots for the template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -43,7 +43,8 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
         settings=_settings(report),
         trade_off=trade_off,
         scores=evidence.scores,
-        metrics=_metrics(evidence.scores),
+        metrics=_by_name([scores.values for scores in evidence.scores]),
+        stress=_by_name([scores.stress for scores in evidence.scores]),
         weights=weights,
         histogram=histogram,
         distribution=_distribution(evidence.weights),
@@ -115,10 +116,10 @@ def _measured(row: ScoredSetting) -> Sequence[Cell]:
     return row.lam, *((None,) * len(numbers) if row.skipped else numbers)
 
 
-def _metrics(evaluations: Sequence[Scores]) -> list[Sequence[Cell]]:
-    """A row for each metric, a column for each evaluation."""
-    names = dict.fromkeys(name for scores in evaluations for name in scores.values)
-    return [(name, *(scores.values.get(name) for scores in evaluations)) for name in names]
+def _by_name(evaluations: Sequence[Mapping[str, Cell]]) -> list[Sequence[Cell]]:
+    """A row for each name, a column for each evaluation."""
+    names = dict.fromkeys(name for values in evaluations for name in values)
+    return [(name, *(values.get(name) for values in evaluations)) for name in names]
 
 
 def _weights(report: Report) -> dict[str, Any]:

@@ -380,3 +380,21 @@ def test_skipped_strengths_have_no_numbers() -> None:
     row = ScoredSetting("tv", 1.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0, 0.5, 6.0)
     assert _measured(row) == (2.0, 3.0, 4.0, 50.0, 6.0)
     assert _measured(replace(row, skipped=True)) == (2.0, None, None, None, None)
+
+
+def test_scores_under_stress_are_a_table_beside_the_metrics(job: Job, full: Page, tmp_path: Path) -> None:
+    content = json.loads((job.model.parent / "gold.json").read_text())
+    scores = {"before": {"forget": {"loss": 3.25}}, "relearn=20": {"forget": {"loss": None}, "retain": {"loss": 0.5}}}
+    stress = {"rows": {}, "scores": scores, "codes": {"share": {"int4": 0.0625}}}
+    (tmp_path / "stressed.json").write_text(json.dumps(content | {"stress": stress}))
+    page = make(job, tmp_path / "page.html", "--eval", tmp_path / "stressed.json", job.model.parent / "gold.json")
+    text = " ".join(page.texts["evaluation"].split())
+    assert "Under stress" in text
+    for row in ("forget loss, before3.25–", "forget loss, relearn=20––", "retain loss, relearn=200.5–"):
+        assert row in text
+    assert "share of codes that differ, int40.0625–" in text
+    assert "Under stress" not in full.texts["evaluation"]
+    for damaged in ([1], {"scores": [1]}, {"scores": {"int8": 1}}, {"scores": {"int8": {"forget": []}}, "codes": 7}):
+        (tmp_path / "stressed.json").write_text(json.dumps(content | {"stress": damaged}))
+        page = make(job, tmp_path / "page.html", "--eval", tmp_path / "stressed.json", "--overwrite")
+        assert "Under stress" not in page.texts["evaluation"]
