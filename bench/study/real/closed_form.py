@@ -23,7 +23,7 @@ from perta_fast.data.samples import Sample
 Direction = dict[str, Tensor]
 SampleLosses = Callable[[Any, list[Sample]], Tensor]
 
-PREDICTED_RISE = 0.01  # nats of retain loss that K-FADE's curvature predicts at strength 1
+PREDICTED_RISE = 1e-5  # nats of retain loss that K-FADE's curvature predicts at strength 1
 
 
 def kfade(
@@ -44,7 +44,8 @@ def kfade(
 
     With labels that are drawn from the model, A ⊗ G is K-FAC's form of the Gauss-Newton matrix of the retain loss; with
     the data's it is that of the empirical Fisher. All layers are scaled by one number, so that at strength 1 this
-    curvature predicts a rise of the retain loss by ``PREDICTED_RISE``, and c² times that at strength c.
+    curvature predicts a rise of the retain loss by ``PREDICTED_RISE``, and c² times that at strength c. That is a
+    unit, no forecast: the true rise on SmolLM2 was hundreds of times as large. So the strength is to be searched.
 
     losses: runs its samples as one batch, padded on the right. damping: 0.1 as usual for influence functions.
 
