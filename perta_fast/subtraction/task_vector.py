@@ -80,6 +80,8 @@ def _cause(sources: Sources, where: str) -> str:
         return f"{where}, as the adapter does not; let it change others, or give an adapter that was trained on these"
     if sources.adapter_config is not None:
         return f"{where}: {zero_because(sources)}; give an adapter that was trained"
+    if sources.tuned.path.samefile(sources.base.path):
+        where = ""
     return (
         f": {zero_because(sources)}{where}, so the task vector is zero; for tuned, give the checkpoint that was tuned "
         "on the forget data"

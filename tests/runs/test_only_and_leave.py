@@ -177,6 +177,19 @@ def test_a_sweep_scores_and_writes_what_apply_does(at: Any, job: Job, tmp_path: 
         sweep(*job.checkpoints, *data, **settings, leave="*nothing*")
 
 
+@pytest.mark.parametrize("rule", ["tv", "grad"])
+def test_a_strength_that_is_chosen_is_that_of_the_rest(rule: str, job: Job, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"rule": rule, "leave": "embeddings", "max_retain_rise": 0.02, "progress": False}
+    data = job.forget, job.retain
+    report = unlearn(*job.checkpoints, *data, **how, out=tmp_path / "out")
+    swept = sweep(*job.checkpoints, *data, **how)
+    assert swept.best is not None and report.lam == swept.best.lam > 0
+    assert report.choice is not None and report.choice.after.retain_loss == pytest.approx(swept.best.retain_loss)
+    model, found = read_checkpoint(job.model), read_checkpoint(tmp_path / "out")
+    assert same_bytes(found[EMBED], model[EMBED]) and same_bytes(found[HEAD], model[HEAD])
+    assert not verify(tmp_path / "out", full=True, progress=False).problems
+
+
 def test_the_command_that_a_sweep_prints_has_the_patterns(
     job: Job, importances: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
