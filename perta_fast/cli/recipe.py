@@ -33,6 +33,7 @@ def check_recipe(parsed: argparse.Namespace) -> int:
     from perta_fast.errors import printable
     from perta_fast.records.recipe import read_recipe
     from perta_fast.rules import Rule, check_strength
+    from perta_fast.subtraction.scope import Scope
 
     path, command = parsed.recipe, unlearn.COMMAND
     settings = read_recipe(path)
@@ -46,6 +47,7 @@ def check_recipe(parsed: argparse.Namespace) -> int:
         check_strength(run.lam, run.max_retain_rise, run.stream, run.allow_zero)
         Rule.of(run.rule, run.lam or 0.0, run.p, run.alpha, run.threshold)
         ChatSettings.of(run.system_prompt, run.date_string)
+        Scope.of(run.only, run.leave)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     print(printable(f"{path}: a whole run, {len(settings)} settings"))

@@ -414,6 +414,9 @@ def test_the_command_line_and_its_recipe(job: Job, tmp_path: Path, capsys: pytes
     yaml.write_text(f"{written}leave: *norm*\n")
     assert cli.main(["recipe", "check", str(yaml)]) == 2
     assert "quotes" in capsys.readouterr().err
+    yaml.write_text(f'{written}leave: "*norm*,,"\n')
+    assert cli.main(["recipe", "check", str(yaml)]) == 2
+    assert "leave has the pattern ''" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["apply", "unlearn", "sweep"])
