@@ -35,7 +35,7 @@ from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import LOGGER
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule, negative_strength
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES
 from perta_fast.subtraction.scope import EVERYTHING, Names, Patterns, Scope
@@ -127,6 +127,8 @@ def apply_to_module_(
 
 
 def _subtract_from_(parameters: Mapping[str, Held], inputs: "_Inputs", rule: Rule, backend: str) -> None:
+    if rule.rescaling.lam < 0:
+        LOGGER.warning("%s", negative_strength(rule.rescaling.lam))
     stagings = {device: _staging(device) for device in {parameter.device for parameter in parameters.values()}}
     how = asdict(rule.rescaling)
     for name, parameter in parameters.items():

@@ -277,7 +277,7 @@ def test_a_vocabulary_that_was_resized_may_be_left(stream: bool, sizes: tuple[in
         tokenizer().save_pretrained(tmp_path / role)
         paths.append(tmp_path / role)
     data = [write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in (("forget", FORGET), ("retain", RETAIN))]
-    settings: dict[str, Any] = {"rule": "grad", "stream": stream, "progress": False}
+    settings: dict[str, Any] = {"rule": "grad", "lam": 1.0, "stream": stream, "progress": False}
     with pytest.raises(InputError, match="--common-rows"):
         unlearn(*paths, *data, **settings, leave="norms", out=tmp_path / "out")
     unlearn(*paths, *data, **settings, common_rows=True, out=tmp_path / "whole")

@@ -59,14 +59,16 @@ def test_as_the_output_of_apply(dtype: torch.dtype, tied: bool, rule: str, tmp_p
     assert (module.lm_head.weight is module.model.embed_tokens.weight) == tied
 
 
-def test_settings_reach_the_formula(job: Job, tmp_path: Path) -> None:
+def test_settings_reach_the_formula(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings: dict[str, Any] = {"rule": "grad", "lam": -0.5, "p": 0.5, "alpha": 3.0, "threshold": 0.2}
     made = importances(job, tmp_path, "grad")
     apply(*job.checkpoints, *made, **settings, out=tmp_path / "out", progress=False)
     for backend in ("auto", "reference", "cpp"):
         module = load(job.model)
+        caplog.clear()
         apply_to_module_(module, job.base, job.tuned, *made, **settings, backend=backend)
         assert_same_parameters(module, load(tmp_path / "out"))
+        assert "lambda -0.5 is less than 0: the task vector is added" in caplog.text
 
 
 def test_importance_in_memory_as_on_disk(job: Job, tmp_path: Path) -> None:
