@@ -17,7 +17,6 @@ from perta_fast.rules import DEFAULT_RETAIN_RISE, Rule, check_strength
 
 def run(parsed: argparse.Namespace) -> int:
     check_streamed(parsed)
-    check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
     if parsed.dry_run:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
@@ -40,6 +39,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     from perta_fast.streaming.forecast.dry_run import Conditions, preview
     from perta_fast.subtraction.scope import Scope
 
+    check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
     estimator = Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
     data = {role: getattr(parsed, role) for role in ("forget", "retain")}
     if estimator is None or None in data.values():

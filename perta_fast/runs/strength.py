@@ -96,7 +96,7 @@ class StrengthSearch:
         kept = [setting for setting in tried if excess(setting) <= 0]
         with ranks.together(PHASE):
             if not kept:
-                raise RunError(_nothing_keeps(bound, original, tried))
+                raise RunError(_nothing_keeps(bound, original, tried) + self._what_is_kept())
         best = max(kept, key=lambda setting: setting.lam)
         return StrengthChoice(
             max_retain_rise=bound,
@@ -107,6 +107,12 @@ class StrengthSearch:
             after=_tried(best),
             tried=list(map(_tried, tried)),
         )
+
+    def _what_is_kept(self) -> str:
+        kept = self.opened.options.save_importance
+        if kept is None:
+            return ""
+        return f". The importances are kept in {kept}; perta apply and perta sweep take them"
 
     @property
     def bound(self) -> float:

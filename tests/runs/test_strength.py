@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perta_fast import Importance, InputError, Interrupted, Report, RunError, cli, resume, sweep, unlearn, verify
+from perta_fast import Importance, InputError, Interrupted, Report, RunError, apply, cli, resume, sweep, unlearn, verify
 from perta_fast.data.rows import evenly_spread
 from perta_fast.models import loading
 from perta_fast.records.strength_choice import StrengthChoice
@@ -261,6 +261,17 @@ def test_no_strength_keeps_the_bound(
     with pytest.raises(RunError, match=f"keeps the rise of the retain loss within 0.01 nats.*{said}"):
         run(job, tmp_path / "out", rule=rule, max_retain_rise=0.01)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_importances_that_were_to_be_kept_are_there_nevertheless(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Measured(monkeypatch, lambda lam: 3.0)
+    kept = tmp_path / "kept"
+    with pytest.raises(RunError, match=rf"The importances are kept in {kept}; perta apply and perta sweep take them"):
+        run(job, tmp_path / "out", rule="grad", save_importance=kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    apply(*job.checkpoints, kept / "forget", kept / "retain", rule="grad", out=tmp_path / "out", progress=False)
 
 
 # What is refused, before the first gradient.
