@@ -11,6 +11,7 @@ from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import resume_directory
+from perta_fast.runs.check import finish_resumed
 from perta_fast.subtraction.in_place import is_open, resume_in_place
 from perta_fast.subtraction.to_directory import finish_leftover
 from perta_fast.subtraction.unfinished import STATE
@@ -45,9 +46,9 @@ def resume(
             raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
     if kind == "directory":
-        return resume_directory(destination, progress, ranks)
+        return finish_resumed(resume_directory(destination, progress, ranks), progress, ranks)
     if kind == "in place":
-        return resume_in_place(destination, progress)
+        return finish_resumed(resume_in_place(destination, progress), progress, ranks)
     if kind == "sweep":
         from perta_fast.sweeping.run import resume_sweep
 
@@ -58,8 +59,7 @@ def resume(
         return resume_evaluation(destination, progress)
     with ranks.together("the unfinished run"):
         report = finish_leftover(destination) if ranks.first else None
-    finished: Report = ranks.share(report)
-    return finished
+    return finish_resumed(ranks.share(report), progress, ranks)
 
 
 def _unfinished(destination: Path) -> _Unfinished | None:

@@ -200,7 +200,11 @@ def test_log(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     )
     lines = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "perta_fast"]
     phases = [text for level, text in lines if level == "INFO"]
-    names = ["forget importance", "retain importance", "apply", "hash inputs", "hash output"]
+    data = {
+        when: [f"{when}, {role} data" for role in ("forget", "retain")] for when in ("base", "tuned", "before", "after")
+    }
+    names = ["forget importance", "retain importance", *data["base"], *data["tuned"], *data["before"]]
+    names += ["apply", "hash inputs", "hash output", *data["after"]]
     assert [text.split(" begins: ")[0] for text in phases[::2]] == names
     assert [text.split(" is done: ")[0] for text in phases[1::2]] == names
     assert phases[0].endswith(f": {len(FORGET)} samples")

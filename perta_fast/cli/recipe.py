@@ -76,7 +76,9 @@ def template(command: Command) -> str:
         if key in first:
             entries.append(f"{comment}\n{key}:  # required")
         else:
-            value = "false" if option.type is bool else option.default or option.metavar or option.name.upper()
+            value = option.default or option.metavar or option.name.upper()
+            if option.type is bool:
+                value = str(option.default is True).lower()
             entries.append(f"{comment}\n# {key}: {value}")
     return "\n".join([_HEAD, "\n\n".join(entries), ""])
 

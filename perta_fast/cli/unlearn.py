@@ -71,6 +71,7 @@ COMMAND = Command(
         options.SHOW_LABELS,
         options.AT,
         Option("save_importance", "keep both importances here", Path, "DIR"),
+        Option("check", "measure what was forgotten and kept, on a few rows", bool, default=True, negatable=True),
         *options.STREAM,
         options.RULE,
         replace(

@@ -82,6 +82,7 @@ def _subtract(files: Files, rule: str, lam: float) -> None:
             lam=lam,
             out=out,
             save_importance=kept,
+            check=False,
             device="cpu",
             progress=False,
         )

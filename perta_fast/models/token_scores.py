@@ -26,7 +26,7 @@ class TokenScores:
 
     log_probs: (L,) float32, nats. hits: (L,) bool, whether the token is the likeliest. standardised: (L,) float32,
     (log p - mean) / deviation of log p over the vocabulary, by the model's probabilities. The last two only if asked
-    for.
+    for; ``standardised`` costs a few passes over all logits.
     """
 
     log_probs: NDArray[np.float32]
@@ -48,6 +48,7 @@ def score_tokens(
     *,
     batch_size: int,
     detailed: bool = False,
+    hits: bool = False,
     hidden: int | None = None,
     progress: Progress = False,
     description: str = "scoring",
@@ -55,7 +56,8 @@ def score_tokens(
     """Score every labelled token of ``samples``, in their order, from float32 logits.
 
     module: a causal language model in evaluation mode. If it takes ``logits_to_keep``, as models of transformers do, no
-    logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. hidden: a token that
+    logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. hits: these
+    alone. hidden: a token that
     is masked wherever it stands. Memory beside the model's: the logits of one batch, and a few times 64 MiB.
     """
     device = device_of(module)
@@ -73,7 +75,7 @@ def score_tokens(
             ).logits  # (N, T - begin, V)
             labelled = labelled[:, begin:]
             targets = batch.labels[:, 1 + begin :][labelled]
-            columns = _by_token(logits[:, :-1][labelled], targets, detailed)
+            columns = _by_token(logits[:, :-1][labelled], targets, detailed, hits)
             counts = labelled.sum(dim=1).tolist()
             split = [column.cpu().split(counts) for column in columns]
             for k, number in enumerate(numbers):
@@ -88,7 +90,7 @@ def score_rows(module: nn.Module, samples: Sequence[Sample], **how: Any) -> list
     return [TokenScores.joined([scores[k] for k in numbers]) for numbers in by_row(samples)]
 
 
-def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
+def _by_token(logits: Tensor, targets: Tensor, detailed: bool, with_hits: bool) -> list[Tensor]:
     """The columns of ``TokenScores`` for M tokens, from logits (M, V), a chunk at a time."""
     log_probs, hits, standardised = [], [], []
     step = max(1, _CHUNK // logits.shape[-1])
@@ -96,6 +98,8 @@ def _by_token(logits: Tensor, targets: Tensor, detailed: bool) -> list[Tensor]:
         chunk = chunk.float()
         if not detailed:
             log_probs.append(-functional.cross_entropy(chunk, target, reduction="none"))
+            if with_hits:
+                hits.append(chunk.argmax(dim=-1) == target)
             continue
         of_all = chunk.log_softmax(dim=-1)
         of_target = of_all.gather(1, target[:, None])[:, 0]

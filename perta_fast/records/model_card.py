@@ -26,5 +26,15 @@ def write_model_card(directory: Path, report: Report) -> None:
         "`perta verify` checks them.\n"
     )
     before = card.rstrip() + "\n\n" if card.strip() else ""
+    _write(path, before + section)
+
+
+def add_verdict(card: Path, target: Path, verdict: str) -> None:
+    """Write the model card with one more paragraph, what was forgotten and kept, to ``target``."""
+    text = card.read_text(encoding="utf-8", errors="surrogateescape")
+    _write(target, f"{text.rstrip()}\n\nMeasured on rows of the data before and after. {verdict}\n")
+
+
+def _write(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8", errors="surrogateescape", opener=own_file) as file:
-        file.write(before + section)
+        file.write(text)

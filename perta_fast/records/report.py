@@ -12,6 +12,7 @@ from perta_fast.files.hashing import hash_files
 from perta_fast.files.journal import check_finished
 from perta_fast.files.reading import checked_path, exists, read_json
 from perta_fast.progress import LOGGER
+from perta_fast.records.check import Check
 from perta_fast.records.importance_record import ImportanceRecord
 from perta_fast.records.report_version_1 import from_version_1
 from perta_fast.records.strength_choice import StrengthChoice
@@ -131,9 +132,10 @@ class Report:
     data: by ``forget`` and ``retain``. overlap: seconds that a streamed run spent computing, reading weights and
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
-    choice: how lam was chosen; None if it was given. common_rows: whether a resized vocabulary was allowed. only,
-    leave: the patterns that chose which parameters are changed. other_weights: files in the model's directory that may
-    hold weights a second time, or an adapter: a new directory does not have them; in place they are as they were.
+    check: what was forgotten and kept; None if the run did not look. choice: how lam was chosen; None if it was given.
+    common_rows: whether a resized vocabulary was allowed. only, leave: the patterns that chose which parameters are
+    changed. other_weights: files in the model's directory that may hold weights a second time, or an adapter: a new
+    directory does not have them; in place they are as they were.
     file_list: name of the list of the output's files; "" in reports of versions that wrote none.
     """
 
@@ -156,6 +158,7 @@ class Report:
     leave: list[str] = field(default_factory=list)
     other_weights: list[str] = field(default_factory=list)
     file_list: str = ""
+    check: Check | None = None
     phases: dict[str, Phase] = field(default_factory=dict)
     overlap: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -237,6 +240,8 @@ class Report:
                 f"peak memory: {own:.0f} MiB of its own ({start:.0f} MiB at the start), "
                 f"{mapped:.0f} MiB of mapped files"
             )
+        if self.check is not None:
+            lines += self.check.lines()
         lines += [f"warning: {warning}" for warning in self.warnings]
         return printable_lines(lines)
 

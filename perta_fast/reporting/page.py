@@ -41,6 +41,8 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
         title=f"PerTA: rule {report.rule}, λ = {report.lam:.10g}",
         report=report,
         settings=_settings(report),
+        check=_checked(report),
+        check_columns=["rows", "measured", "of", "loss before", "loss after", "answers", "exact before", "exact after"],
         trade_off=trade_off,
         scores=evidence.scores,
         metrics=_by_name([scores.values for scores in evidence.scores]),
@@ -75,6 +77,25 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     }
     settings |= {name.replace("_", " "): value for name, value in report.settings.items()}
     return [(name, _in_words(value)) for name, value in settings.items()]
+
+
+def _checked(report: Report) -> list[Sequence[Cell]]:
+    """A row for each data set."""
+    if report.check is None:
+        return []
+    return [
+        (
+            role,
+            data.rows,
+            data.total,
+            data.before.loss,
+            None if data.after is None else data.after.loss,
+            data.answers,
+            data.before.exact,
+            None if data.after is None else data.after.exact,
+        )
+        for role, data in report.check.data.items()
+    ]
 
 
 def _in_words(value: Any) -> str:

@@ -18,6 +18,7 @@ from perta_fast.records.report import Report, data_record
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
+from perta_fast.runs.check import Checking
 from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all, streamed_on
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import begun_job, has_begun
@@ -51,6 +52,7 @@ def unlearn(
     link_unchanged: bool = False,
     drop_cache: bool | None = None,
     save_importance: str | Path | None = None,
+    check: bool = True,
     stream: bool = False,
     memory: int | None = None,
     device_memory: int | None = None,
@@ -77,7 +79,8 @@ def unlearn(
     rows) is at most ``max_retain_rise`` nats (0.05) above that of ``model``; this needs the whole model in memory, and
     data for ``tv`` too. at: the gradients are taken at ``base`` (the paper's choice) or at ``model``.
     save_importance: directory to keep the two importances in, as ``forget`` and ``retain``; without it they lie in a
-    temporary directory beside the result. stream: hold one decoder layer in memory at a time; weigh, subtract and write
+    temporary directory beside the result. check: measure a few rows of both data sets before and after, for the verdict
+    in the report; not for streamed runs. stream: hold one decoder layer in memory at a time; weigh, subtract and write
     each layer as soon as its importances are complete. memory, device_memory: bytes that this may take; None sets no
     limit. Other arguments as in ``apply`` and ``estimate_importance``.
 
@@ -104,17 +107,21 @@ def _run(options: Options) -> Report:
         return unlearn_streamed(loaded)
     from perta_fast.runs.unlearn_in_memory import unlearn_in_memory
 
-    return unlearn_in_memory(loaded)
+    report = unlearn_in_memory(loaded)
+    return report if loaded.checking is None else loaded.checking.finish(report)
 
 
 def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str], day: date) -> Report:
-    """Rule tv: the data is for the report, and for the search if there is no strength."""
+    """Rule tv: the data is for the report and the check, and for the search if there is no strength."""
     with opened.ranks.together(strength.PHASE):
         search = strength.StrengthSearch.begin(opened, rows, day)
     choice = None if search is None else search.find({})
     if choice is not None:
         opened = opened.at(choice.after.lam)
     options = opened.options
+    checking = Checking.of(options, rows, day, opened.ranks)
+    if checking is not None:
+        checking.before()
 
     def annotate(report: Report) -> None:
         report.recipe = as_recipe(vars(options))
@@ -123,8 +130,11 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
             role: data_record(options.data[role], hashes[role], len(rows[role]), read_as=read_as(rows[role]))
             for role in rows
         }
+        if checking is not None:
+            checking.annotate(report)
 
-    return apply_sources(opened.sources, opened.rule, opened.settings, annotate=annotate, ranks=opened.ranks)
+    report = apply_sources(opened.sources, opened.rule, opened.settings, annotate=annotate, ranks=opened.ranks)
+    return report if checking is None else checking.finish(report)
 
 
 def _load(opened: Opened, day: date) -> Loaded:

@@ -27,6 +27,7 @@ from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
 from perta_fast.rules import Rule, check_strength
 from perta_fast.runs import strength
+from perta_fast.runs.check import Checking
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
 from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
@@ -68,6 +69,7 @@ class Options:
     link_unchanged: bool
     drop_cache: bool | None
     save_importance: str | Path | None
+    check: bool
     stream: bool
     memory: int | None
     device_memory: int | None
@@ -178,7 +180,7 @@ class Loaded:
 
     hashes: of the data files. told: to the chat template. max_length: the resolved limit. device, dtype: of the
     gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``. search: for lam, if none was given;
-    choice: what it has chosen.
+    choice: what it has chosen. checking: the check, if there is one.
     """
 
     opened: Opened
@@ -191,6 +193,7 @@ class Loaded:
     dtype: str
     phases: dict[str, float]
     read_as: dict[str, str]
+    checking: Checking | None = None
     search: strength.StrengthSearch | None = None
     choice: StrengthChoice | None = None
     schedule: "Schedule | None" = None
@@ -226,15 +229,20 @@ class Loaded:
         max_length, dtype = length_limit(subject, options.max_length), torch_name(subject.module.dtype)
         phases = {"load": time.perf_counter() - started}
         taken = {role: read_as(rows[role]) for role in rows}
-        return cls(opened, how, samples, hashes, told, max_length, str(how.device), dtype, phases, taken)
+        checking = Checking.of(options, rows, day, opened.ranks)
+        return cls(opened, how, samples, hashes, told, max_length, str(how.device), dtype, phases, taken, checking)
 
     def how_for(self, role: str) -> "Estimation":
         """``how``, with what is known of the data of one role."""
         return replace(self.how, read_as=self.read_as[role], told=self.told[role])
 
     def release(self) -> None:
-        """Free the model: the subtraction needs its memory for the page cache."""
+        """Free the model, once the check has seen it: the subtraction needs its memory for the page cache."""
+        if self.checking is not None and self.how.skeleton is None:
+            self.checking.look(self.how.subject, self.how.subject.origin)
         del self.how
+        if self.checking is not None:
+            self.checking.before()
 
     def choose_strength(self, importances: Mapping[str, Path]) -> None:
         """Search for lam, if none was given. importances: directories, by role."""
@@ -273,6 +281,8 @@ class Loaded:
         for role, record in report.data.items():
             if record["truncated"]:
                 report.warn(f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit")
+        if self.checking is not None:
+            self.checking.annotate(report)
 
 
 def streamed_on(stream: Mapping[str, Any]) -> date | None:

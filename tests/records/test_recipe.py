@@ -126,6 +126,7 @@ def test_the_report_holds_the_resolved_recipe(done: Path, job: Job) -> None:
         "common-rows",
     )
     expected = {"rule": "grad", "lam": 0.75, "alpha": 1.0, "at": "model", "batch-size": 3, "dtype": "float32"}
+    expected["check"] = True
     expected |= {key: str(path) for key, path in paths.items()} | dict.fromkeys(flags, False)
     assert Report.load(done / "out").recipe == expected
 

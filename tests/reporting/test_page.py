@@ -29,7 +29,18 @@ from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SECTIONS = ["run", "trade-off", "evaluation", "weights", "distribution", "change", "costs", "answers", "provenance"]
+SECTIONS = [
+    "run",
+    "check",
+    "trade-off",
+    "evaluation",
+    "weights",
+    "distribution",
+    "change",
+    "costs",
+    "answers",
+    "provenance",
+]
 HOSTILE = "model.layers.0.<script>alert(1)</script>$\\frac{\"'&.weight"
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -107,6 +118,20 @@ def full(job: Job) -> Page:
         *("--eval", folder / "gold.json", "--eval", folder / "broken.json", folder / "other.json"),
         *("--png", folder / "plots"),
     )
+
+
+def test_what_was_forgotten_and_kept(job: Job, full: Page) -> None:
+    check = Report.load(job.model.parent / "out").check
+    assert check is not None and check.verdict() in full.texts["check"]
+    for role, rows in (("forget", FORGET), ("retain", RETAIN)):
+        data = check.data[role]
+        assert data.after is not None and data.rows == len(rows)
+        assert f"{data.after.loss:.4g}"[:4] in full.texts["check"]
+
+
+def test_a_run_without_a_check(job: Job, tmp_path: Path) -> None:
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "out", lam=1.0, check=False, progress=False)
+    assert "did not look" in make(job, tmp_path / "page.html", run=tmp_path / "out").texts["check"]
 
 
 def test_every_section(job: Job, full: Page) -> None:
