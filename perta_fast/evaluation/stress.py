@@ -127,7 +127,7 @@ def _changed(module: nn.Module, word: str, relearned: Sequence[Sample], progress
     copies = [parameter.detach().clone() for parameter in parameters]
     try:
         if word in _ROUNDED:
-            rounded_(module, _ROUNDED[word])
+            rounded_(module, _ROUNDED[word], progress=progress)
         else:
             relearn_(module, relearned, int(word.partition("=")[2]), progress=progress, description=word)
         yield

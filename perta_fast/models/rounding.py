@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perta_fast.errors import InputError
 from perta_fast.models.held_tensors import check_dtype, check_in_memory
+from perta_fast.progress import Bar, Progress
 
 BITS = (8, 4)
 GROUP = 32  # columns of a row that share a scale with 4 bits
@@ -91,7 +92,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def rounded_(module: nn.Module, bits: int) -> list[str]:
+def rounded_(module: nn.Module, bits: int, *, progress: Progress = False) -> list[str]:
     """Round the weights of all linear maps of ``module`` in place; returns the names of these parameters.
 
     module: see ``linear_weights``, whose errors it raises before anything changes; also InputError, naming the
@@ -102,8 +103,10 @@ def rounded_(module: nn.Module, bits: int) -> list[str]:
         raise InputError(f"bits is {bits!r}; it must be 8 or 4")
     weights = linear_weights(module)
     check_roundable(weights, bits)
-    for weight in weights.values():
-        weight.matrix.copy_(rounded(weight.matrix, bits))
+    with Bar(sum(weight.parameter.nbytes for weight in weights.values()), f"int{bits}", progress) as bar:
+        for weight in weights.values():
+            weight.matrix.copy_(rounded(weight.matrix, bits))
+            bar.update(weight.parameter.nbytes)
     return list(weights)
 
 

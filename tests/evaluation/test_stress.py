@@ -85,6 +85,15 @@ def test_scores_are_those_of_a_changed_model_and_it_stays_bit_for_bit(tmp_path: 
     assert "forget_not_relearned" not in scores["int8"]
 
 
+def test_every_step_is_a_phase(tmp_path: Path) -> None:
+    phases: list[str] = []
+    own(llama(1), tmp_path, stress=ALL, progress=lambda event: phases.append(event.phase))
+    assert list(dict.fromkeys(phases)) == [
+        *("forget", "retain", "int8", "forget int8", "retain int8", "int4", "forget int4", "retain int4"),
+        *("relearn=2", "forget relearn=2", "retain relearn=2"),
+    ]
+
+
 def test_more_relearning_brings_more_back(tmp_path: Path) -> None:
     scores = own(llama(1), tmp_path, stress=["relearn=1", "relearn=30"]).stress["scores"]
     losses = [scores[word]["forget"]["loss"] for word in ("before", "relearn=1", "relearn=30")]
