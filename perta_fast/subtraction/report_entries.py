@@ -12,9 +12,10 @@ from perta_fast.checkpoints.companions import other_weights
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks, deal
+from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.identity import is_same
-from perta_fast.files.reading import exists
+from perta_fast.files.reading import exists, read_json
 from perta_fast.importance.prompts import different_dates
 from perta_fast.progress import Bar
 from perta_fast.records.file_hashes import HASHES
@@ -27,6 +28,8 @@ from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.read_beside import companion_records, taken_at, taken_elsewhere
+
+_TUNING = "perta_tune.json"  # as ``tuning.run`` names it, which needs torch
 
 
 def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
@@ -47,7 +50,8 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         started=now(),
     )
     sign = [negative_strength(rule.rescaling.lam)] if rule.rescaling.lam < 0 else []
-    for warning in sign + _importance_warnings(report.importance) + _adapter_warnings(sources):
+    exchanged = _exchange_warnings(sources.tuned.path, report.importance)
+    for warning in sign + _importance_warnings(report.importance) + exchanged + _adapter_warnings(sources):
         report.warn(warning)
     return report
 
@@ -148,6 +152,21 @@ def _why_unchanged(report: Report) -> str:
     if "subtracted" not in report.counts:
         return "the task vector is zero wherever the run subtracts it"
     return "all steps round to zero in the type of the model, or all weights are zero"
+
+
+def _exchange_warnings(tuned: Path, importance: Mapping[str, ImportanceRecord]) -> list[str]:
+    """Whether theta_f has learnt the data of the retain importance, as far as ``perta tune`` has left a record."""
+    if len(importance) < 2 or not exists(tuned / _TUNING):
+        return []
+    try:
+        record = read_json(tuned / _TUNING)
+        learnt = record["data"]["blake3"]
+    except (InputError, KeyError, TypeError):  # the record is not needed
+        return []
+    forget, retain = (importance[f"{role}_importance"]["data_hash"] for role in ("forget", "retain"))
+    if learnt != retain or learnt == forget:
+        return []
+    return [f"{tuned} was tuned on the data of the retain importance; were forget and retain importance exchanged?"]
 
 
 def _importance_warnings(importance: Mapping[str, ImportanceRecord]) -> list[str]:

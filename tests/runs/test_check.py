@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perta_fast import Report, evaluate, resume, unlearn, verify
+from perta_fast import Report, apply, estimate_importance, evaluate, resume, unlearn, verify
 from perta_fast.cli import main
 from perta_fast.data.batches import Batch
 from perta_fast.data.rows import load_rows
@@ -22,6 +23,7 @@ from perta_fast.records.check import Check, CheckedData, Measured
 from perta_fast.runs import check as checking
 from perta_fast.runs.check import PHASE, ROWS, Rows, spread
 from perta_fast.subtraction import in_place, to_directory
+from perta_fast.tuning.run import FILE_NAME
 from tests.support.models import FORGET, RETAIN, Job, llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,6 +192,22 @@ def test_base_and_tuned_exchanged(learnt: Job, tmp_path: Path) -> None:
 def test_forget_and_retain_exchanged(settings: dict[str, Any], learnt: Job, tmp_path: Path) -> None:
     report = run(learnt, tmp_path / "out", forget=learnt.retain, retain=learnt.forget, **settings)
     assert "were forget and retain exchanged?" in report.warnings[0]
+
+
+def test_importances_exchanged(tmp_path: Path) -> None:
+    """What tuned has learnt is in the record of ``perta tune``."""
+    job = write_job(tmp_path)
+    kept = [tmp_path / "kept" / role for role in ROLES]
+    for role, directory in zip(ROLES, kept, strict=True):
+        estimate_importance(job.base, getattr(job, role), out=directory, progress=False)
+    said = f"{job.tuned} was tuned on the data of the retain importance; were forget and retain importance exchanged?"
+    digest = blake3(job.forget.read_bytes()).hexdigest()
+    for number, (record, expected) in enumerate((({"data": {"blake3": digest}}, True), ({"data": 3}, False))):
+        (job.tuned / FILE_NAME).write_text(json.dumps(record))
+        for name, pair in (("right", kept), ("exchanged", kept[::-1])):
+            out = tmp_path / f"{name} {number}"
+            report = apply(*job.checkpoints, *pair, lam=1.0, out=out, progress=False)
+            assert (said in report.warnings) == (expected and name == "exchanged")
 
 
 def test_a_right_run_has_no_warning(learnt: Job, tmp_path: Path) -> None:
