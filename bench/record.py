@@ -15,6 +15,8 @@ from bench.bench_adapter import CONTENDERS as ADAPTER
 from bench.bench_adapter import PHASE as ADAPTER_PHASE
 from bench.bench_adapter import WHOLE as ADAPTER_WHOLE
 from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
+from bench.bench_check import CONTENDERS as CHECK
+from bench.bench_check import GROUP as CHECKS
 from bench.bench_eval import CONTENDERS as EVALUATION
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
@@ -45,6 +47,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     BEYOND: "Streaming",
     LARGE: "Streaming",
     SWEEPS: "Sweeps",
+    CHECKS: "The check of an unlearning",
     "tokenising": "Tokenising",
     "evaluation, cpu": "Evaluation",
     "evaluation, cuda": "Evaluation on a GPU",
@@ -87,6 +90,8 @@ def expected(group: str) -> dict[str, str]:
         return ROLES
     if group == SWEEPS:
         return SWEEP
+    if group.startswith(CHECKS):
+        return CHECK
     if group.startswith(OVER_PROCESSES):
         return RANK_ROLES
     if group.startswith("tokenising"):
