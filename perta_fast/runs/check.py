@@ -27,7 +27,7 @@ from perta_fast.files.durable import move, remove, sync
 from perta_fast.files.identity import is_same
 from perta_fast.files.own import make_own_directory
 from perta_fast.memory import available_bytes, format_size
-from perta_fast.progress import Progress
+from perta_fast.progress import LOGGER, Progress
 from perta_fast.records.check import Check, CheckedData, Measured
 from perta_fast.records.file_hashes import HASHES, write_hashes
 from perta_fast.records.model_card import add_verdict
@@ -309,15 +309,23 @@ def _tune_(subject: "Subject", checkpoints: Checkpoints) -> None:
     """Turn a loaded base into theta_f, by adding the task vector: no second model is loaded."""
     from perta_fast.subtraction.on_module import apply_to_module_
 
-    apply_to_module_(
-        subject.module,
-        checkpoints.base,
-        checkpoints.tuned,
-        rule="tv",
-        lam=-1.0,
-        common_rows=checkpoints.common_rows,
-        allow_zero=True,
-    )
+    LOGGER.addFilter(_no_record)  # a strength below 0 is warned of, and here it is meant
+    try:
+        apply_to_module_(
+            subject.module,
+            checkpoints.base,
+            checkpoints.tuned,
+            rule="tv",
+            lam=-1.0,
+            common_rows=checkpoints.common_rows,
+            allow_zero=True,
+        )
+    finally:
+        LOGGER.removeFilter(_no_record)
+
+
+def _no_record(_: Any) -> bool:
+    return False
 
 
 def _read_again(report: Report, role: str, fields: Any) -> list[Row]:
