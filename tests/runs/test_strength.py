@@ -449,7 +449,7 @@ def test_one_model_at_a_time(at: str, job: Job, tmp_path: Path, monkeypatch: pyt
         return subject
 
     monkeypatch.setattr(loading, "load_subject", watched)
-    run(job, tmp_path / "out", rule="grad", at=at)
+    run(job, tmp_path / "out", rule="grad", at=at, check=False)
     assert len(alive) == 3  # to score it as it is, for the gradients, to score the rest
 
 
