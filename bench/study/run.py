@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables.write(PAGE, _trials(options, compute=False))
             return 0
         options.work.mkdir(parents=True, exist_ok=True)
-        _run([lambda: _run(list(_stages(options)))])  # twice, as another process may be writing the splits
+        run_stages([lambda: run_stages(list(_stages(options)))])  # twice, as another process may be writing the splits
     except PertaError as error:
         print(error, file=sys.stderr)
         return error.exit_status
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(stages: list[Stage]) -> None:
+def run_stages(stages: list[Stage]) -> None:
     """Run the stages in order; those that wait for another process are tried again after the rest."""
     while stages:
         waiting = []

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from bench.study import analyses
 from bench.study.main_table import CONTENDERS, FULL, GOLD, METHODS, WEIGHED, chosen, cost, scores
+from bench.study.markdown import MISSING, Thunk, cell, head, line, made, over, write_between
 from bench.study.rules import Draw
-from bench.study.store import NotYet, read_json
+from bench.study.store import read_json
 from bench.study.trial import SCORES, Trial
 from bench.study.variants import VARIANTS
 
-MISSING = "not yet run"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 # Forget quality, model utility, extraction strength on forget and on retained rows: PerTA, arXiv 2601.22030.
@@ -42,15 +40,12 @@ _METRICS = {
 _PUBLISHED_COLUMNS = ("forget quality", "utility", "ES forget", "ES retain")
 _OF_GOLD = {"forget_quality": 1.0, "forget_quality_log10": 0.0}  # by definition
 
-Thunk = Callable[[], Any]  # reads from a piece; raises NotYet if the piece is missing
 FORGET, RETAIN = attrgetter("forget_loss"), attrgetter("retain_loss")  # of a candidate
 
 
 def write(page: Path, trials: Sequence[Trial]) -> None:
-    """Write the tables between the two markers of ``page``; the text around them stays."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{render(trials)}\n\n{END}{after}", encoding="utf-8")
+    """Write the tables between the two markers of ``page``."""
+    write_between(page, BEGIN, END, render(trials))
 
 
 def render(trials: Sequence[Trial]) -> str:
@@ -70,125 +65,102 @@ def render(trials: Sequence[Trial]) -> str:
         f"Variants, {last}, one seed": _variants(of_last[:1]),
         f"Other limits, {last}": _limits(of_last),
     }
-    return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in tables.items())
+    return "\n\n".join(f"#### {title}\n\n" + "\n".join(lines) for title, lines in tables.items())
 
 
 def _main(split: str, trials: Sequence[Trial]) -> Iterator[str]:
     columns = _PUBLISHED_COLUMNS if split == "forget01" else ()
-    yield from _head(["", *_METRICS, *(f"{name}, 1 B" for name in columns)])
+    yield from head(["", *_METRICS, *(f"{name}, 1 B" for name in columns)])
     for contender in CONTENDERS:
         numbers = PUBLISHED.get(contender, ())
         published = [f"{number:g}" for number in numbers] or [""] * len(columns)
         ours = _scores(partial(scores, trial, contender) for trial in trials)
-        yield _line([contender, *ours, *(published if columns else [])])
+        yield line([contender, *ours, *(published if columns else [])])
 
 
 def _against_tv(trials: Sequence[Trial]) -> Iterator[str]:
     """Differences are taken within a seed."""
-    yield from _head(["", *_METRICS])
+    yield from head(["", *_METRICS])
     for method in METHODS:
         if method != "tv":
             pairs = [partial(_with_tv, trial, method) for trial in trials]
-            yield _line([method, *(_cell(pairs, partial(_difference, metric)) for metric in _METRICS.values())])
+            yield line([method, *(cell(pairs, partial(_difference, metric)) for metric in _METRICS.values())])
 
 
 def _damage(trials: Sequence[Trial]) -> Iterator[str]:
     """In nats above θ_full, at shares of the way from its forget loss to gold's."""
-    yield from _head(["retain loss", *(f"{share:.0%} of the way to gold" for share in analyses.WAYS)])
+    yield from head(["retain loss", *(f"{share:.0%} of the way to gold" for share in analyses.WAYS)])
     for method in METHODS:
-        yield _line([method, *(_damage_cell(trials, method, share) for share in analyses.WAYS)])
+        yield line([method, *(_damage_cell(trials, method, share) for share in analyses.WAYS)])
 
 
 def _damage_cell(trials: Sequence[Trial], method: str, share: float) -> str:
-    losses = _made(partial(analyses.damage, trial, method, share) for trial in trials)
+    losses = made(partial(analyses.damage, trial, method, share) for trial in trials)
     if not losses:
         return MISSING
     reached = [loss for loss in losses if not math.isnan(loss)]
-    return f"reached by {len(reached)} of {len(losses)}" if len(reached) < len(losses) else "+" + _over(reached)
+    return f"reached by {len(reached)} of {len(losses)}" if len(reached) < len(losses) else "+" + over(reached)
 
 
 def _costs(trials: Sequence[Trial]) -> Iterator[str]:
     """Costs are those of the first seed, on which learning rates are chosen."""
-    yield from _head(["", "chosen, by seed", "processor s, once", "processor s, choosing"])
+    yield from head(["", "chosen, by seed", "processor s, once", "processor s, choosing"])
     for contender in (GOLD, *METHODS):
         costs = [partial(cost, trials[0], contender)]
-        settings = [] if contender == GOLD else _made(partial(_setting, trial, contender) for trial in trials)
-        seconds = (_cell(costs, attrgetter(name), "{:.0f}") for name in ("once", "choosing"))
-        yield _line([contender, ", ".join(settings), *seconds])
+        settings = [] if contender == GOLD else made(partial(_setting, trial, contender) for trial in trials)
+        seconds = (cell(costs, attrgetter(name), "{:.0f}") for name in ("once", "choosing"))
+        yield line([contender, ", ".join(settings), *seconds])
 
 
 def _at_full(trials: Sequence[Trial]) -> Iterator[str]:
-    yield from _head(["", *_METRICS])
+    yield from head(["", *_METRICS])
     for rule in WEIGHED:
-        yield _line([f"{rule}, at θ_0", *_scores(partial(scores, trial, rule) for trial in trials)])
-        yield _line([f"{rule}, at θ_full", *_scores(partial(analyses.at_full, trial, rule) for trial in trials)])
+        yield line([f"{rule}, at θ_0", *_scores(partial(scores, trial, rule) for trial in trials)])
+        yield line([f"{rule}, at θ_full", *_scores(partial(analyses.at_full, trial, rule) for trial in trials)])
 
 
 def _general(trial: Trial) -> Iterator[str]:
-    yield from _head(["forget loss", *(f"α = {alpha:g}" for alpha in analyses.ALPHAS)])
+    yield from head(["forget loss", *(f"α = {alpha:g}" for alpha in analyses.ALPHAS)])
     for rule, p in analyses.POWERS:
         cells = (_forgotten(analyses.general, [trial], rule, p, alpha) for alpha in analyses.ALPHAS)
-        yield _line([f"{rule}, p = {p:g}", *cells])
+        yield line([f"{rule}, p = {p:g}", *cells])
 
 
 def _samples(trial: Trial) -> Iterator[str]:
     """Mean and standard deviation are over the draws of one seed."""
-    yield from _head(["", "samples", "forget loss, λ chosen", "forget loss, λ of all", "retain loss, λ of all"])
+    yield from head(["", "samples", "forget loss, λ chosen", "forget loss, λ of all", "retain loss, λ of all"])
     for method in analyses.DRAWN:
         for count in analyses.COUNTS:
             draws = [Draw(count, number) for number in range(analyses.DRAWS)]
             lam_chosen = [partial(analyses.drawn, trial, method, draw) for draw in draws]
             lam_of_all = [partial(analyses.drawn_at, trial, method, draw) for draw in draws]
-            columns = _cell(lam_chosen, FORGET), _cell(lam_of_all, FORGET), _cell(lam_of_all, RETAIN)
-            yield _line([method, str(count), *columns])
+            columns = cell(lam_chosen, FORGET), cell(lam_of_all, FORGET), cell(lam_of_all, RETAIN)
+            yield line([method, str(count), *columns])
         on_all = [partial(chosen, trial, method)]
-        yield _line([method, "all", _cell(on_all, FORGET), _cell(on_all, FORGET), _cell(on_all, RETAIN)])
+        yield line([method, "all", cell(on_all, FORGET), cell(on_all, FORGET), cell(on_all, RETAIN)])
 
 
 def _variants(trials: Sequence[Trial]) -> Iterator[str]:
-    yield from _head(["", "forget loss"])
+    yield from head(["", "forget loss"])
     for method in ("tv", analyses.VARIED):
-        yield _line([method, _forgotten(chosen, trials, method)])
+        yield line([method, _forgotten(chosen, trials, method)])
     for name in VARIANTS:
-        yield _line([name, _forgotten(analyses.variant, trials, name)])
+        yield line([name, _forgotten(analyses.variant, trials, name)])
 
 
 def _limits(trials: Sequence[Trial]) -> Iterator[str]:
-    yield from _head(["forget loss", *(f"{share:g} kept" for share in analyses.SHARES)])
+    yield from head(["forget loss", *(f"{share:g} kept" for share in analyses.SHARES)])
     for method in METHODS:
-        yield _line([method, *(_forgotten(chosen, trials, method, share) for share in analyses.SHARES)])
+        yield line([method, *(_forgotten(chosen, trials, method, share) for share in analyses.SHARES)])
 
 
 def _scores(pieces: Iterable[Thunk]) -> list[str]:
     thunks = list(pieces)
-    return [_cell(thunks, partial(_read, metric)) for metric in _METRICS.values()]
+    return [cell(thunks, partial(_read, metric)) for metric in _METRICS.values()]
 
 
 def _forgotten(analysis: Callable[..., Any], trials: Sequence[Trial], *arguments: Any) -> str:
-    return _cell([partial(analysis, trial, *arguments) for trial in trials], FORGET)
-
-
-def _cell(thunks: Sequence[Thunk], number: Callable[[Any], float], form: str = "{:.3f}") -> str:
-    numbers = list(map(number, _made(thunks)))
-    if not numbers:
-        return MISSING
-    text = _over(numbers, form)
-    return text if len(numbers) == len(thunks) else f"{text} ({len(numbers)} of {len(thunks)})"
-
-
-def _over(numbers: Sequence[float], form: str = "{:.3f}") -> str:
-    """Mean ± standard deviation."""
-    text = form.format(mean(numbers))
-    return f"{text} ± {form.format(stdev(numbers))}" if len(numbers) > 1 else text
-
-
-def _made(thunks: Iterable[Thunk]) -> list[Any]:
-    """The results of the thunks whose pieces are finished."""
-    results = []
-    for thunk in thunks:
-        with suppress(NotYet):
-            results.append(thunk())
-    return results
+    return cell([partial(analysis, trial, *arguments) for trial in trials], FORGET)
 
 
 def _read(metric: str, piece: Path) -> float:
@@ -210,11 +182,3 @@ def _difference(metric: str, pieces: tuple[Path, Path]) -> float:
 
 def _setting(trial: Trial, method: str) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in chosen(trial, method).setting.items())
-
-
-def _head(titles: Sequence[str]) -> list[str]:
-    return [_line(titles), "|---" * len(titles) + "|"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -270,7 +270,7 @@ def test_processes_share_the_work(small: None, tmp_path: Path, monkeypatch: pyte
         if left.pop(0) == "waits":
             raise Busy
 
-    study_tofu._run([stage])
+    study_tofu.run_stages([stage])
     assert not left
 
 

@@ -1,0 +1,120 @@
+"""Is it gone, and what is left? What is measured once of a method, at the strength of one limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.study.real.compute import all_losses, mean_loss
+from bench.study.real.curves import Point, curve
+from bench.study.real.data import Choice, spread
+from bench.study.real.directions import set_
+from bench.study.real.methods import final_methods
+from bench.study.real.models import Models, load_model
+from bench.study.real.sentences import general_texts, other_sentences
+from bench.study.store import read_json, write_json
+from perta_fast.data.samples import Sample
+from perta_fast.models.relearning import relearn_
+from perta_fast.models.rounding import rounded_
+
+_FILE = "after.json"
+Numbers = Mapping[str, float]
+
+
+def after_names() -> list[str]:
+    """What is asked what is left."""
+    return ["θ_0", "θ_full", "gold", *(method.name for method in final_methods())]
+
+
+def after_of(models: Models, name: str) -> Numbers:
+    """The numbers of θ_0, θ_full, gold, or a method where the retain loss has risen by the middle limit.
+
+    Losses in nats; choices as the share that is right.
+    """
+    paths = {"θ_0": models.base, "θ_full": models.full, "gold": models.gold}
+    settings = models.settings
+    made_of: dict[str, Any] = {"scored": settings.scored, "relearned": list(settings.relearned)}
+    method = next((method for method in final_methods() if method.name == name), None)
+    if method is None:
+        made_of["model"] = models.store.relative(paths[name]())
+    else:
+        made_of |= {"full": models.store.relative(models.full()), **method.made_of(models)}
+        made_of["strength"] = strength_at(curve(models, method), settings.limits[1])
+
+    def make(folder: Path) -> None:
+        if method is None:
+            module = load_model(paths[name]())
+        else:
+            module = load_model(models.full())
+            theta = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+            set_(module, theta, method.direction(models), made_of["strength"])
+        write_json(folder / _FILE, measured(models, module))
+
+    numbers: Numbers = read_json(models.store.piece(f"{models.folder}/after/{name}", made_of, make) / _FILE)
+    return numbers
+
+
+def strength_at(points: Sequence[Point], limit: float) -> float:
+    """The largest measured strength within the limit; one was measured close to it."""
+    return max(point.strength for point in points if point.at_most(limit, points[0]))
+
+
+def measured(models: Models, module: Any) -> dict[str, float]:
+    """All numbers of one model. It is left as it was found."""
+    rows, count = models.rows, models.settings.scored
+
+    def choices(some: Sequence[Choice]) -> float:
+        return right_choices(models, module, spread(some, count // 2))
+
+    numbers = _losses(models, module)
+    numbers["reworded questions"] = mean_loss(module, models.samples(spread(rows.reworded_questions, count)))
+    numbers["choices, forget"] = choices(rows.forget_choices)
+    numbers["choices, retain"] = choices(rows.retain_choices)
+    numbers["choices, world"] = choices(rows.world_choices)
+    others = other_sentences(models)
+    numbers["other sentences"] = mean_loss(module, models.samples(others)) if others else math.nan
+    numbers["general text"] = mean_loss(module, general_texts(models))
+    return numbers | stressed(models, module)
+
+
+def stressed(models: Models, module: Any) -> dict[str, float]:
+    """What comes back of a model that is rounded, or relearns a tenth of its forget rows; scored on the others."""
+    rows, settings = models.rows, models.settings
+    again = spread(rows.forget, -(-len(rows.forget) // 10))
+    others = [row for row in rows.forget if row not in again]
+    parts = [models.samples(spread(some, settings.scored)) for some in (others, rows.retain)]
+    before = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    relearn = partial(relearn_, rate=settings.relearning_rate)
+    stresses: dict[str, Callable[[], object]] = {f"int{bits}": partial(rounded_, module, bits) for bits in (8, 4)}
+    for steps in settings.relearned:
+        stresses[f"relearned {steps}"] = partial(relearn, module, models.samples(again), steps)
+    numbers: dict[str, float] = {}
+    for name, stress in stresses.items():
+        stress()
+        forget, retain = (mean_loss(module, samples) for samples in parts)
+        numbers |= {f"forget, {name}": forget, f"retain, {name}": retain}
+        set_(module, before, {}, 0.0)
+    return numbers
+
+
+def _losses(models: Models, module: Any) -> dict[str, float]:
+    rows, count = models.rows, models.settings.scored
+    parts = {"forget": rows.forget, "reworded answers": rows.reworded_answers, "retain": rows.retain}
+    return {name: mean_loss(module, models.samples(spread(some, count))) for name, some in parts.items()}
+
+
+def right_choices(models: Models, module: Any, choices: Sequence[Choice]) -> float:
+    """The share of questions whose right answer has the smallest mean token loss of all answers."""
+    samples: list[Sample] = []
+    for choice in choices:
+        samples += models.samples([{"question": choice.question, "answer": a} for a in (choice.right, *choice.wrong)])
+    losses = all_losses(module, samples)
+    begin, right = 0, 0
+    for choice in choices:
+        end = begin + 1 + len(choice.wrong)
+        right += int(losses[begin:end].argmin()) == 0
+        begin = end
+    return right / len(choices)

@@ -1,0 +1,132 @@
+"""A method at many strengths: what it forgets and what it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.study.real.compute import mean_loss
+from bench.study.real.data import spread
+from bench.study.real.directions import Method, set_
+from bench.study.real.models import Models, load_model
+from bench.study.store import read_json, write_json
+
+_POINTS = "points.json"
+_START = 0.25
+_SHALLOW = 0.005  # rise of the retain loss up to which strengths grow fast
+_FAST, _SLOW = 4.0, 2.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """Mean losses (nats) of forget rows, of the same with reworded answers, and of retained rows at a strength."""
+
+    strength: float
+    forget: float
+    reworded: float
+    retain: float
+
+    def at_most(self, limit: float, start: Point) -> bool:
+        """Whether the retain loss has risen by no more than ``limit`` since ``start``. A NaN is never within."""
+        return self.retain <= start.retain + limit
+
+
+class Measure:
+    """Measures points: the same rows every time."""
+
+    def __init__(self, models: Models) -> None:
+        rows, settings = models.rows, models.settings
+        chosen = (
+            spread(rows.forget, settings.measured_forget),
+            spread(rows.reworded_answers, settings.measured_forget),
+            spread(rows.retain, settings.measured_retain),
+        )
+        self.samples = [models.samples(some) for some in chosen]
+
+    def __call__(self, module: Any, strength: float) -> Point:
+        return Point(strength, *(mean_loss(module, samples) for samples in self.samples))
+
+
+def curve(models: Models, method: Method) -> list[Point]:
+    """The points of a method, by strength, up to the first beyond the largest limit."""
+    full, settings = models.full(), models.settings
+    made_of = {"full": models.store.relative(full), **method.made_of(models), "limits": list(settings.limits)}
+    made_of |= {"measured": [settings.measured_forget, settings.measured_retain]}
+
+    def make(folder: Path) -> None:
+        module = load_model(full)
+        direction = method.direction(models)
+        theta = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+        measure = Measure(models)
+
+        def at(strength: float) -> Point:
+            set_(module, theta, direction, strength)
+            return measure(module, strength)
+
+        points = walked(at, settings.limits, settings.largest_strength)
+        write_points(folder, points)
+
+    return read_points(models.store.piece(f"{models.folder}/curve/{method.name}", made_of, make))
+
+
+def walked(at: Callable[[float], Point], limits: Sequence[float], largest: float) -> list[Point]:
+    """Points at growing strengths until the retain loss has risen by the largest limit, and one near each limit."""
+    points = [at(0.0)]
+    strength = _START
+    while strength <= largest:
+        points.append(at(strength))
+        if not points[-1].at_most(max(limits), points[0]):
+            break
+        strength *= _FAST if points[-1].at_most(_SHALLOW, points[0]) else _SLOW
+    for limit in limits:
+        guess = crossing(points, limit)
+        if guess is not None and not math.isnan(guess.retain):
+            points = sorted([*points, at(guess.strength)], key=lambda point: point.strength)
+    return points
+
+
+def crossing(points: Sequence[Point], limit: float) -> Point | None:
+    """Where the retain loss has risen by ``limit``, interpolated between two points; None if it has nowhere."""
+    start = points[0]
+    for before, after in pairwise(points):
+        if before.at_most(limit, start) and not after.at_most(limit, start):
+            if math.isnan(after.retain):
+                return None
+            share = (start.retain + limit - before.retain) / (after.retain - before.retain)
+            values = zip(asdict(before).values(), asdict(after).values(), strict=True)
+            return Point(*(low + share * (high - low) for low, high in values))
+    return None
+
+
+def write_points(folder: Path, points: Sequence[Point]) -> None:
+    """Write the points of a piece."""
+    write_json(folder / _POINTS, list(map(asdict, points)))
+
+
+def read_points(piece: Path) -> list[Point]:
+    """Read the points of a piece."""
+    return [Point(**fields) for fields in read_json(piece / _POINTS)]
+
+
+def landmarks(models: Models) -> dict[str, Point]:
+    """The points of theta_0, theta_full and gold, which only tied models have."""
+    paths = {"θ_0": models.base(), "θ_full": models.full()}
+    if not models.untied:
+        paths["gold"] = models.gold()
+
+    def measured(name: str, path: Path) -> Point:
+        def make(folder: Path) -> None:
+            with torch.no_grad():
+                write_points(folder, [Measure(models)(load_model(path), 0.0)])
+
+        made_of: dict[str, Any] = {"model": models.store.relative(path), "rows": models.rows.digest}
+        made_of |= {"measured": [models.settings.measured_forget, models.settings.measured_retain]}
+        return read_points(models.store.piece(f"{models.folder}/landmark/{name}", made_of, make))[0]
+
+    return {name: measured(name, path) for name, path in paths.items()}

@@ -1,0 +1,116 @@
+"""The trained models of one real model and one seed: theta_0, and theta_0 tuned on several choices of data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.study.real.compute import tune_
+from bench.study.real.data import Pair, Rows
+from bench.study.real.settings import Settings
+from bench.study.real.sources import SOURCES
+from bench.study.store import Store, digest_of
+from perta_fast.data.rows import rows_from
+from perta_fast.data.samples import Sample, encode
+from perta_fast.models.loading import choose_device
+
+TUNED = ("full tuning", "LoRA")  # kinds of theta_f
+_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The float32 checkpoints of one model and seed, as pieces of ``store``.
+
+    untied: the output head is made a matrix of its own before anything is trained.
+    """
+
+    name: str
+    rows: Rows
+    settings: Settings
+    seed: int
+    store: Store
+    untied: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where the pieces of this model and seed lie."""
+        return f"{self.name}{' untied' if self.untied else ''}/seed{self.seed}"
+
+    def base(self) -> Path:
+        """theta_0."""
+        source = self.store.piece(
+            f"{self.name}/base", {"package": SOURCES[self.name].package}, SOURCES[self.name].convert
+        )
+        if not self.untied:
+            return source
+
+        def untie(folder: Path) -> None:
+            model = load_model(source)
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            _save(model, load_tokenizer(source), folder)
+
+        return self.store.piece(f"{self.name} untied/base", {"base": self.store.relative(source)}, untie)
+
+    def full(self) -> Path:
+        """theta_full: tuned on all rows."""
+        return self._tuned("full", [*self.rows.forget, *self.rows.retain], self.settings.epochs)
+
+    def gold(self) -> Path:
+        """The gold model: tuned on the retained rows alone, the goal of unlearning."""
+        return self._tuned("gold", self.rows.retain, self.settings.epochs)
+
+    def tuned(self, kind: str = "full tuning", draw: int = 0) -> Path:
+        """theta_f: tuned on the forget rows alone. draw: another order of the rows."""
+        name = f"tuned by {kind}" + (f" {draw}" if draw else "")
+        epochs = self.settings.lora_epochs if kind == "LoRA" else self.settings.tuned_epochs
+        return self._tuned(name, self.rows.forget, epochs, lora=kind == "LoRA", draw=draw)
+
+    def samples(self, rows: Sequence[Pair]) -> list[Sample]:
+        """Rows as samples, by the chat template if the model has one."""
+        return encode(rows_from(rows), load_tokenizer(self.base()), self.settings.context)
+
+    def _tuned(self, name: str, rows: Sequence[Pair], epochs: int, *, lora: bool = False, draw: int = 0) -> Path:
+        base, settings = self.base(), self.settings
+        rate = settings.lora_rate if lora else settings.rate
+        made_of: dict[str, Any] = {"base": self.store.relative(base), "rows": digest_of(rows), "epochs": epochs}
+        made_of |= {"rate": rate, "batch": settings.batch_size, "draw": draw}
+        made_of |= {"rank": settings.lora_rank} if lora else {}
+
+        def make(folder: Path) -> None:
+            model, seed = load_model(base), 1000 * draw + self.seed
+            wrapped = None
+            if lora:
+                torch.manual_seed(seed)
+                rank = settings.lora_rank
+                wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR))
+            samples = self.samples(rows)
+            tune_(model, samples, epochs=epochs, rate=rate, batch_size=settings.batch_size, seed=seed)
+            _save(model if wrapped is None else wrapped.merge_and_unload(), load_tokenizer(base), folder)
+
+        return self.store.piece(f"{self.folder}/{name}", made_of, make)
+
+
+def load_model(path: Path) -> Any:
+    """A checkpoint of the study in evaluation mode, on a GPU if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.to(choose_device(None)).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint."""
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,130 @@
+"""Other methods as curves: what training gives at each step, and steps without training at many strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.study.real.closed_form import agreeing, input_moments, kfade, sage
+from bench.study.real.compute import sample_losses
+from bench.study.real.curves import Measure, Point, crossing, read_points, write_points
+from bench.study.real.directions import Direction, task_vector
+from bench.study.real.models import Models, load_model
+from bench.study.real.parts import limited, shape_of
+from bench.study.real.training_rivals import descend
+
+DRAWS = 3  # orders of the forget rows that NegMerge tunes a theta_f with
+_LINEAR = "linear layers"
+
+
+@dataclass(frozen=True)
+class KFade:
+    """A step against the curvature at theta_full; needs no theta_f. Changes linear layers alone."""
+
+    name: str = "K-FADE"
+
+    def made_of(self, models: Models) -> dict[str, Any]:
+        """What the direction depends on, beside theta_full."""
+        return {"rows": models.rows.digest, "what": self.name}
+
+    def direction(self, models: Models) -> Direction:
+        """See ``closed_form.kfade``."""
+        forget, retain = (models.samples(rows) for rows in (models.rows.forget, models.rows.retain))
+        return kfade(load_model(models.full()), forget, retain, sample_losses)
+
+
+@dataclass(frozen=True)
+class Sage:
+    """The task vector of the linear layers, less of it along the inputs of retained rows.
+
+    mu: in units of one by the mean eigenvalue of each layer's moment of inputs.
+    """
+
+    mu: float
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"SAGE μ {self.mu:g}, {_LINEAR}"
+
+    def made_of(self, models: Models) -> dict[str, Any]:
+        """What the direction depends on, beside theta_full."""
+        return {"tuned": models.store.relative(models.tuned()), "rows": models.rows.digest, "mu": self.mu}
+
+    def direction(self, models: Models) -> Direction:
+        """See ``closed_form.sage``."""
+        module = load_model(models.full())
+        vector = limited(_LINEAR, shape_of(models, module), task_vector(models, models.tuned()))
+        moments = input_moments(module, models.samples(models.rows.retain), sample_losses)
+        return sage(vector, {name: a / a.diagonal().mean() for name, a in moments.items()}, self.mu)
+
+
+@dataclass(frozen=True)
+class NegMerge:
+    """The mean of several task vectors, where they agree in sign."""
+
+    part: str
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"NegMerge, {self.part}"
+
+    def made_of(self, models: Models) -> dict[str, Any]:
+        """What the direction depends on, beside theta_full."""
+        return {"tuned": [models.store.relative(path) for path in self._tuned(models)], "part": self.part}
+
+    def direction(self, models: Models) -> Direction:
+        """See ``closed_form.agreeing``."""
+        merged = agreeing([task_vector(models, path) for path in self._tuned(models)])
+        return limited(self.part, shape_of(models, load_model(models.base())), merged)
+
+    def _tuned(self, models: Models) -> list[Path]:
+        return [models.tuned(draw=draw) for draw in range(DRAWS)]
+
+
+STEPS: Sequence[KFade | Sage | NegMerge] = (
+    KFade(),
+    *map(Sage, (1.0, 10.0, 100.0)),
+    NegMerge("everything"),
+    NegMerge(_LINEAR),
+)
+
+
+def trained(models: Models, method: str, rate: float) -> list[Point]:
+    """The points of a method that trains, by the number of steps."""
+    settings, full = models.settings, models.full()
+    made_of: dict[str, Any] = {"full": models.store.relative(full), "rate": rate, "seed": models.seed}
+    made_of |= {"steps": [settings.steps, settings.check_every], "batch": settings.batch_size}
+    made_of |= {"measured": [settings.measured_forget, settings.measured_retain]}
+
+    def make(folder: Path) -> None:
+        module, measure = load_model(full), Measure(models)
+        forget, retain = (models.samples(rows) for rows in (models.rows.forget, models.rows.retain))
+        points = [measure(module, 0)]
+        largest = points[0].retain + max(settings.limits)
+        size, seed = settings.batch_size, models.seed
+        for step in descend(module, forget, retain, method, rate, settings.steps, size, seed, sample_losses):
+            if step % settings.check_every == 0:
+                points.append(measure(module, step))
+                if not points[-1].retain <= largest:
+                    break
+        write_points(folder, points)
+
+    return read_points(models.store.piece(f"{models.folder}/trained/{method} at {rate:g}", made_of, make))
+
+
+def rates(models: Models, method: str) -> Sequence[float]:
+    """The learning rates that a method tries."""
+    return models.settings.steering_rates if method == "RMU" else models.settings.rates
+
+
+def best_trained(models: Models, method: str, limit: float) -> Point:
+    """Where the retain loss has risen by ``limit``, at the rate at which most is forgotten then.
+
+    Where a rate does not get there, its last point counts.
+    """
+    curves = [trained(models, method, rate) for rate in rates(models, method)]
+    return max((crossing(points, limit) or points[-1] for points in curves), key=lambda point: point.forget)
