@@ -19,10 +19,9 @@ from torch.nn import functional
 
 from bench.study.models import load_model
 from bench.study.selection import KEPT, choose
-from bench.study.training import losses_of
+from bench.study.training import all_losses, losses_of
 from bench.study.trial import Trial, write_candidates
-from perta_fast.data.batches import Batch, batches_by_length
-from perta_fast.data.samples import Sample
+from perta_fast.data.batches import Batch
 from perta_fast.demo.training import descend_
 
 BETA = 0.1
@@ -115,7 +114,7 @@ def _train_(trial: Trial, module: Any, method: str, rate: float) -> Iterator[int
     """Train, and yield the number of steps after each. A step takes as many retained samples as forget samples."""
     settings, seed = trial.models.settings, trial.models.seed
     forget, retain = trial.samples("forget"), trial.samples("retain")
-    reference = _sample_losses(module, forget, settings.scoring_batch)
+    reference = all_losses(module, forget, settings.scoring_batch)
     count = torch.tensor([float(sample.label_count) for sample in forget])
     device = next(module.parameters()).device
 
@@ -144,13 +143,3 @@ def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
     while len(batches) < steps:
         batches += [batch.tolist() for batch in torch.randperm(count, generator=order).split(size)]
     return batches[:steps]
-
-
-@torch.no_grad()
-def _sample_losses(module: Any, samples: list[Sample], batch_size: int) -> Tensor:
-    """(N,): the loss of each sample, in the order of the samples."""
-    losses = torch.empty(len(samples))
-    device = next(module.parameters()).device
-    for numbers in batches_by_length(samples, batch_size):
-        losses[numbers] = losses_of(module, Batch.of([samples[k] for k in numbers], device)).cpu()
-    return losses

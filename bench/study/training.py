@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.demo.training import descend_, new_llama, warmed_up
 from perta_fast.models.losses import sample_means
 
-_GROUP = 16  # batches whose samples are sorted by length together, for little padding in a random order
+Losses = Callable[[Any, Batch], Tensor]  # (N,), of each sample of a batch
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -45,26 +45,47 @@ def losses_of(module: Any, batch: Batch) -> Tensor:
     return sample_means(losses, labelled.nonzero()[:, 0], len(targets))
 
 
+@torch.no_grad()
+def all_losses(module: Any, samples: Sequence[Sample], batch_size: int, losses: Losses = losses_of) -> Tensor:
+    """(N,) float32 on the CPU: the loss of each sample, in the order of the samples."""
+    values = torch.empty(len(samples))
+    device = next(module.parameters()).device
+    for numbers in batches_by_length(samples, batch_size):
+        values[numbers] = losses(module, Batch.of([samples[k] for k in numbers], device)).cpu()
+    return values
+
+
 def tune_(
-    module: nn.Module, samples: Sequence[Sample], *, epochs: int, rate: float, batch_size: int, seed: int
+    module: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    epochs: int,
+    rate: float,
+    batch_size: int,
+    seed: int,
+    group: int = 16,
+    losses: Losses = losses_of,
 ) -> None:
-    """Train on the mean loss of the samples; the rate rises, then falls to 0. seed: decides the order of samples."""
+    """Train on the mean loss of the samples; the rate rises, then falls to 0. seed: decides the order of samples.
+
+    group: batches whose samples are sorted by length together, for little padding in a random order.
+    """
     device = next(module.parameters()).device
     order = torch.Generator().manual_seed(seed)
-    batches = [batch for _ in range(epochs) for batch in _epoch(samples, batch_size, order)]
+    batches = [batch for _ in range(epochs) for batch in _epoch(samples, batch_size, group, order)]
 
     def loss(numbers: list[int]) -> Tensor:
-        return losses_of(module, Batch.of([samples[k] for k in numbers], device)).mean()
+        return losses(module, Batch.of([samples[k] for k in numbers], device)).mean()
 
     for _ in descend_(module, batches, loss, warmed_up(rate, len(batches))):
         pass
     module.eval()
 
 
-def _epoch(samples: Sequence[Sample], batch_size: int, order: torch.Generator) -> list[list[int]]:
+def _epoch(samples: Sequence[Sample], batch_size: int, size: int, order: torch.Generator) -> list[list[int]]:
     """The numbers of all samples, in batches of similar length, in random order."""
     batches = []
-    for group in torch.randperm(len(samples), generator=order).split(_GROUP * batch_size):
+    for group in torch.randperm(len(samples), generator=order).split(size * batch_size):
         numbers = group.tolist()
         in_group = [samples[k] for k in numbers]
         batches += [[numbers[k] for k in batch] for batch in batches_by_length(in_group, batch_size)]

@@ -7,15 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import perta_fast as pf
 from bench.study.data import Split
 from bench.study.models import Models, load_model, load_tokenizer
 from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
 from bench.study.store import read_json, write_json
-from bench.study.training import losses_of
-from perta_fast.data.batches import Batch, batches_by_length
+from bench.study.training import all_losses
 from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import Sample, encode
 from perta_fast.evaluation.tofu import read_tofu
@@ -106,15 +103,9 @@ class Trial:
         return self.piece(name, {**made_of, **shared}, make)
 
 
-@torch.no_grad()
 def mean_loss(module: Any, samples: Sequence[Sample], batch_size: int) -> float:
     """The mean over samples of their mean token loss, as ``sweep`` measures it."""
-    device = next(module.parameters()).device
-    losses = [
-        losses_of(module, Batch.of([samples[k] for k in numbers], device))
-        for numbers in batches_by_length(samples, batch_size)
-    ]
-    return torch.cat(losses).double().mean().item()
+    return all_losses(module, samples, batch_size).double().mean().item()
 
 
 def write_candidates(folder: Path, candidates: Sequence[Candidate]) -> None:

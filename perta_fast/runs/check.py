@@ -19,7 +19,7 @@ from perta_fast.checkpoints.companions import CARD
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import fields_from, fields_text
-from perta_fast.data.rows import Row, read_data
+from perta_fast.data.rows import Row, evenly_spread, read_data
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, is_out_of_memory, shell_command
@@ -72,7 +72,7 @@ class Rows:
     @classmethod
     def of(cls, data: Mapping[str, Sequence[Row]], **how: Any) -> "Rows":
         """Evenly spread rows of ``data``."""
-        chosen = {role: [rows[k] for k in spread(len(rows))] for role, rows in data.items()}
+        chosen = {role: [rows[k] for k in evenly_spread(len(rows), ROWS)] for role, rows in data.items()}
         return cls(chosen, {role: len(rows) for role, rows in data.items()}, **how)
 
     def measure(self, subject: "Subject", role: str, when: str, most: int | None = None) -> Measured:
@@ -94,12 +94,6 @@ class Rows:
         loss = -sum(float(score.log_probs.mean()) for score in scores) / len(scores)
         exact = sum(bool(score.hits.all()) for row, score in zip(rows, scores, strict=True) if _has_answer(row))
         return Measured(loss if abs(loss) < float("inf") else None, exact)
-
-
-def spread(count: int, most: int = ROWS) -> list[int]:
-    """The numbers of at most ``most`` of ``count`` rows, evenly spread."""
-    chosen = min(count, most)
-    return [k * count // chosen for k in range(chosen)]
 
 
 @dataclass

@@ -457,7 +457,7 @@ def test_half_of_the_probability_is_kept_at_the_limit() -> None:
 @pytest.mark.parametrize("count", [1, 5, 33])
 def test_an_epoch_has_every_sample_once(count: int) -> None:
     samples = draw_samples(count)
-    batches = training._epoch(samples, 2, torch.Generator().manual_seed(0))
+    batches = training._epoch(samples, 2, 16, torch.Generator().manual_seed(0))
     assert sorted(k for batch in batches for k in batch) == list(range(count))
     assert max(map(len, batches)) <= 2
 

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perta_fast import Report, apply, estimate_importance, evaluate, resume, unlearn, verify
 from perta_fast.cli import main
 from perta_fast.data.batches import Batch
-from perta_fast.data.rows import load_rows
+from perta_fast.data.rows import evenly_spread, load_rows
 from perta_fast.data.samples import encode, prompt_of
 from perta_fast.errors import Interrupted
 from perta_fast.models import loading
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.records.check import Check, CheckedData, Measured
 from perta_fast.runs import check as checking
-from perta_fast.runs.check import PHASE, ROWS, Rows, spread
+from perta_fast.runs.check import PHASE, ROWS, Rows
 from perta_fast.subtraction import in_place, to_directory
 from perta_fast.tuning.run import FILE_NAME
 from tests.support.models import FORGET, RETAIN, Job, llama, tokenizer, write_job, write_lines
@@ -127,8 +127,8 @@ def test_rows_of_text_have_a_loss_alone(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_spread_sample_of_many_rows(job: Job, tmp_path: Path) -> None:
-    assert spread(5) == [0, 1, 2, 3, 4]
-    chosen = spread(400)
+    assert evenly_spread(5, ROWS) == [0, 1, 2, 3, 4]
+    chosen = evenly_spread(400, ROWS)
     assert len(chosen) == ROWS and chosen == sorted(set(chosen)) and chosen[0] == 0 and chosen[-1] >= 390
     many = write_lines(tmp_path / "many.jsonl", [FORGET[k % 5] for k in range(2 * ROWS + 1)])
     report = run(job, tmp_path / "out", forget=many)

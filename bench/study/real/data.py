@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from bench.study.real.settings import Settings
 from bench.study.store import digest_of
+from perta_fast.data.rows import evenly_spread
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import read_benchmark_file
 
@@ -78,9 +79,7 @@ class Rows:
 
 def spread(rows: Sequence[_T], count: int) -> list[_T]:
     """At most ``count`` rows, evenly spread."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[k * len(rows) // count] for k in range(count)]
+    return [rows[k] for k in evenly_spread(len(rows), count)]
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], question: str = "question", answer: str = "answer") -> list[Pair]:
