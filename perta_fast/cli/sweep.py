@@ -15,7 +15,7 @@ from perta_fast.scoring.criteria import LOSS, METRICS, SELECTIONS
 
 if TYPE_CHECKING:
     from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.sweeping.results import Sweep
+    from perta_fast.sweeping.results import Sweep
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -156,7 +156,7 @@ class Check:
         if not forget.is_forgotten:
             warnings.append(
                 f"nothing was forgotten: the loss on the forget rows rose by less than {FORGOTTEN_RISE:g} nats; "
-                "give a larger lambda"
+                "give a larger lambda, or allow the retain loss a larger rise (max_retain_rise)"
             )
         if retain.is_lost:
             warnings.append(
