@@ -61,7 +61,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
     check_in_place(sources)
     changing = sum(match.theta.size for match in sources.matches if match.copied is None)
     check_space(model, 3 * min(SEGMENT, changing) + _FREE_MARGIN)
-    with PeakMemory() as memory, _locked(model) as journal, _explained(model):
+    with _told_if_complete(model), PeakMemory() as memory, _locked(model) as journal, _explained(model):
         report = job.begun_report()
         report.in_place = True
         describe_inputs(report, sources, job)
@@ -75,7 +75,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
 
 def resume_in_place(model: Path, progress: Progress) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
-    with PeakMemory() as memory, _locked(model) as journal, _explained(model):
+    with _told_if_complete(model), PeakMemory() as memory, _locked(model) as journal, _explained(model):
         moved_files = [CONFIG, *(path.name for path in journal.glob(f"*{_INDEX}"))]
         check_own_tree(journal, links=moved_files)
         job = Job.load(journal / JOB)
@@ -231,6 +231,29 @@ def _locked(model: Path) -> Iterator[Path]:
                 remove(journal)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _told_if_complete(model: Path) -> Iterator[None]:
+    """Make an interruption after the last change say so: the same run again would subtract twice."""
+    before = _version(model / FILE_NAME)
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        if is_open(model) or _version(model / FILE_NAME) == before:
+            raise
+        raise Interrupted(f"interrupted; {model} is complete; do not run the same command again") from None
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What differs once a file has been replaced."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 @contextmanager

@@ -347,6 +347,30 @@ def test_leftovers_of_a_finished_run_are_never_replayed(
     assert shards(inputs["model"]) == shards(tmp_path / "out")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_stopped_after_the_last_change_it_says_so(
+    again: bool, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To run the same command again would subtract twice."""
+    apply(*inputs.all, lam=0.7, out=tmp_path / "out", progress=False)
+    if again:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(in_place, "SEGMENT", 256)
+            stop_at_the_second_segment(patch)
+            change(inputs, threads=2)
+    remove = in_place.remove
+
+    def stop(path: Path) -> None:
+        if path.name == ".perta-journal":
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(in_place, "remove", stop)
+    with pytest.raises(Interrupted, match="is complete; do not run the same command again"):
+        resume(inputs["model"], progress=False) if again else change(inputs)
+    assert shards(inputs["model"]) == shards(tmp_path / "out")
+
+
 def test_from_a_shell(inputs: Inputs) -> None:
     model, base, tuned = inputs.checkpoints
     command = ["apply", "--model", model, "--base", base, "--tuned", tuned, "--rule", "tv", "--lam", "1"]
