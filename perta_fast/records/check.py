@@ -147,7 +147,8 @@ class Check:
         """What is wrong with the result. Of a check that is whole."""
         forget, retain = self.data["forget"], self.data["retain"]
         exchanged = not forget.is_forgotten and retain.is_forgotten and retain.rise > forget.rise
-        if exchanged and not self.early_warnings():
+        told = self.early_warnings()  # these say what to do
+        if exchanged and not told:
             return [
                 "the retain rows have lost more than the forget rows; were forget and retain exchanged (the files, or "
                 "the importances), or is tuned not the base tuned on the forget rows?"
@@ -155,8 +156,8 @@ class Check:
         warnings = []
         if not forget.is_forgotten:
             warnings.append(
-                f"nothing was forgotten: the loss on the forget rows rose by less than {FORGOTTEN_RISE:g} nats; "
-                "give a larger lambda, or allow the retain loss a larger rise (max_retain_rise)"
+                f"nothing was forgotten: the loss on the forget rows rose by less than {FORGOTTEN_RISE:g} nats"
+                + ("" if told else "; give a larger lambda, or allow the retain loss a larger rise (max_retain_rise)")
             )
         if retain.is_lost:
             warnings.append(

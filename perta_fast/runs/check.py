@@ -246,7 +246,8 @@ def _finish(
                     _measure_result(check, directory, checkpoints, rows() if callable(rows) else rows)
                 except Exception as error:
                     check.left_out = _reason(error)
-                if check.is_whole and report.lam > 0:  # others have a warning of their own
+                changed = any(row.changed for row in report.tensors)
+                if check.is_whole and report.lam > 0 and changed:  # others have a warning of their own
                     for warning in check.late_warnings():
                         report.warn(warning)
                 report.add_phase(PHASE, seconds + time.perf_counter() - started, 0)

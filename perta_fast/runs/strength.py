@@ -138,10 +138,7 @@ class StrengthSearch:
                 raise InputError(f"{options.model}: cannot be scored on the {role} data: {error}") from error
         self.original = live.measure_original({})
         if not self.original.is_finite:
-            raise InputError(
-                f"{options.model}: its losses on the data are not finite, so no strength can be chosen; "
-                "run it in float32 or bfloat16 (dtype), or give lam"
-            )
+            raise InputError(f"{options.model}: {_why_not_finite(live, str(options.dtype))}")
         if self.opened.rule.estimator is None:
             self.live = live
 
@@ -175,6 +172,18 @@ def annotate(report: Report, choice: StrengthChoice | None, seconds: float) -> N
 def _tried(setting: ScoredSetting) -> TriedStrength:
     losses = (setting.forget_loss, setting.retain_loss)
     return TriedStrength(setting.lam, *(loss if math.isfinite(loss) else None for loss in losses))
+
+
+def _why_not_finite(live: "LiveModel", dtype: str) -> str:
+    """Why theta_full cannot be scored, and what to do. dtype: that it was told to run in."""
+    if dtype != "torch.float16":  # which can make infinite values of finite ones
+        for name, parameter in live.subject.module.named_parameters():
+            if not parameter.isfinite().all():
+                return f"tensor {name} has NaN or infinite values, so no strength can be chosen; give a sound copy"
+    return (
+        "its losses on the data are not finite, so no strength can be chosen; "
+        "run it in float32 or bfloat16 (dtype), or give lam"
+    )
 
 
 def _nothing_keeps(bound: float, original: ScoredSetting, tried: list[ScoredSetting]) -> str:

@@ -175,6 +175,15 @@ def test_nothing_was_forgotten(learnt: Job, tmp_path: Path) -> None:
     assert [warning.split(":")[0] for warning in report.warnings] == ["nothing was forgotten"]
 
 
+def test_no_larger_strength_is_advised_where_none_helps(learnt: Job, tmp_path: Path) -> None:
+    base = Job(learnt.model, learnt.base, learnt.base, learnt.forget, learnt.retain)
+    copied = run(base, tmp_path / "copy", rule="tv", allow_zero=True)
+    assert [warning.split(":")[0] for warning in copied.warnings] == ["no value of the model has changed"]
+    exchanged = run(learnt, tmp_path / "out", forget=learnt.retain, retain=learnt.forget, lam=1e-3)
+    assert exchanged.warnings[1].startswith("nothing was forgotten")
+    assert not any("larger lambda" in warning for warning in exchanged.warnings)
+
+
 def test_much_was_lost(learnt: Job, tmp_path: Path) -> None:
     report = run(learnt, tmp_path / "out", rule="tv", lam=8.0)
     assert "Lost: the loss on the retain rows rose" in checked(report).verdict()

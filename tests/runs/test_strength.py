@@ -321,7 +321,7 @@ def test_commands_that_cannot_choose(job: Job, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("rule", ["tv", "fisher"])
-@pytest.mark.parametrize("fault", ["not finite", "shorter", "fewer tokens", "no config"])
+@pytest.mark.parametrize("fault", ["not finite", "NaN", "shorter", "fewer tokens", "no config"])
 def test_a_model_that_cannot_be_scored(
     fault: str, rule: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +333,12 @@ def test_a_model_that_cannot_be_scored(
         model.lm_head.weight.data.fill_(1e38)
         path = tmp_path / "broken"
         model.save_pretrained(path)
+    elif fault == "NaN":  # no type and no given strength would help
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.model.embed_tokens.weight.data.fill_(float("nan"))
+        path = tmp_path / "broken"
+        model.save_pretrained(path)
+        reason = "broken: tensor model.embed_tokens.weight has NaN or infinite values, .*; give a sound copy$"
     elif fault == "no config":
         (path / "config.json").unlink()
         reason = "config.json|transformers cannot load this model"
