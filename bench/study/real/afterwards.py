@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.study.real.compute import all_losses, mean_loss
+from bench.study.real.compute import all_losses, fast_products, mean_loss
 from bench.study.real.curves import Point, curve
 from bench.study.real.data import Choice, spread
 from bench.study.real.directions import set_
@@ -93,7 +93,8 @@ def stressed(models: Models, module: Any) -> dict[str, float]:
         stresses[f"relearned {steps}"] = partial(relearn, module, models.samples(again), steps)
     numbers: dict[str, float] = {}
     for name, stress in stresses.items():
-        stress()
+        with fast_products(module):
+            stress()
         forget, retain = (mean_loss(module, samples) for samples in parts)
         numbers |= {f"forget, {name}": forget, f"retain, {name}": retain}
         set_(module, before, {}, 0.0)

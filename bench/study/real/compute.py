@@ -16,9 +16,14 @@ from perta_fast.data.samples import Sample
 BATCH_SIZE = 16  # of what needs no gradients
 
 
+def fast_products(module: Any) -> torch.autocast:
+    """Within it, matrix products take bfloat16 inputs."""
+    return torch.autocast(next(module.parameters()).device.type, torch.bfloat16)
+
+
 def losses_of(module: Any, batch: Batch) -> Tensor:
     """(N,) float32: the mean token loss of each sample; can be differentiated."""
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+    with fast_products(module):
         return training.losses_of(module, batch).float()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.study.real.compute import fast_products
 from bench.study.real.data import Pair, spread
 from bench.study.real.models import Models, load_model, load_tokenizer
 from bench.study.store import read_json, write_json
@@ -63,7 +64,7 @@ def _answer(module: Any, tokenizer: Any, sample: Sample) -> str:
     """The greedy answer to the prompt of ``sample``."""
     length = next(k for k, label in enumerate(sample.labels) if label >= 0)
     prompt = torch.tensor([sample.input_ids[:length]])
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products(module):
         ids = module.generate(prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0)
     text = tokenizer.decode(ids[0, length:], skip_special_tokens=True)
     return " ".join(str(text).split())
