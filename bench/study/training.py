@@ -55,6 +55,11 @@ def all_losses(module: Any, samples: Sequence[Sample], batch_size: int, losses: 
     return values
 
 
+def mean_loss(module: Any, samples: Sequence[Sample], batch_size: int, losses: Losses = losses_of) -> float:
+    """The mean over samples of their mean token loss, as ``sweep`` measures it."""
+    return all_losses(module, samples, batch_size, losses).double().mean().item()
+
+
 def tune_(
     module: nn.Module,
     samples: Sequence[Sample],

@@ -12,7 +12,7 @@ from bench.study.data import Split
 from bench.study.models import Models, load_model, load_tokenizer
 from bench.study.selection import KEPT, Candidate, Limits, choose, limit_of
 from bench.study.store import read_json, write_json
-from bench.study.training import all_losses
+from bench.study.training import mean_loss
 from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import Sample, encode
 from perta_fast.evaluation.tofu import read_tofu
@@ -101,11 +101,6 @@ class Trial:
             )
 
         return self.piece(name, {**made_of, **shared}, make)
-
-
-def mean_loss(module: Any, samples: Sequence[Sample], batch_size: int) -> float:
-    """The mean over samples of their mean token loss, as ``sweep`` measures it."""
-    return all_losses(module, samples, batch_size).double().mean().item()
 
 
 def write_candidates(folder: Path, candidates: Sequence[Candidate]) -> None:

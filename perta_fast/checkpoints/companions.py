@@ -18,7 +18,8 @@ CARD, CONFIG = "README.md", "config.json"
 TEMPLATES = "additional_chat_templates"  # the one directory beside the weights that transformers reads
 _READ = (".json", ".jinja", ".py", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe")
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, or SHA-256
-_OF_A_RUN = ("perta_report.json", "perta_files.b3", "perta_tune.json")
+TUNING = "perta_tune.json"  # what ``perta tune`` leaves beside the model that it has tuned
+_OF_A_RUN = ("perta_report.json", "perta_files.b3", TUNING)
 
 
 def companions(directory: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from perta_fast import compiled
-from perta_fast.checkpoints.companions import other_weights
+from perta_fast.checkpoints.companions import TUNING, other_weights
 from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks, deal
@@ -28,8 +28,6 @@ from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.read_beside import companion_records, taken_at, taken_elsewhere
-
-_TUNING = "perta_tune.json"  # as ``tuning.run`` names it, which needs torch
 
 
 def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
@@ -156,10 +154,10 @@ def _why_unchanged(report: Report) -> str:
 
 def _exchange_warnings(tuned: Path, importance: Mapping[str, ImportanceRecord]) -> list[str]:
     """Whether theta_f has learnt the data of the retain importance, as far as ``perta tune`` has left a record."""
-    if len(importance) < 2 or not exists(tuned / _TUNING):
+    if len(importance) < 2 or not exists(tuned / TUNING):
         return []
     try:
-        record = read_json(tuned / _TUNING)
+        record = read_json(tuned / TUNING)
         learnt = record["data"]["blake3"]
     except (InputError, KeyError, TypeError):  # the record is not needed
         return []

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import left_out_links, left_out_warning
+from perta_fast.checkpoints.companions import TUNING, left_out_links, left_out_warning
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
@@ -35,7 +35,7 @@ from perta_fast.tuning.adapter import add_adapter, check_adapter, save_adapter, 
 from perta_fast.tuning.checkpoint import tuned_size, write_tuned
 from perta_fast.tuning.training import Request, train_
 
-FILE_NAME = "perta_tune.json"
+FILE_NAME = TUNING
 _NEEDED = ("peft", "accelerate")
 _SCORED_AT_A_TIME = 8  # samples
 

@@ -24,7 +24,7 @@ from perta_fast.scoring.setting import ScoredSetting
 from tests.checkpoints.test_adapters import make_adapter
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import fingerprint
-from tests.support.children import perta
+from tests.support.children import perta, signal_at
 from tests.support.models import CHAT_TEMPLATE, FORGET, RETAIN, Job, llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -381,17 +381,7 @@ def test_stopped_in_the_search_it_begins_anew(
 
 
 def test_killed_in_the_search(job: Job, tmp_path: Path) -> None:
-    setup = """
-import os, signal
-from perta_fast.scoring.live_model import LiveModel
-measure, calls = LiveModel.measure, []
-def killed(*arguments):
-    calls.append(arguments)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return measure(*arguments)
-LiveModel.measure = killed
-"""
+    setup = signal_at("SIGKILL", "scoring.live_model.apply_to_module_", earlier=2)  # at the second setting
     places = [f"--{role}={getattr(job, role)}" for role in ("model", "base", "tuned", "forget", "retain")]
     command = ["unlearn", *places, "--rule", "grad", "--out", tmp_path / "out", "--quiet"]
     done = perta(*command, setup=setup)

@@ -17,7 +17,7 @@ from perta_fast.sweeping import chosen_checkpoint as writing
 from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping import run as sweeping_run
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
-from tests.support.children import perta
+from tests.support.children import perta, signal_at
 from tests.support.models import RETAIN, Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,18 +144,8 @@ def test_stopped_between_two_estimates(own_job: Job, whole: tuple[Sweep, Path], 
 
 def test_killed(own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch) -> None:
     """By a signal that no process can catch, between two settings."""
-    setup = """
-import os, signal, sys
-sys.modules["matplotlib.figure"] = None
-from perta_fast.scoring.live_model import LiveModel
-measure, calls = LiveModel.measure, []
-def killed(*arguments):
-    calls.append(arguments)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return measure(*arguments)
-LiveModel.measure = killed
-"""
+    setup = 'import sys\nsys.modules["matplotlib.figure"] = None\n'
+    setup += signal_at("SIGKILL", "scoring.live_model.apply_to_module_", earlier=2)  # at the second setting
     model, base, tuned = own_job.checkpoints
     done = perta(
         *("sweep", "--model", model, "--base", base, "--tuned", tuned),

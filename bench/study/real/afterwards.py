@@ -36,7 +36,8 @@ def after_of(models: Models, name: str) -> Numbers:
     """
     paths = {"θ_0": models.base, "θ_full": models.full, "gold": models.gold}
     settings = models.settings
-    made_of: dict[str, Any] = {"scored": settings.scored, "relearned": list(settings.relearned)}
+    made_of: dict[str, Any] = {"rows": models.rows.digest, "scored": settings.scored}
+    made_of |= {"relearned": list(settings.relearned), "relearning_rate": settings.relearning_rate}
     method = next((method for method in final_methods() if method.name == name), None)
     if method is None:
         made_of["model"] = models.store.relative(paths[name]())
@@ -69,7 +70,8 @@ def measured(models: Models, module: Any) -> dict[str, float]:
     def choices(some: Sequence[Choice]) -> float:
         return right_choices(models, module, spread(some, count // 2))
 
-    numbers = _losses(models, module)
+    parts = {"forget": rows.forget, "reworded answers": rows.reworded_answers, "retain": rows.retain}
+    numbers = {name: mean_loss(module, models.samples(spread(some, count))) for name, some in parts.items()}
     numbers["reworded questions"] = mean_loss(module, models.samples(spread(rows.reworded_questions, count)))
     numbers["choices, forget"] = choices(rows.forget_choices)
     numbers["choices, retain"] = choices(rows.retain_choices)
@@ -99,12 +101,6 @@ def stressed(models: Models, module: Any) -> dict[str, float]:
         numbers |= {f"forget, {name}": forget, f"retain, {name}": retain}
         set_(module, before, {}, 0.0)
     return numbers
-
-
-def _losses(models: Models, module: Any) -> dict[str, float]:
-    rows, count = models.rows, models.settings.scored
-    parts = {"forget": rows.forget, "reworded answers": rows.reworded_answers, "retain": rows.retain}
-    return {name: mean_loss(module, models.samples(spread(some, count))) for name, some in parts.items()}
 
 
 def right_choices(models: Models, module: Any, choices: Sequence[Choice]) -> float:

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.study.real.compute import Direction, SampleLosses
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
-
-Direction = dict[str, Tensor]
-SampleLosses = Callable[[Any, list[Sample]], Tensor]
 
 PREDICTED_RISE = 1e-5  # nats of retain loss that K-FADE's curvature predicts at strength 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
 
 BATCH_SIZE = 16  # of what needs no gradients
+Direction = dict[str, Tensor]  # what a method subtracts at strength 1, by the name of the parameter; float32
+SampleLosses = Callable[[Any, list[Sample]], Tensor]  # (N,), of samples that make one batch
 
 
 def fast_products(module: Any) -> torch.autocast:
@@ -33,9 +35,5 @@ def sample_losses(module: Any, samples: Sequence[Sample]) -> Tensor:
 
 
 all_losses = partial(training.all_losses, batch_size=BATCH_SIZE, losses=losses_of)
+mean_loss = partial(training.mean_loss, batch_size=BATCH_SIZE, losses=losses_of)
 tune_ = partial(training.tune_, group=8, losses=losses_of)
-
-
-def mean_loss(module: Any, samples: Sequence[Sample]) -> float:
-    """The mean over samples of their mean token loss."""
-    return all_losses(module, samples).double().mean().item()

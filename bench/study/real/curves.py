@@ -9,8 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.study.real.compute import mean_loss
 from bench.study.real.data import spread
 from bench.study.real.directions import Method, set_
@@ -86,7 +84,7 @@ def walked(at: Callable[[float], Point], limits: Sequence[float], largest: float
         strength *= _FAST if points[-1].at_most(_SHALLOW, points[0]) else _SLOW
     for limit in limits:
         guess = crossing(points, limit)
-        if guess is not None and not math.isnan(guess.retain):
+        if guess is not None:
             points = sorted([*points, at(guess.strength)], key=lambda point: point.strength)
     return points
 
@@ -122,8 +120,7 @@ def landmarks(models: Models) -> dict[str, Point]:
 
     def measured(name: str, path: Path) -> Point:
         def make(folder: Path) -> None:
-            with torch.no_grad():
-                write_points(folder, [Measure(models)(load_model(path), 0.0)])
+            write_points(folder, [Measure(models)(load_model(path), 0.0)])
 
         made_of: dict[str, Any] = {"model": models.store.relative(path), "rows": models.rows.digest}
         made_of |= {"measured": [models.settings.measured_forget, models.settings.measured_retain]}

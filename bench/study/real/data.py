@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,7 +74,8 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        return digest_of([[vars(c) for c in self.world_choices], self.forget, self.retain, self.reworded_answers])
+        """A short hash of all rows."""
+        return digest_of(asdict(self))
 
 
 def spread(rows: Sequence[_T], count: int) -> list[_T]:

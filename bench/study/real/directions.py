@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
+from bench.study.real.compute import Direction
 from bench.study.real.importances import Weighing, weights_by_name
-from bench.study.real.models import Models, load_model
-from bench.study.real.parts import limited, shape_of
+from bench.study.real.models import FULL_TUNING, Models
+from bench.study.real.parts import EVERYTHING, limited, shape_of
 from perta_fast.checkpoints.checkpoint import Checkpoint
 
 
@@ -28,17 +28,14 @@ class Method(Protocol):
         """What is subtracted at strength 1."""
 
 
-Direction = dict[str, Tensor]  # by the name of the parameter in the module; float32
-
-
 @dataclass(frozen=True)
 class Subtraction:
     """PerTA: w times the task vector, in one part of the model. tuned: the kind of theta_f."""
 
     name: str
     weighing: Weighing
-    part: str = "everything"
-    tuned: str = "full tuning"
+    part: str = EVERYTHING
+    tuned: str = FULL_TUNING
 
     def made_of(self, models: Models) -> dict[str, Any]:
         """What the direction depends on, beside theta_full."""
@@ -51,7 +48,7 @@ class Subtraction:
         w = weights_by_name(models, self.weighing)
         if w is not None:
             vector = {name: tensor * w[name] for name, tensor in vector.items() if name in w}
-        return limited(self.part, shape_of(models, load_model(models.base())), vector)
+        return limited(self.part, shape_of(models), vector)
 
 
 def task_vector(models: Models, tuned: Path) -> Direction:

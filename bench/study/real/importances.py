@@ -85,7 +85,7 @@ def drawn(module: Any, samples: Sequence[Sample], seed: int) -> list[Sample]:
     random = torch.Generator().manual_seed(seed)
     changed = list(samples)
     for numbers in batches_by_length(samples, 8):
-        batch = Batch.of([samples[k] for k in numbers])
+        batch = Batch.of([samples[k] for k in numbers], next(module.parameters()).device)
         logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         for k, of_sample in zip(numbers, logits.float().cpu(), strict=True):
             labels = torch.tensor(samples[k].labels)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bench.study.real.directions import Subtraction
 from bench.study.real.importances import Weighing
-from bench.study.real.parts import PARTS, SPLIT_EMBEDDING
+from bench.study.real.models import FULL_TUNING, LORA
+from bench.study.real.parts import EVERYTHING, LINEAR, PARTS, SPLIT_EMBEDDING
 
 ALPHAS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
-LINEAR = "linear layers"
 _TV = Weighing()
 
 
@@ -18,13 +18,13 @@ def _fisher(alpha: float, **how: object) -> Weighing:
 SHARED = (Weighing("grad"), _fisher(1.0), _fisher(16.0))  # whose w is looked at by group
 
 
-def _named(weighing: Weighing, part: str = "everything", tuned: str = "full tuning") -> Subtraction:
+def _named(weighing: Weighing, part: str = EVERYTHING, tuned: str = FULL_TUNING) -> Subtraction:
     name = weighing.rule if weighing.rule == "tv" else f"{weighing.rule} α {weighing.alpha:g}"
     name += " at θ_full" if weighing.at == "full" else ""
     name += ", labels drawn" if weighing.drawn else ""
     name += f", {weighing.count} rows" if weighing.count else ""
-    name += "" if part == "everything" else f", {part}"
-    return Subtraction(name + ("" if tuned == "full tuning" else f", {tuned} θ_f"), weighing, part, tuned)
+    name += "" if part == EVERYTHING else f", {part}"
+    return Subtraction(name + ("" if tuned == FULL_TUNING else f", {tuned} θ_f"), weighing, part, tuned)
 
 
 def main_methods() -> list[Subtraction]:
@@ -36,7 +36,7 @@ def main_methods() -> list[Subtraction]:
 
 def lora_methods() -> list[Subtraction]:
     """The same with a LoRA theta_f, which changes linear layers alone."""
-    return [_named(weighing, tuned="LoRA") for weighing in (_TV, *map(_fisher, (1.0, 16.0, 64.0)))]
+    return [_named(weighing, tuned=LORA) for weighing in (_TV, *map(_fisher, (1.0, 16.0, 64.0)))]
 
 
 def alpha_method(alpha: float, part: str) -> Subtraction:
@@ -46,20 +46,18 @@ def alpha_method(alpha: float, part: str) -> Subtraction:
 
 def alpha_methods() -> list[Subtraction]:
     """Every alpha."""
-    return [alpha_method(alpha, part) for part in ("everything", LINEAR) for alpha in ALPHAS]
+    return [alpha_method(alpha, part) for part in (EVERYTHING, LINEAR) for alpha in ALPHAS]
 
 
 def final_methods() -> list[Subtraction]:
     """Those that are asked what is left."""
-    both = [
-        _named(weighing, part) for part in ("everything", LINEAR) for weighing in (_TV, _fisher(1.0), _fisher(16.0))
-    ]
-    return both + [_named(weighing, tuned="LoRA") for weighing in (_TV, _fisher(16.0))]
+    both = [_named(weighing, part) for part in (EVERYTHING, LINEAR) for weighing in (_TV, _fisher(1.0), _fisher(16.0))]
+    return both + [_named(weighing, tuned=LORA) for weighing in (_TV, _fisher(16.0))]
 
 
 def part_methods(untied: bool) -> list[Subtraction]:
     """Each part alone, weighed and not; input embedding and head by themselves where they are two matrices."""
-    parts = [part for part in PARTS if part != "everything" and (untied or part not in SPLIT_EMBEDDING)]
+    parts = [part for part in PARTS if part != EVERYTHING and (untied or part not in SPLIT_EMBEDDING)]
     return [_named(weighing, part) for part in parts for weighing in (_TV, _fisher(16.0))]
 
 
@@ -67,5 +65,5 @@ def importance_methods(few_rows: int) -> list[Subtraction]:
     """Other importances: at theta_full, of drawn labels, of few rows."""
     ways: list[dict[str, object]] = [{"at": "full"}, {"drawn": True}, {"count": few_rows}]
     return [
-        _named(_fisher(alpha, **way), part) for way in ways for part in ("everything", LINEAR) for alpha in (1.0, 16.0)
+        _named(_fisher(alpha, **way), part) for way in ways for part in (EVERYTHING, LINEAR) for alpha in (1.0, 16.0)
     ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from bench.study import models as small
 from bench.study.real.compute import tune_
 from bench.study.real.data import Pair, Rows
 from bench.study.real.settings import Settings
@@ -20,8 +22,9 @@ from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import Sample, encode
 from perta_fast.models.loading import choose_device
 
-TUNED = ("full tuning", "LoRA")  # kinds of theta_f
+FULL_TUNING, LORA = "full tuning", "LoRA"  # kinds of theta_f
 _LINEAR = "all-linear"
+load_tokenizer = cache(small.load_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ class Models:
         """The gold model: tuned on the retained rows alone, the goal of unlearning."""
         return self._tuned("gold", self.rows.retain, self.settings.epochs)
 
-    def tuned(self, kind: str = "full tuning", draw: int = 0) -> Path:
+    def tuned(self, kind: str = FULL_TUNING, draw: int = 0) -> Path:
         """theta_f: tuned on the forget rows alone. draw: another order of the rows."""
         name = f"tuned by {kind}" + (f" {draw}" if draw else "")
-        epochs = self.settings.lora_epochs if kind == "LoRA" else self.settings.tuned_epochs
-        return self._tuned(name, self.rows.forget, epochs, lora=kind == "LoRA", draw=draw)
+        epochs = self.settings.lora_epochs if kind == LORA else self.settings.tuned_epochs
+        return self._tuned(name, self.rows.forget, epochs, lora=kind == LORA, draw=draw)
 
     def samples(self, rows: Sequence[Pair]) -> list[Sample]:
         """Rows as samples, by the chat template if the model has one."""
@@ -104,11 +107,6 @@ def load_model(path: Path) -> Any:
         path, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
     )
     return model.to(choose_device(None)).eval()
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.study.real.compute import Direction
 from bench.study.real.models import Models
+from perta_fast.checkpoints.checkpoint import Checkpoint
 
+EVERYTHING, LINEAR = "everything", "linear layers"
+ONLY_FORGET = "embedding of tokens in forget rows only"
+SPLIT_EMBEDDING = ("embedding, as input", "head")  # parts of models that are not tied
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -45,8 +49,8 @@ def _linear(name: str) -> bool:
 
 # Whether a parameter belongs to the part; a mask of rows where only some of them do.
 PARTS: Mapping[str, Callable[[str, Shape], bool | Tensor]] = {
-    "everything": lambda name, shape: True,
-    "linear layers": lambda name, shape: _linear(name),
+    EVERYTHING: lambda name, shape: True,
+    LINEAR: lambda name, shape: _linear(name),
     "embedding": lambda name, shape: group_of(name) in ("embedding", "head"),
     "embedding, as input": lambda name, shape: group_of(name) == "embedding",
     "head": lambda name, shape: group_of(name) == "head",
@@ -56,19 +60,14 @@ PARTS: Mapping[str, Callable[[str, Shape], bool | Tensor]] = {
     "first third of the layers": lambda name, shape: _third(name, shape) == 0 and _linear(name),
     "middle third of the layers": lambda name, shape: _third(name, shape) == 1 and _linear(name),
     "last third of the layers": lambda name, shape: _third(name, shape) == 2 and _linear(name),
-    "embedding of tokens in forget rows only": lambda name, shape: (
-        shape.rows if group_of(name) in ("embedding", "head") else False
-    ),
-    "everything but the embedding of tokens in forget rows only": lambda name, shape: (
+    ONLY_FORGET: lambda name, shape: shape.rows if group_of(name) in ("embedding", "head") else False,
+    f"everything but the {ONLY_FORGET}": lambda name, shape: (
         ~shape.rows if group_of(name) in ("embedding", "head") else True
     ),
 }
 
 
-SPLIT_EMBEDDING = ("embedding, as input", "head")  # parts of models that are not tied
-
-
-def limited(part: str, shape: Shape, direction: dict[str, Tensor]) -> dict[str, Tensor]:
+def limited(part: str, shape: Shape, direction: Direction) -> Direction:
     """What of ``direction`` belongs to the part."""
     kept = {}
     for name, tensor in direction.items():
@@ -80,12 +79,14 @@ def limited(part: str, shape: Shape, direction: dict[str, Tensor]) -> dict[str, 
     return kept
 
 
-def shape_of(models: Models, module: Any) -> Shape:
+def shape_of(models: Models) -> Shape:
     """The shape of a model and its rows."""
     tokens = {
         role: {token for sample in models.samples(getattr(models.rows, role)) for token in sample.input_ids}
         for role in ("forget", "retain")
     }
-    rows = torch.zeros(module.get_input_embeddings().weight.shape[0], dtype=torch.bool)
+    tensors = Checkpoint.open(models.base()).tensors
+    embedding = next(entry for name, entry in tensors.items() if group_of(name) == "embedding")
+    rows = torch.zeros(embedding.shape[0], dtype=torch.bool)
     rows[sorted(tokens["forget"] - tokens["retain"])] = True
-    return Shape(len(module.model.layers), rows)
+    return Shape(1 + max(int(layer[1]) for layer in map(_LAYER.search, tensors) if layer is not None), rows)

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.study.real.closed_form import agreeing, input_moments, kfade, sage
-from bench.study.real.compute import sample_losses
+from bench.study.real.compute import Direction, sample_losses
 from bench.study.real.curves import Measure, Point, crossing, read_points, write_points
-from bench.study.real.directions import Direction, task_vector
+from bench.study.real.directions import task_vector
 from bench.study.real.models import Models, load_model
-from bench.study.real.parts import limited, shape_of
+from bench.study.real.parts import EVERYTHING, LINEAR, limited, shape_of
 from bench.study.real.training_rivals import descend
 
 DRAWS = 3  # orders of the forget rows that NegMerge tunes a theta_f with
-_LINEAR = "linear layers"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Sage:
     @property
     def name(self) -> str:
         """In tables."""
-        return f"SAGE μ {self.mu:g}, {_LINEAR}"
+        return f"SAGE μ {self.mu:g}, {LINEAR}"
 
     def made_of(self, models: Models) -> dict[str, Any]:
         """What the direction depends on, beside theta_full."""
@@ -55,9 +54,8 @@ class Sage:
 
     def direction(self, models: Models) -> Direction:
         """See ``closed_form.sage``."""
-        module = load_model(models.full())
-        vector = limited(_LINEAR, shape_of(models, module), task_vector(models, models.tuned()))
-        moments = input_moments(module, models.samples(models.rows.retain), sample_losses)
+        vector = limited(LINEAR, shape_of(models), task_vector(models, models.tuned()))
+        moments = input_moments(load_model(models.full()), models.samples(models.rows.retain), sample_losses)
         return sage(vector, {name: a / a.diagonal().mean() for name, a in moments.items()}, self.mu)
 
 
@@ -79,7 +77,7 @@ class NegMerge:
     def direction(self, models: Models) -> Direction:
         """See ``closed_form.agreeing``."""
         merged = agreeing([task_vector(models, path) for path in self._tuned(models)])
-        return limited(self.part, shape_of(models, load_model(models.base())), merged)
+        return limited(self.part, shape_of(models), merged)
 
     def _tuned(self, models: Models) -> list[Path]:
         return [models.tuned(draw=draw) for draw in range(DRAWS)]
@@ -88,8 +86,8 @@ class NegMerge:
 STEPS: Sequence[KFade | Sage | NegMerge] = (
     KFade(),
     *map(Sage, (1.0, 10.0, 100.0)),
-    NegMerge("everything"),
-    NegMerge(_LINEAR),
+    NegMerge(EVERYTHING),
+    NegMerge(LINEAR),
 )
 
 
@@ -98,7 +96,7 @@ def trained(models: Models, method: str, rate: float) -> list[Point]:
     settings, full = models.settings, models.full()
     made_of: dict[str, Any] = {"full": models.store.relative(full), "rate": rate, "seed": models.seed}
     made_of |= {"steps": [settings.steps, settings.check_every], "batch": settings.batch_size}
-    made_of |= {"measured": [settings.measured_forget, settings.measured_retain]}
+    made_of |= {"measured": [settings.measured_forget, settings.measured_retain], "limits": list(settings.limits)}
 
     def make(folder: Path) -> None:
         module, measure = load_model(full), Measure(models)

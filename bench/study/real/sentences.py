@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.study.real.compute import fast_products
+from bench.study.real.compute import BATCH_SIZE, fast_products
 from bench.study.real.data import Pair, spread
 from bench.study.real.models import Models, load_model, load_tokenizer
 from bench.study.store import read_json, write_json
 from perta_fast.data.rows import rows_from
-from perta_fast.data.samples import Sample, encode
+from perta_fast.data.samples import Sample, encode, prompt_of
+from perta_fast.models.greedy_answers import greedy_answers
 
 TEXTS = Path(__file__).with_name("general_texts.txt")
 _WORD = re.compile(r"[A-Za-z]{4,}")
@@ -37,16 +37,17 @@ def other_sentences(models: Models) -> list[Pair]:
     words = spread(forget_words(models), models.settings.scored)
 
     def make(folder: Path) -> None:
-        module, tokenizer = load_model(models.base()), load_tokenizer(models.base())
-        pairs = []
-        for word in words:
-            question = _QUESTION.format(word=word)
-            answer = _answer(module, tokenizer, models.samples([{"question": question, "answer": word}])[0])
-            if word.lower() in answer.lower():
-                pairs.append({"question": question, "answer": answer})
+        questions = [_QUESTION.format(word=word) for word in words]
+        prompts = models.samples([{"question": question, "answer": "."} for question in questions])
+        answers = _answers(load_model(models.base()), load_tokenizer(models.base()), prompts)
+        pairs = [
+            {"question": question, "answer": answer}
+            for word, question, answer in zip(words, questions, answers, strict=True)
+            if word.lower() in answer.lower()
+        ]
         write_json(folder / _FILE, pairs)
 
-    made_of = {"model": models.store.relative(models.base()), "words": words}
+    made_of = {"model": models.store.relative(models.base()), "words": words, "new_tokens": _NEW_TOKENS}
     piece = models.store.piece(f"{models.folder}/sentences", made_of, make)
     pairs: list[Pair] = read_json(piece / _FILE)
     return pairs
@@ -59,12 +60,9 @@ def forget_words(models: Models) -> list[str]:
     return list(dict.fromkeys(word for word in words if word.lower() not in known))
 
 
-@torch.no_grad()
-def _answer(module: Any, tokenizer: Any, sample: Sample) -> str:
-    """The greedy answer to the prompt of ``sample``."""
-    length = next(k for k, label in enumerate(sample.labels) if label >= 0)
-    prompt = torch.tensor([sample.input_ids[:length]])
+def _answers(module: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
+    """The greedy answers to the prompts of ``samples``."""
+    prompts = list(map(prompt_of, samples))
     with fast_products(module):
-        ids = module.generate(prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0)
-    text = tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-    return " ".join(str(text).split())
+        answers = greedy_answers(module, tokenizer, prompts, batch_size=BATCH_SIZE, max_new_tokens=_NEW_TOKENS)
+    return [" ".join(answer.split()) for answer in answers]

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench.study.real.importances import Weighing, weights_by_name
-from bench.study.real.models import Models, load_model
-from bench.study.real.parts import group_of, shape_of
+from bench.study.real.models import Models
+from bench.study.real.parts import ONLY_FORGET, group_of, shape_of
 from bench.study.store import read_json, write_json
 
 _FILE = "shares.json"
-ONLY_FORGET = "embedding of tokens in forget rows only"
 GROUPS = ("embedding", ONLY_FORGET, "attention", "MLP", "norms")
 
 
@@ -21,7 +20,7 @@ def shares(models: Models, weighing: Weighing) -> Mapping[str, float]:
     def make(folder: Path) -> None:
         w = weights_by_name(models, weighing)
         assert w is not None
-        rows = shape_of(models, load_model(models.base())).rows
+        rows = shape_of(models).rows
         large: dict[str, int] = {}
         count: dict[str, int] = {}
         for name, tensor in w.items():

@@ -15,7 +15,6 @@ from bench.study.real.directions import Method
 from bench.study.real.importances import Weighing
 from bench.study.real.methods import (
     ALPHAS,
-    LINEAR,
     SHARED,
     alpha_method,
     importance_methods,
@@ -24,6 +23,7 @@ from bench.study.real.methods import (
     part_methods,
 )
 from bench.study.real.models import Models
+from bench.study.real.parts import EVERYTHING, LINEAR
 from bench.study.real.rivals import STEPS, best_trained
 from bench.study.real.shares import GROUPS, shares
 from bench.study.real.sources import SOURCES
@@ -120,7 +120,7 @@ def _crossed(models: Models, method: Method, limit: float) -> Point:
 def _alphas(trials: Trials) -> Iterator[str]:
     limits = trials[0].settings.limits
     yield from head(["reworded loss", *(f"α {alpha:g}" for alpha in ALPHAS)])
-    for part in ("everything", LINEAR):
+    for part in (EVERYTHING, LINEAR):
         for limit in limits:
             cells = []
             for alpha in ALPHAS:

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.study.baselines import BASELINES, Losses
+from bench.study.real.compute import SampleLosses, fast_products
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.demo.training import descend_
 from perta_fast.models.losses import sample_means
-
-SampleLosses = Callable[[Any, list[Sample]], Tensor]
 
 SIMNPO_BETA = 2.5
 SIMNPO_WEIGHT = 0.1375  # of the forget loss beside the retain loss
@@ -140,7 +139,7 @@ class Steering:
         hook = layers[self.layer].register_forward_hook(see)
         model.layers = layers[: self.layer + 1]  # those above it are not needed
         try:
-            with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+            with fast_products(self._module):
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         finally:
             model.layers = layers
