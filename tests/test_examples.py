@@ -1,29 +1,22 @@
 """Every example, run as a user would run it, and what it shows."""
 
 import re
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
-from tests.support.children import run_child
+from tests.support.forked import ForkedPython
 
 FOLDER = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiny")
 LOSSES = re.compile(r"^(\w[\w ]*\w) +forget loss +([\d.]+), retain loss +([\d.]+)$", re.MULTILINE)
 
 
-def run(name: str) -> CompletedProcess[str]:
-    return run_child([sys.executable, FOLDER / f"{name}.py"])
-
-
 @pytest.fixture(scope="module")
 def finished() -> dict[str, CompletedProcess[str]]:
-    """All of them, two at a time, each with the one thread that it takes."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(NAMES, pool.map(run, NAMES), strict=True))
+    with ForkedPython() as python:
+        return {name: python.run(FOLDER / f"{name}.py", cwd=FOLDER.parent) for name in NAMES}
 
 
 def assert_forgotten(losses: dict[str, tuple[float, float]]) -> None:

@@ -2,12 +2,12 @@
 
 import re
 import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.children import run_child
+from tests.support.forked import ForkedPython
 from tests.support.models import write_job
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[ForkedPython]:
+    with ForkedPython() as python:
+        yield python
+
+
 def commands(block: str) -> list[str]:
     """The commands of a block, without its continued lines and comments."""
     return [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
@@ -37,7 +43,7 @@ def test_there_is_something_to_run() -> None:
 
 
 @pytest.mark.parametrize("block", SHELL)
-def test_commands(block: str, folder: Path) -> None:
+def test_commands(block: str, folder: Path, python: ForkedPython) -> None:
     for command in commands(block):
         program, *arguments = command.split()
         if program == "make":  # run by .ci/run on a clean clone
@@ -45,11 +51,11 @@ def test_commands(block: str, folder: Path) -> None:
             assert f"make {arguments[0]}" in (ROOT / ".ci" / "run").read_text()
             continue
         assert program == "perta", command
-        done = run_child([sys.executable, "-m", "perta_fast", *arguments], cwd=folder)
+        done = python.run("-m", "perta_fast", *arguments, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_python(block: str, folder: Path) -> None:
-    done = run_child([sys.executable, "-c", block], cwd=folder)
+def test_python(block: str, folder: Path, python: ForkedPython) -> None:
+    done = python.run("-c", block, cwd=folder)
     assert done.returncode == 0, done.stderr

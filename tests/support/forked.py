@@ -1,0 +1,103 @@
+"""Python programs in forks of one process that has imported torch and transformers, which takes seconds.
+
+    with ForkedPython() as python:
+        python.run("-m", "perta_fast", "inspect", "model", cwd=folder)
+
+That process has computed nothing and imported nothing of perta_fast: a program imports that as a new process does.
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+
+from tests.support.children import HUNG
+
+IMPORTED = ("torch", "transformers.convert_slow_tokenizer", "transformers.models.llama.modeling_llama")
+
+
+class ForkedPython:
+    """The process that is forked. It has one child at a time."""
+
+    def __enter__(self) -> "ForkedPython":
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.forked"],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._server:  # closes its input, which ends it
+            pass
+
+    def run(self, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """Run what ``python`` would with ``arguments``: ``-m MODULE``, ``-c CODE`` or a file first."""
+        command = list(map(str, arguments))
+        with tempfile.TemporaryDirectory() as folder:
+            assert self._server.stdin is not None and self._server.stdout is not None
+            print(json.dumps([folder, str(cwd), command]), file=self._server.stdin, flush=True)
+            answer = self._server.stdout.readline()
+            assert answer, "the process that is forked has ended"
+            output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(command, int(answer), output, errors)
+
+
+def _serve() -> None:
+    for name in IMPORTED:
+        import_module(name)
+    assert not any(name.split(".")[0] == "perta_fast" for name in sys.modules)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            sys.exit(_work(*json.loads(line)))  # with all that Python does as it ends
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _work(folder: str, cwd: str, command: list[str]) -> int:
+    """Run the program in the child; returns its exit status."""
+    signal.alarm(HUNG)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o666), number)
+    os.chdir(cwd)
+    status = 0
+    try:
+        _run(*command)
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+def _run(first: str, *more: str) -> None:
+    if first == "-m":
+        sys.argv, sys.path[0] = list(more), ""
+        runpy.run_module(more[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv, sys.path[0] = ["-c", *more[1:]], ""
+        exec(more[0], {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[0] = [first, *more], str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    _serve()
