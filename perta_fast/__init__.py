@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from perta_fast.evaluation.results import Evaluation
     from perta_fast.evaluation.run import evaluate
     from perta_fast.importance.store import Importance
+    from perta_fast.preconditioning.run import Preconditioning, precondition
     from perta_fast.progress import Event
     from perta_fast.records.report import Report
     from perta_fast.resuming import resume
@@ -34,6 +35,7 @@ _HOMES = {
     "InputError": "perta_fast.errors",
     "Interrupted": "perta_fast.errors",
     "PertaError": "perta_fast.errors",
+    "Preconditioning": "perta_fast.preconditioning.run",
     "Report": "perta_fast.records.report",
     "RunError": "perta_fast.errors",
     "Sample": "perta_fast.data.samples",
@@ -43,6 +45,7 @@ _HOMES = {
     "apply_to_module_": "perta_fast.subtraction.on_module",
     "estimate_importance": "perta_fast.runs.estimate",
     "evaluate": "perta_fast.evaluation.run",
+    "precondition": "perta_fast.preconditioning.run",
     "resume": "perta_fast.resuming",
     "sweep": "perta_fast.sweeping.run",
     "tune": "perta_fast.tuning.run",
@@ -57,6 +60,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "PertaError",
+    "Preconditioning",
     "Report",
     "RunError",
     "Sample",
@@ -67,6 +71,7 @@ __all__ = [
     "estimate_importance",
     "evaluate",
     "ops",
+    "precondition",
     "resume",
     "sweep",
     "tune",

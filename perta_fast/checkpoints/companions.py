@@ -19,7 +19,8 @@ TEMPLATES = "additional_chat_templates"  # the one directory beside the weights 
 _READ = (".json", ".jinja", ".py", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe")
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of git, or SHA-256
 TUNING = "perta_tune.json"  # what ``perta tune`` leaves beside the model that it has tuned
-_OF_A_RUN = ("perta_report.json", "perta_files.b3", TUNING)
+PRECONDITIONING = "perta_precondition.json"  # what ``perta precondition`` leaves beside the θ_f that it has made
+_OF_A_RUN = ("perta_report.json", "perta_files.b3", TUNING, PRECONDITIONING)
 
 
 def companions(directory: Path) -> dict[str, Path]:

@@ -10,7 +10,21 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stderr, 
 from types import FrameType
 from typing import Any, TextIO
 
-from perta_fast.cli import apply, demo, eval, importance, inspect, recipe, report, resume, sweep, tune, unlearn, verify
+from perta_fast.cli import (
+    apply,
+    demo,
+    eval,
+    importance,
+    inspect,
+    precondition,
+    recipe,
+    report,
+    resume,
+    sweep,
+    tune,
+    unlearn,
+    verify,
+)
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
 from perta_fast.cli.recipe_options import add_commands
 from perta_fast.cli.show_labels import show_labels
@@ -21,7 +35,7 @@ from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_mem
 from perta_fast.records.versions import installed_versions
 
 # In the order of the help.
-_MODULES = (demo, tune, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
+_MODULES = (demo, tune, precondition, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from perta_fast import apply, estimate_importance, evaluate, sweep, tune, unlearn
+from perta_fast import apply, estimate_importance, evaluate, precondition, sweep, tune, unlearn
 from perta_fast.cli.main import COMMANDS
 from perta_fast.cli.options import Option
 
@@ -15,6 +15,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "apply": apply,
     "importance": estimate_importance,
     "tune": tune,
+    "precondition": precondition,
     "sweep": sweep,
     "eval": evaluate,
 }
@@ -24,6 +25,7 @@ OTHERWISE = {
     "apply": {"quiet"},
     "importance": {"model", "dry_run", "quiet", "show_labels"},
     "tune": {"quiet", "show_labels"},
+    "precondition": {"quiet", "show_labels"},
     "sweep": {"rules", "ps", "alphas", "quiet", "show_labels"},
     "eval": {"model", "quiet", "show_labels"},
 }

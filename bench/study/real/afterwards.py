@@ -11,9 +11,10 @@ from typing import Any
 from bench.study.real.compute import all_losses, fast_products, mean_loss
 from bench.study.real.curves import Point, curve
 from bench.study.real.data import Choice, spread
-from bench.study.real.directions import set_
+from bench.study.real.directions import Method, set_
 from bench.study.real.methods import final_methods
 from bench.study.real.models import Models, load_model
+from bench.study.real.rivals import KFade, Sage
 from bench.study.real.sentences import general_texts, other_sentences
 from bench.study.store import read_json, write_json
 from perta_fast.data.samples import Sample
@@ -26,7 +27,11 @@ Numbers = Mapping[str, float]
 
 def after_names() -> list[str]:
     """What is asked what is left."""
-    return ["θ_0", "θ_full", "gold", *(method.name for method in final_methods())]
+    return ["θ_0", "θ_full", "gold", *(method.name for method in _methods())]
+
+
+def _methods() -> list[Method]:
+    return [*final_methods(), KFade(), Sage(10.0)]
 
 
 def after_of(models: Models, name: str) -> Numbers:
@@ -38,7 +43,7 @@ def after_of(models: Models, name: str) -> Numbers:
     settings = models.settings
     made_of: dict[str, Any] = {"rows": models.rows.digest, "scored": settings.scored}
     made_of |= {"relearned": list(settings.relearned), "relearning_rate": settings.relearning_rate}
-    method = next((method for method in final_methods() if method.name == name), None)
+    method = next((method for method in _methods() if method.name == name), None)
     if method is None:
         made_of["model"] = models.store.relative(paths[name]())
     else:

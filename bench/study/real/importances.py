@@ -47,6 +47,7 @@ def importances(models: Models, weighing: Weighing) -> list[Path]:
     if estimator is None:
         return []
     model = {"base": models.base, "full": models.full}[weighing.at]()
+    folder = models.shared_folder if weighing.at == "base" and not weighing.drawn else models.folder
     pieces = []
     for role in _ROLES:
         rows = getattr(models.rows, role)
@@ -65,7 +66,7 @@ def importances(models: Models, weighing: Weighing) -> list[Path]:
                 found = accumulate(module, samples, estimator, _BATCH_SIZE, progress=False)
             save_file({name: tensor.cpu() for name, tensor in found.means.items()}, folder / _FILE)
 
-        pieces.append(models.store.piece(f"{models.folder}/{name}", made_of, make))
+        pieces.append(models.store.piece(f"{folder}/{name}", made_of, make))
     return pieces
 
 

@@ -44,7 +44,12 @@ class Models:
     @property
     def folder(self) -> str:
         """Where the pieces of this model and seed lie."""
-        return f"{self.name}{' untied' if self.untied else ''}/seed{self.seed}"
+        return f"{self.shared_folder}/seed{self.seed}"
+
+    @property
+    def shared_folder(self) -> str:
+        """Where the pieces lie that all seeds share."""
+        return f"{self.name}{' untied' if self.untied else ''}"
 
     def base(self) -> Path:
         """theta_0."""
@@ -60,7 +65,7 @@ class Models:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
             _save(model, load_tokenizer(source), folder)
 
-        return self.store.piece(f"{self.name} untied/base", {"base": self.store.relative(source)}, untie)
+        return self.store.piece(f"{self.shared_folder}/base", {"base": self.store.relative(source)}, untie)
 
     def full(self) -> Path:
         """theta_full: tuned on all rows."""

@@ -10,8 +10,9 @@ from typing import Any
 from bench.study.real.closed_form import agreeing, input_moments, kfade, sage
 from bench.study.real.compute import Direction, sample_losses
 from bench.study.real.curves import Measure, Point, crossing, read_points, write_points
+from bench.study.real.data import spread
 from bench.study.real.directions import task_vector
-from bench.study.real.models import Models, load_model
+from bench.study.real.models import FULL_TUNING, LORA, Models, load_model
 from bench.study.real.parts import EVERYTHING, LINEAR, limited, shape_of
 from bench.study.real.training_rivals import descend
 
@@ -38,24 +39,39 @@ class KFade:
 class Sage:
     """The task vector of the linear layers, less of it along the inputs of retained rows.
 
-    mu: in units of one by the mean eigenvalue of each layer's moment of inputs.
+    mu: in units of one by the mean eigenvalue of each layer's moment of inputs. unseen: the inputs are those of
+    retained rows that the curve does not measure. tuned: the kind of theta_f. at: "full" takes the inputs at
+    theta_full, "base" at theta_0.
     """
 
     mu: float
+    unseen: bool = False
+    tuned: str = FULL_TUNING
+    at: str = "full"
 
     @property
     def name(self) -> str:
         """In tables."""
-        return f"SAGE μ {self.mu:g}, {LINEAR}"
+        name = f"SAGE μ {self.mu:g}, {LINEAR}" + (", of rows not measured" if self.unseen else "")
+        name += " at θ_0" if self.at == "base" else ""
+        return name + ("" if self.tuned == FULL_TUNING else f", {self.tuned} θ_f")
 
     def made_of(self, models: Models) -> dict[str, Any]:
         """What the direction depends on, beside theta_full."""
-        return {"tuned": models.store.relative(models.tuned()), "rows": models.rows.digest, "mu": self.mu}
+        made_of: dict[str, Any] = {"tuned": models.store.relative(models.tuned(self.tuned)), "mu": self.mu}
+        made_of["rows"] = models.rows.digest
+        made_of |= {"unseen": models.settings.measured_retain} if self.unseen else {}
+        return made_of | ({"at": self.at} if self.at == "base" else {})
 
     def direction(self, models: Models) -> Direction:
         """See ``closed_form.sage``."""
-        vector = limited(LINEAR, shape_of(models), task_vector(models, models.tuned()))
-        moments = input_moments(load_model(models.full()), models.samples(models.rows.retain), sample_losses)
+        vector = limited(LINEAR, shape_of(models), task_vector(models, models.tuned(self.tuned)))
+        rows = list(models.rows.retain)
+        if self.unseen:
+            measured = spread(rows, models.settings.measured_retain)
+            rows = [row for row in rows if row not in measured]
+        seeing = load_model(models.base() if self.at == "base" else models.full())
+        moments = input_moments(seeing, models.samples(rows), sample_losses)
         return sage(vector, {name: a / a.diagonal().mean() for name, a in moments.items()}, self.mu)
 
 
@@ -86,6 +102,9 @@ class NegMerge:
 STEPS: Sequence[KFade | Sage | NegMerge] = (
     KFade(),
     *map(Sage, (1.0, 10.0, 100.0)),
+    Sage(10.0, unseen=True),
+    Sage(10.0, at="base"),
+    Sage(10.0, tuned=LORA),
     NegMerge(EVERYTHING),
     NegMerge(LINEAR),
 )

@@ -1,0 +1,118 @@
+"""Second moments of the inputs of linear maps."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perta_fast.data.batches import Batch
+from perta_fast.data.samples import Sample
+from perta_fast.errors import InputError, NotFiniteError, RunError
+from perta_fast.memory import available_bytes, format_size
+from perta_fast.models.token_scores import device_of, evaluation_mode
+from perta_fast.progress import Bar, Progress
+
+
+@torch.no_grad()
+def input_moments(
+    module: nn.Module,
+    maps: Mapping[str, nn.Module],
+    samples: Sequence[Sample],
+    batch_size: int = 8,
+    progress: Progress = False,
+) -> dict[str, Tensor]:
+    """For each of ``maps``, by its name, the mean of x xᵀ over all tokens of ``samples`` that reach it.
+
+    Returns float32 (d_in, d_in) on the module's device; zeros for a map that no token reaches. Maps with one input,
+    such as query, key and value, share one tensor. Memory: 4 d_in² bytes for each input. Raises InputError if the
+    system has less, NotFiniteError, naming the map, if an input is not finite.
+    """
+    moments = _Moments()
+    with (
+        evaluation_mode(module),
+        torch.compiler.set_stance("force_eager"),  # compiled code would not call the hooks
+        _watched(maps, moments),
+        Bar(len(samples), "inputs of linear maps", progress, "sample") as bar,
+    ):
+        for numbers in _of_one_length(samples, batch_size):
+            batch = Batch.of([samples[k] for k in numbers], device_of(module))
+            module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            moments.last = None
+            bar.update(len(numbers))
+    return {name: moments.mean(name, layer) for name, layer in maps.items()}
+
+
+class _Moments:
+    """Sums of x xᵀ by the name of a map, or of the map before it that takes the same input."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+        self.shares: dict[str, str] = {}
+        self.last: tuple[Tensor, str] | None = None  # the input seen last, and the map that it was added for
+
+    def see(self, name: str, _layer: nn.Module, given: tuple[Any, ...]) -> None:
+        """Add the input of a map, unless the map before it took the same."""
+        same = self.last[1] if self.last is not None and given[0] is self.last[0] else None
+        if self.shares.setdefault(name, same or name) != (same or name):
+            raise RunError(f"{name}: takes the same input as another linear map in some batches only")
+        if same is not None:
+            return
+        self.last = (given[0], name)
+        inputs = given[0].reshape(-1, given[0].shape[-1]).float()
+        if name not in self.sums:
+            self.sums[name] = _zeros(inputs)
+        self.sums[name].addmm_(inputs.T, inputs)
+        self.counts[name] += len(inputs)
+
+    def mean(self, name: str, layer: Any) -> Tensor:
+        """The mean of x xᵀ of a map."""
+        name = self.shares.get(name, name)
+        if name not in self.sums:
+            size = in_size(layer)
+            return torch.zeros(size, size, device=layer.weight.device)
+        count = self.counts.pop(name, None)  # the first map that asks divides, in place
+        moment = self.sums[name]
+        if count is not None and not bool(torch.isfinite(moment.div_(count)).all()):
+            raise NotFiniteError(f"an input of {name} is not finite; look at the data, or at the weights of the base")
+        return moment
+
+
+def in_size(layer: Any) -> int:
+    """The length of a linear map's input. Conv1D stores (in, out)."""
+    return int(layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0])
+
+
+def _zeros(inputs: Tensor) -> Tensor:
+    size = inputs.shape[1]
+    available = available_bytes() if inputs.device.type == "cpu" else None
+    if available is not None and 4 * size * size > available:
+        raise InputError(
+            f"the inputs of the linear maps take another {format_size(4 * size * size)} of memory, "
+            f"but {format_size(available)} are free; precondition on a machine with more"
+        )
+    return inputs.new_zeros(size, size)
+
+
+@contextmanager
+def _watched(maps: Mapping[str, nn.Module], moments: _Moments) -> Iterator[None]:
+    hooks = [layer.register_forward_pre_hook(partial(moments.see, name)) for name, layer in maps.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _of_one_length(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of samples of one length, so that no input is padding; the longest first."""
+    by_length = defaultdict(list)
+    for number, sample in enumerate(samples):
+        by_length[len(sample.input_ids)].append(number)
+    for _, numbers in sorted(by_length.items(), reverse=True):
+        for begin in range(0, len(numbers), batch_size):
+            yield numbers[begin : begin + batch_size]

@@ -1,0 +1,25 @@
+"""The arithmetic of preconditioning."""
+
+import torch
+from torch import Tensor
+
+
+def preconditioned(direction: Tensor, moment: Tensor, mu: float) -> Tensor:
+    """D (I + mu A / a)⁻¹, where a is the mean eigenvalue of A.
+
+    That is the D' with the least |D' - D|² + (mu / a) · mean |D' x|² over the inputs x: D with little left along the
+    directions that many inputs have, and all of it along those that none has.
+
+    direction: D (d_out, d_in). moment: A (d_in, d_in), the mean of x xᵀ; if it is 0, D comes back as it is. mu: at
+    least 0. Returns float32 on the device of ``moment``; solved in float64.
+
+    Source: SAGE (arXiv 2606.18309); here with all of A, where the paper takes its leading directions.
+    """
+    direction = direction.to(moment)
+    mean = float(moment.diagonal().mean())
+    if mean == 0 or mu == 0:
+        return direction.clone()
+    kept = moment.double().mul_(mu / mean)
+    kept.diagonal().add_(1)
+    solution = torch.cholesky_solve(direction.double().T, torch.linalg.cholesky(kept))
+    return solution.T.float().contiguous()
