@@ -67,7 +67,8 @@ def moments_by_hand(model: Any, samples: list[Sample]) -> dict[str, Tensor]:
 def by_inverse(direction: Tensor, moment: Tensor, mu: float) -> Tensor:
     moment = moment.double()
     kept = torch.eye(len(moment), dtype=torch.float64) + mu * moment / moment.diagonal().mean()
-    return direction.double() @ torch.linalg.inv(kept)
+    solution: Tensor = direction.double() @ torch.linalg.inv(kept)
+    return solution
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -264,7 +265,7 @@ def test_unlearn_takes_the_result_and_verifies(tmp_path: Path, job: Job) -> None
     assert not pf.verify(tmp_path / "unlearned", full=True, progress=False).problems
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mu": ({"mu": -1.0}, "mu is -1.0; it must be finite and at least 0"),
     "mu nan": ({"mu": math.nan}, "mu is nan"),
     "batch": ({"batch_size": 0}, "batch_size is 0"),
@@ -307,7 +308,7 @@ def test_an_input_that_is_not_finite(job: Job, tmp_path: Path) -> None:
 def test_an_adapter_of_more_than_linear_maps(job: Job, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(job.base)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(pf.InputError, match=r"embed_tokens.*which is not plain LoRA of a linear map"):
         precondition(job, tmp_path / "out", tuned=tmp_path / "adapter")
     assert not (tmp_path / "out").exists()
