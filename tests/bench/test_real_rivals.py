@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.study.baselines import Losses
-from bench.study.real.closed_form import PREDICTED_RISE, agreeing, input_moments, kfade, sage
+from bench.study.real.closed_form import PREDICTED_RISE, agreeing, input_moments, kfade
 from bench.study.real.training_rivals import METHODS, STEERING, Steering, Step, descend, simnpo
 from bench.study.training import losses_of
 from perta_fast.data.batches import Batch
@@ -260,41 +260,6 @@ def test_moments_of_real_tokens_alone() -> None:
             assert moment.dtype == torch.float32
             torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-6)
     assert not any(module._forward_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("mu", [0.0, 0.5, 1e4])
-def test_sage_is_the_explicit_inverse(mu: float) -> None:
-    model = tiny()
-    moments = input_moments(model, RETAIN, losses)
-    random = torch.Generator().manual_seed(0)
-    vector = {name: torch.randn(each.shape, generator=random) for name, each in model.named_parameters()}
-    found = sage(vector, moments, mu)
-    assert found.keys() == vector.keys()
-    for name, tensor in vector.items():
-        if name in linear_names(model):
-            kept = torch.eye(tensor.shape[1], dtype=torch.float64) + mu * moments[name].double()
-            torch.testing.assert_close(found[name], (tensor.double() @ kept.inverse()).float(), rtol=1e-4, atol=1e-6)
-        else:
-            assert torch.equal(found[name], tensor)
-
-
-def test_sage_changes_outputs_of_retained_rows_less() -> None:
-    """Mean |D' x|² falls as mu grows, by more than |D'|² does."""
-    model = tiny()
-    moments = input_moments(model, RETAIN, losses)
-    name = "model.layers.1.mlp.down_proj.weight"
-    vector = torch.randn(model.model.layers[1].mlp.down_proj.weight.shape, generator=torch.Generator().manual_seed(0))
-
-    def change(tensor: Tensor) -> float:
-        return (tensor @ moments[name] @ tensor.T).trace().item() / tensor.square().sum().item()
-
-    shares = [change(sage({name: vector}, moments, mu / moments[name].trace().item())[name]) for mu in (0, 1, 10, 100)]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[-1] < 0.5 * shares[0]
-
-
-def test_sage_leaves_out_what_it_has_no_vector_of() -> None:
-    assert sage({}, {"a": torch.eye(2)}, 1.0) == {}
 
 
 def test_kfade_is_the_gradient_divided_by_the_kronecker_product() -> None:

@@ -1,4 +1,4 @@
-"""Unlearning without training: K-FADE, SAGE and NegMerge, each as a direction to subtract from theta_full.
+"""Unlearning without training: K-FADE and NegMerge as directions to subtract from theta_full, and SAGE's moments.
 
 A direction has a float32 tensor for each parameter that it changes, by the parameter's name in the module. The caller
 subtracts it, times a strength. The linear layers are meant here without the output head, whose second moments would be
@@ -63,22 +63,6 @@ def kfade(
         squared += float((direction[name].double() * gradient).sum())
     scale = (2 * PREDICTED_RISE / squared) ** 0.5
     return {name: -scale * tensor for name, tensor in direction.items()}
-
-
-def sage(direction: Mapping[str, Tensor], moments: Mapping[str, Tensor], mu: float) -> Direction:
-    """``direction``, with less of it where it meets the inputs of retained rows: D (I + mu A)⁻¹ for each linear layer.
-
-    That is the D' with the least |D' - D|² + mu · mean |D' x|². direction: such as theta_f - theta_0; what is not a
-    linear layer stays as it is. moments: A (d_in, d_in) = X Xᵀ / n, by ``input_moments``. Solved in float64.
-
-    Source: SAGE (arXiv 2606.18309); here with all of A, where the paper takes its leading directions.
-    """
-    changed = dict(direction)
-    for name in moments.keys() & direction.keys():
-        moment = moments[name].double()
-        kept = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) + mu * moment
-        changed[name] = _solved(direction[name], kept)
-    return changed
 
 
 @torch.no_grad()

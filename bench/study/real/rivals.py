@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.study.real.closed_form import agreeing, input_moments, kfade, sage
+from bench.study.real.closed_form import agreeing, input_moments, kfade
 from bench.study.real.compute import Direction, sample_losses
 from bench.study.real.curves import Measure, Point, crossing, read_points, write_points
 from bench.study.real.data import spread
@@ -15,6 +15,7 @@ from bench.study.real.directions import task_vector
 from bench.study.real.models import FULL_TUNING, LORA, Models, load_model
 from bench.study.real.parts import EVERYTHING, LINEAR, limited, shape_of
 from bench.study.real.training_rivals import descend
+from perta_fast.preconditioning.solve import preconditioned
 
 DRAWS = 3  # orders of the forget rows that NegMerge tunes a theta_f with
 
@@ -64,7 +65,7 @@ class Sage:
         return made_of | ({"at": self.at} if self.at == "base" else {})
 
     def direction(self, models: Models) -> Direction:
-        """See ``closed_form.sage``."""
+        """The task vector of the linear layers, as ``perta precondition`` changes it."""
         vector = limited(LINEAR, shape_of(models), task_vector(models, models.tuned(self.tuned)))
         rows = list(models.rows.retain)
         if self.unseen:
@@ -72,7 +73,7 @@ class Sage:
             rows = [row for row in rows if row not in measured]
         seeing = load_model(models.base() if self.at == "base" else models.full())
         moments = input_moments(seeing, models.samples(rows), sample_losses)
-        return sage(vector, {name: a / a.diagonal().mean() for name, a in moments.items()}, self.mu)
+        return {name: preconditioned(vector[name], moments[name], self.mu) for name in vector.keys() & moments.keys()}
 
 
 @dataclass(frozen=True)
