@@ -11,6 +11,7 @@ from typing import Any
 from bench.study.store import NotYet
 
 MISSING = "not yet run"
+HEAD = 2  # lines of a table before its first row
 
 Thunk = Callable[[], Any]  # reads from a piece; raises NotYet if the piece is missing
 

@@ -8,7 +8,7 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
-from bench.study.markdown import Thunk, cell, head, line, write_between
+from bench.study.markdown import HEAD, MISSING, Thunk, cell, head, line, write_between
 from bench.study.real.afterwards import after_names, after_of
 from bench.study.real.curves import Point, crossing, curve, landmarks
 from bench.study.real.directions import Method
@@ -50,14 +50,20 @@ def write(page: Path, trials: Trials) -> None:
 
 
 def render(trials: Trials) -> str:
-    """All tables. A cell is mean ± standard deviation over seeds; if some are missing it says how many it has."""
+    """All tables that have begun, of the lines that have begun.
+
+    A cell is mean ± standard deviation over seeds; if some are missing it says how many it has.
+    """
     by_model: dict[str, list[Models]] = {}
     for models in trials:
         by_model.setdefault(SOURCES[models.name].title + (", untied" if models.untied else ""), []).append(models)
     tables = {
-        f"{title}, {part}": lines for title, of_model in by_model.items() for part, lines in _of_model(of_model).items()
+        f"{title}, {part}": [each for each in lines if set(each.strip("| ").split(" | ")[1:]) != {MISSING}]
+        for title, of_model in by_model.items()
+        for part, lines in _of_model(of_model).items()
     }
-    return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in tables.items())
+    begun = {title: lines for title, lines in tables.items() if len(lines) > HEAD}
+    return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in begun.items())
 
 
 def _of_model(trials: Trials) -> dict[str, Iterator[str]]:
