@@ -107,7 +107,7 @@ def precondition(
     a sample is cut to, within the model's own limit. system_prompt, date_string: as for ``unlearn``. device: None takes
     CUDA if there is one. overwrite: replace ``out``.
 
-    Memory: the model, in float32 and twice if ``tuned`` is a checkpoint; and 4 d_in² bytes for each different input of
+    Memory: the model, in float32 if it is float16, and in float32 twice if ``tuned`` is a checkpoint; and 4 d_in² bytes for each different input of
     its linear maps. Raises InputError for bad input, NotFiniteError if an input of a map is not finite, RunError if
     ``out`` cannot be written. Then, or after an interrupt, nothing is left behind.
 
@@ -130,13 +130,16 @@ def precondition(
         open_plain(tuned)
         check_space(target.final, tuned_size(checkpoint))
     with PeakMemory() as memory, target:
-        subject = load_subject(base.resolve(), chosen, torch.float32 if adapter is None else None)
+        # A checkpoint is made of it, and inputs may overflow in float16.
+        widened = adapter is None or any(entry.dtype == "F16" for entry in checkpoint.tensors.values())
+        subject = load_subject(base.resolve(), chosen, torch.float32 if widened else None)
         samples, told = samples_and_told(subject, rows, max_length, chat, progress)
         vector = _vector(subject, checkpoint, tuned, adapter)
         moments = input_moments(subject.module, vector.maps, samples, batch_size, progress)
         norms = vector.write(target.path, partial(_changed, moments, mu))
         if norms.before == 0:
             raise InputError(f"{tuned}: its linear maps are those of {base}: there is no task vector to precondition")
+        (target.path / TUNING).unlink(missing_ok=True)  # of a base that was tuned itself
         if exists(tuned / TUNING):
             shutil.copyfile(tuned / TUNING, target.path / TUNING)
         missed = share_left_out(subject.module)

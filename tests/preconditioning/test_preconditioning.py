@@ -166,14 +166,14 @@ def samples_of(job: Job, model: Any) -> list[Sample]:
     return samples_for(Subject(model, tokenizer(), str(job.base)), rows, None)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_an_adapter_has_another_a(dtype: torch.dtype, tmp_path: Path) -> None:
     job = write_job(tmp_path, dtype)
     pf.tune(job.base, job.forget, tmp_path / "adapter", rank=3, epochs=2, lr=1e-2, progress=False)
     record = pf.precondition(job.base, tmp_path / "adapter", job.retain, tmp_path / "out", progress=False)
     old, new = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
     assert old.keys() == new.keys()
-    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=F32 if dtype == F16 else dtype)
     moments = input_moments(model, linear_maps(model), samples_of(job, model))
     for name, tensor in new.items():
         if ".lora_B." in name:
@@ -253,6 +253,15 @@ def test_the_result_changes_retained_rows_less(tmp_path: Path, job: Job) -> None
                 )
             )
     assert moved[1] < 0.7 * moved[0]
+
+
+def test_only_the_record_of_theta_f_comes_along(tmp_path: Path, job: Job) -> None:
+    (job.base / "perta_tune.json").write_text("of the base")
+    precondition(job, tmp_path / "without")
+    assert not (tmp_path / "without/perta_tune.json").exists()
+    (job.tuned / "perta_tune.json").write_text("of theta_f")
+    precondition(job, tmp_path / "with")
+    assert (tmp_path / "with/perta_tune.json").read_text() == "of theta_f"
 
 
 def test_unlearn_takes_the_result_and_verifies(tmp_path: Path, job: Job) -> None:
