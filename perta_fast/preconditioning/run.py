@@ -107,9 +107,9 @@ def precondition(
     a sample is cut to, within the model's own limit. system_prompt, date_string: as for ``unlearn``. device: None takes
     CUDA if there is one. overwrite: replace ``out``.
 
-    Memory: the model, in float32 if it is float16, and in float32 twice if ``tuned`` is a checkpoint; and 4 d_in² bytes for each different input of
-    its linear maps. Raises InputError for bad input, NotFiniteError if an input of a map is not finite, RunError if
-    ``out`` cannot be written. Then, or after an interrupt, nothing is left behind.
+    Memory: the model, in float32 if it is float16, and in float32 twice if ``tuned`` is a checkpoint; and 4 d_in² bytes
+    for each different input of its linear maps. Raises InputError for bad input, NotFiniteError if an input of a map is
+    not finite, RunError if ``out`` cannot be written. Then, or after an interrupt, nothing is left behind.
 
     Source: SAGE (arXiv 2606.18309).
     """
