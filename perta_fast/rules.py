@@ -14,6 +14,7 @@ from perta_fast.errors import InputError
 T = TypeVar("T")
 Estimator = Literal["grad", "empirical-fisher"]
 DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of every command and function that takes a rule
+DEFAULT_MU = 10.0  # of preconditioning
 DEFAULT_RETAIN_RISE = 0.05  # nats, where the strength is searched for
 EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)

@@ -18,6 +18,7 @@ from perta_fast.cli.options import (
     finish,
     keywords,
 )
+from perta_fast.rules import DEFAULT_MU
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -35,7 +36,7 @@ COMMAND = Command(
         Option("base", "the checkpoint that tuned was tuned from", Path, "DIR", required=True),
         Option("tuned", "θ_f, a checkpoint or a LoRA adapter", Path, "DIR", required=True),
         Option("retain", "data to retain", Path, "FILE", required=True),
-        Option("mu", "how much less of it along their inputs (10)", float, "X", 10.0),
+        Option("mu", f"how much less of it along their inputs ({DEFAULT_MU:g})", float, "X", DEFAULT_MU),
         FIELDS,
         SHOW_LABELS,
         DOWNLOAD,

@@ -43,7 +43,7 @@ def input_moments(
             module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             moments.last = None
             bar.update(len(numbers))
-    return {name: moments.mean(name, layer) for name, layer in maps.items()}
+    return moments.means(maps)
 
 
 class _Moments:
@@ -69,22 +69,25 @@ class _Moments:
         self.sums[name].addmm_(inputs.T, inputs)
         self.counts[name] += len(inputs)
 
-    def mean(self, name: str, layer: Any) -> Tensor:
-        """The mean of x xᵀ of a map."""
-        name = self.shares.get(name, name)
-        if name not in self.sums:
-            size = in_size(layer)
-            return torch.zeros(size, size, device=layer.weight.device)
-        count = self.counts.pop(name, None)  # the first map that asks divides, in place
-        moment = self.sums[name]
-        if count is not None and not bool(torch.isfinite(moment.div_(count)).all()):
-            raise NotFiniteError(f"an input of {name} is not finite; look at the data, or at the weights of the base")
-        return moment
+    def means(self, maps: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The mean of x xᵀ of each map. Ends the sums, which become these means."""
+        own = {name: total.div_(self.counts[name]) for name, total in self.sums.items()}
+        for name, mean in own.items():
+            if not bool(torch.isfinite(mean).all()):
+                raise NotFiniteError(
+                    f"an input of {name} is not finite; look at the data, or at the weights of the base"
+                )
+        return {name: own[self.shares[name]] if name in self.shares else _none(layer) for name, layer in maps.items()}
 
 
 def in_size(layer: Any) -> int:
     """The length of a linear map's input. Conv1D stores (in, out)."""
     return int(layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0])
+
+
+def _none(layer: Any) -> Tensor:
+    size = in_size(layer)
+    return torch.zeros(size, size, device=layer.weight.device)
 
 
 def _zeros(inputs: Tensor) -> Tensor:

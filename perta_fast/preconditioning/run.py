@@ -33,11 +33,11 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import DataRecord, Scalar, data_record, read_as_lines
 from perta_fast.records.typed_json import write_readable_json
 from perta_fast.records.versions import installed_versions, now
+from perta_fast.rules import DEFAULT_MU
 from perta_fast.tuning.adapter import linear_maps, share_left_out
 from perta_fast.tuning.checkpoint import tuned_size
 
 FILE_NAME = PRECONDITIONING
-DEFAULT_MU = 10.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Unlearning without training: K-FADE and NegMerge as directions to subtract from theta_full, and SAGE's moments.
+"""Unlearning without training: K-FADE and NegMerge, each as a direction to subtract from theta_full.
 
 A direction has a float32 tensor for each parameter that it changes, by the parameter's name in the module. The caller
 subtracts it, times a strength. The linear layers are meant here without the output head, whose second moments would be
@@ -63,25 +63,6 @@ def kfade(
         squared += float((direction[name].double() * gradient).sum())
     scale = (2 * PREDICTED_RISE / squared) ** 0.5
     return {name: -scale * tensor for name, tensor in direction.items()}
-
-
-@torch.no_grad()
-def input_moments(module: Any, samples: Sequence[Sample], losses: SampleLosses, batch_size: int = 8) -> Direction:
-    """For the weight of each linear layer, the mean of x xᵀ (d_in, d_in) over all tokens but padding; float32.
-
-    losses: is run for the sake of its forward pass; it takes its samples as one batch, padded on the right.
-    """
-    sums: Direction = {}
-    count = 0
-    for numbers in batches_by_length(samples, batch_size):
-        chosen = [samples[k] for k in numbers]
-        with _recording(module) as seen:
-            losses(module, chosen)
-        real = _real_tokens(module, chosen)
-        count += int(real.sum())
-        for name, (given, _) in seen.items():
-            _add_products_(sums, name, given[real])
-    return {name: total / count for name, total in sums.items()}
 
 
 def agreeing(directions: Sequence[Mapping[str, Tensor]]) -> Direction:

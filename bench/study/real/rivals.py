@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.study.real.closed_form import agreeing, input_moments, kfade
-from bench.study.real.compute import Direction, sample_losses
+from bench.study.real.closed_form import agreeing, kfade
+from bench.study.real.compute import Direction, fast_products, sample_losses
 from bench.study.real.curves import Measure, Point, crossing, read_points, write_points
 from bench.study.real.data import spread
 from bench.study.real.directions import task_vector
 from bench.study.real.models import FULL_TUNING, LORA, Models, load_model
 from bench.study.real.parts import EVERYTHING, LINEAR, limited, shape_of
 from bench.study.real.training_rivals import descend
+from perta_fast.preconditioning.input_moments import input_moments
 from perta_fast.preconditioning.solve import preconditioned
+from perta_fast.tuning.adapter import linear_maps
 
 DRAWS = 3  # orders of the forget rows that NegMerge tunes a theta_f with
 
@@ -72,8 +74,9 @@ class Sage:
             measured = spread(rows, models.settings.measured_retain)
             rows = [row for row in rows if row not in measured]
         seeing = load_model(models.base() if self.at == "base" else models.full())
-        moments = input_moments(seeing, models.samples(rows), sample_losses)
-        return {name: preconditioned(vector[name], moments[name], self.mu) for name in vector.keys() & moments.keys()}
+        with fast_products(seeing):
+            moments = input_moments(seeing, linear_maps(seeing), models.samples(rows))
+        return {f"{name}.weight": preconditioned(vector[f"{name}.weight"], a, self.mu) for name, a in moments.items()}
 
 
 @dataclass(frozen=True)
