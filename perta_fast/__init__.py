@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from perta_fast.evaluation.results import Evaluation
     from perta_fast.evaluation.run import evaluate
     from perta_fast.importance.store import Importance
-    from perta_fast.preconditioning.run import Preconditioning, precondition
+    from perta_fast.preconditioning.record import Preconditioning
     from perta_fast.progress import Event
     from perta_fast.records.report import Report
     from perta_fast.resuming import resume
     from perta_fast.runs.apply import apply
     from perta_fast.runs.estimate import estimate_importance
+    from perta_fast.runs.precondition import precondition
     from perta_fast.runs.unlearn import unlearn
     from perta_fast.runs.verify import verify
     from perta_fast.subtraction.on_module import apply_to_module_
@@ -35,7 +36,7 @@ _HOMES = {
     "InputError": "perta_fast.errors",
     "Interrupted": "perta_fast.errors",
     "PertaError": "perta_fast.errors",
-    "Preconditioning": "perta_fast.preconditioning.run",
+    "Preconditioning": "perta_fast.preconditioning.record",
     "Report": "perta_fast.records.report",
     "RunError": "perta_fast.errors",
     "Sample": "perta_fast.data.samples",
@@ -45,7 +46,7 @@ _HOMES = {
     "apply_to_module_": "perta_fast.subtraction.on_module",
     "estimate_importance": "perta_fast.runs.estimate",
     "evaluate": "perta_fast.evaluation.run",
-    "precondition": "perta_fast.preconditioning.run",
+    "precondition": "perta_fast.runs.precondition",
     "resume": "perta_fast.resuming",
     "sweep": "perta_fast.sweeping.run",
     "tune": "perta_fast.tuning.run",

@@ -13,7 +13,9 @@ from perta_fast.errors import InputError
 
 T = TypeVar("T")
 Estimator = Literal["grad", "empirical-fisher"]
-DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of every command and function that takes a rule
+Place = Literal["base", "model"]
+DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of every command and function that takes importances
+PRECONDITIONED = "preconditioned"  # of ``unlearn`` alone, and its default: rule tv with a theta_f that it makes first
 DEFAULT_MU = 10.0  # of preconditioning
 DEFAULT_RETAIN_RISE = 0.05  # nats, where the strength is searched for
 EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
@@ -32,6 +34,17 @@ RULES = tuple(_DEFAULTS)
 def negative_strength(lam: float) -> str:
     """The warning of a strength below 0."""
     return f"lambda {lam:g} is less than 0: the task vector is added, which teaches the model what it should forget"
+
+
+def resolved_at(rule: str, at: Place | None) -> Place:
+    """Where a run that leaves it open takes its gradients, or sees the inputs of linear maps."""
+    return at or ("model" if rule == PRECONDITIONED else "base")
+
+
+def check_mu(mu: float) -> None:
+    """Raise InputError unless ``mu`` is a strength of preconditioning."""
+    if not (math.isfinite(mu) and mu >= 0):
+        raise InputError(f"mu is {mu}; it must be finite and at least 0")
 
 
 def check_strength(lam: float | None, max_retain_rise: float | None, stream: bool, allow_zero: bool = False) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.importance.store import ImportanceMetadata
-from perta_fast.records.report import DataRecord, DirectoryRecord, FileRecord, Phase, Report, TensorReport
+from perta_fast.records.file_record import FileRecord
+from perta_fast.records.report import DataRecord, DirectoryRecord, Phase, Report, TensorReport
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.results import Sweep
 

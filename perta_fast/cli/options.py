@@ -14,7 +14,7 @@ from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, RULES
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, RULES
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ CHECKPOINTS = (
 AT = Option("at", "where the gradients are taken (base)", default="base", choices=("base", "model"))
 RULE = Option("rule", f"how w is found ({DEFAULT_RULE})", default=DEFAULT_RULE, choices=RULES)
 LAM = Option("lam", "strength lambda", float, "L", required=True)
+MU = Option("mu", f"how much less of the task vector along retained inputs ({DEFAULT_MU:g})", float, "X")
 P = Option("p", "exponent of the importances (the rule's own)", float, "P")
 ALPHA = Option("alpha", f"weight of retaining ({DEFAULT_ALPHA:g})", float, "A", DEFAULT_ALPHA)
 THRESHOLD = Option("threshold", "hard mask: w becomes 1 where w > T, else 0", float, "T")

@@ -1,6 +1,7 @@
 """``perta precondition``."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
@@ -9,8 +10,10 @@ from perta_fast.cli.options import (
     CHAT,
     DEVICE,
     DOWNLOAD,
+    DTYPE,
     FIELDS,
     MAX_LENGTH,
+    MU,
     OUTPUT,
     SHOW_LABELS,
     Command,
@@ -23,7 +26,7 @@ from perta_fast.rules import DEFAULT_MU
 
 def run(parsed: argparse.Namespace) -> int:
     with importing():
-        from perta_fast.preconditioning.run import precondition
+        from perta_fast.runs.precondition import precondition
 
     finish(precondition(**keywords(parsed)).summary(), parsed.out, parsed.quiet)
     return 0
@@ -36,7 +39,8 @@ COMMAND = Command(
         Option("base", "the checkpoint that tuned was tuned from", Path, "DIR", required=True),
         Option("tuned", "θ_f, a checkpoint or a LoRA adapter", Path, "DIR", required=True),
         Option("retain", "data to retain", Path, "FILE", required=True),
-        Option("mu", f"how much less of it along their inputs ({DEFAULT_MU:g})", float, "X", DEFAULT_MU),
+        Option("model", "see the inputs at this model, θ_full best (the base)", Path, "DIR", named=True),
+        replace(MU, default=DEFAULT_MU),
         FIELDS,
         SHOW_LABELS,
         DOWNLOAD,
@@ -44,6 +48,7 @@ COMMAND = Command(
         MAX_LENGTH,
         *CHAT,
         DEVICE,
+        DTYPE,
         *OUTPUT,
     ),
     run,

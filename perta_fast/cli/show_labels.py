@@ -8,6 +8,7 @@ from pathlib import Path
 from perta_fast.cli.importing import importing
 from perta_fast.cli.streams import COLOUR_OFF, COLOUR_ON
 from perta_fast.errors import InputError, printable
+from perta_fast.rules import resolved_at
 
 _FILES = ("data", "forget", "retain", "holdout")  # options that name data files
 
@@ -45,7 +46,8 @@ def show_labels(parsed: argparse.Namespace) -> int:
 
 def _measured(parsed: argparse.Namespace) -> Path:
     """The checkpoint whose tokenizer the command takes."""
-    at_base = not hasattr(parsed, "model") or getattr(parsed, "at", "model") == "base"
+    at = getattr(parsed, "at", "model") or resolved_at(parsed.rule, None)
+    at_base = getattr(parsed, "model", None) is None or at == "base"
     path: Path = parsed.base if at_base else parsed.model
     return path
 

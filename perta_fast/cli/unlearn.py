@@ -12,7 +12,7 @@ from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
-from perta_fast.rules import DEFAULT_RETAIN_RISE, Rule, check_strength
+from perta_fast.rules import DEFAULT_RETAIN_RISE, PRECONDITIONED, RULES, Rule, check_strength, resolved_at
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(parsed: argparse.Namespace) -> int:
             if ranks.first:
                 print(_preview(parsed, ranks.world))
         return 0
-    for place in (parsed.out, parsed.save_importance):
+    for place in (parsed.out, parsed.save_importance, parsed.save_tuned):
         if parsed.recipe is not None and place is not None:
             check_output(place, overwrite=True, inputs=[parsed.recipe])  # ``unlearn`` does not know of it
     with importing():
@@ -40,14 +40,15 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     from perta_fast.subtraction.scope import Scope
 
     check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
-    estimator = Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
+    tv = parsed.rule == PRECONDITIONED
+    estimator = None if tv else Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
     data = {role: getattr(parsed, role) for role in ("forget", "retain")}
     if estimator is None or None in data.values():
         raise InputError("--dry-run is for a rule that needs forget and retain data, and for both of these")
     settings = keywords(parsed)
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
     return preview(
-        parsed.model if parsed.at == "model" else parsed.base,
+        parsed.model if resolved_at(parsed.rule, parsed.at) == "model" else parsed.base,
         data,
         estimator,
         parsed.out or parsed.model,
@@ -69,11 +70,18 @@ COMMAND = Command(
         Option("retain", "data to keep", Path, "FILE", named=True),
         options.FIELDS,
         options.SHOW_LABELS,
-        options.AT,
+        replace(options.AT, help="where the gradients are taken (base), or the inputs seen (model)", default=None),
         Option("save_importance", "keep both importances here", Path, "DIR"),
+        Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR"),
         Option("check", "measure what was forgotten and kept, on a few rows", bool, default=True, negatable=True),
         *options.STREAM,
-        options.RULE,
+        replace(
+            options.RULE,
+            help=f"preconditioned: the plain task vector, less of it along retained inputs; tv: the plain one; the "
+            f"others rescale it ({PRECONDITIONED})",
+            default=PRECONDITIONED,
+            choices=(PRECONDITIONED, *RULES),
+        ),
         replace(
             options.LAM, help="strength lambda (searched for, see --max-retain-rise)", required=False, one_of="strength"
         ),
@@ -85,6 +93,7 @@ COMMAND = Command(
             "X",
             one_of="strength",
         ),
+        options.MU,
         options.P,
         options.ALPHA,
         options.THRESHOLD,

@@ -1,5 +1,6 @@
 """Batches of samples: padded, and grouped by length."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,3 +43,13 @@ def batches_by_length(samples: Sequence[Sample], batch_size: int) -> Iterator[li
     order = sorted(range(len(samples)), key=lambda k: -len(samples[k].input_ids))
     for begin in range(0, len(order), batch_size):
         yield order[begin : begin + batch_size]
+
+
+def batches_of_one_length(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
+    """The same, but all samples of a batch have one length, so that none is padded."""
+    by_length = defaultdict(list)
+    for number, sample in enumerate(samples):
+        by_length[len(sample.input_ids)].append(number)
+    for _, numbers in sorted(by_length.items(), reverse=True):
+        for begin in range(0, len(numbers), batch_size):
+            yield numbers[begin : begin + batch_size]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perta_fast.data.batches import Batch
+from perta_fast.data.batches import Batch, batches_of_one_length
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError, RunError
 from perta_fast.memory import available_bytes, format_size
@@ -31,14 +31,14 @@ def input_moments(
     such as query, key and value, share one tensor. Memory: 4 d_in² bytes for each input. Raises InputError if the
     system has less, NotFiniteError, naming the map, if an input is not finite.
     """
-    moments = _Moments()
+    moments = Moments()
     with (
         evaluation_mode(module),
         torch.compiler.set_stance("force_eager"),  # compiled code would not call the hooks
-        _watched(maps, moments),
+        moments.of(maps),
         Bar(len(samples), "inputs of linear maps", progress, "sample") as bar,
     ):
-        for numbers in _of_one_length(samples, batch_size):
+        for numbers in batches_of_one_length(samples, batch_size):
             batch = Batch.of([samples[k] for k in numbers], device_of(module))
             module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             moments.last = None
@@ -46,7 +46,7 @@ def input_moments(
     return moments.means(maps)
 
 
-class _Moments:
+class Moments:
     """Sums of x xᵀ by the name of a map, or of the map before it that takes the same input."""
 
     def __init__(self) -> None:
@@ -55,7 +55,17 @@ class _Moments:
         self.shares: dict[str, str] = {}
         self.last: tuple[Tensor, str] | None = None  # the input seen last, and the map that it was added for
 
-    def see(self, name: str, _layer: nn.Module, given: tuple[Any, ...]) -> None:
+    @contextmanager
+    def of(self, maps: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Within it, the inputs of ``maps`` are added, by hooks. ``last`` is to be forgotten after each batch."""
+        hooks = [layer.register_forward_pre_hook(partial(self._see, name)) for name, layer in maps.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, name: str, _layer: nn.Module, given: tuple[Any, ...]) -> None:
         """Add the input of a map, unless the map before it took the same."""
         same = self.last[1] if self.last is not None and given[0] is self.last[0] else None
         if self.shares.setdefault(name, same or name) != (same or name):
@@ -75,7 +85,7 @@ class _Moments:
         for name, mean in own.items():
             if not bool(torch.isfinite(mean).all()):
                 raise NotFiniteError(
-                    f"an input of {name} is not finite; look at the data, or at the weights of the base"
+                    f"an input of {name} is not finite; look at the data, or at the weights of the model"
                 )
         return {name: own[self.shares[name]] if name in self.shares else _none(layer) for name, layer in maps.items()}
 
@@ -99,23 +109,3 @@ def _zeros(inputs: Tensor) -> Tensor:
             f"but {format_size(available)} are free; precondition on a machine with more"
         )
     return inputs.new_zeros(size, size)
-
-
-@contextmanager
-def _watched(maps: Mapping[str, nn.Module], moments: _Moments) -> Iterator[None]:
-    hooks = [layer.register_forward_pre_hook(partial(moments.see, name)) for name, layer in maps.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _of_one_length(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """The numbers of samples of one length, so that no input is padding; the longest first."""
-    by_length = defaultdict(list)
-    for number, sample in enumerate(samples):
-        by_length[len(sample.input_ids)].append(number)
-    for _, numbers in sorted(by_length.items(), reverse=True):
-        for begin in range(0, len(numbers), batch_size):
-            yield numbers[begin : begin + batch_size]

@@ -1,8 +1,8 @@
 """The task vector of linear maps, read from an adapter or a checkpoint, and written with other values."""
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from perta_fast.preconditioning.input_moments import in_size
 from perta_fast.tuning.checkpoint import write_tuned
 from perta_fast.tuning.saving import disk_errors
 
-Change = Callable[[str, Tensor], Tensor]  # of (rows, d_in), for the map of this name
+Change = Callable[[Tensor], Tensor]  # of (rows, d_in)
 
 
 @dataclass
@@ -35,14 +35,26 @@ class Norms:
         """The norm after, as a share of that before."""
         return (self.after / self.before) ** 0.5 if self.before else 0.0
 
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Count one matrix."""
+        self.before += float(before.double().square().sum())
+        self.after += float(after.double().square().sum())
+
 
 class TaskVector(Protocol):
-    """Theta_f - theta_0 of the linear maps of a model."""
+    """Theta_f - theta_0 of some linear maps of a model, which becomes another one map by map."""
 
-    maps: Mapping[str, nn.Module]  # those that it changes, by name
+    norms: Norms
 
-    def write(self, directory: Path, change: Change) -> Norms:
-        """Write theta_f into ``directory`` with changed rows of the task vector."""
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the maps, in the order of the model."""
+
+    def change(self, name: str, change: Change) -> None:
+        """Change the rows of one map."""
+
+    def write(self, directory: Path) -> None:
+        """Write theta_f with what was changed into ``directory``."""
 
 
 @dataclass
@@ -50,8 +62,9 @@ class LowRankVector:
     """That of a LoRA adapter: only A meets the inputs, so only A changes."""
 
     adapter: Adapter
-    maps: Mapping[str, nn.Module]
-    updates: Mapping[str, LowRank]  # by the same names
+    updates: Mapping[str, LowRank]  # by the names of the maps
+    changed: dict[str, Tensor] = field(default_factory=dict)  # by the names in the file
+    norms: Norms = field(default_factory=Norms)
 
     @classmethod
     def of(cls, adapter: Adapter, module: nn.Module, maps: Mapping[str, nn.Module], base: Path) -> "LowRankVector":
@@ -73,54 +86,67 @@ class LowRankVector:
                     f"{stored} in {base} takes {size}; is that the checkpoint that the adapter was tuned from?"
                 )
             updates[weights[stored]] = update
-        return cls(adapter, {name: maps[name] for name in updates}, updates)
+        return cls(adapter, {name: updates[name] for name in maps if name in updates})
 
-    def write(self, directory: Path, change: Change) -> Norms:
-        tensors = {name: load_tensor(entry) for name, entry in self.adapter.checkpoint.tensors.items()}
-        norms = Norms()
-        for name, update in self.updates.items():
-            a, b = (tensors[factor.name].float() for factor in (update.a, update.b))
-            changed = change(name, a).cpu()
-            tensors[update.a.name] = changed
-            norms.before += update.scale**2 * _squared_norm(b, a)
-            norms.after += update.scale**2 * _squared_norm(b, changed)
+    @property
+    def names(self) -> list[str]:
+        """The adapted maps, in the order of the model."""
+        return list(self.updates)
+
+    def change(self, name: str, change: Change) -> None:
+        update = self.updates[name]
+        a, b = (load_tensor(factor).float() for factor in (update.a, update.b))
+        changed = change(a).cpu()
+        self.changed[update.a.name] = changed
+        self.norms.before += update.scale**2 * _squared_norm(b, a)
+        self.norms.after += update.scale**2 * _squared_norm(b, changed)
+
+    def write(self, directory: Path) -> None:
+        tensors = {name: load_tensor(entry) for name, entry in self.adapter.checkpoint.tensors.items()} | self.changed
         with disk_errors():
             save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
         shutil.copyfile(self.adapter.config, directory / self.adapter.config.name)
-        return norms
 
 
-@dataclass
 class FullVector:
-    """That of a checkpoint. ``module`` is theta_0 in float32, and becomes the result."""
+    """That of a checkpoint. It holds theta_0, which becomes the result, and theta_f, both in float32."""
 
-    module: nn.Module
-    maps: Mapping[str, nn.Module]
-    base: Checkpoint
-    tuned: Path
-
-    @torch.no_grad()
-    def write(self, directory: Path, change: Change) -> Norms:
-        tuned: Any = load_subject(self.tuned, next(self.module.parameters()).device, torch.float32, text=False).module
-        parameters = dict(tuned.named_parameters())
-        norms = Norms()
-        for name, layer in self.maps.items():
-            weight: Any = layer.weight
-            other = parameters.get(f"{name}.weight")
+    def __init__(self, names: Sequence[str], base: Checkpoint, tuned: Path, device: torch.device) -> None:
+        """Raise InputError, naming the tensor, if one of the maps has another shape in ``tuned``."""
+        self._names, self.norms = names, Norms()
+        self._base = base
+        self._module: Any = load_subject(base.path, device, torch.float32, text=False).module
+        theta_f: Any = load_subject(tuned, device, torch.float32, text=False).module
+        self._tuned = dict(theta_f.named_parameters())
+        for name in names:
+            weight, other = self._module.get_parameter(f"{name}.weight"), self._tuned.get(f"{name}.weight")
             if other is None or other.shape != weight.shape:
                 shape = "none" if other is None else list(other.shape)
                 raise InputError(
-                    f"{self.tuned}: tensor {name}.weight is {shape}, but {list(weight.shape)} in {self.base.path}; was "
+                    f"{tuned}: tensor {name}.weight is {shape}, but {list(weight.shape)} in {base.path}; was "
                     "tuned made from this base?"
                 )
-            stored_in_out = not isinstance(layer, nn.Linear)
-            vector = other - weight
-            changed = change(name, vector.T if stored_in_out else vector)
-            weight += changed.T if stored_in_out else changed
-            norms.before += float(vector.double().square().sum())
-            norms.after += float(changed.double().square().sum())
-        write_tuned(self.module, self.base, directory)
-        return norms
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All linear maps, in the order of the model."""
+        return self._names
+
+    @torch.no_grad()
+    def change(self, name: str, change: Change) -> None:
+        layer = self._module.get_submodule(name)
+        vector = self._tuned[f"{name}.weight"] - layer.weight
+        changed = oriented(layer, change(oriented(layer, vector)))
+        layer.weight += changed
+        self.norms.add(vector, changed)
+
+    def write(self, directory: Path) -> None:
+        write_tuned(self._module, self._base, directory)
+
+
+def oriented(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """(d_out, d_in) from how a map stores it, or back; Conv1D stores (d_in, d_out)."""
+    return matrix if isinstance(layer, nn.Linear) else matrix.T
 
 
 def _squared_norm(b: Tensor, a: Tensor) -> float:
@@ -132,5 +158,5 @@ def _squared_norm(b: Tensor, a: Tensor) -> float:
 def _not_linear(path: Path, name: str) -> InputError:
     return InputError(
         f"{path}: changes {name}, which is not plain LoRA of a linear map; only such adapters can be preconditioned, "
-        "as perta tune makes them, or whole checkpoints (perta tune --full)"
+        "as perta tune makes them, or whole checkpoints (perta tune --full). Other adapters need another rule"
     )

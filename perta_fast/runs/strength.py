@@ -8,7 +8,7 @@ that the gradients are taken on.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -65,6 +65,10 @@ class StrengthSearch:
         begun.seconds = time.perf_counter() - started
         return begun
 
+    def on(self, opened: "Opened") -> "StrengthSearch":
+        """The same search with another θ_f."""
+        return replace(self, opened=opened)
+
     def find(self, importances: Mapping[str, Path]) -> StrengthChoice:
         """Search. importances: directories, by role; none for rule ``tv``. Every rank calls it.
 
@@ -109,10 +113,12 @@ class StrengthSearch:
         )
 
     def _what_is_kept(self) -> str:
-        kept = self.opened.options.save_importance
-        if kept is None:
-            return ""
-        return f". The importances are kept in {kept}; perta apply and perta sweep take them"
+        options = self.opened.options
+        if options.save_importance is not None:
+            return f". The importances are kept in {options.save_importance}; perta apply and perta sweep take them"
+        if options.save_tuned is not None:
+            return f". The preconditioned θ_f is kept in {options.save_tuned}; perta apply takes it, by rule tv"
+        return ""
 
     @property
     def bound(self) -> float:
@@ -139,7 +145,7 @@ class StrengthSearch:
         self.original = live.measure_original({})
         if not self.original.is_finite:
             raise InputError(f"{options.model}: {_why_not_finite(live, str(options.dtype))}")
-        if self.opened.rule.estimator is None:
+        if self.opened.rule.estimator is None and not options.preconditions:  # which takes the memory first
             self.live = live
 
     def _load(self) -> "LiveModel":

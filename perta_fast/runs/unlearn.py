@@ -3,7 +3,7 @@
 import os
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from perta_fast.data.chat import today
 from perta_fast.data.forms import Fields, read_as
@@ -15,7 +15,7 @@ from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report, data_record
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE
+from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, Place
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
@@ -37,21 +37,23 @@ def unlearn(
     *,
     fields: Fields | None = None,
     download: bool = False,
-    rule: str = DEFAULT_RULE,
+    rule: str = PRECONDITIONED,
     lam: float | None = None,
     max_retain_rise: float | None = None,
+    mu: float | None = None,
     p: float | None = None,
     alpha: float = DEFAULT_ALPHA,
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,
-    at: Literal["base", "model"] = "base",
+    at: Place | None = None,
     out: str | Path | None = None,
     in_place: bool = False,
     overwrite: bool = False,
     link_unchanged: bool = False,
     drop_cache: bool | None = None,
     save_importance: str | Path | None = None,
+    save_tuned: str | Path | None = None,
     check: bool = True,
     stream: bool = False,
     memory: int | None = None,
@@ -69,16 +71,20 @@ def unlearn(
     progress: Progress = True,
     group: "ProcessGroup | None" = None,
 ) -> Report:
-    """Unlearn ``forget`` from a checkpoint (PerTA, arXiv 2601.22030), to ``out`` or in place.
+    """Unlearn ``forget`` from a checkpoint, to ``out`` or in place.
 
-    forget, retain: data files, as the documentation ("Data") has them. Every rule but ``tv`` needs them; for ``tv`` the
-    report only names their hashes and counts. Each is read once, so it can be a pipe. fields: names of their fields, as
-    in {"question": "prompt", "answer": "completion"}, for question, answer, text, messages and tools; None knows the
-    usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that lie in the local cache; download:
-    fetch them there first. lam: None searches for the largest at which the mean loss on the retain data (at most 200
+    rule: ``preconditioned`` subtracts the task vector of a θ_f that ``precondition`` makes first, with ``mu`` (10);
+    ``tv`` the plain one; the others one that is rescaled by importances (PerTA, arXiv 2601.22030). forget, retain: data
+    files, as the documentation ("Data") has them. The rules with importances need both, ``preconditioned`` needs
+    ``retain``; of one that is not needed, the report only names hash and count. Each is read once, so it can be a pipe.
+    fields: names of their fields, as in {"question": "prompt", "answer": "completion"}, for question, answer, text,
+    messages and tools; None knows the usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that
+    lie in the local cache; download: fetch them there first.
+    lam: None searches for the largest at which the mean loss on the retain data (at most 200
     rows) is at most ``max_retain_rise`` nats (0.05) above that of ``model``; this needs the whole model in memory, and
-    data for ``tv`` too. at: the gradients are taken at ``base`` (the paper's choice) or at ``model``.
-    save_importance: directory to keep the two importances in, as ``forget`` and ``retain``; without it they lie in a
+    both data files for every rule. at: the gradients are taken at ``base`` (None, the paper's choice) or at ``model``;
+    or the inputs of linear maps are seen at ``model`` (None) or at ``base``. save_importance: directory to keep the two
+    importances in, as ``forget`` and ``retain``; save_tuned: one for the preconditioned θ_f. Without them they lie in a
     temporary directory beside the result. check: measure a few rows of both data sets before and after, for the verdict
     in the report; not for streamed runs. stream: hold one decoder layer in memory at a time; weigh, subtract and write
     each layer as soon as its importances are complete. memory, device_memory: bytes that this may take; None sets no
@@ -88,6 +94,7 @@ def unlearn(
     bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can finish;
     otherwise nothing is left behind except a finished ``save_importance``.
     Disk: the output and, during the run, 8 bytes a parameter; with ``stream`` hidden states instead (in place, both).
+    Rule ``preconditioned`` takes 4 bytes for each number in ``tuned``.
     """
     return _run(Options(**locals()))  # the arguments, by name
 
@@ -98,6 +105,10 @@ def _run(options: Options) -> Report:
     with ranks.together("the opening of the inputs"):
         opened = Opened.open(options.located(), ranks)
         contents = read_all(opened.options) if opened.rule.estimator is None else None
+    if contents is not None and opened.options.preconditions:
+        from perta_fast.runs.unlearn_preconditioned import unlearn_preconditioned
+
+        return unlearn_preconditioned(opened, *contents, day)
     if contents is not None:
         return _task_vector_alone(opened, *contents, day)
     loaded = _load(opened, day)

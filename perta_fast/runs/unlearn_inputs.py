@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.data.chat import ChatSettings, Told, parse_date
 from perta_fast.data.formats import data_files
@@ -25,7 +25,17 @@ from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import EstimationSettings, Report, data_record
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
-from perta_fast.rules import Rule, check_strength
+from perta_fast.rules import (
+    DEFAULT_ALPHA,
+    DEFAULT_MU,
+    PRECONDITIONED,
+    RULES,
+    Place,
+    Rule,
+    check_mu,
+    check_strength,
+    resolved_at,
+)
 from perta_fast.runs import strength
 from perta_fast.runs.check import Checking
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
@@ -57,18 +67,20 @@ class Options:
     rule: str
     lam: float | None
     max_retain_rise: float | None
+    mu: float | None
     p: float | None
     alpha: float
     threshold: float | None
     only: Patterns
     leave: Patterns
-    at: Literal["base", "model"]
+    at: Place | None
     out: str | Path | None
     in_place: bool
     overwrite: bool
     link_unchanged: bool
     drop_cache: bool | None
     save_importance: str | Path | None
+    save_tuned: str | Path | None
     check: bool
     stream: bool
     memory: int | None
@@ -93,6 +105,11 @@ class Options:
         return {role: path for role, path in files.items() if path is not None}
 
     @property
+    def preconditions(self) -> bool:
+        """Whether theta_f is preconditioned first."""
+        return self.rule == PRECONDITIONED
+
+    @property
     def scope(self) -> Scope:
         """Which parameters are changed. Raises InputError for what are no patterns."""
         return Scope.of(self.only, self.leave)
@@ -104,10 +121,12 @@ class Options:
         return [*map(Path, (self.model, self.base, self.tuned)), *files]
 
     def located(self) -> "Options":
-        """With paths in place of names of the hub."""
+        """With paths in place of names of the hub, and what the rule leaves open."""
         data = {role: local_data(path, self.download) for role, path in self.data.items()}
         return replace(
             self,
+            at=resolved_at(self.rule, self.at),
+            mu=DEFAULT_MU if self.preconditions and self.mu is None else self.mu,
             model=local_model(self.model, self.download, in_place=self.in_place),
             base=local_model(self.base, self.download),
             tuned=local_model(self.tuned, self.download),
@@ -130,7 +149,7 @@ class Opened:
     def open(cls, options: Options, ranks: Ranks) -> "Opened":
         """Raises InputError if anything is wrong with arguments or checkpoints."""
         check_strength(options.lam, options.max_retain_rise, options.stream, options.allow_zero)
-        rule = Rule.of(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
+        rule = _rule_of(options)
         ChatSettings.of(options.system_prompt, options.date_string)
         if options.at not in ("base", "model"):
             raise InputError(f"at is {options.at!r}; it must be base or model")
@@ -148,12 +167,11 @@ class Opened:
         else:
             check_output(final, overwrite=options.overwrite, inputs=options.paths)
             check_unfinished(final, overwrite=options.overwrite, again=STATE)  # ``unlearn`` looks at runs itself
-        if rule.estimator is not None and options.save_importance is None:
+        kept = options.save_tuned if options.preconditions else options.save_importance
+        if (rule.estimator is not None or options.preconditions) and kept is None:
             check_own(importance_path(final))
             check_own(scratch_path(final))
             check_inputs_stay(final, (importance_path(final), scratch_path(final)), options.paths)
-        if rule.estimator is None and options.save_importance is not None:
-            raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
         names = (
             "in_place",
             "overwrite",
@@ -172,6 +190,33 @@ class Opened:
         return replace(
             self, options=replace(self.options, lam=lam, max_retain_rise=None), rule=self.rule.at(float(lam))
         )
+
+
+def _rule_of(options: Options) -> Rule:
+    """The rule that subtracts. Raises InputError for settings that are not for it."""
+    if options.preconditions:
+        assert options.mu is not None
+        check_mu(options.mu)
+        if (options.p, options.alpha, options.threshold) != (None, DEFAULT_ALPHA, None):
+            raise InputError(
+                f"rule {PRECONDITIONED}, which is the default, has no weights: p, alpha and threshold do not apply to "
+                "it; give a rule that has, such as fisher or empirical-fisher"
+            )
+        if options.save_importance is not None:
+            raise InputError(
+                f"rule {PRECONDITIONED}, which is the default, takes no importance to save; save_tuned keeps what it "
+                "makes, or give a rule that takes importances, such as fisher"
+            )
+        return Rule.of("tv", options.lam or 0.0)
+    if options.rule not in RULES:
+        raise InputError(f"rule is {options.rule!r}; it must be one of {', '.join((PRECONDITIONED, *RULES))}")
+    rule = Rule.of(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
+    if rule.estimator is None and options.save_importance is not None:
+        raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
+    for name in ("mu", "save_tuned"):
+        if getattr(options, name) is not None:
+            raise InputError(f"{name} is for rule {PRECONDITIONED}; leave it out, or take that rule")
+    return rule
 
 
 @dataclass
@@ -263,7 +308,7 @@ class Loaded:
             for role in self.samples
         }
         report.settings = EstimationSettings(
-            at=options.at,
+            at=str(options.at),
             estimator=str(self.opened.rule.estimator),
             batch_size=int(options.batch_size),
             max_length=self.max_length,

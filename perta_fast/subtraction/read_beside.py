@@ -11,7 +11,8 @@ from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.reading import checked_path, exists
-from perta_fast.records.report import FileRecord, Report
+from perta_fast.records.file_record import FileRecord
+from perta_fast.records.report import Report
 from perta_fast.subtraction.inputs import Sources
 
 NONE: Mapping[str, Path] = MappingProxyType({})

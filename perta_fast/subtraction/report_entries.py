@@ -97,7 +97,12 @@ def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = R
             report.inputs[role]["kept"] = False
     for role, files in (job.companions or companion_records(sources, report)).items():
         report.inputs[role]["files"] |= files
-    for role in ("forget_importance", "retain_importance"):
+    made = ["forget_importance", "retain_importance"]
+    if report.preconditioned is not None:
+        given = report.preconditioned
+        report.inputs["tuned_given"] = DirectoryRecord(path=given.tuned, files=given.files)
+        made.append("tuned")
+    for role in made:
         if job.temporary and role in report.inputs:
             report.inputs[role]["kept"] = False
 

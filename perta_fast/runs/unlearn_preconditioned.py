@@ -1,0 +1,162 @@
+"""``unlearn`` by rule ``preconditioned``: a θ_f that hardly touches what is retained to disk, then the subtraction."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from perta_fast.checkpoints.adapters import Adapter, is_adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.data.chat import ChatSettings
+from perta_fast.data.forms import read_as
+from perta_fast.data.rows import Row
+from perta_fast.errors import InputError
+from perta_fast.files.hashing import hash_files
+from perta_fast.files.new_directory import (
+    OutputDirectory,
+    check_output,
+    check_space,
+    check_unfinished,
+    importance_path,
+    unfinished_advice,
+)
+from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.records.file_record import FileRecord
+from perta_fast.records.recipe import as_recipe
+from perta_fast.records.report import Report, data_record, describe_files
+from perta_fast.rules import PRECONDITIONED
+from perta_fast.runs import strength
+from perta_fast.runs.apply import apply_sources
+from perta_fast.runs.check import Checking
+from perta_fast.runs.precondition import Making, vector_size
+from perta_fast.runs.settings import threads_for
+from perta_fast.runs.unlearn_inputs import Opened
+from perta_fast.subtraction.in_place import is_open
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.unfinished import has_begun
+
+PHASE = "inputs of linear maps"
+
+
+def unlearn_preconditioned(
+    opened: Opened, rows: Mapping[str, list[Row]], hashes: Mapping[str, str], day: date
+) -> Report:
+    """Precondition on the first rank, search for lam if none was given, subtract on all ranks. day: today."""
+    asked, ranks, final = opened.options, opened.ranks, opened.settings.destination
+    with ranks.together("the opening of the inputs"):
+        _check(opened)
+        search = strength.StrengthSearch.begin(opened, rows, day)
+    checking = Checking.of(asked, rows, day, ranks)
+    kept = asked.save_tuned is not None
+    with ExitStack() as entered:
+        with ranks.together("the directory of theta_f"):
+            beside = importance_path(final)  # removed after the run
+            target = OutputDirectory(asked.save_tuned or beside, overwrite=kept and asked.overwrite)
+            if ranks.first:
+                entered.enter_context(target)
+        directory = target.path if kept else target.path / "tuned"
+        record: Preconditioning | None = None
+        with ranks.together(PHASE):
+            if ranks.first:
+                directory.mkdir(exist_ok=True)
+                record = _make(opened, rows["retain"], hashes["retain"], day, directory)
+                if kept:
+                    target.commit()
+        made: Preconditioning = ranks.share(record)
+        directory = target.final if kept else directory
+        with ranks.together("theta_f"):
+            options = replace(asked, tuned=directory)
+            sources = Sources.open(asked.model, asked.base, directory, common_rows=asked.common_rows, scope=asked.scope)
+        opened = replace(opened, options=options, sources=sources)
+        choice = None
+        if search is not None:
+            choice = search.on(opened).find({})
+            opened = opened.at(choice.after.lam)
+        if checking is not None:
+            checking.before()
+
+        def annotate(report: Report) -> None:
+            report.add_phase(PHASE, made.seconds, 0)
+            report.recipe = as_recipe(vars(replace(asked, lam=opened.options.lam, max_retain_rise=None)))
+            report.preconditioned = described
+            report.settings = _settings(opened, made)
+            report.data = {
+                role: data_record(asked.data[role], hashes[role], len(rows[role]), read_as=read_as(rows[role]))
+                for role in rows
+            } | {"retain": made.retain}
+            for warning in made.warnings:
+                report.warn(warning)
+            strength.annotate(report, choice, 0.0 if search is None else search.seconds)
+            if checking is not None:
+                checking.annotate(report)
+
+        described = replace(made.in_report(), files=_hashes_of(Path(asked.tuned), opened))
+        try:
+            report = apply_sources(
+                sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
+            )
+        except BaseException:
+            target.keep = has_begun(final) or is_open(final)
+            raise
+    return report if checking is None else checking.finish(report)
+
+
+def _check(opened: Opened) -> None:
+    """Raise InputError for what only this rule needs, RunError if the disk is too small."""
+    options, final = opened.options, opened.settings.destination
+    if options.stream:
+        raise InputError(
+            f"rule {PRECONDITIONED}, which is the default, needs the whole model in memory; leave stream out, or give "
+            "a rule such as empirical-fisher"
+        )
+    if "retain" not in options.data:
+        raise InputError(f"rule {PRECONDITIONED}, which is the default, needs retain data: give a file of it")
+    if not options.in_place and not options.overwrite and has_begun(final):
+        raise InputError(unfinished_advice(final))
+    if options.save_tuned is None:
+        place = importance_path(final)
+    else:
+        place = Path(options.save_tuned)
+        check_output(place, overwrite=options.overwrite, inputs=[*options.paths, final])
+        check_unfinished(place, overwrite=options.overwrite)
+        if not options.in_place:
+            check_output(final, overwrite=options.overwrite, inputs=[place])
+    check_space(place, vector_size(Path(options.base), Path(options.tuned)))
+
+
+def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Path) -> Preconditioning:
+    """Write the preconditioned θ_f into ``directory``."""
+    options = opened.options
+    assert options.retain is not None and options.mu is not None
+    making = Making(
+        base=Path(options.base),
+        tuned=Path(options.tuned),
+        seen_at=Path(options.model if options.at == "model" else options.base),
+        retain=options.retain,
+        mu=float(options.mu),
+        batch_size=int(options.batch_size),
+        max_length=options.max_length,
+        chat=ChatSettings.of(options.system_prompt, options.date_string, day),
+        device=options.device,
+        dtype=options.dtype,
+        progress=options.progress,
+        allow_zero=options.allow_zero,
+    )
+    return making.run(rows, digest, directory)
+
+
+def _settings(opened: Opened, made: Preconditioning) -> dict[str, Any]:
+    """How the inputs were seen, for the report."""
+    options = opened.options
+    return {"at": options.at, "stream": options.stream, "date_string": options.date_string, **made.settings}
+
+
+def _hashes_of(tuned: Path, opened: Opened) -> dict[str, FileRecord]:
+    """Size and hash of the files of the θ_f that was given."""
+    opened_adapter = Adapter.open(tuned, Path(opened.options.base)) if is_adapter(tuned) else None
+    checkpoint = Checkpoint.open(tuned) if opened_adapter is None else opened_adapter.checkpoint
+    files = [*checkpoint.files(), *([] if opened_adapter is None else [opened_adapter.config])]
+    threads = threads_for(opened.settings.threads, opened.ranks)
+    return describe_files(hash_files(files, threads), checkpoint.path)["files"]
