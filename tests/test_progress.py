@@ -85,7 +85,9 @@ def test_bytes(job: Job, tmp_path: Path) -> None:
 
 
 def unlearn(job: Job, out: Path, hear: Any, **settings: Any) -> None:
-    pf.unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out=out, progress=hear, **settings)
+    pf.unlearn(
+        *job.checkpoints, job.forget, job.retain, lam=1.0, out=out, progress=hear, **{"rule": "fisher"} | settings
+    )
 
 
 def sweep(job: Job, out: Path, hear: Any) -> None:
@@ -106,7 +108,10 @@ def verify(job: Job, out: Path, hear: Any) -> None:
     [
         (unlearn, {"forget importance": (len(FORGET), "sample"), "retain importance": (len(RETAIN), "sample")}),
         # Embedding, two layers and head; each but the head is run through twice.
-        (lambda *given: unlearn(*given, stream=True), {"unlearn": ((len(FORGET) + len(RETAIN)) * (2 * 3 + 1), "step")}),
+        (
+            lambda *given: unlearn(*given, stream=True, rule="fisher"),
+            {"unlearn": ((len(FORGET) + len(RETAIN)) * (2 * 3 + 1), "step")},
+        ),
         (sweep, {"tv, lambda 1, forget": (len(FORGET), "sample"), "tv, lambda 1, retain": (len(RETAIN), "sample")}),
         (evaluate, {"forget": (len(FORGET), "sample"), "forget answers": (len(FORGET), "sample")}),
         (verify, {}),
@@ -196,7 +201,14 @@ def test_a_second_pass_counts_from_nothing() -> None:
 def test_log(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "perta_fast")
     report = pf.unlearn(
-        *job.checkpoints, job.forget, job.forget, out=tmp_path / "out", max_length=40, progress=False, lam=1.0
+        *job.checkpoints,
+        job.forget,
+        job.forget,
+        out=tmp_path / "out",
+        max_length=40,
+        progress=False,
+        lam=1.0,
+        rule="fisher",
     )
     lines = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "perta_fast"]
     phases = [text for level, text in lines if level == "INFO"]

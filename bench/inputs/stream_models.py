@@ -34,7 +34,18 @@ class StreamJob:
         paths |= {name: self.folder / f"{name}.jsonl" for name in ("forget", "retain")}
         inputs = [word for name, path in paths.items() for word in (f"--{name}", path)]
         settings = ["--rule", "fisher", "--lam", "1", "--batch-size", "8", "--quiet", "--overwrite"]
-        words = [sys.executable, "-m", "perta_fast", "unlearn", *inputs, *settings, "--out", out, *more]
+        words = [
+            sys.executable,
+            "-m",
+            "perta_fast",
+            "unlearn",
+            "--rule=fisher",
+            *inputs,
+            *settings,
+            "--out",
+            out,
+            *more,
+        ]
         return list(map(str, words))
 
 

@@ -180,6 +180,7 @@ def test_unlearn(stream: bool, tmp_path: Path) -> None:
             stream=stream,
             out=tmp_path / f"out-{tuned}",
             progress=False,
+            rule="fisher",
         )
     found, expected = read_checkpoint(tmp_path / "out-adapter"), read_checkpoint(tmp_path / "out-merged")
     for name, wanted in expected.items():

@@ -93,7 +93,9 @@ def test_old_copies_do_not_stay_in_the_output(stream: bool | None, job: Job, tmp
     if stream is None:
         report = apply(*job.checkpoints, rule="tv", out=tmp_path / "out")
     else:
-        report = unlearn(*job.checkpoints, job.forget, job.retain, stream=stream, out=tmp_path / "out", lam=1.0)
+        report = unlearn(
+            *job.checkpoints, job.forget, job.retain, stream=stream, out=tmp_path / "out", lam=1.0, rule="fisher"
+        )
     for name, shard in before.items():
         assert load_file(job.model / shard)[name].any()
         assert not load_file(tmp_path / "out" / shard)[name].any()
@@ -308,11 +310,11 @@ def test_shards_without_an_index(roles: tuple[str, ...], in_place: bool, job: Jo
 @pytest.mark.parametrize("stream", [False, True])
 def test_without_an_index_a_run_is_the_same(stream: bool, job: Job, tmp_path: Path) -> None:
     how: dict[str, Any] = {"lam": 1.0, "stream": stream, "progress": False}
-    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "expected", **how)
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "expected", **{"rule": "fisher"} | how)
     for path in job.checkpoints:
         (path / INDEX).unlink()
     before = {path: sorted(path.iterdir()) for path in job.checkpoints}
-    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "out", **how)
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "out", **{"rule": "fisher"} | how)
     assert_loads_as(tmp_path / "out", loaded(tmp_path / "expected"))
     assert before == {path: sorted(path.iterdir()) for path in job.checkpoints}
 

@@ -172,8 +172,16 @@ def data(job: Job) -> list[str]:
 COMMANDS: dict[str, Callable[[Job, Path], list[str]]] = {
     "apply, model": lambda job, bad: ["apply", *paths(job, model=bad), "--rule", "tv", "--lam", "1"],
     "apply, tuned": lambda job, bad: ["apply", *paths(job, tuned=bad), "--rule", "tv", "--lam", "1"],
-    "unlearn": lambda job, bad: ["unlearn", *paths(job, base=bad), *data(job), "--lam", "1"],
-    "unlearn, streamed": lambda job, bad: ["unlearn", *paths(job, model=bad), *data(job), "--lam", "1", "--stream"],
+    "unlearn": lambda job, bad: ["unlearn", "--rule=fisher", *paths(job, base=bad), *data(job), "--lam", "1"],
+    "unlearn, streamed": lambda job, bad: [
+        "unlearn",
+        "--rule=fisher",
+        *paths(job, model=bad),
+        *data(job),
+        "--lam",
+        "1",
+        "--stream",
+    ],
     "dry run": lambda job, bad: [*COMMANDS["unlearn"](job, bad), "--stream", "--dry-run"],
     "sweep": lambda job, bad: ["sweep", *paths(job, base=bad), *data(job), "--lams", "1"],
     "importance": lambda job, bad: ["importance", "--model", str(bad), "--data", str(job.forget)],

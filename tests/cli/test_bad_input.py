@@ -262,7 +262,16 @@ UNLEARN: dict[str, JobCase] = {
 
 def unlearn_arguments(folder: Path, *more: object) -> list[object]:
     return [
-        *("unlearn", "--model", folder / "model", "--base", folder / "base", "--tuned", folder / "tuned"),
+        *(
+            "unlearn",
+            "--rule=fisher",
+            "--model",
+            folder / "model",
+            "--base",
+            folder / "base",
+            "--tuned",
+            folder / "tuned",
+        ),
         *("--forget", folder / "forget.jsonl", "--retain", folder / "retain.jsonl", "--lam", "1", *more),
     ]
 

@@ -56,9 +56,11 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_unlearn_and_its_recipe(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*whole("unlearn", job, "--lam", 1, "--out", tmp_path / "plain")) == 0
+    assert run(*whole("unlearn", "--rule=fisher", job, "--lam", 1, "--out", tmp_path / "plain")) == 0
     assert " data: " not in capsys.readouterr().out
-    assert run(*whole("unlearn", other, "--fields", FIELDS, "--lam", 1, "--out", tmp_path / "other")) == 0
+    assert (
+        run(*whole("unlearn", "--rule=fisher", other, "--fields", FIELDS, "--lam", 1, "--out", tmp_path / "other")) == 0
+    )
     assert f"forget data: {SAID}\nretain data: {SAID}\n" in capsys.readouterr().out
     assert same_weights(tmp_path / "plain", tmp_path / "other")
     plain, report = Report.load(tmp_path / "plain"), Report.load(tmp_path / "other")
@@ -69,7 +71,7 @@ def test_unlearn_and_its_recipe(job: Job, other: Job, tmp_path: Path, capsys: py
     assert run(*again) == 0
     assert same_weights(tmp_path / "plain", tmp_path / "again")
     assert run("verify", tmp_path / "other") == 0
-    written = whole("unlearn", other, "--lam", 1, "--out", tmp_path / "written")
+    written = whole("unlearn", "--rule=fisher", other, "--lam", 1, "--out", tmp_path / "written")
     keys = dict(zip((str(key).removeprefix("--") for key in written[1::2]), map(str, written[2::2]), strict=True))
     (tmp_path / "run.yaml").write_text(json.dumps(keys | {"fields": FIELDS}))
     assert run("recipe", "check", tmp_path / "run.yaml") == 0
@@ -78,15 +80,22 @@ def test_unlearn_and_its_recipe(job: Job, other: Job, tmp_path: Path, capsys: py
 
 
 def test_unlearn_streamed(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*whole("unlearn", other, "--fields", FIELDS, "--lam", 1, "--stream", "--out", tmp_path / "out")) == 0
+    assert (
+        run(
+            *whole(
+                "unlearn", "--rule=fisher", other, "--fields", FIELDS, "--lam", 1, "--stream", "--out", tmp_path / "out"
+            )
+        )
+        == 0
+    )
     assert f"retain data: {SAID}" in capsys.readouterr().out
     kept = ["--fields", FIELDS, "--lam", 1, "--save-importance", tmp_path / "kept", "--out", tmp_path / "third"]
     for more in ([], ["--stream", "--overwrite"]):
-        assert run(*whole("unlearn", other, *kept, *more)) == 0
+        assert run(*whole("unlearn", "--rule=fisher", other, *kept, *more)) == 0
         assert Importance.load(tmp_path / "kept" / "retain").metadata.read_as == SAID
     capsys.readouterr()
     dry = ["--fields", FIELDS, "--lam", 1, "--stream", "--dry-run", "--out", tmp_path / "dry"]
-    assert run(*whole("unlearn", other, *dry)) == 0
+    assert run(*whole("unlearn", "--rule=fisher", other, *dry)) == 0
     assert f"data: {len(FORGET)} forget samples" in capsys.readouterr().out
 
 
@@ -151,7 +160,9 @@ def test_eval(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_bad_fields(fields: str, said: str, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprint(tmp_path)
     try:
-        status = run(*whole("unlearn", other, "--fields", fields, "--lam", 1, "--out", tmp_path / "out"))
+        status = run(
+            *whole("unlearn", "--rule=fisher", other, "--fields", fields, "--lam", 1, "--out", tmp_path / "out")
+        )
     except SystemExit as stopped:  # argparse
         status = int(str(stopped.code))
     assert status == 2
@@ -165,8 +176,16 @@ def test_shards_of_a_directory(job: Job, tmp_path: Path, capsys: pytest.CaptureF
     shards = [tmp_path / "set" / f"train-0000{k}-of-00002.jsonl" for k in range(2)]
     shards[0].write_text("".join(lines[:2]))
     shards[1].write_text("".join(lines[2:]))
-    unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "out", progress=False, lam=1.0)
-    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "plain", progress=False, lam=1.0)
+    unlearn(
+        *job.checkpoints,
+        f"{tmp_path}/set:train",
+        job.retain,
+        out=tmp_path / "out",
+        progress=False,
+        lam=1.0,
+        rule="fisher",
+    )
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "plain", progress=False, lam=1.0, rule="fisher")
     assert same_weights(tmp_path / "out", tmp_path / "plain")
     report, plain = Report.load(tmp_path / "out"), Report.load(tmp_path / "plain")
     assert report.data["forget"] == plain.data["forget"] | {"path": f"{tmp_path}/set:train"}
@@ -192,7 +211,15 @@ def test_a_directory_that_holds_the_output_is_refused(job: Job, tmp_path: Path) 
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(job.forget.read_bytes())
     with pytest.raises(InputError, match=r"is or contains the input .*train\.jsonl"):
-        unlearn(*job.checkpoints, f"{tmp_path}/set:train", job.retain, out=tmp_path / "set", overwrite=True, lam=1.0)
+        unlearn(
+            *job.checkpoints,
+            f"{tmp_path}/set:train",
+            job.retain,
+            out=tmp_path / "set",
+            overwrite=True,
+            lam=1.0,
+            rule="fisher",
+        )
     with pytest.raises(InputError, match=r"is or contains the input .*train\.jsonl"):
         tune(job.base, tmp_path / "set", tmp_path / "set", overwrite=True)
 
@@ -200,7 +227,7 @@ def test_a_directory_that_holds_the_output_is_refused(job: Job, tmp_path: Path) 
 @pytest.mark.parametrize("data", [[{"text": "a"}], {"text": ["a"]}])
 def test_rows_in_place_of_a_file(data: object, job: Job, tmp_path: Path) -> None:
     for call in (
-        lambda: unlearn(*job.checkpoints, data, job.retain, out=tmp_path / "out", lam=1.0),  # type: ignore[arg-type]
+        lambda: unlearn(*job.checkpoints, data, job.retain, out=tmp_path / "out", lam=1.0, rule="fisher"),  # type: ignore[arg-type]
         lambda: tune(job.base, data, tmp_path / "out"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError, match="and here it must be a file; write one, with to_json"):

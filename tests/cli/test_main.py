@@ -22,7 +22,7 @@ from tests.support.models import Job, write_job, write_lines
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = (
-    *("demo", "tune", "unlearn", "importance", "apply", "sweep", "eval"),
+    *("demo", "tune", "unlearn", "--rule=fisher", "importance", "apply", "sweep", "eval"),
     *("report", "recipe", "inspect", "verify", "resume"),
 )
 TEXTS = {
@@ -128,7 +128,7 @@ def test_unlearn_is_the_formula_on_autograds_own_gradients(
     job, out = float_job, tmp_path / "out"
     before = fingerprint(job.model.parent)
     how = ["--rule", rule, "--lam", "0.8", "--alpha", "0.5", "--at", at, "--batch-size", "2"]
-    assert run("unlearn", *checkpoint_arguments(job), *data_arguments(job), *how, "--out", out) == 0
+    assert run("unlearn", "--rule=fisher", *checkpoint_arguments(job), *data_arguments(job), *how, "--out", out) == 0
     assert fingerprint(job.model.parent) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     summary = capsys.readouterr().out
@@ -155,7 +155,7 @@ def test_unlearn_is_the_formula_on_autograds_own_gradients(
 def test_importance_then_apply_is_unlearn(rule: str, job: Job, tmp_path: Path) -> None:
     estimator = "grad" if rule == "fisher" else rule
     how = [*checkpoint_arguments(job), "--rule", rule, "--lam", "1.5", "--quiet"]
-    assert run("unlearn", *how, *data_arguments(job), "--out", tmp_path / "one") == 0
+    assert run("unlearn", "--rule=fisher", *how, *data_arguments(job), "--out", tmp_path / "one") == 0
     for role, data in (("forget", job.forget), ("retain", job.retain)):
         asked = ["--model", job.base, "--data", data, "--estimator", estimator, "--out", tmp_path / role]
         assert run("importance", *asked, "--quiet") == 0
@@ -168,7 +168,7 @@ def test_importance_then_apply_is_unlearn(rule: str, job: Job, tmp_path: Path) -
 def test_the_whole_way_through_the_commands(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, kept = tmp_path / "out", tmp_path / "kept"
     asked = [*checkpoint_arguments(job), *data_arguments(job), "--lam", 1, "--save-importance", kept]
-    assert run("unlearn", *asked, "--out", out) == 0
+    assert run("unlearn", "--rule=fisher", *asked, "--out", out) == 0
     report = Report.load(out)
     assert {role: (row["samples"], row["truncated"]) for role, row in report.data.items()} == {
         "forget": (5, 0),
@@ -192,7 +192,7 @@ def test_importances_not_kept_leave_bounds_to_verify(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = [*checkpoint_arguments(job), *data_arguments(job), "--lam", 1, "--out", tmp_path / "out"]
-    assert run("unlearn", *asked, "--quiet") == 0
+    assert run("unlearn", "--rule=fisher", *asked, "--quiet") == 0
     assert capsys.readouterr().out == ""
     assert run("verify", tmp_path / "out", "--full") == 0
     text = capsys.readouterr().out
@@ -221,13 +221,15 @@ def test_what_was_cut_to_the_length_limit_is_said(
     assert text.startswith("grad over 2 samples, 6 labels\n")
     assert "warning: 2 samples were cut to the length limit" in text
     asked = [*checkpoint_arguments(job), *data_arguments(job), "--lam", 1, "--out", tmp_path / "out"]
-    assert run("unlearn", *asked, *short) == 0
+    assert run("unlearn", "--rule=fisher", *asked, *short) == 0
     assert "warning: 3 of 3 retain samples were cut to the length limit" in capsys.readouterr().out
 
 
 def test_the_same_data_twice_is_warned_about(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--forget", job.forget, "--retain", job.forget]
-    assert run("unlearn", *checkpoint_arguments(job), *data, "--lam", 1, "--out", tmp_path / "out") == 0
+    assert (
+        run("unlearn", "--rule=fisher", *checkpoint_arguments(job), *data, "--lam", 1, "--out", tmp_path / "out") == 0
+    )
     text = capsys.readouterr().out
     assert "warning: forget and retain importance were estimated on the same data" in text
 

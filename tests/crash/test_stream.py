@@ -47,7 +47,7 @@ IMPORTED = (
 def arguments(job: Job, out: Path, *more: object) -> list[object]:
     model, base, tuned = job.checkpoints
     return [
-        *("unlearn", "--stream", "--model", model, "--base", base, "--tuned", tuned, "--quiet"),
+        *("unlearn", "--rule=fisher", "--stream", "--model", model, "--base", base, "--tuned", tuned, "--quiet"),
         *("--forget", job.forget, "--retain", job.retain, "--rule", "empirical-fisher", "--lam", "0.7"),
         *("--save-importance", out.parent / "kept", "--out", out, *more),
     ]

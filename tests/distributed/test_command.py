@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def unlearning(job: Job, out: Path, *more: object) -> list[object]:
     places = ("--model", job.model, "--base", job.base, "--tuned", job.tuned)
     data = ("--forget", job.forget, "--retain", job.retain)
-    return ["unlearn", *places, *data, "--lam", "1", "--out", out, *more]
+    return ["unlearn", "--rule=fisher", *places, *data, "--lam", "1", "--out", out, *more]
 
 
 def near(found: Importance, expected: Importance) -> bool:
@@ -50,6 +50,7 @@ def test_unlearn(job: Job, tmp_path: Path) -> None:
         batch_size=1,
         progress=False,
         lam=1.0,
+        rule="fisher",
     )
     for role in ("forget", "retain"):
         assert near(Importance.load(kept / role), Importance.load(tmp_path / "alone-kept" / role))

@@ -120,7 +120,9 @@ def test_unlearn_streamed(row: Row, tmp_path: Path) -> None:
     base, tuned = (write(build(row.family, seed), tmp_path / f"{seed}") for seed in (4, 5))
     data = [write_lines(tmp_path / f"{k}.jsonl", rows[:3]) for k, rows in enumerate((FORGET, RETAIN))]
     for name, stream in (("memory", False), ("stream", True)):
-        unlearn(row.folder, base, tuned, *data, out=tmp_path / name, stream=stream, progress=False, lam=1.0)
+        unlearn(
+            row.folder, base, tuned, *data, out=tmp_path / name, stream=stream, progress=False, lam=1.0, rule="fisher"
+        )
     expected, found = (read_checkpoint(tmp_path / name) for name in ("memory", "stream"))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -94,7 +94,7 @@ def test_importance_of_the_language_part(family: str, tmp_path: Path) -> None:
 def test_unlearn(family: str, stream: bool, tmp_path: Path) -> None:
     theta, base, tuned = (write(build(family, seed), tmp_path / f"{seed}") for seed in (1, 2, 3))
     data = [write_lines(tmp_path / f"{k}.jsonl", rows[:3]) for k, rows in enumerate((FORGET, RETAIN))]
-    unlearn(theta, base, tuned, *data, out=tmp_path / "out", stream=stream, progress=False, lam=1.0)
+    unlearn(theta, base, tuned, *data, out=tmp_path / "out", stream=stream, progress=False, lam=1.0, rule="fisher")
     before, after = read_checkpoint(theta), read_checkpoint(tmp_path / "out")
     assert before.keys() == after.keys()
     assert {name for name in before if of_vision(name)}

@@ -165,8 +165,8 @@ def test_every_command_by_names(cache: Path, one_thread: None) -> None:
     expected_importance = estimate_importance(job.base, job.forget, **quiet)
     assert importance.metadata.data_hash == expected_importance.metadata.data_hash
     assert f"models--org--base/snapshots/{REVISION}" in importance.metadata.evaluated_at
-    report = unlearn(*names, **sets, lam=1.0, out="made", **quiet)
-    unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out="made-by-path", **quiet)
+    report = unlearn(*names, **{"rule": "fisher"} | sets, lam=1.0, out="made", **quiet)
+    unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out="made-by-path", **{"rule": "fisher"} | quiet)
     for path in Path("made-by-path").glob("*.safetensors"):
         assert path.read_bytes() == (Path("made") / path.name).read_bytes()
     assert cli.main(["unlearn", "--recipe", "made/perta_report.json", "--out", "again"]) == 0

@@ -101,7 +101,14 @@ class TestBindMounts:
         seen = bind(data / "below", tmp_path / "seen")
         with pytest.raises(InputError, match=r"is or contains the input .*seen/mine.jsonl"):
             unlearn(
-                *job.checkpoints, seen / "mine.jsonl", job.retain, out=data, overwrite=True, progress=False, lam=1.0
+                *job.checkpoints,
+                seen / "mine.jsonl",
+                job.retain,
+                out=data,
+                overwrite=True,
+                progress=False,
+                lam=1.0,
+                rule="fisher",
             )
         assert (data / "below" / "mine.jsonl").exists()
 

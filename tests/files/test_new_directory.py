@@ -209,7 +209,7 @@ class TestUnlearn:
         files[role] = data / "mine.jsonl"
         files[role].write_bytes(getattr(job, role).read_bytes())
         with pytest.raises(InputError, match=r"is or contains the input .*mine\.jsonl"):
-            unlearn(*job.checkpoints, **files, lam=1.0, out=data, overwrite=True)
+            unlearn(*job.checkpoints, **{"rule": "fisher"} | files, lam=1.0, out=data, overwrite=True)
         assert names(data) == {"mine.jsonl"}
 
     @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ class TestUnlearn:
                 out=tmp_path / out,
                 save_importance=tmp_path / kept,
                 overwrite=True,
+                rule="fisher",
             )
         assert names(tmp_path) == {"base"}
 
@@ -406,14 +407,14 @@ def test_killed_while_it_starts_over_it_takes_up_nothing_half_removed(inputs: In
 def test_killed_during_unlearn_the_next_run_clears_the_importances_away(job: Job, out: Path) -> None:
     model, base, tuned = job.checkpoints
     process = perta(
-        *("unlearn", "--model", model, "--base", base, "--tuned", tuned, "--lam", "1", "--out", out),
+        *("unlearn", "--rule=fisher", "--model", model, "--base", base, "--tuned", tuned, "--lam", "1", "--out", out),
         *("--forget", job.forget, "--retain", job.retain),
         setup=signal_at("SIGKILL", "subtraction.compute._check_finite"),
     )
     assert process.returncode == -9
     assert all(name.startswith(".") for name in names(out.parent))
     assert len(names(out.parent)) > 1
-    unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out=out)
+    unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out=out, rule="fisher")
     assert names(out.parent) == {"out"}
 
 

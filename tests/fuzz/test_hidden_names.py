@@ -128,7 +128,7 @@ def test_every_command_that_makes_a_directory(
     model, base, tuned = (
         f"--{role}={path}" for role, path in zip(("model", "base", "tuned"), job.checkpoints, strict=True)
     )
-    whole = ["unlearn", *checkpoints(job), *data]
+    whole = ["unlearn", "--rule=fisher", *checkpoints(job), *data]
     commands: dict[str, list[object]] = {
         "importance": ["importance", f"--model={job.base}", f"--data={job.forget}"],
         "importance --stream": ["importance", f"--model={job.base}", f"--data={job.forget}", "--stream"],
@@ -161,7 +161,7 @@ def test_importances_beside_a_result(
     result = model if target == "--in-place" else tmp_path / "out"
     trap = tmp_path / name.format(result.name)
     trap.symlink_to(elsewhere)
-    command = ["unlearn", f"--model={model}", f"--base={job.base}", f"--tuned={job.tuned}", "--lam=1"]
+    command = ["unlearn", "--rule=fisher", f"--model={model}", f"--base={job.base}", f"--tuned={job.tuned}", "--lam=1"]
     data = [f"--forget={job.forget}", f"--retain={job.retain}"]
     end = [target] if target == "--in-place" else [f"{target}={result}"]
     refused([*command, *data, *end], trap, capsys, tmp_path)
@@ -291,6 +291,7 @@ def test_links_among_the_files_of_an_unfinished_output(
                 stream=True,
                 progress=False,
                 lam=1.0,
+                rule="fisher",
             )
         else:
             score, scored = ScoredModel.score, []
@@ -335,7 +336,19 @@ def test_links_among_the_files_of_an_unfinished_output(
 def test_a_record_cannot_make_resume_replace_what_no_run_wrote(job: Job, elsewhere: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = perta(
-        *("unlearn", "--model", job.model, "--base", job.base, "--tuned", job.tuned, "--lam", 1, "--stream"),
+        *(
+            "unlearn",
+            "--rule=fisher",
+            "--model",
+            job.model,
+            "--base",
+            job.base,
+            "--tuned",
+            job.tuned,
+            "--lam",
+            1,
+            "--stream",
+        ),
         *("--forget", job.forget, "--retain", job.retain, "--out", out),
         setup=signal_at("SIGKILL", "streaming.streamed_run.resume_walk"),
     )

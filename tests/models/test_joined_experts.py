@@ -153,13 +153,20 @@ def test_unlearning(stream: bool, tmp_path: Path) -> None:
     paths, rows = written(tmp_path, "Qwen2-MoE"), data(tmp_path)
     how: dict[str, Any] = {"rule": "fisher", "lam": 0.7, "stream": stream, "progress": False}
     for form in paths:
-        unlearn(*chosen(paths, (form,) * 3), *rows, out=tmp_path / form / "expected", **how)
+        unlearn(*chosen(paths, (form,) * 3), *rows, out=tmp_path / form / "expected", **{"rule": "fisher"} | how)
     for at, forms in itertools.product(("base", "model"), MIXED):
         expected = tmp_path / f"expected-{at}-{forms[0]}"
         if not expected.exists():
-            unlearn(*chosen(paths, 3 * forms[:1]), *rows, at=at, out=expected, **how)
+            unlearn(*chosen(paths, 3 * forms[:1]), *rows, at=at, out=expected, **{"rule": "fisher"} | how)
         out = tmp_path / "-".join((at, *forms))
-        unlearn(*chosen(paths, forms), *rows, at=at, out=out, save_importance=tmp_path / f"kept-{out.name}", **how)
+        unlearn(
+            *chosen(paths, forms),
+            *rows,
+            at=at,
+            out=out,
+            save_importance=tmp_path / f"kept-{out.name}",
+            **{"rule": "fisher"} | how,
+        )
         assert_same(expected, out)
         assert not verify(out, full=True).problems
     assert_same_model(load(tmp_path / "expected-base-apart"), load(tmp_path / "expected-base-joined"))

@@ -100,7 +100,7 @@ def done(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_is_that_of_the_command_line(done: Path, job: Job, tmp_path: Path) -> None:
     how = ["--rule", "grad", "--lam", "0.75", "--at", "model", "--batch-size", "3", "--dtype", "float32"]
     places = [f"--{role}={getattr(job, role)}" for role in ("model", "base", "tuned", "forget", "retain")]
-    assert run("unlearn", *places, *how, "--out", tmp_path / "out") == 0
+    assert run("unlearn", "--rule=fisher", *places, *how, "--out", tmp_path / "out") == 0
     assert len(weights_in(done / "out")) > 1
     assert weights_in(done / "out") == weights_in(tmp_path / "out")
 
@@ -152,7 +152,7 @@ def test_a_new_place_is_needed_to_repeat_a_run(done: Path, capsys: pytest.Captur
 def test_calls_from_python_are_recorded_too(job: Job, tmp_path: Path, asked: Asked) -> None:
     how: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": np.int64(5)}
     settings: dict[str, Any] = how | {"lam": 1.0, "progress": False}
-    unlearn(*map(str, job.checkpoints), job.forget, job.retain, out=tmp_path / "a", **settings)
+    unlearn(*map(str, job.checkpoints), job.forget, job.retain, out=tmp_path / "a", **{"rule": "fisher"} | settings)
     unlearn(*job.checkpoints, rule="tv", lam=2, out=tmp_path / "b", progress=False)
     kept = [Report.load(tmp_path / name).recipe for name in "ab"]
     assert [kept[0][key] for key in ("model", "dtype", "device")] == [str(job.model), "float32", "cpu"]
@@ -196,7 +196,7 @@ def test_the_command_line_comes_before_the_recipe(first: bool, tmp_path: Path, a
     path = recipe(tmp_path, NEEDED + "batch-size: 4\ndrop-cache: true\nrule: grad\nthreads: 3\n")
     here = ["--lam", "2", "--batch-size", "8", "--no-drop-cache", "--model", "x"]  # 8 is the default too
     arguments = ["--recipe", path, *here] if first else [*here, "--recipe", path]
-    assert run("unlearn", *arguments) == 0
+    assert run("unlearn", "--rule=fisher", *arguments) == 0
     found = [asked[name] for name in ("lam", "batch_size", "drop_cache", "rule", "threads")]
     assert found == [2.0, 8, False, "grad", 3]
     assert (asked["model"], asked["base"]) == (Path("x"), tmp_path / "b")
@@ -363,7 +363,7 @@ def test_the_template_is_a_recipe_once_it_is_filled(
     assert run("unlearn", "--recipe", path) == 0
     of_recipe = dict(asked)
     places = [f"--{name}={tmp_path / '3'}" for name in ("model", "base", "tuned", "out")]
-    assert run("unlearn", *places, "--lam", "3") == 0
+    assert run("unlearn", "--rule=fisher", *places, "--lam", "3") == 0
     assert of_recipe == asked
 
 

@@ -79,7 +79,15 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A job whose model has a run with its importances kept, two sweeps and two evaluations beside it."""
     folder = tmp_path_factory.mktemp("reported")
     made = write_job(folder, torch.float32)
-    unlearn(*made.checkpoints, made.forget, made.retain, out=folder / "out", save_importance=folder / "kept", lam=1.0)
+    unlearn(
+        *made.checkpoints,
+        made.forget,
+        made.retain,
+        out=folder / "out",
+        save_importance=folder / "kept",
+        lam=1.0,
+        rule="fisher",
+    )
     data = (*made.checkpoints, made.forget, made.retain)
     sweep(*data, rule="tv", lams=[1.0], out=folder / "tv", progress=False)
     sweep(
@@ -130,7 +138,16 @@ def test_what_was_forgotten_and_kept(job: Job, full: Page) -> None:
 
 
 def test_a_run_without_a_check(job: Job, tmp_path: Path) -> None:
-    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "out", lam=1.0, check=False, progress=False)
+    unlearn(
+        *job.checkpoints,
+        job.forget,
+        job.retain,
+        out=tmp_path / "out",
+        lam=1.0,
+        check=False,
+        progress=False,
+        rule="fisher",
+    )
     assert "did not look" in make(job, tmp_path / "page.html", run=tmp_path / "out").texts["check"]
 
 

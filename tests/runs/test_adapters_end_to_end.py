@@ -36,7 +36,17 @@ def test_an_adapter_unlearns_as_its_merged_checkpoint(family: str, settings: dic
     merged.save_pretrained(tmp_path / "merged")
     for tuned in ("adapter", "merged"):
         out = tmp_path / f"by-{tuned}"
-        pf.unlearn(model, base, tmp_path / tuned, forget, retain, lam=2.0, out=out, progress=False, **settings)
+        pf.unlearn(
+            model,
+            base,
+            tmp_path / tuned,
+            forget,
+            retain,
+            lam=2.0,
+            out=out,
+            progress=False,
+            **{"rule": "fisher"} | settings,
+        )
     theta, start = read_checkpoint(model), read_checkpoint(base)
     found, expected = read_checkpoint(tmp_path / "by-adapter"), read_checkpoint(tmp_path / "by-merged")
     assert found.keys() == expected.keys() == theta.keys()

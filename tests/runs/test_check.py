@@ -32,7 +32,7 @@ ROLES = ("forget", "retain")
 
 def run(job: Job, out: Path | None = None, **settings: Any) -> Report:
     data = {"forget": job.forget, "retain": job.retain, "lam": 1.0} | settings
-    return unlearn(*job.checkpoints, out=out, progress=False, **data)
+    return unlearn(*job.checkpoints, out=out, progress=False, **{"rule": "fisher"} | data)
 
 
 def losses(directory: Path, job: Job) -> dict[str, float]:
@@ -400,5 +400,5 @@ def test_no_check_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     names = ("model", "base", "tuned", "forget", "retain")
     arguments = [word for name in names for word in (f"--{name}", str(getattr(job, name)))]
     for name, more in (("with", []), ("without", ["--no-check"])):
-        assert main(["unlearn", *arguments, "--lam", "1", "--out", str(tmp_path / name), *more]) == 0
+        assert main(["unlearn", "--rule=fisher", *arguments, "--lam", "1", "--out", str(tmp_path / name), *more]) == 0
         assert ("orgotten: the loss" in capsys.readouterr().out) == (name == "with")

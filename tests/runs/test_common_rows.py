@@ -185,7 +185,7 @@ def test_unlearn(at: Any, stream: bool, tied: bool, sizes: tuple[int, int, int],
     model, base, tuned = write_models(tmp_path, sizes, tied)
     data = [write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in (("forget", FORGET), ("retain", RETAIN))]
     with pytest.raises(InputError, match="--common-rows"):
-        unlearn(model, base, tuned, *data, at=at, stream=stream, out=tmp_path / "out", lam=1.0)
+        unlearn(model, base, tuned, *data, at=at, stream=stream, out=tmp_path / "out", lam=1.0, rule="fisher")
     unlearn(
         *(model, base, tuned, *data), rule="grad", at=at, stream=stream, common_rows=True, out=tmp_path / "out",
         save_importance=tmp_path / "kept", lam=0.8,

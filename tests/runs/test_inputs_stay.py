@@ -54,7 +54,7 @@ def test_a_checkpoint_in_a_hidden_place_of_the_run(
     said = f"would remove this input with its unfinished work in {tmp_path / hidden}; move it away"
     for end in ([], ["--overwrite"]):
         refused(capsys, tmp_path, said, "apply", *moved, "--rule=tv", f"--out={tmp_path / 'o'}", *end)
-    refused(capsys, tmp_path, said, "unlearn", *moved, *data(job), f"--out={tmp_path / 'o'}")
+    refused(capsys, tmp_path, said, "unlearn", "--rule=fisher", *moved, *data(job), f"--out={tmp_path / 'o'}")
     (tmp_path / where).rename(tmp_path / "away")  # what the message says
     again = options(job, **{role: tmp_path / "away"})
     assert run("apply", *again, "--rule=tv", f"--out={tmp_path / 'o'}", "--overwrite") == 0
@@ -70,10 +70,10 @@ def test_other_inputs_in_a_hidden_place_of_the_run(
         hidden = Path(shutil.copy(job.forget, tmp_path / place / "forget.jsonl"))
         forget = data(job, forget=hidden)
         if place in (PARTIAL, SCRATCH):
-            refused(capsys, tmp_path, said, "unlearn", *options(job), *forget, out)
+            refused(capsys, tmp_path, said, "unlearn", "--rule=fisher", *options(job), *forget, out)
         if place == PARTIAL:
             refused(capsys, tmp_path, said, "unlearn", *options(job), *forget, "--rule=tv", out)
-            refused(capsys, tmp_path, said, "unlearn", *options(job), *forget, "--stream", out)
+            refused(capsys, tmp_path, said, "unlearn", "--rule=fisher", *options(job), *forget, "--stream", out)
             refused(capsys, tmp_path, said, "importance", f"--model={job.base}", f"--data={hidden}", out)
             refused(capsys, tmp_path, said, "tune", f"--base={job.base}", f"--forget={hidden}", out)
             sweep = ["sweep", *options(job)[:3], *forget, "--lams=1", "--rule=tv"]
@@ -82,7 +82,7 @@ def test_other_inputs_in_a_hidden_place_of_the_run(
             refused(capsys, tmp_path, said, *sweep, f"--out={tmp_path / 's'}", *chosen)
         if place == ".k.perta-partial":
             save = f"--save-importance={tmp_path / 'k'}"
-            refused(capsys, tmp_path, said, "unlearn", *options(job), *forget, out, save)
+            refused(capsys, tmp_path, said, "unlearn", "--rule=fisher", *options(job), *forget, out, save)
         shutil.rmtree(tmp_path / place)
     hidden = Path(shutil.copy(job.forget, tmp_path / ".o.json.perta-partial"))
     refused(capsys, tmp_path, said, "eval", f"--model={job.base}", f"--forget={hidden}", f"--out={tmp_path / 'o.json'}")
@@ -93,7 +93,7 @@ def test_data_in_the_journal(job: Job, tmp_path: Path, capsys: pytest.CaptureFix
     (model / ".perta-journal").mkdir()
     forget = data(job, forget=Path(shutil.copy(job.forget, model / ".perta-journal" / "forget.jsonl")))
     said = f"would remove this input with its unfinished work in {model / '.perta-journal'}"
-    refused(capsys, tmp_path, said, "unlearn", *options(job, model=model), *forget, "--in-place")
+    refused(capsys, tmp_path, said, "unlearn", "--rule=fisher", *options(job, model=model), *forget, "--in-place")
     shutil.copytree(job.tuned, model / ".perta-journal" / "tuned")
     moved = options(job, model=model, tuned=model / ".perta-journal" / "tuned")
     refused(capsys, tmp_path, said, "apply", *moved, "--rule=tv", "--in-place", "--leave-others")
@@ -106,7 +106,7 @@ def test_no_output_where_runs_keep_unfinished_work(
     """The next run would remove it."""
     model = shutil.copytree(job.model, tmp_path / "model")
     out, said = tmp_path / name, "runs keep unfinished work under the name"
-    both = ["unlearn", *options(job, model=model), *data(job)]
+    both = ["unlearn", "--rule=fisher", *options(job, model=model), *data(job)]
     refused(capsys, tmp_path, said, "apply", *options(job, model=model), "--rule=tv", f"--out={out}")
     refused(capsys, tmp_path, said, *both, f"--out={out}", "--stream")
     for end in ([f"--out={tmp_path / 'o'}"], ["--in-place"], [f"--out={tmp_path / 'o'}", "--stream"]):
@@ -136,14 +136,22 @@ def linked(job: Job, folder: Path, link: Callable[[Path, Path], None]) -> Path:
 def commands(job: Job, base: Path, folder: Path, out: Path) -> list[list[object]]:
     """Each writes ``out``, and reads ``base``."""
     to_out, elsewhere = [f"--out={out}", "--overwrite"], f"--out={folder / 'elsewhere'}"
-    kept = ["unlearn", *options(job, base=base), *data(job), f"--save-importance={out}", elsewhere, "--overwrite"]
+    kept = [
+        "unlearn",
+        "--rule=fisher",
+        *options(job, base=base),
+        *data(job),
+        f"--save-importance={out}",
+        elsewhere,
+        "--overwrite",
+    ]
     return [
         ["apply", *options(job, base=base), "--rule=tv", *to_out],
         ["importance", f"--model={base}", f"--data={job.forget}", *to_out],
         ["importance", f"--model={base}", f"--data={job.forget}", *to_out, "--stream"],
         ["tune", f"--base={base}", f"--forget={job.forget}", *to_out],
         ["tune", f"--base={base}", f"--forget={job.forget}", "--full", *to_out],
-        ["unlearn", *options(job, base=base), *data(job), *to_out],
+        ["unlearn", "--rule=fisher", *options(job, base=base), *data(job), *to_out],
         kept,
         [*kept, "--stream"],
         ["sweep", *options(job, base=base)[:3], *data(job), "--lams=1", "--rule=tv", *to_out],
@@ -233,9 +241,16 @@ def test_an_empty_path_is_not_the_working_directory(
         assert "the path is empty" in capsys.readouterr().err
     calls: list[Callable[[], object]] = [
         lambda: pf.apply(*job.checkpoints, rule="tv", out="", overwrite=True),
-        lambda: pf.unlearn(*job.checkpoints, job.forget, job.retain, out="", overwrite=True, lam=1.0),
+        lambda: pf.unlearn(*job.checkpoints, job.forget, job.retain, out="", overwrite=True, lam=1.0, rule="fisher"),
         lambda: pf.unlearn(
-            *job.checkpoints, job.forget, job.retain, out="o", save_importance="", overwrite=True, lam=1.0
+            *job.checkpoints,
+            job.forget,
+            job.retain,
+            out="o",
+            save_importance="",
+            overwrite=True,
+            lam=1.0,
+            rule="fisher",
         ),
         lambda: pf.estimate_importance(job.base, job.forget, out="", overwrite=True),
         lambda: pf.tune(job.base, job.forget, "", overwrite=True),

@@ -187,6 +187,7 @@ def test_unlearn_makes_the_copy_that_is_asked_for(stream: bool, tmp_path: Path) 
         out=tmp_path / "out",
         allow_zero=True,
         lam=1.0,
+        rule="fisher",
     )
     found, model = read_checkpoint(tmp_path / "out"), read_checkpoint(job.model)
     assert all(same_bytes(found[name], model[name]) for name in model)

@@ -93,8 +93,21 @@ def test_unlearn(stream: bool, tied: bool, given: dict[str, Any], tmp_path: Path
     job = write_job(tmp_path, tie_word_embeddings=tied)
     settings: dict[str, Any] = {"rule": "empirical-fisher", "stream": stream, "lam": 0.7, "progress": False}
     data = job.forget, job.retain
-    unlearn(*job.checkpoints, *data, **settings, out=tmp_path / "whole", save_importance=tmp_path / "first")
-    unlearn(*job.checkpoints, *data, **settings, **given, out=tmp_path / "out", save_importance=tmp_path / "second")
+    unlearn(
+        *job.checkpoints,
+        *data,
+        **{"rule": "fisher"} | settings,
+        out=tmp_path / "whole",
+        save_importance=tmp_path / "first",
+    )
+    unlearn(
+        *job.checkpoints,
+        *data,
+        **{"rule": "fisher"} | settings,
+        **given,
+        out=tmp_path / "out",
+        save_importance=tmp_path / "second",
+    )
     parts = [HEAD] if given["leave"] == "lm_head.weight" and not tied else [EMBED, HEAD]
     check(tmp_path / "out", read_checkpoint(job.model), read_checkpoint(tmp_path / "whole"), parts)
     for role in ("forget", "retain"):
@@ -166,7 +179,7 @@ def test_a_sweep_scores_and_writes_what_apply_does(at: Any, job: Job, tmp_path: 
     share = chosen.best.changed
     assert 0 < share < whole.rows[1].changed
     how: dict[str, Any] = {"rule": "grad", "lam": chosen.best.lam, "at": at, "leave": "embeddings", "progress": False}
-    unlearn(*job.checkpoints, *data, **how, out=tmp_path / "out")
+    unlearn(*job.checkpoints, *data, **{"rule": "fisher"} | how, out=tmp_path / "out")
     found, right, model = (read_checkpoint(path) for path in (tmp_path / "chosen", tmp_path / "out", job.model))
     assert all(same_bytes(found[name], right[name]) for name in right)
     assert same_bytes(found[EMBED], model[EMBED]) and same_bytes(found[HEAD], model[HEAD])
@@ -181,7 +194,7 @@ def test_a_sweep_scores_and_writes_what_apply_does(at: Any, job: Job, tmp_path: 
 def test_a_strength_that_is_chosen_is_that_of_the_rest(rule: str, job: Job, tmp_path: Path) -> None:
     how: dict[str, Any] = {"rule": rule, "leave": "embeddings", "max_retain_rise": 0.02, "progress": False}
     data = job.forget, job.retain
-    report = unlearn(*job.checkpoints, *data, **how, out=tmp_path / "out")
+    report = unlearn(*job.checkpoints, *data, **{"rule": "fisher"} | how, out=tmp_path / "out")
     swept = sweep(*job.checkpoints, *data, **how)
     assert swept.best is not None and report.lam == swept.best.lam > 0
     assert report.choice is not None and report.choice.after.retain_loss == pytest.approx(swept.best.retain_loss)
@@ -279,9 +292,9 @@ def test_a_vocabulary_that_was_resized_may_be_left(stream: bool, sizes: tuple[in
     data = [write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in (("forget", FORGET), ("retain", RETAIN))]
     settings: dict[str, Any] = {"rule": "grad", "lam": 1.0, "stream": stream, "progress": False}
     with pytest.raises(InputError, match="--common-rows"):
-        unlearn(*paths, *data, **settings, leave="norms", out=tmp_path / "out")
-    unlearn(*paths, *data, **settings, common_rows=True, out=tmp_path / "whole")
-    unlearn(*paths, *data, **settings, leave="embeddings", out=tmp_path / "out")
+        unlearn(*paths, *data, **{"rule": "fisher"} | settings, leave="norms", out=tmp_path / "out")
+    unlearn(*paths, *data, **{"rule": "fisher"} | settings, common_rows=True, out=tmp_path / "whole")
+    unlearn(*paths, *data, **{"rule": "fisher"} | settings, leave="embeddings", out=tmp_path / "out")
     check(tmp_path / "out", read_checkpoint(paths[0]), read_checkpoint(tmp_path / "whole"), [EMBED, HEAD])
     assert not verify(tmp_path / "out", full=True, progress=False).problems
     live = AutoModelForCausalLM.from_pretrained(paths[0])
@@ -339,7 +352,7 @@ def test_a_stopped_run_keeps_its_patterns(
 
     def run(**more: Any) -> None:
         if kind == "streamed":
-            unlearn(*inputs, job.forget, job.retain, **how, **destination, stream=True, **more)
+            unlearn(*inputs, job.forget, job.retain, **{"rule": "fisher"} | how, **destination, stream=True, **more)
         else:
             apply(*inputs, *importances, **how, **destination, **more)
 
@@ -391,7 +404,7 @@ def command(job: Job, *more: object) -> list[str]:
 def test_the_command_line_and_its_recipe(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tv = ("--rule", "tv", "--lam", "1")
     chosen = ("--leave", "*norm*", "--leave", "embeddings", "--only", "model.layers.*,lm_head.weight")
-    assert cli.main(["unlearn", *command(job, *tv, *chosen, "--out", tmp_path / "out")]) == 0
+    assert cli.main(["unlearn", "--rule=fisher", *command(job, *tv, *chosen, "--out", tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "copied: left alone by choice" in said
     assert "changed only: model.layers.*, lm_head.weight\nleft alone: *norm*, embeddings\n" in said
@@ -435,8 +448,8 @@ def test_bad_patterns_are_refused_before_a_byte_is_written(
 def test_a_dry_run_looks_at_the_patterns(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = [f"--{role}={getattr(job, role)}" for role in ("forget", "retain")]
     how += ["--lam", "1", "--stream", "--dry-run", "--out", str(tmp_path / "out")]
-    assert cli.main(["unlearn", *command(job, *how, "--leave", "embeddings")]) == 0
-    assert cli.main(["unlearn", *command(job, *how, "--leave", "*embd_tokens*")]) == 2
+    assert cli.main(["unlearn", "--rule=fisher", *command(job, *how, "--leave", "embeddings")]) == 0
+    assert cli.main(["unlearn", "--rule=fisher", *command(job, *how, "--leave", "*embd_tokens*")]) == 2
     assert "close to it: model.embed_tokens.weight" in capsys.readouterr().err
 
 

@@ -155,7 +155,7 @@ def test_unlearn_says_so_before_it_loads_the_model(
     put(job.model, "model.gguf")
     monkeypatch.delattr(loading, "load_subject")
     with pytest.raises(InputError, match="lie other weights"):
-        unlearn(*job.checkpoints, job.forget, job.retain, stream=stream, in_place=True, lam=1.0)
+        unlearn(*job.checkpoints, job.forget, job.retain, stream=stream, in_place=True, lam=1.0, rule="fisher")
 
 
 def test_on_the_command_line(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def test_unlearn(how: dict[str, bool], job: Job, tmp_path: Path, on: Callable[[d
         *job.checkpoints,
         job.forget,
         job.retain,
-        **out,
+        **{"rule": "fisher"} | out,
         **how,
         lam=1.0,
         save_importance=tmp_path / "kept",
@@ -160,7 +160,18 @@ def test_a_recipe_repeats_the_prompts_on_another_day(
     job: Job, tmp_path: Path, on: Callable[[datetime.date], None]
 ) -> None:
     where = ["--model", job.model, "--base", job.base, "--tuned", job.tuned, "--forget", job.forget]
-    first = ["unlearn", *where, "--retain", job.retain, "--lam", 1, "--out", tmp_path / "first", "--quiet"]
+    first = [
+        "unlearn",
+        "--rule=fisher",
+        *where,
+        "--retain",
+        job.retain,
+        "--lam",
+        1,
+        "--out",
+        tmp_path / "first",
+        "--quiet",
+    ]
     assert cli.main([*map(str, first), "--system-prompt", ""]) == 0
     on(TUESDAY)
     recipe = tmp_path / "first" / "perta_report.json"
@@ -175,7 +186,7 @@ def test_a_recipe_repeats_the_prompts_on_another_day(
         "lam: 1\nsystem-prompt: ''\ndate-string: 2026-03-02\n"
     )
     by_hand = ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "by hand"), "--quiet"]
-    assert cli.main(["unlearn", *by_hand]) == 0
+    assert cli.main(["unlearn", "--rule=fisher", *by_hand]) == 0
     assert pf.Report.load(tmp_path / "by hand").settings["date_string"] == "2026-03-02"
 
 
@@ -185,7 +196,15 @@ def test_a_streamed_run_that_is_resumed_on_another_day(
 ) -> None:
     def run(out: Path) -> object:
         return unlearn(
-            *job.checkpoints, job.forget, job.retain, out=out, stream=True, batch_size=2, progress=False, lam=1.0
+            *job.checkpoints,
+            job.forget,
+            job.retain,
+            out=out,
+            stream=True,
+            batch_size=2,
+            progress=False,
+            lam=1.0,
+            rule="fisher",
         )
 
     run(tmp_path / "whole")
@@ -459,7 +478,14 @@ def test_a_report_asks_both_models_as_the_run_did(
     job: Job, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = unlearn(
-        *job.checkpoints, job.forget, job.retain, out=tmp_path, progress=False, system_prompt=PROMPT, lam=1.0
+        *job.checkpoints,
+        job.forget,
+        job.retain,
+        out=tmp_path,
+        progress=False,
+        system_prompt=PROMPT,
+        lam=1.0,
+        rule="fisher",
     )
     on(TUESDAY)
     asked = []
@@ -486,7 +512,18 @@ def _on_its_own_day(rank: int) -> None:
 
 def test_all_ranks_have_the_date_of_the_first(job: Job, tmp_path: Path, on: Callable[[datetime.date], None]) -> None:
     three = ["--model", job.model, "--base", job.base, "--tuned", job.tuned, "--forget", job.forget]
-    words = ["unlearn", *three, "--retain", job.retain, "--lam", 1, "--batch-size", 1, "--save-importance"]
+    words = [
+        "unlearn",
+        "--rule=fisher",
+        *three,
+        "--retain",
+        job.retain,
+        "--lam",
+        1,
+        "--batch-size",
+        1,
+        "--save-importance",
+    ]
     ended = perta_on_ranks(2, *words, tmp_path / "kept", "--out", tmp_path / "out", "--stream", setup=_on_its_own_day)
     assert [rank.status for rank in ended] == [0, 0], ended
     expected = estimate_importance(job.base, samples(job.forget, None, "02 Mar 2026"), batch_size=1, progress=False)

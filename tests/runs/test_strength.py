@@ -41,7 +41,7 @@ TALKS = [
 
 def run(job: Job, out: Path, **settings: Any) -> Report:
     data = {"forget": job.forget, "retain": job.retain} | settings
-    return unlearn(*job.checkpoints, out=out, progress=False, **data)
+    return unlearn(*job.checkpoints, out=out, progress=False, **{"rule": "fisher"} | data)
 
 
 def chosen(report: Report) -> StrengthChoice:
@@ -161,7 +161,7 @@ def test_in_place_and_with_kept_importances(job: Job, tmp_path: Path) -> None:
     expected = run(job, tmp_path / "out", save_importance=tmp_path / "kept")
     assert Importance.load(tmp_path / "kept" / "forget").metadata.sample_count == len(FORGET)
     model = Path(shutil.copytree(job.model, tmp_path / "model"))
-    report = unlearn(model, job.base, job.tuned, job.forget, job.retain, in_place=True, progress=False)
+    report = unlearn(model, job.base, job.tuned, job.forget, job.retain, in_place=True, progress=False, rule="fisher")
     assert chosen(report) == chosen(expected)
     assert shards(model) == shards(tmp_path / "out")
 
@@ -311,12 +311,24 @@ def test_what_cannot_be_chosen(
 def test_commands_that_cannot_choose(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = [f"--{role}={getattr(job, role)}" for role in ("model", "base", "tuned", "forget", "retain")]
     for more in (["--stream"], ["--stream", "--dry-run"]):
-        assert cli.main(["unlearn", *places, "--out", str(tmp_path / "out"), *more]) == 2
+        assert cli.main(["unlearn", "--rule=fisher", *places, "--out", str(tmp_path / "out"), *more]) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.splitlines()[-1].endswith("needs the whole model in memory; give lam")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):
-        cli.main(["unlearn", *places, "--out", str(tmp_path / "out"), "--lam", "1", "--max-retain-rise", "0.1"])
+        cli.main(
+            [
+                "unlearn",
+                "--rule=fisher",
+                *places,
+                "--out",
+                str(tmp_path / "out"),
+                "--lam",
+                "1",
+                "--max-retain-rise",
+                "0.1",
+            ]
+        )
     assert "argument --max-retain-rise: not allowed with argument --lam" in capsys.readouterr().err
 
 

@@ -64,7 +64,9 @@ def evaluation(job: Job, out: Path, **more: Any) -> object:
 
 
 def unlearning(job: Job, out: Path, **more: Any) -> object:
-    return pf.unlearn(*job.checkpoints, job.forget, job.retain, lam=1.0, out=out, progress=False, **more)
+    return pf.unlearn(
+        *job.checkpoints, job.forget, job.retain, lam=1.0, out=out, progress=False, **{"rule": "fisher"} | more
+    )
 
 
 def applied(job: Job, out: Path, **more: Any) -> object:

@@ -30,7 +30,7 @@ RULES: dict[str, Any] = {"grad": "grad", "fisher": "grad", "empirical-fisher": "
 def run(job: Job, out: Path, **settings: Any) -> Report:
     # test_check.py has the check
     data = {"forget": job.forget, "retain": job.retain, "lam": 1.0, "check": False} | settings
-    return unlearn(*job.checkpoints, out=out, progress=False, **data)
+    return unlearn(*job.checkpoints, out=out, progress=False, **{"rule": "fisher"} | data)
 
 
 def below(folder: Path) -> list[str]:
@@ -86,7 +86,7 @@ def test_a_strength_below_zero_is_warned_of(way: str, job: Job, tmp_path: Path) 
         report = apply(*job.checkpoints, **settings)
     else:
         rule = {"rule": "grad", "stream": True} if way == "stream" else {}
-        report = unlearn(*job.checkpoints, job.forget, job.retain, **settings | rule)
+        report = unlearn(*job.checkpoints, job.forget, job.retain, **{"rule": "fisher"} | settings | rule)
     assert [warning.partition(":")[0] for warning in report.warnings] == ["lambda -0.5 is less than 0"]
     assert "warning: lambda -0.5 is less than 0: the task vector is added" in report.summary()
 
@@ -390,7 +390,7 @@ def test_checkpoints_of_different_models_are_refused_first(
     other = write_job(tmp_path / "other", hidden_size=16)
     monkeypatch.setattr(loading, "load_subject", None)
     with pytest.raises(InputError, match="these are not of one model"):
-        unlearn(job.model, job.base, other.tuned, job.forget, job.retain, out=tmp_path / "out", lam=1.0)
+        unlearn(job.model, job.base, other.tuned, job.forget, job.retain, out=tmp_path / "out", lam=1.0, rule="fisher")
 
 
 def test_a_second_run_to_the_same_place_waits_for_leave(job: Job, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (job.model / CARD).write_text("# A model\n")
     (job.model / "modeling_own.py").write_text("x = 1\n")
     tokenizer(TEMPLATE).save_pretrained(job.base)
-    pf.unlearn(*job.checkpoints, job.forget, job.retain, out=folder / "out", progress=False, lam=1.0)
+    pf.unlearn(*job.checkpoints, job.forget, job.retain, out=folder / "out", progress=False, lam=1.0, rule="fisher")
     return folder
 
 
@@ -281,7 +281,7 @@ def test_companions_that_changed_between_a_stop_and_resume(
     inputs = [folder / role for role in ("model", "base", "tuned", "forget.jsonl", "retain.jsonl")]
     with monkeypatch.context() as patched, pytest.raises(pf.Interrupted):
         patched.setattr("perta_fast.subtraction.to_directory.describe_output", stop)
-        pf.unlearn(*inputs, out=out, stream=stream, progress=False, lam=1.0)
+        pf.unlearn(*inputs, out=out, stream=stream, progress=False, lam=1.0, rule="fisher")
     path = folder / name
     before = path.read_bytes() if path.exists() else None
     change(path)

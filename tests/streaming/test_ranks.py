@@ -80,7 +80,7 @@ def run_all(group: Any, jobs: list[Job], folder: Path) -> list[Report]:
             patch.setattr(planning, "schedule_for", lambda *_, schedule=case.schedule: schedule)
             settings: Any = {"rule": case.rule, "lam": 0.7, "stream": True, "progress": False, "group": group}
             places: Any = {"out": folder / f"{number}", "save_importance": folder / f"{number} kept"}
-            reports.append(unlearn(*job.checkpoints, job.forget, job.retain, **settings, **places))
+            reports.append(unlearn(*job.checkpoints, job.forget, job.retain, **{"rule": "fisher"} | settings, **places))
         importance: Any = {"out": folder / "importance", "stream": True, "progress": False, "group": group}
         estimate_importance(jobs[1].base, jobs[1].forget, "empirical-fisher", **importance)
     return reports
@@ -183,7 +183,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def arguments(job: Job, out: Path, *more: object) -> list[object]:
     model, base, tuned = job.checkpoints
     return [
-        *("unlearn", "--stream", "--model", model, "--base", base, "--tuned", tuned, "--quiet"),
+        *("unlearn", "--rule=fisher", "--stream", "--model", model, "--base", base, "--tuned", tuned, "--quiet"),
         *("--forget", job.forget, "--retain", job.retain, "--rule", "empirical-fisher", "--lam", "0.7"),
         *("--batch-size", "2", "--save-importance", out.with_name("kept"), "--out", out, *more),
     ]

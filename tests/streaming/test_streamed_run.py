@@ -53,7 +53,7 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Schedule], None]:
 
 def run(job: Job, out: Path, **settings: object) -> Report:
     settings = {"lam": 0.7, "batch_size": 2, "progress": False} | settings
-    return unlearn(*job.checkpoints, job.forget, job.retain, out=out, **settings)  # type: ignore[arg-type]
+    return unlearn(*job.checkpoints, job.forget, job.retain, out=out, **{"rule": "fisher"} | settings)  # type: ignore[arg-type]
 
 
 def assert_same_weights(first: Path, second: Path) -> None:

@@ -135,7 +135,16 @@ def test_one_sample_of_two_tokens(model: Path, tmp_path: Path) -> None:
 
 def test_unlearn(job: Job, tmp_path: Path) -> None:
     for name, stream in (("memory", False), ("stream", True)):
-        unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / name, stream=stream, progress=False, lam=1.0)
+        unlearn(
+            *job.checkpoints,
+            job.forget,
+            job.retain,
+            out=tmp_path / name,
+            stream=stream,
+            progress=False,
+            lam=1.0,
+            rule="fisher",
+        )
     expected, found = (read_checkpoint(tmp_path / name) for name in ("memory", "stream"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

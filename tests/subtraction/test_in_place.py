@@ -213,7 +213,7 @@ class TestAnOpenRun:
             lambda: apply(*open_run.all, lam=1.0, out=tmp_path / "out"),
             lambda: apply(open_run["base"], open_run["base"], open_run["tuned"], rule="tv", out=model, overwrite=True),
             lambda: apply(open_run["base"], model, open_run["tuned"], rule="tv", out=tmp_path / "out"),
-            lambda: unlearn(*open_run.checkpoints, "f", "r", out=tmp_path / "out", lam=1.0),
+            lambda: unlearn(*open_run.checkpoints, "f", "r", out=tmp_path / "out", lam=1.0, rule="fisher"),
             lambda: estimate_importance(model, data),
             lambda: verify(model, progress=False),
             lambda: Report.load(model),
@@ -394,8 +394,15 @@ def test_unlearn_in_place(keep: bool, job: Job, tmp_path: Path) -> None:
     model = shutil.copytree(job.model, tmp_path / "model")
     data = (job.forget, job.retain)
     kept = tmp_path / "kept" if keep else None
-    unlearn(job.model, job.base, job.tuned, *data, lam=1.0, out=tmp_path / "out", progress=False)
-    report = unlearn(*(model, job.base, job.tuned, *data), lam=1.0, in_place=True, save_importance=kept, progress=False)
+    unlearn(job.model, job.base, job.tuned, *data, lam=1.0, out=tmp_path / "out", progress=False, rule="fisher")
+    report = unlearn(
+        *(model, job.base, job.tuned, *data),
+        lam=1.0,
+        in_place=True,
+        save_importance=kept,
+        progress=False,
+        rule="fisher",
+    )
     assert shards(model) == shards(tmp_path / "out")
     assert names(tmp_path) == {"model", "out"} | ({"kept"} if keep else set())
     assert report.data.keys() == {"forget", "retain"}
@@ -412,7 +419,13 @@ def test_unlearn_in_place_is_finished_with_the_importances_it_had(
     with monkeypatch.context() as patch:
         patch.setattr(in_place, "describe_output", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            unlearn(*(model, job.base, job.tuned, job.forget, job.retain), lam=1.0, in_place=True, progress=False)
+            unlearn(
+                *(model, job.base, job.tuned, job.forget, job.retain),
+                lam=1.0,
+                in_place=True,
+                progress=False,
+                rule="fisher",
+            )
     assert len(names(tmp_path)) == 2
     report = resume(model, progress=False)
     assert names(tmp_path) == {"model"}
@@ -641,5 +654,14 @@ def test_unlearn_in_place_is_refused_before_the_first_gradient(
     monkeypatch.setattr("perta_fast.models.loading.load_subject", lambda *_, **__: 1 / 0)
     with pytest.raises(InputError, match=r"README\.md: is not a file"):
         unlearn(
-            model, job.base, job.tuned, job.forget, job.retain, in_place=True, stream=stream, progress=False, lam=1.0
+            model,
+            job.base,
+            job.tuned,
+            job.forget,
+            job.retain,
+            in_place=True,
+            stream=stream,
+            progress=False,
+            lam=1.0,
+            rule="fisher",
         )

@@ -84,11 +84,11 @@ def test_a_run_to_the_same_directory_waits(rule: str, tmp_path: Path, monkeypatc
     data = (job.forget, job.retain)
     with monkeypatch.context() as patched, pytest.raises(pf.Interrupted):
         patched.setattr("perta_fast.subtraction.to_directory.describe_output", stop)
-        pf.unlearn(base, base, tuned, *data, out=model, overwrite=True, **settings)
+        pf.unlearn(base, base, tuned, *data, out=model, overwrite=True, **{"rule": "fisher"} | settings)
     before = fingerprint(tmp_path)
     said = r"finish it with: perta resume .*, or give it up with: rm -r "
     for call in (
-        lambda: pf.unlearn(model, base, tuned, *data, in_place=True, **settings),
+        lambda: pf.unlearn(model, base, tuned, *data, in_place=True, **{"rule": "fisher"} | settings),
         lambda: pf.unlearn(model, base, tuned, *data, in_place=True, rule="grad", stream=True, progress=False, lam=1.0),
         lambda: pf.apply(model, base, tuned, rule="tv", in_place=True, progress=False),
     ):

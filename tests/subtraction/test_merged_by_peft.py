@@ -88,7 +88,9 @@ def test_unlearn(stream: bool, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "forget.jsonl", FORGET), write_lines(tmp_path / "retain.jsonl", RETAIN)
     for role in ("adapter", "merged"):
         directories = tmp_path / "model", tmp_path / "base", tmp_path / role
-        unlearn(*directories, *data, lam=2.0, stream=stream, out=tmp_path / f"out-{role}", progress=False)
+        unlearn(
+            *directories, *data, lam=2.0, stream=stream, out=tmp_path / f"out-{role}", progress=False, rule="fisher"
+        )
     assert_same(tmp_path / "out-adapter", tmp_path / "out-merged")
 
 

@@ -382,7 +382,9 @@ def test_an_unlearning_in_place_that_was_stopped(
     )
     with monkeypatch.context() as patched, pytest.raises(pf.Interrupted):
         patched.setattr("perta_fast.subtraction.in_place.describe_output", stop)
-        pf.unlearn(model, base, tuned, forget, retain, stream=stream, in_place=True, progress=False, lam=1.0)
+        pf.unlearn(
+            model, base, tuned, forget, retain, stream=stream, in_place=True, progress=False, lam=1.0, rule="fisher"
+        )
     path = tmp_path / "copy" / name
     before = path.read_bytes()
     append(path)

@@ -328,7 +328,19 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dry_run(large: Path, out: Path, *options: str) -> list[str]:
     places = [part for name in ("model", "base", "tuned") for part in (f"--{name}", str(large))]
     data = [part for name in ("forget", "retain") for part in (f"--{name}", str(large / f"{name}.jsonl"))]
-    return ["unlearn", *places, *data, "--lam", "1", "--out", str(out), "--stream", "--dry-run", *options]
+    return [
+        "unlearn",
+        "--rule=fisher",
+        *places,
+        *data,
+        "--lam",
+        "1",
+        "--out",
+        str(out),
+        "--stream",
+        "--dry-run",
+        *options,
+    ]
 
 
 def test_dry_run_of_70_billion(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
