@@ -19,6 +19,7 @@ from perta_fast.cli.options import (
     Command,
     Option,
     finish,
+    flag,
     keywords,
 )
 from perta_fast.rules import DEFAULT_MU
@@ -49,6 +50,7 @@ COMMAND = Command(
         *CHAT,
         DEVICE,
         DTYPE,
+        flag("stream", "hold one decoder layer in memory at a time, for models larger than the memory"),
         *OUTPUT,
     ),
     run,

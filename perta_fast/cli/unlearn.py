@@ -44,7 +44,10 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     estimator = None if tv else Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
     data = {role: getattr(parsed, role) for role in ("forget", "retain")}
     if estimator is None or None in data.values():
-        raise InputError("--dry-run is for a rule that needs forget and retain data, and for both of these")
+        raise InputError(
+            "--dry-run estimates rules with importances, from both data files; give --rule, such as empirical-fisher, "
+            "and both"
+        )
     settings = keywords(parsed)
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
     return preview(

@@ -16,6 +16,8 @@ from perta_fast.memory import available_bytes, format_size
 from perta_fast.models.token_scores import device_of, evaluation_mode
 from perta_fast.progress import Bar, Progress
 
+PHASE = "inputs of linear maps"
+
 
 @torch.no_grad()
 def input_moments(
@@ -36,7 +38,7 @@ def input_moments(
         evaluation_mode(module),
         torch.compiler.set_stance("force_eager"),  # compiled code would not call the hooks
         moments.of(maps),
-        Bar(len(samples), "inputs of linear maps", progress, "sample") as bar,
+        Bar(len(samples), PHASE, progress, "sample") as bar,
     ):
         for numbers in batches_of_one_length(samples, batch_size):
             batch = Batch.of([samples[k] for k in numbers], device_of(module))

@@ -2,13 +2,13 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
@@ -21,19 +21,24 @@ from perta_fast.data.rows import Row, read_data
 from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
+from perta_fast.files.durable import remove
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.reading import exists
 from perta_fast.memory import PeakMemory
 from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_and_told
-from perta_fast.preconditioning.input_moments import input_moments
+from perta_fast.preconditioning.input_moments import PHASE, input_moments
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.preconditioning.solve import preconditioned
 from perta_fast.preconditioning.vectors import FullVector, LowRankVector, TaskVector
-from perta_fast.progress import Progress
+from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Scalar, data_record
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import DEFAULT_MU, check_mu
+from perta_fast.runs.estimate import open_skeleton
+from perta_fast.streaming.layer_vector import LayerVector
+from perta_fast.streaming.linear_inputs import layer_moments
+from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.tuning.adapter import linear_maps, share_left_out
@@ -56,6 +61,7 @@ def precondition(
     date_string: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    stream: bool = False,
     overwrite: bool = False,
     progress: Progress = True,
 ) -> Preconditioning:
@@ -72,10 +78,12 @@ def precondition(
     model whose inputs are seen; θ_full is best; None takes ``base``. mu: at least 0, which leaves the linear maps as
     they are. batch_size: samples, of one length, at a time. max_length: tokens that a sample is cut to, within the
     model's own limit. system_prompt, date_string: as for ``unlearn``. device: None takes CUDA if there is one. dtype:
-    that the model runs in; None takes its own, or float32 for float16. overwrite: replace ``out``.
+    that the model runs in; None takes its own, or float32 for float16. stream: hold one decoder layer in memory at a
+    time; the result has the same values. overwrite: replace ``out``.
 
     Memory: the model, and 4 d_in² bytes for each different input of its linear maps; then, if ``tuned`` is a
-    checkpoint, two models in float32. Raises InputError for bad input, NotFiniteError if an input of a map is not
+    checkpoint, two models in float32. With ``stream`` that of one layer, and the disk holds the hidden states of all
+    tokens at two layers. Raises InputError for bad input, NotFiniteError if an input of a map is not
     finite, RunError if ``out`` cannot be written. Then, or after an interrupt, nothing is left behind.
 
     Source: SAGE (arXiv 2606.18309).
@@ -104,6 +112,7 @@ def precondition(
         device=device,
         dtype=dtype,
         progress=progress,
+        stream=stream,
     )
     with target:
         record = making.run(rows, digest, target.path)
@@ -141,26 +150,36 @@ class Making:
     device: str | torch.device | None
     dtype: torch.dtype | None
     progress: Progress
+    stream: bool = False
     allow_zero: bool = False
 
     def run(self, rows: Sequence[Row], digest: str, directory: Path) -> Preconditioning:
         """Write θ_f and its record into ``directory``. rows, digest: of the retain data."""
         started, clock = now(), time.perf_counter()
         with PeakMemory() as memory:
-            subject = self._load()
+            subject, skeleton = self._load()
             samples, told = samples_and_told(subject, rows, self.max_length, self.chat, self.progress)
             maps = self._maps(subject)
-            missed, device, origin = share_left_out(subject.module), subject.device, subject.origin
+            missed, origin = share_left_out(subject.module), subject.origin
+            device = subject.device if skeleton is None else skeleton.device
             adapted = None if not is_adapter(self.tuned) else self._low_rank(subject.module, maps)
             maps = maps if adapted is None else {name: maps[name] for name in adapted.names}
-            moments = input_moments(subject.module, maps, samples, self.batch_size, self.progress)
             names = list(maps)
-            del subject, maps  # theta_0 and theta_f may take its memory
-            vector: TaskVector = adapted or FullVector(names, open_plain(self.base), self.tuned, device)
-            for name in names:
-                vector.change(name, partial(preconditioned, moment=moments[name], mu=self.mu))
+            vector: TaskVector
+            if skeleton is None:
+                moments = input_moments(subject.module, maps, samples, self.batch_size, self.progress)
+                del subject, maps  # theta_0 and theta_f may take its memory
+                vector = adapted or FullVector(names, open_plain(self.base), self.tuned, device)
+                self._change(vector, moments)
+            else:
+                vector = adapted or LayerVector(names, open_plain(self.base), open_plain(self.tuned), directory)
+                scratch, parts = directory / "scratch", len(skeleton.layers) + 1
+                with Bar(parts * len(samples), PHASE, self.progress, "step") as bar:
+                    for moments in layer_moments(skeleton, maps, samples, self.batch_size, scratch, bar.update):
+                        self._change(vector, moments)
+                remove(scratch)
             self._write(vector, directory)
-        settings: dict[str, Scalar | None] = {"mu": self.mu, "batch_size": self.batch_size}
+        settings: dict[str, Scalar | None] = {"mu": self.mu, "batch_size": self.batch_size, "stream": self.stream}
         settings |= {"max_length": self.max_length, "device": str(device)}
         settings |= {"system_prompt": self.chat.system_prompt, "date": told.date}
         data = data_record(self.retain, digest, row_count(samples), truncated_count(samples), read_as(list(rows)))
@@ -182,10 +201,14 @@ class Making:
         record.save(directory)
         return record
 
-    def _load(self) -> Subject:
+    def _load(self) -> tuple[Subject, Skeleton | None]:
+        """The model whose inputs are seen, or its structure and what reads it layer by layer."""
         widened = any(entry.dtype == "F16" for entry in open_plain(self.seen_at).tensors.values())
         dtype = self.dtype or (torch.float32 if widened else None)  # inputs may overflow in float16
-        return load_subject(self.seen_at.resolve(), self.device, dtype)
+        path = self.seen_at.resolve()
+        skeleton = open_skeleton(path, self.device, dtype) if self.stream else None
+        structure = None if skeleton is None else skeleton.model
+        return load_subject(path, self.device, dtype, structure=structure), skeleton
 
     def _maps(self, subject: Subject) -> dict[str, nn.Module]:
         maps = linear_maps(subject.module)
@@ -195,6 +218,10 @@ class Making:
 
     def _low_rank(self, module: nn.Module, maps: dict[str, nn.Module]) -> LowRankVector:
         return LowRankVector.of(Adapter.open(self.tuned, self.base), module, maps, self.base)
+
+    def _change(self, vector: TaskVector, moments: Mapping[str, Tensor]) -> None:
+        for name, moment in moments.items():
+            vector.change(name, partial(preconditioned, moment=moment, mu=self.mu))
 
     def _write(self, vector: TaskVector, directory: Path) -> None:
         if vector.norms.before == 0 and not self.allow_zero:

@@ -22,6 +22,7 @@ from perta_fast.files.new_directory import (
     importance_path,
     unfinished_advice,
 )
+from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.recipe import as_recipe
@@ -36,8 +37,6 @@ from perta_fast.runs.unlearn_inputs import Opened
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.unfinished import has_begun
-
-PHASE = "inputs of linear maps"
 
 
 def unlearn_preconditioned(
@@ -106,11 +105,11 @@ def unlearn_preconditioned(
 def _check(opened: Opened) -> None:
     """Raise InputError for what only this rule needs, RunError if the disk is too small."""
     options, final = opened.options, opened.settings.destination
-    if options.stream:
-        raise InputError(
-            f"rule {PRECONDITIONED}, which is the default, needs the whole model in memory; leave stream out, or give "
-            "a rule such as empirical-fisher"
-        )
+    for name in ("memory", "device_memory"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                f"{name} is for rules with importances; rule {PRECONDITIONED} holds one layer; leave it out"
+            )
     if "retain" not in options.data:
         raise InputError(f"rule {PRECONDITIONED}, which is the default, needs retain data: give a file of it")
     if not options.in_place and not options.overwrite and has_begun(final):
@@ -142,6 +141,7 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         device=options.device,
         dtype=options.dtype,
         progress=options.progress,
+        stream=options.stream,
         allow_zero=options.allow_zero,
     )
     return making.run(rows, digest, directory)
@@ -150,7 +150,7 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
 def _settings(opened: Opened, made: Preconditioning) -> dict[str, Any]:
     """How the inputs were seen, for the report."""
     options = opened.options
-    return {"at": options.at, "stream": options.stream, "date_string": options.date_string, **made.settings}
+    return {"at": options.at, "date_string": options.date_string, **made.settings}
 
 
 def _hashes_of(tuned: Path, opened: Opened) -> dict[str, FileRecord]:

@@ -21,11 +21,13 @@ from perta_fast.models.loading import Subject, samples_for
 from perta_fast.preconditioning import input_moments as moments_room
 from perta_fast.preconditioning.input_moments import input_moments
 from perta_fast.preconditioning.solve import preconditioned
+from perta_fast.streaming.linear_inputs import layer_moments
+from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.tuning.adapter import linear_maps
 from tests.families.configs import FAMILIES
-from tests.families.matrix import build
+from tests.families.matrix import build, write
 from tests.support.checkpoints import fingerprint, read_checkpoint
-from tests.support.models import Job, draw_samples, llama, nudge_, tokenizer, write_job
+from tests.support.models import RETAIN, Job, draw_samples, llama, nudge_, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,3 +348,53 @@ def test_an_interrupt_leaves_nothing(job: Job, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         precondition(job, tmp_path / "out", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["job"]
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_streamed_moments_are_the_same_bits(family: str, tmp_path: Path) -> None:
+    model = build(next(row for row in FAMILIES if row.name == family), 1)
+    model.save_pretrained(tmp_path / "model")
+    samples = draw_samples(17, vocabulary=100)
+    skeleton = Skeleton.open(tmp_path / "model", torch.device("cpu"), None)
+    maps, steps = linear_maps(skeleton.model), []
+    found: dict[str, Tensor] = {}
+    for moments in layer_moments(skeleton, maps, samples, 4, tmp_path / "scratch", steps.append):
+        found |= moments
+    assert sum(steps) == 17 * (len(skeleton.layers) + 1)
+    expected = input_moments(model, linear_maps(model), samples, 4)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_streamed_it_has_the_same_values(adapted: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job", dtype)
+    if adapted:
+        pf.tune(job.base, job.forget, tmp_path / "adapter", rank=3, epochs=2, lr=1e-2, progress=False)
+        job = Job(job.model, job.base, tmp_path / "adapter", job.forget, job.retain)
+    whole, streamed = (
+        precondition(job, tmp_path / name, model=job.model, stream=name == "streamed") for name in ("whole", "streamed")
+    )
+    if adapted:
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+    else:
+        one, other = (read_checkpoint(tmp_path / name) for name in ("whole", "streamed"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
+    assert streamed.kept == pytest.approx(whole.kept, rel=1e-6)
+    assert not (tmp_path / "streamed/scratch").exists()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "Gemma 3 (text)", "DeepSeek-V2"])
+def test_streamed_checkpoints_of_families(name: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    base, tuned = (write(build(family, seed), tmp_path / str(seed)) for seed in (1, 2))
+    retain = write_lines(tmp_path / "retain.jsonl", RETAIN)
+    for name in ("whole", "streamed"):
+        pf.precondition(base, tuned, retain, tmp_path / name, stream=name == "streamed", progress=False)
+    one, other = (read_checkpoint(tmp_path / name) for name in ("whole", "streamed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -136,6 +136,21 @@ def test_a_run_that_is_stopped_goes_on(
     assert not [name for folder in (tmp_path, job.model.parent) for name in names(folder) if name.startswith(".")]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_streamed_it_gives_the_same_bytes(in_place: bool, job: Job, tmp_path: Path) -> None:
+    whole = run(job, tmp_path / "whole", lam=3.0)
+    place = None if in_place else tmp_path / "out"
+    report = run(job, place, in_place=in_place, lam=3.0, stream=True)
+    assert shards(place or job.model) == shards(tmp_path / "whole")
+    assert report.settings["stream"] is True
+    assert (whole.preconditioned is not None and report.preconditioned is not None) and (
+        report.preconditioned.kept == pytest.approx(whole.preconditioned.kept)
+    )
+    assert report.check is not None
+    assert report.check.left_out
+    assert not [name for folder in (tmp_path, job.model.parent) for name in names(folder) if name.startswith(".")]
+
+
 def test_an_interrupt_before_the_subtraction_leaves_nothing(job: Job, tmp_path: Path) -> None:
     def stop(event: pf.Event) -> None:
         if event.phase == "inputs of linear maps" and event.done:
@@ -178,6 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mu of another rule": ({"rule": "tv", "mu": 1.0}, "mu is for rule preconditioned"),
     "save of another rule": ({"rule": "fisher", "save_tuned": "kept"}, "save_tuned is for rule preconditioned"),
     "no such rule": ({"rule": "sage"}, "rule is 'sage'; it must be one of preconditioned, tv, grad, fisher"),
+    "memory": ({"stream": True, "memory": 1 << 30}, "memory is for rules with importances"),
     "no retain": ({"retain": None}, "rule preconditioned, which is the default, needs retain data"),
     "at": ({"at": "tuned"}, "at is 'tuned'; it must be base or model"),
 }

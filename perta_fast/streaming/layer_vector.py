@@ -1,0 +1,96 @@
+"""The task vector of a checkpoint, read, changed and written with one decoder layer in memory at a time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import copy_companions
+from perta_fast.checkpoints.tied import importance_key
+from perta_fast.models.stored_names import as_stored, load_tensor
+from perta_fast.preconditioning.vectors import Change, Norms, oriented
+from perta_fast.records.file_hashes import HASHES
+from perta_fast.records.report import FILE_NAME
+from perta_fast.streaming.model.stored_weights import StoredWeights
+from perta_fast.streaming.model.structure import Structure
+from perta_fast.tuning.saving import disk_errors
+
+_INDEX = "model.safetensors.index.json"
+
+
+class LayerVector:
+    """That of the linear maps of ``tuned``; the result has a shard for each decoder layer, all of it float32.
+
+    The maps are to be changed layer by layer, in the order of the model: a layer is written when the next one begins.
+    Memory: two layers in float32.
+    """
+
+    def __init__(self, names: Sequence[str], base: Checkpoint, tuned: Checkpoint, directory: Path) -> None:
+        """Raise InputError, naming the tensor, if one of the two lacks a tensor or has another shape."""
+        self._names, self.norms = names, Norms()
+        self._base, self._directory = base, directory
+        self._structure = Structure.build(base.path, torch.float32)
+        model, parts = self._structure.model, self._structure.parts
+        self._theta_0, self._theta_f = (StoredWeights(model, checkpoint, parts) for checkpoint in (base, tuned))
+        self._parts = [*self._structure.by_layer, self._structure.resident, *([name] for name in self._vocabulary)]
+        self._layer_of = {name: k for k, layer in enumerate(self._structure.by_layer) for name in layer}
+        self._changed: dict[str, Tensor] = {}  # of the layer that is going on
+        self._shards: list[list[str]] = []
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All linear maps, in the order of the model."""
+        return self._names
+
+    @property
+    def _vocabulary(self) -> list[str]:
+        return self._structure.vocabulary
+
+    def change(self, name: str, change: Change) -> None:
+        weight = f"{name}.weight"
+        while len(self._shards) < self._layer_of[weight]:
+            self._write_part()
+        layer = self._structure.model.get_submodule(name)
+        theta_0, theta_f = (reader.read([weight])[weight] for reader in (self._theta_0, self._theta_f))
+        vector = theta_f - theta_0
+        changed = oriented(layer, change(oriented(layer, vector)).cpu())
+        self._changed[weight] = theta_0 + changed
+        self.norms.add(vector, changed)
+
+    def write(self, directory: Path) -> None:
+        assert directory == self._directory
+        while len(self._shards) < len(self._parts):
+            self._write_part()
+        covered = self._theta_0.shapes
+        others = [name for name in self._base.tensors if importance_key(name, self._base, covered) is None]
+        self._save({name: load_tensor(self._base.tensors[name]) for name in others})  # such as buffers
+        copy_companions(self._base, directory)
+        for name in (FILE_NAME, HASHES):  # of the base, if that was unlearned
+            (directory / name).unlink(missing_ok=True)
+        weight_map = {name: _shard_name(number) for number, names in enumerate(self._shards) for name in names}
+        index = {"metadata": {}, "weight_map": weight_map}
+        if self._base.index is not None:
+            (directory / self._base.index.name).unlink(missing_ok=True)
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_part(self) -> None:
+        """Write the next layer, or what lies outside all layers."""
+        names = self._parts[len(self._shards)]
+        values = self._theta_0.read([name for name in names if name not in self._changed])
+        self._save(as_stored(self._structure.model, values | self._changed))
+        self._changed = {}
+
+    def _save(self, tensors: dict[str, Tensor]) -> None:
+        if tensors:
+            with disk_errors():
+                contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(contiguous, self._directory / _shard_name(len(self._shards)), {"format": "pt"})
+        self._shards.append(list(tensors))
+
+
+def _shard_name(number: int) -> str:
+    return f"model-{number:05d}.safetensors"
