@@ -10,20 +10,26 @@ from pathlib import Path
 from perta_fast.demo.authors import Row
 from perta_fast.files.apart import check_name
 from perta_fast.files.new_directory import check_free, check_unfinished
+from perta_fast.rules import PRECONDITIONED
 
 
 class Files:
     """The files of a demo below ``directory``; checkpoints are in float32.
 
     base: theta_0, trained on the other authors alone. full, tuned, gold: theta_0 tuned on forget and retain data
-    (theta_full), on forget data (theta_f), on retain data (the goal of unlearning). results: the table and its numbers.
+    (theta_full), on forget data (theta_f), on retain data (the goal of unlearning). preconditioned: made of theta_f.
+    results: the table and its numbers.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.base, self.full, self.tuned, self.gold, self.results = (
-            directory / name for name in ("base", "full", "tuned", "gold", "demo.json")
+        self.base, self.full, self.tuned, self.gold, self.preconditioned, self.results = (
+            directory / name for name in ("base", "full", "tuned", "gold", "preconditioned", "demo.json")
         )
+
+    def theta_f(self, rule: str) -> Path:
+        """What a rule subtracts."""
+        return self.preconditioned if rule == PRECONDITIONED else self.tuned
 
     def questions(self, split: str) -> Path:
         """The JSON lines of one split."""

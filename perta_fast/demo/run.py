@@ -19,6 +19,7 @@ from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_che
 from perta_fast.demo.table import LEGEND, Line, explain, format_table
 from perta_fast.errors import printable, shell_command
 from perta_fast.records.versions import installed_versions
+from perta_fast.rules import PRECONDITIONED
 
 _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 
@@ -40,7 +41,7 @@ def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> N
         with clock.phase("scoring"):
             gold = score_checkpoint(files.gold, samples, _SPLITS)
         with clock.phase("importance, subtraction, scoring"):
-            runs = sweep(files, samples, gold, settings.lams)
+            runs = sweep(files, samples, gold, settings)
         with clock.phase("scoring"):
             lines = _lines(files, samples, gold, runs)
         by_name = {line.name: line for line in lines}
@@ -76,7 +77,9 @@ def _lines(files: Files, samples: Samples, gold: dict[str, Score], runs: dict[st
 
 def _command(files: Files, run: Run) -> str:
     arguments: dict[str, str | Path] = {"model": files.full, "base": files.base, "tuned": files.tuned}
-    if run.rule != "tv":
+    if run.rule == PRECONDITIONED:
+        arguments |= {"retain": files.questions("retain"), "device": "cpu"}
+    elif run.rule != "tv":
         arguments |= {"forget": files.questions("forget"), "retain": files.questions("retain"), "device": "cpu"}
     arguments |= {"rule": run.rule, "lam": f"{run.lam:g}", "out": files.directory / "again"}
     parts = [part for name, value in arguments.items() for part in (f"--{name}", value)]

@@ -8,7 +8,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.demo.files import Files
 from perta_fast.importance.store import Importance
 from perta_fast.ops import reference
-from perta_fast.rules import Rule
+from perta_fast.rules import PRECONDITIONED, Rule
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class Update:
 
 def measure_update(files: Files, rule_name: str, lam: float) -> Update:
     """Recompute the update of a finished run from the files."""
-    rule = Rule.of(rule_name, lam)
+    rule = Rule.of("tv" if rule_name == PRECONDITIONED else rule_name, lam)
     rescaling = rule.rescaling
     base, tuned = Checkpoint.open(files.base), Checkpoint.open(files.tuned)
+    subtracted = Checkpoint.open(files.theta_f(rule_name))
     fisher = _importances(files, "empirical-fisher")
     weighing = None if rule.estimator is None else _importances(files, rule.estimator)
     update_energy = task_energy = on_forget = on_retain = 0.0
@@ -38,7 +39,8 @@ def measure_update(files: Files, rule_name: str, lam: float) -> Update:
         if weighing is not None:
             forget, retain = (importance.tensors[name] for importance in weighing)
             weights = reference.weights(forget, retain, rescaling)
-        squared_update = (rescaling.lam * weights * task_vector).double().square()
+        update = rescaling.lam * weights * (subtracted.tensor(name) - base.tensor(name))
+        squared_update = update.double().square()
         update_energy += squared_update.sum().item()
         task_energy += task_vector.double().square().sum().item()
         on_forget += (fisher[0].tensors[name] * squared_update).sum().item()

@@ -4,17 +4,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 from perta_fast.data.samples import Sample
 from perta_fast.demo.files import Files
 from perta_fast.demo.scoring import Score, score
+from perta_fast.demo.settings import Settings
 from perta_fast.progress import Bar
-from perta_fast.rules import RULES, Rule
+from perta_fast.rules import PRECONDITIONED, RULES, Rule
 from perta_fast.runs.apply import apply
 from perta_fast.runs.unlearn import unlearn
 
+DEMO_RULES = (*RULES, PRECONDITIONED)
 Samples = Mapping[str, Sequence[Sample]]  # by split
 
 
@@ -44,13 +47,14 @@ def gap_to_gold(scores: Mapping[str, Score], gold: Mapping[str, Score]) -> float
     return forgetting + max(0.0, gold["retain"].accuracy - scores["retain"].accuracy)
 
 
-def sweep(files: Files, samples: Samples, gold: Mapping[str, Score], lams: Sequence[float]) -> dict[str, list[Run]]:
-    """Run all rules at all ``lams``; the result of each rule's best run stays on disk."""
+def sweep(files: Files, samples: Samples, gold: Mapping[str, Score], settings: Settings) -> dict[str, list[Run]]:
+    """Run all rules at all their strengths; the result of each rule's best run stays on disk."""
     runs: dict[str, list[Run]] = {}
-    with Bar(len(RULES) * len(lams), "rules and strengths", True, "sample") as bar:
-        for rule in RULES:
+    total = sum(len(settings.lams_of(rule)) for rule in DEMO_RULES)
+    with Bar(total, "rules and strengths", True, "sample") as bar:
+        for rule in DEMO_RULES:
             runs[rule] = []
-            for lam in lams:
+            for lam in settings.lams_of(rule):
                 _subtract(files, rule, lam)
                 scores = score_checkpoint(files.unlearned(rule, lam), samples, ("forget", "retain"))
                 runs[rule].append(Run(rule, lam, **scores, gap=gap_to_gold(scores, gold)))
@@ -68,23 +72,20 @@ def best_run(runs: Sequence[Run]) -> Run:
 
 
 def _subtract(files: Files, rule: str, lam: float) -> None:
-    """``unlearn`` if the importance is not estimated yet, else ``apply``."""
-    checkpoints = (files.full, files.base, files.tuned)
+    """``unlearn`` if what the rule needs is not there yet, else ``apply``."""
     out = files.unlearned(rule, lam)
+    data = (files.questions("forget"), files.questions("retain"))
+    how: dict[str, Any] = {"lam": lam, "out": out, "check": False, "device": "cpu", "progress": False}
+    if rule == PRECONDITIONED:
+        if not files.preconditioned.exists():
+            unlearn(files.full, files.base, files.tuned, *data, rule=rule, save_tuned=files.preconditioned, **how)
+        else:
+            apply(files.full, files.base, files.preconditioned, rule="tv", lam=lam, out=out, progress=False)
+        return
+    checkpoints = (files.full, files.base, files.tuned)
     estimator = Rule.of(rule, lam).estimator
     kept = None if estimator is None else files.importance(estimator)
     if kept is None or not kept.exists():
-        unlearn(
-            *checkpoints,
-            files.questions("forget"),
-            files.questions("retain"),
-            rule=rule,
-            lam=lam,
-            out=out,
-            save_importance=kept,
-            check=False,
-            device="cpu",
-            progress=False,
-        )
+        unlearn(*checkpoints, *data, rule=rule, save_importance=kept, **how)
     else:
         apply(*checkpoints, kept / "forget", kept / "retain", rule=rule, lam=lam, out=out, progress=False)

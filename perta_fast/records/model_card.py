@@ -15,6 +15,8 @@ def write_model_card(directory: Path, report: Report) -> None:
     # Bytes that are not UTF-8 are kept as they are.
     card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     settings = f"rule `{report.rule}`, λ = {report.lam:.10g}"
+    if report.preconditioned is not None:
+        settings += f"; {report.preconditioned.line()} (SAGE, arXiv 2606.18309)"
     if report.rule != "tv":
         settings += f", p = {report.p:g}, α = {report.alpha:g}"
     settings += "".join(f"; {printable(line)}" for line in scope_lines(report.only, report.leave))

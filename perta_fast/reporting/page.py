@@ -65,6 +65,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     settings: dict[str, Any] = {
         "rule": report.rule,
         "λ": f"{report.lam:.10g}",
+        "θ_f": "as it was given" if report.preconditioned is None else report.preconditioned.line(),
         "choice of λ": "given" if report.choice is None else "; ".join(report.choice.lines()),
         "p": report.p,
         "α": report.alpha,
