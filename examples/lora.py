@@ -30,8 +30,6 @@ with tiny_job() as folder:
         folder / "adapter",
         folder / "forget.jsonl",
         folder / "retain.jsonl",
-        rule="fisher",
-        lam=2.0,  # larger, as tuning changes less through an adapter than in a whole checkpoint
         out=folder / "unlearned",
         progress=False,
     )

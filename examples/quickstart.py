@@ -11,8 +11,6 @@ with tiny_job() as folder:
         folder / "tuned",
         folder / "forget.jsonl",
         folder / "retain.jsonl",
-        rule="fisher",
-        lam=1.0,
         out=folder / "unlearned",
     )
     print(report.summary())

@@ -1,5 +1,7 @@
 """Unlearn with one decoder layer in memory at a time, and receive the run's progress in your program."""
 
+from typing import Any
+
 from tiny import tiny_job
 
 import perta_fast as pf
@@ -14,8 +16,9 @@ def show(event: pf.Event) -> None:
 with tiny_job() as folder:
     checkpoints = [folder / name for name in ("model", "base", "tuned")]
     data = [folder / "forget.jsonl", folder / "retain.jsonl"]
-    pf.unlearn(*checkpoints, *data, lam=1.0, out=folder / "whole", progress=False)
-    report = pf.unlearn(*checkpoints, *data, lam=1.0, out=folder / "streamed", stream=True, progress=show)
+    how: dict[str, Any] = {"rule": "empirical-fisher", "lam": 1.0}
+    pf.unlearn(*checkpoints, *data, **how, out=folder / "whole", progress=False)
+    report = pf.unlearn(*checkpoints, *data, **how, out=folder / "streamed", stream=True, progress=show)
 
     print(f"schedule: {report.settings['schedule']}")
     whole, streamed = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))

@@ -15,15 +15,16 @@ def write_model_card(directory: Path, report: Report) -> None:
     # Bytes that are not UTF-8 are kept as they are.
     card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     settings = f"rule `{report.rule}`, λ = {report.lam:.10g}"
-    if report.preconditioned is not None:
-        settings += f"; {report.preconditioned.line()} (SAGE, arXiv 2606.18309)"
     if report.rule != "tv":
         settings += f", p = {report.p:g}, α = {report.alpha:g}"
     settings += "".join(f"; {printable(line)}" for line in scope_lines(report.only, report.leave))
+    what, source = "rescaled", "per-parameter task arithmetic, arXiv 2601.22030"
+    if report.preconditioned is not None:
+        what, source = "preconditioned", "SAGE, arXiv 2606.18309"
+        settings += f"; {report.preconditioned.line()}"
     section = (
         f"{_HEADING}\n\n"
-        f"On {report.started[:10]} a rescaled task vector was subtracted from this model's weights "
-        f"(per-parameter task arithmetic, arXiv 2601.22030): {settings}. "
+        f"On {report.started[:10]} a {what} task vector was subtracted from this model's weights ({source}): {settings}. "
         f"Hashes of all inputs and the change of every tensor are in `{FILE_NAME}`; "
         "`perta verify` checks them.\n"
     )

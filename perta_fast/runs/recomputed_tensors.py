@@ -41,6 +41,9 @@ class RecomputedTensors:
     ) -> "RecomputedTensors | None":
         """Open the inputs that are ``intact``; None, with the reason in ``result``, if there is nothing to compare."""
         absent = {"model", "base", "tuned"} - intact
+        if absent == {"tuned"} and report.preconditioned is not None and not report.inputs["tuned"].get("kept", True):
+            result.unchecked.append("tensors, because the preconditioned θ_f was not kept (--save-tuned)")
+            return None
         if absent:
             result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
             return None
