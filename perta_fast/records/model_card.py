@@ -24,7 +24,8 @@ def write_model_card(directory: Path, report: Report) -> None:
         settings += f"; {report.preconditioned.line()}"
     section = (
         f"{_HEADING}\n\n"
-        f"On {report.started[:10]} a {what} task vector was subtracted from this model's weights ({source}): {settings}. "
+        f"On {report.started[:10]} a {what} task vector was subtracted from this model's weights ({source}): "
+        f"{settings}. "
         f"Hashes of all inputs and the change of every tensor are in `{FILE_NAME}`; "
         "`perta verify` checks them.\n"
     )
