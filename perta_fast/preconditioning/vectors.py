@@ -69,9 +69,8 @@ class LowRankVector:
     @classmethod
     def of(cls, adapter: Adapter, module: nn.Module, maps: Mapping[str, nn.Module], base: Path) -> "LowRankVector":
         """Raise InputError, naming the tensor, unless the adapter is plain LoRA of ``maps``."""
+        check_low_rank(adapter)
         path = adapter.checkpoint.path
-        for name in (*adapter.whole, *adapter.by_peft):
-            raise _not_linear(path, name)
         weights = {f"{name}.weight": name for name in maps}
         parameters = dict(module.named_parameters())
         updates: dict[str, LowRank] = {}
@@ -106,6 +105,12 @@ class LowRankVector:
         with disk_errors():
             save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
         shutil.copyfile(self.adapter.config, directory / self.adapter.config.name)
+
+
+def check_low_rank(adapter: Adapter) -> None:
+    """Raise InputError, naming the tensor, unless the adapter is plain LoRA."""
+    for name in (*adapter.whole, *adapter.by_peft):
+        raise _not_linear(adapter.checkpoint.path, name)
 
 
 class FullVector:

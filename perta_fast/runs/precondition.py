@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import TUNING
+from perta_fast.checkpoints.companions import PRECONDITIONING, TUNING
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
@@ -30,7 +30,7 @@ from perta_fast.models.loading import Subject, check_sizes, choose_device, load_
 from perta_fast.preconditioning.input_moments import PHASE, input_moments
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.preconditioning.solve import preconditioned
-from perta_fast.preconditioning.vectors import FullVector, LowRankVector, TaskVector
+from perta_fast.preconditioning.vectors import FullVector, LowRankVector, TaskVector, check_low_rank
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Scalar, data_record
 from perta_fast.records.versions import installed_versions, now
@@ -120,9 +120,17 @@ def precondition(
     return record
 
 
-def check_tuned(base: Path, tuned: Path) -> None:
-    """Raise InputError unless ``tuned`` has a task vector to ``base``, tensor by tensor."""
-    check_task_vector(Sources.open(base, base, tuned))
+def check_tuned(base: Path, tuned: Path, allow_zero: bool = False) -> None:
+    """Raise InputError unless ``tuned`` has a task vector that can be preconditioned, as far as its files tell."""
+    if exists(tuned / PRECONDITIONING):
+        raise InputError(
+            f"{tuned}: is preconditioned already, as its {PRECONDITIONING} says; subtract it by rule tv, or give the "
+            "θ_f that it was made of"
+        )
+    if is_adapter(tuned):
+        check_low_rank(Adapter.open(tuned, base))
+    if not allow_zero:
+        check_task_vector(Sources.open(base, base, tuned, common_rows=True))
 
 
 def vector_size(base: Path, tuned: Path) -> int:

@@ -24,6 +24,7 @@ from perta_fast.files.new_directory import (
 )
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.progress import Bar
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report, data_record, describe_files
@@ -31,8 +32,7 @@ from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
-from perta_fast.runs.precondition import Making, vector_size
-from perta_fast.runs.settings import threads_for
+from perta_fast.runs.precondition import Making, check_tuned, vector_size
 from perta_fast.runs.unlearn_inputs import Opened
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources
@@ -71,14 +71,17 @@ def unlearn_preconditioned(
         opened = replace(opened, options=options, sources=sources)
         choice = None
         if search is not None:
-            choice = search.on(opened).find({})
+            search = search.on(opened)
+            choice = search.find({})
             opened = opened.at(choice.after.lam)
         if checking is not None:
             checking.before()
 
         def annotate(report: Report) -> None:
             report.add_phase(PHASE, made.seconds, 0)
-            report.recipe = as_recipe(vars(replace(asked, lam=opened.options.lam, max_retain_rise=None)))
+            date_string = asked.date_string or made.settings["date"]
+            given = {"tuned": asked.tuned, "date_string": date_string}
+            report.recipe = as_recipe(vars(opened.options) | given)
             report.preconditioned = described
             report.settings = _settings(opened, made)
             report.data = {
@@ -91,7 +94,7 @@ def unlearn_preconditioned(
             if checking is not None:
                 checking.annotate(report)
 
-        described = replace(made.in_report(), files=_hashes_of(Path(asked.tuned), opened))
+        described = replace(made.in_report(), files=_hashes_of(Path(asked.tuned), opened) if ranks.first else {})
         try:
             report = apply_sources(
                 sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
@@ -122,6 +125,7 @@ def _check(opened: Opened) -> None:
         check_unfinished(place, overwrite=options.overwrite)
         if not options.in_place:
             check_output(final, overwrite=options.overwrite, inputs=[place])
+    check_tuned(Path(options.base), Path(options.tuned), options.allow_zero)
     check_space(place, vector_size(Path(options.base), Path(options.tuned)))
 
 
@@ -158,5 +162,6 @@ def _hashes_of(tuned: Path, opened: Opened) -> dict[str, FileRecord]:
     opened_adapter = Adapter.open(tuned, Path(opened.options.base)) if is_adapter(tuned) else None
     checkpoint = Checkpoint.open(tuned) if opened_adapter is None else opened_adapter.checkpoint
     files = [*checkpoint.files(), *([] if opened_adapter is None else [opened_adapter.config])]
-    threads = threads_for(opened.settings.threads, opened.ranks)
-    return describe_files(hash_files(files, threads), checkpoint.path)["files"]
+    with Bar(sum(path.stat().st_size for path in files), "hash tuned", opened.options.progress) as bar:
+        hashes = hash_files(files, opened.settings.threads or 1, bar.update)
+    return describe_files(hashes, checkpoint.path)["files"]

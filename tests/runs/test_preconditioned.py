@@ -12,7 +12,7 @@ from perta_fast import cli
 from perta_fast.records.report import Report
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import fingerprint
-from tests.support.models import Job, write_job
+from tests.support.models import CHAT_TEMPLATE, Job, tokenizer, write_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +101,7 @@ def test_the_search_finds_what_can_be_given(job: Job, tmp_path: Path) -> None:
     given = run(job, tmp_path / "given", lam=found.lam)
     assert shards(tmp_path / "found") == shards(tmp_path / "given")
     assert found.recipe.get("lam") == found.lam
+    assert found.phases["choice of lambda"]["seconds"] > 0
     assert found.choice.after.retain_loss <= found.choice.before.retain_loss + 0.02
     assert given.preconditioned == found.preconditioned
 
@@ -207,6 +208,27 @@ def test_bad_arguments(case: str, job: Job, tmp_path: Path) -> None:
     with pytest.raises(pf.InputError, match=message):
         run(job, tmp_path / "out", lam=1.0, **changed)
     assert names(tmp_path) == ["job"]
+
+
+def test_what_is_preconditioned_is_not_preconditioned_again(job: Job, tmp_path: Path) -> None:
+    pf.precondition(job.base, job.tuned, job.retain, tmp_path / "made", progress=False)
+    twice = Job(job.model, job.base, tmp_path / "made", job.forget, job.retain)
+    with pytest.raises(pf.InputError, match=r"is preconditioned already.*subtract it by rule tv"):
+        run(twice, tmp_path / "out", lam=1.0)
+    with pytest.raises(pf.InputError, match="is preconditioned already"):
+        pf.precondition(job.base, tmp_path / "made", job.retain, tmp_path / "again", progress=False)
+    assert names(tmp_path) == ["job", "made"]
+    assert run(twice, tmp_path / "out", lam=1.0, rule="tv").lam == 1.0
+
+
+def test_a_chat_template_that_asks_for_the_date_is_told_it_again(job: Job, tmp_path: Path) -> None:
+    template = "{{ strftime_now('%Y-%m-%d') }}" + CHAT_TEMPLATE
+    for path in job.checkpoints:
+        tokenizer(template).save_pretrained(path)
+    report = run(job, tmp_path / "out", lam=1.0)
+    assert report.settings["date"] is not None
+    assert report.recipe["date-string"] == report.settings["date"]
+    assert run(job, tmp_path / "plain", lam=1.0, date_string="2024-02-03").settings["date"] == "2024-02-03"
 
 
 def test_what_is_saved_must_not_replace(job: Job, tmp_path: Path) -> None:
