@@ -139,6 +139,22 @@ class Rule:
         if estimator != self.estimator:
             raise InputError(f"{where}: holds estimator {estimator}, rule {self.name} needs {self.estimator}")
 
+    @classmethod
+    def of_unlearn(
+        cls, name: str, lam: float, p: float | None = None, alpha: float = DEFAULT_ALPHA, threshold: float | None = None
+    ) -> "Rule":
+        """The rule by which ``unlearn`` subtracts, if it was asked for rule ``name``: tv for ``preconditioned``."""
+        if name == PRECONDITIONED:
+            if (p, alpha, threshold) != (None, DEFAULT_ALPHA, None):
+                raise InputError(
+                    f"rule {PRECONDITIONED}, which is the default, has no weights: p, alpha and threshold do not apply "
+                    "to it; give a rule that has, such as fisher or empirical-fisher"
+                )
+            return cls.of("tv", lam)
+        if name not in RULES:
+            raise InputError(f"rule is {name!r}; it must be one of {', '.join((PRECONDITIONED, *RULES))}")
+        return cls.of(name, lam, p, alpha, threshold)
+
     def at(self, lam: float) -> "Rule":
         """The same rule at another strength."""
         return replace(self, rescaling=replace(self.rescaling, lam=lam))

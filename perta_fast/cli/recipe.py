@@ -45,7 +45,7 @@ def check_recipe(parsed: argparse.Namespace) -> int:
     run = parser_of(command).parse_args(arguments)
     try:
         check_strength(run.lam, run.max_retain_rise, run.stream, run.allow_zero)
-        Rule.of(run.rule, run.lam or 0.0, run.p, run.alpha, run.threshold)
+        Rule.of_unlearn(run.rule, run.lam or 0.0, run.p, run.alpha, run.threshold)
         ChatSettings.of(run.system_prompt, run.date_string)
         Scope.of(run.only, run.leave)
     except InputError as error:

@@ -40,8 +40,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     from perta_fast.subtraction.scope import Scope
 
     check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
-    tv = parsed.rule == PRECONDITIONED
-    estimator = None if tv else Rule.of(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
+    estimator = Rule.of_unlearn(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
     data = {role: getattr(parsed, role) for role in ("forget", "retain")}
     if estimator is None or None in data.values():
         raise InputError(
@@ -80,8 +79,8 @@ COMMAND = Command(
         *options.STREAM,
         replace(
             options.RULE,
-            help=f"preconditioned: the plain task vector, less of it along retained inputs; tv: the plain one; the "
-            f"others rescale it ({PRECONDITIONED})",
+            help=f"the task vector with less of it along retained inputs, the plain one (tv), or a rescaled one "
+            f"({PRECONDITIONED})",
             default=PRECONDITIONED,
             choices=(PRECONDITIONED, *RULES),
         ),

@@ -25,17 +25,7 @@ from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import EstimationSettings, Report, data_record
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
-from perta_fast.rules import (
-    DEFAULT_ALPHA,
-    DEFAULT_MU,
-    PRECONDITIONED,
-    RULES,
-    Place,
-    Rule,
-    check_mu,
-    check_strength,
-    resolved_at,
-)
+from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Place, Rule, check_mu, check_strength, resolved_at
 from perta_fast.runs import strength
 from perta_fast.runs.check import Checking
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
@@ -194,23 +184,15 @@ class Opened:
 
 def _rule_of(options: Options) -> Rule:
     """The rule that subtracts. Raises InputError for settings that are not for it."""
+    rule = Rule.of_unlearn(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
     if options.preconditions:
-        assert options.mu is not None
-        check_mu(options.mu)
-        if (options.p, options.alpha, options.threshold) != (None, DEFAULT_ALPHA, None):
-            raise InputError(
-                f"rule {PRECONDITIONED}, which is the default, has no weights: p, alpha and threshold do not apply to "
-                "it; give a rule that has, such as fisher or empirical-fisher"
-            )
+        check_mu(DEFAULT_MU if options.mu is None else options.mu)
         if options.save_importance is not None:
             raise InputError(
                 f"rule {PRECONDITIONED}, which is the default, takes no importance to save; save_tuned keeps what it "
                 "makes, or give a rule that takes importances, such as fisher"
             )
-        return Rule.of("tv", options.lam or 0.0)
-    if options.rule not in RULES:
-        raise InputError(f"rule is {options.rule!r}; it must be one of {', '.join((PRECONDITIONED, *RULES))}")
-    rule = Rule.of(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
+        return rule
     if rule.estimator is None and options.save_importance is not None:
         raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
     for name in ("mu", "save_tuned"):

@@ -56,10 +56,10 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_unlearn_and_its_recipe(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*whole("unlearn", "--rule=fisher", job, "--lam", 1, "--out", tmp_path / "plain")) == 0
+    assert run(*whole("unlearn", job, "--rule=fisher", "--lam", 1, "--out", tmp_path / "plain")) == 0
     assert " data: " not in capsys.readouterr().out
     assert (
-        run(*whole("unlearn", "--rule=fisher", other, "--fields", FIELDS, "--lam", 1, "--out", tmp_path / "other")) == 0
+        run(*whole("unlearn", other, "--rule=fisher", "--fields", FIELDS, "--lam", 1, "--out", tmp_path / "other")) == 0
     )
     assert f"forget data: {SAID}\nretain data: {SAID}\n" in capsys.readouterr().out
     assert same_weights(tmp_path / "plain", tmp_path / "other")
@@ -71,7 +71,7 @@ def test_unlearn_and_its_recipe(job: Job, other: Job, tmp_path: Path, capsys: py
     assert run(*again) == 0
     assert same_weights(tmp_path / "plain", tmp_path / "again")
     assert run("verify", tmp_path / "other") == 0
-    written = whole("unlearn", "--rule=fisher", other, "--lam", 1, "--out", tmp_path / "written")
+    written = whole("unlearn", other, "--rule", "fisher", "--lam", 1, "--out", tmp_path / "written")
     keys = dict(zip((str(key).removeprefix("--") for key in written[1::2]), map(str, written[2::2]), strict=True))
     (tmp_path / "run.yaml").write_text(json.dumps(keys | {"fields": FIELDS}))
     assert run("recipe", "check", tmp_path / "run.yaml") == 0
@@ -83,7 +83,7 @@ def test_unlearn_streamed(job: Job, other: Job, tmp_path: Path, capsys: pytest.C
     assert (
         run(
             *whole(
-                "unlearn", "--rule=fisher", other, "--fields", FIELDS, "--lam", 1, "--stream", "--out", tmp_path / "out"
+                "unlearn", other, "--rule=fisher", "--fields", FIELDS, "--lam", 1, "--stream", "--out", tmp_path / "out"
             )
         )
         == 0
@@ -91,11 +91,11 @@ def test_unlearn_streamed(job: Job, other: Job, tmp_path: Path, capsys: pytest.C
     assert f"retain data: {SAID}" in capsys.readouterr().out
     kept = ["--fields", FIELDS, "--lam", 1, "--save-importance", tmp_path / "kept", "--out", tmp_path / "third"]
     for more in ([], ["--stream", "--overwrite"]):
-        assert run(*whole("unlearn", "--rule=fisher", other, *kept, *more)) == 0
+        assert run(*whole("unlearn", other, "--rule=fisher", *kept, *more)) == 0
         assert Importance.load(tmp_path / "kept" / "retain").metadata.read_as == SAID
     capsys.readouterr()
     dry = ["--fields", FIELDS, "--lam", 1, "--stream", "--dry-run", "--out", tmp_path / "dry"]
-    assert run(*whole("unlearn", "--rule=fisher", other, *dry)) == 0
+    assert run(*whole("unlearn", other, "--rule=fisher", *dry)) == 0
     assert f"data: {len(FORGET)} forget samples" in capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def test_bad_fields(fields: str, said: str, other: Job, tmp_path: Path, capsys: 
     before = fingerprint(tmp_path)
     try:
         status = run(
-            *whole("unlearn", "--rule=fisher", other, "--fields", fields, "--lam", 1, "--out", tmp_path / "out")
+            *whole("unlearn", other, "--rule=fisher", "--fields", fields, "--lam", 1, "--out", tmp_path / "out")
         )
     except SystemExit as stopped:  # argparse
         status = int(str(stopped.code))

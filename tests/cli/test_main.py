@@ -22,7 +22,7 @@ from tests.support.models import Job, write_job, write_lines
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = (
-    *("demo", "tune", "unlearn", "--rule=fisher", "importance", "apply", "sweep", "eval"),
+    *("demo", "tune", "unlearn", "importance", "apply", "sweep", "eval"),
     *("report", "recipe", "inspect", "verify", "resume"),
 )
 TEXTS = {

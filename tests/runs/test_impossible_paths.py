@@ -40,8 +40,14 @@ UNLEARNING = (*CHECKPOINTS, "forget", "retain")
 CASES: list[tuple[Callable[..., object], tuple[str, ...], dict[str, Any], tuple[str, ...]]] = [
     (pf.apply, (*CHECKPOINTS, *IMPORTANCES), {"out": "o"}, (*CHECKPOINTS, *IMPORTANCES, "out")),
     (pf.apply, CHECKPOINTS, {"rule": "tv", "in_place": True}, CHECKPOINTS),
-    (pf.unlearn, UNLEARNING, {"out": "o"}, (*UNLEARNING, "out", "save_importance")),
-    (pf.unlearn, UNLEARNING, {"out": "o", "stream": True, "lam": 1.0}, (*UNLEARNING, "out", "save_importance")),
+    (pf.unlearn, UNLEARNING, {"out": "o", "rule": "fisher"}, (*UNLEARNING, "out", "save_importance")),
+    (pf.unlearn, UNLEARNING, {"out": "o"}, (*UNLEARNING, "out", "save_tuned")),
+    (
+        pf.unlearn,
+        UNLEARNING,
+        {"out": "o", "rule": "fisher", "stream": True, "lam": 1.0},
+        (*UNLEARNING, "out", "save_importance"),
+    ),
     (pf.sweep, UNLEARNING, {"out": "o", "lams": [1.0]}, (*UNLEARNING, "out", "gold", *IMPORTANCES)),
     (pf.sweep, UNLEARNING, {"out": "o", "lams": [1.0], "max_retain_increase": 9.0}, ("checkpoint",)),
     (pf.tune, ("base", "forget"), {"out": "o"}, ("base", "forget", "out")),
