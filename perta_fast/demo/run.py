@@ -12,20 +12,24 @@ from transformers.utils import logging
 from perta_fast.demo.checkpoints import train_models
 from perta_fast.demo.clock import Clock
 from perta_fast.demo.files import Files, work_directory
+from perta_fast.demo.real import is_installed, run_real
 from perta_fast.demo.scoring import Score
 from perta_fast.demo.selectivity import measure_update
-from perta_fast.demo.settings import FAST, FULL
+from perta_fast.demo.settings import FAST, FULL, Settings
 from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_checkpoint, sweep
 from perta_fast.demo.table import LEGEND, Line, explain, format_table
-from perta_fast.errors import printable, shell_command
+from perta_fast.errors import InputError, printable, shell_command
 from perta_fast.records.versions import installed_versions
 from perta_fast.rules import PRECONDITIONED
 
 _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 
 
-def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> None:
-    """Train small models on made-up authors, unlearn some of the authors by every rule, and print the results.
+def run_demo(out: Path | None = None, *, model: str | None = None, fast: bool = False, seed: int = 0) -> None:
+    """Teach a model made-up authors, unlearn some of them, and print the results.
+
+    model: "smollm2" is SmolLM2-135M-Instruct, unlearned by the default of ``unlearn``; "small" are small models,
+    trained on the spot and unlearned by every rule. None takes the first if its Python package is installed.
 
     out: directory to make, for data, float32 checkpoints, importances, the best result of each rule (see ``Files``) and
     ``demo.json``; None works in a temporary directory. fast: a smaller model that learns less, for tests. seed: the
@@ -33,7 +37,16 @@ def run_demo(out: Path | None = None, *, fast: bool = False, seed: int = 0) -> N
 
     Raises InputError if ``out`` exists and is not an empty directory. After an error nothing is left behind.
     """
-    settings = FAST if fast else FULL
+    if model == "smollm2" and fast:
+        raise InputError("fast is for the small models; leave it out, or take model small")
+    if model == "smollm2" or (model is None and not fast and is_installed()):
+        with work_directory(out) as directory, _torch_settings(None):
+            run_real(Files(directory), seed)
+        return
+    _run_small(out, FAST if fast else FULL, seed)
+
+
+def _run_small(out: Path | None, settings: Settings, seed: int) -> None:
     clock = Clock()
     with work_directory(out) as directory, _torch_settings(settings.threads):
         files = Files(directory)

