@@ -36,6 +36,8 @@ from perta_fast.runs.precondition import Making, check_tuned, vector_size
 from perta_fast.runs.unlearn_inputs import Opened
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.scope import EVERYTHING
+from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.subtraction.unfinished import has_begun
 
 
@@ -68,6 +70,7 @@ def unlearn_preconditioned(
         with ranks.together("theta_f"):
             options = replace(asked, tuned=directory)
             sources = Sources.open(asked.model, asked.base, directory, common_rows=asked.common_rows, scope=asked.scope)
+            _check_scope(opened, sources)
         opened = replace(opened, options=options, sources=sources)
         choice = None
         if search is not None:
@@ -127,6 +130,19 @@ def _check(opened: Opened) -> None:
             check_output(final, overwrite=options.overwrite, inputs=[place])
     check_tuned(Path(options.base), Path(options.tuned), options.allow_zero)
     check_space(place, vector_size(Path(options.base), Path(options.tuned)))
+
+
+def _check_scope(opened: Opened, sources: Sources) -> None:
+    """Raise InputError if the run would change nothing of the linear maps."""
+    if opened.options.scope == EVERYTHING or opened.settings.allow_zero:
+        return
+    try:
+        check_task_vector(sources)
+    except InputError as error:
+        raise InputError(
+            f"--only and --leave let the run change no linear map, and rule {PRECONDITIONED} changes nothing else; "
+            "give other patterns, or another rule"
+        ) from error
 
 
 def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Path) -> Preconditioning:

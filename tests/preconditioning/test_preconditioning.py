@@ -398,3 +398,15 @@ def test_streamed_checkpoints_of_families(name: str, tmp_path: Path) -> None:
     one, other = (read_checkpoint(tmp_path / name) for name in ("whole", "streamed"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("mu", [1e8, 1e30, 1e308])
+def test_a_large_mu_leaves_nothing_along_what_was_seen(mu: float) -> None:
+    """Rounding makes some eigenvalues of the moment less than 0; they must not be taken for more than they are."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(200, 200)).Q
+    seen, unseen = basis[:, :20], basis[:, 20:]
+    moment = seen @ torch.diag(torch.logspace(-1, 3, 20)) @ seen.T
+    changed = preconditioned(torch.eye(200), moment, mu)
+    assert (changed @ seen).abs().max() < 1e-3
+    assert (changed @ unseen).norm(dim=0).max() < 1.001

@@ -193,6 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "p": ({"p": 2.0}, "rule preconditioned, which is the default, has no weights"),
     "importance": ({"save_importance": "kept"}, "takes no importance to save; save_tuned keeps what it makes"),
     "mu": ({"mu": -1.0}, "mu is -1.0; it must be finite and at least 0"),
+    "no linear map": ({"only": "*norm*"}, "let the run change no linear map, and rule preconditioned changes nothing"),
     "mu of another rule": ({"rule": "tv", "mu": 1.0}, "mu is for rule preconditioned"),
     "save of another rule": ({"rule": "fisher", "save_tuned": "kept"}, "save_tuned is for rule preconditioned"),
     "no such rule": ({"rule": "sage"}, "rule is 'sage'; it must be one of preconditioned, tv, grad, fisher"),
