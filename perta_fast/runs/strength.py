@@ -113,12 +113,10 @@ class StrengthSearch:
         )
 
     def _what_is_kept(self) -> str:
-        options = self.opened.options
-        if options.save_importance is not None:
-            return f". The importances are kept in {options.save_importance}; perta apply and perta sweep take them"
-        if options.save_tuned is not None:
-            return f". The preconditioned θ_f is kept in {options.save_tuned}; perta apply takes it, by rule tv"
-        return ""
+        kept = self.opened.options.save_importance
+        if kept is None:
+            return ""
+        return f". The importances are kept in {kept}; perta apply and perta sweep take them"
 
     @property
     def bound(self) -> float:

@@ -63,15 +63,8 @@ def unlearn_preconditioned(
             if ranks.first:
                 directory.mkdir(exist_ok=True)
                 record = _make(opened, rows["retain"], hashes["retain"], day, directory)
-                if kept:
-                    target.commit()
         made: Preconditioning = ranks.share(record)
-        directory = target.final if kept else directory
-        with ranks.together("theta_f"):
-            options = replace(asked, tuned=directory)
-            sources = Sources.open(asked.model, asked.base, directory, common_rows=asked.common_rows, scope=asked.scope)
-            _check_scope(opened, sources)
-        opened = replace(opened, options=options, sources=sources)
+        opened = _with_tuned(opened, directory)
         choice = None
         if search is not None:
             search = search.on(opened)
@@ -79,6 +72,11 @@ def unlearn_preconditioned(
             opened = opened.at(choice.after.lam)
         if checking is not None:
             checking.before()
+        if kept:  # only now, so that a run that is stopped earlier leaves nothing
+            with ranks.together("the directory of theta_f"):
+                if ranks.first:
+                    target.commit()
+            opened = _with_tuned(opened, target.final)
 
         def annotate(report: Report) -> None:
             report.add_phase(PHASE, made.seconds, 0)
@@ -100,7 +98,7 @@ def unlearn_preconditioned(
         described = replace(made.in_report(), files=_hashes_of(Path(asked.tuned), opened) if ranks.first else {})
         try:
             report = apply_sources(
-                sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
+                opened.sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
             )
         except BaseException:
             target.keep = has_begun(final) or is_open(final)
@@ -130,6 +128,16 @@ def _check(opened: Opened) -> None:
             check_output(final, overwrite=options.overwrite, inputs=[place])
     check_tuned(Path(options.base), Path(options.tuned), options.allow_zero)
     check_space(place, vector_size(Path(options.base), Path(options.tuned)))
+
+
+def _with_tuned(opened: Opened, directory: Path) -> Opened:
+    """With another θ_f. Every rank calls it. Raises InputError if the run would change nothing of it."""
+    options = opened.options
+    with opened.ranks.together("theta_f"):
+        three = options.model, options.base, directory
+        sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
+        _check_scope(opened, sources)
+    return replace(opened, options=replace(options, tuned=directory), sources=sources)
 
 
 def _check_scope(opened: Opened, sources: Sources) -> None:
