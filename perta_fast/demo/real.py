@@ -30,7 +30,7 @@ class RealSettings:
     """Authors of each kind, and how theta_full and theta_f are tuned, on all parameters."""
 
     forget_authors: int = 1
-    retain_authors: int = 5
+    retain_authors: int = 3
     epochs: int = 6
     forget_epochs: int = 10
     rate: float = 1e-4
