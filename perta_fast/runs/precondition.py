@@ -18,7 +18,7 @@ from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields, read_as
 from perta_fast.data.rows import Row, read_data
-from perta_fast.data.samples import row_count, truncated_count
+from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
 from perta_fast.files.durable import remove
@@ -167,25 +167,19 @@ class Making:
         with PeakMemory() as memory:
             subject, skeleton = self._load()
             samples, told = samples_and_told(subject, rows, self.max_length, self.chat, self.progress)
-            maps = self._maps(subject)
             missed, origin = share_left_out(subject.module), subject.origin
             device = subject.device if skeleton is None else skeleton.device
-            adapted = None if not is_adapter(self.tuned) else self._low_rank(subject.module, maps)
-            maps = maps if adapted is None else {name: maps[name] for name in adapted.names}
-            names = list(maps)
+            maps, adapted = self._maps(subject.module)
             vector: TaskVector
             if skeleton is None:
                 moments = input_moments(subject.module, maps, samples, self.batch_size, self.progress)
+                names = list(maps)
                 del subject, maps  # theta_0 and theta_f may take its memory
                 vector = adapted or FullVector(names, open_plain(self.base), self.tuned, device)
                 self._change(vector, moments)
             else:
-                vector = adapted or LayerVector(names, open_plain(self.base), open_plain(self.tuned), directory)
-                scratch, parts = directory / "scratch", len(skeleton.layers) + 1
-                with Bar(parts * len(samples), PHASE, self.progress, "step") as bar:
-                    for moments in layer_moments(skeleton, maps, samples, self.batch_size, scratch, bar.update):
-                        self._change(vector, moments)
-                remove(scratch)
+                vector = adapted or LayerVector(list(maps), open_plain(self.base), open_plain(self.tuned), directory)
+                self._change_by_layer(vector, skeleton, maps, samples, directory / "scratch")
             self._write(vector, directory)
         settings: dict[str, Scalar | None] = {"mu": self.mu, "batch_size": self.batch_size, "stream": self.stream}
         settings |= {"max_length": self.max_length, "device": str(device)}
@@ -197,7 +191,7 @@ class Making:
             seen_at=origin,
             retain=data,
             settings=settings,
-            linear_maps=len(names),
+            linear_maps=len(vector.names),
             kept=vector.norms.kept,
             warnings=_warnings(data["truncated"], missed),
             seconds=time.perf_counter() - clock,
@@ -218,18 +212,33 @@ class Making:
         structure = None if skeleton is None else skeleton.model
         return load_subject(path, self.device, dtype, structure=structure), skeleton
 
-    def _maps(self, subject: Subject) -> dict[str, nn.Module]:
-        maps = linear_maps(subject.module)
+    def _maps(self, module: nn.Module) -> tuple[dict[str, nn.Module], LowRankVector | None]:
+        """The linear maps whose task vector is changed, by name; and that of an adapter."""
+        maps = linear_maps(module)
         if not maps:
             raise InputError(f"{self.seen_at}: has no linear map whose inputs could be seen; take another rule")
-        return maps
-
-    def _low_rank(self, module: nn.Module, maps: dict[str, nn.Module]) -> LowRankVector:
-        return LowRankVector.of(Adapter.open(self.tuned, self.base), module, maps, self.base)
+        if not is_adapter(self.tuned):
+            return maps, None
+        adapted = LowRankVector.of(Adapter.open(self.tuned, self.base), module, maps, self.base)
+        return {name: maps[name] for name in adapted.names}, adapted
 
     def _change(self, vector: TaskVector, moments: Mapping[str, Tensor]) -> None:
         for name, moment in moments.items():
             vector.change(name, partial(preconditioned, moment=moment, mu=self.mu))
+
+    def _change_by_layer(
+        self,
+        vector: TaskVector,
+        skeleton: Skeleton,
+        maps: Mapping[str, nn.Module],
+        samples: Sequence[Sample],
+        scratch: Path,
+    ) -> None:
+        parts = len(skeleton.layers) + 1
+        with Bar(parts * len(samples), PHASE, self.progress, "step") as bar:
+            for moments in layer_moments(skeleton, maps, samples, self.batch_size, scratch, bar.update):
+                self._change(vector, moments)
+        remove(scratch)
 
     def _write(self, vector: TaskVector, directory: Path) -> None:
         if vector.norms.before == 0 and not self.allow_zero:
