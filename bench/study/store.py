@@ -38,6 +38,10 @@ class Store:
         self.folder = folder
         self.compute = compute
 
+    def place(self, name: str, made_of: Mapping[str, Any]) -> Path:
+        """Where a piece lies, or would."""
+        return self.folder / f"{name}-{digest_of(made_of)}".replace(" ", "-")
+
     def piece(self, name: str, made_of: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """The directory of a piece; if it is not there, ``make`` writes its content.
 
@@ -45,7 +49,7 @@ class Store:
         that its content depends on, as JSON. Other pieces appear there by the names of their directories, so that a
         change of settings makes new pieces of all that depend on them, and of no others.
         """
-        piece = self.folder / f"{name}-{digest_of(made_of)}".replace(" ", "-")
+        piece = self.place(name, made_of)
         if piece.is_dir():
             return piece
         if not self.compute:

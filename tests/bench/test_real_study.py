@@ -17,6 +17,7 @@ from bench.study.real.curves import Point, crossing, walked
 from bench.study.real.data import Rows
 from bench.study.real.directions import Subtraction, set_, task_vector
 from bench.study.real.importances import Weighing, drawn, weights_by_name
+from bench.study.real.kept import keep, take_up
 from bench.study.real.methods import final_methods, main_methods
 from bench.study.real.models import Models, load_model
 from bench.study.real.parts import limited, shape_of
@@ -84,6 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("study")
     write_tofu(folder / "tofu")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "take_up", lambda work: None)
         patch.setitem(settings.SIZES, "tiny", TINY)
         source = Source("Tiny", "torch", "torch", lambda folder: folder)
         patch.setattr(Source, "convert", lambda self, folder: convert(folder))
@@ -108,6 +110,22 @@ def test_every_cell_of_a_finished_study_is_there(finished: Path, monkeypatch: py
     assert "not yet run" not in text and "nan" not in text
     for method in [*main_methods(), *final_methods()]:
         assert f"| {method.name} |" in text
+
+
+def test_what_was_measured_can_be_reported_without_the_models(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert keep(finished / "work", tmp_path / "kept.jsonl") > 10
+    take_up(tmp_path / "work", tmp_path / "kept.jsonl")
+    pages = []
+    for work in (finished / "work", tmp_path / "work"):
+        page = tmp_path / "page.md"
+        page.write_text("<!-- results on real models -->\n<!-- end of results on real models -->\n")
+        monkeypatch.setattr(run, "PAGE", page)
+        assert run.main([*arguments(finished, "--report"), "--work", str(work)]) == 0
+        pages.append(page.read_text())
+    assert pages[0] == pages[1]
+    take_up(tmp_path / "work", tmp_path / "kept.jsonl")  # again, over what is there
 
 
 def models_of(folder: Path) -> Models:

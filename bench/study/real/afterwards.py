@@ -45,9 +45,9 @@ def after_of(models: Models, name: str) -> Numbers:
     made_of |= {"relearned": list(settings.relearned), "relearning_rate": settings.relearning_rate}
     method = next((method for method in _methods() if method.name == name), None)
     if method is None:
-        made_of["model"] = models.store.relative(paths[name]())
+        made_of["model"] = models.store.relative(paths[name](make=False))
     else:
-        made_of |= {"full": models.store.relative(models.full()), **method.made_of(models)}
+        made_of |= {"full": models.store.relative(models.full(make=False)), **method.made_of(models)}
         made_of["strength"] = strength_at(curve(models, method), settings.limits[1])
 
     def make(folder: Path) -> None:

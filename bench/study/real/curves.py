@@ -53,12 +53,16 @@ class Measure:
 
 def curve(models: Models, method: Method) -> list[Point]:
     """The points of a method, by strength, up to the first beyond the largest limit."""
-    full, settings = models.full(), models.settings
-    made_of = {"full": models.store.relative(full), **method.made_of(models), "limits": list(settings.limits)}
+    settings = models.settings
+    made_of = {
+        "full": models.store.relative(models.full(make=False)),
+        **method.made_of(models),
+        "limits": list(settings.limits),
+    }
     made_of |= {"measured": [settings.measured_forget, settings.measured_retain]}
 
     def make(folder: Path) -> None:
-        module = load_model(full)
+        module = load_model(models.full())
         direction = method.direction(models)
         theta = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
         measure = Measure(models)
@@ -114,16 +118,16 @@ def read_points(piece: Path) -> list[Point]:
 
 def landmarks(models: Models) -> dict[str, Point]:
     """The points of theta_0, theta_full and gold, which only tied models have."""
-    paths = {"θ_0": models.base(), "θ_full": models.full()}
+    found: dict[str, Callable[..., Path]] = {"θ_0": models.base, "θ_full": models.full}
     if not models.untied:
-        paths["gold"] = models.gold()
+        found["gold"] = models.gold
 
-    def measured(name: str, path: Path) -> Point:
+    def measured(name: str, path: Callable[..., Path]) -> Point:
         def make(folder: Path) -> None:
-            write_points(folder, [Measure(models)(load_model(path), 0.0)])
+            write_points(folder, [Measure(models)(load_model(path()), 0.0)])
 
-        made_of: dict[str, Any] = {"model": models.store.relative(path), "rows": models.rows.digest}
+        made_of: dict[str, Any] = {"model": models.store.relative(path(make=False)), "rows": models.rows.digest}
         made_of |= {"measured": [models.settings.measured_forget, models.settings.measured_retain]}
         return read_points(models.store.piece(f"{models.folder}/landmark/{name}", made_of, make))[0]
 
-    return {name: measured(name, path) for name, path in paths.items()}
+    return {name: measured(name, path) for name, path in found.items()}

@@ -40,7 +40,11 @@ class Subtraction:
     def made_of(self, models: Models) -> dict[str, Any]:
         """What the direction depends on, beside theta_full."""
         relative = models.store.relative
-        return {"tuned": relative(models.tuned(self.tuned)), "weighing": vars(self.weighing), "part": self.part}
+        return {
+            "tuned": relative(models.tuned(self.tuned, make=False)),
+            "weighing": vars(self.weighing),
+            "part": self.part,
+        }
 
     def direction(self, models: Models) -> Direction:
         """w (theta_f - theta_0)."""

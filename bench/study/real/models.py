@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,8 @@ load_tokenizer = cache(small.load_tokenizer)
 class Models:
     """The float32 checkpoints of one model and seed, as pieces of ``store``.
 
-    untied: the output head is made a matrix of its own before anything is trained.
+    A path asked for with ``make=False`` says only where the checkpoint would be: what was measured of it may be there
+    when it is not. untied: the output head is made a matrix of its own before anything is trained.
     """
 
     name: str
@@ -51,11 +52,10 @@ class Models:
         """Where the pieces lie that all seeds share."""
         return f"{self.name}{' untied' if self.untied else ''}"
 
-    def base(self) -> Path:
+    def base(self, make: bool = True) -> Path:
         """theta_0."""
-        source = self.store.piece(
-            f"{self.name}/base", {"package": SOURCES[self.name].package}, SOURCES[self.name].convert
-        )
+        of_source = {"package": SOURCES[self.name].package}
+        source = self._piece(f"{self.name}/base", of_source, SOURCES[self.name].convert, make)
         if not self.untied:
             return source
 
@@ -65,34 +65,39 @@ class Models:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
             _save(model, load_tokenizer(source), folder)
 
-        return self.store.piece(f"{self.shared_folder}/base", {"base": self.store.relative(source)}, untie)
+        return self._piece(f"{self.shared_folder}/base", {"base": self.store.relative(source)}, untie, make)
 
-    def full(self) -> Path:
+    def full(self, make: bool = True) -> Path:
         """theta_full: tuned on all rows."""
-        return self._tuned("full", [*self.rows.forget, *self.rows.retain], self.settings.epochs)
+        return self._tuned("full", [*self.rows.forget, *self.rows.retain], self.settings.epochs, make=make)
 
-    def gold(self) -> Path:
+    def gold(self, make: bool = True) -> Path:
         """The gold model: tuned on the retained rows alone, the goal of unlearning."""
-        return self._tuned("gold", self.rows.retain, self.settings.epochs)
+        return self._tuned("gold", self.rows.retain, self.settings.epochs, make=make)
 
-    def tuned(self, kind: str = FULL_TUNING, draw: int = 0) -> Path:
+    def tuned(self, kind: str = FULL_TUNING, draw: int = 0, make: bool = True) -> Path:
         """theta_f: tuned on the forget rows alone. draw: another order of the rows."""
         name = f"tuned by {kind}" + (f" {draw}" if draw else "")
         epochs = self.settings.lora_epochs if kind == LORA else self.settings.tuned_epochs
-        return self._tuned(name, self.rows.forget, epochs, lora=kind == LORA, draw=draw)
+        return self._tuned(name, self.rows.forget, epochs, lora=kind == LORA, draw=draw, make=make)
 
     def samples(self, rows: Sequence[Pair]) -> list[Sample]:
         """Rows as samples, by the chat template if the model has one."""
         return encode(rows_from(rows), load_tokenizer(self.base()), self.settings.context)
 
-    def _tuned(self, name: str, rows: Sequence[Pair], epochs: int, *, lora: bool = False, draw: int = 0) -> Path:
-        base, settings = self.base(), self.settings
+    def _piece(self, name: str, made_of: dict[str, Any], write: Callable[[Path], None], make: bool) -> Path:
+        return self.store.piece(name, made_of, write) if make else self.store.place(name, made_of)
+
+    def _tuned(
+        self, name: str, rows: Sequence[Pair], epochs: int, *, lora: bool = False, draw: int = 0, make: bool = True
+    ) -> Path:
+        base, settings = self.base(make), self.settings
         rate = settings.lora_rate if lora else settings.rate
         made_of: dict[str, Any] = {"base": self.store.relative(base), "rows": digest_of(rows), "epochs": epochs}
         made_of |= {"rate": rate, "batch": settings.batch_size, "draw": draw}
         made_of |= {"rank": settings.lora_rank} if lora else {}
 
-        def make(folder: Path) -> None:
+        def write(folder: Path) -> None:
             model, seed = load_model(base), 1000 * draw + self.seed
             wrapped = None
             if lora:
@@ -103,7 +108,7 @@ class Models:
             tune_(model, samples, epochs=epochs, rate=rate, batch_size=settings.batch_size, seed=seed)
             _save(model if wrapped is None else wrapped.merge_and_unload(), load_tokenizer(base), folder)
 
-        return self.store.piece(f"{self.folder}/{name}", made_of, make)
+        return self._piece(f"{self.folder}/{name}", made_of, write, make)
 
 
 def load_model(path: Path) -> Any:

@@ -61,7 +61,7 @@ class Sage:
 
     def made_of(self, models: Models) -> dict[str, Any]:
         """What the direction depends on, beside theta_full."""
-        made_of: dict[str, Any] = {"tuned": models.store.relative(models.tuned(self.tuned)), "mu": self.mu}
+        made_of: dict[str, Any] = {"tuned": models.store.relative(models.tuned(self.tuned, make=False)), "mu": self.mu}
         made_of["rows"] = models.rows.digest
         made_of |= {"unseen": models.settings.measured_retain} if self.unseen else {}
         return made_of | ({"at": self.at} if self.at == "base" else {})
@@ -92,15 +92,15 @@ class NegMerge:
 
     def made_of(self, models: Models) -> dict[str, Any]:
         """What the direction depends on, beside theta_full."""
-        return {"tuned": [models.store.relative(path) for path in self._tuned(models)], "part": self.part}
+        return {"tuned": [models.store.relative(path) for path in self._tuned(models, make=False)], "part": self.part}
 
     def direction(self, models: Models) -> Direction:
         """See ``closed_form.agreeing``."""
         merged = agreeing([task_vector(models, path) for path in self._tuned(models)])
         return limited(self.part, shape_of(models), merged)
 
-    def _tuned(self, models: Models) -> list[Path]:
-        return [models.tuned(draw=draw) for draw in range(DRAWS)]
+    def _tuned(self, models: Models, make: bool = True) -> list[Path]:
+        return [models.tuned(draw=draw, make=make) for draw in range(DRAWS)]
 
 
 STEPS: Sequence[KFade | Sage | NegMerge] = (
@@ -116,13 +116,17 @@ STEPS: Sequence[KFade | Sage | NegMerge] = (
 
 def trained(models: Models, method: str, rate: float) -> list[Point]:
     """The points of a method that trains, by the number of steps."""
-    settings, full = models.settings, models.full()
-    made_of: dict[str, Any] = {"full": models.store.relative(full), "rate": rate, "seed": models.seed}
+    settings = models.settings
+    made_of: dict[str, Any] = {
+        "full": models.store.relative(models.full(make=False)),
+        "rate": rate,
+        "seed": models.seed,
+    }
     made_of |= {"steps": [settings.steps, settings.check_every], "batch": settings.batch_size}
     made_of |= {"measured": [settings.measured_forget, settings.measured_retain], "limits": list(settings.limits)}
 
     def make(folder: Path) -> None:
-        module, measure = load_model(full), Measure(models)
+        module, measure = load_model(models.full()), Measure(models)
         forget, retain = (models.samples(rows) for rows in (models.rows.forget, models.rows.retain))
         points = [measure(module, 0)]
         largest = points[0].retain + max(settings.limits)

@@ -3,7 +3,7 @@
 Tunes SmolLM2-135M-Instruct and Gemma 3 270M on a part of TOFU (arXiv 2401.06121), unlearns it by every rule and by
 other methods, and asks what is left. You can stop or kill the command at any time: the same command goes on. If you
 start it several times, the processes share the work. ``--report`` writes the tables into docs/study.md from what is
-finished.
+finished. ``--keep`` copies what was measured into the project, where a study on another machine takes it up.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bench.study.real import tables
 from bench.study.real.afterwards import after_names, after_of
 from bench.study.real.curves import curve, landmarks
 from bench.study.real.data import Rows
+from bench.study.real.kept import KEPT, keep, take_up
 from bench.study.real.methods import SHARED, alpha_methods, importance_methods, lora_methods, main_methods, part_methods
 from bench.study.real.models import Models
 from bench.study.real.rivals import STEPS, rates, trained
@@ -44,13 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = SIZES[options.size]
         rows = Rows.read(options.data, settings)
+        options.work.mkdir(parents=True, exist_ok=True)
+        if options.keep:
+            print(f"{keep(options.work)} pieces are kept in {KEPT}")
+            return 0
+        take_up(options.work)
         store = Store(options.work, compute=not options.report)
         kinds = [(name, False) for name in options.models] + [(name, True) for name in UNTIED if name in options.models]
         trials = [Models(name, rows, settings, seed, store, untied) for seed in options.seeds for name, untied in kinds]
         if options.report:
             tables.write(PAGE, trials)
             return 0
-        options.work.mkdir(parents=True, exist_ok=True)
         run_stages(list(_stages(trials)))
     except PertaError as error:
         print(error, file=sys.stderr)
@@ -87,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--report", action="store_true", help="only write the tables, from the finished pieces")
+    parser.add_argument("--keep", action="store_true", help="only copy what was measured into the project")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that torch uses")
     return parser
 

@@ -47,7 +47,7 @@ def other_sentences(models: Models) -> list[Pair]:
         ]
         write_json(folder / _FILE, pairs)
 
-    made_of = {"model": models.store.relative(models.base()), "words": words, "new_tokens": _NEW_TOKENS}
+    made_of = {"model": models.store.relative(models.base(make=False)), "words": words, "new_tokens": _NEW_TOKENS}
     piece = models.store.piece(f"{models.folder}/sentences", made_of, make)
     pairs: list[Pair] = read_json(piece / _FILE)
     return pairs

@@ -32,7 +32,11 @@ def shares(models: Models, weighing: Weighing) -> Mapping[str, float]:
                 count[group] = count.get(group, 0) + some.numel()
         write_json(folder / _FILE, {group: large[group] / count[group] for group in large})
 
-    made_of = {"base": models.store.relative(models.base()), "rows": models.rows.digest, "weighing": vars(weighing)}
+    made_of = {
+        "base": models.store.relative(models.base(make=False)),
+        "rows": models.rows.digest,
+        "weighing": vars(weighing),
+    }
     name = f"{models.folder}/shares of {weighing.rule} α {weighing.alpha:g}"
     found: Mapping[str, float] = read_json(models.store.piece(name, made_of, make) / _FILE)
     return found
