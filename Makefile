@@ -15,7 +15,7 @@ QUICK := $(addprefix tests/,test_rules.py checkpoints/test_checkpoint.py checkpo
 .PHONY: demo quick test bench lint format docs cuda-check wheel-check clean
 
 demo: $(VENV)/built
-	$(BIN)/perta demo
+	OMP_WAIT_POLICY=passive $(BIN)/perta demo
 
 # Two files at a time. Threads that wait do not spin, as there are more of them than processors.
 test: $(VENV)/built

@@ -7,7 +7,7 @@ p = 2. ``empirical-fisher``: I is the mean of squared per-sample gradients, p = 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar, get_args
+from typing import Literal, SupportsFloat, TypeVar, get_args
 
 from perta_fast.errors import InputError
 
@@ -17,6 +17,7 @@ Place = Literal["base", "model"]
 DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of every command and function that takes importances
 PRECONDITIONED = "preconditioned"  # of ``unlearn`` alone, and its default: rule tv with a theta_f that it makes first
 DEFAULT_MU = 10.0  # of preconditioning
+LARGEST_MU = 1e4  # beyond it, rounding in float32 moments shows where no input was seen
 DEFAULT_RETAIN_RISE = 0.05  # nats, where the strength is searched for
 EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
@@ -43,8 +44,8 @@ def resolved_at(rule: str, at: Place | None) -> Place:
 
 def check_mu(mu: float) -> None:
     """Raise InputError unless ``mu`` is a strength of preconditioning."""
-    if not (math.isfinite(mu) and mu >= 0):
-        raise InputError(f"mu is {mu}; it must be finite and at least 0")
+    if not isinstance(mu, SupportsFloat) or not 0 <= mu <= LARGEST_MU:
+        raise InputError(f"mu is {mu}; it must be a number from 0 to {LARGEST_MU:g}")
 
 
 def check_strength(lam: float | None, max_retain_rise: float | None, stream: bool, allow_zero: bool = False) -> None:

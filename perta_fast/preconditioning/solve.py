@@ -10,8 +10,8 @@ def preconditioned(direction: Tensor, moment: Tensor, mu: float) -> Tensor:
     That is the D' with the least |D' - D|² + (mu / a) · mean |D' x|² over the inputs x: D with little left along the
     directions that many inputs have, and all of it along those that none has.
 
-    direction: D (d_out, d_in). moment: A (d_in, d_in), the mean of x xᵀ; if it is 0, D comes back as it is. mu: at
-    least 0, finite. Returns float32 on the device of ``moment``; solved in float64.
+    direction: D (d_out, d_in). moment: A (d_in, d_in), the mean of x xᵀ; if it is 0, D comes back as it is. mu: 0
+    to ``LARGEST_MU``. Returns float32 on the device of ``moment``; solved in float64.
 
     Source: SAGE (arXiv 2606.18309); here with all of A, where the paper takes its leading directions.
     """
@@ -21,14 +21,4 @@ def preconditioned(direction: Tensor, moment: Tensor, mu: float) -> Tensor:
         return direction.clone()
     kept = moment.double().mul_(mu / mean)
     kept.diagonal().add_(1)
-    factor, failed = torch.linalg.cholesky_ex(kept)
-    if failed.item():
-        return _by_eigenvalues(direction.double(), moment.double().div_(mean), mu)
-    return torch.cholesky_solve(direction.double().T, factor).T.float().contiguous()
-
-
-def _by_eigenvalues(direction: Tensor, moment: Tensor, mu: float) -> Tensor:
-    """The same, for so large a mu that rounding in ``moment``, whose mean eigenvalue is 1, makes some below 0."""
-    values, vectors = torch.linalg.eigh(moment)
-    result: Tensor = (direction @ vectors) / (1 + mu * values.clamp(min=0)) @ vectors.T
-    return result.float().contiguous()
+    return torch.cholesky_solve(direction.double().T, torch.linalg.cholesky(kept)).T.float().contiguous()

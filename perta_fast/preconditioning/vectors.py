@@ -95,6 +95,8 @@ class LowRankVector:
     def change(self, name: str, change: Change) -> None:
         update = self.updates[name]
         a, b = (load_tensor(factor).float() for factor in (update.a, update.b))
+        for factor, tensor in ((update.a, a), (update.b, b)):
+            check_values(tensor, factor.path, factor.name)
         changed = change(a).cpu()
         self.changed[update.a.name] = changed
         self.norms.before += update.scale**2 * _squared_norm(b, a)
@@ -119,7 +121,7 @@ class FullVector:
     def __init__(self, names: Sequence[str], base: Checkpoint, tuned: Path, device: torch.device) -> None:
         """Raise InputError, naming the tensor, if one of the maps has another shape in ``tuned``."""
         self._names, self.norms = names, Norms()
-        self._base = base
+        self._base, self._path = base, tuned
         self._module: Any = load_subject(base.path, device, torch.float32, text=False).module
         theta_f: Any = load_subject(tuned, device, torch.float32, text=False).module
         self._tuned = dict(theta_f.named_parameters())
@@ -141,12 +143,19 @@ class FullVector:
     def change(self, name: str, change: Change) -> None:
         layer = self._module.get_submodule(name)
         vector = self._tuned[f"{name}.weight"] - layer.weight
+        check_values(vector, self._path, f"{name}.weight")
         changed = oriented(layer, change(oriented(layer, vector)))
         layer.weight += changed
         self.norms.add(vector, changed)
 
     def write(self, directory: Path) -> None:
         write_tuned(self._module, self._base, directory)
+
+
+def check_values(tensor: Tensor, path: Path, name: str) -> None:
+    """Raise InputError unless all values of what ``tuned`` or the base has under ``name`` are finite."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{path}: tensor {name}, or that of the base, has NaN or infinite values; give a sound copy")
 
 
 def oriented(layer: nn.Module, matrix: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
     for name, value in arguments.items():
         if value is None or name in ("progress", "group", "download"):
             continue
+        if isinstance(value, float):  # NumPy's own too
+            value = float(value)
         if name in _PATHS:
             value = os.path.abspath(value)
         elif isinstance(value, Sequence) and not isinstance(value, str):  # of patterns

@@ -75,8 +75,8 @@ def precondition(
     base: a checkpoint directory, θ_0. tuned: θ_f, a checkpoint, or a LoRA adapter of ``base``, of which only A changes.
     retain: a data file, as for ``unlearn``, as are fields and download. out: directory to make, of the same kind as
     ``tuned``, with the record that is returned; what was changed is float32, and a checkpoint all of it. model: the
-    model whose inputs are seen; θ_full is best; None takes ``base``. mu: at least 0, which leaves the linear maps as
-    they are. batch_size: samples, of one length, at a time. max_length: tokens that a sample is cut to, within the
+    model whose inputs are seen; θ_full is best; None takes ``base``. mu: 0, which leaves the linear maps as they
+    are, to 1e4. batch_size: samples, of one length, at a time. max_length: tokens that a sample is cut to, within the
     model's own limit. system_prompt, date_string: as for ``unlearn``. device: None takes CUDA if there is one. dtype:
     that the model runs in; None takes its own, or float32 for float16. stream: hold one decoder layer in memory at a
     time; the result has the same values. overwrite: replace ``out``.
@@ -106,8 +106,8 @@ def precondition(
         seen_at=model,
         retain=retain,
         mu=float(mu),
-        batch_size=batch_size,
-        max_length=max_length,
+        batch_size=int(batch_size),
+        max_length=None if max_length is None else int(max_length),
         chat=chat,
         device=device,
         dtype=dtype,
@@ -167,7 +167,7 @@ class Making:
         with PeakMemory() as memory:
             subject, skeleton = self._load()
             samples, told = samples_and_told(subject, rows, self.max_length, self.chat, self.progress)
-            missed, origin = share_left_out(subject.module), subject.origin
+            missed, origin = share_left_out(subject.module, adapted=False), subject.origin
             device = subject.device if skeleton is None else skeleton.device
             maps, adapted = self._maps(subject.module)
             vector: TaskVector
@@ -214,7 +214,7 @@ class Making:
 
     def _maps(self, module: nn.Module) -> tuple[dict[str, nn.Module], LowRankVector | None]:
         """The linear maps whose task vector is changed, by name; and that of an adapter."""
-        maps = linear_maps(module)
+        maps = linear_maps(module, adapted=False)
         if not maps:
             raise InputError(f"{self.seen_at}: has no linear map whose inputs could be seen; take another rule")
         if not is_adapter(self.tuned):

@@ -14,6 +14,7 @@ from perta_fast.data.forms import read_as
 from perta_fast.data.rows import Row
 from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_files
+from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import (
     OutputDirectory,
     check_output,
@@ -22,6 +23,7 @@ from perta_fast.files.new_directory import (
     importance_path,
     unfinished_advice,
 )
+from perta_fast.models.loading import check_sizes
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.progress import Bar
@@ -114,6 +116,7 @@ def _check(opened: Opened) -> None:
             raise InputError(
                 f"{name} is for rules with importances; rule {PRECONDITIONED} holds one layer; leave it out"
             )
+    check_sizes(options.batch_size, options.max_length)
     if "retain" not in options.data:
         raise InputError(f"rule {PRECONDITIONED}, which is the default, needs retain data: give a file of it")
     if not options.in_place and not options.overwrite and has_begun(final):
@@ -122,12 +125,23 @@ def _check(opened: Opened) -> None:
         place = importance_path(final)
     else:
         place = Path(options.save_tuned)
+        _check_apart(place, opened)
         check_output(place, overwrite=options.overwrite, inputs=[*options.paths, final])
         check_unfinished(place, overwrite=options.overwrite)
         if not options.in_place:
             check_output(final, overwrite=options.overwrite, inputs=[place])
     check_tuned(Path(options.base), Path(options.tuned), options.allow_zero)
     check_space(place, vector_size(Path(options.base), Path(options.tuned)))
+
+
+def _check_apart(place: Path, opened: Opened) -> None:
+    """Raise InputError if ``save_tuned`` lies in an input, or one of it and the result in the other."""
+    options, final = opened.options, opened.settings.destination
+    for path in map(Path, (options.model, options.base, options.tuned)):
+        if lies_in(place, path):
+            raise InputError(f"save_tuned is {place}, which is or lies in the input {path}; choose another directory")
+    if lies_in(place, final) or lies_in(final, place):
+        raise InputError(f"save_tuned is {place}, and the result {final}; choose two directories, neither in the other")
 
 
 def _with_tuned(opened: Opened, directory: Path) -> Opened:
@@ -164,7 +178,7 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         retain=options.retain,
         mu=float(options.mu),
         batch_size=int(options.batch_size),
-        max_length=options.max_length,
+        max_length=None if options.max_length is None else int(options.max_length),
         chat=ChatSettings.of(options.system_prompt, options.date_string, day),
         device=options.device,
         dtype=options.dtype,

@@ -11,8 +11,9 @@ from torch import Tensor
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import copy_companions
 from perta_fast.checkpoints.tied import importance_key
+from perta_fast.errors import InputError
 from perta_fast.models.stored_names import as_stored, load_tensor
-from perta_fast.preconditioning.vectors import Change, Norms, oriented
+from perta_fast.preconditioning.vectors import Change, Norms, check_values, oriented
 from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.report import FILE_NAME
 from perta_fast.streaming.model.stored_weights import StoredWeights
@@ -34,8 +35,10 @@ class LayerVector:
         self._names, self.norms = names, Norms()
         self._base, self._directory = base, directory
         self._structure = Structure.build(base.path, torch.float32)
-        model, parts = self._structure.model, self._structure.parts
-        self._theta_0, self._theta_f = (StoredWeights(model, checkpoint, parts) for checkpoint in (base, tuned))
+        self._theta_0 = StoredWeights(self._structure.model, base, self._structure.parts)
+        of_tuned = Structure.build(tuned.path, torch.float32)  # its vocabulary may have another size
+        self._theta_f = StoredWeights(of_tuned.model, tuned, of_tuned.parts)
+        self._tuned = tuned.path
         self._parts = [*self._structure.by_layer, self._structure.resident, *([name] for name in self._vocabulary)]
         self._layer_of = {name: k for k, layer in enumerate(self._structure.by_layer) for name in layer}
         self._changed: dict[str, Tensor] = {}  # of the layer that is going on
@@ -56,7 +59,10 @@ class LayerVector:
             self._write_part()
         layer = self._structure.model.get_submodule(name)
         theta_0, theta_f = (reader.read([weight])[weight] for reader in (self._theta_0, self._theta_f))
+        if theta_f.shape != theta_0.shape:
+            raise InputError(f"{self._tuned}: tensor {weight} has another shape than in {self._base.path}")
         vector = theta_f - theta_0
+        check_values(vector, self._tuned, weight)
         changed = oriented(layer, change(oriented(layer, vector)).cpu())
         self._changed[weight] = theta_0 + changed
         self.norms.add(vector, changed)

@@ -16,8 +16,11 @@ from perta_fast.tuning.saving import disk_errors
 _EXPERT_PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def linear_maps(model: Any) -> dict[str, Any]:
-    """The modules that get an adapter, by name: all linear maps except the output head and parts of joined experts."""
+def linear_maps(model: Any, adapted: bool = True) -> dict[str, Any]:
+    """All linear maps except the output head, by name.
+
+    adapted: those that get an adapter, so not those that peft takes for parts of joined experts.
+    """
     from transformers.pytorch_utils import Conv1D
 
     joined = any(
@@ -31,19 +34,19 @@ def linear_maps(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and module is not model.get_output_embeddings()
-        and not (joined and name.rpartition(".")[2] in _EXPERT_PARTS)
+        and not (adapted and joined and name.rpartition(".")[2] in _EXPERT_PARTS)
     }
 
 
-def share_left_out(model: Any) -> float:
-    """The share of the parameters in matrices without an adapter; embeddings, head and convolutions do not count."""
-    adapted = {module.weight for module in linear_maps(model).values()}
+def share_left_out(model: Any, adapted: bool = True) -> float:
+    """The share of the parameters in matrices outside ``linear_maps``; embeddings, head, convolutions do not count."""
+    maps = {module.weight for module in linear_maps(model, adapted).values()}
     others = [
         parameter
         for module in model.modules()
         if not isinstance(module, nn.Embedding | nn.Conv1d) and module is not model.get_output_embeddings()
         for parameter in module.parameters(recurse=False)
-        if parameter.ndim > 1 and parameter not in adapted
+        if parameter.ndim > 1 and parameter not in maps
     ]
     return float(sum(matrix.numel() for matrix in others) / sum(tensor.numel() for tensor in model.parameters()))
 

@@ -192,7 +192,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"alpha": 16.0}, "rule preconditioned, which is the default, has no weights: p, alpha and threshold"),
     "p": ({"p": 2.0}, "rule preconditioned, which is the default, has no weights"),
     "importance": ({"save_importance": "kept"}, "takes no importance to save; save_tuned keeps what it makes"),
-    "mu": ({"mu": -1.0}, "mu is -1.0; it must be finite and at least 0"),
+    "mu": ({"mu": -1.0}, "mu is -1.0; it must be a number from 0 to 10000"),
+    "a huge mu": ({"mu": 1e5}, "mu is 100000.0; it must be a number from 0 to 10000"),
+    "a text for mu": ({"mu": "much"}, "mu is much; it must be a number"),
+    "batch": ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    "length": ({"max_length": -5}, "max_length is -5; it must be at least 1"),
     "no linear map": ({"only": "*norm*"}, "let the run change no linear map, and rule preconditioned changes nothing"),
     "mu of another rule": ({"rule": "tv", "mu": 1.0}, "mu is for rule preconditioned"),
     "save of another rule": ({"rule": "fisher", "save_tuned": "kept"}, "save_tuned is for rule preconditioned"),
@@ -207,7 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_arguments(case: str, job: Job, tmp_path: Path) -> None:
     changed, message = REFUSED[case]
     with pytest.raises(pf.InputError, match=message):
-        run(job, tmp_path / "out", lam=1.0, **changed)
+        run(job, tmp_path / "out", **{"lam": 1.0} | changed)
     assert names(tmp_path) == ["job"]
 
 
@@ -233,8 +237,8 @@ def test_a_chat_template_that_asks_for_the_date_is_told_it_again(job: Job, tmp_p
 
 
 def test_what_is_saved_must_not_replace(job: Job, tmp_path: Path) -> None:
-    for place in (job.tuned, tmp_path / "out"):
-        with pytest.raises(pf.InputError):
+    for place in (job.tuned, job.model / "x", tmp_path / "out", tmp_path / "out/x"):
+        with pytest.raises(pf.InputError, match="save_tuned is"):
             run(job, tmp_path / "out", lam=1.0, save_tuned=place)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
