@@ -358,7 +358,7 @@ def test_dry_run_needs(large: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for options, message in (
         ((), "has no tokenizer, so the lengths of the samples are not known"),
         (("--max-length", "64", "--memory", "2GiB"), "memory of 2.15 GB cannot hold one part of the model"),
-        (("--max-length", "64", "--rule", "tv"), "--dry-run is for a rule that needs forget and retain data"),
+        (("--max-length", "64", "--rule", "tv"), "--dry-run estimates rules with importances, from both data files"),
     ):
         assert main(dry_run(large, tmp_path / "out", *options)) == 2
         assert message in capsys.readouterr().err
