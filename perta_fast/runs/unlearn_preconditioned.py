@@ -23,6 +23,7 @@ from perta_fast.files.new_directory import (
     importance_path,
     unfinished_advice,
 )
+from perta_fast.files.reading import checked_path
 from perta_fast.models.loading import check_sizes
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
@@ -124,7 +125,7 @@ def _check(opened: Opened) -> None:
     if options.save_tuned is None:
         place = importance_path(final)
     else:
-        place = Path(options.save_tuned)
+        place = checked_path(options.save_tuned)
         _check_apart(place, opened)
         check_output(place, overwrite=options.overwrite, inputs=[*options.paths, final])
         check_unfinished(place, overwrite=options.overwrite)
