@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError
@@ -54,12 +55,14 @@ def input_in(directory: Path, inputs: Iterable[Path]) -> Path | None:
 def _identities(directory: Path) -> Iterator[Identity]:
     """Those of ``directory``, of all directories below it, and of all files there that have no second name."""
     for folder, _, names in os.walk(directory):
-        status = Path(folder).stat()
-        yield status.st_dev, status.st_ino
+        with suppress(FileNotFoundError):  # another process may be removing it
+            status = Path(folder).stat()
+            yield status.st_dev, status.st_ino
         for name in names:
-            status = Path(folder, name).lstat()
-            if status.st_nlink == 1:
-                yield status.st_dev, status.st_ino
+            with suppress(FileNotFoundError):
+                status = Path(folder, name).lstat()
+                if status.st_nlink == 1:
+                    yield status.st_dev, status.st_ino
 
 
 def _files_in(path: Path) -> list[Path]:
