@@ -97,6 +97,7 @@ def precondition(
     check_name(out)
     target = OutputDirectory(out, overwrite=overwrite, inputs=[base, tuned, model, *data_files(retain)])
     check_tuned(base, tuned)
+    check_task_vector(Sources.open(base, base, tuned, common_rows=True))
     check_space(target.final, vector_size(base, tuned))
     chat = ChatSettings.of(system_prompt, date_string)
     rows, digest = read_data(retain, fields)
@@ -120,8 +121,8 @@ def precondition(
     return record
 
 
-def check_tuned(base: Path, tuned: Path, allow_zero: bool = False) -> None:
-    """Raise InputError unless ``tuned`` has a task vector that can be preconditioned, as far as its files tell."""
+def check_tuned(base: Path, tuned: Path) -> None:
+    """Raise InputError unless ``tuned`` is of a kind that can be preconditioned, as far as its files tell."""
     if exists(tuned / PRECONDITIONING):
         raise InputError(
             f"{tuned}: is preconditioned already, as its {PRECONDITIONING} says; subtract it by rule tv, or give the "
@@ -129,8 +130,6 @@ def check_tuned(base: Path, tuned: Path, allow_zero: bool = False) -> None:
         )
     if is_adapter(tuned):
         check_low_rank(Adapter.open(tuned, base))
-    if not allow_zero:
-        check_task_vector(Sources.open(base, base, tuned, common_rows=True))
 
 
 def vector_size(base: Path, tuned: Path) -> int:

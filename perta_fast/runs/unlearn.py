@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.data.chat import today
-from perta_fast.data.forms import Fields, read_as
+from perta_fast.data.forms import Fields
 from perta_fast.data.rows import Row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
@@ -14,12 +14,12 @@ from perta_fast.files.new_directory import check_output, check_space, check_unfi
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
-from perta_fast.records.report import Report, data_record
+from perta_fast.records.report import Report
 from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, Place
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
-from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, read_all, streamed_on
+from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, data_records, read_all, streamed_on
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
@@ -137,10 +137,7 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
     def annotate(report: Report) -> None:
         report.recipe = as_recipe(vars(options))
         strength.annotate(report, choice, 0.0 if search is None else search.seconds)
-        report.data = {
-            role: data_record(options.data[role], hashes[role], len(rows[role]), read_as=read_as(rows[role]))
-            for role in rows
-        }
+        report.data = data_records(options, rows, hashes)
         if checking is not None:
             checking.annotate(report)
 

@@ -22,7 +22,7 @@ from perta_fast.files.new_directory import check_output, check_unfinished, impor
 from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
-from perta_fast.records.report import EstimationSettings, Report, data_record
+from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Place, Rule, check_mu, check_strength, resolved_at
@@ -326,3 +326,11 @@ def read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:
     for role, path in options.data.items():
         rows[role], hashes[role] = read_data(path, options.fields)
     return rows, hashes
+
+
+def data_records(options: Options, rows: Mapping[str, list[Row]], hashes: Mapping[str, str]) -> dict[str, DataRecord]:
+    """The records of data files that no gradient is taken on, by role."""
+    return {
+        role: data_record(options.data[role], hashes[role], len(of_role), read_as=read_as(of_role))
+        for role, of_role in rows.items()
+    }

@@ -10,7 +10,6 @@ from typing import Any
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.chat import ChatSettings
-from perta_fast.data.forms import read_as
 from perta_fast.data.rows import Row
 from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_files
@@ -30,13 +29,13 @@ from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.progress import Bar
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.recipe import as_recipe
-from perta_fast.records.report import Report, data_record, describe_files
+from perta_fast.records.report import Report, describe_files
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
 from perta_fast.runs.precondition import Making, check_tuned, vector_size
-from perta_fast.runs.unlearn_inputs import Opened
+from perta_fast.runs.unlearn_inputs import Opened, data_records
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.scope import EVERYTHING
@@ -88,10 +87,7 @@ def unlearn_preconditioned(
             report.recipe = as_recipe(vars(opened.options) | given)
             report.preconditioned = described
             report.settings = _settings(opened, made)
-            report.data = {
-                role: data_record(asked.data[role], hashes[role], len(rows[role]), read_as=read_as(rows[role]))
-                for role in rows
-            } | {"retain": made.retain}
+            report.data = data_records(asked, rows, hashes) | {"retain": made.retain}
             for warning in made.warnings:
                 report.warn(warning)
             strength.annotate(report, choice, 0.0 if search is None else search.seconds)
@@ -131,7 +127,7 @@ def _check(opened: Opened) -> None:
         check_unfinished(place, overwrite=options.overwrite)
         if not options.in_place:
             check_output(final, overwrite=options.overwrite, inputs=[place])
-    check_tuned(Path(options.base), Path(options.tuned), options.allow_zero)
+    check_tuned(Path(options.base), Path(options.tuned))
     check_space(place, vector_size(Path(options.base), Path(options.tuned)))
 
 

@@ -9,15 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import copy_companions
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.errors import InputError
 from perta_fast.models.stored_names import as_stored, load_tensor
 from perta_fast.preconditioning.vectors import Change, Norms, check_values, oriented
-from perta_fast.records.file_hashes import HASHES
-from perta_fast.records.report import FILE_NAME
 from perta_fast.streaming.model.stored_weights import StoredWeights
 from perta_fast.streaming.model.structure import Structure
+from perta_fast.tuning.checkpoint import copy_beside
 from perta_fast.tuning.saving import disk_errors
 
 _INDEX = "model.safetensors.index.json"
@@ -39,7 +37,8 @@ class LayerVector:
         of_tuned = Structure.build(tuned.path, torch.float32)  # its vocabulary may have another size
         self._theta_f = StoredWeights(of_tuned.model, tuned, of_tuned.parts)
         self._tuned = tuned.path
-        self._parts = [*self._structure.by_layer, self._structure.resident, *([name] for name in self._vocabulary)]
+        outside = [self._structure.resident, *([name] for name in self._structure.vocabulary)]
+        self._parts = [*self._structure.by_layer, *outside]
         self._layer_of = {name: k for k, layer in enumerate(self._structure.by_layer) for name in layer}
         self._changed: dict[str, Tensor] = {}  # of the layer that is going on
         self._shards: list[list[str]] = []
@@ -48,10 +47,6 @@ class LayerVector:
     def names(self) -> Sequence[str]:
         """All linear maps, in the order of the model."""
         return self._names
-
-    @property
-    def _vocabulary(self) -> list[str]:
-        return self._structure.vocabulary
 
     def change(self, name: str, change: Change) -> None:
         weight = f"{name}.weight"
@@ -74,9 +69,7 @@ class LayerVector:
         covered = self._theta_0.shapes
         others = [name for name in self._base.tensors if importance_key(name, self._base, covered) is None]
         self._save({name: load_tensor(self._base.tensors[name]) for name in others})  # such as buffers
-        copy_companions(self._base, directory)
-        for name in (FILE_NAME, HASHES):  # of the base, if that was unlearned
-            (directory / name).unlink(missing_ok=True)
+        copy_beside(self._base, directory)
         weight_map = {name: _shard_name(number) for number, names in enumerate(self._shards) for name in names}
         index = {"metadata": {}, "weight_map": weight_map}
         if self._base.index is not None:

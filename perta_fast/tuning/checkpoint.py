@@ -21,6 +21,13 @@ def tuned_size(base: Checkpoint) -> int:
     return sum(max(4 * entry.count, entry.size) for entry in base.tensors.values())
 
 
+def copy_beside(base: Checkpoint, directory: Path) -> None:
+    """Copy what lies beside the weights of ``base``, but for the records of a run that has made it."""
+    copy_companions(base, directory)
+    for name in (FILE_NAME, HASHES):
+        (directory / name).unlink(missing_ok=True)
+
+
 @torch.no_grad()
 def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
     """Write ``base`` with the parameters of ``module``, in float32; copy what ``module`` lacks, such as buffers.
@@ -29,9 +36,7 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
     tuning: 15 steps at 1e-5 move half of all parameters by less than the spacing of bfloat16. Memory: one shard.
     """
     tuned = as_stored(module, dict(module.named_parameters()))
-    copy_companions(base, directory)
-    for name in (FILE_NAME, HASHES):  # of the base, if that was unlearned
-        (directory / name).unlink(missing_ok=True)
+    copy_beside(base, directory)
     total = 0
     for shard in base.shards.values():
         tensors = {}
