@@ -14,8 +14,9 @@ from transformers import LlamaConfig
 from perta_fast.errors import InputError
 from perta_fast.memory import format_size
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, duration
-from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.rates import Rates
+from perta_fast.streaming.forecast.walk_costs import WalkEstimate
 from perta_fast.streaming.model.structure import Structure
 
 SHAPES = {  # layers, hidden, intermediate, heads
@@ -70,7 +71,7 @@ def main() -> None:
         structure = structure_of(shape)
         for tokens in (64, 512):
             load = Load([[tokens] * 400, [tokens] * 3600])
-            estimate = Estimate(structure, load, torch.device("cuda"), threads=8)
+            estimate = WalkEstimate(structure, load, torch.device("cuda"), threads=8)
             for machine in MACHINES:
                 budget = Budget(machine.disk + estimate.result_bytes, None, machine.device_memory)
                 try:

@@ -12,25 +12,48 @@ from perta_fast.cli.options import (
     DOWNLOAD,
     DTYPE,
     FIELDS,
+    FORECAST,
     MAX_LENGTH,
     MU,
     OUTPUT,
     SHOW_LABELS,
+    STREAM,
     Command,
     Option,
+    check_streamed,
     finish,
-    flag,
     keywords,
 )
 from perta_fast.rules import DEFAULT_MU
 
 
 def run(parsed: argparse.Namespace) -> int:
+    check_streamed(parsed)
+    if parsed.dry_run:
+        print(_preview(parsed))
+        return 0
     with importing():
         from perta_fast.runs.precondition import precondition
 
-    finish(precondition(**keywords(parsed)).summary(), parsed.out, parsed.quiet)
+    finish(precondition(**keywords(parsed, without=("dry_run",))).summary(), parsed.out, parsed.quiet)
     return 0
+
+
+def _preview(parsed: argparse.Namespace) -> str:
+    from perta_fast.checkpoints.adapters import is_adapter
+    from perta_fast.files.hub import local_model
+    from perta_fast.streaming.forecast.dry_run import Conditions, preview
+
+    settings = keywords(parsed)
+    return preview(
+        parsed.model or parsed.base,
+        {"retain": parsed.retain},
+        None,
+        parsed.out,
+        Conditions(**{name: settings[name] for name in FORECAST}),
+        subtract=False,
+        low_rank=is_adapter(local_model(parsed.tuned, parsed.download)),
+    )
 
 
 COMMAND = Command(
@@ -50,7 +73,8 @@ COMMAND = Command(
         *CHAT,
         DEVICE,
         DTYPE,
-        flag("stream", "hold one decoder layer in memory at a time, for models larger than the memory"),
+        replace(STREAM[0], help="hold one decoder layer in memory at a time, for models larger than the memory"),
+        *STREAM[1:],
         *OUTPUT,
     ),
     run,

@@ -35,18 +35,19 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _preview(parsed: argparse.Namespace, ranks: int) -> str:
+    from perta_fast.checkpoints.adapters import is_adapter
     from perta_fast.files.hub import local_model
     from perta_fast.streaming.forecast.dry_run import Conditions, preview
     from perta_fast.subtraction.scope import Scope
 
     check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
     estimator = Rule.of_unlearn(parsed.rule, parsed.lam, parsed.p, parsed.alpha, parsed.threshold).estimator
-    data = {role: getattr(parsed, role) for role in ("forget", "retain")}
-    if estimator is None or None in data.values():
-        raise InputError(
-            "--dry-run estimates rules with importances, from both data files; give --rule, such as empirical-fisher, "
-            "and both"
-        )
+    preconditions = parsed.rule == PRECONDITIONED
+    if estimator is None and not preconditions:
+        raise InputError(f"--dry-run has nothing to estimate for rule {parsed.rule}, which reads the weights alone")
+    data = {role: getattr(parsed, role) for role in (("retain",) if preconditions else ("forget", "retain"))}
+    if None in data.values():
+        raise InputError(f"--dry-run needs the data that rule {parsed.rule} reads: {' and '.join(data)}")
     settings = keywords(parsed)
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
     return preview(
@@ -57,6 +58,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
         Conditions(**{name: settings[name] for name in options.FORECAST}),
         subtract=True,
         kept=parsed.save_importance is not None,
+        low_rank=preconditions and is_adapter(local_model(parsed.tuned, parsed.download)),
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,
     )

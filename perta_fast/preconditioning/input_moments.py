@@ -49,9 +49,13 @@ def input_moments(
 
 
 class Moments:
-    """Sums of x xᵀ by the name of a map, or of the map before it that takes the same input."""
+    """Sums of x xᵀ by the name of a map, or of the map before it that takes the same input.
 
-    def __init__(self) -> None:
+    within_memory: raise InputError before a sum is made that the system has no memory for.
+    """
+
+    def __init__(self, within_memory: bool = True) -> None:
+        self._within_memory = within_memory
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = defaultdict(int)
         self.shares: dict[str, str] = {}
@@ -77,7 +81,9 @@ class Moments:
         self.last = (given[0], name)
         inputs = given[0].reshape(-1, given[0].shape[-1]).float()
         if name not in self.sums:
-            self.sums[name] = _zeros(inputs)
+            if self._within_memory:
+                _check_memory(inputs)
+            self.sums[name] = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
         self.sums[name].addmm_(inputs.T, inputs)
         self.counts[name] += len(inputs)
 
@@ -102,7 +108,7 @@ def _none(layer: Any) -> Tensor:
     return torch.zeros(size, size, device=layer.weight.device)
 
 
-def _zeros(inputs: Tensor) -> Tensor:
+def _check_memory(inputs: Tensor) -> None:
     size = inputs.shape[1]
     available = available_bytes() if inputs.device.type == "cpu" else None
     if available is not None and 4 * size * size > available:
@@ -110,4 +116,3 @@ def _zeros(inputs: Tensor) -> Tensor:
             f"the inputs of the linear maps take another {format_size(4 * size * size)} of memory, "
             f"but {format_size(available)} are free; precondition on a machine with more"
         )
-    return inputs.new_zeros(size, size)

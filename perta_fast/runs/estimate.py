@@ -29,6 +29,7 @@ from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.store import Importance, ImportanceMetadata
+from perta_fast.memory import return_freed_blocks
 from perta_fast.models.in_use import measuring
 from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_and_told
 from perta_fast.models.stored_names import as_stored
@@ -221,20 +222,29 @@ class Estimation:
         """How a streamed run over ``data`` to ``destination`` is cut; see ``Load``."""
         from perta_fast.streaming.forecast.choice import schedule_for
         from perta_fast.streaming.forecast.costs import Load
+        from perta_fast.streaming.forecast.walk_costs import WalkEstimate
 
-        assert self.skeleton is not None
+        skeleton, ranks = self.skeleton, self.ranks
+        assert skeleton is not None
         lengths = [[len(sample.input_ids) for sample in samples] for samples in data]
-        return schedule_for(
-            self.skeleton,
-            Load(lengths, self.estimator == "empirical-fisher", subtract, kept),
-            self.batch_size,
-            destination,
-            self.memory,
-            self.device_memory,
-            threads,
-            self.progress is True,
-            self.ranks,
-        )
+        load = Load(lengths, self.estimator == "empirical-fisher", subtract, kept).share(ranks.world)
+        schedule: Schedule | None = None
+        with ranks.together("the choice of a schedule"):
+            if ranks.first:
+                schedule = schedule_for(
+                    WalkEstimate(skeleton, load, skeleton.device, threads),
+                    self.batch_size,
+                    destination,
+                    self.memory,
+                    self.device_memory,
+                    skeleton.first_shard,
+                    self.progress is True,
+                    ranks.world,
+                )
+        if self.memory is not None:
+            return_freed_blocks()
+        shared: Schedule = ranks.share(schedule)
+        return shared
 
 
 def estimate_on(

@@ -25,7 +25,7 @@ from perta_fast.files.durable import remove
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.reading import exists
-from perta_fast.memory import PeakMemory
+from perta_fast.memory import PeakMemory, return_freed_blocks
 from perta_fast.models.loading import Subject, check_sizes, choose_device, load_subject, samples_and_told
 from perta_fast.preconditioning.input_moments import PHASE, input_moments
 from perta_fast.preconditioning.record import Preconditioning
@@ -36,9 +36,13 @@ from perta_fast.records.report import Scalar, data_record
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.rules import DEFAULT_MU, check_mu
 from perta_fast.runs.estimate import open_skeleton
+from perta_fast.streaming.forecast.choice import schedule_for
+from perta_fast.streaming.forecast.costs import Load
+from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
 from perta_fast.streaming.layer_vector import LayerVector
 from perta_fast.streaming.linear_inputs import layer_moments
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.tuning.adapter import linear_maps, share_left_out
@@ -62,6 +66,8 @@ def precondition(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     stream: bool = False,
+    memory: int | None = None,
+    device_memory: int | None = None,
     overwrite: bool = False,
     progress: Progress = True,
 ) -> Preconditioning:
@@ -79,7 +85,8 @@ def precondition(
     are, to 1e4. batch_size: samples, of one length, at a time. max_length: tokens that a sample is cut to, within the
     model's own limit. system_prompt, date_string: as for ``unlearn``. device: None takes CUDA if there is one. dtype:
     that the model runs in; None takes its own, or float32 for float16. stream: hold one decoder layer in memory at a
-    time; the result has the same values. overwrite: replace ``out``.
+    time; the result has the same values. memory, device_memory: bytes that a streamed run may take, by smaller batches;
+    None sets no limit. overwrite: replace ``out``.
 
     Memory: the model, and 4 d_in² bytes for each different input of its linear maps; then, if ``tuned`` is a
     checkpoint, two models in float32. With ``stream`` that of one layer, and the disk holds the hidden states of all
@@ -114,6 +121,8 @@ def precondition(
         dtype=dtype,
         progress=progress,
         stream=stream,
+        memory=memory,
+        device_memory=device_memory,
     )
     with target:
         record = making.run(rows, digest, target.path)
@@ -144,6 +153,7 @@ class Making:
     """How a θ_f is preconditioned; see ``precondition``.
 
     seen_at: the model whose inputs are seen. allow_zero: whether a task vector of zero is made into another one.
+    subtract: whether it is subtracted afterwards, by this many threads, which counts in the estimate of a streamed run.
     """
 
     base: Path
@@ -159,6 +169,10 @@ class Making:
     progress: Progress
     stream: bool = False
     allow_zero: bool = False
+    memory: int | None = None
+    device_memory: int | None = None
+    subtract: bool = False
+    threads: int = 1
 
     def run(self, rows: Sequence[Row], digest: str, directory: Path) -> Preconditioning:
         """Write θ_f and its record into ``directory``. rows, digest: of the retain data."""
@@ -170,6 +184,7 @@ class Making:
             device = subject.device if skeleton is None else skeleton.device
             maps, adapted = self._maps(subject.module)
             vector: TaskVector
+            batch_size = self.batch_size
             if skeleton is None:
                 moments = input_moments(subject.module, maps, samples, self.batch_size, self.progress)
                 names = list(maps)
@@ -178,9 +193,10 @@ class Making:
                 self._change(vector, moments)
             else:
                 vector = adapted or LayerVector(list(maps), open_plain(self.base), open_plain(self.tuned), directory)
-                self._change_by_layer(vector, skeleton, maps, samples, directory / "scratch")
+                batch_size = self._schedule(skeleton, samples, directory).batch_size
+                self._change_by_layer(vector, skeleton, maps, samples, batch_size, directory / "scratch")
             self._write(vector, directory)
-        settings: dict[str, Scalar | None] = {"mu": self.mu, "batch_size": self.batch_size, "stream": self.stream}
+        settings: dict[str, Scalar | None] = {"mu": self.mu, "batch_size": batch_size, "stream": self.stream}
         settings |= {"max_length": self.max_length, "device": str(device)}
         settings |= {"system_prompt": self.chat.system_prompt, "date": told.date}
         data = data_record(self.retain, digest, row_count(samples), truncated_count(samples), read_as(list(rows)))
@@ -225,17 +241,33 @@ class Making:
         for name, moment in moments.items():
             vector.change(name, partial(preconditioned, moment=moment, mu=self.mu))
 
+    def _schedule(self, skeleton: Skeleton, samples: Sequence[Sample], directory: Path) -> Schedule:
+        load = Load([[len(sample.input_ids) for sample in samples]], subtract=self.subtract)
+        low_rank = is_adapter(self.tuned)
+        if self.memory is not None:
+            return_freed_blocks()
+        return schedule_for(
+            PreconditioningEstimate(skeleton, load, skeleton.device, low_rank=low_rank, threads=self.threads),
+            self.batch_size,
+            directory,
+            self.memory,
+            self.device_memory,
+            skeleton.first_shard,
+            self.progress is True,
+        )
+
     def _change_by_layer(
         self,
         vector: TaskVector,
         skeleton: Skeleton,
         maps: Mapping[str, nn.Module],
         samples: Sequence[Sample],
+        batch_size: int,
         scratch: Path,
     ) -> None:
         parts = len(skeleton.layers) + 1
         with Bar(parts * len(samples), PHASE, self.progress, "step") as bar:
-            for moments in layer_moments(skeleton, maps, samples, self.batch_size, scratch, bar.update):
+            for moments in layer_moments(skeleton, maps, samples, batch_size, scratch, bar.update):
                 self._change(vector, moments)
         remove(scratch)
 

@@ -35,6 +35,7 @@ from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
 from perta_fast.runs.precondition import Making, check_tuned, vector_size
+from perta_fast.runs.settings import threads_for
 from perta_fast.runs.unlearn_inputs import Opened, data_records
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources
@@ -52,7 +53,7 @@ def unlearn_preconditioned(
         _check(opened)
         search = strength.StrengthSearch.begin(opened, rows, day)
     checking = Checking.of(asked, rows, day, ranks)
-    kept = asked.save_tuned is not None
+    kept, threads = asked.save_tuned is not None, threads_for(asked.threads, ranks)
     with ExitStack() as entered:
         with ranks.together("the directory of theta_f"):
             beside = importance_path(final)  # removed after the run
@@ -64,7 +65,7 @@ def unlearn_preconditioned(
         with ranks.together(PHASE):
             if ranks.first:
                 directory.mkdir(exist_ok=True)
-                record = _make(opened, rows["retain"], hashes["retain"], day, directory)
+                record = _make(opened, rows["retain"], hashes["retain"], day, directory, threads)
         made: Preconditioning = ranks.share(record)
         opened = _with_tuned(opened, directory)
         choice = None
@@ -108,11 +109,6 @@ def unlearn_preconditioned(
 def _check(opened: Opened) -> None:
     """Raise InputError for what only this rule needs, RunError if the disk is too small."""
     options, final = opened.options, opened.settings.destination
-    for name in ("memory", "device_memory"):
-        if getattr(options, name) is not None:
-            raise InputError(
-                f"{name} is for rules with importances; rule {PRECONDITIONED} holds one layer; leave it out"
-            )
     check_sizes(options.batch_size, options.max_length)
     if "retain" not in options.data:
         raise InputError(f"rule {PRECONDITIONED}, which is the default, needs retain data: give a file of it")
@@ -164,7 +160,7 @@ def _check_scope(opened: Opened, sources: Sources) -> None:
         ) from error
 
 
-def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Path) -> Preconditioning:
+def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Path, threads: int) -> Preconditioning:
     """Write the preconditioned θ_f into ``directory``."""
     options = opened.options
     assert options.retain is not None and options.mu is not None
@@ -182,6 +178,10 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         progress=options.progress,
         stream=options.stream,
         allow_zero=options.allow_zero,
+        memory=options.memory,
+        device_memory=options.device_memory,
+        subtract=True,
+        threads=threads,
     )
     return making.run(rows, digest, directory)
 

@@ -13,20 +13,21 @@ from perta_fast.errors import InputError
 from perta_fast.preconditioning.input_moments import Moments
 from perta_fast.streaming.micro_batch import MicroBatch, micro_batches
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.scratch_files import ScratchFiles
 
 
-def layer_of_maps(skeleton: Skeleton, maps: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+def layer_of_maps(structure: Structure, maps: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
     """The maps of each decoder layer, by name. Raises InputError if one lies outside the layers."""
     found: list[dict[str, nn.Module]] = []
-    for names in skeleton.by_layer:
+    for names in structure.by_layer:
         inside = set(names)
         found.append({name: layer for name, layer in maps.items() if f"{name}.weight" in inside})
     outside = maps.keys() - {name for layer in found for name in layer}
     if outside:
         raise InputError(
-            f"{skeleton.checkpoint.path}: {min(outside)} is a linear map outside the decoder layers, whose inputs a "
-            "streamed run does not see; leave stream out, or take another rule"
+            f"{min(outside)} is a linear map outside the decoder layers, whose inputs a streamed run does not see; "
+            "leave stream out, or take another rule"
         )
     return found
 

@@ -25,7 +25,7 @@ OTHERWISE = {
     "apply": {"quiet"},
     "importance": {"model", "dry_run", "quiet", "show_labels"},
     "tune": {"quiet", "show_labels"},
-    "precondition": {"quiet", "show_labels"},
+    "precondition": {"dry_run", "quiet", "show_labels"},
     "sweep": {"rules", "ps", "alphas", "quiet", "show_labels"},
     "eval": {"model", "quiet", "show_labels"},
 }

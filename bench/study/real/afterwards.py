@@ -1,15 +1,16 @@
-"""Is it gone, and what is left? What is measured once of a method, at the strength of one limit."""
+"""Is it gone, and what is left? What is measured once of a method, at the strength where it forgets as much as gold."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench.study.real.compute import all_losses, fast_products, mean_loss
-from bench.study.real.curves import Point, curve
+from bench.study.real.curves import Point, curve, landmarks
 from bench.study.real.data import Choice, spread
 from bench.study.real.directions import Method, set_
 from bench.study.real.methods import final_methods
@@ -35,7 +36,7 @@ def _methods() -> list[Method]:
 
 
 def after_of(models: Models, name: str) -> Numbers:
-    """The numbers of θ_0, θ_full, gold, or a method where the retain loss has risen by the middle limit.
+    """The numbers of θ_0, θ_full, gold, or a method where the forget loss is gold's.
 
     Losses in nats; choices as the share that is right.
     """
@@ -48,7 +49,7 @@ def after_of(models: Models, name: str) -> Numbers:
         made_of["model"] = models.store.relative(paths[name](make=False))
     else:
         made_of |= {"full": models.store.relative(models.full(make=False)), **method.made_of(models)}
-        made_of["strength"] = strength_at(curve(models, method), settings.limits[1])
+        made_of["strength"] = strength_at(curve(models, method), landmarks(models)["gold"].forget)
 
     def make(folder: Path) -> None:
         if method is None:
@@ -63,9 +64,13 @@ def after_of(models: Models, name: str) -> Numbers:
     return numbers
 
 
-def strength_at(points: Sequence[Point], limit: float) -> float:
-    """The largest measured strength within the limit; one was measured close to it."""
-    return max(point.strength for point in points if point.at_most(limit, points[0]))
+def strength_at(points: Sequence[Point], forget: float) -> float:
+    """Where the forget loss reaches ``forget``, interpolated between two points; the last strength if it never does."""
+    for before, after in pairwise(points):
+        if after.forget >= forget:
+            share = (forget - before.forget) / (after.forget - before.forget)
+            return before.strength + share * (after.strength - before.strength)
+    return points[-1].strength
 
 
 def measured(models: Models, module: Any) -> dict[str, float]:

@@ -51,8 +51,7 @@ def alpha_methods() -> list[Subtraction]:
 
 def final_methods() -> list[Subtraction]:
     """Those that are asked what is left."""
-    both = [_named(weighing, part) for part in (EVERYTHING, LINEAR) for weighing in (_TV, _fisher(1.0), _fisher(16.0))]
-    return both + [_named(weighing, tuned=LORA) for weighing in (_TV, _fisher(16.0))]
+    return [_named(weighing, part) for part in (EVERYTHING, LINEAR) for weighing in (_TV, _fisher(16.0))]
 
 
 def part_methods(untied: bool) -> list[Subtraction]:

@@ -12,7 +12,7 @@ class Settings:
     authors, forgotten: authors of TOFU that theta_full is tuned on, and those of them to forget; 20 rows each.
     epochs, rate: of theta_full and gold. tuned_epochs: of theta_f, which takes the same rate. lora_*: of a LoRA.
     measured_forget, measured_retain: rows by whose loss the points of a curve are measured, evenly spread.
-    scored: rows of each kind for what is measured once, at the chosen strength.
+    scored: rows of each kind for what is measured once, where a method forgets as much as gold.
     relearned, relearning_rate: steps on a tenth of the forget rows, 8 rows each, and their rate.
     limits: rises of the retain loss, in nats, at which methods are compared.
     steps, check_every, rates, steering_rates: of a rival that trains, the last of RMU; each step takes ``batch_size``

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import existing_parent
-from perta_fast.memory import PeakMemory, available_bytes, format_size, return_freed_blocks
-from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
+from perta_fast.memory import PeakMemory, available_bytes, format_size
+from perta_fast.streaming.forecast.costs import Costs, Estimate
 from perta_fast.streaming.forecast.rates import Rates, measure_rates
-from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
 
 _MARGIN = 0.05  # share of the free disk that is not used
@@ -87,7 +85,7 @@ def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chos
         pass
     baseline = now.baseline
     reasons = []
-    schedule = Schedule(batch_size)
+    schedule = Schedule(batch_size, overlap=estimate.overlaps)
     if not _fits(estimate, schedule, budget, baseline):
         slow = Schedule(batch_size, overlap=False)
         if not _fits(estimate, replace(slow, batch_size=1), budget, baseline):
@@ -96,8 +94,8 @@ def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chos
         schedule = replace(slow, batch_size=size)
         if size < batch_size:
             reasons.append(f"batches of {batch_size} would not fit into the memory")
-        if _fits(estimate, replace(schedule, overlap=True), budget, baseline):
-            schedule = replace(schedule, overlap=True)
+        if _fits(estimate, replace(schedule, overlap=estimate.overlaps), budget, baseline):
+            schedule = replace(schedule, overlap=estimate.overlaps)
         else:
             reasons.append("no overlap: two parts at once would not fit into the memory")
     schedule, shortage = _within_disk(estimate, schedule, budget, reasons)
@@ -105,36 +103,25 @@ def choose_schedule(estimate: Estimate, batch_size: int, budget: Budget) -> Chos
 
 
 def schedule_for(
-    skeleton: Skeleton,
-    load: Load,
+    estimate: Estimate,
     batch_size: int,
     destination: Path,
     memory: int | None,
     device_memory: int | None,
-    threads: int,
+    shard: Path,
     announce: bool,
-    ranks: Ranks = Ranks.ALONE,
+    ranks: int = 1,
 ) -> Schedule:
-    """The schedule of a run to ``destination`` that is about to start, chosen for the rank with the most data.
+    """The schedule of a run to ``destination`` that is about to start.
 
-    announce: print the costs on standard error. Raises InputError if memory or disk are too small.
+    estimate: for the rank with the most data. shard: of the model, whose reading is timed. announce: print the costs on
+    standard error. Raises InputError if memory or disk are too small.
     """
-    schedule: Schedule | None = None
-    with ranks.together("the choice of a schedule"):
-        if ranks.first:
-            estimate = Estimate(skeleton, load.share(ranks.world), skeleton.device, threads)
-            budget = Budget.at(destination, memory, device_memory, ranks.world)
-            chosen = choose_schedule(estimate, batch_size, budget)
-            chosen.check()
-            schedule = chosen.schedule
-            if announce:
-                shard = next(iter(skeleton.checkpoint.shards.values())).path
-                rates = rates_for(chosen, destination, shard)
-                print(describe(chosen, rates, ranks.world), file=sys.stderr)
-    if memory is not None:
-        return_freed_blocks()
-    shared: Schedule = ranks.share(schedule)
-    return shared
+    chosen = choose_schedule(estimate, batch_size, Budget.at(destination, memory, device_memory, ranks))
+    chosen.check()
+    if announce:
+        print(describe(chosen, rates_for(chosen, destination, shard), ranks), file=sys.stderr)
+    return chosen.schedule
 
 
 def _fits(estimate: Estimate, schedule: Schedule, budget: Budget, baseline: int) -> bool:
@@ -231,7 +218,7 @@ def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
         f"{format_size(costs.scratch_moved)} through the scratch disk",
         f"arithmetic: {costs.flops:.3g} FLOP in matrix products",
         f"time: about {duration(rates.seconds(costs, schedule.overlap))} at {rates}",
-        f"schedule: {schedule}",
+        f"schedule: {chosen.estimate.plan(schedule)}",
         *(f"  because {reason}" for reason in chosen.reasons),
         *(f"warning: {warning}" for warning in chosen.warnings),
     ]

@@ -1,25 +1,15 @@
-"""The costs of a streamed run: memory, scratch, bytes moved, arithmetic; from the model's structure alone.
+"""What a streamed run costs: memory, scratch, bytes moved, arithmetic; from the model's structure alone."""
 
-They come from the walk's own list of steps, with sizes instead of tensors.
-"""
-
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from perta_fast.distributed.ranks import deal
-from perta_fast.importance.per_sample import PROBE_SAMPLES, PROBE_TOKENS
-from perta_fast.streaming.forecast.trial import Cost, Trial
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
-from perta_fast.streaming.walk import Step, parameters_of, steps_of
-from perta_fast.subtraction.compute import buffer_bytes
-
-_SUM = 4  # bytes of an element of a sum
-_File = tuple[str, object, int]  # a scratch file: its kind, which one of that kind, and its group
 
 
 @dataclass(frozen=True)
@@ -72,16 +62,18 @@ class Costs:
         return sum((self.device or {}).values())
 
 
-class Estimate:
+class Estimate(ABC):
     """Costs of schedules for one model, one load and one device.
 
-    ``here``: the device, or the CPU if torch finds no such device on this machine.
+    ``here``: the device, or the CPU if torch finds no such device on this machine. ``overlaps``: whether reading and
+    writing can go on beside the arithmetic.
     """
 
-    def __init__(self, structure: Structure, load: Load, device: torch.device, threads: int = 1) -> None:
-        self.structure, self.load, self.device, self._threads = structure, load, device, threads
+    overlaps: ClassVar[bool]
+
+    def __init__(self, structure: Structure, load: Load, device: torch.device) -> None:
+        self.structure, self.load, self.device = structure, load, device
         self.here = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-        self._trial = Trial(structure, self.here, load.squares)
         parameters = dict(structure.model.named_parameters())
         self._counts = {name: parameter.numel() for name, parameter in parameters.items()}
         self._sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
@@ -90,90 +82,29 @@ class Estimate:
         self.dtype: torch.dtype = model.dtype
         self._row: int = self.width * self.dtype.itemsize
 
+    @abstractmethod
     def costs(self, schedule: Schedule) -> Costs:
         """The costs of one schedule."""
-        host, device = self.memory(schedule)
-        steps = self._steps(schedule)
-        structure = self.structure
-        times = 2 if self.load.squares else 1  # for the check of the structure and, with squares, for the plan
-        return Costs(
-            host=host,
-            device=device,
-            scratch=self.scratch(schedule),
-            weights_read=self._bytes([*structure.resident, *times * structure.vocabulary])
-            + sum(self._bytes(parameters_of(step, self.structure)) for step in steps),
-            scratch_moved=self._scratch_moved(schedule),
-            result_read=3 * self._bytes(list(self._sizes)) if self.load.subtract else 0,
-            result_written=self.result_bytes,
-            flops=self._flops(schedule),
-            bound=any(
-                self._batch_cost(step, *batches[0]).bound
-                for step in _of_one_group(steps)
-                for batches in self._batches(schedule)
-            ),
-        )
+
+    @abstractmethod
+    def memory(self, schedule: Schedule) -> tuple[dict[str, int], dict[str, int] | None]:
+        """Peak memory of the host and of the device, by kind; it does not depend on ``groups``."""
+
+    @abstractmethod
+    def scratch(self, schedule: Schedule) -> int:
+        """Peak size of all scratch files."""
 
     @property
+    @abstractmethod
     def result_bytes(self) -> int:
         """Disk space of the result."""
-        importance = self._sum_bytes(list(self._counts)) if self.load.kept or not self.load.subtract else 0
-        return importance + (self._bytes(list(self._sizes)) if self.load.subtract else 0)
 
-    def _steps(self, schedule: Schedule) -> list[Step]:
-        return steps_of(len(self.structure.layers), schedule)
-
-    def _summed(self, step: Step) -> list[str]:
-        """Parameters that have their sums in memory."""
-        if step.kind in ("embed", "forward", "recompute"):
-            return []
-        return [
-            *(self.structure.resident if step.kind in ("head", "embed_backward") else []),
-            *parameters_of(step, self.structure),
-        ]
+    def plan(self, schedule: Schedule) -> str:
+        """What the schedule is, in words."""
+        return str(schedule)
 
     def _bytes(self, names: Sequence[str]) -> int:
         return sum(self._sizes[name] for name in names)
-
-    def _sum_bytes(self, names: Sequence[str]) -> int:
-        return _SUM * len(self.load.lengths) * sum(self._counts[name] for name in names)
-
-    # Memory.
-
-    def memory(self, schedule: Schedule) -> tuple[dict[str, int], dict[str, int] | None]:
-        """Peak memory of the host and of the device, by kind; it does not depend on ``groups``."""
-        moments = list(self._moments(schedule))
-        host = max((host for host, _ in moments), key=lambda kinds: sum(kinds.values()))
-        device = max((device for _, device in moments), key=lambda kinds: sum(kinds.values()))
-        return host, device or None
-
-    def _moments(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-        """Memory by kind of host and device, at the start and in each step."""
-        steps = _of_one_group(self._steps(schedule))
-        resident = self._bytes(self.structure.resident)
-        vocabulary = resident + self._bytes(self.structure.vocabulary)
-        if self.load.squares:
-            vocabulary += self._bytes(parameters_of(steps[1], self.structure)) if len(steps) > 1 else 0
-        yield self._by_kind(vocabulary, vocabulary, 0, 0, 0)
-        ids = 8 * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
-        behind = 0
-        for step, after in pairwise([*steps, steps[-1]]):
-            weights = self._bytes(parameters_of(step, self.structure))
-            ahead = self._bytes(parameters_of(after, self.structure)) if schedule.overlap else 0
-            sums = self._sum_bytes(self._summed(step))
-            activations = max(self._batch_cost(step, *batches[0]).bytes for batches in self._batches(schedule))
-            yield self._by_kind(resident + weights + ahead, resident + weights, sums, behind, activations + ids)
-            behind = sums if schedule.overlap else 0
-
-    def _by_kind(
-        self, read: int, held: int, sums: int, behind: int, activations: int
-    ) -> tuple[dict[str, int], dict[str, int]]:
-        """Memory of host and device. read, held: weights there; behind: sums of the step that is being written."""
-        buffers = buffer_bytes(self._threads) if self.load.subtract else 0
-        if self.device.type == "cpu":
-            kinds = {"weights": read, "sums": sums + behind, "activations": activations, "buffers": buffers}
-            return kinds, {}
-        host = {"weights": read, "sums": max(sums, behind), "buffers": buffers}
-        return host, {"weights": held, "sums": sums + behind, "activations": activations}
 
     def _lengths(self, schedule: Schedule) -> list[list[list[int]]]:
         """The tokens of each sample of each batch of each data set, in order, the longest first."""
@@ -185,116 +116,16 @@ class Estimate:
         """(samples, tokens of the longest) of the same batches."""
         return [[(len(batch), batch[0]) for batch in batches] for batches in self._lengths(schedule)]
 
-    def _batch_cost(self, step: Step, count: int, tokens: int) -> Cost:
-        match step.kind:
-            case "embed":
-                return Cost(2 * count * tokens * self._row, 0)
-            case "forward" | "recompute":
-                return self._trial.forward(step.layer, count, tokens)
-            case "backward":
-                return self._trial.backward(step.layer, count, tokens)
-            case "head":
-                return self._trial.head(count, tokens)
-            case "embed_backward":
-                return self._trial.embed_backward(count, tokens)
+    def _arithmetic(self, schedule: Schedule, flops: Callable[[int], int]) -> float:
+        """The FLOPs of all batches in a part that takes a T + b T^2 for a sample of T tokens.
 
-    # Scratch disk.
-
-    def scratch(self, schedule: Schedule) -> int:
-        """Peak size of all scratch files; a run that subtracts with overlap removes files one step later."""
-        files: dict[_File, int] = {}
-        discarded: list[_File] = []
-        late = self.load.subtract and schedule.overlap
-        last, probe = len(self.structure.layers), self._row * sum(map(_probe_tokens, self.load.lengths))
-        batches = self._lengths(schedule)
-        tokens = [
-            sum(sum(map(sum, schedule.of_group(of_set, group))) for of_set in batches)
-            for group in range(schedule.groups)
-        ]
-        now = most = 0
-        for step in self._steps(schedule):
-            made, unneeded = self._files(step, schedule, last)
-            rows = self._row * tokens[step.group]
-            for key in made:
-                kind, which, _ = key
-                if key in files:
-                    continue
-                if kind in ("hidden", "gradient"):
-                    size = rows
-                elif kind == "probe":
-                    size = probe
-                elif kind == "head rows":
-                    # A row for each token, and one for the padding of each sample.
-                    size = (tokens[step.group] + sum(map(len, self.load.lengths))) * self.width * _SUM
-                else:
-                    size = self._sum_bytes(which)  # type: ignore[arg-type]
-                files[key] = size
-                now += size
-            most = max(most, now)
-            for key in discarded if late else unneeded:
-                now -= files.pop(key, 0)
-            discarded = unneeded
-        return most
-
-    def _files(self, step: Step, schedule: Schedule, last: int) -> tuple[list[_File], list[_File]]:
-        """Files that ``DataPass`` makes in a step, and files that it does not need after it."""
-        structure, group, n = self.structure, step.group, step.layer
-        waiting = ("waiting", (*structure.resident, *([structure.embedding] if structure.tied else [])), group)
-        head_rows = [("head rows", 0, group)] if structure.tied and self.load.squares else []
-        made: list[_File] = []
-        unneeded: list[_File] = []
-        if step.kind == "embed":
-            made = [("hidden", 0, group), ("probe", 0, 0)]
-        elif step.kind in ("forward", "recompute"):
-            made = [("hidden", n + 1, group), ("probe", n + 1, 0)]
-            unneeded = [("hidden", n, group)] if step.kind == "forward" and n % schedule.every else []
-        elif step.kind == "head":
-            made = [("gradient", last, group), waiting, *head_rows]
-            unneeded = [("hidden", last, group)]
-        elif step.kind == "backward":
-            made = [("gradient", n, group)]
-            unneeded = [("hidden", n, group), ("gradient", n + 1, group)]
-        else:
-            unneeded = [("gradient", 0, group), waiting, *head_rows]
-        names = self._summed(step)
-        if step.kind == "head":  # the sums of the resident parameters wait for the end
-            unneeded += [("sum", (*structure.resident,), group - 1)]
-            names = [] if structure.tied else parameters_of(step, self.structure)
-        for part in [structure.resident, [structure.embedding]] if step.kind == "embed_backward" else [names]:
-            unneeded.append(("sum", tuple(part), group - 1))
-            if part and group < schedule.groups - 1:
-                made.append(("sum", tuple(part), group))
-        return made, unneeded
-
-    def _scratch_moved(self, schedule: Schedule) -> int:
-        times = {"embed": 1, "forward": 2, "recompute": 2, "head": 2, "backward": 3, "embed_backward": 1}
-        steps = _of_one_group(self._steps(schedule))
-        rows = self._row * sum(map(sum, self.load.lengths)) * sum(times[step.kind] for step in steps)
-        return rows + 2 * (schedule.groups - 1) * self._sum_bytes(list(self._counts))
-
-    # Arithmetic.
-
-    def _flops(self, schedule: Schedule) -> float:
-        """Each part takes a T + b T^2 for a sample of T tokens; trials at two lengths give a and b."""
+        flops: those of one sample, by T. Two lengths give a and b.
+        """
         batches = [batch for of_set in self._batches(schedule) for batch in of_set]
         longest = max(tokens for _, tokens in batches)
         half = max(2, longest // 2)
         linear = sum(count * tokens for count, tokens in batches)
         square = sum(count * tokens**2 for count, tokens in batches)
-        total = 0.0
-        for step in _of_one_group(self._steps(schedule)):
-            at_longest = self._batch_cost(step, 1, longest).flops / longest  # FLOPs a token
-            b = 0.0
-            if half < longest:
-                b = (at_longest - self._batch_cost(step, 1, half).flops / half) / (longest - half)
-            total += (at_longest - b * longest) * linear + b * square
-        return total
-
-
-def _of_one_group(steps: Sequence[Step]) -> list[Step]:
-    return [step for step in steps if step.group == 0]
-
-
-def _probe_tokens(lengths: Sequence[int]) -> int:
-    """As in ``probe_inputs``."""
-    return sum(min(int(PROBE_TOKENS), lengths[k % len(lengths)]) for k in range(PROBE_SAMPLES))
+        at_longest = flops(longest) / longest  # FLOPs a token
+        b = (at_longest - flops(half) / half) / (longest - half) if half < longest else 0.0
+        return (at_longest - b * longest) * linear + b * square

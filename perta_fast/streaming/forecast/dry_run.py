@@ -16,6 +16,8 @@ from perta_fast.models.loading import Subject, check_sizes, choose_device, sampl
 from perta_fast.rules import Estimator
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
 from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
+from perta_fast.streaming.forecast.walk_costs import WalkEstimate
 from perta_fast.streaming.model.structure import Structure
 
 
@@ -38,19 +40,22 @@ class Conditions:
 def preview(
     subject: Path,
     data: Mapping[str, Path],
-    estimator: Estimator,
+    estimator: Estimator | None,
     destination: Path,
     conditions: Conditions,
     *,
     subtract: bool,
     kept: bool = False,
+    low_rank: bool = False,
     threads: int = 1,
     ranks: int = 1,
 ) -> str:
     """A description of the costs of streaming ``data`` through the model in ``subject``/config.json.
 
-    data: files by role. destination: of the result. subtract: for ``unlearn``, not for an importance alone;
-    kept: ``unlearn`` keeps the importances. ranks: processes that the samples are dealt to; the costs are those of one.
+    data: files by role. estimator: of importances; None is for preconditioning, and ``data`` is the retain data.
+    destination: of the result. subtract: for ``unlearn``, not for an importance or a θ_f alone; kept: ``unlearn`` keeps
+    the importances; low_rank: θ_f is an adapter. ranks: processes that the samples are dealt to; the costs are those of
+    one.
     If the directory has no tokenizer, every sample counts as ``max_length`` tokens. A file is written to measure the
     disk, and removed; nothing else is. Raises InputError for bad input, and if memory or disk are too small.
     """
@@ -69,12 +74,13 @@ def preview(
     if tokenizer is not None:
         tokenizer = chat.given_to(tokenizer)
     lengths = [_lengths(structure, subject, tokenizer, of_role, max_length) for of_role in rows.values()]
-    estimate = Estimate(
-        structure,
-        Load(lengths, estimator == "empirical-fisher", subtract, kept).share(ranks),
-        choose_device(conditions.device),
-        threads,
-    )
+    load, device = Load(lengths, estimator == "empirical-fisher", subtract, kept), choose_device(conditions.device)
+    estimate: Estimate
+    if estimator is None:
+        ranks = 1  # the first one does it
+        estimate = PreconditioningEstimate(structure, load, device, low_rank=low_rank, threads=threads)
+    else:
+        estimate = WalkEstimate(structure, load.share(ranks), device, threads)
     budget = Budget.at(destination, conditions.memory, conditions.device_memory, ranks)
     chosen = choose_schedule(estimate, conditions.batch_size, budget)
     shard = next(iter(sorted(subject.glob("*.safetensors"))), None)

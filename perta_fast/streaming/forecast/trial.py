@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from perta_fast.importance.gradients import gradients_accumulated_into
 from perta_fast.importance.per_sample import Plan, candidates
 from perta_fast.importance.per_sample_modules import Target
+from perta_fast.preconditioning.input_moments import Moments, in_size
+from perta_fast.streaming.linear_inputs import layer_of_maps
 from perta_fast.streaming.model.partial_forward import PartialForward
 from perta_fast.streaming.model.structure import Structure
+from perta_fast.tuning.adapter import linear_maps
 
 _Run = Callable[[Tensor | None, dict[str, Tensor]], None]  # takes a mask and the sums to accumulate into
 
@@ -116,6 +120,26 @@ class Trial:
                 _rows(hidden.grad if back else result)
 
         return self._cost(direction, layer, count, tokens, self._structure.by_layer[layer], run)
+
+    def inputs(self, layer: int, count: int, tokens: int) -> Cost:
+        """A layer forward, with the sums of x xᵀ over the inputs x of its linear maps; their memory counts."""
+        layer = self._like[layer]
+        maps = self.maps[layer]
+
+        def run(mask: Tensor | None, _sums: dict[str, Tensor]) -> None:
+            with torch.no_grad(), Moments(within_memory=False).of(maps):
+                _rows(self._partial_forward.layer(layer, self._hidden(count, tokens), mask))
+
+        cost = self._cost("inputs", layer, count, tokens, self._structure.by_layer[layer], run)
+        if not cost.bound:
+            return cost
+        elements = sum(in_size(of) ** 2 for of in maps.values())  # as if no two took the same input
+        return Cost(cost.bytes + 4 * elements, cost.flops + 2 * count * tokens * elements, bound=True)
+
+    @cached_property
+    def maps(self) -> list[dict[str, nn.Module]]:
+        """The linear maps of each layer, by name."""
+        return layer_of_maps(self._structure, linear_maps(self._structure.model, adapted=False))
 
     def head(self, count: int, tokens: int) -> Cost:
         """Everything after the layers, and the loss, forward and back; every token has a label."""
@@ -258,7 +282,7 @@ class Trial:
         shapes = [parameters[name].shape for name in names if parameters[name].dim() > 1]
         scores = 4 * 4 * count * tokens * tokens * self._config.num_attention_heads
         widths = sum(sum(shape[-2:]) * shape[:-2].numel() for shape in shapes)
-        passes = 1 if kind == "forward" else 3
+        passes = 1 if kind in ("forward", "inputs") else 3
         return Cost(
             _BOUND * count * tokens * widths * self._dtype.itemsize + scores,
             2 * passes * count * tokens * sum(shape.numel() for shape in shapes),
@@ -291,6 +315,7 @@ def _fused_fisher_flops(fisher: Any, activations: Any, output_gradients: Any, *_
 
 _aten = torch.ops.aten
 _FLOPS = {  # operations that torch's counter does not know
+    _aten.addmm_: lambda _sum, left, right, **_: 2 * left[0] * left[1] * right[1],
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])

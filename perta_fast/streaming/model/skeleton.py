@@ -51,6 +51,11 @@ class Skeleton(Structure):
         )
 
     @property
+    def first_shard(self) -> Path:
+        """The weight file that comes first."""
+        return next(iter(self.checkpoint.shards.values())).path
+
+    @property
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the checkpoint that an importance covers, in order."""
         return self.weights.shapes

@@ -17,8 +17,9 @@ from perta_fast.importance.gradients import gradients_accumulated_into
 from perta_fast.memory import format_size, parse_size
 from perta_fast.streaming.data_pass import DataPass, Means
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule
-from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.trial import LiveBytes, Trial
+from perta_fast.streaming.forecast.walk_costs import WalkEstimate
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
@@ -50,8 +51,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def estimate(deep: Path) -> Estimate:
-    return Estimate(Structure.build(deep), Load(LENGTHS), CPU)
+def estimate(deep: Path) -> WalkEstimate:
+    return WalkEstimate(Structure.build(deep), Load(LENGTHS), CPU)
 
 
 # One batch in one layer.
@@ -164,13 +165,13 @@ def test_arithmetic_is_that_of_the_formula(deep: Path) -> None:
     structure = Structure.build(deep)
     config = structure.model.config
     lengths = [[10] * 6, [10] * 3]
-    found = Estimate(structure, Load(lengths), CPU).costs(Schedule(3)).flops
+    found = WalkEstimate(structure, Load(lengths), CPU).costs(Schedule(3)).flops
     matrices = sum(p.numel() for layer in structure.layers for p in layer.parameters() if p.dim() == 2)
     head = config.vocab_size * config.hidden_size
     attention = 5 * 10 * config.hidden_size  # of one product, for a token in all layers
     # Forward, again, and two products back; attention has two products forward and five back.
     assert found == 90 * (2 * (4 * matrices + 3 * head) + 2 * (4 + 5) * attention)
-    assert Estimate(structure, Load(lengths, squares=True), CPU).costs(Schedule(3)).flops == found
+    assert WalkEstimate(structure, Load(lengths, squares=True), CPU).costs(Schedule(3)).flops == found
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool
 
     Walk(skeleton, passes, schedule).run(end_step)
     load = Load(LENGTHS, squares, subtract=late)
-    found = Estimate(Structure.build(folder), load, CPU).scratch(schedule)
+    found = WalkEstimate(Structure.build(folder), load, CPU).scratch(schedule)
     if tied and squares:  # a token that a sample holds twice has one row
         assert max(sizes) <= found <= 1.25 * max(sizes)
     else:
@@ -230,7 +231,7 @@ def test_peak_memory_of_a_process(estimator: str, batch_size: int, tied: str, tm
 # The choice.
 
 
-def needed(estimate: Estimate, schedule: Schedule) -> int:
+def needed(estimate: WalkEstimate, schedule: Schedule) -> int:
     return sum(estimate.memory(schedule)[0].values())
 
 
@@ -241,7 +242,7 @@ def no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_baseline")
-def test_memory_chooses_batches_and_overlap(estimate: Estimate) -> None:
+def test_memory_chooses_batches_and_overlap(estimate: WalkEstimate) -> None:
     for size in (1, 3, 8):
         alone = Schedule(size, overlap=False)
         assert choose_schedule(estimate, 8, Budget(PLENTY, needed(estimate, alone))).schedule == alone
@@ -255,14 +256,14 @@ def test_memory_chooses_batches_and_overlap(estimate: Estimate) -> None:
 
 
 @pytest.mark.usefixtures("no_baseline")
-def test_the_least_memory_is_named(estimate: Estimate) -> None:
+def test_the_least_memory_is_named(estimate: WalkEstimate) -> None:
     least = needed(estimate, Schedule(1, overlap=False))
     with pytest.raises(InputError, match=rf"cannot hold one part of the model: .* {least} bytes .* of which"):
         choose_schedule(estimate, 8, Budget(PLENTY, least - 1))
 
 
 def test_device_memory(deep: Path) -> None:
-    estimate = Estimate(Structure.build(deep), Load(LENGTHS), torch.device("cuda"))
+    estimate = WalkEstimate(Structure.build(deep), Load(LENGTHS), torch.device("cuda"))
     whole = choose_schedule(estimate, 8, Budget(PLENTY))
     assert whole.costs.device is not None
     assert "activations" not in whole.costs.host
@@ -279,14 +280,14 @@ def test_many_processes(deep: Path) -> None:
     dealt = Load(lengths, squares=True, kept=True).share(3)
     assert dealt == Load([[9], [6]], squares=True, kept=True)
     structure = Structure.build(deep)
-    estimate = Estimate(structure, Load(LENGTHS).share(2), CPU)
+    estimate = WalkEstimate(structure, Load(LENGTHS).share(2), CPU)
     enough = estimate.result_bytes + 2 * estimate.scratch(Schedule(8))
     assert choose_schedule(estimate, 8, Budget(enough, ranks=2)).schedule == Schedule(8)
     assert choose_schedule(estimate, 8, Budget(enough - 1, ranks=2)).schedule != Schedule(8)
 
 
 def test_the_disk_chooses_boundaries_and_groups(deep: Path) -> None:
-    estimate = Estimate(Structure.build(deep), Load([[100] * 400, [100] * 3600]), CPU)
+    estimate = WalkEstimate(Structure.build(deep), Load([[100] * 400, [100] * 3600]), CPU)
     result = estimate.result_bytes
     sizes = {every: estimate.scratch(Schedule(8, every)) for every in range(1, 6)}
     for every in (1, 2):
@@ -358,7 +359,7 @@ def test_dry_run_needs(large: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for options, message in (
         ((), "has no tokenizer, so the lengths of the samples are not known"),
         (("--max-length", "64", "--memory", "2GiB"), "memory of 2.15 GB cannot hold one part of the model"),
-        (("--max-length", "64", "--rule", "tv"), "--dry-run estimates rules with importances, from both data files"),
+        (("--max-length", "64", "--rule", "tv"), "--dry-run has nothing to estimate for rule tv"),
     ):
         assert main(dry_run(large, tmp_path / "out", *options)) == 2
         assert message in capsys.readouterr().err
