@@ -63,6 +63,4 @@ def part_methods(untied: bool) -> list[Subtraction]:
 def importance_methods(few_rows: int) -> list[Subtraction]:
     """Other importances: at theta_full, of drawn labels, of few rows."""
     ways: list[dict[str, object]] = [{"at": "full"}, {"drawn": True}, {"count": few_rows}]
-    return [
-        _named(_fisher(alpha, **way), part) for way in ways for part in (EVERYTHING, LINEAR) for alpha in (1.0, 16.0)
-    ]
+    return [_named(_fisher(16.0, **way), part) for way in ways for part in (EVERYTHING, LINEAR)]
