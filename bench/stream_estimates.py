@@ -1,7 +1,7 @@
-"""``python -m bench.stream_estimates`` prints what streamed runs of Llama 3.1 would take, as a table.
+"""``python -m bench.stream_estimates`` prints what streamed runs of Llama 3.1 would take, as a table for each rule.
 
-Shapes are those of the published models. Sizes and operations come from ``perta_fast.streaming.forecast.costs``.
-The speeds of the machines are assumed: nothing here is measured.
+Shapes are those of the published models. Sizes and operations come from ``perta_fast.streaming.forecast``. The
+speeds of the machines are assumed: nothing here is measured.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 from perta_fast.errors import InputError
 from perta_fast.memory import format_size
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, duration
-from perta_fast.streaming.forecast.costs import Load
+from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
 from perta_fast.streaming.forecast.rates import Rates
 from perta_fast.streaming.forecast.walk_costs import WalkEstimate
 from perta_fast.streaming.model.structure import Structure
@@ -37,10 +38,10 @@ class Machine:
 
 
 MACHINES = (
-    # 40 % of the data sheet's 989 TFLOP/s of dense bfloat16.
-    Machine("H200, 141 GB", 140 * 10**9, Rates(0.4 * 989e12, 6e9, 5e9, "assumed"), 4 * 10**12),
-    # 40 % of the 165 TFLOP/s of dense bfloat16 in the data sheet of a GeForce RTX 4090.
-    Machine("24 GB card", 23 * 10**9, Rates(0.4 * 165e12, 3e9, 2.5e9, "assumed"), 2 * 10**12),
+    # 40 % of the data sheet's 989 TFLOP/s of dense bfloat16, and of its 67 TFLOP/s of float64.
+    Machine("H200, 141 GB", 140 * 10**9, Rates(0.4 * 989e12, 6e9, 5e9, "assumed", 0.4 * 67e12), 4 * 10**12),
+    # 40 % of a GeForce RTX 4090's 165 TFLOP/s of dense bfloat16, and of its 1.29 TFLOP/s of float64.
+    Machine("24 GB card", 23 * 10**9, Rates(0.4 * 165e12, 3e9, 2.5e9, "assumed", 0.4 * 1.29e12), 2 * 10**12),
 )
 
 
@@ -64,29 +65,39 @@ def structure_of(shape: tuple[int, int, int, int]) -> Structure:
 
 
 def main() -> None:
-    """Print the table."""
-    print("| model | tokens a sample | machine | batch, every, groups | GPU memory | host memory | scratch | time |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, shape in SHAPES.items():
-        structure = structure_of(shape)
-        for tokens in (64, 512):
-            load = Load([[tokens] * 400, [tokens] * 3600])
-            estimate = WalkEstimate(structure, load, torch.device("cuda"), threads=8)
-            for machine in MACHINES:
-                budget = Budget(machine.disk + estimate.result_bytes, None, machine.device_memory)
-                try:
-                    chosen = choose_schedule(estimate, 32, budget)
-                except InputError as error:
-                    print(f"| {name} | {tokens} | {machine.name} | does not fit: {error} | | | | |")
-                    continue
-                schedule, costs = chosen.schedule, chosen.costs
-                print(
-                    f"| {name} | {tokens} | {machine.name} "
-                    f"| {schedule.batch_size}, {schedule.every}, {schedule.groups}"
-                    f"{'' if schedule.overlap else ', no overlap'} | {format_size(costs.device_bytes)} "
-                    f"| {format_size(costs.host_bytes)} | {format_size(costs.scratch)} "
-                    f"| {duration(machine.rates.seconds(costs, schedule.overlap))} |"
-                )
+    """Print the tables."""
+    structures = {name: structure_of(shape) for name, shape in SHAPES.items()}
+    for rule in ("preconditioned", "fisher"):
+        print(f"\nRule {rule}:\n")
+        print(
+            "| model | tokens a sample | machine | batch, every, groups | GPU memory | host memory | scratch | time |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for name, structure in structures.items():
+            for tokens in (64, 512):
+                for machine in MACHINES:
+                    print(f"| {name} | {tokens} | {machine.name} | {_costs(rule, structure, tokens, machine)} |")
+
+
+def _costs(rule: str, structure: Structure, tokens: int, machine: Machine) -> str:
+    """The other cells of a line."""
+    forget, retain = [tokens] * 400, [tokens] * 3600
+    estimate: Estimate
+    if rule == "preconditioned":
+        estimate = PreconditioningEstimate(structure, Load([retain]), torch.device("cuda"), threads=8)
+    else:
+        estimate = WalkEstimate(structure, Load([forget, retain]), torch.device("cuda"), threads=8)
+    try:
+        chosen = choose_schedule(
+            estimate, 32, Budget(machine.disk + estimate.result_bytes, None, machine.device_memory)
+        )
+    except InputError as error:
+        return f"does not fit: {error} | | | |"
+    schedule, costs = chosen.schedule, chosen.costs
+    cut = f"{schedule.batch_size}" + (f", {schedule.every}, {schedule.groups}" if estimate.overlaps else "")
+    cut += ", no overlap" if estimate.overlaps and not schedule.overlap else ""
+    sizes = [format_size(size) for size in (costs.device_bytes, costs.host_bytes, costs.scratch)]
+    return " | ".join([cut, *sizes, duration(machine.rates.seconds(costs, schedule.overlap))])
 
 
 if __name__ == "__main__":

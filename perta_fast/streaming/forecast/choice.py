@@ -197,6 +197,7 @@ def rates_for(chosen: Chosen, destination: Path, shard: Path | None) -> Rates:
         estimate.here,
         existing_parent(destination),
         shard,
+        double=chosen.costs.double_flops > 0,
     )
 
 
@@ -216,7 +217,8 @@ def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
         f"read {format_size(costs.weights_read)} of weights and {format_size(costs.result_read)} to subtract, "
         f"write {format_size(costs.result_written)}; "
         f"{format_size(costs.scratch_moved)} through the scratch disk",
-        f"arithmetic: {costs.flops:.3g} FLOP in matrix products",
+        f"arithmetic: {costs.flops:.3g} FLOP in matrix products"
+        + (f", {costs.double_flops:.3g} in float64" if costs.double_flops else ""),
         f"time: about {duration(rates.seconds(costs, schedule.overlap))} at {rates}",
         f"schedule: {chosen.estimate.plan(schedule)}",
         *(f"  because {reason}" for reason in chosen.reasons),

@@ -37,7 +37,8 @@ class Costs:
 
     host, device: peak memory by kind, beside the interpreter and its libraries; ``device`` is None if the model runs on
     the CPU. scratch: peak disk space. weights_read: of the model that is walked. scratch_moved: read and written.
-    result_read, result_written: for the subtraction and the importances that are kept. flops: of matrix products.
+    result_read, result_written: for the subtraction and the importances that are kept. flops: of matrix products in the
+    model's type; double_flops: in float64.
     bound: some part could not be tried, so memory and flops are bounds from its shapes.
     """
 
@@ -50,6 +51,7 @@ class Costs:
     result_written: int
     flops: float
     bound: bool
+    double_flops: float = 0.0
 
     @property
     def host_bytes(self) -> int:

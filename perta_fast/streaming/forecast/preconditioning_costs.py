@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from perta_fast.preconditioning.input_moments import in_size
+from perta_fast.preconditioning.solve import ROWS
 from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
 from perta_fast.streaming.forecast.trial import Cost, Trial
 from perta_fast.streaming.model.structure import Structure
@@ -14,9 +15,9 @@ from perta_fast.streaming.schedule import Schedule
 from perta_fast.subtraction.compute import buffer_bytes
 
 _FLOAT32 = 4
-# Bytes of an element while a map is changed. Of A: float64, and its factor. Of D: theta_0, theta_f and their difference
-# in float32; then float64 twice, for the solver, and the result in both types.
-_OF_MOMENT, _OF_VECTOR = 8 + 8, 3 * 4 + 2 * 8 + 8 + 2 * 4
+# Bytes of an element while a map is changed. Of A: its factor, in float64. Of D: theta_0, theta_f, their difference,
+# the result and the sum, in float32. Of the rows that are solved for: given, in the solver and solved, in float64.
+_OF_MOMENT, _OF_VECTOR, _OF_ROWS = 8, 5 * 4, 3 * 8
 
 
 class PreconditioningEstimate(Estimate):
@@ -48,7 +49,8 @@ class PreconditioningEstimate(Estimate):
             scratch_moved=len(layers) * self.scratch(schedule),
             result_read=vector + subtracted,
             result_written=self.result_bytes,
-            flops=sum(self._flops(layer, schedule) for layer in layers),
+            flops=sum(self._arithmetic(schedule, partial(self._sample_flops, layer)) for layer in layers),
+            double_flops=sum(self._solution_flops(layer) for layer in layers),
             bound=any(self._activations(layer, schedule).bound for layer in layers),
         )
 
@@ -88,7 +90,7 @@ class PreconditioningEstimate(Estimate):
             held = {"weights": weights, "moments of inputs": sums}
             written = 0 if self._low_rank else 2 * _FLOAT32 * sum(self._counts[name] for name in names)
             yield self._on({"task vector": written}, {**held, "activations": activations + ids})
-            yield self._on({"task vector": written}, {**held, "solution": self._solution(layer)})
+            yield self._on({"task vector": written}, {**held, "solutions": self._solution(layer)})
         if self.load.subtract:
             yield {"buffers": buffer_bytes(self._threads)}, {}
 
@@ -102,14 +104,11 @@ class PreconditioningEstimate(Estimate):
 
     def _solution(self, layer: int) -> int:
         """The memory that changing the largest map of a layer takes."""
-        return max(
-            (_OF_MOMENT * size * size + _OF_VECTOR * self._rows(of) * size for size, of in self._maps(layer)), default=0
-        )
+        return max((solution_bytes(self._rows(of), size) for size, of in self._maps(layer)), default=0)
 
-    def _flops(self, layer: int, schedule: Schedule) -> float:
-        """The layer forward, and the solutions, which in float64 count twice."""
-        solutions = sum(2 * (size**3 / 3 + 2 * self._rows(of) * size**2) for size, of in self._maps(layer))
-        return self._arithmetic(schedule, partial(self._sample_flops, layer)) + solutions
+    def _solution_flops(self, layer: int) -> float:
+        """A factor of each moment, and two triangular systems for each row."""
+        return sum(size**3 / 3 + 2 * self._rows(of) * size**2 for size, of in self._maps(layer))
 
     def _sample_flops(self, layer: int, tokens: int) -> int:
         return self._trial.inputs(layer, 1, tokens).flops
@@ -121,3 +120,8 @@ class PreconditioningEstimate(Estimate):
     def _rows(self, layer: Any) -> int:
         """The rows of a map's D that are solved for."""
         return 0 if self._low_rank else layer.weight.numel() // in_size(layer)
+
+
+def solution_bytes(rows: int, size: int) -> int:
+    """The memory that changing a map takes: of ``rows`` rows of D, with inputs of this size."""
+    return size * (_OF_MOMENT * size + _OF_VECTOR * rows + _OF_ROWS * min(rows, ROWS))

@@ -1,5 +1,6 @@
 """How fast this machine multiplies, reads and writes; measured in a second or two."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -20,34 +21,47 @@ _LONG = 0.1  # seconds for which products are measured
 
 @dataclass(frozen=True)
 class Rates:
-    """flops: of matrix products, for each second. read, written: bytes for each second. origin: how they were found."""
+    """What a machine does in a second.
+
+    flops, double_flops: of matrix products in the model's type, and in float64. read, written: bytes. origin: how they
+    were found.
+    """
 
     flops: float
     read: float
     written: float
     origin: str
+    double_flops: float = math.inf
 
     def seconds(self, costs: Costs, overlap: bool) -> float:
         """Seconds of a run: arithmetic and scratch files one after the other; weights and result beside them with
         ``overlap``, else after them."""
         scratch = costs.scratch_moved / 2 / self.read + costs.scratch_moved / 2 / self.written
-        inside = costs.flops / self.flops + scratch
+        inside = costs.flops / self.flops + costs.double_flops / self.double_flops + scratch
         outside = (costs.weights_read + costs.result_read) / self.read + costs.result_written / self.written
         return max(inside, outside) if overlap else inside + outside
 
     def __str__(self) -> str:
+        double = "" if math.isinf(self.double_flops) else f"{self.double_flops / 1e12:.3g} in float64, "
         return (
-            f"{self.flops / 1e12:.3g} TFLOP/s, reads {format_size(self.read)}/s, "
+            f"{self.flops / 1e12:.3g} TFLOP/s, {double}reads {format_size(self.read)}/s, "
             f"writes {format_size(self.written)}/s ({self.origin})"
         )
 
 
 def measure_rates(
-    width: int, rows: int, dtype: torch.dtype, device: torch.device, directory: Path, shard: Path | None
+    width: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    directory: Path,
+    shard: Path | None,
+    double: bool = False,
 ) -> Rates:
     """Multiply (rows, width) by (width, width), write a file in ``directory`` and remove it, read ``shard``.
 
-    shard: None reads the written file back. Files are read from the disk and not from the page cache, if possible.
+    shard: None reads the written file back. double: multiply in float64 too. Files are read from the disk and not from
+    the page cache, if possible.
     """
     written, read_back = _time_file(directory)
     read = read_back if shard is None else _time_reading(shard)
@@ -58,6 +72,7 @@ def measure_rates(
         written,
         f"measured: a product of {min(rows, width)} x {width} x {width} in "
         f"{torch_name(dtype)}, {what}, a file in {directory}",
+        _time_product(width, rows, torch.float64, device) if double else math.inf,
     )
 
 
