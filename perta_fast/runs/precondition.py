@@ -153,7 +153,7 @@ class Making:
     """How a θ_f is preconditioned; see ``precondition``.
 
     seen_at: the model whose inputs are seen. allow_zero: whether a task vector of zero is made into another one.
-    subtract: whether it is subtracted afterwards, by this many threads, which counts in the estimate of a streamed run.
+    subtract: whether a result is made of it afterwards, by this many threads; a streamed run's estimate counts that.
     """
 
     base: Path

@@ -180,7 +180,7 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         allow_zero=options.allow_zero,
         memory=options.memory,
         device_memory=options.device_memory,
-        subtract=True,
+        subtract=not options.in_place,  # which needs no room for a second copy
         threads=threads,
     )
     return making.run(rows, digest, directory)

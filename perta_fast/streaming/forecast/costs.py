@@ -1,7 +1,7 @@
 """What a streamed run costs: memory, scratch, bytes moved, arithmetic; from the model's structure alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -88,9 +88,16 @@ class Estimate(ABC):
     def costs(self, schedule: Schedule) -> Costs:
         """The costs of one schedule."""
 
-    @abstractmethod
     def memory(self, schedule: Schedule) -> tuple[dict[str, int], dict[str, int] | None]:
         """Peak memory of the host and of the device, by kind; it does not depend on ``groups``."""
+        steps = list(self._memory_by_step(schedule))
+        host = max((host for host, _ in steps), key=lambda kinds: sum(kinds.values()))
+        device = max((device for _, device in steps), key=lambda kinds: sum(kinds.values()))
+        return host, device or None
+
+    @abstractmethod
+    def _memory_by_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+        """Memory by kind of host and device, in each step of the run."""
 
     @abstractmethod
     def scratch(self, schedule: Schedule) -> int:

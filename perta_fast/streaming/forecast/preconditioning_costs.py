@@ -54,12 +54,6 @@ class PreconditioningEstimate(Estimate):
             bound=any(self._activations(layer, schedule).bound for layer in layers),
         )
 
-    def memory(self, schedule: Schedule) -> tuple[dict[str, int], dict[str, int] | None]:
-        moments = list(self._in_each_step(schedule))
-        host = max((host for host, _ in moments), key=lambda kinds: sum(kinds.values()))
-        device = max((device for _, device in moments), key=lambda kinds: sum(kinds.values()))
-        return host, device or None
-
     def scratch(self, schedule: Schedule) -> int:
         return 2 * self._row * sum(map(sum, self.load.lengths))
 
@@ -75,8 +69,8 @@ class PreconditioningEstimate(Estimate):
         """The preconditioned theta_f on the disk."""
         return 0 if self._low_rank else _FLOAT32 * sum(self._counts.values())
 
-    def _in_each_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-        """Memory by kind of host and device: before the layers, while each is run and then changed, at the end."""
+    def _memory_by_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+        """Before the layers, while each is run and then changed, at the end."""
         structure = self.structure
         resident, vocabulary = self._bytes(structure.resident), self._bytes(structure.vocabulary)
         count, tokens = self._batches(schedule)[0][0]

@@ -72,14 +72,7 @@ class WalkEstimate(Estimate):
 
     # Memory.
 
-    def memory(self, schedule: Schedule) -> tuple[dict[str, int], dict[str, int] | None]:
-        moments = list(self._moments(schedule))
-        host = max((host for host, _ in moments), key=lambda kinds: sum(kinds.values()))
-        device = max((device for _, device in moments), key=lambda kinds: sum(kinds.values()))
-        return host, device or None
-
-    def _moments(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-        """Memory by kind of host and device, at the start and in each step."""
+    def _memory_by_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
         steps = _of_one_group(self._steps(schedule))
         resident = self._bytes(self.structure.resident)
         vocabulary = resident + self._bytes(self.structure.vocabulary)
