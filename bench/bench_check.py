@@ -2,8 +2,8 @@
 
 PERTA_BENCH_SMOL names a directory with ``base``, ``model`` and ``tuned``: SmolLM2-135M-Instruct, theta_full and
 theta_f, both really tuned, since the search for lambda goes on for long on models that are not. Without it nothing is
-measured.
-The run is the default one, with that search. One run gives both numbers: all its time, and its time without the check.
+measured. The run is the default one, with that search. One run gives both numbers: all its time, and its time without
+the check.
 """
 
 from __future__ import annotations

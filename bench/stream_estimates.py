@@ -69,9 +69,8 @@ def main() -> None:
     structures = {name: structure_of(shape) for name, shape in SHAPES.items()}
     for rule in ("preconditioned", "fisher"):
         print(f"\nRule {rule}:\n")
-        print(
-            "| model | tokens a sample | machine | batch, every, groups | GPU memory | host memory | scratch | time |"
-        )
+        cut = "batch" if rule == "preconditioned" else "batch, every, groups"
+        print(f"| model | tokens a sample | machine | {cut} | GPU memory | host memory | scratch | time |")
         print("|---|---|---|---|---|---|---|---|")
         for name, structure in structures.items():
             for tokens in (64, 512):

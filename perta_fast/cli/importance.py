@@ -36,18 +36,17 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _dry_run(parsed: argparse.Namespace) -> int:
-    from perta_fast.streaming.forecast.dry_run import Conditions, preview
+    from perta_fast.streaming.forecast.dry_run import preview
 
     ranks = Ranks.of(parsed.group)
     with ranks.together("the estimate"):
         if ranks.first:
-            settings = keywords(parsed)
             text = preview(
                 parsed.model,
                 {"given": parsed.data},
                 parsed.estimator,
                 parsed.out,
-                Conditions(**{name: settings[name] for name in options.FORECAST}),
+                options.conditions(parsed),
                 subtract=False,
                 ranks=ranks.world,
             )

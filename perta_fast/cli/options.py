@@ -6,15 +6,18 @@ these tables.
 
 import argparse
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, RULES
+
+if TYPE_CHECKING:
+    from perta_fast.streaming.forecast.dry_run import Conditions
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,14 @@ def keywords(parsed: argparse.Namespace, without: Container[str] = ()) -> dict[s
         arguments["dtype"] = torch_dtype(arguments["dtype"])
     arguments.pop(SHOW_LABELS.name, None)
     return {name: value for name, value in arguments.items() if name not in without}
+
+
+def conditions(parsed: argparse.Namespace) -> "Conditions":
+    """How the model of a dry run would be run, by the options of the same names."""
+    from perta_fast.streaming.forecast.dry_run import Conditions
+
+    settings = keywords(parsed)
+    return Conditions(**{field.name: settings[field.name] for field in fields(Conditions)})
 
 
 def check_streamed(parsed: argparse.Namespace) -> None:
@@ -198,7 +209,6 @@ DEVICE = Option("device", "cpu or cuda (cuda if there is one)", metavar="D")
 DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 # What the estimate of a streamed run depends on.
-FORECAST = (*(option.name for option in (*CHAT, *ESTIMATION)), "memory", "device_memory", "fields", "download")
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
 QUIET = flag("quiet", "no progress bar, no summary")
 OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET)

@@ -12,7 +12,6 @@ from perta_fast.cli.options import (
     DOWNLOAD,
     DTYPE,
     FIELDS,
-    FORECAST,
     MAX_LENGTH,
     MU,
     OUTPUT,
@@ -21,6 +20,7 @@ from perta_fast.cli.options import (
     Command,
     Option,
     check_streamed,
+    conditions,
     finish,
     keywords,
 )
@@ -42,15 +42,14 @@ def run(parsed: argparse.Namespace) -> int:
 def _preview(parsed: argparse.Namespace) -> str:
     from perta_fast.checkpoints.adapters import is_adapter
     from perta_fast.files.hub import local_model
-    from perta_fast.streaming.forecast.dry_run import Conditions, preview
+    from perta_fast.streaming.forecast.dry_run import preview
 
-    settings = keywords(parsed)
     return preview(
         parsed.model or parsed.base,
         {"retain": parsed.retain},
         None,
         parsed.out,
-        Conditions(**{name: settings[name] for name in FORECAST}),
+        conditions(parsed),
         subtract=False,
         low_rank=is_adapter(local_model(parsed.tuned, parsed.download)),
     )

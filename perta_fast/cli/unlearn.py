@@ -37,7 +37,7 @@ def run(parsed: argparse.Namespace) -> int:
 def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     from perta_fast.checkpoints.adapters import is_adapter
     from perta_fast.files.hub import local_model
-    from perta_fast.streaming.forecast.dry_run import Conditions, preview
+    from perta_fast.streaming.forecast.dry_run import preview
     from perta_fast.subtraction.scope import Scope
 
     check_strength(parsed.lam, parsed.max_retain_rise, parsed.stream, parsed.allow_zero)
@@ -48,14 +48,13 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     data = {role: getattr(parsed, role) for role in (("retain",) if preconditions else ("forget", "retain"))}
     if None in data.values():
         raise InputError(f"--dry-run needs the data that rule {parsed.rule} reads: {' and '.join(data)}")
-    settings = keywords(parsed)
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
     return preview(
         parsed.model if resolved_at(parsed.rule, parsed.at) == "model" else parsed.base,
         data,
         estimator,
         parsed.out or parsed.model,
-        Conditions(**{name: settings[name] for name in options.FORECAST}),
+        options.conditions(parsed),
         subtract=True,
         kept=parsed.save_importance is not None,
         low_rank=preconditions and is_adapter(local_model(parsed.tuned, parsed.download)),

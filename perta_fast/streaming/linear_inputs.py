@@ -26,8 +26,8 @@ def layer_of_maps(structure: Structure, maps: Mapping[str, nn.Module]) -> list[d
     outside = maps.keys() - {name for layer in found for name in layer}
     if outside:
         raise InputError(
-            f"{min(outside)} is a linear map outside the decoder layers, whose inputs a streamed run does not see; "
-            "leave stream out, or take another rule"
+            f"{structure.path}: {min(outside)} is a linear map outside the decoder layers, whose inputs a "
+            "streamed run does not see; leave stream out, or take another rule"
         )
     return found
 

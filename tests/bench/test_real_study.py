@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.study.real import run, sentences, settings, sources
-from bench.study.real.afterwards import right_choices
+from bench.study.real.afterwards import right_choices, strength_at
 from bench.study.real.compute import mean_loss
 from bench.study.real.curves import Point, crossing, walked
 from bench.study.real.data import Rows
@@ -126,6 +126,13 @@ def test_what_was_measured_can_be_reported_without_the_models(
         pages.append(page.read_text())
     assert pages[0] == pages[1]
     take_up(tmp_path / "work", tmp_path / "kept.jsonl")  # again, over what is there
+
+
+def test_the_strength_where_as_much_is_forgotten_as_by_gold() -> None:
+    points = [Point(strength, forget, 0.0, 0.0) for strength, forget in ((0.0, 0.1), (1.0, 0.5), (3.0, 2.5))]
+    assert strength_at(points, 1.5) == pytest.approx(2.0)
+    assert strength_at(points, 0.5) == pytest.approx(1.0)
+    assert strength_at(points, 9.0) == 3.0  # which it never reaches
 
 
 def models_of(folder: Path) -> Models:

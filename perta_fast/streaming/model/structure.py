@@ -17,10 +17,12 @@ from perta_fast.ops.backends import DTYPE_CODES
 class Structure:
     """A model on the meta device and its parts, each a list of parameter names.
 
-    by_layer: the parameters of each decoder layer. embedding, head: the two matrices of vocabulary size; the same name
-    if they are tied, None if there is no head. resident: all others, which are small and always in memory.
+    path: of its configuration. by_layer: the parameters of each decoder layer. embedding, head: the two matrices of
+    vocabulary size; the same name if they are tied, None if there is no head. resident: all others, which are small and
+    always in memory.
     """
 
+    path: Path
     model: nn.Module
     layers: nn.ModuleList
     by_layer: list[list[str]]
@@ -49,7 +51,7 @@ class Structure:
         output = model.get_output_embeddings()
         head = None if output is None else names[_weight(output, "output head", path)]
         resident = [name for name in outside if name not in (embedding, head)]
-        return cls(model, layers, by_layer, embedding, head, resident)
+        return cls(path, model, layers, by_layer, embedding, head, resident)
 
     @property
     def tied(self) -> bool:

@@ -114,6 +114,11 @@ def test_scratch_files(deep: Path, tmp_path: Path) -> None:
     assert estimate_of(deep).scratch(Schedule(4)) == max(sizes)
 
 
+def test_a_linear_map_outside_the_layers_is_refused(deep: Path) -> None:
+    with pytest.raises(pf.InputError, match=rf"{deep}: project_in is a linear map outside the decoder layers"):
+        layer_of_maps(Structure.build(deep), {"project_in": torch.nn.Linear(2, 2)})
+
+
 def test_bytes_of_the_result(deep: Path) -> None:
     """In float32: read once for the inputs, theta_0 and theta_f for the vector, three inputs to subtract."""
     size = sum(parameter.nbytes for parameter in Structure.build(deep).model.parameters())
