@@ -14,8 +14,8 @@ from perta_fast.errors import InputError
 T = TypeVar("T")
 Estimator = Literal["grad", "empirical-fisher"]
 Place = Literal["base", "model"]
-DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of every command and function that takes importances
-PRECONDITIONED = "preconditioned"  # of ``unlearn`` alone, and its default: rule tv with a theta_f that it makes first
+DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of what only takes importances
+PRECONDITIONED = "preconditioned"  # the default of ``unlearn`` and ``sweep``: rule tv with a theta_f that is made first
 DEFAULT_MU = 10.0  # of preconditioning
 LARGEST_MU = 1e4  # beyond it, rounding in float32 moments shows where no input was seen
 DEFAULT_RETAIN_RISE = 0.05  # nats, where the strength is searched for

@@ -6,7 +6,7 @@ these tables.
 
 import argparse
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, RULES
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, PRECONDITIONED, RULES
 
 if TYPE_CHECKING:
     from perta_fast.streaming.forecast.dry_run import Conditions
@@ -169,7 +169,15 @@ CHECKPOINTS = (
     DOWNLOAD,
 )
 AT = Option("at", "where the gradients are taken (base)", default="base", choices=("base", "model"))
+AT_BY_RULE = replace(AT, help="where the gradients are taken (base), or the inputs seen (model)", default=None)
 RULE = Option("rule", f"how w is found ({DEFAULT_RULE})", default=DEFAULT_RULE, choices=RULES)
+ANY_RULE = replace(
+    RULE,
+    help=f"the task vector with less of it along retained inputs, the plain one (tv), or a rescaled one "
+    f"({PRECONDITIONED})",
+    default=PRECONDITIONED,
+    choices=(PRECONDITIONED, *RULES),
+)
 LAM = Option("lam", "strength lambda", float, "L", required=True)
 MU = Option("mu", f"how much less of the task vector along retained inputs ({DEFAULT_MU:g})", float, "X")
 P = Option("p", "exponent of the importances (the rule's own)", float, "P")

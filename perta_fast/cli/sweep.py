@@ -10,7 +10,7 @@ from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, flag, keywords
 from perta_fast.data.forms import fields_text
 from perta_fast.errors import printable, shell_command
-from perta_fast.rules import Rule
+from perta_fast.rules import PRECONDITIONED, Rule
 from perta_fast.scoring.criteria import LOSS, METRICS, SELECTIONS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def run(parsed: argparse.Namespace) -> int:
         from perta_fast.sweeping.run import sweep
 
     settings = keywords(parsed)
-    for one, several in (("rule", "rules"), ("p", "ps"), ("alpha", "alphas")):
+    for one, several in (("rule", "rules"), ("mu", "mus"), ("p", "ps"), ("alpha", "alphas")):
         settings[one] = settings.pop(several) or settings[one]
     result = sweep(**settings)
     print(result.summary())
@@ -42,14 +42,14 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", lam: str) -> str:
     """The command that writes the checkpoint of the setting ``row`` of a sweep at ``lam``."""
-    rule = Rule.of(row.rule, 0.0)
+    rule = Rule.of_unlearn(row.rule, 0.0)
     settings: dict[str, Any] = {name: getattr(parsed, name) for name in ("model", "base", "tuned")}
-    settings["rule"] = row.rule
+    settings |= {"rule": row.rule, "mu": row.mu}
     if rule.estimator is not None:
         settings |= {"p": row.p, "alpha": row.alpha, "threshold": parsed.threshold}
     importances = _importances(parsed, rule)
-    estimates = rule.estimator is not None and not importances
-    if estimates:
+    reads_data = row.rule == PRECONDITIONED or (rule.estimator is not None and not importances)
+    if reads_data:
         names = ("forget", "retain", "at", "batch_size", "max_length", "device", "dtype")
         settings |= {name: getattr(parsed, name) for name in names}
         settings["fields"] = None if parsed.fields is None else fields_text(parsed.fields)
@@ -59,14 +59,14 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
         if value is not None
         for word in (f"--{name.replace('_', '-')}", value if isinstance(value, Path) else str(value))
     ]
-    if estimates:
+    if reads_data:
         told = (("--system-prompt", parsed.system_prompt), ("--date-string", result.settings["date"]))
         words += [f"{option}={text}" for option, text in told if text is not None]
     for option in options.SCOPE:
         patterns = getattr(parsed, option.name)
         words += [f"--{option.key}", ",".join(patterns)] if patterns else []
     words += ["--common-rows"] if parsed.common_rows else []
-    return shell_command("perta", "unlearn" if estimates else "apply", *words, "--lam", lam, "--out", "DIR")
+    return shell_command("perta", "unlearn" if reads_data else "apply", *words, "--lam", lam, "--out", "DIR")
 
 
 def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:
@@ -107,9 +107,11 @@ COMMAND = Command(
         Option("retain", "data to keep", Path, "FILE", required=True),
         options.FIELDS,
         options.SHOW_LABELS,
-        replace(options.RULE, one_of="rules"),
+        replace(options.ANY_RULE, one_of="rules"),
         Option("rules", "several rules", _names, "R,R,...", one_of="rules"),
         Option("lams", "strengths; without them, the largest within the bound", _numbers, "L,L,..."),
+        replace(options.MU, one_of="mus"),
+        Option("mus", "several of these", _numbers, "X,X,...", one_of="mus"),
         replace(options.ALPHA, one_of="alphas"),
         Option("alphas", "several weights", _numbers, "A,A,...", one_of="alphas"),
         replace(options.P, one_of="ps"),
@@ -142,7 +144,7 @@ COMMAND = Command(
         Option("checkpoint", "directory to make, of what was chosen", Path, "DIR"),
         Option("forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
-        options.AT,
+        options.AT_BY_RULE,
         *options.CHAT,
         *options.ESTIMATION,
         Option("out", "directory to make, for figures and plot", Path, "DIR"),

@@ -12,7 +12,7 @@ from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
-from perta_fast.rules import DEFAULT_RETAIN_RISE, PRECONDITIONED, RULES, Rule, check_strength, resolved_at
+from perta_fast.rules import DEFAULT_RETAIN_RISE, PRECONDITIONED, Rule, check_strength, resolved_at
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -73,18 +73,12 @@ COMMAND = Command(
         Option("retain", "data to keep", Path, "FILE", named=True),
         options.FIELDS,
         options.SHOW_LABELS,
-        replace(options.AT, help="where the gradients are taken (base), or the inputs seen (model)", default=None),
+        options.AT_BY_RULE,
         Option("save_importance", "keep both importances here", Path, "DIR"),
         Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR"),
         Option("check", "measure what was forgotten and kept, on a few rows", bool, default=True, negatable=True),
         *options.STREAM,
-        replace(
-            options.RULE,
-            help=f"the task vector with less of it along retained inputs, the plain one (tv), or a rescaled one "
-            f"({PRECONDITIONED})",
-            default=PRECONDITIONED,
-            choices=(PRECONDITIONED, *RULES),
-        ),
+        options.ANY_RULE,
         replace(
             options.LAM, help="strength lambda (searched for, see --max-retain-rise)", required=False, one_of="strength"
         ),

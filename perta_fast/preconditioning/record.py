@@ -5,9 +5,10 @@ from pathlib import Path
 
 from perta_fast.checkpoints.companions import PRECONDITIONING
 from perta_fast.errors import printable_lines
+from perta_fast.files.reading import read_json
 from perta_fast.records.preconditioned import Preconditioned
 from perta_fast.records.report import DataRecord, Scalar, read_as_lines
-from perta_fast.records.typed_json import write_readable_json
+from perta_fast.records.typed_json import typed, write_readable_json
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Preconditioning:
     def save(self, directory: Path) -> None:
         """Write ``perta_precondition.json`` into ``directory``."""
         write_readable_json(directory / PRECONDITIONING, asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> "Preconditioning":
+        """The record in ``directory``. Raises InputError if it cannot be read."""
+        record: Preconditioning = typed(read_json(directory / PRECONDITIONING), cls)
+        return record
 
     def summary(self) -> str:
         """A few lines for a person."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,6 +86,10 @@ class LowRankVector:
                 )
             updates[weights[stored]] = update
         return cls(adapter, {name: updates[name] for name in maps if name in updates})
+
+    def anew(self) -> "LowRankVector":
+        """The same with nothing changed."""
+        return replace(self, changed={}, norms=Norms())
 
     @property
     def names(self) -> list[str]:

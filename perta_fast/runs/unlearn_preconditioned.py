@@ -7,12 +7,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from perta_fast.checkpoints.adapters import Adapter, is_adapter
-from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.rows import Row
 from perta_fast.errors import InputError
-from perta_fast.files.hashing import hash_files
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import (
     OutputDirectory,
@@ -26,21 +23,19 @@ from perta_fast.files.reading import checked_path
 from perta_fast.models.loading import check_sizes
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.progress import Bar
-from perta_fast.records.file_record import FileRecord
 from perta_fast.records.recipe import as_recipe
-from perta_fast.records.report import Report, describe_files
+from perta_fast.records.report import Report
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
-from perta_fast.runs.precondition import Making, check_tuned, vector_size
+from perta_fast.runs.making_tuned import Making
+from perta_fast.runs.precondition import check_scope, check_tuned, given_files, vector_size
 from perta_fast.runs.settings import threads_for
 from perta_fast.runs.unlearn_inputs import Opened, data_records
 from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.scope import EVERYTHING
-from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.subtraction.unfinished import has_begun
 
 
@@ -84,8 +79,8 @@ def unlearn_preconditioned(
         def annotate(report: Report) -> None:
             report.add_phase(PHASE, made.seconds, 0)
             date_string = asked.date_string or made.settings["date"]
-            given = {"tuned": asked.tuned, "date_string": date_string}
-            report.recipe = as_recipe(vars(opened.options) | given)
+            as_given = {"tuned": asked.tuned, "date_string": date_string}
+            report.recipe = as_recipe(vars(opened.options) | as_given)
             report.preconditioned = described
             report.settings = _settings(opened, made)
             report.data = data_records(asked, rows, hashes) | {"retain": made.retain}
@@ -95,7 +90,8 @@ def unlearn_preconditioned(
             if checking is not None:
                 checking.annotate(report)
 
-        described = replace(made.in_report(), files=_hashes_of(Path(asked.tuned), opened) if ranks.first else {})
+        given = Path(asked.tuned), Path(asked.base), opened.settings.threads or 1, asked.progress
+        described = replace(made.in_report(), files=given_files(*given) if ranks.first else {})
         try:
             report = apply_sources(
                 opened.sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
@@ -149,15 +145,8 @@ def _with_tuned(opened: Opened, directory: Path) -> Opened:
 
 def _check_scope(opened: Opened, sources: Sources) -> None:
     """Raise InputError if the run would change nothing of the linear maps."""
-    if opened.options.scope == EVERYTHING or opened.settings.allow_zero:
-        return
-    try:
-        check_task_vector(sources)
-    except InputError as error:
-        raise InputError(
-            f"--only and --leave let the run change no linear map, and rule {PRECONDITIONED} changes nothing else; "
-            "give other patterns, or another rule"
-        ) from error
+    if opened.options.scope != EVERYTHING and not opened.settings.allow_zero:
+        check_scope(sources)
 
 
 def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Path, threads: int) -> Preconditioning:
@@ -169,7 +158,6 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         tuned=Path(options.tuned),
         seen_at=Path(options.model if options.at == "model" else options.base),
         retain=options.retain,
-        mu=float(options.mu),
         batch_size=int(options.batch_size),
         max_length=None if options.max_length is None else int(options.max_length),
         chat=ChatSettings.of(options.system_prompt, options.date_string, day),
@@ -183,20 +171,11 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         subtract=not options.in_place,  # which needs no room for a second copy
         threads=threads,
     )
-    return making.run(rows, digest, directory)
+    (record,) = making.run(rows, digest, {float(options.mu): directory}).values()
+    return record
 
 
 def _settings(opened: Opened, made: Preconditioning) -> dict[str, Any]:
     """How the inputs were seen, for the report."""
     options = opened.options
     return {"at": options.at, "date_string": options.date_string, **made.settings}
-
-
-def _hashes_of(tuned: Path, opened: Opened) -> dict[str, FileRecord]:
-    """Size and hash of the files of the θ_f that was given."""
-    opened_adapter = Adapter.open(tuned, Path(opened.options.base)) if is_adapter(tuned) else None
-    checkpoint = Checkpoint.open(tuned) if opened_adapter is None else opened_adapter.checkpoint
-    files = [*checkpoint.files(), *([] if opened_adapter is None else [opened_adapter.config])]
-    with Bar(sum(path.stat().st_size for path in files), "hash tuned", opened.options.progress) as bar:
-        hashes = hash_files(files, opened.settings.threads or 1, bar.update)
-    return describe_files(hashes, checkpoint.path)["files"]

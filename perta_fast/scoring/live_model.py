@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -134,14 +135,16 @@ class LiveModel(ScoredModel):
         self._stored = [(tensor.ranges, stored_name(self._model, name)) for name, tensor in held.items()]
         self._left = [name for name in held if self._is_left(stored_name(self._model, name), left)]
 
-    def measure(self, rule: Rule, importances: Importances) -> ScoredSetting:
-        """Subtract, score, and put theta_full back."""
+    def measure(
+        self, rule: Rule, importances: Importances, tuned: Path | None = None, label: str = ""
+    ) -> ScoredSetting:
+        """Subtract, score, and put theta_full back. tuned: another theta_f. label: of the rule, with the progress."""
         started = time.perf_counter()
-        self.subtract_(rule, importances)
+        self.subtract_(rule, importances, tuned)
         changed = self._round_as_stored_()
         lam, p, alpha = rule.rescaling.lam, rule.rescaling.p, rule.rescaling.alpha
         shown_alpha = "" if alpha == 1 else f", alpha {alpha:g}"
-        scored = self.score(f"{rule.name}{shown_alpha}, lambda {lam:g}")
+        scored = self.score(f"{label or rule.name + shown_alpha}, lambda {lam:g}")
         self._restore_()
         seconds = time.perf_counter() - started
         return replace(scored, rule=rule.name, p=p, alpha=alpha, lam=lam, changed=changed, seconds=seconds)
@@ -153,11 +156,13 @@ class LiveModel(ScoredModel):
             self.subtract_(rule, by_role)
         return self.score("the model as it is")
 
-    def subtract_(self, rule: Rule, importances: Importances) -> None:
-        """``apply_to_module_`` with these checkpoints."""
+    def subtract_(self, rule: Rule, importances: Importances, tuned: Path | None = None) -> None:
+        """``apply_to_module_`` with these checkpoints. tuned: another theta_f."""
+        base, own = self._directories
         apply_to_module_(
             self.subject.module,
-            *self._directories,
+            base,
+            own if tuned is None else tuned,
             importances.get("forget"),
             importances.get("retain"),
             rule=rule.name,

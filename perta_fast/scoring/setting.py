@@ -12,7 +12,7 @@ class ScoredSetting:
     samples of their mean token cross-entropy, in nats; not finite where the strength has broken the model. forget,
     retain: the sweep's metric on both sets. changed: share of the elements, in [0, 1], whose stored value differs
     from theta_full's. seconds: of subtraction, scoring and restoring. skipped: not measured, since a smaller
-    strength broke the bound; the numbers then mean nothing.
+    strength broke the bound; the numbers then mean nothing. mu: of rule ``preconditioned``, else None.
     """
 
     rule: str
@@ -26,6 +26,7 @@ class ScoredSetting:
     changed: float
     seconds: float
     skipped: bool = False
+    mu: float | None = None
 
     @property
     def is_finite(self) -> bool:

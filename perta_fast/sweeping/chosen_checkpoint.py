@@ -1,20 +1,24 @@
 """The checkpoint of the setting that a sweep has chosen, written as ``apply`` writes one."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import check_output, check_unfinished
+from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.records.report import Report
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
+from perta_fast.runs.precondition import given_files
 from perta_fast.runs.settings import Settings
 from perta_fast.subtraction.inputs import open_importances
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, open_sources
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
+from perta_fast.sweeping.vectors import Vectors
 
 
 def check_destination(request: Request, out: Path, inputs: list[Path]) -> None:
@@ -28,36 +32,47 @@ def check_destination(request: Request, out: Path, inputs: list[Path]) -> None:
     check_unfinished(destination, overwrite=request.overwrite)
 
 
-def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator) -> None:
+def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vectors: Vectors) -> None:
     """Write the checkpoint of ``sweep.best``, unless this sweep has written it before it was stopped.
 
-    importances: on disk, those that settings were scored with.
+    importances, vectors: on disk, those that settings were scored with.
     """
     request, best = opened.request, sweep.best
     assert best is not None
     destination = Path(os.path.realpath(str(request.checkpoint)))
-    rule = Rule.of(best.rule, best.lam, best.p, best.alpha, None if best.rule == "tv" else request.threshold)
+    (curve,) = (curve for curve in opened.curves if curve.has(best))
+    rule = curve.rule.at(best.lam)
     settings = sweep.settings | {"sweep": request.out, "sweep_started": sweep.started, "select": sweep.select}
-    if _is_written(destination, rule, settings):
+    settings |= {"at": opened.place(curve.name)}
+    made = None if curve.mu is None else vectors.record(curve.mu)
+    if _is_written(destination, rule, made, settings):
         return
+    described = None
+    if made is not None:
+        given = given_files(Path(request.tuned), Path(request.base), 1, opened.progress)
+        described = replace(made.in_report(), files=given)
 
     def annotate(report: Report) -> None:
-        report.data, report.settings = sweep.data, settings
+        report.data, report.settings, report.preconditioned = sweep.data, settings, described
 
     by_role = {} if rule.estimator is None else importances[rule.estimator]
     directories = [by_role[role].directory if by_role else None for role in ("forget", "retain")]
+    tuned = None if curve.mu is None else vectors.of(curve.mu)
+    estimated = rule.estimator is not None and rule.estimator not in opened.given
     apply_sources(
-        open_sources(request, open_importances(rule, *directories)),
+        open_sources(request, open_importances(rule, *directories), tuned),
         rule,
         Settings(destination, overwrite=request.overwrite, progress=opened.progress),
         annotate=annotate,
-        temporary=rule.estimator is not None and rule.estimator not in opened.given,  # removed with the sweep's record
+        temporary=estimated or tuned is not None,  # removed with the sweep's record
     )
 
 
-def _is_written(destination: Path, rule: Rule, settings: dict[str, Any]) -> bool:
+def _is_written(destination: Path, rule: Rule, made: Preconditioning | None, settings: dict[str, Any]) -> bool:
     try:
         report = Report.load(destination)
-        return report.chosen_rule() == rule and report.settings == settings
+        mu = None if report.preconditioned is None else report.preconditioned.mu
+        asked = None if made is None else made.in_report().mu
+        return report.chosen_rule() == rule and mu == asked and report.settings == settings
     except InputError:
         return False

@@ -1,38 +1,79 @@
-"""What a sweep tries: curves, each a rule with its p and alpha, and strengths on each curve."""
+"""What a sweep tries: curves, each a rule with its p and alpha or its mu, and strengths on each curve."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from perta_fast.errors import InputError
-from perta_fast.rules import Rule
+from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Estimator, Rule, check_mu
 from perta_fast.scoring.setting import ScoredSetting
 
 
-def curves_of(
-    rules: Sequence[str], ps: Sequence[float | None], alphas: Sequence[float], threshold: float | None
-) -> list[Rule]:
-    """Every rule at every p and alpha, at lam 0. Among other rules, tv comes once: it has no p and no alpha.
+@dataclass(frozen=True)
+class Curve:
+    """A rule as it was asked for, at every strength.
 
-    Raises InputError for a value out of its range, and for two equal curves.
+    rule: what subtracts, at lam 0. mu: of rule ``preconditioned``, which subtracts by ``tv``; else None.
     """
-    for name, values in (("rule", rules), ("p", ps), ("alpha", alphas)):
+
+    name: str
+    rule: Rule
+    mu: float | None = None
+
+    @property
+    def estimator(self) -> Estimator | None:
+        """The importance that it needs."""
+        return self.rule.estimator
+
+    def has(self, setting: ScoredSetting) -> bool:
+        """Whether a setting lies on it."""
+        rescaling = self.rule.rescaling
+        return (setting.rule, setting.p, setting.alpha, setting.mu) == (
+            self.name,
+            rescaling.p,
+            rescaling.alpha,
+            self.mu,
+        )
+
+    def in_words(self) -> str:
+        """Rule and numbers, for a message."""
+        if self.mu is not None:
+            return f"rule {self.name} with mu {self.mu:g}"
+        return f"rule {self.name} with p {self.rule.rescaling.p:g} and alpha {self.rule.rescaling.alpha:g}"
+
+
+def curves_of(
+    rules: Sequence[str],
+    ps: Sequence[float | None],
+    alphas: Sequence[float],
+    threshold: float | None,
+    mus: Sequence[float | None] = (None,),
+) -> list[Curve]:
+    """Every rule at every p and alpha, ``preconditioned`` at every mu. Among other rules, tv comes once.
+
+    Raises InputError for a value out of its range or not for these rules, and for two equal curves.
+    """
+    for name, values in (("rule", rules), ("p", ps), ("alpha", alphas), ("mu", mus)):
         if not values:
             raise InputError(f"{name} is empty; give at least one")
-    curves: list[Rule] = []
+    given = [mu for mu in mus if mu is not None]
+    if given and PRECONDITIONED not in rules:
+        raise InputError(f"mu is for rule {PRECONDITIONED}; leave it out, or take that rule")
+    for mu in given:
+        check_mu(mu)
+    curves: list[Curve] = []
     for name in rules:
-        if name == "tv" and len(rules) > 1:
-            curves.append(Rule.of(name, 0.0))
+        if name in ("tv", PRECONDITIONED) and len(rules) > 1:  # p and alpha are for the others
+            several = [Rule.of_unlearn(name, 0.0)]
         else:
-            curves += [Rule.of(name, 0.0, p, alpha, threshold) for p in ps for alpha in alphas]
-    for k, rule in enumerate(curves):
+            several = [Rule.of_unlearn(name, 0.0, p, alpha, threshold) for p in ps for alpha in alphas]
+        steps = [float(mu) for mu in given or (DEFAULT_MU,)] if name == PRECONDITIONED else [None]
+        curves += [Curve(name, rule, mu) for rule in several for mu in steps]
+    for k, curve in enumerate(curves):
         for twin in curves[:k]:
-            if (twin.estimator, twin.rescaling) == (rule.estimator, rule.rescaling):
-                raise InputError(f"{_described(twin)} and {_described(rule)} are the same; leave one out")
+            if (twin.mu, twin.estimator, twin.rule.rescaling) == (curve.mu, curve.estimator, curve.rule.rescaling):
+                raise InputError(f"{twin.in_words()} and {curve.in_words()} are the same; leave one out")
     return curves
-
-
-def _described(rule: Rule) -> str:
-    return f"rule {rule.name} with p {rule.rescaling.p:g} and alpha {rule.rescaling.alpha:g}"
 
 
 def check_strengths(lams: Sequence[float]) -> None:

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from perta_fast.data.chat import Told, told
 from perta_fast.data.samples import row_count, truncated_count
@@ -10,23 +13,24 @@ from perta_fast.importance.prompts import different_dates
 from perta_fast.models.loading import length_limit
 from perta_fast.records.report import data_record, read_as_lines, scope_lines
 from perta_fast.records.versions import installed_versions, now
-from perta_fast.rules import Rule
 from perta_fast.scoring.live_model import Importances, LiveModel
 from perta_fast.scoring.search import search
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.sweeping.grid import walk
+from perta_fast.sweeping.grid import Curve, walk
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Record
+from perta_fast.sweeping.vectors import Vectors
 
 
-def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
-    """Measure all settings that ``record`` lacks; return the sweep and its importances."""
+def score(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Sweep, ByEstimator]:
+    """Measure all settings that ``record`` lacks; return the sweep and its importances. vectors: made if they lack."""
     request, begun = opened.request, record.begun
+    vectors.check_space(request)
     if opened.gold is not None and begun.gold is None:
         begun.gold = opened.score_gold(opened.gold.path)
         record.save()
-    live, original, importances = _prepare(opened, record)
+    live, original, importances = _prepare(opened, record, vectors)
     limit, floor = request.bounds(original)
 
     def excess(setting: ScoredSetting) -> float:
@@ -35,13 +39,14 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
     rows = [original]
     for curve in opened.curves:
         by_role = {} if curve.estimator is None else importances[curve.estimator]
-        rows += _along(curve, request.lams, original, excess, live, by_role, record)
+        tuned = None if curve.mu is None else vectors.of(curve.mu)
+        rows += _along(curve, request.lams, original, excess, partial(_measure, live, curve, by_role, tuned), record)
     module, max_length = live.subject.module, length_limit(live.subject, request.max_length)
     counts = {role: (row_count(samples), truncated_count(samples)) for role, samples in live.samples.items()}
     data = {
         role: data_record(file.path, file.digest, *counts[role], file.read_as) for role, file in opened.data.items()
     }
-    scored = told(live.subject.tokenizer)
+    scored, made = told(live.subject.tokenizer), [vectors.record(mu) for mu in opened.mus()]
     resolved = {
         "device": str(module.device),
         "dtype": torch_name(module.dtype),
@@ -62,6 +67,7 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
             estimator: {role: importance.metadata for role, importance in by_role.items()}
             for estimator, by_role in importances.items()
         },
+        preconditioned=[record.in_report() for record in made],
         versions=installed_versions(),
         notes=scope_lines(request.only, request.leave)
         + read_as_lines(data)
@@ -75,7 +81,8 @@ def score(opened: OpenedSweep, record: Record) -> tuple[Sweep, ByEstimator]:
         started=begun.started,
         finished=now(),
     )
-    sweep.notes += sweep.warnings()
+    sweep.notes += [f"warning: {warning}" for record in made[:1] for warning in record.warnings]
+    sweep.notes = list(dict.fromkeys([*sweep.notes, *sweep.warnings()]))
     return sweep, importances
 
 
@@ -95,7 +102,7 @@ def _notes_on_prompts(importances: ByEstimator, scored: Told) -> list[str]:
     return notes
 
 
-def _prepare(opened: OpenedSweep, record: Record) -> tuple[LiveModel, ScoredSetting, ByEstimator]:
+def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[LiveModel, ScoredSetting, ByEstimator]:
     """theta_full, what it scores as it is, and all importances; one model in memory at a time."""
     importances = opened.load_given()
     live = opened.live()
@@ -104,33 +111,41 @@ def _prepare(opened: OpenedSweep, record: Record) -> tuple[LiveModel, ScoredSett
         original = record.add(live.measure_original(importances))
     opened.request.bounds(original)  # before the first gradient
     kept = opened.load_kept(record.importances)
-    if kept is None and opened.request.at == "model":
+    if kept is None and opened.request.gradients_at == "model":
         kept = opened.estimate(live.subject, record.importances)
-    elif kept is None:
+    if kept is None or vectors.lacking():
         del live
-        kept = opened.estimate(opened.load(opened.sources.base.path), record.importances)
+        vectors.make(opened)
+        if kept is None:
+            kept = opened.estimate(opened.load(opened.sources.base.path), record.importances)
         live = opened.live()
     return live, original, importances | kept
 
 
+def _measure(live: LiveModel, curve: Curve, importances: Importances, tuned: Path | None, lam: float) -> ScoredSetting:
+    """One setting. tuned: the θ_f of a curve with a mu."""
+    if curve.mu is None:
+        return live.measure(curve.rule.at(lam), importances)
+    label = f"{curve.name}, mu {curve.mu:g}"
+    return replace(live.measure(curve.rule.at(lam), importances, tuned, label), rule=curve.name, mu=curve.mu)
+
+
 def _along(
-    curve: Rule,
+    curve: Curve,
     lams: Sequence[float] | None,
     original: ScoredSetting,
     excess: Callable[[ScoredSetting], float],
-    live: LiveModel,
-    importances: Importances,
+    measured: Callable[[float], ScoredSetting],
     record: Record,
 ) -> list[ScoredSetting]:
     """The settings of one curve, in the order of strength; ``lams`` None searches for the largest within the bound."""
 
     def measure(lam: float) -> ScoredSetting:
-        rule = curve.at(lam)
-        return record.begun.find(rule) or record.add(live.measure(rule, importances))
+        return record.begun.find(curve, lam) or record.add(measured(lam))
 
     def skip(lam: float) -> ScoredSetting:
-        nan, p, alpha = math.nan, curve.rescaling.p, curve.rescaling.alpha
-        return ScoredSetting(curve.name, p, alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True)
+        nan, p, alpha = math.nan, curve.rule.rescaling.p, curve.rule.rescaling.alpha
+        return ScoredSetting(curve.name, p, alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True, mu=curve.mu)
 
     if lams is None:
         rows = search(measure, excess, original)

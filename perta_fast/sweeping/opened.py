@@ -6,7 +6,7 @@ from datetime import date
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,15 +22,16 @@ from perta_fast.files.hashing import hash_file
 from perta_fast.importance.store import STEM, Importance, read_metadata
 from perta_fast.models.loading import Subject, load_subject, samples_and_told
 from perta_fast.progress import Progress
-from perta_fast.rules import Estimator, Rule
+from perta_fast.rules import PRECONDITIONED, Estimator, Place, resolved_at
 from perta_fast.runs.estimate import Estimation, estimate_on
+from perta_fast.runs.precondition import check_tuned
 from perta_fast.scoring.live_model import LiveModel, ScoredData, ScoredModel, read_scored
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
 from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.scope import Scope
 from perta_fast.subtraction.task_vector import check_task_vector
-from perta_fast.sweeping.grid import curves_of
+from perta_fast.sweeping.grid import Curve, curves_of
 from perta_fast.sweeping.request import Request
 
 ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role, forget or retain
@@ -40,11 +41,11 @@ ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role, forget or 
 class OpenedSweep:
     """A checked request with its inputs opened.
 
-    curves: at lam 0. given: the checkpoints with given importances. day: when the sweep began.
+    given: the checkpoints with given importances. day: when the sweep began.
     """
 
     request: Request
-    curves: list[Rule]
+    curves: list[Curve]
     sources: Sources
     given: dict[Estimator, Sources]
     gold: Checkpoint | None
@@ -55,9 +56,11 @@ class OpenedSweep:
     @classmethod
     def open(cls, request: Request, progress: Progress, day: date) -> "OpenedSweep":
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
-        curves = curves_of(request.rules, request.ps, request.alphas, request.threshold)
+        curves = curves_of(request.rules, request.ps, request.alphas, request.threshold, request.mus)
         request.check()
         sources, given = open_sources(request), _open_given(request, curves)
+        if PRECONDITIONED in request.rules:
+            check_tuned(Path(request.base), Path(request.tuned))
         for opened in (sources, *given.values()):
             check_task_vector(opened)
         return cls(
@@ -105,10 +108,11 @@ class OpenedSweep:
             for directory in self.inputs().values()
             for name, state in fingerprint(directory).items()
         }
-        at = self.request.at if self.lacking() else None
+        places = {self.place(curve.name) for curve in self.curves if curve.mu is not None or self._lacks(curve)}
         beside = {
             path
             for sources in (self.sources, *self.given.values())
+            for at in places or (None,)
             for files in read_beside(sources, _taken_at(sources), at).values()
             for path in files.values()
         }
@@ -127,8 +131,19 @@ class OpenedSweep:
 
     def lacking(self) -> list[Estimator]:
         """The estimators that the rules need and of which no importance was given."""
-        needed = dict.fromkeys(rule.estimator for rule in self.curves)
-        return [estimator for estimator in needed if estimator is not None and estimator not in self.given]
+        needed = dict.fromkeys(curve.estimator for curve in self.curves if self._lacks(curve))
+        return [estimator for estimator in needed if estimator is not None]
+
+    def mus(self) -> list[float]:
+        """Those of rule ``preconditioned``."""
+        return [curve.mu for curve in self.curves if curve.mu is not None]
+
+    def place(self, rule: str) -> Place:
+        """Where gradients are taken for a rule, or inputs seen."""
+        return resolved_at(rule, cast(Place | None, self.request.at))
+
+    def _lacks(self, curve: Curve) -> bool:
+        return curve.estimator is not None and curve.estimator not in self.given
 
     def load_kept(self, folder: Path | None) -> ByEstimator | None:
         """The lacking importances that a stopped sweep has kept in ``folder``, if all are there."""
@@ -192,13 +207,15 @@ def _taken_at(sources: Sources) -> dict[str, str]:
     return {role: table["evaluated_at"] for role, table in sources.metadata.items()}
 
 
-def open_sources(request: Request, importances: Mapping[str, Checkpoint] = MappingProxyType({})) -> Sources:
-    """The checkpoints with importances, by role. Raises InputError if they do not fit."""
-    three = request.model, request.base, request.tuned
+def open_sources(
+    request: Request, importances: Mapping[str, Checkpoint] = MappingProxyType({}), tuned: Path | None = None
+) -> Sources:
+    """The checkpoints with importances, by role. tuned: another theta_f. Raises InputError if they do not fit."""
+    three = request.model, request.base, request.tuned if tuned is None else tuned
     return Sources.open(*three, importances, request.common_rows, Scope.of(request.only, request.leave))
 
 
-def _open_given(request: Request, curves: Sequence[Rule]) -> dict[Estimator, Sources]:
+def _open_given(request: Request, curves: Sequence[Curve]) -> dict[Estimator, Sources]:
     """Open and match the directories of importances that were given, a pair for each estimator.
 
     Raises InputError for one that does not fit the checkpoints, lacks its partner, or serves none of the rules.
@@ -207,9 +224,15 @@ def _open_given(request: Request, curves: Sequence[Rule]) -> dict[Estimator, Sou
     for pair in zip_longest(request.forget_importance, request.retain_importance):
         paths = [None if path is None else Path(path) for path in pair]
         held = {read_metadata(Checkpoint.open(path, STEM))["estimator"] for path in paths if path is not None}
-        served = [rule for rule in curves if rule.estimator in held]
-        needing = [rule for rule in curves if rule.estimator is not None]
-        rule = [*served, *needing, *curves][0]  # the next line refuses the pair unless it serves one
+        served = [curve for curve in curves if curve.estimator in held]
+        needing = [curve for curve in curves if curve.estimator is not None]
+        curve = [*served, *needing, *curves][0]  # the next lines refuse the pair unless it serves one
+        if curve.mu is not None:
+            raise InputError(
+                f"rule {PRECONDITIONED}, which is the default, takes no importance; leave it out, or give a rule that "
+                "takes importances, such as fisher"
+            )
+        rule = curve.rule
         sources = open_sources(request, open_importances(rule, *paths))
         assert rule.estimator is not None
         if rule.estimator in given:

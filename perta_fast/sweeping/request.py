@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ _BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "reta
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")
 _PATHS = (*_MODELS, *_DATA, "out")
 _IMPORTANCES = ("forget_importance", "retain_importance")
-_SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha"}  # the argument of ``sweep`` that has one value or several
+# The argument of ``sweep`` that has one value or several.
+_SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha", "mus": "mu"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Request:
     ps: list[float | None]
     alphas: list[float]
     threshold: float | None
-    at: str
+    at: str | None
     metric: str
     select: str | None
     gold: str | None
@@ -63,6 +64,7 @@ class Request:
     system_prompt: str | None = None
     date_string: str | None = None
     max_retain_rise: float | None = None
+    mus: list[float | None] = field(default_factory=lambda: [None])
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -92,6 +94,16 @@ class Request:
         """Whether settings have to keep a bound."""
         return any(getattr(self, name) is not None for name in _BOUNDS)
 
+    @property
+    def gradients_at(self) -> str:
+        """Where importances are estimated: ``base`` or ``model``."""
+        return self.at or "base"
+
+    @property
+    def inputs_at(self) -> str:
+        """Where rule ``preconditioned`` sees the inputs of linear maps: ``base`` or ``model``."""
+        return self.at or "model"
+
     def settings(self) -> dict[str, Any]:
         """All but the inputs, for the record of the sweep."""
         return {name: value for name, value in asdict(self).items() if name not in (*_PATHS, *_IMPORTANCES)}
@@ -108,7 +120,7 @@ class Request:
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
         ChatSettings.of(self.system_prompt, self.date_string)
-        if self.at not in ("base", "model"):
+        if self.at not in (None, "base", "model"):
             raise InputError(f"at is {self.at!r}; it must be base or model")
         self._check_bounds()
         if self.lams is not None:

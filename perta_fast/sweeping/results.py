@@ -9,6 +9,7 @@ from typing import Any
 from perta_fast.errors import InputError, printable_lines
 from perta_fast.files.reading import read_json
 from perta_fast.importance.store import ImportanceMetadata
+from perta_fast.records.preconditioned import Preconditioned
 from perta_fast.records.report import DataRecord
 from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
 from perta_fast.rules import negative_strength
@@ -19,16 +20,17 @@ from perta_fast.scoring.setting import ScoredSetting
 FILE_NAME = "sweep.json"
 FORMAT_VERSION = 2
 _NOT_READ = ("best", "importance")  # in the file for other readers
+_NUMBERS = {"μ": "mu", "p": "p", "α": "alpha"}  # of curves, by how they are written
 
 
 @dataclass
 class Sweep:
     """The record of one sweep. Paths are absolute; hashes are BLAKE3.
 
-    rows: the model as it is, then the settings of each rule, p and alpha, in the order of strength. metric: what
+    rows: the model as it is, then the settings of each curve, in the order of strength. metric: what
     ``forget`` and ``retain`` of a setting are. limit: the largest allowed retain loss; floor: the smallest allowed
     retain metric; None where there was no such bound. select: how ``best`` is chosen. gold: the gold model, on the
-    same data. importance: by estimator, then ``forget`` and ``retain``.
+    same data. importance: by estimator, then ``forget`` and ``retain``. preconditioned: how each θ_f of a mu was made.
     """
 
     rows: list[ScoredSetting]
@@ -41,6 +43,7 @@ class Sweep:
     data: dict[str, DataRecord]
     gold: ScoredSetting | None = None
     importance: dict[str, dict[str, ImportanceMetadata]] = field(default_factory=dict)
+    preconditioned: list[Preconditioned] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     started: str = ""
@@ -52,7 +55,7 @@ class Sweep:
         return next(setting for setting in self.rows if not setting.rule)
 
     def curves(self) -> dict[str, list[ScoredSetting]]:
-        """The settings of each rule, p and alpha, by ``label``."""
+        """The settings of each rule, mu, p and alpha, by ``label``."""
         curves: dict[str, list[ScoredSetting]] = {}
         for setting in self.rows:
             if setting.rule:
@@ -60,13 +63,15 @@ class Sweep:
         return curves
 
     def label(self, setting: ScoredSetting) -> str:
-        """The name of a setting's curve: its rule, with p and alpha where the sweep has several."""
+        """The name of a setting's curve: its rule, with mu, p and alpha where the sweep has several."""
         if not setting.rule:
             return "original"
         alike = [other for other in self.rows if other.rule == setting.rule]
-        p = f", p {setting.p:g}" if len({other.p for other in alike}) > 1 else ""
-        alpha = f", α {setting.alpha:g}" if len({other.alpha for other in alike}) > 1 else ""
-        return setting.rule + p + alpha
+        name = setting.rule
+        for symbol, numbers in _NUMBERS.items():
+            if len({getattr(other, numbers) for other in alike}) > 1:
+                name += f", {symbol} {getattr(setting, numbers):g}"
+        return name
 
     @property
     def best(self) -> ScoredSetting | None:
@@ -104,10 +109,11 @@ class Sweep:
         best = self.best
         if best is not None and best.rule:
             alike = [setting for setting in self.rows if setting.rule == best.rule]
-            curve = {0.0} | {setting.lam for setting in alike if (setting.p, setting.alpha) == (best.p, best.alpha)}
+            same = [setting for setting in alike if self.label(setting) == self.label(best)]
+            curve = {0.0} | {setting.lam for setting in same}
             if self.select != "largest" and best.lam == max(curve) and len(curve) > 2:
                 lines.append(f"the chosen lambda, {best.lam:g}, is the largest that was tried; try larger ones too")
-            for name in ("p", "alpha"):
+            for name in _NUMBERS.values():
                 values, chosen = {getattr(setting, name) for setting in alike}, getattr(best, name)
                 if len(values) > 2 and chosen in (min(values), max(values)):
                     end, more = ("largest", "larger") if chosen == max(values) else ("smallest", "smaller")
@@ -228,4 +234,4 @@ def _with_nan(setting: Any) -> Any:
     """A setting with NaN for its nulls; anything else unchanged."""
     if not isinstance(setting, Mapping):
         return setting
-    return {key: math.nan if value is None else value for key, value in setting.items()}
+    return {key: math.nan if value is None and key != "mu" else value for key, value in setting.items()}

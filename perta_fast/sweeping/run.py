@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.records.versions import now
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE
+from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_destination, write_best
@@ -36,6 +37,7 @@ from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
 from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, load_begun
+from perta_fast.sweeping.vectors import Vectors
 
 PathLike = str | Path
 
@@ -56,13 +58,14 @@ def sweep(
     max_retain_rise: float | None = None,
     max_retain_increase: float | None = None,
     retain_floor: float | None = None,
-    rule: str | Sequence[str] = DEFAULT_RULE,
+    rule: str | Sequence[str] = PRECONDITIONED,
+    mu: float | Sequence[float] | None = None,
     p: float | Sequence[float] | None = None,
     alpha: float | Sequence[float] = DEFAULT_ALPHA,
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,
-    at: Literal["base", "model"] = "base",
+    at: Literal["base", "model"] | None = None,
     metric: str = "loss",
     select: Literal["best-forget", "closest"] | None = None,
     gold: PathLike | None = None,
@@ -87,7 +90,8 @@ def sweep(
     progress: as in ``unlearn``. forget, retain: data files, to score on and to estimate importance on.
     system_prompt, date_string: as in ``unlearn``, and for the scores. A resumed sweep keeps the date of its start.
     forget_importance, retain_importance: directories to use instead; a pair for each estimator.
-    rule, p, alpha: one value or several; every combination is a curve. ``tv`` has no p and no alpha: it comes once.
+    rule, mu, p, alpha: one value or several; every combination is a curve. mu (10) is for ``preconditioned``, p and
+    alpha are for rules with importances; ``tv`` comes once.
     lams: different strengths, tried in rising order; None searches for the largest within the bound.
     target_retain_loss, max_retain_rise, max_retain_increase, retain_floor: the bound; give at most one. The largest
     retain loss in nats, or in nats or percent above that at lam 0, or the smallest retain ``metric``.
@@ -129,7 +133,9 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
     opened = OpenedSweep.open(request, progress, today())
     begun = Begun(request, opened.identity(), now(), [], day=opened.day.isoformat())
     if request.out is None:
-        return score(opened, Record(begun, None))[0]
+        with TemporaryDirectory(prefix="perta-sweep-") as scratch:
+            record = Record(begun, None, Path(scratch))
+            return score(opened, record, Vectors(record.vectors, opened.mus()))[0]
     check_name(request.out)
     final = Path(os.path.realpath(request.out))
     inputs = opened.paths()
@@ -146,7 +152,7 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
             raise InputError(unfinished_advice(final))
         check_destination(request, final, inputs)
     target = OutputDirectory(final, overwrite=request.overwrite, inputs=inputs, resume=goes_on)
-    record = Record(begun, target)
+    record = Record(begun, target, target.path)
     with _kept_if_stopped(target, final), target:
         record.save()
         sweep = _score_and_write(opened, record, final)
@@ -166,9 +172,10 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
 def _score_and_write(opened: OpenedSweep, record: Record, final: Path) -> Sweep:
     """Score all settings, and write the checkpoint of the chosen one if it was asked for."""
     try:
-        sweep, importances = score(opened, record)
+        vectors = Vectors(record.vectors, opened.mus())
+        sweep, importances = score(opened, record, vectors)
         if opened.request.checkpoint is not None and sweep.has_choice:
-            write_best(opened, sweep, importances)
+            write_best(opened, sweep, importances, vectors)
     except (InputError, NotFiniteError) as error:
         if not any(setting.rule for setting in record.begun.rows):
             raise

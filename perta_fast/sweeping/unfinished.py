@@ -10,9 +10,9 @@ from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
-from perta_fast.rules import Rule
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.job import this_version
+from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
@@ -36,10 +36,9 @@ class Begun:
     gold: ScoredSetting | None = None
     day: str = ""
 
-    def find(self, rule: Rule) -> ScoredSetting | None:
+    def find(self, curve: Curve, lam: float) -> ScoredSetting | None:
         """What a setting has scored."""
-        key = (rule.name, rule.rescaling.p, rule.rescaling.alpha, rule.rescaling.lam)
-        return next((row for row in self.rows if (row.rule, row.p, row.alpha, row.lam) == key), None)
+        return next((row for row in self.rows if curve.has(row) and row.lam == lam), None)
 
 
 def load_begun(final: Path) -> Begun:
@@ -76,15 +75,21 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """What has been scored; kept in ``target``, if there is one."""
+    """What has been scored; kept in ``target``, if there is one. scratch: a directory for what is not kept, if not."""
 
     begun: Begun
     target: OutputDirectory | None
+    scratch: Path
 
     @property
     def importances(self) -> Path | None:
         """Where importances estimated for the sweep are kept."""
         return None if self.target is None else self.target.path / STATE / "importance"
+
+    @property
+    def vectors(self) -> Path:
+        """Where each θ_f that is made for the sweep lies."""
+        return (self.scratch if self.target is None else self.target.path / STATE) / "tuned"
 
     def add(self, setting: ScoredSetting) -> ScoredSetting:
         """Keep one more setting; returns it."""

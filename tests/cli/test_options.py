@@ -26,7 +26,7 @@ OTHERWISE = {
     "importance": {"model", "dry_run", "quiet", "show_labels"},
     "tune": {"quiet", "show_labels"},
     "precondition": {"dry_run", "quiet", "show_labels"},
-    "sweep": {"rules", "ps", "alphas", "quiet", "show_labels"},
+    "sweep": {"rules", "mus", "ps", "alphas", "quiet", "show_labels"},
     "eval": {"model", "quiet", "show_labels"},
 }
 OTHER_DEFAULTS = {"eval": {"batch_size"}}  # 8 on the command line as for all commands, 16 in Python

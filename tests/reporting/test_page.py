@@ -91,7 +91,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     data = (*made.checkpoints, made.forget, made.retain)
     sweep(*data, rule="tv", lams=[1.0], out=folder / "tv", progress=False)
     sweep(
-        *data, folder / "kept" / "forget", folder / "kept" / "retain", lams=[1.0], out=folder / "fisher", progress=False
+        *data,
+        *(folder / "kept" / role for role in ("forget", "retain")),
+        rule="fisher",
+        lams=[1.0],
+        out=folder / "fisher",
+        progress=False,
     )
     hashes = {role: {"blake3": data["blake3"]} for role, data in Report.load(folder / "out").data.items()}
     secret = {"0": {"ground_truth": "a secret", "generation": "another secret"}}

@@ -86,7 +86,8 @@ class Measured:
 
 WAYS: dict[str, dict[str, Any]] = {
     "tv": {"rule": "tv"},
-    "fisher": {"max_retain_rise": 0.02},
+    "preconditioned": {"rule": "preconditioned", "mu": 2.0},
+    "fisher": {"rule": "fisher", "max_retain_rise": 0.02},
     "at model": {"rule": "empirical-fisher", "at": "model", "alpha": 4.0},
     "embeddings left": {"rule": "grad", "leave": "embeddings"},
     "hard mask": {"rule": "grad", "p": 0.5, "threshold": 0.3, "dtype": torch.float32},

@@ -50,7 +50,7 @@ def run(job: Job, *importances: Path, **chosen: Any) -> Sweep:
 def test_every_combination_once() -> None:
     found = curves_of(["grad", "tv", "empirical-fisher"], [None, 0.5], [1.0, 2.0], 0.25)
     combined = [(p, alpha, 0.25) for p in (1.0, 0.5) for alpha in (1.0, 2.0)]
-    assert [(rule.name, *astuple(rule.rescaling)) for rule in found] == [
+    assert [(curve.name, *astuple(curve.rule.rescaling)) for curve in found] == [
         *(("grad", 0.0, *each) for each in combined),
         ("tv", 0.0, 1.0, 1.0, None),
         *(("empirical-fisher", 0.0, *each) for each in combined),
@@ -357,7 +357,7 @@ def test_the_checkpoint_of_what_is_chosen(handed: bool, job: Job, tmp_path: Path
     report = Report.load(tmp_path / "chosen")
     assert report.data == found.data
     made_by = {"sweep": str(tmp_path / "out"), "sweep_started": found.started, "select": "closest"}
-    assert report.settings == found.settings | made_by
+    assert report.settings == found.settings | made_by | {"at": "base"}
     assert (report.settings["lams"], report.settings["alphas"]) == ([2.0, 8.0], [0.5, 2.0])
     assert (report.settings["threshold"], report.settings["overwrite"]) == (None, False)
     context = AutoConfig.from_pretrained(job.model).max_position_embeddings

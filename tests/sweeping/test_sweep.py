@@ -215,7 +215,8 @@ def test_cuda(text_jobs: Jobs) -> None:
 
 def test_the_importance_is_taken_at_an_unchanged_model(job: Job, tmp_path: Path) -> None:
     made = importances(job, tmp_path, "fisher", "model")
-    given_, estimated = run(job, *made, lams=[2]), run(job, lams=[2], at="model", batch_size=1)
+    fisher: dict[str, Any] = {"rule": "fisher", "lams": [2]}
+    given_, estimated = run(job, *made, **fisher), run(job, **fisher, at="model", batch_size=1)
     for role in TEXTS:
         assert given_.importance["grad"][role] == estimated.importance["grad"][role]
     assert [row.changed for row in given_.rows] == [row.changed for row in estimated.rows]
@@ -317,7 +318,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
     del tensors
     gc.collect()
     before = tensor_bytes()
-    run(job, lams=[2])
+    run(job, rule="fisher", lams=[2])
     assert len(alive) == 3  # to score lambda 0, to estimate, to score the rest
     assert len(held) == 2 * 2
     assert all(count * 2 <= each < count * 2 * 1.2 for each in held[:2])  # bfloat16, and the model's buffers
@@ -330,7 +331,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
 def test_what_is_written(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    found = run(job, max_retain_increase=5.0, out=tmp_path / "out")
+    found = run(job, rule="fisher", max_retain_increase=5.0, out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.json"]
     assert found.notes == ["sweep.png was not drawn: matplotlib is not installed."]
@@ -438,11 +439,12 @@ def bad_inputs(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"lams": [1], "batch_size": 0}, "batch_size is 0"),
         ({"lams": [1], "device": "tpu9"}, "device 'tpu9'"),
         ({"lams": [1], "max_length": 1}, r"forget\.jsonl, line 1: has no token"),
-        ({"lams": [1], "forget_importance": "made"}, "rule fisher needs retain_importance"),
-        ({"lams": [1], "retain_importance": "made"}, "rule fisher needs forget_importance"),
+        ({"lams": [1], "rule": "fisher", "forget_importance": "made"}, "rule fisher needs retain_importance"),
+        ({"lams": [1], "rule": "fisher", "retain_importance": "made"}, "rule fisher needs forget_importance"),
         ({"lams": [1], "rule": "tv", "forget_importance": "made"}, "rule tv takes no importance"),
+        ({"lams": [1], "forget_importance": "made"}, "rule preconditioned, which is the default, takes no importance"),
         (
-            {"lams": [1], "forget_importance": ["made"] * 2, "retain_importance": ["made"] * 2},
+            {"lams": [1], "rule": "fisher", "forget_importance": ["made"] * 2, "retain_importance": ["made"] * 2},
             "made: another importance of estimator grad was given already",
         ),
         (
@@ -475,7 +477,7 @@ def test_experts_that_transformers_joins(text_jobs: Jobs, tmp_path: Path) -> Non
     job = Job(*paths, data.forget, data.retain)
     made = importances(job, tmp_path, "fisher")
     apply(*paths, *made, lam=3, out=tmp_path / "out", progress=False)
-    found = run(job, *made, lams=[3, 2])
+    found = run(job, *made, rule="fisher", lams=[3, 2])
     assert losses(found.rows[0]) == pytest.approx(scores(job.model, F32), rel=1e-6)
     assert losses(found.rows[-1]) == pytest.approx(scores(tmp_path / "out", F32), rel=1e-6)
     assert found.rows[-1].changed == share_changed(tmp_path / "out", job.model)
@@ -503,7 +505,7 @@ def arguments_of(job: Job, *more: object) -> list[str]:
     return [str(each) for each in ["sweep", *paths, *more]]
 
 
-@pytest.mark.parametrize("way", ["unlearn", "apply", "tv"])
+@pytest.mark.parametrize("way", ["unlearn", "apply", "tv", "preconditioned"])
 def test_the_command_that_is_printed_makes_what_was_scored(
     way: str, text_jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,6 +516,8 @@ def test_the_command_that_is_printed_makes_what_was_scored(
     elif way == "apply":
         forget, retain = importances(job, tmp_path, "grad")
         more += ["--forget-importance", forget, "--retain-importance", retain, "--threshold", 0.3]
+    elif way == "preconditioned":
+        more[-4:] = ["--mus", "3,30", "--dtype", "float32"]
     else:
         more[-4:] = ["--rule", "tv", "--dtype", "float32"]
     assert cli.main(arguments_of(job, *more, "--out", tmp_path / "figures")) == 0
@@ -521,7 +525,7 @@ def test_the_command_that_is_printed_makes_what_was_scored(
     command = next(line for line in printed if line.startswith("perta "))
     assert printed[-1] == f"written to {tmp_path / 'figures'}"
     program, *arguments = shlex.split(command)
-    assert (program, arguments[0]) == ("perta", "unlearn" if way == "unlearn" else "apply")
+    assert (program, arguments[0]) == ("perta", "unlearn" if way in ("unlearn", "preconditioned") else "apply")
     assert arguments[-1] == "DIR"
     assert cli.main([*arguments[:-1], str(tmp_path / "out"), "--quiet"]) == 0
     content = json.loads((tmp_path / "figures" / "sweep.json").read_text())
@@ -548,6 +552,7 @@ def test_the_table(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--retain-floor", "1", "--target-retain-loss", "2"], "not allowed with argument --retain-floor"),
         (["--lams", "1", "--rule", "tv", "--rules", "tv,grad"], "not allowed with argument --rule"),
+        (["--lams", "1", "--mu", "1", "--mus", "1,2"], "not allowed with argument --mu"),
         (["--lams", "1", "--alphas", "1,x"], "argument --alphas: '1,x' is not a list of numbers"),
         (["--lams", "a,b"], "argument --lams: 'a,b' is not a list of numbers like 0.5,1,2"),
         (["--lams", ""], "argument --lams: '' is not a list of numbers"),
@@ -569,7 +574,7 @@ def test_arguments_that_cannot_be_read(
     ("more", "words"),
     [
         ([], "give lams, or a bound up to which to search"),
-        (["--lams", "1", "--rules", "tv,"], "rule is ''; it must be one of tv, grad"),
+        (["--lams", "1", "--rules", "tv,"], "rule is ''; it must be one of preconditioned, tv, grad"),
         (["--lams", "1,nan"], "lams has nan; each must be a finite number"),
         (["--lams", "1,2,1"], "lams has 1 twice"),
         (["--max-retain-increase=-5"], "max_retain_increase is -5.0"),

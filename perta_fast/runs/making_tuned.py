@@ -1,0 +1,212 @@
+"""A preconditioned θ_f, written to disk: the inputs seen, the task vector changed, the record made."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from perta_fast.checkpoints.adapters import Adapter, is_adapter
+from perta_fast.checkpoints.companions import TUNING
+from perta_fast.checkpoints.quantised import open_plain
+from perta_fast.data.chat import ChatSettings
+from perta_fast.data.forms import read_as
+from perta_fast.data.rows import Row
+from perta_fast.data.samples import Sample, row_count, truncated_count
+from perta_fast.errors import InputError
+from perta_fast.files.durable import remove
+from perta_fast.files.reading import exists
+from perta_fast.memory import PeakMemory, return_freed_blocks
+from perta_fast.models.loading import Subject, load_subject, samples_and_told
+from perta_fast.preconditioning.input_moments import PHASE, input_moments
+from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.preconditioning.solve import preconditioned
+from perta_fast.preconditioning.vectors import FullVector, LowRankVector, TaskVector
+from perta_fast.progress import Bar, Progress
+from perta_fast.records.report import DataRecord, Scalar, data_record
+from perta_fast.records.versions import installed_versions, now
+from perta_fast.runs.estimate import open_skeleton
+from perta_fast.streaming.forecast.choice import schedule_for
+from perta_fast.streaming.forecast.costs import Load
+from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
+from perta_fast.streaming.layer_vector import LayerVector
+from perta_fast.streaming.linear_inputs import layer_moments
+from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.schedule import Schedule
+from perta_fast.tuning.adapter import linear_maps, share_left_out
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a θ_f is preconditioned; see ``precondition``.
+
+    seen_at: the model whose inputs are seen. allow_zero: whether a task vector of zero is made into another one.
+    subtract: whether a result is made of it afterwards, by this many threads; a streamed run's estimate counts that.
+    """
+
+    base: Path
+    tuned: Path
+    seen_at: Path
+    retain: str | Path
+    batch_size: int
+    max_length: int | None
+    chat: ChatSettings
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    progress: Progress
+    stream: bool = False
+    allow_zero: bool = False
+    memory: int | None = None
+    device_memory: int | None = None
+    subtract: bool = False
+    threads: int = 1
+
+    def run(self, rows: Sequence[Row], digest: str, directories: Mapping[float, Path]) -> dict[float, Preconditioning]:
+        """Write θ_f and its record into the directory of each mu; one pass over the retain data serves all.
+
+        rows, digest: of the retain data. A streamed run takes one mu.
+        """
+        started, clock = now(), time.perf_counter()
+        written: dict[float, tuple[int, float]] = {}  # maps, and what is kept of the norm
+        with PeakMemory() as memory:
+            subject, skeleton = self._load()
+            samples, told = samples_and_told(subject, rows, self.max_length, self.chat, self.progress)
+            missed, origin = share_left_out(subject.module, adapted=False), subject.origin
+            device = subject.device if skeleton is None else skeleton.device
+            maps, adapted = self._maps(subject.module)
+            batch_size = self.batch_size
+            if skeleton is None:
+                moments = input_moments(subject.module, maps, samples, self.batch_size, self.progress)
+                names = list(maps)
+                del subject, maps  # theta_0 and theta_f may take its memory
+                for mu, directory in directories.items():
+                    written[mu] = self._make(names, adapted, device, moments, mu, directory)
+            else:
+                ((mu, directory),) = directories.items()
+                vector: TaskVector = adapted or LayerVector(
+                    list(maps), open_plain(self.base), open_plain(self.tuned), directory
+                )
+                batch_size = self._schedule(skeleton, samples, directory).batch_size
+                self._change_by_layer(vector, skeleton, maps, samples, batch_size, mu, directory / "scratch")
+                written[mu] = self._write(vector, directory)
+        settings: dict[str, Scalar | None] = {"batch_size": batch_size, "stream": self.stream}
+        settings |= {"max_length": self.max_length, "device": str(device)}
+        settings |= {"system_prompt": self.chat.system_prompt, "date": told.date}
+        data = data_record(self.retain, digest, row_count(samples), truncated_count(samples), read_as(list(rows)))
+        records = {}
+        for mu, (count, kept) in written.items():
+            records[mu] = Preconditioning(
+                base=str(self.base.resolve()),
+                tuned=str(self.tuned.resolve()),
+                seen_at=origin,
+                retain=data,
+                settings={"mu": mu, **settings},
+                linear_maps=count,
+                kept=kept,
+                warnings=_warnings(data, missed),
+                seconds=time.perf_counter() - clock,
+                memory=memory.as_dict(),
+                versions=installed_versions(),
+                started=started,
+                finished=now(),
+            )
+            records[mu].save(directories[mu])
+        return records
+
+    def _load(self) -> tuple[Subject, Skeleton | None]:
+        """The model whose inputs are seen, or its structure and what reads it layer by layer."""
+        widened = any(entry.dtype == "F16" for entry in open_plain(self.seen_at).tensors.values())
+        dtype = self.dtype or (torch.float32 if widened else None)  # inputs may overflow in float16
+        path = self.seen_at.resolve()
+        skeleton = open_skeleton(path, self.device, dtype) if self.stream else None
+        structure = None if skeleton is None else skeleton.model
+        return load_subject(path, self.device, dtype, structure=structure), skeleton
+
+    def _maps(self, module: nn.Module) -> tuple[dict[str, nn.Module], LowRankVector | None]:
+        """The linear maps whose task vector is changed, by name; and that of an adapter."""
+        maps = linear_maps(module, adapted=False)
+        if not maps:
+            raise InputError(f"{self.seen_at}: has no linear map whose inputs could be seen; take another rule")
+        if not is_adapter(self.tuned):
+            return maps, None
+        adapted = LowRankVector.of(Adapter.open(self.tuned, self.base), module, maps, self.base)
+        return {name: maps[name] for name in adapted.names}, adapted
+
+    def _make(
+        self,
+        names: Sequence[str],
+        adapted: LowRankVector | None,
+        device: torch.device,
+        moments: Mapping[str, Tensor],
+        mu: float,
+        directory: Path,
+    ) -> tuple[int, float]:
+        """Write θ_f of one mu; as ``_write``. What it holds is free afterwards."""
+        vector = FullVector(names, open_plain(self.base), self.tuned, device) if adapted is None else adapted.anew()
+        _change(vector, moments, mu)
+        return self._write(vector, directory)
+
+    def _schedule(self, skeleton: Skeleton, samples: Sequence[Sample], directory: Path) -> Schedule:
+        load = Load([[len(sample.input_ids) for sample in samples]], subtract=self.subtract)
+        low_rank = is_adapter(self.tuned)
+        if self.memory is not None:
+            return_freed_blocks()
+        return schedule_for(
+            PreconditioningEstimate(skeleton, load, skeleton.device, low_rank=low_rank, threads=self.threads),
+            self.batch_size,
+            directory,
+            self.memory,
+            self.device_memory,
+            skeleton.first_shard,
+            self.progress is True,
+        )
+
+    def _change_by_layer(
+        self,
+        vector: TaskVector,
+        skeleton: Skeleton,
+        maps: Mapping[str, nn.Module],
+        samples: Sequence[Sample],
+        batch_size: int,
+        mu: float,
+        scratch: Path,
+    ) -> None:
+        parts = len(skeleton.layers) + 1
+        with Bar(parts * len(samples), PHASE, self.progress, "step") as bar:
+            for moments in layer_moments(skeleton, maps, samples, batch_size, scratch, bar.update):
+                _change(vector, moments, mu)
+        remove(scratch)
+
+    def _write(self, vector: TaskVector, directory: Path) -> tuple[int, float]:
+        """Write θ_f; returns how many maps it has, and how much of the norm of the task vector is kept."""
+        if vector.norms.before == 0 and not self.allow_zero:
+            raise InputError(
+                f"{self.tuned}: its linear maps are those of {self.base}, so there is no task vector to precondition; "
+                "take another rule"
+            )
+        vector.write(directory)
+        (directory / TUNING).unlink(missing_ok=True)  # of a base that was tuned itself
+        if exists(self.tuned / TUNING):
+            shutil.copyfile(self.tuned / TUNING, directory / TUNING)
+        return len(vector.names), vector.norms.kept
+
+
+def _change(vector: TaskVector, moments: Mapping[str, Tensor], mu: float) -> None:
+    for name, moment in moments.items():
+        vector.change(name, partial(preconditioned, moment=moment, mu=mu))
+
+
+def _warnings(data: DataRecord, missed: float) -> list[str]:
+    texts = []
+    if data["truncated"]:
+        texts.append(f"{data['truncated']} of {data['samples']} retain samples were cut to the length limit")
+    if missed:
+        texts.append(
+            f"{missed:.0%} of the parameters lie in joined experts and the like, whose inputs cannot be seen; there "
+            "the task vector is left out"
+        )
+    return texts
