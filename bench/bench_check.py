@@ -2,8 +2,8 @@
 
 PERTA_BENCH_SMOL names a directory with ``base``, ``model`` and ``tuned``: SmolLM2-135M-Instruct, theta_full and
 theta_f, both really tuned, since the search for lambda goes on for long on models that are not. Without it nothing is
-measured. The run is the default one, with that search. One run gives both numbers: all its time, and its time without
-the check.
+measured. Two runs by the default rule: one that searches for lambda, and one that is given it. Each gives both numbers:
+all its time, and its time without the check.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from perta_fast.runs.check import PHASE
 SMOL, ROWS = os.environ.get("PERTA_BENCH_SMOL", ""), int(os.environ.get("PERTA_BENCH_ROWS", "400"))
 GROUP = "check of an unlearning"
 CONTENDERS = {"the run without its check": "limit", "the whole run": "ours"}
+STRENGTHS: dict[str, float | None] = {"lambda searched for": None, "lambda given": 4.0}
 
 
 def write_rows(path: Path, what: str) -> Path:
@@ -42,8 +43,15 @@ def write_rows(path: Path, what: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", params=STRENGTHS)
+def strength(request: Any) -> str:
+    """Whether lambda is searched for."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def outcomes(workspace: Path, rounds: int) -> Iterator[dict[str, Outcome]]:
+def outcomes(strength: str, workspace: Path, rounds: int) -> Iterator[dict[str, Outcome]]:
     """The outcomes by contender; a run needs no warming up."""
     if not SMOL:
         missing = Unavailable("PERTA_BENCH_SMOL names no directory with SmolLM2-135M-Instruct, tuned")
@@ -57,7 +65,9 @@ def outcomes(workspace: Path, rounds: int) -> Iterator[dict[str, Outcome]]:
     whole: list[Sample] = []
     for _ in range(rounds):
         started = time.perf_counter()
-        report = pf.unlearn(model, base, tuned, *data, out=folder / "out", overwrite=True, progress=False)
+        report = pf.unlearn(
+            model, base, tuned, *data, lam=STRENGTHS[strength], out=folder / "out", overwrite=True, progress=False
+        )
         seconds = time.perf_counter() - started
         whole.append(Sample(seconds))
         without.append(Sample(seconds - report.phases[PHASE]["seconds"]))
@@ -67,7 +77,7 @@ def outcomes(workspace: Path, rounds: int) -> Iterator[dict[str, Outcome]]:
 
 @replayed
 @pytest.mark.parametrize("contender", CONTENDERS)
-def bench_check(contender: str, outcomes: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
+def bench_check(contender: str, strength: str, outcomes: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
     """Report one contender; "time / ours" of the limit is 1 less the share of the check."""
-    group = f"{GROUP}, SmolLM2-135M, {ROWS} + {ROWS} rows"
+    group = f"{GROUP}, SmolLM2-135M, {ROWS} + {ROWS} rows, {strength}"
     board.append(replay(benchmark, outcomes[contender], group=group, contender=contender, role=CONTENDERS[contender]))

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from perta_fast.models.loading import Subject
 
-ROWS = 48  # of each data set that are measured before and after
-PROBED = 16  # of these, how many are measured with base and tuned
+ROWS = 24  # of each data set that are measured before and after
+PROBED = 8  # of these, how many are measured with base and tuned
 PHASE = "before and after"
 _BESIDE = ".check.perta-partial"  # in the output: the new report until it takes the place of the old one
 _STREAMED = "the run was streamed, as the model may not fit in memory"
