@@ -111,7 +111,7 @@ def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Liv
         original = record.add(live.measure_original(importances))
     opened.request.bounds(original)  # before the first gradient
     kept = opened.load_kept(record.importances)
-    if kept is None and opened.request.gradients_at == "model":
+    if kept is None and opened.request.at == "model":
         kept = opened.estimate(live.subject, record.importances)
     if kept is None or vectors.lacking():
         del live

@@ -94,16 +94,6 @@ class Request:
         """Whether settings have to keep a bound."""
         return any(getattr(self, name) is not None for name in _BOUNDS)
 
-    @property
-    def gradients_at(self) -> str:
-        """Where importances are estimated: ``base`` or ``model``."""
-        return self.at or "base"
-
-    @property
-    def inputs_at(self) -> str:
-        """Where rule ``preconditioned`` sees the inputs of linear maps: ``base`` or ``model``."""
-        return self.at or "model"
-
     def settings(self) -> dict[str, Any]:
         """All but the inputs, for the record of the sweep."""
         return {name: value for name, value in asdict(self).items() if name not in (*_PATHS, *_IMPORTANCES)}

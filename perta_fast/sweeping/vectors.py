@@ -8,6 +8,7 @@ import torch
 
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, vector_size
 from perta_fast.subtraction.inputs import Sources
@@ -52,7 +53,7 @@ class Vectors:
         making = Making(
             base=Path(request.base),
             tuned=Path(request.tuned),
-            seen_at=Path(request.model if request.inputs_at == "model" else request.base),
+            seen_at=Path(request.model if opened.place(PRECONDITIONED) == "model" else request.base),
             retain=request.retain,
             batch_size=request.batch_size,
             max_length=request.max_length,
