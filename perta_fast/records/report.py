@@ -70,6 +70,15 @@ def read_as_lines(data: Mapping[str, DataRecord]) -> list[str]:
     return [f"{role} data: {record['read_as']}" for role, record in data.items() if record.get("read_as")]
 
 
+def truncation_warnings(data: Mapping[str, DataRecord]) -> list[str]:
+    """A warning for each data set of which samples were cut."""
+    return [
+        f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
+        for role, record in data.items()
+        if record["truncated"]
+    ]
+
+
 class EstimationSettings(TypedDict):
     """How ``unlearn`` estimated the importances.
 

@@ -27,7 +27,7 @@ from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.preconditioning.solve import preconditioned
 from perta_fast.preconditioning.vectors import FullVector, LowRankVector, TaskVector
 from perta_fast.progress import Bar, Progress
-from perta_fast.records.report import DataRecord, Scalar, data_record
+from perta_fast.records.report import DataRecord, Scalar, data_record, truncation_warnings
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.runs.estimate import open_skeleton
 from perta_fast.streaming.forecast.choice import schedule_for
@@ -201,9 +201,7 @@ def _change(vector: TaskVector, moments: Mapping[str, Tensor], mu: float) -> Non
 
 
 def _warnings(data: DataRecord, missed: float) -> list[str]:
-    texts = []
-    if data["truncated"]:
-        texts.append(f"{data['truncated']} of {data['samples']} retain samples were cut to the length limit")
+    texts = truncation_warnings({"retain": data})
     if missed:
         texts.append(
             f"{missed:.0%} of the parameters lie in joined experts and the like, whose inputs cannot be seen; there "

@@ -22,7 +22,7 @@ from perta_fast.files.new_directory import check_output, check_unfinished, impor
 from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
-from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record
+from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record, truncation_warnings
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Place, Rule, check_mu, check_strength, resolved_at
@@ -305,9 +305,8 @@ class Loaded:
         )
         if self.search is not None:
             strength.annotate(report, self.choice, self.search.seconds)
-        for role, record in report.data.items():
-            if record["truncated"]:
-                report.warn(f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit")
+        for warning in truncation_warnings(report.data):
+            report.warn(warning)
         if self.checking is not None:
             self.checking.annotate(report)
 

@@ -9,7 +9,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.records.report import Report
+from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.precondition import given_files
@@ -54,6 +54,9 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
 
     def annotate(report: Report) -> None:
         report.data, report.settings, report.preconditioned = sweep.data, settings, described
+        warnings = truncation_warnings(sweep.data) + ([] if made is None else made.warnings)
+        for warning in dict.fromkeys(warnings):
+            report.warn(warning)
 
     by_role = {} if rule.estimator is None else importances[rule.estimator]
     directories = [by_role[role].directory if by_role else None for role in ("forget", "retain")]

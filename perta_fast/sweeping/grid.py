@@ -8,6 +8,8 @@ from perta_fast.errors import InputError
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Estimator, Rule, check_mu
 from perta_fast.scoring.setting import ScoredSetting
 
+_UNWEIGHED = {"tv", PRECONDITIONED}  # rules without p and alpha
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -63,7 +65,7 @@ def curves_of(
         check_mu(mu)
     curves: list[Curve] = []
     for name in rules:
-        if name in ("tv", PRECONDITIONED) and len(rules) > 1:  # p and alpha are for the others
+        if name in _UNWEIGHED and not set(rules) <= _UNWEIGHED:  # p and alpha are for the others
             several = [Rule.of_unlearn(name, 0.0)]
         else:
             several = [Rule.of_unlearn(name, 0.0, p, alpha, threshold) for p in ps for alpha in alphas]

@@ -11,7 +11,7 @@ from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.dtypes import torch_name
 from perta_fast.importance.prompts import different_dates
 from perta_fast.models.loading import length_limit
-from perta_fast.records.report import data_record, read_as_lines, scope_lines
+from perta_fast.records.report import data_record, read_as_lines, scope_lines, truncation_warnings
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.scoring.live_model import Importances, LiveModel
 from perta_fast.scoring.search import search
@@ -71,11 +71,7 @@ def score(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Sweep,
         versions=installed_versions(),
         notes=scope_lines(request.only, request.leave)
         + read_as_lines(data)
-        + [
-            f"warning: {entry['truncated']} of {entry['samples']} {role} samples were cut to the length limit"
-            for role, entry in data.items()
-            if entry["truncated"]
-        ]
+        + [f"warning: {warning}" for warning in truncation_warnings(data)]
         + live.notes()
         + _notes_on_prompts(importances, scored),
         started=begun.started,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
@@ -25,6 +25,7 @@ _PATHS = (*_MODELS, *_DATA, "out")
 _IMPORTANCES = ("forget_importance", "retain_importance")
 # The argument of ``sweep`` that has one value or several.
 _SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha", "mus": "mu"}
+_NUMBERS = ("ps", "alphas", "mus")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Request:
             values[name] = _listed(values[name])
         for name in _IMPORTANCES:
             values[name] = [_absolute(path) for path in _listed(values[name] or ())]
+        for name in _NUMBERS:
+            values[name] = [None if value is None else _number(_SEVERAL[name], value) for value in values[name]]
         if values["lams"] is not None:
             values["lams"] = [float(lam) for lam in values["lams"]]
         scope = Scope.of(values["only"], values["leave"])
@@ -168,6 +171,14 @@ class Request:
 def _listed(value: Any) -> list[Any]:
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return list(value) if several else [value]
+
+
+def _number(name: str, value: Any) -> float:
+    """Also of a number of NumPy's, which JSON cannot hold."""
+    try:
+        return float(value if isinstance(value, SupportsFloat) else "")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is {value!r}; it must be a number, or a list of numbers") from error
 
 
 def _absolute(path: str | Path) -> str:

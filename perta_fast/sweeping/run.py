@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -37,7 +36,7 @@ from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
 from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, load_begun
-from perta_fast.sweeping.vectors import Vectors
+from perta_fast.sweeping.vectors import Vectors, temporary_folder
 
 PathLike = str | Path
 
@@ -133,9 +132,7 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
     opened = OpenedSweep.open(request, progress, today())
     begun = Begun(request, opened.identity(), now(), [], day=opened.day.isoformat())
     if request.out is None:
-        with TemporaryDirectory(prefix="perta-sweep-") as scratch:
-            record = Record(begun, None, Path(scratch))
-            return score(opened, record, Vectors(record.vectors, opened.mus()))[0]
+        return _score_without_out(opened, begun)
     check_name(request.out)
     final = Path(os.path.realpath(request.out))
     inputs = opened.paths()
@@ -167,6 +164,14 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
             f"try other strengths, or allow more. What was scored is in {final}"
         )
     return sweep
+
+
+def _score_without_out(opened: OpenedSweep, begun: Begun) -> Sweep:
+    """Score all settings; what rule ``preconditioned`` makes lies where temporary files do."""
+    mus = opened.mus()
+    with temporary_folder() if mus else nullcontext("") as scratch:
+        record = Record(begun, None, Path(scratch))
+        return score(opened, record, Vectors(record.vectors, mus))[0]
 
 
 def _score_and_write(opened: OpenedSweep, record: Record, final: Path) -> Sweep:

@@ -1,12 +1,14 @@
 """The θ_f that rule ``preconditioned`` subtracts, one for each mu of a sweep: made in one pass, kept until its end."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from perta_fast.files.new_directory import OutputDirectory, check_space
+from perta_fast.errors import RunError, advice
+from perta_fast.files.durable import move, remove, sync_tree
+from perta_fast.files.new_directory import check_space
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.making_tuned import Making
@@ -42,14 +44,14 @@ class Vectors:
     def check_space(self, request: Request) -> None:
         """Raise RunError unless the disk holds those that are lacking."""
         if lacking := self.lacking():
-            check_space(self._folder, len(lacking) * vector_size(Path(request.base), Path(request.tuned)))
+            place = self._folder if request.out is None else Path(request.out)
+            check_space(place, len(lacking) * vector_size(Path(request.base), Path(request.tuned)))
 
     def make(self, opened: OpenedSweep) -> None:
         """Write those that are lacking. A model is loaded for it, and is free afterwards."""
-        lacking = self.lacking()
-        if not lacking:
+        if not self.lacking():
             return
-        request, data = opened.request, opened.data["retain"]
+        request = opened.request
         making = Making(
             base=Path(request.base),
             tuned=Path(request.tuned),
@@ -62,10 +64,40 @@ class Vectors:
             dtype=None if request.dtype is None else getattr(torch, request.dtype),
             progress=opened.progress,
         )
-        with ExitStack() as entered:
-            targets = {mu: entered.enter_context(OutputDirectory(self.of(mu), overwrite=True)) for mu in lacking}
-            making.run(data.rows, data.digest, {mu: target.path for mu, target in targets.items()})
-            if Scope.of(request.only, request.leave) != EVERYTHING:
-                check_scope(open_sources(request, tuned=targets[lacking[0]].path))
-            for target in targets.values():
-                target.commit()
+        try:
+            self._write(making, opened)
+        except OSError as error:
+            if request.out is not None:  # whose directory says how to go on
+                raise
+            raise _no_room(error) from error
+
+    def _write(self, making: Making, opened: OpenedSweep) -> None:
+        request, data = opened.request, opened.data["retain"]
+        beside = self._folder.with_name(f"{self._folder.name}.partial")
+        remove(beside)  # of a sweep that was killed
+        directories = {mu: beside / self.of(mu).name for mu in self.lacking()}
+        for directory in directories.values():
+            directory.mkdir(parents=True)
+        making.run(data.rows, data.digest, directories)
+        if Scope.of(request.only, request.leave) != EVERYTHING:
+            check_scope(open_sources(request, tuned=next(iter(directories.values()))))
+        sync_tree(beside)
+        self._folder.mkdir(exist_ok=True)
+        for mu, directory in directories.items():
+            move(directory, self.of(mu))
+        remove(beside)
+
+
+def temporary_folder() -> "TemporaryDirectory[str]":
+    """Where they lie in a sweep without ``out``. Raises RunError if there is no such place."""
+    try:
+        return TemporaryDirectory(prefix="perta-sweep-")
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> RunError:
+    return RunError(
+        f"the directory of temporary files cannot hold what rule {PRECONDITIONED} makes: {advice(error)}. Give out, "
+        "which takes its place, or set TMPDIR to another directory"
+    )

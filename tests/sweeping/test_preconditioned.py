@@ -1,11 +1,15 @@
 """Rule ``preconditioned`` in a sweep: every mu is a curve of its own, scored as what ``unlearn`` writes for it."""
 
+import errno
+import os
 import tempfile
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,6 +171,39 @@ def test_a_failure_while_it_is_made_keeps_what_was_scored(
     assert [each.mu for each in found.rows] == [None, 1, 2]
 
 
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_disk_is_full_while_it_is_made(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(making_tuned.Making, "_write", full_disk)
+        with pytest.raises(RunError, match=rf"^{out}: could not be written: .* finish it with: perta resume {out}$"):
+            run(job, lams=[1], out=out)
+    assert [row.rule for row in resume(out, progress=False).rows] == ["", "preconditioned"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_no_room_for_temporary_files(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    reason = "temporary files cannot hold what rule preconditioned makes: .* Give out, .* or set TMPDIR"
+    with monkeypatch.context() as patched, pytest.raises(RunError, match=reason):
+        patched.setattr(making_tuned.Making, "_write", full_disk)
+        run(job, lams=[1])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    with pytest.raises(RunError, match=reason):
+        run(job, lams=[1])
+    assert len(run(job, rule="tv", lams=[1]).rows) == 2  # which makes nothing
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float32, Fraction, torch.tensor])
+def test_numbers_of_other_kinds(number: Any, job: Job, tmp_path: Path) -> None:
+    found = run(job, rule=["preconditioned", "grad"], mu=number(3), alpha=number(2), lams=[1], out=tmp_path / "out")
+    assert [(row.mu, row.alpha) for row in found.rows] == [(None, 1.0), (3.0, 1.0), (None, 2.0)]
+
+
 def test_the_disk_is_too_small(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeping_vectors, "vector_size", lambda *_: 1 << 60)
     with pytest.raises(RunError, match=r"needs .* GB of disk space, .* nothing was written"):
@@ -211,7 +248,12 @@ def test_an_adapter_as_tuned(text_jobs: Jobs, tmp_path: Path) -> None:  # noqa: 
     [
         ({"rule": "fisher", "mu": 1}, "mu is for rule preconditioned; leave it out, or take that rule"),
         ({"rule": ["tv", "grad"], "mu": [1, 2]}, "mu is for rule preconditioned"),
-        ({"mu": -1}, "mu is -1; it must be a number from 0 to 10000"),
+        ({"mu": -1}, r"mu is -1\.0; it must be a number from 0 to 10000"),
+        ({"mu": "3"}, "mu is '3'; it must be a number, or a list of numbers"),
+        ({"mu": np.array([1.0, 2.0])}, "mu is array"),
+        ({"mu": torch.tensor([1.0, 2.0])}, "mu is tensor"),
+        ({"rule": ["preconditioned", "tv"], "alpha": [1, 2]}, "rule preconditioned, .* has no weights"),
+        ({"rule": ["tv", "preconditioned"], "threshold": 0.5}, "rule tv has no weights"),
         ({"mu": [1, float("nan")]}, "mu is nan"),
         ({"mu": []}, "mu is empty"),
         ({"mu": [1, 1.0]}, "rule preconditioned with mu 1 and rule preconditioned with mu 1 are the same"),
@@ -253,5 +295,8 @@ def test_what_is_cut_is_said_once(tmp_path: Path) -> None:
     write_lines(job.retain, [{"text": "Rivers run to the sea. " * 40}])
     write_lines(job.forget, [{"text": "A door."}])
     found = run(job, rule=["preconditioned", "tv"], mu=[1, 2], lams=[1], max_length=8)
-    cut = "warning: 1 of 1 retain samples were cut to the length limit"
-    assert found.notes.count(cut) == 1
+    cut = "1 of 1 retain samples were cut to the length limit"
+    assert found.notes.count(f"warning: {cut}") == 1
+    how: dict[str, Any] = {"max_length": 8, "target_retain_loss": 1000, "lams": [-9, 9]}  # one of them forgets
+    run(job, mu=1, **how, out=tmp_path / "out", checkpoint=tmp_path / "chosen")
+    assert Report.load(tmp_path / "chosen").warnings == [cut]
