@@ -297,6 +297,6 @@ def test_what_is_cut_is_said_once(tmp_path: Path) -> None:
     found = run(job, rule=["preconditioned", "tv"], mu=[1, 2], lams=[1], max_length=8)
     cut = "1 of 1 retain samples were cut to the length limit"
     assert found.notes.count(f"warning: {cut}") == 1
-    how: dict[str, Any] = {"max_length": 8, "target_retain_loss": 1000, "lams": [-9, 9]}  # one of them forgets
-    run(job, mu=1, **how, out=tmp_path / "out", checkpoint=tmp_path / "chosen")
+    closest: dict[str, Any] = {"select": "closest", "gold": job.base, "lams": [-30, -3, 3, 30, 100]}
+    run(job, mu=0, max_length=8, **closest, out=tmp_path / "out", checkpoint=tmp_path / "chosen")
     assert Report.load(tmp_path / "chosen").warnings == [cut]
