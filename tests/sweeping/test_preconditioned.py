@@ -299,4 +299,4 @@ def test_what_is_cut_is_said_once(tmp_path: Path) -> None:
     assert found.notes.count(f"warning: {cut}") == 1
     closest: dict[str, Any] = {"select": "closest", "gold": job.base, "lams": [-30, -3, 3, 30, 100]}
     run(job, mu=0, max_length=8, **closest, out=tmp_path / "out", checkpoint=tmp_path / "chosen")
-    assert Report.load(tmp_path / "chosen").warnings == [cut]
+    assert Report.load(tmp_path / "chosen").warnings.count(cut) == 1
