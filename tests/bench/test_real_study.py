@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.study.real import run, sentences, settings, sources
 from bench.study.real.afterwards import right_choices, strength_at
 from bench.study.real.compute import mean_loss
-from bench.study.real.curves import Point, crossing, walked
+from bench.study.real.curves import Point, crossing, most_forgotten, walked
 from bench.study.real.data import Rows
 from bench.study.real.directions import Subtraction, set_, task_vector
 from bench.study.real.importances import Weighing, drawn, weights_by_name
@@ -184,6 +184,17 @@ def test_a_curve_that_never_reaches_a_limit_or_breaks_ends() -> None:
     assert flat[-1].strength == 64 and crossing(flat, 0.05) is None
     broken = walked(lambda strength: Point(strength, 0.0, 0.0, 1.0 if strength < 1 else math.nan), (0.05,), 64.0)
     assert broken[-1].strength == 1 and crossing(broken, 0.05) is None
+
+
+def test_a_training_counts_where_most_is_forgotten_within_the_limit() -> None:
+    """Its retain loss may fall again, and its last point may be broken."""
+    retain = [1.0, 1.4, 1.2, 1.05, 1.3, math.nan]
+    points = [Point(step, forget=float(step), reworded=2.0 * step, retain=at) for step, at in enumerate(retain)]
+    for limit, expected in ((0.05, 3.0), (0.1, 3.2), (0.15, 3.4), (1.0, 4.0)):
+        best = most_forgotten(points, limit)
+        assert (best.forget, best.reworded) == pytest.approx((expected, 2 * expected))
+        assert best.retain <= 1 + limit + 1e-9
+    assert most_forgotten(points[:2], 0.1).forget == pytest.approx(0.25)
 
 
 def test_a_direction_is_the_weighed_task_vector_of_its_part(finished: Path) -> None:

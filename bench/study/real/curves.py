@@ -98,12 +98,29 @@ def crossing(points: Sequence[Point], limit: float) -> Point | None:
     start = points[0]
     for before, after in pairwise(points):
         if before.at_most(limit, start) and not after.at_most(limit, start):
-            if math.isnan(after.retain):
-                return None
-            share = (start.retain + limit - before.retain) / (after.retain - before.retain)
-            values = zip(asdict(before).values(), asdict(after).values(), strict=True)
-            return Point(*(low + share * (high - low) for low, high in values))
+            return None if math.isnan(after.retain) else _between(before, after, start.retain + limit)
     return None
+
+
+def most_forgotten(points: Sequence[Point], limit: float) -> Point:
+    """The point with the largest forget loss of those where the retain loss has risen by at most ``limit``.
+
+    Points of a training, whose retain loss may rise and fall again; also those between two, where it is at the limit.
+    """
+    start = points[0]
+    kept = [point for point in points if point.at_most(limit, start)]
+    for before, after in pairwise(points):
+        apart = before.at_most(limit, start) != after.at_most(limit, start)
+        if apart and math.isfinite(before.retain + after.retain):
+            kept.append(_between(before, after, start.retain + limit))
+    return max(kept, key=lambda point: point.forget)
+
+
+def _between(before: Point, after: Point, retain: float) -> Point:
+    """Where the retain loss is ``retain``, by a straight line."""
+    share = (retain - before.retain) / (after.retain - before.retain)
+    values = zip(asdict(before).values(), asdict(after).values(), strict=True)
+    return Point(*(low + share * (high - low) for low, high in values))
 
 
 def write_points(folder: Path, points: Sequence[Point]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.study.real.closed_form import agreeing, kfade
 from bench.study.real.compute import Direction, fast_products, sample_losses
-from bench.study.real.curves import Measure, Point, crossing, read_points, write_points
+from bench.study.real.curves import Measure, Point, most_forgotten, read_points, write_points
 from bench.study.real.data import spread
 from bench.study.real.directions import task_vector
 from bench.study.real.models import FULL_TUNING, LORA, Models, load_model
@@ -147,9 +147,6 @@ def rates(models: Models, method: str) -> Sequence[float]:
 
 
 def best_trained(models: Models, method: str, limit: float) -> Point:
-    """Where the retain loss has risen by ``limit``, at the rate at which most is forgotten then.
-
-    Where a rate does not get there, its last point counts.
-    """
+    """Where most is forgotten while the retain loss has risen by at most ``limit``: the best rate and step."""
     curves = [trained(models, method, rate) for rate in rates(models, method)]
-    return max((crossing(points, limit) or points[-1] for points in curves), key=lambda point: point.forget)
+    return max((most_forgotten(points, limit) for points in curves), key=lambda point: point.forget)
