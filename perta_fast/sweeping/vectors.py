@@ -13,7 +13,6 @@ from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, vector_size
-from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.scope import EVERYTHING, Scope
 from perta_fast.sweeping.opened import OpenedSweep, open_sources
 from perta_fast.sweeping.request import Request
@@ -36,10 +35,6 @@ class Vectors:
     def record(self, mu: float) -> Preconditioning:
         """What was written down of one."""
         return Preconditioning.read(self.of(mu))
-
-    def sources(self, request: Request, mu: float) -> Sources:
-        """The checkpoints of the sweep with one in the place of its θ_f."""
-        return open_sources(request, tuned=self.of(mu))
 
     def check_space(self, request: Request) -> None:
         """Raise RunError unless the disk holds those that are lacking."""
