@@ -216,7 +216,6 @@ MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)
 DEVICE = Option("device", "cpu or cuda (cuda if there is one)", metavar="D")
 DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
-# What the estimate of a streamed run depends on.
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
 QUIET = flag("quiet", "no progress bar, no summary")
 OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET)

@@ -8,7 +8,6 @@ from typing import Any
 from perta_fast.errors import InputError
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import check_output, check_unfinished
-from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
@@ -45,7 +44,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
     settings = sweep.settings | {"sweep": request.out, "sweep_started": sweep.started, "select": sweep.select}
     settings |= {"at": opened.place(curve.name)}
     made = None if curve.mu is None else vectors.record(curve.mu)
-    if _is_written(destination, rule, made, settings):
+    if _is_written(destination, rule, curve.mu, settings):
         return
     described = None
     if made is not None:
@@ -71,11 +70,11 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
     )
 
 
-def _is_written(destination: Path, rule: Rule, made: Preconditioning | None, settings: dict[str, Any]) -> bool:
+def _is_written(destination: Path, rule: Rule, mu: float | None, settings: dict[str, Any]) -> bool:
     try:
         report = Report.load(destination)
-        mu = None if report.preconditioned is None else report.preconditioned.mu
-        asked = None if made is None else made.in_report().mu
-        return report.chosen_rule() == rule and mu == asked and report.settings == settings
+        made = report.preconditioned
+        written = report.chosen_rule(), None if made is None else made.mu, report.settings
+        return written == (rule, mu, settings)
     except InputError:
         return False

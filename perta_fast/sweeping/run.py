@@ -149,10 +149,11 @@ def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
             raise InputError(unfinished_advice(final))
         check_destination(request, final, inputs)
     target = OutputDirectory(final, overwrite=request.overwrite, inputs=inputs, resume=goes_on)
-    record = Record(begun, target, target.path)
+    record = Record(begun, target)
+    vectors = Vectors(target.path / STATE / "tuned", opened.mus())
     with _kept_if_stopped(target, final), target:
         record.save()
-        sweep = _score_and_write(opened, record, final)
+        sweep = _score_and_write(opened, record, vectors, final)
         if not draw(sweep, target.path / PLOT_NAME):
             sweep.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
         sweep.save(target.path)
@@ -170,14 +171,12 @@ def _score_without_out(opened: OpenedSweep, begun: Begun) -> Sweep:
     """Score all settings; what rule ``preconditioned`` makes lies where temporary files do."""
     mus = opened.mus()
     with temporary_folder() if mus else nullcontext("") as scratch:
-        record = Record(begun, None, Path(scratch))
-        return score(opened, record, Vectors(record.vectors, mus))[0]
+        return score(opened, Record(begun, None), Vectors(Path(scratch) / "tuned", mus))[0]
 
 
-def _score_and_write(opened: OpenedSweep, record: Record, final: Path) -> Sweep:
+def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, final: Path) -> Sweep:
     """Score all settings, and write the checkpoint of the chosen one if it was asked for."""
     try:
-        vectors = Vectors(record.vectors, opened.mus())
         sweep, importances = score(opened, record, vectors)
         if opened.request.checkpoint is not None and sweep.has_choice:
             write_best(opened, sweep, importances, vectors)

@@ -75,21 +75,15 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """What has been scored; kept in ``target``, if there is one. scratch: a directory for what is not kept, if not."""
+    """What has been scored; kept in ``target``, if there is one."""
 
     begun: Begun
     target: OutputDirectory | None
-    scratch: Path
 
     @property
     def importances(self) -> Path | None:
         """Where importances estimated for the sweep are kept."""
         return None if self.target is None else self.target.path / STATE / "importance"
-
-    @property
-    def vectors(self) -> Path:
-        """Where each θ_f that is made for the sweep lies."""
-        return (self.scratch if self.target is None else self.target.path / STATE) / "tuned"
 
     def add(self, setting: ScoredSetting) -> ScoredSetting:
         """Keep one more setting; returns it."""

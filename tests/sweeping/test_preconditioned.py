@@ -113,7 +113,7 @@ def test_the_checkpoint_of_what_is_chosen(job: Job, tmp_path: Path) -> None:
 
 
 def test_the_report_of_the_checkpoint(job: Job, tmp_path: Path) -> None:
-    """It says of the θ_f what that of ``unlearn`` says, and of tensors of base that none was needed for the rest."""
+    """It says of θ_f and of the inputs what the report of ``unlearn`` says."""
     run(job, mu=7, lams=[2], target_retain_loss=1000, out=tmp_path / "out", checkpoint=tmp_path / "chosen")
     alone = unlearn(
         *job.checkpoints, job.forget, job.retain, mu=7, lam=2, out=tmp_path / "alone", check=False, progress=False
@@ -158,7 +158,7 @@ def test_what_was_made_is_not_made_again(
 def test_a_failure_while_it_is_made_keeps_what_was_scored(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the second θ_f no directory is complete, and a later run makes both."""
+    """A later run makes every θ_f."""
 
     def fail(*_: Any) -> None:
         raise RunError("a failure")
