@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.study.real import run, sentences, settings, sources
 from bench.study.real.afterwards import right_choices, strength_at
 from bench.study.real.compute import mean_loss
-from bench.study.real.curves import Point, crossing, most_forgotten, walked
+from bench.study.real.curves import Measure, Point, crossing, most_forgotten, walked
 from bench.study.real.data import Rows
 from bench.study.real.directions import Subtraction, set_, task_vector
 from bench.study.real.importances import Weighing, drawn, weights_by_name
@@ -21,6 +21,7 @@ from bench.study.real.kept import keep, take_up
 from bench.study.real.methods import final_methods, main_methods
 from bench.study.real.models import Models, load_model
 from bench.study.real.parts import limited, shape_of
+from bench.study.real.rivals import rates, trained, trained_model, training_to
 from bench.study.real.sentences import forget_words
 from bench.study.real.settings import Settings
 from bench.study.real.sources import Source
@@ -133,6 +134,20 @@ def test_the_strength_where_as_much_is_forgotten_as_by_gold() -> None:
     assert strength_at(points, 1.5) == pytest.approx(2.0)
     assert strength_at(points, 0.5) == pytest.approx(1.0)
     assert strength_at(points, 9.0) == 3.0  # which it never reaches
+
+
+def test_a_trained_model_is_the_one_that_was_measured(finished: Path) -> None:
+    models = models_of(finished)
+    points = {rate: trained(models, "NPO", rate) for rate in rates(models, "NPO")}
+    for forget in (0.0, points[rates(models, "NPO")[0]][-1].forget, 99.0):
+        rate, step = training_to(models, "NPO", forget)
+        point = Measure(models)(trained_model(models, "NPO", rate, step), step)
+        assert point in points[rate]
+        reached = [each for some in points.values() for each in some if each.forget >= forget]
+        if reached:
+            assert point.forget >= forget and point.retain == min(each.retain for each in reached)
+        else:
+            assert point.forget == max(each.forget for some in points.values() for each in some)
 
 
 def models_of(folder: Path) -> Models:

@@ -15,7 +15,7 @@ from bench.study.real.data import Choice, spread
 from bench.study.real.directions import Method, set_
 from bench.study.real.methods import final_methods
 from bench.study.real.models import Models, load_model
-from bench.study.real.rivals import KFade, Sage
+from bench.study.real.rivals import KFade, Sage, trained_model, training, training_to
 from bench.study.real.sentences import general_texts, other_sentences
 from bench.study.store import read_json, write_json
 from perta_fast.data.samples import Sample
@@ -23,12 +23,13 @@ from perta_fast.models.relearning import relearn_
 from perta_fast.models.rounding import rounded_
 
 _FILE = "after.json"
+TRAINED = ("gradient difference", "NPO")  # those of the methods that train which forget as much as gold
 Numbers = Mapping[str, float]
 
 
 def after_names() -> list[str]:
     """What is asked what is left."""
-    return ["θ_0", "θ_full", "gold", *(method.name for method in _methods())]
+    return ["θ_0", "θ_full", "gold", *(method.name for method in _methods()), *TRAINED]
 
 
 def _methods() -> list[Method]:
@@ -40,28 +41,39 @@ def after_of(models: Models, name: str) -> Numbers:
 
     Losses in nats; choices as the share that is right.
     """
-    paths = {"θ_0": models.base, "θ_full": models.full, "gold": models.gold}
     settings = models.settings
-    made_of: dict[str, Any] = {"rows": models.rows.digest, "scored": settings.scored}
+    of_model, model = _asked(models, name)
+    made_of: dict[str, Any] = {"rows": models.rows.digest, "scored": settings.scored, **of_model}
     made_of |= {"relearned": list(settings.relearned), "relearning_rate": settings.relearning_rate}
-    method = next((method for method in _methods() if method.name == name), None)
-    if method is None:
-        made_of["model"] = models.store.relative(paths[name](make=False))
-    else:
-        made_of |= {"full": models.store.relative(models.full(make=False)), **method.made_of(models)}
-        made_of["strength"] = strength_at(curve(models, method), landmarks(models)["gold"].forget)
 
     def make(folder: Path) -> None:
-        if method is None:
-            module = load_model(paths[name]())
-        else:
-            module = load_model(models.full())
-            theta = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
-            set_(module, theta, method.direction(models), made_of["strength"])
-        write_json(folder / _FILE, measured(models, module))
+        write_json(folder / _FILE, measured(models, model()))
 
     numbers: Numbers = read_json(models.store.piece(f"{models.folder}/after/{name}", made_of, make) / _FILE)
     return numbers
+
+
+def _asked(models: Models, name: str) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """What the model that ``name`` stands for depends on, and what makes it."""
+    relative = models.store.relative
+    paths = {"θ_0": models.base, "θ_full": models.full, "gold": models.gold}
+    if name in paths:
+        return {"model": relative(paths[name](make=False))}, lambda: load_model(paths[name]())
+    forget = landmarks(models)["gold"].forget
+    full = {"full": relative(models.full(make=False))}
+    if name in TRAINED:
+        rate, step = training_to(models, name, forget)
+        return full | training(models, rate) | {"step": step}, lambda: trained_model(models, name, rate, step)
+    method = next(method for method in _methods() if method.name == name)
+    strength = strength_at(curve(models, method), forget)
+
+    def subtracted() -> Any:
+        module = load_model(models.full())
+        theta = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+        set_(module, theta, method.direction(models), strength)
+        return module
+
+    return full | method.made_of(models) | {"strength": strength}, subtracted
 
 
 def strength_at(points: Sequence[Point], forget: float) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bench.study.real.directions import Subtraction
 from bench.study.real.importances import Weighing
-from bench.study.real.models import FULL_TUNING, LORA
-from bench.study.real.parts import EVERYTHING, LINEAR, PARTS, SPLIT_EMBEDDING
+from bench.study.real.models import FULL_TUNING, ITSELF, LORA
+from bench.study.real.parts import EVERYTHING, LINEAR, ONLY_FORGET, PARTS, SPLIT_EMBEDDING
 
 ALPHAS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
 _TV = Weighing()
@@ -34,9 +34,10 @@ def main_methods() -> list[Subtraction]:
     return [_named(weighing) for weighing in rules] + [_named(weighing, LINEAR) for weighing in linear]
 
 
-def lora_methods() -> list[Subtraction]:
-    """The same with a LoRA theta_f, which changes linear layers alone."""
-    return [_named(weighing, tuned=LORA) for weighing in (_TV, *map(_fisher, (1.0, 16.0, 64.0)))]
+def other_tuned_methods() -> list[Subtraction]:
+    """With a LoRA theta_f, which changes linear layers alone; and without a theta_f, theta_full in its place."""
+    lora = [_named(weighing, tuned=LORA) for weighing in (_TV, *map(_fisher, (1.0, 16.0, 64.0)))]
+    return lora + [_named(weighing, tuned=ITSELF) for weighing in (_TV, *map(_fisher, (1.0, 16.0)))]
 
 
 def alpha_method(alpha: float, part: str) -> Subtraction:
@@ -51,7 +52,8 @@ def alpha_methods() -> list[Subtraction]:
 
 def final_methods() -> list[Subtraction]:
     """Those that are asked what is left."""
-    return [_named(weighing, part) for part in (EVERYTHING, LINEAR) for weighing in (_TV, _fisher(16.0))]
+    parts = (EVERYTHING, LINEAR, ONLY_FORGET)
+    return [_named(weighing, part) for part in parts for weighing in (_TV, _fisher(16.0))]
 
 
 def part_methods(untied: bool) -> list[Subtraction]:

@@ -22,7 +22,7 @@ from perta_fast.data.rows import rows_from
 from perta_fast.data.samples import Sample, encode
 from perta_fast.models.loading import choose_device
 
-FULL_TUNING, LORA = "full tuning", "LoRA"  # kinds of theta_f
+FULL_TUNING, LORA, ITSELF = "full tuning", "LoRA", "θ_full as"  # kinds of theta_f
 _LINEAR = "all-linear"
 load_tokenizer = cache(small.load_tokenizer)
 
@@ -76,7 +76,9 @@ class Models:
         return self._tuned("gold", self.rows.retain, self.settings.epochs, make=make)
 
     def tuned(self, kind: str = FULL_TUNING, draw: int = 0, make: bool = True) -> Path:
-        """theta_f: tuned on the forget rows alone. draw: another order of the rows."""
+        """theta_f: tuned on the forget rows alone, or theta_full in its place. draw: another order of the rows."""
+        if kind == ITSELF:
+            return self.full(make)
         name = f"tuned by {kind}" + (f" {draw}" if draw else "")
         epochs = self.settings.lora_epochs if kind == LORA else self.settings.tuned_epochs
         return self._tuned(name, self.rows.forget, epochs, lora=kind == LORA, draw=draw, make=make)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from bench.study.real.compute import Direction, fast_products, sample_losses
 from bench.study.real.curves import Measure, Point, most_forgotten, read_points, write_points
 from bench.study.real.data import spread
 from bench.study.real.directions import task_vector
-from bench.study.real.models import FULL_TUNING, LORA, Models, load_model
+from bench.study.real.models import FULL_TUNING, ITSELF, LORA, Models, load_model
 from bench.study.real.parts import EVERYTHING, LINEAR, limited, shape_of
 from bench.study.real.training_rivals import descend
 from perta_fast.preconditioning.input_moments import input_moments
@@ -109,6 +109,7 @@ STEPS: Sequence[KFade | Sage | NegMerge] = (
     Sage(10.0, unseen=True),
     Sage(10.0, at="base"),
     Sage(10.0, tuned=LORA),
+    Sage(10.0, tuned=ITSELF),
     NegMerge(EVERYTHING),
     NegMerge(LINEAR),
 )
@@ -117,21 +118,14 @@ STEPS: Sequence[KFade | Sage | NegMerge] = (
 def trained(models: Models, method: str, rate: float) -> list[Point]:
     """The points of a method that trains, by the number of steps."""
     settings = models.settings
-    made_of: dict[str, Any] = {
-        "full": models.store.relative(models.full(make=False)),
-        "rate": rate,
-        "seed": models.seed,
-    }
-    made_of |= {"steps": [settings.steps, settings.check_every], "batch": settings.batch_size}
+    made_of: dict[str, Any] = {"full": models.store.relative(models.full(make=False)), **training(models, rate)}
     made_of |= {"measured": [settings.measured_forget, settings.measured_retain], "limits": list(settings.limits)}
 
     def make(folder: Path) -> None:
         module, measure = load_model(models.full()), Measure(models)
-        forget, retain = (models.samples(rows) for rows in (models.rows.forget, models.rows.retain))
         points = [measure(module, 0)]
         largest = points[0].retain + max(settings.limits)
-        size, seed = settings.batch_size, models.seed
-        for step in descend(module, forget, retain, method, rate, settings.steps, size, seed, sample_losses):
+        for step in _steps(models, module, method, rate):
             if step % settings.check_every == 0:
                 points.append(measure(module, step))
                 if not points[-1].retain <= largest:
@@ -139,6 +133,43 @@ def trained(models: Models, method: str, rate: float) -> list[Point]:
         write_points(folder, points)
 
     return read_points(models.store.piece(f"{models.folder}/trained/{method} at {rate:g}", made_of, make))
+
+
+def training(models: Models, rate: float) -> dict[str, Any]:
+    """What a training depends on, beside method and theta_full."""
+    settings = models.settings
+    steps = [settings.steps, settings.check_every]
+    return {"rate": rate, "seed": models.seed, "steps": steps, "batch": settings.batch_size}
+
+
+def _steps(models: Models, module: Any, method: str, rate: float) -> Iterator[int]:
+    """Train theta_full, which ``module`` is, in place; yields the number of steps after each."""
+    forget, retain = (models.samples(rows) for rows in (models.rows.forget, models.rows.retain))
+    settings = models.settings
+    size, seed = settings.batch_size, models.seed
+    return descend(module, forget, retain, method, rate, settings.steps, size, seed, sample_losses)
+
+
+def training_to(models: Models, method: str, forget: float) -> tuple[float, int]:
+    """Rate and steps of the smallest retain loss where the forget loss has reached ``forget``.
+
+    Of the largest forget loss if it never has.
+    """
+    measured = [(rate, point) for rate in rates(models, method) for point in trained(models, method, rate)]
+    far = [pair for pair in measured if pair[1].forget >= forget]
+    if far:
+        rate, point = min(far, key=lambda pair: pair[1].retain)
+    else:
+        rate, point = max(measured, key=lambda pair: pair[1].forget)
+    return rate, int(point.strength)
+
+
+def trained_model(models: Models, method: str, rate: float, step: int) -> Any:
+    """theta_full after so many steps of a method."""
+    module = load_model(models.full())
+    if step:
+        next(count for count in _steps(models, module, method, rate) if count == step)
+    return module
 
 
 def rates(models: Models, method: str) -> Sequence[float]:

@@ -22,7 +22,14 @@ from bench.study.real.afterwards import after_names, after_of
 from bench.study.real.curves import curve, landmarks
 from bench.study.real.data import Rows
 from bench.study.real.kept import KEPT, keep, take_up
-from bench.study.real.methods import SHARED, alpha_methods, importance_methods, lora_methods, main_methods, part_methods
+from bench.study.real.methods import (
+    SHARED,
+    alpha_methods,
+    importance_methods,
+    main_methods,
+    other_tuned_methods,
+    part_methods,
+)
 from bench.study.real.models import Models
 from bench.study.real.rivals import STEPS, rates, trained
 from bench.study.real.settings import SIZES
@@ -67,7 +74,7 @@ def _stages(trials: Sequence[Models]) -> Iterator[Stage]:
     """The main question for every model and seed, then the others."""
     real = [models for models in trials if not models.untied]
     for models in real:
-        yield from (partial(curve, models, method) for method in [*main_methods(), *lora_methods()])
+        yield from (partial(curve, models, method) for method in [*main_methods(), *other_tuned_methods()])
         yield partial(landmarks, models)
     for models in real:
         yield from (partial(after_of, models, name) for name in after_names())

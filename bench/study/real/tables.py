@@ -18,8 +18,8 @@ from bench.study.real.methods import (
     SHARED,
     alpha_method,
     importance_methods,
-    lora_methods,
     main_methods,
+    other_tuned_methods,
     part_methods,
 )
 from bench.study.real.models import Models
@@ -77,7 +77,7 @@ def _of_model(trials: Trials) -> dict[str, Iterator[str]]:
     if untied:
         return both
     return both | {
-        "rules with a LoRA θ_f": _at_limits(lora_methods(), trials),
+        "rules with another θ_f": _at_limits(other_tuned_methods(), trials),
         "α": _alphas(trials),
         "other importances": _at_limits(importance_methods(trials[0].settings.few_rows), trials),
         "other methods": _rivals(trials),
