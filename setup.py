@@ -48,7 +48,12 @@ if X86:
     ]
 # Sources compiled once per instruction set, with flags of their own: products and sums may be fused in the
 # Fisher alone, which is held to a tolerance and not to bits.
-PER_INSTRUCTION_SET = {"accumulate_block": [], "fisher_block": ["-ffp-contract=fast"], "rescaled_subtract_block": []}
+PER_INSTRUCTION_SET = {
+    "accumulate_block": [],
+    "blake3_block": [],
+    "fisher_block": ["-ffp-contract=fast"],
+    "rescaled_subtract_block": [],
+}
 CUDA_ARCHS = ("80", "90", "100")
 
 

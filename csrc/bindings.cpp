@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/file_hash.h"
 #include "cpu/operations.h"
 #include "cpu/parallel.h"
 #ifdef PERTA_WITH_CUDA
@@ -116,6 +117,17 @@ void fisher(Address squares, Address gradient, Address activations, Address outp
   if (!complete) throw std::bad_alloc();
 }
 
+void add_to_hash(perta::FileHash& hash, Address bytes, uint64_t begin, uint64_t count) {
+  py::gil_scoped_release released;
+  hash.add(*kernels, static_cast<const unsigned char*>(pointer(bytes)), begin, count);
+}
+
+py::bytes digest(perta::FileHash& hash) {
+  perta::FileHash::Value value;
+  if (!hash.digest(&value)) throw py::value_error("bytes of the file are missing");
+  return py::bytes(reinterpret_cast<const char*>(value.data()), value.size());
+}
+
 void select_instruction_set(const std::string& name) {
   const perta::BlockKernels* chosen = name == "best" ? perta::best_kernels() : perta::kernels_named(name.c_str());
   if (chosen == nullptr) throw py::value_error("this processor or build has no instruction set '" + name + "'");
@@ -190,6 +202,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("fisher", &fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"), py::arg("output_gradients"),
         py::arg("activations_dtype"), py::arg("output_gradients_dtype"), py::arg("d_in"), py::arg("d_out"),
         py::arg("samples"), py::arg("sample_count"), py::arg("threads"));
+  py::class_<perta::FileHash>(m, "FileHash")
+      .def(py::init<uint64_t>(), py::arg("size"))
+      .def("add", &add_to_hash, py::arg("bytes"), py::arg("begin"), py::arg("count"))
+      .def("missing", &perta::FileHash::missing)
+      .def("digest", &digest);
   m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
   m.def("build_info", &build_info);
   m.def("available_threads", &perta::available_threads);

@@ -3,13 +3,16 @@
 #include "instruction_sets.h"
 
 // A set's kernels, from the *_block.cpp that were compiled for it.
-#define PERTA_KERNELS(isa)                 \
-  namespace isa {                          \
-  RescaledSubtractBlock rescaled_subtract; \
-  AccumulateBlock accumulate;              \
-  FisherBlock fisher;                      \
-  }                                        \
-  static const BlockKernels kernels_##isa = {#isa, isa::rescaled_subtract, isa::accumulate, isa::fisher}
+#define PERTA_KERNELS(isa)                                                                         \
+  namespace isa {                                                                                  \
+  RescaledSubtractBlock rescaled_subtract;                                                         \
+  AccumulateBlock accumulate;                                                                      \
+  FisherBlock fisher;                                                                              \
+  HashChunks hash_chunks;                                                                          \
+  HashParents hash_parents;                                                                        \
+  }                                                                                                \
+  static const BlockKernels kernels_##isa = {#isa,        isa::rescaled_subtract, isa::accumulate, \
+                                             isa::fisher, isa::hash_chunks,       isa::hash_parents}
 
 namespace perta {
 

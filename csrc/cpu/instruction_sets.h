@@ -13,12 +13,18 @@ using RescaledSubtractBlock = void(const RescaleArrays&, const Rescaling&, size_
 // Elements [begin, end) of accumulator.
 using AccumulateBlock = void(float* accumulator, const void* gradient, DType dtype, bool squared, size_t begin,
                              size_t end);
+// The BLAKE3 values, 32 bytes each, of `count` whole chunks, of which the first has the number `first` in its file.
+using HashChunks = void(const unsigned char* data, size_t count, uint64_t first, unsigned char* values);
+// Those of `count` parents, from the values of their children, two each; `values` may be `children`.
+using HashParents = void(const unsigned char* children, size_t count, unsigned char* values);
 
 struct BlockKernels {
   const char* name;
   RescaledSubtractBlock* rescaled_subtract;
   AccumulateBlock* accumulate;
   FisherBlock* fisher;
+  HashChunks* hash_chunks;
+  HashParents* hash_parents;
 };
 
 // The kernels of the widest instruction set that this processor runs.
