@@ -79,8 +79,9 @@ def test_bytes(job: Job, tmp_path: Path) -> None:
     outputs = shards(tmp_path / "out").values()
     assert listener.phases() == {
         "apply": (4 * data_bytes(job.model), "B"),  # three read, one written
-        "hash inputs": (sum(path.stat().st_size for path in inputs), "B"),
-        "hash output": (sum(map(len, outputs)), "B"),
+        # What the subtraction has read and written was hashed by the way: headers and indexes are left.
+        "hash inputs": (sum(path.stat().st_size for path in inputs) - 3 * data_bytes(job.model), "B"),
+        "hash output": (sum(map(len, outputs)) - data_bytes(job.model), "B"),
     }
 
 

@@ -19,6 +19,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import FLOATING
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, write_record
+from perta_fast.files.hashing import HashesInPassing
 from perta_fast.files.new_directory import OutputDirectory, check_replaceable, partial_path
 from perta_fast.models.loading import choose_device
 from perta_fast.progress import Bar, Progress
@@ -115,7 +116,9 @@ class StreamedRun:
         }
         write_record(state / _SAMPLES, rows)
 
-    def fill(self, job: Job, sources: Sources, target: OutputDirectory, report: Report) -> Sources:
+    def fill(
+        self, job: Job, sources: Sources, target: OutputDirectory, report: Report, _hashes: HashesInPassing
+    ) -> Sources:
         """Walk through the model and write its shards, from where an earlier attempt stopped.
 
         Returns the sources, with the importances if they are kept. Raises RunError if a loss, a mean or a result is

@@ -19,6 +19,7 @@ from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError, NotFiniteError
+from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing
 from perta_fast.files.reading import PositionReader
 from perta_fast.rules import Rescaling
 from perta_fast.subtraction.inputs import Sources
@@ -69,6 +70,7 @@ class Subtraction:
 
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
     held: float32 importances, forget and retain, that are in memory and not in files, by number of the match.
+    hashes: gets all bytes that are read.
     """
 
     sources: Sources
@@ -77,6 +79,7 @@ class Subtraction:
     chunk: int
     drop_cache: bool = False
     held: Mapping[int, "Sequence[np.ndarray[Any, np.dtype[np.float32]]]"] = field(default_factory=dict)
+    hashes: HashesInPassing = NONE_IN_PASSING
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
         """Compute the chunks in order, on all threads; each thread passes its results to ``store``.
@@ -205,6 +208,7 @@ class _Workspace:
                 reader = self._readers[operand] = PositionReader(stored.path)
             name = f"tensor {stored.name}"
             reader.read_into(remaining[: stored.size], stored.begin, name, drop_cache=self._job.drop_cache)
+            self._job.hashes.add(stored.path, stored.begin, remaining[: stored.size])
             remaining = remaining[stored.size :]
         return data
 

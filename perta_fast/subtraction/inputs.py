@@ -103,6 +103,11 @@ class Sources:
         """Every directory and file that is read."""
         return [path for opened in self.named().values() for path in (opened.path, *opened.files())]
 
+    def sizes(self) -> dict[Path, int]:
+        """Bytes of every shard that is read."""
+        shards = [shard for opened in self.named().values() for shard in opened.shards.values()]
+        return {shard.path: shard.size for shard in shards}
+
     def operands(self, match: TensorMatch) -> Iterator[tuple[int, Checkpoint, TensorEntry]]:
         """The arrays of a tensor that lie in files: number among the kernel's five operands, checkpoint, entry."""
         for number, role in enumerate(("model", "tuned", "base", *IMPORTANCES)):

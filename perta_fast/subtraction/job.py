@@ -15,7 +15,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
-from perta_fast.files.hashing import hash_file
+from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
@@ -84,9 +84,9 @@ class Job:
         """Count in the report that the run was resumed."""
         self.report["resumed"] += 1
 
-    def subtraction(self, sources: Sources) -> Subtraction:
+    def subtraction(self, sources: Sources, hashes: HashesInPassing = NONE_IN_PASSING) -> Subtraction:
         """The arithmetic of this run on its opened inputs."""
-        return Subtraction(sources, self.rule.rescaling, self.threads, self.chunk, self.drop_cache)
+        return Subtraction(sources, self.rule.rescaling, self.threads, self.chunk, self.drop_cache, hashes=hashes)
 
     def begun_report(self) -> Report:
         """``report`` as a Report."""

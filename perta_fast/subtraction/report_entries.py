@@ -13,7 +13,7 @@ from perta_fast.checkpoints.weight_files import ADAPTER_CONFIG
 from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.errors import InputError
-from perta_fast.files.hashing import hash_files
+from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing, bytes_to_read, hash_files
 from perta_fast.files.identity import is_same
 from perta_fast.files.reading import exists, read_json
 from perta_fast.importance.prompts import different_dates
@@ -79,14 +79,16 @@ def describe_tensors(report: Report, matches: Sequence[TensorMatch], totals: dic
         report.warn(f"no value of the model has changed: {_why_unchanged(report)}")
 
 
-def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
-    """Hash every input, the files dealt over ``ranks``."""
+def describe_inputs(
+    report: Report, sources: Sources, job: Job, ranks: Ranks = Ranks.ALONE, passing: HashesInPassing = NONE_IN_PASSING
+) -> None:
+    """Hash every input, the files dealt over ``ranks``. passing: has what was read of them before."""
     by_role = {role: list(checkpoint.files()) for role, checkpoint in sources.named().items()}
     if sources.adapter_config is not None:
         by_role["tuned"].append(sources.adapter_config)
     if not sources.base_is_read and report.settings.get("at") != "base":  # neither here nor for an importance
         by_role["base"] = []
-    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", job, ranks)
+    hashes = _hash(report, [path for paths in by_role.values() for path in paths], "hash inputs", job, ranks, passing)
     report.inputs = {
         role: describe_files({path: hashes[path] for path in paths}, sources.named()[role].path)
         for role, paths in by_role.items()
@@ -107,20 +109,32 @@ def describe_inputs(report: Report, sources: Sources, job: Job, ranks: Ranks = R
             report.inputs[role]["kept"] = False
 
 
-def describe_output(report: Report, shards: list[Path], final: Path, job: Job, ranks: Ranks = Ranks.ALONE) -> None:
-    """Hash the shards of the output, which will be or is at ``final``, dealt over ``ranks``."""
-    record = describe_files(_hash(report, shards, "hash output", job, ranks), shards[0].parent)
+def describe_output(
+    report: Report,
+    shards: list[Path],
+    final: Path,
+    job: Job,
+    ranks: Ranks = Ranks.ALONE,
+    passing: HashesInPassing = NONE_IN_PASSING,
+) -> None:
+    """Hash the shards of the output, which will be or is at ``final``, dealt over ``ranks``.
+
+    passing: has what was written of them.
+    """
+    record = describe_files(_hash(report, shards, "hash output", job, ranks, passing), shards[0].parent)
     report.output = DirectoryRecord(path=str(final), files=record["files"])
 
 
-def _hash(report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks) -> dict[Path, str]:
+def _hash(
+    report: Report, paths: list[Path], phase: str, job: Job, ranks: Ranks, passing: HashesInPassing
+) -> dict[Path, str]:
     started = time.perf_counter()
     with ranks.together(phase):
-        sizes = {path: path.stat().st_size for path in dict.fromkeys(paths)}
+        sizes = {path: bytes_to_read(path, passing) for path in dict.fromkeys(paths)}
         files = list(sizes)
         own = [files[k] for k in deal(list(sizes.values()), ranks.world)[ranks.rank]]
         with Bar(sum(sizes[path] for path in own), phase, job.progress) as bar:
-            hashes = hash_files(own, report.threads, bar.update, job.drop_cache)
+            hashes = hash_files(own, report.threads, bar.update, job.drop_cache, passing)
     by_path = {path: digest for part in ranks.gather(hashes) for path, digest in part.items()}
     report.add_phase(phase, time.perf_counter() - started, sum(sizes.values()))
     return {path: by_path[path] for path in files}

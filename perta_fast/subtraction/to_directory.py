@@ -14,6 +14,7 @@ from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
 from perta_fast.files.durable import copy_range, remove, sync, write_fully
+from perta_fast.files.hashing import HashesInPassing
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, check_space, forget_run, remove_replaced, scratch_path
 from perta_fast.files.own import check_own, own_file
@@ -43,8 +44,9 @@ from perta_fast.subtraction.unfinished import STATE, WALK, has_begun
 _FREE_MARGIN = 64 << 20  # bytes of disk left for small files
 _FICLONE = 0x40049409  # Linux: share the data of another file
 
-# Writes the shards of a run's directory and reports on each tensor; returns the sources to describe.
-Fill = Callable[[Job, Sources, OutputDirectory, Report], Sources]
+# Writes the shards of a run's directory and reports on each tensor; returns the sources to describe. The hashes get
+# what is read and written in passing.
+Fill = Callable[[Job, Sources, OutputDirectory, Report, HashesInPassing], Sources]
 # Writes, durably and beside the job, what else a run needs to be resumed.
 Prepare = Callable[[Path], object]
 
@@ -83,9 +85,11 @@ def run_to_directory(
                     for link in left_out_links(sources.model):
                         report.warn(left_out_warning(link, final))
             check_shared(target.path, ranks)
-            describe_inputs(report, fill(job, sources, target, report), job, ranks)
-            outputs = [target.path / name for name in sources.model.shards]
-            describe_output(report, outputs, final, job, ranks)
+            outputs = {target.path / name: shard.size for name, shard in sources.model.shards.items()}
+            # Of several processes none sees all bytes, so each hashes its share of the files afterwards.
+            passing = HashesInPassing(sources.sizes() | outputs if ranks.world == 1 else {})
+            describe_inputs(report, fill(job, sources, target, report, passing), job, ranks, passing)
+            describe_output(report, list(outputs), final, job, ranks, passing)
             with ranks.together("the report"):
                 if ranks.first:
                     write_model_card(target.path, report)
@@ -150,8 +154,8 @@ def clear_up(final: Path, job: Job) -> None:
 class _Writer:
     """Writes chunks from many threads; its own thread flushes each complete part, then notes it."""
 
-    def __init__(self, directory: Path, parts: list[Part], drop_cache: bool) -> None:
-        self._directory, self._drop_cache = directory, drop_cache
+    def __init__(self, directory: Path, parts: list[Part], drop_cache: bool, hashes: HashesInPassing) -> None:
+        self._directory, self._drop_cache, self._hashes = directory, drop_cache, hashes
         self._waiting = {part: part.end - part.begin for part in parts}
         self._open: dict[Part, int] = {}
         self.totals: dict[Part, Totals] = {part: {} for part in parts}
@@ -171,7 +175,9 @@ class _Writer:
         theta = part.shard.matches[chunk.index].theta
         with self._lock:
             descriptor = self._descriptor(part)
-        write_fully(descriptor, data, theta.begin + chunk.begin * ITEM_SIZES[theta.dtype])
+        begin = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
+        write_fully(descriptor, data, begin)
+        self._hashes.add(part.shard.path, begin, data)
         with self._lock:
             add_up(self.totals[part], chunk.index, statistics)
             self._waiting[part] -= 1
@@ -207,7 +213,9 @@ class _Writer:
         part.note(self.totals[part])
 
 
-def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Report, *, ranks: Ranks) -> Sources:
+def write_shards(
+    job: Job, sources: Sources, target: OutputDirectory, report: Report, hashes: HashesInPassing, *, ranks: Ranks
+) -> Sources:
     """Subtract part by part, with importances from disk, if any; return ``sources``.
 
     Each rank writes, flushes and notes its own parts. Two ranks may write into one file, where the parts of one end and
@@ -229,19 +237,21 @@ def write_shards(job: Job, sources: Sources, target: OutputDirectory, report: Re
     started = time.perf_counter()
     finished = sum(shard.cost(*chunks) for shard, known in zip(shards, done, strict=True) for chunks in known)
     with ranks.together("the subtraction"):
-        totals = _write_parts(job, sources, target.path, dealt[ranks.rank], finished)
+        totals = _write_parts(job, sources, target.path, dealt[ranks.rank], finished, hashes)
     all_totals = [sums for known in done for sums in known.values()] + ranks.gather(totals)
     report.add_phase("apply", time.perf_counter() - started, sum(part.cost for part in remaining))
     describe_tensors(report, sources.matches, added_up(all_totals))
     return sources
 
 
-def _write_parts(job: Job, sources: Sources, directory: Path, parts: list[Part], finished: int) -> Totals:
+def _write_parts(
+    job: Job, sources: Sources, directory: Path, parts: list[Part], finished: int, hashes: HashesInPassing
+) -> Totals:
     """Write ``parts`` and return their totals. finished: bytes that were done before, for the progress."""
     total = finished + sum(part.cost for part in parts)
     with (
         Bar(total, "apply", job.progress, done=finished) as bar,
-        closing(_Writer(directory, parts, job.drop_cache)) as writer,
+        closing(_Writer(directory, parts, job.drop_cache, hashes)) as writer,
     ):
         for part in parts:
             if part.shard.unchanged:
@@ -250,7 +260,7 @@ def _write_parts(job: Job, sources: Sources, directory: Path, parts: list[Part],
             if part.shard.unchanged or part.begin == part.end:  # the latter: all its tensors are empty
                 writer.finish(part)
         chunks = (chunk for part in parts if not part.shard.unchanged for chunk in part.chunks())
-        job.subtraction(sources).run(chunks, writer.store, bar.update)
+        job.subtraction(sources, hashes).run(chunks, writer.store, bar.update)
         writer.wait()
     return added_up(writer.totals.values())
 
