@@ -1,7 +1,8 @@
 """Whole commands on checkpoints in files: how long a user waits, and how fast the disk is.
 
 Each contender runs in a new process and writes a new directory. The inputs are in the page cache. With
-PERTA_BENCH_COLD=1 they are evicted from it before every run.
+PERTA_BENCH_COLD=1 they are evicted from it before every run. PERTA_BENCH_BUILD names the directory of another build of
+this project, which runs beside this one.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ WHOLE = "apply: whole process"
 PHASE = "apply: the apply phase against copying the same bytes"
 LAM = 1.0
 COLD = os.environ.get("PERTA_BENCH_COLD") == "1"
+BUILD = os.environ.get("PERTA_BENCH_BUILD", "")
 STATE = ", cold files" if COLD else ""  # at the end of the names of the tables
 
 WHOLE_PROCESS = {
     "perta apply": "ours",
+    "perta apply, another build": "peer",
     "perta apply --in-place": "ours",
     "careful script": "peer",
     "research script": "peer",
@@ -113,6 +116,11 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
         phases.append(Sample(float(report["phases"]["apply"]["seconds"])))
         return sample
 
+    def measure_build() -> Sample:
+        if not BUILD:
+            raise Unavailable("PERTA_BENCH_BUILD names no other build")
+        return run_child(ours(checkpoints, out), variables={"PYTHONPATH": BUILD})
+
     def measure_in_place() -> Sample:
         shutil.copytree(checkpoints.path("model"), out)
         os.sync()
@@ -133,6 +141,7 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
     results = alternate(
         {
             "perta apply": fresh(measure_ours),
+            "perta apply, another build": fresh(measure_build),
             "perta apply --in-place": fresh(measure_in_place),
             "careful script": fresh(lambda: run_child(peer("careful_script", checkpoints, out))),
             "research script": fresh(lambda: run_child(peer("research_script", checkpoints, out))),

@@ -117,7 +117,7 @@ class StreamedRun:
         write_record(state / _SAMPLES, rows)
 
     def fill(
-        self, job: Job, sources: Sources, target: OutputDirectory, report: Report, _hashes: HashesInPassing
+        self, job: Job, sources: Sources, target: OutputDirectory, report: Report, hashes: HashesInPassing
     ) -> Sources:
         """Walk through the model and write its shards, from where an earlier attempt stopped.
 
@@ -160,7 +160,9 @@ class StreamedRun:
             walk = Walk(skeleton, list(passes.values()), schedule)
             with (
                 ranks.sharing_errors("the walk"),
-                WriteBehind(job, sources, target, skeleton, passes, kept, schedule.overlap, begun, ranks) as writing,
+                WriteBehind(
+                    job, sources, target, skeleton, passes, kept, schedule.overlap, begun, ranks, hashes
+                ) as writing,
             ):
                 walk.run(writing.end_step, done)
                 writing.finish()

@@ -30,6 +30,7 @@ from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, sync, write_fully, write_record
+from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
@@ -109,7 +110,8 @@ def _step_back(path: Path, state: WalkRecord, done: int) -> WalkRecord | None:
 class WriteBehind:
     """Subtracts and writes what a step has completed, then records the step, while the walk goes on if ``overlap``.
 
-    recorded: this rank's last record. ``totals``: statistics of what it has written, by number of the match.
+    recorded: this rank's last record. hashes: get what is read and written. ``totals``: statistics of what it has
+    written, by number of the match.
     """
 
     job: Job
@@ -121,6 +123,7 @@ class WriteBehind:
     overlap: bool
     recorded: WalkRecord | None
     ranks: Ranks
+    hashes: HashesInPassing = NONE_IN_PASSING
 
     def __post_init__(self) -> None:
         self._importance_of: dict[int, list[Run]] = {}  # by number of the match
@@ -220,7 +223,7 @@ class WriteBehind:
         return chunks[self.ranks.own_slice(len(chunks))]
 
     def _subtract(self, chunks: Sequence[Chunk], held: Mapping[int, list[Any]]) -> None:
-        subtraction = replace(self.job.subtraction(self.sources), held=held)
+        subtraction = replace(self.job.subtraction(self.sources, self.hashes), held=held)
         subtraction.run(iter(chunks), self._store, self._count)
         for name in sorted({self.sources.matches[chunk.index].theta.path.name for chunk in chunks}):
             os.fsync(self._shards[name])
@@ -231,6 +234,7 @@ class WriteBehind:
         theta = self.sources.matches[chunk.index].theta
         offset = theta.begin + chunk.begin * ITEM_SIZES[theta.dtype]
         write_fully(self._shards[theta.path.name], data, offset)
+        self.hashes.add(self.target.path / theta.path.name, offset, data)
         if statistics:
             with self._lock:
                 add_up(self.totals, chunk.index, statistics)

@@ -1,11 +1,12 @@
-// The operations on whole arrays against plain loops: odd sizes and addresses, every storage type, NaN and infinities.
-// Every number of threads gives the same bits.
+// The operations on whole arrays against plain loops, and hashes by pieces against whole ones: odd sizes and addresses,
+// every storage type, NaN and infinities. Every number of threads gives the same bits.
 #include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "check.h"
+#include "file_hash.h"
 #include "operations.h"
 #include "parallel.h"
 
@@ -321,6 +322,33 @@ void squaring(const BlockKernels& kernels) {
   }
 }
 
+// Pieces of a file in any order, some of them twice, on several threads, are as good as the whole.
+void hashing(const BlockKernels& kernels) {
+  for (size_t size : {1, 1000, 1024, 3000, 4096, 70000, 131072}) {
+    std::vector<unsigned char> bytes(size);
+    for (size_t i = 0; i < size; ++i) bytes[i] = static_cast<unsigned char>(i * i % 251);
+    FileHash::Value whole, pieces;
+    FileHash at_once(size);
+    CHECK(!at_once.digest(&whole));
+    at_once.add(kernels, bytes.data(), 0, size);
+    CHECK(at_once.digest(&whole) && at_once.missing().empty());
+    for (size_t piece : {7, 100, 1024, 5000}) {
+      FileHash hash(size);
+      const size_t count = (size + piece - 1) / piece;
+      parallel_for(2 * count, 3, [&](size_t k) {
+        const size_t begin = (k * 7919) % count * piece, n = size - begin < piece ? size - begin : piece;
+        hash.add(kernels, bytes.data() + begin, begin, n);
+      });
+      for (const auto& [begin, end] : hash.missing()) hash.add(kernels, bytes.data() + begin, begin, end - begin);
+      CHECK(hash.digest(&pieces) && pieces == whole);
+    }
+  }
+  FileHash empty(0);
+  FileHash::Value value;
+  const unsigned char of_nothing[4] = {0xAF, 0x13, 0x49, 0xB9};  // as b3sum prints it
+  CHECK(empty.digest(&value) && memcmp(value.data(), of_nothing, 4) == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -330,5 +358,6 @@ int main() {
   accumulating(*kernels);
   subtracting(*kernels);
   squaring(*kernels);
+  hashing(*kernels);
   return finish();
 }
