@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from perta_fast import compiled
 from perta_fast.errors import RunError
 from perta_fast.files.hashing import HashesInPassing, bytes_to_read, hash_file, hash_files
+from tests.support.children import run_child
 
 # Around blocks (64), chunks (1024), vectors of chunks, and complete trees.
 SIZES = [
@@ -125,3 +127,12 @@ def test_no_hash_before_all_bytes_are_there() -> None:
     assert unfinished.missing() == [(0, 3000)]
     with pytest.raises(ValueError, match="missing"):
         unfinished.digest()
+
+
+def test_the_recipe_of_the_documentation_gives_the_same_hash(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content(70_000))
+    formats = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    command = next(line for line in formats.splitlines() if "blake3.blake3()" in line).split('"')[1]
+    done = run_child([sys.executable, "-c", command, str(path)])
+    assert done.stdout.strip() == hash_file(path)
