@@ -26,7 +26,7 @@ from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.journal import new_segment
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place
-from tests.support.checkpoints import draw, fingerprint, write_checkpoint, write_raw
+from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint, write_raw
 from tests.support.children import perta, signal_at
 from tests.support.inputs import BF16, F16, F32, Inputs, write_inputs
 from tests.support.models import Job
@@ -99,24 +99,30 @@ def test_a_task_vector_of_zero_writes_nothing(inputs: Inputs) -> None:
     assert (inputs["model"] / "perta_report.json").exists()
 
 
-def test_the_base_may_be_the_model_itself(inputs: Inputs, tmp_path: Path) -> None:
-    model, tuned = inputs["model"], inputs["tuned"]
-    apply(model, model, tuned, rule="tv", lam=1.0, out=tmp_path / "out", progress=False)
-    apply(model, model, tuned, rule="tv", lam=1.0, in_place=True, progress=False)
-    assert shards(model) == shards(tmp_path / "out")
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_base_or_tuned_may_be_the_model_itself(role: str, inputs: Inputs, tmp_path: Path) -> None:
+    model, base, tuned = (inputs["model" if each == role else each] for each in ("model", "base", "tuned"))
+    inputs.tensors[role] = inputs.tensors["model"]
+    expected = inputs.expected(None, 1.0)
+    apply(model, base, tuned, rule="tv", lam=1.0, out=tmp_path / "out", progress=False)
+    apply(model, base, tuned, rule="tv", lam=1.0, in_place=True, progress=False)
+    for folder in (model, tmp_path / "out"):
+        found = read_checkpoint(folder)
+        assert all(same_bytes(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_run_whose_base_is_the_model_can_be_finished(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_a_run_whose_base_or_tuned_is_the_model_can_be_finished(
+    role: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tuned = inputs["model"], inputs["tuned"]
-    apply(model, model, tuned, rule="tv", lam=1.0, out=tmp_path / "out", progress=False)
+    model, base, tuned = (inputs["model" if each == role else each] for each in ("model", "base", "tuned"))
+    apply(model, base, tuned, rule="tv", lam=1.0, out=tmp_path / "out", progress=False)
     monkeypatch.setattr(subtraction, "CHUNK", 64)
     monkeypatch.setattr(in_place, "SEGMENT", 700)
     with monkeypatch.context() as patch:
         stop_at_the_second_segment(patch)
         with pytest.raises(Interrupted):
-            apply(model, model, tuned, rule="tv", lam=1.0, in_place=True, progress=False)
+            apply(model, base, tuned, rule="tv", lam=1.0, in_place=True, progress=False)
     resume(model, progress=False)
     assert shards(model) == shards(tmp_path / "out")
 
