@@ -22,6 +22,8 @@ constexpr size_t lanes = 8;
 constexpr size_t lanes = 4;
 #endif
 
+constexpr size_t ahead = 8 * block_bytes;
+
 typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
 
 // One stage of a transposition: words in which bit `step` of row and lane differ change places.
@@ -97,6 +99,9 @@ void hash_chunks(const unsigned char* data, size_t count, uint64_t first, unsign
       high[i] = static_cast<uint32_t>((first + done + i) >> 32);
     }
     for (size_t at = 0; at < chunk_bytes; at += block_bytes) {
+      // So many streams of reads are more than a processor foresees: fetched ahead, at last those of the next chunks.
+      const size_t next = at + ahead < chunk_bytes ? at + ahead : at + ahead + (lanes - 1) * chunk_bytes;
+      for (size_t i = 0; i < n; ++i) __builtin_prefetch(data + (done + i) * chunk_bytes + next);
       load(data + done * chunk_bytes + at, chunk_bytes, n, m);
       const uint32_t flags =
           (at == 0 ? blake3::chunk_start : 0) | (at + block_bytes == chunk_bytes ? blake3::chunk_end : 0);
