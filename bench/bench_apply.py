@@ -47,7 +47,7 @@ WHOLE_PROCESS = {
 APPLY_PHASE = {"apply phase": "ours", "copy": "limit", "copy with fsync": "limit"}
 NOTES = {
     "mergekit task_arithmetic": "three inputs, plain task vector, bfloat16 arithmetic",
-    "perta apply --in-place": "hashes and checks everything first, then writes each byte twice and syncs it",
+    "perta apply --in-place": "computes everything once to check it, then writes each byte twice and syncs it",
     "import torch": "nothing but the interpreter and the import",
 }
 

@@ -23,7 +23,7 @@ from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
 from perta_fast.files.apart import check_inputs_stay
 from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
-from perta_fast.files.hashing import hash_file
+from perta_fast.files.hashing import HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.locking import lock
@@ -64,9 +64,10 @@ def change_in_place(job: Job, sources: Sources) -> Report:
     with _told_if_complete(model), PeakMemory() as memory, _locked(model) as journal, _explained(model):
         report = job.begun_report()
         report.in_place = True
-        describe_inputs(report, sources, job)
+        hashes = HashesInPassing(sources.sizes())
+        _rehearse(job, sources, report, hashes)
+        describe_inputs(report, sources, job, passing=hashes)
         report.inputs["model"]["kept"] = False
-        _rehearse(job, sources, report)
         job.report = asdict(report)
         job.save(journal / JOB)
         sync(model)
@@ -278,12 +279,12 @@ def _explained(model: Path) -> Iterator[None]:
         raise kind(f"{text}. {half_changed if is_open(model) else 'The model is untouched'}") from error
 
 
-def _rehearse(job: Job, sources: Sources, report: Report) -> None:
-    """Compute everything once and keep nothing."""
+def _rehearse(job: Job, sources: Sources, report: Report, hashes: HashesInPassing) -> None:
+    """Compute everything once and keep nothing. hashes: get what is read."""
     moved = _bytes_to_move(sources)
     started = time.perf_counter()
     with Bar(moved, "check", job.progress) as bar:
-        job.subtraction(sources).run(_changing(job, sources), lambda *_: None, bar.update)
+        job.subtraction(sources, hashes).run(_changing(job, sources), lambda *_: None, bar.update)
     written = sum(match.theta.size for match in sources.matches if match.copied is None)  # here it is not
     report.add_phase("check", time.perf_counter() - started, moved - written)
 
