@@ -23,7 +23,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 OTHERWISE = {
     "unlearn": {"recipe", "dry_run", "quiet", "show_labels"},
     "apply": {"quiet"},
-    "importance": {"model", "dry_run", "quiet", "show_labels"},
+    "importance": {"model", "dry_run", "quiet", "show_labels", "merge", "whole", "remove"},
     "tune": {"quiet", "show_labels"},
     "precondition": {"dry_run", "quiet", "show_labels"},
     "sweep": {"rules", "mus", "ps", "alphas", "quiet", "show_labels"},
