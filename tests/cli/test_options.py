@@ -29,7 +29,8 @@ OTHERWISE = {
     "sweep": {"rules", "mus", "ps", "alphas", "quiet", "show_labels"},
     "eval": {"model", "quiet", "show_labels"},
 }
-OTHER_DEFAULTS = {"eval": {"batch_size"}}  # 8 on the command line as for all commands, 16 in Python
+# 8 on the command line as for all commands, 16 in Python; and an importance may be combined of others, without data
+OTHER_DEFAULTS = {"eval": {"batch_size"}, "importance": {"data"}}
 
 
 def same_default(option: Option, parameter: inspect.Parameter) -> bool:

@@ -11,11 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from perta_fast import Importance, InputError, Report, RunError, cli, estimate_importance, resume, unlearn, verify
+from perta_fast import (
+    Importance,
+    InputError,
+    Interrupted,
+    Report,
+    RunError,
+    cli,
+    estimate_importance,
+    merge_importances,
+    resume,
+    unlearn,
+    verify,
+)
 from perta_fast.data import chat
 from perta_fast.importance.combining import Combination
 from perta_fast.records.recipe import read_recipe
 from perta_fast.runs import estimate
+from perta_fast.streaming.write_behind import WriteBehind
 from perta_fast.subtraction import report_entries, to_directory
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import fingerprint, read_checkpoint
@@ -366,3 +379,37 @@ def test_on_two_ranks(exact: Job, wholes: Callable[[str], Path], tmp_path: Path)
     combined = perta_on_ranks(2, "importance", "--whole", whole, "--remove", forget, "--out", tmp_path / "rest")
     assert [rank.status for rank in combined] == [2, 2]
     assert "--whole is done by one process; start it without torchrun" in combined[0].errors
+
+
+@pytest.mark.parametrize("way", ["in memory", "streamed", "streamed, stopped and resumed"])
+def test_what_a_run_keeps_can_be_added_up(
+    way: str, exact: Job, wholes: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"retain": exact.retain, "save_importance": tmp_path / "kept", "stream": "streamed" in way}
+    if "stopped" in way:
+        with monkeypatch.context() as patched, pytest.raises(Interrupted):
+            patched.setattr(WriteBehind, "end_step", stop_at(4, WriteBehind.end_step))
+            run(exact, tmp_path / "out", **settings)
+        resume(tmp_path / "out")
+    else:
+        run(exact, tmp_path / "out", **settings)
+    kept = [tmp_path / "kept" / role for role in ("forget", "retain")]
+    merged = merge_importances(kept, tmp_path / "merged", progress=False)
+    whole = Importance.load(wholes("grad"))
+    assert merged.metadata.rows_hash == whole.metadata.rows_hash
+    assert merged.metadata.weights_hash == whole.metadata.weights_hash
+    for name, tensor in whole.tensors.items():
+        assert float((merged.tensors[name] - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
+
+
+def stop_at(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Interrupts the call of this number."""
+    calls: list[int] = []
+
+    def called(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    return called
