@@ -26,10 +26,10 @@ from perta_fast.progress import Bar, Progress
 from perta_fast.records.versions import installed_versions
 
 CHUNK = 1 << 20  # elements
-# How much of what is removed may be missing from the whole, as a share of it: rounding of the gradients, in the type
-# that the model was run in. A tensor with less than _NOTHING of what is removed has no gradient but rounding.
-_TOLERANCE = {"float32": 1e-3}
-_COARSE_TOLERANCE = 0.1
+# How much of what is removed may be missing from the whole, as a share of it, by rounding: if the model was run in
+# float32 and the importances are stored in it, and else. A tensor with less than _NOTHING of all that is removed has no
+# gradient but rounding.
+_TOLERANCE, _COARSE_TOLERANCE = 1e-3, 0.1
 _NOTHING = 1e-6
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -89,7 +89,7 @@ class Combination:
         check_space(target.final, written)
         total = written + sum(importance.checkpoint.size for importance in importances)
         with target, Bar(total, description, progress) as bar:
-            writer = ShardWriter(shapes, as_strings(self.metadata()), target.path, self.rows)
+            writer = ShardWriter(shapes, as_strings(self.metadata()), target.path, rows=self.rows)
             for name in tensors:
                 entries = [importance.checkpoint.tensors[name] for importance in importances]
                 for begin in range(0, entries[0].count, CHUNK):
@@ -130,7 +130,7 @@ class Combination:
             values = read_values(entry, begin, end)
             if not np.isfinite(values).all():
                 raise InputError(f"{entry.path}: tensor {name} has values that are not finite; estimate it again")
-            weighted = values * np.float64(sign * importance.metadata.sample_count)
+            weighted = values.astype(np.float64) * (sign * importance.metadata.sample_count)
             total += weighted
             if sign < 0:
                 removed = weighted if removed is None else removed + weighted
@@ -146,8 +146,10 @@ class Combination:
 
     def _check_was_in(self) -> None:
         """Raise InputError if squares were removed that are not in the whole, beyond rounding."""
-        dtype, whole = self.terms[0][1].metadata.dtype, self.terms[0][1].checkpoint
-        tolerance = _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+        whole = self.terms[0][1].checkpoint
+        types = {entry.dtype for _, importance in self.terms for entry in importance.checkpoint.tensors.values()}
+        fine = self.terms[0][1].metadata.dtype == "float32" and types == {"F32"}
+        tolerance = _TOLERANCE if fine else _COARSE_TOLERANCE
         least = _NOTHING * sum(self._removed.values())
         for name, missing in self._missing.items():
             if missing > max(least, tolerance * self._removed[name]):

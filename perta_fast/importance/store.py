@@ -19,6 +19,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree, write_fully
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.own import own_file
+from perta_fast.files.reading import exists
 from perta_fast.importance.row_digests import FILE_NAME as ROWS_FILE
 from perta_fast.importance.row_digests import RowDigests
 from perta_fast.rules import ESTIMATORS, Estimator
@@ -124,7 +125,7 @@ class Importance:
 
     def _known_rows(self) -> RowDigests | None:
         stored, metadata = self.stored, self.metadata
-        if self.rows is None and stored is not None and metadata.rows_hash:
+        if self.rows is None and stored is not None and metadata.rows_hash and exists(stored.path / ROWS_FILE):
             return RowDigests.read(stored.path, metadata.rows_hash, metadata.sample_count)
         return self.rows if metadata.rows_hash else None
 
@@ -134,7 +135,7 @@ class Importance:
 
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         metadata = self.metadata if rows is not None else replace(self.metadata, rows_hash="")
-        writer = ShardWriter(shapes, as_strings(metadata), directory, rows)
+        writer = ShardWriter(shapes, as_strings(metadata), directory, rows=rows)
         for name, tensor in self.tensors.items():
             if not is_distributed(tensor):
                 writer.write_share(name, tensor, ranks)
@@ -223,6 +224,7 @@ class ShardWriter:
         shapes: Mapping[str, tuple[int, ...]],
         metadata: Mapping[str, str],
         directory: Path,
+        *,
         rows: RowDigests | None = None,
     ) -> None:
         if rows is not None:

@@ -60,7 +60,7 @@ def write_importance(
                 if writer is None:  # after the forward steps, which find the parameters for ``one_by_one``
                     complete = replace(metadata, one_by_one=", ".join(data.one_by_one))
                     rows = RowDigests.of(samples) if metadata.rows_hash else None
-                    writer = ShardWriter(skeleton.stored_shapes, as_strings(complete), target.path, rows)
+                    writer = ShardWriter(skeleton.stored_shapes, as_strings(complete), target.path, rows=rows)
                 writer.write_share(name, mean, ranks)
 
         with ranks.sharing_errors(description):

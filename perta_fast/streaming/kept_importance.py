@@ -82,7 +82,7 @@ class KeptImportance:
                 folder = self.output.path / role
                 folder.mkdir(exist_ok=True)
                 metadata = {**self.metadata[role], "one_by_one": one_by_one[role]}
-                self._writers[role] = ShardWriter(self.shapes, metadata, folder, self.rows.get(role))
+                self._writers[role] = ShardWriter(self.shapes, metadata, folder, rows=self.rows.get(role))
             for name, mean in means.items():
                 self._writers[role].write_share(name, mean, self.ranks)
         sync_tree(self.output.path)

@@ -411,9 +411,13 @@ def test_rows_go_along_when_an_importance_is_saved_again(tmp_path: Path) -> None
     Importance.load(folder).save(tmp_path / "second")
     names = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()} == names
-    (folder / FILE_NAME).unlink()
-    with pytest.raises(InputError, match=f"{FILE_NAME}: is gone"):
+    (folder / FILE_NAME).write_bytes(b"other")
+    with pytest.raises(InputError, match=f"{FILE_NAME}: is not what was written"):
         Importance.load(folder).save(tmp_path / "third")
+    (folder / FILE_NAME).unlink()  # by someone who does not want to keep it
+    Importance.load(folder).save(tmp_path / "third")
+    assert [path.name for path in (tmp_path / "third").iterdir()] == ["importance.safetensors"]
+    assert not Importance.load(tmp_path / "third").metadata.rows_hash
 
 
 def test_rows_that_are_not_known_are_not_claimed(tmp_path: Path) -> None:
