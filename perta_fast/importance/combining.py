@@ -4,9 +4,10 @@
 
 Importances are means over n_k samples, so this is the mean over the samples together, or those that remain. Each chunk
 is computed in float64, where the difference cancels, and rounded once to float32. Every byte is read once and written
-once; the memory holds a few chunks of 1,048,576 elements.
+once; the memory holds a few chunks of 131,072 elements.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWri
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.versions import installed_versions
 
-CHUNK = 1 << 20  # elements
+CHUNK = 1 << 17  # elements; what is at work then fits into a cache
 # How much of what is removed may be missing from the whole, as a share of it, by rounding: if the model was run in
 # float32 and the importances are stored in it, and else. A tensor with less than _NOTHING of all that is removed has no
 # gradient but rounding.
@@ -125,24 +126,23 @@ class Combination:
     def _chunk(self, name: str, entries: Sequence[TensorEntry], begin: int, end: int) -> Any:
         """Elements [begin, end) of one tensor, float32."""
         total: Values = np.zeros(end - begin)
-        removed: Values | None = None
+        removed = 0.0
         for (sign, importance), entry in zip(self.terms, entries, strict=True):
-            values = read_values(entry, begin, end)
-            if not np.isfinite(values).all():
+            weighted: Values = np.multiply(
+                read_values(entry, begin, end), sign * importance.metadata.sample_count, dtype=np.float64
+            )
+            amount = float(weighted.sum())
+            if not math.isfinite(amount):
                 raise InputError(f"{entry.path}: tensor {name} has values that are not finite; estimate it again")
-            weighted = values.astype(np.float64) * (sign * importance.metadata.sample_count)
+            removed -= amount if sign < 0 else 0.0
             total += weighted
-            if sign < 0:
-                removed = weighted if removed is None else removed + weighted
-        if removed is not None and self.terms[0][1].metadata.estimator == "empirical-fisher":
-            self._note(name, removed, total)
-            np.maximum(total, 0.0, out=total)
-        return (total / self.count).astype(np.float32)
-
-    def _note(self, name: str, removed: Values, total: Values) -> None:
-        """Add up, of a sum of squares, what is removed and how much of it was not there. removed: <= 0."""
-        self._removed[name] = self._removed.get(name, 0.0) - float(removed.sum())
-        self._missing[name] = self._missing.get(name, 0.0) - float(np.minimum(total, 0.0).sum())
+        if removed and self.terms[0][1].metadata.estimator == "empirical-fisher":
+            self._removed[name] = self._removed.get(name, 0.0) + removed
+            if float(total.min()) < 0:
+                self._missing[name] = self._missing.get(name, 0.0) - float(np.minimum(total, 0.0).sum())
+                np.maximum(total, 0.0, out=total)
+        total /= self.count
+        return total.astype(np.float32)
 
     def _check_was_in(self) -> None:
         """Raise InputError if squares were removed that are not in the whole, beyond rounding."""

@@ -23,7 +23,7 @@ def merge_importances(
     make, with float32 tensors; overwrite: replace it if it is not empty. progress: as in ``apply``. All must be of one
     estimator, of the same weights run in the same type, with the same prompts, and no two may have a row in common.
 
-    Computed in float64, chunk by chunk, without torch; about 40 MiB of memory. Raises InputError, naming the two and
+    Computed in float64, chunk by chunk, without torch; about 4 MiB of memory. Raises InputError, naming the two and
     what to do, if they do not fit together, or one does not know its rows, as those of earlier versions; RunError if
     the disk fails. Then, and after Ctrl-C, nothing is left behind.
     """

@@ -181,9 +181,7 @@ def test_a_row_that_is_there_twice_is_taken_out_as_often_as_asked(tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_types_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
     """Of importances that were saved smaller; the result is float32, and what rounding made negative is 0."""
-    whole, part = (
-        write(tmp_path / str(rows), rows, "empirical-fisher", dtype="bfloat16") for rows in (ROWS, ROWS[:11])
-    )
+    whole, part = (write(tmp_path / str(rows), rows, "empirical-fisher") for rows in (ROWS, ROWS[:11]))
     values = []
     for folder in (whole, part):
         (path,) = folder.glob("*.safetensors")
