@@ -10,6 +10,7 @@ once; the memory holds a few chunks of 131,072 elements.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import numpy as np
 from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 from perta_fast.dtypes import byte_count
 from perta_fast.errors import InputError
-from perta_fast.files.durable import sync_tree
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.importance.addable import Addable, check_all_in, check_no_row_twice
 from perta_fast.importance.row_digests import RowDigests
@@ -48,8 +48,8 @@ class Combination:
     @classmethod
     def sum_of(cls, importances: Sequence[Addable]) -> "Combination":
         """All rows together. Raises InputError if they do not fit, or have a row in common."""
-        for other in importances[1:]:
-            importances[0].check_fits(other)
+        for first, second in combinations(importances, 2):  # what one does not know, such as a prompt, two others may
+            first.check_fits(second)
         check_no_row_twice(importances)
         rows = importances[0].rows
         for other in importances[1:]:
@@ -98,7 +98,6 @@ class Combination:
                     writer.write_array(name, self._chunk(name, entries, begin, end), begin)
                     bar.update(sum(entry.size // entry.count for entry in entries) * (end - begin) + 4 * (end - begin))
             self._check_was_in()
-            sync_tree(target.path)
             target.commit()
         return Importance.load(target.final)
 

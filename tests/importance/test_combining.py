@@ -289,6 +289,11 @@ def test_prompts_of_texts_fit_all(tmp_path: Path) -> None:
     for order in (("texts", "other"), ("other", "texts")):
         found = merge_importances([tmp_path / name for name in order], tmp_path / order[0] / "out", progress=False)
         assert found.metadata.told == METADATA.told
+    write(tmp_path / "others", [20, 21], system_prompt="Be long.")
+    with pytest.raises(
+        InputError, match=r"other and .*others: the system prompts differ, 'Be brief\.' and 'Be long\.'"
+    ):
+        merge_importances([tmp_path / name for name in ("texts", "other", "others")], tmp_path / "out")
 
 
 def test_rows_that_would_count_twice(tmp_path: Path) -> None:

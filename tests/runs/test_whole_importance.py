@@ -232,6 +232,8 @@ def test_the_report(exact: Job, wholes: Callable[[str], Path], tmp_path: Path) -
         report.summary()
     )
     assert list(report.phases)[:3] == ["load", "forget importance", "retain importance"]
+    assert cli.main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html"), "--quiet"]) == 0
+    assert f"without the {len(FORGET)} to forget" in (tmp_path / "page.html").read_text(encoding="utf-8")
     result = verify(tmp_path / "out", full=True, progress=False)
     assert not result.problems
 
