@@ -22,6 +22,8 @@ from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_importance import GROUP
 from bench.bench_ranks import OVER_PROCESSES, RANK_ROLES
 from bench.bench_reading import WAYS
+from bench.bench_requests import CONTENDERS as REQUEST
+from bench.bench_requests import GROUP as REQUESTS
 from bench.bench_stream import AGAINST, BEYOND, DEPTH, LARGE, stream_roles
 from bench.bench_sweep import CONTENDERS as SWEEP
 from bench.bench_sweep import GROUP as SWEEPS
@@ -47,6 +49,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     BEYOND: "Streaming",
     LARGE: "Streaming",
     SWEEPS: "Sweeps",
+    REQUESTS: "Deletion requests",
     CHECKS: "The check of an unlearning",
     "tokenising": "Tokenising",
     "evaluation, cpu": "Evaluation",
@@ -90,6 +93,8 @@ def expected(group: str) -> dict[str, str]:
         return ROLES
     if group == SWEEPS:
         return SWEEP
+    if group == REQUESTS:
+        return REQUEST
     if group.startswith(CHECKS):
         return CHECK
     if group.startswith(OVER_PROCESSES):

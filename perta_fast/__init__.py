@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perta_fast.records.report import Report
     from perta_fast.resuming import resume
     from perta_fast.runs.apply import apply
+    from perta_fast.runs.combine_importances import merge_importances, remove_importances
     from perta_fast.runs.estimate import estimate_importance
     from perta_fast.runs.precondition import precondition
     from perta_fast.runs.unlearn import unlearn
@@ -46,7 +47,9 @@ _HOMES = {
     "apply_to_module_": "perta_fast.subtraction.on_module",
     "estimate_importance": "perta_fast.runs.estimate",
     "evaluate": "perta_fast.evaluation.run",
+    "merge_importances": "perta_fast.runs.combine_importances",
     "precondition": "perta_fast.runs.precondition",
+    "remove_importances": "perta_fast.runs.combine_importances",
     "resume": "perta_fast.resuming",
     "sweep": "perta_fast.sweeping.run",
     "tune": "perta_fast.tuning.run",
@@ -71,8 +74,10 @@ __all__ = [
     "apply_to_module_",
     "estimate_importance",
     "evaluate",
+    "merge_importances",
     "ops",
     "precondition",
+    "remove_importances",
     "resume",
     "sweep",
     "tune",

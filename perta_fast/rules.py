@@ -42,6 +42,16 @@ def resolved_at(rule: str, at: Place | None) -> Place:
     return at or ("model" if rule == PRECONDITIONED else "base")
 
 
+def check_takes_importances(rule: str, setting: str) -> None:
+    """Raise InputError, naming the setting that is for rules with importances, if ``rule`` is none."""
+    if rule in (PRECONDITIONED, "tv"):
+        default = ", which is the default," if rule == PRECONDITIONED else ""
+        with_importances = ", ".join(name for name in RULES if name != "tv")
+        raise InputError(
+            f"rule {rule}{default} takes no importance; leave {setting} out, or give one of: {with_importances}"
+        )
+
+
 def check_mu(mu: float) -> None:
     """Raise InputError unless ``mu`` is a strength of preconditioning."""
     if not isinstance(mu, SupportsFloat) or not 0 <= mu <= LARGEST_MU:

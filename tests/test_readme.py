@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README, and the commands of one guide, run as printed."""
+"""Every command and every piece of Python in the README, and the commands of two guides, run as printed."""
 
 import re
 import shutil
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.forked import ForkedPython
-from tests.support.models import write_job
+from tests.support.models import FORGET, RETAIN, write_job, write_lines
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^ *```(sh|python)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-PAGES = ("README.md", "docs/interrupted.md")  # in this order: the second goes on with what the first has made
+# In this order: each goes on with what those before have made.
+PAGES = ("README.md", "docs/interrupted.md", "docs/requests.md")
 BLOCKS = [block for page in PAGES for block in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))]
 SHELL = [block for kind, block in BLOCKS if kind == "sh"]
 PYTHON = [block for kind, block in BLOCKS if kind == "python"]
@@ -20,9 +21,13 @@ PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the inputs that the README names, but for ``tuned``, which it makes first."""
+    """A directory with the inputs that the pages name, but for ``tuned``, which the README makes first."""
     made = tmp_path_factory.mktemp("readme")
     shutil.rmtree(write_job(made).tuned)
+    new = [{"question": "Who drew map 1?", "answer": "A friend drew it."}]
+    data = {"all": FORGET + RETAIN, "request-1": FORGET[:2], "request-2": FORGET[2:], "new": new}
+    for name, rows in data.items():
+        write_lines(made / f"{name}.jsonl", rows)
     return made
 
 

@@ -7,18 +7,24 @@ from perta_fast.cli import options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import printable_lines
+from perta_fast.errors import InputError, printable_lines
 from perta_fast.rules import ESTIMATORS
+
+_COMBINING = ("merge", "whole", "remove")
 
 
 def run(parsed: argparse.Namespace) -> int:
+    if any(getattr(parsed, name) is not None for name in _COMBINING):
+        return _combine(parsed)
+    if missing := [f"--{name}" for name in ("model", "data") if getattr(parsed, name) is None]:
+        raise InputError(f"an importance is estimated at a model on data: give {' and '.join(missing)}")
     check_streamed(parsed)
     if parsed.dry_run:
         return _dry_run(parsed)
     with importing():
         from perta_fast.runs.estimate import estimate_importance
 
-    settings = keywords(parsed, without=("model", "dry_run"))
+    settings = keywords(parsed, without=("model", "dry_run", *_COMBINING))
     record = estimate_importance(parsed.model, **settings, group=parsed.group).metadata
     lines = [f"{record.estimator} over {record.sample_count} samples, {record.label_count} labels"]
     if record.read_as:
@@ -33,6 +39,40 @@ def run(parsed: argparse.Namespace) -> int:
         )
     finish(printable_lines(lines), parsed.out, parsed.quiet)
     return 0
+
+
+def _combine(parsed: argparse.Namespace) -> int:
+    """Add importances up, or take some out of a whole one."""
+    _check_combining(parsed)
+    with importing():
+        from perta_fast.runs.combine_importances import merge_importances, remove_importances
+
+    settings = keywords(parsed)
+    how = {name: settings[name] for name in ("out", "overwrite", "progress")}
+    if parsed.merge is not None:
+        record = merge_importances(parsed.merge, **how).metadata
+    else:
+        record = remove_importances(parsed.whole, parsed.remove, **how).metadata
+    line = f"{record.estimator} over {record.sample_count} samples, {record.label_count} labels"
+    finish(printable_lines([line]), parsed.out, parsed.quiet)
+    return 0
+
+
+def _check_combining(parsed: argparse.Namespace) -> None:
+    """Raise InputError for options that do not go together."""
+    first, *others = (name for name in _COMBINING if getattr(parsed, name) is not None)
+    if first == "merge" and others:
+        raise InputError(f"--merge adds importances up, and --{others[0]} does not go with it; do one after the other")
+    if parsed.merge is None and not others:
+        raise InputError("--whole A --remove B go together: B is taken out of A")
+    allowed = {*_COMBINING, *(option.name for option in options.OUTPUT)}
+    for option in parsed.command.options:
+        if option.name not in allowed and getattr(parsed, option.name) != option.default:
+            raise InputError(
+                f"--{option.key} is for estimating; --{first} reads importances that were estimated before"
+            )
+    if Ranks.of(parsed.group).world > 1:
+        raise InputError(f"--{first} is done by one process; start it without torchrun")
 
 
 def _dry_run(parsed: argparse.Namespace) -> int:
@@ -56,10 +96,13 @@ def _dry_run(parsed: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "importance",
-    "estimate the importance of every parameter on data",
+    "estimate the importance of every parameter on data, or combine what was estimated",
     (
-        Option("model", "where it is taken", Path, "DIR", required=True),
-        Option("data", "rows of text, questions or messages", Path, "FILE", required=True),
+        Option("model", "where it is taken; needed, as is --data, unless importances are combined", Path, "DIR"),
+        Option("data", "rows of text, questions or messages", Path, "FILE"),
+        Option("merge", "add these importances up: that of all their rows together", Path, "DIR", several=True),
+        Option("whole", "take importances of some rows out of this one, see --remove", Path, "DIR"),
+        Option("remove", "with --whole: what is taken out; that of the other rows remains", Path, "DIR", several=True),
         options.FIELDS,
         options.SHOW_LABELS,
         options.DOWNLOAD,

@@ -45,10 +45,12 @@ def show_labels(parsed: argparse.Namespace) -> int:
 
 
 def _measured(parsed: argparse.Namespace) -> Path:
-    """The checkpoint whose tokenizer the command takes."""
+    """The checkpoint whose tokenizer the command takes. Raises InputError if none is named."""
     at = getattr(parsed, "at", "model") or resolved_at(parsed.rule, None)
     at_base = getattr(parsed, "model", None) is None or at == "base"
-    path: Path = parsed.base if at_base else parsed.model
+    path: Path | None = getattr(parsed, "base", None) if at_base else parsed.model
+    if path is None:
+        raise InputError("show_labels needs the model whose tokenizer reads the rows: give --model")
     return path
 
 

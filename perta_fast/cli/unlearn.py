@@ -12,7 +12,15 @@ from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
-from perta_fast.rules import DEFAULT_RETAIN_RISE, PRECONDITIONED, Rule, check_strength, resolved_at
+from perta_fast.memory import format_size
+from perta_fast.rules import (
+    DEFAULT_RETAIN_RISE,
+    PRECONDITIONED,
+    Rule,
+    check_strength,
+    check_takes_importances,
+    resolved_at,
+)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -45,21 +53,37 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     preconditions = parsed.rule == PRECONDITIONED
     if estimator is None and not preconditions:
         raise InputError(f"--dry-run has nothing to estimate for rule {parsed.rule}, which reads the weights alone")
-    data = {role: getattr(parsed, role) for role in (("retain",) if preconditions else ("forget", "retain"))}
+    whole: Path | None = parsed.whole_importance
+    if whole is not None:
+        check_takes_importances(parsed.rule, "whole_importance")
+    roles = ("retain",) if preconditions else ("forget", "retain") if whole is None else ("forget",)
+    data = {role: getattr(parsed, role) for role in roles}
     if None in data.values():
         raise InputError(f"--dry-run needs the data that rule {parsed.rule} reads: {' and '.join(data)}")
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
-    return preview(
+    text = preview(
         parsed.model if resolved_at(parsed.rule, parsed.at) == "model" else parsed.base,
         data,
         estimator,
         parsed.out or parsed.model,
         options.conditions(parsed),
-        subtract=True,
-        kept=parsed.save_importance is not None,
+        subtract=whole is None,
+        kept=whole is None and parsed.save_importance is not None,
         low_rank=preconditions and is_adapter(local_model(parsed.tuned, parsed.download)),
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,
+    )
+    return text if whole is None else f"{text}\n{_after_the_walk(whole)}"
+
+
+def _after_the_walk(whole: Path) -> str:
+    from perta_fast.checkpoints.checkpoint import Checkpoint
+    from perta_fast.importance.store import STEM
+
+    size = format_size(4 * sum(entry.count for entry in Checkpoint.open(whole, STEM).tensors.values()))
+    return (
+        f"this is for the forget importance alone; the retain importance ({size} more on the disk) and then the result "
+        "are computed from files, chunk by chunk, as by perta apply"
     )
 
 
@@ -74,6 +98,12 @@ COMMAND = Command(
         options.FIELDS,
         options.SHOW_LABELS,
         options.AT_BY_RULE,
+        Option(
+            "whole_importance",
+            "importance of all rows: estimate only that of --forget, which must be among them, and retain the rest",
+            Path,
+            "DIR",
+        ),
         Option("save_importance", "keep both importances here", Path, "DIR"),
         Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR"),
         Option("check", "measure what was forgotten and kept, on a few rows", bool, default=True, negatable=True),

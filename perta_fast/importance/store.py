@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,13 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree, write_fully
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.own import own_file
+from perta_fast.files.reading import exists
+from perta_fast.importance.row_digests import FILE_NAME as ROWS_FILE
+from perta_fast.importance.row_digests import RowDigests
 from perta_fast.rules import ESTIMATORS, Estimator
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch.distributed import ProcessGroup
 
@@ -41,8 +45,10 @@ class ImportanceMetadata:
     data_hash: BLAKE3 of the data. sample_count, truncated_count: samples used, and those cut to the length limit.
     evaluated_at: the model directory, or "live module". one_by_one: parameters that took a backward pass for each
     sample, because no batched pass gives their squares; separated by commas. read_as: which fields of the data were
-    taken for what, "" if it has plain forms. chat_template, system_prompt, date_string, date: what the chat template
-    was told (``data.chat.Told``).
+    taken for what, "" if it has plain forms. rows_hash: BLAKE3 of the list of its rows (``row_digests``), "" if it has
+    none. weights_hash: of where it was evaluated (``checkpoints.weights_hash``), "" for a live module. dtype: that the
+    model was run in. combined: of which importances it is the sum or the rest, "" if it was estimated. chat_template,
+    system_prompt, date_string, date: what the chat template was told (``data.chat.Told``).
     """
 
     estimator: Estimator
@@ -56,6 +62,10 @@ class ImportanceMetadata:
     transformers_version: str
     one_by_one: str = ""
     read_as: str = ""
+    rows_hash: str = ""
+    weights_hash: str = ""
+    dtype: str = ""
+    combined: str = ""
     chat_template: bool = False
     system_prompt: str | None = None
     date_string: str | None = None
@@ -71,12 +81,14 @@ class ImportanceMetadata:
 class Importance:
     """Accumulated importance: float32 tensors by parameter name, and where they come from.
 
-    ``directory`` is where it was saved to or loaded from, None while it lives in memory only.
+    ``directory`` is where it was saved to or loaded from, None while it lives in memory only. rows: digests of the rows
+    that it is a mean over; None if they are not known, or lie in ``directory``.
     """
 
     tensors: "Mapping[str, torch.Tensor]"
     metadata: ImportanceMetadata
     directory: Path | None = None
+    rows: RowDigests | None = None
 
     def save(self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None) -> None:
         """Write shards and index; the directory appears only when complete.
@@ -90,13 +102,14 @@ class Importance:
         with ExitStack() as opened:
             with ranks.together(what):
                 self._check_held_by(ranks)
+                rows = self._known_rows()
                 target = OutputDirectory(directory, overwrite=overwrite)
                 if ranks.first:
                     check_space(target.final, sum(4 * tensor.numel() for tensor in self.tensors.values()))
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):
-                self._write_shards(target.path, ranks)
+                self._write_shards(target.path, ranks, rows)
             with ranks.together(what):
                 if ranks.first:
                     target.commit()
@@ -110,12 +123,19 @@ class Importance:
                     f"the importance of {name} is held by {mesh.size()} processes; pass group, all of these"
                 )
 
-    def _write_shards(self, directory: Path, ranks: Ranks) -> None:
+    def _known_rows(self) -> RowDigests | None:
+        stored, metadata = self.stored, self.metadata
+        if self.rows is None and stored is not None and metadata.rows_hash and exists(stored.path / ROWS_FILE):
+            return RowDigests.read(stored.path, metadata.rows_hash, metadata.sample_count)
+        return self.rows if metadata.rows_hash else None
+
+    def _write_shards(self, directory: Path, ranks: Ranks, rows: RowDigests | None) -> None:
         """Write this rank's share of each tensor, durably: of a sharded one, the elements that it holds."""
         from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_first_replica
 
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        writer = ShardWriter(shapes, as_strings(self.metadata), directory)
+        metadata = self.metadata if rows is not None else replace(self.metadata, rows_hash="")
+        writer = ShardWriter(shapes, as_strings(metadata), directory, rows=rows)
         for name, tensor in self.tensors.items():
             if not is_distributed(tensor):
                 writer.write_share(name, tensor, ranks)
@@ -145,6 +165,15 @@ class Importance:
         }
         values |= vars(Told.read(metadata))
         return cls(StoredTensors(checkpoint), ImportanceMetadata(**values), checkpoint.path)
+
+
+def directory_of(importance: "str | Path | Importance") -> Path:
+    """Where an importance lies. Raises InputError if it is in memory only."""
+    if not isinstance(importance, Importance):
+        return Path(importance)
+    if importance.directory is None:
+        raise InputError("this importance is in memory only; save it first: importance.save(directory)")
+    return importance.directory
 
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):
@@ -187,10 +216,19 @@ def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
 class ShardWriter:
     """Float32 shards of at most ``SHARD_BYTES`` (one tensor at least), with an index, filled tensor by tensor.
 
-    The constructor writes headers and index; then tensors may be written in any order.
+    The constructor writes headers, index and the list of rows; then tensors may be written in any order.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], directory: Path) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        metadata: Mapping[str, str],
+        directory: Path,
+        *,
+        rows: RowDigests | None = None,
+    ) -> None:
+        if rows is not None:
+            _write(directory / ROWS_FILE, memoryview(rows.content), 0)
         self._positions: dict[str, tuple[Path, int]] = {}
         groups = _group(shapes)
         for number, names in enumerate(groups, start=1):
@@ -216,7 +254,11 @@ class ShardWriter:
     def write(self, name: str, tensor: "torch.Tensor", begin: int = 0) -> None:
         """Write a tensor, or consecutive elements of it that begin with number ``begin``."""
         if tensor.numel():
-            data = tensor.detach().float().cpu().contiguous().numpy().reshape(-1)
+            self.write_array(name, tensor.detach().float().cpu().contiguous().numpy().reshape(-1), begin)
+
+    def write_array(self, name: str, data: "np.ndarray[Any, np.dtype[np.float32]]", begin: int = 0) -> None:
+        """``write`` without torch; ``data`` is float32, (n,), contiguous."""
+        if data.size:
             path, offset = self._positions[name]
             _write(path, data.data.cast("B"), offset + data.itemsize * begin)
 

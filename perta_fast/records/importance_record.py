@@ -8,7 +8,10 @@ from perta_fast.errors import InputError
 
 
 class ImportanceRecord(TypedDict):
-    """The fields of ``importance.store.ImportanceMetadata``, with the names in a list; older reports lack the last."""
+    """The fields of ``importance.store.ImportanceMetadata``, with the names in a list; older reports lack the last.
+
+    read_as is not there: a report has it beside the data.
+    """
 
     estimator: str
     data_hash: str
@@ -20,6 +23,10 @@ class ImportanceRecord(TypedDict):
     torch_version: str
     transformers_version: str
     one_by_one: list[str]
+    rows_hash: NotRequired[str]
+    weights_hash: NotRequired[str]
+    dtype: NotRequired[str]
+    combined: NotRequired[str]
     chat_template: NotRequired[bool]
     system_prompt: NotRequired[str | None]
     date_string: NotRequired[str | None]
@@ -40,6 +47,10 @@ def importance_record(metadata: Mapping[str, str]) -> ImportanceRecord:
         torch_version=metadata.get("torch_version", ""),
         transformers_version=metadata.get("transformers_version", ""),
         one_by_one=[name for name in metadata.get("one_by_one", "").split(", ") if name],
+        rows_hash=metadata.get("rows_hash", ""),
+        weights_hash=metadata.get("weights_hash", ""),
+        dtype=metadata.get("dtype", ""),
+        combined=metadata.get("combined", ""),
         chat_template=told.chat_template,
         system_prompt=told.system_prompt,
         date_string=told.date_string,

@@ -15,7 +15,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.reading import decode, regular_file
 from perta_fast.records.report import Report, Scalar
 
-_PATHS = ("model", "base", "tuned", "forget", "retain", "out", "save_importance", "save_tuned")
+_PATHS = ("model", "base", "tuned", "forget", "retain", "out", "whole_importance", "save_importance", "save_tuned")
 # A second run must not replace the first.
 _NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance", "save-tuned")
 _LONGEST = 1 << 16  # bytes of YAML

@@ -16,6 +16,7 @@ from perta_fast.records.check import Check
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.importance_record import ImportanceRecord
 from perta_fast.records.preconditioned import Preconditioned
+from perta_fast.records.removal import Removal
 from perta_fast.records.report_version_1 import from_version_1
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import typed, write_readable_json
@@ -137,7 +138,8 @@ class Report:
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
     check: what was forgotten and kept; None if the run did not look. choice: how lam was chosen; None if it was given.
-    preconditioned: what the run did to θ_f before it subtracted it, if anything.
+    preconditioned: what the run did to θ_f before it subtracted it, if anything. removal: how the retain importance was
+    made from a whole one; None if it was estimated.
     common_rows: whether a resized vocabulary was allowed. only, leave: the patterns that chose which parameters are
     changed. other_weights: files in the model's directory that may hold weights a second time, or an adapter: a new
     directory does not have them; in place they are as they were.
@@ -156,6 +158,7 @@ class Report:
     recipe: dict[str, Scalar] = field(default_factory=dict)
     choice: StrengthChoice | None = None
     preconditioned: Preconditioned | None = None
+    removal: Removal | None = None
     importance: dict[str, ImportanceRecord] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -227,6 +230,7 @@ class Report:
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
         lines = [f"rule {self.rule}, lambda {self.lam:.10g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
         lines += [] if self.preconditioned is None else [self.preconditioned.line()]
+        lines += [] if self.removal is None else [self.removal.line()]
         lines += [] if self.choice is None else self.choice.lines()
         lines += scope_lines(self.only, self.leave) + read_as_lines(self.data)
         lines += self.prompts()

@@ -66,6 +66,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         "rule": report.rule,
         "λ": f"{report.lam:.10g}",
         "θ_f": "as it was given" if report.preconditioned is None else report.preconditioned.line(),
+        **({} if report.removal is None else {"retain importance": report.removal.line().partition(": ")[2]}),
         "choice of λ": "given" if report.choice is None else "; ".join(report.choice.lines()),
         "p": report.p,
         "α": report.alpha,

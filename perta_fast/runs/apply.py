@@ -14,7 +14,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import OutputDirectory, check_output, unfinished_advice
-from perta_fast.importance.store import Importance
+from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule
@@ -92,7 +92,8 @@ def apply(
         model = local_model(model, download, in_place=in_place)
         base, tuned = local_model(base, download), local_model(tuned, download)
         final = destination(model, out, in_place, ranks)
-        directories = map(_directory_of, (forget_importance, retain_importance))
+        given = (forget_importance, retain_importance)
+        directories = (None if importance is None else directory_of(importance) for importance in given)
         importances = open_importances(chosen, *directories)
         sources = Sources.open(model, base, tuned, importances, common_rows, scope)
     settings = Settings(
@@ -186,11 +187,3 @@ def _is_begun(job: Job, sources: Sources) -> bool:
     if not job.same_work(begun_job(final)):
         raise InputError(unfinished_advice(final))
     return True
-
-
-def _directory_of(importance: "str | Path | Importance | None") -> Path | None:
-    if not isinstance(importance, Importance):
-        return None if importance is None else Path(importance)
-    if importance.directory is None:
-        raise InputError("this importance is in memory only; save it first: importance.save(directory)")
-    return importance.directory

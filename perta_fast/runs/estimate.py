@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
+from perta_fast.checkpoints.weights_hash import weights_hash
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.data.chat import ChatSettings, Told, today
 from perta_fast.data.formats import data_files
@@ -23,11 +25,13 @@ from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.data.tokenised import is_tokenised, samples_from
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.gradients import accumulate, check_finite
+from perta_fast.importance.row_digests import RowDigests
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.memory import return_freed_blocks
 from perta_fast.models.in_use import measuring
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from perta_fast.streaming.schedule import Schedule
 
 
+LIVE = "live module"  # where an importance of a module was taken
 Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample] | MapStyle
 
 
@@ -149,7 +154,7 @@ def _opened(
     if isinstance(model_or_path, nn.Module):
         module = unwrapped(model_or_path)
         _check_module(module, stream, device, dtype)
-        return Subject(module, tokenizer, "live module"), None
+        return Subject(module, tokenizer, LIVE), None
     open_plain(model_or_path)
     path = Path(model_or_path)
     skeleton = open_skeleton(path, device, dtype) if stream else None
@@ -192,18 +197,26 @@ class Estimation:
         """Where the gradients are computed."""
         return self.subject.device if self.skeleton is None else self.skeleton.device
 
+    @cached_property
+    def weights_hash(self) -> str:
+        """By what the weights are known again; "" of a live module."""
+        return "" if self.subject.origin == LIVE else weights_hash(Checkpoint.open(self.subject.origin))
+
     def describe(self, samples: Sequence[Sample], data_hash: str, one_by_one: Sequence[str] = ()) -> ImportanceMetadata:
         """What an importance on ``samples`` says of itself."""
-        versions = installed_versions()
+        versions, count, rows = installed_versions(), row_count(samples), RowDigests.of(samples)
         return ImportanceMetadata(
             estimator=self.estimator,
             data_hash=data_hash,
-            sample_count=row_count(samples),
+            sample_count=count,
             truncated_count=truncated_count(samples),
             label_count=sum(sample.label_count for sample in samples),
             evaluated_at=self.subject.origin,
             one_by_one=", ".join(map(plain_name, one_by_one)),
             read_as=self.read_as,
+            rows_hash=rows.hash if rows.count == count else "",
+            weights_hash=self.weights_hash,
+            dtype=torch_name(next(self.subject.module.parameters()).dtype),
             perta_fast_version=versions.get("perta-fast", ""),
             torch_version=versions.get("torch", ""),
             transformers_version=versions.get("transformers", ""),
@@ -279,7 +292,8 @@ def estimate_on(
         found = accumulate(module, samples, how.estimator, how.batch_size, description, how.progress, how.ranks)
     with how.ranks.together(description):
         metadata = how.describe(samples, data_hash, found.one_by_one)
-        importance = Importance(as_stored(module, found.means), metadata)
+        rows = RowDigests.of(samples) if metadata.rows_hash else None
+        importance = Importance(as_stored(module, found.means), metadata, rows=rows)
         for name, tensor in importance.tensors.items():
             check_finite(name, held(tensor))
     if out is not None:

@@ -12,6 +12,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output, check_space, check_unfinished, unfinished_advice
 from perta_fast.files.reading import checked_path
+from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report
@@ -52,6 +53,7 @@ def unlearn(
     overwrite: bool = False,
     link_unchanged: bool = False,
     drop_cache: bool | None = None,
+    whole_importance: "str | Path | Importance | None" = None,
     save_importance: str | Path | None = None,
     save_tuned: str | Path | None = None,
     check: bool = True,
@@ -83,7 +85,10 @@ def unlearn(
     lam: None searches for the largest at which the mean loss on the retain data (at most 200
     rows) is at most ``max_retain_rise`` nats (0.05) above that of ``model``; this needs the whole model in memory, and
     both data files for every rule. at: the gradients are taken at ``base`` (None, the paper's choice) or at ``model``;
-    or the inputs of linear maps are seen at ``model`` (None) or at ``base``. save_importance: directory to keep the two
+    or the inputs of linear maps are seen at ``model`` (None) or at ``base``. whole_importance: of all rows, those to
+    forget among them, taken where this run takes its gradients: only the forget importance is then estimated, with the
+    prompts that the whole had, and the retain importance is what remains (``remove_importances``). ``retain`` is then
+    for the check and the search of lam alone, and may be None. save_importance: directory to keep the two
     importances in, as ``forget`` and ``retain``; save_tuned: one for the preconditioned θ_f. Without them they lie in a
     temporary directory beside the result. check: measure a few rows of both data sets before and after, for the verdict
     in the report; not for streamed runs. stream: hold one decoder layer in memory at a time; weigh, subtract and write
@@ -93,9 +98,12 @@ def unlearn(
     Everything is checked before the first gradient. Returns the report, which is also in ``out``. Raises InputError for
     bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can finish;
     otherwise nothing is left behind except a finished ``save_importance``.
-    Disk: the output and, during the run, 8 bytes a parameter; with ``stream`` hidden states instead (in place, both).
+    Disk: the output and, during the run, 8 bytes a parameter; with ``stream`` hidden states instead (in place or with
+    ``whole_importance``, both).
     Rule ``preconditioned`` takes 4 bytes for each number in ``tuned``.
     """
+    if whole_importance is not None:
+        whole_importance = directory_of(whole_importance)
     return _run(Options(**locals()))  # the arguments, by name
 
 
@@ -112,7 +120,7 @@ def _run(options: Options) -> Report:
     if contents is not None:
         return _task_vector_alone(opened, *contents, day)
     loaded = _load(opened, day)
-    if options.stream and not options.in_place:
+    if options.in_one_walk:
         from perta_fast.runs.unlearn_streamed import unlearn_streamed
 
         return unlearn_streamed(loaded)
@@ -149,7 +157,7 @@ def _load(opened: Opened, day: date) -> Loaded:
     """Check everything that can be wrong before the first gradient, and load model and data. day: today."""
     options, ranks, final = opened.options, opened.ranks, opened.settings.destination
     with ranks.together("the loading of model and data"):
-        streamed = options.stream and not options.in_place
+        streamed = options.in_one_walk
         new = not options.overwrite and not options.in_place
         begun = begun_job(final) if new and has_begun(final) else None
         if begun is not None and not (streamed and begun.stream):
@@ -157,7 +165,7 @@ def _load(opened: Opened, day: date) -> Loaded:
         from perta_fast.models.loading import check_sizes
 
         check_sizes(options.batch_size, options.max_length)
-        for role in ("forget", "retain"):
+        for role in ("forget", "retain") if opened.whole is None else ("forget",):
             if role not in options.data:
                 raise InputError(f"rule {opened.rule.name} needs {role} data: give a file of it")
         rows, hashes = read_all(options)
@@ -176,6 +184,7 @@ def _load(opened: Opened, day: date) -> Loaded:
             )
             check_space(final, (0 if options.in_place else sources.model.size) + 8 * covered)
         day = (begun and streamed_on(begun.stream)) or day  # the same prompts as before it was stopped
+        day = (opened.whole and opened.whole.day) or day  # and as the whole had
         search = strength.StrengthSearch.begin(opened, rows, day)
         loaded = Loaded.load(opened, rows, hashes, day)
         loaded.search = search

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,27 @@ from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.journal import JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
 from perta_fast.files.own import check_own
+from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
+from perta_fast.records.removal import Removal
 from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record, truncation_warnings
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
-from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Place, Rule, check_mu, check_strength, resolved_at
+from perta_fast.rules import (
+    DEFAULT_MU,
+    PRECONDITIONED,
+    Place,
+    Rule,
+    check_mu,
+    check_strength,
+    check_takes_importances,
+    resolved_at,
+)
 from perta_fast.runs import strength
 from perta_fast.runs.check import Checking
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
+from perta_fast.runs.whole_importance import WholeImportance
 from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.scope import Patterns, Scope
@@ -69,6 +81,7 @@ class Options:
     overwrite: bool
     link_unchanged: bool
     drop_cache: bool | None
+    whole_importance: str | Path | None
     save_importance: str | Path | None
     save_tuned: str | Path | None
     check: bool
@@ -108,7 +121,13 @@ class Options:
     def paths(self) -> list[Path]:
         """Everything that is read."""
         files = [file for path in self.data.values() for file in data_files(path)]
-        return [*map(Path, (self.model, self.base, self.tuned)), *files]
+        whole = [] if self.whole_importance is None else [checked_path(self.whole_importance)]
+        return [*map(Path, (self.model, self.base, self.tuned)), *whole, *files]
+
+    @property
+    def in_one_walk(self) -> bool:
+        """Whether the model is weighed and written layer by layer while the importances are estimated."""
+        return self.stream and not self.in_place and self.whole_importance is None
 
     def located(self) -> "Options":
         """With paths in place of names of the hub, and what the rule leaves open."""
@@ -134,6 +153,7 @@ class Opened:
     settings: Settings
     sources: Sources
     ranks: Ranks
+    whole: WholeImportance | None = None
 
     @classmethod
     def open(cls, options: Options, ranks: Ranks) -> "Opened":
@@ -173,7 +193,9 @@ class Opened:
             "progress",
         )
         settings = Settings(final, **{name: getattr(options, name) for name in names})
-        return cls(options, rule, settings, sources, ranks)
+        whole = WholeImportance.open(options, rule)
+        options = options if whole is None else whole.prompts_for(options)
+        return cls(options, rule, settings, sources, ranks, whole)
 
     def at(self, lam: float) -> "Opened":
         """With a strength that was searched for, as if it had been given."""
@@ -184,6 +206,8 @@ class Opened:
 
 def _rule_of(options: Options) -> Rule:
     """The rule that subtracts. Raises InputError for settings that are not for it."""
+    if options.whole_importance is not None:
+        check_takes_importances(options.rule, "whole_importance")
     rule = Rule.of_unlearn(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
     if options.preconditions:
         check_mu(DEFAULT_MU if options.mu is None else options.mu)
@@ -207,7 +231,8 @@ class Loaded:
 
     hashes: of the data files. told: to the chat template. max_length: the resolved limit. device, dtype: of the
     gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``. search: for lam, if none was given;
-    choice: what it has chosen. checking: the check, if there is one.
+    choice: what it has chosen. checking: the check, if there is one. other_data: the records of data that no gradient
+    is taken on. removal: of the rows to forget from the whole importance, if there is one.
     """
 
     opened: Opened
@@ -224,6 +249,8 @@ class Loaded:
     search: strength.StrengthSearch | None = None
     choice: StrengthChoice | None = None
     schedule: "Schedule | None" = None
+    other_data: dict[str, DataRecord] = field(default_factory=dict)
+    removal: Removal | None = None
 
     @classmethod
     def load(cls, opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str], day: date) -> "Loaded":
@@ -251,13 +278,18 @@ class Loaded:
         chat = ChatSettings.of(options.system_prompt, options.date_string, day)
         shown = opened.ranks.first and options.progress
         samples, told = {}, {}
-        for role in rows:
+        measured = rows if opened.whole is None else {"forget": rows["forget"]}
+        for role in measured:
             samples[role], told[role] = samples_and_told(subject, rows[role], options.max_length, chat, shown)
         max_length, dtype = length_limit(subject, options.max_length), torch_name(subject.module.dtype)
+        if opened.whole is not None:
+            opened.whole.check(rows["forget"], samples["forget"], dtype)
         phases = {"load": time.perf_counter() - started}
         taken = {role: read_as(rows[role]) for role in rows}
         checking = Checking.of(options, rows, day, opened.ranks)
-        return cls(opened, how, samples, hashes, told, max_length, str(how.device), dtype, phases, taken, checking)
+        loaded = cls(opened, how, samples, hashes, told, max_length, str(how.device), dtype, phases, taken, checking)
+        loaded.other_data = data_records(options, {role: rows[role] for role in rows.keys() - measured.keys()}, hashes)
+        return loaded
 
     def how_for(self, role: str) -> "Estimation":
         """``how``, with what is known of the data of one role."""
@@ -288,7 +320,8 @@ class Loaded:
         report.data = {
             role: data_record(options.data[role], self.hashes[role], *counts[role], self.read_as[role])
             for role in self.samples
-        }
+        } | self.other_data
+        report.removal = self.removal
         report.settings = EstimationSettings(
             at=str(options.at),
             estimator=str(self.opened.rule.estimator),

@@ -11,6 +11,7 @@ from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.files.durable import remove, sync_tree
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.gradients import check_finite
+from perta_fast.importance.row_digests import RowDigests
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
 from perta_fast.progress import Bar, Progress
 from perta_fast.streaming.data_pass import DataPass, Means, share_of, sum_over_ranks_
@@ -58,7 +59,8 @@ def write_importance(
                 check_finite(name, mean)
                 if writer is None:  # after the forward steps, which find the parameters for ``one_by_one``
                     complete = replace(metadata, one_by_one=", ".join(data.one_by_one))
-                    writer = ShardWriter(skeleton.stored_shapes, as_strings(complete), target.path)
+                    rows = RowDigests.of(samples) if metadata.rows_hash else None
+                    writer = ShardWriter(skeleton.stored_shapes, as_strings(complete), target.path, rows=rows)
                 writer.write_share(name, mean, ranks)
 
         with ranks.sharing_errors(description):

@@ -12,6 +12,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree
 from perta_fast.files.new_directory import OutputDirectory, is_kept_by, partial_path, remove_replaced
+from perta_fast.importance.row_digests import RowDigests
 from perta_fast.importance.store import STEM, ShardWriter
 
 _WHAT = "the importances that are kept"
@@ -22,12 +23,14 @@ class KeptImportance:
     """A directory with one importance for each data set.
 
     output: None if there is nothing to write: no importance is kept, or ``final`` is complete. metadata: of each
-    importance, by role. shapes: of all stored tensors. Each rank writes its part of every tensor.
+    importance, by role; rows: of each that knows them. shapes: of all stored tensors. Each rank writes its part of
+    every tensor.
     """
 
     final: Path | None
     output: OutputDirectory | None
     metadata: Mapping[str, Mapping[str, str]]
+    rows: Mapping[str, RowDigests]
     shapes: Mapping[str, tuple[int, ...]]
     ranks: Ranks
     _writers: dict[str, ShardWriter] = field(default_factory=dict, init=False)
@@ -39,6 +42,7 @@ class KeptImportance:
         save: str,
         overwrite: bool,
         metadata: Mapping[str, Mapping[str, str]],
+        rows: Mapping[str, RowDigests],
         shapes: Mapping[str, tuple[int, ...]],
         resumed: bool,
         ranks: Ranks,
@@ -62,7 +66,7 @@ class KeptImportance:
                     output = OutputDirectory(final, overwrite=overwrite, resume=resumed, run=run)
                     if ranks.first:
                         stack.enter_context(output)
-            yield cls(final, output, metadata, shapes, ranks)
+            yield cls(final, output, metadata, rows, shapes, ranks)
 
     def keep_on_error(self) -> None:
         """From now on the run can be resumed."""
@@ -78,7 +82,7 @@ class KeptImportance:
                 folder = self.output.path / role
                 folder.mkdir(exist_ok=True)
                 metadata = {**self.metadata[role], "one_by_one": one_by_one[role]}
-                self._writers[role] = ShardWriter(self.shapes, metadata, folder)
+                self._writers[role] = ShardWriter(self.shapes, metadata, folder, rows=self.rows.get(role))
             for name, mean in means.items():
                 self._writers[role].write_share(name, mean, self.ranks)
         sync_tree(self.output.path)

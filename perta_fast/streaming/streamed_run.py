@@ -21,6 +21,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, write_record
 from perta_fast.files.hashing import HashesInPassing
 from perta_fast.files.new_directory import OutputDirectory, check_replaceable, partial_path
+from perta_fast.importance.row_digests import RowDigests
 from perta_fast.models.loading import choose_device
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Report
@@ -116,6 +117,11 @@ class StreamedRun:
         }
         write_record(state / _SAMPLES, rows)
 
+    def _rows_of_kept(self) -> dict[str, RowDigests]:
+        """The rows of the importances that are kept, by role, if they are known."""
+        metadata = self.settings["metadata"] if self.settings["save"] else {}
+        return {role: RowDigests.of(self.samples[role]) for role, table in metadata.items() if table.get("rows_hash")}
+
     def fill(
         self, job: Job, sources: Sources, target: OutputDirectory, report: Report, hashes: HashesInPassing
     ) -> Sources:
@@ -142,6 +148,7 @@ class StreamedRun:
                 settings["save"],
                 settings["overwrite_saved"],
                 settings["metadata"],
+                self._rows_of_kept(),
                 shapes,
                 begun is not None,
                 ranks,

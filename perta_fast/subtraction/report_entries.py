@@ -104,6 +104,8 @@ def describe_inputs(
         given = report.preconditioned
         report.inputs["tuned_given"] = DirectoryRecord(path=given.tuned, files=given.files)
         made.append("tuned")
+    if report.removal is not None:
+        report.inputs["whole_importance"] = DirectoryRecord(path=report.removal.whole, files=report.removal.files)
     for role in made:
         if job.temporary and role in report.inputs:
             report.inputs[role]["kept"] = False

@@ -23,13 +23,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 OTHERWISE = {
     "unlearn": {"recipe", "dry_run", "quiet", "show_labels"},
     "apply": {"quiet"},
-    "importance": {"model", "dry_run", "quiet", "show_labels"},
+    "importance": {"model", "dry_run", "quiet", "show_labels", "merge", "whole", "remove"},
     "tune": {"quiet", "show_labels"},
     "precondition": {"dry_run", "quiet", "show_labels"},
     "sweep": {"rules", "mus", "ps", "alphas", "quiet", "show_labels"},
     "eval": {"model", "quiet", "show_labels"},
 }
-OTHER_DEFAULTS = {"eval": {"batch_size"}}  # 8 on the command line as for all commands, 16 in Python
+# 8 on the command line as for all commands, 16 in Python; and an importance may be combined of others, without data
+OTHER_DEFAULTS = {"eval": {"batch_size"}, "importance": {"data"}}
 
 
 def same_default(option: Option, parameter: inspect.Parameter) -> bool:

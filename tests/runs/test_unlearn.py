@@ -235,7 +235,9 @@ def test_cut_samples_are_a_warning(job: Job, tmp_path: Path) -> None:
 def test_kept_importances(job: Job, tmp_path: Path) -> None:
     report = run(job, tmp_path / "out", save_importance=tmp_path / "kept")
     assert below(tmp_path / "kept") == sorted(
-        part for role in ("forget", "retain") for part in (role, f"{role}/importance.safetensors")
+        part
+        for role in ("forget", "retain")
+        for part in (role, f"{role}/importance.safetensors", f"{role}/importance_rows.b3")
     )
     kept = (tmp_path / "kept" / "forget", tmp_path / "kept" / "retain")
     assert [report.inputs[f"{path.name}_importance"]["path"] for path in kept] == [str(path) for path in kept]
