@@ -178,6 +178,7 @@ ANY_RULE = replace(
     default=PRECONDITIONED,
     choices=(PRECONDITIONED, *RULES),
 )
+IMPORTANCE = Option("importance", "what --save-importance wrote, instead of the two: both, or their ratio", Path, "DIR")
 LAM = Option("lam", "strength lambda", float, "L", required=True)
 MU = Option("mu", f"how much less of the task vector along retained inputs ({DEFAULT_MU:g})", float, "X")
 P = Option("p", "exponent of the importances (the rule's own)", float, "P")
