@@ -86,9 +86,13 @@ class ImportanceRatio:
                 f"{retain.metadata.estimator}; estimate one of them again"
             )
         check_system_prompts(forget.metadata.told, retain.metadata.told)
-        for holder, other, side in ((forget, retain, "retain"), (retain, forget, "forget")):
-            for tensor, shape in _shapes(holder).items():
-                if _shapes(other).get(tensor) != shape:
+        in_memory = [importance.tensors for importance in pair if importance.stored is None]
+        if any(hasattr(tensor, "device_mesh") for tensors in in_memory for tensor in tensors.values()):
+            raise InputError("an importance is sharded over processes; save both first, and give their directories")
+        shapes = [_shapes(importance) for importance in pair]
+        for (holder, other), side in zip((shapes, shapes[::-1]), ("retain", "forget"), strict=True):
+            for tensor, shape in holder.items():
+                if other.get(tensor) != shape:
                     raise InputError(f"the {side} importance has no tensor {tensor} of shape {list(shape)}")
         metadata = dict(zip(SIDES, (forget.metadata, retain.metadata), strict=True))
         return cls(_MadeTensors(forget, retain, name), metadata)
