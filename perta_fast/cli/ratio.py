@@ -6,7 +6,7 @@ from pathlib import Path
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, finish
-from perta_fast.importance.store import STORED_TYPES
+from perta_fast.dtypes import STORED_TYPES
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from perta_fast.checkpoints.safetensors_file import build_header
 from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
-from perta_fast.dtypes import ITEM_SIZES, byte_count, torch_dtype
+from perta_fast.dtypes import ITEM_SIZES, STORED_TYPES, byte_count, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree, write_fully
 from perta_fast.files.new_directory import OutputDirectory, check_space
@@ -29,7 +29,6 @@ STEM = "importance"
 FORMAT = "perta-importance"
 FORMAT_VERSION = "1"
 SHARD_BYTES = 5_000_000_000
-STORED_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 _COUNTS = ("sample_count", "truncated_count", "label_count")
 _REQUIRED = ("estimator", "data_hash", "sample_count", "evaluated_at")
 

@@ -26,7 +26,7 @@ from perta_fast.subtraction.matching import TensorMatch
 
 CHUNK = 1 << 18  # elements
 _OPERANDS = 5  # theta, theta_f, theta_0, and the importances, or none and their ratio
-_TUNED, _FORGET_IMPORTANCE = 1, 3
+_TUNED = 1
 _WIDEST = 4  # bytes of an element
 _BUFFERS = 192 << 20  # bytes that all threads together may take
 _MADE = 64 << 20  # bytes of arrays that no file holds, beyond which only those in use are kept
@@ -68,7 +68,8 @@ class Subtraction:
     """Computes chunks on several threads.
 
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
-    held: float32 importances, forget and retain, that are in memory and not in files, by number of the match.
+    held: float32 importances, forget and retain, or their ratio alone, that are in memory and not in files, by number
+    of the match.
     """
 
     sources: Sources
@@ -174,7 +175,8 @@ class _Workspace:
                 self._read(operand, entry, chunk)
             addresses[operand] = int(self._buffers[operand].ctypes.data)
             codes[operand] = KERNEL_CODES[entry.dtype]
-        for operand, array in enumerate(self._job.held.get(chunk.index, ()), _FORGET_IMPORTANCE):
+        held = self._job.held.get(chunk.index, ())
+        for operand, array in enumerate(held, _OPERANDS - len(held)):  # the last ones, as in the kernels
             addresses[operand] = int(array[chunk.begin :].ctypes.data)
             codes[operand] = KERNEL_CODES["F32"]
         factors = None

@@ -135,17 +135,27 @@ def open_importances(
     both: a directory that holds the two, or their ratio, in place of the others. Raises InputError if they are not what
     the rule needs, or had different system prompts.
     """
-    opened = {}
-    for role, path in rule.required(_directories(forget, retain, both), ADVICE).items():
-        if role != RATIO:
-            ratios.refuse_ratio(path)
-        opened[role] = Checkpoint.open(path, stem_of(role))
+    required = rule.required(_directories(forget, retain, both), ADVICE)
+    opened = {role: _open(role, path) for role, path in required.items()}
     metadata = metadata_of(opened)
     for role, table in metadata.items():
         rule.check_estimator(table["estimator"], opened[role if role in opened else RATIO].path)
     if metadata:
         check_system_prompts(*(Told.read(metadata[role]) for role in IMPORTANCES))
     return opened
+
+
+def estimators_of(forget: Path | None, retain: Path | None, both: Path | None) -> set[str]:
+    """Of the importances in these directories. Raises InputError if one of them holds none."""
+    directories = _directories(forget, retain, both)
+    opened = {role: _open(role, path) for role, path in directories.items() if path is not None}
+    return {table["estimator"] for table in metadata_of(opened).values()}
+
+
+def _open(role: str, directory: Path) -> Checkpoint:
+    if role != RATIO:
+        ratios.refuse_ratio(directory)
+    return Checkpoint.open(directory, stem_of(role))
 
 
 def _directories(forget: Path | None, retain: Path | None, both: Path | None) -> Mapping[str, Path | None]:
