@@ -128,7 +128,7 @@ class ImportanceRatio:
         ranks, what = Ranks.of(group), "save a ratio"
         with ExitStack() as opened:
             with ranks.together(what):
-                target = OutputDirectory(directory, overwrite=overwrite)
+                target = OutputDirectory(directory, overwrite=overwrite, inputs=self._read)
                 if ranks.first:
                     width = ITEM_SIZES[self._dtype]
                     check_space(target.final, sum(width * prod(shape) for shape in _shapes(self).values()))
@@ -151,6 +151,13 @@ class ImportanceRatio:
             for begin in range(share.start, share.stop, _CHUNK):
                 writer.write(name, elements(begin, min(_CHUNK, share.stop - begin)), begin)
         sync_tree(directory)
+
+    @property
+    def _read(self) -> list[Path]:
+        """The directories that tensors are read from."""
+        made = self.tensors if isinstance(self.tensors, _MadeTensors) else None
+        sources = [self] if made is None else [made.forget, made.retain]
+        return [source.stored.path for source in sources if source.stored is not None]
 
     @property
     def _dtype(self) -> str:

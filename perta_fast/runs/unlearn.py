@@ -173,9 +173,7 @@ def _load(opened: Opened, day: date) -> Loaded:
                 check_unfinished(kept, overwrite=options.overwrite, run=final)  # which has no work to keep
             if not options.in_place:
                 check_output(final, overwrite=options.overwrite, inputs=[kept])
-        if (
-            options.makes_temporary and not streamed
-        ):  # the schedule of a streamed run checks the disk, as it knows the samples
+        if options.makes_temporary and not streamed:  # whose schedule checks the disk, as it knows the samples
             sources = opened.sources
             covered = sum(
                 match.theta.count for match in sources.matches if match.copied in (None, "left alone by choice")

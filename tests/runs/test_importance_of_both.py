@@ -13,6 +13,7 @@ from torch import Tensor
 from perta_fast import ImportanceRatio, InputError, Interrupted, Report, apply, resume, verify
 from perta_fast.importance import store
 from perta_fast.importance.ratio import ratio_table
+from perta_fast.reporting.weight_distribution import BINS, Distribution, distribution
 from perta_fast.runs import recomputed_tensors
 from perta_fast.runs.inspect import describe
 from perta_fast.subtraction import compute as subtraction
@@ -101,6 +102,19 @@ def test_verify_recomputes_from_the_ratio(inputs: Inputs, ratio: Path) -> None:
             save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     changed = verify(out, full=True, progress=False)
     assert [problem for problem in changed.problems if "ratio" in problem and "has changed since" in problem]
+
+
+def test_the_page_shows_the_weights_of_the_ratio(inputs: Inputs, ratio: Path) -> None:
+    how: dict[str, Any] = {"rule": "grad", "alpha": 3.0, "lam": 0.7, "progress": False}
+    report = apply(*inputs.checkpoints, importance=ratio, **how, out=inputs.folder / "out")
+    found = distribution(report, False)
+    assert isinstance(found, Distribution)
+    names = [row.name for row in report.tensors if row.mean_weight is not None]
+    pairs = [(inputs.tensors["forget"][name], inputs.tensors["retain"][name]) for name in names]
+    w = torch.cat([by_ratio(1, 3.0)(*pair).view(-1) for pair in pairs])
+    assert found.total == len(w)
+    assert found.above_half == int((w > 0.5).sum())
+    assert found.counts.tolist() == torch.histc(w, BINS, 0, 1).int().tolist()
 
 
 def test_in_place_gives_the_same_bytes(inputs: Inputs, ratio: Path) -> None:
@@ -221,6 +235,9 @@ def test_the_command_that_makes_one(inputs: Inputs, ratio: Path) -> None:
     assert load_file(made / "ratio.safetensors").keys() == read_checkpoint(ratio).keys()
     for name, tensor in read_checkpoint(made).items():
         assert same_bytes(tensor, read_checkpoint(ratio)[name])
+    for source in (inputs["forget"], inputs.folder):
+        lost = perta("ratio", *pair, inputs["retain"], "--out", source, "--overwrite")
+        assert lost.returncode == 2 and "is or contains the input" in lost.stderr
     again = perta("ratio", *pair, inputs["retain"], "--out", made)
     assert again.returncode == 2 and str(made) in again.stderr
     wide = perta("ratio", *pair, inputs["retain"], "--importance-dtype", "float32", "--out", made, "--overwrite")
