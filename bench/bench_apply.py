@@ -1,8 +1,8 @@
 """Whole commands on checkpoints in files: how long a user waits, and how fast the disk is.
 
 Each contender runs in a new process and writes a new directory. The inputs are in the page cache. With
-PERTA_BENCH_COLD=1 they are evicted from it before every run. PERTA_BENCH_BUILD names the directory of another build of
-this project, which runs beside this one.
+PERTA_BENCH_COLD=1 they are evicted from it before every run. With PERTA_BENCH_BUILD, the directory of another build of
+this project, only the two builds and the limit are measured.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from bench.harness.contest import ROOT, Outcome, Sample, Unavailable, alternate,
 from bench.harness.tables import Row
 from bench.inputs.checkpoints import IMPORTANCES, MERGED, CheckpointSet
 from bench.peers import mergekit_task_arithmetic as mergekit
+from perta_fast.importance.ratio import ImportanceRatio
 
 WHOLE = "apply: whole process"
 PHASE = "apply: the apply phase against copying the same bytes"
 LAM = 1.0
+RATIO = "ratio"  # its directory in the workspace
 COLD = os.environ.get("PERTA_BENCH_COLD") == "1"
 BUILD = os.environ.get("PERTA_BENCH_BUILD", "")
 STATE = ", cold files" if COLD else ""  # at the end of the names of the tables
@@ -37,6 +39,7 @@ STATE = ", cold files" if COLD else ""  # at the end of the names of the tables
 WHOLE_PROCESS = {
     "perta apply": "ours",
     "perta apply, another build": "peer",
+    "perta apply --importance RATIO": "ours",
     "perta apply --in-place": "ours",
     "careful script": "peer",
     "research script": "peer",
@@ -44,8 +47,10 @@ WHOLE_PROCESS = {
     "cat inputs; cp model": "limit",
     "import torch": "limit",
 }
+BESIDE_BUILD = ("perta apply", "perta apply, another build", "perta apply --importance RATIO", "cat inputs; cp model")
 APPLY_PHASE = {"apply phase": "ours", "copy": "limit", "copy with fsync": "limit"}
 NOTES = {
+    "perta apply --importance RATIO": "one file of bfloat16 in place of both importances",
     "mergekit task_arithmetic": "three inputs, plain task vector, bfloat16 arithmetic",
     "perta apply --in-place": "computes everything once to check it, then writes each byte twice and syncs it",
     "import torch": "nothing but the interpreter and the import",
@@ -64,6 +69,12 @@ def ours(checkpoints: CheckpointSet, out: Path) -> list[str]:
     """The command under test."""
     options = ["--rule", "grad", "--lam", str(LAM), "--out", str(out), "--quiet"]
     return [sys.executable, "-m", "perta_fast", "apply", *inputs(checkpoints), *options]
+
+
+def ours_by_ratio(checkpoints: CheckpointSet, ratio: Path, out: Path) -> list[str]:
+    """The command under test, with the ratio in place of both importances."""
+    options = ["--importance", str(ratio), "--rule", "grad", "--lam", str(LAM), "--out", str(out), "--quiet"]
+    return [sys.executable, "-m", "perta_fast", "apply", *inputs(checkpoints)[: 2 * len(MERGED)], *options]
 
 
 def ours_in_place(checkpoints: CheckpointSet, model: Path) -> list[str]:
@@ -90,11 +101,13 @@ def read_and_copy(checkpoints: CheckpointSet, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[str, Outcome]:
     """The outcomes of both groups by contender, all measured in one alternation."""
-    out = workspace / "out"
+    out, ratio = workspace / "out", workspace / RATIO
+    ImportanceRatio.of(*map(checkpoints.path, IMPORTANCES)).save(ratio)
     recipe = workspace / "recipe.yaml"
     paths = {name: checkpoints.path(name) for name in MERGED}
     mergekit.write_recipe(recipe, lam=LAM, **paths)
     read = [checkpoints.files(name) for name in MERGED + IMPORTANCES]
+    evicted = [path for files in (*read, ratio.iterdir()) for path in files]
     phases: list[Sample] = []
 
     def fresh(measure: Callable[[], Sample]) -> Callable[[], Sample]:
@@ -102,7 +115,7 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
             shutil.rmtree(out, ignore_errors=True)
             os.sync()  # so that this contender does not wait for writes of an earlier one
             if COLD:
-                limits.evict([path for files in read for path in files])
+                limits.evict(evicted)
             try:
                 return measure()
             finally:
@@ -138,30 +151,34 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
     def copy(fsync: bool) -> Sample:
         return Sample(limits.copy_files(read, out, threads=threads(), fsync=fsync))
 
-    results = alternate(
-        {
-            "perta apply": fresh(measure_ours),
-            "perta apply, another build": fresh(measure_build),
-            "perta apply --in-place": fresh(measure_in_place),
-            "careful script": fresh(lambda: run_child(peer("careful_script", checkpoints, out))),
-            "research script": fresh(lambda: run_child(peer("research_script", checkpoints, out))),
-            "mergekit task_arithmetic": fresh(measure_mergekit),
-            "cat inputs; cp model": fresh(lambda: run_child(read_and_copy(checkpoints, out))),
-            "import torch": fresh(lambda: run_child([sys.executable, "-c", "import torch"])),
-            "copy": fresh(lambda: copy(fsync=False)),
-            "copy with fsync": fresh(lambda: copy(fsync=True)),
-        },
-        rounds,
-    )
+    contenders = {
+        "perta apply": fresh(measure_ours),
+        "perta apply, another build": fresh(measure_build),
+        "perta apply --importance RATIO": fresh(lambda: run_child(ours_by_ratio(checkpoints, ratio, out))),
+        "perta apply --in-place": fresh(measure_in_place),
+        "careful script": fresh(lambda: run_child(peer("careful_script", checkpoints, out))),
+        "research script": fresh(lambda: run_child(peer("research_script", checkpoints, out))),
+        "mergekit task_arithmetic": fresh(measure_mergekit),
+        "cat inputs; cp model": fresh(lambda: run_child(read_and_copy(checkpoints, out))),
+        "import torch": fresh(lambda: run_child([sys.executable, "-c", "import torch"])),
+        "copy": fresh(lambda: copy(fsync=False)),
+        "copy with fsync": fresh(lambda: copy(fsync=True)),
+    }
+    measured = [name for name in contenders if not BUILD or name in BESIDE_BUILD]
+    results: dict[str, Outcome] = {name: Unavailable("not beside another build") for name in contenders}
+    results |= alternate({name: contenders[name] for name in measured}, rounds)
     whole = results["perta apply"]
     results["apply phase"] = whole if isinstance(whole, Exception) else phases[1:]
     return results
 
 
-def bytes_moved(checkpoints: CheckpointSet, contender: str) -> int | None:
+def bytes_moved(checkpoints: CheckpointSet, workspace: Path, contender: str) -> int | None:
     """Bytes that a contender reads plus bytes that it writes; None if it moves no checkpoint."""
     if contender == "import torch":
         return None
+    if contender.endswith("RATIO"):
+        ratio = sum(path.stat().st_size for path in (workspace / RATIO).iterdir())
+        return ratio + sum(checkpoints.size(name) for name in MERGED) + checkpoints.size("model")
     read = MERGED if contender.startswith("mergekit") else MERGED + IMPORTANCES
     return sum(checkpoints.size(name) for name in read) + checkpoints.size("model")
 
@@ -169,10 +186,15 @@ def bytes_moved(checkpoints: CheckpointSet, contender: str) -> int | None:
 @replayed
 @pytest.mark.parametrize("contender", WHOLE_PROCESS)
 def bench_whole_process(
-    contender: str, outcomes: dict[str, Outcome], checkpoints: CheckpointSet, board: list[Row], benchmark: Any
+    contender: str,
+    outcomes: dict[str, Outcome],
+    checkpoints: CheckpointSet,
+    workspace: Path,
+    board: list[Row],
+    benchmark: Any,
 ) -> None:
     """Report wall time and peak memory of a command from start to exit."""
-    facts: dict[str, Any] = {"bytes": bytes_moved(checkpoints, contender)}
+    facts: dict[str, Any] = {"bytes": bytes_moved(checkpoints, workspace, contender)}
     if contender in NOTES:
         facts["note"] = NOTES[contender]
     role = WHOLE_PROCESS[contender]
@@ -183,11 +205,16 @@ def bench_whole_process(
 @replayed
 @pytest.mark.parametrize("contender", APPLY_PHASE)
 def bench_apply_phase(
-    contender: str, outcomes: dict[str, Outcome], checkpoints: CheckpointSet, board: list[Row], benchmark: Any
+    contender: str,
+    outcomes: dict[str, Outcome],
+    checkpoints: CheckpointSet,
+    workspace: Path,
+    board: list[Row],
+    benchmark: Any,
 ) -> None:
     """Report the phase that moves the tensors, as our run report states it, and the limit: copying."""
     role = APPLY_PHASE[contender]
-    moved = bytes_moved(checkpoints, contender)
+    moved = bytes_moved(checkpoints, workspace, contender)
     outcome = outcomes[contender]
     row = replay(benchmark, outcome, group=PHASE + STATE, contender=contender, role=role, bytes=moved)
     board.append(row)

@@ -62,7 +62,8 @@ perta::LowRank low_rank(const Factors& factors) {
       static_cast<const float*>(pointer(left)), static_cast<const float*>(pointer(right)), rank, columns, scale, first};
 }
 
-// Returns the statistics if `counted`, else None. factors: the task vector, instead of tuned and base.
+// Without forget, retain is the ratio. Returns the statistics if `counted`, else None. factors: the task vector,
+// instead of tuned and base.
 py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget, Address retain,
                              const py::tuple& dtypes, size_t n, const py::object& settings, int threads, bool counted,
                              const std::optional<Factors>& factors) {
@@ -88,6 +89,7 @@ py::object rescaled_subtract(Address out, Address theta, Address tuned, Address 
   result["nonfinite_out"] = statistics.nonfinite_out;
   result["nonfinite_forget"] = statistics.nonfinite_forget;
   result["nonfinite_retain"] = statistics.nonfinite_retain;
+  result["invalid_ratio"] = statistics.invalid_ratio;
   return result;
 }
 

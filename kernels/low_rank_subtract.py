@@ -30,6 +30,7 @@ def _low_rank_subtract(  # type: ignore[no-untyped-def]
     alpha,
     threshold,
     WEIGHTED: tl.constexpr,
+    BY_RATIO: tl.constexpr,
     MASKED: tl.constexpr,
     DOUBLED_POWER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,6 +57,7 @@ def _low_rank_subtract(  # type: ignore[no-untyped-def]
         alpha,
         threshold,
         WEIGHTED,
+        BY_RATIO,
         MASKED,
         DOUBLED_POWER,
     )
@@ -71,7 +73,7 @@ def low_rank_subtract_triton_(
     rescaling: Rescaling,
 ) -> None:
     """Launch on checked arguments; see ``perta_fast.ops.low_rank_subtract_``."""
-    numbers, constants = settings(rescaling, forget_importance is not None)
+    numbers, constants = settings(rescaling, forget_importance, retain_importance)
     importances = [theta if tensor is None else tensor for tensor in (forget_importance, retain_importance)]
     if n := theta.numel():
         factors = left, right, *importances, n, len(right), theta.shape[1], scale

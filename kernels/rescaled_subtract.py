@@ -14,6 +14,7 @@ from torch import Tensor
 from perta_fast.rules import EXACT_POWERS, Rescaling
 
 BLOCK = 1024
+LARGEST = tl.constexpr(3.4028234663852886e38)  # finite float32
 
 
 @triton.jit
@@ -39,18 +40,28 @@ def subtract_block(  # type: ignore[no-untyped-def]
     alpha,
     threshold,
     WEIGHTED: tl.constexpr,
+    BY_RATIO: tl.constexpr,
     MASKED: tl.constexpr,
     DOUBLED_POWER: tl.constexpr,
 ):
-    """Store one block of the result; ``stored`` is theta's, ``task`` the task vector's."""
+    """Store one block of the result; ``stored`` is theta's, ``task`` the task vector's.
+
+    BY_RATIO: what lies at ``retain_pointer`` is the ratio of both importances, and ``forget_pointer`` is not read.
+    """
     step = lam * task
     if WEIGHTED:
-        forget = as_float(tl.load(forget_pointer + offsets, mask=inside, other=0.0))
         retain = as_float(tl.load(retain_pointer + offsets, mask=inside, other=0.0))
-        numerator = _raised(forget, DOUBLED_POWER)
-        denominator = numerator + alpha * _raised(retain, DOUBLED_POWER)
-        # A zero denominator has a zero numerator: dividing by one instead gives the wanted 0.
-        w = tl.div_rn(numerator, tl.where(denominator == 0.0, 1.0, denominator))
+        power = _raised(retain, DOUBLED_POWER)
+        if BY_RATIO:
+            # A power that overflows is cut to the largest number: times an alpha of 0 it gives 0, and not NaN.
+            denominator = 1.0 + alpha * tl.where(power > LARGEST, LARGEST, power)
+            w = tl.where(tl.abs(retain) > LARGEST, 0.0, tl.div_rn(1.0, denominator))
+        else:
+            forget = as_float(tl.load(forget_pointer + offsets, mask=inside, other=0.0))
+            numerator = _raised(forget, DOUBLED_POWER)
+            denominator = numerator + alpha * power
+            # A zero denominator has a zero numerator: dividing by one instead gives the wanted 0.
+            w = tl.div_rn(numerator, tl.where(denominator == 0.0, 1.0, denominator))
         if MASKED:
             w = tl.where(w > threshold, 1.0, 0.0)
         step = (lam * w) * task
@@ -71,6 +82,7 @@ def _rescaled_subtract(  # type: ignore[no-untyped-def]
     alpha,
     threshold,
     WEIGHTED: tl.constexpr,
+    BY_RATIO: tl.constexpr,
     MASKED: tl.constexpr,
     DOUBLED_POWER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -92,20 +104,25 @@ def _rescaled_subtract(  # type: ignore[no-untyped-def]
         alpha,
         threshold,
         WEIGHTED,
+        BY_RATIO,
         MASKED,
         DOUBLED_POWER,
     )
 
 
-def settings(rescaling: Rescaling, weighted: bool) -> tuple[tuple[float, float, float], dict[str, object]]:
+def settings(
+    rescaling: Rescaling, forget: Tensor | None, retain: Tensor | None
+) -> tuple[tuple[float, float, float], dict[str, object]]:
     """lam, alpha and threshold as the kernels take them, and what they are compiled for.
 
-    Raises ValueError for a p that has no exact sequence of operations.
+    forget, retain: the importances; without the first, the second is their ratio; without both, w = 1. Raises
+    ValueError for a p that has no exact sequence of operations.
     """
     p, threshold = rescaling.p, rescaling.threshold
     if p not in EXACT_POWERS:
         raise ValueError(f"backend triton has no exact power p = {p}; use 0.5, 1, 2 or another backend")
-    constants = {"WEIGHTED": weighted, "MASKED": threshold is not None, "DOUBLED_POWER": int(2 * p)}
+    weighed_by = {"WEIGHTED": retain is not None, "BY_RATIO": retain is not None and forget is None}
+    constants = weighed_by | {"MASKED": threshold is not None, "DOUBLED_POWER": int(2 * p)}
     numbers = rescaling.lam, rescaling.alpha, 0.0 if threshold is None else threshold
     return numbers, {**constants, "BLOCK": BLOCK, "enable_fp_fusion": False}
 
@@ -120,7 +137,7 @@ def rescaled_subtract_triton_(
     rescaling: Rescaling,
 ) -> None:
     """Launch on checked arguments; see ``perta_fast.ops.rescaled_subtract_``. ``out`` may be ``theta``."""
-    numbers, constants = settings(rescaling, forget_importance is not None)
+    numbers, constants = settings(rescaling, forget_importance, retain_importance)
     importances = [theta if each is None else each for each in (forget_importance, retain_importance)]
     if n := theta.numel():
         with current_device(theta):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from perta_fast.errors import InputError, Interrupted, PertaError, RunError
     from perta_fast.evaluation.results import Evaluation
     from perta_fast.evaluation.run import evaluate
+    from perta_fast.importance.ratio import ImportanceRatio
     from perta_fast.importance.store import Importance
     from perta_fast.preconditioning.record import Preconditioning
     from perta_fast.progress import Event
@@ -34,6 +35,7 @@ _HOMES = {
     "Evaluation": "perta_fast.evaluation.results",
     "Event": "perta_fast.progress",
     "Importance": "perta_fast.importance.store",
+    "ImportanceRatio": "perta_fast.importance.ratio",
     "InputError": "perta_fast.errors",
     "Interrupted": "perta_fast.errors",
     "PertaError": "perta_fast.errors",
@@ -61,6 +63,7 @@ __all__ = [
     "Evaluation",
     "Event",
     "Importance",
+    "ImportanceRatio",
     "InputError",
     "Interrupted",
     "PertaError",

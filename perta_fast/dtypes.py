@@ -22,6 +22,7 @@ ITEM_SIZES: Final = {name: size for size, names in _NAMES_BY_SIZE.items() for na
 
 # Torch's names for the types that a model can be loaded in.
 TORCH_NAMES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
+STORED_TYPES: Final = {"float32": "F32", "bfloat16": "BF16"}  # of importances, by torch's names
 FLOATING: Final = tuple(TORCH_NAMES[name] for name in KERNEL_CODES)
 
 

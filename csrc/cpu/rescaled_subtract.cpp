@@ -33,6 +33,7 @@ void rescaled_subtract(const BlockKernels& kernels, const RescaleArrays& arrays,
     total.nonfinite_out += part.nonfinite_out;
     total.nonfinite_forget += part.nonfinite_forget;
     total.nonfinite_retain += part.nonfinite_retain;
+    total.invalid_ratio += part.invalid_ratio;
   }
 }
 

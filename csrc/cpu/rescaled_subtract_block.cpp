@@ -88,22 +88,23 @@ struct BlockSums {
   float squared_change = 0;
   uint32_t task_bits = 0;
   int32_t changed = 0;
+  int32_t invalid_ratio = 0;
 };
 
 // Parameters: storage of theta, theta_f and theta_0; of the importances; of the result. If all is in the cache, the
 // sums cost as much as the result, so they are left out unless they are wanted.
-template <class Weights, class Importance, class Result, bool counted, Power power, bool weighted, bool masked>
+template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
 BlockSums subtract_block(Block block, Rescaling rescaling) {
   float weight_sum = 0, importance_sum = 0, squared_theta = 0, squared_change = 0;
   uint32_t task_bits = 0;
-  int32_t changed = 0;
-#pragma omp simd reduction(+ : weight_sum, importance_sum, squared_theta, squared_change, changed) \
+  int32_t changed = 0, invalid_ratio = 0;
+#pragma omp simd reduction(+ : weight_sum, importance_sum, squared_theta, squared_change, changed, invalid_ratio) \
     reduction(| : task_bits)
   for (size_t i = 0; i < block.n; ++i) {
     const float before = Weights::load(block.theta, i);
     const float task = Weights::load(block.tuned, i) - Weights::load(block.base, i);
     float scale = rescaling.lam;
-    if (weighted) {
+    if (weighted == Weighted::by_pair) {
       const float important_to_forget = Importance::load(block.forget, i);
       const float important_to_retain = Importance::load(block.retain, i);
       const float w = weight<power, masked>(important_to_forget, important_to_retain, rescaling);
@@ -111,6 +112,15 @@ BlockSums subtract_block(Block block, Rescaling rescaling) {
       if (counted) {
         weight_sum += w;
         importance_sum += fabsf(important_to_forget) + fabsf(important_to_retain);
+      }
+    }
+    if (weighted == Weighted::by_ratio) {
+      const float ratio = Importance::load(block.retain, i);
+      const float w = weight_of_ratio<power, masked>(ratio, rescaling);
+      scale = rescaling.lam * w;
+      if (counted) {
+        weight_sum += w;
+        invalid_ratio += !(ratio >= 0.0f);
       }
     }
     const auto stored = Result::round(subtract(before, scale * task));
@@ -123,40 +133,49 @@ BlockSums subtract_block(Block block, Rescaling rescaling) {
       task_bits |= bits_of(task);
     }
   }
-  return {weight_sum, importance_sum, squared_theta, squared_change, task_bits, changed};
+  return {weight_sum, importance_sum, squared_theta, squared_change, task_bits, changed, invalid_ratio};
 }
 
 using SubtractBlock = BlockSums (*)(Block, Rescaling);
 
-template <class Weights, class Importance, class Result, bool counted, bool masked>
+template <class Weights, class Importance, class Result, bool counted, Weighted weighted, bool masked>
 SubtractBlock choose_power(float p) {
   switch (power_of(p)) {
     case Power::one:
-      return subtract_block<Weights, Importance, Result, counted, Power::one, true, masked>;
+      return subtract_block<Weights, Importance, Result, counted, Power::one, weighted, masked>;
     case Power::two:
-      return subtract_block<Weights, Importance, Result, counted, Power::two, true, masked>;
+      return subtract_block<Weights, Importance, Result, counted, Power::two, weighted, masked>;
     case Power::half:
-      return subtract_block<Weights, Importance, Result, counted, Power::half, true, masked>;
+      return subtract_block<Weights, Importance, Result, counted, Power::half, weighted, masked>;
     default:
-      return subtract_block<Weights, Importance, Result, counted, Power::general, true, masked>;
+      return subtract_block<Weights, Importance, Result, counted, Power::general, weighted, masked>;
   }
 }
 
-template <class Weights, class Importance, class Result, bool counted>
+template <class Weights, class Importance, class Result, bool counted, Weighted weighted>
 SubtractBlock choose_mask(const Rescaling& rescaling) {
-  return rescaling.masked ? choose_power<Weights, Importance, Result, counted, true>(rescaling.p)
-                          : choose_power<Weights, Importance, Result, counted, false>(rescaling.p);
+  return rescaling.masked ? choose_power<Weights, Importance, Result, counted, weighted, true>(rescaling.p)
+                          : choose_power<Weights, Importance, Result, counted, weighted, false>(rescaling.p);
 }
 
 template <class Weights, class Result, bool counted>
-SubtractBlock choose_importance(bool weighted, DType importance, const Rescaling& rescaling) {
-  if (!weighted) return subtract_block<Weights, F32, Result, counted, Power::one, false, false>;
-  return importance == DType::bf16 ? choose_mask<Weights, BF16, Result, counted>(rescaling)
-                                   : choose_mask<Weights, F32, Result, counted>(rescaling);
+SubtractBlock choose_importance(Weighted weighted, DType importance, const Rescaling& rescaling) {
+  constexpr Weighted by_pair = Weighted::by_pair, by_ratio = Weighted::by_ratio;
+  const bool bf16 = importance == DType::bf16;
+  switch (weighted) {
+    case by_pair:
+      return bf16 ? choose_mask<Weights, BF16, Result, counted, by_pair>(rescaling)
+                  : choose_mask<Weights, F32, Result, counted, by_pair>(rescaling);
+    case by_ratio:
+      return bf16 ? choose_mask<Weights, BF16, Result, counted, by_ratio>(rescaling)
+                  : choose_mask<Weights, F32, Result, counted, by_ratio>(rescaling);
+    default:
+      return subtract_block<Weights, F32, Result, counted, Power::one, Weighted::no, false>;
+  }
 }
 
 template <class Weights, class Result>
-SubtractBlock choose(bool weighted, DType importance, const Rescaling& rescaling, bool counted) {
+SubtractBlock choose(Weighted weighted, DType importance, const Rescaling& rescaling, bool counted) {
   return counted ? choose_importance<Weights, Result, true>(weighted, importance, rescaling)
                  : choose_importance<Weights, Result, false>(weighted, importance, rescaling);
 }
@@ -179,11 +198,12 @@ RescaledSubtractBlock rescaled_subtract;
 void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, size_t begin, size_t end,
                        RescaleStatistics* statistics) {
   // The common types are read directly; any other mix is first converted block by block.
-  const bool weighted = has_weights(arrays);
+  const Weighted weighted = weighted_by(arrays);
   const LowRank* low_rank = arrays.low_rank;
   const bool bf16_weights = low_rank == nullptr && arrays.theta_dtype == DType::bf16 &&
                             arrays.tuned_dtype == DType::bf16 && arrays.base_dtype == DType::bf16;
-  const bool bf16_importance = weighted && arrays.forget_dtype == DType::bf16 && arrays.retain_dtype == DType::bf16;
+  const bool bf16_importance =
+      arrays.retain_dtype == DType::bf16 && (weighted == Weighted::by_ratio || arrays.forget_dtype == DType::bf16);
   const DType weights = bf16_weights ? DType::bf16 : DType::f32;
   const DType importance = bf16_importance ? DType::bf16 : DType::f32;
   const SubtractBlock subtract_block_as_asked =
@@ -209,21 +229,24 @@ void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, 
       part.tuned = stored_as(weights, arrays.tuned, arrays.tuned_dtype, i, n, buffers[1]);
       part.base = stored_as(weights, arrays.base, arrays.base_dtype, i, n, buffers[2]);
     }
-    if (weighted) {
+    if (weighted == Weighted::by_pair) {
       part.forget = stored_as(importance, arrays.forget, arrays.forget_dtype, i, n, buffers[3]);
+    }
+    if (weighted != Weighted::no) {
       part.retain = stored_as(importance, arrays.retain, arrays.retain_dtype, i, n, buffers[4]);
     }
     const BlockSums sums = subtract_block_as_asked(part, rescaling);
     if (statistics == nullptr) continue;
-    statistics->sum_weight += weighted ? sums.weight : static_cast<double>(n);
+    statistics->sum_weight += weighted == Weighted::no ? static_cast<double>(n) : sums.weight;
     statistics->sum_squared_theta += sums.squared_theta;
     statistics->sum_squared_change += sums.squared_change;
     statistics->changed += sums.changed;
+    statistics->invalid_ratio += sums.invalid_ratio;
     statistics->nonzero_task |= (sums.task_bits & 0x7FFFFFFFu) != 0;
     if (!is_finite(sums.squared_change)) {
       statistics->nonfinite_out += count_nonfinite(arrays.out, arrays.theta_dtype, i, i + n);
     }
-    if (weighted && !is_finite(sums.importance)) {
+    if (weighted == Weighted::by_pair && !is_finite(sums.importance)) {
       statistics->nonfinite_forget += count_nonfinite(arrays.forget, arrays.forget_dtype, i, i + n);
       statistics->nonfinite_retain += count_nonfinite(arrays.retain, arrays.retain_dtype, i, i + n);
     }

@@ -11,16 +11,17 @@
 namespace perta::cuda {
 namespace {
 
-template <bool weighted, bool general>
+template <Weighted weighted, bool general>
 struct LowRankSubtract {
-  static constexpr int arrays = weighted ? 4 : 2;  // out, theta, and the two importances
+  static constexpr bool by_pair = weighted == Weighted::by_pair, by_ratio = weighted == Weighted::by_ratio;
+  static constexpr int arrays = by_pair ? 4 : by_ratio ? 3 : 2;  // out, theta, and the two importances or their ratio
 
   DType theta_dtype, forget_dtype, retain_dtype;
   LowRank task;
-  Weighing<general> weighing;
+  Weighing<weighted, general> weighing;
 
   std::array<size_t, arrays> sizes() const {
-    const DType dtypes[] = {theta_dtype, theta_dtype, forget_dtype, retain_dtype};
+    const DType dtypes[] = {theta_dtype, theta_dtype, by_ratio ? retain_dtype : forget_dtype, retain_dtype};
     std::array<size_t, arrays> sizes;
     for (int k = 0; k < arrays; ++k) sizes[k] = size_of(dtypes[k]);
     return sizes;
@@ -30,10 +31,8 @@ struct LowRankSubtract {
   __device__ __forceinline__ void at(void* const* data, size_t i) const {
     const Bits<count> theta = fetch<count>(data[1], theta_dtype, i);
     Bits<count> forget, retain;
-    if constexpr (weighted) {
-      forget = fetch<count>(data[2], forget_dtype, i);
-      retain = fetch<count>(data[3], retain_dtype, i);
-    }
+    if constexpr (by_pair) forget = fetch<count>(data[2], forget_dtype, i);
+    if constexpr (weighted != Weighted::no) retain = fetch<count>(data[arrays - 1], retain_dtype, i);
     const float* left[count];
     const float* right[count];
     float sums[count];
@@ -53,18 +52,19 @@ struct LowRankSubtract {
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       float scale = weighing.rescaling.lam;
-      if constexpr (weighted) scale *= weighing.weigh(widen(forget, forget_dtype, k), widen(retain, retain_dtype, k));
+      if constexpr (by_pair) scale *= weighing.weigh(widen(forget, forget_dtype, k), widen(retain, retain_dtype, k));
+      if constexpr (by_ratio) scale *= weighing.weigh(1.0f, widen(retain, retain_dtype, k));
       result[k] = subtract(widen(theta, theta_dtype, k), scale * (task.scale * sums[k]));
     }
     store(data[0], theta_dtype, i, result);
   }
 };
 
-template <bool weighted, bool general>
+template <Weighted weighted, bool general>
 const char* run(const RescaleTensor& tensor, const Rescaling& rescaling, void* stream) {
   using Operation = LowRankSubtract<weighted, general>;
   const RescaleArrays& from = tensor.arrays;
-  const void* data[] = {from.out, from.theta, from.forget, from.retain};
+  const void* data[] = {from.out, from.theta, Operation::by_ratio ? from.retain : from.forget, from.retain};
   Tensor<Operation::arrays> walked{};
   for (int k = 0; k < Operation::arrays; ++k) walked.data[k] = const_cast<void*>(data[k]);
   walked.n = tensor.n;
@@ -77,9 +77,17 @@ const char* run(const RescaleTensor& tensor, const Rescaling& rescaling, void* s
 
 const char* low_rank_subtract(const RescaleTensor& tensor, const Rescaling& rescaling, void* stream) {
   if (tensor.n == 0) return nullptr;
-  if (!has_weights(tensor.arrays)) return run<false, false>(tensor, rescaling, stream);
-  return power_of(rescaling.p) == Power::general ? run<true, true>(tensor, rescaling, stream)
-                                                 : run<true, false>(tensor, rescaling, stream);
+  const bool general = power_of(rescaling.p) == Power::general;
+  switch (weighted_by(tensor.arrays)) {
+    case Weighted::by_pair:
+      return general ? run<Weighted::by_pair, true>(tensor, rescaling, stream)
+                     : run<Weighted::by_pair, false>(tensor, rescaling, stream);
+    case Weighted::by_ratio:
+      return general ? run<Weighted::by_ratio, true>(tensor, rescaling, stream)
+                     : run<Weighted::by_ratio, false>(tensor, rescaling, stream);
+    default:
+      return run<Weighted::no, false>(tensor, rescaling, stream);
+  }
 }
 
 }  // namespace perta::cuda

@@ -1,5 +1,5 @@
-// w = I_f^p / (I_f^p + alpha I_r^p) of one element, with the exponent known when the kernel runs; see rescale.h.
-// Reads no memory. FLOPs: 3 and the two powers.
+// w of one element, from two importances or their ratio, with the exponent known when the kernel runs; see rescale.h.
+// Reads no memory. FLOPs: 3 and the powers.
 #pragma once
 
 #include "rescale.h"
@@ -7,7 +7,8 @@
 namespace perta::cuda {
 
 // general: p is none of 1, 2 and 1/2. The double-precision power has kernels of its own, as it needs more registers.
-template <bool general>
+// Weighted by ratio, `retain` is the ratio and `forget` is not looked at.
+template <Weighted weighted, bool general>
 struct Weighing {
   Rescaling rescaling;
   Power power;
@@ -21,6 +22,10 @@ struct Weighing {
 
   template <Power chosen>
   __device__ __forceinline__ float weigh_with(float forget, float retain) const {
+    if constexpr (weighted == Weighted::by_ratio) {
+      return rescaling.masked ? weight_of_ratio<chosen, true>(retain, rescaling)
+                              : weight_of_ratio<chosen, false>(retain, rescaling);
+    }
     return rescaling.masked ? weight<chosen, true>(forget, retain, rescaling)
                             : weight<chosen, false>(forget, retain, rescaling);
   }

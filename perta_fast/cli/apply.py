@@ -4,7 +4,17 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import CHECKPOINTS, RESULT, RULE_AND_STRENGTH, SCOPE, Command, Option, finish, keywords
+from perta_fast.cli.options import (
+    CHECKPOINTS,
+    IMPORTANCE,
+    RESULT,
+    RULE_AND_STRENGTH,
+    SCOPE,
+    Command,
+    Option,
+    finish,
+    keywords,
+)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -23,6 +33,7 @@ COMMAND = Command(
         *CHECKPOINTS,
         Option("forget_importance", type=Path, metavar="DIR"),
         Option("retain_importance", type=Path, metavar="DIR"),
+        IMPORTANCE,
         *RULE_AND_STRENGTH,
         *SCOPE,
         *RESULT,

@@ -17,6 +17,7 @@ from perta_fast.cli import (
     importance,
     inspect,
     precondition,
+    ratio,
     recipe,
     report,
     resume,
@@ -35,7 +36,8 @@ from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_mem
 from perta_fast.records.versions import installed_versions
 
 # In the order of the help.
-_MODULES = (demo, tune, precondition, unlearn, recipe, importance, apply, sweep, eval, report, inspect, verify, resume)
+_MAKING = (demo, tune, precondition, unlearn, recipe, importance, ratio, apply, sweep)
+_MODULES = (*_MAKING, eval, report, inspect, verify, resume)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
 
 

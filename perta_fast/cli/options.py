@@ -26,9 +26,9 @@ class Option:
 
     name: of the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value from a
     text; bool makes a flag. negatable: a flag that also has a form ``--no-``. several: takes one or more values.
-    joined: given again, its lists are joined. one_of: at most one of the options with the same word can be given, and
-    exactly one if they are required. named: a path, or a name of the Hugging Face hub. may_be_empty: whether an empty
-    text is a value in a recipe.
+    joined: given again, its lists are joined. spelled: on the command line, if not as the argument. one_of: at most one
+    of the options with the same word can be given, and exactly one if they are required. named: a path, or a name of
+    the Hugging Face hub. may_be_empty: whether an empty text is a value in a recipe.
     """
 
     name: str
@@ -45,16 +45,18 @@ class Option:
     one_of: str = ""
     may_be_empty: bool = False
     named: bool = False
+    spelled: str = ""
 
     @property
     def key(self) -> str:
         """The name on the command line and in a recipe."""
-        return self.name.replace("_", "-")
+        return self.spelled or self.name.replace("_", "-")
 
     def add_to(self, target: Any, *, bare: bool = False) -> None:
         """Declare the option to a parser or a group. bare: as not required, without default."""
         name = self.name if self.positional else f"--{self.key}"
         settings: dict[str, Any] = {"help": self.help, "default": argparse.SUPPRESS if bare else self.default}
+        settings |= {} if self.positional else {"dest": self.name}
         if self.type is bool:
             settings["action"] = argparse.BooleanOptionalAction if self.negatable else "store_true"
         else:
@@ -178,6 +180,7 @@ ANY_RULE = replace(
     default=PRECONDITIONED,
     choices=(PRECONDITIONED, *RULES),
 )
+IMPORTANCE = Option("importance", "what --save-importance wrote, instead of the two: both, or their ratio", Path, "DIR")
 LAM = Option("lam", "strength lambda", float, "L", required=True)
 MU = Option("mu", f"how much less of the task vector along retained inputs ({DEFAULT_MU:g})", float, "X")
 P = Option("p", "exponent of the importances (the rule's own)", float, "P")

@@ -71,12 +71,15 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
 
 def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:
     """The importances that were given for ``rule``."""
-    from perta_fast.importance.store import Importance
+    from perta_fast.subtraction.inputs import estimators_of
 
     pairs = zip(parsed.forget_importance, parsed.retain_importance, strict=True)
     for forget, retain in pairs:
-        if Importance.load(forget).metadata.estimator == rule.estimator:
+        if rule.estimator in estimators_of(forget, retain, None):
             return {"forget_importance": forget, "retain_importance": retain}
+    for both in parsed.importance:
+        if rule.estimator in estimators_of(None, None, both):
+            return {"importance": both}
     return {}
 
 
@@ -144,6 +147,7 @@ COMMAND = Command(
         Option("checkpoint", "directory to make, of what was chosen", Path, "DIR"),
         Option("forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
+        Option("importance", "in place of the two: what --save-importance wrote", Path, "DIR", [], several=True),
         options.AT_BY_RULE,
         *options.CHAT,
         *options.ESTIMATION,

@@ -14,7 +14,7 @@ from perta_fast.checkpoints.safetensors_file import build_header
 from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
-from perta_fast.dtypes import byte_count
+from perta_fast.dtypes import ITEM_SIZES, STORED_TYPES, byte_count, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree, write_fully
 from perta_fast.files.new_directory import OutputDirectory, check_space
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch.distributed import ProcessGroup
+
+    from perta_fast.importance.ratio import ImportanceRatio
 
 STEM = "importance"
 FORMAT = "perta-importance"
@@ -76,6 +78,15 @@ class ImportanceMetadata:
         """What the chat template was told."""
         return Told(self.chat_template, self.system_prompt, self.date_string, self.date)
 
+    @classmethod
+    def of_strings(cls, table: Mapping[str, str]) -> "ImportanceMetadata":
+        """From what ``as_strings`` made, checked by ``read_metadata``."""
+        values: dict[str, Any] = {
+            key: int(table.get(key, 0)) if key in _COUNTS else table.get(key, "")
+            for key in cls.__dataclass_fields__.keys() - Told.__dataclass_fields__.keys()
+        }
+        return cls(**values, **vars(Told.read(table)))
+
 
 @dataclass
 class Importance:
@@ -90,14 +101,21 @@ class Importance:
     directory: Path | None = None
     rows: RowDigests | None = None
 
-    def save(self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None) -> None:
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        overwrite: bool = False,
+        dtype: str = "float32",
+        group: "ProcessGroup | None" = None,
+    ) -> None:
         """Write shards and index; the directory appears only when complete.
 
-        group: the processes that hold this importance; all call this, and each writes its share into a directory that
-        all must see. None: this process alone. Raises InputError if the directory exists and is not empty, RunError if
-        it cannot be written.
+        dtype: what values are rounded to, float32 or bfloat16. group: the processes that hold this importance; all call
+        this, and each writes its share into a directory that all must see. None: this process alone. Raises InputError
+        if the directory exists and is not empty, RunError if it cannot be written.
         """
-        ranks = Ranks.of(group)
+        ranks, stored = Ranks.of(group), stored_name(dtype)
         what = "save an importance"
         with ExitStack() as opened:
             with ranks.together(what):
@@ -105,11 +123,13 @@ class Importance:
                 rows = self._known_rows()
                 target = OutputDirectory(directory, overwrite=overwrite)
                 if ranks.first:
-                    check_space(target.final, sum(4 * tensor.numel() for tensor in self.tensors.values()))
+                    check_space(
+                        target.final, sum(ITEM_SIZES[stored] * tensor.numel() for tensor in self.tensors.values())
+                    )
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):
-                self._write_shards(target.path, ranks, rows)
+                self._write_shards(target.path, stored, ranks, rows)
             with ranks.together(what):
                 if ranks.first:
                     target.commit()
@@ -129,13 +149,13 @@ class Importance:
             return RowDigests.read(stored.path, metadata.rows_hash, metadata.sample_count)
         return self.rows if metadata.rows_hash else None
 
-    def _write_shards(self, directory: Path, ranks: Ranks, rows: RowDigests | None) -> None:
+    def _write_shards(self, directory: Path, dtype: str, ranks: Ranks, rows: RowDigests | None) -> None:
         """Write this rank's share of each tensor, durably: of a sharded one, the elements that it holds."""
         from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_first_replica
 
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         metadata = self.metadata if rows is not None else replace(self.metadata, rows_hash="")
-        writer = ShardWriter(shapes, as_strings(metadata), directory, rows=rows)
+        writer = ShardWriter(shapes, as_strings(metadata), directory, dtype, rows=rows)
         for name, tensor in self.tensors.items():
             if not is_distributed(tensor):
                 writer.write_share(name, tensor, ranks)
@@ -158,18 +178,13 @@ class Importance:
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> "Importance":
         """``load``, from opened shards."""
-        metadata = read_metadata(checkpoint)
-        values: dict[str, Any] = {
-            key: int(metadata.get(key, 0)) if key in _COUNTS else metadata.get(key, "")
-            for key in ImportanceMetadata.__dataclass_fields__.keys() - Told.__dataclass_fields__.keys()
-        }
-        values |= vars(Told.read(metadata))
-        return cls(StoredTensors(checkpoint), ImportanceMetadata(**values), checkpoint.path)
+        metadata = ImportanceMetadata.of_strings(read_metadata(checkpoint))
+        return cls(StoredTensors(checkpoint), metadata, checkpoint.path)
 
 
-def directory_of(importance: "str | Path | Importance") -> Path:
+def directory_of(importance: "str | Path | Importance | ImportanceRatio") -> Path:
     """Where an importance lies. Raises InputError if it is in memory only."""
-    if not isinstance(importance, Importance):
+    if isinstance(importance, str | Path):
         return Path(importance)
     if importance.directory is None:
         raise InputError("this importance is in memory only; save it first: importance.save(directory)")
@@ -197,26 +212,48 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         return len(self.checkpoint.tensors)
 
 
+def stored_name(dtype: str) -> str:
+    """The safetensors name of a type that importances are stored in. Raises InputError for another."""
+    if dtype not in STORED_TYPES:
+        raise InputError(f"the type of a stored importance is {dtype!r}; it must be {' or '.join(STORED_TYPES)}")
+    return STORED_TYPES[dtype]
+
+
 def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """The metadata of an importance. Raises InputError if the shards disagree or are no importance."""
-    tables = [dict(shard.metadata) for shard in checkpoint.shards.values()]
-    if any(table != tables[0] for table in tables):
-        raise InputError(f"{checkpoint.path}: its shards come from different runs; estimate it again")
-    table = tables[0]
-    missing = [key for key in _REQUIRED if key not in table]
-    if table.get("format") != FORMAT or missing or table["estimator"] not in ESTIMATORS:
+    table = shared_metadata(checkpoint)
+    if table.get("format") != FORMAT or lacking(table) or table["estimator"] not in ESTIMATORS:
         raise InputError(f"{checkpoint.path}: is not an importance made by: perta importance")
     if table.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(f"{checkpoint.path}: was written by a later version of perta_fast")
-    if not all(re.fullmatch("[0-9]{1,18}", table.get(key, "0")) for key in _COUNTS):
-        raise InputError(f"{checkpoint.path}: its metadata has counts that are not whole numbers")
+    check_counts(table, checkpoint)
     return table
 
 
-class ShardWriter:
-    """Float32 shards of at most ``SHARD_BYTES`` (one tensor at least), with an index, filled tensor by tensor.
+def shared_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata that all shards have. Raises InputError if they disagree."""
+    tables = [dict(shard.metadata) for shard in checkpoint.shards.values()]
+    if any(table != tables[0] for table in tables):
+        raise InputError(f"{checkpoint.path}: its shards come from different runs; estimate it again")
+    return tables[0]
 
-    The constructor writes headers, index and the list of rows; then tensors may be written in any order.
+
+def lacking(table: Mapping[str, str]) -> list[str]:
+    """What every importance says of itself and ``table`` does not."""
+    return [key for key in _REQUIRED if key not in table]
+
+
+def check_counts(table: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raise InputError unless the counts of ``checkpoint``, of which ``table`` is metadata, are whole numbers."""
+    if not all(re.fullmatch("[0-9]{1,18}", table.get(key, "0")) for key in _COUNTS):
+        raise InputError(f"{checkpoint.path}: its metadata has counts that are not whole numbers")
+
+
+class ShardWriter:
+    """Shards of at most ``SHARD_BYTES`` (one tensor at least), with an index, filled tensor by tensor.
+
+    The constructor writes headers, index and the list of rows; then tensors may be written in any order. dtype: the
+    stored type, to which values are rounded; a safetensors name. stem: of the files' names.
     """
 
     def __init__(
@@ -224,26 +261,29 @@ class ShardWriter:
         shapes: Mapping[str, tuple[int, ...]],
         metadata: Mapping[str, str],
         directory: Path,
+        dtype: str = "F32",
+        stem: str = STEM,
         *,
         rows: RowDigests | None = None,
     ) -> None:
         if rows is not None:
             _write(directory / ROWS_FILE, memoryview(rows.content), 0)
         self._positions: dict[str, tuple[Path, int]] = {}
-        groups = _group(shapes)
+        self._dtype = dtype
+        groups = _group(shapes, dtype)
         for number, names in enumerate(groups, start=1):
-            file = STEM if len(groups) == 1 else f"{STEM}-{number:05d}-of-{len(groups):05d}"
+            file = stem if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}"
             path = directory / f"{file}.safetensors"
-            header, offsets = build_header({name: ("F32", shapes[name]) for name in names}, metadata)
+            header, offsets = build_header({name: (dtype, shapes[name]) for name in names}, metadata)
             _write(path, memoryview(header), 0)
             # At full size at once: where a file grows, a network file system may put zeros over other ranks' writes.
-            os.truncate(path, len(header) + sum(byte_count("F32", shapes[name]) for name in names))
+            os.truncate(path, len(header) + sum(byte_count(dtype, shapes[name]) for name in names))
             self._positions.update({name: (path, offsets[name]) for name in names})
         if len(groups) > 1:
-            total = sum(byte_count("F32", shape) for shape in shapes.values())
+            total = sum(byte_count(dtype, shape) for shape in shapes.values())
             weight_map = {name: path.name for name, (path, _) in self._positions.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            with open(directory / f"{STEM}.safetensors.index.json", "w", opener=own_file) as written:
+            with open(directory / f"{stem}.safetensors.index.json", "w", opener=own_file) as written:
                 written.write(json.dumps(index, indent=1) + "\n")
 
     def write_share(self, name: str, tensor: "torch.Tensor", ranks: Ranks) -> None:
@@ -254,21 +294,28 @@ class ShardWriter:
     def write(self, name: str, tensor: "torch.Tensor", begin: int = 0) -> None:
         """Write a tensor, or consecutive elements of it that begin with number ``begin``."""
         if tensor.numel():
-            self.write_array(name, tensor.detach().float().cpu().contiguous().numpy().reshape(-1), begin)
+            import torch
+
+            stored = tensor.detach().to(torch_dtype(self._dtype)).cpu().contiguous().reshape(-1)
+            self._write_bytes(name, stored.view(torch.uint8).numpy().data, begin)
 
     def write_array(self, name: str, data: "np.ndarray[Any, np.dtype[np.float32]]", begin: int = 0) -> None:
-        """``write`` without torch; ``data`` is float32, (n,), contiguous."""
+        """``write`` without torch, where the stored type is float32; ``data`` is float32, (n,), contiguous."""
+        assert self._dtype == "F32"
         if data.size:
-            path, offset = self._positions[name]
-            _write(path, data.data.cast("B"), offset + data.itemsize * begin)
+            self._write_bytes(name, data.data.cast("B"), begin)
+
+    def _write_bytes(self, name: str, data: memoryview, begin: int) -> None:
+        path, offset = self._positions[name]
+        _write(path, data, offset + ITEM_SIZES[self._dtype] * begin)
 
 
-def _group(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+def _group(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[list[str]]:
     """The names of each shard."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
-        size = byte_count("F32", shape)
+        size = byte_count(dtype, shape)
         if groups[-1] and filled + size > SHARD_BYTES:
             groups.append([])
             filled = 0

@@ -94,6 +94,7 @@ _TENSOR = ((Tensor,), "a torch.Tensor")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "forget_importance": ((Tensor, NoneType), "a torch.Tensor or None"),
     "retain_importance": ((Tensor, NoneType), "a torch.Tensor or None"),
+    "ratio": ((Tensor, NoneType), "a torch.Tensor or None"),
     **dict.fromkeys(("lam", "p", "alpha", "scale"), ((Real,), "a number")),
     "threshold": ((Real, NoneType), "a number or None"),
     "backend": ((str,), "a string"),
@@ -141,10 +142,16 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(like.shape)} is needed")
 
 
-def check_pair(forget_importance: Tensor | None, retain_importance: Tensor | None) -> None:
-    """Raise ValueError if there is one importance and not the other."""
-    if (forget_importance is None) != (retain_importance is None):
-        raise ValueError("forget_importance and retain_importance go together: give both or neither")
+def check_weighing(forget: object, retain: object, ratio: object, suffix: str = "") -> None:
+    """Raise ValueError if there is one importance and not the other, or a ratio beside them; None is none.
+
+    suffix: what the arguments' names get in the message.
+    """
+    names = f"forget_importance{suffix} and retain_importance{suffix}"
+    if (forget is None) != (retain is None):
+        raise ValueError(f"{names} go together: give both or neither")
+    if ratio is not None and retain is not None:
+        raise ValueError(f"ratio{suffix} takes the place of {names}: give it or them")
 
 
 def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:

@@ -12,9 +12,9 @@ from perta_fast.ops.backends import (
     addresses,
     check_apart,
     check_array,
-    check_pair,
     check_tensor,
     check_types,
+    check_weighing,
     choose,
     current_stream,
     dtype_codes,
@@ -30,6 +30,7 @@ def low_rank_subtract_(
     forget_importance: Tensor | None = None,
     retain_importance: Tensor | None = None,
     *,
+    ratio: Tensor | None = None,
     scale: float,
     lam: float,
     p: float = 1.0,
@@ -42,19 +43,19 @@ def low_rank_subtract_(
     Each element of the task vector is computed during the subtraction and never stored. Products are added in the order
     of the rank, in float32, so all backends give the same bits.
 
-    theta: (rows, columns), as in ``rescaled_subtract_``; so are the importances and all other settings. left: (rows,
-    rank), right: (rank, columns), float32, contiguous, on the same device; rank may be 0. scale: finite.
+    theta: (rows, columns), as in ``rescaled_subtract_``; so are the importances, their ratio and all other settings.
+    left: (rows, rank), right: (rank, columns), float32, contiguous, on the same device; rank may be 0. scale: finite.
 
     Returns theta. Raises TypeError or ValueError naming the argument. Only the reference allocates memory.
     """
-    arguments: tuple[Any, ...] = (theta, left, right, forget_importance, retain_importance)
+    arguments: tuple[Any, ...] = (theta, left, right, forget_importance, retain_importance, ratio)
     arguments += (scale, lam, p, alpha, threshold, backend)
     check_types(**dict(zip(_ARGUMENTS, arguments, strict=True)))
     _IN_PLACE(*arguments)
     return theta
 
 
-_ARRAYS = ("theta", "left", "right", "forget_importance", "retain_importance")
+_ARRAYS = ("theta", "left", "right", "forget_importance", "retain_importance", "ratio")
 _ARGUMENTS = (*_ARRAYS, "scale", "lam", "p", "alpha", "threshold", "backend")
 
 
@@ -64,26 +65,28 @@ def _subtract_(
     right: Tensor,
     forget: Tensor | None,
     retain: Tensor | None,
+    ratio: Tensor | None,
     scale: float,
     *settings: Any,
 ) -> None:
     *numbers, backend = settings
-    arrays = theta, left, right, forget, retain
+    arrays = theta, left, right, forget, retain, ratio
     rescaling = _check(*arrays, scale, *numbers)
     sources = zip(_ARRAYS[1:], arrays[1:], strict=True)
     check_apart({"theta": theta}, {name: tensor for name, tensor in sources if tensor is not None})
+    operands = theta, left, right, forget, retain if ratio is None else ratio  # as in rescaled_subtract.py
     chosen = choose(backend, theta.device)
     if chosen == "reference":
         with torch.no_grad():
-            theta.copy_(reference.low_rank_subtract(*arrays, scale, rescaling))
+            theta.copy_(reference.low_rank_subtract(*operands, scale, rescaling))
         return
     if chosen == "triton":
         from perta_fast.kernels.low_rank_subtract import low_rank_subtract_triton_
 
-        low_rank_subtract_triton_(*arrays, scale, rescaling)
+        low_rank_subtract_triton_(*operands, scale, rescaling)
     elif theta.numel():
-        start, *read = addresses((theta, forget, retain))
-        codes = dtype_codes((theta, None, None, forget, retain))
+        start, *read = addresses((theta, *operands[3:]))
+        codes = dtype_codes((theta, None, None, *operands[3:]))
         factors = (*addresses((left, right)), len(right), theta.shape[1], scale, 0)
         how = codes, theta.numel(), rescaling
         kernels = compiled.kernels()
@@ -102,6 +105,7 @@ def _check(
     right: Tensor,
     forget: Tensor | None,
     retain: Tensor | None,
+    ratio: Tensor | None,
     scale: float,
     *numbers: Any,
 ) -> Rescaling:
@@ -112,8 +116,8 @@ def _check(
     check_tensor("theta", theta, theta)
     if theta.dim() != 2:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; a matrix is needed")
-    check_pair(forget, retain)
-    for name, tensor in (("forget_importance", forget), ("retain_importance", retain)):
+    check_weighing(forget, retain, ratio)
+    for name, tensor in zip(_ARRAYS[3:], (forget, retain, ratio), strict=True):
         if tensor is not None:
             check_tensor(name, tensor, theta)
     for name, factor in (("left", left), ("right", right)):
@@ -133,8 +137,9 @@ def _fake(*arguments: Any) -> None:
 
 
 _IN_PLACE = register(
-    "low_rank_subtract_(Tensor(a!) theta, Tensor left, Tensor right, Tensor? forget_importance, Tensor? "
-    "retain_importance, float scale, float lam, float p, float alpha, float? threshold, str backend) -> ()",
+    "low_rank_subtract_(Tensor(a!) theta, Tensor left, Tensor right, "
+    "Tensor? forget_importance, Tensor? retain_importance, Tensor? ratio, "
+    "float scale, float lam, float p, float alpha, float? threshold, str backend) -> ()",
     _subtract_,
     _fake,
 )

@@ -25,6 +25,20 @@ def weights(forget_importance: Tensor, retain_importance: Tensor, rescaling: Res
     return w if rescaling.threshold is None else (w > rescaling.threshold).float()
 
 
+def weights_of_ratio(ratio: Tensor, rescaling: Rescaling) -> Tensor:
+    """w = 1 / (1 + alpha rho^p) with rho = I_r / I_f, 0 where rho is infinite; with a threshold as in ``weights``.
+
+    A power that overflows is cut to the largest float32: times an alpha of 0 it gives 0, and not NaN.
+    """
+    power = raised(ratio, rescaling.p).clamp(max=torch.finfo(torch.float32).max)
+    denominator = 1 + rescaling.alpha * power
+    w = torch.where(ratio.isinf(), 0, torch.ones_like(denominator) / denominator)
+    return w if rescaling.threshold is None else (w > rescaling.threshold).float()
+
+
+# Below, as in the kernels: without I_f, which is then 1 everywhere, I_r is the ratio; without both, w = 1.
+
+
 def rescaled_subtract(
     theta: Tensor,
     tuned: Tensor,
@@ -68,8 +82,10 @@ def subtract(
     rescaling: Rescaling,
 ) -> Tensor:
     """theta - lam w task_vector, in float32, rounded once; theta itself where the change is zero."""
-    if forget_importance is None or retain_importance is None:
+    if retain_importance is None:
         step = rescaling.lam * task_vector
+    elif forget_importance is None:
+        step = rescaling.lam * weights_of_ratio(retain_importance, rescaling) * task_vector
     else:
         step = rescaling.lam * weights(forget_importance, retain_importance, rescaling) * task_vector
     return torch.where(step == 0, theta, (theta.float() - step).to(theta.dtype))

@@ -17,7 +17,8 @@ from perta_fast.records.report import Report, Scalar
 
 _PATHS = ("model", "base", "tuned", "forget", "retain", "out", "whole_importance", "save_importance", "save_tuned")
 # A second run must not replace the first.
-_NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance", "save-tuned")
+_NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance", "as", "importance-dtype", "save-tuned")
+_KEYS = {"save_as": "as"}  # which is no name in Python
 _LONGEST = 1 << 16  # bytes of YAML
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = [_TAG + kind for kind in ("str", "int", "float", "bool", "null", "timestamp")]
@@ -50,7 +51,7 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
             value = fields_text(value)
         elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device, a number of NumPy's
             value = torch_name(value)
-        recipe[name.replace("_", "-")] = value
+        recipe[_KEYS.get(name, name.replace("_", "-"))] = value
     return recipe
 
 

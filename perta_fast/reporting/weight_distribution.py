@@ -12,16 +12,15 @@ from perta_fast.checkpoints.tied import tied_partner
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError
 from perta_fast.files.reading import exists
-from perta_fast.importance.store import STEM
 from perta_fast.models.same_names import named_as_model
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
 from perta_fast.rules import Rule
+from perta_fast.subtraction.inputs import IMPORTANCES, RATIO, stem_of
 
 BINS = 50
 _CHUNK = 1 << 20  # elements
-_ROLES = ("forget_importance", "retain_importance")
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,14 @@ def distribution(report: Report, progress: Progress) -> Distribution | str:
     if rule.estimator is None:
         return "rule tv has w = 1 everywhere"
     opened = []
-    for role in _ROLES:
+    for role in (RATIO,) if RATIO in report.inputs else IMPORTANCES:
         record = report.inputs.get(role)
         if record is None:
             return f"the report names no {role}"
         if reason := why_not_as_recorded(record):
             keep = " (perta unlearn keeps importances with --save-importance)" if "kept" in record else ""
             return reason + keep
-        importance = Checkpoint.open(record["path"], STEM)
+        importance = Checkpoint.open(record["path"], stem_of(role))
         if unknown := [name for name in importance.shards if name not in record["files"]]:
             return f"{importance.path / unknown[0]} was not there when the run was made"
         opened.append(_in_form_of_output(importance, report))
@@ -73,11 +72,15 @@ def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: 
         for pair in pairs:
             for begin in range(0, pair[0].count, _CHUNK):
                 count = min(_CHUNK, pair[0].count - begin)
-                forget, retain = (
+                arrays = [
                     checkpoint.elements(entry, begin, count)
                     for checkpoint, entry in zip(importances, pair, strict=True)
-                )
-                w = reference.weights(forget, retain, rule.rescaling).numpy()
+                ]
+                if len(arrays) == 1:
+                    weights = reference.weights_of_ratio(arrays[0], rule.rescaling)
+                else:
+                    weights = reference.weights(arrays[0], arrays[1], rule.rescaling)
+                w = weights.numpy()
                 counts += np.histogram(w, BINS, (0.0, 1.0))[0]
                 above_half += int((w > 0.5).sum())
                 total += count

@@ -14,6 +14,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import OutputDirectory, check_output, unfinished_advice
+from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
@@ -42,6 +43,7 @@ def apply(
     forget_importance: "str | Path | Importance | None" = None,
     retain_importance: "str | Path | Importance | None" = None,
     *,
+    importance: "str | Path | ImportanceRatio | None" = None,
     download: bool = False,
     rule: str = DEFAULT_RULE,
     lam: float = 1.0,
@@ -66,8 +68,10 @@ def apply(
 
     model, base, tuned: directories with safetensors weights that agree in tensor names and shapes; or names of the
     Hugging Face hub, ORG/NAME, that lie in the local cache. download: fetch these there first.
-    forget_importance, retain_importance: what ``estimate_importance`` saved (or returned with ``out``); both
-    needed by every rule but ``tv``, which takes none. rule, lam, p, alpha, threshold: see ``rules.Rule``.
+    forget_importance, retain_importance: what ``estimate_importance`` saved (or returned with ``out``); both needed by
+    every rule but ``tv``, which takes none. importance: in place of the two, a directory that ``save_importance`` made,
+    which holds both or their ratio; or an ``ImportanceRatio`` that was saved. rule, lam, p, alpha, threshold: see
+    ``rules.Rule``.
     only, leave: names of parameters in ``model``, or patterns of them with ``*``, ``?`` and ``[...]``, or the words
     ``embeddings`` and ``norms``; a list, or one text with commas. Only those of ``only`` are changed, or all; those of
     ``leave`` are copied byte for byte. A tied matrix goes by both its names.
@@ -92,8 +96,8 @@ def apply(
         model = local_model(model, download, in_place=in_place)
         base, tuned = local_model(base, download), local_model(tuned, download)
         final = destination(model, out, in_place, ranks)
-        given = (forget_importance, retain_importance)
-        directories = (None if importance is None else directory_of(importance) for importance in given)
+        given = (forget_importance, retain_importance, importance)
+        directories = (None if each is None else directory_of(each) for each in given)
         importances = open_importances(chosen, *directories)
         sources = Sources.open(model, base, tuned, importances, common_rows, scope)
     settings = Settings(

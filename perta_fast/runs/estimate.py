@@ -268,8 +268,9 @@ def estimate_on(
     out: str | Path | None,
     overwrite: bool = False,
     description: str = "importance",
+    stored: str = "float32",
 ) -> Importance:
-    """``estimate_importance`` once the model is loaded and the data is checked."""
+    """``estimate_importance`` once the model is loaded and the data is checked. stored: the type in ``out``."""
     if how.skeleton is not None:
         from perta_fast.streaming.importance_only import write_importance
 
@@ -282,6 +283,7 @@ def estimate_on(
             out=out,
             overwrite=overwrite,
             description=description,
+            stored=stored,
             progress=how.progress,
             ranks=how.ranks,
         )
@@ -297,7 +299,7 @@ def estimate_on(
         for name, tensor in importance.tensors.items():
             check_finite(name, held(tensor))
     if out is not None:
-        importance.save(out, overwrite=overwrite, group=how.ranks.group)
+        importance.save(out, overwrite=overwrite, dtype=stored, group=how.ranks.group)
     return importance
 
 

@@ -8,6 +8,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation, open_plain
 from perta_fast.errors import InputError, printable_lines
 from perta_fast.files.reading import exists
+from perta_fast.importance import ratio as ratios
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import FILE_NAME, Report
@@ -32,11 +33,15 @@ def describe(
 def _describe(path: Path, every_tensor: bool) -> str:
     if is_adapter(path):
         return printable_lines(_adapter_lines(Adapter.open(path), every_tensor))
-    is_importance = _is_importance(path)
-    checkpoint = Checkpoint.open(path, STEM if is_importance else "model")
-    lines = [f"{path}: {'importance' if is_importance else 'checkpoint'}", *_totals(checkpoint)]
+    is_importance, is_ratio = _is_importance(path), ratios.is_ratio(path)
+    checkpoint = Checkpoint.open(path, STEM if is_importance else ratios.STEM if is_ratio else "model")
+    kind = "importance" if is_importance else "ratio of importances" if is_ratio else "checkpoint"
+    lines = [f"{path}: {kind}", *_totals(checkpoint)]
     if is_importance:
         lines += [f"  {key}: {value}" for key, value in sorted(read_metadata(checkpoint).items())]
+    elif is_ratio:
+        tables = ratios.read_ratio_metadata(checkpoint)
+        lines += [f"  {side} {key}: {value}" for side in tables for key, value in sorted(tables[side].items())]
     elif quantisation := Quantisation.of(path, checkpoint.tensors):
         lines += [f"  quantised: {quantisation.method} ({quantisation.places})", f"  {quantisation.advice}"]
     if (path / FILE_NAME).exists():
@@ -53,7 +58,7 @@ def _describe(path: Path, every_tensor: bool) -> str:
 def _task_vector(path: Path, base: Path, progress: Progress) -> str:
     """Whether ``path``, as tuned, differs from ``base``; where the two do not belong together, why not."""
     checkpoint = open_plain(base)
-    if _is_importance(path):
+    if _is_importance(path) or ratios.is_ratio(path):
         raise InputError(f"{path}: an importance is not tuned from a base; leave out --base")
     try:
         sources = Sources.open(base, base, path, common_rows=True)

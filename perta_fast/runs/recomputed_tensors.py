@@ -14,7 +14,7 @@ from perta_fast.progress import Bar, Progress
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.rules import EXACT_POWERS, Rule
 from perta_fast.runs.verification import Verification
-from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
+from perta_fast.subtraction.inputs import IMPORTANCES, RATIO, Sources, open_importances
 from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.scope import Scope
 
@@ -51,10 +51,10 @@ class RecomputedTensors:
             rule = report.chosen_rule()
         except InputError as error:
             raise InputError(f"{directory / FILE_NAME}: {error}") from error
-        exact = rule.estimator is None or set(IMPORTANCES) <= intact
+        exact = rule.estimator is None or set(IMPORTANCES) <= intact or RATIO in intact
         paths = {role: Path(record["path"]) for role, record in report.inputs.items()}
         try:
-            importances = open_importances(rule, *map(paths.get, IMPORTANCES)) if exact else {}
+            importances = open_importances(rule, *map(paths.get, (*IMPORTANCES, RATIO))) if exact else {}
             three, scope = (paths["model"], paths["base"], paths["tuned"]), Scope.of(report.only or None, report.leave)
             sources = Sources.open(*three, importances, report.common_rows, scope)
         except InputError as error:  # such as a base of which an adapter needed only the headers
@@ -108,7 +108,7 @@ class RecomputedTensors:
         arrays: list[Any] = [None] * 5
         for operand, checkpoint, entry in self.sources.operands(match):
             arrays[operand] = checkpoint.elements(entry, begin, count)
-        theta, tuned, base, forget, retain = arrays
+        theta, tuned, base, forget, retain = arrays  # without forget, retain is the ratio
         if match.merged is not None:
             tuned = torch.from_numpy(made[0][begin : begin + count])
         if match.low_rank is None:
@@ -118,7 +118,7 @@ class RecomputedTensors:
         # Without importances this is the result for w = 1: one end of the range in which the true result lies.
         expected = reference.subtract(theta, task_vector, forget, retain, rescaling)
         actual = self.output.elements(self.output.tensors[match.theta.name], begin, count)
-        if self.exact and (forget is None or rescaling.p in EXACT_POWERS):
+        if self.exact and (retain is None or rescaling.p in EXACT_POWERS):
             return bool(torch.equal(expected.view(torch.uint8), actual.view(torch.uint8)))
         if self.exact:  # the last bit of another power may differ, and then that of the update and of the result
             slack = 4 * torch.finfo(torch.float32).eps * abs(rescaling.lam) * task_vector.abs()

@@ -69,8 +69,8 @@ class StrengthSearch:
         """The same search with another θ_f."""
         return replace(self, opened=opened)
 
-    def find(self, importances: Mapping[str, Path]) -> StrengthChoice:
-        """Search. importances: directories, by role; none for rule ``tv``. Every rank calls it.
+    def find(self, importances: Path | None) -> StrengthChoice:
+        """Search. importances: where both lie, or their ratio; None for rule ``tv``. Every rank calls it.
 
         Raises RunError if no strength keeps the bound.
         """
@@ -81,10 +81,10 @@ class StrengthSearch:
         live = None
         with ranks.together(PHASE):
             if ranks.first:
-                from perta_fast.importance.store import Importance
+                from perta_fast.scoring.live_model import importances_in
 
                 live, self.live = self.live or self._load(), None
-                loaded = {role: Importance.load(path) for role, path in importances.items()}
+                loaded = {} if importances is None else importances_in(importances)
 
         def measure(lam: float) -> ScoredSetting:
             with ranks.together(PHASE):

@@ -3,7 +3,7 @@
 import os
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from perta_fast.data.chat import today
 from perta_fast.data.forms import Fields
@@ -55,6 +55,8 @@ def unlearn(
     drop_cache: bool | None = None,
     whole_importance: "str | Path | Importance | None" = None,
     save_importance: str | Path | None = None,
+    save_as: Literal["pair", "ratio"] | None = None,
+    importance_dtype: Literal["float32", "bfloat16"] | None = None,
     save_tuned: str | Path | None = None,
     check: bool = True,
     stream: bool = False,
@@ -82,18 +84,20 @@ def unlearn(
     fields: names of their fields, as in {"question": "prompt", "answer": "completion"}, for question, answer, text,
     messages and tools; None knows the usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that
     lie in the local cache; download: fetch them there first.
-    lam: None searches for the largest at which the mean loss on the retain data (at most 200
-    rows) is at most ``max_retain_rise`` nats (0.05) above that of ``model``; this needs the whole model in memory, and
-    both data files for every rule. at: the gradients are taken at ``base`` (None, the paper's choice) or at ``model``;
-    or the inputs of linear maps are seen at ``model`` (None) or at ``base``. whole_importance: of all rows, those to
-    forget among them, taken where this run takes its gradients: only the forget importance is then estimated, with the
-    prompts that the whole had, and the retain importance is what remains (``remove_importances``). ``retain`` is then
-    for the check and the search of lam alone, and may be None. save_importance: directory to keep the two
-    importances in, as ``forget`` and ``retain``; save_tuned: one for the preconditioned θ_f. Without them they lie in a
-    temporary directory beside the result. check: measure a few rows of both data sets before and after, for the verdict
-    in the report; not for streamed runs. stream: hold one decoder layer in memory at a time; weigh, subtract and write
-    each layer as soon as its importances are complete. memory, device_memory: bytes that this may take; None sets no
-    limit. Other arguments as in ``apply`` and ``estimate_importance``.
+    lam: None searches for the largest at which the mean loss on the retain data (at most 200 rows) is at most
+    ``max_retain_rise`` nats (0.05) above that of ``model``; this needs the whole model in memory, and both data files
+    for every rule. at: the gradients are taken at ``base`` (None, the paper's choice) or at ``model``; or the inputs of
+    linear maps are seen at ``model`` (None) or at ``base``. whole_importance: of all rows, those to forget among them,
+    taken where this run takes its gradients: only the forget importance is then estimated, with the prompts that the
+    whole had, and the retain importance is what remains (``remove_importances``). ``retain`` is then for the check and
+    the search of lam alone, and may be None. save_importance: directory to keep the two importances in, as ``forget``
+    and ``retain`` (save_as ``pair``, the default), or their ratio (``ratio``); importance_dtype: the type to keep them
+    in, float32, or bfloat16 of a ratio. The run subtracts with what it keeps. save_tuned: a directory for the
+    preconditioned θ_f. Without them they lie in a temporary directory beside the result. check: measure a few rows of
+    both data sets before and after, for the verdict in the report; not for streamed runs. stream: hold one decoder
+    layer in memory at a time; weigh, subtract and write each layer as soon as its importances are complete. memory,
+    device_memory: bytes that this may take; None sets no limit. Other arguments as in ``apply`` and
+    ``estimate_importance``.
 
     Everything is checked before the first gradient. Returns the report, which is also in ``out``. Raises InputError for
     bad input, RunError if the run fails, ``errors.Interrupted`` if it is stopped with work that ``resume`` can finish;
@@ -134,7 +138,7 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
     """Rule tv: the data is for the report and the check, and for the search if there is no strength."""
     with opened.ranks.together(strength.PHASE):
         search = strength.StrengthSearch.begin(opened, rows, day)
-    choice = None if search is None else search.find({})
+    choice = None if search is None else search.find(None)
     if choice is not None:
         opened = opened.at(choice.after.lam)
     options = opened.options
@@ -177,7 +181,7 @@ def _load(opened: Opened, day: date) -> Loaded:
                 check_unfinished(kept, overwrite=options.overwrite, run=final)  # which has no work to keep
             if not options.in_place:
                 check_output(final, overwrite=options.overwrite, inputs=[kept])
-        elif not streamed:  # the schedule of a streamed run checks the disk, as it knows the samples
+        if options.makes_temporary and not streamed:  # whose schedule checks the disk, as it knows the samples
             sources = opened.sources
             covered = sum(
                 match.theta.count for match in sources.matches if match.copied in (None, "left alone by choice")

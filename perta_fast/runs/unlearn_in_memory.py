@@ -5,7 +5,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from perta_fast.data.samples import row_count
+from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.files.new_directory import OutputDirectory, importance_path
+from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import apply_sources
@@ -25,31 +27,29 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
     """
     opened = loaded.opened
     options, ranks, final = opened.options, opened.ranks, opened.settings.destination
-    kept = options.save_importance is not None
+    kept, as_ratio = options.save_importance is not None, options.kept_form.as_ratio
     with ExitStack() as entered:
         with ranks.together("the directory of the importances"):
-            beside = importance_path(final)  # removed after the run
-            importances = OutputDirectory(options.save_importance or beside, overwrite=kept and options.overwrite)
+            place = importance_path(final) if options.makes_temporary else options.save_importance  # removed, or kept
+            assert place is not None
+            importances = OutputDirectory(place, overwrite=not options.makes_temporary and options.overwrite)
             if ranks.first:
                 entered.enter_context(importances)
-        for role, samples in loaded.samples.items():
-            started = time.perf_counter()
-            name = f"{role} importance"
-            how = loaded.how_for(role)
-            estimate_on(how, samples, loaded.hashes[role], out=importances.path / role, description=name)
-            loaded.phases[name] = time.perf_counter() - started
-            del how  # it holds the model
+        _estimate(loaded, importances.path)
         loaded.release()
         if opened.whole is not None:
             _take_from_whole(loaded, opened.whole, importances.path)
         with ranks.together("the importances"):
-            if kept and ranks.first:
+            if kept and not as_ratio and ranks.first:
                 importances.commit()
-        directory = importances.final if kept else importances.path
-        loaded.choose_strength({role: directory / role for role in ("forget", "retain")})
+        directory = importances.path if options.makes_temporary else importances.final
+        if as_ratio:
+            directory = _keep_ratio(loaded, directory)
+            entered.close()  # the pair is removed
+        loaded.choose_strength(directory)
         opened = loaded.opened
         with ranks.together("the importances"):
-            estimated = open_importances(opened.rule, directory / "forget", directory / "retain")
+            estimated = open_importances(opened.rule, both=directory)
             three = options.model, options.base, options.tuned
             sources = Sources.open(*three, estimated, options.common_rows, options.scope)
         try:
@@ -57,7 +57,7 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
                 sources, opened.rule, opened.settings, annotate=loaded.annotate, temporary=not kept, ranks=ranks
             )
         except BaseException:
-            importances.keep = has_begun(final) or is_open(final)
+            importances.keep = not as_ratio and (has_begun(final) or is_open(final))
             raise
 
 
@@ -74,3 +74,37 @@ def _take_from_whole(loaded: Loaded, whole: WholeImportance, directory: Path) ->
             removal = whole.record(row_count(loaded.samples["forget"]), threads, progress)
     loaded.removal = ranks.share(removal)
     loaded.phases[PHASE] = time.perf_counter() - started
+
+
+def _estimate(loaded: Loaded, directory: Path) -> None:
+    """Write both importances below ``directory``; those of which the ratio is kept are float32."""
+    form = loaded.opened.options.kept_form
+    for role, samples in loaded.samples.items():
+        started = time.perf_counter()
+        name = f"{role} importance"
+        how = loaded.how_for(role)
+        stored = "float32" if form.as_ratio else form.dtype
+        estimate_on(how, samples, loaded.hashes[role], out=directory / role, description=name, stored=stored)
+        loaded.phases[name] = time.perf_counter() - started
+        del how  # it holds the model
+
+
+def _keep_ratio(loaded: Loaded, pair: Path) -> Path:
+    """Keep the ratio of the importances in ``pair``; returns where it lies."""
+    options, ranks = loaded.opened.options, loaded.opened.ranks
+    assert options.save_importance is not None
+    started, what = time.perf_counter(), "the ratio of the importances"
+    with ExitStack() as entered:
+        with ranks.together(what):
+            ratio = ImportanceRatio.of(*(pair / side for side in SIDES), dtype=options.kept_form.dtype)
+            target = OutputDirectory(options.save_importance, overwrite=options.overwrite)
+            if ranks.first:
+                entered.enter_context(target)
+        check_shared(target.path, ranks)
+        with ranks.together(what):
+            ratio.write(target.path, ranks)
+        with ranks.together(what):
+            if ranks.first:
+                target.commit()
+    loaded.phases["ratio"] = time.perf_counter() - started
+    return target.final

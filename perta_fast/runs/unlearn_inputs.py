@@ -21,6 +21,7 @@ from perta_fast.files.journal import JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
 from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
+from perta_fast.importance.kept_form import KeptForm
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.removal import Removal
@@ -83,6 +84,8 @@ class Options:
     drop_cache: bool | None
     whole_importance: str | Path | None
     save_importance: str | Path | None
+    save_as: str | None
+    importance_dtype: str | None
     save_tuned: str | Path | None
     check: bool
     stream: bool
@@ -111,6 +114,18 @@ class Options:
     def preconditions(self) -> bool:
         """Whether theta_f is preconditioned first."""
         return self.rule == PRECONDITIONED
+
+    @property
+    def kept_form(self) -> KeptForm:
+        """How the importances are kept. Raises InputError for what is no form, or no type."""
+        return KeptForm.of(self.save_as, self.importance_dtype)
+
+    @property
+    def makes_temporary(self) -> bool:
+        """Whether importances, or a preconditioned θ_f, lie beside the result for a while."""
+        if self.preconditions:
+            return self.save_tuned is None
+        return self.save_importance is None or self.kept_form.as_ratio
 
     @property
     def scope(self) -> Scope:
@@ -177,8 +192,7 @@ class Opened:
         else:
             check_output(final, overwrite=options.overwrite, inputs=options.paths)
             check_unfinished(final, overwrite=options.overwrite, again=STATE)  # ``unlearn`` looks at runs itself
-        kept = options.save_tuned if options.preconditions else options.save_importance
-        if (rule.estimator is not None or options.preconditions) and kept is None:
+        if (rule.estimator is not None or options.preconditions) and options.makes_temporary:
             check_own(importance_path(final))
             check_own(scratch_path(final))
             check_inputs_stay(final, (importance_path(final), scratch_path(final)), options.paths)
@@ -209,6 +223,7 @@ def _rule_of(options: Options) -> Rule:
     if options.whole_importance is not None:
         check_takes_importances(options.rule, "whole_importance")
     rule = Rule.of_unlearn(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
+    _check_form(options)
     if options.preconditions:
         check_mu(DEFAULT_MU if options.mu is None else options.mu)
         if options.save_importance is not None:
@@ -223,6 +238,18 @@ def _rule_of(options: Options) -> Rule:
         if getattr(options, name) is not None:
             raise InputError(f"{name} is for rule {PRECONDITIONED}; leave it out, or take that rule")
     return rule
+
+
+def _check_form(options: Options) -> None:
+    for name in ("save_as", "importance_dtype"):
+        if getattr(options, name) is not None and options.save_importance is None:
+            raise InputError(f"{name} says how importances are kept; give save_importance too, or leave it out")
+    form = options.kept_form  # which checks both
+    if options.whole_importance is not None and form.dtype != "float32" and not form.as_ratio:
+        raise InputError(
+            f"importance_dtype {form.dtype}: the next rows are taken out of what is kept, which must be exact; leave it "
+            "out, or keep the ratio alone"
+        )
 
 
 @dataclass
@@ -303,8 +330,8 @@ class Loaded:
         if self.checking is not None:
             self.checking.before()
 
-    def choose_strength(self, importances: Mapping[str, Path]) -> None:
-        """Search for lam, if none was given. importances: directories, by role."""
+    def choose_strength(self, importances: Path) -> None:
+        """Search for lam, if none was given. importances: the directory with both, or with their ratio."""
         if self.search is not None:
             self.choice = self.search.find(importances)
             self.opened = self.opened.at(self.choice.after.lam)

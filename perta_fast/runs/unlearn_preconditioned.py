@@ -66,7 +66,7 @@ def unlearn_preconditioned(
         choice = None
         if search is not None:
             search = search.on(opened)
-            choice = search.find({})
+            choice = search.find(None)
             opened = opened.at(choice.after.lam)
         if checking is not None:
             checking.before()

@@ -37,6 +37,8 @@ def unlearn_streamed(loaded: Loaded) -> Report:
             for role, samples in loaded.samples.items()
         },
         save="" if kept is None else os.path.realpath(kept),
+        save_as=options.kept_form.name,
+        importance_dtype=options.kept_form.dtype,
         overwrite_saved=options.overwrite,
         ranks=ranks.world,
     )

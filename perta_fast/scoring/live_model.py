@@ -18,7 +18,8 @@ from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.offers import ANSWER_TOKENS
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
-from perta_fast.importance.store import Importance
+from perta_fast.importance.ratio import ImportanceRatio, located
+from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.models.held_tensors import held_tensors
 from perta_fast.models.same_names import named_as_module
 from perta_fast.rules import RULES, Estimator, Rule
@@ -29,7 +30,7 @@ from perta_fast.subtraction.on_module import apply_to_module_, stored_name
 _ROUGE = "Q_A_ROUGE"
 _MEMORISATION = ("extraction_strength", "exact_memorization")
 
-Importances = Mapping[str, Importance]  # by role; empty for rule tv
+Importances = Mapping[str, Importance] | ImportanceRatio  # of forget and retain; empty for rule tv
 
 
 def read_scored(path: str, metric: str, fields: Fields | None = None) -> DataFile:
@@ -39,6 +40,21 @@ def read_scored(path: str, metric: str, fields: Fields | None = None) -> DataFil
         if metric == _ROUGE and "question" not in row.content:
             raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
     return file
+
+
+def importances_in(directory: Path) -> Importances:
+    """Both importances below a directory, or the ratio in it. Raises InputError if there are none."""
+    paths = located(directory)
+    if "ratio" in paths:
+        return ImportanceRatio.load(paths["ratio"])
+    return {role.removesuffix("_importance"): Importance.load(path) for role, path in paths.items()}
+
+
+def metadata_of(importances: Importances) -> dict[str, ImportanceMetadata]:
+    """Where they come from, by ``forget`` and ``retain``."""
+    if isinstance(importances, ImportanceRatio):
+        return dict(importances.metadata)
+    return {role: importance.metadata for role, importance in importances.items()}
 
 
 def rule_of(estimator: Estimator) -> Rule:
@@ -159,12 +175,15 @@ class LiveModel(ScoredModel):
     def subtract_(self, rule: Rule, importances: Importances, tuned: Path | None = None) -> None:
         """``apply_to_module_`` with these checkpoints. tuned: another theta_f."""
         base, own = self._directories
+        ratio = importances if isinstance(importances, ImportanceRatio) else None
+        pair: Mapping[str, Importance] = {} if isinstance(importances, ImportanceRatio) else importances
         apply_to_module_(
             self.subject.module,
             base,
             own if tuned is None else tuned,
-            importances.get("forget"),
-            importances.get("retain"),
+            pair.get("forget"),
+            pair.get("retain"),
+            importance=ratio,
             rule=rule.name,
             **vars(rule.rescaling),
             leave=[escape(name) for name in self._left],

@@ -12,7 +12,7 @@ from perta_fast.files.durable import remove, sync_tree
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.gradients import check_finite
 from perta_fast.importance.row_digests import RowDigests
-from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
+from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings, stored_name
 from perta_fast.progress import Bar, Progress
 from perta_fast.streaming.data_pass import DataPass, Means, share_of, sum_over_ranks_
 from perta_fast.streaming.model.skeleton import Skeleton
@@ -29,14 +29,16 @@ def write_importance(
     out: str | Path,
     overwrite: bool,
     description: str,
+    stored: str,
     progress: Progress,
     ranks: Ranks,
 ) -> Importance:
     """Walk through ``skeleton``, write each part's means as soon as they are complete, and return the whole from disk.
 
-    metadata: of the importance; ``one_by_one`` is filled in here. ranks: each runs its share of the samples, and writes
-    its share of every tensor. The scratch files lie in the hidden directory that becomes ``out``; an error or an
-    interrupt removes both. Raises RunError if a loss or a mean is not finite, or the disk is full.
+    metadata: of the importance; ``one_by_one`` is filled in here. stored: its type, float32 or bfloat16. ranks: each
+    runs its share of the samples, and writes its share of every tensor. The scratch files lie in the hidden directory
+    that becomes ``out``; an error or an interrupt removes both. Raises RunError if a loss or a mean is not finite, or
+    the disk is full.
     """
     target = OutputDirectory(out, overwrite=overwrite)
     share = share_of(samples, ranks)
@@ -60,7 +62,8 @@ def write_importance(
                 if writer is None:  # after the forward steps, which find the parameters for ``one_by_one``
                     complete = replace(metadata, one_by_one=", ".join(data.one_by_one))
                     rows = RowDigests.of(samples) if metadata.rows_hash else None
-                    writer = ShardWriter(skeleton.stored_shapes, as_strings(complete), target.path, rows=rows)
+                    shapes, table = skeleton.stored_shapes, as_strings(complete)
+                    writer = ShardWriter(shapes, table, target.path, stored_name(stored), rows=rows)
                 writer.write_share(name, mean, ranks)
 
         with ranks.sharing_errors(description):

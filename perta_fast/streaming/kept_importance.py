@@ -12,15 +12,16 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.durable import sync_tree
 from perta_fast.files.new_directory import OutputDirectory, is_kept_by, partial_path, remove_replaced
+from perta_fast.importance.kept_form import KeptForm
 from perta_fast.importance.row_digests import RowDigests
-from perta_fast.importance.store import STEM, ShardWriter
+from perta_fast.importance.store import ShardWriter
 
 _WHAT = "the importances that are kept"
 
 
 @dataclass
 class KeptImportance:
-    """A directory with one importance for each data set.
+    """A directory with one importance for each data set, or with their ratio.
 
     output: None if there is nothing to write: no importance is kept, or ``final`` is complete. metadata: of each
     importance, by role; rows: of each that knows them. shapes: of all stored tensors. Each rank writes its part of
@@ -33,6 +34,7 @@ class KeptImportance:
     rows: Mapping[str, RowDigests]
     shapes: Mapping[str, tuple[int, ...]]
     ranks: Ranks
+    form: KeptForm
     _writers: dict[str, ShardWriter] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -40,6 +42,7 @@ class KeptImportance:
     def opened(
         cls,
         save: str,
+        form: KeptForm,
         overwrite: bool,
         metadata: Mapping[str, Mapping[str, str]],
         rows: Mapping[str, RowDigests],
@@ -66,25 +69,24 @@ class KeptImportance:
                     output = OutputDirectory(final, overwrite=overwrite, resume=resumed, run=run)
                     if ranks.first:
                         stack.enter_context(output)
-            yield cls(final, output, metadata, rows, shapes, ranks)
+            yield cls(final, output, metadata, rows, shapes, ranks, form)
 
     def keep_on_error(self) -> None:
         """From now on the run can be resumed."""
         if self.output is not None:
             self.output.keep = True
 
-    def write(self, by_role: Mapping[str, Mapping[str, Tensor]], one_by_one: Mapping[str, str]) -> None:
-        """Write this rank's part of complete means, by the names of stored tensors, durably."""
+    def write(self, stored: Mapping[str, Mapping[str, Tensor]], one_by_one: Mapping[str, str]) -> None:
+        """Write this rank's part of what ``form.stored`` gives of complete means, durably."""
         if self.output is None:
             return
-        for role, means in by_role.items():
-            if role not in self._writers:
-                folder = self.output.path / role
-                folder.mkdir(exist_ok=True)
-                metadata = {**self.metadata[role], "one_by_one": one_by_one[role]}
-                self._writers[role] = ShardWriter(self.shapes, metadata, folder, rows=self.rows.get(role))
-            for name, mean in means.items():
-                self._writers[role].write_share(name, mean, self.ranks)
+        for kind, tensors in stored.items():
+            if kind not in self._writers:
+                metadata = {role: {**table, "one_by_one": one_by_one[role]} for role, table in self.metadata.items()}
+                rows = self.rows.get(kind)
+                self._writers[kind] = self.form.writer(kind, self.shapes, metadata, self.output.path, rows)
+            for name, tensor in tensors.items():
+                self._writers[kind].write_share(name, tensor, self.ranks)
         sync_tree(self.output.path)
 
     def commit(self) -> dict[str, Checkpoint]:
@@ -94,7 +96,7 @@ class KeptImportance:
         with self.ranks.together(_WHAT):
             if self.output is not None and self.ranks.first:
                 self.output.commit()
-        return {f"{role}_importance": Checkpoint.open(self.final / role, STEM) for role in self.metadata}
+        return self.form.opened(self.final)
 
 
 def _check_kept(directory: Path, run: Path) -> None:

@@ -21,6 +21,7 @@ from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, remove, write_record
 from perta_fast.files.hashing import HashesInPassing
 from perta_fast.files.new_directory import OutputDirectory, check_replaceable, partial_path
+from perta_fast.importance.kept_form import KeptForm
 from perta_fast.importance.row_digests import RowDigests
 from perta_fast.models.loading import choose_device
 from perta_fast.progress import Bar, Progress
@@ -45,7 +46,8 @@ _SCRATCH = "scratch"
 class StreamSettings(TypedDict):
     """What a run needs to be resumed.
 
-    metadata: of each importance, by role. save: where the importances are kept, or "". ranks: how many processes.
+    metadata: of each importance, by role. save: where the importances are kept, or ""; save_as, importance_dtype: as
+    ``KeptForm.of`` takes them. ranks: how many processes.
     """
 
     subject: str
@@ -55,6 +57,8 @@ class StreamSettings(TypedDict):
     torch_threads: int
     metadata: dict[str, dict[str, str]]
     save: str
+    save_as: str
+    importance_dtype: str
     overwrite_saved: bool
     ranks: int
 
@@ -84,7 +88,7 @@ class StreamedRun:
                 f"{ranks.world}; finish it with: {job.resume_command}"
             )
         if settings["save"]:
-            check_replaceable(Path(settings["save"]), settings["metadata"], f"the run to {job.final}")
+            check_replaceable(Path(settings["save"]), _form_of(settings).entries, f"the run to {job.final}")
         path = partial_path(Path(job.final)) / STATE / _SAMPLES
         try:
             rows = read_record(path)
@@ -146,6 +150,7 @@ class StreamedRun:
             _torch_threads(settings["torch_threads"]),
             KeptImportance.opened(
                 settings["save"],
+                _form_of(settings),
                 settings["overwrite_saved"],
                 settings["metadata"],
                 self._rows_of_kept(),
@@ -182,6 +187,10 @@ class StreamedRun:
         describe_tensors(report, sources.matches, added_up(ranks.gather(writing.totals)))
         _describe_time(report, walk, writing, time.perf_counter() - started)
         return replace(sources, **importances)
+
+
+def _form_of(settings: StreamSettings) -> KeptForm:
+    return KeptForm.of(settings["save_as"], settings["importance_dtype"])
 
 
 def _restore(passes: Mapping[str, DataPass], begun: WalkRecord, finished: bool, progress: Progress) -> None:

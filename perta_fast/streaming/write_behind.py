@@ -202,16 +202,17 @@ class WriteBehind:
 
     def _write(self, means: list[Means]) -> None:
         sum_over_ranks_(means, self.ranks)
-        stored = {role: self.skeleton.as_stored(of_set) for role, of_set in zip(self.passes, means, strict=True)}
-        for of_set in stored.values():
+        complete = {role: self.skeleton.as_stored(of_set) for role, of_set in zip(self.passes, means, strict=True)}
+        for of_set in complete.values():
             for name, mean in of_set.items():
                 check_finite(name, mean)
+        stored = self.kept.form.stored(complete)
         self.kept.write(stored, {role: ", ".join(data.one_by_one) for role, data in self.passes.items()})
         names = next(iter(stored.values())).keys()
-        complete = (index for index, runs in self._importance_of.items() if runs[0].name in names)
-        chunks = self._share_of_chunks(complete)
+        indices = (index for index, runs in self._importance_of.items() if runs[0].name in names)
+        chunks = self._share_of_chunks(indices)
         arrays = {
-            index: [values_of(runs, of_set).cpu().numpy() for of_set in stored.values()]
+            index: [values_of(runs, of_set).float().cpu().numpy() for of_set in stored.values()]
             for index, runs in self._importance_of.items()
             if index in {chunk.index for chunk in chunks}
         }

@@ -26,8 +26,8 @@ from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
 CHUNK = 1 << 18  # elements
-_OPERANDS = 5  # theta, theta_f, theta_0, and the importances
-_TUNED, _FORGET_IMPORTANCE = 1, 3
+_OPERANDS = 5  # theta, theta_f, theta_0, and the importances, or none and their ratio
+_TUNED = 1
 _WIDEST = 4  # bytes of an element
 _BUFFERS = 192 << 20  # bytes that all threads together may take
 _MADE = 64 << 20  # bytes of arrays that no file holds, beyond which only those in use are kept
@@ -69,8 +69,8 @@ class Subtraction:
     """Computes chunks on several threads.
 
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
-    held: float32 importances, forget and retain, that are in memory and not in files, by number of the match.
-    hashes: gets all bytes that are read.
+    held: float32 importances, forget and retain, or their ratio alone, that are in memory and not in files, by number
+    of the match. hashes: gets all bytes that are read.
     """
 
     sources: Sources
@@ -122,7 +122,7 @@ def bytes_moved(match: TensorMatch, count: int, begin: int = 0) -> int:
 
     Of rows that are kept as they are, only theta is read.
     """
-    others = (match.tuned, match.base, match.forget_importance, match.retain_importance)
+    others = (match.tuned, match.base, *match.weighing.values())
     read = sum(ITEM_SIZES[entry.dtype] for entry in others if entry is not None)
     computed = max(0, min(count, match.common - begin))
     return 2 * ITEM_SIZES[match.theta.dtype] * count + read * computed
@@ -177,7 +177,8 @@ class _Workspace:
                 self._read(operand, entry, chunk)
             addresses[operand] = int(self._buffers[operand].ctypes.data)
             codes[operand] = KERNEL_CODES[entry.dtype]
-        for operand, array in enumerate(self._job.held.get(chunk.index, ()), _FORGET_IMPORTANCE):
+        held = self._job.held.get(chunk.index, ())
+        for operand, array in enumerate(held, _OPERANDS - len(held)):  # the last ones, as in the kernels
             addresses[operand] = int(array[chunk.begin :].ctypes.data)
             codes[operand] = KERNEL_CODES["F32"]
         factors = None
@@ -220,6 +221,11 @@ def _check_finite(match: TensorMatch, statistics: Statistics) -> None:
                 f"{entry.path}: tensor {entry.name} has NaN or infinite importance; estimate it again, "
                 "in float32 or bfloat16 if the model ran in float16"
             )
+    if match.ratio is not None and statistics["invalid_ratio"]:
+        raise InputError(
+            f"{match.ratio.path}: tensor {match.ratio.name} has a ratio that is NaN or less than 0; make it again from "
+            "both importances"
+        )
     if statistics["nonfinite_out"]:
         raise NotFiniteError(
             f"tensor {match.theta.name}: the result would hold NaN or infinite values; look at this tensor in "

@@ -12,6 +12,8 @@ from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.data.chat import Told
+from perta_fast.errors import InputError
+from perta_fast.importance import ratio as ratios
 from perta_fast.importance.prompts import check_system_prompts
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.rules import Rule
@@ -20,13 +22,18 @@ from perta_fast.subtraction.matching import TensorMatch, match_tensors
 from perta_fast.subtraction.scope import EVERYTHING, Scope
 
 IMPORTANCES = ("forget_importance", "retain_importance")
+RATIO = "ratio"  # in place of both importances
+ADVICE = "estimate it with: perta importance"
+EITHER = "importance takes the place of forget_importance and retain_importance; give it, or them"
+_ROLES = ("model", "base", "tuned", *IMPORTANCES, RATIO)
 
 
 @dataclass(frozen=True)
 class Sources:
     """The opened inputs of a run.
 
-    metadata: of the importances, by role. adapter: the opened one, if ``tuned`` is the file of an adapter.
+    ratio: of both importances, in place of them. metadata: of the importances, by role, also if there is only their
+    ratio. adapter: the opened one, if ``tuned`` is the file of an adapter.
     common_rows: whether rows of a resized vocabulary that not all inputs have are kept as the model has them.
     scope: which parameters were chosen to be changed. Neither is there again when a run is resumed.
     """
@@ -41,6 +48,7 @@ class Sources:
     adapter: OpenedAdapter | None = None
     common_rows: bool = False
     scope: Scope = EVERYTHING
+    ratio: Checkpoint | None = None
 
     @classmethod
     def open(
@@ -57,18 +65,19 @@ class Sources:
         check_companions_fetched(theta.path)
         adapter = OpenedAdapter.open(tuned, theta_0, common_rows, theta.tensors) if is_adapter(tuned) else None
         theta_f = open_plain(tuned) if adapter is None else adapter.adapter.checkpoint
-        forget, retain = map(importances.get, IMPORTANCES)
+        forget, retain, ratio = map(importances.get, (*IMPORTANCES, RATIO))
         return cls(
             theta,
             theta_0,
             theta_f,
             forget,
             retain,
-            matches=match_tensors(theta, theta_0, adapter or theta_f, forget, retain, common_rows, scope),
-            metadata={role: read_metadata(importance) for role, importance in importances.items()},
+            matches=match_tensors(theta, theta_0, adapter or theta_f, forget, retain, common_rows, scope, ratio),
+            metadata=metadata_of(importances),
             adapter=adapter,
             common_rows=common_rows,
             scope=scope,
+            ratio=ratio,
         )
 
     @property
@@ -78,7 +87,7 @@ class Sources:
 
     def named(self) -> dict[str, Checkpoint]:
         """The inputs by their names in the report."""
-        inputs = {role: getattr(self, role) for role in ("model", "base", "tuned", *IMPORTANCES)}
+        inputs = {role: getattr(self, role) for role in _ROLES}
         return {role: checkpoint for role, checkpoint in inputs.items() if checkpoint is not None}
 
     def made(self, match: TensorMatch) -> tuple[Matrix, ...]:
@@ -109,24 +118,66 @@ class Sources:
         return {shard.path: shard.size for shard in shards}
 
     def operands(self, match: TensorMatch) -> Iterator[tuple[int, Checkpoint, TensorEntry]]:
-        """The arrays of a tensor that lie in files: number among the kernel's five operands, checkpoint, entry."""
-        for number, role in enumerate(("model", "tuned", "base", *IMPORTANCES)):
+        """The arrays of a tensor that lie in files: number among the kernel's five operands, checkpoint, entry.
+
+        A ratio has the number of the retain importance, and then none has that of the forget importance.
+        """
+        for role, number in _OPERANDS.items():
             entry = match.theta if role == "model" else getattr(match, role)
             if entry is not None and (checkpoint := getattr(self, role)) is not None:
                 yield number, checkpoint, entry
 
 
-def open_importances(rule: Rule, forget: Path | None, retain: Path | None) -> dict[str, Checkpoint]:
-    """The importances that ``rule`` needs, by role.
+# Numbers among the kernel's operands, by role.
+_OPERANDS = {"model": 0, "tuned": 1, "base": 2, "forget_importance": 3, "retain_importance": 4, RATIO: 4}
 
-    Raises InputError if they are not what it needs, or had different system prompts.
+
+def open_importances(
+    rule: Rule, forget: Path | None = None, retain: Path | None = None, both: Path | None = None
+) -> dict[str, Checkpoint]:
+    """The importances that ``rule`` needs, or their ratio, by role.
+
+    both: a directory that holds the two, or their ratio, in place of the others. Raises InputError if they are not what
+    the rule needs, or had different system prompts.
     """
-    given = dict(zip(IMPORTANCES, (forget, retain), strict=True))
-    opened, metadata = {}, {}
-    for role, path in rule.required(given, "estimate it with: perta importance").items():
-        opened[role] = Checkpoint.open(path, STEM)
-        metadata[role] = read_metadata(opened[role])
-        rule.check_estimator(metadata[role]["estimator"], path)
+    required = rule.required(_directories(forget, retain, both), ADVICE)
+    opened = {role: _open(role, path) for role, path in required.items()}
+    metadata = metadata_of(opened)
+    for role, table in metadata.items():
+        rule.check_estimator(table["estimator"], opened[role if role in opened else RATIO].path)
     if metadata:
         check_system_prompts(*(Told.read(metadata[role]) for role in IMPORTANCES))
     return opened
+
+
+def estimators_of(forget: Path | None, retain: Path | None, both: Path | None) -> set[str]:
+    """Of the importances in these directories. Raises InputError if one of them holds none."""
+    directories = _directories(forget, retain, both)
+    opened = {role: _open(role, path) for role, path in directories.items() if path is not None}
+    return {table["estimator"] for table in metadata_of(opened).values()}
+
+
+def _open(role: str, directory: Path) -> Checkpoint:
+    if role != RATIO:
+        ratios.refuse_ratio(directory)
+    return Checkpoint.open(directory, stem_of(role))
+
+
+def _directories(forget: Path | None, retain: Path | None, both: Path | None) -> Mapping[str, Path | None]:
+    if both is None:
+        return dict(zip(IMPORTANCES, (forget, retain), strict=True))
+    if forget is not None or retain is not None:
+        raise InputError(EITHER)
+    return ratios.located(both)
+
+
+def stem_of(role: str) -> str:
+    """How the weight files of an input are named, but for an adapter's."""
+    return ratios.STEM if role == RATIO else STEM if role in IMPORTANCES else "model"
+
+
+def metadata_of(importances: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
+    """The metadata of both importances, by role, also if there is only their ratio."""
+    if RATIO in importances:
+        return {f"{side}_importance": table for side, table in ratios.read_ratio_metadata(importances[RATIO]).items()}
+    return {role: read_metadata(importance) for role, importance in importances.items()}

@@ -17,7 +17,6 @@ from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
-from perta_fast.importance.store import STEM
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.records.typed_json import typed
@@ -25,7 +24,7 @@ from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.compute import Subtraction
-from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.inputs import Sources, stem_of
 from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.read_beside import NONE, Records, check_unchanged, companion_records
 
@@ -133,7 +132,7 @@ def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:
     return files
 
 
-_OPERANDS = ("base", "tuned", "forget_importance", "retain_importance")
+_OPERANDS = ("base", "tuned", "forget_importance", "retain_importance", "ratio")
 
 
 def match_names(matches: list[TensorMatch]) -> list[MatchNames]:
@@ -165,7 +164,7 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
     opened: dict[str, Checkpoint] = {}
     adapted = is_adapter(job.directories["tuned"])
     for role, path in job.directories.items():
-        stem = STEM if role.endswith("importance") else "model"
+        stem = stem_of(role)
         if role == "tuned" and adapted:
             stem = ADAPTER_STEM
         changing = _is_changed_by(job, role)

@@ -1,7 +1,8 @@
 """Which tensors of the other inputs belong to each tensor of the model, decided before a byte is written."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -51,6 +52,14 @@ class TensorMatch:
     low_rank: LowRank | None = None
     merged: str | None = None
     merged_count: int = 0
+    ratio: TensorEntry | None = None
+
+    @property
+    def weighing(self) -> dict[str, TensorEntry]:
+        """What w is computed from, by role: both importances, their ratio, or nothing."""
+        roles = ("forget_importance", "retain_importance", "ratio")
+        entries = {role: getattr(self, role) for role in roles}
+        return {role: entry for role, entry in entries.items() if entry is not None}
 
     @property
     def common(self) -> int:
@@ -65,7 +74,7 @@ class TensorMatch:
     @property
     def _counts(self) -> list[int]:
         """The number of elements in each input."""
-        entries = (self.theta, self.base, self.tuned, self.forget_importance, self.retain_importance)
+        entries = (self.theta, self.base, self.tuned, *self.weighing.values())
         counts = [entry.count for entry in entries if entry is not None]
         counts += [] if self.low_rank is None else [math.prod(self.low_rank.shape)]
         return counts if self.merged is None else [*counts, self.merged_count]
@@ -85,22 +94,23 @@ def match_tensors(
     retain_importance: Checkpoint | None,
     common_rows: bool = False,
     scope: Scope = EVERYTHING,
+    ratio: Checkpoint | None = None,
 ) -> list[TensorMatch]:
     """Match every tensor of ``model`` with those of the other inputs, in the model's order.
 
     Names may differ if transformers loads the tensors to one place. Each checkpoint may store a tied output head or
     leave it out. Tensors that are not of the language model, as transformers loads it, need not be in all three: then
     the model's are copied. common_rows: embeddings and heads may have other numbers of rows. scope: the others may lack
-    what it leaves alone, or have it in another shape. Raises InputError, naming checkpoint and tensor, if names or
-    shapes differ, a type has no arithmetic, or an importance belongs to another model.
+    what it leaves alone, or have it in another shape. ratio: of both importances, in place of them. Raises InputError,
+    naming checkpoint and tensor, if names or shapes differ, a type has no arithmetic, or an importance belongs to
+    another model.
     """
     known = (base.path, *([tuned.path] if isinstance(tuned, Checkpoint) else []))
     base = named_as_model(base, model)
     if isinstance(tuned, Checkpoint):
         tuned = named_as_model(tuned, model)
-    if forget_importance is not None and retain_importance is not None:
-        forget_importance = named_as_model(forget_importance, model, *known)
-        retain_importance = named_as_model(retain_importance, model, *known)
+    given = {"forget_importance": forget_importance, "retain_importance": retain_importance, "ratio": ratio}
+    weighing = {role: named_as_model(each, model, *known) for role, each in given.items() if each is not None}
     whole = tuned if isinstance(tuned, Checkpoint) else None
     left_out: set[str] = set()
     tied = ties_embeddings(model)
@@ -111,14 +121,13 @@ def match_tensors(
             if tied and not is_head_left:
                 refuse_two_matrices(other, model.path, model.path)
             left_out |= _check_same_names(model, other, left)
-    if forget_importance is not None and retain_importance is not None:
-        _check_importance_names(model, forget_importance, retain_importance)
+    _check_importance_names(model, list(weighing.values()))
     matches = [
         TensorMatch(theta, copied="not part of the language model")
         if name in left_out
         else TensorMatch(theta, copied="left alone by choice")
         if name in left
-        else _match_tensor(name, model, base, whole, forget_importance, retain_importance, common_rows)
+        else _match_tensor(name, model, base, whole, weighing, common_rows)
         for name, theta in model.tensors.items()
     ]
     if not isinstance(tuned, OpenedAdapter):
@@ -155,8 +164,7 @@ def _match_tensor(
     model: Checkpoint,
     base: Checkpoint,
     tuned: Checkpoint | None,
-    forget_importance: Checkpoint | None,
-    retain_importance: Checkpoint | None,
+    weighing: Mapping[str, Checkpoint],
     common_rows: bool,
 ) -> TensorMatch:
     theta = model.tensors[name]
@@ -170,18 +178,19 @@ def _match_tensor(
                 )
         return TensorMatch(theta, copied="not floating point")
     base_entry, tuned_entry = _resolve(base, name), None if tuned is None else _resolve(tuned, name)
-    forget_entry = retain_entry = None
-    if forget_importance is not None and retain_importance is not None:
-        key = importance_key(name, model, forget_importance.tensors)
+    entries: dict[str, TensorEntry] = {}
+    if weighing:
+        key = importance_key(name, model, next(iter(weighing.values())).tensors)
         if key is None:
             return TensorMatch(theta, copied="not covered by the importance")
-        forget_entry, retain_entry = forget_importance.tensors[key], retain_importance.tensors[key]
-    for entry in (theta, base_entry, tuned_entry, forget_entry, retain_entry):
+        entries = {role: importance.tensors[key] for role, importance in weighing.items()}
+    for entry in (theta, base_entry, tuned_entry, *entries.values()):
         if entry is not None:
-            double = entry.dtype == "F64" and entry not in (forget_entry, retain_entry)
+            double = entry.dtype == "F64" and entry not in entries.values()
             how = f", with: {conversion_command(entry.path.parent, _FLOAT32)}" if double else ""
             _check_agrees(theta, entry, common_rows, how)
-    return TensorMatch(theta, base_entry, tuned_entry, forget_entry, retain_entry)
+    pair = entries.get("forget_importance"), entries.get("retain_importance")
+    return TensorMatch(theta, base_entry, tuned_entry, *pair, ratio=entries.get("ratio"))
 
 
 def _check_agrees(theta: TensorEntry, entry: TensorEntry, common_rows: bool, how: str = "") -> None:
@@ -241,11 +250,12 @@ def _check_same_names(model: Checkpoint, other: Checkpoint, left: set[str]) -> s
     return outside
 
 
-def _check_importance_names(model: Checkpoint, forget: Checkpoint, retain: Checkpoint) -> None:
-    for holder, other in ((forget, retain), (retain, forget)):
+def _check_importance_names(model: Checkpoint, weighing: Sequence[Checkpoint]) -> None:
+    for holder, other in itertools.permutations(weighing, 2):
         missing = [name for name in holder.tensors if name not in other.tensors]
         if missing:
             raise InputError(f"{other.path}: lacks {tensors_named(missing)}, which {holder.path} has")
-    unknown = [name for name in forget.tensors if name not in model.tensors and tied_in(name, model) is None]
-    if unknown:
-        raise InputError(f"{forget.path}: has {tensors_named(unknown)}, which {model.path} lacks")
+    for importance in weighing[:1]:  # the other has the same names
+        unknown = [name for name in importance.tensors if name not in model.tensors and tied_in(name, model) is None]
+        if unknown:
+            raise InputError(f"{importance.path}: has {tensors_named(unknown)}, which {model.path} lacks")

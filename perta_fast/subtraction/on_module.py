@@ -20,16 +20,15 @@ from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.checkpoints.tied import RESIZED, counts_in, is_resized, is_tied_use, refuse_two_matrices, tied_in
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_sharded, reshard_
+from perta_fast.distributed.sharded import held, held_ranges, is_sharded, reshard_
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import InputError
-from perta_fast.importance.prompts import check_system_prompts, different_dates
+from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import Held, check_dtype, check_in_memory, held_tensors
 from perta_fast.models.in_use import check_not_in_use
 from perta_fast.models.language_part import parameters_of_other_parts
-from perta_fast.models.layouts import values_of
-from perta_fast.models.same_names import cut_for_module, named_as_module
+from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
@@ -37,7 +36,8 @@ from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import LOGGER
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule, negative_strength
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
-from perta_fast.subtraction.inputs import IMPORTANCES
+from perta_fast.subtraction.inputs import IMPORTANCES, RATIO
+from perta_fast.subtraction.module_importances import Weighing, in_form, weighing_of
 from perta_fast.subtraction.scope import EVERYTHING, Names, Patterns, Scope
 from perta_fast.subtraction.staging import ALIGNMENT, Staging
 from perta_fast.subtraction.task_vector import is_nonzero
@@ -55,6 +55,7 @@ def apply_to_module_(
     forget_importance: str | Path | Importance | None = None,
     retain_importance: str | Path | Importance | None = None,
     *,
+    importance: str | Path | ImportanceRatio | None = None,
     rule: str = DEFAULT_RULE,
     lam: float = 1.0,
     p: float | None = None,
@@ -71,10 +72,10 @@ def apply_to_module_(
 
     module: its parameters are theta_full; it may be within DDP or torch.compile. As transformers saves it (the experts
     of a layer apart), names and shapes are those in ``base`` and ``tuned``; ``tuned`` may be an adapter.
-    forget_importance, retain_importance: for every rule but ``tv``. Other settings as in ``apply``, with these names.
-    Parameters that the importance does not cover, and vision parts that a checkpoint lacks, stay as they are; tied ones
-    are changed once. group: all processes that hold a module sharded by FSDP2 or tensor parallelism; each changes what
-    it holds.
+    forget_importance, retain_importance, importance: for every rule but ``tv``: the two, or their ratio. Other settings
+    as in ``apply``, with these names. Parameters that the importance does not cover, and vision parts that a checkpoint
+    lacks, stay as they are; tied ones are changed once. group: all processes that hold a module sharded by FSDP2 or
+    tensor parallelism; each changes what it holds.
 
     Returns the number of parameters that were subtracted from. Raises InputError, before anything is changed,
     naming the tensor that is missing, of another shape or a type without arithmetic, or not finite.
@@ -86,7 +87,7 @@ def apply_to_module_(
         module = unwrapped(module)
         refuse_quantised_module(module)
         theta_0 = open_plain(base)
-        importances = _importances(chosen, forget_importance, retain_importance)
+        importances = weighing_of(chosen, forget_importance, retain_importance, importance)
         if is_sharded(module) and (group is None or is_adapter(tuned)):
             raise InputError(
                 "the module is sharded; pass group, all processes that hold it, and for tuned a checkpoint: "
@@ -106,7 +107,7 @@ def apply_to_module_(
             for checkpoint in (theta_0, *([theta_f] if adapter is None else [])):
                 refuse_two_matrices(checkpoint, "the module", None)
         known = theta_0.path, theta_f.path
-        importances = [_in_form(importance, module, everything, *known) for importance in importances]
+        importances = [in_form(each, module, everything, *known) for each in importances]
         covered = _covered(everything, importances)
         parameters = {name: covered[name] for name in covered if name not in left}
         for name in _left_aside(module, parameters, [theta_f, theta_0] if adapter is None else [theta_0]):
@@ -147,7 +148,7 @@ class _Inputs:
     base: Checkpoint
     tuned: Checkpoint
     adapter: OpenedAdapter | None
-    importances: list[Importance]
+    importances: list[Weighing]
     changes: dict[str, Change] = field(default_factory=dict)
 
     def sources(self, name: str) -> "list[_Source]":
@@ -226,7 +227,8 @@ def _subtract_(
     for chunk in _chunks(theta.numel()):
         elements = slice(first + chunk.start, first + chunk.stop)
         with _on_device([source.chunk(elements) for source in sources], theta, stagings) as arrays:
-            rescaled_subtract_(theta[chunk], *arrays, **how, backend=backend)
+            tuned, base, *weighing = arrays
+            rescaled_subtract_(theta[chunk], tuned, base, **_by_name(weighing), **how, backend=backend)
         for source in sources:
             source.release(elements)
 
@@ -254,7 +256,7 @@ def _subtract_low_rank_(
                 theta[first:end],
                 factor.view(end - first, len(right)),
                 right,
-                *(array.view(end - first, columns) for array in arrays),
+                **_by_name([array.view(end - first, columns) for array in arrays]),
                 scale=update.scale,
                 **how,
                 backend=backend,
@@ -263,12 +265,17 @@ def _subtract_low_rank_(
             source.release(part)
 
 
+def _by_name(weighing: Sequence[Tensor]) -> dict[str, Any]:
+    """Both importances, or one ratio, or nothing, as arguments of the operations."""
+    return dict(zip((RATIO,) if len(weighing) == 1 else IMPORTANCES, weighing, strict=False))
+
+
 @dataclass(frozen=True)
 class _Source:
     """The flat values of one tensor: in memory, or a view of a mapped file.
 
     firsts: if the tensor is sharded, ``values`` are ranges of it of equal length, and these are their first elements.
-    pieces: if it is made of several stored ranges, these; then ``values`` are none.
+    pieces: if it is made of several stored ranges, these; then ``values`` are none. is_ratio: it may be infinite.
     """
 
     values: Tensor
@@ -279,6 +286,7 @@ class _Source:
     firsts: Sequence[int] = (0,)
     entry: TensorEntry | None = None
     pieces: "Sequence[_Source]" = ()
+    is_ratio: bool = False
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, name: str, where: str = "") -> "_Source":
@@ -302,13 +310,15 @@ class _Source:
         return cls(values, entry.shape, where, file, entry.begin)
 
     @classmethod
-    def of_importance(cls, importance: Importance, name: str) -> "_Source":
-        """A tensor of an importance, from its files if it is not in memory."""
+    def of_importance(cls, importance: Weighing, name: str) -> "_Source":
+        """A tensor of an importance, or of a ratio, from its files if it is not in memory."""
+        is_ratio = isinstance(importance, ImportanceRatio)
+        where = "the ratio" if is_ratio else "the importance"
         if importance.stored is not None:
-            return cls.of_checkpoint(importance.stored, name, "the importance")
+            return replace(cls.of_checkpoint(importance.stored, name, where), is_ratio=is_ratio)
         tensor = importance.tensors[name].detach()
         firsts = [first for first, _ in held_ranges(tensor)]
-        return cls(held(tensor).reshape(-1), tuple(tensor.shape), "the importance", firsts=firsts)
+        return cls(held(tensor).reshape(-1), tuple(tensor.shape), where, firsts=firsts, is_ratio=is_ratio)
 
     def all(self) -> Tensor:
         """All elements; they are copied if there are several pieces."""
@@ -344,28 +354,6 @@ class _Source:
             self.file.release(self.begin + elements.start * width, self.begin + elements.stop * width)
 
 
-def _in_form(importance: Importance, module: nn.Module, parameters: Mapping[str, Held], *known: Path) -> Importance:
-    """An importance with the tensors that transformers would save of ``module``; one that is sharded stays as it is.
-
-    known: the models that it may be of.
-    """
-    if importance.stored is not None:
-        return Importance.of_checkpoint(named_as_module(importance.stored, module, parameters, *known))
-    tensors = dict(importance.tensors)
-    if not any(map(is_distributed, tensors.values())):
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        cut = cut_for_module(module, parameters, shapes, "the importance", *known)
-        made = {}
-        for name, runs in cut.items():
-            values, whole, shape = values_of(runs, tensors), tensors[runs[0].name], parameters[name].shape
-            is_one = values.numel() == whole.numel() and whole.dim() == len(shape)
-            made[name] = whole if is_one else values.view(shape)  # shapes are compared later
-        for name in {run.name for runs in cut.values() for run in runs}:
-            del tensors[name]
-        tensors |= made
-    return replace(importance, tensors=tensors)
-
-
 def _chunks(count: int) -> Iterator[slice]:
     for begin in range(0, count, CHUNK):
         yield slice(begin, min(begin + CHUNK, count))
@@ -385,7 +373,7 @@ def _on_device(
     return staging.on_device(chunk)
 
 
-def _covered(parameters: dict[str, Held], importances: list[Importance]) -> dict[str, Held]:
+def _covered(parameters: dict[str, Held], importances: list[Weighing]) -> dict[str, Held]:
     """The parameters to subtract from. Raises InputError unless all importances cover the same parameters."""
     for importance in importances:
         unknown = importance.tensors.keys() - parameters.keys()
@@ -405,23 +393,6 @@ def _left_aside(module: nn.Module, names: Iterable[str], checkpoints: Sequence[C
     parameters = dict(module.named_parameters())
     others = {name: torch.empty_like(parameters[name], device="meta") for name in parameters_of_other_parts(module)}
     return lacking & as_stored(module, others).keys()
-
-
-def _importances(
-    rule: Rule, forget: str | Path | Importance | None, retain: str | Path | Importance | None
-) -> list[Importance]:
-    given = dict(zip(IMPORTANCES, (forget, retain), strict=True))
-    required: dict[str, str | Path | Importance] = rule.required(given, "see estimate_importance")
-    loaded = []
-    for role, importance in required.items():
-        loaded.append(importance if isinstance(importance, Importance) else Importance.load(importance))
-        rule.check_estimator(loaded[-1].metadata.estimator, role)
-    if loaded:
-        told = [importance.metadata.told for importance in loaded]
-        check_system_prompts(*told)
-        if warning := different_dates(*told):
-            LOGGER.warning("%s", warning)
-    return loaded
 
 
 def stored_name(source: Checkpoint, name: str) -> str:
@@ -454,6 +425,9 @@ def _check_source(name: str, parameter: Held, source: _Source, common_rows: bool
     for first, theta in parameter.ranges:
         for chunk in _chunks(min(theta.numel(), math.prod(source.shape) - first)):
             elements = slice(first + chunk.start, first + chunk.stop)
-            if not bool(torch.isfinite(source.chunk(elements)).all()):
+            values = source.chunk(elements)
+            if source.is_ratio and not bool((values >= 0).all()):
+                raise InputError(f"tensor {name} has values that are NaN or less than 0 in {source.where}")
+            if not source.is_ratio and not bool(torch.isfinite(values).all()):
                 raise InputError(f"tensor {name} has NaN or infinite values in {source.where}")
             source.release(elements)

@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import check_output, check_unfinished
+from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
@@ -57,17 +59,25 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
         for warning in dict.fromkeys(warnings):
             report.warn(warning)
 
-    by_role = {} if rule.estimator is None else importances[rule.estimator]
-    directories = [by_role[role].directory if by_role else None for role in ("forget", "retain")]
     tuned = None if curve.mu is None else vectors.of(curve.mu)
     estimated = rule.estimator is not None and rule.estimator not in opened.given
     apply_sources(
-        open_sources(request, open_importances(rule, *directories), tuned),
+        open_sources(request, _opened(rule, importances), tuned),
         rule,
         Settings(destination, overwrite=request.overwrite, progress=opened.progress),
         annotate=annotate,
         temporary=estimated or tuned is not None,  # removed with the sweep's record
     )
+
+
+def _opened(rule: Rule, importances: ByEstimator) -> dict[str, Checkpoint]:
+    """Those that ``rule`` needs, of importances on disk."""
+    if rule.estimator is None:
+        return {}
+    weighing = importances[rule.estimator]
+    if isinstance(weighing, ImportanceRatio):
+        return open_importances(rule, both=weighing.directory)
+    return open_importances(rule, weighing["forget"].directory, weighing["retain"].directory)
 
 
 def _is_written(destination: Path, rule: Rule, mu: float | None, settings: dict[str, Any]) -> bool:

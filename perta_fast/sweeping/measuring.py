@@ -13,7 +13,7 @@ from perta_fast.importance.prompts import different_dates
 from perta_fast.models.loading import length_limit
 from perta_fast.records.report import data_record, read_as_lines, scope_lines, truncation_warnings
 from perta_fast.records.versions import installed_versions, now
-from perta_fast.scoring.live_model import Importances, LiveModel
+from perta_fast.scoring.live_model import Importances, LiveModel, metadata_of
 from perta_fast.scoring.search import search
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import Curve, walk
@@ -38,9 +38,9 @@ def score(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Sweep,
 
     rows = [original]
     for curve in opened.curves:
-        by_role = {} if curve.estimator is None else importances[curve.estimator]
+        weighing = {} if curve.estimator is None else importances[curve.estimator]
         tuned = None if curve.mu is None else vectors.of(curve.mu)
-        rows += _along(curve, request.lams, original, excess, partial(_measure, live, curve, by_role, tuned), record)
+        rows += _along(curve, request.lams, original, excess, partial(_measure, live, curve, weighing, tuned), record)
     module, max_length = live.subject.module, length_limit(live.subject, request.max_length)
     counts = {role: (row_count(samples), truncated_count(samples)) for role, samples in live.samples.items()}
     data = {
@@ -63,10 +63,7 @@ def score(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Sweep,
         inputs={role: str(directory.path.resolve()) for role, directory in opened.inputs().items()},
         data=data,
         gold=begun.gold,
-        importance={
-            estimator: {role: importance.metadata for role, importance in by_role.items()}
-            for estimator, by_role in importances.items()
-        },
+        importance={estimator: metadata_of(of_estimator) for estimator, of_estimator in importances.items()},
         preconditioned=[record.in_report() for record in made],
         versions=installed_versions(),
         notes=scope_lines(request.only, request.leave)
@@ -85,8 +82,8 @@ def score(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Sweep,
 def _notes_on_prompts(importances: ByEstimator, scored: Told) -> list[str]:
     """Warnings where an importance was estimated with other prompts than its partner, or than the scores."""
     notes = []
-    for by_role in importances.values():
-        estimated = {role: importance.metadata.told for role, importance in by_role.items()}
+    for of_estimator in importances.values():
+        estimated = {role: metadata.told for role, metadata in metadata_of(of_estimator).items()}
         if different := different_dates(estimated["forget"], estimated["retain"]):
             notes.append(f"warning: {different}")
         for role, used in estimated.items():

@@ -19,22 +19,23 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.files.hashing import hash_file
-from perta_fast.importance.store import STEM, Importance, read_metadata
+from perta_fast.importance.ratio import ImportanceRatio
+from perta_fast.importance.store import Importance
 from perta_fast.models.loading import Subject, load_subject, samples_and_told
 from perta_fast.progress import Progress
 from perta_fast.rules import PRECONDITIONED, Estimator, Place, resolved_at
 from perta_fast.runs.estimate import Estimation, estimate_on
 from perta_fast.runs.precondition import check_tuned
-from perta_fast.scoring.live_model import LiveModel, ScoredData, ScoredModel, read_scored
+from perta_fast.scoring.live_model import Importances, LiveModel, ScoredData, ScoredModel, importances_in, read_scored
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.subtraction.inputs import IMPORTANCES, Sources, open_importances
+from perta_fast.subtraction.inputs import IMPORTANCES, RATIO, Sources, estimators_of, open_importances
 from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.scope import Scope
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.sweeping.grid import Curve, curves_of
 from perta_fast.sweeping.request import Request
 
-ByEstimator = dict[Estimator, dict[str, Importance]]  # then by role, forget or retain
+ByEstimator = dict[Estimator, Importances]
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class OpenedSweep:
         if self.gold is not None:
             directories["gold"] = self.gold
         for estimator, sources in self.given.items():
-            for role in IMPORTANCES:
+            opened = sources.named()
+            for role in opened.keys() & {*IMPORTANCES, RATIO}:
                 name = role if len(self.given) == 1 else f"{role}, {estimator}"
-                directories[name] = sources.named()[role]
+                directories[name] = opened[role]
         return directories
 
     def paths(self) -> list[Path]:
@@ -125,7 +127,9 @@ class OpenedSweep:
     def load_given(self) -> ByEstimator:
         """The given importances; a tensor is read when it is asked for."""
         return {
-            estimator: {role: Importance.load(sources.named()[f"{role}_importance"].path) for role in self.data}
+            estimator: ImportanceRatio.of_checkpoint(sources.ratio)
+            if sources.ratio is not None
+            else {role: Importance.load(sources.named()[f"{role}_importance"].path) for role in self.data}
             for estimator, sources in self.given.items()
         }
 
@@ -152,7 +156,7 @@ class OpenedSweep:
             return {}
         if folder is None or not all((folder / name / role).exists() for name in lacking for role in self.data):
             return None
-        return {name: {role: Importance.load(folder / name / role) for role in self.data} for name in lacking}
+        return {name: importances_in(folder / name) for name in lacking}
 
     def estimate(self, subject: Subject, folder: Path | None) -> ByEstimator:
         """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory."""
@@ -160,7 +164,7 @@ class OpenedSweep:
             role: samples_and_told(subject, file.rows, self.request.max_length, self.chat, self.progress)
             for role, file in self.data.items()
         }
-        importances: ByEstimator = {estimator: {} for estimator in self.lacking()}
+        importances: dict[Estimator, dict[str, Importance]] = {estimator: {} for estimator in self.lacking()}
         for estimator, by_role in importances.items():
             plain = Estimation(subject, estimator, self.request.batch_size, self.progress)
             for role, file in self.data.items():
@@ -175,7 +179,7 @@ class OpenedSweep:
                 else:
                     importance = Importance.load(out)
                 by_role[role] = importance
-        return importances
+        return {**importances}
 
     def load(self, path: Path) -> Subject:
         """A model, on the device and in the type of the sweep, and its tokenizer as it is."""
@@ -216,14 +220,15 @@ def open_sources(
 
 
 def _open_given(request: Request, curves: Sequence[Curve]) -> dict[Estimator, Sources]:
-    """Open and match the directories of importances that were given, a pair for each estimator.
+    """Open and match the directories of importances that were given: for each estimator two, or one of both.
 
     Raises InputError for one that does not fit the checkpoints, lacks its partner, or serves none of the rules.
     """
     given: dict[Estimator, Sources] = {}
-    for pair in zip_longest(request.forget_importance, request.retain_importance):
-        paths = [None if path is None else Path(path) for path in pair]
-        held = {read_metadata(Checkpoint.open(path, STEM))["estimator"] for path in paths if path is not None}
+    pairs = zip_longest(request.forget_importance, request.retain_importance)
+    for texts in [*((*pair, None) for pair in pairs), *((None, None, path) for path in request.importance)]:
+        paths = [None if text is None else Path(text) for text in texts]
+        held = estimators_of(*paths)
         served = [curve for curve in curves if curve.estimator in held]
         needing = [curve for curve in curves if curve.estimator is not None]
         curve = [*served, *needing, *curves][0]  # the next lines refuse the pair unless it serves one
@@ -236,6 +241,7 @@ def _open_given(request: Request, curves: Sequence[Curve]) -> dict[Estimator, So
         sources = open_sources(request, open_importances(rule, *paths))
         assert rule.estimator is not None
         if rule.estimator in given:
-            raise InputError(f"{pair[0]}: another importance of estimator {rule.estimator} was given already")
+            where = next(path for path in paths if path is not None)
+            raise InputError(f"{where}: another importance of estimator {rule.estimator} was given already")
         given[rule.estimator] = sources
     return given

@@ -22,7 +22,7 @@ from perta_fast.sweeping.grid import check_strengths
 _BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")
 _PATHS = (*_MODELS, *_DATA, "out")
-_IMPORTANCES = ("forget_importance", "retain_importance")
+_IMPORTANCES = ("forget_importance", "retain_importance", "importance")
 # The argument of ``sweep`` that has one value or several.
 _SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha", "mus": "mu"}
 _NUMBERS = ("ps", "alphas", "mus")
@@ -66,6 +66,7 @@ class Request:
     date_string: str | None = None
     max_retain_rise: float | None = None
     mus: list[float | None] = field(default_factory=lambda: [None])
+    importance: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":

@@ -50,6 +50,7 @@ def sweep(
     forget_importance: PathLike | Sequence[PathLike] | None = None,
     retain_importance: PathLike | Sequence[PathLike] | None = None,
     *,
+    importance: PathLike | Sequence[PathLike] | None = None,
     fields: Fields | None = None,
     download: bool = False,
     lams: Sequence[float] | None = None,
@@ -88,7 +89,8 @@ def sweep(
     model, base, tuned, fields, download, at, threshold, only, leave, batch_size, max_length, device, common_rows,
     progress: as in ``unlearn``. forget, retain: data files, to score on and to estimate importance on.
     system_prompt, date_string: as in ``unlearn``, and for the scores. A resumed sweep keeps the date of its start.
-    forget_importance, retain_importance: directories to use instead; a pair for each estimator.
+    forget_importance, retain_importance: directories to use instead; a pair for each estimator. importance: the same,
+    as one directory for each estimator, which holds both or their ratio.
     rule, mu, p, alpha: one value or several; every combination is a curve. mu (10) is for ``preconditioned``, p and
     alpha are for rules with importances; ``tv`` comes once.
     lams: different strengths, tried in rising order; None searches for the largest within the bound.

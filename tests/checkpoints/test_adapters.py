@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from perta_fast import InputError, RunError, apply, apply_to_module_, unlearn, verify
+from perta_fast import ImportanceRatio, InputError, RunError, apply, apply_to_module_, unlearn, verify
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.runs.inspect import describe
@@ -204,6 +204,23 @@ def test_a_live_module_as_the_files(
     monkeypatch.setattr("perta_fast.subtraction.on_module.CHUNK", 1000)
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     apply_to_module_(module, tmp_path / "base", adapter, *importances, **how)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in module.state_dict().items():
+        assert same_bytes(tensor, expected[name]), name
+
+
+def test_by_a_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a directory, on a live module and by the reference alike."""
+    adapter = make_adapter(tmp_path, llama, {"target_modules": "all-linear"}, torch.bfloat16)
+    ImportanceRatio.of(*make_importances(tmp_path, llama)).save(tmp_path / "ratio")
+    how: dict[str, Any] = {"importance": tmp_path / "ratio", "rule": "grad", "lam": 0.7}
+    monkeypatch.setattr(subtraction_module, "CHUNK", 77)
+    apply(tmp_path / "model", tmp_path / "base", adapter, out=tmp_path / "out", progress=False, **how)
+    result = verify(tmp_path / "out", full=True, progress=False)
+    assert not result.problems and not result.unchecked
+    monkeypatch.setattr("perta_fast.subtraction.on_module.CHUNK", 1000)
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    apply_to_module_(module, tmp_path / "base", adapter, **how)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in module.state_dict().items():
         assert same_bytes(tensor, expected[name]), name

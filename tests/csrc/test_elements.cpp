@@ -67,6 +67,18 @@ void formula() {
   const Rescaling masked{1.0f, 1.0f, 1.0f, 0.5f, true};
   CHECK((weight<Power::one, true>(1.0f, 1.0f, masked)) == 0.0f);  // w is not greater than the threshold
   CHECK((weight<Power::one, true>(1.1f, 1.0f, masked)) == 1.0f);
+  CHECK((weight_of_ratio<Power::one, false>(0.0f, plain)) == 1.0f);
+  CHECK((weight_of_ratio<Power::one, false>(3.0f, plain)) == 0.25f);
+  CHECK((weight_of_ratio<Power::two, false>(3.0f, plain)) == 0.1f);
+  CHECK((weight_of_ratio<Power::half, false>(9.0f, plain)) == 0.25f);
+  CHECK((weight_of_ratio<Power::general, false>(2.0f, cubed)) == 1.0f / 17.0f);
+  CHECK((weight_of_ratio<Power::one, false>(infinity, plain)) == 0.0f);
+  CHECK((weight_of_ratio<Power::one, true>(0.5f, masked)) == 1.0f);
+  CHECK((weight_of_ratio<Power::one, true>(1.0f, masked)) == 0.0f);  // w is not greater than the threshold
+  const Rescaling without_retain{0.5f, 2.0f, 0.0f, 0.0f, false};
+  CHECK((weight_of_ratio<Power::two, false>(3e38f, without_retain)) == 1.0f);  // its square is infinite
+  CHECK((weight_of_ratio<Power::two, false>(infinity, without_retain)) == 0.0f);
+  CHECK(is_nan(weight_of_ratio<Power::one, false>(std::numeric_limits<float>::quiet_NaN(), plain)));
   CHECK(power_of(1.0f) == Power::one && power_of(2.0f) == Power::two);
   CHECK(power_of(0.5f) == Power::half && power_of(1.5f) == Power::general);
   CHECK(bits_of(subtract(-0.0f, 0.0f)) == bits_of(-0.0f));  // theta keeps its bits

@@ -129,11 +129,37 @@ float weight_of(float forget, float retain, const Rescaling& rescaling) {
   }
 }
 
+template <bool masked>
+float ratio_weight_of(float ratio, const Rescaling& rescaling) {
+  switch (power_of(rescaling.p)) {
+    case Power::one:
+      return weight_of_ratio<Power::one, masked>(ratio, rescaling);
+    case Power::two:
+      return weight_of_ratio<Power::two, masked>(ratio, rescaling);
+    case Power::half:
+      return weight_of_ratio<Power::half, masked>(ratio, rescaling);
+    default:
+      return weight_of_ratio<Power::general, masked>(ratio, rescaling);
+  }
+}
+
 struct Types {
   DType theta, tuned, base, forget, retain;
 };
 
-enum class Task { difference, weighted_difference, low_rank, weighted_low_rank };
+enum class Task {
+  difference,
+  weighted_difference,
+  difference_by_ratio,
+  low_rank,
+  weighted_low_rank,
+  low_rank_by_ratio
+};
+
+constexpr Weighted weighted_of(Task task) {
+  if (task == Task::weighted_difference || task == Task::weighted_low_rank) return Weighted::by_pair;
+  return task == Task::difference || task == Task::low_rank ? Weighted::no : Weighted::by_ratio;
+}
 
 // One tensor to subtract from, and what a plain loop makes of it. From 8 elements on it holds NaN and infinities.
 struct Subtraction {
@@ -141,7 +167,8 @@ struct Subtraction {
 
   Rescaling rescaling;
   size_t n;
-  bool weighted, of_factors;
+  Weighted weighted;
+  bool of_factors;
   Stored theta, tuned, base, forget, retain;
   std::vector<float> left, right;
   LowRank low_rank;
@@ -151,8 +178,8 @@ struct Subtraction {
   Subtraction(Types types, const Rescaling& how, Task task, size_t count)
       : rescaling(how),
         n(count),
-        weighted(task == Task::weighted_difference || task == Task::weighted_low_rank),
-        of_factors(task == Task::low_rank || task == Task::weighted_low_rank),
+        weighted(weighted_of(task)),
+        of_factors(task >= Task::low_rank),
         theta(drawn(n, 1), types.theta),
         tuned(drawn(n, 2), types.tuned),
         base(drawn(n, 3), types.base),
@@ -187,7 +214,11 @@ struct Subtraction {
   void expect(size_t i) {
     const float before = theta.read(i), task = task_vector(i), f = forget.read(i), r = retain.read(i);
     float w = 1;
-    if (weighted) w = rescaling.masked ? weight_of<true>(f, r, rescaling) : weight_of<false>(f, r, rescaling);
+    if (weighted == Weighted::by_pair) {
+      w = rescaling.masked ? weight_of<true>(f, r, rescaling) : weight_of<false>(f, r, rescaling);
+    } else if (weighted == Weighted::by_ratio) {
+      w = rescaling.masked ? ratio_weight_of<true>(r, rescaling) : ratio_weight_of<false>(r, rescaling);
+    }
     Stored rounded({subtract(before, rescaling.lam * w * task)}, theta.dtype);
     const float after = expected[i] = rounded.read(0);
     statistics.sum_weight += w;
@@ -195,8 +226,9 @@ struct Subtraction {
     statistics.sum_squared_change += std::pow(static_cast<double>(after) - before, 2);
     statistics.changed += after - before != 0.0f;
     statistics.nonfinite_out += !is_finite(after);
-    statistics.nonfinite_forget += weighted && !is_finite(f);
-    statistics.nonfinite_retain += weighted && !is_finite(r);
+    statistics.nonfinite_forget += weighted == Weighted::by_pair && !is_finite(f);
+    statistics.nonfinite_retain += weighted == Weighted::by_pair && !is_finite(r);
+    statistics.invalid_ratio += weighted == Weighted::by_ratio && !(r >= 0);
     statistics.nonzero_task |= task != 0.0f;
   }
 
@@ -210,7 +242,8 @@ struct Subtraction {
     } else {
       arrays.tuned = tuned.data(), arrays.base = base.data();
     }
-    if (weighted) arrays.forget = forget.data(), arrays.retain = retain.data();
+    if (weighted == Weighted::by_pair) arrays.forget = forget.data();
+    if (weighted != Weighted::no) arrays.retain = retain.data();
     arrays.theta_dtype = theta.dtype, arrays.tuned_dtype = tuned.dtype, arrays.base_dtype = base.dtype;
     arrays.forget_dtype = forget.dtype, arrays.retain_dtype = retain.dtype;
     rescaled_subtract(kernels, arrays, rescaling, n, threads, found);
@@ -240,6 +273,7 @@ void subtracting(const BlockKernels& kernels, Types types, const Rescaling& resc
   CHECK(alone.nonfinite_out == expected.nonfinite_out);
   CHECK(alone.nonfinite_forget == expected.nonfinite_forget);
   CHECK(alone.nonfinite_retain == expected.nonfinite_retain);
+  CHECK(alone.invalid_ratio == expected.invalid_ratio);
   CHECK(alone.nonzero_task == expected.nonzero_task);
   for (int threads : {2, 5}) {
     RescaleStatistics found;
@@ -249,7 +283,7 @@ void subtracting(const BlockKernels& kernels, Types types, const Rescaling& resc
     CHECK(identical(found.sum_squared_change, alone.sum_squared_change));
     CHECK(found.changed == alone.changed && found.nonfinite_out == alone.nonfinite_out);
     CHECK(found.nonfinite_forget == alone.nonfinite_forget && found.nonfinite_retain == alone.nonfinite_retain);
-    CHECK(found.nonzero_task == alone.nonzero_task);
+    CHECK(found.nonzero_task == alone.nonzero_task && found.invalid_ratio == alone.invalid_ratio);
     CHECK(same(subtraction.run(kernels, threads, true, nullptr), subtraction.expected));
   }
 }
@@ -258,7 +292,8 @@ void subtracting(const BlockKernels& kernels) {
   const DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
   const Types mixes[] = {{f32, f32, f32, f32, f32},  {bf16, bf16, bf16, bf16, bf16}, {f16, f16, f16, f16, f16},
                          {bf16, f32, f16, f16, f32}, {f16, bf16, f32, bf16, bf16},   {f32, f16, bf16, f32, f16}};
-  const Task tasks[] = {Task::difference, Task::weighted_difference, Task::low_rank, Task::weighted_low_rank};
+  const Task tasks[] = {Task::difference, Task::weighted_difference, Task::difference_by_ratio,
+                        Task::low_rank,   Task::weighted_low_rank,   Task::low_rank_by_ratio};
   for (const Types& types : mixes) {
     for (Task task : tasks) {
       for (float p : {1.0f, 2.0f, 0.5f, 1.5f}) {

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perta_fast import InputError, Report, apply, resume
+from perta_fast import ImportanceRatio, InputError, Report, apply, resume
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile, TensorEntry
 from perta_fast.distributed import shared_directory
 from perta_fast.distributed.ranks import Ranks
@@ -54,6 +54,10 @@ def _apply(group: Any, inputs: Inputs, out: Path, stop: Callable[[int], None] | 
 def _apply_all(group: Any, inputs: dict[int, Inputs], folder: Path) -> list[Report]:
     reports = [_apply(group, each, folder / f"out-{shards}") for shards, each in inputs.items()]
     reports.append(apply(*inputs[3].checkpoints, rule="tv", out=folder / "tv", progress=False, group=group))
+    ratio = ImportanceRatio.of(inputs[3]["forget"], inputs[3]["retain"])
+    ratio.save(folder / "ratio", group=group)
+    how: dict[str, Any] = {"rule": "grad", "lam": 1.5, "progress": False, "group": group}
+    reports.append(apply(*inputs[3].checkpoints, importance=ratio, out=folder / "by-ratio", **how))
     return reports
 
 

@@ -38,17 +38,20 @@ def instructions(
 EXACT = {"enable_fp_fusion": False}
 
 
-def subtraction(weights: str, weighted: bool, doubled_power: int, arch: int, low_rank: bool = False) -> str:
-    """The PTX of the rescaled subtraction, or of the low-rank one, with float32 importances."""
+def subtraction(
+    weights: str, weighted: bool, doubled_power: int, arch: int, low_rank: bool = False, by_ratio: bool = False
+) -> str:
+    """The PTX of the rescaled subtraction, or of the low-rank one, with float32 importances or a bfloat16 ratio."""
     kinds = {"theta": weights, "left": "fp32", "right": "fp32"}
     if not low_rank:
         kinds = dict.fromkeys(("out", "theta", "tuned", "base"), weights)
-    kinds |= {"forget": "fp32", "retain": "fp32"}
+    kinds |= {"forget": "fp32", "retain": "bf16" if by_ratio else "fp32"}
     signature = {f"{name}_pointer": f"*{kind}" for name, kind in kinds.items()} | {"n": "i64"}
     if low_rank:
         signature |= {"rank": "i32", "columns": "i32", "scale": "fp32"}
     signature |= {"lam": "fp32", "alpha": "fp32", "threshold": "fp32"}
-    constants = {"WEIGHTED": weighted, "MASKED": weighted, "DOUBLED_POWER": doubled_power, "BLOCK": 1024}
+    constants = {"WEIGHTED": weighted, "BY_RATIO": by_ratio, "MASKED": weighted}
+    constants |= {"DOUBLED_POWER": doubled_power, "BLOCK": 1024}
     kernel = low_rank_subtract._low_rank_subtract if low_rank else rescaled_subtract._rescaled_subtract
     return instructions(kernel, signature, constants, arch, EXACT)
 
@@ -83,6 +86,9 @@ def main() -> int:
         for weights, weighted, power in itertools.product(TYPES, (False, True), (1, 2, 4)):
             name = f"rescaled_subtract {weights} weighted={weighted} 2p={power} sm_{arch}"
             found.append((name, subtraction(weights, weighted, power, arch)))
+        for power, low_rank in ((1, False), (2, False), (4, False), (4, True)):
+            name = f"{'low_rank' if low_rank else 'rescaled'}_subtract bf16 by ratio weighted=True 2p={power} sm_{arch}"
+            found.append((name, subtraction("bf16", True, power, arch, low_rank, by_ratio=True)))
         for weights in TYPES:
             name = f"low_rank_subtract {weights} weighted=True sm_{arch}"
             found.append((name, subtraction(weights, True, 4, arch, low_rank=True)))

@@ -20,6 +20,7 @@ from torch import Tensor
 from perta_fast import ops
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.rules import Rescaling
+from tests.ops.test_ratio import ratios
 from tests.ops.test_rescaled_subtract import DTYPES, SIZES, assert_same_bits, draw
 from tests.support.children import run_child
 
@@ -241,3 +242,68 @@ def test_low_rank(
     out = torch.empty_like(theta)
     low_rank_subtract(library, [out, theta, left, right, *chosen], 0.7, Rescaling(1.3, p, 0.8, None))
     assert_same_bits(out, expected)
+
+
+def reference_by_ratio(arrays: Sequence[Tensor], rescaling: Rescaling) -> Tensor:
+    """Of theta, tuned, base and ratio."""
+    how = asdict(rescaling)
+    return ops.rescaled_subtract(*arrays[:3], ratio=arrays[3], **how, backend="reference")
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=4)))
+def test_by_ratio_every_mix_of_types(library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...]) -> None:
+    arrays = [draw(333, dtype, seed, special=True) for seed, dtype in enumerate(dtypes[:3])]
+    arrays.append(ratios(333, dtypes[3], 3))
+    rescaling = Rescaling(0.7, 1.0, 0.8, None)
+    expected = reference_by_ratio(arrays, rescaling)
+    assert subtract(library, [(arrays[0], *arrays[:3], None, arrays[3])], rescaling) == 1
+    assert_same_bits(arrays[0], expected)
+
+
+@pytest.mark.parametrize("ratio", DTYPES)
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("threshold", [None, 0.25])
+def test_by_ratio_powers_and_offsets(
+    library: ctypes.CDLL, weights: torch.dtype, ratio: torch.dtype, p: float, threshold: float | None
+) -> None:
+    values = [*(draw(4100, weights, seed, special=True) for seed in range(3)), ratios(4100, ratio, 3)]
+    for alpha, offsets in itertools.product((0.0, 1.0, 16.0), ((0, 0, 0, 0), (3, 3, 3, 3), (1, 0, 5, 2))):
+        rescaling = Rescaling(1.3, p, alpha, threshold)
+        arrays, buffers = zip(*map(placed, values, offsets), strict=True)
+        subtract(library, [(arrays[0], *arrays[:3], None, arrays[3])], rescaling)
+        assert_same_bits(arrays[0], reference_by_ratio(values, rescaling))
+        assert untouched_around(buffers[0], offsets[0], 4100)
+
+
+def test_by_ratio_another_power_within_rounding(library: ctypes.CDLL) -> None:
+    arrays = [*(draw(4000, torch.float32, seed) for seed in range(3)), ratios(4000, torch.bfloat16, 3)]
+    rescaling = Rescaling(1.0, 1.7, 1.0, None)
+    out = torch.empty(4000)
+    subtract(library, [(out, *arrays[:3], None, arrays[3])], rescaling)
+    torch.testing.assert_close(out, reference_by_ratio(arrays, rescaling), rtol=1e-6, atol=1e-6)
+
+
+def test_by_ratio_beside_pairs_and_plain_ones(library: ctypes.CDLL) -> None:
+    """One list: each tensor is weighted by what it has."""
+    values = [draw(500, torch.bfloat16, seed) for seed in range(3)]
+    rho, pair = ratios(500, torch.bfloat16, 3), [draw(500, torch.bfloat16, seed) for seed in (4, 5)]
+    rescaling, outs = Rescaling(1.0, 2.0, 1.0, None), [torch.empty(500, dtype=torch.bfloat16) for _ in range(3)]
+    lasts: list[list[Tensor | None]] = [[None, rho], [*pair], [None, None]]
+    subtract(library, [(out, *values, *last) for out, last in zip(outs, lasts, strict=True)], rescaling)
+    assert_same_bits(outs[0], reference_by_ratio([*values, rho], rescaling))
+    assert_same_bits(outs[1], reference([*values, *pair], rescaling))
+    assert_same_bits(outs[2], reference([*values, None, None], rescaling))
+
+
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+def test_by_ratio_low_rank(library: ctypes.CDLL, weights: torch.dtype, p: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(7, 3, generator=generator), torch.randn(3, 130, generator=generator)
+    rho, rescaling = ratios(910, torch.bfloat16, 3).view(7, 130), Rescaling(1.3, p, 16.0, 0.25)
+    theta = draw(910, weights, 5, special=True).view(7, 130)
+    how = asdict(rescaling)
+    expected = ops.low_rank_subtract_(theta.clone(), left, right, ratio=rho, scale=0.3, **how, backend="reference")
+    low_rank_subtract(library, [theta, theta, left, right, None, rho], 0.3, rescaling)
+    assert_same_bits(theta, expected)

@@ -32,6 +32,10 @@ def subtract(x: Inputs) -> Tensor:
     return ops.rescaled_subtract(*x, lam=1.0) * x[0]
 
 
+def subtract_by_ratio(x: Inputs) -> Tensor:
+    return ops.rescaled_subtract(*x[:3], ratio=x[3], lam=1.0, p=2.0) * x[4]
+
+
 def subtract_many_(x: Inputs) -> Tensor:
     ops.rescaled_subtract_many_(x[:2], x[2:4], [x[4], x[4]], lam=1.0)
     return x[0] - x[1]
@@ -63,6 +67,7 @@ PROGRAMS = (
     subtract_,
     subtract_from_an_input_,
     subtract,
+    subtract_by_ratio,
     subtract_many_,
     low_rank_subtract_,
     accumulate_,
@@ -120,9 +125,10 @@ HOW = (1.0, 1.0, 1.0, None, "auto")
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("rescaled_subtract_", lambda x: (*x, *HOW)),
-        ("rescaled_subtract", lambda x: (*x[:3], None, None, *HOW)),
-        ("rescaled_subtract_many_", lambda x: (x[:1], x[1:2], x[2:3], x[3:4], x[4:], *HOW)),
+        ("rescaled_subtract_", lambda x: (*x, None, *HOW)),
+        ("rescaled_subtract_", lambda x: (*x[:3], None, None, x[3].abs(), *HOW)),
+        ("rescaled_subtract", lambda x: (*x[:3], None, None, None, *HOW)),
+        ("rescaled_subtract_many_", lambda x: (x[:1], x[1:2], x[2:3], x[3:4], x[4:], None, *HOW)),
         ("accumulate_", lambda x: (x[0], x[1], True, "auto")),
         ("accumulate_many_", lambda x: (x[:2], x[2:4], False, "auto")),
         ("accumulate_squared_gradients_", lambda x: (x[0], x[1][:4], x[2][:4, :5].contiguous(), *FISHER, "auto")),
@@ -135,9 +141,9 @@ def test_operators_keep_the_rules_of_torch(name: str, arguments: Callable[[Input
 def test_operators_check_what_they_are_given() -> None:
     theta, tuned, base = inputs()[:3]
     with pytest.raises(ValueError, match="tuned has shape"):
-        torch.ops.perta_fast.rescaled_subtract_(theta, tuned[:2], base, None, None, *HOW)
+        torch.ops.perta_fast.rescaled_subtract_(theta, tuned[:2], base, None, None, None, *HOW)
     with pytest.raises(ValueError, match="base shares memory with theta"):
-        torch.ops.perta_fast.rescaled_subtract_(theta, tuned, theta, None, None, *HOW)
+        torch.ops.perta_fast.rescaled_subtract_(theta, tuned, theta, None, None, None, *HOW)
 
 
 def test_parameters_that_require_gradients() -> None:

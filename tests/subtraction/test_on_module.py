@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from perta_fast import Importance, InputError, apply, apply_to_module_, estimate_importance
+from perta_fast import Importance, ImportanceRatio, InputError, apply, apply_to_module_, estimate_importance
 from perta_fast.models import stored_names
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
@@ -264,3 +264,47 @@ def assert_refused(module: nn.Module, job: Job, tuned: Path, given: list[Any], r
         apply_to_module_(module, job.base, tuned, *given, rule=rule)
     for name, parameter in module.named_parameters():
         assert parameter.is_meta or same_bytes(parameter.detach(), before[name])
+
+
+@pytest.mark.parametrize("rule", ["grad", "fisher"])
+def test_by_a_ratio_as_the_output_of_apply(rule: str, job: Job, tmp_path: Path) -> None:
+    """From its files, made when it is asked for, in memory, and from the directory of both importances."""
+    pair = importances(job, tmp_path / "both", rule)
+    made = ImportanceRatio.of(*pair)
+    made.save(tmp_path / "ratio")
+    how: dict[str, Any] = {"rule": rule, "lam": 1.5, "alpha": 4.0, "threshold": 0.1}
+    apply(*job.checkpoints, importance=tmp_path / "ratio", **how, out=tmp_path / "out", progress=False)
+    expected = load(tmp_path / "out")
+    in_memory = ImportanceRatio({name: made.tensors[name] for name in made.tensors}, made.metadata)
+    for given in (tmp_path / "ratio", ImportanceRatio.load(tmp_path / "ratio"), made, in_memory):
+        module = load(job.model)
+        changed = apply_to_module_(module, job.base, job.tuned, importance=given, **how)
+        assert changed == len(list(module.parameters()))
+        assert_same_parameters(module, expected)
+    module, by_pair = load(job.model), load(job.model)
+    apply_to_module_(module, job.base, job.tuned, importance=tmp_path / "both", **how)
+    apply_to_module_(by_pair, job.base, job.tuned, *pair, **how)
+    assert_same_parameters(module, by_pair)
+
+
+def test_what_is_no_ratio_is_refused(job: Job, tmp_path: Path) -> None:
+    pair = importances(job, tmp_path, "grad")
+    made = ImportanceRatio.of(*pair)
+    before, module = load(job.model), load(job.model)
+
+    def refused(message: str, *given: Any, **settings: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            apply_to_module_(module, job.base, job.tuned, *given, **settings)
+        assert_same_parameters(module, before)
+
+    tensors = {name: made.tensors[name] for name in made.tensors}
+    for value in (-1.0, float("nan")):
+        wrong = tensors[NORM].clone()
+        wrong[3] = value
+        bad = ImportanceRatio(tensors | {NORM: wrong}, made.metadata)
+        refused(f"tensor {NORM} has values that are NaN or less than 0 in the ratio", importance=bad)
+    refused("importance takes the place of", *pair, importance=made)
+    refused("forget_importance is the ratio of two importances", made, pair[1])
+    refused("importance is of one data set", importance=Importance.load(pair[0]))
+    refused("rule tv takes no importance", importance=made, rule="tv")
+    refused("ratio: holds estimator grad, rule empirical-fisher needs", importance=made, rule="empirical-fisher")

@@ -16,7 +16,7 @@ import torch
 from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perta_fast import InputError, Sweep, apply, cli, estimate_importance, evaluate, sweep
+from perta_fast import ImportanceRatio, InputError, Sweep, apply, cli, estimate_importance, evaluate, sweep, verify
 from perta_fast.evaluation import examinee
 from perta_fast.runs import estimate
 from perta_fast.scoring import live_model
@@ -592,3 +592,57 @@ def test_arguments_that_cannot_be_used(
     last = captured.err.splitlines()[-1]
     assert last.startswith("perta: error: ") and words in last
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ratio_serves_the_rules_of_its_estimator(text_jobs: Jobs, tmp_path: Path) -> None:
+    """Each setting scores what ``apply`` writes with the ratio; the chosen checkpoint is that, and is verified."""
+    job = text_jobs(BF16)
+    pair = [estimate_importance(job.base, data, out=tmp_path / name, progress=False) for name, data in data_of(job)]
+    ratio = ImportanceRatio.of(*pair)
+    ratio.save(tmp_path / "ratio")
+    how: dict[str, Any] = {"rule": ["grad", "fisher"], "alpha": [1.0, 4.0], "lams": [1.5]}
+    bound: dict[str, Any] = {"max_retain_rise": 9.0, "checkpoint": tmp_path / "chosen", "out": tmp_path / "settings"}
+    found = run(job, importance=tmp_path / "ratio", **how, **bound)
+    assert found.importance == {"grad": dict(ratio.metadata)}
+    assert found.inputs["ratio"] == str(tmp_path / "ratio")
+    for number, row in enumerate(row for row in found.rows if row.rule):
+        out = tmp_path / f"out-{number}"
+        settings: dict[str, Any] = {"rule": row.rule, "lam": row.lam, "p": row.p, "alpha": row.alpha, "out": out}
+        apply(*job.checkpoints, importance=tmp_path / "ratio", progress=False, **settings)
+        assert losses(row) == pytest.approx(scores(out, BF16), rel=1e-5)
+    assert not verify(tmp_path / "chosen", full=True, progress=False).problems
+    same = run(job, importance=tmp_path, **how)  # which holds both importances, and no ratio of its own
+    by_pair = run(job, tmp_path / "forget", tmp_path / "retain", **how)
+    assert [losses(row) for row in same.rows] == [losses(row) for row in by_pair.rows]
+
+
+def data_of(job: Job) -> list[tuple[str, Path]]:
+    return [("forget", job.forget), ("retain", job.retain)]
+
+
+def test_the_command_that_writes_the_choice_names_the_ratio(
+    text_jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = text_jobs(F32)
+    for name, data in data_of(job):
+        estimate_importance(job.base, data, out=tmp_path / name, progress=False)
+    ImportanceRatio.of(tmp_path / "forget", tmp_path / "retain").save(tmp_path / "ratio")
+    names = zip(("model", "base", "tuned", "forget", "retain"), (*job.checkpoints, job.forget, job.retain), strict=True)
+    words = [word for name, path in names for word in (f"--{name}", str(path))]
+    given = ["--importance", str(tmp_path / "ratio"), "--rule", "grad", "--lams", "1.5", "--quiet"]
+    assert cli.main(["sweep", *words, *given]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:2] == ["perta", "apply"]
+    assert command[command.index("--importance") + 1] == str(tmp_path / "ratio")
+
+
+def test_a_second_directory_for_an_estimator_is_refused(text_jobs: Jobs, tmp_path: Path) -> None:
+    job = text_jobs(F32)
+    for name, data in data_of(job):
+        estimate_importance(job.base, data, out=tmp_path / name, progress=False)
+    ImportanceRatio.of(tmp_path / "forget", tmp_path / "retain").save(tmp_path / "ratio")
+    given = [tmp_path / "ratio", tmp_path]
+    with pytest.raises(InputError, match=f"{tmp_path}: another importance of estimator grad was given already"):
+        run(job, importance=given, rule="grad", lams=[1.0])
+    with pytest.raises(InputError, match="rule preconditioned, which is the default, takes no importance"):
+        run(job, importance=given[0], lams=[1.0])

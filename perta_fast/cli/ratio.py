@@ -1,0 +1,32 @@
+"""``perta ratio``."""
+
+import argparse
+from pathlib import Path
+
+from perta_fast.cli import options
+from perta_fast.cli.importing import importing
+from perta_fast.cli.options import Command, Option, finish
+from perta_fast.dtypes import STORED_TYPES
+
+
+def run(parsed: argparse.Namespace) -> int:
+    with importing():
+        from perta_fast.importance.ratio import ImportanceRatio
+
+    ratio = ImportanceRatio.of(parsed.forget_importance, parsed.retain_importance, dtype=parsed.importance_dtype)
+    ratio.save(parsed.out, overwrite=parsed.overwrite)
+    finish(f"ratio of {len(ratio.tensors)} tensors, {ratio.estimator}", parsed.out, parsed.quiet)
+    return 0
+
+
+COMMAND = Command(
+    "ratio",
+    "the ratio of two importances, which takes their place at 2 bytes a parameter",
+    (
+        Option("forget_importance", "what perta importance made", Path, "DIR", required=True),
+        Option("retain_importance", "the same of the data to keep", Path, "DIR", required=True),
+        Option("importance_dtype", "type to store (bfloat16)", default="bfloat16", choices=tuple(STORED_TYPES)),
+        *options.OUTPUT,
+    ),
+    run,
+)

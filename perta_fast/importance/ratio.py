@@ -1,0 +1,284 @@
+"""The ratio of both importances, rho = I_r / I_f: all that a rule takes from them, in one file of bfloat16.
+
+Rules grad and fisher take one ratio, as its square is the ratio of the squares.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.shared_directory import check_shared
+from perta_fast.dtypes import ITEM_SIZES, torch_dtype
+from perta_fast.errors import InputError
+from perta_fast.files.durable import sync_tree
+from perta_fast.files.new_directory import OutputDirectory, check_space
+from perta_fast.files.reading import exists
+from perta_fast.importance.prompts import check_system_prompts
+from perta_fast.importance.store import STEM as IMPORTANCE_STEM
+from perta_fast.importance.store import (
+    Importance,
+    ImportanceMetadata,
+    ShardWriter,
+    StoredTensors,
+    as_strings,
+    check_counts,
+    lacking,
+    shared_metadata,
+    stored_name,
+)
+from perta_fast.rules import ESTIMATORS, Estimator
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+STEM = "ratio"
+FORMAT = "perta-ratio"
+FORMAT_VERSION = "1"
+SIDES = ("forget", "retain")
+_CHUNK = 1 << 22  # elements made at a time
+
+
+def ratio_of(forget: "torch.Tensor", retain: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """|I_r| / |I_f| as ``dtype``, infinite where I_f is 0, and only there: beyond the largest number, it is that.
+
+    It is computed in double precision: in float32, numbers of any two importances may have a ratio out of range.
+    """
+    import torch
+
+    numerator, denominator = retain.double().abs(), forget.double().abs()
+    finite = (numerator / denominator).clamp(max=torch.finfo(dtype).max)
+    return torch.where(denominator == 0, torch.inf, finite).to(dtype)
+
+
+@dataclass
+class ImportanceRatio:
+    """rho = I_r / I_f: tensors of float32 or bfloat16 by parameter name, and where both importances come from.
+
+    metadata: by ``forget`` and ``retain``. directory: where it was saved to or loaded from, None while it lives in
+    memory only.
+    """
+
+    tensors: "Mapping[str, torch.Tensor]"
+    metadata: Mapping[str, ImportanceMetadata]
+    directory: Path | None = None
+
+    @classmethod
+    def of(
+        cls, forget: str | Path | Importance, retain: str | Path | Importance, *, dtype: str = "bfloat16"
+    ) -> "ImportanceRatio":
+        """The ratio of two importances, or of two directories that hold them; a tensor is made when it is asked for.
+
+        dtype: float32 or bfloat16. The rounding to bfloat16 changes w by at most p * 2^-8 * w (1 - w). Raises
+        InputError if they do not belong together; when a tensor is made, if it has a value that is not finite.
+        """
+        pair = [each if isinstance(each, Importance) else Importance.load(each) for each in (forget, retain)]
+        forget, retain = pair
+        name = stored_name(dtype)
+        if forget.metadata.estimator != retain.metadata.estimator:
+            raise InputError(
+                f"the forget importance is of estimator {forget.metadata.estimator}, the retain importance of "
+                f"{retain.metadata.estimator}; estimate one of them again"
+            )
+        check_system_prompts(forget.metadata.told, retain.metadata.told)
+        in_memory = [importance.tensors for importance in pair if importance.stored is None]
+        if any(hasattr(tensor, "device_mesh") for tensors in in_memory for tensor in tensors.values()):
+            raise InputError("an importance is sharded over processes; save both first, and give their directories")
+        shapes = [_shapes(importance) for importance in pair]
+        for (holder, other), side in zip((shapes, shapes[::-1]), ("retain", "forget"), strict=True):
+            for tensor, shape in holder.items():
+                if other.get(tensor) != shape:
+                    raise InputError(f"the {side} importance has no tensor {tensor} of shape {list(shape)}")
+        metadata = dict(zip(SIDES, (forget.metadata, retain.metadata), strict=True))
+        return cls(_MadeTensors(forget, retain, name), metadata)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "ImportanceRatio":
+        """Read a saved ratio; each tensor is read from disk when it is asked for."""
+        return cls.of_checkpoint(Checkpoint.open(directory, STEM))
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> "ImportanceRatio":
+        """``load``, from opened shards."""
+        tables = read_ratio_metadata(checkpoint)
+        metadata = {side: ImportanceMetadata.of_strings(table) for side, table in tables.items()}
+        return cls(StoredTensors(checkpoint), metadata, checkpoint.path)
+
+    @property
+    def stored(self) -> Checkpoint | None:
+        """The files that the tensors are read from; None if they are in memory or made."""
+        return self.tensors.checkpoint if isinstance(self.tensors, StoredTensors) else None
+
+    @property
+    def estimator(self) -> Estimator:
+        """That of both importances."""
+        return self.metadata["forget"].estimator
+
+    def save(self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None) -> None:
+        """Write shards and index; the directory appears only when complete. Memory: 2^22 elements, if they are made.
+
+        group: the processes that make the same ratio; all call this, and each writes its share into a directory that
+        all must see. Raises InputError if the directory exists and is not empty, RunError if it cannot be written.
+        """
+        ranks, what = Ranks.of(group), "save a ratio"
+        with ExitStack() as opened:
+            with ranks.together(what):
+                target = OutputDirectory(directory, overwrite=overwrite, inputs=self._read)
+                if ranks.first:
+                    width = ITEM_SIZES[self._dtype]
+                    check_space(target.final, sum(width * prod(shape) for shape in _shapes(self).values()))
+                    opened.enter_context(target)
+            check_shared(target.path, ranks)
+            with ranks.together(what):
+                self.write(target.path, ranks)
+            with ranks.together(what):
+                if ranks.first:
+                    target.commit()
+        self.directory = target.final
+
+    def write(self, directory: Path, ranks: Ranks = Ranks.ALONE) -> None:
+        """Write this rank's share of the shards into a directory that is there, durably."""
+        shapes = _shapes(self)
+        table = ratio_table({side: as_strings(metadata) for side, metadata in self.metadata.items()})
+        writer = ShardWriter(shapes, table, directory, self._dtype, STEM)
+        for name, shape in shapes.items():
+            share, elements = ranks.own_slice(prod(shape)), _elements_of(self, name)
+            for begin in range(share.start, share.stop, _CHUNK):
+                writer.write(name, elements(begin, min(_CHUNK, share.stop - begin)), begin)
+        sync_tree(directory)
+
+    @property
+    def _read(self) -> list[Path]:
+        """The directories that tensors are read from."""
+        made = self.tensors if isinstance(self.tensors, _MadeTensors) else None
+        sources = [self] if made is None else [made.forget, made.retain]
+        return [source.stored.path for source in sources if source.stored is not None]
+
+    @property
+    def _dtype(self) -> str:
+        """The stored type of its tensors, by its safetensors name."""
+        if isinstance(self.tensors, _MadeTensors):
+            return self.tensors.dtype
+        kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}
+        return stored_name(max(kinds, default="bfloat16"))  # float32 if they differ
+
+
+@dataclass(frozen=True)
+class _MadeTensors(Mapping[str, "torch.Tensor"]):
+    """The ratio of two importances, a tensor at a time. dtype: a safetensors name."""
+
+    forget: Importance
+    retain: Importance
+    dtype: str
+
+    def elements(self, name: str, begin: int, count: int) -> "torch.Tensor":
+        """Consecutive elements, (count,). Raises InputError, naming the tensor, for values that are not finite."""
+        pair = []
+        for side, importance in zip(SIDES, (self.forget, self.retain), strict=True):
+            values = _elements_of(importance, name)(begin, count)
+            if not bool(values.isfinite().all()):
+                where = importance.directory or f"the {side} importance"
+                raise InputError(
+                    f"{where}: tensor {name} has NaN or infinite importance; estimate it again, in float32 or bfloat16 "
+                    "if the model ran in float16"
+                )
+            pair.append(values)
+        return ratio_of(pair[0], pair[1], torch_dtype(self.dtype))
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        shape = _shapes(self.forget)[name]
+        return self.elements(name, 0, prod(shape)).view(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.forget.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forget.tensors)
+
+    def __len__(self) -> int:
+        return len(self.forget.tensors)
+
+
+Elements = Callable[[int, int], "torch.Tensor"]
+
+
+def _shapes(of: "Importance | ImportanceRatio") -> dict[str, tuple[int, ...]]:
+    if of.stored is not None:
+        return {name: entry.shape for name, entry in of.stored.tensors.items()}
+    if isinstance(of.tensors, _MadeTensors):
+        return _shapes(of.tensors.forget)
+    return {name: tuple(tensor.shape) for name, tensor in of.tensors.items()}
+
+
+def _elements_of(of: "Importance | ImportanceRatio", name: str) -> Elements:
+    """What gives consecutive elements of a tensor, by the first one and their number."""
+    stored, tensors = of.stored, of.tensors
+    if stored is not None:
+        return lambda begin, count: stored.elements(stored.tensors[name], begin, count)
+    if isinstance(tensors, _MadeTensors):
+        return lambda begin, count: tensors.elements(name, begin, count)
+    flat = tensors[name].detach().reshape(-1)
+    return lambda begin, count: flat[begin : begin + count]
+
+
+def is_ratio(directory: Path) -> bool:
+    """Whether a ratio lies in ``directory``."""
+    return any(exists(directory / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
+
+
+def refuse_ratio(directory: Path) -> None:
+    """Raise InputError if a ratio lies where one importance is needed."""
+    if is_ratio(directory):
+        raise InputError(f"{directory}: holds the ratio of two importances, not one; give it as --importance alone")
+
+
+def located(directory: Path) -> dict[str, Path]:
+    """What lies in a directory of ``--save-importance``: the ratio, or both importances, by role.
+
+    Raises InputError if it is neither.
+    """
+    if is_ratio(directory):
+        return {"ratio": directory}
+    pair = {f"{side}_importance": directory / side for side in SIDES}
+    if all(exists(path) for path in pair.values()):
+        return pair
+    if any(exists(directory / f"{IMPORTANCE_STEM}.safetensors{ending}") for ending in ("", ".index.json")):
+        raise InputError(f"{directory}: holds one importance; give two, as --forget-importance and --retain-importance")
+    raise InputError(
+        f"{directory}: holds neither a ratio nor the importances forget and retain, as --save-importance writes them"
+    )
+
+
+def ratio_table(tables: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of a ratio's shards. tables: ``as_strings`` of both importances, by side."""
+    both = {
+        f"{side}_{key}": value
+        for side in SIDES
+        for key, value in tables[side].items()
+        if key not in ("format", "format_version")
+    }
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **both}
+
+
+def read_ratio_metadata(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """The metadata of both importances, by side. Raises InputError if the shards disagree or are no ratio."""
+    table = shared_metadata(checkpoint)
+    sides = {
+        side: {key.removeprefix(f"{side}_"): value for key, value in table.items() if key.startswith(f"{side}_")}
+        for side in SIDES
+    }
+    estimators = {side.get("estimator") for side in sides.values()}
+    if table.get("format") != FORMAT or any(map(lacking, sides.values())) or not estimators <= set(ESTIMATORS):
+        raise InputError(f"{checkpoint.path}: is not a ratio of importances")
+    if table.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise InputError(f"{checkpoint.path}: was written by a later version of perta_fast")
+    if len(estimators) > 1:
+        raise InputError(f"{checkpoint.path}: is the ratio of importances of different estimators; make it again")
+    for side in sides.values():
+        check_counts(side, checkpoint)
+    return sides
