@@ -247,8 +247,8 @@ def _check_form(options: Options) -> None:
     form = options.kept_form  # which checks both
     if options.whole_importance is not None and form.dtype != "float32" and not form.as_ratio:
         raise InputError(
-            f"importance_dtype {form.dtype}: the next rows are taken out of what is kept, which must be exact; leave it "
-            "out, or keep the ratio alone"
+            f"importance_dtype {form.dtype}: the next request takes rows out of what is kept, so it must be exact; "
+            "leave it out, or keep the ratio alone"
         )
 
 

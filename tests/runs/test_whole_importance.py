@@ -415,3 +415,22 @@ def stop_at(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*arguments, **settings)
 
     return called
+
+
+def test_the_ratio_alone_may_be_kept(exact: Job, wholes: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = {"whole_importance": wholes("grad"), "importance_dtype": "float32"}
+    run(exact, tmp_path / "by pair", **settings, save_importance=tmp_path / "pair")
+    run(exact, tmp_path / "by ratio", **settings, save_importance=tmp_path / "ratio", save_as="ratio")
+    assert_close(tmp_path / "by ratio", tmp_path / "by pair")
+    for place in ("by pair", "by ratio"):
+        assert not verify(tmp_path / place, progress=False).problems
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_pair_that_the_next_request_needs_is_not_rounded(
+    exact: Job, wholes: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = {"whole_importance": wholes("grad"), "importance_dtype": "bfloat16"}
+    with pytest.raises(InputError, match=r"importance_dtype bfloat16: the next request .* must be exact"):
+        run(exact, tmp_path / "out", **settings, save_importance=tmp_path / "pair")
+    run(exact, tmp_path / "out", **settings, save_importance=tmp_path / "ratio", save_as="ratio")
