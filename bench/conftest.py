@@ -23,6 +23,7 @@ BOARD = pytest.StashKey[list[Row]]()
 CONDITIONS = pytest.StashKey[dict[str, str]]()
 OPTIONS: tuple[tuple[str, str, type, str], ...] = (
     ("params", "500_000_000", int, "parameters of the file benchmarks' checkpoints"),
+    ("importance", "bfloat16", str, "type of the importances in files: bfloat16 or float32"),
     ("elements", "64_000_000", int, "elements of the in-memory benchmarks' arrays"),
     ("rounds", "5", int, "measured rounds of every contender"),
     ("device", "cpu", str, "cpu or cuda, for the in-memory benchmarks"),
@@ -45,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     noted = conditions(config.getoption("--bench-device"))
     for name in ("params", "elements", "rounds"):
         noted[name] = f"{config.getoption(f'--bench-{name}'):,}"
+    noted["importances in files"] = config.getoption("--bench-importance")
     cold = os.environ.get("PERTA_BENCH_COLD") == "1"
     noted["input files"] = "evicted before every run" if cold else "in the page cache"
     config.stash[CONDITIONS] = noted
@@ -110,4 +112,8 @@ def workspace(pytestconfig: pytest.Config) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def checkpoints(pytestconfig: pytest.Config, workspace: Path) -> CheckpointSet:
     """Model, base, tuned and importances of about --bench-params parameters."""
-    return write_checkpoint_set(workspace / "inputs", pytestconfig.getoption("--bench-params"))
+    return write_checkpoint_set(
+        workspace / "inputs",
+        pytestconfig.getoption("--bench-params"),
+        getattr(torch, pytestconfig.getoption("--bench-importance")),
+    )

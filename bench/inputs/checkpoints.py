@@ -137,8 +137,11 @@ def normal(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def write_checkpoint_set(folder: Path, parameters: int) -> CheckpointSet:
-    """Write model, base, tuned and two importances of about ``parameters`` parameters each."""
+def write_checkpoint_set(folder: Path, parameters: int, importance: torch.dtype = torch.bfloat16) -> CheckpointSet:
+    """Write model, base, tuned and two importances of about ``parameters`` parameters each.
+
+    importance: the type of the importances.
+    """
     config = llama_config(parameters)
     shapes = llama_shapes(config)
     seeds = {name: number for number, name in enumerate(shapes)}
@@ -158,7 +161,7 @@ def write_checkpoint_set(folder: Path, parameters: int) -> CheckpointSet:
 
     def gradients(seed: int) -> Maker:
         def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            return normal(seeds[name] + seed, shape).mul_(1e-4).bfloat16()
+            return normal(seeds[name] + seed, shape).mul_(1e-4).to(importance)
 
         return make
 
