@@ -38,6 +38,11 @@ class PositionReader:
         if not whole:
             raise RunError(f"{self.path}: ends inside {what}: it was cut short during the run")
 
+    def fetch(self, begin: int, size: int) -> None:
+        """Have the system begin to read ``size`` bytes, which will be asked for soon; once the file is open."""
+        if self._descriptor is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         """Close the file, if it was opened."""
         if self._descriptor is not None:
