@@ -34,11 +34,11 @@ LAM = 1.0
 RATIO = "ratio"  # its directory in the workspace
 COLD = os.environ.get("PERTA_BENCH_COLD") == "1"
 BUILD = os.environ.get("PERTA_BENCH_BUILD", "")
-STATE = ", cold files" if COLD else ""  # at the end of the names of the tables
+BESIDE = ", beside another build"
+STATE = (BESIDE if BUILD else "") + (", cold files" if COLD else "")  # at the end of the names of the tables
 
 WHOLE_PROCESS = {
     "perta apply": "ours",
-    "perta apply, another build": "peer",
     "perta apply --importance RATIO": "ours",
     "perta apply --in-place": "ours",
     "careful script": "peer",
@@ -47,7 +47,13 @@ WHOLE_PROCESS = {
     "cat inputs; cp model": "limit",
     "import torch": "limit",
 }
-BESIDE_BUILD = ("perta apply", "perta apply, another build", "perta apply --importance RATIO", "cat inputs; cp model")
+BUILDS = {
+    "perta apply": "ours",
+    "perta apply --importance RATIO": "ours",
+    "perta apply, another build": "peer",
+    "cat inputs; cp model": "limit",
+}
+MEASURED = BUILDS if BUILD else WHOLE_PROCESS
 APPLY_PHASE = {"apply phase": "ours", "copy": "limit", "copy with fsync": "limit"}
 NOTES = {
     "perta apply --importance RATIO": "one file of bfloat16 in place of both importances",
@@ -130,8 +136,6 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
         return sample
 
     def measure_build() -> Sample:
-        if not BUILD:
-            raise Unavailable("PERTA_BENCH_BUILD names no other build")
         return run_child(ours(checkpoints, out), variables={"PYTHONPATH": BUILD})
 
     def measure_in_place() -> Sample:
@@ -164,9 +168,10 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
         "copy": fresh(lambda: copy(fsync=False)),
         "copy with fsync": fresh(lambda: copy(fsync=True)),
     }
-    measured = [name for name in contenders if not BUILD or name in BESIDE_BUILD]
-    results: dict[str, Outcome] = {name: Unavailable("not beside another build") for name in contenders}
-    results |= alternate({name: contenders[name] for name in measured}, rounds)
+    if BUILD:
+        return alternate({name: contenders[name] for name in BUILDS}, rounds)
+    del contenders["perta apply, another build"]
+    results = alternate(contenders, rounds)
     whole = results["perta apply"]
     results["apply phase"] = whole if isinstance(whole, Exception) else phases[1:]
     return results
@@ -184,7 +189,7 @@ def bytes_moved(checkpoints: CheckpointSet, workspace: Path, contender: str) -> 
 
 
 @replayed
-@pytest.mark.parametrize("contender", WHOLE_PROCESS)
+@pytest.mark.parametrize("contender", MEASURED)
 def bench_whole_process(
     contender: str,
     outcomes: dict[str, Outcome],
@@ -197,12 +202,13 @@ def bench_whole_process(
     facts: dict[str, Any] = {"bytes": bytes_moved(checkpoints, workspace, contender)}
     if contender in NOTES:
         facts["note"] = NOTES[contender]
-    role = WHOLE_PROCESS[contender]
+    role = MEASURED[contender]
     outcome = outcomes[contender]
     board.append(replay(benchmark, outcome, group=WHOLE + STATE, contender=contender, role=role, **facts))
 
 
 @replayed
+@pytest.mark.skipif(bool(BUILD), reason="not beside another build")
 @pytest.mark.parametrize("contender", APPLY_PHASE)
 def bench_apply_phase(
     contender: str,

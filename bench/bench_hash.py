@@ -18,6 +18,7 @@ from bench.harness.tables import Row
 from bench.inputs.arrays import timed
 from perta_fast.files.hashing import HashesInPassing
 
+GROUP = "hash, one thread"
 SIZE, PIECE = (256 << 20) + 1000, 512 << 10  # bytes
 CONTENDERS = {"pieces in any order": "ours", "blake3, in order": "peer"}
 
@@ -50,6 +51,4 @@ def outcomes(rounds: int) -> dict[str, Outcome]:
 def bench_hash(contender: str, outcomes: dict[str, Outcome], board: list[Row], benchmark: Any) -> None:
     """Report one of them."""
     role = CONTENDERS[contender]
-    board.append(
-        replay(benchmark, outcomes[contender], group="hash, one thread", contender=contender, role=role, bytes=SIZE)
-    )
+    board.append(replay(benchmark, outcomes[contender], group=GROUP, contender=contender, role=role, bytes=SIZE))

@@ -14,11 +14,13 @@ from typing import Any
 from bench.bench_adapter import CONTENDERS as ADAPTER
 from bench.bench_adapter import PHASE as ADAPTER_PHASE
 from bench.bench_adapter import WHOLE as ADAPTER_WHOLE
-from bench.bench_apply import APPLY_PHASE, PHASE, WHOLE, WHOLE_PROCESS
+from bench.bench_apply import APPLY_PHASE, BESIDE, BUILDS, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_check import CONTENDERS as CHECK
 from bench.bench_check import GROUP as CHECKS
 from bench.bench_eval import CONTENDERS as EVALUATION
 from bench.bench_fisher import MODEL, OPERATION
+from bench.bench_hash import CONTENDERS as HASHING
+from bench.bench_hash import GROUP as HASHES
 from bench.bench_importance import GROUP
 from bench.bench_ranks import OVER_PROCESSES, RANK_ROLES
 from bench.bench_reading import WAYS
@@ -42,6 +44,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     ADAPTER_WHOLE: "An adapter for a checkpoint",
     ADAPTER_PHASE: "An adapter for a checkpoint",
     "reading": "Reading the inputs",
+    HASHES: "Hashing",
     GROUP: "Importance",
     OVER_PROCESSES: "Importance",
     DEPTH: "Streaming",
@@ -83,6 +86,8 @@ def load() -> Store:
 
 def expected(group: str) -> dict[str, str]:
     """Contenders and roles that a complete run of ``group`` has."""
+    if BESIDE in group:
+        return BUILDS
     if group.startswith((WHOLE, PHASE)):
         return WHOLE_PROCESS if group.startswith(WHOLE) else APPLY_PHASE
     if group in (ADAPTER_WHOLE, ADAPTER_PHASE):
@@ -91,6 +96,8 @@ def expected(group: str) -> dict[str, str]:
         return stream_roles(group)
     if group == GROUP:
         return ROLES
+    if group == HASHES:
+        return HASHING
     if group == SWEEPS:
         return SWEEP
     if group == REQUESTS:
