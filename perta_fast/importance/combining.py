@@ -33,6 +33,8 @@ CHUNK = 1 << 17  # elements; what is at work then fits into a cache
 _TOLERANCE, _COARSE_TOLERANCE = 1e-3, 0.1
 _NOTHING = 1e-6
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -126,21 +128,25 @@ class Combination:
         """Elements [begin, end) of one tensor, float32."""
         total: Values = np.zeros(end - begin)
         removed = 0.0
+        squares = self.terms[0][1].metadata.estimator == "empirical-fisher"
         for (sign, importance), entry in zip(self.terms, entries, strict=True):
-            weighted: Values = np.multiply(
-                read_values(entry, begin, end), sign * importance.metadata.sample_count, dtype=np.float64
-            )
+            values = read_values(entry, begin, end)
+            if squares and float(values.min()) < 0:
+                raise InputError(f"{entry.path}: tensor {name} has squares below 0; estimate it again")
+            weighted: Values = np.multiply(values, sign * importance.metadata.sample_count, dtype=np.float64)
             amount = float(weighted.sum())
             if not math.isfinite(amount):
                 raise InputError(f"{entry.path}: tensor {name} has values that are not finite; estimate it again")
             removed -= amount if sign < 0 else 0.0
             total += weighted
-        if removed and self.terms[0][1].metadata.estimator == "empirical-fisher":
+        if removed and squares:
             self._removed[name] = self._removed.get(name, 0.0) + removed
             if float(total.min()) < 0:
                 self._missing[name] = self._missing.get(name, 0.0) - float(np.minimum(total, 0.0).sum())
                 np.maximum(total, 0.0, out=total)
         total /= self.count
+        if float(np.abs(total).max()) > _LARGEST:
+            raise InputError(f"{entries[0].path}: tensor {name} would become larger than float32 holds")
         return total.astype(np.float32)
 
     def _check_was_in(self) -> None:

@@ -282,6 +282,32 @@ def test_what_does_not_belong_together_is_refused(name: str, tmp_path: Path) -> 
     both_ways(tmp_path, reason)
 
 
+def test_squares_below_0_are_refused(tmp_path: Path) -> None:
+    def below_0(table: dict[str, str], tensors: Tensors) -> None:
+        tensors["b.weight"][1, 1] = -1.0
+
+    for name, numbers in (("whole", ROWS), ("other", ROWS[5:]), ("part", ROWS[:5])):
+        write(tmp_path / name, numbers, estimator="empirical-fisher")
+    edited(tmp_path / "part", below_0)
+    both_ways(tmp_path, "part/importance.safetensors: tensor b.weight has squares below 0")
+
+
+def test_what_float32_cannot_hold_is_refused(tmp_path: Path) -> None:
+    def of(value: float) -> Callable[[dict[str, str], Tensors], None]:
+        def edit(table: dict[str, str], tensors: Tensors) -> None:
+            tensors["b.weight"][1, 1] = value
+
+        return edit
+
+    for name, numbers, value in (("whole", ROWS, 3e38), ("part", ROWS[:5], -3e38)):
+        write(tmp_path / name, numbers)
+        edited(tmp_path / name, of(value))
+    before = fingerprint(tmp_path)
+    with pytest.raises(InputError, match=r"tensor b\.weight would become larger than float32 holds"):
+        remove_importances(tmp_path / "whole", [tmp_path / "part"], tmp_path / "out", progress=False)
+    assert fingerprint(tmp_path) == before
+
+
 def test_prompts_of_texts_fit_all(tmp_path: Path) -> None:
     """Rows that went through no chat template had no prompt."""
     write(tmp_path / "texts", ROWS[:5], chat_template=False, system_prompt=None, date=None)
