@@ -135,13 +135,13 @@ class ImportanceRatio:
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):
-                self.write(target.path, ranks)
+                self._write_shards(target.path, ranks)
             with ranks.together(what):
                 if ranks.first:
                     target.commit()
         self.directory = target.final
 
-    def write(self, directory: Path, ranks: Ranks = Ranks.ALONE) -> None:
+    def _write_shards(self, directory: Path, ranks: Ranks) -> None:
         """Write this rank's share of the shards into a directory that is there, durably."""
         shapes = _shapes(self)
         table = ratio_table({side: as_strings(metadata) for side, metadata in self.metadata.items()})
@@ -228,7 +228,11 @@ def _elements_of(of: "Importance | ImportanceRatio", name: str) -> Elements:
 
 def is_ratio(directory: Path) -> bool:
     """Whether a ratio lies in ``directory``."""
-    return any(exists(directory / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
+    return _holds(directory, STEM)
+
+
+def _holds(directory: Path, stem: str) -> bool:
+    return any(exists(directory / f"{stem}.safetensors{ending}") for ending in ("", ".index.json"))
 
 
 def refuse_ratio(directory: Path) -> None:
@@ -247,7 +251,7 @@ def located(directory: Path) -> dict[str, Path]:
     pair = {f"{side}_importance": directory / side for side in SIDES}
     if all(exists(path) for path in pair.values()):
         return pair
-    if any(exists(directory / f"{IMPORTANCE_STEM}.safetensors{ending}") for ending in ("", ".index.json")):
+    if _holds(directory, IMPORTANCE_STEM):
         raise InputError(f"{directory}: holds one importance; give two, as --forget-importance and --retain-importance")
     raise InputError(
         f"{directory}: holds neither a ratio nor the importances forget and retain, as --save-importance writes them"

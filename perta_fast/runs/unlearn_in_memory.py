@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from perta_fast.data.samples import row_count
-from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.files.new_directory import OutputDirectory, importance_path
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.records.removal import Removal
@@ -93,18 +92,10 @@ def _keep_ratio(loaded: Loaded, pair: Path) -> Path:
     """Keep the ratio of the importances in ``pair``; returns where it lies."""
     options, ranks = loaded.opened.options, loaded.opened.ranks
     assert options.save_importance is not None
-    started, what = time.perf_counter(), "the ratio of the importances"
-    with ExitStack() as entered:
-        with ranks.together(what):
-            ratio = ImportanceRatio.of(*(pair / side for side in SIDES), dtype=options.kept_form.dtype)
-            target = OutputDirectory(options.save_importance, overwrite=options.overwrite)
-            if ranks.first:
-                entered.enter_context(target)
-        check_shared(target.path, ranks)
-        with ranks.together(what):
-            ratio.write(target.path, ranks)
-        with ranks.together(what):
-            if ranks.first:
-                target.commit()
+    started = time.perf_counter()
+    with ranks.together("the ratio of the importances"):
+        ratio = ImportanceRatio.of(*(pair / side for side in SIDES), dtype=options.kept_form.dtype)
+    ratio.save(options.save_importance, overwrite=options.overwrite, group=ranks.group)
+    assert ratio.directory is not None
     loaded.phases["ratio"] = time.perf_counter() - started
-    return target.final
+    return ratio.directory
