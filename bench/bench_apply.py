@@ -54,7 +54,8 @@ BUILDS = {
     "cat inputs; cp model": "limit",
 }
 MEASURED = BUILDS if BUILD else WHOLE_PROCESS
-APPLY_PHASE = {"apply phase": "ours", "copy": "limit", "copy with fsync": "limit"}
+COPIES = {"copy": "limit", "copy with fsync": "limit"}
+APPLY_PHASE = {"apply phase": "ours", **COPIES}
 NOTES = {
     "perta apply --importance RATIO": "one file of bfloat16 in place of both importances",
     "mergekit task_arithmetic": "three inputs, plain task vector, bfloat16 arithmetic",
@@ -168,10 +169,8 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
         "copy": fresh(lambda: copy(fsync=False)),
         "copy with fsync": fresh(lambda: copy(fsync=True)),
     }
-    if BUILD:
-        return alternate({name: contenders[name] for name in BUILDS}, rounds)
-    del contenders["perta apply, another build"]
-    results = alternate(contenders, rounds)
+    names = BUILDS if BUILD else (*WHOLE_PROCESS, *COPIES)
+    results = alternate({name: contenders[name] for name in names}, rounds)
     whole = results["perta apply"]
     results["apply phase"] = whole if isinstance(whole, Exception) else phases[1:]
     return results
@@ -218,7 +217,7 @@ def bench_apply_phase(
     board: list[Row],
     benchmark: Any,
 ) -> None:
-    """Report the phase that moves the tensors, as our run report states it, and the limit: copying."""
+    """Report the phase that moves and hashes the tensors, as our run report states it, and the limit: copying."""
     role = APPLY_PHASE[contender]
     moved = bytes_moved(checkpoints, workspace, contender)
     outcome = outcomes[contender]
