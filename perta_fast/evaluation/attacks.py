@@ -1,20 +1,16 @@
 """Membership attacks that need more than the model's scores: a reference model, or gradients."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from perta_fast.data.samples import Sample, by_row
-from perta_fast.errors import InputError
+from perta_fast.data.samples import by_row
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.examinee import auc_of
-from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
-from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.kept_passes import as_lists, kept_part
+from perta_fast.evaluation.metric_table import GRADIENTS, MetricTable
 from perta_fast.evaluation.results import Metric
 from perta_fast.models.gradient_norms import gradient_norms
-from perta_fast.models.loading import Subject, load_subject, samples_for
-from perta_fast.models.token_scores import TokenScores, score_rows
 
 _SETS = ("forget", "holdout")
 
@@ -35,7 +31,7 @@ def offer_attacks(table: MetricTable, reference_model: str | None, conventions: 
     if conventions.hides_padding:
         table.lacking["mia_gradnorm"] = f"to be measured without --compatible {conventions.name}"
     else:
-        table.offer("mia_gradnorm", lambda: _by_gradient(table), default=False)
+        table.offer("mia_gradnorm", lambda: _by_gradient(table), default=False, needs=GRADIENTS)
 
 
 def _by_gradient(table: MetricTable) -> Metric:
@@ -54,38 +50,12 @@ def _by_gradient(table: MetricTable) -> Metric:
 
 def _by_reference(table: MetricTable, path: Path) -> Metric:
     """AUC of each sample's loss less its loss by the reference model."""
-    loaded: list[Subject] = []  # one model, when it is needed
-
-    def score(samples: Sequence[Sample], role: str) -> list[TokenScores]:
-        if not loaded:
-            loaded.append(_load_reference(path, table))
-        known = samples_for(loaded[0], samples, None)  # checks that it can read them
-        size, progress = table.examinee.batch_size, table.examinee.progress
-        hidden = table.examinee.conventions.hidden(table.examinee.subject.tokenizer)
-        return score_rows(
-            loaded[0].module, known, batch_size=size, hidden=hidden, progress=progress, description=f"{role} reference"
-        )
-
-    values: dict[str, list[float]] = {}
-    for role in _SETS:
-        samples = table.samples(role)
-        scoring = partial(score, samples, role)
-        theirs = kept_scores(table.examinee.kept, f"{role} reference scores", as_lists(samples), scoring)
-        values[role] = [
+    theirs = table.examinee.score_by(path, {role: table.samples(role) for role in _SETS})
+    values = {
+        role: [
             metrics.mean(other.log_probs) - metrics.mean(own.log_probs)
-            for (own, _), other in zip(table.scored(role), theirs, strict=True)
+            for (own, _), other in zip(table.scored(role), theirs[role], strict=True)
         ]
+        for role in _SETS
+    }
     return auc_of(values, {role: [False] * len(own) for role, own in values.items()})
-
-
-def _load_reference(path: Path, table: MetricTable) -> Subject:
-    """The reference model, on the model's device. Raises InputError if its tokens are others than the model's."""
-    own = table.examinee.subject
-    reference = load_subject(path, own.device, None)
-    if reference.tokenizer.get_vocab() != own.tokenizer.get_vocab():
-        raise InputError(
-            f"{path}: its tokenizer has another vocabulary than the model's; a reference model must read the same "
-            "tokens"
-        )
-    reference.module.eval()
-    return reference

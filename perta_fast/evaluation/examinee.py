@@ -3,7 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import IGNORED, Sample, by_row, prompt_of, row_count, truncated_count
@@ -12,6 +16,7 @@ from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.conventions import OURS, Asked, Conventions
 from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
 from perta_fast.evaluation.prompt_used import both, prompt_used
+from perta_fast.evaluation.reference_model import load_reference
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
 from perta_fast.files.kept_parts import KeptParts
@@ -91,16 +96,42 @@ class Examinee:
         """``score``, detailed, of a model that is changed for now: the pass is not kept."""
         return self._score(samples, f"{role} {stress}", detailed=True)
 
+    def score_by(self, reference: Path, sets: Mapping[str, Sequence[Sample]]) -> dict[str, list[TokenScores]]:
+        """What the model in ``reference`` scores on samples of this one, by role. It is loaded if no pass is kept.
+
+        Raises InputError if it reads other tokens.
+        """
+        load = cache(partial(load_reference, reference, self.subject))
+
+        def score(samples: Sequence[Sample], role: str) -> list[TokenScores]:
+            known = samples_for(load(), samples, None)  # checks that it can read them
+            return self._run(load().module, known, f"{role} reference")
+
+        return {
+            role: kept_scores(self.kept, f"{role} reference scores", as_lists(samples), partial(score, samples, role))
+            for role, samples in sets.items()
+        }
+
     def _score(self, samples: Sequence[Sample], description: str, *, detailed: bool) -> list[TokenScores]:
+        return self._run(self.subject.module, samples, description, detailed=detailed)
+
+    def _run(
+        self, module: nn.Module, samples: Sequence[Sample], description: str, *, detailed: bool = False
+    ) -> list[TokenScores]:
         return score_rows(
-            self.subject.module,
+            module,
             samples,
             batch_size=self.batch_size,
             detailed=detailed,
-            hidden=self.conventions.hidden(self.subject.tokenizer),
+            hidden=self.hidden,
             progress=self.progress,
             description=description,
         )
+
+    @property
+    def hidden(self) -> int | None:
+        """The token that is masked wherever it stands, if any."""
+        return self.conventions.hidden(self.subject.tokenizer)
 
     def score_with_texts(self, samples: Sequence[Sample], role: str, *, detailed: bool = True) -> Scored:
         """``score``, with the text of each row's labels."""
@@ -126,7 +157,7 @@ class Examinee:
                 batch_size=self.batch_size,
                 max_new_tokens=self.max_new_tokens or new_tokens,
                 stop=stop,
-                hidden=conventions.hidden(tokenizer),
+                hidden=self.hidden,
                 as_configured=conventions.as_configured,
                 progress=self.progress,
                 description=f"{role} answers",

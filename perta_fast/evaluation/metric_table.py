@@ -27,10 +27,14 @@ GROUPS = {
 DEFAULT = "default"
 
 
+GENERATED, GRADIENTS = "generated text", "gradients"  # what a metric may need beside token scores
+
+
 @dataclass(frozen=True)
 class _Offer:
     compute: Callable[[], Metric]
     default: bool
+    needs: str
 
 
 class MetricTable:
@@ -67,9 +71,9 @@ class MetricTable:
         roles = [role for role in ("forget", "retain") if role in self.files]
         return {role: (self.samples(role), [scores for scores, _ in self.scored(role)]) for role in roles}
 
-    def offer(self, name: str, compute: Callable[[], Metric], *, default: bool = True) -> None:
-        """Add a metric. default: whether it is computed unless metrics are chosen."""
-        self._offers[name] = _Offer(compute, default)
+    def offer(self, name: str, compute: Callable[[], Metric], *, default: bool = True, needs: str = "") -> None:
+        """Add a metric. default: whether it is computed unless metrics are chosen. needs: what beside token scores."""
+        self._offers[name] = _Offer(compute, default, needs)
 
     def once(self, what: str, make: Callable[[], T]) -> T:
         """The result of ``make``, which several metrics need, made at the first call with ``what``."""
@@ -96,9 +100,25 @@ class MetricTable:
             raise InputError("metrics: names none")
         return [name for name in self._offers if name in names]
 
+    def chosen_of_scores(self, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
+        """``chosen``, divided: what is made of token scores alone, and the rest.
+
+        Raises InputError too for a metric of the rest that is named in full, and if nothing else is chosen.
+        """
+        names = self.chosen(wanted)
+        rest = [name for name in names if self._offers[name].needs]
+        named = [name for name in rest if wanted is not None and name in wanted]
+        if named or len(rest) == len(names):
+            name = (named or rest)[0]
+            raise InputError(
+                f"metrics: {name} needs {self._offers[name].needs}, and a model that is walked layer by layer gives "
+                "token scores alone; leave it out, or leave stream out"
+            )
+        return [name for name in names if name not in rest], rest
+
     def measure(self, examinee: Examinee, names: Sequence[str]) -> dict[str, Metric]:
-        """Compute the metrics of these names, and what they need."""
-        self.examinee = examinee
+        """Compute the metrics of these names, and what they need; nothing is left of another examinee."""
+        self.examinee, self._made = examinee, {}
         for role, file in self.files.items():
             examinee.note_file(role, file)
         return {name: self.metric(name) for name in names}

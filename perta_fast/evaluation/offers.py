@@ -15,7 +15,7 @@ from perta_fast.evaluation.examinee import (
     privacy_leakage,
     probabilities,
 )
-from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.metric_table import GENERATED, MetricTable
 from perta_fast.evaluation.results import EvaluationFile, Metric
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
 
@@ -45,9 +45,9 @@ def offer_rouge(
         truth = texts if references is None else table.once(f"{name} references", references)
         return table.examinee.rouge(name, truth, table.once(f"{name} answers", answers), key, any_script=any_script)
 
-    table.offer(name, lambda: computed(False), default=default)
+    table.offer(name, lambda: computed(False), default=default, needs=GENERATED)
     if not all(map(is_seen_whole, texts)):
-        table.offer(f"{name}{ANY_SCRIPT}", lambda: computed(True), default=default)
+        table.offer(f"{name}{ANY_SCRIPT}", lambda: computed(True), default=default, needs=GENERATED)
 
 
 def offer_paraphrased(table: MetricTable, role: str) -> None:

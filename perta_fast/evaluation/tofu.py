@@ -12,7 +12,7 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile, benchmark_file, read_benchmark_file
 from perta_fast.evaluation.examinee import Scored, probabilities
-from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.metric_table import GENERATED, MetricTable
 from perta_fast.evaluation.offers import (
     ANSWER_TOKENS,
     offer_membership,
@@ -60,7 +60,7 @@ class TofuMetrics(MetricTable):
         super().__init__(files)
         for role in ("forget", "retain", "ra", "wf"):
             self._offer_set(role)
-        self.offer("model_utility", self._utility)
+        self.offer("model_utility", self._utility, needs=GENERATED)
         if "holdout" in files:
             offer_membership(self, reference)
         if reference is None:

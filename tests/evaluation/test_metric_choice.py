@@ -7,7 +7,10 @@ import pytest
 
 from perta_fast import Evaluation, cli, evaluate
 from perta_fast.errors import InputError
+from perta_fast.evaluation.attacks import offer_attacks
+from perta_fast.evaluation.conventions import OURS
 from perta_fast.evaluation.examinee import Examinee
+from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from tests.evaluation.test_suites import WORDS, write_tofu
 from tests.support.models import FORGET, RETAIN, llama, write_lines
 
@@ -126,3 +129,39 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "did you mean forget_loss?" in capsys.readouterr().err
     assert cli.main([*arguments, "--metrics", ","]) == 2
     assert "metrics: names none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected", "rest"),
+    [
+        (["forget_*"], ["forget_Q_A_Prob", "forget_truth_ratio"], ["forget_Q_A_ROUGE"]),
+        (["ra_Q_A_Prob"], ["ra_Q_A_Prob"], []),
+        (["mia_loss", "mia_g*"], ["mia_loss"], ["mia_gradnorm"]),
+    ],
+)
+def test_what_is_made_of_token_scores(tofu: Path, metrics: list[str], expected: list[str], rest: list[str]) -> None:
+    table = TofuMetrics(read_tofu(tofu, "forget01"), None)
+    offer_attacks(table, None, OURS)
+    assert table.chosen_of_scores(metrics) == (expected, rest)
+
+
+def test_what_needs_generated_text_is_left_out_by_default(tofu: Path) -> None:
+    names, rest = TofuMetrics(read_tofu(tofu, "forget01"), None).chosen_of_scores(None)
+    assert rest == ["forget_Q_A_ROUGE", "retain_Q_A_ROUGE", "ra_Q_A_ROUGE", "wf_Q_A_ROUGE", "model_utility"]
+    assert not any("ROUGE" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["default", "model_utility"], "model_utility needs generated text"),
+        (["rouge"], "forget_Q_A_ROUGE needs generated text"),
+        (["all", "mia_gradnorm"], "mia_gradnorm needs gradients"),
+        (["rogue"], "is no metric"),
+    ],
+)
+def test_what_token_scores_do_not_give(tofu: Path, metrics: list[str], message: str) -> None:
+    table = TofuMetrics(read_tofu(tofu, "forget01"), None)
+    offer_attacks(table, None, OURS)
+    with pytest.raises(InputError, match=message):
+        table.chosen_of_scores(metrics)

@@ -217,9 +217,8 @@ def test_a_broken_model_gives_nulls(tofu: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "broken.json").read_text())["metrics"]["model_utility"]["agg_value"] is None
 
 
-@pytest.fixture(scope="module")
-def muse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("muse")
+def write_muse(folder: Path) -> Path:
+    """MUSE's files in ``folder``."""
     files: dict[str, list[Row]] = {
         "verbmem/forget": [{"prompt": f"Question: {row['question']}\nAnswer:", "gt": row["answer"]} for row in FORGET],
         "knowmem/forget_qa": list(FORGET),
@@ -234,6 +233,11 @@ def muse(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(rows))  # a list, as the authors write it
     return folder
+
+
+@pytest.fixture(scope="module")
+def muse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_muse(tmp_path_factory.mktemp("muse"))
 
 
 def test_muse(muse: Path, tmp_path: Path, knowing: LlamaForCausalLM) -> None:
