@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perta_fast import Evaluation, InputError, Interrupted, RunError, cli, evaluate, resume
 from perta_fast.models import loading
 from perta_fast.streaming import scratch_files
+from perta_fast.streaming.forecast import choice
 from perta_fast.streaming.forward import score_walk
 from tests.distributed.launch import perta_on_ranks
 from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS, write_muse, write_tofu
@@ -128,6 +129,27 @@ def test_a_chat_template_and_chosen_metrics(home: Path) -> None:
     assert result.metrics == live.metrics
     assert result.settings["prompt"] == live.settings["prompt"]
     assert result.notes == live.notes and any("cut to the length limit" in note for note in live.notes)
+
+
+def test_the_memory_chooses_the_batch(home: Path, steps: "Steps", monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped evaluation goes on with the batch that it began with, whatever would fit by then."""
+    fits = {"batch": 2}
+    monkeypatch.setattr(choice, "_fits", lambda _, schedule, *__: schedule.batch_size <= fits["batch"])
+    steps.after = 2
+    with pytest.raises(Killed):
+        streamed(home, out=home / "r.json", memory=1 << 40)
+    steps.again()
+    fits["batch"] = 1
+    result = streamed(home, out=home / "r.json", memory=1 << 40)
+    assert result.settings["batch_size"] == 2
+    assert steps.done == STEPS - 2
+    assert result.metrics == streamed(home, batch_size=2).metrics
+
+
+def test_a_memory_that_holds_no_layer(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"memory of \S+ \S+ cannot hold one part of the model: it needs at least"):
+        streamed(place, memory=1 << 10, out=tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_precision_is_close(place: Path) -> None:
