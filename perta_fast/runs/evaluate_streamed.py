@@ -1,16 +1,16 @@
 """``evaluate`` layer by layer: which samples the metrics ask for, one walk over all of them, then the metrics."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from perta_fast.data.chat import today
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import torch_dtype
@@ -23,17 +23,20 @@ from perta_fast.evaluation.results import Evaluation
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.memory import return_freed_blocks
 from perta_fast.models.loading import Subject, load_subject, samples_for
+from perta_fast.models.token_scores import TokenScores
 from perta_fast.progress import Progress
 from perta_fast.runs.estimate import open_skeleton
 from perta_fast.runs.settings import threads_for
-from perta_fast.streaming.forecast.choice import schedule_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for, schedule_for
 from perta_fast.streaming.forecast.forward_costs import forward_estimate
 from perta_fast.streaming.forward.asked import Answering, Asking
 from perta_fast.streaming.forward.sample_set import SampleSet
 from perta_fast.streaming.forward.score_walk import score_versions
-from perta_fast.streaming.forward.version import Version, VersionScores
+from perta_fast.streaming.forward.version import Version
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
+
+_MODEL, _REFERENCE = "model", "reference model"  # the walks
 
 
 def measure_streamed(
@@ -48,50 +51,89 @@ def measure_streamed(
         pass  # if the first rank could not begin, all end
     started, day = ranks.share((started, day))
     with ranks.together("the loading of model and data"):
-        model = _Outline.open(checked.request.model, checked.request.device, checked.request.dtype, tokenizer)
-        subject = checked.subject_on(model.subject, day)
-        asking = checked.examinee(Asking, subject, progress)
-        checked.table.measure(asking, checked.names)
-        reference = _reference(checked, model, asking.reference_sets)
+        opened = _Opened.open(checked, day, tokenizer, progress)
     with _walks(checked.request, progress, ranks, kept) as walks:
-        batch_size, found = walks.through("model", model, asking.sets)
-        _, other = walks.through("reference", reference, asking.reference_sets)
-    answering = checked.examinee(Answering, subject, progress, scores=found.scores, reference_scores=other.scores)
+        found = {name: walks.through(name, *through) for name, through in opened.walks.items()}
+    scores, reference_scores = (found[name].scores if name in found else {} for name in (_MODEL, _REFERENCE))
+    answering = checked.examinee(Answering, opened.subject, progress, scores=scores, reference_scores=reference_scores)
     measured = checked.table.measure(answering, checked.names)
-    for outline, of_walk in ((model, found), (reference, other)):
-        if outline is not None and of_walk.not_finite:
-            answering.notes.append(f"{outline.subject.origin}: {of_walk.not_finite}")
+    for name, (skeleton, _) in opened.walks.items():
+        if found[name].not_finite:
+            answering.notes.append(f"{skeleton.checkpoint.path}: {found[name].not_finite}")
     result = checked.result(answering, measured, started)
-    result.settings["batch_size"] = batch_size
+    result.settings["batch_size"] = found[_MODEL].batch_size
     return result
 
 
-@dataclass(frozen=True)
-class _Outline:
-    """A checkpoint without its weights, and its tokenizer."""
+def preview(request: Request, ranks: int = 1) -> str:
+    """What the walks of a streamed evaluation will take, from the headers of the files and the data.
 
-    skeleton: Skeleton
+    ranks: processes; the costs are those of one. A file is written to measure the disk, and removed. Raises InputError
+    for bad input, and if memory or disk are too small.
+    """
+    checked = Checked.of(replace(request, out=None), overwrite=False, resume=False)
+    opened = _Opened.open(checked, today(), None, False)
+    destination = Path(tempfile.gettempdir()) if request.out is None else Path(request.out).parent
+    lines = []
+    for name, (skeleton, sets) in opened.walks.items():
+        estimate = forward_estimate(skeleton, [Version(name)], sets, threads_for(None, Ranks.ALONE), ranks)
+        budget = Budget.at(destination, request.memory, request.device_memory, ranks)
+        chosen = choose_schedule(estimate, request.batch_size, budget)
+        tokens = {of_set.name: [len(sample.input_ids) for sample in of_set.samples] for of_set in sets}
+        counts = (f"{len(of_set)} {role} samples of {sum(of_set)} tokens" for role, of_set in tokens.items())
+        rates = rates_for(chosen, destination, skeleton.first_shard)
+        lines += [f"through the {name}: {', '.join(counts)}", describe(chosen, rates, ranks)]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is walked. walks: by name, the model without its weights, and the sets that the metrics ask it for."""
+
     subject: Subject
+    walks: dict[str, tuple[Skeleton, list[SampleSet]]]
 
     @classmethod
-    def open(
-        cls, path: str | None, device: str | torch.device | None, dtype: str | None = None, tokenizer: Any = None
-    ) -> "_Outline":
-        assert path is not None
-        kind = None if dtype is None else torch_dtype(dtype)
-        skeleton = open_skeleton(Path(path), device, kind)
-        return cls(skeleton, load_subject(Path(path), device, kind, tokenizer, structure=skeleton.model))
+    def open(cls, checked: Checked, day: date, tokenizer: Any, progress: Progress) -> "_Opened":
+        """Raises InputError if a model, or a row, cannot be taken. day: for templates that ask for the date."""
+        request = checked.request
+        assert request.model is not None
+        dtype = None if request.dtype is None else torch_dtype(request.dtype)
+        skeleton, subject = _structure(Path(request.model), request.device, dtype, tokenizer)
+        subject = checked.subject_on(subject, day)
+        asking = checked.examinee(Asking, subject, progress)
+        checked.table.measure(asking, checked.names)
+        walks = {_MODEL: (skeleton, list(asking.sets.values()))}
+        if asking.reference_sets:
+            assert request.reference_model is not None
+            sets = list(asking.reference_sets.values())
+            walks[_REFERENCE] = _reference(Path(request.reference_model), skeleton.device, sets, subject), sets
+        return cls(subject, walks)
 
 
-def _reference(checked: Checked, model: _Outline, sets: Mapping[str, SampleSet]) -> _Outline | None:
-    """The reference model, if it is asked for scores. Raises InputError if it cannot read the samples."""
-    if not sets:
-        return None
-    reference = _Outline.open(checked.request.reference_model, model.skeleton.device)
-    check_same_tokens(Path(reference.subject.origin), reference.subject.tokenizer, model.subject.tokenizer)
-    for of_set in sets.values():
-        samples_for(reference.subject, of_set.samples, None)  # checks that it can read them
-    return reference
+def _structure(
+    path: Path, device: str | torch.device | None, dtype: torch.dtype | None, tokenizer: Any = None
+) -> tuple[Skeleton, Subject]:
+    skeleton = open_skeleton(path, device, dtype)
+    return skeleton, load_subject(path, device, dtype, tokenizer, structure=skeleton.model)
+
+
+def _reference(path: Path, device: torch.device, sets: Sequence[SampleSet], own: Subject) -> Skeleton:
+    """The reference model of ``own``. Raises InputError if it cannot read the samples."""
+    skeleton, subject = _structure(path, device, None)
+    check_same_tokens(path, subject.tokenizer, own.tokenizer)
+    for of_set in sets:
+        samples_for(subject, of_set.samples, None)  # checks that it can read them
+    return skeleton
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a walk has found, with batches of ``batch_size``; see ``VersionScores``."""
+
+    batch_size: int
+    scores: dict[str, list[TokenScores]]
+    not_finite: str
 
 
 @dataclass(frozen=True)
@@ -108,54 +150,54 @@ class _Walks:
     ranks: Ranks
     kept: KeptParts | None
 
-    def through(self, name: str, model: _Outline | None, sets: Mapping[str, SampleSet]) -> tuple[int, VersionScores]:
-        """The batch size that fits, and what a model scores; nothing without a model.
+    def through(self, name: str, skeleton: Skeleton, sets: Sequence[SampleSet]) -> _Found:
+        """What a model scores, in batches that fit.
 
         Raises InputError if memory or disk are too small, RunError, with how to go on, if the disk is full.
         """
-        if model is None:
-            return 0, VersionScores({}, 0.0, "", 0.0)
-        schedule = self._schedule(name, model, list(sets.values()))
+        threads = threads_for(None, self.ranks)
+        schedule = self._schedule(name, skeleton, sets, threads)
         with self.ranks.together(name), self._explaining():
-            (found,) = score_versions(
-                model.skeleton,
+            (scored,) = score_versions(
+                skeleton,
                 [Version(name)],
-                list(sets.values()),
+                sets,
                 batch_size=schedule.batch_size,
-                threads=threads_for(None, self.ranks),
-                folder=self.folder / name,
+                threads=threads,
+                folder=self.folder / name.replace(" ", "-"),
                 resumable=self.resumable,
                 ahead=schedule.overlap,
                 progress=self.progress,
                 description=f"scoring by the {name}",
                 ranks=self.ranks,
             )
-        return schedule.batch_size, found
+        return _Found(schedule.batch_size, scored.scores, scored.not_finite)
 
-    def _schedule(self, name: str, model: _Outline, sets: Sequence[SampleSet]) -> Schedule:
+    def _schedule(self, name: str, skeleton: Skeleton, sets: Sequence[SampleSet], threads: int) -> Schedule:
         """How a walk is cut; the first rank chooses, and keeps that for when the walk goes on."""
-        schedule, threads = None, threads_for(None, self.ranks)
+        schedule, request = None, self.request
+
+        def choose() -> dict[str, Any]:
+            estimate = forward_estimate(skeleton, [Version(name)], sets, threads, self.ranks.world)
+            chosen = schedule_for(
+                estimate,
+                request.batch_size,
+                self.folder,
+                request.memory,
+                request.device_memory,
+                skeleton.first_shard,
+                self.progress is True,
+                self.ranks.world,
+            )
+            return asdict(chosen)
+
         with self.ranks.together("the choice of a schedule"):
             if self.ranks.first:
-                of, choose = self.ranks.world, partial(self._choose, model, sets, threads)
-                schedule = Schedule(**kept_part(self.kept, f"{name} schedule", of, choose))
-        if self.request.memory is not None:
+                schedule = Schedule(**kept_part(self.kept, f"{name} schedule", self.ranks.world, choose))
+        if request.memory is not None:
             return_freed_blocks()
         shared: Schedule = self.ranks.share(schedule)
         return shared
-
-    def _choose(self, model: _Outline, sets: Sequence[SampleSet], threads: int) -> dict[str, Any]:
-        schedule = schedule_for(
-            forward_estimate(model.skeleton, [Version("")], sets, threads, self.ranks.world),
-            self.request.batch_size,
-            self.folder,
-            self.request.memory,
-            self.request.device_memory,
-            model.skeleton.first_shard,
-            self.progress is True,
-            self.ranks.world,
-        )
-        return asdict(schedule)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:

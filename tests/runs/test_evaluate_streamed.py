@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -381,6 +382,22 @@ def test_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     with_memory.remove("--stream")
     assert cli.main(with_memory) == 2
     assert "--memory is for streamed runs; add --stream" in capsys.readouterr().err
+
+
+def test_a_dry_run(home: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = fingerprint(home)
+    given = command(home, "--reference-model", home / "reference", "--out", home / "r.json", "--dry-run")
+    assert cli.main(given) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^through the model: 5 forget samples of \d+ tokens, 5 forget paraphrased samples", shown)
+    assert re.search(r"^through the reference model: 5 forget samples of \d+ tokens, 6 holdout", shown, re.MULTILINE)
+    assert shown.count("schedule: batches of 3, one walk forward for 1 version of the weights") == 2
+    assert fingerprint(home) == before and list(temporary.iterdir()) == []
+    assert cli.main([*given, "--memory", "1KiB"]) == 2
+    assert "memory of 1.02 kB cannot hold one part of the model" in capsys.readouterr().err
+    given.remove("--stream")
+    assert cli.main(given) == 2
+    assert "--dry-run is for streamed runs; add --stream" in capsys.readouterr().err
 
 
 @pytest.mark.slow
