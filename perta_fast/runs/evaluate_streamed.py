@@ -1,9 +1,8 @@
 """``evaluate`` layer by layer: which samples the metrics ask for, one walk over all of them, then the metrics."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,23 @@ import torch
 
 from perta_fast.data.chat import today
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import torch_dtype
-from perta_fast.errors import RankLost, RunError, advice
 from perta_fast.evaluation.checks import Checked
-from perta_fast.evaluation.kept_passes import kept_part
 from perta_fast.evaluation.reference_model import check_same_tokens
 from perta_fast.evaluation.request import Request
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.files.kept_parts import KeptParts
-from perta_fast.memory import return_freed_blocks
 from perta_fast.models.loading import Subject, load_subject, samples_for
-from perta_fast.models.token_scores import TokenScores
 from perta_fast.progress import Progress
 from perta_fast.runs.estimate import open_skeleton
+from perta_fast.runs.scoring_walks import scoring_walks
 from perta_fast.runs.settings import threads_for
-from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for, schedule_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
 from perta_fast.streaming.forecast.forward_costs import forward_estimate
 from perta_fast.streaming.forward.asked import Answering, Asking
 from perta_fast.streaming.forward.sample_set import SampleSet
-from perta_fast.streaming.forward.score_walk import score_versions
 from perta_fast.streaming.forward.version import Version
 from perta_fast.streaming.model.skeleton import Skeleton
-from perta_fast.streaming.schedule import Schedule
 
 _MODEL, _REFERENCE = "model", "reference model"  # the walks
 
@@ -52,8 +45,9 @@ def measure_streamed(
     started, day = ranks.share((started, day))
     with ranks.together("the loading of model and data"):
         opened = _Opened.open(checked, day, tokenizer, progress)
-    with _walks(checked.request, progress, ranks, kept) as walks:
-        found = {name: walks.through(name, *through) for name, through in opened.walks.items()}
+    with scoring_walks(checked.request, progress, ranks, kept) as walks:
+        schedules = {name: walks.schedule(name, *through) for name, through in opened.walks.items()}
+        found = {name: walks.scores(name, *through, schedules[name]) for name, through in opened.walks.items()}
     scores, reference_scores = (found[name].scores if name in found else {} for name in (_MODEL, _REFERENCE))
     answering = checked.examinee(Answering, opened.subject, progress, scores=scores, reference_scores=reference_scores)
     measured = checked.table.measure(answering, checked.names)
@@ -61,7 +55,7 @@ def measure_streamed(
         if found[name].not_finite:
             answering.notes.append(f"{skeleton.checkpoint.path}: {found[name].not_finite}")
     result = checked.result(answering, measured, started)
-    result.settings["batch_size"] = found[_MODEL].batch_size
+    result.settings["batch_size"] = schedules[_MODEL].batch_size
     return result
 
 
@@ -125,104 +119,3 @@ def _reference(path: Path, device: torch.device, sets: Sequence[SampleSet], own:
     for of_set in sets:
         samples_for(subject, of_set.samples, None)  # checks that it can read them
     return skeleton
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a walk has found, with batches of ``batch_size``; see ``VersionScores``."""
-
-    batch_size: int
-    scores: dict[str, list[TokenScores]]
-    not_finite: str
-
-
-@dataclass(frozen=True)
-class _Walks:
-    """Walks whose hidden states and finished scores lie in ``folder``.
-
-    resumable: whether these stay after a stop. kept: what else does, of the first rank.
-    """
-
-    folder: Path
-    resumable: bool
-    request: Request
-    progress: Progress
-    ranks: Ranks
-    kept: KeptParts | None
-
-    def through(self, name: str, skeleton: Skeleton, sets: Sequence[SampleSet]) -> _Found:
-        """What a model scores, in batches that fit.
-
-        Raises InputError if memory or disk are too small, RunError, with how to go on, if the disk is full.
-        """
-        threads = threads_for(None, self.ranks)
-        schedule = self._schedule(name, skeleton, sets, threads)
-        with self.ranks.together(name), self._explaining():
-            (scored,) = score_versions(
-                skeleton,
-                [Version(name)],
-                sets,
-                batch_size=schedule.batch_size,
-                threads=threads,
-                folder=self.folder / name.replace(" ", "-"),
-                resumable=self.resumable,
-                ahead=schedule.overlap,
-                progress=self.progress,
-                description=f"scoring by the {name}",
-                ranks=self.ranks,
-            )
-        return _Found(schedule.batch_size, scored.scores, scored.not_finite)
-
-    def _schedule(self, name: str, skeleton: Skeleton, sets: Sequence[SampleSet], threads: int) -> Schedule:
-        """How a walk is cut; the first rank chooses, and keeps that for when the walk goes on."""
-        schedule, request = None, self.request
-
-        def choose() -> dict[str, Any]:
-            estimate = forward_estimate(skeleton, [Version(name)], sets, threads, self.ranks.world)
-            chosen = schedule_for(
-                estimate,
-                request.batch_size,
-                self.folder,
-                request.memory,
-                request.device_memory,
-                skeleton.first_shard,
-                self.progress is True,
-                self.ranks.world,
-            )
-            return asdict(chosen)
-
-        with self.ranks.together("the choice of a schedule"):
-            if self.ranks.first:
-                schedule = Schedule(**kept_part(self.kept, f"{name} schedule", self.ranks.world, choose))
-        if request.memory is not None:
-            return_freed_blocks()
-        shared: Schedule = self.ranks.share(schedule)
-        return shared
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        """Say in an error of the walk how to go on."""
-        rest = "nothing was left behind" if self.kept is None else self.kept.going_on()
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"{self.folder}: could not be written: {advice(error)}; {rest}") from error
-        except RunError as error:
-            if isinstance(error, RankLost):
-                raise
-            raise RunError(f"{error}; {rest}") from error
-
-
-@contextmanager
-def _walks(request: Request, progress: Progress, ranks: Ranks, kept: KeptParts | None) -> Iterator[_Walks]:
-    """With a directory beside the result; or where temporary files lie, which is removed at the end."""
-    with ExitStack() as opened:
-        folder = None
-        with ranks.together("the scratch directory"):
-            if kept is not None:
-                folder = kept.folder("walks")
-            elif ranks.first:
-                folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="perta-eval-")))
-        folder, resumable = ranks.share((folder, kept is not None))
-        check_shared(folder, ranks)
-        yield _Walks(folder, resumable, request, progress, ranks, kept)

@@ -153,6 +153,26 @@ def test_a_memory_that_holds_no_layer(place: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_both_models_fit_before_the_first_walk(home: Path, steps: "Steps", monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(estimate: Any, *_: Any) -> bool:
+        return bool(estimate.structure.checkpoint.path.name == "Llama")
+
+    monkeypatch.setattr(choice, "_fits", fits)
+    before = fingerprint(home)
+    with pytest.raises(InputError):
+        streamed(home, reference_model=home / "reference", memory=1 << 40, out=home / "r.json")
+    assert steps.done == 0
+    assert fingerprint(home) == before
+
+
+@pytest.mark.parametrize("which", ["Llama", "reference"])
+def test_a_quantised_model(home: Path, which: str) -> None:
+    config = home / which / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(InputError, match=f"{which}.*gptq"):
+        streamed(home, reference_model=home / "reference")
+
+
 def test_half_precision_is_close(place: Path) -> None:
     live = in_memory(place, metrics=["forget_Q_A_Prob"])
     result = streamed(place, metrics=["forget_Q_A_Prob"], dtype=torch.bfloat16)
