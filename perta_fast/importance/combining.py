@@ -19,6 +19,7 @@ import numpy as np
 from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 from perta_fast.dtypes import byte_count
 from perta_fast.errors import InputError
+from perta_fast.files.apart import check_outside
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.importance.addable import Addable, check_all_in, check_no_row_twice
 from perta_fast.importance.row_digests import RowDigests
@@ -81,14 +82,16 @@ class Combination:
     def write(self, out: str | Path, *, overwrite: bool, progress: Progress, description: str) -> Importance:
         """Compute all tensors into the directory ``out``, which appears when it is complete.
 
-        Raises InputError if ``out`` is an input, or exists and is not empty, or if what is removed was not in the
-        whole; RunError if a file cannot be read or written. After any error, nothing is left.
+        Raises InputError if ``out`` is or lies in an input, or exists and is not empty, or if what is removed was not
+        in the whole; RunError if a file cannot be read or written. After any error, nothing is left.
         """
         importances = [importance for _, importance in self.terms]
+        paths = [importance.path for importance in importances]
+        check_outside(Path(out), paths)
         tensors = importances[0].checkpoint.tensors
         shapes = {name: entry.shape for name, entry in tensors.items()}
         written = sum(byte_count("F32", shape) for shape in shapes.values())
-        target = OutputDirectory(out, overwrite=overwrite, inputs=[each.path for each in importances])
+        target = OutputDirectory(out, overwrite=overwrite, inputs=paths)
         check_space(target.final, written)
         total = written + sum(importance.checkpoint.size for importance in importances)
         with target, Bar(total, description, progress) as bar:

@@ -14,8 +14,8 @@ from perta_fast.runs.estimate import estimate_on
 from perta_fast.runs.settings import threads_for
 from perta_fast.runs.unlearn_inputs import Loaded
 from perta_fast.runs.whole_importance import PHASE, WholeImportance
-from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources, open_importances
+from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.unfinished import has_begun
 
 
@@ -95,7 +95,7 @@ def _keep_ratio(loaded: Loaded, pair: Path) -> Path:
     started = time.perf_counter()
     with ranks.together("the ratio of the importances"):
         ratio = ImportanceRatio.of(*(pair / side for side in SIDES), dtype=options.kept_form.dtype)
-    ratio.save(options.save_importance, overwrite=options.overwrite, group=ranks.group)
+    ratio.save(options.save_importance, overwrite=options.overwrite, progress=options.progress, group=ranks.group)
     assert ratio.directory is not None
     loaded.phases["ratio"] = time.perf_counter() - started
     return ratio.directory

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from perta_fast import Importance, ImportanceRatio, InputError
+from perta_fast import Event, Importance, ImportanceRatio, InputError
 from perta_fast.importance import ratio as ratios
 from perta_fast.importance import store
 from perta_fast.importance.ratio import located, ratio_of
 from perta_fast.ops import reference
 from perta_fast.rules import Rescaling
 from tests.importance.test_store import METADATA, TENSORS
-from tests.support.checkpoints import draw, read_checkpoint, same_bytes
+from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes
 
 INFINITY = math.inf
 BF16_MAX = torch.finfo(torch.bfloat16).max
@@ -101,6 +101,26 @@ def test_what_goes_in_comes_out(
     assert read_checkpoint(tmp_path / "again").keys() == TENSORS.keys()
     for path in (tmp_path / "ratio").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_progress(stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes: 4 read of each side, if it lies in files, and 2 written."""
+    monkeypatch.setattr(ratios, "_CHUNK", 4)
+    events: list[Event] = []
+    ImportanceRatio.of(*(saved_pair(tmp_path) if stored else pair())).save(tmp_path / "out", progress=events.append)
+    total = (10 if stored else 2) * sum(tensor.numel() for tensor in TENSORS.values())
+    assert events[0] == Event("ratio", 0, total, "B")
+    assert events[-1] == Event("ratio", total, total, "B")
+
+
+@pytest.mark.parametrize("below", ["forget", "forget/out", "absent/../retain/a/b"])
+def test_no_output_in_an_input(below: str, tmp_path: Path) -> None:
+    ratio = ImportanceRatio.of(*saved_pair(tmp_path))
+    before = fingerprint(tmp_path)
+    with pytest.raises(InputError, match="is, or lies in, the input .*; choose another output directory"):
+        ratio.save(tmp_path / below, overwrite=True)
+    assert fingerprint(tmp_path) == before
 
 
 def test_an_importance_in_bfloat16(tmp_path: Path) -> None:
