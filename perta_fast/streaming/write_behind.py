@@ -41,6 +41,7 @@ from perta_fast.streaming.data_pass import DataPass, Means, PassRecord, sum_over
 from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.scratch_files import StepFiles
+from perta_fast.subtraction.changed_inputs import check_unchanged
 from perta_fast.subtraction.compute import Chunk, Statistics, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
@@ -185,6 +186,7 @@ class WriteBehind:
                 self._write(means)
             for _, files in ends.values():
                 files.flush()
+            check_unchanged(self.job, self.sources)  # what is recorded was made of the inputs as they were
             self._record(done, {role: record for role, (record, _) in ends.items()})
             self.target.keep = True
             self.kept.keep_on_error()
