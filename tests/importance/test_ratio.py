@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perta_fast import Event, Importance, ImportanceRatio, InputError
+from perta_fast.cli import main
 from perta_fast.importance import ratio as ratios
 from perta_fast.importance import store
 from perta_fast.importance.ratio import located, ratio_of
 from perta_fast.ops import reference
+from perta_fast.progress import Bar
 from perta_fast.rules import Rescaling
 from tests.importance.test_store import METADATA, TENSORS
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes
@@ -114,11 +117,23 @@ def test_progress(stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert events[-1] == Event("ratio", total, total, "B")
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_of_the_command(quiet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        ratios, "Bar", lambda total, phase, progress: drawn.append(progress) or Bar(total, phase, False)
+    )
+    forget, retain = saved_pair(tmp_path)
+    command = ["ratio", "--forget-importance", forget, "--retain-importance", retain, "--out", tmp_path / "out"]
+    assert main([*map(str, command), *(["--quiet"] if quiet else [])]) == 0
+    assert drawn == [not quiet]
+
+
 @pytest.mark.parametrize("below", ["forget", "forget/out", "absent/../retain/a/b"])
 def test_no_output_in_an_input(below: str, tmp_path: Path) -> None:
     ratio = ImportanceRatio.of(*saved_pair(tmp_path))
     before = fingerprint(tmp_path)
-    with pytest.raises(InputError, match="is, or lies in, the input .*; choose another output directory"):
+    with pytest.raises(InputError, match=r"is, or lies in, the input .*; choose another output directory"):
         ratio.save(tmp_path / below, overwrite=True)
     assert fingerprint(tmp_path) == before
 
