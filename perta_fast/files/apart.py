@@ -34,7 +34,7 @@ def check_outside(final: Path, inputs: Iterable[Path]) -> None:
     """Raise InputError if ``final`` lies in a directory that is read: it would become part of that input."""
     for path in inputs:
         if lies_in(final, path):
-            raise InputError(f"{final}: is, or lies in, the input {path}; choose another output directory")
+            raise InputError(f"{final}: lies in the input {path}; choose another output directory")
 
 
 def input_in(directory: Path, inputs: Iterable[Path]) -> Path | None:

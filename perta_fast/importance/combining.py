@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 from perta_fast.dtypes import byte_count
 from perta_fast.errors import InputError
@@ -87,11 +88,11 @@ class Combination:
         """
         importances = [importance for _, importance in self.terms]
         paths = [importance.path for importance in importances]
-        check_outside(Path(out), paths)
         tensors = importances[0].checkpoint.tensors
         shapes = {name: entry.shape for name, entry in tensors.items()}
         written = sum(byte_count("F32", shape) for shape in shapes.values())
         target = OutputDirectory(out, overwrite=overwrite, inputs=paths)
+        check_outside(target.final, paths)
         check_space(target.final, written)
         total = written + sum(importance.checkpoint.size for importance in importances)
         with target, Bar(total, description, progress) as bar:
@@ -102,6 +103,7 @@ class Combination:
                     end = min(begin + CHUNK, entries[0].count)
                     writer.write_array(name, self._chunk(name, entries, begin, end), begin)
                     bar.update(sum(entry.size // entry.count for entry in entries) * (end - begin) + 4 * (end - begin))
+            check_as_opened(importance.checkpoint for importance in importances)
             self._check_was_in()
             target.commit()
         return Importance.load(target.final)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES, torch_dtype
@@ -138,8 +139,8 @@ class ImportanceRatio:
         ranks, what = Ranks.of(group), "save a ratio"
         with ExitStack() as opened:
             with ranks.together(what):
-                check_outside(Path(directory), self._read)
                 target = OutputDirectory(directory, overwrite=overwrite, inputs=self._read)
+                check_outside(target.final, self._read)
                 if ranks.first:
                     width = ITEM_SIZES[self._dtype]
                     check_space(target.final, sum(width * prod(shape) for shape in _shapes(self).values()))
@@ -147,6 +148,7 @@ class ImportanceRatio:
             check_shared(target.path, ranks)
             with ranks.together(what):
                 self._write_shards(target.path, ranks, progress)
+                check_as_opened(source.stored for source in self._sources if source.stored is not None)
             with ranks.together(what):
                 if ranks.first:
                     target.commit()

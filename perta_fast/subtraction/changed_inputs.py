@@ -15,11 +15,9 @@ def changed_input(job: Job, sources: Sources, *, changing: bool = False) -> Path
     changing: whether the run has begun to change its model, which is then left out.
     """
     for role, checkpoint in sources.named().items():
-        if changing and job.changes(role):
-            continue
-        for shard in checkpoint.shards.values():
-            if shard.has_changed:
-                return shard.path
+        changed = None if changing and job.changes(role) else checkpoint.changed_shard
+        if changed is not None:
+            return changed
     config = sources.adapter_config
     if config is not None and not _is_as_before(config, job.files["tuned"][config.name]["mtime_ns"]):
         return config

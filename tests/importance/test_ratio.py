@@ -1,6 +1,7 @@
 """The ratio of two importances: its numbers, how far w moves by its rounding, and its files."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from perta_fast import Event, Importance, ImportanceRatio, InputError
+from perta_fast import Event, Importance, ImportanceRatio, InputError, RunError
 from perta_fast.cli import main
 from perta_fast.importance import ratio as ratios
 from perta_fast.importance import store
@@ -129,11 +130,21 @@ def test_progress_of_the_command(quiet: bool, tmp_path: Path, monkeypatch: pytes
     assert drawn == [not quiet]
 
 
+def test_a_side_that_changes_meanwhile(tmp_path: Path) -> None:
+    forget, retain = saved_pair(tmp_path)
+    ratio = ImportanceRatio.of(forget, retain)
+    (shard,) = retain.glob("*.safetensors")
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(RunError, match=f"{shard}: has changed during the run; run the same command again"):
+        ratio.save(tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forget", "retain"]
+
+
 @pytest.mark.parametrize("below", ["forget", "forget/out", "absent/../retain/a/b"])
 def test_no_output_in_an_input(below: str, tmp_path: Path) -> None:
     ratio = ImportanceRatio.of(*saved_pair(tmp_path))
     before = fingerprint(tmp_path)
-    with pytest.raises(InputError, match=r"is, or lies in, the input .*; choose another output directory"):
+    with pytest.raises(InputError, match=r"(lies in|is or contains) the input .*; choose another output directory"):
         ratio.save(tmp_path / below, overwrite=True)
     assert fingerprint(tmp_path) == before
 
