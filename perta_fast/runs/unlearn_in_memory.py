@@ -4,6 +4,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.samples import row_count
 from perta_fast.files.new_directory import OutputDirectory, importance_path
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
@@ -48,6 +49,7 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
         loaded.choose_strength(directory)
         opened = loaded.opened
         with ranks.together("the importances"):
+            check_as_opened(opened.sources.named().values())  # what the gradients were taken at
             estimated = open_importances(opened.rule, both=directory)
             three = options.model, options.base, options.tuned
             sources = Sources.open(*three, estimated, options.common_rows, options.scope)

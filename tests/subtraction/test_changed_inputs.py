@@ -1,6 +1,7 @@
 """An input that someone changes while a run reads it: noticed before it does harm, with what to do."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from perta_fast import InputError, Report, RunError, apply, resume
+from perta_fast import InputError, Report, RunError, apply, resume, unlearn
+from perta_fast.runs import unlearn_in_memory
 from perta_fast.subtraction import compute, in_place, to_directory
 from perta_fast.subtraction.parts import Part
 from tests.support.checkpoints import fingerprint
 from tests.support.inputs import Inputs, write_inputs
+from tests.support.models import Job
 
 NOT_FINITE = b"\xff"
 
@@ -145,6 +148,24 @@ def test_a_new_directory_with_work_to_keep(
     resume(out, progress=False)
     for path in (tmp_path / "expected").glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_base_that_changes_after_its_gradients_were_taken(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(job.base, tmp_path / "base"))
+    shard = shard_of(base)
+    after(monkeypatch, unlearn_in_memory, "_estimate", lambda: change(shard))
+    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+        unlearn(
+            *(job.model, base, job.tuned, job.forget, job.retain),
+            rule="fisher",
+            lam=1.0,
+            check=False,
+            out=tmp_path / "out",
+            progress=False,
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 def test_a_change_at_the_very_end(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
