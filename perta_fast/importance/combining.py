@@ -26,7 +26,7 @@ from perta_fast.importance.addable import Addable, check_all_in, check_no_row_tw
 from perta_fast.importance.row_digests import RowDigests
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
 from perta_fast.progress import Bar, Progress
-from perta_fast.records.versions import installed_versions
+from perta_fast.records.versions import this_version
 
 CHUNK = 1 << 17  # elements; what is at work then fits into a cache
 # How much of what is removed may be missing from the whole, as a share of it, by rounding: if the model was run in
@@ -122,7 +122,7 @@ class Combination:
             sample_count=self.count,
             truncated_count=max(0, sum(sign * metadata.truncated_count for sign, metadata in of)),
             label_count=max(0, sum(sign * metadata.label_count for sign, metadata in of)),
-            perta_fast_version=installed_versions().get("perta-fast", ""),
+            perta_fast_version=this_version(),
             one_by_one=", ".join(_all_of(name for _, table in of for name in table.one_by_one.split(", "))),
             read_as="; ".join(_all_of(metadata.read_as for _, metadata in of)),
             combined=" ".join(parts).removeprefix("+ "),

@@ -20,7 +20,7 @@ from perta_fast.files.identity import is_same
 from perta_fast.progress import Progress
 from perta_fast.records.report import DirectoryRecord, Report
 from perta_fast.records.typed_json import typed
-from perta_fast.records.versions import installed_versions
+from perta_fast.records.versions import this_version
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.compute import Subtraction
@@ -118,11 +118,6 @@ class Job:
         except InputError as error:
             raise InputError(f"{path}: is not a description that this version understands: {error}") from error
         return job
-
-
-def this_version() -> str:
-    """Version of the installed package."""
-    return installed_versions().get("perta-fast", "")
 
 
 def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:

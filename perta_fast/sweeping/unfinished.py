@@ -11,8 +11,8 @@ from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
+from perta_fast.records.versions import this_version
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
 
