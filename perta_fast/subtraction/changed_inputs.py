@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from perta_fast.distributed.ranks import is_shared
 from perta_fast.errors import PertaError, RankLost, RunError
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
@@ -38,7 +39,9 @@ def unchanged_inputs(job: Job, sources: Sources, *, changing: bool = False, advi
         yield
     except RankLost:
         raise
-    except PertaError:
+    except PertaError as error:
+        if is_shared(error):  # the first rank explains it
+            raise
         check_unchanged(job, sources, changing=changing, advice=advice)
         raise
     check_unchanged(job, sources, changing=changing, advice=advice)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from blake3 import blake3
 
 from perta_fast import InputError, Report, RunError, apply, resume, unlearn
 from perta_fast.runs import unlearn_in_memory
+from perta_fast.streaming import write_behind
 from perta_fast.subtraction import compute, in_place, to_directory
 from perta_fast.subtraction.parts import Part
+from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import fingerprint
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.models import Job
@@ -166,6 +169,49 @@ def test_a_base_that_changes_after_its_gradients_were_taken(
             progress=False,
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_base_that_changes_during_a_streamed_walk(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path(shutil.copytree(job.base, tmp_path / "base"))
+    arguments = (job.model, base, job.tuned, job.forget, job.retain)
+    settings: dict[str, Any] = {"rule": "fisher", "lam": 1.0, "stream": True, "check": False, "progress": False}
+    unlearn(*arguments, out=tmp_path / "expected", **settings)
+    shard, out, kept = shard_of(base), tmp_path / "out", []
+    with monkeypatch.context() as patch:
+        after(patch, write_behind.WriteBehind, "_record", lambda: kept.append(change(shard)))
+        with pytest.raises(RunError, match=rf"{shard.name}: has changed during the run. Put .*: perta resume {out};"):
+            unlearn(*arguments, out=out, **settings)
+    content, mtime = kept[0]
+    shard.write_bytes(content)
+    os.utime(shard, ns=(mtime, mtime))
+    resume(out, progress=False)
+    for path in (tmp_path / "expected").glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def change_after_a_part(rank: int, shard: Path) -> None:
+    """On the second of two ranks, once its part is noted."""
+    note = Part.note
+
+    def noted(part: Part, totals: Any) -> None:
+        note(part, totals)
+        if rank == 1:
+            change(shard)
+
+    Part.note = noted
+
+
+def test_a_change_that_one_of_two_processes_sees(inputs: Inputs, tmp_path: Path) -> None:
+    shard = shard_of(inputs["tuned"])
+    names = ("model", "base", "tuned", "forget-importance", "retain-importance")
+    paths = [text for name, path in zip(names, inputs.all, strict=True) for text in (f"--{name}", path)]
+    command = ("apply", *paths, "--lam", "0.7", "--quiet", "--out", tmp_path / "out")
+    ended = perta_on_ranks(2, *command, setup=partial(change_after_a_part, shard=shard))
+    assert [each.status for each in ended] == [1, 1]
+    (said,) = [each.errors for each in ended if each.errors]
+    assert f"{shard}: has changed during the run. Put the old file back, with its time of change" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_change_at_the_very_end(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
