@@ -56,7 +56,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
         raise InputError(f"--dry-run has nothing to estimate for rule {parsed.rule}, which reads the weights alone")
     whole: Path | None = parsed.whole_importance
     if whole is not None:
-        check_takes_importances(parsed.rule, "whole_importance")
+        check_takes_importances(parsed.rule, "--whole-importance")
     roles = ("retain",) if preconditions else ("forget", "retain") if whole is None else ("forget",)
     data = {role: getattr(parsed, role) for role in roles}
     if None in data.values():
