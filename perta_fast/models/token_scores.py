@@ -1,9 +1,10 @@
 """Scores of each labelled token from a model's logits, in one forward pass over each sample."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,32 +57,47 @@ def score_tokens(
     """Score every labelled token of ``samples``, in their order, from float32 logits.
 
     module: a causal language model in evaluation mode. If it takes ``logits_to_keep``, as models of transformers do, no
-    logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. hits: these
-    alone. hidden: a token that
-    is masked wherever it stands. Memory beside the model's: the logits of one batch, and a few times 64 MiB.
+    logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. hits: these alone.
+    hidden: a token that is masked wherever it stands. Memory beside the model's: the logits of one batch, and a few
+    times 64 MiB.
     """
     device = device_of(module)
-    trims = "logits_to_keep" in inspect.signature(module.forward).parameters
+    run = partial(module, use_cache=False)
     scores: list[TokenScores | None] = [None] * len(samples)
     with Bar(len(samples), description, progress, "sample") as bar, torch.inference_mode():
         for numbers in batches_by_length(samples, batch_size):
             batch = Batch.of([samples[k] for k in numbers], device)
-            labelled = batch.labels[:, 1:] != IGNORED  # token t is predicted at t - 1
-            begin = int(labelled.any(dim=0).nonzero()[0]) if trims else 0
-            kept = {"logits_to_keep": batch.labels.shape[1] - begin} if trims else {}
-            mask = batch.attention_mask if hidden is None else batch.attention_mask * (batch.input_ids != hidden)
-            logits = module(
-                input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **kept
-            ).logits  # (N, T - begin, V)
-            labelled = labelled[:, begin:]
-            targets = batch.labels[:, 1 + begin :][labelled]
-            columns = _by_token(logits[:, :-1][labelled], targets, detailed, hits)
-            counts = labelled.sum(dim=1).tolist()
-            split = [column.cpu().split(counts) for column in columns]
-            for k, number in enumerate(numbers):
-                scores[number] = TokenScores(*(column[k].numpy() for column in split))
+            of_batch = score_batch(run, batch, trims=trims(module), detailed=detailed, hits=hits, hidden=hidden)
+            for number, of_sample in zip(numbers, of_batch, strict=True):
+                scores[number] = of_sample
             bar.update(len(numbers))
     return [score for score in scores if score is not None]
+
+
+def score_batch(
+    run: Callable[..., Any], batch: Batch, *, trims: bool, detailed: bool, hits: bool, hidden: int | None
+) -> list[TokenScores]:
+    """``score_tokens`` of one batch. run: takes input_ids and attention_mask. trims: and logits_to_keep."""
+    labelled = batch.labels[:, 1:] != IGNORED  # token t is predicted at t - 1
+    begin = int(labelled.any(dim=0).nonzero()[0]) if trims else 0
+    kept = {"logits_to_keep": batch.labels.shape[1] - begin} if trims else {}
+    mask = seen(batch.input_ids, batch.attention_mask, hidden)
+    logits = run(input_ids=batch.input_ids, attention_mask=mask, **kept).logits  # (N, T - begin, V)
+    labelled = labelled[:, begin:]
+    targets = batch.labels[:, 1 + begin :][labelled]
+    columns = _by_token(logits[:, :-1][labelled], targets, detailed, hits)
+    split = [column.cpu().split(labelled.sum(dim=1).tolist()) for column in columns]
+    return [TokenScores(*(column[k].numpy() for column in split)) for k in range(len(batch.labels))]
+
+
+def seen(input_ids: Tensor, attention_mask: Tensor, hidden: int | None) -> Tensor:
+    """The attention mask (N, T) of a batch, 0 on the token ``hidden`` too."""
+    return attention_mask if hidden is None else attention_mask * (input_ids != hidden)
+
+
+def trims(module: nn.Module) -> bool:
+    """Whether a model takes ``logits_to_keep``."""
+    return "logits_to_keep" in inspect.signature(module.forward).parameters
 
 
 def score_rows(module: nn.Module, samples: Sequence[Sample], **how: Any) -> list[TokenScores]:

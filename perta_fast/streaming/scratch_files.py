@@ -98,9 +98,13 @@ class ScratchFiles:
         result[batch.attention_mask.bool()] = rows.to(device)
         return result
 
+    def get(self, name: str) -> Tensor:
+        """A whole tensor that was ``put``, on the CPU."""
+        return self._read(name, *self._kinds[name])
+
     def take(self, name: str, device: torch.device) -> Tensor:
-        """A whole tensor that was ``put``; its file is discarded."""
-        tensor = self._read(name, *self._kinds[name]).to(device)
+        """The same, on ``device``; its file is discarded."""
+        tensor = self.get(name).to(device)
         self.discard(name)
         return tensor
 

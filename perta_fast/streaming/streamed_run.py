@@ -31,8 +31,9 @@ from perta_fast.streaming.data_pass import DataPass, share_of
 from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
+from perta_fast.streaming.step_record import rank_path
 from perta_fast.streaming.walk import Walk, steps_of, steps_per_sample
-from perta_fast.streaming.write_behind import WalkRecord, WriteBehind, rank_path, resume_walk
+from perta_fast.streaming.write_behind import WalkRecord, WriteBehind, resume_walk
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.matching import TensorMatch

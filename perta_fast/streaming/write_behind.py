@@ -10,11 +10,10 @@ scratch files and its own record. After each step, every rank
 4. waits until all have recorded the step;
 5. removes the scratch files that no later step needs.
 
-No rank comes to 3 before all have passed 3 of the last step, so their records differ by one step at most, wherever they
-are killed. The run resumes from the last step that all have recorded. A rank that was one step ahead goes back: its
-record still holds the step before, and the scratch files of that step are still there, as 5 comes after 4. First of all
-it records that step again, since it is about to overwrite the files of the later one. The same ranks give sums of the
-same bits, so what is written again does not change. One process alone does the same.
+So the records of two ranks differ by one step at most, wherever they are killed (``step_record``). A rank that goes
+back to the step before finds its scratch files still there, as 5 comes after 4. First of all it records that step
+again, since it is about to overwrite the files of the later one. The same ranks give sums of the same bits, so what is
+written again does not change. One process alone does the same.
 """
 
 import os
@@ -23,13 +22,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.errors import InputError
-from perta_fast.files.durable import read_record, remove, sync, write_fully, write_record
+from perta_fast.files.durable import sync, write_fully
 from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.own import own_file
@@ -41,6 +38,7 @@ from perta_fast.streaming.data_pass import DataPass, Means, PassRecord, sum_over
 from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.scratch_files import StepFiles
+from perta_fast.streaming.step_record import rank_path, record_step, resume_step
 from perta_fast.subtraction.compute import Chunk, Statistics, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
@@ -61,49 +59,18 @@ class WalkRecord(TypedDict):
     before: NotRequired["WalkRecord"]
 
 
-def rank_path(folder: Path, name: str, rank: int) -> Path:
-    """A rank's file or directory of an unfinished run; ``name`` itself for rank 0, and so for one process."""
-    return folder / (f"{rank}-{name}" if rank else name)
-
-
 def resume_walk(target: OutputDirectory, steps: int, tensors: int, ranks: Ranks) -> WalkRecord | None:
     """The record that an unfinished walk of ``steps`` over ``tensors`` goes on from; None: from the beginning.
 
     Raises InputError if a record is damaged, or the ranks' records are not of one walk.
     """
-    path = rank_path(target.path / STATE, WALK, ranks.rank)
-    with ranks.together("resume the walk"):
-        state = _read(path, steps, tensors) if path.exists() else None
-    done = min(ranks.gather(0 if state is None else state["done"]))
-    with ranks.together("resume the walk"):
-        if state is not None and state["done"] != done:
-            state = _step_back(path, state, done)
-    if state is not None:
-        state.pop("before", None)  # no rank goes back to it any more
-    return state
-
-
-def _read(path: Path, steps: int, tensors: int) -> WalkRecord:
-    state: WalkRecord = read_record(path)
     indices = {str(index) for index in range(tensors)}
-    if not fits(state, WalkRecord) or not all(
-        0 <= record["done"] <= steps and record["totals"].keys() <= indices
-        for record in (state, state.get("before", state))
-    ):
-        raise InputError(f"{path}: is not the record of a walk")
+
+    def is_valid(record: Any) -> bool:
+        return fits(record, WalkRecord) and 0 <= record["done"] <= steps and record["totals"].keys() <= indices
+
+    state: WalkRecord | None = resume_step(rank_path(target.path / STATE, WALK, ranks.rank), is_valid, ranks)
     return state
-
-
-def _step_back(path: Path, state: WalkRecord, done: int) -> WalkRecord | None:
-    """Put the record of the step before ``state`` in its place on disk, and return it."""
-    if done == 0 and state["done"] == 1:
-        remove(path)
-        return None
-    before = state.get("before")
-    if before is None or before["done"] != done:
-        raise InputError(f"{path}: does not go with the records of the other processes; start over with --overwrite")
-    write_record(path, before)
-    return before
 
 
 @dataclass
@@ -195,9 +162,7 @@ class WriteBehind:
     def _record(self, done: int, passes: dict[str, PassRecord]) -> None:
         totals = {str(index): sums for index, sums in self.totals.items()}
         state: WalkRecord = {"done": done, "passes": passes, "totals": totals}
-        before = {} if self.recorded is None or self.ranks.world == 1 else {"before": self.recorded}
-        path = rank_path(self.target.path / STATE, WALK, self.ranks.rank)
-        write_record(path, {**state, **before})
+        record_step(rank_path(self.target.path / STATE, WALK, self.ranks.rank), state, self.recorded, self.ranks)
         self.recorded = state
 
     def _write(self, means: list[Means]) -> None:

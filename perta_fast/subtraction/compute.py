@@ -22,6 +22,7 @@ from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing
 from perta_fast.files.reading import PositionReader
 from perta_fast.rules import Rescaling
+from perta_fast.subtraction.held_inputs import NONE_HELD, HeldInputs
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
@@ -43,6 +44,7 @@ class Chunk:
 
 
 Statistics = dict[str, float]
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Store = Callable[[Chunk, memoryview, Statistics], None]
 
 
@@ -70,7 +72,8 @@ class Subtraction:
 
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
     held: float32 importances, forget and retain, or their ratio alone, that are in memory and not in files, by number
-    of the match. hashes: gets all bytes that are read.
+    of the match. hashes: gets all bytes that are read. inputs: stored tensors that are in memory already, and not read;
+    made: arrays that no file holds, of an earlier subtraction from the same sources.
     """
 
     sources: Sources
@@ -80,6 +83,8 @@ class Subtraction:
     drop_cache: bool = False
     held: Mapping[int, "Sequence[np.ndarray[Any, np.dtype[np.float32]]]"] = field(default_factory=dict)
     hashes: HashesInPassing = NONE_IN_PASSING
+    inputs: HeldInputs = NONE_HELD
+    made: "MadeArrays | None" = None
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
         """Compute the chunks in order, on all threads; each thread passes its results to ``store``.
@@ -89,7 +94,7 @@ class Subtraction:
         file and tensor, or what ``store`` raises.
         """
         lock, failed = threading.Lock(), threading.Event()
-        made = _Made(self)
+        made = self.made or MadeArrays(self.sources, self.threads)
 
         def work() -> None:
             try:
@@ -128,11 +133,14 @@ def bytes_moved(match: TensorMatch, count: int, begin: int = 0) -> int:
     return 2 * ITEM_SIZES[match.theta.dtype] * count + read * computed
 
 
-class _Made:
-    """The arrays that the threads work with now and that no file holds as such, made once for all threads."""
+class MadeArrays:
+    """The arrays that are in use now and that no file holds as such, made once for all threads.
 
-    def __init__(self, job: Subtraction) -> None:
-        self._job, self._lock = job, threading.Lock()
+    most: how many tensors' arrays are kept.
+    """
+
+    def __init__(self, sources: Sources, most: int) -> None:
+        self._sources, self._most, self._lock = sources, most, threading.Lock()
         self._cache: dict[int, tuple[Matrix, ...]] = {}
 
     def of(self, index: int) -> tuple[Matrix, ...]:
@@ -141,19 +149,18 @@ class _Made:
             if index not in self._cache:
                 while self._cache and self._is_full():
                     del self._cache[next(iter(self._cache))]
-                sources = self._job.sources
-                self._cache[index] = sources.made(sources.matches[index])
+                self._cache[index] = self._sources.made(self._sources.matches[index])
             return self._cache[index]
 
     def _is_full(self) -> bool:
         held = sum(array.nbytes for arrays in self._cache.values() for array in arrays)
-        return len(self._cache) >= self._job.threads or held > _MADE
+        return len(self._cache) >= self._most or held > _MADE
 
 
 class _Workspace:
     """One thread's buffers and open files."""
 
-    def __init__(self, job: Subtraction, made: _Made) -> None:
+    def __init__(self, job: Subtraction, made: MadeArrays) -> None:
         self._job, self._made = job, made
         width = max([_WIDEST, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
         self._buffers = [np.empty(job.chunk * width, np.uint8) for _ in range(_OPERANDS + 1)]
@@ -170,12 +177,11 @@ class _Workspace:
         theta = self._read(0, match.theta, chunk)
         whole, chunk = chunk, replace(chunk, count=min(chunk.count, match.common - chunk.begin))
         if match.copied is not None or (chunk.count <= 0 < whole.count):
-            return theta, {}
+            return theta.data, {}
         addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0: there is no such array
         for operand, _, entry in sources.operands(match):
-            if operand:
-                self._read(operand, entry, chunk)
-            addresses[operand] = int(self._buffers[operand].ctypes.data)
+            data = self._read(operand, entry, chunk) if operand else theta
+            addresses[operand] = int(data.ctypes.data)
             codes[operand] = KERNEL_CODES[entry.dtype]
         held = self._job.held.get(chunk.index, ())
         for operand, array in enumerate(held, _OPERANDS - len(held)):  # the last ones, as in the kernels
@@ -194,27 +200,36 @@ class _Workspace:
         statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
         _check_finite(match, statistics)
         width = ITEM_SIZES[match.theta.dtype]
-        result.data[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
+        result[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
         return result.data[: whole.count * width], statistics
 
-    def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> memoryview:
-        """Read a chunk of a tensor into the operand's buffer."""
-        data = self._buffers[operand].data[: chunk.count * ITEM_SIZES[entry.dtype]]
+    def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> _Bytes:
+        """The bytes of a chunk of a tensor: held ones, or copied or read into the operand's buffer."""
+        inputs, parts = self._job.inputs, list(entry.elements(chunk.begin, chunk.count))
+        if len(parts) == 1 and (held := inputs.find(parts[0])) is not None:
+            return held
+        data = self._buffers[operand][: chunk.count * ITEM_SIZES[entry.dtype]]
         remaining = data
-        for stored in entry.elements(chunk.begin, chunk.count):
-            reader = self._readers.get(operand)
-            if reader is None or reader.path != stored.path:
-                if reader is not None:
-                    reader.close()
-                reader = self._readers[operand] = PositionReader(stored.path)
-            name = f"tensor {stored.name}"
-            reader.read_into(remaining[: stored.size], stored.begin, name, drop_cache=self._job.drop_cache)
-            # The other threads are at the chunks that follow. The disk fetches those after them, while this one is
-            # hashed and computed: cold files are read 1.3 times as fast.
-            reader.fetch(stored.end + (self._job.threads - 1) * stored.size, self._job.threads * stored.size)
-            self._job.hashes.add(stored.path, stored.begin, remaining[: stored.size])
+        for stored in parts:
+            if (held := inputs.find(stored)) is not None:
+                remaining[: stored.size] = held
+            else:
+                self._read_into(remaining[: stored.size].data, operand, stored)
             remaining = remaining[stored.size :]
         return data
+
+    def _read_into(self, buffer: memoryview, operand: int, stored: TensorEntry) -> None:
+        """Read a flat entry from its file."""
+        reader = self._readers.get(operand)
+        if reader is None or reader.path != stored.path:
+            if reader is not None:
+                reader.close()
+            reader = self._readers[operand] = PositionReader(stored.path)
+        reader.read_into(buffer, stored.begin, f"tensor {stored.name}", drop_cache=self._job.drop_cache)
+        # The other threads are at the chunks that follow. The disk fetches those after them, while this one is hashed
+        # and computed: cold files are read 1.3 times as fast.
+        reader.fetch(stored.end + (self._job.threads - 1) * stored.size, self._job.threads * stored.size)
+        self._job.hashes.add(stored.path, stored.begin, buffer)
 
 
 def _check_finite(match: TensorMatch, statistics: Statistics) -> None:

@@ -25,6 +25,7 @@ from perta_fast.streaming import kept_importance, scratch_files, write_behind
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.forecast import choice as planning
 from perta_fast.streaming.schedule import Schedule
+from perta_fast.streaming.step_record import rank_path
 from perta_fast.subtraction.unfinished import STATE, WALK
 from tests.distributed.launch import Ended, on_ranks, perta_on_ranks
 from tests.families.configs import FAMILIES
@@ -291,7 +292,7 @@ def finish(job: Job, out: Path, whole: Whole) -> None:
 def recorded(out: Path) -> list[int]:
     """How many steps each rank has recorded."""
     folder = partial_path(out) / STATE
-    return [read_record(write_behind.rank_path(folder, WALK, rank))["done"] for rank in range(2)]
+    return [read_record(rank_path(folder, WALK, rank))["done"] for rank in range(2)]
 
 
 def test_killed_one_step_apart(job: Job, whole: Whole, tmp_path: Path) -> None:

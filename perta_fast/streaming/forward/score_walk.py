@@ -1,13 +1,41 @@
-"""One forward walk that scores several versions of a model's weights."""
+"""One forward walk that scores several versions of a model's weights.
 
-from collections.abc import Sequence
+Each part of the model is held once: the weights of one version after another are made of it, and run over that
+version's own hidden states, which lie in scratch files. A step is one version in one part.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
-from perta_fast.distributed.ranks import Ranks
-from perta_fast.progress import Progress
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+from torch import Tensor
+
+from perta_fast.data.batches import Batch, batches_by_length
+from perta_fast.data.samples import IGNORED, Sample, by_row
+from perta_fast.distributed.ranks import Ranks, deal
+from perta_fast.errors import InputError, NotFiniteError
+from perta_fast.models.token_scores import TokenScores, score_batch, seen, trims
+from perta_fast.progress import Bar, Progress
+from perta_fast.records.typed_json import fits
+from perta_fast.streaming.forward.part_weights import PartWeights
 from perta_fast.streaming.forward.sample_set import SampleSet
 from perta_fast.streaming.forward.version import Version, VersionScores
+from perta_fast.streaming.micro_batch import MicroBatch
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.scratch_files import FileRecord, ScratchFiles, StepFiles
+from perta_fast.streaming.step_record import rank_path, record_step, resume_step
+from perta_fast.subtraction.held_inputs import fetch
+
+_RECORD, _SCRATCH = "scores.json", "scratch"
 
 
 def score_versions(
@@ -19,6 +47,7 @@ def score_versions(
     threads: int,
     folder: Path,
     resumable: bool = False,
+    ahead: bool = True,
     progress: Progress = True,
     description: str = "scoring",
     ranks: Ranks = Ranks.ALONE,
@@ -27,10 +56,339 @@ def score_versions(
 
     The numbers are those of ``score_rows`` on the loaded model, the same bits in float32 on the CPU. folder: for
     hidden states and finished scores; made here, and left for the caller to remove. resumable: keep a record there
-    after each version of each part, from which a later call with the same arguments goes on. ranks: each runs its share
-    of every set's batches; all get the whole result.
+    after each step, from which a later call with the same arguments goes on. ahead: have the system read the next part
+    into the page cache meanwhile. ranks: each runs its share of every set's batches; all get the whole result.
 
     Memory: the inputs of one part of the model, one changed copy of it, the activations of one batch. Raises RunError
-    if the disk is full or a file has changed its size, InputError if the record is damaged or of other samples.
+    if a file has changed its size, OSError if the disk is full, InputError if the record is damaged or of other
+    samples.
     """
-    raise NotImplementedError
+    with ranks.sharing_errors(description):
+        with ranks.together(description):
+            walk = _ScoreWalk(skeleton, versions, sets, batch_size, threads, folder, ranks)
+        begun = walk.resume(progress) if resumable else None
+        steps = len(skeleton.layers) + 2
+        total = len(versions) * steps * walk.samples
+        done = 0 if begun is None else begun["done"]
+        with Bar(total, description, ranks.first and progress, "sample", done * walk.samples) as bar:
+            walk.run(bar.update, done, resumable, ahead)
+        with ranks.together(description):
+            pass  # until all have come to the end
+        return walk.results()
+
+
+class _VersionState(TypedDict):
+    """changed: elements that differ. not_finite: where that was first seen. lost: a weight is not finite."""
+
+    changed: int
+    not_finite: str
+    lost: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Samples that run together. rows: of a scratch file, of which padding has some too; mask: (N, T), 0 on padding.
+
+    Where a layer routes tokens to experts, what stands on padding decides how their rows are laid out, and so their
+    last bits.
+    """
+
+    rows: MicroBatch
+    mask: Tensor
+
+
+class _State(TypedDict):
+    """What a walk goes on from. of: digest of what is scored. done: steps."""
+
+    of: str
+    done: int
+    versions: list[_VersionState]
+    files: dict[str, FileRecord]
+    before: NotRequired["_State"]
+
+
+class _ScoreWalk:
+    """See ``score_versions``. Part 0 is what lies before the layers, the last part what lies after them."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        versions: Sequence[Version],
+        sets: Sequence[SampleSet],
+        batch_size: int,
+        threads: int,
+        folder: Path,
+        ranks: Ranks,
+    ) -> None:
+        self._skeleton, self._versions, self._sets, self._ranks = skeleton, versions, sets, ranks
+        self._weights = PartWeights(skeleton, versions, threads)
+        self._last = len(skeleton.layers) + 1
+        self._batches = [_share(of_set.samples, batch_size, skeleton.device, ranks) for of_set in sets]
+        self.samples = sum(len(batch.rows.numbers) for batches in self._batches for batch in batches)
+        self._path = rank_path(folder, _RECORD, ranks.rank)
+        self._scratch = ScratchFiles(rank_path(folder, _SCRATCH, ranks.rank))
+        self._states = [_VersionState(changed=0, not_finite="", lost=False, seconds=0.0) for _ in versions]
+        self._of = _digest(versions, sets, batch_size, self._last, ranks.world)
+        self._recorded: _State | None = None
+        self._trims = trims(skeleton.model)
+
+    def resume(self, progress: Progress) -> _State | None:
+        """Go on from where an earlier call stopped; None: from the beginning."""
+        most = len(self._versions) * (self._last + 1)
+        state: _State | None = resume_step(
+            self._path, lambda record: fits(record, _State) and record["done"] >= 0, self._ranks
+        )
+        with self._ranks.together("resume the walk"):
+            if state is not None:
+                if state["of"] != self._of:
+                    raise InputError(f"{self._path}: is of other samples or settings; start over with --overwrite")
+                if state["done"] > most or len(state["versions"]) != len(self._versions):
+                    raise InputError(f"{self._path}: is not the record of a walk")
+                with Bar(self._scratch.size, "check scratch", self._ranks.first and progress) as bar:
+                    self._scratch.restore(state["files"], bar.update)
+                self._states = [state.copy() for state in state["versions"]]
+                self._recorded = state
+        return state
+
+    def run(self, advance: Callable[[int], Any], begin: int, resumable: bool, ahead: bool) -> None:
+        """Do all steps from number ``begin`` on."""
+        skeleton = self._skeleton
+        with (
+            skeleton.partial_forward.installed(),
+            ThreadPoolExecutor(1) as reader,
+            _Behind(self, resumable, self._ranks.world == 1) as behind,
+        ):
+            if begin == 0:
+                self._check()
+            for part in range(begin // len(self._versions), self._last + 1):
+                names = self._parameters(part)
+                self._weights.hold(names)
+                if ahead and part < self._last:
+                    reader.submit(fetch, self._weights.inputs_of(self._parameters(part + 1)))
+                for number in range(len(self._versions)):
+                    step = part * len(self._versions) + number
+                    if step >= begin:
+                        started = time.perf_counter()
+                        self._step(part, number, names)
+                        self._states[number]["seconds"] += time.perf_counter() - started
+                        advance(self.samples)
+                        behind.end_step(step + 1)
+            behind.wait()
+
+    def _parameters(self, part: int) -> list[str]:
+        """Those of a part, with the resident ones, which a version may change too."""
+        skeleton = self._skeleton
+        if part == 0:
+            own = [skeleton.embedding]
+        elif part == self._last:
+            own = [] if skeleton.head is None else [skeleton.head]
+        else:
+            own = skeleton.by_layer[part - 1]
+        return [*own, *skeleton.resident]
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raise InputError unless the layers are a chain; tried on the shortest sample."""
+        shortest = min((sample for of_set in self._sets for sample in of_set.samples), key=_length, default=None)
+        if shortest is not None:
+            batch = Batch.of([shortest], self._skeleton.device)
+            with self._skeleton.in_memory([*self._skeleton.vocabulary, *self._skeleton.resident]):
+                self._skeleton.partial_forward.check(batch.input_ids, batch.attention_mask, [])
+
+    def _step(self, part: int, number: int, names: Sequence[str]) -> None:
+        state = self._states[number]
+        if not state["lost"]:
+            try:
+                values, changed = self._weights.of(self._versions[number], names)
+            except NotFiniteError as error:
+                state["not_finite"], state["lost"] = str(error).removesuffix(". Nothing was written"), True
+            else:
+                state["changed"] += sum(changed[name] for name in self._counted(part) if name in changed)
+                with torch.no_grad(), self._skeleton.holding(values):
+                    for k in range(len(self._sets)):
+                        self._run(part, number, k)
+        for k in range(len(self._sets)):
+            self._scratch.discard(_hidden(part, number, k))
+
+    def _counted(self, part: int) -> list[str]:
+        """The stored tensors of a part that no other part counts."""
+        names = self._parameters(part)
+        if part:
+            resident = {*self._skeleton.resident, *([self._skeleton.head] if self._skeleton.tied else [])}
+            names = [name for name in names if name not in resident]
+        return self._skeleton.weights.needed(names)
+
+    def _run(self, part: int, number: int, k: int) -> None:
+        """Run one version of a part over the set ``k``."""
+        forward, scores = self._skeleton.partial_forward, list[TokenScores]()
+        for batch in self._batches[k]:
+            mask = seen(batch.rows.input_ids, batch.mask, self._sets[k].hidden)
+            if part == 0:
+                hidden = forward.before_layers(batch.rows.input_ids, mask)
+            else:
+                hidden = self._scratch.read(_hidden(part, number, k), batch.rows)
+                if part == self._last:
+                    scores += self._score(batch.rows, hidden, self._sets[k])
+                    continue
+                hidden = forward.layer(part - 1, hidden, mask)
+            self._look(part, number, k, batch, hidden)
+            self._scratch.write(_hidden(part + 1, number, k), batch.rows, hidden)
+        if part == self._last:
+            self._scratch.put(_scores(number, k), _columns(scores, self._sets[k].detailed))
+
+    def _score(self, batch: MicroBatch, hidden: Tensor, of_set: SampleSet) -> list[TokenScores]:
+        samples = Batch.of([of_set.samples[k] for k in batch.numbers], self._skeleton.device)
+
+        def run(input_ids: Tensor, attention_mask: Tensor, **kept: Any) -> Any:
+            return self._skeleton.partial_forward.after_layers(hidden, attention_mask, **kept)
+
+        detailed = of_set.detailed
+        return score_batch(run, samples, trims=self._trims, detailed=detailed, hits=False, hidden=of_set.hidden)
+
+    def _look(self, part: int, number: int, k: int, batch: _Padded, hidden: Tensor) -> None:
+        """Note where hidden states are no longer finite for the first time."""
+        if self._states[number]["not_finite"]:
+            return
+        finite = (torch.isfinite(hidden).all(2) | (batch.mask == 0)).all(1)
+        if not bool(finite.all()):
+            sample = batch.rows.numbers[int((~finite).nonzero()[0])]
+            maker = f"layer {part - 1}" if part else "the embedding"
+            self._states[number]["not_finite"] = (
+                f"what {maker} makes of {self._sets[k].name} sample {sample} (counted from 0) is not finite"
+            )
+
+    def end_step(self, done: int) -> tuple[_State, StepFiles]:
+        """What there is to record when ``done`` steps have been taken."""
+        files, states = self._scratch.end_step(), [state.copy() for state in self._states]
+        return _State(of=self._of, done=done, versions=states, files=files.files), files
+
+    def record(self, state: _State, files: StepFiles) -> None:
+        """Record a step, durably, and remove the files that no later step needs."""
+        with self._ranks.together("the walk"):
+            pass  # until all have run the step
+        with self._ranks.together("the walk"):
+            files.flush()
+            record_step(self._path, state, self._recorded, self._ranks)
+            self._recorded = state
+        files.remove_discarded()
+
+    def results(self) -> list[VersionScores]:
+        """What all versions score, on every rank."""
+        own = [[self._own(number, k) for k in range(len(self._sets))] for number in range(len(self._versions))]
+        of_ranks = self._ranks.gather((own, self._states))
+        total = sum(math.prod(shape) for shape in self._skeleton.stored_shapes.values())
+        results = []
+        for number in range(len(self._versions)):
+            states = [states[number] for _, states in of_ranks]
+            scores = {}
+            for k, of_set in enumerate(self._sets):
+                found = {sample: score for own, _ in of_ranks for sample, score in own[number][k].items()}
+                rows = by_row(of_set.samples)
+                scores[of_set.name] = [TokenScores.joined([found[sample] for sample in row]) for row in rows]
+            where = next((state["not_finite"] for state in states if state["not_finite"]), "")
+            seconds = max(state["seconds"] for state in states)
+            results.append(VersionScores(scores, states[0]["changed"] / total, where, seconds))
+        return results
+
+    def _own(self, number: int, k: int) -> dict[int, TokenScores]:
+        """The scores of this rank's samples of a set, by their numbers."""
+        of_set, numbers = self._sets[k], [sample for batch in self._batches[k] for sample in batch.rows.numbers]
+        counts = [sum(label != IGNORED for label in of_set.samples[sample].labels[1:]) for sample in numbers]
+        if self._states[number]["lost"]:
+            columns = np.full((3 if of_set.detailed else 1, sum(counts)), np.nan, np.float32)
+        else:
+            columns = self._scratch.get(_scores(number, k)).numpy()
+        split = np.split(columns, np.cumsum(counts)[:-1], axis=1) if numbers else []
+        return {sample: _as_scores(part) for sample, part in zip(numbers, split, strict=True)}
+
+
+class _Behind:
+    """Records each step while the next one goes on; with several ranks, which wait for each other, before it."""
+
+    def __init__(self, walk: _ScoreWalk, resumable: bool, alone: bool) -> None:
+        self._walk, self._resumable, self._alone = walk, resumable, alone
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def end_step(self, done: int) -> None:
+        state, files = self._walk.end_step(done)
+        if not self._resumable:
+            files.remove_discarded()
+        elif self._alone:
+            self.wait()
+            self._pending = self._thread.submit(self._walk.record, state, files)
+        else:
+            self._walk.record(state, files)
+
+    def wait(self) -> None:
+        """Until the last step is recorded. Raises the error of its recording."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _share(samples: Sequence[Sample], batch_size: int, device: torch.device, ranks: Ranks) -> list[_Padded]:
+    """The batches that this rank runs: those of ``score_tokens``, whole."""
+    batches = list(batches_by_length(samples, batch_size))
+    tokens = [sum(len(samples[k].input_ids) for k in batch) for batch in batches]
+    own: list[_Padded] = []
+    row = 0
+    for number in deal(tokens, ranks.world)[ranks.rank]:
+        numbers = batches[number]
+        batch = Batch.of([samples[k] for k in numbers], device)
+        count, longest = batch.input_ids.shape
+        rows = MicroBatch(batch.input_ids, (longest,) * count, row, tuple(numbers))
+        own.append(_Padded(rows, batch.attention_mask))
+        row += count * longest
+    return own
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.input_ids)
+
+
+def _digest(versions: Sequence[Version], sets: Sequence[SampleSet], batch_size: int, last: int, world: int) -> str:
+    """By which a record knows what it is of."""
+    digest = blake3()
+
+    def add(*values: object) -> None:
+        digest.update(json.dumps(values).encode())
+
+    add([version.name for version in versions], batch_size, last, world)
+    for of_set in sets:
+        add(of_set.name, of_set.detailed, of_set.hidden)
+        for sample in of_set.samples:
+            add(sample.input_ids, sample.labels)
+    return digest.hexdigest()
+
+
+def _columns(scores: Sequence[TokenScores], detailed: bool) -> Tensor:
+    """Scores of several samples as one float32 array: a row for each of the three, or for ``log_probs`` alone."""
+    names = ("log_probs", "hits", "standardised") if detailed else ("log_probs",)
+    rows = [[getattr(score, name).astype(np.float32) for score in scores] for name in names]
+    return torch.from_numpy(np.stack([np.concatenate([np.empty(0, np.float32), *row]) for row in rows]))
+
+
+def _as_scores(columns: NDArray[np.float32]) -> TokenScores:
+    if len(columns) == 1:
+        return TokenScores(columns[0].copy())
+    log_probs, hits, standardised = columns
+    return TokenScores(log_probs.copy(), hits == 1, standardised.copy())
+
+
+# Names of scratch files: of the hidden states that a part takes, and of finished scores.
+
+
+def _hidden(part: int, number: int, k: int) -> str:
+    return f"hidden-{part}-{number}-{k}"
+
+
+def _scores(number: int, k: int) -> str:
+    return f"scores-{number}-{k}"

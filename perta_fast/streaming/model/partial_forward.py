@@ -89,7 +89,7 @@ class PartialForward:
 
         return call
 
-    def _run(self, stand_in: _StandIn, attention_mask: Tensor | None, **start: Tensor) -> Any:
+    def _run(self, stand_in: _StandIn, attention_mask: Tensor | None, **start: Any) -> Any:
         """The model's output, with ``stand_in`` for its layers."""
         self._stand_in = stand_in
         try:
@@ -123,14 +123,16 @@ class PartialForward:
 
         return self._until_reached(run, attention_mask, inputs_embeds=_copy(hidden))
 
-    def after_layers(self, hidden: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None = None) -> Any:
+    def after_layers(
+        self, hidden: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None = None, **others: Any
+    ) -> Any:
         """The model's output, with logits, from the last layer's hidden states.
 
-        input_ids: run the input embedding too, although its result is not used.
+        input_ids: run the input embedding too, although its result is not used. others: arguments of the model.
         """
         last = len(self._layers) - 1
         start = {"inputs_embeds": _copy(hidden)} if input_ids is None else {"input_ids": input_ids}
-        return self._run(lambda call: hidden if call.number == last else call.hidden, attention_mask, **start)
+        return self._run(lambda call: hidden if call.number == last else call.hidden, attention_mask, **start, **others)
 
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, outside: Sequence[nn.Module]) -> None:
         """Raise InputError unless the layers are a chain and get only hidden states, positions and masks.

@@ -4,7 +4,7 @@ When transformers loads some families, it renames, joins and divides their tenso
 parameter). Its own conversions are used here, on as few tensors at once as possible.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,24 @@ class StoredWeights:
         Each group of tensors is read by position into new memory; joining it needs as much again. Raises RunError,
         naming file and tensor, if a shard cannot be read or has become shorter.
         """
-        names = list(names)
-        values: dict[str, Tensor] = {}
         with ExitStack() as stack:
             files = _OpenFiles(stack)
-            for name in names:
-                if name not in values:
-                    group = self._group_of[name]
-                    dtype = self._like[group.target].dtype
-                    read = {stored: files.read(self._checkpoint.tensors[stored]).to(dtype) for stored in group.stored}
-                    values |= group.convert(self._model, read)
+            return self.made_of(names, lambda stored: files.read(self._checkpoint.tensors[stored]))
+
+    def made_of(self, names: Iterable[str], tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """``read``, with stored tensors from elsewhere. tensor: gives one, in its stored type, by its name."""
+        names = list(names)
+        values: dict[str, Tensor] = {}
+        for name in names:
+            if name not in values:
+                group = self._group_of[name]
+                dtype = self._like[group.target].dtype
+                values |= group.convert(self._model, {stored: tensor(stored).to(dtype) for stored in group.stored})
         return {name: values[name].contiguous() for name in names}
+
+    def needed(self, names: Iterable[str]) -> list[str]:
+        """The stored tensors that these parameters or buffers are made of."""
+        return list(dict.fromkeys(stored for name in names for stored in self._group_of[name].stored))
 
     def names(self, parameters: Iterable[str]) -> list[str]:
         """The stored tensors of these parameters, which must be a whole part of the model."""

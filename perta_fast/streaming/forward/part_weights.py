@@ -1,0 +1,100 @@
+"""The weights of one part of a model, for one version after the other, from inputs that are read once for all."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from perta_fast.checkpoints.safetensors_file import TensorEntry
+from perta_fast.dtypes import ITEM_SIZES, torch_dtype
+from perta_fast.streaming.forward.version import Version
+from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.subtraction.compute import Chunk, MadeArrays, Statistics, Subtraction, chunk_elements, chunks_of
+from perta_fast.subtraction.held_inputs import Arena, Bytes, HeldInputs
+from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.matching import TensorMatch
+
+
+class PartWeights:
+    """Holds the inputs of one part, and one changed copy of it.
+
+    The values that it gives share memory with both, so they are valid until the next call.
+    """
+
+    def __init__(self, skeleton: Skeleton, versions: Sequence[Version], threads: int) -> None:
+        self._skeleton, self._versions, self._threads = skeleton, versions, threads
+        self._inputs, self._copy = HeldInputs(), Arena()
+        self._sources = {id(version.sources): version.sources for version in versions if version.sources is not None}
+        self._matches = {key: _by_name(sources) for key, sources in self._sources.items()}
+        self._stored: list[str] = []
+        self._made: dict[int, MadeArrays] = {}
+
+    def inputs_of(self, parameters: Iterable[str]) -> list[TensorEntry]:
+        """What lies in files for these parameters: of the model, and what the versions subtract."""
+        entries = []
+        for name in self._skeleton.weights.needed(parameters):
+            entries.append(self._skeleton.checkpoint.tensors[name])
+            for key, sources in self._sources.items():
+                if (found := self._matches[key].get(name)) is not None:
+                    entries += [entry for _, _, entry in sources.operands(found[1])]
+        return entries
+
+    def hold(self, parameters: Sequence[str]) -> None:
+        """Read the inputs of a part. Raises RunError, naming file and tensor, if that fails."""
+        self._inputs.hold(self.inputs_of(parameters), self._threads)
+        self._stored = self._skeleton.weights.needed(parameters)
+        self._made = {key: MadeArrays(sources, len(self._stored)) for key, sources in self._sources.items()}
+
+    def of(self, version: Version, parameters: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The values of parameters of the part that is held; and by stored tensor, how many elements differ.
+
+        Raises NotFiniteError, naming the tensor, if a value is not finite.
+        """
+        copies, changed = self._subtracted(version)
+        checkpoint = self._skeleton.checkpoint
+
+        def tensor(name: str) -> Tensor:
+            entry = checkpoint.tensors[name]
+            held = copies.get(name)
+            if held is None:
+                held = self._inputs.find(entry)
+            assert held is not None
+            return torch.frombuffer(held, dtype=torch_dtype(entry.dtype)).view(entry.shape)
+
+        return self._skeleton.weights.made_of(parameters, tensor), changed
+
+    def _subtracted(self, version: Version) -> tuple[dict[str, Bytes], dict[str, int]]:
+        """The tensors that a version changes, and how many elements of each differ."""
+        if version.sources is None or version.rescaling is None:
+            return {}, {}
+        matches, by_name = version.sources.matches, self._matches[id(version.sources)]
+        numbers = [by_name[name][0] for name in self._stored if name in by_name]
+        arrays = dict(zip(numbers, self._copy.arrays(matches[k].theta.size for k in numbers), strict=True))
+        changed = dict.fromkeys(numbers, 0)
+
+        def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
+            begin = chunk.begin * ITEM_SIZES[matches[chunk.index].theta.dtype]
+            arrays[chunk.index].data[begin : begin + len(data)] = data
+            counts.append((chunk.index, int(statistics.get("changed", 0))))
+
+        counts: list[tuple[int, int]] = []
+        subtraction = Subtraction(
+            version.sources,
+            version.rescaling,
+            self._threads,
+            chunk_elements(self._threads),
+            inputs=self._inputs,
+            made=self._made[id(version.sources)],
+        )
+        chunks = chunks_of([(k, matches[k]) for k in numbers], subtraction.chunk)
+        subtraction.run(chunks, store, lambda moved: None)
+        for number, count in counts:
+            changed[number] += count
+        names = {number: matches[number].theta.name for number in numbers}
+        return {names[k]: array for k, array in arrays.items()}, {names[k]: count for k, count in changed.items()}
+
+
+def _by_name(sources: Sources) -> dict[str, tuple[int, TensorMatch]]:
+    """The matches that are subtracted from, with their numbers, by the name of the model's tensor."""
+    numbered = enumerate(sources.matches)
+    return {match.theta.name: (number, match) for number, match in numbered if match.copied is None}
