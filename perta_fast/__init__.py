@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from perta_fast.data.samples import Sample
     from perta_fast.errors import InputError, Interrupted, PertaError, RunError
     from perta_fast.evaluation.results import Evaluation
-    from perta_fast.evaluation.run import evaluate
     from perta_fast.importance.ratio import ImportanceRatio
     from perta_fast.importance.store import Importance
     from perta_fast.preconditioning.record import Preconditioning
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from perta_fast.runs.apply import apply
     from perta_fast.runs.combine_importances import merge_importances, remove_importances
     from perta_fast.runs.estimate import estimate_importance
+    from perta_fast.runs.evaluate import evaluate
     from perta_fast.runs.precondition import precondition
     from perta_fast.runs.unlearn import unlearn
     from perta_fast.runs.verify import verify
@@ -48,7 +48,7 @@ _HOMES = {
     "apply": "perta_fast.runs.apply",
     "apply_to_module_": "perta_fast.subtraction.on_module",
     "estimate_importance": "perta_fast.runs.estimate",
-    "evaluate": "perta_fast.evaluation.run",
+    "evaluate": "perta_fast.runs.evaluate",
     "merge_importances": "perta_fast.runs.combine_importances",
     "precondition": "perta_fast.runs.precondition",
     "remove_importances": "perta_fast.runs.combine_importances",

@@ -31,7 +31,8 @@ def resume(
     """Finish a run, sweep or evaluation that was stopped; the result is that of an uninterrupted one, bit for bit.
 
     directory: what was given as ``out`` (of an evaluation, a file), or the model of an in-place run. progress: as in
-    ``apply``. group: the processes that finish it, as there: any number, but for a streamed run as many as began it.
+    ``apply``. group: the processes that finish it, as there: any number, but for a streamed run or evaluation as many
+    as began it.
     Returns the report, or the result of the sweep or evaluation. Raises InputError if there is nothing to finish, or
     an input is no longer what it was (nothing is written then), RunError if the run fails again.
     """
@@ -41,7 +42,7 @@ def resume(
         kind = _unfinished(destination) if ranks.first else None
         if ranks.first and kind is None:
             raise InputError(f"{directory}: there is no unfinished run to resume{_advice(destination)}")
-        if ranks.world > 1 and kind in ("in place", "evaluation"):
+        if ranks.world > 1 and kind == "in place":
             finishing = shell_command("perta", "resume", Path(directory))
             raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
@@ -54,9 +55,9 @@ def resume(
 
         return resume_sweep(destination, progress, ranks)
     if kind == "evaluation":
-        from perta_fast.evaluation.run import resume_evaluation
+        from perta_fast.runs.evaluate import resume_evaluation
 
-        return resume_evaluation(destination, progress)
+        return resume_evaluation(destination, progress, ranks)
     with ranks.together("the unfinished run"):
         report = finish_leftover(destination) if ranks.first else None
     return finish_resumed(ranks.share(report), progress, ranks)

@@ -5,15 +5,31 @@ import sys
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import CHAT, DOWNLOAD, ESTIMATION, FIELDS, SHOW_LABELS, Command, Option, flag, keywords
+from perta_fast.cli.options import (
+    CHAT,
+    DOWNLOAD,
+    ESTIMATION,
+    FIELDS,
+    LIMITS,
+    SHOW_LABELS,
+    Command,
+    Option,
+    check_streamed,
+    flag,
+    keywords,
+)
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable
 
 
 def run(parsed: argparse.Namespace) -> int:
+    check_streamed(parsed)
     with importing():
-        from perta_fast.evaluation.run import evaluate
+        from perta_fast.runs.evaluate import evaluate
 
-    result = evaluate(parsed.model, **keywords(parsed, without=("model",)))
+    result = evaluate(parsed.model, **keywords(parsed, without=("model",)), group=parsed.group)
+    if not Ranks.of(parsed.group).first:
+        return 0
     if not parsed.quiet:
         print(result.summary())
         if parsed.out is not None:
@@ -56,10 +72,13 @@ COMMAND = Command(
         Option("stress", "measure it rounded or retrained too: int8, int4, relearn=STEPS", _names, "S,S,..."),
         Option("against", "the model before unlearning, to count changed codes (that of its report)", Path, "DIR"),
         flag("show_text", "write answers, which may be private, to --out"),
+        flag("stream", "hold one decoder layer in memory at a time; no metrics of generated text"),
+        *LIMITS,
         *ESTIMATION,
         Option("out", "file to write, ending in .json", Path, "FILE"),
         flag("overwrite", "replace FILE"),
         flag("quiet", "no progress bar, no table"),
     ),
     run,
+    over_ranks=True,
 )

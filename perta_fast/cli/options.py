@@ -122,7 +122,7 @@ def conditions(parsed: argparse.Namespace) -> "Conditions":
 
 def check_streamed(parsed: argparse.Namespace) -> None:
     """Raise InputError if an option was given that needs ``--stream``."""
-    given = [key for key in ("dry_run", "memory", "device_memory") if getattr(parsed, key)]
+    given = [key for key in ("dry_run", "memory", "device_memory") if getattr(parsed, key, None)]
     if given and not parsed.stream:
         raise InputError(f"--{given[0].replace('_', '-')} is for streamed runs; add --stream")
 
@@ -199,8 +199,7 @@ SCOPE = (
         joined=True,
     ),
 )
-STREAM = (
-    flag("stream", "estimate with one decoder layer in memory at a time, for models larger than the memory"),
+LIMITS = (
     Option(
         "memory",
         "what --stream may take of the memory, as in 12GiB; chooses batches and overlap (no limit)",
@@ -208,6 +207,10 @@ STREAM = (
         "SIZE",
     ),
     Option("device_memory", "what --stream may take of the GPU's (no limit)", _size, "SIZE"),
+)
+STREAM = (
+    flag("stream", "estimate with one decoder layer in memory at a time, for models larger than the memory"),
+    *LIMITS,
     flag("dry_run", "print what --stream will take, from config.json, and stop"),
 )
 CHAT = (

@@ -59,6 +59,9 @@ class Request:
     compatible: str | None = None
     stress: list[str] | None = None
     against: str | None = None
+    stream: bool = False
+    memory: int | None = None
+    device_memory: int | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -102,6 +105,7 @@ class Request:
         )
         shown = {name: getattr(self, name) for name in names}
         shown |= {name: given for name in ("fields", "stress", "against") if (given := getattr(self, name)) is not None}
+        shown |= {"stream": True} if self.stream else {}
         reference = None if self.reference is None else str(Path(self.reference).resolve())
         return shown | {"split": self.split if self.suite == "tofu" else None, "reference": reference}
 

@@ -60,13 +60,23 @@ class KeptParts:
     def write(self, name: str, content: Any) -> None:
         """Keep a part, as JSON. Raises RunError if that fails."""
         try:
-            if not self.any:
-                self._state.mkdir(exist_ok=True)
-                write_record(self._state / EVALUATION_RECORD, self._record)
-                self.any = True
+            self._begin()
             write_record(self._path(name), content)
         except OSError as error:
-            raise RunError(f"{self._final}: could not be written: {advice(error)}; {self.going_on()}") from error
+            raise self._lost(error) from error
+
+    def folder(self, name: str) -> Path:
+        """A directory where the work on a part keeps how far it has come; it is made if it is not there.
+
+        From here on the run can be resumed. Raises RunError if that fails.
+        """
+        folder = self._path(name).with_suffix("")
+        try:
+            self._begin()
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._lost(error) from error
+        return folder
 
     def finish(self, content: bytes) -> None:
         """Write the file, replacing one of its name, and remove the parts. Raises RunError if that fails."""
@@ -87,6 +97,16 @@ class KeptParts:
             forget(self._folder)
             remove(self._folder)
         self._locked.close()
+
+    def _begin(self) -> None:
+        """Write the record, if it is not there."""
+        if not self.any:
+            self._state.mkdir(exist_ok=True)
+            write_record(self._state / EVALUATION_RECORD, self._record)
+            self.any = True
+
+    def _lost(self, error: OSError) -> RunError:
+        return RunError(f"{self._final}: could not be written: {advice(error)}; {self.going_on()}")
 
     def _path(self, name: str) -> Path:
         return self._state / f"{blake3(name.encode()).hexdigest()[:32]}.json"

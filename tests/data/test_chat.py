@@ -16,7 +16,7 @@ from perta_fast.data.chat import ChatSettings, Told, parse_date, told
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import encode
 from perta_fast.errors import InputError
-from perta_fast.evaluation.run import evaluate
+from perta_fast.runs.evaluate import evaluate
 from tests.support.models import CHAT_TEMPLATE, FORGET, llama, tokenizer, write_lines
 
 # As Llama-3.2's: a system turn always, with today's date unless one is given.

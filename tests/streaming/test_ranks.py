@@ -21,7 +21,7 @@ from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.journal import JOB
 from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.runs import apply as application
-from perta_fast.streaming import kept_importance, scratch_files, write_behind
+from perta_fast.streaming import kept_importance, scratch_files, step_record, write_behind
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.forecast import choice as planning
 from perta_fast.streaming.schedule import Schedule
@@ -230,7 +230,7 @@ def at_calls(watched: int, strike: Callable[[str], None], rank: int) -> None:
 
         setattr(owner, name, call)
 
-    for module in (write_behind, kept_importance, scratch_files):
+    for module in (write_behind, step_record, kept_importance, scratch_files):
         for name in ("write_fully", "write_record", "sync", "sync_tree", "remove"):
             if hasattr(module, name):
                 watch(module, name)

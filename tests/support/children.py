@@ -70,6 +70,6 @@ def signal_at(signal: str, call: str, after: bool = False, earlier: int = 0) -> 
 
     call: room, module and function, as ``files.new_directory.move``.
     """
-    package, module, function = call.split(".")
+    package, module, function = call.rsplit(".", 2)
     names = {"package": package, "module": module, "function": function}
     return _SIGNAL_AT.format(signal=signal, after=after, earlier=earlier, **names)

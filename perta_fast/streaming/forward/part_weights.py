@@ -36,7 +36,7 @@ class PartWeights:
             entries.append(self._skeleton.checkpoint.tensors[name])
             for key, sources in self._sources.items():
                 if (found := self._matches[key].get(name)) is not None:
-                    entries += [entry for _, _, entry in sources.operands(found[1])]
+                    entries += [entry for operand, _, entry in sources.operands(found[1]) if operand]
         return entries
 
     def hold(self, parameters: Sequence[str]) -> None:

@@ -1,0 +1,231 @@
+"""An evaluation whose arguments, data and reference are checked: all that is done before a model is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.quantised import open_plain
+from perta_fast.data.chat import ChatSettings, told
+from perta_fast.errors import InputError
+from perta_fast.evaluation.attacks import offer_attacks
+from perta_fast.evaluation.benchmark_files import DataFile
+from perta_fast.evaluation.conventions import Conventions
+from perta_fast.evaluation.examinee import Examinee
+from perta_fast.evaluation.metric_table import MetricTable
+from perta_fast.evaluation.muse import MuseMetrics, read_muse
+from perta_fast.evaluation.own_data import OwnData
+from perta_fast.evaluation.request import Request
+from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric, files_read
+from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
+from perta_fast.files.kept_parts import KeptParts
+from perta_fast.files.new_directory import EVALUATION_STATE
+from perta_fast.files.new_file import check_output_file
+from perta_fast.models.loading import Subject, check_sizes
+from perta_fast.progress import Progress
+from perta_fast.records.versions import installed_versions, now
+
+E = TypeVar("E", bound=Examinee)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is measured, and how. names: of the metrics. notes: of the checks."""
+
+    request: Request
+    table: MetricTable
+    names: list[str]
+    notes: list[str]
+    conventions: Conventions
+
+    @classmethod
+    def of(cls, request: Request, *, overwrite: bool, resume: bool) -> "Checked":
+        """Read and check everything. resume: go on with a stopped evaluation to the same file.
+
+        Raises InputError for bad arguments or data, RunError if the result could not be written.
+        """
+        _check_arguments(request)
+        conventions = _conventions(request)
+        _check_out(request, overwrite, resume)
+        gold = None if request.reference is None else EvaluationFile.read(request.reference)
+        table = _table(request, gold)
+        if request.reference_model is not None:
+            Checkpoint.open(request.reference_model)
+        offer_attacks(table, request.reference_model, conventions)
+        _check_stress(request, table)
+        names, notes = _chosen(request, table)
+        if gold is not None:
+            notes += gold.compared_with(conventions.name)
+            given = {"system_prompt": request.system_prompt, "date_string": request.date_string}
+            notes += gold.differences(given, {role: file.digest for role, file in table.files.items()})
+            _check_reference(gold, table, names, request.min_k)
+        for name in ("rouge_score", "scipy", "sklearn"):
+            if find_spec(name) is None:
+                raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
+        if request.lm_eval:
+            _check_harness(request.lm_eval)
+        return cls(request, table, names, notes, conventions)
+
+    def subject_on(self, subject: Subject, day: date) -> Subject:
+        """With the request's settings for the chat template. day: for templates that ask for the date."""
+        chat = ChatSettings.of(self.request.system_prompt, self.request.date_string, day)
+        return replace(subject, tokenizer=chat.given_to(subject.tokenizer))
+
+    def examinee(
+        self, kind: type[E], subject: Subject, progress: Progress, kept: KeptParts | None = None, **found: Any
+    ) -> E:
+        """The model as it is examined. found: what this kind of examinee takes beside."""
+        request = self.request
+        return kind(
+            subject,
+            request.batch_size,
+            request.max_length,
+            progress,
+            request.max_new_tokens,
+            request.show_text,
+            kept,
+            request.min_k,
+            self.conventions,
+            notes=list(self.notes),
+            **found,
+        )
+
+    def result(
+        self,
+        examinee: Examinee,
+        measured: dict[str, Metric],
+        started: str,
+        general: dict[str, dict[str, Any]] | None = None,
+        under_stress: dict[str, Any] | None = None,
+    ) -> Evaluation:
+        """The record of the evaluation, which ends now."""
+        return Evaluation(
+            measured,
+            examinee.subject.origin,
+            self.request.settings() | {"date": told(examinee.subject.tokenizer).date, "prompt": examinee.prompt},
+            examinee.data,
+            general or {},
+            installed_versions(),
+            examinee.notes,
+            started,
+            now(),
+            under_stress or {},
+        )
+
+
+def _check_arguments(request: Request) -> None:
+    """Raise InputError for numbers out of their range, and arguments that do not go together."""
+    check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
+    if not 0 < request.min_k <= 1:
+        raise InputError(f"min_k is {request.min_k}; it must be a share of the tokens, above 0 and at most 1")
+    ChatSettings.of(request.system_prompt, request.date_string)
+    if request.suite == "muse" and not (request.system_prompt is request.date_string is None):
+        raise InputError("system_prompt and date_string are for a chat template, and MUSE asks without one")
+    if not request.stream:
+        for name in ("memory", "device_memory"):
+            if getattr(request, name) is not None:
+                raise InputError(f"{name} is for streamed evaluations; give stream too")
+        return
+    if request.model is None:
+        raise InputError("stream is for checkpoint directories; a live module is in memory already")
+    for name in ("stress", "lm_eval"):
+        if getattr(request, name):
+            raise InputError(f"{name} needs the whole model in memory; leave it out, or leave stream out")
+    open_plain(request.model)
+
+
+def _check_out(request: Request, overwrite: bool, resume: bool) -> None:
+    if request.out is None:
+        return
+    out = Path(request.out)
+    again = "" if overwrite and not resume else EVALUATION_STATE
+    inputs = files_read(request.paths(), out)
+    check_output_file(out, (".json",), overwrite=overwrite, inputs=inputs, again=again)
+
+
+def _chosen(request: Request, table: MetricTable) -> tuple[list[str], list[str]]:
+    """The names of the metrics to compute, and a note on those that a streamed evaluation leaves out."""
+    if not request.stream:
+        return table.chosen(request.metrics), []
+    names, rest = table.chosen_of_scores(request.metrics)
+    return names, [f"not computed, since they need more than token scores: {', '.join(rest)}"] if rest else []
+
+
+def _check_stress(request: Request, table: MetricTable) -> None:
+    """Raise InputError for stresses that the request does not allow."""
+    if request.against is not None:
+        if request.stress is None:
+            raise InputError("against is for counting codes that have changed; name what to measure with stress too")
+        if request.model is None:
+            raise InputError("against compares two checkpoints, and the model is one in memory; give its directory")
+        open_plain(request.against)
+    if request.stress is None:
+        return
+    if table.forget_file not in table.files:
+        raise InputError(f"stress needs the file {table.forget_file}")
+    if request.model is not None:
+        open_plain(request.model)
+
+
+def _conventions(request: Request) -> Conventions:
+    """Raises InputError for a request that they do not cover."""
+    conventions = Conventions.named(request.compatible)
+    if conventions.name is not None and request.suite == "muse":
+        raise InputError(f"compatible {conventions.name} is for TOFU and data of your own, not for MUSE; leave it out")
+    if conventions.name is not None and request.max_length is not None:
+        raise InputError(f"max_length: {conventions.name} has limits of its own; leave out the one or the other")
+    return conventions
+
+
+def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:
+    """Read and check all data; returns what can be measured on it."""
+    suite = request.suite
+    if suite not in (None, "tofu", "muse"):
+        raise InputError(f"suite is {suite!r}; it must be tofu or muse")
+    given = {role: path for role in ("forget", "retain", "holdout") if (path := getattr(request, role)) is not None}
+    if suite is None:
+        if "forget" not in given:
+            raise InputError("forget is missing: give a suite with its data, or your own forget data")
+        if request.data is not None:
+            raise InputError("data is the directory of a suite; name the suite too")
+        if gold is not None and "holdout" not in given:
+            raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
+        return OwnData({role: DataFile.read(path, request.fields) for role, path in given.items()}, gold)
+    if given:
+        raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
+    if request.fields is not None:
+        raise InputError("fields is for data of your own; the suite has its own names of fields")
+    if request.data is None:
+        raise InputError("data is missing: the directory with the files of the suite")
+    if suite == "tofu":
+        return TofuMetrics(read_tofu(Path(request.data), request.split), gold)
+    return MuseMetrics(read_muse(Path(request.data), partly=request.metrics is not None), gold)
+
+
+def _check_reference(gold: EvaluationFile, table: MetricTable, names: Sequence[str], min_k: float) -> None:
+    """Raise InputError unless the gold results have all that the metrics of these names read."""
+    if any(name.startswith("forget_quality") for name in names):
+        gold.values("forget_truth_ratio", "score", len(table.files["forget"].rows))
+    if "privleak" in names:
+        gold.value("mia_min_k")
+        if gold.min_k not in (None, min_k):
+            raise InputError(
+                f"{gold.path}: has Min-K of {gold.min_k} of the tokens; evaluate with --min-k {gold.min_k}"
+            )
+
+
+def _check_harness(tasks: Sequence[str]) -> None:
+    """Raise InputError if lm-evaluation-harness cannot be imported or lacks a task."""
+    try:
+        from lm_eval.models.huggingface import HFLM  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'perta-fast[lm-eval]'"
+        ) from error
+    known = TaskManager().all_tasks
+    if unknown := [task for task in tasks if task not in known]:
+        raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}")

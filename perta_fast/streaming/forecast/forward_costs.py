@@ -1,0 +1,197 @@
+"""The costs of one forward walk that scores several versions of the weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
+from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
+from perta_fast.streaming.forecast.rates import Rates
+from perta_fast.streaming.forecast.trial import Cost, Trial
+from perta_fast.streaming.forward.sample_set import SampleSet
+from perta_fast.streaming.forward.version import Version
+from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.model.structure import Structure
+from perta_fast.streaming.schedule import Schedule
+from perta_fast.subtraction.compute import buffer_bytes
+
+_SCORES = 12  # bytes of a token: three numbers in float32
+_FLOAT32 = 4
+_CHUNK = 1 << 24  # logits that ``token_scores`` works on at a time
+_COPIES = 6  # of a chunk in float32, where all columns are asked for
+_NUMBERS = 16  # bytes of a token: its id and its mask
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The versions that a walk scores.
+
+    count: how many. beside: bytes of an element of the model that are read to change it, over all versions; 0 if none
+    is changed. stored: bytes of an element of the model on the disk.
+    """
+
+    count: int
+    beside: float
+    stored: int
+
+    @classmethod
+    def of(cls, versions: Sequence[Version], stored: int) -> "Compared":
+        """What ``versions`` read, from the headers of their files. stored: bytes of an element of the model."""
+        sources = {id(version.sources): version.sources for version in versions if version.sources is not None}
+        read: dict[tuple[object, int], int] = {}
+        elements = 1
+        for each in sources.values():
+            for match in each.matches:
+                if match.copied is None:
+                    read |= {(entry.path, entry.begin): entry.size for k, _, entry in each.operands(match) if k}
+            elements = sum(match.theta.count for match in each.matches)
+        return cls(len(versions), sum(read.values()) / elements, stored)
+
+
+class ForwardEstimate(Estimate):
+    """Of ``score_versions``. The load has the sets that are scored.
+
+    detailed: whether all columns of the scores are computed. subtract of the load is not read.
+    """
+
+    overlaps = True
+
+    def __init__(
+        self,
+        structure: Structure,
+        load: Load,
+        device: torch.device,
+        compared: Compared,
+        *,
+        detailed: bool = True,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(structure, load, device)
+        self._compared, self._detailed, self._threads = compared, detailed, threads
+        self._trial = Trial(structure, self.here, squares=False)
+        head = structure.head
+        self._words = 0 if head is None else dict(structure.model.named_parameters())[head].shape[0]
+
+    def costs(self, schedule: Schedule) -> Costs:
+        host, device = self.memory(schedule)
+        parts = self._parts()
+        return Costs(
+            host=host,
+            device=device,
+            scratch=self.scratch(schedule),
+            weights_read=sum(self._inputs(names) for names in parts),
+            scratch_moved=2 * self._compared.count * (len(parts) - 1) * self._hidden_bytes(schedule),
+            result_read=0,
+            result_written=0,
+            flops=self._compared.count * self._flops(schedule),
+            bound=any(
+                self._trial.forward(layer, *batches[0]).bound
+                for layer in range(len(self.structure.layers))
+                for batches in self._batches(schedule)
+                if batches
+            ),
+        )
+
+    def scratch(self, schedule: Schedule) -> int:
+        """Each version's hidden states, twice for two of them, and its scores."""
+        tokens = sum(map(sum, self.load.lengths))
+        return (self._compared.count + 2) * self._hidden_bytes(schedule) + self._compared.count * _SCORES * tokens
+
+    @property
+    def result_bytes(self) -> int:
+        return 0
+
+    def plan(self, schedule: Schedule) -> str:
+        count = self._compared.count
+        return (
+            f"batches of {schedule.batch_size}, one walk forward for {count} version{'s' * (count > 1)} of the weights"
+        )
+
+    def seconds_to_read(self, rates: Rates) -> float:
+        """Of all inputs, once."""
+        return sum(self._inputs(names) for names in self._parts()) / rates.read
+
+    def seconds_of_version(self, schedule: Schedule, rates: Rates) -> float:
+        """Of one version, beside the reading of the inputs."""
+        moved = (len(self._parts()) - 1) * self._hidden_bytes(schedule)
+        return self._flops(schedule) / rates.flops + moved / rates.read + moved / rates.written
+
+    def most_versions(self, schedule: Schedule, free: int) -> int:
+        """How many versions the disk has room for at once; at least 1."""
+        tokens = sum(map(sum, self.load.lengths))
+        hidden = self._hidden_bytes(schedule)
+        return max(1, (free - 2 * hidden) // max(1, hidden + _SCORES * tokens))
+
+    def _parts(self) -> list[list[str]]:
+        """The parameters of each part, without the resident ones."""
+        structure = self.structure
+        return [[structure.embedding], *structure.by_layer, [] if structure.head is None else [structure.head]]
+
+    def _inputs(self, names: Sequence[str]) -> int:
+        """Bytes of all inputs of a part with the resident parameters."""
+        return int(self._elements(names) * (self._compared.stored + self._compared.beside))
+
+    def _elements(self, names: Sequence[str]) -> int:
+        return sum(self._counts[name] for name in [*names, *self.structure.resident])
+
+    def _hidden_bytes(self, schedule: Schedule) -> int:
+        """Those of one version at one boundary, with padding."""
+        return self._row * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
+
+    def _memory_by_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+        structure = self.structure
+        vocabulary = self._bytes([*structure.vocabulary, *structure.resident])
+        yield self._on({"inputs": 0}, {"weights": vocabulary})
+        numbers = _NUMBERS * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
+        changes, converted = self._compared.beside > 0, self._compared.stored != self.dtype.itemsize
+        buffers = buffer_bytes(self._threads) if changes else 0
+        for part, names in enumerate(self._parts()):
+            elements = self._elements(names)
+            copy = elements * self._compared.stored if changes else 0
+            host = {"inputs": self._inputs(names), "changed copy": copy, "buffers": buffers}
+            cuda = self.device.type != "cpu"
+            weights = elements * self.dtype.itemsize if cuda or converted else 0
+            if cuda and converted:
+                host["changed copy"] += weights
+            most = max(self._batch_cost(part, *batches[0]).bytes for batches in self._batches(schedule) if batches)
+            yield self._on(host, {"weights": weights, "activations": most + numbers})
+
+    def _on(self, host: dict[str, int], device: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        return ({**host, **device}, {}) if self.device.type == "cpu" else (host, device)
+
+    def _batch_cost(self, part: int, count: int, tokens: int) -> Cost:
+        """What one batch takes in a part beside weights."""
+        if part == 0:
+            return Cost(2 * count * tokens * self._row, 0)
+        if part <= len(self.structure.layers):
+            return self._trial.forward(part - 1, count, tokens)
+        logits = count * tokens * self._words
+        chunks = min(logits, max(_CHUNK, self._words)) * _FLOAT32 * (_COPIES if self._detailed else 3)
+        moved = 3 * count * tokens * self._row
+        return Cost(2 * logits * self.dtype.itemsize + chunks + moved, 2 * logits * self.width)
+
+    def _flops(self, schedule: Schedule) -> float:
+        """Of one version."""
+        return sum(self._arithmetic(schedule, partial(self._sample_flops, part)) for part in range(len(self._parts())))
+
+    def _sample_flops(self, part: int, tokens: int) -> int:
+        return self._batch_cost(part, 1, tokens).flops
+
+
+def forward_estimate(
+    skeleton: Skeleton, versions: Sequence[Version], sets: Sequence[SampleSet], threads: int, ranks: int = 1
+) -> ForwardEstimate:
+    """Of ``score_versions`` with these arguments; for the rank with the most data."""
+    lengths = [[len(sample.input_ids) for sample in of_set.samples] for of_set in sets if of_set.samples]
+    sizes = [ITEM_SIZES[entry.dtype] for entry in skeleton.checkpoint.tensors.values() if entry.dtype in KERNEL_CODES]
+    stored = max(set(sizes), key=sizes.count)
+    return ForwardEstimate(
+        skeleton,
+        Load(lengths).share(ranks),
+        skeleton.device,
+        Compared.of(versions, stored),
+        detailed=any(of_set.detailed for of_set in sets),
+        threads=threads,
+    )
