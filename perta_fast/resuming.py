@@ -44,7 +44,7 @@ def resume(
         kind = _unfinished(destination) if ranks.first else None
         if ranks.first and kind is None:
             raise InputError(f"{directory}: there is no unfinished run to resume{_advice(destination)}")
-        if ranks.world > 1 and kind in ("in place", "sweep", "journal"):
+        if ranks.world > 1 and kind in ("in place", "journal"):
             finishing = shell_command("perta", "resume", Path(directory))
             raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
@@ -57,7 +57,7 @@ def resume(
     if kind == "sweep":
         from perta_fast.sweeping.run import resume_sweep
 
-        return resume_sweep(destination, progress)
+        return resume_sweep(destination, progress, ranks)
     if kind == "evaluation":
         from perta_fast.runs.evaluate import resume_evaluation
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, flag, keywords
+from perta_fast.cli.options import Command, Option, check_streamed, flag, keywords
 from perta_fast.data.forms import fields_text
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable, shell_command
 from perta_fast.rules import PRECONDITIONED, Rule
 from perta_fast.scoring.criteria import LOSS, METRICS, SELECTIONS
@@ -20,16 +21,28 @@ if TYPE_CHECKING:
 
 def run(parsed: argparse.Namespace) -> int:
     with importing():
+        from perta_fast.sweeping.dry_run import preview_sweep
         from perta_fast.sweeping.run import sweep
 
-    settings = keywords(parsed)
+    check_streamed(parsed)
+    settings = keywords(parsed, without=("dry_run",))
     for one, several in (("rule", "rules"), ("mu", "mus"), ("p", "ps"), ("alpha", "alphas")):
         settings[one] = settings.pop(several) or settings[one]
-    result = sweep(**settings)
+    if parsed.dry_run:
+        ranks = Ranks.of(parsed.group)
+        with ranks.together("the estimate"):
+            if ranks.first:
+                print(preview_sweep(settings, options.conditions(parsed), ranks.world))
+        return 0
+    result = sweep(**settings, group=parsed.group)
+    if not Ranks.of(parsed.group).first:
+        return 0
     print(result.summary())
     best, curves = result.best, result.curves()
     if parsed.checkpoint is not None:
         print(printable(f"chosen checkpoint written to {parsed.checkpoint}"))
+    elif parsed.in_place:
+        print(printable(f"what was chosen is in {parsed.model} now"))
     elif best is not None and best.rule:
         print(f"Write it with:\n{_making(parsed, result, best, repr(best.lam))}")
     elif best is None and len(curves) == 1:
@@ -143,12 +156,17 @@ COMMAND = Command(
             "choose what has forgotten most within the bound, or what is closest to the gold model",
             choices=SELECTIONS,
         ),
+        Option("also", "further data to score", Path, "FILE", [], several=True, named=True),
         Option("gold", "a model trained without the forget data", Path, "DIR"),
-        Option("checkpoint", "directory to make, of what was chosen", Path, "DIR"),
+        Option("checkpoint", "directory to make, of what was chosen", Path, "DIR", one_of="result"),
+        flag("in_place", "change the model where it lies into what was chosen", one_of="result"),
+        flag("leave_others", "change in place though other weight files lie beside the shards"),
         Option("forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
         Option("importance", "in place of the two: what --save-importance wrote", Path, "DIR", [], several=True),
         options.AT_BY_RULE,
+        *options.STREAM,
+        Option("threads", "threads to subtract with (all processors)", int, "N"),
         *options.CHAT,
         *options.ESTIMATION,
         Option("out", "directory to make, for figures and plot", Path, "DIR"),
@@ -156,4 +174,5 @@ COMMAND = Command(
         flag("quiet", "no progress bar"),
     ),
     run,
+    over_ranks=True,
 )

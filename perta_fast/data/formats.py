@@ -139,6 +139,13 @@ def _ending(file: Path) -> str:
     return file.name[-max(len(ending) for ending in ENDINGS if file.name.lower().endswith(ending)) :]
 
 
+def stem_of(path: str | Path) -> str:
+    """The name of a data file, without its ending and the number of a shard; of DIR:NAME, NAME."""
+    path = checked_path(path)
+    name = path.name if exists(path) else path.name.rpartition(":")[2]
+    return _SHARD.sub("", name.removesuffix(_ending(Path(name))) if name.lower().endswith(ENDINGS) else name)
+
+
 def _key(part: Path) -> str:
     """The name of a data file, the same for all its shards: data/train for data/train-00000-of-00002.parquet."""
     stem = _SHARD.sub("", str(part).removesuffix(_ending(part)))

@@ -75,8 +75,8 @@ def read_scores(paths: Sequence[str | Path]) -> list[Scores]:
 
 
 def data_hashes(sweep: Sweep) -> dict[str, str]:
-    """The hash of each data set that a sweep was scored on."""
-    return {role: data["blake3"] for role, data in sweep.data.items()}
+    """The hash of each data set that a sweep has chosen by."""
+    return {role: sweep.data[role]["blake3"] for role in ("forget", "retain") if role in sweep.data}
 
 
 def why_not_as_recorded(record: DirectoryRecord) -> str | None:

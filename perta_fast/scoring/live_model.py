@@ -34,7 +34,7 @@ Importances = Mapping[str, Importance] | ImportanceRatio  # of forget and retain
 
 
 def read_scored(path: str, metric: str, fields: Fields | None = None) -> DataFile:
-    """The forget or retain data. Raises InputError for a bad line, and for one that ``metric`` cannot measure."""
+    """Data to score. Raises InputError for a bad line, and for one that ``metric`` cannot measure."""
     file = DataFile.read(path, fields)
     for row in file.rows:
         if metric == _ROUGE and "question" not in row.content:
@@ -72,7 +72,7 @@ def check_metric(metric: str) -> None:
 
 @dataclass(frozen=True)
 class ScoredData:
-    """Tokenised forget and retain data, by role in this order. answers: the true ones, for the metric Q_A_ROUGE."""
+    """Tokenised data by role: forget, retain, then further files. answers: the true ones, for the metric Q_A_ROUGE."""
 
     samples: Mapping[str, Sequence[Sample]]
     answers: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -95,9 +95,13 @@ class ScoredModel:
     def score(self, name: str) -> ScoredSetting:
         """Losses and metrics of the model in its present state; ``name`` is shown with the progress."""
         started = time.perf_counter()
-        (forget_loss, forget), (retain_loss, retain) = (self._score(role, name) for role in self.samples)
+        values = {role: self._score(role, name) for role in self.samples}
         seconds = time.perf_counter() - started
-        return ScoredSetting("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds)
+        (forget_loss, forget), (retain_loss, retain) = values.pop("forget"), values.pop("retain")
+        scores = dict[str, float]()
+        for role, (loss, metric) in values.items():
+            scores |= {f"{role}_{LOSS}": loss, f"{role}_{self._metric}": metric}
+        return ScoredSetting("", 1.0, 1.0, 0.0, forget_loss, retain_loss, forget, retain, 0.0, seconds, scores=scores)
 
     def _score(self, role: str, name: str) -> tuple[float, float]:
         samples, metric, shown = self.samples[role], self._metric, f"{name}, {role}"

@@ -1,7 +1,7 @@
 """One setting with what it scores."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,9 @@ class ScoredSetting:
     samples of their mean token cross-entropy, in nats; not finite where the strength has broken the model. forget,
     retain: the sweep's metric on both sets. changed: share of the elements, in [0, 1], whose stored value differs
     from theta_full's. seconds: of subtraction, scoring and restoring. skipped: not measured, since a smaller
-    strength broke the bound; the numbers then mean nothing. mu: of rule ``preconditioned``, else None.
+    strength broke the bound; the numbers then mean nothing. mu: of rule ``preconditioned``, else None. scores: other
+    metrics, by the names of ``perta eval``. not_finite: where, in a streamed sweep, something was no longer finite for
+    the first time; all numbers are then NaN.
     """
 
     rule: str
@@ -27,6 +29,8 @@ class ScoredSetting:
     seconds: float
     skipped: bool = False
     mu: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    not_finite: str = ""
 
     @property
     def is_finite(self) -> bool:

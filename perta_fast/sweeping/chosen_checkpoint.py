@@ -1,46 +1,57 @@
 """The checkpoint of the setting that a sweep has chosen, written as ``apply`` writes one."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
+from perta_fast.files.apart import check_inputs_stay
 from perta_fast.files.identity import lies_in
+from perta_fast.files.journal import JOB, JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished
-from perta_fast.importance.ratio import ImportanceRatio
+from perta_fast.progress import Progress
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.precondition import given_files
-from perta_fast.runs.settings import Settings
-from perta_fast.subtraction.inputs import open_importances
-from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, open_sources
-from perta_fast.sweeping.request import Request
+from perta_fast.runs.settings import Settings, check_others
+from perta_fast.subtraction.in_place import check_in_place, is_open, resume_in_place
+from perta_fast.subtraction.job import Job
+from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checkpoints_of, open_sources
 from perta_fast.sweeping.results import Sweep
+from perta_fast.sweeping.unfinished import Begun
 from perta_fast.sweeping.vectors import Vectors
 
 
-def check_destination(request: Request, out: Path, inputs: list[Path]) -> None:
-    """Raise InputError, before anything is scored, if the checkpoint could not be written to its directory."""
-    if request.checkpoint is None:
+def check_result(opened: OpenedSweep, out: Path) -> None:
+    """Raise InputError, before anything is scored, if no checkpoint could be made of what is chosen.
+
+    out: the directory of the sweep.
+    """
+    request, inputs = opened.request, opened.paths()
+    if not request.makes_result:
         return
-    destination = Path(os.path.realpath(request.checkpoint))
+    destination = request.result
     if lies_in(destination, out) or lies_in(out, destination):
-        raise InputError(f"checkpoint {destination} and out {out} must lie apart, neither within the other")
+        what = "model" if request.in_place else "checkpoint"
+        raise InputError(f"{what} {destination} and out {out} must lie apart, neither within the other")
+    if request.in_place:
+        check_others(opened.sources.model, True, request.leave_others)
+        check_in_place(opened.sources)
+        check_inputs_stay(destination, [destination / JOURNAL], inputs)
+        return
     check_output(destination, overwrite=request.overwrite, inputs=inputs)
     check_unfinished(destination, overwrite=request.overwrite)
 
 
 def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vectors: Vectors) -> None:
-    """Write the checkpoint of ``sweep.best``, unless this sweep has written it before it was stopped.
+    """Make the checkpoint of ``sweep.best``, unless this sweep has made it before it was stopped. Every rank calls it.
 
     importances, vectors: on disk, those that settings were scored with.
     """
     request, best = opened.request, sweep.best
     assert best is not None
-    destination = Path(os.path.realpath(str(request.checkpoint)))
+    destination = request.result
     (curve,) = (curve for curve in opened.curves if curve.has(best))
     rule = curve.rule.at(best.lam)
     settings = sweep.settings | {"sweep": request.out, "sweep_started": sweep.started, "select": sweep.select}
@@ -62,22 +73,40 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
     tuned = None if curve.mu is None else vectors.of(curve.mu)
     estimated = rule.estimator is not None and rule.estimator not in opened.given
     apply_sources(
-        open_sources(request, _opened(rule, importances), tuned),
+        open_sources(request, checkpoints_of(rule, importances), tuned),
         rule,
-        Settings(destination, overwrite=request.overwrite, progress=opened.progress),
+        Settings(
+            destination,
+            request.in_place,
+            request.overwrite,
+            threads=request.threads,
+            leave_others=request.leave_others,
+            progress=opened.progress,
+        ),
         annotate=annotate,
         temporary=estimated or tuned is not None,  # removed with the sweep's record
+        ranks=opened.ranks,
     )
 
 
-def _opened(rule: Rule, importances: ByEstimator) -> dict[str, Checkpoint]:
-    """Those that ``rule`` needs, of importances on disk."""
-    if rule.estimator is None:
-        return {}
-    weighing = importances[rule.estimator]
-    if isinstance(weighing, ImportanceRatio):
-        return open_importances(rule, both=weighing.directory)
-    return open_importances(rule, weighing["forget"].directory, weighing["retain"].directory)
+def has_changed(begun: Begun) -> bool:
+    """Whether the sweep has changed the model in place, or has begun to."""
+    if not begun.applying:
+        return False
+    model = begun.request.result
+    try:
+        settings = Job.load(model / JOURNAL / JOB).report["settings"] if is_open(model) else Report.load(model).settings
+    except (InputError, KeyError):
+        return False
+    own = {"sweep": begun.request.out, "sweep_started": begun.started}
+    return isinstance(settings, dict) and own.items() <= settings.items()
+
+
+def finish_in_place(begun: Begun, progress: Progress) -> None:
+    """Finish what ``has_changed`` has found. Raises InputError if an input is not what it was."""
+    model = begun.request.result
+    if is_open(model):
+        resume_in_place(model, progress)
 
 
 def _is_written(destination: Path, rule: Rule, mu: float | None, settings: dict[str, Any]) -> bool:

@@ -8,6 +8,8 @@ from perta_fast.errors import InputError
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, Estimator, Rule, check_mu
 from perta_fast.scoring.setting import ScoredSetting
 
+# Where a streamed sweep, which cannot search, looks for the largest strength within a bound.
+DEFAULT_STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _UNWEIGHED = {"tv", PRECONDITIONED}  # rules without p and alpha
 
 
@@ -36,6 +38,21 @@ class Curve:
             rescaling.alpha,
             self.mu,
         )
+
+    def skipped(self, lam: float) -> ScoredSetting:
+        """The setting at ``lam``, if it is not measured."""
+        nan, p, alpha = math.nan, self.rule.rescaling.p, self.rule.rescaling.alpha
+        return ScoredSetting(self.name, p, alpha, lam, nan, nan, nan, nan, nan, 0.0, skipped=True, mu=self.mu)
+
+    @property
+    def title(self) -> str:
+        """Its name, shown with the progress: the rule, with the numbers that are not the rule's own."""
+        if self.mu is not None:
+            return f"{self.name}, mu {self.mu:g}"
+        own, rescaling = Rule.of(self.name, 0.0).rescaling, self.rule.rescaling
+        p = "" if rescaling.p == own.p else f", p {rescaling.p:g}"
+        alpha = "" if rescaling.alpha == own.alpha else f", alpha {rescaling.alpha:g}"
+        return f"{self.name}{p}{alpha}"
 
     def in_words(self) -> str:
         """Rule and numbers, for a message."""

@@ -1,7 +1,7 @@
 """The opened inputs of a sweep: checkpoints, data, importances that were given; and the models that it loads."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +14,8 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import fingerprint
 from perta_fast.data.chat import ChatSettings
-from perta_fast.data.formats import data_files
+from perta_fast.data.formats import data_files, stem_of
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee
@@ -23,11 +24,12 @@ from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance
 from perta_fast.models.loading import Subject, load_subject, samples_and_told
 from perta_fast.progress import Progress
-from perta_fast.rules import PRECONDITIONED, Estimator, Place, resolved_at
-from perta_fast.runs.estimate import Estimation, estimate_on
+from perta_fast.rules import PRECONDITIONED, Estimator, Place, Rule, resolved_at
+from perta_fast.runs.estimate import Estimation, estimate_on, open_skeleton
 from perta_fast.runs.precondition import check_tuned
 from perta_fast.scoring.live_model import Importances, LiveModel, ScoredData, ScoredModel, importances_in, read_scored
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.subtraction.inputs import IMPORTANCES, RATIO, Sources, estimators_of, open_importances
 from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.scope import Scope
@@ -36,13 +38,15 @@ from perta_fast.sweeping.grid import Curve, curves_of
 from perta_fast.sweeping.request import Request
 
 ByEstimator = dict[Estimator, Importances]
+_ROLES = ("forget", "retain", "holdout")  # of data, as perta eval names it
 
 
 @dataclass(frozen=True)
 class OpenedSweep:
     """A checked request with its inputs opened.
 
-    given: the checkpoints with given importances. day: when the sweep began.
+    data: forget and retain. also: further data to score, by role. given: the checkpoints with given importances. day:
+    when the sweep began. ranks: the processes that do it together; ``progress`` is the first one's.
     """
 
     request: Request
@@ -53,9 +57,11 @@ class OpenedSweep:
     data: dict[str, DataFile]
     progress: Progress
     day: date
+    also: dict[str, DataFile] = field(default_factory=dict)
+    ranks: Ranks = Ranks.ALONE
 
     @classmethod
-    def open(cls, request: Request, progress: Progress, day: date) -> "OpenedSweep":
+    def open(cls, request: Request, progress: Progress, day: date, ranks: Ranks = Ranks.ALONE) -> "OpenedSweep":
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
         curves = curves_of(request.rules, request.ps, request.alphas, request.threshold, request.mus)
         request.check()
@@ -74,9 +80,16 @@ class OpenedSweep:
                 role: read_scored(getattr(request, role), request.metric, request.fields)
                 for role in ("forget", "retain")
             },
-            progress,
+            ranks.first and progress,
             day,
+            _read_also(request),
+            ranks,
         )
+
+    @property
+    def scored(self) -> dict[str, DataFile]:
+        """All data that is scored, by role."""
+        return self.data | self.also
 
     @property
     def chat(self) -> ChatSettings:
@@ -98,11 +111,11 @@ class OpenedSweep:
     def paths(self) -> list[Path]:
         """Every directory and file that is read."""
         tensors = [path for directory in self.inputs().values() for path in (directory.path, *directory.files())]
-        return tensors + [path for file in self.data.values() for path in data_files(file.path)]
+        return tensors + [path for file in self.scored.values() for path in data_files(file.path)]
 
     def identity(self) -> dict[str, Any]:
         """By path, what shows whether an input has changed."""
-        small = {str(file.path): file.digest for file in self.data.values()}
+        small = {str(file.path): file.digest for file in self.scored.values()}
         if self.sources.adapter_config is not None:
             small[str(self.sources.adapter_config)] = hash_file(self.sources.adapter_config)
         weights = {
@@ -120,7 +133,7 @@ class OpenedSweep:
         }
         if self.gold is not None:
             beside |= set(companions(self.gold.path).values()) - {self.gold.path / CARD}
-        if self.request.checkpoint is None:
+        if not self.request.makes_result:
             beside.discard(self.sources.model.path / CARD)
         return weights | small | {str(path): hash_file(path) for path in beside}
 
@@ -158,20 +171,32 @@ class OpenedSweep:
             return None
         return {name: importances_in(folder / name) for name in lacking}
 
-    def estimate(self, subject: Subject, folder: Path | None) -> ByEstimator:
-        """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory."""
+    def estimate(self, subject: Subject, folder: Path | None, skeleton: Skeleton | None = None) -> ByEstimator:
+        """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory.
+
+        skeleton: where the weights are read from layer by layer, for a streamed sweep.
+        """
         tokenised = {
             role: samples_and_told(subject, file.rows, self.request.max_length, self.chat, self.progress)
             for role, file in self.data.items()
         }
         importances: dict[Estimator, dict[str, Importance]] = {estimator: {} for estimator in self.lacking()}
         for estimator, by_role in importances.items():
-            plain = Estimation(subject, estimator, self.request.batch_size, self.progress)
+            plain = Estimation(
+                subject,
+                estimator,
+                self.request.batch_size,
+                self.progress,
+                self.ranks,
+                skeleton,
+                self.request.memory,
+                self.request.device_memory,
+            )
             for role, file in self.data.items():
                 samples, told = tokenised[role]
                 how = replace(plain, read_as=file.read_as, told=told)
                 out = None if folder is None else folder / estimator / role
-                if out is None or not out.exists():  # one that exists is complete: it appears as a whole
+                if out is None or not self.ranks.share(out.exists()):  # as a whole: one that exists is complete
                     description = f"{role} importance, {estimator}"
                     importance = estimate_on(how, samples, file.digest, out=out, description=description)
                 if out is None:
@@ -181,30 +206,69 @@ class OpenedSweep:
                 by_role[role] = importance
         return {**importances}
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type to run in; None takes the checkpoint's own."""
+        return None if self.request.dtype is None else getattr(torch, self.request.dtype)
+
     def load(self, path: Path) -> Subject:
         """A model, on the device and in the type of the sweep, and its tokenizer as it is."""
-        dtype = None if self.request.dtype is None else getattr(torch, self.request.dtype)
-        return load_subject(path, self.request.device, dtype)
+        return load_subject(path, self.request.device, self.dtype)
+
+    def structure(self, path: Path) -> tuple[Subject, Skeleton]:
+        """``load``, without the weights, and what reads them layer by layer."""
+        skeleton = open_skeleton(path, self.request.device, self.dtype)
+        return load_subject(path, self.request.device, self.dtype, structure=skeleton.model), skeleton
 
     def live(self) -> LiveModel:
         """theta_full, loaded."""
         model, request = self.sources.model, self.request
         examinee, directories = self._examinee(model.path), (request.base, request.tuned)
-        data = ScoredData.of(examinee, self.data, request.metric)
+        data = ScoredData.of(examinee, self.scored, request.metric)
         return LiveModel(examinee, data, request.metric, model, directories, request.common_rows, self.sources.left)
 
     def score_gold(self, path: Path) -> ScoredSetting:
         """Load the gold model and score it. Raises InputError if its scores are not finite."""
         examinee, metric = self._examinee(path), self.request.metric
-        scored = ScoredModel(examinee, ScoredData.of(examinee, self.data, metric), metric).score("gold")
-        if not scored.is_finite:
-            raise InputError(f"{path}: what the gold model scores is not finite")
-        return scored
+        scored = ScoredModel(examinee, ScoredData.of(examinee, self.scored, metric), metric).score("gold")
+        return checked_gold(scored, path)
 
     def _examinee(self, path: Path) -> Examinee:
-        request, subject = self.request, self.load(path)
-        subject = replace(subject, tokenizer=self.chat.given_to(subject.tokenizer))
+        request, subject = self.request, self.told(self.load(path))
         return Examinee(subject, request.batch_size, request.max_length, self.progress)
+
+    def told(self, subject: Subject) -> Subject:
+        """With a tokenizer whose chat template is told what it is to be told."""
+        return replace(subject, tokenizer=self.chat.given_to(subject.tokenizer))
+
+
+def checked_gold(scored: ScoredSetting, path: Path) -> ScoredSetting:
+    """What the gold model in ``path`` scores. Raises InputError if that is not finite."""
+    if not scored.is_finite:
+        raise InputError(f"{path}: what the gold model scores is not finite")
+    return scored
+
+
+def checkpoints_of(rule: Rule, importances: ByEstimator) -> dict[str, Checkpoint]:
+    """Those that ``rule`` needs, of importances on disk, by role."""
+    if rule.estimator is None:
+        return {}
+    weighing = importances[rule.estimator]
+    if isinstance(weighing, ImportanceRatio):
+        return open_importances(rule, both=weighing.directory)
+    return open_importances(rule, weighing["forget"].directory, weighing["retain"].directory)
+
+
+def _read_also(request: Request) -> dict[str, DataFile]:
+    """The further data to score, by role: the names of the files. Raises InputError for one that is taken."""
+    files: dict[str, DataFile] = {}
+    for path in request.also:
+        role = stem_of(path)
+        if role in (*_ROLES, *files):
+            taken = f"is that of the {role} data" if role in _ROLES else "two files have"
+            raise InputError(f"also has {path}: its name, {role}, {taken}; give the file another name")
+        files[role] = read_scored(path, request.metric, request.fields)
+    return files
 
 
 def _taken_at(sources: Sources) -> dict[str, str]:

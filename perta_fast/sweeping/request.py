@@ -1,6 +1,7 @@
 """The arguments of a sweep, checked; they are kept on disk, so that a resumed sweep can compare them."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,16 +14,17 @@ from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.reading import checked_path
 from perta_fast.models.loading import check_sizes
-from perta_fast.scoring.criteria import LOSS, SELECTIONS
+from perta_fast.runs.settings import check_threads
+from perta_fast.scoring.criteria import GENERATED_METRICS, LOSS, SELECTIONS
 from perta_fast.scoring.live_model import check_metric
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.scope import Scope
-from perta_fast.sweeping.grid import check_strengths
+from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, check_strengths
 
 _BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")
 _PATHS = (*_MODELS, *_DATA, "out")
-_IMPORTANCES = ("forget_importance", "retain_importance", "importance")
+_SEVERAL_PATHS = ("forget_importance", "retain_importance", "importance", "also")
 # The argument of ``sweep`` that has one value or several.
 _SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha", "mus": "mu"}
 _NUMBERS = ("ps", "alphas", "mus")
@@ -67,21 +69,29 @@ class Request:
     max_retain_rise: float | None = None
     mus: list[float | None] = field(default_factory=lambda: [None])
     importance: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
+    stream: bool = False
+    in_place: bool = False
+    leave_others: bool = False
+    memory: int | None = None
+    device_memory: int | None = None
+    threads: int | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
         """From the arguments of ``sweep`` by name; names of the hub become paths."""
         values = {field.name: arguments[_SEVERAL.get(field.name, field.name)] for field in fields(cls)}
         for name in (*_MODELS, *_DATA):
-            local = local_data if name in _DATA else local_model
-            values[name] = None if values[name] is None else local(values[name], arguments["download"])
+            if values[name] is not None:
+                values[name] = _local(name, values[name], arguments["download"], arguments["in_place"])
+        values["also"] = [local_data(path, arguments["download"]) for path in _listed(values["also"])]
         check_fields(values["fields"])
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "checkpoint"):
             values[name] = None if values[name] is None else _absolute(values[name])
         for name in _SEVERAL:
             values[name] = _listed(values[name])
-        for name in _IMPORTANCES:
+        for name in _SEVERAL_PATHS:
             values[name] = [_absolute(path) for path in _listed(values[name] or ())]
         for name in _NUMBERS:
             values[name] = [None if value is None else _number(_SEVERAL[name], value) for value in values[name]]
@@ -98,21 +108,43 @@ class Request:
         """Whether settings have to keep a bound."""
         return any(getattr(self, name) is not None for name in _BOUNDS)
 
+    @property
+    def bounds_absolutely(self) -> bool:
+        """Whether the bound is a number of its own, which the model as it is may break."""
+        return self.target_retain_loss is not None or self.retain_floor is not None
+
     def settings(self) -> dict[str, Any]:
         """All but the inputs, for the record of the sweep."""
-        return {name: value for name, value in asdict(self).items() if name not in (*_PATHS, *_IMPORTANCES)}
+        return {name: value for name, value in asdict(self).items() if name not in (*_PATHS, *_SEVERAL_PATHS)}
+
+    @property
+    def strengths(self) -> list[float] | None:
+        """The strengths to try, without 0; None if they are to be searched for, one after the other."""
+        lams = DEFAULT_STRENGTHS if self.lams is None and self.stream else self.lams
+        return None if lams is None else [lam for lam in lams if lam != 0]
 
     @property
     def criterion(self) -> str | None:
         """What chooses among the settings: ``select``, or else what follows from the bound."""
         if self.select is not None or not self.is_bounded:
             return self.select
-        return "largest" if self.lams is None else "best-forget"
+        return "largest" if self.strengths is None else "best-forget"
+
+    @property
+    def makes_result(self) -> bool:
+        """Whether what is chosen becomes a checkpoint."""
+        return self.checkpoint is not None or self.in_place
+
+    @property
+    def result(self) -> Path:
+        """The directory that becomes what is chosen, with links resolved."""
+        return Path(os.path.realpath(self.model if self.checkpoint is None else self.checkpoint))
 
     def check(self) -> None:
         """Raise InputError for what is wrong with the arguments themselves; ``curves_of`` checks the settings."""
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
+        check_threads(self.threads)
         ChatSettings.of(self.system_prompt, self.date_string)
         if self.at not in (None, "base", "model"):
             raise InputError(f"at is {self.at!r}; it must be base or model")
@@ -127,8 +159,8 @@ class Request:
             raise InputError(f"select best-forget needs a bound on what is retained: {', '.join(_BOUNDS)}")
         if self.select == "closest" and self.gold is None:
             raise InputError("select closest needs gold: the model to be close to")
-        if self.checkpoint is not None and (self.criterion is None or self.out is None):
-            raise InputError("checkpoint needs select, which chooses what is written, and out, the sweep's record")
+        self._check_result()
+        self._check_streamed()
 
     def bounds(self, original: ScoredSetting) -> tuple[float | None, float | None]:
         """The largest allowed retain loss and the smallest allowed retain metric.
@@ -152,6 +184,27 @@ class Request:
             reason = f"with a retain {value}, it breaks the floor of {floor:.6g} already; allow more"
         raise InputError(f"the model as it is, at lambda 0, cannot be chosen against: {reason}")
 
+    def _check_result(self) -> None:
+        if self.checkpoint is not None and self.in_place:
+            raise InputError("give either checkpoint, a directory to make, or in_place")
+        name = "in_place" if self.in_place else "checkpoint"
+        if self.makes_result and (self.criterion is None or self.out is None):
+            raise InputError(f"{name} needs select, which chooses what is written, and out, the sweep's record")
+
+    def _check_streamed(self) -> None:
+        for name in ("memory", "device_memory"):
+            if getattr(self, name) is not None and not self.stream:
+                raise InputError(f"{name} is for streamed sweeps; give stream too, or leave it out")
+        if not self.stream:
+            return
+        if self.out is None:
+            raise InputError("stream needs out: importances, hidden states and the sweep's record lie there")
+        if self.metric in GENERATED_METRICS:
+            raise InputError(
+                f"metric {self.metric} needs answers that the model generates, and a streamed sweep only scores given "
+                "ones; take another metric, such as Q_A_Prob or extraction_strength"
+            )
+
     def _check_bounds(self) -> None:
         bounds = {name: getattr(self, name) for name in _BOUNDS if getattr(self, name) is not None}
         if len(bounds) > 1:
@@ -167,6 +220,13 @@ class Request:
                 "retain_floor is for a metric that falls as knowledge is lost, and a loss rises; "
                 "give target_retain_loss, or another metric"
             )
+
+
+def _local(name: str, value: Any, download: bool, in_place: bool) -> Path:
+    """What is on this machine under a name of the hub. in_place: the model is to be changed there."""
+    if name in _DATA:
+        return local_data(value, download)
+    return local_model(value, download, in_place=in_place and name == "model")
 
 
 def _listed(value: Any) -> list[Any]:

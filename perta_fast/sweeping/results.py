@@ -100,9 +100,14 @@ class Sweep:
         return math.hypot(setting.forget - self.gold.forget, setting.retain - self.gold.retain)
 
     def warnings(self) -> list[str]:
-        """What to doubt: strengths below 0, a bound that nothing keeps, a choice at the edge of what was tried."""
+        """What to doubt: numbers not finite, strengths below 0, a bound that nothing keeps, a choice at an edge."""
         measured = [setting for setting in self.rows if setting.rule and not setting.skipped]
-        lines = list(map(negative_strength, sorted({setting.lam for setting in measured if setting.lam < 0})))
+        lines = [
+            f"{self.label(setting)}, lambda {setting.lam:g}: {setting.not_finite}; its numbers are left out"
+            for setting in self.rows
+            if setting.not_finite
+        ]
+        lines += map(negative_strength, sorted({setting.lam for setting in measured if setting.lam < 0}))
         is_bounded = self.limit is not None or self.floor is not None
         if is_bounded and not any(setting.keeps(self.limit, self.floor) for setting in measured):
             lines.append(self._nearest(measured))
@@ -137,19 +142,25 @@ class Sweep:
 
     def summary(self) -> str:
         """A line for each setting, the results of search and choice, and notes."""
-        names = ["forget loss", "retain loss"]
-        if self.metric != LOSS:
-            names += [f"forget {self.metric}", f"retain {self.metric}"]
+        columns = self._columns()
         labels = [self.label(setting) for setting in self.rows]
         width = max(map(len, labels))
-        heads = "".join(f"{name:>{_width(name)}}" for name in names)
+        heads = "".join(f"{name:>{_width(name)}}" for name in columns)
         lines = [f"{'rule':{width}}{'lambda':>12}{heads}{'changed':>10}{'seconds':>9}"]
         for label, setting in zip(labels, self.rows, strict=True):
-            measured = f"{_numbers(setting, names)}{100 * setting.changed:8.1f} %{setting.seconds:9.1f}"
+            measured = f"{_numbers(setting, columns)}{100 * setting.changed:8.1f} %{setting.seconds:9.1f}"
             lines.append(f"{label:{width}}{setting.lam:12g}{'  skipped' if setting.skipped else measured}")
         if self.gold is not None:
-            lines.append(f"{'gold':{width}}{'':12}{_numbers(self.gold, names)}")
+            lines.append(f"{'gold':{width}}{'':12}{_numbers(self.gold, columns)}")
         return printable_lines([*lines, *self._outcome(), *self.notes])
+
+    def _columns(self) -> dict[str, str]:
+        """What the table shows of a setting: fields, or names of ``scores``, by the words above them."""
+        metrics = [] if self.metric == LOSS else [self.metric]
+        columns = {"forget loss": "forget_loss", "retain loss": "retain_loss"}
+        columns |= {f"{role} {metric}": role for metric in metrics for role in ("forget", "retain")}
+        also = [role for role in self.data if role not in ("forget", "retain")]
+        return columns | {f"{role} {metric}": f"{role}_{metric}" for role in also for metric in (LOSS, *metrics)}
 
     def _outcome(self) -> list[str]:
         """The result of a search on each curve, and the chosen setting."""
@@ -224,14 +235,18 @@ def _width(name: str) -> int:
     return max(13, len(name) + 2)
 
 
-def _numbers(setting: ScoredSetting, names: Sequence[str]) -> str:
-    """The losses, and the metrics if ``names`` has columns for them."""
-    values = (setting.forget_loss, setting.retain_loss, setting.forget, setting.retain)
-    return "".join(f"{value:{_width(name)}.4f}" for name, value in zip(names, values, strict=False))
+def _numbers(setting: ScoredSetting, columns: Mapping[str, str]) -> str:
+    """The numbers of these columns."""
+    values = {name: setting.scores.get(source, getattr(setting, source, math.nan)) for name, source in columns.items()}
+    return "".join(f"{value:{_width(name)}.4f}" for name, value in values.items())
 
 
 def _with_nan(setting: Any) -> Any:
     """A setting with NaN for its nulls; anything else unchanged."""
     if not isinstance(setting, Mapping):
         return setting
-    return {key: math.nan if value is None and key != "mu" else value for key, value in setting.items()}
+    numbers = {key: math.nan if value is None and key != "mu" else value for key, value in setting.items()}
+    scores = numbers.get("scores")
+    if isinstance(scores, Mapping):
+        numbers["scores"] = {name: math.nan if value is None else value for name, value in scores.items()}
+    return numbers

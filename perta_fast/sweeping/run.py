@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from perta_fast.data.chat import parse_date, today
 from perta_fast.data.forms import Fields
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
 from perta_fast.files.apart import check_name
 from perta_fast.files.durable import remove
@@ -29,14 +31,18 @@ from perta_fast.records.versions import now
 from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
-from perta_fast.sweeping.chosen_checkpoint import check_destination, write_best
-from perta_fast.sweeping.measuring import score
-from perta_fast.sweeping.opened import OpenedSweep
+from perta_fast.sweeping.chosen_checkpoint import check_result, finish_in_place, has_changed, write_best
+from perta_fast.sweeping.measuring import measure
+from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
+from perta_fast.sweeping.streamed import measure as measure_streamed
 from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, load_begun
 from perta_fast.sweeping.vectors import Vectors, temporary_folder
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PathLike = str | Path
 
@@ -68,11 +74,18 @@ def sweep(
     at: Literal["base", "model"] | None = None,
     metric: str = "loss",
     select: Literal["best-forget", "closest"] | None = None,
+    also: PathLike | Sequence[PathLike] = (),
     gold: PathLike | None = None,
     checkpoint: PathLike | None = None,
+    in_place: bool = False,
+    leave_others: bool = False,
     out: PathLike | None = None,
     overwrite: bool = False,
     common_rows: bool = False,
+    stream: bool = False,
+    memory: int | None = None,
+    device_memory: int | None = None,
+    threads: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
     system_prompt: str | None = None,
@@ -80,6 +93,7 @@ def sweep(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress = True,
+    group: "ProcessGroup | None" = None,
 ) -> Sweep:
     """Score theta_full - lam * w * (theta_f - theta_0) at many settings, from one importance for each estimator.
 
@@ -100,9 +114,17 @@ def sweep(
     select: "best-forget" chooses what has forgotten most within the bound, "closest" what is nearest to ``gold`` in
     both metrics. None: best-forget if there is a bound (after a search, among each curve's largest lam), else none.
     gold: directory of a model trained without the forget data.
-    checkpoint: directory to make of the chosen setting, as ``apply`` does; needs ``out``.
+    also: further data files, which are scored too and choose nothing; in ``scores`` of a setting, under their names.
+    checkpoint: directory to make of the chosen setting, as ``apply`` does; needs ``out``. in_place: change ``model``
+    into it instead, where it lies. leave_others: as in ``apply``.
     out: directory to make, with ``sweep.json`` and, if matplotlib is installed, ``sweep.png``. Each setting is kept
     as soon as it is scored; the same call, or ``resume``, goes on with a stopped sweep. overwrite: start over.
+    stream: hold one part of the model at a time, for models larger than the memory; needs ``out``. Importances and θ_f
+    are made layer by layer, then all settings go through the model in one walk, so that none can be skipped; or in two,
+    if that is cheaper. Without lams, ``grid.DEFAULT_STRENGTHS`` are tried. ``scores`` has all metrics of ``evaluate``
+    that are made of token scores. memory, device_memory: bytes that this may take; None sets no limit. threads: to
+    subtract with; None takes all processors. group: the processes that deal the samples of a streamed sweep among them.
+    Each calls this with the same arguments; inputs and ``out`` must lie where all see them. None: this process alone.
     dtype: to run in; if it is narrower than the stored type, theta_full is rounded before the subtraction too.
 
     Raises InputError for bad input, a bound that lam 0 breaks, or an input that changed since the sweep began;
@@ -110,62 +132,122 @@ def sweep(
     stopped with something scored. Memory: one model, a few copies of its largest tensor, and, without ``out``,
     8 bytes a parameter for each estimator whose importances are estimated (with ``out`` they are on disk).
     """
-    return _run(Request.of(locals()), progress, resumed=False)
+    arguments = locals()
+    ranks = Ranks.of(group)
+    with ranks.together("the arguments"):
+        request = Request.of(arguments)
+    return _run(request, progress, resumed=False, ranks=ranks)
 
 
-def resume_sweep(final: Path, progress: Progress) -> Sweep:
+def resume_sweep(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Sweep:
     """Go on with the stopped sweep to ``final``; if it has finished, only remove its record."""
-    if has_record(final, STATE):
-        request = load_begun(final).request
-        if request.out is None or not is_same(request.out, final):
-            raise InputError(
-                f"{final}: the sweep to finish is one to {request.out}; give the directory that name again"
-            )
-        if request.checkpoint is not None:
-            check_replaceable(Path(os.path.realpath(request.checkpoint)), [REPORT], f"the sweep to {final}")
-        return _run(request, progress, resumed=True)
-    check_own(final / STATE)
-    remove_replaced(final)
-    remove(final / STATE)
-    return Sweep.read(final / FILE_NAME)
+    with ranks.together("the unfinished sweep"):
+        request = _begun_request(final) if has_record(final, STATE) else None
+    if request is not None:
+        return _run(request, progress, resumed=True, ranks=ranks)
+    with ranks.together("the unfinished sweep"):
+        if ranks.first:
+            check_own(final / STATE)
+            remove_replaced(final)
+            remove(final / STATE)
+        return Sweep.read(final / FILE_NAME)
 
 
-def _run(request: Request, progress: Progress, resumed: bool) -> Sweep:
-    opened = OpenedSweep.open(request, progress, today())
-    begun = Begun(request, opened.identity(), now(), [], day=opened.day.isoformat())
+def _begun_request(final: Path) -> Request:
+    """What the stopped sweep to ``final`` was asked for. Raises InputError if it names another place."""
+    request = load_begun(final).request
+    if request.out is None or not is_same(request.out, final):
+        raise InputError(f"{final}: the sweep to finish is one to {request.out}; give the directory that name again")
+    if request.checkpoint is not None:
+        check_replaceable(request.result, [REPORT], f"the sweep to {final}")
+    return request
+
+
+def _run(request: Request, progress: Progress, resumed: bool, ranks: Ranks = Ranks.ALONE) -> Sweep:
+    day = ranks.share(today())
+    with ranks.together("the opening of the inputs"):
+        if ranks.world > 1:
+            _check_several(request)
+        elif request.in_place and (resumed or not request.overwrite):
+            changed = _finish_changed(request, progress)
+            if changed is not None:
+                return changed
+        opened = OpenedSweep.open(request, progress, day, ranks)
+        inputs = opened.identity()
+    with ranks.together("the inputs"):
+        if any(others != inputs for others in ranks.gather(inputs)):
+            raise InputError("not all processes see the same input files")
+    begun = Begun(request, inputs, now(), [], day=opened.day.isoformat())
     if request.out is None:
         return _score_without_out(opened, begun)
-    check_name(request.out)
-    final = Path(os.path.realpath(request.out))
-    inputs = opened.paths()
-    goes_on = has_record(final, STATE) and (resumed or not request.overwrite)
-    if goes_on:
-        earlier = load_begun(final)
-        if earlier.request != begun.request:
-            raise InputError(unfinished_advice(final))
-        check_unchanged(earlier.inputs, begun.inputs)
-        begun = earlier
-        opened = replace(opened, day=parse_date(begun.day or begun.started[:10]))
-    else:
-        if not request.overwrite and has_begun(final):
-            raise InputError(unfinished_advice(final))
-        check_destination(request, final, inputs)
-    target = OutputDirectory(final, overwrite=request.overwrite, inputs=inputs, resume=goes_on)
-    record = Record(begun, target)
+    with ranks.together("the unfinished sweep"):
+        check_name(request.out)
+        final = Path(os.path.realpath(request.out))
+        earlier = _earlier(opened, begun, final, resumed) if ranks.first else None
+    earlier = ranks.share(earlier)
+    begun = ranks.share(begun) if earlier is None else earlier
+    opened = replace(opened, day=parse_date(begun.day or begun.started[:10]))
+    with ranks.together("the output directory"):
+        target = OutputDirectory(final, overwrite=request.overwrite, inputs=opened.paths(), resume=earlier is not None)
+    record = Record(begun, target, ranks.first)
     vectors = Vectors(target.path / STATE / "tuned", opened.mus())
-    with _kept_if_stopped(target, final), target:
-        record.save()
+    with ExitStack() as entered, ranks.sharing_errors("the sweep"):
+        with ranks.together("the output directory"):
+            if ranks.first:
+                entered.enter_context(_kept_if_stopped(target, final))
+                entered.enter_context(target)
+                record.save()
+        check_shared(target.path, ranks)
         sweep = _score_and_write(opened, record, vectors, final)
-        if not draw(sweep, target.path / PLOT_NAME):
-            sweep.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
-        sweep.save(target.path)
-        target.commit()
-    remove(final / STATE)
-    if request.checkpoint is not None and not sweep.has_choice:
+        with ranks.together("the sweep"):
+            if ranks.first:
+                target.commit()
+    if ranks.first:
+        remove(final / STATE)
+    if request.makes_result and not sweep.has_choice:
+        what = f"{request.checkpoint}: not written" if not request.in_place else f"{request.model}: not changed"
         raise RunError(
-            f"{request.checkpoint}: not written: no setting is better than the model as it is; "
+            f"{what}: no setting is better than the model as it is; "
             f"try other strengths, or allow more. What was scored is in {final}"
         )
+    return sweep
+
+
+def _check_several(request: Request) -> None:
+    """Raise InputError for a sweep that one process does alone."""
+    if not request.stream:
+        raise InputError("a sweep on a model in memory is done by one process; start it without torchrun, or stream it")
+    if request.in_place:
+        raise InputError("a model is changed in place by one process alone; give checkpoint, a directory to make")
+
+
+def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> Begun | None:
+    """The stopped sweep to go on with; None to begin, if that is possible."""
+    request = begun.request
+    if has_record(final, STATE) and (resumed or not request.overwrite):
+        earlier = load_begun(final)
+        if earlier.request != request:
+            raise InputError(unfinished_advice(final))
+        check_unchanged(earlier.inputs, begun.inputs)
+        return earlier
+    if not request.overwrite and has_begun(final):
+        raise InputError(unfinished_advice(final))
+    check_result(opened, final)
+    return None
+
+
+def _finish_changed(request: Request, progress: Progress) -> Sweep | None:
+    """Finish the sweep if it was stopped while the model was changed in place; None if it was not."""
+    final = Path(os.path.realpath(str(request.out)))
+    begun = load_begun(final) if has_record(final, STATE) else None
+    if begun is None or begun.request != request or not has_changed(begun):
+        return None
+    target = OutputDirectory(final, overwrite=request.overwrite, resume=True)
+    with _kept_if_stopped(target, final), target:
+        finish_in_place(begun, progress)
+        sweep = Sweep.read(target.path / FILE_NAME)
+        target.commit()
+    remove(final / STATE)
     return sweep
 
 
@@ -173,21 +255,42 @@ def _score_without_out(opened: OpenedSweep, begun: Begun) -> Sweep:
     """Score all settings; what rule ``preconditioned`` makes lies where temporary files do."""
     mus = opened.mus()
     with temporary_folder() if mus else nullcontext("") as scratch:
-        return score(opened, Record(begun, None), Vectors(Path(scratch) / "tuned", mus))[0]
+        return _score(opened, Record(begun, None), Vectors(Path(scratch) / "tuned", mus))[0]
+
+
+def _score(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Sweep, ByEstimator]:
+    measured = (measure_streamed if opened.request.stream else measure)(opened, record, vectors)
+    return measured.as_sweep(opened, record.begun, vectors), measured.importances
 
 
 def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, final: Path) -> Sweep:
-    """Score all settings, and write the checkpoint of the chosen one if it was asked for."""
+    """Score all settings, and make a checkpoint of the chosen one if it was asked for."""
+    request, begun = opened.request, record.begun
     try:
-        sweep, importances = score(opened, record, vectors)
-        if opened.request.checkpoint is not None and sweep.has_choice:
+        sweep, importances = _score(opened, record, vectors)
+        if request.in_place:  # it is finished from here on even if the model it reads is another one
+            _save(sweep, record)
+            begun.applying = sweep.has_choice
+            record.save()
+        if request.makes_result and sweep.has_choice:
             write_best(opened, sweep, importances, vectors)
     except (InputError, NotFiniteError) as error:
-        if not any(setting.rule for setting in record.begun.rows):
+        if not record.has_work or (isinstance(error, NotFiniteError) and not begun.is_scored):
             raise
         # An input has gone or changed meanwhile: keep what was scored.
         raise RunError(f"{error}. What was scored is kept; go on with: {_resuming(final)}") from error
+    if not request.in_place:
+        _save(sweep, record)
     return sweep
+
+
+def _save(sweep: Sweep, record: Record) -> None:
+    """Write figures and plot."""
+    if record.target is None or not record.writes:
+        return
+    if not draw(sweep, record.target.path / PLOT_NAME):
+        sweep.notes.append(f"{PLOT_NAME} was not drawn: matplotlib is not installed.")
+    sweep.save(record.target.path)
 
 
 @contextmanager

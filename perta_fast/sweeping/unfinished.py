@@ -1,7 +1,7 @@
 """What an unfinished sweep has scored, kept on disk so that it can be resumed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from perta_fast.records.versions import this_version
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
+from perta_fast.sweeping.walk_plan import WalkPlan
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
+_WALKS = "walks"
 _FORMAT = "perta-sweep"
 _FORMAT_VERSION = 1
 
@@ -27,7 +29,8 @@ class Begun:
 
     inputs: what identifies the weights and data that it reads. rows: the scored settings. gold: the gold model's
     scores, once they are known. day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in
-    records of builds that did not keep it.
+    records of builds that did not keep it. plans: of a streamed sweep's walks, by name, once they
+    are made. applying: whether the model may be changed already, in place.
     """
 
     request: Request
@@ -36,6 +39,18 @@ class Begun:
     rows: list[ScoredSetting]
     gold: ScoredSetting | None = None
     day: str = ""
+    plans: dict[str, WalkPlan] = field(default_factory=dict)
+    applying: bool = False
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether any setting is."""
+        return any(row.rule for row in self.rows)
+
+    @property
+    def original(self) -> ScoredSetting | None:
+        """What the model as it is has scored."""
+        return next((row for row in self.rows if not row.rule), None)
 
     def find(self, curve: Curve, lam: float) -> ScoredSetting | None:
         """What a setting has scored."""
@@ -76,29 +91,48 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """What has been scored; kept in ``target``, if there is one."""
+    """What has been scored; kept in ``target``, if there is one. writes: whether this process writes it down."""
 
     begun: Begun
     target: OutputDirectory | None
+    writes: bool = True
 
     @property
     def importances(self) -> Path | None:
         """Where importances estimated for the sweep are kept."""
         return None if self.target is None else self.target.path / STATE / "importance"
 
-    def add(self, setting: ScoredSetting) -> ScoredSetting:
-        """Keep one more setting; returns it."""
-        self.begun.rows.append(setting)
+    def walk(self, name: str, *, alone: bool = False) -> Path:
+        """Where a streamed sweep keeps what a walk goes on from. alone: one that scores no setting."""
+        assert self.target is not None
+        return self.target.path / STATE / ("alone" if alone else _WALKS) / name
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a setting is scored, or a streamed sweep has an importance or has begun to walk."""
+        if self.begun.is_scored:
+            return True
+        state = None if self.target is None or not self.begun.request.stream else self.target.path / STATE
+        return state is not None and any(any(state.glob(work)) for work in ("importance/*/*", f"{_WALKS}/*"))
+
+    def keep(self) -> None:
+        """From now on there is work that a stopped sweep goes on with."""
+        if self.target is not None:
+            self.target.keep = True
+
+    def add(self, *settings: ScoredSetting) -> ScoredSetting:
+        """Keep more settings; returns the first."""
+        self.begun.rows += settings
         self.save()
-        return setting
+        return settings[0]
 
     def save(self) -> None:
         """Write the record, durably; after a crash there is the old one or the new one."""
-        if self.target is None:
+        if self.target is None or not self.writes:
             return
         folder = self.target.path / STATE
         folder.mkdir(exist_ok=True)
         about = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "version": this_version()}
         write_record(folder / SWEEP_RECORD, about | asdict(self.begun))
         if self.begun.rows or self.begun.gold is not None:
-            self.target.keep = True
+            self.keep()

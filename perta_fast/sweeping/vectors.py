@@ -1,6 +1,6 @@
 """The θ_f that rule ``preconditioned`` subtracts, one for each mu of a sweep: made in one pass, kept until its end."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,7 +43,10 @@ class Vectors:
             check_space(place, len(lacking) * vector_size(Path(request.base), Path(request.tuned)))
 
     def make(self, opened: OpenedSweep) -> None:
-        """Write those that are lacking. A model is loaded for it, and is free afterwards."""
+        """Write those that are lacking. A model is loaded for it, and is free afterwards.
+
+        A streamed sweep makes one at a time, each in a walk of its own.
+        """
         if not self.lacking():
             return
         request = opened.request
@@ -58,19 +61,25 @@ class Vectors:
             device=request.device,
             dtype=None if request.dtype is None else getattr(torch, request.dtype),
             progress=opened.progress,
+            stream=request.stream,
+            memory=request.memory,
+            device_memory=request.device_memory,
         )
         try:
-            self._write(making, opened)
+            lacking = self.lacking()
+            for mus in [[mu] for mu in lacking] if request.stream else [lacking]:
+                self._write(making, opened, mus)
         except OSError as error:
             if request.out is not None:  # whose directory says how to go on
                 raise
             raise _no_room(error) from error
 
-    def _write(self, making: Making, opened: OpenedSweep) -> None:
+    def _write(self, making: Making, opened: OpenedSweep, mus: Sequence[float]) -> None:
+        """Write those of ``mus``, from one pass over the retain data."""
         request, data = opened.request, opened.data["retain"]
         beside = self._folder.with_name(f"{self._folder.name}.partial")
         remove(beside)  # of a sweep that was killed
-        directories = {mu: beside / self.of(mu).name for mu in self.lacking()}
+        directories = {mu: beside / self.of(mu).name for mu in mus}
         for directory in directories.values():
             directory.mkdir(parents=True)
         making.run(data.rows, data.digest, directories)

@@ -80,9 +80,9 @@ def test_what_is_skipped_is_not_measured(
     calls = []
     measure = LiveModel.measure
 
-    def counted(live: LiveModel, rule: Any, importances: Any) -> ScoredSetting:
+    def counted(live: LiveModel, rule: Any, *more: Any) -> ScoredSetting:
         calls.append((rule.name, rule.rescaling.lam))
-        return measure(live, rule, importances)
+        return measure(live, rule, *more)
 
     monkeypatch.setattr(LiveModel, "measure", counted)
     out = tmp_path / "out"
