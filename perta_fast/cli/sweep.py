@@ -79,6 +79,7 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
         patterns = getattr(parsed, option.name)
         words += [f"--{option.key}", ",".join(patterns)] if patterns else []
     words += ["--common-rows"] if parsed.common_rows else []
+    words += ["--stream"] if parsed.stream and reads_data else []
     return shell_command("perta", "unlearn" if reads_data else "apply", *words, "--lam", lam, "--out", "DIR")
 
 
