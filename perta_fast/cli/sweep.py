@@ -79,6 +79,7 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
         patterns = getattr(parsed, option.name)
         words += [f"--{option.key}", ",".join(patterns)] if patterns else []
     words += ["--common-rows"] if parsed.common_rows else []
+    words += ["--stream"] if parsed.stream and reads_data else []
     return shell_command("perta", "unlearn" if reads_data else "apply", *words, "--lam", lam, "--out", "DIR")
 
 
@@ -165,7 +166,9 @@ COMMAND = Command(
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
         Option("importance", "in place of the two: what --save-importance wrote", Path, "DIR", [], several=True),
         options.AT_BY_RULE,
-        *options.STREAM,
+        replace(options.STREAM[0], help="hold one decoder layer in memory at a time; no search, no answers"),
+        *options.LIMITS,
+        options.DRY_RUN,
         Option("threads", "threads to subtract with (all processors)", int, "N"),
         *options.CHAT,
         *options.ESTIMATION,

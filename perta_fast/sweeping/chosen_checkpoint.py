@@ -15,8 +15,9 @@ from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.precondition import given_files
 from perta_fast.runs.settings import Settings, check_others
-from perta_fast.subtraction.in_place import check_in_place, is_open, resume_in_place
+from perta_fast.subtraction.in_place import check_in_place, resume_in_place
 from perta_fast.subtraction.job import Job
+from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checkpoints_of, open_sources
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Begun

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from perta_fast import InputError, Sweep, cli, estimate_importance, evaluate, sweep
 from perta_fast.models import loading
 from perta_fast.models.loading import Subject
+from perta_fast.reporting.evidence import data_hashes
 from perta_fast.rules import ESTIMATORS
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.streaming.forward import score_walk
@@ -219,6 +221,7 @@ def test_further_data_in_both_sweeps(metric: str, jobs: Jobs, tmp_path: Path) ->
         assert f"authors {metric}" in heads and "texts loss" in heads
         assert f"{found.rows[0].scores[f'texts_{metric}']:.4f}" in first
         assert list(found.data) == ["forget", "retain", "authors", "texts"]
+        assert list(data_hashes(found)) == ["forget", "retain"]  # by which a page finds sweeps that can be compared
 
 
 # Walks.
@@ -302,11 +305,12 @@ def test_limits_of_memory_choose_the_batch(
         walk_plan.ForwardEstimate, "memory", lambda _, schedule: ({"all": schedule.batch_size << 50}, None)
     )
     job = jobs(F32)
-    run(job, rule="tv", lams=[1], stream=True, out=tmp_path / "out", batch_size=4, memory=5 << 49, progress=True)
-    assert sizes == [2]
+    how: dict[str, Any] = {"rule": "tv", "lams": [1], "stream": True}
+    found = run(job, **how, out=tmp_path / "out", batch_size=4, memory=5 << 49, progress=True)
+    assert sizes == [2] and found.settings["batch_size"] == 2
     assert "schedule: batches of 2, one walk forward for 2 versions of the weights" in capfd.readouterr().err
     with pytest.raises(InputError, match=r"memory of 1 MB cannot hold one part of the model"):
-        run(job, rule="tv", lams=[1], stream=True, out=tmp_path / "small", memory=1_000_000)
+        run(job, **how, out=tmp_path / "small", memory=1_000_000)
     assert not (tmp_path / "small").exists()
 
 
@@ -387,6 +391,22 @@ def test_refusals(
 
 
 # The command.
+
+
+def test_the_command_that_is_printed(jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is for the same memory, and makes what was scored."""
+    job = jobs(F32)
+    more = ["--mus", "1,10", "--lams", "4,30", "--target-retain-loss", 1000, "--batch-size", 3]
+    assert cli.main(arguments_of(job, "--stream", *more, "--out", tmp_path / "out", "--quiet")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    command = shlex.split(lines[lines.index("Write it with:") + 1])
+    assert command[:2] == ["perta", "unlearn"] and "--stream" in command
+    command[command.index("DIR")] = str(tmp_path / "made")
+    assert cli.main(command[1:]) == 0
+    best = Sweep.read(tmp_path / "out" / "sweep.json").best
+    assert best is not None
+    result = evaluate(tmp_path / "made", forget=job.forget, stream=True, batch_size=3, progress=False)
+    assert result["forget_loss"] == best.forget_loss
 
 
 def arguments_of(job: Job, *more: object) -> list[str]:
