@@ -9,6 +9,7 @@ from perta_fast.cli import options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, check_streamed, flag, keywords, name_list, number_list
 from perta_fast.data.forms import fields_text
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable, shell_command
 from perta_fast.rules import PRECONDITIONED, Rule
 from perta_fast.scoring.criteria import LOSS, METRICS, SELECTIONS
@@ -20,15 +21,22 @@ if TYPE_CHECKING:
 
 def run(parsed: argparse.Namespace) -> int:
     with importing():
+        from perta_fast.sweeping.dry_run import preview_sweep
         from perta_fast.sweeping.run import sweep
 
     check_streamed(parsed)
-    if parsed.dry_run:
-        raise NotImplementedError
     settings = keywords(parsed, without=("dry_run",))
     for one, several in (("rule", "rules"), ("mu", "mus"), ("p", "ps"), ("alpha", "alphas")):
         settings[one] = settings.pop(several) or settings[one]
+    if parsed.dry_run:
+        ranks = Ranks.of(parsed.group)
+        with ranks.together("the estimate"):
+            if ranks.first:
+                print(preview_sweep(settings, options.conditions(parsed), ranks.world))
+        return 0
     result = sweep(**settings, group=parsed.group)
+    if not Ranks.of(parsed.group).first:
+        return 0
     print(result.summary())
     best, curves = result.best, result.curves()
     if parsed.checkpoint is not None:

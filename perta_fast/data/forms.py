@@ -43,6 +43,8 @@ FORMS: tuple[dict[str, str], ...] = (
     {"messages": "conversations"},
 )
 PARAPHRASED = "paraphrased_question"  # which a question may have beside it; evaluations ask it too
+# Of TOFU: the answer in other words, and a list of wrong ones.
+TRUTH_RATIO = PARAPHRASED_ANSWER, PERTURBED_ANSWER = "paraphrased_answer", "perturbed_answer"
 _NEEDED = 'needs "question" and "answer", or "text", or "messages"'
 
 
@@ -139,12 +141,31 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
         if "question" in form and entry.get(PARAPHRASED) is not None:
             check_text(entry[PARAPHRASED], PARAPHRASED, where)
             values[PARAPHRASED] = entry[PARAPHRASED]
+        if "question" in form:
+            values |= {name: entry[name] for name, texts in _answers_beside(entry).items() if _are_texts(texts)}
         return Row(values, where, _described(form))
     _check_messages(content["messages"], where)
     if _is_given(tools):
         content["tools"] = _checked_tools(tools, tools_name, where)
         form = {**form, **{key: source for key, source in fields.items() if key == "tools"}}
     return Row(content, where, _described(form))
+
+
+def _answers_beside(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts of the fields for a truth ratio."""
+    return {PARAPHRASED_ANSWER: [entry.get(PARAPHRASED_ANSWER)], PERTURBED_ANSWER: entry.get(PERTURBED_ANSWER)}
+
+
+def _are_texts(values: Any) -> bool:
+    """Whether these could be answers; another program may mean something else by the name."""
+    if not isinstance(values, list):
+        return False
+    try:
+        for text in values:
+            check_text(text, "", "")
+    except InputError:
+        return False
+    return bool(values)
 
 
 def _described(form: Mapping[str, str]) -> str:

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 
-from perta_fast.data.forms import PARAPHRASED
+from perta_fast.data.forms import PARAPHRASED, PARAPHRASED_ANSWER, PERTURBED_ANSWER
 from perta_fast.data.rows import Row, check_text
 from perta_fast.data.samples import Sample
 from perta_fast.evaluation import metrics
@@ -18,6 +19,7 @@ from perta_fast.evaluation.examinee import (
 from perta_fast.evaluation.metric_table import GENERATED, MetricTable
 from perta_fast.evaluation.results import EvaluationFile, Metric
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
+from perta_fast.models.token_scores import TokenScores
 
 MEMORISATION = ("extraction_strength", "exact_memorization")
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
@@ -73,6 +75,33 @@ def offer_paraphrased(table: MetricTable, role: str) -> None:
     table.offer(names[0], lambda: probabilities(table.examinee.score(samples(), what)), default=False)
     truth = table.files[role].texts("answer")
     offer_rouge(table, names[1], truth, answers, "rougeL_recall", lambda: table.examinee.truths(asked), default=False)
+
+
+def offer_truth_ratio(table: MetricTable, role: str, right: Callable[[], Sequence[TokenScores]]) -> None:
+    """Offer the truth ratio of questions that have wrong answers too. right: scores of the right ones."""
+
+    def compute() -> Metric:
+        pairs = zip(right(), wrong_answers(table, role), strict=True)
+        ratios = [metrics.truth_ratio(metrics.mean(sample.log_probs), means) for sample, means in pairs]
+        aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
+        return Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
+
+    table.offer("forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio", compute)
+
+
+def paraphrased_answers(table: MetricTable, role: str) -> list[TokenScores]:
+    """Scores of each question's right answer in other words."""
+    what, rows = f"{role} paraphrased", table.files[role].questions("question", PARAPHRASED_ANSWER)
+    return table.once(what, lambda: table.examinee.score(table.examinee.tokenise(rows, what), what))
+
+
+def wrong_answers(table: MetricTable, role: str) -> list[list[float]]:
+    """The mean log-probability of each question's wrong answers."""
+    what, file = f"{role} perturbed", table.files[role]
+    rows = file.questions("question", PERTURBED_ANSWER)
+    scores = table.once(what, lambda: table.examinee.score(table.examinee.tokenise(rows, what), what))
+    means = (metrics.mean(score.log_probs) for score in scores)  # in the order of questions and answers
+    return [list(islice(means, len(row.content[PERTURBED_ANSWER]))) for row in file.rows]
 
 
 def offer_memorisation(table: MetricTable, prefix: str, scored: Callable[[], Scored]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
+from perta_fast.data.forms import PARAPHRASED_ANSWER, PERTURBED_ANSWER, TRUTH_RATIO
 from perta_fast.data.samples import Sample
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Scored, probabilities
@@ -13,15 +14,19 @@ from perta_fast.evaluation.offers import (
     offer_memorisation,
     offer_paraphrased,
     offer_rouge,
+    offer_truth_ratio,
+    paraphrased_answers,
 )
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
+from perta_fast.models.token_scores import TokenScores
 
 
 class OwnData(MetricTable):
     """Loss, probability, extraction strength and exact memorisation of each set.
 
-    files: by ``forget``, ``retain`` and ``holdout``. ROUGE-L too where all rows are questions. With a holdout set,
-    the membership scores of the forget set; with ``reference`` as well, PrivLeak.
+    files: by role, ``forget``, ``retain`` and ``holdout`` among them. ROUGE-L too where all rows are questions; the truth
+    ratio where all have wrong answers, ``perturbed_answer``, as TOFU's rows do. With a holdout set, the membership
+    scores of the forget set; with ``reference`` as well, PrivLeak.
     """
 
     def __init__(self, files: Mapping[str, DataFile], reference: EvaluationFile | None) -> None:
@@ -34,9 +39,17 @@ class OwnData(MetricTable):
                 truths = partial(self._truths, role)
                 offer_rouge(self, f"{role}_Q_A_ROUGE", file.texts("answer"), answers, "rougeL_recall", truths)
                 offer_paraphrased(self, role)
+                self._offer_truth_ratio(role)
             offer_memorisation(self, f"{role}_", partial(self.scored, role))
         if "holdout" in files:
             offer_membership(self, reference)
+
+    def _offer_truth_ratio(self, role: str) -> None:
+        """Of right answers in other words, if every row has one, else of the answers."""
+        has = {name: all(name in row.content for row in self.files[role].rows) for name in TRUTH_RATIO}
+        if has[PERTURBED_ANSWER]:
+            own = partial(self._scores, role)
+            offer_truth_ratio(self, role, partial(paraphrased_answers, self, role) if has[PARAPHRASED_ANSWER] else own)
 
     def samples(self, role: str) -> list[Sample]:
         return self.once(f"{role} samples", lambda: self._tokenised(role))
@@ -53,7 +66,10 @@ class OwnData(MetricTable):
         return self.once(f"{role} scores", lambda: self.examinee.score_with_texts(self.samples(role), role))
 
     def _probability(self, role: str) -> Metric:
-        return probabilities([score for score, _ in self.scored(role)])
+        return probabilities(self._scores(role))
+
+    def _scores(self, role: str) -> list[TokenScores]:
+        return [score for score, _ in self.scored(role)]
 
     def _loss(self, role: str) -> Metric:
         return averaged("avg_loss", [sample["avg_loss"] for sample in self.metric(f"{role}_Q_A_Prob").samples])

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from perta_fast.data.rows import Row
@@ -19,6 +18,9 @@ from perta_fast.evaluation.offers import (
     offer_memorisation,
     offer_paraphrased,
     offer_rouge,
+    offer_truth_ratio,
+    paraphrased_answers,
+    wrong_answers,
 )
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.models.token_scores import TokenScores
@@ -78,8 +80,9 @@ class TofuMetrics(MetricTable):
         offer_rouge(
             self, f"{role}_Q_A_ROUGE", truth, partial(self._answers, role), "rougeL_recall", partial(self._truths, role)
         )
-        name = "forget_truth_ratio" if role == "forget" else f"{role}_Truth_Ratio"
-        self.offer(name, lambda: self._truth_ratio(role))
+        offer_truth_ratio(
+            self, role, partial(paraphrased_answers, self, role) if fictitious else partial(self._scores, role)
+        )
         if fictitious:
             offer_memorisation(self, "" if role == "forget" else "retain_", partial(self.scored, role))
             offer_paraphrased(self, role)
@@ -101,24 +104,8 @@ class TofuMetrics(MetricTable):
     def _scores(self, role: str) -> list[TokenScores]:
         return [score for score, _ in self.scored(role)]
 
-    def _right(self, role: str) -> list[TokenScores]:
-        """Scores of the right answers that the truth ratio takes: the paraphrased ones, where the set has them."""
-        if role not in _FICTITIOUS:
-            return self._scores(role)
-        what = f"{role} paraphrased"
-        rows = self.files[role].questions("question", "paraphrased_answer")
-        return self.once(what, lambda: self.examinee.score(self.examinee.tokenise(rows, what), what))
-
-    def _wrong(self, role: str) -> list[list[float]]:
-        """The mean log-probability of each question's wrong answers."""
-        what, file = f"{role} perturbed", self.files[role]
-        rows = file.questions("question", "perturbed_answer")
-        scores = self.once(what, lambda: self.examinee.score(self.examinee.tokenise(rows, what), what))
-        means = (metrics.mean(score.log_probs) for score in scores)  # in the order of questions and answers
-        return [list(islice(means, len(row.content["perturbed_answer"]))) for row in file.rows]
-
     def _normalised(self, role: str) -> Metric:
-        pairs = zip(self._scores(role), self._wrong(role), strict=True)
+        pairs = zip(self._scores(role), wrong_answers(self, role), strict=True)
         values = [
             metrics.normalised_probability(metrics.probability(sample.log_probs), list(map(math.exp, means)))
             for sample, means in pairs
@@ -130,12 +117,6 @@ class TofuMetrics(MetricTable):
 
     def _answers(self, role: str) -> list[str]:
         return self.examinee.answer(self.examinee.prompts(self.rows(role), self.samples(role)), role, ANSWER_TOKENS)
-
-    def _truth_ratio(self, role: str) -> Metric:
-        pairs = zip(self._right(role), self._wrong(role), strict=True)
-        ratios = [metrics.truth_ratio(metrics.mean(sample.log_probs), means) for sample, means in pairs]
-        aggregate = metrics.closer_to_one if role == "forget" else metrics.true_better
-        return Metric(aggregate(ratios), [{"score": ratio} for ratio in ratios])
 
     def _utility(self) -> Metric:
         return Metric(metrics.model_utility([self.metric(name).value for name in _UTILITY]))

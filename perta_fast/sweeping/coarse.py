@@ -1,5 +1,6 @@
-"""Whether a streamed sweep walks twice: first with some of its strengths, then with those that may keep the bound."""
+"""Whether a streamed sweep first walks with some of its strengths, then with those of the others that may matter."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -10,12 +11,14 @@ def coarse(strengths: Sequence[float]) -> list[float]:
     return [lam for lam in rising if lam <= 0] + above[1::2]
 
 
-def pays(curves: int, strengths: Sequence[float], reading: float, forward: float) -> bool:
-    """Whether a second walk is likely to cost less than the forward passes that the first one saves.
+def pays(curves: int, strengths: Sequence[float], reading: float, forward: float, most: int) -> bool:
+    """Whether walking again is likely to cost less than the forward passes that the first walk saves.
 
-    curves: on each of which ``strengths`` are tried. reading: seconds to read all inputs once. forward: seconds of one
-    setting's forward pass. Expected is that half of the strengths that the first walk leaves out need no pass, since a
-    smaller one has broken the bound.
+    curves: on each of which ``strengths`` are tried. reading: seconds to read all inputs, for each walk. forward:
+    seconds of one setting's forward pass. most: settings of one walk. Expected is that half of the strengths that the
+    first walk leaves out need no pass, since a smaller one has broken the bound.
     """
-    finer = len(strengths) - len(coarse(strengths))
-    return curves * finer / 2 * forward > reading
+    first = curves * len(coarse(strengths)) + 1  # and the model as it is
+    finer = curves * len(strengths) + 1 - first
+    walks = math.ceil(first / most) + math.ceil(finer / 2 / most) - math.ceil((first + finer) / most)
+    return finer / 2 * forward > walks * reading

@@ -3,13 +3,15 @@
 A walk is recorded after each step, and its scores when it is done: a sweep that was stopped goes on from there.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
-from perta_fast.files.durable import remove
+from perta_fast.memory import return_freed_blocks
 from perta_fast.preconditioning.input_moments import PHASE
+from perta_fast.runs.settings import threads_for
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.streaming.forecast.forward_costs import ForwardEstimate, forward_estimate
 from perta_fast.streaming.forward.version import Version
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.sweeping.coarse import coarse
@@ -18,6 +20,7 @@ from perta_fast.sweeping.measured import Measured, excess
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checked_gold, checkpoints_of, open_sources
 from perta_fast.sweeping.unfinished import Record
 from perta_fast.sweeping.vectors import Vectors
+from perta_fast.sweeping.walk_plan import Planning, WalkPlan
 from perta_fast.sweeping.walked_model import WalkedModel
 
 _ORIGINAL = "the model as it is"
@@ -26,44 +29,25 @@ Setting = tuple[Curve, float]  # a curve, and the strength on it
 
 def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
     """Score all settings that ``record`` lacks. vectors: made if they lack. Every rank calls it."""
-    ranks = opened.ranks
+    ranks, begun = opened.ranks, record.begun
     with ranks.together("the disk"):
         vectors.check_space(opened.request)
-    if opened.gold is not None:
-        _score_gold(opened, record)
-    walked = WalkedModel.open(opened, opened.sources.model.path)
-    if opened.request.bounds_absolutely:  # the model as it is may break it: before the first gradient
-        opened.request.bounds(_score_original(walked, record))
+    if opened.gold is not None and begun.gold is None:
+        gold = _Walks(WalkedModel.open(opened, opened.gold.path), record).alone("gold")
+        begun.gold = checked_gold(gold, opened.gold.path)
+        record.save()
+    walks = _Walks(WalkedModel.open(opened, opened.sources.model.path), record)
+    if opened.request.bounds_absolutely and begun.original is None:  # it may break the bound: before the first gradient
+        record.add(walks.alone(_ORIGINAL))
+        opened.request.bounds(walks.original)
     importances = opened.load_given() | _estimated(opened, record)
     with ranks.together(PHASE):
         if ranks.first:
             record.keep()
             vectors.make(opened)
-    rows = _Walks(walked, record, importances, vectors).rows()
-    return Measured(rows, importances, walked.subject, walked.skeleton.device, walked.samples, _notes(opened, walked))
-
-
-def _score_gold(opened: OpenedSweep, record: Record) -> None:
-    """Score the gold model, unless ``record`` has it."""
-    assert opened.gold is not None
-    begun, folder = record.begun, record.walk("gold")
-    if begun.gold is None:
-        record.keep()
-        (gold,) = WalkedModel.open(opened, opened.gold.path).score([Version("gold")], folder, "gold")
-        begun.gold = opened.ranks.share(checked_gold(gold, opened.gold.path))
-        record.save()
-    _leave(record, "gold", opened)
-
-
-def _score_original(walked: WalkedModel, record: Record) -> ScoredSetting:
-    """Score the model as it is, in a walk of its own, unless ``record`` has it."""
-    begun, ranks = record.begun, walked.opened.ranks
-    if begun.original is None:
-        record.keep()
-        record.add(*ranks.share(walked.score([Version(_ORIGINAL)], record.walk("original"), _ORIGINAL)))
-    _leave(record, "original", walked.opened)
-    assert begun.original is not None
-    return begun.original
+    rows = walks.settings(_Weighing(opened, importances, vectors))
+    walked = walks.walked
+    return Measured(rows, importances, walked.subject, walked.skeleton.device, walked.samples, _notes(opened))
 
 
 def _estimated(opened: OpenedSweep, record: Record) -> ByEstimator:
@@ -78,96 +62,125 @@ def _estimated(opened: OpenedSweep, record: Record) -> ByEstimator:
     return opened.estimate(subject, record.importances, skeleton)
 
 
-@dataclass(frozen=True)
-class _Walks:
-    """The walks through theta_full, all of its settings among them."""
+class _Weighing:
+    """What settings are made of. importances, vectors: on disk."""
 
-    walked: WalkedModel
-    record: Record
-    importances: ByEstimator
-    vectors: Vectors
-
-    def rows(self) -> list[ScoredSetting]:
-        """What all settings score, in order."""
-        opened, begun = self.walked.opened, self.record.begun
-        strengths = sorted(opened.request.strengths or ())
-        if self._in_two():
-            first = coarse(strengths)
-            self._score("coarse", [(curve, lam) for curve in opened.curves for lam in first])
-            rest = [(curve, lam) for curve in opened.curves for lam in strengths if lam not in first]
-            self._score("fine", [setting for setting in rest if not self._beyond(*setting)])
-        else:
-            self._score("settings", [(curve, lam) for curve in opened.curves for lam in strengths])
-        assert begun.original is not None
-        opened.request.bounds(begun.original)
-        rows = [begun.find(curve, lam) or curve.skipped(lam) for curve in opened.curves for lam in strengths]
-        return [begun.original, *rows]
-
-    def _in_two(self) -> bool:
-        """Whether strengths beyond one that breaks the bound are left out by a first walk; decided once."""
-        begun = self.record.begun
-        if begun.twice is None:
-            begun.twice = False
-            self.record.save()
-        return begun.twice
-
-    def _beyond(self, curve: Curve, lam: float) -> bool:
-        """Whether a smaller strength above 0 has broken the bound."""
-        opened, begun = self.walked.opened, self.record.begun
-        assert begun.original is not None
-        return any(
-            row.lam < lam and row.lam > 0 and curve.has(row) and excess(opened, begun.original, row) > 0
-            for row in begun.rows
-        )
-
-    def _score(self, name: str, settings: Sequence[Setting]) -> None:
-        """Walk once for those that are not scored yet, and for the model as it is."""
-        opened, begun, record = self.walked.opened, self.record.begun, self.record
-        lacking = [(curve, lam) for curve, lam in settings if begun.find(curve, lam) is None]
-        original = [Version(_ORIGINAL)] if begun.original is None else []
-        if lacking or original:
-            record.keep()
-            versions = [*original, *(self._version(curve, lam) for curve, lam in lacking)]
-            found = opened.ranks.share(self.walked.score(versions, record.walk(name), f"{len(versions)} settings"))
-            scored = zip(lacking, found[len(original) :], strict=True)
-            record.add(*found[: len(original)], *(_named(row, curve, lam) for (curve, lam), row in scored))
-        _leave(record, name, opened)
-
-    def _version(self, curve: Curve, lam: float) -> Version:
-        return Version(f"{curve.title}, lambda {lam:g}", self._sources[curve.title], curve.rule.at(lam).rescaling)
-
-    @cached_property
-    def _sources(self) -> dict[str, Sources]:
-        """What the settings of each curve are made of, by its title; curves of the same inputs share them."""
-        opened = self.walked.opened
-        of_inputs: dict[object, Sources] = {}
+    def __init__(self, opened: OpenedSweep, importances: ByEstimator, vectors: Vectors) -> None:
+        sources: dict[object, Sources] = {}
+        self._of_curve: dict[str, Sources] = {}
         with opened.ranks.together("the inputs"):
             for curve in opened.curves:
                 inputs = curve.estimator, curve.mu
-                if inputs not in of_inputs:
-                    importances = checkpoints_of(curve.rule, self.importances)
-                    tuned = None if curve.mu is None else self.vectors.of(curve.mu)
-                    of_inputs[inputs] = open_sources(opened.request, importances, tuned)
-        return {curve.title: of_inputs[curve.estimator, curve.mu] for curve in opened.curves}
+                if inputs not in sources:
+                    tuned = None if curve.mu is None else vectors.of(curve.mu)
+                    sources[inputs] = open_sources(opened.request, checkpoints_of(curve.rule, importances), tuned)
+                self._of_curve[curve.title] = sources[inputs]
+
+    def version(self, setting: Setting) -> Version:
+        """A setting as weights to score."""
+        curve, lam = setting
+        return Version(f"{curve.title}, lambda {lam:g}", self._of_curve[curve.title], curve.rule.at(lam).rescaling)
 
 
-def _named(row: ScoredSetting, curve: Curve, lam: float) -> ScoredSetting:
+@dataclass(frozen=True)
+class _Walks:
+    """The walks through one model. What they score is in ``record`` when they are done."""
+
+    walked: WalkedModel
+    record: Record
+
+    @property
+    def original(self) -> ScoredSetting:
+        """What the model as it is scores."""
+        assert self.record.begun.original is not None
+        return self.record.begun.original
+
+    def alone(self, name: str) -> ScoredSetting:
+        """What the model scores as it is, in a walk of its own."""
+        versions = [Version(name)]
+        return self._walk(name, versions, self._plan(name, versions, 0))[0]
+
+    def settings(self, weighing: _Weighing) -> list[ScoredSetting]:
+        """What all settings score, in order."""
+        opened, begun = self.walked.opened, self.record.begun
+        strengths = sorted(opened.request.strengths or ())
+        every = [(curve, lam) for curve in opened.curves for lam in strengths]
+        versions = [Version(_ORIGINAL), *map(weighing.version, every)]
+        plan = self._plan("settings", versions, len(opened.curves) if opened.request.is_bounded else 0)
+        if plan.twice:
+            first = [setting for setting in every if setting[1] in coarse(strengths)]
+            self._score("coarse", first, weighing, plan)
+            rest = [setting for setting in every if setting not in first and not self._beyond(*setting)]
+            self._score("fine", rest, weighing, plan)
+        else:
+            self._score("settings", every, weighing, plan)
+        opened.request.bounds(self.original)
+        return [self.original, *(begun.find(curve, lam) or curve.skipped(lam) for curve, lam in every)]
+
+    def _beyond(self, curve: Curve, lam: float) -> bool:
+        """Whether a smaller strength above 0 has broken the bound."""
+        smaller = (row for row in self.record.begun.rows if curve.has(row) and 0 < row.lam < lam)
+        return any(excess(self.walked.opened, self.original, row) > 0 for row in smaller)
+
+    def _score(self, name: str, settings: Sequence[Setting], weighing: _Weighing, plan: WalkPlan) -> None:
+        """Walk for those that are not scored yet, and for the model as it is, with as many at once as the plan has."""
+        begun, record = self.record.begun, self.record
+        asked: list[Setting | None] = [None, *settings]
+        for begin in range(0, len(asked), plan.most):
+            some = [
+                setting
+                for setting in asked[begin : begin + plan.most]
+                if (begun.original if setting is None else begun.find(*setting)) is None
+            ]
+            if some:
+                versions = [Version(_ORIGINAL) if setting is None else weighing.version(setting) for setting in some]
+                found = self._walk(f"{name}-{begin}", versions, plan)
+                record.add(*(_named(row, setting) for row, setting in zip(found, some, strict=True)))
+
+    def _plan(self, name: str, versions: Sequence[Version], curves: int) -> WalkPlan:
+        """How to walk: as was decided before the sweep was stopped. curves: as in ``Planning``."""
+        begun, opened, walked = self.record.begun, self.walked.opened, self.walked
+        if name in begun.plans:
+            return begun.plans[name]
+        ranks, plan = opened.ranks, None
+        threads = threads_for(opened.request.threads, ranks)
+        if opened.request.memory is not None:
+            return_freed_blocks()
+
+        def estimate(count: int) -> ForwardEstimate:
+            return forward_estimate(walked.skeleton, versions[-count:], walked.sets, threads, ranks.world)
+
+        with ranks.together("the choice of a schedule"):
+            if ranks.first:
+                place, shard = self.record.walk(name), walked.skeleton.first_shard
+                planning = Planning(estimate, len(versions), curves, opened.request, place, shard, ranks.world)
+                plan, text = planning.plan(announce=opened.progress is True)
+                if opened.progress is True:
+                    print(text, file=sys.stderr)
+        begun.plans[name] = ranks.share(plan)
+        self.record.save()
+        return begun.plans[name]
+
+    def _walk(self, name: str, versions: Sequence[Version], plan: WalkPlan) -> list[ScoredSetting]:
+        self.record.keep()
+        shown = versions[0].name if len(versions) == 1 else f"{len(versions)} settings"
+        found = self.walked.score(versions, self.record.walk(name), shown, plan.batch_size, plan.overlap)
+        rows: list[ScoredSetting] = self.walked.opened.ranks.share(found)
+        return rows
+
+
+def _named(row: ScoredSetting, setting: Setting | None) -> ScoredSetting:
+    if setting is None:
+        return row
+    curve, lam = setting
     rescaling = curve.rule.rescaling
     return replace(row, rule=curve.name, p=rescaling.p, alpha=rescaling.alpha, lam=lam, mu=curve.mu)
 
 
-def _leave(record: Record, name: str, opened: OpenedSweep) -> None:
-    """Remove what a walk has left, now that its scores are recorded."""
-    if opened.ranks.first:
-        remove(record.walk(name))
-
-
-def _notes(opened: OpenedSweep, walked: WalkedModel) -> list[str]:
+def _notes(opened: OpenedSweep) -> list[str]:
     """What to say of a streamed sweep."""
-    request, notes = opened.request, list[str]()
-    if walked.left_out:
-        notes.append(f"not computed, since they need text that the model generates: {', '.join(walked.left_out)}")
-    if request.lams is None:
-        tried = ", ".join(f"{lam:g}" for lam in request.strengths or ())
-        notes.append(f"a streamed sweep cannot search, so these strengths were tried: {tried}")
-    return notes
+    request = opened.request
+    if request.lams is not None:
+        return []
+    tried = ", ".join(f"{lam:g}" for lam in request.strengths or ())
+    return [f"a streamed sweep cannot search, so these strengths were tried: {tried}"]

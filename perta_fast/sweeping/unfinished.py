@@ -1,7 +1,7 @@
 """What an unfinished sweep has scored, kept on disk so that it can be resumed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
+from perta_fast.sweeping.walk_plan import WalkPlan
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 _FORMAT = "perta-sweep"
@@ -26,8 +27,8 @@ class Begun:
 
     inputs: what identifies the weights and data that it reads. rows: the scored settings. gold: the gold model's
     scores, once they are known. day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in
-    records of builds that did not keep it. twice: whether a streamed sweep walks twice, once that is known. applying:
-    whether the model may be changed already, in place.
+    records of builds that did not keep it. plans: of a streamed sweep's walks, by name, once they
+    are made. applying: whether the model may be changed already, in place.
     """
 
     request: Request
@@ -36,7 +37,7 @@ class Begun:
     rows: list[ScoredSetting]
     gold: ScoredSetting | None = None
     day: str = ""
-    twice: bool | None = None
+    plans: dict[str, WalkPlan] = field(default_factory=dict)
     applying: bool = False
 
     @property

@@ -13,6 +13,7 @@ from perta_fast.runs.settings import threads_for
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.streaming.forward.asked import Answering, Asking
+from perta_fast.streaming.forward.sample_set import SampleSet
 from perta_fast.streaming.forward.score_walk import score_versions
 from perta_fast.streaming.forward.version import Version, VersionScores
 from perta_fast.streaming.model.skeleton import Skeleton
@@ -23,14 +24,13 @@ from perta_fast.sweeping.opened import OpenedSweep
 class WalkedModel:
     """A model without its weights, and what it is scored on.
 
-    names: of the metrics that are made of token scores. left_out: of those that need more.
+    names: of the metrics that are made of token scores.
     """
 
     opened: OpenedSweep
     skeleton: Skeleton
     asking: "_AskingOnce"
     names: list[str]
-    left_out: list[str]
 
     @classmethod
     def open(cls, opened: OpenedSweep, path: Path) -> "WalkedModel":
@@ -39,11 +39,11 @@ class WalkedModel:
         with opened.ranks.together("the loading of model and data"):
             subject, skeleton = opened.structure(path)
             table = OwnData(opened.scored, None)
-            names, left_out = table.chosen_of_scores(None)
+            names, _ = table.chosen_of_scores(None)
             told = opened.told(subject)
             asking = _AskingOnce(told, request.batch_size, request.max_length, opened.progress)
             table.measure(asking, names)
-            return cls(opened, skeleton, asking, names, left_out)
+            return cls(opened, skeleton, asking, names)
 
     @property
     def subject(self) -> Subject:
@@ -55,17 +55,28 @@ class WalkedModel:
         """What it is scored on, by role."""
         return {role: self.asking.tokenised[role] for role in self.opened.scored}
 
-    def score(self, versions: Sequence[Version], folder: Path, description: str) -> list[ScoredSetting]:
-        """Walk once for all versions; every rank calls it. folder: as in ``score_versions``; a walk goes on from it."""
+    @property
+    def sets(self) -> list[SampleSet]:
+        """What each version is run over."""
+        return list(self.asking.sets.values())
+
+    def score(
+        self, versions: Sequence[Version], folder: Path, description: str, batch_size: int, ahead: bool
+    ) -> list[ScoredSetting]:
+        """Walk once for all versions; every rank calls it. folder, ahead: as in ``score_versions``.
+
+        A walk that was stopped goes on from what it left in ``folder``.
+        """
         opened = self.opened
         found = score_versions(
             self.skeleton,
             versions,
-            list(self.asking.sets.values()),
-            batch_size=opened.request.batch_size,
+            self.sets,
+            batch_size=batch_size,
             threads=threads_for(opened.request.threads, opened.ranks),
             folder=folder,
             resumable=True,
+            ahead=ahead,
             progress=opened.progress,
             description=description,
             ranks=opened.ranks,

@@ -180,18 +180,22 @@ class ForwardEstimate(Estimate):
         return self._batch_cost(part, 1, tokens).flops
 
 
+def stored_bytes(skeleton: Skeleton) -> int:
+    """Of an element of the model on the disk; the most frequent, if there are several sizes."""
+    sizes = [ITEM_SIZES[entry.dtype] for entry in skeleton.checkpoint.tensors.values() if entry.dtype in KERNEL_CODES]
+    return max(set(sizes), key=sizes.count)
+
+
 def forward_estimate(
     skeleton: Skeleton, versions: Sequence[Version], sets: Sequence[SampleSet], threads: int, ranks: int = 1
 ) -> ForwardEstimate:
     """Of ``score_versions`` with these arguments; for the rank with the most data."""
     lengths = [[len(sample.input_ids) for sample in of_set.samples] for of_set in sets if of_set.samples]
-    sizes = [ITEM_SIZES[entry.dtype] for entry in skeleton.checkpoint.tensors.values() if entry.dtype in KERNEL_CODES]
-    stored = max(set(sizes), key=sizes.count)
     return ForwardEstimate(
         skeleton,
         Load(lengths).share(ranks),
         skeleton.device,
-        Compared.of(versions, stored),
+        Compared.of(versions, stored_bytes(skeleton)),
         detailed=any(of_set.detailed for of_set in sets),
         threads=threads,
     )

@@ -1,0 +1,70 @@
+"""How a streamed sweep walks: batches within the memory, settings within the disk, one walk or two."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
+from perta_fast.streaming.forecast.forward_costs import ForwardEstimate
+from perta_fast.sweeping.coarse import coarse, pays
+from perta_fast.sweeping.request import Request
+
+
+@dataclass(frozen=True)
+class WalkPlan:
+    """Decided once, and kept, since a walk goes on only as it began.
+
+    batch_size, overlap: as in a ``Schedule``. most: versions of the weights in one walk, for whose hidden states the
+    disk has room. twice: whether a first walk finds strengths that need not be scored.
+    """
+
+    batch_size: int
+    overlap: bool
+    most: int
+    twice: bool = False
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What a plan is made from.
+
+    estimate: of so many versions. count: of all versions. curves: of settings that have to keep a bound; 0 if none has
+    to. folder: of the hidden states. shard: of the model, whose reading is timed. ranks: how many processes.
+    """
+
+    estimate: Callable[[int], ForwardEstimate]
+    count: int
+    curves: int
+    request: Request
+    folder: Path
+    shard: Path
+    ranks: int
+
+    def plan(self, announce: bool) -> tuple[WalkPlan, str]:
+        """The plan, and, to announce it, what it costs. Raises InputError if memory or disk are too small."""
+        request, strengths = self.request, self.request.strengths or []
+        budget = Budget.at(self.folder, request.memory, request.device_memory, self.ranks)
+        alone = choose_schedule(self.estimate(1), request.batch_size, budget)
+        alone.check()
+        schedule = alone.schedule
+        most = self.estimate(1).most_versions(schedule, budget.scratch // self.ranks)
+        may_skip = self.curves > 0 and len(coarse(strengths)) < len(strengths)
+        if not (announce or may_skip):
+            return WalkPlan(schedule.batch_size, schedule.overlap, most), ""
+        estimate = self.estimate(min(most, self.count))
+        chosen = choose_schedule(estimate, schedule.batch_size, budget)
+        rates = rates_for(chosen, self.folder, self.shard)
+        reading, forward = estimate.seconds_to_read(rates), estimate.seconds_of_version(schedule, rates)
+        twice = may_skip and pays(self.curves, strengths, reading, forward, most)
+        plan = WalkPlan(schedule.batch_size, schedule.overlap, most, twice)
+        return plan, f"{describe(chosen, rates, self.ranks)}\n{self._in_words(plan)}"
+
+    def _in_words(self, plan: WalkPlan) -> str:
+        walks = math.ceil(self.count / plan.most)
+        if plan.twice:
+            first = ", ".join(f"{lam:g}" for lam in coarse(self.request.strengths or []))
+            return f"walks: first with lambda {first}, then with those between that may keep the bound"
+        if walks == 1:
+            return "walks: one; no setting is skipped in it"
+        return f"walks: {walks}, each with at most {plan.most} of {self.count} settings, for which the disk has room"
