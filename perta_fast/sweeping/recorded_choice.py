@@ -10,6 +10,12 @@ from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 
+# What a run of one setting shares with the sweep that has chosen it.
+_ALIKE = (
+    *("model", "base", "tuned", "common_rows", "forget", "retain", "fields", "only", "leave", "system_prompt"),
+    *("batch_size", "max_length", "device", "dtype", "stream", "memory", "device_memory", "threads"),
+)
+
 
 def recorded_choice(request: Request, sweep: Sweep) -> SettingChoice:
     """How ``sweep.best``, which is another setting than the model as it is, was chosen."""
@@ -38,13 +44,11 @@ def chosen_recipe(request: Request, sweep: Sweep) -> dict[str, Scalar]:
     """``sweep.best`` as a run of ``unlearn`` on its own, which makes the same checkpoint."""
     best = sweep.best
     assert best is not None
-    alike = ("model", "base", "tuned", "forget", "retain", "fields", "only", "leave", "common_rows", "system_prompt")
-    alike += ("batch_size", "max_length", "device", "dtype", "stream", "memory", "device_memory", "threads")
     weighs = Rule.of_unlearn(best.rule, 0.0).estimator is not None
     numbers = {"p": best.p, "alpha": best.alpha, "threshold": request.threshold} if weighs else {"mu": best.mu}
     chosen = {"rule": best.rule, "lam": best.lam, **numbers, "at": request.at}
     date = request.date_string or sweep.settings.get("date")
-    return as_recipe({name: getattr(request, name) for name in alike} | chosen | {"date_string": date})
+    return as_recipe({name: getattr(request, name) for name in _ALIKE} | chosen | {"date_string": date})
 
 
 def _tried(setting: ScoredSetting) -> TriedSetting:
