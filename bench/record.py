@@ -17,6 +17,8 @@ from bench.bench_adapter import WHOLE as ADAPTER_WHOLE
 from bench.bench_apply import APPLY_PHASE, BESIDE, BUILDS, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_check import CONTENDERS as CHECK
 from bench.bench_check import GROUP as CHECKS
+from bench.bench_choose import CHOICE
+from bench.bench_choose import CONTENDERS as CHOOSING
 from bench.bench_eval import CONTENDERS as EVALUATION
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_hash import CONTENDERS as HASHING
@@ -52,6 +54,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     BEYOND: "Streaming",
     LARGE: "Streaming",
     SWEEPS: "Sweeps",
+    CHOICE: "Sweeps",
     REQUESTS: "Deletion requests",
     CHECKS: "The check of an unlearning",
     "tokenising": "Tokenising",
@@ -100,6 +103,8 @@ def expected(group: str) -> dict[str, str]:
         return HASHING
     if group == SWEEPS:
         return SWEEP
+    if group == CHOICE:
+        return CHOOSING
     if group == REQUESTS:
         return REQUEST
     if group.startswith(CHECKS):

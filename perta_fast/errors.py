@@ -29,6 +29,10 @@ class InputError(PertaError, ValueError):
     exit_status = 2
 
 
+class NotStreamable(InputError):
+    """A model whose layers cannot be run one at a time."""
+
+
 class RunError(PertaError, RuntimeError):
     """The run failed on the way (disk full, unreadable file); the inputs are untouched. Exit status 1."""
 

@@ -159,16 +159,21 @@ def write_checkpoint_set(folder: Path, parameters: int, importance: torch.dtype 
 
         return make
 
-    def gradients(seed: int) -> Maker:
-        def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            return normal(seeds[name] + seed, shape).mul_(1e-4).to(importance)
-
-        return make
-
     for kind in MERGED:
         write_sharded(folder / kind, "model", shapes, weights(kind), {"format": "pt"})
         (folder / kind / "config.json").write_text(json.dumps(config, indent=2))
+    write_importances(folder, shapes, importance)
+    return CheckpointSet(folder, sum(elements(shape) for shape in shapes.values()))
+
+
+def write_importances(folder: Path, shapes: Shapes, dtype: torch.dtype) -> None:
+    """Write a forget and a retain importance of a model with tensors of these shapes."""
+    seeds = {name: number for number, name in enumerate(shapes)}
     for seed, kind in enumerate(IMPORTANCES, start=3):
+
+        def make(name: str, shape: tuple[int, ...], seed: int = seed) -> torch.Tensor:
+            return normal(seeds[name] + seed * 1_000_000, shape).mul_(1e-4).to(dtype)
+
         metadata = {
             "format": "perta-importance",
             "format_version": "1",
@@ -177,6 +182,4 @@ def write_checkpoint_set(folder: Path, parameters: int, importance: torch.dtype 
             "sample_count": "64",
             "evaluated_at": "base",
         }
-        make = gradients(seed * 1_000_000)
         write_sharded(folder / kind, "importance", shapes, make, metadata)
-    return CheckpointSet(folder, sum(elements(shape) for shape in shapes.values()))

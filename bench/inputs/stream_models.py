@@ -27,26 +27,22 @@ class StreamJob:
     layers: int
     size: int
     layer_parameters: int
+    shapes: Shapes
 
     def command(self, out: Path, *more: object) -> list[str]:
         """``perta unlearn`` on them, with the options ``more``."""
+        settings = ["--rule", "fisher", "--lam", "1", "--batch-size", "8", "--overwrite", "--out", out]
+        return self.perta("unlearn", *self.inputs(), *settings, *more)
+
+    def inputs(self) -> list[object]:
+        """The options that name checkpoints and data files."""
         paths = {name: self.folder / name for name in MERGED}
         paths |= {name: self.folder / f"{name}.jsonl" for name in ("forget", "retain")}
-        inputs = [word for name, path in paths.items() for word in (f"--{name}", path)]
-        settings = ["--rule", "fisher", "--lam", "1", "--batch-size", "8", "--quiet", "--overwrite"]
-        words = [
-            sys.executable,
-            "-m",
-            "perta_fast",
-            "unlearn",
-            "--rule=fisher",
-            *inputs,
-            *settings,
-            "--out",
-            out,
-            *more,
-        ]
-        return list(map(str, words))
+        return [word for name, path in paths.items() for word in (f"--{name}", path)]
+
+    def perta(self, command: str, *words: object) -> list[str]:
+        """``perta COMMAND``, quietly, with these words."""
+        return [sys.executable, "-m", "perta_fast", command, *map(str, words), "--quiet"]
 
 
 def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words: int, **changes: int) -> StreamJob:
@@ -83,7 +79,7 @@ def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words
         write_sharded(folder / name, "model", shapes, make, {"format": "pt"})
         (folder / name / "config.json").write_text(json.dumps(config, indent=2))
         tokenizer.save_pretrained(folder / name)
-    return StreamJob(folder, layers, 2 * _count(shapes), _count(shapes, "model.layers.0."))
+    return StreamJob(folder, layers, 2 * _count(shapes), _count(shapes, "model.layers.0."), shapes)
 
 
 def _count(shapes: Shapes, prefix: str = "") -> int:

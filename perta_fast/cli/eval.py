@@ -8,6 +8,7 @@ from perta_fast.cli.importing import importing
 from perta_fast.cli.options import (
     CHAT,
     DOWNLOAD,
+    DRY_RUN,
     ESTIMATION,
     FIELDS,
     LIMITS,
@@ -24,10 +25,12 @@ from perta_fast.errors import printable
 
 def run(parsed: argparse.Namespace) -> int:
     check_streamed(parsed)
+    if parsed.dry_run:
+        return _dry_run(parsed)
     with importing():
         from perta_fast.runs.evaluate import evaluate
 
-    result = evaluate(parsed.model, **keywords(parsed, without=("model",)), group=parsed.group)
+    result = evaluate(parsed.model, **keywords(parsed, without=("model", "dry_run")), group=parsed.group)
     if not Ranks.of(parsed.group).first:
         return 0
     if not parsed.quiet:
@@ -38,6 +41,18 @@ def run(parsed: argparse.Namespace) -> int:
         for note in result.notes:
             if note.startswith("warning"):
                 print(f"perta: {printable(note)}", file=sys.stderr)
+    return 0
+
+
+def _dry_run(parsed: argparse.Namespace) -> int:
+    with importing():
+        from perta_fast.evaluation.request import Request
+        from perta_fast.runs.evaluate_streamed import preview
+
+    ranks = Ranks.of(parsed.group)
+    with ranks.together("the estimate"):
+        if ranks.first:
+            print(preview(Request.of(keywords(parsed) | {"model_or_path": parsed.model}), ranks.world))
     return 0
 
 
@@ -74,6 +89,7 @@ COMMAND = Command(
         flag("show_text", "write answers, which may be private, to --out"),
         flag("stream", "hold one decoder layer in memory at a time; no metrics of generated text"),
         *LIMITS,
+        DRY_RUN,
         *ESTIMATION,
         Option("out", "file to write, ending in .json", Path, "FILE"),
         flag("overwrite", "replace FILE"),

@@ -122,7 +122,7 @@ def conditions(parsed: argparse.Namespace) -> "Conditions":
 
 def check_streamed(parsed: argparse.Namespace) -> None:
     """Raise InputError if an option was given that needs ``--stream``."""
-    given = [key for key in ("dry_run", "memory", "device_memory") if getattr(parsed, key, None)]
+    given = [key for key in ("dry_run", "memory", "device_memory") if getattr(parsed, key)]
     if given and not parsed.stream:
         raise InputError(f"--{given[0].replace('_', '-')} is for streamed runs; add --stream")
 
@@ -226,6 +226,7 @@ STREAM = (
     *LIMITS,
     flag("dry_run", "print what --stream will take, from config.json, and stop"),
 )
+DRY_RUN = flag("dry_run", "print what --stream will take, and stop")
 CHAT = (
     Option("system_prompt", "given with every question, by the chat template", metavar="TEXT", may_be_empty=True),
     Option("date_string", "the date, for a chat template that tells it, as in 2025-04-10 (today's)", metavar="DATE"),

@@ -134,7 +134,9 @@ def _check_arguments(request: Request) -> None:
     for name in ("stress", "lm_eval"):
         if getattr(request, name):
             raise InputError(f"{name} needs the whole model in memory; leave it out, or leave stream out")
-    open_plain(request.model)
+    for directory in (request.model, request.reference_model):
+        if directory is not None:
+            open_plain(directory)
 
 
 def _check_out(request: Request, overwrite: bool, resume: bool) -> None:

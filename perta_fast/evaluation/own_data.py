@@ -24,9 +24,9 @@ from perta_fast.models.token_scores import TokenScores
 class OwnData(MetricTable):
     """Loss, probability, extraction strength and exact memorisation of each set.
 
-    files: by role, ``forget``, ``retain`` and ``holdout`` among them. ROUGE-L too where all rows are questions; the truth
-    ratio where all have wrong answers, ``perturbed_answer``, as TOFU's rows do. With a holdout set, the membership
-    scores of the forget set; with ``reference`` as well, PrivLeak.
+    files: by role, ``forget``, ``retain`` and ``holdout`` among them. ROUGE-L too where all rows are questions; the
+    truth ratio where all have wrong answers (``perturbed_answer``), as TOFU's rows do. With a holdout set, the
+    membership scores of the forget set; with ``reference`` as well, PrivLeak.
     """
 
     def __init__(self, files: Mapping[str, DataFile], reference: EvaluationFile | None) -> None:

@@ -32,15 +32,15 @@ from perta_fast.records.versions import now
 Measure = Callable[[KeptParts | None, str, date], Evaluation]
 
 
-def run(checked: Checked, measure: Measure, *, is_same_later: bool, overwrite: bool) -> Evaluation:
+def run(checked: Checked, measure: Measure, *, repeatable: bool, overwrite: bool) -> Evaluation:
     """Measure, and write the result, if there is a place for it.
 
-    is_same_later: whether the same call would measure the same; then finished parts are kept. overwrite: replace a
+    repeatable: whether the same call would measure the same; then finished parts are kept. overwrite: replace a
     result, and give up what is kept of an earlier evaluation; without it that goes on.
     """
     request = checked.request
     out = None if request.out is None else Path(request.out)
-    if out is None or not is_same_later or out.is_symlink():  # a link is replaced itself
+    if out is None or not repeatable or out.is_symlink():  # a link is replaced itself
         result = measure(None, now(), today())
         if out is not None:
             result.save(out, overwrite=overwrite)

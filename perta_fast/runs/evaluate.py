@@ -137,10 +137,10 @@ def _run(
     else:
         measure = partial(measure_loaded, checked, model_or_path, tokenizer, progress)
     # A model or a tokenizer in memory may be another one at the next call.
-    is_same_later = request.model is not None and tokenizer is None
+    repeatable = request.model is not None and tokenizer is None
     with ranks.sharing_errors("the evaluation"):
         if ranks.first:
-            result = run(checked, measure, is_same_later=is_same_later, overwrite=overwrite and not resume)
+            result = run(checked, measure, repeatable=repeatable, overwrite=overwrite and not resume)
         else:
             result = measure(None, "", today())
         with ranks.together("the evaluation"):

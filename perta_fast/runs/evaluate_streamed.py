@@ -1,32 +1,35 @@
 """``evaluate`` layer by layer: which samples the metrics ask for, one walk over all of them, then the metrics."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from perta_fast.data.chat import today
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import torch_dtype
-from perta_fast.errors import RankLost, RunError, advice
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.reference_model import check_same_tokens
+from perta_fast.evaluation.request import Request
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.models.loading import Subject, load_subject, samples_for
 from perta_fast.progress import Progress
 from perta_fast.runs.estimate import open_skeleton
+from perta_fast.runs.scoring_walks import scoring_walks
 from perta_fast.runs.settings import threads_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
+from perta_fast.streaming.forecast.forward_costs import forward_estimate
 from perta_fast.streaming.forward.asked import Answering, Asking
 from perta_fast.streaming.forward.sample_set import SampleSet
-from perta_fast.streaming.forward.score_walk import score_versions
-from perta_fast.streaming.forward.version import Version, VersionScores
+from perta_fast.streaming.forward.version import Version
 from perta_fast.streaming.model.skeleton import Skeleton
+
+_MODEL, _REFERENCE = "model", "reference model"  # the walks
 
 
 def measure_streamed(
@@ -41,104 +44,78 @@ def measure_streamed(
         pass  # if the first rank could not begin, all end
     started, day = ranks.share((started, day))
     with ranks.together("the loading of model and data"):
-        model = _Outline.open(checked.request.model, checked.request.device, checked.request.dtype, tokenizer)
-        subject = checked.subject_on(model.subject, day)
-        asking = checked.examinee(Asking, subject, progress)
-        checked.table.measure(asking, checked.names)
-        reference = _reference(checked, model, asking.reference_sets)
-    with _scratch(kept, ranks) as scratch:
-        found = scratch.walk("model", model, asking.sets, checked.request.batch_size, progress)
-        other = scratch.walk("reference", reference, asking.reference_sets, checked.request.batch_size, progress)
-    answering = checked.examinee(Answering, subject, progress, scores=found.scores, reference_scores=other.scores)
+        opened = _Opened.open(checked, day, tokenizer, progress)
+    with scoring_walks(checked.request, progress, ranks, kept) as walks:
+        schedules = {name: walks.schedule(name, *through) for name, through in opened.walks.items()}
+        found = {name: walks.scores(name, *through, schedules[name]) for name, through in opened.walks.items()}
+    scores, reference_scores = (found[name].scores if name in found else {} for name in (_MODEL, _REFERENCE))
+    answering = checked.examinee(Answering, opened.subject, progress, scores=scores, reference_scores=reference_scores)
     measured = checked.table.measure(answering, checked.names)
-    for outline, of_walk in ((model, found), (reference, other)):
-        if outline is not None and of_walk.not_finite:
-            answering.notes.append(f"{outline.subject.origin}: {of_walk.not_finite}")
-    return checked.result(answering, measured, started)
+    for name, (skeleton, _) in opened.walks.items():
+        if found[name].not_finite:
+            answering.notes.append(f"{skeleton.checkpoint.path}: {found[name].not_finite}")
+    result = checked.result(answering, measured, started)
+    result.settings["batch_size"] = schedules[_MODEL].batch_size
+    return result
+
+
+def preview(request: Request, ranks: int = 1) -> str:
+    """What the walks of a streamed evaluation will take, from the headers of the files and the data.
+
+    ranks: processes; the costs are those of one. A file is written to measure the disk, and removed. Raises InputError
+    for bad input, and if memory or disk are too small.
+    """
+    checked = Checked.of(replace(request, out=None), overwrite=False, resume=False)
+    opened = _Opened.open(checked, today(), None, False)
+    destination = Path(tempfile.gettempdir()) if request.out is None else Path(request.out).parent
+    lines = []
+    for name, (skeleton, sets) in opened.walks.items():
+        estimate = forward_estimate(skeleton, [Version(name)], sets, threads_for(None, Ranks.ALONE), ranks)
+        budget = Budget.at(destination, request.memory, request.device_memory, ranks)
+        chosen = choose_schedule(estimate, request.batch_size, budget)
+        tokens = {of_set.name: [len(sample.input_ids) for sample in of_set.samples] for of_set in sets}
+        counts = (f"{len(of_set)} {role} samples of {sum(of_set)} tokens" for role, of_set in tokens.items())
+        rates = rates_for(chosen, destination, skeleton.first_shard)
+        lines += [f"through the {name}: {', '.join(counts)}", describe(chosen, rates, ranks)]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class _Outline:
-    """A checkpoint without its weights, and its tokenizer."""
+class _Opened:
+    """What is walked. walks: by name, the model without its weights, and the sets that the metrics ask it for."""
 
-    skeleton: Skeleton
     subject: Subject
+    walks: dict[str, tuple[Skeleton, list[SampleSet]]]
 
     @classmethod
-    def open(
-        cls, path: str | None, device: str | torch.device | None, dtype: str | None = None, tokenizer: Any = None
-    ) -> "_Outline":
-        assert path is not None
-        kind = None if dtype is None else torch_dtype(dtype)
-        skeleton = open_skeleton(Path(path), device, kind)
-        return cls(skeleton, load_subject(Path(path), device, kind, tokenizer, structure=skeleton.model))
+    def open(cls, checked: Checked, day: date, tokenizer: Any, progress: Progress) -> "_Opened":
+        """Raises InputError if a model, or a row, cannot be taken. day: for templates that ask for the date."""
+        request = checked.request
+        assert request.model is not None
+        dtype = None if request.dtype is None else torch_dtype(request.dtype)
+        skeleton, subject = _structure(Path(request.model), request.device, dtype, tokenizer)
+        subject = checked.subject_on(subject, day)
+        asking = checked.examinee(Asking, subject, progress)
+        checked.table.measure(asking, checked.names)
+        walks = {_MODEL: (skeleton, list(asking.sets.values()))}
+        if asking.reference_sets:
+            assert request.reference_model is not None
+            sets = list(asking.reference_sets.values())
+            walks[_REFERENCE] = _reference(Path(request.reference_model), skeleton.device, sets, subject), sets
+        return cls(subject, walks)
 
 
-def _reference(checked: Checked, model: _Outline, sets: Mapping[str, SampleSet]) -> _Outline | None:
-    """The reference model, if it is asked for scores. Raises InputError if it cannot read the samples."""
-    if not sets:
-        return None
-    reference = _Outline.open(checked.request.reference_model, model.skeleton.device)
-    check_same_tokens(Path(reference.subject.origin), reference.subject.tokenizer, model.subject.tokenizer)
-    for of_set in sets.values():
-        samples_for(reference.subject, of_set.samples, None)  # checks that it can read them
-    return reference
+def _structure(
+    path: Path, device: str | torch.device | None, dtype: torch.dtype | None, tokenizer: Any = None
+) -> tuple[Skeleton, Subject]:
+    skeleton = open_skeleton(path, device, dtype)
+    return skeleton, load_subject(path, device, dtype, tokenizer, structure=skeleton.model)
 
 
-@dataclass(frozen=True)
-class _Scratch:
-    """Where walks keep hidden states and finished scores. kept: of the first rank, if they stay after a stop."""
-
-    folder: Path
-    resumable: bool
-    ranks: Ranks
-    kept: KeptParts | None
-
-    def walk(
-        self, name: str, model: _Outline | None, sets: Mapping[str, SampleSet], batch_size: int, progress: Progress
-    ) -> VersionScores:
-        """What a model scores. Raises RunError, with how to go on, if the disk is full."""
-        if model is None:
-            return VersionScores({}, 0.0, "", 0.0)
-        with self.ranks.together(name), self._explaining():
-            (found,) = score_versions(
-                model.skeleton,
-                [Version(name)],
-                list(sets.values()),
-                batch_size=batch_size,
-                threads=threads_for(None, self.ranks),
-                folder=self.folder / name,
-                resumable=self.resumable,
-                progress=progress,
-                description=f"scoring by the {name}",
-                ranks=self.ranks,
-            )
-        return found
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        """Say in an error of the walk how to go on."""
-        rest = "nothing was left behind" if self.kept is None else self.kept.going_on()
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"{self.folder}: could not be written: {advice(error)}; {rest}") from error
-        except RunError as error:
-            if isinstance(error, RankLost):
-                raise
-            raise RunError(f"{error}; {rest}") from error
-
-
-@contextmanager
-def _scratch(kept: KeptParts | None, ranks: Ranks) -> Iterator[_Scratch]:
-    """A directory beside the result; or where temporary files lie, which is removed at the end."""
-    with ExitStack() as opened:
-        folder = None
-        with ranks.together("the scratch directory"):
-            if kept is not None:
-                folder = kept.folder("walk")
-            elif ranks.first:
-                folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="perta-eval-")))
-        folder, resumable = ranks.share((folder, kept is not None))
-        check_shared(folder, ranks)
-        yield _Scratch(folder, resumable, ranks, kept)
+def _reference(path: Path, device: torch.device, sets: Sequence[SampleSet], own: Subject) -> Skeleton:
+    """The reference model of ``own``. Raises InputError if it cannot read the samples."""
+    skeleton, subject = _structure(path, device, None)
+    check_same_tokens(path, subject.tokenizer, own.tokenizer)
+    for of_set in sets:
+        samples_for(subject, of_set.samples, None)  # checks that it can read them
+    return skeleton

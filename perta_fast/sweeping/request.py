@@ -165,8 +165,7 @@ class Request:
         if self.select == "closest" and self.gold is None:
             raise InputError("select closest needs gold: the model to be close to")
         self._check_result()
-        if self.stream:
-            self._check_streamed()
+        self._check_streamed()
 
     def bounds(self, original: ScoredSetting) -> tuple[float | None, float | None]:
         """The largest allowed retain loss and the smallest allowed retain metric.
@@ -198,6 +197,11 @@ class Request:
             raise InputError(f"{name} needs select, which chooses what is written, and out, the sweep's record")
 
     def _check_streamed(self) -> None:
+        for name in ("memory", "device_memory"):
+            if getattr(self, name) is not None and not self.stream:
+                raise InputError(f"{name} is for streamed sweeps; give stream too, or leave it out")
+        if not self.stream:
+            return
         if self.out is None:
             raise InputError("stream needs out: importances, hidden states and the sweep's record lie there")
         if self.metric in GENERATED_METRICS:

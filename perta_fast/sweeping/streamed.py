@@ -6,6 +6,7 @@ A walk is recorded after each step, and its scores when it is done: a sweep that
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from perta_fast.memory import return_freed_blocks
 from perta_fast.preconditioning.input_moments import PHASE
@@ -97,8 +98,8 @@ class _Walks:
 
     def alone(self, name: str) -> ScoredSetting:
         """What the model scores as it is, in a walk of its own."""
-        versions = [Version(name)]
-        return self._walk(name, versions, self._plan(name, versions, 0))[0]
+        folder, versions = self.record.walk(name, alone=True), [Version(name)]
+        return self._walk(folder, versions, self._plan(name, folder, versions, 0))[0]
 
     def settings(self, weighing: _Weighing) -> list[ScoredSetting]:
         """What all settings score, in order."""
@@ -106,7 +107,8 @@ class _Walks:
         strengths = sorted(opened.request.strengths or ())
         every = [(curve, lam) for curve in opened.curves for lam in strengths]
         versions = [Version(_ORIGINAL), *map(weighing.version, every)]
-        plan = self._plan("settings", versions, len(opened.curves) if opened.request.is_bounded else 0)
+        place = self.record.walk("settings")
+        plan = self._plan("settings", place, versions, len(opened.curves) if opened.request.is_bounded else 0)
         if plan.twice:
             first = [setting for setting in every if setting[1] in coarse(strengths)]
             self._score("coarse", first, weighing, plan)
@@ -134,11 +136,11 @@ class _Walks:
             ]
             if some:
                 versions = [Version(_ORIGINAL) if setting is None else weighing.version(setting) for setting in some]
-                found = self._walk(f"{name}-{begin}", versions, plan)
+                found = self._walk(record.walk(f"{name}-{begin}"), versions, plan)
                 record.add(*(_named(row, setting) for row, setting in zip(found, some, strict=True)))
 
-    def _plan(self, name: str, versions: Sequence[Version], curves: int) -> WalkPlan:
-        """How to walk: as was decided before the sweep was stopped. curves: as in ``Planning``."""
+    def _plan(self, name: str, folder: Path, versions: Sequence[Version], curves: int) -> WalkPlan:
+        """How to walk: as was decided before the sweep was stopped. folder, curves: as in ``Planning``."""
         begun, opened, walked = self.record.begun, self.walked.opened, self.walked
         if name in begun.plans:
             return begun.plans[name]
@@ -152,8 +154,8 @@ class _Walks:
 
         with ranks.together("the choice of a schedule"):
             if ranks.first:
-                place, shard = self.record.walk(name), walked.skeleton.first_shard
-                planning = Planning(estimate, len(versions), curves, opened.request, place, shard, ranks.world)
+                shard = walked.skeleton.first_shard
+                planning = Planning(estimate, len(versions), curves, opened.request, folder, shard, ranks.world)
                 plan, text = planning.plan(announce=opened.progress is True)
                 if opened.progress is True:
                     print(text, file=sys.stderr)
@@ -161,10 +163,10 @@ class _Walks:
         self.record.save()
         return begun.plans[name]
 
-    def _walk(self, name: str, versions: Sequence[Version], plan: WalkPlan) -> list[ScoredSetting]:
+    def _walk(self, folder: Path, versions: Sequence[Version], plan: WalkPlan) -> list[ScoredSetting]:
         self.record.keep()
         shown = versions[0].name if len(versions) == 1 else f"{len(versions)} settings"
-        found = self.walked.score(versions, self.record.walk(name), shown, plan.batch_size, plan.overlap)
+        found = self.walked.score(versions, folder, shown, plan.batch_size, plan.overlap)
         rows: list[ScoredSetting] = self.walked.opened.ranks.share(found)
         return rows
 

@@ -17,6 +17,7 @@ from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.walk_plan import WalkPlan
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
+_WALKS = "walks"
 _FORMAT = "perta-sweep"
 _FORMAT_VERSION = 1
 
@@ -100,10 +101,10 @@ class Record:
         """Where importances estimated for the sweep are kept."""
         return None if self.target is None else self.target.path / STATE / "importance"
 
-    def walk(self, name: str) -> Path:
-        """Where a streamed sweep keeps what a walk goes on from."""
+    def walk(self, name: str, *, alone: bool = False) -> Path:
+        """Where a streamed sweep keeps what a walk goes on from. alone: one that scores no setting."""
         assert self.target is not None
-        return self.target.path / STATE / f"walk-{name}"
+        return self.target.path / STATE / ("alone" if alone else _WALKS) / name
 
     @property
     def has_work(self) -> bool:
@@ -111,7 +112,7 @@ class Record:
         if self.begun.is_scored:
             return True
         state = None if self.target is None or not self.begun.request.stream else self.target.path / STATE
-        return state is not None and any(any(state.glob(work)) for work in ("importance/*/*", "walk-*"))
+        return state is not None and any(any(state.glob(work)) for work in ("importance/*/*", f"{_WALKS}/*"))
 
     def keep(self) -> None:
         """From now on there is work that a stopped sweep goes on with."""

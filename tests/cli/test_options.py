@@ -29,7 +29,7 @@ OTHERWISE = {
     "tune": {"quiet", "show_labels"},
     "precondition": {"dry_run", "quiet", "show_labels"},
     "sweep": {"rules", "mus", "ps", "alphas", "quiet", "show_labels"},
-    "eval": {"model", "quiet", "show_labels"},
+    "eval": {"dry_run", "model", "quiet", "show_labels"},
 }
 # 8 on the command line as for all commands, 16 in Python; and an importance may be combined of others, without data
 OTHER_DEFAULTS = {"eval": {"batch_size"}, "importance": {"data"}}

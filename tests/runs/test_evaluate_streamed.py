@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perta_fast import Evaluation, InputError, Interrupted, RunError, cli, evaluate, resume
 from perta_fast.models import loading
 from perta_fast.streaming import scratch_files
+from perta_fast.streaming.forecast import choice
 from perta_fast.streaming.forward import score_walk
 from tests.distributed.launch import perta_on_ranks
 from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS, write_muse, write_tofu
@@ -128,6 +130,47 @@ def test_a_chat_template_and_chosen_metrics(home: Path) -> None:
     assert result.metrics == live.metrics
     assert result.settings["prompt"] == live.settings["prompt"]
     assert result.notes == live.notes and any("cut to the length limit" in note for note in live.notes)
+
+
+def test_the_memory_chooses_the_batch(home: Path, steps: "Steps", monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped evaluation goes on with the batch that it began with, whatever would fit by then."""
+    fits = {"batch": 2}
+    monkeypatch.setattr(choice, "_fits", lambda _, schedule, *__: schedule.batch_size <= fits["batch"])
+    steps.after = 2
+    with pytest.raises(Killed):
+        streamed(home, out=home / "r.json", memory=1 << 40)
+    steps.again()
+    fits["batch"] = 1
+    result = streamed(home, out=home / "r.json", memory=1 << 40)
+    assert result.settings["batch_size"] == 2
+    assert steps.done == STEPS - 2
+    assert result.metrics == streamed(home, batch_size=2).metrics
+
+
+def test_a_memory_that_holds_no_layer(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"memory of \S+ \S+ cannot hold one part of the model: it needs at least"):
+        streamed(place, memory=1 << 10, out=tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_models_fit_before_the_first_walk(home: Path, steps: "Steps", monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(estimate: Any, *_: Any) -> bool:
+        return bool(estimate.structure.checkpoint.path.name == "Llama")
+
+    monkeypatch.setattr(choice, "_fits", fits)
+    before = fingerprint(home)
+    with pytest.raises(InputError):
+        streamed(home, reference_model=home / "reference", memory=1 << 40, out=home / "r.json")
+    assert steps.done == 0
+    assert fingerprint(home) == before
+
+
+@pytest.mark.parametrize("which", ["Llama", "reference"])
+def test_a_quantised_model(home: Path, which: str) -> None:
+    config = home / which / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(InputError, match=f"{which}.*gptq"):
+        streamed(home, reference_model=home / "reference")
 
 
 def test_half_precision_is_close(place: Path) -> None:
@@ -359,6 +402,22 @@ def test_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     with_memory.remove("--stream")
     assert cli.main(with_memory) == 2
     assert "--memory is for streamed runs; add --stream" in capsys.readouterr().err
+
+
+def test_a_dry_run(home: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = fingerprint(home)
+    given = command(home, "--reference-model", home / "reference", "--out", home / "r.json", "--dry-run")
+    assert cli.main(given) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^through the model: 5 forget samples of \d+ tokens, 5 forget paraphrased samples", shown)
+    assert re.search(r"^through the reference model: 5 forget samples of \d+ tokens, 6 holdout", shown, re.MULTILINE)
+    assert shown.count("schedule: batches of 3, one walk forward for 1 version of the weights") == 2
+    assert fingerprint(home) == before and list(temporary.iterdir()) == []
+    assert cli.main([*given, "--memory", "1KiB"]) == 2
+    assert "memory of 1.02 kB cannot hold one part of the model" in capsys.readouterr().err
+    given.remove("--stream")
+    assert cli.main(given) == 2
+    assert "--dry-run is for streamed runs; add --stream" in capsys.readouterr().err
 
 
 @pytest.mark.slow

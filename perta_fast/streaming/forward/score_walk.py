@@ -9,25 +9,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from blake3 import blake3
-from numpy.typing import NDArray
 from torch import Tensor
 
-from perta_fast.data.batches import Batch, batches_by_length
+from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, Sample, by_row
-from perta_fast.distributed.ranks import Ranks, deal
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.models.token_scores import TokenScores, score_batch, seen, trims
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.typed_json import fits
+from perta_fast.streaming.forward.padded_batch import PaddedBatch, batches_of
 from perta_fast.streaming.forward.part_weights import PartWeights
 from perta_fast.streaming.forward.sample_set import SampleSet
+from perta_fast.streaming.forward.score_columns import as_columns, from_columns
 from perta_fast.streaming.forward.version import Version, VersionScores
 from perta_fast.streaming.micro_batch import MicroBatch
 from perta_fast.streaming.model.skeleton import Skeleton
@@ -86,18 +86,6 @@ class _VersionState(TypedDict):
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Padded:
-    """Samples that run together. rows: of a scratch file, of which padding has some too; mask: (N, T), 0 on padding.
-
-    Where a layer routes tokens to experts, what stands on padding decides how their rows are laid out, and so their
-    last bits.
-    """
-
-    rows: MicroBatch
-    mask: Tensor
-
-
 class _State(TypedDict):
     """What a walk goes on from. of: digest of what is scored. done: steps."""
 
@@ -124,7 +112,7 @@ class _ScoreWalk:
         self._skeleton, self._versions, self._sets, self._ranks = skeleton, versions, sets, ranks
         self._weights = PartWeights(skeleton, versions, threads)
         self._last = len(skeleton.layers) + 1
-        self._batches = [_share(of_set.samples, batch_size, skeleton.device, ranks) for of_set in sets]
+        self._batches = [batches_of(of_set.samples, batch_size, skeleton.device, ranks) for of_set in sets]
         self.samples = sum(len(batch.rows.numbers) for batches in self._batches for batch in batches)
         self._path = rank_path(folder, _RECORD, ranks.rank)
         self._scratch = ScratchFiles(rank_path(folder, _SCRATCH, ranks.rank))
@@ -235,7 +223,7 @@ class _ScoreWalk:
             self._look(part, number, k, batch, hidden)
             self._scratch.write(_hidden(part + 1, number, k), batch.rows, hidden)
         if part == self._last:
-            self._scratch.put(_scores(number, k), _columns(scores, self._sets[k].detailed))
+            self._scratch.put(_scores(number, k), as_columns(scores, self._sets[k].detailed))
 
     def _score(self, batch: MicroBatch, hidden: Tensor, of_set: SampleSet) -> list[TokenScores]:
         samples = Batch.of([of_set.samples[k] for k in batch.numbers], self._skeleton.device)
@@ -246,7 +234,7 @@ class _ScoreWalk:
         detailed = of_set.detailed
         return score_batch(run, samples, trims=self._trims, detailed=detailed, hits=False, hidden=of_set.hidden)
 
-    def _look(self, part: int, number: int, k: int, batch: _Padded, hidden: Tensor) -> None:
+    def _look(self, part: int, number: int, k: int, batch: PaddedBatch, hidden: Tensor) -> None:
         """Note where hidden states are no longer finite for the first time."""
         if self._states[number]["not_finite"]:
             return
@@ -300,7 +288,7 @@ class _ScoreWalk:
         else:
             columns = self._scratch.get(_scores(number, k)).numpy()
         split = np.split(columns, np.cumsum(counts)[:-1], axis=1) if numbers else []
-        return {sample: _as_scores(part) for sample, part in zip(numbers, split, strict=True)}
+        return {sample: from_columns(part) for sample, part in zip(numbers, split, strict=True)}
 
 
 class _Behind:
@@ -334,22 +322,6 @@ class _Behind:
             pending.result()
 
 
-def _share(samples: Sequence[Sample], batch_size: int, device: torch.device, ranks: Ranks) -> list[_Padded]:
-    """The batches that this rank runs: those of ``score_tokens``, whole."""
-    batches = list(batches_by_length(samples, batch_size))
-    tokens = [sum(len(samples[k].input_ids) for k in batch) for batch in batches]
-    own: list[_Padded] = []
-    row = 0
-    for number in deal(tokens, ranks.world)[ranks.rank]:
-        numbers = batches[number]
-        batch = Batch.of([samples[k] for k in numbers], device)
-        count, longest = batch.input_ids.shape
-        rows = MicroBatch(batch.input_ids, (longest,) * count, row, tuple(numbers))
-        own.append(_Padded(rows, batch.attention_mask))
-        row += count * longest
-    return own
-
-
 def _length(sample: Sample) -> int:
     return len(sample.input_ids)
 
@@ -367,20 +339,6 @@ def _digest(versions: Sequence[Version], sets: Sequence[SampleSet], batch_size: 
         for sample in of_set.samples:
             add(sample.input_ids, sample.labels)
     return digest.hexdigest()
-
-
-def _columns(scores: Sequence[TokenScores], detailed: bool) -> Tensor:
-    """Scores of several samples as one float32 array: a row for each of the three, or for ``log_probs`` alone."""
-    names = ("log_probs", "hits", "standardised") if detailed else ("log_probs",)
-    rows = [[getattr(score, name).astype(np.float32) for score in scores] for name in names]
-    return torch.from_numpy(np.stack([np.concatenate([np.empty(0, np.float32), *row]) for row in rows]))
-
-
-def _as_scores(columns: NDArray[np.float32]) -> TokenScores:
-    if len(columns) == 1:
-        return TokenScores(columns[0].copy())
-    log_probs, hits, standardised = columns
-    return TokenScores(log_probs.copy(), hits == 1, standardised.copy())
 
 
 # Names of scratch files: of the hidden states that a part takes, and of finished scores.

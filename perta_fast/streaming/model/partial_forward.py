@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, NotStreamable
 
 _NOT_UNDERSTOOD = "streaming does not understand this model"
 
@@ -102,7 +102,7 @@ class PartialForward:
             self._run(stand_in, attention_mask, **start)
         except _Reached as reached:
             return reached.result
-        raise InputError(f"{self._origin}: its forward pass does not call its decoder layers")
+        raise NotStreamable(f"{self._origin}: its forward pass does not call its decoder layers")
 
     def before_layers(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The hidden states (N, T, d) that the first layer gets."""
@@ -143,11 +143,13 @@ class PartialForward:
 
         def record(call: _Call) -> Tensor:
             if call.number != len(calls) or (calls and call.hidden is not calls[-1].hidden):
-                raise InputError(
+                raise NotStreamable(
                     f"{self._origin}: {_NOT_UNDERSTOOD}: a layer does not take what the one before it gives"
                 )
             if call.hidden.shape[:2] != input_ids.shape:
-                raise InputError(f"{self._origin}: its layers take hidden states of shape {tuple(call.hidden.shape)}")
+                raise NotStreamable(
+                    f"{self._origin}: its layers take hidden states of shape {tuple(call.hidden.shape)}"
+                )
             calls.append(call)
             return call.hidden
 
@@ -161,18 +163,20 @@ class PartialForward:
         except (InputError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the model's code needs other inputs, or takes no hidden states
-            raise InputError(f"{self._origin}: {_NOT_UNDERSTOOD}: {error}") from error
+            raise NotStreamable(f"{self._origin}: {_NOT_UNDERSTOOD}: {error}") from error
         finally:
             for handle in handles:
                 handle.remove()
         if len(first) != len(self._layers):
-            raise InputError(f"{self._origin}: its forward pass calls {len(first)} of {len(self._layers)} layers")
+            raise NotStreamable(f"{self._origin}: its forward pass calls {len(first)} of {len(self._layers)} layers")
         unused = [type(part).__name__ for part in outside if part not in called]
         if unused:
-            raise InputError(f"{self._origin}: {unused[0]} has parameters, and is neither before nor after the layers")
+            raise NotStreamable(
+                f"{self._origin}: {unused[0]} has parameters, and is neither before nor after the layers"
+            )
         for from_ids, from_states in zip(first, calls, strict=True):
             if not _equal(from_ids.arguments, from_states.arguments):
-                raise InputError(
+                raise NotStreamable(
                     f"{self._origin}: {_NOT_UNDERSTOOD}: layer {from_ids.number} is given more than hidden states, "
                     "masks and positions"
                 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
-from perta_fast.errors import InputError
+from perta_fast.errors import NotStreamable
 from perta_fast.models.layouts import Run
 from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored
@@ -140,4 +140,4 @@ def _fill_buffers(model: nn.Module, device: torch.device, weights: StoredWeights
         buffers[name].copy_(value)
     for name, buffer in buffers.items():
         if name not in stored and buffer.is_floating_point() and bool(buffer.isnan().any()):
-            raise InputError(f"{path}: nothing gives buffer {name} a value without the weights")
+            raise NotStreamable(f"{path}: nothing gives buffer {name} a value without the weights")

@@ -16,7 +16,7 @@ from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import KERNEL_CODES, TORCH_NAMES, torch_dtype
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, NotStreamable
 from perta_fast.files.reading import PositionReader
 from perta_fast.models.same_names import named_as_module, stored_under
 from perta_fast.models.stored_names import LoadedGroup, as_stored, loaded_groups
@@ -127,7 +127,7 @@ class StoredWeights:
         by_part = [name for part in parts for name in self.names(part)]
         if sorted(by_part) != sorted(self.shapes):
             odd = min(set(by_part) ^ self.shapes.keys())
-            raise InputError(
+            raise NotStreamable(
                 f"{path}: {odd} is stored together with tensors of other parts of the model; streaming does "
                 "not understand this model"
             )

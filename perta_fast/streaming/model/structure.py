@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from perta_fast.checkpoints.quantised import refuse_quantised
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, NotStreamable
 from perta_fast.models.language_part import empty_model
 from perta_fast.ops.backends import DTYPE_CODES
 
@@ -83,7 +83,7 @@ def _build(path: Path, dtype: torch.dtype | None, default: torch.dtype) -> Any:
     if dtype not in DTYPE_CODES:
         raise InputError(f"{path}: would run in {dtype}; it must be float32, bfloat16 or float16")
     if config.is_encoder_decoder:
-        raise InputError(f"{path}: has an encoder and a decoder; streaming walks through a decoder alone")
+        raise NotStreamable(f"{path}: has an encoder and a decoder; streaming walks through a decoder alone")
     return model.eval()
 
 
@@ -97,7 +97,7 @@ def _decoder_layers(model: nn.Module, path: Path) -> tuple[nn.ModuleList, str]:
         if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
             lists[name] = module
     if len(lists) != 1 or len({type(layer) for layer in next(iter(lists.values()))}) != 1:
-        raise InputError(
+        raise NotStreamable(
             f"{path}: looked for one list of {count} equal decoder layers in {type(model).__name__}, "
             f"found {', '.join(lists) or 'none'}; streaming does not understand this model"
         )
@@ -108,5 +108,5 @@ def _decoder_layers(model: nn.Module, path: Path) -> tuple[nn.ModuleList, str]:
 def _weight(module: nn.Module, what: str, path: Path) -> Any:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
-        raise InputError(f"{path}: looked for the weight of its {what}, found none")
+        raise NotStreamable(f"{path}: looked for the weight of its {what}, found none")
     return weight
