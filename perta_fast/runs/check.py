@@ -219,7 +219,7 @@ def finish_resumed(report: Report, progress: Progress, ranks: Ranks) -> Report:
 
 
 def eval_command(out: str | Path, options: Any) -> str:
-    """What measures both data sets on the output with all rows."""
+    """What measures both data sets on the output with all rows, in the memory that the run had."""
     words: list[str | Path] = ["perta", "eval", "--model", Path(os.path.abspath(out))]
     for role in _ROLES:
         words += [f"--{role}", Path(os.path.abspath(getattr(options, role)))]
@@ -228,6 +228,11 @@ def eval_command(out: str | Path, options: Any) -> str:
     for name in ("max_length", "system_prompt", "date_string"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.stream:
+        words.append("--stream")
+        for name in ("memory", "device_memory"):
+            if (limit := getattr(options, name)) is not None:
+                words += [f"--{name.replace('_', '-')}", str(limit)]
     return shell_command(*words)
 
 

@@ -1,1 +1,1 @@
-"""Many settings scored on a live model from one importance pass; a stopped sweep can be resumed."""
+"""Many settings scored from one importance pass, on a live model or layer by layer; a stopped sweep can be resumed."""

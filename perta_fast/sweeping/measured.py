@@ -27,6 +27,7 @@ class Measured:
     """All settings, in order, with the importances that weighed them.
 
     subject: what was scored, its weights in memory or not. device: where. samples: what it was scored on, by role.
+    batch_size: samples at a time.
     """
 
     rows: Sequence[ScoredSetting]
@@ -34,6 +35,7 @@ class Measured:
     subject: Subject
     device: torch.device
     samples: Mapping[str, Sequence[Sample]]
+    batch_size: int
     notes: Sequence[str] = field(default_factory=list)
 
     def as_sweep(self, opened: OpenedSweep, begun: Begun, vectors: Vectors) -> Sweep:
@@ -47,6 +49,7 @@ class Measured:
         }
         scored, made = told(self.subject.tokenizer), [vectors.record(mu) for mu in opened.mus()]
         resolved = {
+            "batch_size": self.batch_size,
             "device": str(self.device),
             "dtype": torch_name(module.dtype),
             "max_length": length_limit(self.subject, request.max_length),

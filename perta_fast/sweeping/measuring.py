@@ -30,7 +30,8 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
         tuned = None if curve.mu is None else vectors.of(curve.mu)
         measured = partial(_measure, live, curve, weighing, tuned)
         rows += _along(curve, request.strengths, original, beyond, measured, record)
-    return Measured(rows, importances, live.subject, live.subject.device, live.samples, live.notes())
+    subject, batch_size = live.subject, request.batch_size
+    return Measured(rows, importances, subject, subject.device, live.samples, batch_size, live.notes())
 
 
 def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[LiveModel, ScoredSetting, ByEstimator]:

@@ -177,7 +177,7 @@ def _run(request: Request, progress: Progress, resumed: bool, ranks: Ranks = Ran
     with ranks.together("the inputs"):
         if any(others != inputs for others in ranks.gather(inputs)):
             raise InputError("not all processes see the same input files")
-    begun = Begun(request, inputs, now(), [], day=opened.day.isoformat())
+    begun = Begun(request, inputs, now(), [], day=opened.day.isoformat(), processes=ranks.world)
     if request.out is None:
         return _score_without_out(opened, begun)
     with ranks.together("the unfinished sweep"):
@@ -194,7 +194,7 @@ def _run(request: Request, progress: Progress, resumed: bool, ranks: Ranks = Ran
     with ExitStack() as entered, ranks.sharing_errors("the sweep"):
         with ranks.together("the output directory"):
             if ranks.first:
-                entered.enter_context(_kept_if_stopped(target, final))
+                entered.enter_context(_kept_if_stopped(target, final, ranks.world))
                 entered.enter_context(target)
                 record.save()
         check_shared(target.path, ranks)
@@ -229,6 +229,11 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
         if earlier.request != request:
             raise InputError(unfinished_advice(final))
         check_unchanged(earlier.inputs, begun.inputs)
+        if earlier.processes != begun.processes:
+            raise InputError(
+                f"{final}: the sweep was begun by {earlier.processes} processes, this is a run of {begun.processes}; "
+                f"finish it with: {_resuming(final, earlier.processes)}"
+            )
         return earlier
     if not request.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
@@ -278,7 +283,7 @@ def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, fina
         if not record.has_work or (isinstance(error, NotFiniteError) and not begun.is_scored):
             raise
         # An input has gone or changed meanwhile: keep what was scored.
-        raise RunError(f"{error}. What was scored is kept; go on with: {_resuming(final)}") from error
+        raise RunError(f"{error}. What was scored is kept; go on with: {_resuming(final, begun.processes)}") from error
     if not request.in_place:
         _save(sweep, record)
     return sweep
@@ -294,22 +299,24 @@ def _save(sweep: Sweep, record: Record) -> None:
 
 
 @contextmanager
-def _kept_if_stopped(target: OutputDirectory, final: Path) -> Iterator[None]:
+def _kept_if_stopped(target: OutputDirectory, final: Path, processes: int = 1) -> Iterator[None]:
     """Say how to resume if the sweep is stopped after something was scored."""
+    going_on = _resuming(final, processes)
     try:
         yield
     except KeyboardInterrupt:
         if not target.keep:
             raise
-        raise Interrupted(f"interrupted; what was scored is kept. Go on with: {_resuming(final)}") from None
+        raise Interrupted(f"interrupted; what was scored is kept. Go on with: {going_on}") from None
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error) and target.keep:
             raise RunError(
-                f"out of memory; what was scored is kept. Go on where more is free with: {_resuming(final)}"
+                f"out of memory; what was scored is kept. Go on where more is free with: {going_on}"
             ) from error
         raise
 
 
-def _resuming(final: Path) -> str:
-    """The command that goes on with the sweep to ``final``."""
-    return shell_command("perta", "resume", final)
+def _resuming(final: Path, processes: int) -> str:
+    """The command that goes on with the sweep to ``final``, by as many processes as began it."""
+    perta = ["perta"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "perta_fast"]
+    return shell_command(*perta, "resume", final)

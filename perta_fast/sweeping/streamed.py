@@ -24,7 +24,7 @@ from perta_fast.sweeping.vectors import Vectors
 from perta_fast.sweeping.walk_plan import Planning, WalkPlan
 from perta_fast.sweeping.walked_model import WalkedModel
 
-_ORIGINAL = "the model as it is"
+_ORIGINAL, _SETTINGS = "the model as it is", "settings"  # walks, and their plans
 Setting = tuple[Curve, float]  # a curve, and the strength on it
 
 
@@ -47,8 +47,9 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
             record.keep()
             vectors.make(opened)
     rows = walks.settings(_Weighing(opened, importances, vectors))
-    walked = walks.walked
-    return Measured(rows, importances, walked.subject, walked.skeleton.device, walked.samples, _notes(opened))
+    walked, batch_size, notes = walks.walked, begun.plans[_SETTINGS].batch_size, _notes(opened)
+    device = walked.skeleton.device
+    return Measured(rows, importances, walked.subject, device, walked.samples, batch_size, notes)
 
 
 def _estimated(opened: OpenedSweep, record: Record) -> ByEstimator:
@@ -107,15 +108,15 @@ class _Walks:
         strengths = sorted(opened.request.strengths or ())
         every = [(curve, lam) for curve in opened.curves for lam in strengths]
         versions = [Version(_ORIGINAL), *map(weighing.version, every)]
-        place = self.record.walk("settings")
-        plan = self._plan("settings", place, versions, len(opened.curves) if opened.request.is_bounded else 0)
+        place = self.record.walk(_SETTINGS)
+        plan = self._plan(_SETTINGS, place, versions, len(opened.curves) if opened.request.is_bounded else 0)
         if plan.twice:
             first = [setting for setting in every if setting[1] in coarse(strengths)]
             self._score("coarse", first, weighing, plan)
             rest = [setting for setting in every if setting not in first and not self._beyond(*setting)]
             self._score("fine", rest, weighing, plan)
         else:
-            self._score("settings", every, weighing, plan)
+            self._score(_SETTINGS, every, weighing, plan)
         opened.request.bounds(self.original)
         return [self.original, *(begun.find(curve, lam) or curve.skipped(lam) for curve, lam in every)]
 

@@ -29,7 +29,7 @@ class Begun:
     inputs: what identifies the weights and data that it reads. rows: the scored settings. gold: the gold model's
     scores, once they are known. day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in
     records of builds that did not keep it. plans: of a streamed sweep's walks, by name, once they
-    are made. applying: whether the model may be changed already, in place.
+    are made. applying: whether the model may be changed already, in place. processes: that do it together.
     """
 
     request: Request
@@ -40,6 +40,7 @@ class Begun:
     day: str = ""
     plans: dict[str, WalkPlan] = field(default_factory=dict)
     applying: bool = False
+    processes: int = 1
 
     @property
     def is_scored(self) -> bool:

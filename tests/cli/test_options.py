@@ -28,7 +28,7 @@ OTHERWISE = {
     "importance": {"model", "dry_run", "quiet", "show_labels", "merge", "whole", "remove"},
     "tune": {"quiet", "show_labels"},
     "precondition": {"dry_run", "quiet", "show_labels"},
-    "sweep": {"rules", "mus", "ps", "alphas", "quiet", "show_labels"},
+    "sweep": {"dry_run", "rules", "mus", "ps", "alphas", "quiet", "show_labels"},
     "eval": {"dry_run", "model", "quiet", "show_labels"},
 }
 # 8 on the command line as for all commands, 16 in Python; and an importance may be combined of others, without data

@@ -259,9 +259,9 @@ def test_a_rule_without_data_has_none(job: Job, tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_streamed_run_says_how(in_place: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(tmp_path)
-    report = run(job, None if in_place else tmp_path / "out", in_place=in_place, stream=True)
+    report = run(job, None if in_place else tmp_path / "out", in_place=in_place, stream=True, memory=1 << 34)
     line = next(line for line in report.summary().splitlines() if "not checked" in line)
-    assert "the run was streamed" in line
+    assert "the run was streamed" in line and line.endswith(f" --stream --memory {1 << 34}")
     assert main(shlex.split(line.partition("To measure it: ")[2])[1:]) == 0
     assert "forget_loss" in capsys.readouterr().out
 

@@ -302,11 +302,12 @@ def test_limits_of_memory_choose_the_batch(
         walk_plan.ForwardEstimate, "memory", lambda _, schedule: ({"all": schedule.batch_size << 50}, None)
     )
     job = jobs(F32)
-    run(job, rule="tv", lams=[1], stream=True, out=tmp_path / "out", batch_size=4, memory=5 << 49, progress=True)
-    assert sizes == [2]
+    how: dict[str, Any] = {"rule": "tv", "lams": [1], "stream": True}
+    found = run(job, **how, out=tmp_path / "out", batch_size=4, memory=5 << 49, progress=True)
+    assert sizes == [2] and found.settings["batch_size"] == 2
     assert "schedule: batches of 2, one walk forward for 2 versions of the weights" in capfd.readouterr().err
     with pytest.raises(InputError, match=r"memory of 1 MB cannot hold one part of the model"):
-        run(job, rule="tv", lams=[1], stream=True, out=tmp_path / "small", memory=1_000_000)
+        run(job, **how, out=tmp_path / "small", memory=1_000_000)
     assert not (tmp_path / "small").exists()
 
 
