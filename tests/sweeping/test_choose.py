@@ -132,6 +132,12 @@ def test_a_streamed_choice_tries_a_row_of_strengths(job: Job, tmp_path: Path) ->
     assert [row.lam for row in rows if row.rule] == list(DEFAULT_STRENGTHS)
 
 
+@pytest.mark.parametrize("page", ["streaming", "sweep"])
+def test_the_documentation_names_these_strengths(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert ", ".join(f"{lam:g}" for lam in DEFAULT_STRENGTHS) in " ".join(text.split())
+
+
 def test_the_record_of_a_result_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for result in ("out", "out/", "./out", tmp_path / "out"):
