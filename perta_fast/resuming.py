@@ -17,7 +17,7 @@ from perta_fast.subtraction.in_place import finish_leftover_in_place, resume_in_
 from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.to_directory import finish_leftover
 from perta_fast.subtraction.unfinished import STATE
-from perta_fast.sweeping.results import Sweep
+from perta_fast.sweeping.results import Sweep, record_beside
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -101,6 +101,9 @@ def _advice(destination: Path) -> str:
     run = keeping_run(destination) if destination.name else None
     if run is not None:
         return f"; importances of another run are kept here: finish it with: {shell_command('perta', 'resume', run)}"
+    if destination.name and has_record(record_beside(destination), SWEEP_STATE):
+        finishing = shell_command("perta", "resume", record_beside(destination))
+        return f"; the settings that it is chosen from are not all scored: go on with: {finishing}"
     if destination.name and exists(partial_path(destination)):
         return "; it was stopped before there was work to keep: run the same command again"
     return ""

@@ -68,7 +68,8 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
         raise InputError(f"max_retain_rise is {max_retain_rise}; it must be at least 0 nats, and finite")
     if stream:
         raise InputError(
-            "a streamed run cannot choose lam, since trying strengths needs the whole model in memory; give --lam"
+            "a streamed run cannot choose lam, since a search needs the whole model in memory; give --lam, or --choose "
+            "(choose in Python), which scores several"
         )
     if allow_zero:
         raise InputError(

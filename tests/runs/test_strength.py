@@ -281,7 +281,7 @@ def test_importances_that_were_to_be_kept_are_there_nevertheless(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"stream": True}, "a streamed run cannot choose lam, .*; give --lam"),
+        ({"stream": True}, "a streamed run cannot choose lam, .*; give --lam, or --choose"),
         ({"stream": True, "rule": "tv"}, "a streamed run cannot choose lam"),
         (
             {"max_retain_rise": 0.1, "lam": 1.0},
@@ -314,7 +314,7 @@ def test_commands_that_cannot_choose(job: Job, tmp_path: Path, capsys: pytest.Ca
     for more in (["--stream"], ["--stream", "--dry-run"]):
         assert cli.main(["unlearn", "--rule=fisher", *places, "--out", str(tmp_path / "out"), *more]) == 2
         said = capsys.readouterr()
-        assert said.out == "" and said.err.splitlines()[-1].endswith("needs the whole model in memory; give --lam")
+        assert said.out == "" and said.err.splitlines()[-1].endswith("(choose in Python), which scores several")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):
         cli.main(
