@@ -64,7 +64,8 @@ METRIC = Option(
     "metric", "with --choose: what is chosen by, as perta eval names it (loss)", default=LOSS, choices=METRICS
 )
 ALSO = Option("also", "with --choose: further data to score", Path, "FILE", [], several=True, named=True)
-OPTIONS = (CHOOSE, RULES, MUS, ALPHAS, LAMS, METRIC, ALSO)
+HOLDOUT = Option("holdout", "with --choose: data never trained on; streamed, for membership scores", Path, "FILE")
+OPTIONS = (CHOOSE, RULES, MUS, ALPHAS, LAMS, METRIC, ALSO, HOLDOUT)
 
 
 def check_choice(parsed: argparse.Namespace) -> None:

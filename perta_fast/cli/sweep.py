@@ -147,6 +147,7 @@ COMMAND = Command(
             choices=SELECTIONS,
         ),
         Option("also", "further data to score", Path, "FILE", [], several=True, named=True),
+        Option("holdout", "data never trained on; streamed, for membership scores", Path, "FILE"),
         Option("gold", "a model trained without the forget data", Path, "DIR"),
         Option("checkpoint", "directory to make, of what was chosen", Path, "DIR", one_of="result"),
         flag("in_place", "change the model where it lies into what was chosen", one_of="result"),

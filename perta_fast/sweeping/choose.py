@@ -47,6 +47,7 @@ def choose(
     leave: Patterns = None,
     at: Literal["base", "model"] | None = None,
     also: PathLike | Sequence[PathLike] = (),
+    holdout: PathLike | None = None,
     out: PathLike | None = None,
     in_place: bool = False,
     overwrite: bool = False,

@@ -261,7 +261,8 @@ def checkpoints_of(rule: Rule, importances: ByEstimator) -> dict[str, Checkpoint
 
 def _read_also(request: Request) -> dict[str, DataFile]:
     """The further data to score, by role: the names of the files. Raises InputError for one that is taken."""
-    files: dict[str, DataFile] = {}
+    holdout = request.holdout
+    files = {} if holdout is None else {"holdout": read_scored(holdout, request.metric, request.fields)}
     for path in request.also:
         role = stem_of(path)
         if role in (*_ROLES, *files):

@@ -22,7 +22,7 @@ from perta_fast.subtraction.scope import Scope
 from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, check_strengths
 
 BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
-_MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")
+_MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain", "holdout")
 _PATHS = (*_MODELS, *_DATA, "out")
 _SEVERAL_PATHS = ("forget_importance", "retain_importance", "importance", "also")
 # The argument of ``sweep`` that has one value or several.
@@ -70,6 +70,7 @@ class Request:
     mus: list[float | None] = field(default_factory=lambda: [None])
     importance: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
+    holdout: str | None = None
     stream: bool = False
     in_place: bool = False
     leave_others: bool = False

@@ -75,6 +75,7 @@ def sweep(
     metric: str = "loss",
     select: Literal["best-forget", "closest"] | None = None,
     also: PathLike | Sequence[PathLike] = (),
+    holdout: PathLike | None = None,
     gold: PathLike | None = None,
     checkpoint: PathLike | None = None,
     in_place: bool = False,
@@ -115,6 +116,7 @@ def sweep(
     both metrics. None: best-forget if there is a bound (after a search, among each curve's largest lam), else none.
     gold: directory of a model trained without the forget data.
     also: further data files, which are scored too and choose nothing; in ``scores`` of a setting, under their names.
+    holdout: one more, never trained on; with ``stream``, scores have the forget set's membership scores against it.
     checkpoint: directory to make of the chosen setting, as ``apply`` does; needs ``out``. in_place: change ``model``
     into it instead, where it lies. leave_others: as in ``apply``.
     out: directory to make, with ``sweep.json`` and, if matplotlib is installed, ``sweep.png``. Each setting is kept

@@ -201,6 +201,19 @@ def test_scores_are_those_of_an_evaluation(jobs: Jobs, tmp_path: Path) -> None:
     assert Sweep.read(tmp_path / "out" / "sweep.json").rows == found.rows
 
 
+def test_membership_scores(jobs: Jobs, tmp_path: Path) -> None:
+    """Those of an evaluation with the same holdout set."""
+    job, holdout = jobs(F32), write_lines(tmp_path / "never seen.jsonl", AUTHORS)
+    found = run(job, rule="tv", lams=[1], holdout=holdout, stream=True, out=tmp_path / "out")
+    result = evaluate(job.model, forget=job.forget, holdout=holdout, stream=True, batch_size=3, progress=False)
+    names = [name for name in result.metrics if name.startswith(("mia_", "holdout_"))]
+    assert len([name for name in names if name.startswith("mia_")]) == 4
+    assert {name: found.rows[0].scores[name] for name in names} == {
+        name: result.metrics[name].value for name in names
+    }
+    assert found.data["holdout"]["samples"] == 3
+
+
 @pytest.mark.parametrize("metric", ["loss", "Q_A_Prob"])
 def test_further_data_in_both_sweeps(metric: str, jobs: Jobs, tmp_path: Path) -> None:
     """It is scored with the same numbers, shown, and chooses nothing."""
