@@ -29,6 +29,8 @@ from bench.bench_reading import WAYS
 from bench.bench_requests import CONTENDERS as REQUEST
 from bench.bench_requests import GROUP as REQUESTS
 from bench.bench_stream import AGAINST, BEYOND, DEPTH, LARGE, stream_roles
+from bench.bench_sweep import BUILDS as SWEEP_BUILDS
+from bench.bench_sweep import BUILDS_GROUP as SWEEPS_BESIDE
 from bench.bench_sweep import CONTENDERS as SWEEP
 from bench.bench_sweep import GROUP as SWEEPS
 from bench.bench_tokenise import CONTENDERS as TOKENISING
@@ -89,6 +91,8 @@ def load() -> Store:
 
 def expected(group: str) -> dict[str, str]:
     """Contenders and roles that a complete run of ``group`` has."""
+    if group == SWEEPS_BESIDE:
+        return SWEEP_BUILDS
     if BESIDE in group:
         return BUILDS
     if group.startswith((WHOLE, PHASE)):

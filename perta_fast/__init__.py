@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from perta_fast.runs.unlearn import unlearn
     from perta_fast.runs.verify import verify
     from perta_fast.subtraction.on_module import apply_to_module_
+    from perta_fast.sweeping.choose import choose
     from perta_fast.sweeping.results import Sweep
     from perta_fast.sweeping.run import sweep
     from perta_fast.tuning.run import Tuning, tune
@@ -47,6 +48,7 @@ _HOMES = {
     "Tuning": "perta_fast.tuning.run",
     "apply": "perta_fast.runs.apply",
     "apply_to_module_": "perta_fast.subtraction.on_module",
+    "choose": "perta_fast.sweeping.choose",
     "estimate_importance": "perta_fast.runs.estimate",
     "evaluate": "perta_fast.runs.evaluate",
     "merge_importances": "perta_fast.runs.combine_importances",
@@ -75,6 +77,7 @@ __all__ = [
     "Tuning",
     "apply",
     "apply_to_module_",
+    "choose",
     "estimate_importance",
     "evaluate",
     "merge_importances",

@@ -12,6 +12,8 @@ from pathlib import Path
 from perta_fast.errors import InputError
 
 _STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_FORGET_PEAK = "5"  # written there: the peak resident set begins again at the present one
 _M_MMAP_THRESHOLD = -3  # of glibc
 _INTERVAL = 0.02  # seconds between two looks
 _UNITS = {
@@ -26,14 +28,18 @@ class PeakMemory:
     """The largest memory of this process while the context lasts, in bytes (Linux only, else 0).
 
     anonymous: resident memory of its own, such as arrays. mapped: the resident part of mapped files, which the
-    system drops when it needs the space. baseline: ``anonymous`` at the start: the interpreter and its libraries.
+    system drops when it needs the space. resident: both, and shared memory. baseline: ``anonymous`` at the start: the
+    interpreter and its libraries.
     """
 
     anonymous: int = 0
     mapped: int = 0
+    resident: int = 0
     baseline: int = 0
 
     def __enter__(self) -> "PeakMemory":
+        with contextlib.suppress(OSError):  # not everywhere: then the peak is that since the process began
+            _CLEAR.write_text(_FORGET_PEAK)
         self._stop = threading.Event()
         self._sample()
         self.baseline = self.anonymous
@@ -51,23 +57,36 @@ class PeakMemory:
             self._sample()
 
     def _sample(self) -> None:
-        try:
-            lines = _STATUS.read_text().splitlines()
-        except OSError:
-            return
-        sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-        self.anonymous = max(self.anonymous, 1024 * int(sizes.get("RssAnon", 0)))
-        self.mapped = max(self.mapped, 1024 * int(sizes.get("RssFile", 0)))
+        sizes = _sizes_of_process()
+        self.anonymous = max(self.anonymous, sizes.get("RssAnon", 0))
+        self.mapped = max(self.mapped, sizes.get("RssFile", 0))
+        # The system's own peak misses nothing between two looks; one context within another begins it again.
+        self.resident = max(self.resident, sizes.get("VmHWM", 0))
 
     def as_dict(self) -> dict[str, int]:
-        """The figures for a report, with the peak resident set of the whole process as the system counts it."""
-        unit = 1 if sys.platform == "darwin" else 1024
+        """The figures for a report, up to now."""
+        self._sample()
         return {
             "peak_anonymous_bytes": self.anonymous,
             "anonymous_bytes_at_start": self.baseline,
             "peak_mapped_file_bytes": self.mapped,
-            "peak_resident_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "peak_resident_bytes": self.resident or _peak_of_process(),
         }
+
+
+def _sizes_of_process() -> dict[str, int]:
+    """What the system says of this process's memory, in bytes; empty where it has no such file."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
+
+
+def _peak_of_process() -> int:
+    """The peak resident set; on Linux that of the process which started this one, if it was larger."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available_bytes() -> int | None:

@@ -3,9 +3,10 @@
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from perta_fast.errors import RunError, printable
 from perta_fast.memory import format_size
@@ -48,16 +49,16 @@ class Bar:
         self._callback = progress if callable(progress) else None
         self._called = self._started = 0.0
         self._lock = threading.Lock()
-        from tqdm.auto import tqdm  # here: when imported, it reads the environment, which --quiet sets
-
-        self._drawn = tqdm(
-            total=total,
-            initial=done,
-            desc=printable(phase),
-            unit=unit,
-            unit_scale=unit == "B",
-            disable=None if progress and self._callback is None else True,  # None: only on a terminal
-        )
+        self._drawn = None
+        if progress and self._callback is None:
+            self._drawn = _bar_class()(
+                total=total,
+                initial=done,
+                desc=printable(phase),
+                unit=unit,
+                unit_scale=unit == "B",
+                disable=None,  # only on a terminal
+            )
 
     def __enter__(self) -> "Bar":
         self._started = time.perf_counter()
@@ -66,7 +67,8 @@ class Bar:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._drawn.close()
+        if self._drawn is not None:
+            self._drawn.close()
         ending = "is done" if error is None else "was stopped"
         amount, seconds = self._amount(self._done - self._first), time.perf_counter() - self._started
         LOGGER.info("%s %s: %s in %.2f s", self._phase, ending, amount, seconds)
@@ -76,14 +78,16 @@ class Bar:
     def update(self, count: int) -> None:
         with self._lock:
             self._done += count
-            self._drawn.update(count)
+            if self._drawn is not None:
+                self._drawn.update(count)
             if time.monotonic() - self._called >= _INTERVAL:
                 self._report()
 
     def reset(self) -> None:
         with self._lock:
             self._done = 0
-            self._drawn.reset()
+            if self._drawn is not None:
+                self._drawn.reset()
 
     def _report(self) -> None:
         if self._callback is not None:
@@ -95,3 +99,16 @@ class Bar:
 
     def _amount(self, count: int) -> str:
         return format_size(count) if self._unit == "B" else f"{count:,} {self._unit}s"
+
+
+def _bar_class() -> Any:
+    """tqdm's for a terminal or a notebook. It is imported late, as it reads the environment then, which --quiet sets.
+
+    ``tqdm.auto`` is the same with asyncio, which takes as long to import as a small run to compute.
+    """
+    from tqdm import TqdmExperimentalWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)  # that it may change how it chooses
+        from tqdm.autonotebook import tqdm
+    return tqdm

@@ -6,23 +6,25 @@ from typing import TYPE_CHECKING, Literal
 
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, shell_command
+from perta_fast.files.journal import JOURNAL
 from perta_fast.files.new_directory import EVALUATION_STATE, SWEEP_STATE, has_record, keeping_run, partial_path
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
-from perta_fast.records.report import Report
+from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.runs.apply import resume_directory
 from perta_fast.runs.check import finish_resumed
-from perta_fast.subtraction.in_place import is_open, resume_in_place
+from perta_fast.subtraction.in_place import finish_leftover_in_place, resume_in_place
+from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.to_directory import finish_leftover
 from perta_fast.subtraction.unfinished import STATE
-from perta_fast.sweeping.results import Sweep
+from perta_fast.sweeping.results import Sweep, record_beside
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from perta_fast.evaluation.results import Evaluation
 
-_Unfinished = Literal["in place", "directory", "sweep", "evaluation", "last steps"]
+_Unfinished = Literal["in place", "directory", "sweep", "evaluation", "last steps", "journal"]
 
 
 def resume(
@@ -42,7 +44,7 @@ def resume(
         kind = _unfinished(destination) if ranks.first else None
         if ranks.first and kind is None:
             raise InputError(f"{directory}: there is no unfinished run to resume{_advice(destination)}")
-        if ranks.world > 1 and kind == "in place":
+        if ranks.world > 1 and kind in ("in place", "journal"):
             finishing = shell_command("perta", "resume", Path(directory))
             raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
@@ -50,6 +52,8 @@ def resume(
         return finish_resumed(resume_directory(destination, progress, ranks), progress, ranks)
     if kind == "in place":
         return finish_resumed(resume_in_place(destination, progress), progress, ranks)
+    if kind == "journal":
+        return finish_resumed(_report_of_journal(destination), progress, ranks)
     if kind == "sweep":
         from perta_fast.sweeping.run import resume_sweep
 
@@ -75,7 +79,21 @@ def _unfinished(destination: Path) -> _Unfinished | None:
         return "evaluation"
     if exists(destination / STATE):
         return "last steps"
+    if exists(destination / JOURNAL):
+        return "journal"
     return None
+
+
+def _report_of_journal(model: Path) -> Report:
+    """The report of a run in place that was killed when it was complete. Raises InputError if it was not."""
+    left = finish_leftover_in_place(model)
+    if isinstance(left, Report):
+        return left
+    if left == "nothing was changed":
+        rest = "one in place was stopped before it changed anything: run the same command again"
+    else:
+        rest = f"one in place was stopped as it began or ended; {FILE_NAME} there says whether it is complete"
+    raise InputError(f"{model}: there is no unfinished run to resume; {rest}")
 
 
 def _advice(destination: Path) -> str:
@@ -83,6 +101,9 @@ def _advice(destination: Path) -> str:
     run = keeping_run(destination) if destination.name else None
     if run is not None:
         return f"; importances of another run are kept here: finish it with: {shell_command('perta', 'resume', run)}"
+    if destination.name and has_record(record_beside(destination), SWEEP_STATE):
+        finishing = shell_command("perta", "resume", record_beside(destination))
+        return f"; the settings that it is chosen from are not all scored: go on with: {finishing}"
     if destination.name and exists(partial_path(destination)):
         return "; it was stopped before there was work to keep: run the same command again"
     return ""

@@ -42,13 +42,13 @@ def resolved_at(rule: str, at: Place | None) -> Place:
     return at or ("model" if rule == PRECONDITIONED else "base")
 
 
-def check_takes_importances(rule: str, setting: str) -> None:
-    """Raise InputError, naming the setting that is for rules with importances, if ``rule`` is none."""
+def check_takes_importances(rule: str, option: str) -> None:
+    """Raise InputError, naming the option that is for rules with importances, if ``rule`` is none."""
     if rule in (PRECONDITIONED, "tv"):
         default = ", which is the default," if rule == PRECONDITIONED else ""
         with_importances = ", ".join(name for name in RULES if name != "tv")
         raise InputError(
-            f"rule {rule}{default} takes no importance; leave {setting} out, or give one of: {with_importances}"
+            f"rule {rule}{default} takes no importance; leave {option} out, or give one of: {with_importances}"
         )
 
 
@@ -62,16 +62,19 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
     """Raise InputError unless there is a strength, or a bound up to which this run can search for one."""
     if lam is not None:
         if max_retain_rise is not None:
-            raise InputError("give lam, or max_retain_rise, up to which it is searched for; not both")
+            raise InputError("give --lam, or --max-retain-rise, up to which it is searched for; not both")
         return
     if max_retain_rise is not None and not 0 <= max_retain_rise < math.inf:
         raise InputError(f"max_retain_rise is {max_retain_rise}; it must be at least 0 nats, and finite")
     if stream:
         raise InputError(
-            "a streamed run cannot choose lam, since trying strengths needs the whole model in memory; give lam"
+            "a streamed run cannot choose lam, since a search needs the whole model in memory; give --lam, or --choose "
+            "(choose in Python), which scores several"
         )
     if allow_zero:
-        raise InputError("allow_zero is for a given strength, since a task vector of zero has none to choose; give lam")
+        raise InputError(
+            "allow_zero is for a given strength, since a task vector of zero has none to choose; give --lam"
+        )
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.size for entry in self.tensors.values())
 
+    @property
+    def changed_shard(self) -> Path | None:
+        """The first shard that is not what it was when it was opened, by size and time of change; None if all are."""
+        return next((shard.path for shard in self.shards.values() if shard.has_changed), None)
+
     def file_of(self, entry: TensorEntry) -> SafetensorsFile:
         """The shard that holds ``entry``, which is stored as such."""
         return self.shards[entry.path.name]

@@ -83,20 +83,25 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A checked header; the data is mapped at first use. tensors: by names without what wrappers added."""
+    """A checked header; the data is mapped at first use.
+
+    tensors: by names without what wrappers added. mtime_ns: the file's time of change when the header was read.
+    """
 
     path: Path
     size: int
     header: bytes = field(repr=False)  # length prefix included
     tensors: Mapping[str, TensorEntry] = field(repr=False)
     metadata: Mapping[str, str]
+    mtime_ns: int
 
     @classmethod
     def open(cls, path: Path) -> "SafetensorsFile":
         """Read and check the header. Raises InputError if the file cannot be read, is truncated or not safetensors."""
         try:
             with open(path, "rb", opener=regular_file) as file:
-                size = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                size = status.st_size
                 check_fetched(path, os.pread(file.fileno(), 64, 0))
                 prefix = file.read(8)
                 length = _header_length(path, prefix, size)
@@ -106,7 +111,16 @@ class SafetensorsFile:
         if len(header) < length:
             raise InputError(f"{path}: is truncated inside its header")
         tensors, metadata = _parse_header(path, header, 8 + length, size)
-        return cls(path, size, prefix + header, tensors, metadata)
+        return cls(path, size, prefix + header, tensors, metadata, status.st_mtime_ns)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the file is not what it was when it was opened, by size and time of change; or is gone."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return True
+        return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
 
     @cached_property
     def _map(self) -> mmap.mmap:

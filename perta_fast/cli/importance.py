@@ -6,6 +6,7 @@ from pathlib import Path
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
+from perta_fast.cli.recipe_options import given_options
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, printable_lines
 from perta_fast.rules import ESTIMATORS
@@ -66,8 +67,9 @@ def _check_combining(parsed: argparse.Namespace) -> None:
     if parsed.merge is None and not others:
         raise InputError("--whole A --remove B go together: B is taken out of A")
     allowed = {*_COMBINING, *(option.name for option in options.OUTPUT)}
+    given = given_options(parsed.command, parsed.arguments)
     for option in parsed.command.options:
-        if option.name not in allowed and getattr(parsed, option.name) != option.default:
+        if option.name in given and option.name not in allowed:
             raise InputError(
                 f"--{option.key} is for estimating; --{first} reads importances that were estimated before"
             )

@@ -33,7 +33,7 @@ from perta_fast.cli.streams import ShownStream, shown_streams
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory, printable
-from perta_fast.records.versions import installed_versions
+from perta_fast.records.versions import this_version
 
 # In the order of the help.
 _MAKING = (demo, tune, precondition, unlearn, recipe, importance, ratio, apply, sweep)
@@ -147,7 +147,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="perta", description="Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0)."
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each phase on standard error")
-    version = installed_versions().get("perta-fast", "(not installed)")
-    parser.add_argument("--version", action="version", version=f"perta {version}")
+    parser.add_argument("--version", action="version", version=f"perta {this_version() or '(not installed)'}")
     add_commands(parser, COMMANDS, "COMMAND")
     return parser

@@ -134,6 +134,19 @@ def finish(summary: str, out: Path, quiet: bool) -> None:
         print(printable(f"written to {out}"))
 
 
+def name_list(text: str) -> list[str]:
+    """Names that are separated by commas."""
+    return text.split(",")
+
+
+def number_list(text: str) -> list[float]:
+    """Numbers that are separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,1,2") from error
+
+
 def _path(text: str) -> Path:
     if not text:  # of a variable that is not set; to Python it would be the working directory
         raise argparse.ArgumentTypeError("the path is empty")

@@ -14,7 +14,7 @@ def run(parsed: argparse.Namespace) -> int:
         from perta_fast.importance.ratio import ImportanceRatio
 
     ratio = ImportanceRatio.of(parsed.forget_importance, parsed.retain_importance, dtype=parsed.importance_dtype)
-    ratio.save(parsed.out, overwrite=parsed.overwrite)
+    ratio.save(parsed.out, overwrite=parsed.overwrite, progress=not parsed.quiet)
     finish(f"ratio of {len(ratio.tensors)} tensors, {ratio.estimator}", parsed.out, parsed.quiet)
     return 0
 

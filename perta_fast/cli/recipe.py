@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from perta_fast.cli import unlearn
+from perta_fast.cli.choosing import check_choice
 from perta_fast.cli.options import Command, Option, flag
 from perta_fast.cli.recipe_options import alternatives, arguments_from, options_of, parser_of
 from perta_fast.errors import InputError
@@ -44,8 +45,11 @@ def check_recipe(parsed: argparse.Namespace) -> int:
         raise InputError(f"{path}: is not a whole run; it does not say: {', '.join(missing)}")
     run = parser_of(command).parse_args(arguments)
     try:
-        check_strength(run.lam, run.max_retain_rise, run.stream, run.allow_zero)
-        Rule.of_unlearn(run.rule, run.lam or 0.0, run.p, run.alpha, run.threshold)
+        run.command = command
+        check_choice(run)
+        if run.choose is None:
+            check_strength(run.lam, run.max_retain_rise, run.stream, run.allow_zero)
+            Rule.of_unlearn(run.rule, run.lam or 0.0, run.p, run.alpha, run.threshold)
         ChatSettings.of(run.system_prompt, run.date_string)
         Scope.of(run.only, run.leave)
     except InputError as error:

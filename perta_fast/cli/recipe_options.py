@@ -29,16 +29,23 @@ class RecipeParser(ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like argparse's own, with the arguments of a recipe before ``args``. Raises InputError for a bad recipe."""
         if any(argument.startswith("--rec") for argument in args or ()):  # any shorter form is ambiguous
-            bare = ArgumentParser(self.prog, add_help=False, argument_default=argparse.SUPPRESS)
-            bare.add_argument("-h", "--help", action="store_true")
-            add_options(bare, self.command.options, bare=True)
-            given = vars(bare.parse_known_args(list(args))[0])  # by ``args`` alone, without defaults
+            given = given_options(self.command, args)
             path = given.pop("recipe", None)
             if path is not None and "help" not in given:
                 from perta_fast.records.recipe import read_recipe
 
                 args = [*arguments_from(self.command, read_recipe(path), path, given), *args]
-        return super().parse_known_args(args, namespace)
+        parsed, others = super().parse_known_args(args, namespace)
+        parsed.arguments = args
+        return parsed, others
+
+
+def given_options(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
+    """The options of ``arguments`` alone, by name: those that are left out have no default here."""
+    bare = ArgumentParser(command.name, add_help=False, argument_default=argparse.SUPPRESS)
+    bare.add_argument("-h", "--help", action="store_true")
+    add_options(bare, command.options, bare=True)
+    return vars(bare.parse_known_args(list(arguments))[0])
 
 
 def add_commands(parser: ArgumentParser, commands: Iterable[Command], metavar: str) -> None:

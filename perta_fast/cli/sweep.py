@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, check_streamed, flag, keywords
+from perta_fast.cli.options import Command, Option, check_streamed, flag, keywords, name_list, number_list
 from perta_fast.data.forms import fields_text
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable, shell_command
@@ -97,17 +97,6 @@ def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:
     return {}
 
 
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,1,2") from error
-
-
 def _percent(text: str) -> float:
     try:
         return float(text.removesuffix("%"))
@@ -125,14 +114,14 @@ COMMAND = Command(
         options.FIELDS,
         options.SHOW_LABELS,
         replace(options.ANY_RULE, one_of="rules"),
-        Option("rules", "several rules", _names, "R,R,...", one_of="rules"),
-        Option("lams", "strengths; without them, the largest within the bound", _numbers, "L,L,..."),
+        Option("rules", "several rules", name_list, "R,R,...", one_of="rules"),
+        Option("lams", "strengths; without them, the largest within the bound", number_list, "L,L,..."),
         replace(options.MU, one_of="mus"),
-        Option("mus", "several of these", _numbers, "X,X,...", one_of="mus"),
+        Option("mus", "several of these", number_list, "X,X,...", one_of="mus"),
         replace(options.ALPHA, one_of="alphas"),
-        Option("alphas", "several weights", _numbers, "A,A,...", one_of="alphas"),
+        Option("alphas", "several weights", number_list, "A,A,...", one_of="alphas"),
         replace(options.P, one_of="ps"),
-        Option("ps", "several exponents", _numbers, "P,P,...", one_of="ps"),
+        Option("ps", "several exponents", number_list, "P,P,...", one_of="ps"),
         options.THRESHOLD,
         *options.SCOPE,
         Option("target_retain_loss", "bound: a retain loss of at most X nats", float, "X", one_of="bound"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perta_fast import compiled
-from perta_fast.cli import options
+from perta_fast.cli import choosing, options
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
 from perta_fast.cli.recipe_options import RECIPE
@@ -26,6 +26,7 @@ from perta_fast.rules import (
 
 def run(parsed: argparse.Namespace) -> int:
     check_streamed(parsed)
+    choosing.check_choice(parsed)
     if parsed.dry_run:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
@@ -35,15 +36,20 @@ def run(parsed: argparse.Namespace) -> int:
     for place in (parsed.out, parsed.save_importance, parsed.save_tuned):
         if parsed.recipe is not None and place is not None:
             check_output(place, overwrite=True, inputs=[parsed.recipe])  # ``unlearn`` does not know of it
+    if parsed.choose is not None:
+        return choosing.choose(parsed)
     with importing():
         from perta_fast.runs.unlearn import unlearn
 
-    report = unlearn(**keywords(parsed, without=("recipe", "dry_run")), group=parsed.group)
+    without = ("recipe", "dry_run", *(option.name for option in choosing.OPTIONS))
+    report = unlearn(**keywords(parsed, without), group=parsed.group)
     finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
     return 0
 
 
 def _preview(parsed: argparse.Namespace, ranks: int) -> str:
+    if parsed.choose is not None:
+        return choosing.preview(parsed, ranks)
     from perta_fast.checkpoints.adapters import is_adapter
     from perta_fast.files.hub import local_model
     from perta_fast.streaming.forecast.dry_run import preview
@@ -56,7 +62,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
         raise InputError(f"--dry-run has nothing to estimate for rule {parsed.rule}, which reads the weights alone")
     whole: Path | None = parsed.whole_importance
     if whole is not None:
-        check_takes_importances(parsed.rule, "whole_importance")
+        check_takes_importances(parsed.rule, "--whole-importance")
     roles = ("retain",) if preconditions else ("forget", "retain") if whole is None else ("forget",)
     data = {role: getattr(parsed, role) for role in roles}
     if None in data.values():
@@ -111,7 +117,7 @@ COMMAND = Command(
         Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR"),
         Option("check", "measure what was forgotten and kept, on a few rows", bool, default=True, negatable=True),
         *options.STREAM,
-        options.ANY_RULE,
+        replace(options.ANY_RULE, one_of="rules"),
         replace(
             options.LAM, help="strength lambda (searched for, see --max-retain-rise)", required=False, one_of="strength"
         ),
@@ -123,10 +129,11 @@ COMMAND = Command(
             "X",
             one_of="strength",
         ),
-        options.MU,
+        replace(options.MU, one_of="mus"),
         options.P,
-        options.ALPHA,
+        replace(options.ALPHA, one_of="alphas"),
         options.THRESHOLD,
+        *choosing.OPTIONS,
         *options.SCOPE,
         *options.CHAT,
         *options.ESTIMATION,

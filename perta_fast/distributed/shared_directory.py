@@ -1,6 +1,5 @@
 """Whether all ranks see one directory, as they must to fill it together."""
 
-import secrets
 import time
 from pathlib import Path
 
@@ -15,6 +14,8 @@ def check_shared(directory: Path, ranks: Ranks) -> None:
     """Raise InputError on all ranks unless each sees a file that the first one writes to ``directory``."""
     if ranks.world == 1:
         return
+    import secrets  # here: it loads OpenSSL, which one process alone does not need
+
     # A name that nobody has looked for before: file systems also remember which files do not exist.
     token = directory / f"seen-by-all-{ranks.share(secrets.token_hex(8))}"
     with ranks.together("the output directory"):

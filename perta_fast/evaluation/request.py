@@ -7,7 +7,7 @@ from typing import Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
-from perta_fast.checkpoints.fingerprint import fingerprint
+from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
 from perta_fast.data.chat import today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import check_fields
@@ -181,7 +181,7 @@ class Begun:
         for path in sorted(self.inputs.keys() | other.inputs.keys()):
             if self.inputs.get(path) != other.inputs.get(path):
                 raise InputError(
-                    f"{path}: has changed since the evaluation began; put the old file back to go on with it, or "
+                    f"{path}: has changed since the evaluation began; {PUT_BACK} to go on with it, or "
                     "start over with --overwrite"
                 )
         for name in sorted(self.versions.keys() | other.versions.keys()):

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError
-from perta_fast.files.identity import Identity, identity
+from perta_fast.files.identity import Identity, identity, lies_in
 from perta_fast.files.own import is_own_name
 from perta_fast.files.reading import checked_path
 
@@ -28,6 +28,13 @@ def check_inputs_stay(final: Path, places: Iterable[Path], inputs: Iterable[Path
             raise InputError(
                 f"{path}: a run to {final} would remove this input with its unfinished work in {place}; move it away"
             )
+
+
+def check_outside(final: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError if ``final`` lies in a directory that is read: it would become part of that input."""
+    for path in inputs:
+        if lies_in(final, path):
+            raise InputError(f"{final}: lies in the input {path}; choose another output directory")
 
 
 def input_in(directory: Path, inputs: Iterable[Path]) -> Path | None:

@@ -1,5 +1,6 @@
 """BLAKE3 hashes of files: of whole ones, many at a time, and of those whose bytes a run reads or writes anyway."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,9 +26,10 @@ def hash_file(path: Path, advance: Advance | None = None, drop_cache: bool = Fal
     Raises RunError if the file cannot be read.
     """
     digest = blake3()
-    buffer, done = memoryview(bytearray(_STEP)), 0
+    done = 0
     try:
         with open(path, "rb", buffering=0, opener=regular_file) as file:
+            buffer = memoryview(bytearray(min(_STEP, os.fstat(file.fileno()).st_size + 1)))  # + 1: it may grow
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
                 if drop_cache:  # not the pages that the system has read ahead

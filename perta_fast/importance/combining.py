@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 from perta_fast.dtypes import byte_count
 from perta_fast.errors import InputError
+from perta_fast.files.apart import check_outside
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.importance.addable import Addable, check_all_in, check_no_row_twice
 from perta_fast.importance.row_digests import RowDigests
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
 from perta_fast.progress import Bar, Progress
-from perta_fast.records.versions import installed_versions
+from perta_fast.records.versions import this_version
 
 CHUNK = 1 << 17  # elements; what is at work then fits into a cache
 # How much of what is removed may be missing from the whole, as a share of it, by rounding: if the model was run in
@@ -81,14 +83,16 @@ class Combination:
     def write(self, out: str | Path, *, overwrite: bool, progress: Progress, description: str) -> Importance:
         """Compute all tensors into the directory ``out``, which appears when it is complete.
 
-        Raises InputError if ``out`` is an input, or exists and is not empty, or if what is removed was not in the
-        whole; RunError if a file cannot be read or written. After any error, nothing is left.
+        Raises InputError if ``out`` is or lies in an input, or exists and is not empty, or if what is removed was not
+        in the whole; RunError if a file cannot be read or written. After any error, nothing is left.
         """
         importances = [importance for _, importance in self.terms]
+        paths = [importance.path for importance in importances]
         tensors = importances[0].checkpoint.tensors
         shapes = {name: entry.shape for name, entry in tensors.items()}
         written = sum(byte_count("F32", shape) for shape in shapes.values())
-        target = OutputDirectory(out, overwrite=overwrite, inputs=[each.path for each in importances])
+        target = OutputDirectory(out, overwrite=overwrite, inputs=paths)
+        check_outside(target.final, paths)
         check_space(target.final, written)
         total = written + sum(importance.checkpoint.size for importance in importances)
         with target, Bar(total, description, progress) as bar:
@@ -99,6 +103,7 @@ class Combination:
                     end = min(begin + CHUNK, entries[0].count)
                     writer.write_array(name, self._chunk(name, entries, begin, end), begin)
                     bar.update(sum(entry.size // entry.count for entry in entries) * (end - begin) + 4 * (end - begin))
+            check_as_opened(importance.checkpoint for importance in importances)
             self._check_was_in()
             target.commit()
         return Importance.load(target.final)
@@ -117,7 +122,7 @@ class Combination:
             sample_count=self.count,
             truncated_count=max(0, sum(sign * metadata.truncated_count for sign, metadata in of)),
             label_count=max(0, sum(sign * metadata.label_count for sign, metadata in of)),
-            perta_fast_version=installed_versions().get("perta-fast", ""),
+            perta_fast_version=this_version(),
             one_by_one=", ".join(_all_of(name for _, table in of for name in table.one_by_one.split(", "))),
             read_as="; ".join(_all_of(metadata.read_as for _, metadata in of)),
             combined=" ".join(parts).removeprefix("+ "),

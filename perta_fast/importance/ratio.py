@@ -3,7 +3,7 @@
 Rules grad and fisher take one ratio, as its square is the ratio of the squares.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES, torch_dtype
 from perta_fast.errors import InputError
+from perta_fast.files.apart import check_outside
 from perta_fast.files.durable import sync_tree
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.reading import exists
@@ -31,6 +33,7 @@ from perta_fast.importance.store import (
     shared_metadata,
     stored_name,
 )
+from perta_fast.progress import Bar, Progress
 from perta_fast.rules import ESTIMATORS, Estimator
 
 if TYPE_CHECKING:
@@ -119,45 +122,69 @@ class ImportanceRatio:
         """That of both importances."""
         return self.metadata["forget"].estimator
 
-    def save(self, directory: str | Path, *, overwrite: bool = False, group: "ProcessGroup | None" = None) -> None:
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        overwrite: bool = False,
+        progress: Progress = True,
+        group: "ProcessGroup | None" = None,
+    ) -> None:
         """Write shards and index; the directory appears only when complete. Memory: 2^22 elements, if they are made.
 
-        group: the processes that make the same ratio; all call this, and each writes its share into a directory that
-        all must see. Raises InputError if the directory exists and is not empty, RunError if it cannot be written.
+        progress: as in ``apply``. group: the processes that make the same ratio; all call this, and each writes its
+        share into a directory that all must see. Raises InputError if the directory exists and is not empty, or lies in
+        one that is read, RunError if it cannot be written.
         """
         ranks, what = Ranks.of(group), "save a ratio"
         with ExitStack() as opened:
             with ranks.together(what):
                 target = OutputDirectory(directory, overwrite=overwrite, inputs=self._read)
+                check_outside(target.final, self._read)
                 if ranks.first:
                     width = ITEM_SIZES[self._dtype]
                     check_space(target.final, sum(width * prod(shape) for shape in _shapes(self).values()))
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):
-                self._write_shards(target.path, ranks)
+                self._write_shards(target.path, ranks, progress)
+                check_as_opened(source.stored for source in self._sources if source.stored is not None)
             with ranks.together(what):
                 if ranks.first:
                     target.commit()
         self.directory = target.final
 
-    def _write_shards(self, directory: Path, ranks: Ranks) -> None:
+    def _write_shards(self, directory: Path, ranks: Ranks, progress: Progress) -> None:
         """Write this rank's share of the shards into a directory that is there, durably."""
         shapes = _shapes(self)
+        shares = {name: ranks.own_slice(prod(shape)) for name, shape in shapes.items()}
+        moved = {name: ITEM_SIZES[self._dtype] + self._bytes_read(name) for name in shapes}  # for each element
+        total = sum(moved[name] * (share.stop - share.start) for name, share in shares.items())
         table = ratio_table({side: as_strings(metadata) for side, metadata in self.metadata.items()})
         writer = ShardWriter(shapes, table, directory, self._dtype, STEM)
-        for name, shape in shapes.items():
-            share, elements = ranks.own_slice(prod(shape)), _elements_of(self, name)
-            for begin in range(share.start, share.stop, _CHUNK):
-                writer.write(name, elements(begin, min(_CHUNK, share.stop - begin)), begin)
+        with Bar(total, "ratio", ranks.first and progress) as bar:
+            for name, share in shares.items():
+                elements = _elements_of(self, name)
+                for begin in range(share.start, share.stop, _CHUNK):
+                    count = min(_CHUNK, share.stop - begin)
+                    writer.write(name, elements(begin, count), begin)
+                    bar.update(moved[name] * count)
         sync_tree(directory)
+
+    def _bytes_read(self, name: str) -> int:
+        """Bytes that are read from files for an element of a tensor."""
+        stored = [source.stored.tensors[name] for source in self._sources if source.stored is not None]
+        return sum(ITEM_SIZES[entry.dtype] for entry in stored)
 
     @property
     def _read(self) -> list[Path]:
         """The directories that tensors are read from."""
+        return [source.stored.path for source in self._sources if source.stored is not None]
+
+    @property
+    def _sources(self) -> "Sequence[Importance | ImportanceRatio]":
         made = self.tensors if isinstance(self.tensors, _MadeTensors) else None
-        sources = [self] if made is None else [made.forget, made.retain]
-        return [source.stored.path for source in sources if source.stored is not None]
+        return [self] if made is None else [made.forget, made.retain]
 
     @property
     def _dtype(self) -> str:

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from blake3 import blake3
 
-from perta_fast.data.samples import Sample, by_row
 from perta_fast.errors import InputError
 from perta_fast.files.reading import exists, read_bytes
+
+if TYPE_CHECKING:
+    from perta_fast.data.samples import Sample
 
 FILE_NAME = "importance_rows.b3"
 _BYTES = 16  # of a BLAKE3 hash
@@ -31,8 +34,10 @@ class RowDigests:
     counts: Counter[str]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> "RowDigests":
+    def of(cls, samples: "Sequence[Sample]") -> "RowDigests":
         """Of tokenised rows."""
+        from perta_fast.data.samples import by_row  # here: what only reads importances needs no data formats
+
         return cls(Counter(row_digest(samples[k] for k in numbers) for numbers in by_row(samples)))
 
     @classmethod
@@ -82,7 +87,7 @@ class RowDigests:
         return RowDigests(self.counts - other.counts)
 
 
-def row_digest(samples: Iterable[Sample]) -> str:
+def row_digest(samples: "Iterable[Sample]") -> str:
     """The digest of one row, which may be several samples."""
     digest = blake3()
     for sample in samples:

@@ -18,6 +18,7 @@ from perta_fast.records.importance_record import ImportanceRecord
 from perta_fast.records.preconditioned import Preconditioned
 from perta_fast.records.removal import Removal
 from perta_fast.records.report_version_1 import from_version_1
+from perta_fast.records.setting_choice import SettingChoice
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import typed, write_readable_json
 from perta_fast.rules import Rule
@@ -138,6 +139,7 @@ class Report:
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
     importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
     check: what was forgotten and kept; None if the run did not look. choice: how lam was chosen; None if it was given.
+    setting_choice: how rule, lam and the rest were chosen, by ``choose`` or a sweep; None if they were not.
     preconditioned: what the run did to θ_f before it subtracted it, if anything. removal: how the retain importance was
     made from a whole one; None if it was estimated.
     common_rows: whether a resized vocabulary was allowed. only, leave: the patterns that chose which parameters are
@@ -157,6 +159,7 @@ class Report:
     settings: EstimationSettings | dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Scalar] = field(default_factory=dict)
     choice: StrengthChoice | None = None
+    setting_choice: SettingChoice | None = None
     preconditioned: Preconditioned | None = None
     removal: Removal | None = None
     importance: dict[str, ImportanceRecord] = field(default_factory=dict)
@@ -232,6 +235,7 @@ class Report:
         lines += [] if self.preconditioned is None else [self.preconditioned.line()]
         lines += [] if self.removal is None else [self.removal.line()]
         lines += [] if self.choice is None else self.choice.lines()
+        lines += [] if self.setting_choice is None else self.setting_choice.lines()
         lines += scope_lines(self.only, self.leave) + read_as_lines(self.data)
         lines += self.prompts()
         if kept := [f"{row.name} {row.kept_rows}" for row in self.tensors if row.kept_rows]:

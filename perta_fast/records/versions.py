@@ -1,9 +1,12 @@
 """When a run was made, and with which versions."""
 
 import platform
+import re
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 
+_VERSION = re.compile(r"^Version: *(\S+) *$", re.MULTILINE)
 _VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
 
 
@@ -14,10 +17,21 @@ def now() -> str:
 
 def installed_versions(*others: str) -> dict[str, str]:
     """Versions of Python and of the packages that a result may depend on; nothing is imported for it."""
-    versions = {"python": platform.python_version()}
-    for name in (*_VERSIONED, *others):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {name: installed_version(name) for name in (*_VERSIONED, *others)}
+    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
+
+
+@cache
+def installed_version(name: str) -> str:
+    """The version of a package, "" if it is not installed. To parse all of its metadata would take milliseconds."""
+    try:
+        installed = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return ""
+    line = _VERSION.search(installed.read_text("METADATA") or "")
+    return line[1] if line else installed.version
+
+
+def this_version() -> str:
+    """The version of this package, "" if it is not installed."""
+    return installed_version("perta-fast")

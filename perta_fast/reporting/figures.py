@@ -1,6 +1,7 @@
 """The plots of a page, as PNG. Matplotlib is imported for the first plot."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,11 +11,13 @@ import numpy as np
 
 from perta_fast.errors import InputError
 from perta_fast.records.report import TensorReport
+from perta_fast.records.setting_choice import SettingChoice, TriedSetting
 from perta_fast.reporting.evidence import Curve
 from perta_fast.reporting.tensor_positions import WeightGrid, position_of
 from perta_fast.reporting.weight_distribution import BINS, Distribution
+from perta_fast.scoring.criteria import LOSS
 from perta_fast.sweeping import plot
-from perta_fast.sweeping.plot import DPI, drawable
+from perta_fast.sweeping.plot import DPI, drawable, is_drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +49,25 @@ def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, 
     )
     caption = "Forget loss (higher is more forgotten) against retain loss (lower is better kept), λ beside it."
     return Plot("trade-off", caption, _png(figure))
+
+
+def setting_choice(choice: SettingChoice) -> Plot:
+    """Every setting of a choice: a line for each curve, the bound, and the chosen one."""
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for each in choice.tried:
+        curves.setdefault(each.curve, [_point(choice.before)]).append(_point(each))
+    marked = {"chosen": choice.after} | ({} if choice.gold is None else {"gold": choice.gold})
+    points = [(label, _point(each)[1:]) for label, each in marked.items()]
+    bound = choice.limit if choice.metric == LOSS else choice.floor
+    shown = None if bound is None or not is_drawable(bound) else bound
+    figure = plot.trade_off(curves, points, choice.metric, shown)
+    return Plot("choice", "Every setting that was scored, λ beside it, and the one that was chosen.", _png(figure))
+
+
+def _point(setting: TriedSetting) -> tuple[float, float, float]:
+    """λ, retain and forget; not a number where it is not known."""
+    retain, forget = (math.nan if value is None else value for value in (setting.retain, setting.forget))
+    return setting.lam, retain, forget
 
 
 def weight_maps(grids: Sequence[WeightGrid]) -> Plot:

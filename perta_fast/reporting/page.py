@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any
 
 from perta_fast.records.report import Report
+from perta_fast.records.setting_choice import SettingChoice, TriedSetting
 from perta_fast.reporting import figures
 from perta_fast.reporting.answers import Answers
 from perta_fast.reporting.evidence import Curve, Scores, data_hashes
@@ -13,6 +14,7 @@ from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.html import Cell, templates
 from perta_fast.reporting.tensor_positions import element_count, position_of, weight_grids
 from perta_fast.reporting.weight_distribution import Distribution
+from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.setting import ScoredSetting
 
 _OUTSIDE = 40  # tensors outside the layers that are listed
@@ -32,6 +34,7 @@ class Evidence:
 def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
     """The page in UTF-8, and its plots."""
     report = evidence.report
+    choice = None if report.setting_choice is None else _choice(report.setting_choice)
     trade_off = _trade_off(evidence) if evidence.curves else None
     weights = _weights(report)
     histogram = None if isinstance(evidence.weights, str) else figures.weight_histogram(evidence.weights)
@@ -43,6 +46,7 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
         settings=_settings(report),
         check=_checked(report),
         check_columns=["rows", "measured", "of", "loss before", "loss after", "answers", "exact before", "exact after"],
+        choice=choice,
         trade_off=trade_off,
         scores=evidence.scores,
         metrics=_by_name([scores.values for scores in evidence.scores]),
@@ -57,7 +61,7 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
         answers=_answers(evidence.answers),
         provenance=_provenance(evidence),
     )
-    plots = [trade_off and trade_off["plot"], weights["plot"], histogram, changes]
+    plots = [choice and choice["plot"], trade_off and trade_off["plot"], weights["plot"], histogram, changes]
     return text.encode(), [plot for plot in plots if plot]
 
 
@@ -67,7 +71,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         "λ": f"{report.lam:.10g}",
         "θ_f": "as it was given" if report.preconditioned is None else report.preconditioned.line(),
         **({} if report.removal is None else {"retain importance": report.removal.line().partition(": ")[2]}),
-        "choice of λ": "given" if report.choice is None else "; ".join(report.choice.lines()),
+        "choice of λ": _chosen(report),
         "p": report.p,
         "α": report.alpha,
         "threshold": report.threshold,
@@ -79,6 +83,13 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     }
     settings |= {name.replace("_", " "): value for name, value in report.settings.items()}
     return [(name, _in_words(value)) for name, value in settings.items()]
+
+
+def _chosen(report: Report) -> str:
+    """How λ was chosen."""
+    if report.setting_choice is not None:
+        return report.setting_choice.lines()[0]
+    return "given" if report.choice is None else "; ".join(report.choice.lines())
 
 
 def _checked(report: Report) -> list[Sequence[Cell]]:
@@ -108,6 +119,29 @@ def _in_words(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:.6g}" if isinstance(value, float) and isfinite(value) else str(value)
+
+
+def _choice(choice: SettingChoice) -> dict[str, Any]:
+    """Sentences, the plot with notes on what it leaves out, and a row for each setting."""
+    notes = [] if not choice.skipped else [f"{choice.skipped} more were skipped: a smaller λ had broken the bound."]
+    if choice.metric != LOSS and choice.limit is not None:
+        notes.append(f"The bound is on the retain loss, which a plot of {choice.metric} does not show.")
+    metrics = [] if choice.metric == LOSS else [f"{role} {choice.metric}" for role in ("forget", "retain")]
+    return {
+        "sentences": [f"{line[:1].upper()}{line[1:]}." for line in choice.lines()],
+        "plot": figures.setting_choice(choice),
+        "notes": notes,
+        "columns": ["setting", "λ", "forget loss", "retain loss", *metrics, "parameters changed (%)", ""],
+        "rows": [_setting(each, choice) for each in (choice.before, *choice.tried)],
+    }
+
+
+def _setting(each: TriedSetting, choice: SettingChoice) -> Sequence[Cell]:
+    """A row of the table of settings."""
+    metrics = () if choice.metric == LOSS else (each.forget, each.retain)
+    changed = None if each.changed is None else 100 * each.changed
+    name, mark = each.curve if each.rule else "the model as it is", "chosen" if each == choice.after else ""
+    return name, each.lam, each.forget_loss, each.retain_loss, *metrics, changed, mark
 
 
 def _trade_off(evidence: Evidence) -> dict[str, Any]:

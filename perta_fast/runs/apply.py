@@ -18,12 +18,13 @@ from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
+from perta_fast.records.versions import this_version
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination, threads_for
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_importances
-from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen, this_version
+from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen
 from perta_fast.subtraction.read_beside import companion_records
 from perta_fast.subtraction.report_entries import begin_report
 from perta_fast.subtraction.scope import Patterns, Scope

@@ -21,6 +21,7 @@ from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
 from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, data_records, read_all, streamed_on
+from perta_fast.runs.whole_importance import check_retained
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import begun_job, has_begun
 
@@ -173,6 +174,8 @@ def _load(opened: Opened, day: date) -> Loaded:
             if role not in options.data:
                 raise InputError(f"rule {opened.rule.name} needs {role} data: give a file of it")
         rows, hashes = read_all(options)
+        if opened.whole is not None and "retain" in rows:
+            check_retained(rows["forget"], rows["retain"])
         if options.save_importance is not None:
             kept = Path(os.path.realpath(checked_path(options.save_importance)))
             # A run that is resumed may have committed its importances already.

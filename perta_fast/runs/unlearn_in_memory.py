@@ -4,6 +4,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.samples import row_count
 from perta_fast.files.new_directory import OutputDirectory, importance_path
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
@@ -14,8 +15,8 @@ from perta_fast.runs.estimate import estimate_on
 from perta_fast.runs.settings import threads_for
 from perta_fast.runs.unlearn_inputs import Loaded
 from perta_fast.runs.whole_importance import PHASE, WholeImportance
-from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources, open_importances
+from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.unfinished import has_begun
 
 
@@ -48,6 +49,7 @@ def unlearn_in_memory(loaded: Loaded) -> Report:
         loaded.choose_strength(directory)
         opened = loaded.opened
         with ranks.together("the importances"):
+            check_as_opened(opened.sources.named().values())  # what the gradients were taken at
             estimated = open_importances(opened.rule, both=directory)
             three = options.model, options.base, options.tuned
             sources = Sources.open(*three, estimated, options.common_rows, options.scope)
@@ -95,7 +97,7 @@ def _keep_ratio(loaded: Loaded, pair: Path) -> Path:
     started = time.perf_counter()
     with ranks.together("the ratio of the importances"):
         ratio = ImportanceRatio.of(*(pair / side for side in SIDES), dtype=options.kept_form.dtype)
-    ratio.save(options.save_importance, overwrite=options.overwrite, group=ranks.group)
+    ratio.save(options.save_importance, overwrite=options.overwrite, progress=options.progress, group=ranks.group)
     assert ratio.directory is not None
     loaded.phases["ratio"] = time.perf_counter() - started
     return ratio.directory

@@ -180,7 +180,7 @@ class Opened:
             raise InputError(f"at is {options.at!r}; it must be base or model")
         check_threads(options.threads)
         if options.stream and options.link_unchanged and not options.in_place:
-            raise InputError("stream writes every shard as it goes; leave link_unchanged out")
+            raise InputError("stream writes every shard as it goes; leave --link-unchanged out")
         final = destination(options.model, options.out, options.in_place, ranks)
         three = options.model, options.base, options.tuned
         sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
@@ -221,19 +221,19 @@ class Opened:
 def _rule_of(options: Options) -> Rule:
     """The rule that subtracts. Raises InputError for settings that are not for it."""
     if options.whole_importance is not None:
-        check_takes_importances(options.rule, "whole_importance")
+        check_takes_importances(options.rule, "--whole-importance")
     rule = Rule.of_unlearn(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
     _check_form(options)
     if options.preconditions:
         check_mu(DEFAULT_MU if options.mu is None else options.mu)
         if options.save_importance is not None:
             raise InputError(
-                f"rule {PRECONDITIONED}, which is the default, takes no importance to save; save_tuned keeps what it "
+                f"rule {PRECONDITIONED}, which is the default, takes no importance to save; --save-tuned keeps what it "
                 "makes, or give a rule that takes importances, such as fisher"
             )
         return rule
     if rule.estimator is None and options.save_importance is not None:
-        raise InputError("rule tv takes no importance, so there is none to save; leave save_importance out")
+        raise InputError("rule tv takes no importance, so there is none to save; leave --save-importance out")
     for name in ("mu", "save_tuned"):
         if getattr(options, name) is not None:
             raise InputError(f"{name} is for rule {PRECONDITIONED}; leave it out, or take that rule")
@@ -241,9 +241,9 @@ def _rule_of(options: Options) -> Rule:
 
 
 def _check_form(options: Options) -> None:
-    for name in ("save_as", "importance_dtype"):
+    for name, option in (("save_as", "--as"), ("importance_dtype", "--importance-dtype")):
         if getattr(options, name) is not None and options.save_importance is None:
-            raise InputError(f"{name} says how importances are kept; give save_importance too, or leave it out")
+            raise InputError(f"{option} says how importances are kept; give --save-importance too, or leave it out")
     form = options.kept_form  # which checks both
     if options.whole_importance is not None and form.dtype != "float32" and not form.as_ratio:
         raise InputError(

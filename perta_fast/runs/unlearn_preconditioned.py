@@ -33,8 +33,8 @@ from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, check_tuned, given_files, vector_size
 from perta_fast.runs.settings import threads_for
 from perta_fast.runs.unlearn_inputs import Opened, data_records
-from perta_fast.subtraction.in_place import is_open
 from perta_fast.subtraction.inputs import Sources
+from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.scope import EVERYTHING
 from perta_fast.subtraction.unfinished import has_begun
 

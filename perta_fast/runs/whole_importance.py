@@ -29,6 +29,20 @@ PHASE = "retain importance"
 _SHOWN = 5  # rows that are named in a message
 
 
+def check_retained(forget: Sequence[Row], retain: Sequence[Row]) -> None:
+    """Raise InputError if all rows to retain, on which the result would be measured, are to be forgotten."""
+    forgotten = set(map(_content, forget))
+    if all(_content(row) in forgotten for row in retain):
+        raise InputError(
+            f"{retain[0].where}: this and all other rows of --retain are to be forgotten, so they do not show what is "
+            "kept; give rows that are to be kept, or leave --retain out"
+        )
+
+
+def _content(row: Row) -> str:
+    return repr(sorted(row.content.items()))
+
+
 @dataclass(frozen=True)
 class WholeImportance:
     """What ``whole_importance`` names, opened."""
@@ -80,7 +94,7 @@ class WholeImportance:
         if dtype != metadata.dtype:
             raise InputError(
                 f"{path}: was estimated in {metadata.dtype}, and this run would take its gradients in {dtype}; "
-                f"add --dtype {metadata.dtype}"
+                f"run it with --dtype {metadata.dtype}"
             )
         left, absent = Counter(self.importance.rows.counts), []
         for row, numbers in zip(rows, by_row(samples), strict=True):

@@ -39,6 +39,7 @@ from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.scratch_files import StepFiles
 from perta_fast.streaming.step_record import rank_path, record_step, resume_step
+from perta_fast.subtraction.changed_inputs import check_unchanged
 from perta_fast.subtraction.compute import Chunk, Statistics, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
@@ -152,6 +153,7 @@ class WriteBehind:
                 self._write(means)
             for _, files in ends.values():
                 files.flush()
+            check_unchanged(self.job, self.sources)  # what is recorded was made of the inputs as they were
             self._record(done, {role: record for role, (record, _) in ends.items()})
             self.target.keep = True
             self.kept.keep_on_error()

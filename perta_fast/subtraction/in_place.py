@@ -26,11 +26,9 @@ from perta_fast.files.durable import move, read_record, remove, sync, write_file
 from perta_fast.files.hashing import HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
-from perta_fast.files.locking import lock
 from perta_fast.files.mounts import mounts_in
 from perta_fast.files.new_directory import check_space, check_unfinished, partial_path, scratch_path
-from perta_fast.files.own import check_own, check_own_tree, make_own_directory
-from perta_fast.files.reading import exists
+from perta_fast.files.own import check_own, check_own_tree
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.file_hashes import HASHES, read_hashes, write_hashes
@@ -38,21 +36,17 @@ from perta_fast.records.model_card import write_model_card
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.typed_json import fits
 from perta_fast.records.versions import now
+from perta_fast.subtraction.changed_inputs import unchanged_inputs
 from perta_fast.subtraction.compute import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job, reopen
+from perta_fast.subtraction.journal_directory import SEALED, Leftover, clear_leftover, is_open, locked_journal
 from perta_fast.subtraction.report_entries import add_up, describe_inputs, describe_output, describe_tensors
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
 _APPLYING = "applying"  # in the journal: the number of the last segment that may have reached the shards
-_SEALED = "sealed"  # in the journal: the shards are done, only small files are still to be moved out of it
 _INDEX = ".safetensors.index.json"
 _FREE_MARGIN = 16 << 20
-
-
-def is_open(model: Path) -> bool:
-    """Whether ``model`` holds an unfinished in-place run."""
-    return exists(model / JOURNAL / JOB)
 
 
 def change_in_place(job: Job, sources: Sources) -> Report:
@@ -61,12 +55,13 @@ def change_in_place(job: Job, sources: Sources) -> Report:
     check_in_place(sources)
     changing = sum(match.theta.size for match in sources.matches if match.copied is None)
     check_space(model, 3 * min(SEGMENT, changing) + _FREE_MARGIN)
-    with _told_if_complete(model), PeakMemory() as memory, _locked(model) as journal, _explained(model):
+    with _told_if_complete(model), PeakMemory() as memory, locked_journal(model) as journal, _explained(model):
         report = job.begun_report()
         report.in_place = True
         hashes = HashesInPassing(sources.sizes())
-        _rehearse(job, sources, report, hashes)
-        describe_inputs(report, sources, job, passing=hashes)
+        with unchanged_inputs(job, sources, advice="run the same command again"):
+            _rehearse(job, sources, report, hashes)
+            describe_inputs(report, sources, job, passing=hashes)
         report.inputs["model"]["kept"] = False
         job.report = asdict(report)
         job.save(journal / JOB)
@@ -76,7 +71,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
 
 def resume_in_place(model: Path, progress: Progress) -> Report:
     """Finish a run on ``model``. Raises InputError if an input is not what it was."""
-    with _told_if_complete(model), PeakMemory() as memory, _locked(model) as journal, _explained(model):
+    with _told_if_complete(model), PeakMemory() as memory, locked_journal(model) as journal, _explained(model):
         moved_files = [CONFIG, *(path.name for path in journal.glob(f"*{_INDEX}"))]
         check_own_tree(journal, links=moved_files)
         job = Job.load(journal / JOB)
@@ -90,6 +85,20 @@ def resume_in_place(model: Path, progress: Progress) -> Report:
         job.count_resume()
         job.save(journal / JOB)
         return _finish(job, sources, journal, memory)
+
+
+def finish_leftover_in_place(model: Path) -> Report | Leftover:
+    """Clear what a run on ``model`` that was killed as it began or ended has left; its report, if it was complete.
+
+    Raises RunError if a run is going on there.
+    """
+    left = clear_leftover(model)
+    if left != "complete":
+        return left
+    report = Report.load(model)
+    if any(record.get("kept") is False for role, record in report.inputs.items() if role.endswith("_importance")):
+        remove(scratch_path(model))
+    return report
 
 
 def _where_it_led(path: Path) -> Path:
@@ -109,7 +118,7 @@ def _check_none_put_back(model: Path, set_aside: Mapping[str, Path]) -> None:
 
 def _new_card(journal: Path) -> str:
     """The hash of the model card of a run that has moved it into the model; "" if it has not yet."""
-    if not (journal / _SEALED).exists() or (journal / CARD).exists():
+    if not (journal / SEALED).exists() or (journal / CARD).exists():
         return ""
     return read_hashes(journal if (journal / HASHES).exists() else journal.parent).get(CARD, "")
 
@@ -211,30 +220,6 @@ def _set_aside(model: Checkpoint) -> list[str]:
 
 
 @contextmanager
-def _locked(model: Path) -> Iterator[Path]:
-    """The journal's directory, for one process at a time; removed at the end unless it holds a job."""
-    journal = model / JOURNAL
-    try:
-        make_own_directory(journal)
-        descriptor = lock(journal)
-    except BlockingIOError:
-        raise RunError(f"{model}: another run is changing it now") from None
-    except OSError as error:
-        raise RunError(f"{model}: cannot be written: {error.strerror}") from error
-    try:
-        if not (journal / JOB).exists():  # what is here is of a run that was finished or never began
-            for entry in journal.iterdir():
-                remove(entry)
-        try:
-            yield journal
-        finally:
-            if not is_open(model):
-                remove(journal)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def _told_if_complete(model: Path) -> Iterator[None]:
     """Make an interruption after the last change say so: the same run again would subtract twice."""
     before = _version(model / FILE_NAME)
@@ -301,7 +286,7 @@ def _bytes_to_move(sources: Sources) -> int:
 def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Report:
     """Do what the journal says is still to be done."""
     model = Path(job.final)
-    if not (journal / _SEALED).exists():
+    if not (journal / SEALED).exists():
         for name in _set_aside(sources.model):
             if os.path.lexists(model / name):
                 move(model / name, journal / name)
@@ -317,7 +302,7 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
         write_hashes(model, report, {path.name: _where_it_led(path) for path in _moved_back(journal)})
         for name in (CARD, FILE_NAME, HASHES):
             sync(journal / name)
-        write_file(journal / _SEALED, b"")
+        write_file(journal / SEALED, b"")
     for path in _moved_back(journal):
         move(path, model / path.name)
     (journal / JOB).unlink()
@@ -361,7 +346,9 @@ def _change(job: Job, sources: Sources, journal: Path) -> Report:
         for group in _groups(sources, chunks):
             segment = new_segment(journal, number)
             try:
-                _fill(segment, group, subtraction, totals, bar.update)
+                # Before the segment can reach the shards: all that is in them was made of the inputs as they were.
+                with unchanged_inputs(job, sources, changing=True, advice="put the old file back"):
+                    _fill(segment, group, subtraction, totals, bar.update)
                 if last is not None:
                     last.result()
             except BaseException:

@@ -9,7 +9,7 @@ from perta_fast.checkpoints.adapter_kinds import STEM as ADAPTER_STEM
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, CONFIG
-from perta_fast.checkpoints.fingerprint import Fingerprint, fingerprint
+from perta_fast.checkpoints.fingerprint import PUT_BACK, Fingerprint, fingerprint
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
@@ -18,9 +18,9 @@ from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.progress import Progress
-from perta_fast.records.report import Report
+from perta_fast.records.report import DirectoryRecord, Report
 from perta_fast.records.typed_json import typed
-from perta_fast.records.versions import installed_versions
+from perta_fast.records.versions import this_version
 from perta_fast.rules import Rule
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.compute import Subtraction
@@ -79,6 +79,10 @@ class Job:
         perta = ["perta"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "perta_fast"]
         return shell_command(*perta, "resume", Path(self.final))
 
+    def changes(self, role: str) -> bool:
+        """Whether an input is the model that the run changes; the base may be the same directory."""
+        return self.in_place and is_same(self.directories[role], self.directories["model"])
+
     def count_resume(self) -> None:
         """Count in the report that the run was resumed."""
         self.report["resumed"] += 1
@@ -114,11 +118,6 @@ class Job:
         except InputError as error:
             raise InputError(f"{path}: is not a description that this version understands: {error}") from error
         return job
-
-
-def this_version() -> str:
-    """Version of the installed package."""
-    return installed_versions().get("perta-fast", "")
 
 
 def fingerprints(sources: Sources) -> dict[str, dict[str, Fingerprint]]:
@@ -167,23 +166,11 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
         stem = stem_of(role)
         if role == "tuned" and adapted:
             stem = ADAPTER_STEM
-        changing = _is_changed_by(job, role)
+        changing = job.changes(role)
         opened[role] = Checkpoint.open(path, stem, index=index if changing else None, unfinished=changing)
     adapter = OpenedAdapter(Adapter.open(job.directories["tuned"], opened["base"].path)) if adapted else None
     sources = Sources(**opened, adapter=adapter)  # type: ignore[arg-type]
-    for role, files in fingerprints(sources).items():
-        before = job.files.get(role, {})
-        for name, current in files.items():
-            known = before.get(name)
-            if known is not None and _is_changed_by(job, role):
-                known = {**known, "mtime_ns": current["mtime_ns"]}
-            if current != known:
-                raise InputError(
-                    f"{Path(job.directories[role]) / name}: has changed since the run began; put the old file "
-                    "back to finish the run"
-                )
-        if before.keys() != files.keys():
-            raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
+    _check_files(job, fingerprints(sources))
     sources = replace(sources, matches=[_match(row, opened, job) for row in job.matches])
     if any(match.merged is not None for match in sources.matches):
         names = sources.model.tensors
@@ -197,7 +184,7 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
     if job.companions:
         report = job.begun_report()
         before, now = dict(job.companions), companion_records(sources, report, set_aside)
-        if _is_changed_by(job, "base"):  # its files are the model's
+        if job.changes("base"):  # its files are the model's
             before.pop("base", None)
         card = now["model"].get(CARD)
         if card is not None and card["blake3"] == new_card:
@@ -206,9 +193,33 @@ def reopen(job: Job, set_aside: Mapping[str, Path] = NONE, new_card: str = "") -
     return sources
 
 
-def _is_changed_by(job: Job, role: str) -> bool:
-    """Whether an input is the model that the run changes; the base may be the same directory."""
-    return job.in_place and is_same(job.directories[role], job.directories["model"])
+def _check_files(job: Job, files: Mapping[str, Mapping[str, Fingerprint]]) -> None:
+    """Raise InputError, with what to do, unless the ``fingerprints`` are those that the run began with.
+
+    A run in place has hashed its inputs before it changed anything: a file with its content may have another time.
+    """
+    advice = "put the old file back to finish the run"
+    if not job.in_place:
+        advice = f"{PUT_BACK} to finish the run, or start over with --overwrite"
+    for role, current in files.items():
+        before = job.files.get(role, {})
+        for name, state in current.items():
+            known, path = before.get(name), Path(job.directories[role]) / name
+            if known is not None and (job.changes(role) or _is_put_back(job, role, path, known, state)):
+                known = {**known, "mtime_ns": state["mtime_ns"]}
+            if state != known:
+                raise InputError(f"{path}: has changed since the run began; {advice}")
+        if before.keys() != current.keys():
+            raise InputError(f"{job.directories[role]}: its shards are not those that the run began with")
+    job.files = {role: dict(current) for role, current in files.items()}
+
+
+def _is_put_back(job: Job, role: str, path: Path, known: Fingerprint, state: Fingerprint) -> bool:
+    """Whether a file of another time of change has the content that the run has hashed."""
+    if known["mtime_ns"] == state["mtime_ns"] or known["bytes"] != state["bytes"]:
+        return False
+    record = job.begun_report().inputs.get(role, DirectoryRecord(path="", files={}))["files"].get(path.name)
+    return record is not None and hash_file(path) == record["blake3"]
 
 
 def _piece(tensors: Mapping[str, TensorEntry], name: Any, begin: Any, end: Any) -> TensorEntry:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from perta_fast.checkpoints.companions import copy_companions, left_out_links, left_out_warning
+from perta_fast.checkpoints.fingerprint import PUT_BACK
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
@@ -25,6 +26,7 @@ from perta_fast.records.file_hashes import write_hashes
 from perta_fast.records.model_card import write_model_card
 from perta_fast.records.report import Report
 from perta_fast.records.versions import now
+from perta_fast.subtraction.changed_inputs import changed_input, check_unchanged, unchanged_inputs
 from perta_fast.subtraction.compute import Chunk, Statistics
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job
@@ -88,7 +90,8 @@ def run_to_directory(
             outputs = {target.path / name: shard.size for name, shard in sources.model.shards.items()}
             # Of several processes none sees all bytes, so each hashes its share of the files afterwards.
             passing = HashesInPassing(sources.sizes() | outputs if ranks.world == 1 else {})
-            describe_inputs(report, fill(job, sources, target, report, passing), job, ranks, passing)
+            with unchanged_inputs(job, sources):
+                describe_inputs(report, fill(job, sources, target, report, passing), job, ranks, passing)
             describe_output(report, list(outputs), final, job, ranks, passing)
             with ranks.together("the report"):
                 if ranks.first:
@@ -113,6 +116,8 @@ def run_to_directory(
                 "out of memory; the inputs are untouched. Finish the run where more is free with: "
                 f"{job.resume_command}, or start over with --overwrite and a smaller --batch-size"
             ) from error
+        if ranks.first and isinstance(error, RunError) and changed_input(job, sources) is not None:
+            raise RunError(f"{error}. {_after_a_change(job, target)}") from error
         if ranks.first and is_shared(error) and not isinstance(error, NotFiniteError) and _can_be_resumed(target):
             rest = f"The inputs are untouched. Finish the run with: {job.resume_command}"
             raise RunError(f"{error}. {rest}") from error
@@ -125,6 +130,14 @@ def run_to_directory(
 def _can_be_resumed(target: OutputDirectory) -> bool:
     """Whether any rank has noted work to go on from."""
     return target.keep or has_begun(target.final)
+
+
+def _after_a_change(job: Job, target: OutputDirectory) -> str:
+    """What to do when an input has changed during the run."""
+    if not _can_be_resumed(target):
+        return "Leave the inputs as they are, and run the same command again"
+    advice = f"{PUT_BACK[0].upper()}{PUT_BACK[1:]}"
+    return f"{advice}, and finish the run with: {job.resume_command}; or start over with --overwrite"
 
 
 def _keep_what_is_done(target: OutputDirectory) -> None:
@@ -154,8 +167,8 @@ def clear_up(final: Path, job: Job) -> None:
 class _Writer:
     """Writes chunks from many threads; its own thread flushes each complete part, then notes it."""
 
-    def __init__(self, directory: Path, parts: list[Part], drop_cache: bool, hashes: HashesInPassing) -> None:
-        self._directory, self._drop_cache, self._hashes = directory, drop_cache, hashes
+    def __init__(self, job: Job, sources: Sources, directory: Path, parts: list[Part], hashes: HashesInPassing) -> None:
+        self._job, self._sources, self._directory, self._hashes = job, sources, directory, hashes
         self._waiting = {part: part.end - part.begin for part in parts}
         self._open: dict[Part, int] = {}
         self.totals: dict[Part, Totals] = {part: {} for part in parts}
@@ -185,7 +198,10 @@ class _Writer:
                 self.finish(part)
 
     def finish(self, part: Part) -> None:
-        """Flush and note a part whose last byte is written, in the background."""
+        """Flush and note a part whose last byte is written, in the background; raises an error of an earlier part."""
+        for noted in self._finished:
+            if noted.done():
+                noted.result()
         self._finished.append(self._thread.submit(self._flush, part))
 
     def wait(self) -> None:
@@ -205,11 +221,12 @@ class _Writer:
         with self._lock:
             descriptor = self._descriptor(part)
         os.fsync(descriptor)
-        if self._drop_cache:
+        if self._job.drop_cache:
             drop_pages(descriptor)
         with self._lock:
             os.close(self._open.pop(part))
         sync(self._directory)
+        check_unchanged(self._job, self._sources)  # what is noted was made of the inputs as they were
         part.note(self.totals[part])
 
 
@@ -251,7 +268,7 @@ def _write_parts(
     total = finished + sum(part.cost for part in parts)
     with (
         Bar(total, "apply", job.progress, done=finished) as bar,
-        closing(_Writer(directory, parts, job.drop_cache, hashes)) as writer,
+        closing(_Writer(job, sources, directory, parts, hashes)) as writer,
     ):
         for part in parts:
             if part.shard.unchanged:

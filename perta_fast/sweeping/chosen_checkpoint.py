@@ -15,9 +15,11 @@ from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.precondition import given_files
 from perta_fast.runs.settings import Settings, check_others
-from perta_fast.subtraction.in_place import check_in_place, is_open, resume_in_place
+from perta_fast.subtraction.in_place import check_in_place, resume_in_place
 from perta_fast.subtraction.job import Job
+from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checkpoints_of, open_sources
+from perta_fast.sweeping.recorded_choice import chosen_recipe, recorded_choice
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Begun
 from perta_fast.sweeping.vectors import Vectors
@@ -66,7 +68,11 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
 
     def annotate(report: Report) -> None:
         report.data, report.settings, report.preconditioned = sweep.data, settings, described
-        warnings = truncation_warnings(sweep.data) + ([] if made is None else made.warnings)
+        report.setting_choice = recorded_choice(request, sweep)
+        if rule.estimator not in opened.given:
+            report.recipe = chosen_recipe(request, sweep)
+        doubts = [warning.removeprefix("warning: ") for warning in sweep.warnings()]
+        warnings = truncation_warnings(sweep.data) + ([] if made is None else made.warnings) + doubts
         for warning in dict.fromkeys(warnings):
             report.warn(warning)
 

@@ -9,6 +9,7 @@ from perta_fast.scoring.live_model import Importances, LiveModel
 from perta_fast.scoring.search import search
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import Curve, walk
+from perta_fast.sweeping.grid_walk import score_grid
 from perta_fast.sweeping.measured import Measured, excess
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.unfinished import Record
@@ -23,6 +24,7 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
         begun.gold = opened.score_gold(opened.gold.path)
         record.save()
     live, original, importances = _prepare(opened, record, vectors)
+    score_grid(opened, record, importances, vectors)
     beyond = partial(excess, opened, original)
     rows = [original]
     for curve in opened.curves:

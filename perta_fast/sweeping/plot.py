@@ -68,7 +68,8 @@ def trade_off(
     unit = " (nats)" if metric == LOSS else ""
     axes.set_xlabel(f"retain {metric}{unit}")
     axes.set_ylabel(f"forget {metric}{unit}")
-    for text in axes.legend().get_texts():
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2, "frameon": False}
+    for text in axes.legend(**below).get_texts():  # where no curve is
         text.set_parse_math(False)  # a name may hold a dollar sign
     return figure
 

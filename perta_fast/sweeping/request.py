@@ -21,7 +21,7 @@ from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.scope import Scope
 from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, check_strengths
 
-_BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
+BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain")
 _PATHS = (*_MODELS, *_DATA, "out")
 _SEVERAL_PATHS = ("forget_importance", "retain_importance", "importance", "also")
@@ -104,9 +104,14 @@ class Request:
         return cls(**values)
 
     @property
+    def bound(self) -> tuple[str, float] | None:
+        """The name and the value of the bound that settings have to keep."""
+        return next(((name, getattr(self, name)) for name in BOUNDS if getattr(self, name) is not None), None)
+
+    @property
     def is_bounded(self) -> bool:
         """Whether settings have to keep a bound."""
-        return any(getattr(self, name) is not None for name in _BOUNDS)
+        return self.bound is not None
 
     @property
     def bounds_absolutely(self) -> bool:
@@ -152,11 +157,11 @@ class Request:
         if self.lams is not None:
             check_strengths(self.lams)
         elif not self.is_bounded:
-            raise InputError(f"give lams, or a bound up to which to search: {', '.join(_BOUNDS)}")
+            raise InputError(f"give lams, or a bound up to which to search: {', '.join(BOUNDS)}")
         if self.select not in (None, *SELECTIONS):
             raise InputError(f"select is {self.select!r}; it must be one of {', '.join(SELECTIONS)}")
         if self.select == "best-forget" and not self.is_bounded:
-            raise InputError(f"select best-forget needs a bound on what is retained: {', '.join(_BOUNDS)}")
+            raise InputError(f"select best-forget needs a bound on what is retained: {', '.join(BOUNDS)}")
         if self.select == "closest" and self.gold is None:
             raise InputError("select closest needs gold: the model to be close to")
         self._check_result()
@@ -206,7 +211,7 @@ class Request:
             )
 
     def _check_bounds(self) -> None:
-        bounds = {name: getattr(self, name) for name in _BOUNDS if getattr(self, name) is not None}
+        bounds = {name: getattr(self, name) for name in BOUNDS if getattr(self, name) is not None}
         if len(bounds) > 1:
             raise InputError(f"give only one of {' and '.join(bounds)}")
         for name, value in bounds.items():

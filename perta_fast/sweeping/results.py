@@ -1,6 +1,7 @@
 """The results of a sweep: what each setting scores and which one is chosen, as a table and as ``sweep.json``."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -229,6 +230,17 @@ class Sweep:
             "closest": self.gold is not None and self.gold.is_finite,
         }
         return has_all.get(self.select, False) and self.original.keeps(self.limit, self.floor)
+
+
+def record_beside(result: str | Path) -> Path:
+    """The directory of the sweep that chooses what ``result`` becomes: its name with ``.sweep``.
+
+    Raises InputError for a path without a name.
+    """
+    path = Path(os.path.abspath(result))
+    if not path.name:
+        raise InputError(f"{result}: cannot be a result; name a directory in it")
+    return path.with_name(f"{path.name}.sweep")
 
 
 def _width(name: str) -> int:

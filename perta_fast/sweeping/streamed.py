@@ -5,7 +5,7 @@ A walk is recorded after each step, and its scores when it is done: a sweep that
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from perta_fast.memory import return_freed_blocks
@@ -14,18 +14,17 @@ from perta_fast.runs.settings import threads_for
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.streaming.forecast.forward_costs import ForwardEstimate, forward_estimate
 from perta_fast.streaming.forward.version import Version
-from perta_fast.subtraction.inputs import Sources
 from perta_fast.sweeping.coarse import coarse
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.measured import Measured, excess
-from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checked_gold, checkpoints_of, open_sources
+from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checked_gold
 from perta_fast.sweeping.unfinished import Record
 from perta_fast.sweeping.vectors import Vectors
 from perta_fast.sweeping.walk_plan import Planning, WalkPlan
 from perta_fast.sweeping.walked_model import WalkedModel
+from perta_fast.sweeping.weighing import Setting, Weighing, named
 
 _ORIGINAL, _SETTINGS = "the model as it is", "settings"  # walks, and their plans
-Setting = tuple[Curve, float]  # a curve, and the strength on it
 
 
 def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
@@ -46,7 +45,7 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
         if ranks.first:
             record.keep()
             vectors.make(opened)
-    rows = walks.settings(_Weighing(opened, importances, vectors))
+    rows = walks.settings(Weighing(opened, importances, vectors))
     walked, batch_size, notes = walks.walked, begun.plans[_SETTINGS].batch_size, _notes(opened)
     device = walked.skeleton.device
     return Measured(rows, importances, walked.subject, device, walked.samples, batch_size, notes)
@@ -62,26 +61,6 @@ def _estimated(opened: OpenedSweep, record: Record) -> ByEstimator:
         checkpoint = opened.sources.model if opened.request.at == "model" else opened.sources.base
         subject, skeleton = opened.structure(checkpoint.path)
     return opened.estimate(subject, record.importances, skeleton)
-
-
-class _Weighing:
-    """What settings are made of. importances, vectors: on disk."""
-
-    def __init__(self, opened: OpenedSweep, importances: ByEstimator, vectors: Vectors) -> None:
-        sources: dict[object, Sources] = {}
-        self._of_curve: dict[str, Sources] = {}
-        with opened.ranks.together("the inputs"):
-            for curve in opened.curves:
-                inputs = curve.estimator, curve.mu
-                if inputs not in sources:
-                    tuned = None if curve.mu is None else vectors.of(curve.mu)
-                    sources[inputs] = open_sources(opened.request, checkpoints_of(curve.rule, importances), tuned)
-                self._of_curve[curve.title] = sources[inputs]
-
-    def version(self, setting: Setting) -> Version:
-        """A setting as weights to score."""
-        curve, lam = setting
-        return Version(f"{curve.title}, lambda {lam:g}", self._of_curve[curve.title], curve.rule.at(lam).rescaling)
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,7 @@ class _Walks:
         folder, versions = self.record.walk(name, alone=True), [Version(name)]
         return self._walk(folder, versions, self._plan(name, folder, versions, 0))[0]
 
-    def settings(self, weighing: _Weighing) -> list[ScoredSetting]:
+    def settings(self, weighing: Weighing) -> list[ScoredSetting]:
         """What all settings score, in order."""
         opened, begun = self.walked.opened, self.record.begun
         strengths = sorted(opened.request.strengths or ())
@@ -125,7 +104,7 @@ class _Walks:
         smaller = (row for row in self.record.begun.rows if curve.has(row) and 0 < row.lam < lam)
         return any(excess(self.walked.opened, self.original, row) > 0 for row in smaller)
 
-    def _score(self, name: str, settings: Sequence[Setting], weighing: _Weighing, plan: WalkPlan) -> None:
+    def _score(self, name: str, settings: Sequence[Setting], weighing: Weighing, plan: WalkPlan) -> None:
         """Walk for those that are not scored yet, and for the model as it is, with as many at once as the plan has."""
         begun, record = self.record.begun, self.record
         asked: list[Setting | None] = [None, *settings]
@@ -138,7 +117,7 @@ class _Walks:
             if some:
                 versions = [Version(_ORIGINAL) if setting is None else weighing.version(setting) for setting in some]
                 found = self._walk(record.walk(f"{name}-{begin}"), versions, plan)
-                record.add(*(_named(row, setting) for row, setting in zip(found, some, strict=True)))
+                record.add(*(named(row, setting) for row, setting in zip(found, some, strict=True)))
 
     def _plan(self, name: str, folder: Path, versions: Sequence[Version], curves: int) -> WalkPlan:
         """How to walk: as was decided before the sweep was stopped. folder, curves: as in ``Planning``."""
@@ -170,14 +149,6 @@ class _Walks:
         found = self.walked.score(versions, folder, shown, plan.batch_size, plan.overlap)
         rows: list[ScoredSetting] = self.walked.opened.ranks.share(found)
         return rows
-
-
-def _named(row: ScoredSetting, setting: Setting | None) -> ScoredSetting:
-    if setting is None:
-        return row
-    curve, lam = setting
-    rescaling = curve.rule.rescaling
-    return replace(row, rule=curve.name, p=rescaling.p, alpha=rescaling.alpha, lam=lam, mu=curve.mu)
 
 
 def _notes(opened: OpenedSweep) -> list[str]:

@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perta_fast.checkpoints.fingerprint import PUT_BACK
 from perta_fast.errors import InputError
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
+from perta_fast.records.versions import this_version
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.subtraction.job import this_version
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.walk_plan import WalkPlan
@@ -84,7 +85,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for path in sorted(before.keys() | now.keys()):
         if before.get(path) != now.get(path) and exists(Path(path).parent):
             raise InputError(
-                f"{path}: has changed since the sweep began; put the old file back to go on with it, or start "
+                f"{path}: has changed since the sweep began; {PUT_BACK} to go on with it, or start "
                 "over with --overwrite"
             )
 

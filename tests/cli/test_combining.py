@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from perta_fast import Importance, cli, estimate_importance
+from tests.support.checkpoints import fingerprint
 from tests.support.children import perta
 from tests.support.models import FORGET, RETAIN, Job, write_lines
 
@@ -59,6 +60,11 @@ def test_merging_and_removing_without_torch(there: Path, tmp_path: Path) -> None
         (["--whole", "whole", "--remove", "forget", "--data", "x"], "--data is for estimating; --whole reads"),
         (["--merge", "forget", "retain", "--stream"], "--stream is for estimating"),
         (["--merge", "forget", "retain", "--batch-size", "2"], "--batch-size is for estimating"),
+        (["--merge", "forget", "retain", "--batch-size", "8"], "--batch-size is for estimating"),
+        (
+            ["--whole", "whole", "--remove", "forget", "--estimator=grad"],
+            "--estimator is for estimating; --whole reads",
+        ),
         (["--merge", "forget", "retain", "--show-labels", "2"], "show_labels needs data"),
         (["--data", "all.jsonl", "--show-labels", "2"], "show_labels needs the model whose tokenizer"),
         (["--merge", "forget", "forget"], "5 of its 5 rows are among those of forget and would count twice"),
@@ -73,6 +79,24 @@ def test_refusals(arguments: list[str], reason: str, there: Path, capsys: pytest
     error = capsys.readouterr().err
     assert error.startswith("perta: error: ")
     assert reason in error
+
+
+@pytest.mark.parametrize("arguments", [["--merge", "forget", "retain"], ["--whole", "whole", "--remove", "forget"]])
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("forget", "forget: is or contains the input forget"),
+        ("forget/below", "forget/below: lies in the input forget"),
+        ("new/../forget/x/y", "forget/x/y: lies in the input forget"),
+    ],
+)
+def test_no_output_in_an_input(
+    out: str, said: str, arguments: list[str], there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = fingerprint(there / "forget")
+    assert cli.main(["importance", *arguments, "--out", out, "--overwrite"]) == 2
+    assert f"{said}; choose another output directory" in capsys.readouterr().err
+    assert fingerprint(there / "forget") == before
 
 
 def test_what_does_not_go_together_is_told_without_torch(there: Path) -> None:

@@ -295,6 +295,20 @@ def test_a_reader_that_leaves_is_no_traceback(job: Job) -> None:
     assert (found.returncode, found.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize(
+    ("more", "without"),
+    [((), ("asyncio", "perta_fast.data.formats")), (("--quiet",), ("asyncio", "tqdm", "perta_fast.data.formats"))],
+)
+def test_apply_starts_without_what_it_does_not_need(
+    more: tuple[str, ...], without: tuple[str, ...], job: Job, tmp_path: Path
+) -> None:
+    setup = f"import sys\nfor name in {without}: sys.modules[name] = None"
+    done = perta(
+        "apply", *checkpoint_arguments(job), "--rule", "tv", "--lam", 1, "--out", tmp_path / "out", *more, setup=setup
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_apply_inspect_and_resume_do_without_torch(job: Job, tmp_path: Path) -> None:
     forbidden = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None"
     asked = ["apply", *checkpoint_arguments(job), "--rule", "tv", "--lam", 1, "--out", tmp_path / "out"]

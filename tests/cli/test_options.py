@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from perta_fast import apply, estimate_importance, evaluate, precondition, sweep, tune, unlearn
+from perta_fast import apply, choose, estimate_importance, evaluate, precondition, sweep, tune, unlearn
+from perta_fast.cli import choosing
 from perta_fast.cli.main import COMMANDS
 from perta_fast.cli.options import Option
+from perta_fast.cli.recipe_options import parser_of
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "unlearn": unlearn,
@@ -21,7 +23,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 # Options that are given to the function in another form, or not at all.
 OTHERWISE = {
-    "unlearn": {"recipe", "dry_run", "quiet", "show_labels"},
+    "unlearn": {"recipe", "dry_run", "quiet", "show_labels", *(option.name for option in choosing.OPTIONS)},
     "apply": {"quiet"},
     "importance": {"model", "dry_run", "quiet", "show_labels", "merge", "whole", "remove"},
     "tune": {"quiet", "show_labels"},
@@ -47,3 +49,18 @@ def test_an_option_is_an_argument_with_the_same_default(name: str) -> None:
     assert options.keys() - parameters.keys() == OTHERWISE[name]
     shared = options.keys() & parameters.keys()
     assert {key for key in shared if not same_default(options[key], parameters[key])} == OTHER_DEFAULTS.get(name, set())
+
+
+def test_what_chooses_takes_every_option_of_unlearn_but_those_of_one_setting() -> None:
+    (command,) = (command for command in COMMANDS if command.name == "unlearn")
+    needed = [f"--{name}={name}" for name in ("model", "base", "tuned", "forget", "retain", "out")]
+    parsed = parser_of(command).parse_args([*needed, "--choose=max-retain-rise=0.25"])
+    parsed.command = command
+    found, parameters = choosing.settings_of(parsed), inspect.signature(choose).parameters
+    bounds = {"target_retain_loss", "max_retain_increase", "retain_floor"}
+    assert parameters.keys() - found.keys() == bounds | {"group"}
+    assert found.keys() <= parameters.keys()
+    given = {"model", "base", "tuned", "forget", "retain", "out", "max_retain_rise", "rules"}
+    differing = {key for key in found if (found[key] or None) != (parameters[key].default or None)}
+    assert differing == given - {"rules"}
+    assert (found["rules"], found["max_retain_rise"]) == (parameters["rules"].default, 0.25)

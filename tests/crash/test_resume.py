@@ -21,7 +21,7 @@ from perta_fast.records.file_hashes import read_hashes
 from perta_fast.resuming import resume
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place
-from perta_fast.subtraction.in_place import is_open
+from perta_fast.subtraction.journal_directory import is_open
 from tests.crash.forks import Forks
 from tests.crash.shim import CHANGES, SIZED, Faults, Point, Shim
 from tests.support.children import HUNG, perta
@@ -87,6 +87,7 @@ class World:
             resume(result, progress=False)
         except InputError as error:
             assert "there is no unfinished run to resume" in str(error)
+            assert not (result / ".perta-journal").exists()
             if self.kind == "out":  # nothing is visible, or all of it
                 assert not result.exists() or (result / "perta_report.json").exists()
             if not (result / "perta_report.json").exists():
@@ -99,6 +100,7 @@ class World:
 
     def check(self, result: Path) -> None:
         assert [path.name for path in result.parent.iterdir()] == ["result"]
+        assert not (result / ".perta-journal").exists()
         files = {path.name: path.read_bytes() for path in result.iterdir() if path.is_file()}
         del files["perta_files.b3"]
         assert read_hashes(result) == {name: blake3(content).hexdigest() for name, content in files.items()}

@@ -223,7 +223,7 @@ def shard(counts: list[int], chunk: int) -> Shard:
     for k, count in enumerate(counts):
         entry = TensorEntry(f"t{k}", "F32", (count,), 0, 4 * count, Path("x"))
         plans[k] = TensorMatch(entry, base=entry, tuned=entry)
-    source = SafetensorsFile(Path("x"), 0, b"", {match.theta.name: match.theta for match in plans.values()}, {})
+    source = SafetensorsFile(Path("x"), 0, b"", {match.theta.name: match.theta for match in plans.values()}, {}, 0)
     return Shard(source, Path("x"), Path("state"), plans, chunk)
 
 

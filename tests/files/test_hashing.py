@@ -122,6 +122,27 @@ def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
         hash_files([path], 1, passing=HashesInPassing({path: 5000}))
 
 
+@pytest.mark.parametrize("size", [0, 1, 5000, (8 << 20) - 1, 8 << 20, (8 << 20) + 1])
+def test_a_whole_file(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content(size))
+    read: list[int] = []
+    assert hash_file(path, read.append) == blake3(content(size)).hexdigest()
+    assert sum(read) == size
+
+
+def test_what_is_added_to_a_file_while_it_is_read_is_hashed_too(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content(5000))
+
+    def append(count: int) -> None:
+        if path.stat().st_size == 5000:
+            with path.open("ab") as file:
+                file.write(content(20_000))
+
+    assert hash_file(path, append) == blake3(content(5000) + content(20_000)).hexdigest()
+
+
 def test_no_hash_before_all_bytes_are_there() -> None:
     unfinished = compiled.kernels().FileHash(3000)
     assert unfinished.missing() == [(0, 3000)]

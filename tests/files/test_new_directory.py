@@ -601,6 +601,20 @@ def test_a_parent_without_permission_is_a_failed_run(inputs: Inputs, out: Path) 
     assert not names(out.parent)
 
 
+@pytest.mark.parametrize("locked", ["out", "out/below"])
+def test_what_cannot_be_removed_is_not_replaced(
+    locked: str, inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before the work: it would stay, under a hidden name, in the way of the next run."""
+    (out / "below").mkdir(parents=True)
+    (out / "below" / "file").write_text("x")
+    place, access = out.parent / locked, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and access(path, mode))  # as for no root
+    with pytest.raises(InputError, match=f"{locked}: may not be written, so what is in it cannot be removed"):
+        run(inputs, out, overwrite=True)
+    assert names(out.parent) == {"out"}
+
+
 class TestARenameThatTheSystemRefuses:
     """As over a mount point that nothing shows, or in some layered file systems: no finished work is lost."""
 

@@ -1,5 +1,6 @@
 """Importances added up and taken apart, against means that are computed from the rows themselves."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -308,12 +309,28 @@ def test_what_float32_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert fingerprint(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_an_input_that_changes_meanwhile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [write(tmp_path / each, rows) for each, rows in (("a", ROWS[:3]), ("b", ROWS[3:]))]
+    (shard,) = (tmp_path / name).glob("*.safetensors")
+    monkeypatch.setattr(combining, "ShardWriter", lambda *rest, **more: _changing(shard, *rest, **more))
+    with pytest.raises(RunError, match=f"{shard}: has changed during the run; run the same command again"):
+        merge_importances(folders, tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def _changing(shard: Path, *arguments: Any, **settings: Any) -> store.ShardWriter:
+    """A writer; while it is made, someone touches ``shard``."""
+    os.utime(shard, ns=(0, 0))
+    return store.ShardWriter(*arguments, **settings)
+
+
 def test_prompts_of_texts_fit_all(tmp_path: Path) -> None:
     """Rows that went through no chat template had no prompt."""
     write(tmp_path / "texts", ROWS[:5], chat_template=False, system_prompt=None, date=None)
     write(tmp_path / "other", ROWS[5:])
     for order in (("texts", "other"), ("other", "texts")):
-        found = merge_importances([tmp_path / name for name in order], tmp_path / order[0] / "out", progress=False)
+        found = merge_importances([tmp_path / name for name in order], tmp_path / f"{order[0]} first", progress=False)
         assert found.metadata.told == METADATA.told
     write(tmp_path / "others", [20, 21], system_prompt="Be long.")
     with pytest.raises(

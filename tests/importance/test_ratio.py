@@ -1,9 +1,11 @@
 """The ratio of two importances: its numbers, how far w moves by its rounding, and its files."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +14,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from perta_fast import Importance, ImportanceRatio, InputError
+from perta_fast import Event, Importance, ImportanceRatio, InputError, RunError
+from perta_fast.cli import main
 from perta_fast.importance import ratio as ratios
 from perta_fast.importance import store
 from perta_fast.importance.ratio import located, ratio_of
 from perta_fast.ops import reference
+from perta_fast.progress import Bar
 from perta_fast.rules import Rescaling
 from tests.importance.test_store import METADATA, TENSORS
-from tests.support.checkpoints import draw, read_checkpoint, same_bytes
+from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes
 
 INFINITY = math.inf
 BF16_MAX = torch.finfo(torch.bfloat16).max
@@ -101,6 +105,48 @@ def test_what_goes_in_comes_out(
     assert read_checkpoint(tmp_path / "again").keys() == TENSORS.keys()
     for path in (tmp_path / "ratio").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_progress(stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes: 4 read of each side, if it lies in files, and 2 written."""
+    monkeypatch.setattr(ratios, "_CHUNK", 4)
+    events: list[Event] = []
+    ImportanceRatio.of(*(saved_pair(tmp_path) if stored else pair())).save(tmp_path / "out", progress=events.append)
+    total = (10 if stored else 2) * sum(tensor.numel() for tensor in TENSORS.values())
+    assert events[0] == Event("ratio", 0, total, "B")
+    assert events[-1] == Event("ratio", total, total, "B")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_of_the_command(quiet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        ratios, "Bar", lambda total, phase, progress: drawn.append(progress) or Bar(total, phase, False)
+    )
+    forget, retain = saved_pair(tmp_path)
+    command = ["ratio", "--forget-importance", forget, "--retain-importance", retain, "--out", tmp_path / "out"]
+    assert main([*map(str, command), *(["--quiet"] if quiet else [])]) == 0
+    assert drawn == [not quiet]
+
+
+def test_a_side_that_changes_meanwhile(tmp_path: Path) -> None:
+    forget, retain = saved_pair(tmp_path)
+    ratio = ImportanceRatio.of(forget, retain)
+    (shard,) = retain.glob("*.safetensors")
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(RunError, match=f"{shard}: has changed during the run; run the same command again"):
+        ratio.save(tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forget", "retain"]
+
+
+@pytest.mark.parametrize("below", ["forget", "forget/out", "absent/../retain/a/b"])
+def test_no_output_in_an_input(below: str, tmp_path: Path) -> None:
+    ratio = ImportanceRatio.of(*saved_pair(tmp_path))
+    before = fingerprint(tmp_path)
+    with pytest.raises(InputError, match=r"(lies in|is or contains) the input .*; choose another output directory"):
+        ratio.save(tmp_path / below, overwrite=True)
+    assert fingerprint(tmp_path) == before
 
 
 def test_an_importance_in_bfloat16(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from perta_fast import cli, sweep, unlearn
+from perta_fast import choose, cli, sweep, unlearn
 from perta_fast.records.report import Report
 from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.reporting.evidence import distinct
@@ -24,6 +24,7 @@ from perta_fast.reporting.html import templates
 from perta_fast.reporting.page import Evidence, _measured, compose
 from perta_fast.reporting.weight_distribution import distribution
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.sweeping import plot
 from tests.support.checkpoints import fingerprint
 from tests.support.models import FORGET, RETAIN, Job, write_job, write_lines
 
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SECTIONS = [
     "run",
     "check",
+    "choice",
     "trade-off",
     "evaluation",
     "weights",
@@ -182,6 +184,49 @@ def test_every_section(job: Job, full: Page) -> None:
     for name in ("tv", "fisher"):
         for row in json.loads((folder / name / "sweep.json").read_text())["rows"]:
             assert f"{row['forget_loss']:.4g}" in page.texts["trade-off"]
+
+
+@pytest.mark.parametrize("metric", ["loss", "Q_A_Prob"])
+def test_how_the_setting_was_chosen(
+    metric: str, job: Job, full: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In words, in a table, and in a plot with the bound and a mark on what was chosen."""
+    drawn: list[Any] = []
+    trade_off = plot.trade_off
+    monkeypatch.setattr(plot, "trade_off", lambda *given: (drawn.append(given), trade_off(*given))[1])
+    data = (*job.checkpoints, job.forget, job.retain)
+    settings: dict[str, Any] = {"rules": "fisher", "alphas": [1, 4], "lams": [1, 20, 400], "progress": False}
+    choose(*data, **settings, metric=metric, target_retain_loss=1000, out=tmp_path / "out")
+    choice = Report.load(tmp_path / "out").setting_choice
+    assert choice is not None
+    page = make(job, tmp_path / "page.html", run=tmp_path / "out")
+    text = page.texts["choice"]
+    first, second = choice.lines()
+    assert f"{first[0].upper()}{first[1:]}." in text and f"{second[0].upper()}{second[1:]}." in text
+    assert first in page.texts["run"]
+    assert [image.startswith(PNG) for image in page.images["choice"]] == [True]
+    assert text.count("chosen\n") == 2  # in the heading, and in one row
+    for each in choice.tried:
+        assert each.curve in text and f"{each.forget:.4g}" in text and f"{each.retain_loss:.4g}" in text
+    curves, points, named, bound = drawn[-1]  # the sweep draws a plot of its own before
+    assert list(curves) == ["fisher, p 2, α 1", "fisher, p 2, α 4"]
+    of_chosen = [(each.lam, each.retain, each.forget) for each in choice.tried if each.curve == choice.after.curve]
+    assert curves[choice.after.curve] == [(0.0, choice.before.retain, choice.before.forget), *of_chosen]
+    assert points == [("chosen", (choice.after.retain, choice.after.forget))]
+    assert (named, bound) == (metric, 1000 if metric == "loss" else None)
+    assert ("which a plot of Q_A_Prob does not show" in text) == (metric != "loss")
+    assert "It was given, or λ alone was searched for." in full.texts["choice"]
+
+
+def test_a_hostile_choice_is_drawn_or_left_out(job: Job, tmp_path: Path) -> None:
+    before = {"rule": HOSTILE, "mu": None, "p": 1, "alpha": 1, "lam": 1e300, "forget_loss": 1e300, "retain_loss": None}
+    before |= {"forget": 1e300, "retain": None, "changed": -1e300}
+    choice = {"bound": "<b>", "value": 1e300, "limit": 1e300, "floor": None, "metric": "loss", "select": "<script>"}
+    choice |= {"streamed": True, "rows": {}, "before": before, "after": before, "tried": [before, before]}
+    run = changed_report(job, tmp_path / "run", lambda content: content.update(setting_choice=choice))
+    page = make(job, tmp_path / "page.html", run=run)
+    assert list(page.texts) == SECTIONS and "script" not in page.tags and "b" not in page.tags
+    assert HOSTILE in page.texts["choice"]
 
 
 @pytest.mark.parametrize("kind", ["applied", "unlearned", "streamed", "in_place"])

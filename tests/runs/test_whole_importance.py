@@ -258,16 +258,21 @@ def test_verify_sees_a_whole_that_has_changed(exact: Job, wholes: Callable[[str]
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"rule": "preconditioned"}, "rule preconditioned, which is the default, takes no importance; leave whole_imp"),
-        ({"rule": "tv"}, "rule tv takes no importance; leave whole_importance out, or give one of: grad, fisher"),
+        ({"rule": "preconditioned"}, "rule preconditioned, which is the default, takes no importance; leave --whole-"),
+        ({"rule": "tv"}, "rule tv takes no importance; leave --whole-importance out, or give one of: grad, fisher"),
         ({"rule": "empirical-fisher"}, "holds estimator grad, rule empirical-fisher needs empirical-fisher"),
         ({"forget": None}, "rule fisher needs forget data"),
         ({"at": "model"}, r"had other weights than .*model, where this run takes its gradients \(--at model\)"),
-        ({"dtype": torch.bfloat16}, "this run would take its gradients in bfloat16; add --dtype float32"),
+        ({"dtype": torch.bfloat16}, "this run would take its gradients in bfloat16; run it with --dtype float32"),
         ({"forget": "other.jsonl"}, r"1 of the 2 rows to forget are not among its rows \(.*other\.jsonl, line 2\)"),
         ({"forget": "twice.jsonl"}, r"1 of the 2 rows to forget are not among its rows \(.*twice\.jsonl, line 2\)"),
         ({"max_length": 32}, "5 of the 5 rows to forget are not among its rows"),
         ({"forget": "whole.jsonl"}, "has no other rows than those to forget, so there is nothing to retain"),
+        (
+            {"retain": "request.jsonl", "forget": "request.jsonl"},
+            "line 1: this and all other rows of --retain are to be",
+        ),
+        ({"retain": "reordered.jsonl"}, r"reordered\.jsonl, line 1: this and all other rows of --retain are to be"),
         ({"whole_importance": "absent"}, "absent: no such directory"),
         ({"whole_importance": "old"}, "old: does not know its rows, as it is of an earlier version"),
         ({"out": "whole"}, "whole: is or contains"),
@@ -291,6 +296,8 @@ def test_refusals(
     write_lines(tmp_path / "other.jsonl", [FORGET[0], {"question": "Who?", "answer": "No one."}])
     write_lines(tmp_path / "twice.jsonl", [FORGET[0], FORGET[0]])
     write_lines(tmp_path / "whole.jsonl", ROWS)
+    write_lines(tmp_path / "request.jsonl", FORGET)
+    write_lines(tmp_path / "reordered.jsonl", [*FORGET[:0:-1], FORGET[2]])
     before = fingerprint(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "accumulate", None)

@@ -25,11 +25,14 @@ from perta_fast.cli import main
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.journal import new_segment
 from perta_fast.subtraction import compute as subtraction
-from perta_fast.subtraction import in_place
+from perta_fast.subtraction import in_place, journal_directory
+from perta_fast.subtraction.journal_directory import is_open, locked_journal
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint, write_raw
 from tests.support.children import perta, signal_at
 from tests.support.inputs import BF16, F16, F32, Inputs, write_inputs
 from tests.support.models import Job
+
+OPTIONS = ("model", "base", "tuned", "forget-importance", "retain-importance")
 
 
 @pytest.fixture
@@ -251,9 +254,9 @@ class TestAnOpenRun:
     @pytest.mark.parametrize("role", ["base", "tuned", "forget", "retain"])
     def test_a_changed_input_is_refused(self, role: str, open_run: Inputs) -> None:
         shard = sorted(open_run[role].glob("*.safetensors"))[0]
-        content, times = shard.read_bytes(), shard.stat()
+        content = shard.read_bytes()
         before = fingerprint(open_run["model"])
-        for damage in (content, content[:-1], content[:30] + b" " + content[31:]):
+        for damage in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], content[:30] + b" " + content[31:]):
             shard.write_bytes(damage)
             with pytest.raises(InputError, match=str(shard.name)):
                 resume(open_run["model"])
@@ -262,12 +265,11 @@ class TestAnOpenRun:
                 p: h for p, h in before.items() if p.name != "job.json"
             }
         shard.write_bytes(content)
-        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
         resume(open_run["model"], progress=False)
 
     def test_two_runs_on_one_model_are_kept_apart(self, open_run: Inputs) -> None:
         busy = pytest.raises(RunError, match="another run is changing it now")
-        with in_place._locked(open_run["model"]), busy:
+        with locked_journal(open_run["model"]), busy:
             resume(open_run["model"])
 
     @pytest.mark.parametrize("damage", [b"", b"{}", b"[" * 100_000, b'{"format": "perta-run"}', b"\xff"])
@@ -331,12 +333,56 @@ class TestAnOpenRun:
         assert precious.exists()
 
 
+def kill_at(call: str, inputs: Inputs, earlier: int = 0) -> None:
+    """Kill a run in place when it makes a call, once it was made ``earlier`` times."""
+    paths = [text for role, path in zip(OPTIONS, inputs.all, strict=True) for text in (f"--{role}", path)]
+    killed = perta("apply", *paths, "--lam", "0.7", "--in-place", setup=signal_at("SIGKILL", call, earlier=earlier))
+    assert killed.returncode == -9
+    assert not is_open(inputs["model"])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("subtraction.in_place._rehearse", "stopped before it changed anything: run the same command again"),
+        ("subtraction.in_place.describe_inputs", "stopped before it changed anything: run the same command again"),
+        ("subtraction.journal_directory.lock", "stopped as it began or ended; perta_report.json there says whether"),
+    ],
+)
+def test_what_is_left_of_a_run_that_was_killed_before_it_changed_anything(call: str, said: str, inputs: Inputs) -> None:
+    before = fingerprint(inputs["model"])
+    kill_at(call, inputs)
+    with pytest.raises(InputError, match=f"there is no unfinished run to resume; one in place was {said}"):
+        resume(inputs["model"])
+    assert fingerprint(inputs["model"]) == before
+    assert ".perta-journal" not in names(inputs["model"])
+    with pytest.raises(InputError, match=r"there is no unfinished run to resume$"):
+        resume(inputs["model"])
+
+
+@pytest.mark.parametrize("earlier", [1, 2, 4])
+def test_what_is_left_of_a_run_that_was_killed_when_it_was_complete(earlier: int, inputs: Inputs) -> None:
+    kill_at("subtraction.journal_directory.remove", inputs, earlier)
+    report = Report.load(inputs["model"])
+    done = shards(inputs["model"])
+    assert resume(inputs["model"], progress=False) == report
+    assert shards(inputs["model"]) == done
+    assert ".perta-journal" not in names(inputs["model"])
+    with pytest.raises(InputError, match=r"there is no unfinished run to resume$"):
+        resume(inputs["model"])
+
+
+def test_a_run_that_rehearses_is_left_alone(inputs: Inputs) -> None:
+    with locked_journal(inputs["model"]), pytest.raises(RunError, match="another run is changing it now"):
+        resume(inputs["model"])
+
+
 def test_leftovers_of_a_finished_run_are_never_replayed(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after the last rename but before its journal was gone, as a power cut can."""
     with monkeypatch.context() as patch:
-        patch.setattr(in_place, "remove", lambda path: None)
+        patch.setattr(journal_directory, "remove", lambda path: None)
         change(inputs)
     assert (inputs["model"] / ".perta-journal" / "segment-0").exists()
     apply(*inputs.all, lam=0.3, out=tmp_path / "out", progress=False)
@@ -364,14 +410,14 @@ def test_stopped_after_the_last_change_it_says_so(
             patch.setattr(in_place, "SEGMENT", 256)
             stop_at_the_second_segment(patch)
             change(inputs, threads=2)
-    remove = in_place.remove
+    remove = journal_directory.remove
 
     def stop(path: Path) -> None:
         if path.name == ".perta-journal":
             raise KeyboardInterrupt
         remove(path)
 
-    monkeypatch.setattr(in_place, "remove", stop)
+    monkeypatch.setattr(journal_directory, "remove", stop)
     with pytest.raises(Interrupted, match="is complete; do not run the same command again"):
         resume(inputs["model"], progress=False) if again else change(inputs)
     assert shards(inputs["model"]) == shards(tmp_path / "out")
@@ -533,7 +579,7 @@ class TestLinksOfAHubCache:
                 else:
                     patch.setattr(in_place, stage, interrupt)
                 change(cached)
-            if in_place.is_open(cached["model"]):
+            if is_open(cached["model"]):
                 resume(cached["model"], progress=False)
                 self.assert_done(cached, blobs, expected)
                 return

@@ -130,7 +130,7 @@ def test_without_out_what_is_made_is_removed(job: Job, tmp_path: Path, monkeypat
     assert found.rows[1].rule == "preconditioned" and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stop_at", ["the model as it is", "preconditioned, mu 10, lambda 2"])
+@pytest.mark.parametrize("stop_at", ["the model as it is", "settings"])
 def test_what_was_made_is_not_made_again(
     stop_at: str, job: Job, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +216,8 @@ def test_one_model_at_a_time(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(load: Any) -> Any:
         def loading(*arguments: Any, **settings: Any) -> Any:
+            if settings.get("structure") is not None:  # without weights
+                return load(*arguments, **settings)
             assert [ref for ref in alive if ref() is not None] == []
             subject = load(*arguments, **settings)
             alive.append(weakref.ref(subject.module))

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {
     "rule": ["tv", "fisher"],
     "lams": [2, 8],
+    "max_retain_rise": 1000,  # settings that may be skipped are scored one by one
     "select": "closest",
     "batch_size": 4,
     "progress": False,
@@ -150,7 +151,7 @@ def test_killed(own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: 
     done = perta(
         *("sweep", "--model", model, "--base", base, "--tuned", tuned),
         *("--forget", own_job.forget, "--retain", own_job.retain, "--gold", own_job.tuned),
-        *("--rules", "tv,fisher", "--lams", "2,8", "--select", "closest", "--batch-size", 4),
+        *("--rules", "tv,fisher", "--lams", "2,8", "--select", "closest", "--batch-size", 4, "--max-retain-rise", 1000),
         *("--out", tmp_path / "out", "--checkpoint", tmp_path / "chosen", "--quiet"),
         setup=setup,
     )
@@ -162,7 +163,7 @@ def test_killed(own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: 
 
 def test_stopped_in_a_search(job: Job, tmp_path: Path, watch: Watch) -> None:
     """The strengths that were tried lead to the same next one."""
-    left_out = dict.fromkeys(("lams", "select", "checkpoint", "gold"))
+    left_out = dict.fromkeys(("lams", "max_retain_rise", "select", "checkpoint", "gold"))
     settings: dict[str, Any] = {"rule": "tv", "max_retain_increase": 10, **left_out}
     expected = run(job, tmp_path / "whole", **settings)
     watch.forget()

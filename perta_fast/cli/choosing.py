@@ -1,0 +1,117 @@
+"""``--choose`` of ``perta unlearn``: many settings are scored, and the one that forgets most within a bound is made."""
+
+import argparse
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from perta_fast.cli.importing import importing
+from perta_fast.cli.options import Option, conditions, finish, keywords, name_list, number_list
+from perta_fast.errors import InputError, printable
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RETAIN_RISE
+from perta_fast.scoring.criteria import LOSS, METRICS
+
+# The bounds, with the values that they have if none is given.
+_BOUNDS: dict[str, float | None] = {
+    "max-retain-increase": 5.0,
+    "max-retain-rise": DEFAULT_RETAIN_RISE,
+    "target-retain-loss": None,
+    "retain-floor": None,
+}
+# Options of a run with one setting, which keeps or reads other things than a sweep does.
+_OF_ONE_SETTING = (
+    "whole_importance",
+    "save_importance",
+    "save_as",
+    "importance_dtype",
+    "save_tuned",
+    "link_unchanged",
+    "drop_cache",
+    "allow_zero",
+)
+_SINGLE = {"rule": "rules", "mu": "mus", "alpha": "alphas"}  # options that give one, by those that give several
+
+
+def _bound(text: str) -> dict[str, float]:
+    """A bound by the name of its argument, as in max-retain-increase=5."""
+    name, equals, value = text.partition("=")
+    if name not in _BOUNDS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a bound; there are {', '.join(_BOUNDS)}")
+    number = _BOUNDS[name]
+    if equals or number is None:
+        try:
+            number = float(value.removesuffix("%"))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} needs a number, as in {name}=0.5") from error
+    return {name.replace("-", "_"): number}
+
+
+CHOOSE = Option(
+    "choose",
+    "take the setting that forgets most within a bound, scored as by perta sweep: max-retain-increase (5 percent), "
+    f"max-retain-rise ({DEFAULT_RETAIN_RISE:g} nats), target-retain-loss or retain-floor",
+    _bound,
+    "BOUND[=X]",
+    one_of="strength",
+)
+RULES = Option("rules", "with --choose: several of these", name_list, "R,R,...", one_of="rules")
+MUS = Option("mus", "with --choose: several of these", number_list, "X,X,...", one_of="mus")
+ALPHAS = Option("alphas", "with --choose: several weights (1,16)", number_list, "A,A,...", one_of="alphas")
+LAMS = Option(
+    "lams", "with --choose: strengths to try (a search; with --stream, a row of them)", number_list, "L,L,..."
+)
+METRIC = Option(
+    "metric", "with --choose: what is chosen by, as perta eval names it (loss)", default=LOSS, choices=METRICS
+)
+ALSO = Option("also", "with --choose: further data to score", Path, "FILE", [], several=True, named=True)
+OPTIONS = (CHOOSE, RULES, MUS, ALPHAS, LAMS, METRIC, ALSO)
+
+
+def check_choice(parsed: argparse.Namespace) -> None:
+    """Raise InputError for options that go with ``--choose`` alone, or not with it."""
+    given = {option.name for option in parsed.command.options if getattr(parsed, option.name) != option.default}
+    if parsed.choose is None:
+        if name := next((option.key for option in OPTIONS if option.name in given), None):
+            raise InputError(f"--{name} is for a choice among settings; add --choose BOUND, or leave it out")
+        return
+    keys = {option.name: option.key for option in parsed.command.options}
+    if name := next((name for name in _OF_ONE_SETTING if name in given), None):
+        raise InputError(f"--{keys[name]} is for a run with one setting; leave it out, or --choose")
+    if parsed.forget is None or parsed.retain is None:
+        raise InputError("--choose scores settings on both data sets: give --forget and --retain")
+
+
+def choose(parsed: argparse.Namespace) -> int:
+    """Score, choose, make the result; return the exit status."""
+    with importing():
+        from perta_fast.sweeping.choose import choose
+        from perta_fast.sweeping.results import record_beside
+
+    result = parsed.out or parsed.model
+    report = choose(**settings_of(parsed), group=parsed.group)
+    finish(report.summary(), result, parsed.quiet)
+    if not parsed.quiet:
+        print(printable(f"every setting that was scored: {record_beside(result)}"))
+    return 0
+
+
+def preview(parsed: argparse.Namespace, ranks: int) -> str:
+    """What the sweep takes; the result then takes what ``perta apply`` does."""
+    from perta_fast.sweeping.choose import as_sweep
+    from perta_fast.sweeping.dry_run import preview_sweep
+    from perta_fast.sweeping.run import sweep
+
+    defaults = {name: parameter.default for name, parameter in signature(sweep).parameters.items()}
+    costs = preview_sweep(defaults | as_sweep(settings_of(parsed)), conditions(parsed), ranks)
+    return f"{costs}\n\nthen the result is computed from files, chunk by chunk, as by perta apply"
+
+
+def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the Python function ``choose``."""
+    settings = keywords(parsed, without=("recipe", "dry_run", "lam", "choose", "check", *_OF_ONE_SETTING))
+    for one, several in _SINGLE.items():
+        single = settings.pop(one)
+        if settings[several] is None and (one, single) != ("alpha", DEFAULT_ALPHA):
+            settings[several] = single
+    settings.update(parsed.choose)
+    return settings
