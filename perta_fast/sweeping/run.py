@@ -15,7 +15,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
 from perta_fast.files.apart import check_name
-from perta_fast.files.durable import remove
+from perta_fast.files.durable import remove, sync_tree
 from perta_fast.files.identity import is_same
 from perta_fast.files.new_directory import (
     OutputDirectory,
@@ -277,6 +277,7 @@ def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, fina
         sweep, importances = _score(opened, record, vectors)
         if request.in_place:  # it is finished from here on even if the model it reads is another one
             _save(sweep, record)
+            sync_tree(record.folder)
             begun.applying = sweep.has_choice
             record.save()
         if request.makes_result and sweep.has_choice:

@@ -103,10 +103,15 @@ class Record:
         """Where importances estimated for the sweep are kept."""
         return None if self.target is None else self.target.path / STATE / "importance"
 
+    @property
+    def folder(self) -> Path:
+        """Where the result of the sweep is built."""
+        assert self.target is not None
+        return self.target.path
+
     def walk(self, name: str, *, alone: bool = False) -> Path:
         """Where a streamed sweep keeps what a walk goes on from. alone: one that scores no setting."""
-        assert self.target is not None
-        return self.target.path / STATE / ("alone" if alone else _WALKS) / name
+        return self.folder / STATE / ("alone" if alone else _WALKS) / name
 
     @property
     def has_work(self) -> bool:
