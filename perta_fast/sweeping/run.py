@@ -156,12 +156,22 @@ def resume_sweep(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) ->
 
 
 def _begun_request(final: Path) -> Request:
-    """What the stopped sweep to ``final`` was asked for. Raises InputError if it names another place."""
-    request = load_begun(final).request
+    """What the stopped sweep to ``final`` was asked for.
+
+    Raises InputError if it names another place, or a model to change in place that no sweep has begun to change: a
+    record alone, which may be anybody's, changes none.
+    """
+    begun = load_begun(final)
+    request = begun.request
     if request.out is None or not is_same(request.out, final):
         raise InputError(f"{final}: the sweep to finish is one to {request.out}; give the directory that name again")
     if request.checkpoint is not None:
         check_replaceable(request.result, [REPORT], f"the sweep to {final}")
+    if request.in_place and not has_changed(begun):
+        raise InputError(
+            f"{final}: the sweep is to change {request.model} in place, and has not begun to; go on with the command "
+            "that began it, which keeps what was scored"
+        )
     return request
 
 
@@ -196,7 +206,7 @@ def _run(request: Request, progress: Progress, resumed: bool, ranks: Ranks = Ran
     with ExitStack() as entered, ranks.sharing_errors("the sweep"):
         with ranks.together("the output directory"):
             if ranks.first:
-                entered.enter_context(_kept_if_stopped(target, final, ranks.world))
+                entered.enter_context(_kept_if_stopped(target, _resuming(begun, final)))
                 entered.enter_context(target)
                 record.save()
         check_shared(target.path, ranks)
@@ -234,7 +244,7 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
         if earlier.processes != begun.processes:
             raise InputError(
                 f"{final}: the sweep was begun by {earlier.processes} processes, this is a run of {begun.processes}; "
-                f"finish it with: {_resuming(final, earlier.processes)}"
+                f"finish it with: {_resuming(earlier, final)}"
             )
         return earlier
     if not request.overwrite and has_begun(final):
@@ -250,7 +260,7 @@ def _finish_changed(request: Request, progress: Progress) -> Sweep | None:
     if begun is None or begun.request != request or not has_changed(begun):
         return None
     target = OutputDirectory(final, overwrite=request.overwrite, resume=True)
-    with _kept_if_stopped(target, final), target:
+    with _kept_if_stopped(target, _resuming(begun, final)), target:
         finish_in_place(begun, progress)
         sweep = Sweep.read(target.path / FILE_NAME)
         target.commit()
@@ -286,7 +296,7 @@ def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, fina
         if not record.has_work or (isinstance(error, NotFiniteError) and not begun.is_scored):
             raise
         # An input has gone or changed meanwhile: keep what was scored.
-        raise RunError(f"{error}. What was scored is kept; go on with: {_resuming(final, begun.processes)}") from error
+        raise RunError(f"{error}. What was scored is kept; go on with: {_resuming(begun, final)}") from error
     if not request.in_place:
         _save(sweep, record)
     return sweep
@@ -302,9 +312,8 @@ def _save(sweep: Sweep, record: Record) -> None:
 
 
 @contextmanager
-def _kept_if_stopped(target: OutputDirectory, final: Path, processes: int = 1) -> Iterator[None]:
-    """Say how to resume if the sweep is stopped after something was scored."""
-    going_on = _resuming(final, processes)
+def _kept_if_stopped(target: OutputDirectory, going_on: str) -> Iterator[None]:
+    """Say how to go on if the sweep is stopped after something was scored."""
     try:
         yield
     except KeyboardInterrupt:
@@ -319,7 +328,10 @@ def _kept_if_stopped(target: OutputDirectory, final: Path, processes: int = 1) -
         raise
 
 
-def _resuming(final: Path, processes: int) -> str:
+def _resuming(begun: Begun, final: Path) -> str:
     """The command that goes on with the sweep to ``final``, by as many processes as began it."""
+    if begun.request.in_place:
+        return "the same command"
+    processes = begun.processes
     perta = ["perta"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "perta_fast"]
     return shell_command(*perta, "resume", final)

@@ -209,9 +209,7 @@ def test_membership_scores(jobs: Jobs, tmp_path: Path) -> None:
     result = evaluate(job.model, forget=job.forget, holdout=holdout, stream=True, batch_size=3, progress=False)
     names = [name for name in result.metrics if name.startswith(("mia_", "holdout_"))]
     assert len([name for name in names if name.startswith("mia_")]) == 4
-    assert {name: found.rows[0].scores[name] for name in names} == {
-        name: result.metrics[name].value for name in names
-    }
+    assert {name: found.rows[0].scores[name] for name in names} == {name: result.metrics[name].value for name in names}
     assert found.data["holdout"]["samples"] == 3
 
 

@@ -290,8 +290,9 @@ IN_PLACE: dict[str, tuple[Any, str]] = {
     "before the end": (in_place, "write_model_card"),
     "after the run": (sweeping_run.OutputDirectory, "commit"),
 }
-WAYS = [(where, "resume") for where in IN_PLACE]
-WAYS += [("before the end", "call"), ("before the end", "model first"), ("after the run", "call")]
+WAYS = [(where, "call") for where in IN_PLACE]
+WAYS += [("before the change", "resume"), ("before the end", "resume"), ("after the run", "resume")]
+WAYS += [("before the end", "model first")]
 
 
 @pytest.mark.parametrize(("where", "way"), WAYS)
@@ -327,9 +328,27 @@ def test_a_model_that_another_run_has_changed(home: Job, doings: Doings, monkeyp
         run(home, checkpoint=None, in_place=True)
     shutil.rmtree(home.model)
     llama(5).save_pretrained(home.model, max_shard_size="40KB")
-    for again in (lambda: run(home, checkpoint=None, in_place=True), lambda: resume(home.model.parent.parent / "out")):
-        with pytest.raises(InputError, match="has changed since the sweep began"):
-            again()
+    with pytest.raises(InputError, match="has changed since the sweep began"):
+        run(home, checkpoint=None, in_place=True)
+
+
+@pytest.mark.parametrize("where", ["before the record", "before the run", "rehearsing"])
+def test_a_record_alone_changes_no_model(where: str, home: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come from elsewhere: the command that began the sweep has to be given again."""
+    owner, name = IN_PLACE[where]
+    before = fingerprint(home.model)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        save = unfinished.Record.save
+        later = (
+            (lambda record: stop() if record.begun.applying else save(record)) if owner is unfinished.Record else stop
+        )
+        patched.setattr(owner, name, later)
+        run(home, checkpoint=None, in_place=True)
+    with pytest.raises(
+        InputError, match=r"to change .*model in place, and has not begun to; go on with the command that"
+    ):
+        resume(home.model.parent.parent / "out")
+    assert {name: known for name, known in fingerprint(home.model).items() if name in before} == before
 
 
 def test_links_are_refused_before_anything_is_scored(home: Job, doings: Doings) -> None:
