@@ -117,7 +117,7 @@ def floor(job: StreamJob) -> Sample:
     tokens = sum(len(sample.input_ids) for sample in samples)
     parameters = job.size // 2 - 2 * 4096 * 2 * HIDDEN  # without the vocabulary, of which only the head multiplies
     flops = 12 * 2 * tokens * (parameters + 4096 * 2 * HIDDEN)
-    width, rows = 2 * HIDDEN, min(8 * max(len(sample.input_ids) for sample in samples), 2 * HIDDEN)
+    width, rows = 2 * HIDDEN, SAMPLES * max(len(sample.input_ids) for sample in samples)  # as in a batch
     left, right = torch.ones(rows, width, dtype=torch.bfloat16), torch.ones(width, width, dtype=torch.bfloat16)
     left @ right
     start = time.perf_counter()
