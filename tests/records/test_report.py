@@ -114,7 +114,8 @@ def test_memory(report: dict[str, Any]) -> None:
     memory = report["memory"]
     assert 0 < memory["anonymous_bytes_at_start"] <= memory["peak_anonymous_bytes"]
     assert memory["peak_anonymous_bytes"] <= memory["peak_resident_bytes"]
-    assert memory["peak_resident_bytes"] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert memory["peak_resident_bytes"] <= largest + (1 << 20)  # the system counts both to within some pages
 
 
 def test_origin_of_the_importances(report: dict[str, Any]) -> None:

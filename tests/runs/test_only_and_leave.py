@@ -377,6 +377,7 @@ def test_a_stopped_run_keeps_its_patterns(
 
 def test_a_stopped_sweep_keeps_its_patterns(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {"rule": "tv", "lams": [0.5, 1.0], "out": tmp_path / "out", "progress": False}
+    how["max_retain_rise"] = 1000  # so that settings are scored one by one
     right = sweep(*job.checkpoints, job.forget, job.retain, **how | {"out": None}, leave="norms")
     measure, calls = LiveModel.measure, []
 
