@@ -80,7 +80,8 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
         words += [f"--{option.key}", ",".join(patterns)] if patterns else []
     words += ["--common-rows"] if parsed.common_rows else []
     words += ["--stream"] if parsed.stream and reads_data else []
-    return shell_command("perta", "unlearn" if reads_data else "apply", *words, "--lam", lam, "--out", "DIR")
+    strength = [f"--lam={lam}"] if lam.startswith("-") else ["--lam", lam]  # -1e-05 alone is taken for an option
+    return shell_command("perta", "unlearn" if reads_data else "apply", *words, *strength, "--out", "DIR")
 
 
 def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:

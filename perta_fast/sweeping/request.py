@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -97,7 +97,8 @@ class Request:
         for name in _NUMBERS:
             values[name] = [None if value is None else _number(_SEVERAL[name], value) for value in values[name]]
         if values["lams"] is not None:
-            values["lams"] = [float(lam) for lam in values["lams"]]
+            several = values["lams"] if isinstance(values["lams"], Iterable) else [values["lams"]]
+            values["lams"] = [_number("lams", lam) for lam in several]
         scope = Scope.of(values["only"], values["leave"])
         values |= {"only": list(scope.only) or None, "leave": list(scope.leave) or None}
         for name in ("device", "dtype"):

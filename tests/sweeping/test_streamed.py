@@ -382,6 +382,8 @@ def test_a_setting_that_is_not_finite(jobs: Jobs, tmp_path: Path) -> None:
         ({"also": ["a.jsonl", "b/a.csv"]}, r"also has .*a\.csv: its name, a, two files have"),
         ({"also": "gone.jsonl"}, r"gone\.jsonl: cannot be read"),
         ({"lams": None}, "give lams, or a bound up to which to search"),
+        ({"lams": "1,2"}, "lams is '1'; it must be a number"),
+        ({"lams": [None]}, "lams is None; it must be a number"),
         ({"in_place": True}, "in_place needs select, which chooses what is written"),
         ({"in_place": True, "checkpoint": "made"}, "give either checkpoint, a directory to make, or in_place"),
         ({"target_retain_loss": 0.1}, "the model as it is, at lambda 0, cannot be chosen against"),
@@ -422,6 +424,19 @@ def test_the_command_that_is_printed(jobs: Jobs, tmp_path: Path, capsys: pytest.
     assert best is not None
     result = evaluate(tmp_path / "made", forget=job.forget, stream=True, batch_size=3, progress=False)
     assert result["forget_loss"] == best.forget_loss
+
+
+def test_the_command_that_is_printed_for_a_negative_strength_with_an_exponent(
+    jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """-1e+30 as a word of its own would be taken for an option."""
+    job = jobs(F32)
+    more = ["--rule", "tv", "--lams=-1e+30", "--max-retain-rise", 5, "--stream", "--out", tmp_path / "out"]
+    assert cli.main(arguments_of(job, *more, "--quiet")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    command = shlex.split(lines[lines.index("Write it with:") + 1])
+    command[command.index("DIR")] = str(tmp_path / "made")
+    assert cli.main(command[1:]) == 0
 
 
 def arguments_of(job: Job, *more: object) -> list[str]:
