@@ -78,17 +78,34 @@ class Sweep:
     def best(self) -> ScoredSetting | None:
         """What ``select`` chooses: a setting that keeps the bound, or the model as it is.
 
+        All smaller strengths above 0 of its curve keep the bound too.
+
         "best-forget": the one that has forgotten most. "largest": the same, among the largest strength of each
         curve. "closest": the one with the smallest ``distance``. None without ``select``.
         """
         if self.select is None:
             return None
-        kept = [setting for setting in self.rows if setting.keeps(self.limit, self.floor)]
+        kept = [
+            setting for setting in self.rows if setting.keeps(self.limit, self.floor) and not self._is_past(setting)
+        ]
         if self.select == "closest":
             return min(kept, key=self.distance)
         if self.select == "largest":
             kept = [self._largest(rows) for rows in self.curves().values()]
         return max(kept, key=lambda setting: setting.forget if self.metric == LOSS else -setting.forget)
+
+    def _is_past(self, setting: ScoredSetting) -> bool:
+        """Whether a smaller strength above 0 of its curve breaks the bound.
+
+        A live sweep skips such a setting. A streamed one may have scored it, and must choose as if it had not.
+        """
+        smaller = (
+            other
+            for other in self.rows
+            if other.rule and not other.skipped and self.label(other) == self.label(setting)
+            if 0 < other.lam < setting.lam
+        )
+        return any(not other.keeps(self.limit, self.floor) for other in smaller)
 
     @property
     def has_choice(self) -> bool:

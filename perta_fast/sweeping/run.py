@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.chat import parse_date, today
 from perta_fast.data.forms import Fields
 from perta_fast.distributed.ranks import Ranks
@@ -285,6 +286,7 @@ def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, fina
     request, begun = opened.request, record.begun
     try:
         sweep, importances = _score(opened, record, vectors)
+        check_as_opened(opened.inputs().values())  # else the result would be of other bytes than the scores
         if request.in_place:  # it is finished from here on even if the model it reads is another one
             _save(sweep, record)
             sync_tree(record.folder)

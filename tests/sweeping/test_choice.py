@@ -44,6 +44,21 @@ def run(job: Job, *importances: Path, **chosen: Any) -> Sweep:
     return sweep(*job.checkpoints, job.forget, job.retain, *importances, progress=False, **chosen)
 
 
+# What is chosen.
+
+
+def test_what_lies_beyond_a_broken_strength_is_not_chosen() -> None:
+    """A live sweep skips it; a streamed one, which scores all at once, chooses the same."""
+    first, broken = row(1.0, 2.0, 0.1), row(2.0, 3.0, 0.9)
+    other = row(4.0, 2.5, 0.1, "fisher")
+    beyond = row(4.0, 9.0, 0.1)
+    for last in (beyond, replace(beyond, skipped=True)):
+        assert table(first, broken, last, limit=0.5, select="best-forget").best == first
+    assert table(first, broken, beyond, other, limit=0.5, select="best-forget").best == other
+    assert table(row(-2.0, 0.5, 0.9), first, limit=0.5, select="best-forget").best == first
+    assert table(broken, beyond, limit=0.5, select="best-forget").best == ORIGINAL
+
+
 # What is tried.
 
 

@@ -360,6 +360,26 @@ def test_links_are_refused_before_anything_is_scored(home: Job, doings: Doings) 
     assert not any(doings.counts.values())
 
 
+@pytest.mark.parametrize("result", ["checkpoint", "in place"])
+def test_an_input_that_changes_while_settings_are_scored(
+    result: str, home: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is made of bytes that were not scored."""
+    shard = sorted(home.tuned.glob("*.safetensors"))[-1]
+    score, before = sweeping_run._score, fingerprint(home.model)
+
+    def changing(*arguments: Any) -> Any:
+        found = score(*arguments)
+        os.utime(shard, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(sweeping_run, "_score", changing)
+    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run"):
+        run(home, **({} if result == "checkpoint" else {"checkpoint": None, "in_place": True}))
+    assert fingerprint(home.model) == before
+    assert sorted(path.name for path in home.model.parent.parent.iterdir() if path.name in ("out", "chosen")) == []
+
+
 def test_no_setting_is_better(home: Job) -> None:
     before = fingerprint(home.model)
     with pytest.raises(RunError, match="model: not changed: no setting is better than the model as it is"):
