@@ -105,7 +105,7 @@ def floor(job: StreamJob) -> Sample:
     files = weights(job)
     limits.evict(files)
     start = time.perf_counter()
-    run_child(["cat", *map(str, files)])
+    run_child(["bash", "-c", 'cat "$@" > /dev/null', "bash", *map(str, files)])
     reading = time.perf_counter() - start
     skeleton = Skeleton.open(job.folder / "model", torch.device("cpu"), None)
     subject = Subject(skeleton.model, AutoTokenizer.from_pretrained(job.folder / "model"), "")
