@@ -28,20 +28,24 @@ class PositionReader:
         Raises RunError, with the file and ``what`` it holds there, if it cannot be read or ends too early.
         """
         try:
-            if self._descriptor is None:
-                self._descriptor = regular_file(os.fspath(self.path), os.O_RDONLY)
-            whole = read_fully(self._descriptor, buffer, begin)
+            descriptor = self._opened()
+            whole = read_fully(descriptor, buffer, begin)
             if drop_cache:
-                drop_pages(self._descriptor, begin, len(buffer))
+                drop_pages(descriptor, begin, len(buffer))
         except OSError as error:
             raise RunError(f"{self.path}: {what} cannot be read: {error.strerror}") from error
         if not whole:
             raise RunError(f"{self.path}: ends inside {what}: it was cut short during the run")
 
     def fetch(self, begin: int, size: int) -> None:
-        """Have the system begin to read ``size`` bytes, which will be asked for soon; once the file is open."""
-        if self._descriptor is not None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+        """Have the system begin to read ``size`` bytes, which will be asked for soon. Raises OSError if it cannot."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._opened(), begin, size, os.POSIX_FADV_WILLNEED)
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = regular_file(os.fspath(self.path), os.O_RDONLY)
+        return self._descriptor
 
     def close(self) -> None:
         """Close the file, if it was opened."""

@@ -1,6 +1,5 @@
 """Stored tensors that several subtractions read, held in memory: each is read from its file once."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from perta_fast.checkpoints.safetensors_file import TensorEntry
-from perta_fast.files.reading import PositionReader, regular_file
+from perta_fast.files.reading import PositionReader
 
 _ALIGNMENT = 64  # bytes: a line of the cache
 _WASTE = 2  # a buffer that is this many times too large is given back
@@ -74,14 +73,9 @@ NONE_HELD = HeldInputs()
 
 def fetch(entries: Iterable[TensorEntry]) -> None:
     """Have the system begin to read these tensors into the page cache; without an error if it cannot."""
-    if hasattr(os, "posix_fadvise"):
-        for entry in _stored(entries):
-            with suppress(OSError):
-                descriptor = regular_file(os.fspath(entry.path), os.O_RDONLY)
-                try:
-                    os.posix_fadvise(descriptor, entry.begin, entry.size, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(descriptor)
+    for entry in _stored(entries):
+        with suppress(OSError), closing(PositionReader(entry.path)) as reader:
+            reader.fetch(entry.begin, entry.size)
 
 
 def _stored(entries: Iterable[TensorEntry]) -> list[TensorEntry]:

@@ -15,7 +15,6 @@ from perta_fast.records.report import data_record, read_as_lines, scope_lines, t
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.scoring.live_model import metadata_of
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Begun
@@ -85,11 +84,6 @@ def excess(opened: OpenedSweep, original: ScoredSetting, setting: ScoredSetting)
     """By how much ``setting`` breaks the bound; without one, none does, so that none is skipped."""
     limit, floor = opened.request.bounds(original)
     return setting.excess(limit, floor) if opened.request.is_bounded else -math.inf
-
-
-def along(curve: Curve, begun: Begun, strengths: Sequence[float]) -> list[ScoredSetting]:
-    """The settings of one curve, in the order of strength; what was not measured is marked as skipped."""
-    return [begun.find(curve, lam) or curve.skipped(lam) for lam in sorted(strengths)]
 
 
 def _notes_on_prompts(importances: ByEstimator, scored: Told) -> list[str]:

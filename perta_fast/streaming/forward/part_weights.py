@@ -1,5 +1,6 @@
 """The weights of one part of a model, for one version after the other, from inputs that are read once for all."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -70,14 +71,13 @@ class PartWeights:
         matches, by_name = version.sources.matches, self._matches[id(version.sources)]
         numbers = [by_name[name][0] for name in self._stored if name in by_name]
         arrays = dict(zip(numbers, self._copy.arrays(matches[k].theta.size for k in numbers), strict=True))
-        changed = dict.fromkeys(numbers, 0)
+        counts: list[tuple[str, int]] = []  # of each chunk; threads append to it
 
         def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
             begin = chunk.begin * ITEM_SIZES[matches[chunk.index].theta.dtype]
             arrays[chunk.index].data[begin : begin + len(data)] = data
-            counts.append((chunk.index, int(statistics.get("changed", 0))))
+            counts.append((matches[chunk.index].theta.name, int(statistics.get("changed", 0))))
 
-        counts: list[tuple[int, int]] = []
         subtraction = Subtraction(
             version.sources,
             version.rescaling,
@@ -88,10 +88,10 @@ class PartWeights:
         )
         chunks = chunks_of([(k, matches[k]) for k in numbers], subtraction.chunk)
         subtraction.run(chunks, store, lambda moved: None)
-        for number, count in counts:
-            changed[number] += count
-        names = {number: matches[number].theta.name for number in numbers}
-        return {names[k]: array for k, array in arrays.items()}, {names[k]: count for k, count in changed.items()}
+        changed: Counter[str] = Counter()
+        for name, count in counts:
+            changed[name] += count
+        return {matches[k].theta.name: array for k, array in arrays.items()}, changed
 
 
 def _by_name(sources: Sources) -> dict[str, tuple[int, TensorMatch]]:

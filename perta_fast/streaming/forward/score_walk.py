@@ -192,7 +192,7 @@ class _ScoreWalk:
             except NotFiniteError as error:
                 state["not_finite"], state["lost"] = str(error).removesuffix(". Nothing was written"), True
             else:
-                state["changed"] += sum(changed[name] for name in self._counted(part) if name in changed)
+                state["changed"] += sum(changed.get(name, 0) for name in self._counted(part))
                 with torch.no_grad(), self._skeleton.holding(values):
                     for k in range(len(self._sets)):
                         self._run(part, number, k)
