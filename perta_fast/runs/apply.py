@@ -18,7 +18,7 @@ from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
-from perta_fast.records.versions import this_version
+from perta_fast.records.versions import now, this_version
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination, threads_for
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
@@ -91,7 +91,7 @@ def apply(
     run fails, ``errors.Interrupted`` if it is stopped: its text, as a RunError's, says whether ``resume`` can
     finish the run. Memory: 3 to 6 MiB a thread, beside the interpreter.
     """
-    ranks = Ranks.of(group)
+    started, ranks = now(), Ranks.of(group)
     with ranks.together("the opening of the inputs"):
         chosen, scope = Rule.of(rule, lam, p, alpha, threshold), Scope.of(only, leave)
         model = local_model(model, download, in_place=in_place)
@@ -102,7 +102,7 @@ def apply(
         importances = open_importances(chosen, *directories)
         sources = Sources.open(model, base, tuned, importances, common_rows, scope)
     settings = Settings(
-        final, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, leave_others, progress
+        final, started, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, leave_others, progress
     )
     return apply_sources(sources, chosen, settings, ranks=ranks)
 
@@ -127,7 +127,7 @@ def apply_sources(
         check_others(sources.model, settings.in_place, settings.leave_others)
         check_changes(sources, settings.allow_zero)
     threads = threads_for(settings.threads, ranks)
-    report = begin_report(sources, rule, threads)
+    report = begin_report(sources, rule, threads, settings.started)
     if settings.in_place and report.other_weights:
         report.warn(f"left as they were, with what was to be forgotten: {listed(report.other_weights)}")
     if annotate is not None:

@@ -32,6 +32,7 @@ from perta_fast.records.check import Check, CheckedData, Measured
 from perta_fast.records.file_hashes import HASHES, write_hashes
 from perta_fast.records.model_card import add_verdict
 from perta_fast.records.report import FILE_NAME, Report
+from perta_fast.records.versions import now
 
 if TYPE_CHECKING:
     import torch
@@ -256,6 +257,7 @@ def _finish(
                     for warning in check.late_warnings():
                         report.warn(warning)
                 report.add_phase(PHASE, seconds + time.perf_counter() - started, 0)
+                report.finished = now()
                 _save(report, directory)
             except KeyboardInterrupt:
                 raise Interrupted(

@@ -18,9 +18,10 @@ from perta_fast.subtraction.task_vector import check_task_vector
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the result goes and how the work is done; see ``apply``."""
+    """Where the result goes and how the work is done; see ``apply``. started: when the run began, as ``now`` has it."""
 
     destination: Path
+    started: str
     in_place: bool = False
     overwrite: bool = False
     link_unchanged: bool = False

@@ -16,6 +16,7 @@ from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report
+from perta_fast.records.versions import now
 from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, Place
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
@@ -113,10 +114,10 @@ def unlearn(
 
 
 def _run(options: Options) -> Report:
-    ranks = Ranks.of(options.group)
+    started, ranks = now(), Ranks.of(options.group)
     day = ranks.share(today())
     with ranks.together("the opening of the inputs"):
-        opened = Opened.open(options.located(), ranks)
+        opened = Opened.open(options.located(), ranks, started)
         contents = read_all(opened.options) if opened.rule.estimator is None else None
     if contents is not None and opened.options.preconditions:
         from perta_fast.runs.unlearn_preconditioned import unlearn_preconditioned

@@ -171,8 +171,8 @@ class Opened:
     whole: WholeImportance | None = None
 
     @classmethod
-    def open(cls, options: Options, ranks: Ranks) -> "Opened":
-        """Raises InputError if anything is wrong with arguments or checkpoints."""
+    def open(cls, options: Options, ranks: Ranks, started: str) -> "Opened":
+        """started: when the run began. Raises InputError if anything is wrong with arguments or checkpoints."""
         check_strength(options.lam, options.max_retain_rise, options.stream, options.allow_zero)
         rule = _rule_of(options)
         ChatSettings.of(options.system_prompt, options.date_string)
@@ -206,7 +206,7 @@ class Opened:
             "leave_others",
             "progress",
         )
-        settings = Settings(final, **{name: getattr(options, name) for name in names})
+        settings = Settings(final, started, **{name: getattr(options, name) for name in names})
         whole = WholeImportance.open(options, rule)
         options = options if whole is None else whole.prompts_for(options)
         return cls(options, rule, settings, sources, ranks, whole)

@@ -21,7 +21,7 @@ from perta_fast.progress import Bar
 from perta_fast.records.file_hashes import HASHES
 from perta_fast.records.importance_record import ImportanceRecord, importance_record
 from perta_fast.records.report import DirectoryRecord, Report, TensorReport, describe_files
-from perta_fast.records.versions import installed_versions, now
+from perta_fast.records.versions import installed_versions
 from perta_fast.rules import Rule, negative_strength
 from perta_fast.subtraction.compute import Statistics
 from perta_fast.subtraction.inputs import Sources
@@ -30,8 +30,8 @@ from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.read_beside import companion_records, taken_at, taken_elsewhere
 
 
-def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
-    """The report of a run that begins."""
+def begin_report(sources: Sources, rule: Rule, threads: int, started: str) -> Report:
+    """The report of a run, when its subtraction begins. started: when the run did."""
     report = Report(
         rule=rule.name,
         **asdict(rule.rescaling),
@@ -45,7 +45,7 @@ def begin_report(sources: Sources, rule: Rule, threads: int) -> Report:
         threads=threads,
         instruction_set=compiled.kernels().build_info()["instruction_set"],
         versions=installed_versions(*(["peft"] if sources.adapter is not None and sources.adapter.merged else [])),
-        started=now(),
+        started=started,
     )
     sign = [negative_strength(rule.rescaling.lam)] if rule.rescaling.lam < 0 else []
     exchanged = _exchange_warnings(sources.tuned.path, report.importance)

@@ -83,6 +83,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
         rule,
         Settings(
             destination,
+            sweep.started,
             request.in_place,
             request.overwrite,
             threads=request.threads,
