@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from perta_fast.errors import InputError
-from perta_fast.memory import format_size
-from perta_fast.streaming.forecast.choice import Budget, choose_schedule, duration
+from perta_fast.memory import format_duration, format_size
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule
 from perta_fast.streaming.forecast.costs import Estimate, Load
 from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
 from perta_fast.streaming.forecast.rates import Rates
@@ -96,7 +96,7 @@ def _costs(rule: str, structure: Structure, tokens: int, machine: Machine) -> st
     cut = f"{schedule.batch_size}" + (f", {schedule.every}, {schedule.groups}" if estimate.overlaps else "")
     cut += ", no overlap" if estimate.overlaps and not schedule.overlap else ""
     sizes = [format_size(size) for size in (costs.device_bytes, costs.host_bytes, costs.scratch)]
-    return " | ".join([cut, *sizes, duration(machine.rates.seconds(costs, schedule.overlap))])
+    return " | ".join([cut, *sizes, format_duration(machine.rates.seconds(costs, schedule.overlap))])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory: how much this process takes, how much is free, and sizes as text."""
+"""Memory: how much this process takes, how much is free; and sizes and times as text."""
 
 import contextlib
 import ctypes
@@ -133,3 +133,10 @@ def format_size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """A time in seconds, minutes or hours, with three digits."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"

@@ -1,21 +1,22 @@
-"""How far a run has come: each phase has a bar or a callback, and a line in the log at its start and its end."""
+"""How far a run has come: each phase has a bar, lines or a callback, and a line in the log at its start and its end."""
 
 import logging
+import os
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from perta_fast.errors import RunError, printable
 from perta_fast.memory import format_size
+from perta_fast.progress_lines import Lines, Unit
 
 LOGGER = logging.getLogger("perta_fast")
 LOGGER.addHandler(logging.NullHandler())  # silent unless the program sets up logging
 _INTERVAL = 0.1  # least seconds between two calls of a callback
-
-Unit = Literal["B", "sample", "step"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ Progress = bool | Callable[[Event], object]  # whether to draw bars, or what to 
 
 
 class Bar:
-    """One phase, as a context manager. Draws only on a terminal or in a notebook; many threads may ``update``."""
+    """One phase, as a context manager; many threads may ``update``.
+
+    It draws a bar on a terminal or in a notebook. Elsewhere it writes ``Lines``.
+    """
 
     def __init__(self, total: int, phase: str, progress: Progress, unit: Unit = "B", done: int = 0) -> None:
         self._phase, self._unit, self._total = phase, unit, total
@@ -49,16 +53,15 @@ class Bar:
         self._callback = progress if callable(progress) else None
         self._called = self._started = 0.0
         self._lock = threading.Lock()
-        self._drawn = None
-        if progress and self._callback is None:
+        self._note = ""
+        self._drawn: Any = None
+        self._lines: Lines | None = None
+        if draws_bars(progress):
             self._drawn = _bar_class()(
-                total=total,
-                initial=done,
-                desc=printable(phase),
-                unit=unit,
-                unit_scale=unit == "B",
-                disable=None,  # only on a terminal
+                total=total, initial=done, desc=printable(phase), unit=unit, unit_scale=unit == "B"
             )
+        elif progress and self._callback is None and not _switched_off():
+            self._lines = Lines(phase, total, unit, done)
 
     def __enter__(self) -> "Bar":
         self._started = time.perf_counter()
@@ -72,14 +75,23 @@ class Bar:
         ending = "is done" if error is None else "was stopped"
         amount, seconds = self._amount(self._done - self._first), time.perf_counter() - self._started
         LOGGER.info("%s %s: %s in %.2f s", self._phase, ending, amount, seconds)
-        if error is None:
-            self._report()
+        if error is not None:
+            return
+        if self._lines is not None:
+            self._lines.finish(self._done, self._note)
+        self._report()
 
-    def update(self, count: int) -> None:
+    def update(self, count: int, note: str | None = None) -> None:
+        """Add what was done. note: what to show beside it from now on, such as a loss."""
         with self._lock:
             self._done += count
+            self._note = self._note if note is None else note
             if self._drawn is not None:
+                if note is not None:
+                    self._drawn.set_postfix_str(note, refresh=False)
                 self._drawn.update(count)
+            if self._lines is not None:
+                self._lines.show(self._done, self._note)
             if time.monotonic() - self._called >= _INTERVAL:
                 self._report()
 
@@ -88,6 +100,8 @@ class Bar:
             self._done = 0
             if self._drawn is not None:
                 self._drawn.reset()
+            if self._lines is not None:
+                self._lines.restart()
 
     def _report(self) -> None:
         if self._callback is not None:
@@ -101,8 +115,28 @@ class Bar:
         return format_size(count) if self._unit == "B" else f"{count:,} {self._unit}s"
 
 
+def draws_bars(progress: Progress) -> bool:
+    """Whether bars are drawn: if they are wanted, on a terminal or in a notebook."""
+    if not progress or callable(progress) or _switched_off():
+        return False
+    return _on_terminal() or _in_notebook()
+
+
+def _switched_off() -> bool:
+    """Whether tqdm was told to be silent by its own variable. The command line tells so all ranks but the first."""
+    return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _in_notebook() -> bool:
+    return "IPython" in sys.modules and _bar_class().__module__ == "tqdm.notebook"
+
+
 def _bar_class() -> Any:
-    """tqdm's for a terminal or a notebook. It is imported late, as it reads the environment then, which --quiet sets.
+    """tqdm's for a terminal or a notebook, imported where a bar is drawn.
 
     ``tqdm.auto`` is the same with asyncio, which takes as long to import as a small run to compute.
     """

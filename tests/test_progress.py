@@ -1,22 +1,27 @@
 """Progress as a callback and as a log, of whole runs and of one phase."""
 
 import logging
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors import safe_open
+from transformers.utils import logging as logging_of_transformers
 
 import perta_fast as pf
-from perta_fast import progress
+from perta_fast import progress, progress_lines
 from perta_fast.cli import main
+from perta_fast.models.loading import load_subject
 from tests.support.models import FORGET, RETAIN, Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,3 +252,169 @@ def test_verbose(job: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert len(lines) == 6
     assert "INFO apply begins: " in lines[0]
     assert logging.getLogger("perta_fast").level == logging.NOTSET
+
+
+class Clock:
+    """A clock that stands until it is moved, in place of the module ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress_lines, "time", clock)
+    return clock
+
+
+def test_lines_without_a_terminal(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    """After 10 s, then when both 30 s and a tenth of the phase have gone by; each says how far it has come."""
+    with progress.Bar(1000, "count", True, "sample") as bar:
+        for _ in range(1000):
+            clock.now += 0.5
+            bar.update(1)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "count: 20 of 1,000 samples (2%), 2 samples a second, 8.17 min left"
+    assert [line.split(" of")[0] for line in lines] == [
+        f"count: {done:,}" for done in [20, *range(120, 1000, 100), 1000]
+    ]
+    assert lines[-1] == "count: 1,000 of 1,000 samples (100%), done in 8.33 min"
+
+
+def test_at_least_one_line_in_ten_minutes(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar(10**6, "count", True, "B") as bar:
+        for _ in range(120):
+            clock.now += 30
+            bar.update(100)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(" of")[0] for line in lines[:3]] == ["count: 100 B", "count: 2.1 kB", "count: 4.1 kB"]
+    assert len(lines) == 7
+
+
+def test_a_short_phase_writes_no_line(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar(1000, "count", True) as bar:
+        for _ in range(1000):
+            clock.now += 0.0099
+            bar.update(1)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_line_of_a_resumed_phase_has_the_rate_of_this_run(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar(1000, "count", True, "step", done=500) as bar:
+        clock.now += 20
+        bar.update(100)
+    line = "count: 600 of 1,000 steps (60%), 5 steps a second, 80 s left\n"
+    assert capfd.readouterr().err.startswith(line)
+
+
+def test_a_second_pass_has_lines_of_its_own(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar(4, "count", True, "sample") as bar:
+        clock.now += 20
+        bar.update(3)
+        bar.reset()
+        clock.now += 9
+        bar.update(1)
+        clock.now += 9
+        bar.update(1, "loss 0.5")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[1] == "count: 2 of 4 samples (50%), 0.111 samples a second, 18 s left; loss 0.5"
+    assert lines[2] == "count: 2 of 4 samples (50%), done in 38 s; loss 0.5"
+
+
+def test_a_phase_that_is_stopped_has_no_last_line(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), progress.Bar(4, "count", True, "sample") as bar:
+        clock.now += 20
+        bar.update(3)
+        raise ZeroDivisionError
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_lines_of_many_threads_stay_whole(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    def step(bar: progress.Bar) -> None:
+        clock.now += 1
+        bar.update(1)
+
+    with progress.Bar(400, "count", True, "sample") as bar, ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(step, bar) for _ in range(400)]:
+            done.result()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) > 5
+    assert all(line.startswith("count: ") and line.count(" of 400 samples") == 1 for line in lines)
+
+
+@pytest.mark.parametrize("wanted", [False, Listener().hear])
+def test_no_line_if_none_is_wanted(wanted: Any, clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar(100, "count", wanted) as bar:
+        clock.now += 100
+        bar.update(50)
+    assert capfd.readouterr().err == ""
+
+
+def test_no_line_where_bars_are_switched_off(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on every rank but the first, by the command line."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with progress.Bar(100, "count", True) as bar:
+        clock.now += 100
+        bar.update(50)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", open("/dev/full", "w"))  # noqa: SIM115
+    with progress.Bar(100, "count", True) as bar:
+        clock.now += 100
+        bar.update(50)
+    monkeypatch.setattr("sys.stderr", None)
+    with progress.Bar(100, "count", True) as bar:
+        clock.now += 100
+        bar.update(50)
+
+
+def test_a_terminal_has_a_bar_and_no_lines(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", terminal)
+    with progress.Bar(100, "count", True, "sample") as bar:
+        clock.now += 100
+        bar.update(50, "loss 0.5")
+    assert "count: " in terminal.getvalue() and "loss 0.5" in terminal.getvalue()
+    assert "left" not in terminal.getvalue()
+    assert "\r" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_bars_of_transformers(
+    shown: bool, job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only on a terminal, and if they are wanted; what they were before is what they are afterwards."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(logging_of_transformers, "_tqdm_active", shown)
+    before = are_progress_bars_disabled()
+    for wanted in (True, False):
+        load_subject(job.base, "cpu", None, progress=wanted)
+        assert "Loading weights" not in capfd.readouterr().err
+        assert logging_of_transformers.is_progress_bar_enabled() is shown
+    monkeypatch.setattr(progress, "_on_terminal", lambda: True)
+    for wanted in (True, False):
+        load_subject(job.base, "cpu", None, progress=wanted)
+        assert ("Loading weights" in capfd.readouterr().err) == (shown and wanted)
+        assert logging_of_transformers.is_progress_bar_enabled() is shown
+    assert are_progress_bars_disabled() is before
+
+
+def test_a_quiet_command_leaves_bars_as_they_were(job: Job, tmp_path: Path) -> None:
+    before = os.environ.get("TQDM_DISABLE")
+    command = ["apply", "--model", job.model, "--base", job.base, "--tuned", job.tuned, "--rule", "tv", "--lam", 1]
+    assert main([*map(str, command), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert os.environ.get("TQDM_DISABLE") == before

@@ -69,9 +69,8 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream) -> 
         if ranks.world > 1 and not parsed.command.over_ranks:
             raise InputError("this command is done by one process; start it without torchrun")
     parsed.group = ranks.group
-    if getattr(parsed, "quiet", False) or not ranks.first:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too
-    with _log_shown(parsed.verbose and ranks.first):
+    silent = getattr(parsed, "quiet", False) or not ranks.first
+    with _bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first):
         shows = getattr(parsed, "show_labels", None) is not None
         status: int = show_labels(parsed) if shows else parsed.command.run(parsed)
     output.flush()
@@ -119,6 +118,20 @@ def _of_first(
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _bars_of_libraries(shown: bool) -> Iterator[None]:
+    """Tell tqdm to draw nothing, wherever it is used: a download, lm-evaluation-harness."""
+    name = "TQDM_DISABLE"
+    if shown or name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def measure_loaded(
     """Load the model and measure it, as a ``Measure`` does."""
     request, table = checked.request, checked.table
     dtype = None if request.dtype is None else torch_dtype(request.dtype)
-    subject = checked.subject_on(_subject(model_or_path, tokenizer, request.device, dtype), day)
+    subject = checked.subject_on(_subject(model_or_path, tokenizer, request.device, dtype, progress), day)
     if request.stress is not None:
         check_stress(request.stress, subject.module)
     examinee = checked.examinee(Examinee, subject, progress, kept)
@@ -117,10 +117,14 @@ def _codes(request: Request, examinee: Examinee) -> dict[str, Any]:
 
 
 def _subject(
-    model_or_path: str | Path | nn.Module, tokenizer: Any, device: str | torch.device | None, dtype: torch.dtype | None
+    model_or_path: str | Path | nn.Module,
+    tokenizer: Any,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    progress: Progress,
 ) -> Subject:
     if not isinstance(model_or_path, nn.Module):
-        return load_subject(Path(model_or_path), device, dtype, tokenizer)
+        return load_subject(Path(model_or_path), device, dtype, tokenizer, progress=progress)
     if device is not None or dtype is not None:
         raise InputError("device and dtype are for checkpoints; move or convert the module itself")
     if tokenizer is None:

@@ -1,6 +1,7 @@
 """A model loaded for a run, its device and tokenizer, and the samples that it can take."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from perta_fast.files.reading import exists, read_json
 from perta_fast.models.language_part import auto_class, keep_language_part_, reason_of
 from perta_fast.models.same_names import named_as_module, stored_under
 from perta_fast.models.stored_names import as_stored, load_tensor
-from perta_fast.progress import Bar, Progress
+from perta_fast.progress import Bar, Progress, draws_bars
 
 _WORTH_A_BAR = 2000  # rows that take about a second to tokenise
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
@@ -145,11 +146,12 @@ def load_subject(
     *,
     structure: nn.Module | None = None,
     text: bool = True,
+    progress: Progress = False,
 ) -> Subject:
     """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
 
     structure: the model without weights, if these are read layer by layer; then no model is loaded. text: whether there
-    is text to tokenise; if not, the checkpoint needs no tokenizer.
+    is text to tokenise; if not, the checkpoint needs no tokenizer. progress: whether transformers may draw its bar.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -166,7 +168,8 @@ def load_subject(
         if structure is None:
             config = AutoConfig.from_pretrained(path, **_CLOSED)
             _refuse_encoder(path, config)
-            model, loaded = _from_pretrained(checkpoint, config, dtype)
+            with bars_of_transformers(progress):
+                model, loaded = _from_pretrained(checkpoint, config, dtype)
         if tokenizer is None and text:
             tokenizer = AutoTokenizer.from_pretrained(path, **_CLOSED)
     except (MemoryError, torch.OutOfMemoryError, InputError):
@@ -183,6 +186,25 @@ def load_subject(
         names = as_stored(model, shapes)
         stored_under(names, named_as_module(checkpoint, model, names))
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+
+
+@contextmanager
+def bars_of_transformers(progress: Progress) -> Iterator[None]:
+    """Let transformers draw bars only where our own are drawn; afterwards it is as it was before."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    shown, of_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    if draws_bars(progress) or not shown:
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if not of_hub:
+            disable_progress_bars()
 
 
 def _refuse_encoder(path: Path, config: Any) -> None:

@@ -17,6 +17,7 @@ from perta_fast.errors import InputError
 from perta_fast.models.loading import load_subject
 from perta_fast.models.stored_names import load_tensor
 from perta_fast.preconditioning.input_moments import in_size
+from perta_fast.progress import Progress
 from perta_fast.tuning.checkpoint import write_tuned
 from perta_fast.tuning.saving import disk_errors
 
@@ -122,12 +123,14 @@ def check_low_rank(adapter: Adapter) -> None:
 class FullVector:
     """That of a checkpoint. It holds theta_0, which becomes the result, and theta_f, both in float32."""
 
-    def __init__(self, names: Sequence[str], base: Checkpoint, tuned: Path, device: torch.device) -> None:
+    def __init__(
+        self, names: Sequence[str], base: Checkpoint, tuned: Path, device: torch.device, progress: Progress = False
+    ) -> None:
         """Raise InputError, naming the tensor, if one of the maps has another shape in ``tuned``."""
         self._names, self.norms = names, Norms()
         self._base, self._path = base, tuned
-        self._module: Any = load_subject(base.path, device, torch.float32, text=False).module
-        theta_f: Any = load_subject(tuned, device, torch.float32, text=False).module
+        self._module: Any = load_subject(base.path, device, torch.float32, text=False, progress=progress).module
+        theta_f: Any = load_subject(tuned, device, torch.float32, text=False, progress=progress).module
         self._tuned = dict(theta_f.named_parameters())
         for name in names:
             weight, other = self._module.get_parameter(f"{name}.weight"), self._tuned.get(f"{name}.weight")

@@ -60,7 +60,7 @@ def _ask(model: Path, prompts: list[Row], chat: ChatSettings, name: str, progres
     from perta_fast.models.loading import load_subject, samples_and_told
     from perta_fast.models.token_scores import evaluation_mode
 
-    subject = load_subject(model, None, None)
+    subject = load_subject(model, None, None, progress=progress)
     tokens = [prompt_of(sample) for sample in samples_and_told(subject, prompts, None, chat)[0]]
     with evaluation_mode(subject.module):
         return greedy_answers(

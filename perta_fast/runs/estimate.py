@@ -123,8 +123,10 @@ def estimate_importance(
         rows, digest = read_data(data, fields) if isinstance(data, str | Path) else (_checked_rows(data, fields), None)
         if stream and out is None and not isinstance(model_or_path, nn.Module):
             raise InputError("stream needs out: a directory to write the importance to")
-        subject, skeleton = _opened(model_or_path, tokenizer, isinstance(rows[0], Row), stream, device, dtype)
-        samples, told = samples_and_told(subject, rows, max_length, chat, ranks.first and progress)
+        shown = ranks.first and progress
+        text = isinstance(rows[0], Row)
+        subject, skeleton = _opened(model_or_path, tokenizer, text, stream, device, dtype, shown)
+        samples, told = samples_and_told(subject, rows, max_length, chat, shown)
         digest = digest or _hash_samples(samples)
     with ranks.together("the data"):
         if len(set(ranks.gather(digest))) > 1:
@@ -149,6 +151,7 @@ def _opened(
     stream: bool,
     device: str | torch.device | None,
     dtype: torch.dtype | None,
+    progress: Progress,
 ) -> "tuple[Subject, Skeleton | None]":
     """A module, or a checkpoint, loaded, or its structure alone; text: whether there is text to tokenise."""
     if isinstance(model_or_path, nn.Module):
@@ -159,7 +162,7 @@ def _opened(
     path = Path(model_or_path)
     skeleton = open_skeleton(path, device, dtype) if stream else None
     structure = None if skeleton is None else skeleton.model
-    return load_subject(path, device, dtype, tokenizer, structure=structure, text=text), skeleton
+    return load_subject(path, device, dtype, tokenizer, structure=structure, text=text, progress=progress), skeleton
 
 
 def _check_module(

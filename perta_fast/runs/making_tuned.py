@@ -124,7 +124,7 @@ class Making:
         path = self.seen_at.resolve()
         skeleton = open_skeleton(path, self.device, dtype) if self.stream else None
         structure = None if skeleton is None else skeleton.model
-        return load_subject(path, self.device, dtype, structure=structure), skeleton
+        return load_subject(path, self.device, dtype, structure=structure, progress=self.progress), skeleton
 
     def _maps(self, module: nn.Module) -> tuple[dict[str, nn.Module], LowRankVector | None]:
         """The linear maps whose task vector is changed, by name; and that of an adapter."""
@@ -146,9 +146,12 @@ class Making:
         directory: Path,
     ) -> tuple[int, float]:
         """Write θ_f of one mu; as ``_write``. What it holds is free afterwards."""
-        vector = FullVector(names, open_plain(self.base), self.tuned, device) if adapted is None else adapted.anew()
+        vector = self._full(names, device) if adapted is None else adapted.anew()
         _change(vector, moments, mu)
         return self._write(vector, directory)
+
+    def _full(self, names: Sequence[str], device: torch.device) -> FullVector:
+        return FullVector(names, open_plain(self.base), self.tuned, device, self.progress)
 
     def _schedule(self, skeleton: Skeleton, samples: Sequence[Sample], directory: Path) -> Schedule:
         load = Load([[len(sample.input_ids) for sample in samples]], subtract=self.subtract)

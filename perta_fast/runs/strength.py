@@ -152,7 +152,9 @@ class StrengthSearch:
         from perta_fast.scoring.live_model import LiveModel
 
         options = self.opened.options
-        subject = load_subject(Path(options.model), options.device, options.dtype, text=False)
+        subject = load_subject(
+            Path(options.model), options.device, options.dtype, text=False, progress=options.progress
+        )
         examinee = Examinee(subject, int(options.batch_size), options.max_length, options.progress)
         assert self.data is not None
         directories = str(options.base), str(options.tuned)

@@ -291,7 +291,8 @@ class Loaded:
         path = Path(options.model if options.at == "model" else options.base)
         skeleton = open_skeleton(path, options.device, options.dtype) if options.stream else None
         structure = None if skeleton is None else skeleton.model
-        subject = load_subject(path, options.device, options.dtype, structure=structure)
+        shown = opened.ranks.first and options.progress
+        subject = load_subject(path, options.device, options.dtype, structure=structure, progress=shown)
         how = Estimation(
             subject,
             estimator,
@@ -303,7 +304,6 @@ class Loaded:
             options.device_memory,
         )
         chat = ChatSettings.of(options.system_prompt, options.date_string, day)
-        shown = opened.ranks.first and options.progress
         samples, told = {}, {}
         measured = rows if opened.whole is None else {"forget": rows["forget"]}
         for role in measured:

@@ -213,7 +213,7 @@ class OpenedSweep:
 
     def load(self, path: Path) -> Subject:
         """A model, on the device and in the type of the sweep, and its tokenizer as it is."""
-        return load_subject(path, self.request.device, self.dtype)
+        return load_subject(path, self.request.device, self.dtype, progress=self.progress)
 
     def structure(self, path: Path) -> tuple[Subject, Skeleton]:
         """``load``, without the weights, and what reads them layer by layer."""

@@ -161,7 +161,7 @@ def _run(request: Request, target: OutputDirectory, device: torch.device, progre
         warnings.simplefilter("ignore", FutureWarning)  # peft and the Trainer call transformers by older names
         # A step of a full tuning would be lost in bfloat16, a gradient in float16.
         widened = request.full or any(entry.dtype == "F16" for entry in checkpoint.tensors.values())
-        subject = load_subject(request.base.resolve(), device, torch.float32 if widened else None)
+        subject = load_subject(request.base.resolve(), device, torch.float32 if widened else None, progress=progress)
         samples, told = samples_and_told(subject, rows, request.max_length, chat, progress)
         module, missed = _trainable(subject.module, request, checkpoint, target.path)
         before = _mean_loss(module, samples, "before", progress)

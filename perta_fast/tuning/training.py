@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def train_(
         seed=request.seed,
         use_cpu=on_cpu,
         bf16=not on_cpu and torch.cuda.is_bf16_supported(),
-        logging_strategy="epoch",
+        logging_strategy="steps",
+        logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
@@ -88,7 +90,7 @@ def train_(
     )
     settings._n_gpu = min(1, settings.n_gpu)  # several would multiply the batch size
     with Bar(request.epochs * len(samples), "tuning", progress, "sample") as bar:
-        watch = _Watch(bar, len(samples))
+        watch = _Watch(bar, len(samples), math.ceil(len(samples) / request.batch_size))
         trainer = Trainer(module, settings, data_collator=_collate, train_dataset=samples, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -106,20 +108,24 @@ def _collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 class _Watch(TrainerCallback):
     """Moves the bar, keeps the losses, and stops if a loss is not finite."""
 
-    def __init__(self, bar: Bar, count: int) -> None:
-        self.losses: list[float] = []
-        self._bar, self._count, self._done = bar, count, 0
+    def __init__(self, bar: Bar, count: int, steps: int) -> None:
+        """count, steps: samples and steps of an epoch."""
+        self._bar, self._count, self._steps, self._done = bar, count, steps, 0
+        self._losses: list[float] = []  # of each step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        done = round(state.epoch * self._count)
-        self._bar.update(done - self._done)
-        self._done = done
+    @property
+    def losses(self) -> list[float]:
+        """The mean of each epoch."""
+        return [fmean(self._losses[k : k + self._steps]) for k in range(0, len(self._losses), self._steps)]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if "loss" not in logs:
+        if "loss" not in logs:  # the summary at the end
             return
-        self.losses.append(logs["loss"])
-        if not math.isfinite(logs["loss"]):
-            raise NotFiniteError(
-                f"the loss of epoch {len(self.losses)} is not finite; nothing was written. Use a lower --lr"
-            )
+        loss = logs["loss"]
+        self._losses.append(loss)
+        if not math.isfinite(loss):
+            epoch = math.ceil(state.global_step / self._steps)
+            raise NotFiniteError(f"the loss of epoch {epoch} is not finite; nothing was written. Use a lower --lr")
+        done = round(state.epoch * self._count)
+        self._bar.update(done - self._done, f"step {state.global_step} of {state.max_steps}, loss {loss:.4f}")
+        self._done = done

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import perta_fast as pf
-from perta_fast import cli
+from perta_fast import cli, progress_lines
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.progress import Event
 from perta_fast.tuning.adapter import save_adapter
@@ -374,3 +375,20 @@ def test_other_errors_of_libraries_stay_as_they_are() -> None:
         assert raised.value is error
     with pytest.raises(OSError, match="No space left"), disk_errors():
         raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+
+def test_a_log_says_which_step_and_what_loss(
+    float_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where output is no terminal."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(progress_lines, "_FIRST", 0.0)
+    monkeypatch.setattr(progress_lines, "_NEXT", 0.0)
+    record = tune(float_job.base, float_job.forget, tmp_path / "out", progress=True)
+    lines = capfd.readouterr().err.splitlines()
+    tuning = [line for line in lines if line.startswith("tuning: ")]
+    assert re.fullmatch(r"tuning: 5 of 15 samples \(33%\), .* left; step 1 of 3, loss \d\.\d{4}", tuning[0])
+    assert tuning[-1].endswith(f"step 3 of 3, loss {record.epoch_losses[-1]:.4f}")
+    assert not any("\r" in line or "Loading weights" in line for line in lines)
+    tune(float_job.base, float_job.forget, tmp_path / "silent", progress=False)
+    assert capfd.readouterr().err == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import existing_parent
-from perta_fast.memory import PeakMemory, available_bytes, format_size
+from perta_fast.memory import PeakMemory, available_bytes, format_duration, format_size
 from perta_fast.streaming.forecast.costs import Costs, Estimate
 from perta_fast.streaming.forecast.rates import Rates, measure_rates
 from perta_fast.streaming.schedule import Schedule
@@ -219,7 +219,7 @@ def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
         f"{format_size(costs.scratch_moved)} through the scratch disk",
         f"arithmetic: {costs.flops:.3g} FLOP in matrix products"
         + (f", {costs.double_flops:.3g} in float64" if costs.double_flops else ""),
-        f"time: about {duration(rates.seconds(costs, schedule.overlap))} at {rates}",
+        f"time: about {format_duration(rates.seconds(costs, schedule.overlap))} at {rates}",
         f"schedule: {chosen.estimate.plan(schedule)}",
         *(f"  because {reason}" for reason in chosen.reasons),
         *(f"warning: {warning}" for warning in chosen.warnings),
@@ -230,10 +230,3 @@ def describe(chosen: Chosen, rates: Rates, ranks: int = 1) -> str:
 def _kinds(kinds: Mapping[str, int]) -> str:
     parts = ", ".join(f"{kind} {format_size(size)}" for kind, size in kinds.items() if size)
     return f"{format_size(sum(kinds.values()))} ({parts})"
-
-
-def duration(seconds: float) -> str:
-    """A time in seconds, minutes or hours."""
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
