@@ -4,6 +4,7 @@ It holds numbers alone, no text of the data.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 # What counts as a real change: of a loss in nats, and of exact answers as a share of those that were measured.
@@ -117,13 +118,7 @@ class Check:
 
     def verdict(self) -> str:
         """What was forgotten and what was kept, in two sentences."""
-        forget, retain = self.data["forget"], self.data["retain"]
-        assert forget.after is not None
-        heads = {"forget": "Forgotten", "retain": "Lost" if retain.is_lost else "Kept"}
-        if not forget.is_forgotten:
-            heads["forget"] = "Not forgotten"
-        elif 2 * forget.after.exact > forget.before.exact:
-            heads["forget"] = "Forgotten in part"
+        heads = outcomes(self.data)
         return " ".join(f"{heads[role]}: {data.in_words(role)}." for role, data in self.data.items())
 
     def early_warnings(self) -> list[str]:
@@ -165,6 +160,18 @@ class Check:
                 "has one"
             )
         return warnings
+
+
+def outcomes(data: Mapping[str, CheckedData]) -> dict[str, str]:
+    """In a word or three, whether the forget rows were forgotten and the retain rows kept."""
+    forget, retain = data["forget"], data["retain"]
+    assert forget.after is not None
+    heads = {"forget": "Forgotten", "retain": "Lost" if retain.is_lost else "Kept"}
+    if not forget.is_forgotten:
+        heads["forget"] = "Not forgotten"
+    elif 2 * forget.after.exact > forget.before.exact:
+        heads["forget"] = "Forgotten in part"
+    return heads
 
 
 def _fall(before: float | None, after: float | None) -> float:

@@ -67,10 +67,9 @@ class SettingChoice:
     def lines(self) -> list[str]:
         """For a person: what was chosen among what, and what it scores."""
         how = "layer by layer" if self.streamed else "with the model in memory"
-        within = "" if self.bound is None else f" while {self._bound_in_words()}"
         chosen = (
             f"{self.after.curve}, lambda {self.after.lam!r} was chosen of {len(self.tried)} settings, scored {how}, as "
-            f"{self._criterion()}{within}"
+            f"{self._criterion()}{self.within()}"
         )
         rows = " and ".join(f"{count:,} {role} rows" for role, count in self.rows.items() if role in _ROLES)
         scores = [self._score(role, f"{role}_loss", "loss") for role in _ROLES]
@@ -83,14 +82,17 @@ class SettingChoice:
             return "the largest lambda"
         return _CRITERIA.get(self.select, self.select)
 
-    def _bound_in_words(self) -> str:
-        assert self.value is not None
-        return {
+    def within(self) -> str:
+        """The bound as the end of a sentence, "" without one."""
+        if self.bound is None or self.value is None:
+            return ""
+        bound = {
             "target_retain_loss": f"the retain loss is at most {self.value:g} nats",
             "max_retain_rise": f"the retain loss rises by at most {self.value:g} nats",
             "max_retain_increase": f"the retain loss rises by at most {self.value:g} %",
             "retain_floor": f"the retain {self.metric} is at least {self.value:g}",
-        }.get(self.bound or "", f"{self.bound} is {self.value:g}")
+        }.get(self.bound, f"{self.bound} is {self.value:g}")
+        return f" while {bound}"
 
     def _score(self, role: str, name: str, metric: str) -> str:
         before, after = getattr(self.before, name), getattr(self.after, name)

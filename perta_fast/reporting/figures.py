@@ -12,6 +12,7 @@ import numpy as np
 from perta_fast.errors import InputError
 from perta_fast.records.report import TensorReport
 from perta_fast.records.setting_choice import SettingChoice, TriedSetting
+from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.reporting.evidence import Curve
 from perta_fast.reporting.tensor_positions import WeightGrid, position_of
 from perta_fast.reporting.weight_distribution import BINS, Distribution
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _TICKS = 40  # labels beside one axis
 STACKS = 4  # stacks of layers in one figure
+_WIDE, _LARGEST_LAM = 8, 1e6  # strengths that need a logarithmic axis, and that it can hold
 _CHANGES = (1e-12, 1e12)  # relative changes that an axis can hold
 
 
@@ -49,6 +51,50 @@ def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, 
     )
     caption = "Forget loss (higher is more forgotten) against retain loss (lower is better kept), λ beside it."
     return Plot("trade-off", caption, _png(figure))
+
+
+def strength_choice(choice: StrengthChoice) -> Plot:
+    """Both losses of every strength that was tried, the limit, and the one that was chosen."""
+    figure = _figure(6.4, 4.6)
+    panels = figure.subplots(2, sharex=True)
+    tried = sorted(choice.tried, key=lambda each: each.lam)
+    limit = None if choice.before.retain_loss is None else choice.before.retain_loss + choice.max_retain_rise
+    for axes, role in zip(panels, ("forget", "retain"), strict=True):
+        name = f"{role}_loss"
+        points = [(each.lam, getattr(each, name)) for each in tried]
+        points = [(lam, loss) for lam, loss in points if loss is not None and is_drawable(loss) and is_drawable(lam)]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label="tried")
+        before, after = getattr(choice.before, name), getattr(choice.after, name)
+        if before is not None and is_drawable(before):
+            axes.axhline(before, color="gray", linewidth=1, linestyle=":", label="the model as it was")
+        if after is not None and is_drawable(after) and is_drawable(choice.after.lam):
+            axes.plot(
+                choice.after.lam, after, "*", color="black", markersize=13, label=f"chosen: λ = {choice.after.lam:.4g}"
+            )
+        axes.set_ylabel(f"{role} loss (nats)")
+    if limit is not None and is_drawable(limit):
+        panels[1].axhline(limit, color="tab:red", linestyle="--", label="limit")
+        panels[1].set_ylim(*_around(choice.before.retain_loss or 0.0, limit))
+    lams = [each.lam for each in tried]
+    if lams and 0 < lams[0] * _WIDE < lams[-1] < _LARGEST_LAM:
+        panels[1].set_xscale("log", base=2)
+        panels[1].xaxis.set_major_formatter(lambda lam, _: f"{lam:g}")
+    panels[0].set_title("to be forgotten: the higher the better", fontsize=9)
+    panels[1].set_title("to be kept: must stay below the limit", fontsize=9)
+    panels[1].set_xlabel("strength λ")
+    panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4, frameon=False, fontsize=8)
+    return Plot(
+        "strength",
+        "Every strength λ that was tried, with the loss on the rows to forget and on those to keep.",
+        _png(figure),
+    )
+
+
+def _around(low: float, high: float) -> tuple[float, float]:
+    """A range that shows both, with as much room above as between them."""
+    room = max(high - low, 1e-6)
+    return low - 0.5 * room, high + 1.5 * room
 
 
 def setting_choice(choice: SettingChoice) -> Plot:

@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from perta_fast.records.report import Report
-from perta_fast.records.setting_choice import SettingChoice, TriedSetting
 from perta_fast.reporting import figures
 from perta_fast.reporting.answers import Answers
+from perta_fast.reporting.choice import choice_of
 from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.html import Cell, templates
 from perta_fast.reporting.tensor_positions import element_count, position_of, weight_grids
+from perta_fast.reporting.verdict import model_name, rest_of, verdict
+from perta_fast.reporting.verified import Verified
 from perta_fast.reporting.weight_distribution import Distribution
-from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.setting import ScoredSetting
 
 _OUTSIDE = 40  # tensors outside the layers that are listed
@@ -22,30 +24,35 @@ _OUTSIDE = 40  # tensors outside the layers that are listed
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that a page shows. weights: the distribution of w, or why it is not known."""
+    """Everything that a page shows.
+
+    run: where the result lies. weights: the distribution of w, or why it is not known. answers: None if nobody asked
+    for them, a text if there is a reason why there are none.
+    """
 
     report: Report
+    run: Path
+    verified: Verified
     curves: Sequence[Curve]
     scores: Sequence[Scores]
     weights: Distribution | str
-    answers: Answers | None
+    answers: Answers | str | None
 
 
 def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
     """The page in UTF-8, and its plots."""
     report = evidence.report
-    choice = None if report.setting_choice is None else _choice(report.setting_choice)
+    choice = choice_of(report)
     trade_off = _trade_off(evidence) if evidence.curves else None
     weights = _weights(report)
     histogram = None if isinstance(evidence.weights, str) else figures.weight_histogram(evidence.weights)
     changes = figures.relative_changes(report.tensors)
     page = templates().get_template("page.html")
     text = page.render(
-        title=f"PerTA: rule {report.rule}, λ = {report.lam:.10g}",
+        title=f"Unlearning report: {model_name(report)}",
         report=report,
+        verdict=verdict(report, evidence.run, evidence.verified, evidence.answers),
         settings=_settings(report),
-        check=_checked(report),
-        check_columns=["rows", "measured", "of", "loss before", "loss after", "answers", "exact before", "exact after"],
         choice=choice,
         trade_off=trade_off,
         scores=evidence.scores,
@@ -58,10 +65,10 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
         changed=sum(row.changed for row in report.tensors),
         elements=sum(element_count(row.shape) for row in report.tensors),
         **_costs(report),
-        answers=_answers(evidence.answers),
+        answers=rest_of(evidence.answers),
         provenance=_provenance(evidence),
     )
-    plots = [choice and choice["plot"], trade_off and trade_off["plot"], weights["plot"], histogram, changes]
+    plots = [choice and choice.plot, trade_off and trade_off["plot"], weights["plot"], histogram, changes]
     return text.encode(), [plot for plot in plots if plot]
 
 
@@ -92,25 +99,6 @@ def _chosen(report: Report) -> str:
     return "given" if report.choice is None else "; ".join(report.choice.lines())
 
 
-def _checked(report: Report) -> list[Sequence[Cell]]:
-    """A row for each data set."""
-    if report.check is None:
-        return []
-    return [
-        (
-            role,
-            data.rows,
-            data.total,
-            data.before.loss,
-            None if data.after is None else data.after.loss,
-            data.answers,
-            data.before.exact,
-            None if data.after is None else data.after.exact,
-        )
-        for role, data in report.check.data.items()
-    ]
-
-
 def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_in_words(item)}" for name, item in value.items())
@@ -119,29 +107,6 @@ def _in_words(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:.6g}" if isinstance(value, float) and isfinite(value) else str(value)
-
-
-def _choice(choice: SettingChoice) -> dict[str, Any]:
-    """Sentences, the plot with notes on what it leaves out, and a row for each setting."""
-    notes = [] if not choice.skipped else [f"{choice.skipped} more were skipped: a smaller λ had broken the bound."]
-    if choice.metric != LOSS and choice.limit is not None:
-        notes.append(f"The bound is on the retain loss, which a plot of {choice.metric} does not show.")
-    metrics = [] if choice.metric == LOSS else [f"{role} {choice.metric}" for role in ("forget", "retain")]
-    return {
-        "sentences": [f"{line[:1].upper()}{line[1:]}." for line in choice.lines()],
-        "plot": figures.setting_choice(choice),
-        "notes": notes,
-        "columns": ["setting", "λ", "forget loss", "retain loss", *metrics, "parameters changed (%)", ""],
-        "rows": [_setting(each, choice) for each in (choice.before, *choice.tried)],
-    }
-
-
-def _setting(each: TriedSetting, choice: SettingChoice) -> Sequence[Cell]:
-    """A row of the table of settings."""
-    metrics = () if choice.metric == LOSS else (each.forget, each.retain)
-    changed = None if each.changed is None else 100 * each.changed
-    name, mark = each.curve if each.rule else "the model as it is", "chosen" if each == choice.after else ""
-    return name, each.lam, each.forget_loss, each.retain_loss, *metrics, changed, mark
 
 
 def _trade_off(evidence: Evidence) -> dict[str, Any]:
@@ -214,14 +179,6 @@ def _costs(report: Report) -> dict[str, list[Sequence[Cell]]]:
             (name.removesuffix("_bytes").replace("_", " "), count / 2**20) for name, count in report.memory.items()
         ],
     }
-
-
-def _answers(answers: Answers | None) -> list[tuple[str, str, str, str]]:
-    """Each question with the data's answer, and the answers before and after."""
-    if answers is None:
-        return []
-    before = answers.before or [f"(not asked: {answers.why})"] * len(answers.after)
-    return list(zip(answers.questions, answers.truth, before, answers.after, strict=True))
 
 
 def _provenance(evidence: Evidence) -> list[tuple[str, Sequence[str], list[Sequence[Cell]]]]:

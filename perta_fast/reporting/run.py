@@ -13,10 +13,11 @@ from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
-from perta_fast.reporting.answers import answer_prompts, read_prompts
+from perta_fast.reporting.answers import Answers, answer_own, answer_prompts, read_prompts
 from perta_fast.reporting.evidence import read_curves, read_scores
 from perta_fast.reporting.figures import check_matplotlib
 from perta_fast.reporting.page import Evidence, compose
+from perta_fast.reporting.verified import not_asked, verify_for_page
 from perta_fast.reporting.weight_distribution import distribution
 
 PathLike = str | Path
@@ -32,6 +33,7 @@ def write_page(
     fields: Fields | None = None,
     show_text: bool = False,
     png: PathLike | None = None,
+    verify: bool = True,
     overwrite: bool = False,
     progress: Progress = True,
 ) -> None:
@@ -40,8 +42,9 @@ def write_page(
     run: output directory of ``unlearn`` or ``apply``. out: an .html file. sweeps: directories of ``sweep``, all on the
     same data. evaluations: files of ``evaluate``; one with forget_loss and retain_loss on that data, such as a gold
     model's, is a point beside the curves. prompts: data with questions for the model before and after; needs
-    ``show_text``, as answers may be private. fields: names of its fields, as in ``unlearn``. png: directory for the
-    plots as separate files.
+    ``show_text``, as answers may be private. fields: names of its fields, as in ``unlearn``. show_text: without
+    ``prompts``, ask up to three questions of the run's own data. png: directory for the plots as separate files.
+    verify: hash all files again and compute a few tensors again, as ``verify`` does; the page says what was found.
 
     Raises InputError for bad input, and without matplotlib; RunError if a file cannot be written. ``out`` appears whole
     or not at all. Memory: a few chunks of the importances; with prompts, one model at a time.
@@ -57,12 +60,19 @@ def write_page(
         _check_folder(Path(png), overwrite, inputs)
     curves, scores = read_curves(sweeps), read_scores(evaluations)
     questions = None if prompts is None else read_prompts(prompts, fields)
+    answers: Answers | str | None = None
+    if questions is not None:
+        answers = answer_prompts(report, run, questions, progress)
+    elif show_text:
+        answers = answer_own(report, run, progress)
     evidence = Evidence(
         report,
+        run,
+        verify_for_page(run, progress) if verify else not_asked(run),
         curves,
         scores,
         distribution(report, progress),
-        None if questions is None else answer_prompts(report, run, questions, progress),
+        answers,
     )
     page, plots = compose(evidence)
     if png is not None:

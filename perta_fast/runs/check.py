@@ -209,7 +209,7 @@ def finish_resumed(report: Report, progress: Progress, ranks: Ranks) -> Report:
     def read() -> Rows:
         fields = fields_from(given["fields"]) if "fields" in given else None
         return Rows.of(
-            {role: _read_again(report, role, fields) for role in _ROLES},
+            {role: read_again(report, role, fields) for role in _ROLES},
             chat=ChatSettings.of(given.get("system-prompt"), given.get("date-string")),
             max_length=int(given["max-length"]) if "max-length" in given else None,
             batch_size=int(given["batch-size"]),
@@ -330,7 +330,8 @@ def _no_record(_: Any) -> bool:
     return False
 
 
-def _read_again(report: Report, role: str, fields: Any) -> list[Row]:
+def read_again(report: Report, role: str, fields: Any) -> list[Row]:
+    """The rows that a run has read. Raises InputError if the data is gone or has changed since."""
     record = report.data[role]
     gone = InputError(f"the {role} data {record['path']} is gone, or has changed since the run began")
     if not all(map(os.path.isfile, data_files(record["path"]))):  # a pipe would be waited for

@@ -17,6 +17,7 @@ from perta_fast.records.report import Report, TensorReport
 from perta_fast.reporting import weight_distribution as weights
 from perta_fast.reporting.page import Evidence, compose
 from perta_fast.reporting.tensor_positions import Position, position_of, weight_grids
+from perta_fast.reporting.verified import verify_for_page
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.json_mutation import damaged
 
@@ -111,7 +112,11 @@ def test_a_damaged_report_is_refused_or_can_be_drawn(data: st.DataObject, report
     (tmp_path / "perta_report.json").write_text(json.dumps(content))
     try:
         loaded = Report.load(tmp_path)
-        page, _ = compose(Evidence(loaded, [], [], weights.distribution(loaded, False), None))
+        page, _ = compose(
+            Evidence(
+                loaded, tmp_path, verify_for_page(tmp_path, False), [], [], weights.distribution(loaded, False), None
+            )
+        )
     except InputError:
         return
     assert page.endswith(b"</html>\n")

@@ -1,0 +1,214 @@
+"""The head of the page: what was asked of which model, what came of it, and whether the files are those of the run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from perta_fast.errors import shell_command
+from perta_fast.records.check import outcomes
+from perta_fast.records.report import Report
+from perta_fast.reporting.answers import Answers, Shown
+from perta_fast.reporting.measured import CRITERIA, Measurement, chance, meaning, measured, number
+from perta_fast.reporting.tensor_positions import element_count
+from perta_fast.reporting.verified import Verified, in_words
+
+_LIMIT = (
+    "This says what the model answers now. It does not prove that its weights hold nothing more of the rows: "
+    "perta eval with --stress looks at what rounding or a little tuning brings back."
+)
+_LONG = 400  # letters of a text
+ASKED = 3  # questions at the head of the page; more come below
+_TONES = {"Forgotten": "good", "Kept": "good", "Forgotten in part": "open"}
+_VECTOR = "What the model learns from the rows to forget alone is a change of its weights (a task vector)."
+_WHAT = {
+    "tv": f"{_VECTOR} λ times this change was subtracted.",
+    "preconditioned": f"{_VECTOR} Of this change, what the rows to keep would feel was made small, and λ times the "
+    "rest was subtracted.",
+    "": f"{_VECTOR} Each weight's part of it was scaled by how much the weight matters for the rows to forget rather "
+    "than for those to keep, and λ times that was subtracted.",
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One part of the verdict. tone: ``good``, ``bad`` or ``open``."""
+
+    title: str
+    head: str
+    tone: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything above the first fold. asked: pairs of a term and what it is. rows: of the table of numbers."""
+
+    lead: str
+    tiles: list[Tile]
+    asked: list[tuple[str, str]]
+    columns: list[str]
+    rows: list[Sequence[str]]
+    sentences: list[str]
+    verified: Verified
+    answers: list[Shown]
+    no_answers: str
+    command: str
+    warnings: list[str]
+
+
+def verdict(report: Report, run: Path, verified: Verified, answers: Answers | str | None) -> Verdict:
+    """answers: None if nobody asked to see them, a text if there is a reason why they cannot be shown."""
+    found = measured(report)
+    changed = sum(row.changed for row in report.tensors)
+    sentences = [found] if isinstance(found, str) else [meaning(found), f"{found.how} {CRITERIA}", _LIMIT]
+    elements = sum(element_count(row.shape) for row in report.tensors)
+    sentences.append(f"{changed:,} of {elements:,} stored values differ from those of the model.")
+    return Verdict(
+        lead=_lead(report, changed),
+        tiles=[*_tiles(report, found, changed), Tile("Files", verified.head, verified.tone, _files_line(verified))],
+        asked=_asked(report, run),
+        columns=["", "loss before", "loss after", "chance before", "chance after", "exact before", "exact after"],
+        rows=[] if isinstance(found, str) else [_row(role, found) for role in ("forget", "retain")],
+        sentences=sentences,
+        verified=verified,
+        answers=list(map(_short, answers.shown()[:ASKED])) if isinstance(answers, Answers) else [],
+        no_answers=_no_answers(answers),
+        command=""
+        if answers is not None
+        else shell_command("perta", "report", run, "--show-text", "--out", "page.html"),
+        warnings=report.warnings,
+    )
+
+
+def model_name(report: Report) -> str:
+    """The name of the model that was unlearned: of its directory, or on the hub."""
+    path = Path(report.inputs["model"]["path"]) if "model" in report.inputs else Path("a model")
+    for part in path.parts:
+        if part.startswith("models--"):  # in the hub's cache, where the directory's own name is a hash
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name or str(path)
+
+
+def _lead(report: Report, changed: int) -> str:
+    if not changed:
+        return "Nothing was changed: every stored value is as in the model."
+    when = f" on {report.finished[:10]}" if report.finished else ""
+    files = {role: f"the {data['samples']:,} rows of {Path(data['path']).name}" for role, data in report.data.items()}
+    if files.keys() >= {"forget", "retain"}:
+        return f"The model was changed{when}, to make it forget {files['forget']} and keep {files['retain']}."
+    return f"The model was changed{when}. {_files_or_none(files)}"
+
+
+def _files_or_none(files: dict[str, str]) -> str:
+    if not files:
+        return "No data was named, so this page can't say what was to be forgotten."
+    return f"It was given {' and '.join(f'{name} ({role})' for role, name in files.items())}."
+
+
+def _tiles(report: Report, found: Measurement | str, changed: int) -> list[Tile]:
+    titles = {"forget": "To be forgotten", "retain": "To be kept"}
+    if not changed:
+        return [Tile(titles["forget"], "Nothing changed", "bad", "The result holds the values of the model.")]
+    if isinstance(found, str):
+        return [Tile(title, "Not measured", "open", "No number says what came of it.") for title in titles.values()]
+    heads = outcomes(found.data)
+    return [Tile(titles[role], head, _TONES.get(head, "bad"), _tile_line(found, role)) for role, head in heads.items()]
+
+
+def _tile_line(found: Measurement, role: str) -> str:
+    data = found.data[role]
+    assert data.after is not None
+    line = f"loss {number(data.before.loss)} before, {number(data.after.loss)} after"
+    if data.answers:
+        line += f"; {data.before.exact} of {data.answers} answers exact before, {data.after.exact} after"
+    return line
+
+
+def _files_line(verified: Verified) -> str:
+    return {
+        "good": "What lies on the disk is what the run has written.",
+        "bad": f"{len(verified.problems)} wrong; see below." if verified.problems else "See below.",
+    }.get(verified.tone, "Nobody has looked.")
+
+
+def _row(role: str, found: Measurement) -> Sequence[str]:
+    data = found.data[role]
+    assert data.after is not None
+    losses, sides = (data.before.loss, data.after.loss), (data.before, data.after)
+    exact = [f"{side.exact} of {data.answers}" if data.answers else "–" for side in sides]
+    name = {"forget": "to be forgotten", "retain": "to be kept"}[role]
+    return (f"{name}, {data.rows:,} rows", *map(number, losses), *map(chance, losses), *exact)
+
+
+def _asked(report: Report, run: Path) -> list[tuple[str, str]]:
+    rule = "preconditioned" if report.preconditioned is not None else report.rule
+    model = report.inputs.get("model", {"path": "not named"})["path"]
+    data = {role: f"{record['samples']:,} rows of {record['path']}" for role, record in report.data.items()}
+    asked = [
+        ("Model", model),
+        ("Result", "the model itself, changed in place" if report.in_place else str(run.absolute())),
+        ("To be forgotten", data.get("forget", "no data was named")),
+        ("To be kept", data.get("retain", "no data was named")),
+        ("Method", f"{_WHAT.get(rule, _WHAT[''])} (rule {rule})"),
+        ("Strength", f"λ = {report.lam:.6g}; {_bound(report)}"),
+        ("Run", _times(report)),
+    ]
+    scope = [
+        f"{word} {', '.join(patterns)}" for word, patterns in (("only", report.only), ("not", report.leave)) if patterns
+    ]
+    return asked + ([("Parameters", "; ".join(scope))] if scope else [])
+
+
+def _bound(report: Report) -> str:
+    """How the strength was chosen, in a clause."""
+    if report.setting_choice is not None:
+        chosen = report.setting_choice
+        return f"chosen of {len(chosen.tried)} settings{chosen.within()} (see below)"
+    if report.choice is not None:
+        return (
+            f"the largest of {len(report.choice.tried)} tried at which the loss on the rows to keep rises by at most "
+            f"{report.choice.max_retain_rise:g} (see below)"
+        )
+    return "given by whoever ran it"
+
+
+def _times(report: Report) -> str:
+    versions = f"perta_fast {report.versions.get('perta-fast') or 'of an unknown version'}"
+    if not report.started or not report.finished:
+        return versions
+    text = f"{in_words(report.started)} to {in_words(report.finished)}{_duration(report.started, report.finished)}"
+    times = "once" if report.resumed == 1 else f"{report.resumed} times"
+    return f"{text}{f', stopped and resumed {times}' if report.resumed else ''}; {versions}"
+
+
+def _duration(started: str, finished: str) -> str:
+    try:
+        seconds = round((datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())
+    except (TypeError, ValueError):  # a damaged report may hold any text
+        return ""
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f" ({f'{hours} h ' if hours else ''}{f'{minutes} min ' if minutes else ''}{seconds % 60} s)"
+
+
+def rest_of(answers: Answers | str | None) -> list[Shown]:
+    """The answers that the head does not show, or does not show whole."""
+    if not isinstance(answers, Answers):
+        return []
+    shown = answers.shown()
+    return [row for number, row in enumerate(shown) if number >= ASKED or _short(row) != row]
+
+
+def _short(row: Shown) -> Shown:
+    """With long texts cut, as the head of the page has to fit on paper."""
+    role, *texts = row
+    question, truth, before, after = (text if len(text) <= _LONG else f"{text[:_LONG]} […]" for text in texts)
+    return role, question, truth, before, after
+
+
+def _no_answers(answers: Answers | str | None) -> str:
+    if isinstance(answers, Answers):
+        return ""
+    if isinstance(answers, str):
+        return f"Not shown: {answers}."
+    return "Not shown, as questions and answers may be private. This puts three of them here:"
