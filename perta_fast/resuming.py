@@ -67,6 +67,11 @@ def resume(
     return finish_resumed(ranks.share(report), progress, ranks)
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether ``resume`` has something to finish there."""
+    return _unfinished(Path(os.path.realpath(directory))) is not None
+
+
 def _unfinished(destination: Path) -> _Unfinished | None:
     """What there is to finish at ``destination``."""
     if is_open(destination):

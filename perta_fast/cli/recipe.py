@@ -1,14 +1,14 @@
-"""``perta recipe``: a template of a recipe, and a check of one."""
+"""``perta recipe``: templates of recipes, a check of one, and the run of all its sections."""
 
 import argparse
 import textwrap
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from perta_fast.cli import unlearn
-from perta_fast.cli.choosing import check_choice
 from perta_fast.cli.options import Command, Option, flag
-from perta_fast.cli.recipe_options import alternatives, arguments_from, options_of, parser_of
-from perta_fast.errors import InputError
+from perta_fast.cli.recipe_options import MAKE_NOTHING, alternatives, options_of, required
+from perta_fast.errors import printable
 from perta_fast.files.new_file import check_output_file, write_output_file
 
 _HEAD = """\
@@ -16,11 +16,27 @@ _HEAD = """\
 # and run it with: perta unlearn --recipe FILE
 # Options on the command line win over those in here. Relative paths begin at this file's directory.
 """
+_JOB_HEAD = """\
+# A whole job: its sections are run in this order. Check this file with: perta recipe check FILE
+# and run it with: perta recipe run FILE
+# The keys of a section are the options of the command of its name. What stands above the sections is for all that know
+# it. What one section makes, a later one reads under the same path. A section may be left out. Relative paths begin at
+# this file's directory.
+"""
+# The values of a job, by section, beside those that the user fills in.
+_JOB: dict[str, dict[str, str]] = {
+    "": {"model": "", "base": "", "forget": "", "retain": "", "tuned": "tuned"},
+    "tune": {"out": "tuned"},
+    "sweep": {"max-retain-rise": "0.05", "out": "settings"},
+    "unlearn": {"out": "unlearned"},
+    "eval": {"model": "unlearned", "out": "scores.json"},
+    "report": {"run": "unlearned", "sweep": "settings", "eval": "scores.json", "out": "page.html"},
+}
 _WIDTH = 100
 
 
 def write_template(parsed: argparse.Namespace) -> int:
-    text = template(unlearn.COMMAND)
+    text = job_template() if parsed.job else template(unlearn.COMMAND)
     if parsed.out is None:
         print(text, end="")
         return 0
@@ -30,82 +46,104 @@ def write_template(parsed: argparse.Namespace) -> int:
 
 
 def check_recipe(parsed: argparse.Namespace) -> int:
-    from perta_fast.data.chat import ChatSettings
-    from perta_fast.errors import printable
+    from perta_fast.cli.recipe_sections import check_inputs, sections_of
     from perta_fast.records.recipe import read_recipe
-    from perta_fast.rules import Rule, check_strength
-    from perta_fast.subtraction.scope import Scope
 
-    path, command = parsed.recipe, unlearn.COMMAND
-    settings = read_recipe(path)
-    arguments = arguments_from(command, settings, path)
-    named = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
-    missing = [" or ".join(keys) for keys in required(command) if named.isdisjoint(keys)]
-    if missing:
-        raise InputError(f"{path}: is not a whole run; it does not say: {', '.join(missing)}")
-    run = parser_of(command).parse_args(arguments)
-    try:
-        run.command = command
-        check_choice(run)
-        if run.choose is None:
-            check_strength(run.lam, run.max_retain_rise, run.stream, run.allow_zero)
-            Rule.of_unlearn(run.rule, run.lam or 0.0, run.p, run.alpha, run.threshold)
-        ChatSettings.of(run.system_prompt, run.date_string)
-        Scope.of(run.only, run.leave)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    print(printable(f"{path}: a whole run, {len(settings)} settings"))
+    path = parsed.recipe
+    recipe = read_recipe(path)
+    sections = sections_of(recipe, path)
+    what = f"a whole run, {len(recipe.settings)} settings"
+    if recipe.sections:
+        check_inputs(sections)
+        what = f"a whole job: {', '.join(section.name for section in sections)}"
+    print(printable(f"{path}: {what}"))
     return 0
 
 
-def required(command: Command) -> list[list[str]]:
-    """The keys that a whole run needs, one of each list."""
-    needed = {key: option for key, option in options_of(command).items() if option.required}
-    single = [[key] for key, option in needed.items() if not option.one_of]
-    return single + [keys for keys in alternatives(command) if keys[0] in needed]
+def run_recipe(parsed: argparse.Namespace) -> int:
+    from perta_fast.cli.recipe_run import run_sections
+
+    return run_sections(parsed.recipe, overwrite=parsed.overwrite, quiet=parsed.quiet)
 
 
 def template(command: Command) -> str:
     """A recipe with every option of ``command`` and its help; the user fills in those that are required."""
-    first = {keys[0] for keys in required(command)}
+    return "\n".join([_HEAD, "\n\n".join(_entries(command, _first(command))), ""])
+
+
+def job_template() -> str:
+    """A recipe of a whole job, which runs once the user has filled in what is required."""
+    from perta_fast.cli.recipe_sections import COMMANDS
+
+    options = options_of(COMMANDS["sweep"])
+    entries = [_entry(options[key], value, shown=True) for key, value in _JOB[""].items()]
+    sections = [_section(COMMANDS[name], values) for name, values in _JOB.items() if name]
+    return "\n".join([_JOB_HEAD, "\n\n".join(entries + sections), ""])
+
+
+def _section(command: Command, values: Mapping[str, str]) -> str:
+    """A section with ``values``, and the names of the other options in a comment."""
+    lines = [f"  {key}: {value}" for key, value in values.items()]
+    others = [key for key in options_of(command) if key not in (*values, *_JOB[""], *MAKE_NOTHING)]
+    text = f"also (perta {command.name} --help): {', '.join(others)}"
+    more = textwrap.wrap(text, _WIDTH, break_on_hyphens=False)
+    return "\n".join([f"# {command.help}", f"{command.name}:", *lines, *(f"  # {line}" for line in more)])
+
+
+def _first(command: Command) -> list[str]:
+    return [keys[0] for keys in required(command)]
+
+
+def _entries(command: Command, first: Collection[str]) -> list[str]:
+    """The options of ``command`` in YAML; all but the ``first`` are comments."""
+    options = options_of(command)
     instead = {key: keys[0] for keys in alternatives(command) for key in keys[1:]}
-    entries = []
-    for key, option in options_of(command).items():
-        help_text = option.help or ""
-        if option.choices is not None:
-            help_text += f": {', '.join(option.choices)}"
-        if key in instead:
-            help_text += f", instead of {instead[key]}"
-        comment = textwrap.fill(help_text, _WIDTH, initial_indent="# ", subsequent_indent="# ")
-        if key in first:
-            entries.append(f"{comment}\n{key}:  # required")
-        else:
-            value = option.default or option.metavar or option.name.upper()
-            if option.type is bool:
-                value = str(option.default is True).lower()
-            entries.append(f"{comment}\n# {key}: {value}")
-    return "\n".join([_HEAD, "\n\n".join(entries), ""])
+    return [_entry(option, "", shown=key in first, instead=instead.get(key)) for key, option in options.items()]
 
 
+def _entry(option: Option, value: str, *, shown: bool, instead: str | None = None) -> str:
+    """One option: its help, and a line with ``value``, or one to fill in; or, if it is not ``shown``, a comment."""
+    help_text = option.help or ""
+    if option.choices is not None:
+        help_text += f": {', '.join(option.choices)}"
+    if instead is not None:
+        help_text += f", instead of {instead}"
+    comment = textwrap.fill(help_text, _WIDTH, initial_indent="# ", subsequent_indent="# ")
+    if shown:
+        return f"{comment}\n{option.key}: {value or ' # required'}"
+    usual = option.default or option.metavar or option.name.upper()
+    if option.type is bool:
+        usual = str(option.default is True).lower()
+    return f"{comment}\n# {option.key}: {usual}"
+
+
+_FILE = Option("recipe", "a YAML file, or the report of a run", Path, "FILE", positional=True)
 COMMAND = Command(
     "recipe",
-    "a whole run as one YAML file: write a template, check one",
+    "a run or a whole job as one YAML file: write a template, check one, run one",
     parts=(
         Command(
             "init",
             "write a template with every option",
             (
+                flag("job", "of a whole job: tune, sweep, unlearn, eval and report"),
                 Option("out", "file to make, ending in .yaml or .yml (standard output)", Path, "FILE"),
                 flag("overwrite", "replace FILE"),
             ),
             write_template,
         ),
         Command(
-            "check",
-            "whether a recipe is a whole run, correctly written",
-            (Option("recipe", "a YAML file, or the report of a run", Path, "FILE", positional=True),),
-            check_recipe,
-            prints=True,
+            "check", "whether a recipe is a whole run or job, correctly written", (_FILE,), check_recipe, prints=True
+        ),
+        Command(
+            "run",
+            "run the sections of a recipe; what is done already is left as it is",
+            (
+                _FILE,
+                flag("overwrite", "replace what was made with other settings, or by other commands"),
+                flag("quiet", "no progress bar, no summary"),
+            ),
+            run_recipe,
         ),
     ),
 )

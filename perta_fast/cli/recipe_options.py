@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 RECIPE = Option(
     "recipe", "take options from this YAML file, or from the report of a run; those given here come first", Path, "FILE"
 )
+MAKE_NOTHING = ("dry-run", "show-labels")  # with these a command only prints
 _EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", Path: "a path", str: "a text"}
 
 
@@ -32,9 +33,7 @@ class RecipeParser(ArgumentParser):
             given = given_options(self.command, args)
             path = given.pop("recipe", None)
             if path is not None and "help" not in given:
-                from perta_fast.records.recipe import read_recipe
-
-                args = [*arguments_from(self.command, read_recipe(path), path, given), *args]
+                args = [*arguments_from(self.command, settings_for(self.command, path), path, given), *args]
         parsed, others = super().parse_known_args(args, namespace)
         parsed.arguments = args
         return parsed, others
@@ -82,6 +81,38 @@ def alternatives(command: Command) -> list[list[str]]:
     return list(sets.values())
 
 
+def settings_for(command: Command, path: Path) -> dict[str, "Setting"]:
+    """What the recipe ``path`` says of ``command``: of a job its section, with what the sections share.
+
+    Raises InputError if it cannot be read, or is a job without such a section.
+    """
+    from perta_fast.records.recipe import read_recipe
+
+    recipe = read_recipe(path)
+    if not recipe.sections:
+        return recipe.settings
+    if command.name not in recipe.sections:
+        raise InputError(f"{path}: has no section {command.name}; its sections are {', '.join(recipe.sections)}")
+    return with_shared(command, recipe.settings, recipe.sections[command.name])
+
+
+def with_shared(
+    command: Command, shared: Mapping[str, "Setting"], own: Mapping[str, "Setting"]
+) -> dict[str, "Setting"]:
+    """The settings of one section: its own, and those of the shared ones that it knows and does not replace."""
+    known = options_of(command)
+    replaced = set(own).union(*(group for group in alternatives(command) if not own.keys().isdisjoint(group)))
+    return {key: setting for key, setting in shared.items() if key in known and key not in replaced} | dict(own)
+
+
+def required(command: Command) -> list[list[str]]:
+    """The keys that a whole run needs, one of each list."""
+    needed = {key: option for key, option in options_of(command).items() if option.required}
+    single = [[key] for key, option in needed.items() if not option.one_of]
+    kept = [] if "out" in needed else [["out"]]  # without it there would be nothing to go on with
+    return single + [keys for keys in alternatives(command) if keys[0] in needed] + kept
+
+
 def arguments_from(
     command: Command, settings: Mapping[str, "Setting"], path: Path, given: Collection[str] = ()
 ) -> list[str]:
@@ -91,13 +122,13 @@ def arguments_from(
     the recipe's directory. Raises InputError naming file, line and key.
     """
     options = options_of(command)
-    arguments = {}
+    arguments: dict[str, list[str]] = {}
     for key, setting in settings.items():
         if key not in options:
             near = difflib.get_close_matches(key, options, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(list(options)[:12])}, … (--help)"
             raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of perta {command.name}; {hint}")
-        arguments[key] = _argument(key, options[key], setting, path.parent)
+        arguments[key] = _arguments(options[key], setting, path.parent)
     left_out = {key for key, option in options.items() if option.name in given}
     for group in alternatives(command):
         chosen = [key for key in group if arguments.get(key)]
@@ -105,16 +136,29 @@ def arguments_from(
             raise InputError(f"{settings[chosen[-1]].where}: {chosen[-1]} cannot stand beside {chosen[0]}")
         if left_out.intersection(group):
             left_out.update(group)
-    return [argument for key, argument in arguments.items() if argument and key not in left_out]
+    chosen = [key for key in arguments if key not in left_out]
+    positional = [argument for key in chosen if options[key].positional for argument in arguments[key]]
+    named = [argument for key in chosen if not options[key].positional for argument in arguments[key]]
+    return [*named, "--", *positional] if positional else named
 
 
-def _argument(key: str, option: Option, setting: "Setting", folder: Path) -> str:
-    """One argument; empty for a flag that is not set."""
-    value, where = setting.value, setting.where
+def _arguments(option: Option, setting: "Setting", folder: Path) -> list[str]:
+    """The arguments of one option; none for a flag that is not set."""
+    key, value, where = option.key, setting.value, setting.where
+    if isinstance(value, tuple) and not option.several:
+        raise InputError(f"{where}: {key!r} must be a single value, not a list")
     if option.type is bool:
         if not isinstance(value, bool):
             raise InputError(f"{where}: {key} is {reprlib.repr(value)}; it must be true or false")
-        return f"--{key}" if value else f"--no-{key}" if option.negatable else ""
+        return [f"--{key}"] if value else [f"--no-{key}"] if option.negatable else []
+    start = "" if option.positional else f"--{key}="
+    several = value if isinstance(value, tuple) else (value,)
+    return [f"{start}{argument_text(option, one, where, folder)}" for one in several]
+
+
+def argument_text(option: Option, value: str | bool, where: str, folder: Path) -> str:
+    """A value as on the command line; paths begin at ``folder``."""
+    key = option.key
     expected = _EXPECTED.get(option.type, f"a value for --{key}")
     if option.choices is not None:
         expected = f"one of {', '.join(option.choices)}"
@@ -133,4 +177,4 @@ def _argument(key: str, option: Option, setting: "Setting", folder: Path) -> str
         raise InputError(refusal) from error
     if option.choices is not None and converted not in option.choices:
         raise InputError(refusal)
-    return f"--{key}={value}"
+    return value

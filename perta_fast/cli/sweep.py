@@ -25,9 +25,7 @@ def run(parsed: argparse.Namespace) -> int:
         from perta_fast.sweeping.run import sweep
 
     check_streamed(parsed)
-    settings = keywords(parsed, without=("dry_run",))
-    for one, several in (("rule", "rules"), ("mu", "mus"), ("p", "ps"), ("alpha", "alphas")):
-        settings[one] = settings.pop(several) or settings[one]
+    settings = settings_of(parsed)
     if parsed.dry_run:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
@@ -51,6 +49,14 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.out is not None:
         print(printable(f"written to {parsed.out}"))
     return 0
+
+
+def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the Python function ``sweep``."""
+    settings = keywords(parsed, without=("dry_run",))
+    for one, several in (("rule", "rules"), ("mu", "mus"), ("p", "ps"), ("alpha", "alphas")):
+        settings[one] = settings.pop(several) or settings[one]
+    return settings
 
 
 def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", lam: str) -> str:

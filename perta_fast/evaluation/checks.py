@@ -47,7 +47,7 @@ class Checked:
 
         Raises InputError for bad arguments or data, RunError if the result could not be written.
         """
-        _check_arguments(request)
+        check_arguments(request)
         conventions = _conventions(request)
         _check_out(request, overwrite, resume)
         gold = None if request.reference is None else EvaluationFile.read(request.reference)
@@ -116,7 +116,7 @@ class Checked:
         )
 
 
-def _check_arguments(request: Request) -> None:
+def check_arguments(request: Request) -> None:
     """Raise InputError for numbers out of their range, and arguments that do not go together."""
     check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
     if not 0 < request.min_k <= 1:

@@ -1,8 +1,8 @@
-"""Recipes: the settings of a whole run in one file, written by hand in YAML or kept in the report of a run."""
+"""Recipes: the settings of one run or of a whole job in one file, written in YAML or kept in the report of a run."""
 
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ _PATHS = ("model", "base", "tuned", "forget", "retain", "out", "whole_importance
 # A second run must not replace the first.
 _NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance", "as", "importance-dtype", "save-tuned")
 _KEYS = {"save_as": "as"}  # which is no name in Python
+SECTIONS = ("tune", "sweep", "unlearn", "eval", "report")  # the commands that a job can have
+LISTS = ("also", "forget-importance", "retain-importance", "importance", "sweep", "eval")  # keys with several values
 _LONGEST = 1 << 16  # bytes of YAML
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = [_TAG + kind for kind in ("str", "int", "float", "bool", "null", "timestamp")]
@@ -26,10 +28,24 @@ _SCALARS = [_TAG + kind for kind in ("str", "int", "float", "bool", "null", "tim
 
 @dataclass(frozen=True)
 class Setting:
-    """The value of one option: True or False, or a text as on the command line. where: the file and the line."""
+    """The value of one option: True or False, or a text as on the command line, or several of these.
 
-    value: str | bool
+    where: the file and the line.
+    """
+
+    value: str | bool | tuple[str, ...]
     where: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe says. settings: of the one run; or, of a job, those that its sections share.
+
+    sections: of a job, by name, in the order of the file; none for one run.
+    """
+
+    settings: dict[str, Setting]
+    sections: dict[str, dict[str, Setting]]
 
 
 def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
@@ -55,14 +71,14 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
     return recipe
 
 
-def read_recipe(path: Path) -> dict[str, Setting]:
-    """The settings in a recipe, by key; keys without a value are left out.
+def read_recipe(path: Path) -> Recipe:
+    """A recipe; keys without a value are left out.
 
-    path: a YAML file of keys and single values, or the report of a run (``.json``). From a report, the destinations of
-    the run are left out, and after a run in place also the model, which has changed. Raises InputError, naming the
-    line, for anything else. ``cli.recipe_options`` checks the keys.
+    path: a YAML file of keys and values, in sections or not, or the report of a run (``.json``). From a report, the
+    destinations of the run are left out, and after a run in place also the model, which has changed. Raises InputError,
+    naming the line, for anything else. ``cli.recipe_options`` checks the keys.
     """
-    return _from_report(path) if path.suffix == ".json" else _from_yaml(path)
+    return Recipe(_from_report(path), {}) if path.suffix == ".json" else _from_yaml(path)
 
 
 def _from_report(path: Path) -> dict[str, Setting]:
@@ -78,7 +94,14 @@ def _from_report(path: Path) -> dict[str, Setting]:
     }
 
 
-def _from_yaml(path: Path) -> dict[str, Setting]:
+def _from_yaml(path: Path) -> Recipe:
+    root = _compose(path)
+    nodes = {key: node for key, _, node in _entries(root, path)}
+    inside = {name: node for name, node in nodes.items() if name in SECTIONS and node.tag == _TAG + "map"}
+    return Recipe(_settings(root, path, set(inside)), {name: _settings(node, path) for name, node in inside.items()})
+
+
+def _compose(path: Path) -> yaml.MappingNode:
     text = _read_text(path)
     try:
         root = yaml.compose(text, yaml.SafeLoader)  # nodes with line numbers; no Python object is made
@@ -100,21 +123,37 @@ def _from_yaml(path: Path) -> dict[str, Setting]:
         raise InputError(f"{path}: is empty; perta recipe init writes a template")
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path}, line {_line(root)}: must hold lines such as lam: 1.0")
+    return root
+
+
+def _settings(root: yaml.MappingNode, path: Path, without: Container[str] = ()) -> dict[str, Setting]:
+    """The settings below one node."""
     settings: dict[str, Setting] = {}
-    seen: dict[str, int] = {}
-    for key_node, node in root.value:
-        where = f"{path}, line {_line(key_node)}"
-        key = _scalar(key_node, f"{where}: a key")
-        shown = reprlib.repr(key)
-        if key in seen:
-            raise InputError(f"{where}: {shown} stands in line {seen[key]} already")
-        seen[key] = _line(key_node)
-        value = _scalar(node, f"{where}: {shown}")
+    for key, where, node in _entries(root, path):
+        if key in without:
+            continue
+        name = f"{where}: {reprlib.repr(key)}"
+        if key in LISTS and isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            settings[key] = Setting(tuple(_scalar(entry, f"{name}: an entry") for entry in node.value), where)
+            continue
+        value = _scalar(node, name)
         if node.tag == _TAG + "bool":
             settings[key] = Setting(yaml.SafeLoader.bool_values.get(value.lower(), value), where)
         elif node.tag != _TAG + "null":
             settings[key] = Setting(value, where)
     return settings
+
+
+def _entries(root: yaml.MappingNode, path: Path) -> Iterator[tuple[str, str, yaml.Node]]:
+    """Each key with its file and line, and what it stands for. Raises InputError for a key that comes again."""
+    seen: dict[str, int] = {}
+    for key_node, node in root.value:
+        where = f"{path}, line {_line(key_node)}"
+        key = _scalar(key_node, f"{where}: a key")
+        if key in seen:
+            raise InputError(f"{where}: {reprlib.repr(key)} stands in line {seen[key]} already")
+        seen[key] = _line(key_node)
+        yield key, where, node
 
 
 def _read_text(path: Path) -> str:

@@ -71,7 +71,7 @@ def test_names_become_a_list() -> None:
 
 @pytest.mark.parametrize("run", ["unlearned", "streamed", "streamed_in_place"])
 def test_recipes_are_read(run: str) -> None:
-    recipe = {key: setting.value for key, setting in read_recipe(WRITTEN / run / "perta_report.json").items()}
+    recipe = {key: setting.value for key, setting in read_recipe(WRITTEN / run / "perta_report.json").settings.items()}
     assert recipe["base"] == f"{PLACE}job/base" and recipe["lam"] == "0.5" and "out" not in recipe
 
 

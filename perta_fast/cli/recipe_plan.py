@@ -1,0 +1,102 @@
+"""What is to be done of each section of a recipe that is run, perhaps for the second time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from perta_fast.cli.recipe_sections import Section
+from perta_fast.errors import InputError
+from perta_fast.files.identity import is_same, lies_in
+from perta_fast.records.recipe_record import Made, first_difference, identity_of
+
+_ADVICE = "choose another out, or replace it with --overwrite"
+
+
+class Way(Enum):
+    """How a section is done, in the words of its line of progress."""
+
+    NOT_AT_ALL = "is done already"
+    ANEW = "is made"
+    FURTHER = "was begun, and goes on"
+    OVER = "is made again"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a section is done. refusal: why it may not be, unless that was asked for. known: of an earlier run.
+
+    inputs: gives what shows whether an input has changed, as it is then.
+    """
+
+    way: Way
+    refusal: str
+    known: Made | None
+    inputs: Callable[[], dict[str, Any]]
+
+
+def plan(sections: Sequence[Section], made: Mapping[str, Made], *, overwrite: bool) -> list[Plan]:
+    """How each section is done; ``made`` has what earlier runs did.
+
+    Raises InputError for a section that would replace what was made in another way, unless ``overwrite``.
+    """
+    plans: list[Plan] = []
+    for number, section in enumerate(sections):
+        changing = [other.result for other in sections[number:] if other.in_place]
+
+        def inputs(section: Section = section, changing: list[Path] = changing) -> dict[str, Any]:
+            return _identities(section, changing)
+
+        known = made.get(section.name)
+        changed = None if known is None else first_difference(known.inputs, inputs())
+        for other, before in zip(sections, plans, strict=False):
+            if before.way is not Way.NOT_AT_ALL:
+                changed = next((key for key, path in section.read() if _lies_in(path, other)), changed)
+        way, refusal = _way(section, known, changed)
+        if refusal and not (overwrite or section.overwrites):
+            raise InputError(f"{section.where}: {section.result}: {refusal}; {_ADVICE}")
+        plans.append(Plan(way, refusal, known, inputs))
+    return plans
+
+
+def is_unfinished(result: Path) -> bool:
+    """Whether a run to, or in, ``result`` was stopped with something to go on with."""
+    from perta_fast.resuming import is_unfinished
+
+    return is_unfinished(result)
+
+
+def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way, str]:
+    """How a section is done, and what speaks against it. changed: the key of an input that is another one now."""
+    there, unfinished, state = section.is_there(), is_unfinished(section.result), section.state()
+    begun = unfinished or (there and not (section.in_place and (known is None or state == known.before)))
+    if not begun:
+        return Way.ANEW, ""
+    if known is None or (state is None and not unfinished):
+        return Way.OVER, "is there, and not made by this recipe" if there else "was begun by another command"
+    other = first_difference(known.settings, section.told())
+    if other is not None:
+        return Way.OVER, f"was made with another value of {other}"
+    if changed is not None:
+        return Way.OVER, f"was made before {changed} changed"
+    if unfinished:
+        return Way.FURTHER, ""
+    if known.result is None and state == known.before:  # it was to be replaced, and has not been
+        return Way.OVER, ""
+    if known.result not in (None, state):
+        return Way.OVER, "is no longer what this recipe has made"
+    return Way.NOT_AT_ALL, ""
+
+
+def _identities(section: Section, changing: Sequence[Path]) -> dict[str, Any]:
+    """What shows whether an input has changed, by key. changing: what is changed in place meanwhile."""
+    found: dict[str, Any] = {}
+    for key, path in section.read():
+        if not any(is_same(path, other) for other in changing):
+            found.setdefault(key, []).append(identity_of(path))
+    return found
+
+
+def _lies_in(path: Path, section: Section) -> bool:
+    return any(lies_in(path, made) for made in section.made())

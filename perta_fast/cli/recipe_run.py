@@ -1,0 +1,53 @@
+"""``perta recipe run``: the sections of a recipe, one after the other; what is done already is left as it is."""
+
+import argparse
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+from perta_fast.cli import resume, unlearn
+from perta_fast.cli.recipe_plan import Plan, Way, is_unfinished, plan
+from perta_fast.cli.recipe_sections import Section, check_inputs, sections_of
+from perta_fast.errors import PertaError, printable
+from perta_fast.records.recipe import read_recipe
+from perta_fast.records.recipe_record import Made, RecipeRecord, state_of
+
+
+def run_sections(path: Path, *, overwrite: bool, quiet: bool) -> int:
+    """Run the recipe ``path``; return the exit status. Everything is checked before the first section begins."""
+    sections = sections_of(read_recipe(path), path)
+    record = RecipeRecord(path)
+    check_inputs(sections)
+    plans = plan(sections, record.made, overwrite=overwrite)
+    for number, (section, planned) in enumerate(zip(sections, plans, strict=True), 1):
+        if not quiet:
+            text = f"step {number} of {len(sections)}, {section.name}: {section.result} {planned.way.value}"
+            print(printable(text), flush=True)
+        if planned.way is not Way.NOT_AT_ALL:
+            _do(section, planned, record, quiet)
+        if record.made[section.name].result is None:
+            record.keep(section.name, replace(record.made[section.name], result=state_of(section.result)))
+    return 0
+
+
+def _do(section: Section, planned: Plan, record: RecipeRecord, quiet: bool) -> None:
+    """Run one section. Raises its error, which names the section too."""
+    before = planned.known.before if planned.way is Way.FURTHER and planned.known else section.state()
+    record.keep(section.name, Made(section.told(), planned.inputs(), before))
+    more = (["--quiet"] if quiet else []) + (
+        ["--overwrite"] if planned.way is Way.OVER and not section.in_place else []
+    )
+    parsed = section.parsed(*more)
+    if planned.way is Way.FURTHER and _is_resumed(section):
+        parsed = argparse.Namespace(path=section.result, quiet=parsed.quiet, command=resume.COMMAND, group=None)
+    try:
+        parsed.command.run(parsed)
+    except PertaError as error:
+        raise type(error)(f"{section.where}: {error}") from error
+    gc.collect()  # the next section needs the memory
+
+
+def _is_resumed(section: Section) -> bool:
+    """Whether a stopped run goes on with ``perta resume`` alone, and not with the same command."""
+    by_itself = section.command is not unlearn.COMMAND or "choose" in section.settings
+    return is_unfinished(section.result) and (not by_itself or section.is_there())

@@ -1,0 +1,195 @@
+"""A recipe of a whole job: its sections, checked all together before the first one runs."""
+
+import argparse
+import difflib
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from perta_fast.checkpoints.adapters import is_adapter
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.cli import eval, report, sweep, tune, unlearn
+from perta_fast.cli.options import Command, Option
+from perta_fast.cli.recipe_checks import check_settings
+from perta_fast.cli.recipe_options import MAKE_NOTHING, arguments_from, options_of, parser_of, required, with_shared
+from perta_fast.data.rows import read_data
+from perta_fast.errors import InputError
+from perta_fast.files.hub import is_name, local_data
+from perta_fast.files.identity import is_same, lies_in
+from perta_fast.files.reading import exists
+from perta_fast.records.recipe import Recipe, Setting
+from perta_fast.records.recipe_record import state_of
+
+COMMANDS = {command.name: command for command in (module.COMMAND for module in (tune, sweep, unlearn, eval, report))}
+OUTPUTS = ("out", "checkpoint", "save-importance", "save-tuned", "png")  # what sections make; the rest is read
+_DATA = ("forget", "retain", "holdout", "also", "prompts")
+_CHECKPOINTS = ("model", "base", "tuned", "gold", "reference-model", "against")
+_NO_DIFFERENCE = ("out", "overwrite", "quiet", "download")  # to what a section makes
+
+Value = str | bool | list[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One command of a job. settings: as written, those that it shares among them."""
+
+    command: Command
+    settings: Mapping[str, Setting]
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.command.name
+
+    @property
+    def where(self) -> str:
+        """The file and the section, for messages."""
+        return f"{self.path}, {self.name}"
+
+    def parsed(self, *more: str) -> argparse.Namespace:
+        """The options of the command. more: arguments beside the settings, of which ``overwrite`` is left out.
+
+        Raises InputError for a bad setting.
+        """
+        settings = {key: setting for key, setting in self.settings.items() if key != "overwrite"}
+        arguments = [*more, *arguments_from(self.command, settings, self.path)]
+        parsed: argparse.Namespace = parser_of(self.command).parse_args(arguments)
+        parsed.command, parsed.group = self.command, None
+        return parsed
+
+    def told(self) -> dict[str, Value]:
+        """What decides on the result, by key."""
+        return {
+            key: list(setting.value) if isinstance(setting.value, tuple) else setting.value
+            for key, setting in self.settings.items()
+            if key not in _NO_DIFFERENCE and setting.value is not False
+        }
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether it may replace what is there."""
+        setting = self.settings.get("overwrite")
+        return setting is not None and setting.value is True
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the model itself becomes the result."""
+        setting = self.settings.get("in-place")
+        return setting is not None and setting.value is True and self.command is unlearn.COMMAND
+
+    @property
+    def result(self) -> Path:
+        """What the section is for: a file or a directory."""
+        return self._paths("model" if self.in_place else "out")[0]
+
+    def is_there(self) -> bool:
+        """Whether there is something under the name of the result."""
+        result = self.result
+        return exists(result) and not (result.is_dir() and not any(result.iterdir()))
+
+    def state(self) -> str | None:
+        """By what the result is known, as it is; None if it is not there."""
+        return state_of(self.result)
+
+    def made(self) -> list[Path]:
+        """Everything that it writes."""
+        return [path for key in OUTPUTS for path in self._paths(key)] + ([self.result] if self.in_place else [])
+
+    def read(self) -> Iterator[tuple[str, Path]]:
+        """Every file and directory that it reads, with the key. Names of the hub are not among them."""
+        for key, option in options_of(self.command).items():
+            if option.type is Path and key not in OUTPUTS:
+                yield from ((key, path) for path in self._paths(key, option))
+
+    def _paths(self, key: str, option: Option | None = None) -> list[Path]:
+        setting = self.settings.get(key)
+        if setting is None or isinstance(setting.value, bool):
+            return []
+        values = setting.value if isinstance(setting.value, tuple) else (setting.value,)
+        folder = self.path.parent
+        return [folder / value for value in values if not (option and option.named and is_name(value, folder))]
+
+
+def sections_of(recipe: Recipe, path: Path) -> list[Section]:
+    """The sections of ``recipe``, in its order; one run is a section of its own. Every setting is checked.
+
+    Raises InputError naming file, line and key.
+    """
+    if not recipe.sections:
+        sections = [Section(unlearn.COMMAND, recipe.settings, path)]
+    else:
+        _check_shared(recipe)
+        sections = [
+            Section(COMMANDS[name], with_shared(COMMANDS[name], recipe.settings, own), path)
+            for name, own in recipe.sections.items()
+        ]
+    for section in sections:
+        arguments_from(section.command, section.settings, path)
+        missing = [" or ".join(keys) for keys in required(section.command) if not _says(section, keys)]
+        if missing:
+            whole = section.where if recipe.sections else path
+            raise InputError(f"{whole}: is not a whole run; it does not say: {', '.join(missing)}")
+        try:
+            check_settings(section.parsed())
+        except InputError as error:
+            raise InputError(f"{section.where if recipe.sections else path}: {error}") from error
+    return sections
+
+
+def check_inputs(sections: list[Section]) -> None:
+    """Raise InputError unless all that the sections read is there, in order, or is made by an earlier section."""
+    data: dict[tuple[Path, str], None] = {}
+    for number, section in enumerate(sections):
+        if key := next((key for key in MAKE_NOTHING if _says(section, [key])), None):
+            raise InputError(f"{section.settings[key].where}: {key} makes nothing that a job could go on with")
+        for earlier in sections[:number]:
+            for path in section.made():
+                if any(is_same(path, other) for other in earlier.made()) and not section.in_place:
+                    raise InputError(f"{section.where}: {path} is what {earlier.name} makes; choose another out")
+        for key, path in section.read():
+            where = f"{section.settings[key].where}: {key}"
+            if any(_made_by(path, earlier) for earlier in sections[:number]):
+                continue
+            later = next((other for other in sections[number:] if _made_by(path, other)), None)
+            if later is not None and not exists(path):
+                raise InputError(f"{where}: {path} is made by {later.name}, which does not come before {section.name}")
+            _check_input(section, key, path, where, data)
+
+
+def _check_input(section: Section, key: str, path: Path, where: str, data: dict[tuple[Path, str], None]) -> None:
+    """Raise InputError unless what is read is there, and is a checkpoint or data if it must be. data: read before."""
+    try:
+        if key in _DATA and section.command is not report.COMMAND:
+            fields = section.parsed().fields
+            if (path, str(fields)) not in data:
+                read_data(local_data(path), fields)
+                data[path, str(fields)] = None
+        elif not exists(path):
+            raise InputError(f"{path}: does not exist")
+        elif key in _CHECKPOINTS and not (path.is_dir() and is_adapter(path)):
+            Checkpoint.open(path)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _check_shared(recipe: Recipe) -> None:
+    """Raise InputError for a setting above the sections that none of them takes, or that each must have of its own."""
+    known = {key for name in recipe.sections for key in options_of(COMMANDS[name])}
+    for key, setting in recipe.settings.items():
+        if key in (*OUTPUTS, "in-place"):
+            raise InputError(f"{setting.where}: {key} belongs into a section, since each makes something else")
+        if key in COMMANDS:
+            raise InputError(f"{setting.where}: {key} must hold the options of perta {key}, each on a line of its own")
+        if key not in known:
+            near = difflib.get_close_matches(key, [*known, *COMMANDS], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(recipe.sections)}"
+            raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of any section; {hint}")
+
+
+def _says(section: Section, keys: list[str]) -> bool:
+    return any(key in section.settings and section.settings[key].value is not False for key in keys)
+
+
+def _made_by(path: Path, section: Section) -> bool:
+    return any(lies_in(path, made) for made in section.made())
