@@ -29,6 +29,7 @@ from perta_fast.data.rows import read_data
 from perta_fast.data.samples import Sample as DataSample
 from perta_fast.models.loading import load_subject, samples_for
 from perta_fast.models.token_scores import score_tokens
+from perta_fast.rules import RuleName
 
 GROUP = "sweep: 12 settings"
 CONTENDERS = {
@@ -36,7 +37,8 @@ CONTENDERS = {
     "12 checkpoints written, loaded and scored": "peer",
     "ours": "ours",
 }
-RULES, LAMS = ("grad", "fisher"), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+RULES: tuple[RuleName, ...] = ("grad", "fisher")
+LAMS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 SETTINGS = [(rule, lam) for rule in RULES for lam in LAMS]
 SAMPLES, WORDS, BATCH = 32, 32, 16
 ROLES = ("forget", "retain")

@@ -7,29 +7,34 @@ p = 2. ``empirical-fisher``: I is the mean of squared per-sample gradients, p = 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, SupportsFloat, TypeVar, get_args
+from typing import Final, Literal, SupportsFloat, TypeVar, get_args
 
 from perta_fast.errors import InputError
 
 T = TypeVar("T")
 Estimator = Literal["grad", "empirical-fisher"]
+RuleName = Literal["tv", "grad", "fisher", "empirical-fisher"]
+AnyRule = Literal["preconditioned", "tv", "grad", "fisher", "empirical-fisher"]  # of ``unlearn`` and ``sweep``
 Place = Literal["base", "model"]
-DEFAULT_RULE, DEFAULT_ALPHA = "fisher", 1.0  # of what only takes importances
-PRECONDITIONED = "preconditioned"  # the default of ``unlearn`` and ``sweep``: rule tv with a theta_f that is made first
+DEFAULT_RULE: Final = "fisher"  # of what only takes importances
+DEFAULT_ALPHA = 1.0
+PRECONDITIONED: Final = "preconditioned"  # the default of AnyRule: rule tv with a theta_f that is made first
 DEFAULT_MU = 10.0  # of preconditioning
 LARGEST_MU = 1e4  # beyond it, rounding in float32 moments shows where no input was seen
 DEFAULT_RETAIN_RISE = 0.05  # nats, where the strength is searched for
 EXACT_POWERS = (0.5, 1.0, 2.0)  # p for which every backend gives the same bits
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+RULES: tuple[RuleName, ...] = get_args(RuleName)
+ANY_RULES: tuple[AnyRule, ...] = get_args(AnyRule)
+PLACES: tuple[Place, ...] = get_args(Place)
 
 # The estimator that a rule needs, and its p.
-_DEFAULTS: dict[str, tuple[Estimator | None, float]] = {
+_DEFAULTS: Mapping[str, tuple[Estimator | None, float]] = {
     "tv": (None, 1.0),
     "grad": ("grad", 1.0),
     "fisher": ("grad", 2.0),
     "empirical-fisher": ("empirical-fisher", 1.0),
 }
-RULES = tuple(_DEFAULTS)
 
 
 def negative_strength(lam: float) -> str:
@@ -166,7 +171,7 @@ class Rule:
                 )
             return cls.of("tv", lam)
         if name not in RULES:
-            raise InputError(f"rule is {name!r}; it must be one of {', '.join((PRECONDITIONED, *RULES))}")
+            raise InputError(f"rule is {name!r}; it must be one of {', '.join(ANY_RULES)}")
         return cls.of(name, lam, p, alpha, threshold)
 
     def at(self, lam: float) -> "Rule":

@@ -42,6 +42,8 @@ retain = pf.estimate_importance(module, DataLoader(Rows(), batch_size=2), "empir
 records = pf.estimate_importance(module, [{"text": "words"}], progress=False)
 kept: dict[str, torch.Tensor] = dict(forget.tensors)
 pf.apply("m", "b", "t", forget, "importance/retain", in_place=True)
+pf.unlearn("m", "b", "t", [{"text": "words"}], Rows(), rule="tv", at="model", lam=1.0, out="o")
+pf.choose("m", "b", "t", Rows(), Path("r"), rules=["preconditioned", "tv"], metric="Q_A_Prob", out="o")
 changed: int = pf.apply_to_module_(module, "b", "t", forget, retain)
 loss: float = pf.sweep("m", "b", "t", "f", "r", lams=[1, 2], progress=show).rows[0].retain_loss
 score: float = pf.evaluate("m", forget="f")["extraction_strength"]
@@ -70,7 +72,13 @@ def test_a_wrong_program(tmp_path: Path) -> None:
         "import perta_fast as pf\n"
         'pf.apply("m", "b", "t", lamb=1.0)\n'
         'pf.unlearn("m", "b", "t", progress=lambda event: event.percent)\n'
-        'number: int = pf.estimate_importance("m", 3)\n',
+        'number: int = pf.estimate_importance("m", 3)\n'
+        'pf.unlearn("m", "b", "t", rule="fischer")\n'
+        'pf.apply("m", "b", "t", rule="preconditioned")\n'
+        'pf.sweep("m", "b", "t", "f", "r", rule=["tv", "tvv"], lams=[1])\n'
+        'pf.sweep("m", "b", "t", "f", "r", at="tuned", metric="los", select="best", lams=[1])\n'
+        'pf.choose("m", "b", "t", 3, "r", out="o")\n'
+        'pf.estimate_importance("m", "f", "gradient")\n',
         tmp_path,
     )
-    assert [line.split(":")[0] for line in found] == ["3", "4", "5", "5"]
+    assert [line.split(":")[0] for line in found] == ["3", "4", "5", "5", "6", "7", "8", "9", "9", "9", "10", "11"]

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import perta_fast as pf
 from bench.study.data import Row
 from bench.study.models import load_model
 from bench.study.selection import KEPT, Candidate
 from bench.study.trial import Trial, read_candidates, write_candidates
-from perta_fast.rules import Rule
+from perta_fast.rules import AnyRule, Rule, RuleName
 
 _ROLES = ("forget", "retain")
 _SHORT = 0.99  # times the strength at which interpolation reaches the limit
@@ -85,7 +85,7 @@ def search(
             split.path("chosen_retain"),
             *_directories(weighed_by),
             **strengths,
-            rule=rule,
+            rule=cast(AnyRule, rule),
             p=p,
             alpha=alpha,
             batch_size=models.settings.scoring_batch,
@@ -123,7 +123,8 @@ def score_rule(trial: Trial, rule: str, weighed_by: Sequence[Path], name: str, a
 
     def load() -> Any:
         module = load_model(full)
-        pf.apply_to_module_(module, base, tuned, *_directories(weighed_by), rule=rule, lam=lam, alpha=alpha)
+        known = cast(RuleName, rule)
+        pf.apply_to_module_(module, base, tuned, *_directories(weighed_by), rule=known, lam=lam, alpha=alpha)
         return module
 
     made_of = _made_of(trial, (full, base, tuned), rule, weighed_by) | {"lam": lam}

@@ -14,7 +14,7 @@ from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, PRECONDITIONED, RULES
+from perta_fast.rules import ANY_RULES, DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, PLACES, PRECONDITIONED, RULES
 
 if TYPE_CHECKING:
     from perta_fast.streaming.forecast.dry_run import Conditions
@@ -183,7 +183,7 @@ CHECKPOINTS = (
     flag("common_rows", "if a vocabulary was resized, compute the rows that all have, and keep the model's others"),
     DOWNLOAD,
 )
-AT = Option("at", "where the gradients are taken (base)", default="base", choices=("base", "model"))
+AT = Option("at", "where the gradients are taken (base)", default="base", choices=PLACES)
 AT_BY_RULE = replace(AT, help="where the gradients are taken (base), or the inputs seen (model)", default=None)
 RULE = Option("rule", f"how w is found ({DEFAULT_RULE})", default=DEFAULT_RULE, choices=RULES)
 ANY_RULE = replace(
@@ -191,7 +191,7 @@ ANY_RULE = replace(
     help=f"the task vector with less of it along retained inputs, the plain one (tv), or a rescaled one "
     f"({PRECONDITIONED})",
     default=PRECONDITIONED,
-    choices=(PRECONDITIONED, *RULES),
+    choices=ANY_RULES,
 )
 IMPORTANCE = Option("importance", "what --save-importance wrote, instead of the two: both, or their ratio", Path, "DIR")
 LAM = Option("lam", "strength lambda", float, "L", required=True)

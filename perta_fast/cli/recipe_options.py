@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli.options import Command, Option, add_options
+from perta_fast.data.given import is_given
 from perta_fast.errors import InputError
 from perta_fast.files.hub import is_name
 
@@ -167,7 +168,7 @@ def argument_text(option: Option, value: str | bool, where: str, folder: Path) -
         raise InputError(f"{refusal}; write it in quotes if it is a name")
     if not value and not option.may_be_empty:
         raise InputError(refusal)
-    if option.type is Path and not (option.named and is_name(value, folder)):
+    if option.type is Path and not is_given(value) and not (option.named and is_name(value, folder)):
         value = str(folder / value)
     try:
         converted = option.type(value)

@@ -16,6 +16,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from perta_fast.data.given import GivenRows, is_given, no_longer_there
 from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.reading import check_fetched, checked_path, decode, exists, read_json
@@ -34,6 +35,8 @@ def read_entries(path: str | Path) -> tuple[list[tuple[str, Any]], str]:
 
     path: as for ``data_files``. Each file is read once: it can be a pipe. Raises InputError, naming file and line.
     """
+    if is_given(path):
+        raise no_longer_there(path)
     entries: list[tuple[str, Any]] = []
     digest = blake3()
     for file in data_files(path):
@@ -47,6 +50,8 @@ def read_entries(path: str | Path) -> tuple[list[tuple[str, Any]], str]:
 
 def hash_data(path: str | Path) -> str:
     """The hash that ``read_entries`` gives."""
+    if is_given(path):
+        raise no_longer_there(path)
     files = data_files(path)
     if len(files) == 1:
         return hash_file(files[0])
@@ -56,13 +61,15 @@ def hash_data(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def data_files(path: str | Path) -> list[Path]:
+def data_files(path: str | Path | GivenRows) -> list[Path]:
     """The files of ``path``, in order: a file; or DIR or DIR:NAME, of a directory of data files.
 
     DIR is one that the library datasets has saved, where NAME is a split, or holds data files of any format. There NAME
     is the path of one below DIR, or the end of its path without ending and number of shard. Without NAME there must be
-    one alone. Raises InputError if there is none, or several.
+    one alone. Rows given in Python have none. Raises InputError if there is none in DIR, or several.
     """
+    if isinstance(path, GivenRows) or is_given(path):
+        return []
     path = checked_path(path)
     if path.is_dir():
         return _files_in(path, None)

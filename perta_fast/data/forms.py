@@ -52,12 +52,18 @@ _NEEDED = 'needs "question" and "answer", or "text", or "messages"'
 class Row:
     """One checked entry: ``content`` has the keys of its form, ``where`` names file and line.
 
+    Of what was tokenised when it was given, ``content`` has the ``samples``.
     read_as: what was taken for what, "" if the entry has these keys itself.
     """
 
     content: Mapping[str, Any]
     where: str
     read_as: str = ""
+
+    @property
+    def is_tokenised(self) -> bool:
+        """Whether there is no text, but samples."""
+        return "samples" in self.content
 
 
 def fields_from(text: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from perta_fast.data.formats import read_entries
 from perta_fast.data.forms import Fields, Row, check_fields, check_text, rows_of_entries
+from perta_fast.data.given import IN_WORDS, GivenRows
 from perta_fast.errors import InputError
 
 __all__ = ["Row", "check_text", "load_rows", "read_data", "rows_from"]
@@ -16,11 +17,17 @@ def load_rows(path: str | Path, fields: Fields | None = None) -> list[Row]:
     return read_data(path, fields)[0]
 
 
-def read_data(path: str | Path, fields: Fields | None = None) -> tuple[list[Row], str]:
-    """``load_rows``, and the BLAKE3 hash of the file, which is read once: it can be a pipe."""
+def read_data(source: str | Path | GivenRows, fields: Fields | None = None) -> tuple[list[Row], str]:
+    """The checked rows and their BLAKE3 hash. A file is read once: it can be a pipe."""
     check_fields(fields)
-    entries, digest = read_entries(path)
-    return rows_of_entries(entries, fields, path), digest
+    if not isinstance(source, GivenRows):
+        entries, digest = read_entries(source)
+        return rows_of_entries(entries, fields, source), digest
+    if isinstance(source.entries[0][1], Row):  # of tokens
+        if fields is not None:
+            raise InputError("fields is for rows of text, and this data is tokenised already; leave it out")
+        return [row for _, row in source.entries], source.digest
+    return rows_of_entries(source.entries, fields, IN_WORDS), source.digest
 
 
 def evenly_spread(count: int, most: int) -> list[int]:

@@ -1,13 +1,13 @@
 """Data that is tokenised already, as for a Trainer: rows of a data set, or padded batches of a loader."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Fields that change what a model computes: packed samples, images, tokens given as vectors.
 _REFUSED = ("position_ids", "inputs_embeds", "pixel_values")
@@ -24,6 +24,8 @@ def samples_from(rows: Iterable[Any]) -> list[Sample]:
     Raises InputError, naming the row, if fields are not whole numbers, differ in shape, or have padding inside a
     sample; or if there is no row.
     """
+    import torch
+
     samples = []
     for number, row in enumerate(rows):
         if not is_tokenised(row):
@@ -48,7 +50,9 @@ def samples_from(rows: Iterable[Any]) -> list[Sample]:
     return samples
 
 
-def _numbers(row: Mapping[str, Any], key: str, number: int) -> Tensor:
+def _numbers(row: Mapping[str, Any], key: str, number: int) -> "Tensor":
+    import torch
+
     try:
         value = torch.as_tensor(row[key])
     except (TypeError, ValueError, RuntimeError) as error:  # text, or rows of different lengths
@@ -61,7 +65,7 @@ def _numbers(row: Mapping[str, Any], key: str, number: int) -> Tensor:
     return value.cpu()
 
 
-def _sample(fields: Sequence[Tensor], where: str) -> Sample:
+def _sample(fields: Sequence["Tensor"], where: str) -> Sample:
     ids, labels, mask = (field.tolist() for field in fields)
     begin = mask.index(1) if 1 in mask else 0
     end = begin + sum(mask)

@@ -13,11 +13,11 @@ from perta_fast.demo.files import Files
 from perta_fast.demo.scoring import Score, score
 from perta_fast.demo.settings import Settings
 from perta_fast.progress import Bar
-from perta_fast.rules import PRECONDITIONED, RULES, Rule
+from perta_fast.rules import PRECONDITIONED, RULES, AnyRule, Rule
 from perta_fast.runs.apply import apply
 from perta_fast.runs.unlearn import unlearn
 
-DEMO_RULES = (*RULES, PRECONDITIONED)
+DEMO_RULES: tuple[AnyRule, ...] = (*RULES, PRECONDITIONED)
 Samples = Mapping[str, Sequence[Sample]]  # by split
 
 
@@ -71,7 +71,7 @@ def best_run(runs: Sequence[Run]) -> Run:
     return min(runs, key=lambda run: (run.gap, run.lam))
 
 
-def _subtract(files: Files, rule: str, lam: float) -> None:
+def _subtract(files: Files, rule: AnyRule, lam: float) -> None:
     """``unlearn`` if what the rule needs is not there yet, else ``apply``."""
     out = files.unlearned(rule, lam)
     data = (files.questions("forget"), files.questions("retain"))

@@ -6,22 +6,23 @@ from pathlib import Path
 
 from perta_fast.data.formats import ENDINGS, read_entries
 from perta_fast.data.forms import Fields, read_as
+from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.data.rows import Row, check_text, read_data
 from perta_fast.errors import InputError
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file: its path, the hash of what was read, and its checked rows."""
+    """One file, or rows given in Python: the path, or the name; the hash of what was read; the checked rows."""
 
     path: Path
     digest: str
     rows: list[Row]
 
     @classmethod
-    def read(cls, path: str | Path, fields: Fields | None = None) -> "DataFile":
-        """A user's own data, in the forms that ``perta unlearn`` takes."""
-        rows, digest = read_data(path, fields)
+    def read(cls, path: str | Path, fields: Fields | None = None, given: Given = NOTHING_GIVEN) -> "DataFile":
+        """A user's own data, in the forms that ``perta unlearn`` takes; ``path`` may be a name in ``given``."""
+        rows, digest = read_data(given.get(str(path), path), fields)
         return cls(Path(path), digest, rows)
 
     @property

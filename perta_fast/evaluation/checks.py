@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings, told
+from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.errors import InputError
 from perta_fast.evaluation.attacks import offer_attacks
 from perta_fast.evaluation.benchmark_files import DataFile
@@ -42,8 +43,8 @@ class Checked:
     conventions: Conventions
 
     @classmethod
-    def of(cls, request: Request, *, overwrite: bool, resume: bool) -> "Checked":
-        """Read and check everything. resume: go on with a stopped evaluation to the same file.
+    def of(cls, request: Request, *, overwrite: bool, resume: bool, given: Given = NOTHING_GIVEN) -> "Checked":
+        """Read and check everything. resume: go on with a stopped evaluation to the same file. given: rows of Python.
 
         Raises InputError for bad arguments or data, RunError if the result could not be written.
         """
@@ -51,7 +52,7 @@ class Checked:
         conventions = _conventions(request)
         _check_out(request, overwrite, resume)
         gold = None if request.reference is None else EvaluationFile.read(request.reference)
-        table = _table(request, gold)
+        table = _table(request, gold, given)
         if request.reference_model is not None:
             Checkpoint.open(request.reference_model)
         offer_attacks(table, request.reference_model, conventions)
@@ -59,8 +60,8 @@ class Checked:
         names, notes = _chosen(request, table)
         if gold is not None:
             notes += gold.compared_with(conventions.name)
-            given = {"system_prompt": request.system_prompt, "date_string": request.date_string}
-            notes += gold.differences(given, {role: file.digest for role, file in table.files.items()})
+            prompts = {"system_prompt": request.system_prompt, "date_string": request.date_string}
+            notes += gold.differences(prompts, {role: file.digest for role, file in table.files.items()})
             _check_reference(gold, table, names, request.min_k)
         for name in ("rouge_score", "scipy", "sklearn"):
             if find_spec(name) is None:
@@ -182,7 +183,7 @@ def _conventions(request: Request) -> Conventions:
     return conventions
 
 
-def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:
+def _table(request: Request, gold: EvaluationFile | None, rows: Given) -> MetricTable:
     """Read and check all data; returns what can be measured on it."""
     suite = request.suite
     if suite not in (None, "tofu", "muse"):
@@ -195,7 +196,7 @@ def _table(request: Request, gold: EvaluationFile | None) -> MetricTable:
             raise InputError("data is the directory of a suite; name the suite too")
         if gold is not None and "holdout" not in given:
             raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
-        return OwnData({role: DataFile.read(path, request.fields) for role, path in given.items()}, gold)
+        return OwnData({role: DataFile.read(path, request.fields, rows) for role, path in given.items()}, gold)
     if given:
         raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
     if request.fields is not None:

@@ -80,6 +80,8 @@ def ask(row: Row, tokenizer: Any) -> Asked:
     ends in a space, which the tokens of the whole join to the answer: its first token then has no label. A text has no
     end token. Raises InputError for a conversation, or a tokenizer without an end token.
     """
+    if row.is_tokenised:
+        raise InputError(f"{row.where}: is tokenised already, and {OPEN_UNLEARNING} tokenises in its own way")
     if "text" in row.content:
         whole = list(tokenizer(row.content["text"])["input_ids"])
         prompt = tokenizer("")["input_ids"]

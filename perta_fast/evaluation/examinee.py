@@ -24,6 +24,7 @@ from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.models.token_scores import TokenScores, score_rows
 from perta_fast.progress import Progress
+from perta_fast.records.report import data_path
 
 Scored = list[tuple[TokenScores, str]]  # the scores of each sample, and the text of its labels
 
@@ -52,7 +53,7 @@ class Examinee:
 
     def note_file(self, role: str, file: DataFile) -> None:
         """Add a data file to the record."""
-        self.data[role] = {"path": str(file.path.resolve()), "blake3": file.digest, "samples": len(file.rows)}
+        self.data[role] = {"path": data_path(file.path), "blake3": file.digest, "samples": len(file.rows)}
         if file.read_as:
             self.data[role]["read_as"] = file.read_as
             self.notes.append(f"{role} data: {file.read_as}")

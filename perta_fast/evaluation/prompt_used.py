@@ -10,17 +10,17 @@ from perta_fast.data.chat import shown, told
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample
 
-CHAT, PLAIN, TEXT = "chat template", "Question: ... Answer:", "text as it is"
+CHAT, PLAIN, TEXT, TOKENS = "chat template", "Question: ... Answer:", "text as it is", "tokens as they are"
 
 
 def prompt_used(tokenizer: Any, rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, Any]:
     """For the settings of an evaluation; ``samples`` are those of ``rows``.
 
-    forms: of the prompts, any of the three above. chat_template: the BLAKE3 hash of the one that was used.
+    forms: of the prompts, any of the four above. chat_template: the BLAKE3 hash of the one that was used.
     system_prompt: as it was given. date: what the template was told. bos: how many BOS tokens samples begin with, each
     number that occurs.
     """
-    forms = dict.fromkeys(TEXT if "text" in row.content else CHAT if tokenizer.chat_template else PLAIN for row in rows)
+    forms = dict.fromkeys(_form(row, bool(tokenizer.chat_template)) for row in rows)
     used = told(tokenizer)
     hashed = None
     if CHAT in forms:
@@ -34,6 +34,12 @@ def prompt_used(tokenizer: Any, rows: Sequence[Row], samples: Sequence[Sample]) 
         "date": used.date,
         "bos": sorted({_leading(sample.input_ids, tokenizer.bos_token_id) for sample in samples}),
     }
+
+
+def _form(row: Row, has_template: bool) -> str:
+    if row.is_tokenised:
+        return TOKENS
+    return TEXT if "text" in row.content else CHAT if has_template else PLAIN
 
 
 def both(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
 from perta_fast.data.chat import today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import check_fields
+from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.changed_codes import model_before
@@ -65,24 +66,34 @@ class Request:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """From the arguments of ``evaluate`` by name; names of the hub become paths."""
+        """From the arguments of ``evaluate`` by name; names of the hub become paths.
+
+        Rows given in Python are ``taken_out``.
+        """
         given, download = arguments["model_or_path"], arguments["download"]
         values: dict[str, Any] = {"model": local_model(given, download) if isinstance(given, str | Path) else None}
         values |= {field.name: arguments[field.name] for field in fields(cls) if field.name != "model"}
         for name in ("data", *_OWN):
-            values[name] = None if values[name] is None else local_data(values[name], download)
+            if values[name] is not None and not is_given(values[name]):
+                values[name] = local_data(values[name], download)
         for name in ("reference_model", "against"):
             values[name] = None if values[name] is None else local_model(values[name], download)
         check_fields(values["fields"])
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "model", "out"):
-            values[name] = None if values[name] is None else str(checked_path(values[name]).absolute())
+            if values[name] is not None and not is_given(values[name]):
+                values[name] = str(checked_path(values[name]).absolute())
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
         values["metrics"] = None if values["metrics"] is None else list(values["metrics"])
         values["lm_eval"] = list(values["lm_eval"])
         values["stress"] = None if values["stress"] is None else stress_words(values["stress"])
         return cls(**values)
+
+    @property
+    def is_of_given_rows(self) -> bool:
+        """Whether a data set was given in Python, which only the same call can give again."""
+        return any(is_given(getattr(self, name)) for name in _OWN)
 
     def paths(self) -> list[Path]:
         """Every file and directory that is read."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from perta_fast.data.chat import parse_date, today
+from perta_fast.data.given import SAME_CALL
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, RunError, is_out_of_memory
 from perta_fast.evaluation.changed_codes import changed_codes
@@ -55,7 +56,8 @@ def _run_kept(checked: Checked, final: Path, measure: Measure, *, overwrite: boo
         earlier.check_same(final, begun)
         begun = earlier
     day = parse_date(begun.day) if begun.day else today()
-    with KeptParts(final, begun.record(), resume=earlier is not None) as kept:
+    again = SAME_CALL if checked.request.is_of_given_rows else None
+    with KeptParts(final, begun.record(), resume=earlier is not None, again=again) as kept:
         try:
             result = measure(kept, begun.started, day)
         except KeyboardInterrupt:

@@ -35,11 +35,12 @@ class KeptParts:
 
     A context manager. With the first part, ``record`` is written, which says what the run is. Parts stay if the run is
     stopped, unless bad input has stopped one that was not resumed; ``finish`` removes them. resume: go on with the
-    parts that are there; else they are given up.
+    parts that are there; else they are given up. again: what goes on; None is ``perta resume``.
     """
 
-    def __init__(self, final: Path, record: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, final: Path, record: Mapping[str, Any], *, resume: bool, again: str | None = None) -> None:
         self._final, self._record = final, record
+        self._again = again or shell_command("perta", "resume", final)
         self._folder = partial_path(final)
         self._state = self._folder / EVALUATION_STATE
         self._resume = self.any = resume
@@ -90,7 +91,7 @@ class KeptParts:
         """How to go on."""
         if not self.any:
             return "nothing was left behind"
-        return f"what was done is kept; go on with: {shell_command('perta', 'resume', self._final)}"
+        return f"what was done is kept; go on with: {self._again}"
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not self.any or (isinstance(error, InputError) and not self._resume):

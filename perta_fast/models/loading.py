@@ -67,14 +67,15 @@ def samples_for(
     """Tokenise rows; check that the model can take every sample. Raises InputError naming the line or sample."""
     limit = length_limit(subject, None) or 1 << 30
     named: list[tuple[Sample, str]]
-    of_text = isinstance(rows[0], Row)
-    if of_text:
+    if isinstance(rows[0], Row):
         given: Sequence[Row] = rows  # type: ignore[assignment]
+        of_text = not given[0].is_tokenised
         of_rows = row_samples(subject, given, max_length)
-        if len(given) >= _WORTH_A_BAR:
+        if len(given) >= _WORTH_A_BAR and of_text:
             of_rows = _with_bar(of_rows, len(given), progress)
         named = [(sample, row.where) for row, parts in zip(given, of_rows, strict=True) for sample in parts]
     else:
+        of_text = False
         named = [(sample, f"sample {number}") for number, sample in enumerate(rows)]  # type: ignore[misc]
     embeddings = getattr(subject.module, "get_input_embeddings", None)
     vocabulary = None if embeddings is None else len(embeddings().weight)
@@ -117,7 +118,7 @@ def samples_and_told(
 
     Settings for a chat template that no row can go through are refused.
     """
-    if not isinstance(rows[0], Row):
+    if not isinstance(rows[0], Row) or rows[0].is_tokenised:
         chat.refuse_for("the data is tokenised already")
         return samples_for(subject, rows, max_length, progress), Told()
     if subject.tokenizer is not None:

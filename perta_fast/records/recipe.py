@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from perta_fast.data.forms import fields_text
+from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import decode, regular_file
@@ -51,7 +52,8 @@ class Recipe:
 def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
     """The arguments of ``unlearn`` by the names of the command's options, for its report.
 
-    Paths are absolute. Arguments that are None, ``progress``, ``group`` and ``download`` are left out.
+    Paths are absolute; rows given in Python go by their name. Arguments that are None, ``progress``, ``group`` and
+    ``download`` are left out.
     """
     recipe: dict[str, Scalar] = {}
     for name, value in arguments.items():
@@ -59,7 +61,9 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
             continue
         if isinstance(value, float):  # NumPy's own too
             value = float(value)
-        if name in _PATHS:
+        if is_given(value):
+            value = str(value)
+        elif name in _PATHS:
             value = os.path.abspath(value)
         elif isinstance(value, Sequence) and not isinstance(value, str):  # of patterns
             value = ",".join(value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from perta_fast.data.chat import Told
+from perta_fast.data.given import IN_WORDS, GivenRows, is_given
 from perta_fast.errors import InputError, printable, printable_lines
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.journal import check_finished
@@ -42,8 +43,9 @@ class DirectoryRecord(TypedDict):
 
 
 class DataRecord(TypedDict):
-    """One data file; samples, and how many of them were cut to the length limit.
+    """One data set; samples, and how many of them were cut to the length limit.
 
+    path: "" of rows that were given in Python; their hash is that of them as JSON lines.
     read_as: which fields were taken for what, if they had other names (``forms.Row``).
     """
 
@@ -54,17 +56,24 @@ class DataRecord(TypedDict):
     read_as: NotRequired[str]
 
 
-def data_record(path: str | Path, digest: str, samples: int, truncated: int = 0, read_as: str = "") -> DataRecord:
-    """The record of a data file."""
-    record: DataRecord = {
-        "path": str(Path(path).resolve()),
-        "blake3": digest,
-        "samples": samples,
-        "truncated": truncated,
-    }
+def data_record(
+    source: str | Path | GivenRows, digest: str, samples: int, truncated: int = 0, read_as: str = ""
+) -> DataRecord:
+    """The record of a data file, or of rows given in Python."""
+    record: DataRecord = {"path": data_path(source), "blake3": digest, "samples": samples, "truncated": truncated}
     if read_as:
         record["read_as"] = read_as
     return record
+
+
+def data_path(source: str | Path | GivenRows) -> str:
+    """Where data lies, as records have it: "" for rows given in Python."""
+    return "" if isinstance(source, GivenRows) or is_given(source) else str(Path(source).resolve())
+
+
+def data_place(record: Mapping[str, Any]) -> str:
+    """For a person: where the data lies."""
+    return str(record["path"] or IN_WORDS)
 
 
 def read_as_lines(data: Mapping[str, DataRecord]) -> list[str]:

@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from perta_fast.records.report import Report
+from perta_fast.records.report import Report, data_place
 from perta_fast.reporting import figures
 from perta_fast.reporting.answers import Answers
 from perta_fast.reporting.choice import choice_of
@@ -206,7 +206,7 @@ def _provenance(evidence: Evidence) -> list[tuple[str, Sequence[str], list[Seque
             "Data",
             ("set", "path", "samples", "cut", "BLAKE3"),
             [
-                (role, data["path"], data["samples"], data["truncated"], data["blake3"])
+                (role, data_place(data), data["samples"], data["truncated"], data["blake3"])
                 for role, data in report.data.items()
             ],
         ),

@@ -92,7 +92,7 @@ def _files_of(report: Report) -> list[Path]:
     files = [Path(record["path"]) / name for record in records for name in record["files"]]
     for record in report.data.values():
         with suppress(InputError):  # it has gone
-            files += data_files(record["path"])
+            files += data_files(record["path"]) if record["path"] else []
     return files
 
 

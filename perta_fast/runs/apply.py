@@ -19,7 +19,7 @@ from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
 from perta_fast.records.versions import now, this_version
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule, RuleName
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination, threads_for
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
@@ -46,7 +46,7 @@ def apply(
     *,
     importance: "str | Path | ImportanceRatio | None" = None,
     download: bool = False,
-    rule: str = DEFAULT_RULE,
+    rule: RuleName = DEFAULT_RULE,
     lam: float = 1.0,
     p: float | None = None,
     alpha: float = DEFAULT_ALPHA,

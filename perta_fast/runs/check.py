@@ -19,7 +19,9 @@ from perta_fast.checkpoints.companions import CARD
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import fields_from, fields_text
+from perta_fast.data.given import IN_WORDS, is_given
 from perta_fast.data.rows import Row, evenly_spread, read_data
+from perta_fast.data.samples import IGNORED
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, is_out_of_memory, shell_command
@@ -223,7 +225,8 @@ def eval_command(out: str | Path, options: Any) -> str:
     """What measures both data sets on the output with all rows, in the memory that the run had."""
     words: list[str | Path] = ["perta", "eval", "--model", Path(os.path.abspath(out))]
     for role in _ROLES:
-        words += [f"--{role}", Path(os.path.abspath(getattr(options, role)))]
+        source = getattr(options, role)
+        words += [f"--{role}", f"{role.upper()}.jsonl" if is_given(source) else Path(os.path.abspath(source))]
     if options.fields is not None:
         words += ["--fields", fields_text(options.fields)]
     for name in ("max_length", "system_prompt", "date_string"):
@@ -333,6 +336,8 @@ def _no_record(_: Any) -> bool:
 def read_again(report: Report, role: str, fields: Any) -> list[Row]:
     """The rows that a run has read. Raises InputError if the data is gone or has changed since."""
     record = report.data[role]
+    if not record["path"]:
+        raise InputError(f"the {role} data were {IN_WORDS}, which are not kept")
     gone = InputError(f"the {role} data {record['path']} is gone, or has changed since the run began")
     if not all(map(os.path.isfile, data_files(record["path"]))):  # a pipe would be waited for
         raise gone
@@ -343,6 +348,9 @@ def read_again(report: Report, role: str, fields: Any) -> list[Row]:
 
 
 def _has_answer(row: Row) -> bool:
+    """Whether something of the row carries no loss: what is answered to."""
+    if row.is_tokenised:
+        return any(IGNORED in sample.labels for sample in row.content["samples"])
     return "text" not in row.content
 
 

@@ -1,6 +1,6 @@
 """Estimate importance: model and data checked and loaded, gradients accumulated, the result described."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.data.chat import ChatSettings, Told, today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
+from perta_fast.data.given_data import Data
 from perta_fast.data.python_rows import MapStyle, rows_of
 from perta_fast.data.rows import Row, read_data, rows_from
 from perta_fast.data.samples import Sample, row_count, truncated_count
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 
 LIVE = "live module"  # where an importance of a module was taken
-Data = str | Path | Iterable[Mapping[str, Any]] | Iterable[Sample] | MapStyle
 
 
 def estimate_importance(

@@ -10,6 +10,8 @@ from torch import nn
 
 from perta_fast.data.chat import today
 from perta_fast.data.forms import Fields
+from perta_fast.data.given import NOTHING_GIVEN, Given
+from perta_fast.data.given_data import Data, taken_out
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, shell_command
 from perta_fast.evaluation.checks import Checked
@@ -31,9 +33,9 @@ def evaluate(
     suite: Literal["tofu", "muse"] | None = None,
     data: str | Path | None = None,
     split: str = "forget10",
-    forget: str | Path | None = None,
-    retain: str | Path | None = None,
-    holdout: str | Path | None = None,
+    forget: Data | None = None,
+    retain: Data | None = None,
+    holdout: Data | None = None,
     fields: Fields | None = None,
     download: bool = False,
     reference: str | Path | None = None,
@@ -65,8 +67,8 @@ def evaluate(
 
     model_or_path: a checkpoint directory, or a model of transformers with its ``tokenizer``; the model does not
     change. suite, data: TOFU, with the forget set ``split``, or MUSE, in a directory with the data set's own file
-    names. Without a suite: forget, retain, holdout, data files as for ``unlearn``, as are fields and download; forget
-    is needed.
+    names. Without a suite: forget, retain, holdout, files or rows as for ``unlearn``, as are fields and download;
+    forget is needed.
     reference: the result file of a gold model, for forget quality and PrivLeak. reference_model: a checkpoint with the
     same tokens, for the membership score ``mia_reference``. min_k: share of the tokens for Min-K and Min-K++.
     metrics: names of the metrics to compute, patterns such as ``forget_*``, or groups (``metric_table.GROUPS``).
@@ -97,11 +99,13 @@ def evaluate(
     bytes for each parameter, 18 if it has 16 bits. With ``stream``, one layer in place of the model; the hidden states
     of all samples lie on disk, beside ``out``, or without one where temporary files do.
     """
+    arguments: dict[str, Any] = locals()
     ranks = Ranks.of(group)
     with ranks.together("the arguments"):
-        request = Request.of(locals())
+        arguments, given = taken_out(arguments, ("forget", "retain", "holdout"))
+        request = Request.of(arguments)
     model = model_or_path if request.model is None else request.model
-    return _run(request, model, tokenizer, progress, ranks, overwrite=overwrite, resume=False)
+    return _run(request, model, tokenizer, progress, ranks, overwrite=overwrite, resume=False, given=given)
 
 
 def resume_evaluation(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Evaluation:
@@ -125,12 +129,13 @@ def _run(
     *,
     overwrite: bool,
     resume: bool,
+    given: Given = NOTHING_GIVEN,
 ) -> Evaluation:
     """Check everything, measure, and write. resume: go on, and replace a result that is there nevertheless."""
     with ranks.together("the checks"):
         if ranks.world > 1 and not request.stream:
             raise InputError("one process evaluates a model in memory; give stream, or start it without torchrun")
-        checked = Checked.of(request, overwrite=overwrite, resume=resume)
+        checked = Checked.of(request, overwrite=overwrite, resume=resume, given=given)
     measure: Measure
     if request.stream:
         measure = partial(measure_streamed, checked, tokenizer, progress, ranks)

@@ -11,7 +11,7 @@ from perta_fast.files.reading import exists
 from perta_fast.importance import ratio as ratios
 from perta_fast.importance.store import STEM, read_metadata
 from perta_fast.progress import Bar, Progress
-from perta_fast.records.report import FILE_NAME, Report
+from perta_fast.records.report import FILE_NAME, Report, data_place
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import adds, count_changes, zero_because
 
@@ -49,7 +49,9 @@ def _describe(path: Path, every_tensor: bool) -> str:
         lines += ["unlearned with perta_fast:", f"  {report.started} to {report.finished}"]
         lines += [f"  {line}" for line in report.summary().split("\n")]
         lines += [f"  {role}: {found['path']}" for role, found in report.inputs.items()]
-        lines += [f"  {role} data: {found['samples']} samples, {found['path']}" for role, found in report.data.items()]
+        lines += [
+            f"  {role} data: {found['samples']} samples, {data_place(found)}" for role, found in report.data.items()
+        ]
     if every_tensor:
         lines += _every_tensor(checkpoint)
     return printable_lines(lines)

@@ -15,6 +15,7 @@ from perta_fast.checkpoints.companions import TUNING
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import read_as
+from perta_fast.data.given_data import Source
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.errors import InputError
@@ -51,7 +52,7 @@ class Making:
     base: Path
     tuned: Path
     seen_at: Path
-    retain: str | Path
+    retain: str | Source
     batch_size: int
     max_length: int | None
     chat: ChatSettings

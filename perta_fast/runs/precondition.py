@@ -10,11 +10,12 @@ from perta_fast.checkpoints.companions import PRECONDITIONING
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields
+from perta_fast.data.given_data import Data, source_of
 from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
 from perta_fast.files.hashing import hash_files
-from perta_fast.files.hub import local_data, local_model
+from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.reading import exists
 from perta_fast.models.loading import check_sizes, choose_device
@@ -33,7 +34,7 @@ from perta_fast.tuning.checkpoint import tuned_size
 def precondition(
     base: str | Path,
     tuned: str | Path,
-    retain: str | Path,
+    retain: Data,
     out: str | Path,
     *,
     model: str | Path | None = None,
@@ -60,9 +61,9 @@ def precondition(
     ``preconditioned``.
 
     base: a checkpoint directory, θ_0. tuned: θ_f, a checkpoint, or a LoRA adapter of ``base``, of which only A changes.
-    retain: a data file, as for ``unlearn``, as are fields and download. out: directory to make, of the same kind as
-    ``tuned``, with the record that is returned; what was changed is float32, and a checkpoint all of it. model: the
-    model whose inputs are seen; θ_full is best; None takes ``base``. mu: 0, which leaves the linear maps as they
+    retain: a data file or rows, as for ``unlearn``, as are fields and download. out: directory to make, of the same
+    kind as ``tuned``, with the record that is returned; what was changed is float32, and a checkpoint all of it. model:
+    the model whose inputs are seen; θ_full is best; None takes ``base``. mu: 0, which leaves the linear maps as they
     are, to 1e4. batch_size: samples, of one length, at a time. max_length: tokens that a sample is cut to, within the
     model's own limit. system_prompt, date_string: as for ``unlearn``. device: None takes CUDA if there is one. dtype:
     that the model runs in; None takes its own, or float32 for float16. stream: hold one decoder layer in memory at a
@@ -80,20 +81,21 @@ def precondition(
     check_mu(mu)
     check_fields(fields)
     choose_device(device)
-    base, tuned, retain = local_model(base, download), local_model(tuned, download), local_data(retain, download)
+    base, tuned = local_model(base, download), local_model(tuned, download)
+    source = source_of(retain, download, "retain")
     model = base if model is None else local_model(model, download)
     check_name(out)
-    target = OutputDirectory(out, overwrite=overwrite, inputs=[base, tuned, model, *data_files(retain)])
+    target = OutputDirectory(out, overwrite=overwrite, inputs=[base, tuned, model, *data_files(source)])
     check_tuned(base, tuned)
     check_task_vector(Sources.open(base, base, tuned, common_rows=True))
     check_space(target.final, vector_size(base, tuned))
     chat = ChatSettings.of(system_prompt, date_string)
-    rows, digest = read_data(retain, fields)
+    rows, digest = read_data(source, fields)
     making = Making(
         base=base,
         tuned=tuned,
         seen_at=model,
-        retain=retain,
+        retain=source,
         batch_size=int(batch_size),
         max_length=None if max_length is None else int(max_length),
         chat=chat,

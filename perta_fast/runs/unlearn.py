@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from perta_fast.data.chat import today
 from perta_fast.data.forms import Fields
+from perta_fast.data.given_data import Data
 from perta_fast.data.rows import Row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
@@ -17,7 +18,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.recipe import as_recipe
 from perta_fast.records.report import Report
 from perta_fast.records.versions import now
-from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, Place
+from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, AnyRule, Place
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
@@ -35,12 +36,12 @@ def unlearn(
     model: str | Path,
     base: str | Path,
     tuned: str | Path,
-    forget: str | Path | None = None,
-    retain: str | Path | None = None,
+    forget: Data | None = None,
+    retain: Data | None = None,
     *,
     fields: Fields | None = None,
     download: bool = False,
-    rule: str = PRECONDITIONED,
+    rule: AnyRule = PRECONDITIONED,
     lam: float | None = None,
     max_retain_rise: float | None = None,
     mu: float | None = None,
@@ -81,8 +82,9 @@ def unlearn(
 
     rule: ``preconditioned`` subtracts the task vector of a θ_f that ``precondition`` makes first, with ``mu`` (10);
     ``tv`` the plain one; the others one that is rescaled by importances (PerTA, arXiv 2601.22030). forget, retain: data
-    files, as the documentation ("Data") has them. The rules with importances need both, ``preconditioned`` needs
-    ``retain``; of one that is not needed, the report only names hash and count. Each is read once, so it can be a pipe.
+    files, or rows as ``estimate_importance`` takes them (documentation, "Data"). The rules with importances need both,
+    ``preconditioned`` needs ``retain``; of one that is not needed, the report only names hash and count. Each is read
+    once, so a file can be a pipe. Of rows the report has hash and count, and no path.
     fields: names of their fields, as in {"question": "prompt", "answer": "completion"}, for question, answer, text,
     messages and tools; None knows the usual ones. Models and data may be names of the Hugging Face hub, ORG/NAME, that
     lie in the local cache; download: fetch them there first.

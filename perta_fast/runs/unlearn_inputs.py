@@ -5,18 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from perta_fast.data.chat import ChatSettings, Told, parse_date
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
+from perta_fast.data.given_data import Data, Source, source_of
 from perta_fast.data.rows import Row, read_data
 from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_inputs_stay
-from perta_fast.files.hub import local_data, local_model
+from perta_fast.files.hub import local_model
 from perta_fast.files.journal import JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
 from perta_fast.files.own import check_own
@@ -30,6 +31,7 @@ from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
 from perta_fast.rules import (
     DEFAULT_MU,
+    PLACES,
     PRECONDITIONED,
     Place,
     Rule,
@@ -63,8 +65,8 @@ class Options:
     model: str | Path
     base: str | Path
     tuned: str | Path
-    forget: str | Path | None
-    retain: str | Path | None
+    forget: Data | Source | None
+    retain: Data | Source | None
     fields: Fields | None
     download: bool
     rule: str
@@ -105,10 +107,10 @@ class Options:
     group: "ProcessGroup | None"
 
     @property
-    def data(self) -> dict[str, str | Path]:
-        """The data files, by role."""
-        files = {"forget": self.forget, "retain": self.retain}
-        return {role: path for role, path in files.items() if path is not None}
+    def data(self) -> dict[str, Source]:
+        """The data by role, once it is ``located``."""
+        both = {"forget": self.forget, "retain": self.retain}
+        return {role: cast(Source, data) for role, data in both.items() if data is not None}
 
     @property
     def preconditions(self) -> bool:
@@ -146,7 +148,7 @@ class Options:
 
     def located(self) -> "Options":
         """With paths in place of names of the hub, and what the rule leaves open."""
-        data = {role: local_data(path, self.download) for role, path in self.data.items()}
+        data = {role: source_of(data, self.download, role) for role, data in self.data.items()}
         return replace(
             self,
             at=resolved_at(self.rule, self.at),
@@ -176,7 +178,7 @@ class Opened:
         check_strength(options.lam, options.max_retain_rise, options.stream, options.allow_zero)
         rule = _rule_of(options)
         ChatSettings.of(options.system_prompt, options.date_string)
-        if options.at not in ("base", "model"):
+        if options.at not in PLACES:
             raise InputError(f"at is {options.at!r}; it must be base or model")
         check_threads(options.threads)
         if options.stream and options.link_unchanged and not options.in_place:
@@ -380,7 +382,7 @@ def streamed_on(stream: Mapping[str, Any]) -> date | None:
 
 
 def read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Rows and hashes of data files, by role; each is read once, so it can be a pipe."""
+    """Rows and hashes of the data, by role; a file is read once, so it can be a pipe."""
     rows, hashes = {}, {}
     for role, path in options.data.items():
         rows[role], hashes[role] = read_data(path, options.fields)
@@ -388,7 +390,7 @@ def read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:
 
 
 def data_records(options: Options, rows: Mapping[str, list[Row]], hashes: Mapping[str, str]) -> dict[str, DataRecord]:
-    """The records of data files that no gradient is taken on, by role."""
+    """The records of data that no gradient is taken on, by role."""
     return {
         role: data_record(options.data[role], hashes[role], len(of_role), read_as=read_as(of_role))
         for role, of_role in rows.items()

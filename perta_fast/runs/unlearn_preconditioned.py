@@ -152,12 +152,12 @@ def _check_scope(opened: Opened, sources: Sources) -> None:
 def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Path, threads: int) -> Preconditioning:
     """Write the preconditioned θ_f into ``directory``."""
     options = opened.options
-    assert options.retain is not None and options.mu is not None
+    assert options.mu is not None
     making = Making(
         base=Path(options.base),
         tuned=Path(options.tuned),
         seen_at=Path(options.model if options.at == "model" else options.base),
-        retain=options.retain,
+        retain=options.data["retain"],
         batch_size=int(options.batch_size),
         max_length=None if options.max_length is None else int(options.max_length),
         chat=ChatSettings.of(options.system_prompt, options.date_string, day),

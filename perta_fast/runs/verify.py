@@ -7,6 +7,7 @@ from pathlib import Path
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, TEMPLATES, elsewhere, files_of, is_read, other_weights
 from perta_fast.data.formats import data_files, hash_data
+from perta_fast.data.given import IN_WORDS
 from perta_fast.errors import InputError, RunError
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.own import is_own_name
@@ -157,7 +158,9 @@ def _check_data(report: Report, result: Verification) -> None:
     for role, record in report.data.items():
         path = Path(record["path"])
         try:
-            if not all(map(os.path.isfile, data_files(path))):  # Path.is_file raises for impossible names
+            if not record["path"]:
+                result.unchecked.append(f"{role} data: {IN_WORDS}, which are not kept")
+            elif not all(map(os.path.isfile, data_files(path))):  # Path.is_file raises for impossible names
                 result.unchecked.append(f"{role} data: {path} is gone")
             elif hash_data(path) == record["blake3"]:
                 result.files += 1

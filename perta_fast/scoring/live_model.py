@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.forms import Fields
+from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
@@ -22,7 +24,7 @@ from perta_fast.importance.ratio import ImportanceRatio, located
 from perta_fast.importance.store import Importance, ImportanceMetadata
 from perta_fast.models.held_tensors import held_tensors
 from perta_fast.models.same_names import named_as_module
-from perta_fast.rules import RULES, Estimator, Rule
+from perta_fast.rules import RULES, Estimator, Rule, RuleName
 from perta_fast.scoring.criteria import LOSS, METRICS
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
@@ -33,9 +35,12 @@ _MEMORISATION = ("extraction_strength", "exact_memorization")
 Importances = Mapping[str, Importance] | ImportanceRatio  # of forget and retain; empty for rule tv
 
 
-def read_scored(path: str, metric: str, fields: Fields | None = None) -> DataFile:
-    """Data to score. Raises InputError for a bad line, and for one that ``metric`` cannot measure."""
-    file = DataFile.read(path, fields)
+def read_scored(path: str, metric: str, fields: Fields | None = None, given: Given = NOTHING_GIVEN) -> DataFile:
+    """Data to score, from a file or by its name in ``given``.
+
+    Raises InputError for a bad line, and for one that ``metric`` cannot measure.
+    """
+    file = DataFile.read(path, fields, given)
     for row in file.rows:
         if metric == _ROUGE and "question" not in row.content:
             raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
@@ -188,7 +193,7 @@ class LiveModel(ScoredModel):
             pair.get("forget"),
             pair.get("retain"),
             importance=ratio,
-            rule=rule.name,
+            rule=cast(RuleName, rule.name),
             **vars(rule.rescaling),
             leave=[escape(name) for name in self._left],
             common_rows=self._common_rows,

@@ -34,7 +34,7 @@ from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import LOGGER
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule, negative_strength
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule, RuleName, negative_strength
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES, RATIO
 from perta_fast.subtraction.module_importances import Weighing, in_form, weighing_of
@@ -56,7 +56,7 @@ def apply_to_module_(
     retain_importance: str | Path | Importance | None = None,
     *,
     importance: str | Path | ImportanceRatio | None = None,
-    rule: str = DEFAULT_RULE,
+    rule: RuleName = DEFAULT_RULE,
     lam: float = 1.0,
     p: float | None = None,
     alpha: float = DEFAULT_ALPHA,

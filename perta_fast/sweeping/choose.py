@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from perta_fast.data.forms import Fields
+from perta_fast.data.given_data import Data
 from perta_fast.errors import InputError
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RETAIN_RISE, PRECONDITIONED, Rule
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RETAIN_RISE, PRECONDITIONED, AnyRule, Place, Rule
+from perta_fast.scoring.criteria import LOSS, Metric
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.sweeping.request import BOUNDS
 from perta_fast.sweeping.results import record_beside
@@ -27,8 +29,8 @@ def choose(
     model: PathLike,
     base: PathLike,
     tuned: PathLike,
-    forget: PathLike,
-    retain: PathLike,
+    forget: Data,
+    retain: Data,
     *,
     fields: Fields | None = None,
     download: bool = False,
@@ -36,8 +38,8 @@ def choose(
     max_retain_rise: float | None = None,
     target_retain_loss: float | None = None,
     retain_floor: float | None = None,
-    metric: str = "loss",
-    rules: str | Sequence[str] = PRECONDITIONED,
+    metric: Metric = LOSS,
+    rules: AnyRule | Sequence[AnyRule] = PRECONDITIONED,
     lams: Sequence[float] | None = None,
     mus: float | Sequence[float] | None = None,
     p: float | None = None,
@@ -45,9 +47,9 @@ def choose(
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,
-    at: Literal["base", "model"] | None = None,
+    at: Place | None = None,
     also: PathLike | Sequence[PathLike] = (),
-    holdout: PathLike | None = None,
+    holdout: Data | None = None,
     out: PathLike | None = None,
     in_place: bool = False,
     overwrite: bool = False,

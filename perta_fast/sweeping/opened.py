@@ -15,6 +15,7 @@ from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import fingerprint
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files, stem_of
+from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
@@ -61,7 +62,14 @@ class OpenedSweep:
     ranks: Ranks = Ranks.ALONE
 
     @classmethod
-    def open(cls, request: Request, progress: Progress, day: date, ranks: Ranks = Ranks.ALONE) -> "OpenedSweep":
+    def open(
+        cls,
+        request: Request,
+        progress: Progress,
+        day: date,
+        ranks: Ranks = Ranks.ALONE,
+        given_rows: Given = NOTHING_GIVEN,
+    ) -> "OpenedSweep":
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
         curves = curves_of(request.rules, request.ps, request.alphas, request.threshold, request.mus)
         request.check()
@@ -77,12 +85,12 @@ class OpenedSweep:
             given,
             None if request.gold is None else Checkpoint.open(request.gold),
             {
-                role: read_scored(getattr(request, role), request.metric, request.fields)
+                role: read_scored(getattr(request, role), request.metric, request.fields, given_rows)
                 for role in ("forget", "retain")
             },
             ranks.first and progress,
             day,
-            _read_also(request),
+            _read_also(request, given_rows),
             ranks,
         )
 
@@ -259,10 +267,10 @@ def checkpoints_of(rule: Rule, importances: ByEstimator) -> dict[str, Checkpoint
     return open_importances(rule, weighing["forget"].directory, weighing["retain"].directory)
 
 
-def _read_also(request: Request) -> dict[str, DataFile]:
+def _read_also(request: Request, given_rows: Given) -> dict[str, DataFile]:
     """The further data to score, by role: the names of the files. Raises InputError for one that is taken."""
     holdout = request.holdout
-    files = {} if holdout is None else {"holdout": read_scored(holdout, request.metric, request.fields)}
+    files = {} if holdout is None else {"holdout": read_scored(holdout, request.metric, request.fields, given_rows)}
     for path in request.also:
         role = stem_of(path)
         if not role.strip():

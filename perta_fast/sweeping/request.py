@@ -9,11 +9,13 @@ from typing import Any, SupportsFloat
 
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
+from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.reading import checked_path
 from perta_fast.models.loading import check_sizes
+from perta_fast.rules import PLACES
 from perta_fast.runs.settings import check_threads
 from perta_fast.scoring.criteria import GENERATED_METRICS, LOSS, SELECTIONS
 from perta_fast.scoring.live_model import check_metric
@@ -80,16 +82,20 @@ class Request:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """From the arguments of ``sweep`` by name; names of the hub become paths."""
+        """From the arguments of ``sweep`` by name; names of the hub become paths.
+
+        Rows given in Python are ``taken_out``.
+        """
         values = {field.name: arguments[_SEVERAL.get(field.name, field.name)] for field in fields(cls)}
         for name in (*_MODELS, *_DATA):
-            if values[name] is not None:
+            if values[name] is not None and not is_given(values[name]):
                 values[name] = _local(name, values[name], arguments["download"], arguments["in_place"])
         values["also"] = [local_data(path, arguments["download"]) for path in _listed(values["also"])]
         check_fields(values["fields"])
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
         for name in (*_PATHS, "checkpoint"):
-            values[name] = None if values[name] is None else _absolute(values[name])
+            if values[name] is not None and not is_given(values[name]):
+                values[name] = _absolute(values[name])
         for name in _SEVERAL:
             values[name] = _listed(values[name])
         for name in _SEVERAL_PATHS:
@@ -104,6 +110,11 @@ class Request:
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
         return cls(**values)
+
+    @property
+    def is_of_given_rows(self) -> bool:
+        """Whether a data set was given in Python, which only the same call can give again."""
+        return any(is_given(getattr(self, name)) for name in _DATA)
 
     @property
     def bound(self) -> tuple[str, float] | None:
@@ -153,7 +164,7 @@ class Request:
         check_sizes(self.batch_size, self.max_length)
         check_threads(self.threads)
         ChatSettings.of(self.system_prompt, self.date_string)
-        if self.at not in (None, "base", "model"):
+        if self.at not in (None, *PLACES):
             raise InputError(f"at is {self.at!r}; it must be base or model")
         self._check_bounds()
         if self.lams is not None:

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.chat import parse_date, today
 from perta_fast.data.forms import Fields
+from perta_fast.data.given import NOTHING_GIVEN, SAME_CALL, Given
+from perta_fast.data.given_data import Data, taken_out
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
@@ -29,7 +31,8 @@ from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
 from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.records.versions import now
-from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED
+from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, AnyRule, Place
+from perta_fast.scoring.criteria import LOSS, Metric, Selection
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_result, finish_in_place, has_changed, write_best
@@ -52,8 +55,8 @@ def sweep(
     model: PathLike,
     base: PathLike,
     tuned: PathLike,
-    forget: PathLike,
-    retain: PathLike,
+    forget: Data,
+    retain: Data,
     forget_importance: PathLike | Sequence[PathLike] | None = None,
     retain_importance: PathLike | Sequence[PathLike] | None = None,
     *,
@@ -65,18 +68,18 @@ def sweep(
     max_retain_rise: float | None = None,
     max_retain_increase: float | None = None,
     retain_floor: float | None = None,
-    rule: str | Sequence[str] = PRECONDITIONED,
+    rule: AnyRule | Sequence[AnyRule] = PRECONDITIONED,
     mu: float | Sequence[float] | None = None,
     p: float | Sequence[float] | None = None,
     alpha: float | Sequence[float] = DEFAULT_ALPHA,
     threshold: float | None = None,
     only: Patterns = None,
     leave: Patterns = None,
-    at: Literal["base", "model"] | None = None,
-    metric: str = "loss",
-    select: Literal["best-forget", "closest"] | None = None,
+    at: Place | None = None,
+    metric: Metric = LOSS,
+    select: Selection | None = None,
     also: PathLike | Sequence[PathLike] = (),
-    holdout: PathLike | None = None,
+    holdout: Data | None = None,
     gold: PathLike | None = None,
     checkpoint: PathLike | None = None,
     in_place: bool = False,
@@ -103,7 +106,7 @@ def sweep(
     The documentation ("Sweeps") describes the search and the choice.
 
     model, base, tuned, fields, download, at, threshold, only, leave, batch_size, max_length, device, common_rows,
-    progress: as in ``unlearn``. forget, retain: data files, to score on and to estimate importance on.
+    progress: as in ``unlearn``. forget, retain: files or rows as there, to score on and to estimate importance on.
     system_prompt, date_string: as in ``unlearn``, and for the scores. A resumed sweep keeps the date of its start.
     forget_importance, retain_importance: directories to use instead; a pair for each estimator. importance: the same,
     as one directory for each estimator, which holds both or their ratio.
@@ -135,11 +138,12 @@ def sweep(
     stopped with something scored. Memory: one model, a few copies of its largest tensor, and, without ``out``,
     8 bytes a parameter for each estimator whose importances are estimated (with ``out`` they are on disk).
     """
-    arguments = locals()
+    arguments: dict[str, Any] = locals()
     ranks = Ranks.of(group)
     with ranks.together("the arguments"):
+        arguments, given = taken_out(arguments, ("forget", "retain", "holdout"))
         request = Request.of(arguments)
-    return _run(request, progress, resumed=False, ranks=ranks)
+    return _run(request, progress, resumed=False, ranks=ranks, given=given)
 
 
 def resume_sweep(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE) -> Sweep:
@@ -176,7 +180,9 @@ def _begun_request(final: Path) -> Request:
     return request
 
 
-def _run(request: Request, progress: Progress, resumed: bool, ranks: Ranks = Ranks.ALONE) -> Sweep:
+def _run(
+    request: Request, progress: Progress, resumed: bool, ranks: Ranks = Ranks.ALONE, given: Given = NOTHING_GIVEN
+) -> Sweep:
     day = ranks.share(today())
     with ranks.together("the opening of the inputs"):
         if ranks.world > 1:
@@ -185,7 +191,7 @@ def _run(request: Request, progress: Progress, resumed: bool, ranks: Ranks = Ran
             changed = _finish_changed(request, progress)
             if changed is not None:
                 return changed
-        opened = OpenedSweep.open(request, progress, day, ranks)
+        opened = OpenedSweep.open(request, progress, day, ranks, given)
         inputs = opened.identity()
     with ranks.together("the inputs"):
         if any(others != inputs for others in ranks.gather(inputs)):
@@ -332,6 +338,8 @@ def _kept_if_stopped(target: OutputDirectory, going_on: str) -> Iterator[None]:
 
 def _resuming(begun: Begun, final: Path) -> str:
     """The command that goes on with the sweep to ``final``, by as many processes as began it."""
+    if begun.request.is_of_given_rows:
+        return SAME_CALL
     if begun.request.in_place:
         return "the same command"
     processes = begun.processes
