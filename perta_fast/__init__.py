@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from perta_fast.runs.combine_importances import merge_importances, remove_importances
     from perta_fast.runs.estimate import estimate_importance
     from perta_fast.runs.evaluate import evaluate
+    from perta_fast.runs.merge import merge
     from perta_fast.runs.precondition import precondition
     from perta_fast.runs.unlearn import unlearn
     from perta_fast.runs.verify import verify
@@ -51,6 +52,7 @@ _HOMES = {
     "choose": "perta_fast.sweeping.choose",
     "estimate_importance": "perta_fast.runs.estimate",
     "evaluate": "perta_fast.runs.evaluate",
+    "merge": "perta_fast.runs.merge",
     "merge_importances": "perta_fast.runs.combine_importances",
     "precondition": "perta_fast.runs.precondition",
     "remove_importances": "perta_fast.runs.combine_importances",
@@ -80,6 +82,7 @@ __all__ = [
     "choose",
     "estimate_importance",
     "evaluate",
+    "merge",
     "merge_importances",
     "ops",
     "precondition",

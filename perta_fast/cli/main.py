@@ -16,6 +16,7 @@ from perta_fast.cli import (
     eval,
     importance,
     inspect,
+    merge,
     precondition,
     ratio,
     recipe,
@@ -36,7 +37,7 @@ from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_mem
 from perta_fast.records.versions import this_version
 
 # In the order of the help.
-_MAKING = (demo, tune, precondition, unlearn, recipe, importance, ratio, apply, sweep)
+_MAKING = (demo, tune, merge, precondition, unlearn, recipe, importance, ratio, apply, sweep)
 _MODULES = (*_MAKING, eval, report, inspect, verify, resume)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
 

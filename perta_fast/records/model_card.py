@@ -1,4 +1,4 @@
-"""The model card of an unlearned checkpoint: a section that says what was done, without any text of the data."""
+"""The model card of an unlearned or merged checkpoint: a section that says what was done, without text of the data."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from perta_fast.errors import printable
 from perta_fast.files.own import own_file
 from perta_fast.records.report import FILE_NAME, Report, scope_lines
 
-_HEADING = "## Unlearned with perta_fast"
+_UNLEARNED, _MERGED = "## Unlearned with perta_fast", "## Merged with perta_fast"
+_RECORD = f"Hashes of all inputs and the change of every tensor are in `{FILE_NAME}`; `perta verify` checks them."
 
 
 def write_model_card(directory: Path, report: Report) -> None:
@@ -14,6 +15,20 @@ def write_model_card(directory: Path, report: Report) -> None:
     path = directory / "README.md"
     # Bytes that are not UTF-8 are kept as they are.
     card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    section = _merged(report) if report.merged else _unlearned(report)
+    before = card.rstrip() + "\n\n" if card.strip() else ""
+    _write(path, before + section)
+
+
+def _merged(report: Report) -> str:
+    return (
+        f"{_MERGED}\n\n"
+        f"On {report.started[:10]} an adapter was merged into this model's weights, computed in float32 and rounded "
+        f"once to their types. {_RECORD}\n"
+    )
+
+
+def _unlearned(report: Report) -> str:
     settings = f"rule `{report.rule}`, λ = {report.lam:.10g}"
     if report.rule != "tv":
         settings += f", p = {report.p:g}, α = {report.alpha:g}"
@@ -22,15 +37,11 @@ def write_model_card(directory: Path, report: Report) -> None:
     if report.preconditioned is not None:
         what, source = "preconditioned", "SAGE, arXiv 2606.18309"
         settings += f"; {report.preconditioned.line()}"
-    section = (
-        f"{_HEADING}\n\n"
+    return (
+        f"{_UNLEARNED}\n\n"
         f"On {report.started[:10]} a {what} task vector was subtracted from this model's weights ({source}): "
-        f"{settings}. "
-        f"Hashes of all inputs and the change of every tensor are in `{FILE_NAME}`; "
-        "`perta verify` checks them.\n"
+        f"{settings}. {_RECORD}\n"
     )
-    before = card.rstrip() + "\n\n" if card.strip() else ""
-    _write(path, before + section)
 
 
 def add_verdict(card: Path, target: Path, verdict: str) -> None:

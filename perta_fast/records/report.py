@@ -151,6 +151,7 @@ class Report:
     setting_choice: how rule, lam and the rest were chosen, by ``choose`` or a sweep; None if they were not.
     preconditioned: what the run did to θ_f before it subtracted it, if anything. removal: how the retain importance was
     made from a whole one; None if it was estimated.
+    merged: whether the run has added an adapter to its base, which is the formula with λ = -1 and θ_full = θ_0.
     common_rows: whether a resized vocabulary was allowed. only, leave: the patterns that chose which parameters are
     changed. other_weights: files in the model's directory that may hold weights a second time, or an adapter: a new
     directory does not have them; in place they are as they were.
@@ -174,6 +175,7 @@ class Report:
     importance: dict[str, ImportanceRecord] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    merged: bool = False
     common_rows: bool = False
     only: list[str] = field(default_factory=list)
     leave: list[str] = field(default_factory=list)
@@ -240,7 +242,10 @@ class Report:
     def summary(self) -> str:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
-        lines = [f"rule {self.rule}, lambda {self.lam:.10g}, p {self.p:g}, alpha {self.alpha:g}", f"tensors: {counts}"]
+        how = f"rule {self.rule}, lambda {self.lam:.10g}, p {self.p:g}, alpha {self.alpha:g}"
+        if self.merged:
+            how, counts = "the base with its adapter", counts.replace("subtracted", "merged")
+        lines = [how, f"tensors: {counts}"]
         lines += [] if self.preconditioned is None else [self.preconditioned.line()]
         lines += [] if self.removal is None else [self.removal.line()]
         lines += [] if self.choice is None else self.choice.lines()

@@ -113,21 +113,23 @@ def apply_sources(
     settings: Settings,
     *,
     annotate: Callable[[Report], None] | None = None,
+    merging: bool = False,
     temporary: bool = False,
     streamed: "StreamedRun | None" = None,
     ranks: Ranks = Ranks.ALONE,
 ) -> Report:
     """``apply`` on opened inputs.
 
-    annotate: adds to the report before the work begins. temporary: the importances lie at ``scratch_path`` of the
-    result and are removed when the run is done. streamed: estimates the importances during the run.
+    annotate: adds to the report before the work begins. merging: the result is the base with its adapter (``merge``).
+    temporary: the importances lie at ``scratch_path`` of the result and are removed when the run is done. streamed:
+    estimates the importances during the run.
     """
     with ranks.together("the inputs"):
         check_threads(settings.threads)
         check_others(sources.model, settings.in_place, settings.leave_others)
         check_changes(sources, settings.allow_zero)
     threads = threads_for(settings.threads, ranks)
-    report = begin_report(sources, rule, threads, settings.started)
+    report = begin_report(sources, rule, threads, settings.started, merging)
     if settings.in_place and report.other_weights:
         report.warn(f"left as they were, with what was to be forgotten: {listed(report.other_weights)}")
     if annotate is not None:

@@ -35,7 +35,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     if unnamed:
         raise InputError(f"{directory / FILE_NAME}: names no {', '.join(sorted(unnamed))}")
     result = Verification(
-        claim=f"{directory} holds what rule {report.rule} with lambda {report.lam:.10g} gives on the inputs named",
+        claim=f"{directory} holds {_what(report)} on the inputs named",
         tensors=len(report.tensors),
         prompts=report.prompts(),
     )
@@ -68,6 +68,12 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
         if checked is not None:
             checked.check(result, full, seed, progress)
     return result
+
+
+def _what(report: Report) -> str:
+    if report.merged:
+        return "what the base with its adapter gives"
+    return f"what rule {report.rule} with lambda {report.lam:.10g} gives"
 
 
 def _check_hashes(directories: dict[str, DirectoryRecord], result: Verification, progress: Progress) -> set[str]:

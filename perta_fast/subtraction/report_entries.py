@@ -30,8 +30,8 @@ from perta_fast.subtraction.matching import TensorMatch
 from perta_fast.subtraction.read_beside import companion_records, taken_at, taken_elsewhere
 
 
-def begin_report(sources: Sources, rule: Rule, threads: int, started: str) -> Report:
-    """The report of a run, when its subtraction begins. started: when the run did."""
+def begin_report(sources: Sources, rule: Rule, threads: int, started: str, merging: bool = False) -> Report:
+    """The report of a run, when its subtraction begins. started: when the run did. merging: see ``merge``."""
     report = Report(
         rule=rule.name,
         **asdict(rule.rescaling),
@@ -46,8 +46,9 @@ def begin_report(sources: Sources, rule: Rule, threads: int, started: str) -> Re
         instruction_set=compiled.kernels().build_info()["instruction_set"],
         versions=installed_versions(*(["peft"] if sources.adapter is not None and sources.adapter.merged else [])),
         started=started,
+        merged=merging,
     )
-    sign = [negative_strength(rule.rescaling.lam)] if rule.rescaling.lam < 0 else []
+    sign = [negative_strength(rule.rescaling.lam)] if rule.rescaling.lam < 0 and not merging else []
     exchanged = _exchange_warnings(sources.tuned.path, report.importance)
     for warning in sign + _importance_warnings(report.importance) + exchanged + _adapter_warnings(sources):
         report.warn(warning)
