@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from perta_fast.preconditioning.record import Preconditioning
     from perta_fast.progress import Event
     from perta_fast.records.report import Report
+    from perta_fast.reporting.run import write_report
     from perta_fast.resuming import resume
     from perta_fast.runs.apply import apply
     from perta_fast.runs.combine_importances import merge_importances, remove_importances
@@ -61,6 +62,7 @@ _HOMES = {
     "tune": "perta_fast.tuning.run",
     "unlearn": "perta_fast.runs.unlearn",
     "verify": "perta_fast.runs.verify",
+    "write_report": "perta_fast.reporting.run",
 }
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "tune",
     "unlearn",
     "verify",
+    "write_report",
 ]
 
 

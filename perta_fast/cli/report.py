@@ -10,10 +10,10 @@ from perta_fast.errors import printable
 
 def run(parsed: argparse.Namespace) -> int:
     with importing():
-        from perta_fast.reporting import write_page
+        from perta_fast.reporting import write_report
 
     settings = keywords(parsed, without=("sweep", "eval"))
-    write_page(sweeps=parsed.sweep, evaluations=parsed.eval, **settings)
+    write_report(sweeps=parsed.sweep, evaluations=parsed.eval, **settings)
     if not parsed.quiet:
         print(printable(f"written to {parsed.out}"))
     return 0

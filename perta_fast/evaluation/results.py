@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.errors import InputError, printable_lines
+from perta_fast.errors import InputError, printable, printable_lines
 from perta_fast.evaluation.conventions import OPEN_UNLEARNING
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.prompt_used import in_words
 from perta_fast.evaluation.stress_table import stress_lines
 from perta_fast.files.new_file import write_output_file
 from perta_fast.files.reading import read_json
+from perta_fast.records.notebook import Shown, number
 from perta_fast.records.typed_json import fits, readable_json, with_nulls
 
 FORMAT_VERSION = 1
@@ -58,6 +59,21 @@ class Evaluation:
     def __getitem__(self, name: str) -> float:
         """The aggregate of one metric."""
         return self.metrics[name].value
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {metric.value:.4g}" for name, metric in [*self.metrics.items()][:3])
+        rest = f" and {len(self.metrics) - 3} more" if len(self.metrics) > 3 else ""
+        return printable(f"<Evaluation of {self.model or 'a model'}: {shown}{rest}>")
+
+    def _repr_html_(self) -> str:
+        rows = [[name, number(metric.value), str(len(metric.samples) or "–")] for name, metric in self.metrics.items()]
+        rows += [
+            [f"{task}: {name}", str(value), ""] for task, found in self.general.items() for name, value in found.items()
+        ]
+        used = self.settings.get("prompt")
+        lines = [*stress_lines(self.stress), *([in_words(used)] if used else []), *self.notes]
+        title = f"Evaluation of {self.model or 'a model'}"
+        return Shown(title, ("metric", "value", "rows"), rows, lines).as_html()
 
     def summary(self) -> str:
         """A line for each metric, a table of the stresses, how the rows were put to the model, and notes."""

@@ -15,7 +15,7 @@ from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES, torch_dtype
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, printable
 from perta_fast.files.apart import check_outside
 from perta_fast.files.durable import sync_tree
 from perta_fast.files.new_directory import OutputDirectory, check_space
@@ -70,6 +70,12 @@ class ImportanceRatio:
     tensors: "Mapping[str, torch.Tensor]"
     metadata: Mapping[str, ImportanceMetadata]
     directory: Path | None = None
+
+    def __repr__(self) -> str:
+        estimator = next(iter(self.metadata.values())).estimator
+        rows = " and ".join(f"{metadata.sample_count} {side}" for side, metadata in self.metadata.items())
+        place = self.directory or "in memory"
+        return printable(f"<ImportanceRatio: estimator {estimator}, {rows} rows, {len(self.tensors)} tensors, {place}>")
 
     @classmethod
     def of(

@@ -15,7 +15,7 @@ from perta_fast.data.chat import Told
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES, STORED_TYPES, byte_count, torch_dtype
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, printable
 from perta_fast.files.durable import sync_tree, write_fully
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.own import own_file
@@ -100,6 +100,13 @@ class Importance:
     metadata: ImportanceMetadata
     directory: Path | None = None
     rows: RowDigests | None = None
+
+    def __repr__(self) -> str:
+        metadata, place = self.metadata, self.directory or "in memory"
+        return printable(
+            f"<Importance: estimator {metadata.estimator}, {metadata.sample_count} rows, {len(self.tensors)} tensors, "
+            f"taken at {metadata.evaluated_at}, {place}>"
+        )
 
     def save(
         self,

@@ -6,6 +6,7 @@ It holds numbers alone, no text of the data.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 # What counts as a real change: of a loss in nats, and of exact answers as a share of those that were measured.
 FORGOTTEN_RISE = 0.1
@@ -62,6 +63,15 @@ class CheckedData:
     def is_lost(self) -> bool:
         """Whether much was lost, if this was to be kept."""
         return self.rise > LOST_RISE or self.lost_share > LOST_SHARE
+
+    HEAD: ClassVar[tuple[str, ...]] = ("rows", "loss before", "loss after", "exact before", "exact after", "answers")
+
+    def cells(self, role: str) -> list[str]:
+        """Its numbers in a table, under ``HEAD``."""
+        assert self.after is not None
+        exact = [str(measured.exact) for measured in (self.before, self.after)] if self.answers else ["–", "–"]
+        losses = [_nats(measured.loss) for measured in (self.before, self.after)]
+        return [f"{role}, {self.rows} of {self.total}", *losses, *exact, str(self.answers)]
 
     def in_words(self, role: str) -> str:
         """A clause with all its numbers."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -13,9 +14,10 @@ from perta_fast.files.hashing import hash_files
 from perta_fast.files.journal import check_finished
 from perta_fast.files.reading import checked_path, exists, read_json
 from perta_fast.progress import LOGGER
-from perta_fast.records.check import Check
+from perta_fast.records.check import Check, CheckedData
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.importance_record import ImportanceRecord
+from perta_fast.records.notebook import Shown
 from perta_fast.records.preconditioned import Preconditioned
 from perta_fast.records.removal import Removal
 from perta_fast.records.report_version_1 import from_version_1
@@ -238,6 +240,28 @@ class Report:
         """For a person, what the chat template was told for each importance, if anything."""
         told = {role: Told.read(record).in_words() for role, record in self.importance.items()}
         return [f"{role.replace('_', ' ')}: {words}" for role, words in told.items() if words]
+
+    @property
+    def changed_share(self) -> float:
+        """Share of the elements whose stored value differs."""
+        elements = sum(prod(row.shape) for row in self.tensors)
+        return sum(row.changed for row in self.tensors) / elements if elements else 0.0
+
+    def __repr__(self) -> str:
+        rule = self.rule if self.preconditioned is None else f"preconditioned, mu {self.preconditioned.mu:g}"
+        return printable(
+            f"<Report: rule {rule}, lambda {self.lam:.6g}, {self.changed_share:.1%} of the elements changed, "
+            f"{self.output['path'] or 'no output'}>"
+        )
+
+    def _repr_html_(self) -> str:
+        whole = self.check if self.check is not None and self.check.is_whole else None
+        rows = [data.cells(role) for role, data in whole.data.items()] if whole is not None else []
+        lines = [repr(self).strip("<>")]
+        lines += [] if self.choice is None else self.choice.lines()
+        lines += [] if self.setting_choice is None else self.setting_choice.lines()
+        title = whole.verdict() if whole is not None else "What was forgotten and kept was not measured."
+        return Shown(title, CheckedData.HEAD if rows else (), rows, lines, self.warnings).as_html()
 
     def summary(self) -> str:
         """A few lines for a person."""

@@ -1,5 +1,5 @@
-"""One page that shows what a run did: ``write_page``."""
+"""One page that shows what a run did: ``write_report``."""
 
-from perta_fast.reporting.run import write_page
+from perta_fast.reporting.run import write_report
 
-__all__ = ["write_page"]
+__all__ = ["write_report"]

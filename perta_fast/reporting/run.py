@@ -23,7 +23,7 @@ from perta_fast.reporting.weight_distribution import distribution
 PathLike = str | Path
 
 
-def write_page(
+def write_report(
     run: PathLike,
     out: PathLike,
     *,

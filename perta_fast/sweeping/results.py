@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.errors import InputError, printable_lines
+from perta_fast.errors import InputError, printable, printable_lines
 from perta_fast.files.reading import read_json
 from perta_fast.importance.store import ImportanceMetadata
+from perta_fast.records.notebook import Shown, number
 from perta_fast.records.preconditioned import Preconditioned
 from perta_fast.records.report import DataRecord
 from perta_fast.records.typed_json import typed, with_nulls, write_readable_json
@@ -21,6 +22,7 @@ from perta_fast.scoring.setting import ScoredSetting
 FILE_NAME = "sweep.json"
 FORMAT_VERSION = 2
 _NOT_READ = ("best", "importance")  # in the file for other readers
+_WARNING = "warning: "
 _NUMBERS = {"μ": "mu", "p": "p", "α": "alpha"}  # of curves, by how they are written
 
 
@@ -141,7 +143,7 @@ class Sweep:
                 if len(values) > 2 and chosen in (min(values), max(values)):
                     end, more = ("largest", "larger") if chosen == max(values) else ("smallest", "smaller")
                     lines.append(f"the chosen {name}, {chosen:g}, is the {end} that was tried; try {more} ones too")
-        return [f"warning: {line}" for line in lines]
+        return [f"{_WARNING}{line}" for line in lines]
 
     def _nearest(self, measured: Sequence[ScoredSetting]) -> str:
         nearest = min(measured, key=lambda setting: setting.excess(self.limit, self.floor))
@@ -157,6 +159,31 @@ class Sweep:
         """The largest measured strength that keeps the bound, 0 among them."""
         kept = (setting for setting in [self.original, *curve] if setting.keeps(self.limit, self.floor))
         return max(kept, key=lambda setting: setting.lam)
+
+    def __repr__(self) -> str:
+        curves, best = self.curves(), self.best
+        what = f"{sum(bool(row.rule) for row in self.rows)} settings on {len(curves)} curve{'s' if len(curves) > 1 else ''}"
+        chosen = "nothing chosen" if best is None else f"chosen: {self._named(best)}"
+        return printable(f"<Sweep: {what}, {chosen}>")
+
+    def _repr_html_(self) -> str:
+        columns, best = self._columns(), self.best
+        rows = [[self.label(row), f"{row.lam:g}", *self._cells(row, columns)] for row in self.rows]
+        if self.gold is not None:
+            rows.append(["gold", "", *self._cells(self.gold, columns)])
+        warnings = [note.removeprefix(_WARNING) for note in self.notes if note.startswith(_WARNING)]
+        notes = [note for note in self.notes if not note.startswith(_WARNING)]
+        head = ["rule", "λ", *columns, "changed"]
+        chosen = None if best is None else self.rows.index(best)
+        return Shown(repr(self).strip("<>"), head, rows, [*self._outcome(), *notes], warnings, chosen).as_html()
+
+    def _cells(self, setting: ScoredSetting, columns: Mapping[str, str]) -> list[str]:
+        if setting.skipped:
+            return ["skipped", *[""] * len(columns)]
+        return [*map(number, _values(setting, columns)), f"{setting.changed:.1%}"]
+
+    def _named(self, setting: ScoredSetting) -> str:
+        return f"{self.label(setting)}, lambda {setting.lam!r}" if setting.rule else "the model as it is"
 
     def summary(self) -> str:
         """A line for each setting, the results of search and choice, and notes."""
@@ -188,8 +215,9 @@ class Sweep:
             lines = [(f"{name}: " if len(curves) > 1 else "") + self._result(rows) for name, rows in curves.items()]
         if best is not None and (self.select != "largest" or len(curves) > 1):
             criterion = "best-forget" if self.select == "largest" else self.select
-            what = f"{self.label(best)}, lambda {best.lam!r}" if best.rule else "the model as it is"
-            lines.append(f"Chosen by {criterion}: {what}, forget {best.forget:.6g}, retain {best.retain:.6g}.")
+            lines.append(
+                f"Chosen by {criterion}: {self._named(best)}, forget {best.forget:.6g}, retain {best.retain:.6g}."
+            )
         return lines
 
     def _result(self, curve: list[ScoredSetting]) -> str:
@@ -266,8 +294,12 @@ def _width(name: str) -> int:
 
 def _numbers(setting: ScoredSetting, columns: Mapping[str, str]) -> str:
     """The numbers of these columns."""
-    values = {name: setting.scores.get(source, getattr(setting, source, math.nan)) for name, source in columns.items()}
-    return "".join(f"{value:{_width(name)}.4f}" for name, value in values.items())
+    values = zip(columns, _values(setting, columns), strict=True)
+    return "".join(f"{value:{_width(name)}.4f}" for name, value in values)
+
+
+def _values(setting: ScoredSetting, columns: Mapping[str, str]) -> list[float]:
+    return [setting.scores.get(source, getattr(setting, source, math.nan)) for source in columns.values()]
 
 
 def _with_nan(setting: Any) -> Any:

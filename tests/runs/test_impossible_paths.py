@@ -8,7 +8,7 @@ import pytest
 
 import perta_fast as pf
 from perta_fast.demo import run_demo
-from perta_fast.reporting import write_page
+from perta_fast.reporting import write_report
 from perta_fast.runs.inspect import describe
 from tests.support.models import Job, llama
 
@@ -98,12 +98,12 @@ def test_others(name: str, good: dict[str, Any], tmp_path: Path) -> None:
         lambda: pf.apply_to_module_(module, wrong, good["tuned"], rule="tv"),
         lambda: pf.apply_to_module_(module, good["base"], wrong, rule="tv"),
         lambda: pf.apply_to_module_(module, good["base"], good["tuned"], wrong, good["retain_importance"]),
-        lambda: write_page(wrong, page),
-        lambda: write_page(good["run"], tmp_path / f"{name}.html"),
-        lambda: write_page(good["run"], page, png=wrong),
-        lambda: write_page(good["run"], page, sweeps=[wrong]),
-        lambda: write_page(good["run"], page, evaluations=[wrong]),
-        lambda: write_page(good["run"], page, prompts=wrong, show_text=True),
+        lambda: write_report(wrong, page),
+        lambda: write_report(good["run"], tmp_path / f"{name}.html"),
+        lambda: write_report(good["run"], page, png=wrong),
+        lambda: write_report(good["run"], page, sweeps=[wrong]),
+        lambda: write_report(good["run"], page, evaluations=[wrong]),
+        lambda: write_report(good["run"], page, prompts=wrong, show_text=True),
     ):
         with pytest.raises(pf.InputError, match=r"a(\\x00|\\ud800)b"):
             action()

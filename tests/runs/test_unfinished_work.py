@@ -11,7 +11,7 @@ import torch
 import perta_fast as pf
 from perta_fast import cli
 from perta_fast.demo import run_demo
-from perta_fast.reporting import write_page
+from perta_fast.reporting import write_report
 from perta_fast.streaming.write_behind import WriteBehind
 from tests.support.checkpoints import fingerprint, read_checkpoint
 from tests.support.models import Job
@@ -96,11 +96,11 @@ def streamed(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def page(job: Job, out: Path, **more: Any) -> object:
-    return write_page(out.with_name("done"), out, progress=False, **more)
+    return write_report(out.with_name("done"), out, progress=False, **more)
 
 
 def plots(job: Job, out: Path, **more: Any) -> object:
-    return write_page(out.with_name("done"), out.with_name("elsewhere.html"), png=out, progress=False, **more)
+    return write_report(out.with_name("done"), out.with_name("elsewhere.html"), png=out, progress=False, **more)
 
 
 def template(job: Job, out: Path, overwrite: bool = False) -> object:
