@@ -162,7 +162,8 @@ class Sweep:
 
     def __repr__(self) -> str:
         curves, best = self.curves(), self.best
-        what = f"{sum(bool(row.rule) for row in self.rows)} settings on {len(curves)} curve{'s' if len(curves) > 1 else ''}"
+        count, plural = sum(bool(row.rule) for row in self.rows), "s" if len(curves) > 1 else ""
+        what = f"{count} settings on {len(curves)} curve{plural}"
         chosen = "nothing chosen" if best is None else f"chosen: {self._named(best)}"
         return printable(f"<Sweep: {what}, {chosen}>")
 
