@@ -6,7 +6,7 @@ For a new kind of file, add an entry to ``TARGETS``.
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.rows import load_rows
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.importance.store import Importance
-from perta_fast.records.recipe import read_recipe
+from perta_fast.records.recipe import Setting, read_recipe
 from perta_fast.records.report import DataRecord, Report
 from perta_fast.reporting.evidence import read_scores
 from perta_fast.runs.apply import apply
@@ -201,11 +201,17 @@ def _read_data(file: Path) -> None:
 
 def _read_recipe(file: Path) -> None:
     """A recipe that is not refused must hold what YAML's own loader reads, if that can read it."""
-    settings = read_recipe(file)
+    recipe = read_recipe(file)
     try:
         expected = yaml.safe_load(file.read_bytes())
     except ValueError:  # a date like May 35, which the package reads as text
         return
+    for name, settings in recipe.sections.items():
+        _are_settings(settings, expected.pop(name))
+    _are_settings(recipe.settings, expected)
+
+
+def _are_settings(settings: Mapping[str, Setting], expected: Mapping[Any, Any]) -> None:
     assert len(settings) == sum(value is not None for value in expected.values())
     for key, value in expected.items():
         if isinstance(key, str) and isinstance(value, str | bool):

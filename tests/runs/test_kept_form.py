@@ -162,7 +162,7 @@ def test_the_command(job: Job, tmp_path: Path) -> None:
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "other")
     recipe = Report.load(tmp_path / "out").recipe
     assert recipe["as"] == "ratio"
-    again = read_recipe(tmp_path / "out" / "perta_report.json")  # where the kept importances are not repeated
+    again = read_recipe(tmp_path / "out" / "perta_report.json").settings  # where the kept importances are not repeated
     assert not again.keys() & {"as", "save-importance", "importance-dtype"}
 
 

@@ -203,7 +203,7 @@ def test_the_prompts_are_those_that_the_whole_had(
     assert_close(tmp_path / "out", tmp_path / "expected")
     for record in report.importance.values():
         assert (record["system_prompt"], record["date"]) == ("Be brief.", date_string or "02 Mar 2026")
-    recipe = read_recipe(tmp_path / "out" / "perta_report.json")
+    recipe = read_recipe(tmp_path / "out" / "perta_report.json").settings
     assert recipe["date-string"].value == (date_string or "02 Mar 2026")
     arguments = ["unlearn", "--recipe", str(tmp_path / "out" / "perta_report.json"), "--out", str(tmp_path / "again")]
     assert cli.main(arguments) == 0
