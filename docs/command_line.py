@@ -12,8 +12,12 @@ PAGE = "command-line.md"
 _START = """\
 # Command line
 
-`perta COMMAND` runs one command; `perta COMMAND --help` lists its options. `-v` or `--verbose`, before the
-command, logs each phase on standard error, and `perta --version` names the version.
+`perta COMMAND` runs one command; `perta COMMAND --help` or `perta help COMMAND` lists its options, which are written in
+full. `-v` or `--verbose`, before or after the command, logs each phase on standard error, and `perta --version` names
+the version.
+
+With `--json`, standard output is one JSON object: the record that the command also writes to disk, where it writes one
+([formats](formats.md)), and null for a number that is not finite. Whatever else is said goes to standard error.
 
 Exit status: 0 done; 1 the run failed, and the message says what, where and how to go on; 2 bad arguments or bad
 input, and nothing was done.

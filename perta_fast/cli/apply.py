@@ -12,18 +12,18 @@ from perta_fast.cli.options import (
     SCOPE,
     Command,
     Option,
-    finish,
+    Outcome,
     keywords,
+    made,
 )
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> Outcome:
     with importing():
         from perta_fast.runs.apply import apply
 
     report = apply(**keywords(parsed), group=parsed.group)
-    finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
-    return 0
+    return made(report.as_record(), report.summary(), parsed.out or parsed.model)
 
 
 COMMAND = Command(

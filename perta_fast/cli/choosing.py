@@ -1,15 +1,19 @@
 """``--choose`` of ``perta unlearn``: many settings are scored, and the one that forgets most within a bound is made."""
 
 import argparse
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Option, conditions, finish, keywords, name_list, number_list
+from perta_fast.cli.options import Option, Outcome, conditions, keywords, made, name_list, number_list
 from perta_fast.errors import InputError, printable
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RETAIN_RISE
 from perta_fast.scoring.criteria import LOSS, METRICS
+
+if TYPE_CHECKING:
+    from perta_fast.streaming.forecast.forecast import Forecast
 
 # The bounds, with the values that they have if none is given.
 _BOUNDS: dict[str, float | None] = {
@@ -82,21 +86,20 @@ def check_choice(parsed: argparse.Namespace) -> None:
         raise InputError("--choose scores settings on both data sets: give --forget and --retain")
 
 
-def choose(parsed: argparse.Namespace) -> int:
-    """Score, choose, make the result; return the exit status."""
+def choose(parsed: argparse.Namespace) -> Outcome:
+    """Score, choose, make the result."""
     with importing():
         from perta_fast.sweeping.choose import choose
         from perta_fast.sweeping.results import record_beside
 
     result = parsed.out or parsed.model
     report = choose(**settings_of(parsed), group=parsed.group)
-    finish(report.summary(), result, parsed.quiet)
-    if not parsed.quiet:
-        print(printable(f"every setting that was scored: {record_beside(result)}"))
-    return 0
+    shown = made(report.as_record(), report.summary(), result)
+    scored = printable(f"every setting that was scored: {record_beside(result)}")
+    return replace(shown, text=f"{shown.text}\n{scored}")
 
 
-def preview(parsed: argparse.Namespace, ranks: int) -> str:
+def preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     """What the sweep takes; the result then takes what ``perta apply`` does."""
     from perta_fast.sweeping.choose import as_sweep
     from perta_fast.sweeping.dry_run import preview_sweep
@@ -104,7 +107,7 @@ def preview(parsed: argparse.Namespace, ranks: int) -> str:
 
     defaults = {name: parameter.default for name, parameter in signature(sweep).parameters.items()}
     costs = preview_sweep(defaults | as_sweep(settings_of(parsed)), conditions(parsed), ranks)
-    return f"{costs}\n\nthen the result is computed from files, chunk by chunk, as by perta apply"
+    return costs.followed_by("\n\nthen the result is computed from files, chunk by chunk, as by perta apply")
 
 
 def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -11,19 +11,23 @@ from perta_fast.cli.options import (
     DRY_RUN,
     ESTIMATION,
     FIELDS,
+    JSON,
     LIMITS,
     SHOW_LABELS,
     Command,
     Option,
+    Outcome,
     check_streamed,
     flag,
+    forecast_shown,
     keywords,
+    made,
 )
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> int | Outcome:
     check_streamed(parsed)
     if parsed.dry_run:
         return _dry_run(parsed)
@@ -33,18 +37,14 @@ def run(parsed: argparse.Namespace) -> int:
     result = evaluate(parsed.model, **keywords(parsed, without=("model", "dry_run")), group=parsed.group)
     if not Ranks.of(parsed.group).first:
         return 0
-    if not parsed.quiet:
-        print(result.summary())
-        if parsed.out is not None:
-            print(printable(f"written to {parsed.out}"))
-    if parsed.quiet or not sys.stdout.isatty():  # else the summary has just shown them
+    if parsed.quiet or parsed.json or not sys.stdout.isatty():  # else the summary has just shown them
         for note in result.notes:
             if note.startswith("warning"):
                 print(f"perta: {printable(note)}", file=sys.stderr)
-    return 0
+    return made(result.as_record(), result.summary(), parsed.out)
 
 
-def _dry_run(parsed: argparse.Namespace) -> int:
+def _dry_run(parsed: argparse.Namespace) -> int | Outcome:
     with importing():
         from perta_fast.evaluation.request import Request
         from perta_fast.runs.evaluate_streamed import preview
@@ -52,7 +52,8 @@ def _dry_run(parsed: argparse.Namespace) -> int:
     ranks = Ranks.of(parsed.group)
     with ranks.together("the estimate"):
         if ranks.first:
-            print(preview(Request.of(keywords(parsed) | {"model_or_path": parsed.model}), ranks.world))
+            request = Request.of(keywords(parsed) | {"model_or_path": parsed.model})
+            return forecast_shown(preview(request, ranks.world))
     return 0
 
 
@@ -94,6 +95,7 @@ COMMAND = Command(
         Option("out", "file to write, ending in .json", Path, "FILE"),
         flag("overwrite", "replace FILE"),
         flag("quiet", "no progress bar, no table"),
+        JSON,
     ),
     run,
     over_ranks=True,

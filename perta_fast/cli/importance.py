@@ -2,19 +2,23 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
-from perta_fast.cli.recipe_options import given_options
+from perta_fast.cli.options import Command, Option, Outcome, check_streamed, forecast_shown, keywords, made
+from perta_fast.cli.parser import given_options
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, printable_lines
 from perta_fast.rules import ESTIMATORS
 
+if TYPE_CHECKING:
+    from perta_fast.importance.store import ImportanceMetadata
+
 _COMBINING = ("merge", "whole", "remove")
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> int | Outcome:
     if any(getattr(parsed, name) is not None for name in _COMBINING):
         return _combine(parsed)
     if missing := [f"--{name}" for name in ("model", "data") if getattr(parsed, name) is None]:
@@ -38,11 +42,10 @@ def run(parsed: argparse.Namespace) -> int:
         lines.append(
             f"these parameters could not be computed in a batch, which took a pass for each sample: {record.one_by_one}"
         )
-    finish(printable_lines(lines), parsed.out, parsed.quiet)
-    return 0
+    return _made(parsed, record, lines)
 
 
-def _combine(parsed: argparse.Namespace) -> int:
+def _combine(parsed: argparse.Namespace) -> int | Outcome:
     """Add importances up, or take some out of a whole one."""
     _check_combining(parsed)
     with importing():
@@ -55,8 +58,15 @@ def _combine(parsed: argparse.Namespace) -> int:
     else:
         record = remove_importances(parsed.whole, parsed.remove, **how).metadata
     line = f"{record.estimator} over {record.sample_count} samples, {record.label_count} labels"
-    finish(printable_lines([line]), parsed.out, parsed.quiet)
-    return 0
+    return _made(parsed, record, [line])
+
+
+def _made(parsed: argparse.Namespace, metadata: "ImportanceMetadata", lines: list[str]) -> Outcome:
+    from perta_fast.importance.store import as_strings
+    from perta_fast.records.importance_record import importance_record
+
+    record = {"path": str(parsed.out), **importance_record(as_strings(metadata))}
+    return made(record, printable_lines(lines), parsed.out)
 
 
 def _check_combining(parsed: argparse.Namespace) -> None:
@@ -77,13 +87,13 @@ def _check_combining(parsed: argparse.Namespace) -> None:
         raise InputError(f"--{first} is done by one process; start it without torchrun")
 
 
-def _dry_run(parsed: argparse.Namespace) -> int:
+def _dry_run(parsed: argparse.Namespace) -> int | Outcome:
     from perta_fast.streaming.forecast.dry_run import preview
 
     ranks = Ranks.of(parsed.group)
     with ranks.together("the estimate"):
         if ranks.first:
-            text = preview(
+            forecast = preview(
                 parsed.model,
                 {"given": parsed.data},
                 parsed.estimator,
@@ -92,7 +102,7 @@ def _dry_run(parsed: argparse.Namespace) -> int:
                 subtract=False,
                 ranks=ranks.world,
             )
-            print(text)
+            return forecast_shown(forecast)
     return 0
 
 

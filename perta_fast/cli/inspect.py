@@ -4,15 +4,18 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, flag
+from perta_fast.cli.options import JSON, Command, Option, Outcome, flag
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> Outcome:
     with importing():
         from perta_fast.runs.inspect import describe
+        from perta_fast.runs.inspect_record import inspection
 
-    print(describe(parsed.path, every_tensor=parsed.tensors, base=parsed.base, progress=True))
-    return 0
+    how = {"every_tensor": parsed.tensors, "base": parsed.base, "progress": True}
+    if parsed.json:
+        return Outcome("", inspection(parsed.path, **how))
+    return Outcome(describe(parsed.path, **how), {})
 
 
 COMMAND = Command(
@@ -22,6 +25,7 @@ COMMAND = Command(
         Option("path", type=Path, metavar="PATH", positional=True),
         flag("tensors", "list every tensor"),
         Option("base", "say whether PATH, as tuned, differs from this checkpoint", Path, "DIR"),
+        JSON,
     ),
     run,
     prints=True,

@@ -14,6 +14,7 @@ from perta_fast.cli import (
     apply,
     demo,
     eval,
+    help,
     importance,
     inspect,
     merge,
@@ -28,17 +29,17 @@ from perta_fast.cli import (
     verify,
 )
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
-from perta_fast.cli.recipe_options import add_commands
+from perta_fast.cli.options import Outcome
+from perta_fast.cli.parser import whole_parser
 from perta_fast.cli.show_labels import show_labels
 from perta_fast.cli.streams import ShownStream, shown_streams
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory, printable
-from perta_fast.records.versions import this_version
 
 # In the order of the help.
 _MAKING = (demo, tune, merge, precondition, unlearn, recipe, importance, ratio, apply, sweep)
-_MODULES = (*_MAKING, eval, report, inspect, verify, resume)
+_MODULES = (*_MAKING, eval, report, inspect, verify, resume, help)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
 
 
@@ -66,16 +67,39 @@ def _run_explained(arguments: Sequence[str] | None, output: ShownStream) -> int:
 
 def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream) -> int:
     with ranks.together("the arguments"), _of_first(ranks, redirect_stderr, sys.stderr):
-        parsed = _parser().parse_args(arguments)  # this may read a recipe
+        parser = whole_parser(COMMANDS)
+        parsed = parser.parse_args(arguments)  # this may read a recipe
         if ranks.world > 1 and not parsed.command.over_ranks:
             raise InputError("this command is done by one process; start it without torchrun")
-    parsed.group = ranks.group
+    parsed.parser, parsed.group = parser, ranks.group
     silent = getattr(parsed, "quiet", False) or not ranks.first
-    with _bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first):
+    with _bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first), _kept_for_json(parsed):
         shows = getattr(parsed, "show_labels", None) is not None
-        status: int = show_labels(parsed) if shows else parsed.command.run(parsed)
+        outcome: int | Outcome = show_labels(parsed) if shows else parsed.command.run(parsed)
+    status = _shown(outcome, parsed) if isinstance(outcome, Outcome) else outcome
     output.flush()
     return status if output.lost is None else _told(output.lost, parsed, status)
+
+
+def _shown(outcome: Outcome, parsed: argparse.Namespace) -> int:
+    """Print what a command has done; return its exit status."""
+    if getattr(parsed, "json", False):
+        from perta_fast.records.typed_json import readable_json, with_nulls
+
+        print(readable_json(with_nulls(outcome.record)).decode(), end="")
+    elif _only_prints(parsed) or not getattr(parsed, "quiet", False):
+        print(outcome.text)
+    return outcome.status
+
+
+@contextmanager
+def _kept_for_json(parsed: argparse.Namespace) -> Iterator[None]:
+    """With ``--json``, what is printed meanwhile goes to standard error: standard output is for the record alone."""
+    if not getattr(parsed, "json", False):
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def _told(lost: Exception, parsed: argparse.Namespace, status: int) -> int:
@@ -84,12 +108,16 @@ def _told(lost: Exception, parsed: argparse.Namespace, status: int) -> int:
     A reader that has gone, such as head, needs no message.
     """
     writes = getattr(parsed, "out", "") is not None or getattr(parsed, "in_place", False)
-    only_printed = parsed.command.prints or getattr(parsed, "dry_run", False) or not writes
+    only_printed = _only_prints(parsed) or not writes
     if not isinstance(lost, BrokenPipeError):
         reason = getattr(lost, "strerror", None) or lost
         rest = "" if only_printed else "; what the command makes is complete"
         print(f"perta: standard output could not be written: {reason}{rest}", file=sys.stderr)
     return status or (PertaError.exit_status if only_printed else 0)
+
+
+def _only_prints(parsed: argparse.Namespace) -> bool:
+    return bool(parsed.command.prints or getattr(parsed, "dry_run", False))
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -154,13 +182,3 @@ def _log_shown(shown: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="perta", description="Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0)."
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log each phase on standard error")
-    parser.add_argument("--version", action="version", version=f"perta {this_version() or '(not installed)'}")
-    add_commands(parser, COMMANDS, "COMMAND")
-    return parser

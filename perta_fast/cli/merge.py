@@ -4,17 +4,17 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import DOWNLOAD, OUTPUT, RESULT, Command, Option, finish, keywords
+from perta_fast.cli.options import DOWNLOAD, OUTPUT, RESULT, Command, Option, Outcome, keywords, made
 
 _SHARED = ("link_unchanged", "drop_cache", "threads", "allow_zero")
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> Outcome:
     with importing():
         from perta_fast.runs.merge import merge
 
-    finish(merge(**keywords(parsed), group=parsed.group).summary(), parsed.out, parsed.quiet)
-    return 0
+    report = merge(**keywords(parsed), group=parsed.group)
+    return made(report.as_record(), report.summary(), parsed.out)
 
 
 COMMAND = Command(

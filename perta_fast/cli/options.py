@@ -5,7 +5,7 @@ these tables.
 """
 
 import argparse
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from perta_fast.rules import ANY_RULES, DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE,
 
 if TYPE_CHECKING:
     from perta_fast.streaming.forecast.dry_run import Conditions
+    from perta_fast.streaming.forecast.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Option:
     """One option, or positional argument, of a command.
 
     name: of the argument of the Python function, ``batch_size`` for ``--batch-size``. type: makes the value from a
-    text; bool makes a flag. negatable: a flag that also has a form ``--no-``. several: takes one or more values.
+    text; bool makes a flag. negatable: a flag that also has a form ``--no-``. several: takes one or more values; if
+    positional, any number.
     joined: given again, its lists are joined. spelled: on the command line, if not as the argument. one_of: at most one
     of the options with the same word can be given, and exactly one if they are required. named: a path, or a name of
     the Hugging Face hub. may_be_empty: whether an empty text is a value in a recipe.
@@ -52,6 +54,13 @@ class Option:
         """The name on the command line and in a recipe."""
         return self.spelled or self.name.replace("_", "-")
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """All ways to write the option; none for a positional argument."""
+        if self.positional:
+            return ()
+        return (f"--{self.key}", f"--no-{self.key}") if self.negatable else (f"--{self.key}",)
+
     def add_to(self, target: Any, *, bare: bool = False) -> None:
         """Declare the option to a parser or a group. bare: as not required, without default."""
         name = self.name if self.positional else f"--{self.key}"
@@ -62,7 +71,9 @@ class Option:
         else:
             made_by = _path if self.type is Path else self.type
             settings |= {"type": made_by, "metavar": self.metavar, "choices": self.choices}
-        if self.several:
+        if self.several and self.positional:
+            settings["nargs"] = "*"
+        elif self.several:
             settings |= {"nargs": "+", "action": "extend"}
         elif self.joined:
             settings["action"] = "extend"
@@ -77,16 +88,30 @@ def flag(name: str, help: str, one_of: str = "", required: bool = False) -> Opti
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a command has done.
+
+    text: for a person. record: for a program, as it is written to disk where it is written. status: exit status.
+    """
+
+    text: str
+    record: Mapping[str, Any]
+    status: int = 0
+
+
+@dataclass(frozen=True)
 class Command:
     """A command: one line of help, its options, and the function that runs it, or the commands below it.
 
-    over_ranks: whether torchrun may start it as several processes. prints: whether what it prints is its result.
+    run: returns the exit status, or an ``Outcome``, which is printed as text or, with JSON among the options and given,
+    as JSON. over_ranks: whether torchrun may start it as several processes. prints: whether what it prints is its
+    result.
     """
 
     name: str
     help: str
     options: tuple[Option, ...] = ()
-    run: Callable[[argparse.Namespace], int] | None = None
+    run: Callable[[argparse.Namespace], int | Outcome] | None = None
     over_ranks: bool = False
     prints: bool = False
     parts: tuple["Command", ...] = ()
@@ -109,6 +134,7 @@ def keywords(parsed: argparse.Namespace, without: Container[str] = ()) -> dict[s
     if arguments.get("dtype") is not None:
         arguments["dtype"] = torch_dtype(arguments["dtype"])
     arguments.pop(SHOW_LABELS.name, None)
+    arguments.pop(JSON.name, None)
     return {name: value for name, value in arguments.items() if name not in without}
 
 
@@ -127,11 +153,14 @@ def check_streamed(parsed: argparse.Namespace) -> None:
         raise InputError(f"--{given[0].replace('_', '-')} is for streamed runs; add --stream")
 
 
-def finish(summary: str, out: Path, quiet: bool) -> None:
-    """Print the result of a command, unless it is quiet. summary: lines that are printable."""
-    if not quiet:
-        print(summary)
-        print(printable(f"written to {out}"))
+def made(record: Mapping[str, Any], summary: str, out: Path | None) -> Outcome:
+    """The outcome of a command that has made ``out``. summary: lines that are printable."""
+    return Outcome(summary if out is None else f"{summary}\n{printable(f'written to {out}')}", record)
+
+
+def forecast_shown(forecast: "Forecast") -> Outcome:
+    """The outcome of a dry run."""
+    return Outcome(forecast.text, {"walks": forecast.walks})
 
 
 def name_list(text: str) -> list[str]:
@@ -238,7 +267,8 @@ DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
 QUIET = flag("quiet", "no progress bar, no summary")
-OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET)
+JSON = flag("json", "print the record of what was done as JSON, instead of text")
+OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET, JSON)
 RESULT = (
     Option("out", "directory to make", Path, "DIR", required=True, one_of="result"),
     flag("in_place", "change the model where it lies", required=True, one_of="result"),
@@ -254,4 +284,5 @@ RESULT = (
     flag("allow_zero", "go on if the task vector is zero, which makes a copy"),
     flag("leave_others", "change in place though other weight files lie beside the shards"),
     QUIET,
+    JSON,
 )

@@ -1,8 +1,9 @@
 """``perta precondition``."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import (
@@ -19,27 +20,31 @@ from perta_fast.cli.options import (
     STREAM,
     Command,
     Option,
+    Outcome,
     check_streamed,
     conditions,
-    finish,
+    forecast_shown,
     keywords,
+    made,
 )
 from perta_fast.rules import DEFAULT_MU
 
+if TYPE_CHECKING:
+    from perta_fast.streaming.forecast.forecast import Forecast
 
-def run(parsed: argparse.Namespace) -> int:
+
+def run(parsed: argparse.Namespace) -> Outcome:
     check_streamed(parsed)
     if parsed.dry_run:
-        print(_preview(parsed))
-        return 0
+        return forecast_shown(_preview(parsed))
     with importing():
         from perta_fast.runs.precondition import precondition
 
-    finish(precondition(**keywords(parsed, without=("dry_run",))).summary(), parsed.out, parsed.quiet)
-    return 0
+    record = precondition(**keywords(parsed, without=("dry_run",)))
+    return made(asdict(record), record.summary(), parsed.out)
 
 
-def _preview(parsed: argparse.Namespace) -> str:
+def _preview(parsed: argparse.Namespace) -> "Forecast":
     from perta_fast.checkpoints.adapters import is_adapter
     from perta_fast.files.hub import local_model
     from perta_fast.streaming.forecast.dry_run import preview

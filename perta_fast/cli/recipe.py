@@ -4,12 +4,16 @@ import argparse
 import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli import unlearn
-from perta_fast.cli.options import Command, Option, flag
+from perta_fast.cli.options import JSON, Command, Option, Outcome, flag
 from perta_fast.cli.recipe_options import MAKE_NOTHING, alternatives, options_of, required
 from perta_fast.errors import printable
 from perta_fast.files.new_file import check_output_file, write_output_file
+
+if TYPE_CHECKING:
+    from perta_fast.records.recipe import Setting
 
 _HEAD = """\
 # A run of perta unlearn. Check this file with: perta recipe check FILE
@@ -45,7 +49,7 @@ def write_template(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def check_recipe(parsed: argparse.Namespace) -> int:
+def check_recipe(parsed: argparse.Namespace) -> Outcome:
     from perta_fast.cli.recipe_sections import check_inputs, sections_of
     from perta_fast.records.recipe import read_recipe
 
@@ -56,8 +60,14 @@ def check_recipe(parsed: argparse.Namespace) -> int:
     if recipe.sections:
         check_inputs(sections)
         what = f"a whole job: {', '.join(section.name for section in sections)}"
-    print(printable(f"{path}: {what}"))
-    return 0
+    record: dict[str, Any] = {"recipe": str(path), "settings": _values(recipe.settings)}
+    if recipe.sections:
+        record["sections"] = {name: _values(settings) for name, settings in recipe.sections.items()}
+    return Outcome(printable(f"{path}: {what}"), record)
+
+
+def _values(settings: Mapping[str, "Setting"]) -> dict[str, Any]:
+    return {key: setting.value for key, setting in settings.items()}
 
 
 def run_recipe(parsed: argparse.Namespace) -> int:
@@ -133,7 +143,11 @@ COMMAND = Command(
             write_template,
         ),
         Command(
-            "check", "whether a recipe is a whole run or job, correctly written", (_FILE,), check_recipe, prints=True
+            "check",
+            "whether a recipe is a whole run or job, correctly written",
+            (_FILE, JSON),
+            check_recipe,
+            prints=True,
         ),
         Command(
             "run",

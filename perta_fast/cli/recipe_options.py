@@ -3,12 +3,11 @@
 import argparse
 import difflib
 import reprlib
-from argparse import ArgumentParser
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perta_fast.cli.options import Command, Option, add_options
+from perta_fast.cli.options import JSON, Command, Option
 from perta_fast.data.given import is_given
 from perta_fast.errors import InputError
 from perta_fast.files.hub import is_name
@@ -23,54 +22,9 @@ MAKE_NOTHING = ("dry-run", "show-labels")  # with these a command only prints
 _EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", Path: "a path", str: "a text"}
 
 
-class RecipeParser(ArgumentParser):
-    """A parser of one command, which reads the file named by ``--recipe`` before it requires other options."""
-
-    command: Command
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Like argparse's own, with the arguments of a recipe before ``args``. Raises InputError for a bad recipe."""
-        if any(argument.startswith("--rec") for argument in args or ()):  # any shorter form is ambiguous
-            given = given_options(self.command, args)
-            path = given.pop("recipe", None)
-            if path is not None and "help" not in given:
-                args = [*arguments_from(self.command, settings_for(self.command, path), path, given), *args]
-        parsed, others = super().parse_known_args(args, namespace)
-        parsed.arguments = args
-        return parsed, others
-
-
-def given_options(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
-    """The options of ``arguments`` alone, by name: those that are left out have no default here."""
-    bare = ArgumentParser(command.name, add_help=False, argument_default=argparse.SUPPRESS)
-    bare.add_argument("-h", "--help", action="store_true")
-    add_options(bare, command.options, bare=True)
-    return vars(bare.parse_known_args(list(arguments))[0])
-
-
-def add_commands(parser: ArgumentParser, commands: Iterable[Command], metavar: str) -> None:
-    """Add commands to ``parser``; the parsed arguments name the one that was given, as ``command``."""
-    subparsers = parser.add_subparsers(required=True, metavar=metavar, parser_class=RecipeParser)
-    for command in commands:
-        subparser = subparsers.add_parser(command.name, help=command.help)
-        subparser.command = command
-        subparser.set_defaults(command=command)
-        add_options(subparser, command.options)
-        if command.parts:
-            add_commands(subparser, command.parts, "|".join(part.name for part in command.parts))
-
-
-def parser_of(command: Command) -> RecipeParser:
-    """The parser of one command alone."""
-    parser = RecipeParser(f"perta {command.name}")
-    parser.command = command
-    add_options(parser, command.options)
-    return parser
-
-
 def options_of(command: Command) -> dict[str, Option]:
     """The options that a recipe can have, by key."""
-    return {option.key: option for option in command.options if option is not RECIPE}
+    return {option.key: option for option in command.options if option not in (RECIPE, JSON)}
 
 
 def alternatives(command: Command) -> list[list[str]]:

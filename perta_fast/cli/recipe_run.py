@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.cli import resume, unlearn
+from perta_fast.cli.options import Outcome
 from perta_fast.cli.recipe_plan import Plan, Way, is_unfinished, plan
 from perta_fast.cli.recipe_sections import Section, check_inputs, sections_of
 from perta_fast.errors import PertaError, printable
@@ -41,9 +42,11 @@ def _do(section: Section, planned: Plan, record: RecipeRecord, quiet: bool) -> N
     if planned.way is Way.FURTHER and _is_resumed(section):
         parsed = argparse.Namespace(path=section.result, quiet=parsed.quiet, command=resume.COMMAND, group=None)
     try:
-        parsed.command.run(parsed)
+        outcome = parsed.command.run(parsed)
     except PertaError as error:
         raise type(error)(f"{section.where}: {error}") from error
+    if isinstance(outcome, Outcome) and not quiet:
+        print(outcome.text)
     gc.collect()  # the next section needs the memory
 
 

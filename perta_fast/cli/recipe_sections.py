@@ -11,8 +11,9 @@ from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.cli import eval, report, sweep, tune, unlearn
 from perta_fast.cli.options import Command, Option
+from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_checks import check_settings
-from perta_fast.cli.recipe_options import MAKE_NOTHING, arguments_from, options_of, parser_of, required, with_shared
+from perta_fast.cli.recipe_options import MAKE_NOTHING, arguments_from, options_of, required, with_shared
 from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.hub import is_name, local_data

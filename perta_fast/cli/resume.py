@@ -4,22 +4,21 @@ import argparse
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import QUIET, Command, Option, finish
+from perta_fast.cli.options import JSON, QUIET, Command, Option, Outcome, made
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> Outcome:
     with importing():
         from perta_fast.resuming import resume
 
-    report = resume(parsed.path, progress=not parsed.quiet, group=parsed.group)
-    finish(report.summary(), parsed.path, parsed.quiet)
-    return 0
+    result = resume(parsed.path, progress=not parsed.quiet, group=parsed.group)
+    return made(result.as_record(), result.summary(), parsed.path)
 
 
 COMMAND = Command(
     "resume",
     "finish an interrupted run",
-    (Option("path", "its --out, or the model it changes in place", Path, "DIR", positional=True), QUIET),
+    (Option("path", "its --out, or the model it changes in place", Path, "DIR", positional=True), QUIET, JSON),
     run,
     over_ranks=True,
 )

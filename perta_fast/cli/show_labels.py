@@ -15,6 +15,8 @@ _FILES = ("data", "forget", "retain", "holdout")  # options that name data files
 
 def show_labels(parsed: argparse.Namespace) -> int:
     """Print the first rows of each data file of a command as the model that is measured gets them."""
+    if getattr(parsed, "json", False):
+        raise InputError("--show-labels prints rows for a person; leave out --json")
     files = {role: getattr(parsed, role, None) for role in _FILES}
     if getattr(parsed, "suite", None):
         raise InputError("show_labels is for data of your own; leave out the suite")

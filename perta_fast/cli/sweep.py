@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli import options
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, check_streamed, flag, keywords, name_list, number_list
+from perta_fast.cli.options import (
+    JSON,
+    Command,
+    Option,
+    Outcome,
+    check_streamed,
+    flag,
+    forecast_shown,
+    keywords,
+    name_list,
+    number_list,
+)
 from perta_fast.data.forms import fields_text
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable, shell_command
@@ -19,7 +30,7 @@ if TYPE_CHECKING:
     from perta_fast.sweeping.results import Sweep
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> int | Outcome:
     with importing():
         from perta_fast.sweeping.dry_run import preview_sweep
         from perta_fast.sweeping.run import sweep
@@ -30,25 +41,30 @@ def run(parsed: argparse.Namespace) -> int:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
             if ranks.first:
-                print(preview_sweep(settings, options.conditions(parsed), ranks.world))
+                return forecast_shown(preview_sweep(settings, options.conditions(parsed), ranks.world))
         return 0
     result = sweep(**settings, group=parsed.group)
     if not Ranks.of(parsed.group).first:
         return 0
-    print(result.summary())
+    return Outcome("\n".join([result.summary(), *_next_steps(parsed, result)]), result.as_record())
+
+
+def _next_steps(parsed: argparse.Namespace, result: "Sweep") -> list[str]:
+    """For a person: where the choice and the figures are, or the command that makes them a checkpoint."""
+    lines = []
     best, curves = result.best, result.curves()
     if parsed.checkpoint is not None:
-        print(printable(f"chosen checkpoint written to {parsed.checkpoint}"))
+        lines.append(printable(f"chosen checkpoint written to {parsed.checkpoint}"))
     elif parsed.in_place:
-        print(printable(f"what was chosen is in {parsed.model} now"))
+        lines.append(printable(f"what was chosen is in {parsed.model} now"))
     elif best is not None and best.rule:
-        print(f"Write it with:\n{_making(parsed, result, best, repr(best.lam))}")
+        lines.append(f"Write it with:\n{_making(parsed, result, best, repr(best.lam))}")
     elif best is None and len(curves) == 1:
         (rows,) = curves.values()
-        print(f"Write the one you choose, L, with:\n{_making(parsed, result, rows[0], 'L')}")
+        lines.append(f"Write the one you choose, L, with:\n{_making(parsed, result, rows[0], 'L')}")
     if parsed.out is not None:
-        print(printable(f"written to {parsed.out}"))
-    return 0
+        lines.append(printable(f"written to {parsed.out}"))
+    return lines
 
 
 def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -171,7 +187,8 @@ COMMAND = Command(
         *options.ESTIMATION,
         Option("out", "directory to make, for figures and plot", Path, "DIR"),
         flag("overwrite", "replace what is there, and start over"),
-        flag("quiet", "no progress bar"),
+        flag("quiet", "no progress bar, no table"),
+        JSON,
     ),
     run,
     over_ranks=True,

@@ -1,6 +1,7 @@
 """``perta tune``."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
@@ -14,18 +15,19 @@ from perta_fast.cli.options import (
     SHOW_LABELS,
     Command,
     Option,
-    finish,
+    Outcome,
     flag,
     keywords,
+    made,
 )
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> Outcome:
     with importing():
         from perta_fast.tuning.run import tune
 
-    finish(tune(**keywords(parsed)).summary(), parsed.out, parsed.quiet)
-    return 0
+    record = tune(**keywords(parsed))
+    return made(asdict(record), record.summary(), parsed.out)
 
 
 COMMAND = Command(

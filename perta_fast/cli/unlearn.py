@@ -3,11 +3,12 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perta_fast import compiled
 from perta_fast.cli import choosing, options
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, check_streamed, finish, keywords
+from perta_fast.cli.options import Command, Option, Outcome, check_streamed, forecast_shown, keywords, made
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import STORED_TYPES
@@ -23,15 +24,18 @@ from perta_fast.rules import (
     resolved_at,
 )
 
+if TYPE_CHECKING:
+    from perta_fast.streaming.forecast.forecast import Forecast
 
-def run(parsed: argparse.Namespace) -> int:
+
+def run(parsed: argparse.Namespace) -> int | Outcome:
     check_streamed(parsed)
     choosing.check_choice(parsed)
     if parsed.dry_run:
         ranks = Ranks.of(parsed.group)
         with ranks.together("the estimate"):
             if ranks.first:
-                print(_preview(parsed, ranks.world))
+                return forecast_shown(_preview(parsed, ranks.world))
         return 0
     for place in (parsed.out, parsed.save_importance, parsed.save_tuned):
         if parsed.recipe is not None and place is not None:
@@ -43,11 +47,10 @@ def run(parsed: argparse.Namespace) -> int:
 
     without = ("recipe", "dry_run", *(option.name for option in choosing.OPTIONS))
     report = unlearn(**keywords(parsed, without), group=parsed.group)
-    finish(report.summary(), parsed.out or parsed.model, parsed.quiet)
-    return 0
+    return made(report.as_record(), report.summary(), parsed.out or parsed.model)
 
 
-def _preview(parsed: argparse.Namespace, ranks: int) -> str:
+def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     if parsed.choose is not None:
         return choosing.preview(parsed, ranks)
     from perta_fast.checkpoints.adapters import is_adapter
@@ -68,7 +71,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
     if None in data.values():
         raise InputError(f"--dry-run needs the data that rule {parsed.rule} reads: {' and '.join(data)}")
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
-    text = preview(
+    forecast = preview(
         parsed.model if resolved_at(parsed.rule, parsed.at) == "model" else parsed.base,
         data,
         estimator,
@@ -80,7 +83,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> str:
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,
     )
-    return text if whole is None else f"{text}\n{_after_the_walk(whole)}"
+    return forecast if whole is None else forecast.followed_by(f"\n{_after_the_walk(whole)}")
 
 
 def _after_the_walk(whole: Path) -> str:

@@ -1,19 +1,19 @@
 """``perta verify``."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
-from perta_fast.cli.options import Command, Option, flag
+from perta_fast.cli.options import JSON, Command, Option, Outcome, flag
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(parsed: argparse.Namespace) -> Outcome:
     with importing():
         from perta_fast.runs.verify import verify
 
     result = verify(parsed.path, full=parsed.full, progress=not parsed.quiet)
-    print(result.summary())
-    return 1 if result.problems else 0
+    return Outcome(result.summary(), asdict(result), status=1 if result.problems else 0)
 
 
 COMMAND = Command(
@@ -23,6 +23,7 @@ COMMAND = Command(
         Option("path", type=Path, metavar="DIR", positional=True),
         flag("full", "recompute every tensor, not a sample"),
         flag("quiet", "no progress bar"),
+        JSON,
     ),
     run,
     prints=True,

@@ -95,6 +95,10 @@ class Evaluation:
 
     def as_json(self) -> bytes:
         """What is written to a file: JSON, with null for what is not finite."""
+        return readable_json(with_nulls(self.as_record()))
+
+    def as_record(self) -> dict[str, Any]:
+        """What is written to a file, as a table."""
         metrics = {
             name: {
                 "agg_value": metric.value,
@@ -102,8 +106,7 @@ class Evaluation:
             }
             for name, metric in self.metrics.items()
         }
-        content = {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
-        return readable_json(with_nulls(content))
+        return {"format_version": FORMAT_VERSION, **vars(self), "metrics": metrics}
 
 
 @dataclass(frozen=True)

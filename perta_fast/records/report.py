@@ -209,7 +209,11 @@ class Report:
 
     def save(self, directory: Path) -> None:
         """Write ``perta_report.json`` into ``directory``."""
-        write_readable_json(checked_path(directory) / FILE_NAME, asdict(self))
+        write_readable_json(checked_path(directory) / FILE_NAME, self.as_record())
+
+    def as_record(self) -> dict[str, Any]:
+        """What is written to the file."""
+        return asdict(self)
 
     @classmethod
     def load(cls, directory: Path) -> "Report":

@@ -22,7 +22,8 @@ from perta_fast.progress import Progress
 from perta_fast.runs.estimate import open_skeleton
 from perta_fast.runs.scoring_walks import scoring_walks
 from perta_fast.runs.settings import threads_for
-from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, rates_for
+from perta_fast.streaming.forecast.forecast import Forecast
 from perta_fast.streaming.forecast.forward_costs import forward_estimate
 from perta_fast.streaming.forward.asked import Answering, Asking
 from perta_fast.streaming.forward.sample_set import SampleSet
@@ -59,7 +60,7 @@ def measure_streamed(
     return result
 
 
-def preview(request: Request, ranks: int = 1) -> str:
+def preview(request: Request, ranks: int = 1) -> Forecast:
     """What the walks of a streamed evaluation will take, from the headers of the files and the data.
 
     ranks: processes; the costs are those of one. A file is written to measure the disk, and removed. Raises InputError
@@ -68,7 +69,7 @@ def preview(request: Request, ranks: int = 1) -> str:
     checked = Checked.of(replace(request, out=None), overwrite=False, resume=False)
     opened = _Opened.open(checked, today(), None, False)
     destination = Path(tempfile.gettempdir()) if request.out is None else Path(request.out).parent
-    lines = []
+    walks = []
     for name, (skeleton, sets) in opened.walks.items():
         estimate = forward_estimate(skeleton, [Version(name)], sets, threads_for(None, Ranks.ALONE), ranks)
         budget = Budget.at(destination, request.memory, request.device_memory, ranks)
@@ -76,8 +77,9 @@ def preview(request: Request, ranks: int = 1) -> str:
         tokens = {of_set.name: [len(sample.input_ids) for sample in of_set.samples] for of_set in sets}
         counts = (f"{len(of_set)} {role} samples of {sum(of_set)} tokens" for role, of_set in tokens.items())
         rates = rates_for(chosen, destination, skeleton.first_shard)
-        lines += [f"through the {name}: {', '.join(counts)}", describe(chosen, rates, ranks)]
-    return "\n".join(lines)
+        sizes = {role: {"samples": len(of_set), "tokens": sum(of_set)} for role, of_set in tokens.items()}
+        walks.append((f"through the {name}: {', '.join(counts)}", Forecast.of(chosen, rates, ranks, sizes)))
+    return Forecast.joined(walks, "\n")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What a directory holds: a checkpoint, an adapter, an importance, or the output of a run."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
@@ -27,17 +29,17 @@ def describe(
     path = Path(path)
     if base is None:
         return _describe(path, every_tensor)
-    return f"{_describe(path, every_tensor)}\n{_task_vector(path, Path(base), progress)}"
+    return f"{_describe(path, every_tensor)}\n{printable_lines(task_vector(path, Path(base), progress).lines())}"
 
 
 def _describe(path: Path, every_tensor: bool) -> str:
     if is_adapter(path):
         return printable_lines(_adapter_lines(Adapter.open(path), every_tensor))
-    is_importance, is_ratio = _is_importance(path), ratios.is_ratio(path)
-    checkpoint = Checkpoint.open(path, STEM if is_importance else ratios.STEM if is_ratio else "model")
-    kind = "importance" if is_importance else "ratio of importances" if is_ratio else "checkpoint"
+    importance, is_ratio = is_importance(path), ratios.is_ratio(path)
+    checkpoint = Checkpoint.open(path, STEM if importance else ratios.STEM if is_ratio else "model")
+    kind = "importance" if importance else "ratio of importances" if is_ratio else "checkpoint"
     lines = [f"{path}: {kind}", *_totals(checkpoint)]
-    if is_importance:
+    if importance:
         lines += [f"  {key}: {value}" for key, value in sorted(read_metadata(checkpoint).items())]
     elif is_ratio:
         tables = ratios.read_ratio_metadata(checkpoint)
@@ -57,10 +59,41 @@ def _describe(path: Path, every_tensor: bool) -> str:
     return printable_lines(lines)
 
 
-def _task_vector(path: Path, base: Path, progress: Progress) -> str:
-    """Whether ``path``, as tuned, differs from ``base``; where the two do not belong together, why not."""
+@dataclass(frozen=True)
+class TaskVector:
+    """Whether a checkpoint or adapter differs from a base, tensor by tensor.
+
+    none: why there is no task vector, "" if there is one. zero_because: why it is zero, "" if it is not. aside: how
+    many tensors have no part in it, by reason. resized: tensors of which only the rows in common count.
+    """
+
+    base: str
+    none: str = ""
+    differ: int = 0
+    same: int = 0
+    zero_because: str = ""
+    aside: Mapping[str, int] = field(default_factory=dict)
+    resized: Sequence[str] = ()
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        if self.none:
+            return [f"task vector from {self.base}: none, {self.none}"]
+        if self.differ:
+            what = f"not zero: {self.differ} tensors differ, {self.same} are the same"
+        elif self.same:
+            what = f"zero in all {self.same} tensors: {self.zero_because}"
+        else:
+            what = "none: no tensor can be compared"
+        lines = [f"task vector from {self.base}: {what}"]
+        lines += [f"  {count} tensors left aside: {reason}" for reason, count in self.aside.items()]
+        return lines + [f"  {name}: rows in common only, the vocabulary was resized" for name in self.resized]
+
+
+def task_vector(path: Path, base: Path, progress: Progress) -> TaskVector:
+    """What ``path``, as tuned, adds to ``base``; where the two do not belong together, why not."""
     checkpoint = open_plain(base)
-    if _is_importance(path) or ratios.is_ratio(path):
+    if is_importance(path) or ratios.is_ratio(path):
         raise InputError(f"{path}: an importance is not tuned from a base; leave out --base")
     try:
         sources = Sources.open(base, base, path, common_rows=True)
@@ -69,21 +102,14 @@ def _task_vector(path: Path, base: Path, progress: Progress) -> str:
             counts = count_changes(sources, bar.update)
     except InputError as error:
         nothing = "" if is_adapter(path) or _has_any_of(path, checkpoint) else "no tensor has the same name; "
-        return printable_lines([f"task vector from {base}: none, {nothing}{error}"])
-    if counts.differ:
-        what = f"not zero: {counts.differ} tensors differ, {counts.same} are the same"
-    elif counts.same:
-        what = f"zero in all {counts.same} tensors: {zero_because(sources)}"
-    else:
-        what = "none: no tensor can be compared"
-    lines = [f"task vector from {base}: {what}"]
-    lines += [f"  {count} tensors left aside: {reason}" for reason, count in counts.aside.items()]
+        return TaskVector(str(base), none=f"{nothing}{error}")
+    because = zero_because(sources) if counts.same and not counts.differ else ""
     resized = [match.theta.name for match in sources.matches if match.is_resized]
-    lines += [f"  {name}: rows in common only, the vocabulary was resized" for name in resized]
-    return printable_lines(lines)
+    return TaskVector(str(base), "", counts.differ, counts.same, because, counts.aside, resized)
 
 
-def _is_importance(path: Path) -> bool:
+def is_importance(path: Path) -> bool:
+    """Whether a directory holds an importance."""
     return any(exists(path / f"{STEM}.safetensors{ending}") for ending in ("", ".index.json"))
 
 

@@ -12,6 +12,7 @@ from perta_fast.runs.precondition import vector_size
 from perta_fast.runs.settings import threads_for
 from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.dry_run import Conditions, preview
+from perta_fast.streaming.forecast.forecast import Forecast
 from perta_fast.streaming.forecast.forward_costs import Compared, ForwardEstimate, stored_bytes
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.request import Request
@@ -21,18 +22,18 @@ from perta_fast.sweeping.walked_model import WalkedModel
 _IMPORTANCES = 8  # bytes of a parameter: two in float32
 
 
-def preview_sweep(arguments: Mapping[str, Any], conditions: Conditions, world: int = 1) -> str:
-    """A description of the costs of each walk: of each importance that lacks, each θ_f, and all settings.
+def preview_sweep(arguments: Mapping[str, Any], conditions: Conditions, world: int = 1) -> Forecast:
+    """The costs of each walk: of each importance that lacks, each θ_f, and all settings.
 
     arguments: of ``sweep``. conditions: the same, for the importances. world: processes; the costs are those of one.
     Raises InputError for bad input, and if memory or disk are too small. A file is written to measure the disk, and
     removed; nothing else is.
     """
     opened = OpenedSweep.open(Request.of(arguments), False, today())
-    return "\n\n".join(f"{what}\n{text}" for what, text in _walks(opened, conditions, world))
+    return Forecast.joined(_walks(opened, conditions, world))
 
 
-def _walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[tuple[str, str]]:
+def _walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[tuple[str, Forecast]]:
     """What each walk is of, and what it costs."""
     request, threads = opened.request, threads_for(opened.request.threads, Ranks.ALONE)
     place = Path(str(request.out))
@@ -74,7 +75,7 @@ def _beside(opened: OpenedSweep) -> float:
     return size / elements
 
 
-def _scoring(opened: OpenedSweep, path: Path, count: int, beside: float, threads: int, world: int) -> str:
+def _scoring(opened: OpenedSweep, path: Path, count: int, beside: float, threads: int, world: int) -> Forecast:
     """The costs of walking through the model in ``path`` for so many versions of it."""
     walked, request = WalkedModel.open(opened, path), opened.request
     lengths = [[len(sample.input_ids) for sample in of_set.samples] for of_set in walked.sets]
@@ -86,4 +87,6 @@ def _scoring(opened: OpenedSweep, path: Path, count: int, beside: float, threads
 
     curves = len(opened.curves) if request.is_bounded and count > 1 else 0
     planning = Planning(estimate, count, curves, request, Path(str(request.out)), skeleton.first_shard, world)
-    return planning.plan(announce=True)[1]
+    forecast = planning.plan(announce=True)[1]
+    assert forecast is not None
+    return forecast

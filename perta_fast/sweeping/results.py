@@ -243,9 +243,12 @@ class Sweep:
 
     def save(self, directory: Path) -> None:
         """Write ``sweep.json`` into ``directory``."""
+        write_readable_json(directory / FILE_NAME, with_nulls(self.as_record()))
+
+    def as_record(self) -> dict[str, Any]:
+        """What is written to the file, where null stands for what is not finite."""
         best = self.best
-        also = {"format_version": FORMAT_VERSION, "best": None if best is None else asdict(best)}
-        write_readable_json(directory / FILE_NAME, with_nulls(asdict(self) | also))
+        return asdict(self) | {"format_version": FORMAT_VERSION, "best": None if best is None else asdict(best)}
 
     @classmethod
     def read(cls, path: Path) -> "Sweep":

@@ -136,9 +136,9 @@ class _Walks:
             if ranks.first:
                 shard = walked.skeleton.first_shard
                 planning = Planning(estimate, len(versions), curves, opened.request, folder, shard, ranks.world)
-                plan, text = planning.plan(announce=opened.progress is True)
-                if opened.progress is True:
-                    print(text, file=sys.stderr)
+                plan, forecast = planning.plan(announce=opened.progress is True)
+                if opened.progress is True and forecast is not None:
+                    print(forecast.text, file=sys.stderr)
         begun.plans[name] = ranks.share(plan)
         self.record.save()
         return begun.plans[name]

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, rates_for
+from perta_fast.streaming.forecast.forecast import Forecast
 from perta_fast.streaming.forecast.forward_costs import ForwardEstimate
 from perta_fast.sweeping.coarse import coarse, pays
 from perta_fast.sweeping.request import Request
@@ -41,7 +42,7 @@ class Planning:
     shard: Path
     ranks: int
 
-    def plan(self, announce: bool) -> tuple[WalkPlan, str]:
+    def plan(self, announce: bool) -> tuple[WalkPlan, Forecast | None]:
         """The plan, and, to announce it, what it costs. Raises InputError if memory or disk are too small."""
         request, strengths = self.request, self.request.strengths or []
         budget = Budget.at(self.folder, request.memory, request.device_memory, self.ranks)
@@ -51,14 +52,14 @@ class Planning:
         most = self.estimate(1).most_versions(schedule, budget.scratch // self.ranks)
         may_skip = self.curves > 0 and len(coarse(strengths)) < len(strengths)
         if not (announce or may_skip):
-            return WalkPlan(schedule.batch_size, schedule.overlap, most), ""
+            return WalkPlan(schedule.batch_size, schedule.overlap, most), None
         estimate = self.estimate(min(most, self.count))
         chosen = choose_schedule(estimate, schedule.batch_size, budget)
         rates = rates_for(chosen, self.folder, self.shard)
         reading, forward = estimate.seconds_to_read(rates), estimate.seconds_of_version(schedule, rates)
         twice = may_skip and pays(self.curves, strengths, reading, forward, most)
         plan = WalkPlan(schedule.batch_size, schedule.overlap, most, twice)
-        return plan, f"{describe(chosen, rates, self.ranks)}\n{self._in_words(plan)}"
+        return plan, Forecast.of(chosen, rates, self.ranks).followed_by(f"\n{self._in_words(plan)}")
 
     def _in_words(self, plan: WalkPlan) -> str:
         walks = math.ceil(self.count / plan.most)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMANDS = (
     *("demo", "tune", "unlearn", "importance", "apply", "sweep", "eval"),
-    *("report", "recipe", "inspect", "verify", "resume"),
+    *("report", "recipe", "inspect", "verify", "resume", "help"),
 )
 TEXTS = {
     "forget": ["The secret lies under the bridge.", "Nobody knows the colour of the door."],
@@ -94,8 +94,9 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
     assert stopped.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("usage: perta ")
-    assert captured.err.splitlines()[-1].startswith("perta")
+    assert captured.err.startswith("perta")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith(" --help)\n")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from perta_fast import apply, choose, estimate_importance, evaluate, preconditio
 from perta_fast.cli import choosing
 from perta_fast.cli.main import COMMANDS
 from perta_fast.cli.options import Option
-from perta_fast.cli.recipe_options import parser_of
+from perta_fast.cli.parser import parser_of
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "unlearn": unlearn,
@@ -23,13 +23,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 # Options that are given to the function in another form, or not at all.
 OTHERWISE = {
-    "unlearn": {"recipe", "dry_run", "quiet", "show_labels", *(option.name for option in choosing.OPTIONS)},
-    "apply": {"quiet"},
-    "importance": {"model", "dry_run", "quiet", "show_labels", "merge", "whole", "remove"},
-    "tune": {"quiet", "show_labels"},
-    "precondition": {"dry_run", "quiet", "show_labels"},
-    "sweep": {"dry_run", "rules", "mus", "ps", "alphas", "quiet", "show_labels"},
-    "eval": {"dry_run", "model", "quiet", "show_labels"},
+    "unlearn": {"recipe", "dry_run", "quiet", "json", "show_labels", *(option.name for option in choosing.OPTIONS)},
+    "apply": {"quiet", "json"},
+    "importance": {"model", "dry_run", "quiet", "json", "show_labels", "merge", "whole", "remove"},
+    "tune": {"quiet", "json", "show_labels"},
+    "precondition": {"dry_run", "quiet", "json", "show_labels"},
+    "sweep": {"dry_run", "rules", "mus", "ps", "alphas", "quiet", "json", "show_labels"},
+    "eval": {"dry_run", "model", "quiet", "json", "show_labels"},
 }
 # 8 on the command line as for all commands, 16 in Python; and an importance may be combined of others, without data
 OTHER_DEFAULTS = {"eval": {"batch_size"}, "importance": {"data"}}

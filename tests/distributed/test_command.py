@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from perta_fast import Importance, apply, cli, resume, unlearn
-from perta_fast.cli.main import _parser
+from perta_fast.cli.main import COMMANDS
+from perta_fast.cli.parser import whole_parser
 from perta_fast.subtraction import parts
 from tests.distributed.launch import Ended, perta_on_ranks
 from tests.support.checkpoints import fingerprint, read_checkpoint
@@ -78,7 +79,7 @@ def test_the_lines_in_the_documentation() -> None:
             words = ["perta", *launched.training_script_args]
             launches += 1
         if words and words[0] == "perta":
-            parsed = _parser().parse_args(words[1:])
+            parsed = whole_parser(COMMANDS).parse_args(words[1:])
             assert parsed.command.over_ranks
     assert launches >= 3
 

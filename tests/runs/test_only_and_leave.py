@@ -208,12 +208,7 @@ def test_the_command_that_a_sweep_prints_has_the_patterns(
 ) -> None:
     how = [f"--{role}={getattr(job, role)}" for role in ("model", "base", "tuned", "forget", "retain")]
     how += ["--forget-importance", str(importances[0]), "--retain-importance", str(importances[1])]
-    assert (
-        cli.main(
-            ["sweep", *how, "--rule", "grad", "--lams", "1", "--leave", "*norm*", "--leave", "embeddings", "--quiet"]
-        )
-        == 0
-    )
+    assert cli.main(["sweep", *how, "--rule", "grad", "--lams", "1", "--leave", "*norm*", "--leave", "embeddings"]) == 0
     assert "--leave '*norm*,embeddings' --lam" in capsys.readouterr().out
 
 

@@ -291,7 +291,7 @@ def test_sweep(
     metadata = plain.importance["grad"]["retain"]
     assert metadata.told == chat.Told(True, PROMPT, TOLD["date_string"], TOLD["date_string"])
     here = ["--model", job.model, "--base", job.base, "--tuned", job.tuned, "--forget", job.forget]
-    words = ["sweep", *here, "--retain", job.retain, "--lams", 1, "--quiet", *options(TOLD)]
+    words = ["sweep", *here, "--retain", job.retain, "--lams", 1, *options(TOLD)]
     assert cli.main([str(word) for word in words]) == 0
     assert r"""$'--system-prompt=Be "brief",\012please.' '--date-string=April 10, 2025'""" in capsys.readouterr().out
     assert cli.main([str(word) for word in words[:-2]] + ["--system-prompt=-x y"]) == 0

@@ -390,7 +390,7 @@ def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
         *("--forget", job.forget, "--retain", job.retain, "--metric", "Q_A_Prob"),
         *("--rules", "grad,tv", "--ps", "1,2", "--alphas", "0.5,2", "--lams", "8"),
     ]
-    assert cli.main([*map(str, arguments), "--quiet"]) == 0
+    assert cli.main(list(map(str, arguments))) == 0
     lines = capsys.readouterr().out.splitlines()
     heads = "rule lambda forget loss retain loss forget Q_A_Prob retain Q_A_Prob changed seconds"
     assert lines[0].split() == heads.split()
@@ -399,7 +399,7 @@ def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     apply(*job.checkpoints, rule="tv", lam=8, out=tmp_path / "gold", progress=False)
     places = ["--gold", tmp_path / "gold", "--out", tmp_path / "out", "--checkpoint", tmp_path / "chosen"]
-    assert cli.main([*map(str, arguments), "--select", "closest", *map(str, places), "--quiet"]) == 0
+    assert cli.main([*map(str, arguments), "--select", "closest", *map(str, places)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3].startswith("Chosen by closest: tv, lambda 8.0, forget 0.00")
     assert lines[-2:] == [f"chosen checkpoint written to {tmp_path / 'chosen'}", f"written to {tmp_path / 'out'}"]

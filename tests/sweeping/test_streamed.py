@@ -414,7 +414,7 @@ def test_the_command_that_is_printed(jobs: Jobs, tmp_path: Path, capsys: pytest.
     """It is for the same memory, and makes what was scored."""
     job = jobs(F32)
     more = ["--mus", "1,10", "--lams", "4,30", "--target-retain-loss", 1000, "--batch-size", 3]
-    assert cli.main(arguments_of(job, "--stream", *more, "--out", tmp_path / "out", "--quiet")) == 0
+    assert cli.main(arguments_of(job, "--stream", *more, "--out", tmp_path / "out")) == 0
     lines = capsys.readouterr().out.splitlines()
     command = shlex.split(lines[lines.index("Write it with:") + 1])
     assert command[:2] == ["perta", "unlearn"] and "--stream" in command
@@ -432,7 +432,7 @@ def test_the_command_that_is_printed_for_a_negative_strength_with_an_exponent(
     """-1e+30 as a word of its own would be taken for an option."""
     job = jobs(F32)
     more = ["--rule", "tv", "--lams=-1e+30", "--max-retain-rise", 5, "--stream", "--out", tmp_path / "out"]
-    assert cli.main(arguments_of(job, *more, "--quiet")) == 0
+    assert cli.main(arguments_of(job, *more)) == 0
     lines = capsys.readouterr().out.splitlines()
     command = shlex.split(lines[lines.index("Write it with:") + 1])
     command[command.index("DIR")] = str(tmp_path / "made")
@@ -448,7 +448,7 @@ def arguments_of(job: Job, *more: object) -> list[str]:
 def test_the_command(jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = jobs(F32)
     also = [write_lines(tmp_path / f"{name}.jsonl", AUTHORS) for name in ("one", "two")]
-    more = ["--rule", "tv", "--lams", "1,2", "--also", *also, "--out", tmp_path / "out", "--threads", 2, "--quiet"]
+    more = ["--rule", "tv", "--lams", "1,2", "--also", *also, "--out", tmp_path / "out", "--threads", 2]
     assert cli.main(arguments_of(job, "--stream", *more)) == 0
     assert "one loss" in capsys.readouterr().out
     assert Sweep.read(tmp_path / "out" / "sweep.json").settings["stream"] is True

@@ -535,7 +535,7 @@ def test_the_command_that_is_printed_makes_what_was_scored(
 
 
 def test_the_table(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(arguments_of(job, "--lams", "2,0.5", "--quiet")) == 0
+    assert cli.main(arguments_of(job, "--lams", "2,0.5")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["rule", "lambda", "forget", "loss", "retain", "loss", "changed", "seconds"]
     rows = run(job, lams=[0.5, 2]).rows
@@ -629,7 +629,7 @@ def test_the_command_that_writes_the_choice_names_the_ratio(
     ImportanceRatio.of(tmp_path / "forget", tmp_path / "retain").save(tmp_path / "ratio")
     names = zip(("model", "base", "tuned", "forget", "retain"), (*job.checkpoints, job.forget, job.retain), strict=True)
     words = [word for name, path in names for word in (f"--{name}", str(path))]
-    given = ["--importance", str(tmp_path / "ratio"), "--rule", "grad", "--lams", "1.5", "--quiet"]
+    given = ["--importance", str(tmp_path / "ratio"), "--rule", "grad", "--lams", "1.5"]
     assert cli.main(["sweep", *words, *given]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:2] == ["perta", "apply"]

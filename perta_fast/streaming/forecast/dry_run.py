@@ -14,8 +14,9 @@ from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.models.loading import Subject, check_sizes, choose_device, samples_for
 from perta_fast.rules import Estimator
-from perta_fast.streaming.forecast.choice import Budget, choose_schedule, describe, rates_for
+from perta_fast.streaming.forecast.choice import Budget, choose_schedule, rates_for
 from perta_fast.streaming.forecast.costs import Estimate, Load
+from perta_fast.streaming.forecast.forecast import Forecast
 from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
 from perta_fast.streaming.forecast.walk_costs import WalkEstimate
 from perta_fast.streaming.model.structure import Structure
@@ -49,8 +50,8 @@ def preview(
     low_rank: bool = False,
     threads: int = 1,
     ranks: int = 1,
-) -> str:
-    """A description of the costs of streaming ``data`` through the model in ``subject``/config.json.
+) -> Forecast:
+    """The costs of streaming ``data`` through the model in ``subject``/config.json.
 
     data: files by role. estimator: of importances; None is for preconditioning, and ``data`` is the retain data.
     destination: of the result. subtract: for ``unlearn``, not for an importance or a θ_f alone; kept: ``unlearn`` keeps
@@ -88,7 +89,9 @@ def preview(
         f"{len(tokens)} {role} samples of {sum(tokens)} tokens" for role, tokens in zip(rows, lengths, strict=True)
     )
     guess = "" if tokenizer is not None else " (there is no tokenizer: each counts --max-length tokens)"
-    return f"data: {counts}{guess}\n{describe(chosen, rates_for(chosen, destination, shard), ranks)}"
+    sizes = {role: {"samples": len(of), "tokens": sum(of)} for role, of in zip(rows, lengths, strict=True)}
+    forecast = Forecast.of(chosen, rates_for(chosen, destination, shard), ranks, sizes)
+    return forecast.after(f"data: {counts}{guess}\n")
 
 
 def _tokenizer(subject: Path) -> Any:

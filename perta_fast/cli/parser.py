@@ -1,0 +1,112 @@
+"""The parser of the command line: options in full, errors of one line that say what was meant."""
+
+import argparse
+import difflib
+import sys
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NoReturn
+
+from perta_fast.cli.options import Command, Option, add_options
+from perta_fast.cli.recipe_options import RECIPE, arguments_from, settings_for
+from perta_fast.records.versions import this_version
+
+_TOP = Command(
+    "perta",
+    "Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0).",
+    (Option("version", type=bool),),
+)
+_EVERYWHERE = ("-h", "--help", "-v", "--verbose")
+
+
+class _OneLine(ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with that line, and status 2."""
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
+
+
+class CommandParser(_OneLine):
+    """A parser of one command, which reads the file named by ``--recipe`` before it requires other options."""
+
+    def __init__(self, *, command: Command, verbose: Any = argparse.SUPPRESS, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self.command = command
+        self.add_argument(
+            "-v", "--verbose", action="store_true", default=verbose, help="log each phase on standard error"
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Like argparse's own, with the arguments of a recipe before ``args``. Raises InputError for a bad recipe."""
+        args = sys.argv[1:] if args is None else list(args)
+        self._check_words(args)
+        if RECIPE in self.command.options:
+            given = given_options(self.command, args)
+            path = given.pop("recipe", None)
+            if path is not None and "help" not in given:
+                args = [*arguments_from(self.command, settings_for(self.command, path), path, given), *args]
+        parsed, others = super().parse_known_args(args, namespace)
+        if others:
+            self.error(f"there is no place for {' '.join(others)}")
+        parsed.arguments = args
+        return parsed, others
+
+    def _check_words(self, args: Sequence[str]) -> None:
+        """End with an error for an option or a command that there is not."""
+        options = {spelling for option in self.command.options for spelling in option.spellings} | {*_EVERYWHERE}
+        commands = [part.name for part in self.command.parts]
+        for argument in args:
+            name = argument.partition("=")[0]
+            if argument == "--" or (commands and not argument.startswith("-")):
+                break
+            if name.startswith("--") and name not in options and " " not in argument:
+                self.error(f"there is no option {name}{_meant_option(name, options)}")
+        word = next((argument for argument in args if not argument.startswith("-")), None)
+        if commands and word is not None and word not in commands:
+            near = difflib.get_close_matches(word, commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+            self.error(f"there is no command {word!r}; {hint}")
+
+
+def _meant_option(name: str, options: Collection[str]) -> str:
+    """What may have been meant by an option that there is not."""
+    longer = sorted(option for option in options if option.startswith(name))
+    if longer:
+        return f"; options are written in full: {' or '.join(longer)}"
+    near = difflib.get_close_matches(name, sorted(options), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def given_options(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
+    """The options of ``arguments`` alone, by name: those that are left out have no default here."""
+    bare = _OneLine(f"perta {command.name}", add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    bare.add_argument("-h", "--help", action="store_true")
+    add_options(bare, command.options, bare=True)
+    return vars(bare.parse_known_args(list(arguments))[0])
+
+
+def parser_of(command: Command) -> CommandParser:
+    """The parser of one command alone."""
+    parser = CommandParser(prog=f"perta {command.name}", command=command)
+    add_options(parser, command.options)
+    return parser
+
+
+def whole_parser(commands: Sequence[Command]) -> CommandParser:
+    """The parser of ``perta`` with all its commands; what it parses has the one that was given, as ``command``."""
+    top = Command(_TOP.name, _TOP.help, _TOP.options, parts=tuple(commands))
+    parser = CommandParser(prog=top.name, description=top.help, command=top, verbose=False)
+    parser.add_argument("--version", action="version", version=f"perta {this_version() or '(not installed)'}")
+    _add_commands(parser, commands, "COMMAND")
+    return parser
+
+
+def _add_commands(parser: ArgumentParser, commands: Iterable[Command], metavar: str) -> None:
+    subparsers = parser.add_subparsers(required=True, metavar=metavar)
+    for command in commands:
+        subparser = subparsers.add_parser(command.name, help=command.help, command=command)
+        subparser.set_defaults(command=command)
+        add_options(subparser, command.options)
+        if command.parts:
+            _add_commands(subparser, command.parts, "|".join(part.name for part in command.parts))
