@@ -49,7 +49,10 @@ def trade_off(curves: Sequence[Curve], points: Sequence[tuple[str, tuple[float, 
     figure = plot.trade_off(
         {curve.label: [(row.lam, row.retain_loss, row.forget_loss) for row in curve.rows] for curve in curves}, points
     )
-    caption = "Forget loss (higher is more forgotten) against retain loss (lower is better kept), λ beside it."
+    caption = (
+        "Forget loss (higher is more forgotten) against retain loss (lower is better kept); "
+        "the largest λ stands at the end of a curve."
+    )
     return Plot("trade-off", caption, _png(figure))
 
 
@@ -107,7 +110,11 @@ def setting_choice(choice: SettingChoice) -> Plot:
     bound = choice.limit if choice.metric == LOSS else choice.floor
     shown = None if bound is None or not is_drawable(bound) else bound
     figure = plot.trade_off(curves, points, choice.metric, shown)
-    return Plot("choice", "Every setting that was scored, λ beside it, and the one that was chosen.", _png(figure))
+    return Plot(
+        "choice",
+        "Every setting that was scored, and the one that was chosen; the largest λ stands at the end of its curve.",
+        _png(figure),
+    )
 
 
 def _point(setting: TriedSetting) -> tuple[float, float, float]:
