@@ -19,6 +19,8 @@ from bench.bench_check import CONTENDERS as CHECK
 from bench.bench_check import GROUP as CHECKS
 from bench.bench_choose import CHOICE
 from bench.bench_choose import CONTENDERS as CHOOSING
+from bench.bench_crowded import CROWDED
+from bench.bench_crowded import group_of as crowded_roles
 from bench.bench_eval import CONTENDERS as EVALUATION
 from bench.bench_fisher import MODEL, OPERATION
 from bench.bench_hash import CONTENDERS as HASHING
@@ -59,6 +61,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     CHOICE: "Sweeps",
     REQUESTS: "Deletion requests",
     CHECKS: "The check of an unlearning",
+    CROWDED: "On a crowded machine",
     "tokenising": "Tokenising",
     "evaluation, cpu": "Evaluation",
     "evaluation, cuda": "Evaluation on a GPU",
@@ -113,6 +116,8 @@ def expected(group: str) -> dict[str, str]:
         return REQUEST
     if group.startswith(CHECKS):
         return CHECK
+    if group.startswith(CROWDED):
+        return crowded_roles(group.removeprefix(f"{CROWDED}: perta "))
     if group.startswith(OVER_PROCESSES):
         return RANK_ROLES
     if group.startswith("tokenising"):

@@ -33,6 +33,7 @@ from perta_fast.cli.options import Outcome
 from perta_fast.cli.parser import whole_parser
 from perta_fast.cli.show_labels import show_labels
 from perta_fast.cli.streams import ShownStream, shown_streams
+from perta_fast.cli.waiting_threads import sleep_while_waiting
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory, printable
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Under torchrun every process calls this and does its part of the command.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    sleep_while_waiting()
     with shown_streams() as (output, _):
         return _run_explained(arguments, output)
 
