@@ -1,15 +1,17 @@
 """Membership attacks that need more than the model's scores: a reference model, or gradients."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from perta_fast.data.samples import by_row
+from perta_fast.data.samples import Sample, by_row
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.conventions import Conventions
-from perta_fast.evaluation.examinee import auc_of
-from perta_fast.evaluation.kept_passes import as_lists, kept_part
+from perta_fast.evaluation.examinee import Examinee, auc_of
+from perta_fast.evaluation.kept_passes import as_lists, kept_by_row
 from perta_fast.evaluation.metric_table import GRADIENTS, MetricTable
 from perta_fast.evaluation.results import Metric
+from perta_fast.files.kept_rows import KeptRows
 from perta_fast.models.gradient_norms import gradient_norms
 
 _SETS = ("forget", "holdout")
@@ -42,10 +44,13 @@ def _by_gradient(table: MetricTable) -> Metric:
     for role in _SETS:
         samples, what = table.samples(role), f"{role} gradient norms"
         rows = [[samples[k] for k in numbers] for numbers in by_row(samples)]
-        norms = partial(gradient_norms, examinee.subject.module, rows, progress=examinee.progress, description=what)
-        values[role] = kept_part(examinee.kept, what, as_lists(samples), norms)
+        values[role] = kept_by_row(examinee.kept, what, as_lists(samples), partial(_norms, examinee, rows, what))
         alone[role] = [sum(sample.label_count for sample in row) < 2 for row in rows]
     return auc_of(values, alone)
+
+
+def _norms(examinee: Examinee, rows: Sequence[Sequence[Sample]], what: str, kept: KeptRows) -> list[float]:
+    return gradient_norms(examinee.subject.module, rows, kept=kept, progress=examinee.progress, description=what)
 
 
 def _by_reference(table: MetricTable, path: Path) -> Metric:

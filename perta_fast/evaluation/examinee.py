@@ -14,12 +14,13 @@ from perta_fast.data.samples import IGNORED, Sample, by_row, prompt_of, row_coun
 from perta_fast.evaluation import metrics
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.conventions import OURS, Asked, Conventions
-from perta_fast.evaluation.kept_passes import as_lists, kept_part, kept_scores
+from perta_fast.evaluation.kept_passes import as_lists, kept_by_row, kept_scores
 from perta_fast.evaluation.prompt_used import both, prompt_used
 from perta_fast.evaluation.reference_model import load_reference
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
 from perta_fast.files.kept_parts import KeptParts
+from perta_fast.files.kept_rows import KeptRows
 from perta_fast.models.greedy_answers import greedy_answers
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.models.token_scores import TokenScores, score_rows
@@ -87,7 +88,10 @@ class Examinee:
     def score(self, samples: Sequence[Sample], role: str, *, detailed: bool = False) -> list[TokenScores]:
         """Score every labelled token of each row, in one forward pass. detailed: as in ``score_tokens``."""
         scores = kept_scores(
-            self.kept, f"{role} scores", as_lists(samples), lambda: self._score(samples, role, detailed=detailed)
+            self.kept,
+            f"{role} scores",
+            as_lists(samples),
+            lambda rows: self._score(samples, role, detailed=detailed, rows=rows),
         )
         if broken := sum(not math.isfinite(metrics.mean(sample.log_probs)) for sample in scores):
             self.notes.append(f"{role}: the loss of {broken} of {len(scores)} samples is not finite")
@@ -104,20 +108,28 @@ class Examinee:
         """
         load = cache(partial(load_reference, reference, self.subject))
 
-        def score(samples: Sequence[Sample], role: str) -> list[TokenScores]:
+        def score(samples: Sequence[Sample], role: str, rows: KeptRows) -> list[TokenScores]:
             known = samples_for(load(), samples, None)  # checks that it can read them
-            return self._run(load().module, known, f"{role} reference")
+            return self._run(load().module, known, f"{role} reference", rows=rows)
 
         return {
             role: kept_scores(self.kept, f"{role} reference scores", as_lists(samples), partial(score, samples, role))
             for role, samples in sets.items()
         }
 
-    def _score(self, samples: Sequence[Sample], description: str, *, detailed: bool) -> list[TokenScores]:
-        return self._run(self.subject.module, samples, description, detailed=detailed)
+    def _score(
+        self, samples: Sequence[Sample], description: str, *, detailed: bool, rows: KeptRows | None = None
+    ) -> list[TokenScores]:
+        return self._run(self.subject.module, samples, description, detailed=detailed, rows=rows)
 
     def _run(
-        self, module: nn.Module, samples: Sequence[Sample], description: str, *, detailed: bool = False
+        self,
+        module: nn.Module,
+        samples: Sequence[Sample],
+        description: str,
+        *,
+        detailed: bool = False,
+        rows: KeptRows | None = None,
     ) -> list[TokenScores]:
         return score_rows(
             module,
@@ -125,6 +137,7 @@ class Examinee:
             batch_size=self.batch_size,
             detailed=detailed,
             hidden=self.hidden,
+            rows=rows,
             progress=self.progress,
             description=description,
         )
@@ -147,11 +160,11 @@ class Examinee:
     ) -> list[str]:
         """Greedy answers, at most ``max_new_tokens`` long, or ``new_tokens`` if that is None."""
         tokenizer, conventions = self.subject.tokenizer, self.conventions
-        answers: list[str] = kept_part(
+        answers: list[str] = kept_by_row(
             self.kept,
             f"{role} answers",
             list(map(list, prompts)),
-            lambda: greedy_answers(
+            lambda rows: greedy_answers(
                 self.subject.module,
                 tokenizer,
                 prompts,
@@ -160,6 +173,7 @@ class Examinee:
                 stop=stop,
                 hidden=self.hidden,
                 as_configured=conventions.as_configured,
+                rows=rows,
                 progress=self.progress,
                 description=f"{role} answers",
             ),

@@ -1,5 +1,6 @@
 """How large the gradient of each row's loss is, tensor by tensor."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from torch import nn
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
+from perta_fast.files.kept_rows import KeptRows
 from perta_fast.models.losses import token_logits
 from perta_fast.models.token_scores import device_of
 from perta_fast.progress import Bar, Progress
@@ -18,32 +20,37 @@ def gradient_norms(
     module: nn.Module,
     rows: Sequence[Sequence[Sample]],
     *,
+    kept: KeptRows | None = None,
     progress: Progress = False,
     description: str = "gradient norms",
 ) -> list[float]:
     """For each row, the mean over the parameters of the 2-norm of the gradient of its mean token loss, float32.
 
     rows: the samples of each row. Its last label, the end of the answer, does not count; a row without another label
-    has NaN. Each gradient is dropped as soon as its norm is known; gradients that the module had are put back. Raises
-    InputError if no parameter takes a gradient.
+    has NaN. kept: norms that are known already, and the place for others. Each gradient is dropped as soon as its norm
+    is known; gradients that the module had are put back. Raises InputError if no parameter takes a gradient.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputError("mia_gradnorm: no parameter of the model takes a gradient; leave this metric out")
-    norms: list[float] = []
-    with Bar(len(rows), description, progress, "sample") as bar, _norms_of(parameters) as found:
-        for samples in rows:
+    kept = KeptRows() if kept is None else kept
+    norms: dict[int, float] = dict(kept.done)
+    with Bar(len(rows), description, progress, "sample", done=len(norms)) as bar, _norms_of(parameters) as found:
+        for number, samples in enumerate(rows):
+            if number in kept.done:
+                continue
             batch = Batch.of(_without_last_label(samples), device_of(module))
             if (batch.labels[:, 1:] == IGNORED).all():
-                norms.append(float("nan"))
+                norms[number] = math.nan
             else:
                 with torch.enable_grad():
                     logits, targets, _ = token_logits(module, batch)
                     nn.functional.cross_entropy(logits, targets).backward()
-                norms.append(torch.stack(found).mean().item())
+                norms[number] = torch.stack(found).mean().item()
                 found.clear()
+            kept.add({number: norms[number]})
             bar.update(1)
-    return norms
+    return [norms[number] for number in range(len(rows))]
 
 
 def _without_last_label(samples: Sequence[Sample]) -> list[Sample]:

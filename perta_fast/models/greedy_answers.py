@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from perta_fast.errors import InputError
+from perta_fast.files.kept_rows import KeptRows
 from perta_fast.models.token_scores import device_of
 from perta_fast.progress import Bar, Progress
 
@@ -20,6 +21,7 @@ def greedy_answers(
     stop: Sequence[str] = (),
     hidden: int | None = None,
     as_configured: bool = False,
+    rows: KeptRows | None = None,
     progress: Progress = False,
     description: str = "answering",
 ) -> list[str]:
@@ -28,8 +30,8 @@ def greedy_answers(
     Prompts are padded on the left. If the longest prompt leaves less room in the context, all answers are limited to
     that room. stop: an answer ends before any of these texts. hidden: a token of prompts that is masked wherever it
     stands. as_configured: obey the model's own generation settings, such as its repetition penalty, in batches in the
-    order of the prompts: padding is penalised too, so answers then depend on the batch. Raises InputError if the module
-    cannot generate, or a prompt fills its context.
+    order of the prompts: padding is penalised too, so answers then depend on the batch. rows: as in ``score_tokens``.
+    Raises InputError if the module cannot generate, or a prompt fills its context.
     """
     if not hasattr(module, "generate"):
         raise InputError("the model cannot generate; ROUGE needs a model of transformers with a generate method")
@@ -44,19 +46,22 @@ def greedy_answers(
     order = list(range(len(prompts)))
     if not as_configured:
         order.sort(key=lambda k: -len(prompts[k]))
-    answers = [""] * len(prompts)
-    with Bar(len(prompts), description, progress, "sample") as bar, torch.inference_mode():
+    rows = KeptRows() if rows is None else rows
+    answers: dict[int, str] = dict(rows.done)
+    with Bar(len(prompts), description, progress, "sample", done=len(answers)) as bar, torch.inference_mode():
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
+            if all(number in rows.done for number in numbers):
+                continue
             width = max(len(prompts[k]) for k in numbers)
             gaps = [width - len(prompts[k]) for k in numbers]
-            rows = [[padding] * gap + list(prompts[k]) for k, gap in zip(numbers, gaps, strict=True)]
+            padded = [[padding] * gap + list(prompts[k]) for k, gap in zip(numbers, gaps, strict=True)]
             masks = [
                 [0] * gap + [int(token != hidden) for token in prompts[k]] for k, gap in zip(numbers, gaps, strict=True)
             ]
             device = device_of(module)
             output = module.generate(
-                input_ids=torch.tensor(rows, device=device),
+                input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(masks, device=device),
                 **settings,
             )
@@ -65,8 +70,9 @@ def greedy_answers(
                 for word in stop:
                     text = text.split(word)[0]
                 answers[number] = text.strip()
+            rows.add({number: answers[number] for number in numbers})
             bar.update(len(numbers))
-    return answers
+    return [answers[number] for number in range(len(prompts))]
 
 
 def _greedy(module: Any, tokenizer: Any, padding: int, room: int) -> dict[str, Any]:

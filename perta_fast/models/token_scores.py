@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample, by_row
+from perta_fast.files.kept_rows import KeptRows
 from perta_fast.progress import Bar, Progress
 
 _CHUNK = 1 << 24  # logits that are worked on at a time
@@ -51,6 +52,7 @@ def score_tokens(
     detailed: bool = False,
     hits: bool = False,
     hidden: int | None = None,
+    rows: KeptRows | None = None,
     progress: Progress = False,
     description: str = "scoring",
 ) -> list[TokenScores]:
@@ -58,20 +60,24 @@ def score_tokens(
 
     module: a causal language model in evaluation mode. If it takes ``logits_to_keep``, as models of transformers do, no
     logits are computed before a batch's first label. detailed: ``hits`` and ``standardised`` too. hits: these alone.
-    hidden: a token that is masked wherever it stands. Memory beside the model's: the logits of one batch, and a few
+    hidden: a token that is masked wherever it stands. rows: batches that are known already, and the place for others;
+    they must have been of the same ``batch_size``. Memory beside the model's: the logits of one batch, and a few
     times 64 MiB.
     """
     device = device_of(module)
     run = partial(module, use_cache=False)
-    scores: list[TokenScores | None] = [None] * len(samples)
-    with Bar(len(samples), description, progress, "sample") as bar, torch.inference_mode():
+    rows = KeptRows() if rows is None else rows
+    scores: dict[int, TokenScores] = dict(rows.done)
+    with Bar(len(samples), description, progress, "sample", done=len(scores)) as bar, torch.inference_mode():
         for numbers in batches_by_length(samples, batch_size):
+            if all(number in rows.done for number in numbers):
+                continue
             batch = Batch.of([samples[k] for k in numbers], device)
             of_batch = score_batch(run, batch, trims=trims(module), detailed=detailed, hits=hits, hidden=hidden)
-            for number, of_sample in zip(numbers, of_batch, strict=True):
-                scores[number] = of_sample
+            scores |= (found := dict(zip(numbers, of_batch, strict=True)))
+            rows.add(found)
             bar.update(len(numbers))
-    return [score for score in scores if score is not None]
+    return [scores[number] for number in range(len(samples))]
 
 
 def score_batch(

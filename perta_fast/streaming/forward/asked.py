@@ -8,6 +8,7 @@ import numpy as np
 
 from perta_fast.data.samples import Sample, by_row
 from perta_fast.evaluation.examinee import Examinee
+from perta_fast.files.kept_rows import KeptRows
 from perta_fast.models.token_scores import TokenScores
 from perta_fast.streaming.forward.sample_set import SampleSet
 
@@ -26,7 +27,9 @@ class Asking(Examinee):
     def score_by(self, reference: Path, sets: Mapping[str, Sequence[Sample]]) -> dict[str, list[TokenScores]]:
         return {role: self._note(self.reference_sets, samples, role, False) for role, samples in sets.items()}
 
-    def _score(self, samples: Sequence[Sample], description: str, *, detailed: bool) -> list[TokenScores]:
+    def _score(
+        self, samples: Sequence[Sample], description: str, *, detailed: bool, rows: KeptRows | None = None
+    ) -> list[TokenScores]:
         return self._note(self.sets, samples, description, detailed)
 
     def _note(
@@ -48,7 +51,9 @@ class Answering(Examinee):
     def score_by(self, reference: Path, sets: Mapping[str, Sequence[Sample]]) -> dict[str, list[TokenScores]]:
         return {role: self.reference_scores[role] for role in sets}
 
-    def _score(self, samples: Sequence[Sample], description: str, *, detailed: bool) -> list[TokenScores]:
+    def _score(
+        self, samples: Sequence[Sample], description: str, *, detailed: bool, rows: KeptRows | None = None
+    ) -> list[TokenScores]:
         return self.scores[description]
 
 
