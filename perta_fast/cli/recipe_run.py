@@ -1,12 +1,12 @@
 """``perta recipe run``: the sections of a recipe, one after the other; what is done already is left as it is."""
 
-import argparse
 import gc
 from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.cli import resume, unlearn
 from perta_fast.cli.options import Outcome
+from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_plan import Plan, Way, is_unfinished, plan
 from perta_fast.cli.recipe_sections import Section, check_inputs, sections_of
 from perta_fast.errors import PertaError, printable
@@ -35,17 +35,18 @@ def _do(section: Section, planned: Plan, record: RecipeRecord, quiet: bool) -> N
     """Run one section. Raises its error, which names the section too."""
     before = planned.known.before if planned.way is Way.FURTHER and planned.known else section.state()
     record.keep(section.name, Made(section.told(), planned.inputs(), before))
-    more = (["--quiet"] if quiet else []) + (
-        ["--overwrite"] if planned.way is Way.OVER and not section.in_place else []
-    )
+    more = ["--quiet"] if quiet else []
+    more += ["--overwrite"] if planned.way is Way.OVER and not section.in_place else []
     parsed = section.parsed(*more)
     if planned.way is Way.FURTHER and _is_resumed(section):
-        parsed = argparse.Namespace(path=section.result, quiet=parsed.quiet, command=resume.COMMAND, group=None)
+        more = ["--quiet"] if parsed.quiet else []
+        parsed = parser_of(resume.COMMAND).parse_args([*more, "--", str(section.result)])
+        parsed.command, parsed.group = resume.COMMAND, None
     try:
         outcome = parsed.command.run(parsed)
     except PertaError as error:
         raise type(error)(f"{section.where}: {error}") from error
-    if isinstance(outcome, Outcome) and not quiet:
+    if isinstance(outcome, Outcome) and not parsed.quiet:
         print(outcome.text)
     gc.collect()  # the next section needs the memory
 
