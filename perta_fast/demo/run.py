@@ -12,7 +12,7 @@ from transformers.utils import logging
 from perta_fast.demo.checkpoints import train_models
 from perta_fast.demo.clock import Clock
 from perta_fast.demo.files import Files, work_directory
-from perta_fast.demo.real import is_installed, run_real
+from perta_fast.demo.real import is_installed, run_real, save_start
 from perta_fast.demo.scoring import Score
 from perta_fast.demo.selectivity import measure_update
 from perta_fast.demo.settings import FAST, FULL, Settings
@@ -25,20 +25,31 @@ from perta_fast.rules import PRECONDITIONED
 _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 
 
-def run_demo(out: Path | None = None, *, model: str | None = None, fast: bool = False, seed: int = 0) -> None:
+def run_demo(
+    out: Path | None = None, *, save: Path | None = None, model: str | None = None, fast: bool = False, seed: int = 0
+) -> None:
     """Teach a model made-up authors, unlearn some of them, and print the results.
 
     model: "smollm2" is SmolLM2-135M-Instruct, unlearned by the default of ``unlearn``; "small" are small models,
     trained on the spot and unlearned by every rule. None takes the first if its Python package is installed.
 
     out: directory to make, for data, float32 checkpoints, importances, the best result of each rule (see ``Files``) and
-    ``demo.json``; None works in a temporary directory. fast: a smaller model that learns less, for tests. seed: the
+    ``demo.json``; None works in a temporary directory. save: only make this directory, with SmolLM2-135M-Instruct as
+    ``base`` and the questions, for a run of one's own. fast: a smaller model that learns less, for tests. seed: the
     same seed gives the same numbers on one machine. Everything runs on the CPU.
 
     Raises InputError if ``out`` exists and is not an empty directory. After an error nothing is left behind.
     """
     if model == "smollm2" and fast:
         raise InputError("fast is for the small models; leave it out, or take model small")
+    if save is not None:
+        if out is not None or fast or model == "small":
+            raise InputError("save writes SmolLM2 and its questions, and stops; leave out, fast and model small out")
+        with work_directory(save) as directory, _torch_settings(None):
+            save_start(Files(directory), seed)
+        files = ", ".join(f"{split}.jsonl" for split in ("all", "forget", "retain"))
+        print(printable(f"written to {save}: the model in base, and the questions in {files}"))
+        return
     if model == "smollm2" or (model is None and not fast and is_installed()):
         with work_directory(out) as directory, _torch_settings(None):
             run_real(Files(directory), seed)

