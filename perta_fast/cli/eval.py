@@ -87,6 +87,12 @@ COMMAND = Command(
         Option("compatible", "measure as it does where it differs", choices=("open-unlearning",)),
         Option("stress", "measure it rounded or retrained too: int8, int4, relearn=STEPS", _names, "S,S,..."),
         Option("against", "the model before unlearning, to count changed codes (that of its report)", Path, "DIR"),
+        Option(
+            "open_unlearning_dir",
+            "write TOFU_EVAL.json and TOFU_SUMMARY.json (MUSE_...) here too, laid out as open-unlearning does",
+            Path,
+            "DIR",
+        ),
         flag("show_text", "write answers, which may be private, to --out"),
         flag("stream", "hold one decoder layer in memory at a time; no metrics of generated text"),
         *LIMITS,

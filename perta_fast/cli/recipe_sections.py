@@ -23,7 +23,14 @@ from perta_fast.records.recipe import Recipe, Setting
 from perta_fast.records.recipe_record import state_of
 
 COMMANDS = {command.name: command for command in (module.COMMAND for module in (tune, sweep, unlearn, eval, report))}
-OUTPUTS = ("out", "checkpoint", "save-importance", "save-tuned", "png")  # what sections make; the rest is read
+OUTPUTS = (
+    "out",
+    "checkpoint",
+    "save-importance",
+    "save-tuned",
+    "png",
+    "open-unlearning-dir",
+)  # what sections make; the rest is read
 _DATA = ("forget", "retain", "holdout", "also", "prompts")
 _CHECKPOINTS = ("model", "base", "tuned", "gold", "reference-model", "against")
 _NO_DIFFERENCE = ("out", "overwrite", "quiet", "download")  # to what a section makes

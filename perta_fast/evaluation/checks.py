@@ -18,6 +18,7 @@ from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.muse import MuseMetrics, read_muse
+from perta_fast.evaluation.open_unlearning_files import check_open_unlearning_files
 from perta_fast.evaluation.own_data import OwnData
 from perta_fast.evaluation.request import Request
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric, files_read
@@ -51,6 +52,7 @@ class Checked:
         check_arguments(request)
         conventions = _conventions(request)
         _check_out(request, overwrite, resume)
+        check_open_unlearning_files(request, overwrite=overwrite or resume)
         gold = None if request.reference is None else EvaluationFile.read(request.reference)
         table = _table(request, gold, given)
         if request.reference_model is not None:

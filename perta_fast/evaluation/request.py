@@ -63,6 +63,7 @@ class Request:
     stream: bool = False
     memory: int | None = None
     device_memory: int | None = None
+    open_unlearning_dir: str | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -80,7 +81,7 @@ class Request:
             values[name] = None if values[name] is None else local_model(values[name], download)
         check_fields(values["fields"])
         values["fields"] = None if values["fields"] is None else dict(values["fields"])
-        for name in (*_PATHS, "model", "out"):
+        for name in (*_PATHS, "model", "out", "open_unlearning_dir"):
             if values[name] is not None and not is_given(values[name]):
                 values[name] = str(checked_path(values[name]).absolute())
         for name in ("device", "dtype"):

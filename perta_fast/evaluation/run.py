@@ -19,6 +19,7 @@ from perta_fast.evaluation.changed_codes import changed_codes
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.kept_passes import kept_part
+from perta_fast.evaluation.open_unlearning_files import write_open_unlearning_files
 from perta_fast.evaluation.request import Begun, Request
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.evaluation.stress import check_stress, stressed
@@ -43,6 +44,7 @@ def run(checked: Checked, measure: Measure, *, repeatable: bool, overwrite: bool
     out = None if request.out is None else Path(request.out)
     if out is None or not repeatable or out.is_symlink():  # a link is replaced itself
         result = measure(None, now(), today())
+        write_open_unlearning_files(request, result)
         if out is not None:
             result.save(out, overwrite=overwrite)
         return result
@@ -68,6 +70,7 @@ def _run_kept(checked: Checked, final: Path, measure: Measure, *, overwrite: boo
             if not is_out_of_memory(error) or not kept.any:
                 raise
             raise RunError(f"out of memory; {kept.going_on()}") from error
+        write_open_unlearning_files(checked.request, result)
         kept.finish(result.as_json())
     return result
 

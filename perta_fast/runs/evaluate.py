@@ -60,6 +60,7 @@ def evaluate(
     stream: bool = False,
     memory: int | None = None,
     device_memory: int | None = None,
+    open_unlearning_dir: str | Path | None = None,
     progress: Progress = True,
     group: "ProcessGroup | None" = None,
 ) -> Evaluation:
@@ -88,6 +89,8 @@ def evaluate(
     stream: walk through the layers of a checkpoint that is larger than the memory, one at a time, for the metrics that
     are made of token scores; they are the same numbers. Those that need generated text or gradients are left out, and a
     note names them. Not with lm_eval or stress. memory, device_memory: bytes that this may take; None sets no limit.
+    open_unlearning_dir: a directory for the results of a suite as open-unlearning lays them out too, such as
+    TOFU_EVAL.json and TOFU_SUMMARY.json, of the metrics that are defined as there. TOFU needs ``compatible`` with it.
     batch_size, max_length, device, dtype, progress: as for ``estimate_importance``. group: with ``stream``, processes
     that deal the samples among them; each calls this with the same arguments and has the result, which the first
     writes.
