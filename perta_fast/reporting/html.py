@@ -58,7 +58,7 @@ def _cell(value: Cell) -> str:
 
 def _breakable(text: str) -> Markup:
     """A name or a path that a browser may break after its separators."""
-    return Markup(re.sub(r"(?<=[_/.])(?=\w)", "<wbr>", escape(_text(text))))
+    return Markup(re.sub(r"(?<=[_/])(?=\w)|(?<=\.)(?=[^\W\d])", "<wbr>", escape(_text(text))))
 
 
 def _numeric_columns(rows: Sequence[Sequence[Cell]], count: int) -> list[bool]:

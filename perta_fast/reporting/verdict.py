@@ -70,8 +70,8 @@ def verdict(report: Report, run: Path, verified: Verified, answers: Answers | st
         lead=_lead(report, changed),
         tiles=[*_tiles(report, found, changed), Tile("Files", verified.head, verified.tone, _files_line(verified))],
         asked=_asked(report, run),
-        columns=["", "loss before", "loss after", "chance before", "chance after", "exact before", "exact after"],
-        rows=[] if isinstance(found, str) else [_row(role, found) for role in ("forget", "retain")],
+        columns=["", "to be forgotten", "to be kept"],
+        rows=[] if isinstance(found, str) else _numbers(found),
         sentences=sentences,
         verified=verified,
         answers=list(map(_short, answers.shown()[:ASKED])) if isinstance(answers, Answers) else [],
@@ -142,13 +142,21 @@ def _files_line(verified: Verified) -> str:
     }.get(verified.tone, "Nobody has looked.")
 
 
-def _row(role: str, found: Measurement) -> Sequence[str]:
-    data = found.data[role]
-    assert data.after is not None
-    losses, sides = (data.before.loss, data.after.loss), (data.before, data.after)
-    exact = [f"{side.exact} of {data.answers}" if data.answers else "–" for side in sides]
-    name = {"forget": "to be forgotten", "retain": "to be kept"}[role]
-    return (f"{name}, {data.rows:,} rows", *map(number, losses), *map(chance, losses), *exact)
+def _numbers(found: Measurement) -> list[Sequence[str]]:
+    """The rows of the table of numbers: a column for each data set."""
+    both = [found.data[role] for role in ("forget", "retain")]
+    rows: list[Sequence[str]] = [("rows measured", *(f"{data.rows:,} of {data.total:,}" for data in both))]
+    for when, sides in (("before", [data.before for data in both]), ("after", [data.after for data in both])):
+        losses = [None if side is None else side.loss for side in sides]
+        rows.append((f"loss {when}", *map(number, losses)))
+        rows.append((f"chance of each right piece, {when}", *map(chance, losses)))
+        if any(data.answers for data in both):
+            exact = [
+                f"{side.exact} of {data.answers}" if side is not None and data.answers else "–"
+                for side, data in zip(sides, both, strict=True)
+            ]
+            rows.append((f"answers exact {when}", *exact))
+    return rows
 
 
 def _asked(report: Report, run: Path) -> list[tuple[str, str]]:
