@@ -4,6 +4,8 @@ from pathlib import Path
 
 from perta_fast.errors import printable
 from perta_fast.files.own import own_file
+from perta_fast.records.card_metadata import with_metadata
+from perta_fast.records.check import Check, CheckedData
 from perta_fast.records.report import FILE_NAME, Report, scope_lines
 
 _UNLEARNED, _MERGED = "## Unlearned with perta_fast", "## Merged with perta_fast"
@@ -11,13 +13,12 @@ _RECORD = f"Hashes of all inputs and the change of every tensor are in `{FILE_NA
 
 
 def write_model_card(directory: Path, report: Report) -> None:
-    """Append the section to ``README.md`` in ``directory``, or make one; an earlier section stays."""
+    """Append the section to ``README.md`` in ``directory``, or make one; what it says already stays."""
     path = directory / "README.md"
     # Bytes that are not UTF-8 are kept as they are.
     card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     section = _merged(report) if report.merged else _unlearned(report)
-    before = card.rstrip() + "\n\n" if card.strip() else ""
-    _write(path, before + section)
+    _write(path, f"{with_metadata(card, directory, report).rstrip()}\n\n{section}")
 
 
 def _merged(report: Report) -> str:
@@ -44,10 +45,12 @@ def _unlearned(report: Report) -> str:
     )
 
 
-def add_verdict(card: Path, target: Path, verdict: str) -> None:
-    """Write the model card with one more paragraph, what was forgotten and kept, to ``target``."""
+def add_verdict(card: Path, target: Path, check: Check) -> None:
+    """Write the model card with what was forgotten and kept, in words and numbers, to ``target``."""
     text = card.read_text(encoding="utf-8", errors="surrogateescape")
-    _write(target, f"{text.rstrip()}\n\nMeasured on rows of the data before and after. {verdict}\n")
+    rows = [CheckedData.HEAD, ["---"] * len(CheckedData.HEAD), *(data.cells(role) for role, data in check.data.items())]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    _write(target, f"{text.rstrip()}\n\nMeasured on rows of the data before and after. {check.verdict()}\n\n{table}\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -284,7 +284,7 @@ def _save(report: Report, directory: Path) -> None:
         make_own_directory(beside)
         names = [FILE_NAME, HASHES]
         if report.check is not None and report.check.is_whole:
-            add_verdict(directory / CARD, beside / CARD, report.check.verdict())
+            add_verdict(directory / CARD, beside / CARD, report.check)
             names.insert(0, CARD)
         report.save(beside)
         write_hashes(directory, report, {name: beside / name for name in names if name != HASHES})
