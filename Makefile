@@ -12,7 +12,12 @@ QUICK := $(addprefix tests/,test_rules.py checkpoints/test_checkpoint.py checkpo
   importance/test_store.py ops/test_accumulate.py ops/test_bad_arguments.py ops/test_fisher.py \
   ops/test_rescaled_subtract.py records subtraction/test_matching.py)
 
-.PHONY: demo quick test bench lint format docs cuda-check wheel-check clean
+# The tests of `make lowest`.
+LOWEST := $(addprefix tests/,checkpoints/test_adapters.py data/test_formats.py \
+  evaluation/test_metrics.py evaluation/test_rouge.py families/test_families.py files/test_hashing.py \
+  importance/test_per_sample.py importance/test_store.py reporting/test_figures.py streaming/test_streaming.py)
+
+.PHONY: demo quick test bench lint format docs cuda-check wheel-check lowest clean
 
 demo: $(VENV)/built
 	OMP_WAIT_POLICY=passive $(BIN)/perta demo
@@ -63,6 +68,15 @@ wheel-check: $(VENV)/built
 	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile build/wheel-check/*.whl
 	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta --version
 	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta demo --fast
+
+# Tests with the lowest versions that pyproject.toml declares, all but torch, in the wheel's environment: a few files of
+# the rooms that depend on other packages most. The newest versions are those of `make test`.
+lowest: wheel-check
+	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile torch==2.13.0 \
+	  --requirement tests/lowest.txt pytest hypothesis psutil
+	$(BIN)/pip --python build/wheel-check/environment check
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 build/wheel-check/environment/bin/python -m pytest $(LOWEST) \
+	  -m 'not slow' -p no:cacheprovider
 	rm -rf build/wheel-check/environment
 
 $(VENV)/python:

@@ -2,16 +2,20 @@
 
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import perta_fast
 from perta_fast import cli
 from tests.support.children import run_child
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNTIME_EXTRAS = ("data", "plots", "eval", "tune", "triton")
 
 
 def setup(*commands: object) -> None:
@@ -57,3 +61,25 @@ def test_there_is_one_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"perta {version}\n"
     headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     assert headings[0].split()[1] == version
+
+
+def test_the_lowest_versions_tested_are_those_declared() -> None:
+    """Of what the package and its tests import; torch is the one that all tests run with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    runtime = [*project["dependencies"], *(line for name in RUNTIME_EXTRAS for line in extras[name])]
+    wanted = lowest(runtime)
+    assert wanted.keys() == {Requirement(line).name for line in runtime}  # each has a lower bound
+    shared = {name: version for name, version in lowest(extras["dev"]).items() if name in wanted}
+    assert shared == {name: wanted[name] for name in shared}
+    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
+    tested = lowest(line for line in lines if not line.startswith("#"))
+    del wanted["torch"]
+    assert tested == wanted | {name: lowest(extras["dev"])[name] for name in ("datasets", "pandas")}
+
+
+def lowest(lines: Iterable[str]) -> dict[str, Version]:
+    """The version of each requirement that has a lower bound or is exact."""
+    requirements = [Requirement(line) for line in lines]
+    bounds = [(entry.name, bound) for entry in requirements for bound in entry.specifier]
+    return {name: Version(bound.version) for name, bound in bounds if bound.operator in (">=", "==")}
