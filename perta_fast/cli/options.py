@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.data.forms import fields_from
-from perta_fast.dtypes import FLOATING, torch_dtype
+from perta_fast.dtypes import FLOATING, STORED_TYPES, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
 from perta_fast.rules import ANY_RULES, DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, PLACES, PRECONDITIONED, RULES
@@ -259,6 +259,12 @@ DRY_RUN = flag("dry_run", "print what --stream will take, and stop")
 CHAT = (
     Option("system_prompt", "given with every question, by the chat template", metavar="TEXT", may_be_empty=True),
     Option("date_string", "the date, for a chat template that tells it, as in 2025-04-10 (today's)", metavar="DATE"),
+)
+KEPT = (
+    Option("save_importance", "keep both importances here", Path, "DIR"),
+    Option("save_as", "keep the two (pair, the default), or their ratio", choices=("pair", "ratio"), spelled="as"),
+    Option("importance_dtype", "type to keep them in (float32; bfloat16 of a ratio)", choices=tuple(STORED_TYPES)),
+    Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR"),
 )
 BATCH_SIZE = Option("batch_size", "samples at a time (8)", int, "N", 8)
 MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)", int, "N")

@@ -83,7 +83,10 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
     if rule.estimator is not None:
         settings |= {"p": row.p, "alpha": row.alpha, "threshold": parsed.threshold}
     importances = _importances(parsed, rule)
-    reads_data = row.rule == PRECONDITIONED or (rule.estimator is not None and not importances)
+    if row.rule == PRECONDITIONED and parsed.save_tuned is not None:
+        several = len({other.mu for other in result.rows if other.mu is not None}) > 1
+        settings |= {"rule": "tv", "mu": None, "tuned": parsed.save_tuned / (f"mu-{row.mu!r}" if several else "")}
+    reads_data = settings["rule"] == PRECONDITIONED or (rule.estimator is not None and not importances)
     if reads_data:
         names = ("forget", "retain", "at", "batch_size", "max_length", "device", "dtype")
         settings |= {name: getattr(parsed, name) for name in names}
@@ -107,8 +110,9 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
 
 
 def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:
-    """The importances that were given for ``rule``."""
+    """The importances that were given for ``rule``, or were kept."""
     from perta_fast.subtraction.inputs import estimators_of
+    from perta_fast.sweeping.keeping import is_of_several
 
     pairs = zip(parsed.forget_importance, parsed.retain_importance, strict=True)
     for forget, retain in pairs:
@@ -117,7 +121,10 @@ def _importances(parsed: argparse.Namespace, rule: Rule) -> dict[str, Path]:
     for both in parsed.importance:
         if rule.estimator in estimators_of(None, None, both):
             return {"importance": both}
-    return {}
+    if rule.estimator is None or parsed.save_importance is None:
+        return {}
+    kept: Path = parsed.save_importance
+    return {"importance": kept / rule.estimator if is_of_several(kept) else kept}
 
 
 def _percent(text: str) -> float:
@@ -178,6 +185,7 @@ COMMAND = Command(
         Option("forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
         Option("importance", "in place of the two: what --save-importance wrote", Path, "DIR", [], several=True),
+        *options.KEPT,
         options.AT_BY_RULE,
         replace(options.STREAM[0], help="hold one decoder layer in memory at a time; no search, no answers"),
         *options.LIMITS,

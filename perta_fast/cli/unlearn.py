@@ -11,7 +11,6 @@ from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Command, Option, Outcome, check_streamed, forecast_shown, keywords, made
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.dtypes import STORED_TYPES
 from perta_fast.errors import InputError
 from perta_fast.files.new_directory import check_output
 from perta_fast.memory import format_size
@@ -114,10 +113,7 @@ COMMAND = Command(
             Path,
             "DIR",
         ),
-        Option("save_importance", "keep both importances here", Path, "DIR"),
-        Option("save_as", "keep the two (pair, the default), or their ratio", choices=("pair", "ratio"), spelled="as"),
-        Option("importance_dtype", "type to keep them in (float32; bfloat16 of a ratio)", choices=tuple(STORED_TYPES)),
-        Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR"),
+        *options.KEPT,
         Option("check", "measure what was forgotten and kept, on a few rows", bool, default=True, negatable=True),
         *options.STREAM,
         replace(options.ANY_RULE, one_of="rules"),

@@ -243,9 +243,7 @@ def _rule_of(options: Options) -> Rule:
 
 
 def _check_form(options: Options) -> None:
-    for name, option in (("save_as", "--as"), ("importance_dtype", "--importance-dtype")):
-        if getattr(options, name) is not None and options.save_importance is None:
-            raise InputError(f"{option} says how importances are kept; give --save-importance too, or leave it out")
+    KeptForm.check_is_asked_for(options.save_as, options.importance_dtype, options.save_importance is not None)
     form = options.kept_form  # which checks both
     if options.whole_importance is not None and form.dtype != "float32" and not form.as_ratio:
         raise InputError(

@@ -77,7 +77,8 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
             report.warn(warning)
 
     tuned = None if curve.mu is None else vectors.of(curve.mu)
-    estimated = rule.estimator is not None and rule.estimator not in opened.given
+    estimated = rule.estimator is not None and rule.estimator not in opened.given and request.save_importance is None
+    made_for_now = tuned is not None and request.save_tuned is None
     apply_sources(
         open_sources(request, checkpoints_of(rule, importances), tuned),
         rule,
@@ -91,7 +92,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
             progress=opened.progress,
         ),
         annotate=annotate,
-        temporary=estimated or tuned is not None,  # removed with the sweep's record
+        temporary=estimated or made_for_now,  # removed with the sweep's record
         ranks=opened.ranks,
     )
 

@@ -16,6 +16,7 @@ from perta_fast.records.versions import installed_versions, now
 from perta_fast.scoring.live_model import metadata_of
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
+from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Begun
 from perta_fast.sweeping.vectors import Vectors
@@ -75,9 +76,16 @@ class Measured:
             started=begun.started,
             finished=now(),
         )
+        sweep.notes += _what_is_kept(request)
         sweep.notes += [f"warning: {warning}" for record in made[:1] for warning in record.warnings]
         sweep.notes = list(dict.fromkeys([*sweep.notes, *sweep.warnings()]))
         return sweep
+
+
+def _what_is_kept(request: Request) -> list[str]:
+    """For a person."""
+    kept = (("importances", request.save_importance), ("preconditioned θ_f", request.save_tuned))
+    return [f"kept: {what} in {place}" for what, place in kept if place is not None]
 
 
 def excess(opened: OpenedSweep, original: ScoredSetting, setting: ScoredSetting) -> float:

@@ -10,6 +10,7 @@ from perta_fast.scoring.search import search
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import Curve, walk
 from perta_fast.sweeping.grid_walk import score_grid
+from perta_fast.sweeping.keeping import keep_importances, keep_vectors, load_kept
 from perta_fast.sweeping.measured import Measured, excess
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.unfinished import Record
@@ -42,7 +43,7 @@ def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Liv
     live = opened.live()
     original = record.begun.original or record.add(live.measure_original(importances))
     opened.request.bounds(original)  # before the first gradient
-    kept = opened.load_kept(record.importances)
+    kept = load_kept(opened, record)
     if kept is None and opened.request.at == "model":
         kept = opened.estimate(live.subject, record.importances)
     if kept is None or vectors.lacking():
@@ -51,7 +52,8 @@ def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Liv
         if kept is None:
             kept = opened.estimate(opened.load(opened.sources.base.path), record.importances)
         live = opened.live()
-    return live, original, importances | kept
+    keep_vectors(opened, record, vectors)
+    return live, original, importances | keep_importances(opened, record, kept)
 
 
 def _measure(live: LiveModel, curve: Curve, importances: Importances, tuned: Path | None, lam: float) -> ScoredSetting:

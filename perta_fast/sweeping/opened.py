@@ -188,6 +188,8 @@ class OpenedSweep:
             role: samples_and_told(subject, file.rows, self.request.max_length, self.chat, self.progress)
             for role, file in self.data.items()
         }
+        form = self.request.kept_form
+        stored = "float32" if form.as_ratio else form.dtype
         importances: dict[Estimator, dict[str, Importance]] = {estimator: {} for estimator in self.lacking()}
         for estimator, by_role in importances.items():
             plain = Estimation(
@@ -206,7 +208,7 @@ class OpenedSweep:
                 out = None if folder is None else folder / estimator / role
                 if out is None or not self.ranks.share(out.exists()):  # as a whole: one that exists is complete
                     description = f"{role} importance, {estimator}"
-                    importance = estimate_on(how, samples, file.digest, out=out, description=description)
+                    importance = estimate_on(how, samples, file.digest, out=out, description=description, stored=stored)
                 if out is None:
                     importance.tensors = {name: tensor.cpu() for name, tensor in importance.tensors.items()}
                 else:

@@ -14,6 +14,7 @@ from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.reading import checked_path
+from perta_fast.importance.kept_form import KeptForm
 from perta_fast.models.loading import check_sizes
 from perta_fast.rules import PLACES
 from perta_fast.runs.settings import check_threads
@@ -25,7 +26,7 @@ from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, check_strengths
 
 BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain", "holdout")
-_PATHS = (*_MODELS, *_DATA, "out")
+_PATHS = (*_MODELS, *_DATA, "out", "save_importance", "save_tuned")
 _SEVERAL_PATHS = ("forget_importance", "retain_importance", "importance", "also")
 # The argument of ``sweep`` that has one value or several.
 _SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha", "mus": "mu"}
@@ -79,6 +80,10 @@ class Request:
     memory: int | None = None
     device_memory: int | None = None
     threads: int | None = None
+    save_importance: str | None = None
+    save_as: str | None = None
+    importance_dtype: str | None = None
+    save_tuned: str | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -110,6 +115,11 @@ class Request:
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
         return cls(**values)
+
+    @property
+    def kept_form(self) -> KeptForm:
+        """How estimated importances are kept. Raises InputError for what is no form, or no type."""
+        return KeptForm.of(self.save_as, self.importance_dtype)
 
     @property
     def is_of_given_rows(self) -> bool:
@@ -179,6 +189,7 @@ class Request:
             raise InputError("select closest needs gold: the model to be close to")
         self._check_result()
         self._check_streamed()
+        self.kept_form.check_is_asked_for(self.save_as, self.importance_dtype, self.save_importance is not None)
 
     def bounds(self, original: ScoredSetting) -> tuple[float | None, float | None]:
         """The largest allowed retain loss and the smallest allowed retain metric.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -36,6 +36,7 @@ from perta_fast.scoring.criteria import LOSS, Metric, Selection
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_result, finish_in_place, has_changed, write_best
+from perta_fast.sweeping.keeping import check_kept, find_kept
 from perta_fast.sweeping.measuring import measure
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.plot import PLOT_NAME, draw
@@ -84,6 +85,10 @@ def sweep(
     checkpoint: PathLike | None = None,
     in_place: bool = False,
     leave_others: bool = False,
+    save_importance: PathLike | None = None,
+    save_as: Literal["pair", "ratio"] | None = None,
+    importance_dtype: Literal["float32", "bfloat16"] | None = None,
+    save_tuned: PathLike | None = None,
     out: PathLike | None = None,
     overwrite: bool = False,
     common_rows: bool = False,
@@ -123,6 +128,9 @@ def sweep(
     holdout: one more, never trained on; with ``stream``, scores have the forget set's membership scores against it.
     checkpoint: directory to make of the chosen setting, as ``apply`` does; needs ``out``. in_place: change ``model``
     into it instead, where it lies. leave_others: as in ``apply``.
+    save_importance, save_as, importance_dtype: keep what is estimated, as ``unlearn`` does; of several estimators, each
+    in a directory of its name in there. save_tuned: the same for the θ_f of rule ``preconditioned``; several have
+    directories such as ``mu-10.0``. Settings are scored with what is kept, so ``apply`` makes the same bits of it.
     out: directory to make, with ``sweep.json`` and, if matplotlib is installed, ``sweep.png``. Each setting is kept
     as soon as it is scored; the same call, or ``resume``, goes on with a stopped sweep. overwrite: start over.
     stream: hold one part of the model at a time, for models larger than the memory; needs ``out``. Importances and θ_f
@@ -198,6 +206,7 @@ def _run(
             raise InputError("not all processes see the same input files")
     begun = Begun(request, inputs, now(), [], day=opened.day.isoformat(), processes=ranks.world)
     if request.out is None:
+        check_kept(opened, None)
         return _score_without_out(opened, begun)
     with ranks.together("the unfinished sweep"):
         check_name(request.out)
@@ -210,6 +219,7 @@ def _run(
         target = OutputDirectory(final, overwrite=request.overwrite, inputs=opened.paths(), resume=earlier is not None)
     record = Record(begun, target, ranks.first)
     vectors = Vectors(target.path / STATE / "tuned", opened.mus())
+    find_kept(opened, begun, vectors)
     with ExitStack() as entered, ranks.sharing_errors("the sweep"):
         with ranks.together("the output directory"):
             if ranks.first:
@@ -257,6 +267,7 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
     if not request.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
     check_result(opened, final)
+    check_kept(opened, final)
     return None
 
 

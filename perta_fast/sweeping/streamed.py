@@ -16,6 +16,7 @@ from perta_fast.streaming.forecast.forward_costs import ForwardEstimate, forward
 from perta_fast.streaming.forward.version import Version
 from perta_fast.sweeping.coarse import coarse
 from perta_fast.sweeping.grid import Curve
+from perta_fast.sweeping.keeping import keep_importances, keep_vectors, load_kept
 from perta_fast.sweeping.measured import Measured, excess
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checked_gold
 from perta_fast.sweeping.unfinished import Record
@@ -40,11 +41,12 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
     if opened.request.bounds_absolutely and begun.original is None:  # it may break the bound: before the first gradient
         record.add(walks.alone(_ORIGINAL))
         opened.request.bounds(walks.original)
-    importances = opened.load_given() | _estimated(opened, record)
+    importances = opened.load_given() | keep_importances(opened, record, _estimated(opened, record))
     with ranks.together(PHASE):
         if ranks.first:
             record.keep()
             vectors.make(opened)
+    keep_vectors(opened, record, vectors)
     rows = walks.settings(Weighing(opened, importances, vectors))
     walked, batch_size, notes = walks.walked, begun.plans[_SETTINGS].batch_size, _notes(opened)
     device = walked.skeleton.device
@@ -53,7 +55,7 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
 
 def _estimated(opened: OpenedSweep, record: Record) -> ByEstimator:
     """The importances that were not given: those that ``record`` has, and the others, estimated layer by layer."""
-    kept = opened.load_kept(record.importances)
+    kept = load_kept(opened, record)
     if kept is not None:
         return kept
     record.keep()

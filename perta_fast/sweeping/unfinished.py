@@ -31,6 +31,7 @@ class Begun:
     scores, once they are known. day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in
     records of builds that did not keep it. plans: of a streamed sweep's walks, by name, once they
     are made. applying: whether the model may be changed already, in place. processes: that do it together.
+    kept: what has been written where it is to be kept (``keeping``).
     """
 
     request: Request
@@ -42,6 +43,7 @@ class Begun:
     plans: dict[str, WalkPlan] = field(default_factory=dict)
     applying: bool = False
     processes: int = 1
+    kept: list[str] = field(default_factory=list)
 
     @property
     def is_scored(self) -> bool:
@@ -125,6 +127,11 @@ class Record:
         """From now on there is work that a stopped sweep goes on with."""
         if self.target is not None:
             self.target.keep = True
+
+    def note_kept(self, what: str) -> None:
+        """Something is where it is to be kept."""
+        self.begun.kept.append(what)
+        self.save()
 
     def add(self, *settings: ScoredSetting) -> ScoredSetting:
         """Keep more settings; returns the first."""

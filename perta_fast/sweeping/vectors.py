@@ -1,6 +1,6 @@
 """The θ_f that rule ``preconditioned`` subtracts, one for each mu of a sweep: made in one pass, kept until its end."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +23,7 @@ class Vectors:
 
     def __init__(self, folder: Path, mus: Iterable[float]) -> None:
         self._folder, self._mus = folder, tuple(mus)
+        self._kept: dict[float, Path] = {}
 
     def lacking(self) -> list[float]:
         """Those that are not there yet."""
@@ -30,7 +31,16 @@ class Vectors:
 
     def of(self, mu: float) -> Path:
         """The directory of one."""
-        return self._folder / f"mu-{mu!r}"
+        return self._kept.get(mu, self._folder / self.name(mu))
+
+    @staticmethod
+    def name(mu: float) -> str:
+        """That of the directory of one."""
+        return f"mu-{mu!r}"
+
+    def kept_at(self, places: Mapping[float, Path]) -> None:
+        """From now on they are read where they are kept."""
+        self._kept = dict(places)
 
     def record(self, mu: float) -> Preconditioning:
         """What was written down of one."""
