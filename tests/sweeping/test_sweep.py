@@ -301,9 +301,9 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
     held: list[int] = []
     load, score = sweeping_opened.load_subject, examinee.score_rows
 
-    def watched_load(*arguments: Any) -> Any:
+    def watched_load(*arguments: Any, **settings: Any) -> Any:
         assert [ref for ref in alive if ref() is not None] == []
-        subject = load(*arguments)
+        subject = load(*arguments, **settings)
         alive.append(weakref.ref(subject.module))
         return subject
 
