@@ -257,6 +257,7 @@ def test_one_walk_and_no_loaded_model(
     jobs: Jobs, walks: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "_from_pretrained", lambda *_: pytest.fail("loads the model"))
+    monkeypatch.setattr(walk_plan, "pays", lambda *_: False)  # it depends on how fast the machine is now
     how: dict[str, Any] = {"rule": ["fisher", "preconditioned"], "max_retain_rise": 0.001}
     found = run(jobs(F32), **how, lams=[300], stream=True, out=tmp_path / "out")
     assert walks == [["the model as it is", "fisher, lambda 300", "preconditioned, mu 10, lambda 300"]]
