@@ -14,7 +14,7 @@ from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.html import Cell, templates
 from perta_fast.reporting.tensor_positions import element_count, position_of, weight_grids
-from perta_fast.reporting.verdict import model_name, rest_of, verdict
+from perta_fast.reporting.verdict import has_more, model_name, rest_of, verdict
 from perta_fast.reporting.verified import Verified
 from perta_fast.reporting.weight_distribution import Distribution
 from perta_fast.scoring.setting import ScoredSetting
@@ -66,6 +66,7 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
         elements=sum(element_count(row.shape) for row in report.tensors),
         **_costs(report),
         answers=rest_of(evidence.answers),
+        more_answers=has_more(evidence.answers),
         provenance=_provenance(evidence),
     )
     plots = [choice and choice.plot, trade_off and trade_off["plot"], weights["plot"], histogram, changes]

@@ -212,10 +212,13 @@ def _duration(started: str, finished: str) -> str:
 
 def rest_of(answers: Answers | str | None) -> list[Shown]:
     """The answers that the head does not show, or does not show whole."""
-    if not isinstance(answers, Answers):
-        return []
-    shown = answers.shown()
+    shown = answers.shown() if isinstance(answers, Answers) else []
     return [row for number, row in enumerate(shown) if number >= ASKED or _short(row) != row]
+
+
+def has_more(answers: Answers | str | None) -> bool:
+    """Whether there are more questions than the head shows."""
+    return isinstance(answers, Answers) and len(answers.questions) > ASKED
 
 
 def _short(row: Shown) -> Shown:

@@ -196,6 +196,11 @@ def test_answers_to_rows_of_the_run(job: Job, tmp_path: Path, monkeypatch: pytes
         assert row["question"] in head and row["answer"] in head
     assert head.count("To be forgotten: Who wrote") == 2 and head.count("To be kept: Where is") == 1
     assert "[…]" in head and "[…]" not in rest and "word " * 100 in rest
+    assert " open>" not in text  # what was cut does not lengthen the print
+    lines = [{"question": f"Who is {number}?", "answer": "Nobody."} for number in range(5)]
+    prompts = write_lines(tmp_path / "prompts.jsonl", lines)
+    more = page(job.model.parent / "out", tmp_path / "more.html", "--show-text", "--prompts", prompts)
+    assert more.count(" open>") == 1 and "Who is 4?" in more.split(" open>")[1]
 
 
 def test_why_no_answers_are_shown(job: Job, tmp_path: Path, report: Report) -> None:
