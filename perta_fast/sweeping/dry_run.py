@@ -1,5 +1,6 @@
 """What a streamed sweep will take, from the headers of its inputs and its data: ``--dry-run``."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.data.chat import today
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.files.new_directory import OutputDirectory, has_record
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.precondition import vector_size
 from perta_fast.runs.settings import threads_for
@@ -14,8 +16,11 @@ from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.dry_run import Conditions, preview
 from perta_fast.streaming.forecast.forecast import Forecast
 from perta_fast.streaming.forecast.forward_costs import Compared, ForwardEstimate, stored_bytes
+from perta_fast.sweeping.chosen_checkpoint import check_result
+from perta_fast.sweeping.keeping import check_kept
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.request import Request
+from perta_fast.sweeping.unfinished import STATE
 from perta_fast.sweeping.walk_plan import Planning
 from perta_fast.sweeping.walked_model import WalkedModel
 
@@ -30,7 +35,18 @@ def preview_sweep(arguments: Mapping[str, Any], conditions: Conditions, world: i
     removed; nothing else is.
     """
     opened = OpenedSweep.open(Request.of(arguments), False, today())
+    _check_places(opened)
     return Forecast.joined(_walks(opened, conditions, world))
+
+
+def _check_places(opened: OpenedSweep) -> None:
+    """Raise InputError if the sweep could not write its record or its result; one that goes on has them."""
+    final = Path(os.path.realpath(str(opened.request.out)))
+    begun = has_record(final, STATE) and not opened.request.overwrite
+    OutputDirectory(final, overwrite=opened.request.overwrite, inputs=opened.paths(), resume=begun)
+    if not begun:
+        check_result(opened, final)
+        check_kept(opened, final)
 
 
 def _walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[tuple[str, Forecast]]:
@@ -53,6 +69,8 @@ def _walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[
     if opened.gold is not None:
         yield "the gold model:", _scoring(opened, opened.gold.path, 1, 0.0, threads, world)
     every, model = _count(opened), opened.sources.model.path
+    if request.bounds_absolutely:
+        yield "the model as it is, which may break the bound:", _scoring(opened, model, 1, 0.0, threads, world)
     yield f"{every} settings:", _scoring(opened, model, every, _beside(opened), threads, world)
 
 

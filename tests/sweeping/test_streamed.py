@@ -472,4 +472,21 @@ def test_what_it_would_take(jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFi
         "10 settings:",
     ]
     assert fingerprint(tmp_path) == before
+    bound = ["--target-retain-loss", "90", "--out", tmp_path / "out"]
+    assert cli.main(arguments_of(job, "--stream", "--dry-run", "--rule", "tv", "--lams", "1", *bound)) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")]
+    assert heads == ["the model as it is, which may break the bound:", "2 settings:"]
     assert cli.main(arguments_of(job, "--dry-run", *rules, *bound)) == 2
+
+
+def test_a_dry_run_looks_whether_the_results_have_a_place(
+    jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, taken = jobs(F32), tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    bound = ["--rule", "tv", "--lams", "1", "--max-retain-rise", "5"]
+    for places in (["--out", taken], ["--out", tmp_path / "out", "--checkpoint", taken]):
+        assert cli.main(arguments_of(job, "--stream", "--dry-run", *bound, *places)) == 2
+        assert f"perta: error: {taken}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
