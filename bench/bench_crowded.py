@@ -1,4 +1,4 @@
-"""Whole commands on a machine that is quiet otherwise, and with one busy process on each core: about 4 minutes.
+"""Whole commands on a machine that is quiet otherwise, and with one busy process on each core: less than 5 minutes.
 
 A fair share of a crowded core is half of it, so twice the quiet time is the least. One group has beside ours the same
 command with threads that spin while they wait, as OpenMP's do by default. Start it on a quiet machine. "time / ours"
@@ -23,7 +23,7 @@ from bench.harness.tables import Row
 from bench.inputs.stream_models import StreamJob, write_stream_job
 
 CROWDED = "crowded"
-ROUNDS = 3  # a crowded run takes long
+ROUNDS = 2  # at most: a crowded run takes long
 QUIET, BUSY = "quiet", "one busy process a core"
 SPINNING = "threads that spin"
 CONTENDERS = {QUIET: "ours", BUSY: "ours"}
