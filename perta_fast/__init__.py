@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from perta_fast.resuming import resume
     from perta_fast.runs.apply import apply
     from perta_fast.runs.combine_importances import merge_importances, remove_importances
-    from perta_fast.runs.estimate import estimate_importance
+    from perta_fast.runs.estimate_importance import estimate_importance
     from perta_fast.runs.evaluate import evaluate
     from perta_fast.runs.merge import merge
     from perta_fast.runs.precondition import precondition
@@ -51,7 +51,7 @@ _HOMES = {
     "apply": "perta_fast.runs.apply",
     "apply_to_module_": "perta_fast.subtraction.on_module",
     "choose": "perta_fast.sweeping.choose",
-    "estimate_importance": "perta_fast.runs.estimate",
+    "estimate_importance": "perta_fast.runs.estimate_importance",
     "evaluate": "perta_fast.runs.evaluate",
     "merge": "perta_fast.runs.merge",
     "merge_importances": "perta_fast.runs.combine_importances",

@@ -18,6 +18,7 @@ AnyRule = Literal["preconditioned", "tv", "grad", "fisher", "empirical-fisher"] 
 Place = Literal["base", "model"]
 DEFAULT_RULE: Final = "fisher"  # of what only takes importances
 DEFAULT_ALPHA = 1.0
+DEFAULT_LAM = 1.0  # of what only subtracts
 PRECONDITIONED: Final = "preconditioned"  # the default of AnyRule: rule tv with a theta_f that is made first
 DEFAULT_MU = 10.0  # of preconditioning
 LARGEST_MU = 1e4  # beyond it, rounding in float32 moments shows where no input was seen

@@ -27,7 +27,7 @@ def run(parsed: argparse.Namespace) -> int | Outcome:
     if parsed.dry_run:
         return _dry_run(parsed)
     with importing():
-        from perta_fast.runs.estimate import estimate_importance
+        from perta_fast.runs.estimate_importance import estimate_importance
 
     settings = keywords(parsed, without=("model", "dry_run", *_COMBINING))
     record = estimate_importance(parsed.model, **settings, group=parsed.group).metadata

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from perta_fast.cli import (
     apply,
+    completion,
     demo,
     eval,
     help,
@@ -40,7 +41,7 @@ from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_mem
 
 # In the order of the help.
 _MAKING = (demo, tune, merge, precondition, unlearn, recipe, importance, ratio, apply, sweep)
-_MODULES = (*_MAKING, eval, report, inspect, verify, resume, help)
+_MODULES = (*_MAKING, eval, report, inspect, verify, resume, completion, help)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
 
 

@@ -10,11 +10,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perta_fast.arguments import AUTO, DEVICES, check_device
 from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, STORED_TYPES, torch_dtype
 from perta_fast.errors import InputError, printable
 from perta_fast.memory import parse_size
-from perta_fast.rules import ANY_RULES, DEFAULT_ALPHA, DEFAULT_MU, DEFAULT_RULE, PLACES, PRECONDITIONED, RULES
+from perta_fast.rules import (
+    ANY_RULES,
+    DEFAULT_ALPHA,
+    DEFAULT_LAM,
+    DEFAULT_MU,
+    DEFAULT_RULE,
+    PLACES,
+    PRECONDITIONED,
+    RULES,
+)
 
 if TYPE_CHECKING:
     from perta_fast.streaming.forecast.dry_run import Conditions
@@ -61,8 +71,8 @@ class Option:
             return ()
         return (f"--{self.key}", f"--no-{self.key}") if self.negatable else (f"--{self.key}",)
 
-    def add_to(self, target: Any, *, bare: bool = False) -> None:
-        """Declare the option to a parser or a group. bare: as not required, without default."""
+    def add_to(self, target: Any, *, bare: bool = False) -> argparse.Action:
+        """Declare the option to a parser or a group; return what this makes. bare: not required, without default."""
         name = self.name if self.positional else f"--{self.key}"
         settings: dict[str, Any] = {"help": self.help, "default": argparse.SUPPRESS if bare else self.default}
         settings |= {} if self.positional else {"dest": self.name}
@@ -79,7 +89,8 @@ class Option:
             settings["action"] = "extend"
         if self.required and not self.one_of and not bare:
             settings["required"] = True
-        target.add_argument(name, **settings)
+        action: argparse.Action = target.add_argument(name, **settings)
+        return action
 
 
 def flag(name: str, help: str, one_of: str = "", required: bool = False) -> Option:
@@ -117,13 +128,19 @@ class Command:
     parts: tuple["Command", ...] = ()
 
 
-def add_options(parser: argparse.ArgumentParser, options: Iterable[Option], *, bare: bool = False) -> None:
-    """Declare ``options`` to ``parser``; see ``Option.add_to``."""
+def add_options(
+    parser: argparse.ArgumentParser, options: Iterable[Option], *, bare: bool = False
+) -> list[argparse.Action]:
+    """Declare ``options`` to ``parser``; see ``Option.add_to``. Returns what takes a path."""
     groups: dict[str, Any] = {}
+    of_paths = []
     for option in options:
         if option.one_of and option.one_of not in groups:
             groups[option.one_of] = parser.add_mutually_exclusive_group(required=option.required and not bare)
-        option.add_to(groups.get(option.one_of, parser), bare=bare)
+        action = option.add_to(groups.get(option.one_of, parser), bare=bare)
+        if option.type is Path:
+            of_paths.append(action)
+    return of_paths
 
 
 def keywords(parsed: argparse.Namespace, without: Container[str] = ()) -> dict[str, Any]:
@@ -189,6 +206,14 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _device(text: str) -> str | None:
+    try:
+        check_device(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; there are {DEVICES}") from error
+    return None if text == AUTO else text
+
+
 def _fields(text: str) -> dict[str, str]:
     try:
         return fields_from(text)
@@ -223,7 +248,7 @@ ANY_RULE = replace(
     choices=ANY_RULES,
 )
 IMPORTANCE = Option("importance", "what --save-importance wrote, instead of the two: both, or their ratio", Path, "DIR")
-LAM = Option("lam", "strength lambda", float, "L", required=True)
+LAM = Option("lam", f"strength lambda ({DEFAULT_LAM:g})", float, "L", DEFAULT_LAM)
 MU = Option("mu", f"how much less of the task vector along retained inputs ({DEFAULT_MU:g})", float, "X")
 P = Option("p", "exponent of the importances (the rule's own)", float, "P")
 ALPHA = Option("alpha", f"weight of retaining ({DEFAULT_ALPHA:g})", float, "A", DEFAULT_ALPHA)
@@ -268,7 +293,7 @@ KEPT = (
 )
 BATCH_SIZE = Option("batch_size", "samples at a time (8)", int, "N", 8)
 MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)", int, "N")
-DEVICE = Option("device", "cpu or cuda (cuda if there is one)", metavar="D")
+DEVICE = Option("device", f"{DEVICES} (auto: cuda if there is one)", _device, "D")
 DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")

@@ -7,15 +7,11 @@ from argparse import ArgumentParser
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
-from perta_fast.cli.options import Command, Option, add_options
+from perta_fast.cli.options import Command, add_options
 from perta_fast.cli.recipe_options import RECIPE, arguments_from, settings_for
 from perta_fast.records.versions import this_version
 
-_TOP = Command(
-    "perta",
-    "Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0).",
-    (Option("version", type=bool),),
-)
+_DESCRIPTION = "Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0)."
 _EVERYWHERE = ("-h", "--help", "-v", "--verbose")
 
 
@@ -33,9 +29,11 @@ class CommandParser(_OneLine):
     def __init__(self, *, command: Command, verbose: Any = argparse.SUPPRESS, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
         self.command = command
+        self.known = {*_EVERYWHERE, *(spelling for option in command.options for spelling in option.spellings)}
         self.add_argument(
             "-v", "--verbose", action="store_true", default=verbose, help="log each phase on standard error"
         )
+        self.of_paths = add_options(self, command.options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like argparse's own, with the arguments of a recipe before ``args``. Raises InputError for a bad recipe."""
@@ -54,14 +52,13 @@ class CommandParser(_OneLine):
 
     def _check_words(self, args: Sequence[str]) -> None:
         """End with an error for an option or a command that there is not."""
-        options = {spelling for option in self.command.options for spelling in option.spellings} | {*_EVERYWHERE}
         commands = [part.name for part in self.command.parts]
         for argument in args:
             name = argument.partition("=")[0]
             if argument == "--" or (commands and not argument.startswith("-")):
                 break
-            if name.startswith("--") and name not in options and " " not in argument:
-                self.error(f"there is no option {name}{_meant_option(name, options)}")
+            if name.startswith("--") and name not in self.known and " " not in argument:
+                self.error(f"there is no option {name}{_meant_option(name, self.known)}")
         word = next((argument for argument in args if not argument.startswith("-")), None)
         if commands and word is not None and word not in commands:
             near = difflib.get_close_matches(word, commands, n=1)
@@ -88,25 +85,24 @@ def given_options(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
 
 def parser_of(command: Command) -> CommandParser:
     """The parser of one command alone."""
-    parser = CommandParser(prog=f"perta {command.name}", command=command)
-    add_options(parser, command.options)
-    return parser
+    return CommandParser(prog=f"perta {command.name}", command=command)
 
 
 def whole_parser(commands: Sequence[Command]) -> CommandParser:
     """The parser of ``perta`` with all its commands; what it parses has the one that was given, as ``command``."""
-    top = Command(_TOP.name, _TOP.help, _TOP.options, parts=tuple(commands))
+    top = Command("perta", _DESCRIPTION, parts=tuple(commands))
     parser = CommandParser(prog=top.name, description=top.help, command=top, verbose=False)
+    parser.known.add("--version")
     parser.add_argument("--version", action="version", version=f"perta {this_version() or '(not installed)'}")
     _add_commands(parser, commands, "COMMAND")
     return parser
 
 
-def _add_commands(parser: ArgumentParser, commands: Iterable[Command], metavar: str) -> None:
+def _add_commands(parser: CommandParser, commands: Iterable[Command], metavar: str) -> None:
     subparsers = parser.add_subparsers(required=True, metavar=metavar)
     for command in commands:
         subparser = subparsers.add_parser(command.name, help=command.help, command=command)
         subparser.set_defaults(command=command)
-        add_options(subparser, command.options)
         if command.parts:
             _add_commands(subparser, command.parts, "|".join(part.name for part in command.parts))
+        parser.of_paths += subparser.of_paths

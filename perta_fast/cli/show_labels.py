@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from perta_fast.arguments import check_sizes
 from perta_fast.cli.importing import importing
 from perta_fast.cli.streams import COLOUR_OFF, COLOUR_ON
 from perta_fast.errors import InputError, printable
@@ -26,7 +27,7 @@ def show_labels(parsed: argparse.Namespace) -> int:
         from perta_fast.data.chat import ChatSettings
         from perta_fast.data.rows import read_data
         from perta_fast.files.hub import local_data, local_model
-        from perta_fast.models.loading import check_sizes, row_samples, subject_without_weights
+        from perta_fast.models.loading import row_samples, subject_without_weights
 
     check_sizes(1, parsed.max_length, show_labels=parsed.show_labels)
     chat = ChatSettings.of(parsed.system_prompt, parsed.date_string)

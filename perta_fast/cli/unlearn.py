@@ -118,7 +118,7 @@ COMMAND = Command(
         *options.STREAM,
         replace(options.ANY_RULE, one_of="rules"),
         replace(
-            options.LAM, help="strength lambda (searched for, see --max-retain-rise)", required=False, one_of="strength"
+            options.LAM, help="strength lambda (searched for, see --max-retain-rise)", default=None, one_of="strength"
         ),
         Option(
             "max_retain_rise",

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from perta_fast.arguments import check_sizes
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings, told
@@ -26,7 +27,7 @@ from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.files.new_directory import EVALUATION_STATE
 from perta_fast.files.new_file import check_output_file
-from perta_fast.models.loading import Subject, check_sizes
+from perta_fast.models.loading import Subject
 from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions, now
 

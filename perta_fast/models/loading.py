@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from perta_fast.arguments import AUTO, check_device
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import Quantisation
 from perta_fast.data.chat import ChatSettings, Told, told
@@ -23,13 +24,6 @@ from perta_fast.progress import Bar, Progress, draws_bars
 
 _WORTH_A_BAR = 2000  # rows that take about a second to tokenise
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
-
-
-def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -> None:
-    """Raise InputError, naming the argument, unless each is at least 1, or None (no limit)."""
-    for name, value in {"batch_size": batch_size, "max_length": max_length, **others}.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -241,13 +235,12 @@ def _is_indexed(checkpoint: Checkpoint) -> bool:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or CUDA if there is one. Raises InputError if it is not available."""
-    if device is None:
+    """The device asked for; "auto" and None take CUDA if there is one. Raises InputError if it is not available."""
+    check_device(device)
+    if device in (None, AUTO):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is not one that torch knows") from error
+    assert device is not None
+    chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch finds no CUDA device here")
     try:

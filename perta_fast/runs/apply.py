@@ -19,7 +19,7 @@ from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report, listed
 from perta_fast.records.versions import now, this_version
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule, RuleName
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_LAM, DEFAULT_RULE, Rule, RuleName
 from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination, threads_for
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
@@ -47,7 +47,7 @@ def apply(
     importance: "str | Path | ImportanceRatio | None" = None,
     download: bool = False,
     rule: RuleName = DEFAULT_RULE,
-    lam: float = 1.0,
+    lam: float = DEFAULT_LAM,
     p: float | None = None,
     alpha: float = DEFAULT_ALPHA,
     threshold: float | None = None,

@@ -1,9 +1,9 @@
 """``precondition``: everything is checked before the model is loaded."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from perta_fast.arguments import check_device, check_sizes
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import PRECONDITIONING
@@ -18,17 +18,16 @@ from perta_fast.files.hashing import hash_files
 from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.reading import exists
-from perta_fast.models.loading import check_sizes, choose_device
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.preconditioning.vectors import check_low_rank
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.report import describe_files
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, check_mu
-from perta_fast.runs.making_tuned import Making
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
-from perta_fast.tuning.checkpoint import tuned_size
+
+if TYPE_CHECKING:
+    import torch
 
 
 def precondition(
@@ -45,8 +44,8 @@ def precondition(
     max_length: int | None = None,
     system_prompt: str | None = None,
     date_string: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
     stream: bool = False,
     memory: int | None = None,
     device_memory: int | None = None,
@@ -80,17 +79,21 @@ def precondition(
     check_sizes(batch_size, max_length)
     check_mu(mu)
     check_fields(fields)
-    choose_device(device)
+    check_device(device)
+    chat = ChatSettings.of(system_prompt, date_string)
     base, tuned = local_model(base, download), local_model(tuned, download)
     source = source_of(retain, download, "retain")
     model = base if model is None else local_model(model, download)
     check_name(out)
     target = OutputDirectory(out, overwrite=overwrite, inputs=[base, tuned, model, *data_files(source)])
     check_tuned(base, tuned)
-    check_task_vector(Sources.open(base, base, tuned, common_rows=True))
-    check_space(target.final, vector_size(base, tuned))
-    chat = ChatSettings.of(system_prompt, date_string)
+    sources = Sources.open(base, base, tuned, common_rows=True)
     rows, digest = read_data(source, fields)
+    check_task_vector(sources)
+    check_space(target.final, vector_size(base, tuned))
+    # Imported late: what is wrong so far is said without waiting for torch.
+    from perta_fast.runs.making_tuned import Making
+
     making = Making(
         base=base,
         tuned=tuned,
@@ -120,6 +123,8 @@ def check_tuned(base: Path, tuned: Path) -> None:
             "θ_f that it was made of"
         )
     if is_adapter(tuned):
+        from perta_fast.preconditioning.vectors import check_low_rank
+
         check_low_rank(Adapter.open(tuned, base))
 
 
@@ -127,6 +132,8 @@ def vector_size(base: Path, tuned: Path) -> int:
     """Bytes on disk that a preconditioned θ_f takes, at most."""
     if is_adapter(tuned):
         return sum(max(4 * entry.count, entry.size) for entry in Adapter.open(tuned, base).checkpoint.tensors.values())
+    from perta_fast.tuning.checkpoint import tuned_size
+
     return tuned_size(Checkpoint.open(base))
 
 

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.rows import Row, evenly_spread
 from perta_fast.errors import InputError, RunError
@@ -125,7 +126,7 @@ class StrengthSearch:
         return DEFAULT_RETAIN_RISE if given is None else float(given)
 
     def _score_original(self, rows: Mapping[str, list[Row]], day: date) -> None:
-        from perta_fast.models.loading import check_sizes, row_samples, samples_for, subject_without_weights
+        from perta_fast.models.loading import row_samples, samples_for, subject_without_weights
         from perta_fast.scoring.live_model import ScoredData
 
         options = self.opened.options

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from perta_fast.arguments import check_device, check_sizes
 from perta_fast.data.chat import ChatSettings, Told, parse_date
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
@@ -180,6 +181,8 @@ class Opened:
         ChatSettings.of(options.system_prompt, options.date_string)
         if options.at not in PLACES:
             raise InputError(f"at is {options.at!r}; it must be base or model")
+        check_sizes(options.batch_size, options.max_length)
+        check_device(options.device)
         check_threads(options.threads)
         if options.stream and options.link_unchanged and not options.in_place:
             raise InputError("stream writes every shard as it goes; leave --link-unchanged out")

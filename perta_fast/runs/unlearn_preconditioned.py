@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.rows import Row
 from perta_fast.errors import InputError
@@ -20,7 +21,6 @@ from perta_fast.files.new_directory import (
     unfinished_advice,
 )
 from perta_fast.files.reading import checked_path
-from perta_fast.models.loading import check_sizes
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.records.recipe import as_recipe

@@ -34,7 +34,7 @@ from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import LOGGER
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RULE, Rule, RuleName, negative_strength
+from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_LAM, DEFAULT_RULE, Rule, RuleName, negative_strength
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES, RATIO
 from perta_fast.subtraction.module_importances import Weighing, in_form, weighing_of
@@ -57,7 +57,7 @@ def apply_to_module_(
     *,
     importance: str | Path | ImportanceRatio | None = None,
     rule: RuleName = DEFAULT_RULE,
-    lam: float = 1.0,
+    lam: float = DEFAULT_LAM,
     p: float | None = None,
     alpha: float = DEFAULT_ALPHA,
     threshold: float | None = None,

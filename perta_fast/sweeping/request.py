@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
@@ -15,7 +16,6 @@ from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.kept_form import KeptForm
-from perta_fast.models.loading import check_sizes
 from perta_fast.rules import PLACES
 from perta_fast.runs.settings import check_threads
 from perta_fast.scoring.criteria import GENERATED_METRICS, LOSS, SELECTIONS

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from perta_fast.arguments import check_sizes
 from perta_fast.data.batches import Batch
 from perta_fast.data.forms import Fields
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError, NotFiniteError
-from perta_fast.models.loading import check_sizes
 from perta_fast.progress import Bar, Progress
 
 _AT_A_TIME = 4  # samples of one backward pass, at most; a batch takes several passes

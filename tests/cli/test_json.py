@@ -19,7 +19,7 @@ from tests.support.models import Job, write_job
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Their result is a file or what they show; they have no record.
-WITHOUT = {"demo", "report", "recipe", "recipe init", "recipe run", "help"}
+WITHOUT = {"demo", "report", "recipe", "recipe init", "recipe run", "completion", "help"}
 # What lies on the disk beside or in the output, by the command that writes it.
 ON_DISK = {
     "apply": "out/perta_report.json",

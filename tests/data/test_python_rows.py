@@ -8,7 +8,7 @@ import pytest
 from perta_fast import InputError, estimate_importance
 from perta_fast.data.python_rows import rows_of
 from perta_fast.data.rows import load_rows, rows_from
-from perta_fast.runs.estimate import _checked_rows
+from perta_fast.runs.estimate_importance import _checked_rows
 from tests.data.test_forms import CALL, TALK, TOOL
 from tests.support.models import FORGET, llama, tokenizer
 

@@ -19,7 +19,7 @@ from perta_fast.data.samples import IGNORED, by_row, encode, row_count, truncate
 from perta_fast.models.loading import Subject, samples_for
 from perta_fast.progress import Event
 from perta_fast.rules import Estimator
-from perta_fast.runs.estimate import estimate_importance
+from perta_fast.runs.estimate_importance import estimate_importance
 from tests.support.models import CHAT_TEMPLATE, llama, tokenizer
 
 Content = dict[str, Any]

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import Fields
 from perta_fast.data.rows import Row, read_data
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
-from perta_fast.models.loading import Subject, check_sizes, choose_device, samples_for
+from perta_fast.models.loading import Subject, choose_device, samples_for
 from perta_fast.rules import Estimator
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule, rates_for
 from perta_fast.streaming.forecast.costs import Estimate, Load
