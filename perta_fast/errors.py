@@ -6,10 +6,13 @@ move the cursor, hide text or reorder it.
 
 import errno
 import os
+import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+_MARKED = re.compile(r"`([a-z_]+)`")
 
 
 class _Printable(BaseException):
@@ -18,9 +21,24 @@ class _Printable(BaseException):
 
 
 class PertaError(_Printable, Exception):
-    """Base of every error that this package raises on purpose; its text is for the user."""
+    """Base of every error that this package raises on purpose; its text is for the user.
+
+    A message marks the names of arguments: "`batch_size` is 0; it must be at least 1". ``str`` gives it without the
+    marks, the command line with its options in their place (``spelled``). In an f-string an error keeps its marks, so
+    that they outlive a message within another.
+    """
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return self.spelled(lambda name: name)
+
+    def __format__(self, specification: str) -> str:
+        return format(super().__str__(), specification)
+
+    def spelled(self, spell: Callable[[str], str]) -> str:
+        """The message with ``spell`` of each marked name."""
+        return _MARKED.sub(lambda found: spell(found[1]), super().__str__())
 
 
 class InputError(PertaError, ValueError):

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
 from typing import Any, TextIO
@@ -58,23 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_explained(arguments: Sequence[str] | None, output: ShownStream) -> int:
     launch = Launch()
+    spellings: dict[str, str] = {}  # of the arguments of the command, once it is known
     try:
         with launch.joined() as ranks, _of_first(ranks, redirect_stdout, sys.stdout):
-            return _run(arguments, ranks, output)
+            return _run(arguments, ranks, output, spellings)
     except (PertaError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        text, status = _explain(error)
+        text, status = _explain(error, spellings)
         if launch.should_print(error):
             print(f"perta: {printable(text)}", file=sys.stderr)
         return status
 
 
-def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream) -> int:
+def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spellings: dict[str, str]) -> int:
     with ranks.together("the arguments"), _of_first(ranks, redirect_stderr, sys.stderr):
         parser = whole_parser(COMMANDS)
         parsed = parser.parse_args(arguments)  # this may read a recipe
         if ranks.world > 1 and not parsed.command.over_ranks:
             raise InputError("this command is done by one process; start it without torchrun")
     parsed.parser, parsed.group = parser, ranks.group
+    spellings.update(parsed.command.spellings())
     silent = getattr(parsed, "quiet", False) or not ranks.first
     with _bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first), _kept_for_json(parsed):
         shows = getattr(parsed, "show_labels", None) is not None
@@ -123,14 +125,14 @@ def _only_prints(parsed: argparse.Namespace) -> bool:
     return bool(parsed.command.prints or getattr(parsed, "dry_run", False))
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException, spellings: Mapping[str, str]) -> tuple[str, int]:
     """The message and the exit status for an error. Raises it again if it is a defect of the program."""
     if isinstance(error, Interrupted):
         return str(error), INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_MESSAGE, INTERRUPTED
     if isinstance(error, PertaError):
-        return f"error: {error}", error.exit_status
+        return f"error: {error.spelled(lambda name: spellings.get(name, name))}", error.exit_status
     if isinstance(error, OSError):
         return f"error: {error}", PertaError.exit_status
     if not is_out_of_memory(error):

@@ -65,6 +65,11 @@ class Option:
         return self.spelled or self.name.replace("_", "-")
 
     @property
+    def typed(self) -> str:
+        """What a message calls it."""
+        return self.metavar or self.name if self.positional else f"--{self.key}"
+
+    @property
     def spellings(self) -> tuple[str, ...]:
         """All ways to write the option; none for a positional argument."""
         if self.positional:
@@ -126,6 +131,10 @@ class Command:
     over_ranks: bool = False
     prints: bool = False
     parts: tuple["Command", ...] = ()
+
+    def spellings(self) -> dict[str, str]:
+        """What messages call the arguments of its Python function."""
+        return {option.name: option.typed for option in self.options}
 
 
 def add_options(

@@ -144,7 +144,7 @@ def tune(
         raise InputError(f"{' and '.join(_NEEDED)} are needed: pip install 'perta-fast[tune]'")
     chosen = choose_device(device)
     if chosen.index:
-        raise InputError(f"device is {chosen}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
+        raise InputError(f"`device` is {chosen}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
     check_name(out)
     target = OutputDirectory(out, overwrite=overwrite, inputs=[request.base, *data_files(request.forget)])
     return _run(request, target, chosen, progress)

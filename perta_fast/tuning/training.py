@@ -43,9 +43,9 @@ class Request:
         """Raise InputError, naming the argument, for a number out of its range."""
         check_sizes(self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs)
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"lr is {self.lr}; it must be a number above 0")
+            raise InputError(f"`lr` is {self.lr}; it must be a number above 0")
         if not 0 <= self.seed < 1 << 32:  # the limit of NumPy
-            raise InputError(f"seed is {self.seed}; it must lie from 0 to 2^32 - 1")
+            raise InputError(f"`seed` is {self.seed}; it must lie from 0 to 2^32 - 1")
 
     def settings(self) -> dict[str, Any]:
         """All arguments but the inputs, for the record."""

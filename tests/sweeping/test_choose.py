@@ -275,7 +275,7 @@ def test_the_command(stream: list[str], job: Job, tmp_path: Path, capsys: pytest
         (["--choose", "max-retain-rise", "--lam", "1"], "--lam: not allowed with argument --choose"),
         (["--choose", "max-retain-rise", "--max-retain-rise", "1"], "not allowed with argument --choose"),
         (["--choose", "max-retain-rise", "--rule", "tv", "--rules", "tv"], "not allowed with argument --rule"),
-        (["--choose", "max-retain-rise=-1"], "max_retain_rise is -1.0; it must be at least 0 nats"),
+        (["--choose", "max-retain-rise=-1"], "--max-retain-rise is -1.0; it must be at least 0 nats"),
         (["--choose", "max-retain-rise", "--save-tuned", "kept"], "--save-tuned is for a run with one setting"),
         (["--choose", "max-retain-rise", "--as", "ratio"], "--as is for a run with one setting"),
         (["--choose", "max-retain-rise", "--no-drop-cache"], "--drop-cache is for a run with one setting"),

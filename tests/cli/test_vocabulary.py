@@ -1,0 +1,80 @@
+"""A message names arguments as its reader does: in Python by their names, on the command line as options."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import perta_fast
+from perta_fast import cli
+from perta_fast.cli.main import _explain
+from perta_fast.cli.options import Command
+from perta_fast.errors import InputError
+from tests.cli.test_parser import ALL
+
+# What is no argument where a message begins with it.
+OTHERS = {"eval", "model", "path", "recipe", "run", "shell", "topic"}
+NAMES = {option.name for command in ALL.values() for option in command.options} - OTHERS
+UNMARKED = re.compile(rf"({'|'.join(sorted(NAMES, key=len, reverse=True))}) (is|are|has|needs|takes|must)\b")
+
+
+@pytest.mark.parametrize("command", ALL.values(), ids=ALL.keys())
+def test_a_message_names_each_option_as_it_is_typed(command: Command) -> None:
+    for option in command.options:
+        error = InputError(f"`{option.name}` is 0; see `{option.name}`, and `neither`")
+        text, status = _explain(error, command.spellings())
+        typed = option.metavar or option.name if option.positional else f"--{option.key}"
+        assert (text, status) == (f"error: {typed} is 0; see {typed}, and neither", 2)
+        assert str(error) == f"{option.name} is 0; see {option.name}, and neither"
+
+
+def test_a_message_within_another_keeps_its_marks() -> None:
+    outer = InputError(f"recipe.yaml: {InputError('`batch_size` is 0')}")
+    assert str(outer) == "recipe.yaml: batch_size is 0"
+    assert outer.spelled(lambda name: f"--{name.replace('_', '-')}") == "recipe.yaml: --batch-size is 0"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("importance --model=m --data=d --out=o --batch-size=0", "--batch-size is 0; it must be at least 1"),
+        ("importance --model=m --data=d --out=o --max-length=0", "--max-length is 0; it must be at least 1"),
+        ("apply --model=m --base=b --tuned=t --out=o --rule=tv --lam=nan", "--lam is nan; it must be a finite number"),
+        (
+            "unlearn --model=m --base=b --tuned=t --out=o --max-retain-rise=-1",
+            "--max-retain-rise is -1.0; it must be at least 0 nats, and finite",
+        ),
+        ("precondition --base=b --tuned=t --retain=r --out=o --mu=-1", "--mu is -1.0; it must be a number from 0 to"),
+    ],
+)
+def test_on_the_command_line(typed: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(typed.split()) == 2
+    assert capsys.readouterr().err.startswith(f"perta: error: {said}")
+
+
+def test_the_same_error_in_python() -> None:
+    with pytest.raises(InputError, match=r"^batch_size is 0; it must be at least 1$"):
+        perta_fast.estimate_importance("m", "d", batch_size=0)
+
+
+def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The beginnings of the errors that are raised, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("InputError", "RunError") and node.args:
+            first = node.args[0]
+            first = first.values[0] if isinstance(first, ast.JoinedStr) else first
+            if isinstance(first, ast.Constant):
+                yield node.lineno, str(first.value)
+
+
+def test_no_message_begins_with_a_name_that_is_not_marked() -> None:
+    package = Path(perta_fast.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{line}: {text}"
+        for path in package.rglob("*.py")
+        for line, text in messages(ast.parse(path.read_text()))
+        if UNMARKED.match(text)
+    ]
+    assert found == []
