@@ -1,0 +1,99 @@
+"""What is wrong with arguments or data is said before torch is imported, which takes seconds."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.children import run_child
+from tests.support.models import Job, write_lines
+
+# Runs commands in one process, and prints the status of each with what it has imported by then.
+_RUNS = """
+import json, sys
+from perta_fast import cli
+for arguments in json.loads(sys.argv[1]):
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    print(json.dumps([status, [name for name in ("torch", "transformers") if name in sys.modules]]))
+"""
+_NUMBERS = {
+    "apply": ["--lam=nan", "--p=0", "--threads=0", "--threshold=2"],
+    "importance": ["--batch-size=0", "--max-length=0", "--device=gpu", "--memory=1GiB", "--date-string=soon"],
+    "merge": ["--threads=no"],
+    "precondition": ["--batch-size=0", "--mu=-1", "--device=gpu", "--memory=1GiB", "--date-string=soon"],
+    "ratio": ["--importance-dtype=float64"],
+    "unlearn": ["--batch-size=0", "--max-length=0", "--lam=nan", "--threads=0", "--device=gpu", "--p=0", "--as=ratio"],
+    # These look at their data after torch.
+    "tune": ["--device=gpu", "--rank=x"],
+    "sweep": ["--device=gpu", "--metric=x"],
+    "eval": ["--device=gpu", "--suite=x"],
+}
+
+
+def whole(command: str, job: Job, out: Path) -> dict[str, list[object]]:
+    """The options of a run that is right, but for the importances of perta ratio."""
+    weights: dict[str, list[object]] = {"--model": [job.model], "--base": [job.base], "--tuned": [job.tuned]}
+    data: dict[str, list[object]] = {"--forget": [job.forget], "--retain": [job.retain]}
+    made: dict[str, list[object]] = {"--out": [out]}
+    return {
+        "apply": weights | {"--rule": ["tv"]} | made,
+        "importance": {"--model": [job.base], "--data": [job.forget]} | made,
+        "merge": {"--base": [job.base], "--tuned": [job.tuned]} | made,
+        "precondition": {"--base": [job.base], "--tuned": [job.tuned], "--retain": [job.retain]} | made,
+        "ratio": {"--forget-importance": [job.base], "--retain-importance": [job.base]} | made,
+        "unlearn": weights | data | {"--rule": ["grad"], "--lam": ["1"]} | made,
+        "tune": {"--base": [job.base], "--forget": [job.forget]} | made,
+        "sweep": weights | data | {"--lams": ["1"]} | made,
+        "eval": {"--model": [job.model], "--forget": [job.forget], "--out": [f"{out}.json"]},
+    }[command]
+
+
+def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
+    """Wrong forms of a command."""
+    good = whole(command, job, folder / "out")
+    words = [str(word) for option, values in good.items() for word in (option, *values)]
+    cases = [[*words, more] for more in _NUMBERS[command]]
+    cases += [[*words, "--no-such-option"], words[2:]]
+    if command in ("tune", "sweep", "eval"):
+        return cases
+    taken, empty, wrong = folder / "taken", folder / "empty", folder / "wrong.jsonl"
+    for path in (taken / "file", empty / "none"):
+        path.parent.mkdir()
+    (taken / "file").write_text("")
+    write_lines(wrong, [{"question": "a", "answer": "b"}] * 3 + [{"question": "an answer is missing"}])
+    cases.append([str(taken) if word == str(folder / "out") else word for word in words])
+    directories = {"--model", "--base", "--tuned", "--forget-importance", "--retain-importance"}
+    for option in good.keys() & directories:
+        cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere", empty)]
+    for option in good.keys() & {"--forget", "--retain", "--data"}:
+        cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere.jsonl", wrong)]
+        cases.append([*words, "--fields=question=prompt,answer=completion"])
+    return cases
+
+
+def assert_refused_early(commands: list[list[str]]) -> None:
+    """Each command ends with status 2, one line, and without torch."""
+    done = run_child([sys.executable, "-c", _RUNS, json.dumps(commands)])
+    assert done.returncode == 0, done.stderr
+    for command, line in zip(commands, done.stdout.splitlines(), strict=True):
+        assert json.loads(line) == [2, []], (command, done.stderr)
+    assert done.stderr.count("error: ") == len(commands) == len(done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("command", _NUMBERS)
+def test_wrong_arguments_and_data(command: str, job: Job, tmp_path: Path) -> None:
+    assert_refused_early([[command, *words] for words in refusals(command, job, tmp_path)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_reads(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    paths = [str(tmp_path / name) for name in ("nowhere", "empty")]
+    commands = [[command, path] for command in ("inspect", "verify", "resume") for path in paths]
+    commands += [["report", path, "--out", str(tmp_path / "page.html")] for path in paths]
+    commands += [["recipe", "check", paths[0]], ["recipe", "run", paths[0]], ["unlearn", "--recipe", paths[0]]]
+    assert_refused_early(commands)
