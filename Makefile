@@ -38,6 +38,7 @@ lint: $(VENV)/built
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """What a source distribution and a wheel hold, and the one version. `make wheel-check` builds and runs them."""
 
+import re
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -83,3 +85,23 @@ def lowest(lines: Iterable[str]) -> dict[str, Version]:
     requirements = [Requirement(line) for line in lines]
     bounds = [(entry.name, bound) for entry in requirements for bound in entry.specifier]
     return {name: Version(bound.version) for name, bound in bounds if bound.operator in (">=", "==")}
+
+
+def test_the_container_is_built_from_what_the_wheel_needs_with_the_torch_of_the_makefile() -> None:
+    """No engine runs here: what can be held without one."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert set(re.findall(r"torch==(\S+)", dockerfile)) == set(
+        re.findall(r"torch==(\S+)", (ROOT / "Makefile").read_text())
+    )
+    kept = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert {"csrc", "kernels", "perta_fast", "pyproject.toml", "setup.py", "README.md", "LICENSE"} == set(kept)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (taken,) = re.findall(r"\.whl\)\[([a-z,]+)\]", dockerfile)
+    assert set(taken.split(",")) <= extras.keys()
+
+
+def test_the_citation_file_is_whole() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    assert {"type", "title", "authors", "year", "url"} <= citation["preferred-citation"].keys()
