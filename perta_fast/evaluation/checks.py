@@ -164,7 +164,9 @@ def _check_stress(request: Request, table: MetricTable) -> None:
     """Raise InputError for stresses that the request does not allow."""
     if request.against is not None:
         if request.stress is None:
-            raise InputError("`against` is for counting codes that have changed; name what to measure by `stress`")
+            raise InputError(
+                "`against` is for counting codes that have changed; name what to measure with `stress` too"
+            )
         if request.model is None:
             raise InputError("`against` compares two checkpoints, and the model is one in memory; give its directory")
         open_plain(request.against)
