@@ -70,8 +70,8 @@ def test_with_prompt_date_and_length(job: Job, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["eval", "--model=model", "--suite=tofu", "--data=TOFU"], "show_labels is for data of your own"),
-        (["eval", "--model=model"], "show_labels needs data"),
+        (["eval", "--model=model", "--suite=tofu", "--data=TOFU"], "--show-labels is for data of your own"),
+        (["eval", "--model=model"], "--show-labels needs data"),
         (["importance", "--model=none", "--data=forget.jsonl", "--out=out"], "none"),
         (["importance", "--model=base", "--data=none.jsonl", "--out=out"], "none.jsonl"),
     ],

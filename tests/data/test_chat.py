@@ -276,7 +276,7 @@ def test_an_evaluation_asks_with_them(tmp_path: Path, one_thread: None) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--forget", "forget.jsonl", "--date-string", "x"], "date_string is 'x'; write a date in one of the forms"),
+        (["--forget", "forget.jsonl", "--date-string", "x"], "--date-string is 'x'; write a date in one of the forms"),
         (
             ["--forget", "forget.jsonl", "--date-string", "10 Apr 2025"],
             "date_string: the tokenizer has no chat template",

@@ -454,7 +454,7 @@ def test_importances_of_two_dates_are_warned_of(
         (None, "--system-prompt=x", "system_prompt: the tokenizer has no chat template to put it in; leave it out"),
         (None, "--date-string=2025-04-10", "date_string: the tokenizer has no chat template"),
         (REFUSING, "--system-prompt=x", "the chat template takes none (no system turn); leave it out, or begin"),
-        (TEMPLATE, "--date-string=soon", "date_string is 'soon'; write a date in one of the forms 2025-04-10, "),
+        (TEMPLATE, "--date-string=soon", "--date-string is 'soon'; write a date in one of the forms 2025-04-10, "),
     ],
 )
 def test_bad_input(

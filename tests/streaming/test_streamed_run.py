@@ -195,7 +195,7 @@ def test_what_a_run_will_take_is_said_before(job: Job, tmp_path: Path, capfd: py
 
 
 def test_links_are_refused(job: Job, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leave --link-unchanged out"):
+    with pytest.raises(InputError, match="leave link_unchanged out"):
         run(job, tmp_path / "out", stream=True, link_unchanged=True)
 
 
