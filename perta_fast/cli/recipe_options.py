@@ -19,6 +19,8 @@ RECIPE = Option(
     "recipe", "take options from this YAML file, or from the report of a run; those given here come first", Path, "FILE"
 )
 MAKE_NOTHING = ("dry-run", "show-labels")  # with these a command only prints
+# A shared setting that a section takes only beside another one: tune reads retained rows for this alone.
+_ONLY_BESIDE = {("tune", "retain"): "retain-kl"}
 _EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", Path: "a path", str: "a text"}
 
 
@@ -57,7 +59,9 @@ def with_shared(
     """The settings of one section: its own, and those of the shared ones that it knows and does not replace."""
     known = options_of(command)
     replaced = set(own).union(*(group for group in alternatives(command) if not own.keys().isdisjoint(group)))
-    return {key: setting for key, setting in shared.items() if key in known and key not in replaced} | dict(own)
+    taken = {key: setting for key, setting in shared.items() if key in known and key not in replaced} | dict(own)
+    alone = {key for key in taken if _ONLY_BESIDE.get((command.name, key), key) not in taken and key not in own}
+    return {key: setting for key, setting in taken.items() if key not in alone}
 
 
 def required(command: Command) -> list[list[str]]:

@@ -168,7 +168,8 @@ def check_inputs(sections: list[Section]) -> None:
 def _check_input(section: Section, key: str, path: Path, where: str, data: dict[tuple[Path, str], None]) -> None:
     """Raise InputError unless what is read is there, and is a checkpoint or data if it must be. data: read before."""
     try:
-        if key in _DATA and section.command is not report.COMMAND:
+        is_rows = key in _DATA or (key, section.command) == ("data", tune.COMMAND)
+        if is_rows and section.command is not report.COMMAND:
             fields = section.parsed().fields
             if (path, str(fields)) not in data:
                 read_data(local_data(path), fields)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from perta_fast import cli
-from perta_fast.cli.recipe_options import options_of
+from perta_fast.cli.options import Command, Option
+from perta_fast.cli.recipe_options import options_of, with_shared
 from perta_fast.cli.recipe_sections import COMMANDS
 from perta_fast.errors import RunError
-from perta_fast.records.recipe import LISTS, SECTIONS
+from perta_fast.records.recipe import LISTS, SECTIONS, Setting
 from tests.support.checkpoints import fingerprint
 from tests.support.models import Job, write_lines
 
@@ -332,6 +333,14 @@ def test_a_wrong_row_anywhere_is_refused_first(home: Path, capsys: pytest.Captur
 def test_a_damaged_record_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (done / RECORD).write_text("{}\n")
     assert refusal(capsys, "recipe", "run", done / "run.yaml").startswith(f"{done / RECORD}: is damaged")
+
+
+def test_shared_retain_rows_are_for_tune_only_beside_their_weight() -> None:
+    retain, weight = Setting("retain.jsonl", ""), Setting("0.1", "")
+    command = Command("tune", "", (Option("retain"), Option("retain_kl")))
+    assert with_shared(command, {"retain": retain}, {}) == {}
+    assert with_shared(command, {"retain": retain}, {"retain-kl": weight}) == {"retain": retain, "retain-kl": weight}
+    assert with_shared(command, {}, {"retain": retain}) == {"retain": retain}
 
 
 def test_the_template_of_a_job_runs_once_it_is_filled(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
