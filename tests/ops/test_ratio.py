@@ -154,10 +154,12 @@ def low_rank(backend: str, arrays: list[Tensor], ratio: Tensor, **how: float | N
 @pytest.mark.parametrize("ratio", DTYPES)
 def test_low_rank(backend: str, shape: tuple[int, int, int], ratio: torch.dtype) -> None:
     needs(backend)
-    rows, _, columns = shape
+    rows, rank, columns = shape
+    if backend == "triton" and not torch.cuda.is_available():
+        rows = min(rows, 5)  # the interpreter takes one block after another
     rho = ratios(rows * columns, ratio, 9).view(rows, columns)
     for dtype, p, threshold in itertools.product(DTYPES, POWERS, THRESHOLDS):
-        arrays = arrays_of(shape, dtype)
+        arrays = arrays_of((rows, rank, columns), dtype)
         how = {"scale": 0.3, "lam": 1.3, "p": p, "alpha": 16.0, "threshold": threshold}
         assert_same_bits(low_rank(backend, arrays, rho, **how), low_rank("reference", arrays, rho, **how))
 
