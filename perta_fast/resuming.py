@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Literal
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, shell_command
 from perta_fast.files.journal import JOURNAL
-from perta_fast.files.new_directory import EVALUATION_STATE, SWEEP_STATE, has_record, keeping_run, partial_path
+from perta_fast.files.new_directory import (
+    EVALUATION_STATE,
+    SWEEP_STATE,
+    TUNING_STATE,
+    has_record,
+    keeping_run,
+    partial_path,
+)
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.report import FILE_NAME, Report
@@ -23,20 +30,22 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from perta_fast.evaluation.results import Evaluation
+    from perta_fast.tuning.record import Tuning
 
-_Unfinished = Literal["in place", "directory", "sweep", "evaluation", "last steps", "journal"]
+_Unfinished = Literal["in place", "directory", "sweep", "evaluation", "tuning", "last steps", "journal"]
 
 
 def resume(
     directory: str | Path, *, progress: Progress = True, group: "ProcessGroup | None" = None
-) -> "Report | Sweep | Evaluation":
-    """Finish a run, sweep or evaluation that was stopped; the result is that of an uninterrupted one, bit for bit.
+) -> "Report | Sweep | Evaluation | Tuning":
+    """Finish what was stopped: a run, sweep, evaluation or tuning; the result is that of an uninterrupted one.
 
     directory: what was given as ``out`` (of an evaluation, a file), or the model of an in-place run. progress: as in
     ``apply``. group: the processes that finish it, as there: any number, but for a streamed run or evaluation as many
     as began it.
-    Returns the report, or the result of the sweep or evaluation. Raises InputError if there is nothing to finish, or
-    an input is no longer what it was (nothing is written then), RunError if the run fails again.
+    It is so bit for bit, of a tuning on the CPU. Returns the report, or the result of the sweep, evaluation or tuning.
+    Raises InputError if there is nothing to finish, or an input is no longer what it was (nothing is written then),
+    RunError if the run fails again.
     """
     ranks = Ranks.of(group)
     destination = Path(os.path.realpath(checked_path(directory)))
@@ -44,7 +53,7 @@ def resume(
         kind = _unfinished(destination) if ranks.first else None
         if ranks.first and kind is None:
             raise InputError(f"{directory}: there is no unfinished run to resume{_advice(destination)}")
-        if ranks.world > 1 and kind in ("in place", "journal"):
+        if ranks.world > 1 and kind in ("in place", "journal", "tuning"):
             finishing = shell_command("perta", "resume", Path(directory))
             raise InputError(f"{directory}: is finished by one process: {finishing}")
     kind = ranks.share(kind)
@@ -62,6 +71,10 @@ def resume(
         from perta_fast.runs.evaluate import resume_evaluation
 
         return resume_evaluation(destination, progress, ranks)
+    if kind == "tuning":
+        from perta_fast.tuning.run import resume_tuning
+
+        return resume_tuning(destination, progress)
     with ranks.together("the unfinished run"):
         report = finish_leftover(destination) if ranks.first else None
     return finish_resumed(ranks.share(report), progress, ranks)
@@ -82,6 +95,8 @@ def _unfinished(destination: Path) -> _Unfinished | None:
         return "sweep"
     if has_record(destination, EVALUATION_STATE):
         return "evaluation"
+    if has_record(destination, TUNING_STATE):
+        return "tuning"
     if exists(destination / STATE):
         return "last steps"
     if exists(destination / JOURNAL):

@@ -21,9 +21,11 @@ from perta_fast.files.reading import checked_path, exists
 RUN_STATE, SWEEP_STATE = ".perta-run", ".perta-sweep"
 SWEEP_RECORD = "begun.json"
 EVALUATION_STATE, EVALUATION_RECORD = ".perta-evaluation", "begun.json"  # beside an output file
+TUNING_STATE, TUNING_RECORD = ".perta-tuning", "begun.json"  # below the directory that is built
 RESULT = "result"  # the output file there, until it gets its name
 _KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
-_RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD, _KEPT_STATE: _KEPT_RECORD}
+_RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD}
+_RECORDS |= {TUNING_STATE: TUNING_RECORD, _KEPT_STATE: _KEPT_RECORD}
 _START_OVER = "start over with --overwrite"
 
 
@@ -150,7 +152,8 @@ def has_unfinished(final: Path, again: str = "", run: Path | None = None) -> boo
     keeping = keeping_run(final)
     if keeping is not None and (run is None or not is_same(keeping, run)):
         return True
-    return any(has_record(final, state) for state in (RUN_STATE, SWEEP_STATE, EVALUATION_STATE) if state != again)
+    states = (RUN_STATE, SWEEP_STATE, EVALUATION_STATE, TUNING_STATE)
+    return any(has_record(final, state) for state in states if state != again)
 
 
 def keeping_run(final: Path) -> Path | None:

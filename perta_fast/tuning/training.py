@@ -1,102 +1,103 @@
-"""The arguments of a tuning, and the training by transformers' Trainer."""
+"""The training itself, by transformers' Trainer."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from perta_fast.arguments import check_sizes
 from perta_fast.data.batches import Batch
-from perta_fast.data.forms import Fields
 from perta_fast.data.samples import Sample
-from perta_fast.errors import InputError, NotFiniteError
+from perta_fast.errors import NotFiniteError
 from perta_fast.progress import Bar, Progress
+from perta_fast.tuning.request import Request
+from perta_fast.tuning.retained import Retained
+from perta_fast.tuning.saving import disk_errors
+from perta_fast.tuning.schedule import Schedule
+from perta_fast.tuning.unfinished import KeptState, trained
 
 _AT_A_TIME = 4  # samples of one backward pass, at most; a batch takes several passes
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of ``tune`` that say what is trained and how."""
-
-    base: Path
-    forget: Path
-    full: bool
-    rank: int
-    epochs: int
-    lr: float
-    batch_size: int
-    max_length: int | None
-    gradient_checkpointing: bool
-    seed: int
-    fields: Fields | None = None
-    system_prompt: str | None = None
-    date_string: str | None = None
-
-    def check(self) -> None:
-        """Raise InputError, naming the argument, for a number out of its range."""
-        check_sizes(self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs)
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"`lr` is {self.lr}; it must be a number above 0")
-        if not 0 <= self.seed < 1 << 32:  # the limit of NumPy
-            raise InputError(f"`seed` is {self.seed}; it must lie from 0 to 2^32 - 1")
-
-    def settings(self) -> dict[str, Any]:
-        """All arguments but the inputs, for the record."""
-        left_out = {"base", "forget", "fields"} | ({"rank"} if self.full else set())
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+_WEIGHTS = "trained.safetensors"  # in a kept state
 
 
 def train_(
-    module: nn.Module, samples: Sequence[Sample], request: Request, directory: Path, progress: Progress
-) -> list[float]:
-    """Train what is trainable in ``module``, in place and on its device; return the mean loss of each epoch.
+    module: nn.Module,
+    samples: Sequence[Sample],
+    retained: Sequence[Sample],
+    request: Request,
+    schedule: Schedule,
+    kept: KeptState,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress,
+) -> tuple[list[float], list[float]]:
+    """Train what is trainable in ``module``, in place and on its device; goes on with what ``kept`` has.
+
+    Returns for each epoch the mean loss, and the mean divergence on ``retained`` rows, if there are any.
 
     The loss is the Trainer's own, the mean over all labelled tokens of a batch: most models were tuned with it, and
     θ_f should be tuned as θ_full was. AdamW, gradients clipped to norm 1. No weight decay: it would add a multiple
     of θ_0 to the task vector. The rate rises linearly from 0 in the first of several epochs, then falls to 0.
-    Weights keep their types; a GPU with bfloat16 computes in it. directory: an empty one, for the Trainer.
+    Weights keep their types; a GPU with bfloat16 computes in it.
 
     Seeds torch, NumPy and ``random``. Raises NotFiniteError if the loss is not finite.
     """
-    at_a_time = math.gcd(request.batch_size, _AT_A_TIME)
+    at_a_time = math.gcd(schedule.batch_size, _AT_A_TIME)
+    settings = _settings(module, len(samples), request, schedule, at_a_time, kept.directory)
+    held = Retained(module, retained, request.retain_kl, at_a_time, request.seed) if request.retain_kl else None
+    steps = math.ceil(len(samples) / schedule.batch_size)
+    total, done = schedule.epochs * len(samples), _samples_of(len(kept.begun.losses), steps, len(samples), schedule)
+    with Bar(total, "tuning", progress, "sample", done) as bar:
+        watch = _Watch(bar, steps, kept, lambda made: _samples_of(made, steps, len(samples), schedule))
+        trainer = _KeepingTrainer(
+            module, settings, data_collator=_collate, train_dataset=samples, callbacks=[*callbacks, watch]
+        )
+        trainer.held = held
+        watch.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=kept.checkpoint)
+        # Take off the wrapper that computes in bfloat16: the model is scored in the same type before and after.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    return watch.by_epoch(watch.losses), watch.by_epoch(watch.divergences)
+
+
+def _settings(
+    module: nn.Module, count: int, request: Request, schedule: Schedule, at_a_time: int, directory: Path
+) -> TrainingArguments:
     on_cpu = next(module.parameters()).device.type == "cpu"
     settings = TrainingArguments(
         output_dir=str(directory),
-        num_train_epochs=request.epochs,
-        learning_rate=request.lr,
+        num_train_epochs=schedule.epochs,
+        learning_rate=schedule.lr,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(len(samples) / request.batch_size) if request.epochs > 1 else 0,
+        warmup_steps=math.ceil(count / schedule.batch_size) if schedule.epochs > 1 else 0,
         weight_decay=0.0,
         per_device_train_batch_size=at_a_time,
-        gradient_accumulation_steps=request.batch_size // at_a_time,
+        gradient_accumulation_steps=schedule.batch_size // at_a_time,
         seed=request.seed,
         use_cpu=on_cpu,
         bf16=not on_cpu and torch.cuda.is_bf16_supported(),
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
+        save_strategy="no",  # the watch says when
+        report_to=request.report_to or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
     )
     settings._n_gpu = min(1, settings.n_gpu)  # several would multiply the batch size
-    with Bar(request.epochs * len(samples), "tuning", progress, "sample") as bar:
-        watch = _Watch(bar, len(samples), math.ceil(len(samples) / request.batch_size))
-        trainer = Trainer(module, settings, data_collator=_collate, train_dataset=samples, callbacks=[watch])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        # Take off the wrapper that computes in bfloat16: the model is scored in the same type before and after.
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    return watch.losses
+    return settings
+
+
+def _samples_of(done: int, steps: int, count: int, schedule: Schedule) -> int:
+    """Samples of ``done`` steps, of which an epoch has so many."""
+    epochs, rest = divmod(done, steps)
+    return epochs * count + rest * schedule.batch_size
 
 
 def _collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -105,27 +106,77 @@ def _collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
 
+class _KeepingTrainer(Trainer):
+    """A Trainer that adds the divergence on retained rows, and keeps of the model only what is trained.
+
+    divergences: of the backward passes of the step that goes on.
+    """
+
+    held: Retained | None = None
+    divergences: list[float]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self.held is None:
+            return loss
+        number = self.state.global_step * self.args.gradient_accumulation_steps + len(self.divergences)
+        divergence = self.held.divergence(model, number)
+        self.divergences.append(float(divergence.detach()))
+        # The Trainer divides a loss by the passes of a step, unless the model has divided it by the step's tokens.
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return loss + self.held.weight * divergence / (self.current_gradient_accumulation_steps if scaled else 1)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with disk_errors():
+            save_file({name: t.detach().contiguous() for name, t in trained(self.model).items()}, _weights(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = load_file(_weights(resume_from_checkpoint))
+        with torch.no_grad():
+            for name, tensor in trained(self.model).items():
+                tensor.copy_(stored[name])
+
+
+def _weights(directory: str) -> Path:
+    return Path(directory) / _WEIGHTS
+
+
 class _Watch(TrainerCallback):
-    """Moves the bar, keeps the losses, and stops if a loss is not finite."""
+    """Moves the bar, keeps losses and states, and stops if a loss is not finite."""
 
-    def __init__(self, bar: Bar, count: int, steps: int) -> None:
-        """count, steps: samples and steps of an epoch."""
-        self._bar, self._count, self._steps, self._done = bar, count, steps, 0
-        self._losses: list[float] = []  # of each step
+    trainer: _KeepingTrainer
 
-    @property
-    def losses(self) -> list[float]:
-        """The mean of each epoch."""
-        return [fmean(self._losses[k : k + self._steps]) for k in range(0, len(self._losses), self._steps)]
+    def __init__(self, bar: Bar, steps: int, kept: KeptState, samples_of: Callable[[int], int]) -> None:
+        """steps: of an epoch. samples_of: how many samples so many steps have taken."""
+        self._bar, self._steps, self._kept, self._samples_of = bar, steps, kept, samples_of
+        self.losses, self.divergences = list(kept.begun.losses), list(kept.begun.divergences)  # of each step
+
+    def by_epoch(self, values: Sequence[float]) -> list[float]:
+        """The means of each epoch."""
+        return [fmean(values[k : k + self._steps]) for k in range(0, len(values), self._steps)]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.divergences = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:  # the summary at the end
             return
         loss = logs["loss"]
-        self._losses.append(loss)
+        self.losses.append(loss)
+        if self.trainer.held is not None:
+            self.divergences.append(fmean(self.trainer.divergences))
         if not math.isfinite(loss):
             epoch = math.ceil(state.global_step / self._steps)
             raise NotFiniteError(f"the loss of epoch {epoch} is not finite; nothing was written. Use a lower --lr")
-        done = round(state.epoch * self._count)
-        self._bar.update(done - self._done, f"step {state.global_step} of {state.max_steps}, loss {loss:.4f}")
-        self._done = done
+        step = state.global_step
+        count = self._samples_of(step) - self._samples_of(step - 1)
+        self._bar.update(count, f"step {step} of {state.max_steps}, loss {loss:.4f}")
+        if state.global_step < state.max_steps and self._kept.is_due():
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._kept.written(f"checkpoint-{state.global_step}", self.losses, self.divergences)

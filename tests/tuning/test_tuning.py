@@ -41,7 +41,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def tune(base: Path, forget: Path, out: Path, **settings: Any) -> pf.Tuning:
-    return pf.tune(base, forget, out, **{"progress": False, "epochs": 3, "lr": 1e-3} | settings)
+    return pf.tune(base, forget, out, **{"progress": False, "epochs": 3, "lr": 1e-3, "batch_size": 16} | settings)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +214,7 @@ def test_the_adapter_of_a_mixture_of_experts_is_a_plain_one_of_its_attention(for
 def test_the_command_says_what_it_has_done(float_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     asked = ["tune", "--base", float_job.base, "--forget", float_job.forget, "--max-length", 40, "--out", out]
+    asked += ["--epochs", 10, "--lr", 1e-5, "--batch-size", 16]
     assert cli.main(list(map(str, asked))) == 0
     text = capsys.readouterr().out
     record = json.loads((out / "perta_tune.json").read_text())
@@ -221,12 +222,13 @@ def test_the_command_says_what_it_has_done(float_job: Job, tmp_path: Path, capsy
     assert "warning: 5 samples were cut to the length limit\n" in text
     assert "warning: the loss has fallen by less than a tenth" in text
     assert text.endswith(f"written to {out}\n")
-    chosen = {"full": False, "rank": 16, "epochs": 10, "lr": 1e-4, "batch_size": 16, "max_length": 40, "seed": 0}
+    chosen = {"full": False, "rank": 16, "epochs": 10, "lr": 1e-5, "batch_size": 16, "max_length": 40, "seed": 0}
     assert record["settings"].items() >= chosen.items()
     assert (record["data"]["samples"], record["data"]["truncated"]) == (5, 5)
     assert record["versions"].keys() >= {"torch", "transformers", "peft", "accelerate"}
     assert len(record["epoch_losses"]) == 10
-    asked += ["--full", "--lr", "0.1", "--overwrite", "--quiet"]
+    assert record["chosen"] == [] and "chosen" not in text
+    asked += ["--full", "--epochs", "5", "--lr", "0.1", "--overwrite", "--quiet"]
     assert cli.main(list(map(str, asked))) == 0
     assert capsys.readouterr().out == ""
     record = json.loads((out / "perta_tune.json").read_text())
@@ -237,7 +239,7 @@ def test_the_command_says_what_it_has_done(float_job: Job, tmp_path: Path, capsy
 
 def refused(job: Job, out: Path, error: type[pf.PertaError], words: str, **settings: Any) -> None:
     """``tune`` raises ``error`` and leaves everything as it was."""
-    arguments = {"base": job.base, "forget": job.forget, "out": out, "progress": False} | settings
+    arguments = {"base": job.base, "forget": job.forget, "out": out, "progress": False, "batch_size": 16} | settings
     before, present = fingerprint(job.base.parent, out.parent), sorted(out.parent.iterdir())
     with pytest.raises(error, match=words):
         pf.tune(**arguments)

@@ -1,0 +1,183 @@
+"""A tuning that was stopped: where its state lies, what it was begun with, and whether that is still so."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.companions import CARD, companions
+from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
+from perta_fast.errors import InputError, shell_command
+from perta_fast.files.durable import read_record, remove, sync, sync_tree, write_record
+from perta_fast.files.hashing import hash_file
+from perta_fast.files.new_directory import (
+    TUNING_RECORD,
+    TUNING_STATE,
+    OutputDirectory,
+    forget,
+    has_record,
+    partial_path,
+    unfinished_advice,
+)
+from perta_fast.progress import LOGGER
+from perta_fast.records.typed_json import typed
+from perta_fast.tuning.request import Request
+
+_FORMAT, _FORMAT_VERSION = "perta tuning", 1
+_LEAST_WAIT = 60.0  # seconds between two states
+_LARGEST_SHARE = 0.05  # of the time that keeping a state may take
+_STATE_BYTES = 12  # of a trained parameter: itself and Adam's two moments, in float32
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a tuning was begun with, and how far the kept state has come.
+
+    inputs: by path or role, by what an input is known. day: for chat templates that ask for the date. checkpoint: the
+    name of the trainer's state. losses, divergences: of each step until then. seconds: spent until then.
+    """
+
+    request: Request
+    inputs: dict[str, Any]
+    versions: dict[str, str]
+    started: str
+    day: str
+    overwrite: bool
+    loss_before: float
+    checkpoint: str = ""
+    losses: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed: int = 0
+
+    @classmethod
+    def load(cls, final: Path) -> "Begun | None":
+        """That of the stopped tuning to ``final``, if there is one. Raises InputError if it is damaged."""
+        if not has_record(final, TUNING_STATE):
+            return None
+        content = read_record(partial_path(final) / TUNING_STATE / TUNING_RECORD)
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise InputError(f"{final}: its unfinished work is no tuning's; start over with --overwrite")
+        try:
+            if content.pop("format_version", None) != _FORMAT_VERSION:
+                raise InputError("format_version")
+            begun: Begun = typed(content, cls)
+        except InputError as error:
+            raise InputError(
+                f"{final}: was begun by another version of perta_fast ({error}); start over with --overwrite"
+            ) from error
+        return begun
+
+    def check_request(self, final: Path, request: Request) -> None:
+        """Raise InputError unless ``request`` is the same."""
+        if self.request != request:
+            raise InputError(unfinished_advice(final))
+
+    def check_inputs(self, final: Path, inputs: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+        """Raise InputError if an input is no longer what it was, or another version would go on."""
+        for name in sorted(self.inputs.keys() | inputs.keys()):
+            if self.inputs.get(name) != inputs.get(name):
+                raise InputError(
+                    f"{name}: has changed since the tuning began; {PUT_BACK} to go on with it, or start over with "
+                    "--overwrite"
+                )
+        for name in sorted(self.versions.keys() | versions.keys()):
+            before, now = self.versions.get(name), versions.get(name)
+            if before != now:
+                raise InputError(
+                    f"{final}: the tuning was begun with {name} {before}, this is {now}; install that to go on with "
+                    "it, or start over with --overwrite"
+                )
+
+
+def identity_of(base: Checkpoint, sources: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """By what each input is known: the weights and what is read beside them, and the rows."""
+    known: dict[str, Any] = {str(base.path / name): state for name, state in fingerprint(base).items()}
+    known |= {str(path): hash_file(path) for name, path in companions(base.path).items() if name != CARD}
+    return known | {str(sources[role]): digest for role, digest in digests.items()}
+
+
+class KeptState:
+    """Keeps the trainer's state in the hidden directory of an output, where a run that goes on finds it.
+
+    A state is written when the last one is a minute old, and so seldom that this takes at most 5 % of the time: of an
+    adapter it is small, of a whole checkpoint 12 bytes a parameter. It is left out if the disk would be full.
+    """
+
+    def __init__(self, target: OutputDirectory, begun: Begun, parameters: int, *, wanted: bool = True) -> None:
+        """wanted: whether the inputs will be there when the run goes on."""
+        self.directory = target.path / TUNING_STATE
+        self.begun = begun
+        self._target, self._wanted, self._size = target, wanted, _STATE_BYTES * parameters
+        self._clock = self._began = time.monotonic()
+        self._wait = _LEAST_WAIT
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The directory of the state to go on with."""
+        return str(self.directory / self.begun.checkpoint) if self.begun.checkpoint else None
+
+    def is_due(self) -> bool:
+        """Whether it is time to keep a state."""
+        if not self._wanted or time.monotonic() - self._clock < self._wait:
+            return False
+        self.directory.mkdir(exist_ok=True)
+        if shutil.disk_usage(self.directory).free < 2 * self._size:
+            LOGGER.warning("%s: too little disk space to keep the state of the training", self._target.final)
+            self._wanted = False
+        self._clock = time.monotonic()
+        return self._wanted
+
+    def written(self, name: str, losses: Iterable[float], divergences: Iterable[float]) -> None:
+        """The trainer has written its state into the directory ``name``: from here on the run goes on with that."""
+        sync_tree(self.directory / name)
+        sync(self.directory)
+        now = time.monotonic()
+        seconds = self.begun.seconds + now - self._began
+        self._began = now
+        self.begun = replace(
+            self.begun, checkpoint=name, losses=list(losses), divergences=list(divergences), seconds=seconds
+        )
+        content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self.begun)}
+        write_record(self.directory / TUNING_RECORD, content)
+        self._target.keep = True
+        for path in self.directory.glob("checkpoint-*"):
+            if path.name != name:
+                remove(path)
+        cost, self._clock = time.monotonic() - self._clock, time.monotonic()
+        self._wait = max(_LEAST_WAIT, cost / _LARGEST_SHARE)
+
+    def finish(self) -> None:
+        """Remove the state; the result is written, but has not got its name. What the trainer reported stays."""
+        sync_tree(self._target.path)
+        forget(self._target.path)
+        self._target.keep = False
+        if (self.directory / "runs").is_dir():
+            os.replace(self.directory / "runs", self._target.path / "runs")
+        remove(self.directory)
+
+    @property
+    def any(self) -> bool:
+        """Whether a state is kept."""
+        return self._target.keep
+
+    def give_up(self) -> None:
+        """Keep nothing: another attempt would end as this one."""
+        self._target.keep = False
+
+    def going_on(self) -> str:
+        """How to go on after a stop."""
+        if not self._target.keep:
+            return "nothing was left behind"
+        return f"what was learnt is kept; go on with: {shell_command('perta', 'resume', self._target.final)}"
+
+
+def trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}

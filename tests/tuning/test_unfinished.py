@@ -1,0 +1,157 @@
+"""A tuning that is stopped goes on, and gives the bytes of one that was not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import perta_fast as pf
+from perta_fast import cli
+from perta_fast.tuning import unfinished
+from tests.support.models import Job, write_job, write_lines
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS: dict[str, Any] = {"batch_size": 2, "epochs": 3, "lr": 1e-2, "progress": False}
+
+
+class Stop(BaseException):
+    """As a kill: nothing of our own catches it."""
+
+
+@pytest.fixture(autouse=True)
+def at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished, "_LEAST_WAIT", 0.0)
+    monkeypatch.setattr(unfinished, "_LARGEST_SHARE", float("inf"))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return write_job(tmp_path_factory.mktemp("job"))
+
+
+def stopping(samples: int, phase: str = "tuning", error: BaseException | None = None) -> Callable[[pf.Event], None]:
+    """Stops the run when so much of a phase is done."""
+
+    def stop(event: pf.Event) -> None:
+        if event.phase == phase and event.done >= samples:
+            raise error or Stop
+
+    return stop
+
+
+@pytest.fixture(autouse=True)
+def told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perta_fast.progress._INTERVAL", 0.0)
+
+
+def tune(job: Job, out: Path, **settings: Any) -> pf.Tuning:
+    return pf.tune(job.base, job.forget, out, **SETTINGS | settings)
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+def hidden(out: Path) -> Path:
+    return out.with_name(f".{out.name}.perta-partial")
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "checkpoint"])
+@pytest.mark.parametrize("where", [(4, "tuning"), (5, "tuning"), (9, "tuning"), (3, "loss after tuning")])
+def test_it_goes_on_to_the_same_bytes(where: tuple[int, str], full: bool, job: Job, tmp_path: Path) -> None:
+    """Stopped within an epoch, at its end, and when the training is done."""
+    whole = tune(job, tmp_path / "whole", full=full)
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        tune(job, out, full=full, progress=stopping(*where))
+    assert sorted(tmp_path.iterdir()) == [hidden(out), tmp_path / "whole"]
+    record = pf.resume(out, progress=False)
+    assert isinstance(record, pf.Tuning)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert sorted(tmp_path.iterdir()) == [out, tmp_path / "whole"]
+    assert (record.epoch_losses, record.loss_before) == (whole.epoch_losses, whole.loss_before)
+    assert (record.loss_after, record.resumed) == (whole.loss_after, 1)
+
+
+def test_the_same_command_goes_on_too(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice stopped, by Ctrl-C, with data to hold; another command is refused."""
+    held: dict[str, Any] = {"retain": job.retain, "retain_kl": 0.5}
+    tune(job, tmp_path / "whole", **held)
+    out = tmp_path / "out"
+    for samples in (4, 9):
+        with pytest.raises(pf.Interrupted, match=f"what was learnt is kept; go on with: perta resume {out}"):
+            tune(job, out, progress=stopping(samples, error=KeyboardInterrupt()), **held)
+    with pytest.raises(pf.InputError, match="another run to this place was stopped; finish it with: perta resume"):
+        tune(job, out, **held | {"seed": 3})
+    asked = ["apply", "--model", job.model, "--base", job.base, "--tuned", job.tuned, "--rule", "tv", "--lam", 1]
+    assert cli.main([*map(str, asked), "--out", str(out)]) == 2
+    assert "perta resume" in capsys.readouterr().err
+    record = tune(job, out, **held)
+    assert record.resumed == 2
+    assert weights(out) == weights(tmp_path / "whole")
+    assert json.loads((out / "perta_tune.json").read_text())["epoch_divergences"] == record.epoch_divergences
+    assert not hidden(out).exists()
+
+
+def test_overwrite_starts_over(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        tune(job, out, progress=stopping(9))
+    assert tune(job, out, overwrite=True, seed=3).resumed == 0
+    assert not hidden(out).exists()
+
+
+def test_inputs_that_changed_are_refused(tmp_path: Path) -> None:
+    job, out = write_job(tmp_path / "job"), tmp_path / "out"
+    with pytest.raises(Stop):
+        tune(job, out, progress=stopping(5))
+    kept = shutil.copytree(hidden(out), tmp_path / "kept")
+    for path, content in ((job.base / "config.json", b" "), (job.forget, b'{"text": "More."}\n')):
+        before = path.read_bytes()
+        path.write_bytes(before + content)
+        with pytest.raises(pf.InputError, match=f"{path.name}: has changed since the tuning began"):
+            pf.resume(out, progress=False)
+        path.write_bytes(before)
+    assert {path.name for path in kept.iterdir()} == {path.name for path in hidden(out).iterdir()}
+    pf.resume(out, progress=False)
+
+
+def test_a_record_that_is_damaged_is_refused(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        tune(job, out, progress=stopping(5))
+    record = hidden(out) / ".perta-tuning" / "begun.json"
+    record.write_bytes(record.read_bytes()[:-9])
+    with pytest.raises(pf.InputError, match=r"begun\.json"):
+        pf.resume(out, progress=False)
+
+
+def test_rows_of_python_keep_nothing(job: Job, tmp_path: Path) -> None:
+    """They would not be there when the run goes on."""
+    with pytest.raises(KeyboardInterrupt):
+        pf.tune(
+            job.base,
+            [{"text": "One."}, {"text": "Two."}],
+            tmp_path / "out",
+            **SETTINGS | {"progress": stopping(4, error=KeyboardInterrupt())},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_keeps_nothing(job: Job, tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "rows.jsonl", [{"text": "One."}] * 4)
+    with pytest.raises(pf.RunError, match="is not finite; nothing was written"):
+        pf.tune(job.base, rows, tmp_path / "out", full=True, **SETTINGS | {"lr": 1e30})
+    assert list(tmp_path.iterdir()) == [rows]
+
+
+def test_a_disk_that_is_nearly_full_keeps_no_state(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished, "_STATE_BYTES", 1 << 60)
+    with pytest.raises(KeyboardInterrupt):
+        tune(job, tmp_path / "out", progress=stopping(9, error=KeyboardInterrupt()))
+    assert list(tmp_path.iterdir()) == []
