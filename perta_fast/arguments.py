@@ -16,10 +16,10 @@ def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -
     """Raise InputError, naming the argument, unless each is at least 1, or None (no limit)."""
     for name, value in {"batch_size": batch_size, "max_length": max_length, **others}.items():
         if value is not None and value < 1:
-            raise InputError(f"`{name}` is {value}; it must be at least 1")
+            raise InputError(f"‹{name}› is {value}; it must be at least 1")
 
 
 def check_device(device: "str | torch.device | None") -> None:
     """Raise InputError for a text that names no device; whether there is such a device, only torch knows."""
     if isinstance(device, str) and not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d{1,3})?", device):
-        raise InputError(f"`device` {device!r} is none of {DEVICES}")
+        raise InputError(f"‹device› {device!r} is none of {DEVICES}")

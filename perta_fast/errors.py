@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-_MARKED = re.compile(r"`([a-z_]+)`")
+_MARKED = re.compile(r"‹([a-z_]+)›")
 
 
 class _Printable(BaseException):
@@ -23,9 +23,9 @@ class _Printable(BaseException):
 class PertaError(_Printable, Exception):
     """Base of every error that this package raises on purpose; its text is for the user.
 
-    A message marks the names of arguments: "`batch_size` is 0; it must be at least 1". ``str`` gives it without the
+    A message marks the names of arguments: "‹batch_size› is 0; it must be at least 1". ``str`` gives it without the
     marks, the command line with its options in their place (``spelled``). In an f-string an error keeps its marks, so
-    that they outlive a message within another.
+    that they outlive a message within another. No other sign is a mark: paths and what libraries say hold backticks.
     """
 
     exit_status = 1

@@ -61,7 +61,7 @@ def check_takes_importances(rule: str, option: str) -> None:
 def check_mu(mu: float) -> None:
     """Raise InputError unless ``mu`` is a strength of preconditioning."""
     if not isinstance(mu, SupportsFloat) or not 0 <= mu <= LARGEST_MU:
-        raise InputError(f"`mu` is {mu}; it must be a number from 0 to {LARGEST_MU:g}")
+        raise InputError(f"‹mu› is {mu}; it must be a number from 0 to {LARGEST_MU:g}")
 
 
 def check_strength(lam: float | None, max_retain_rise: float | None, stream: bool, allow_zero: bool = False) -> None:
@@ -71,7 +71,7 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
             raise InputError("give --lam, or --max-retain-rise, up to which it is searched for; not both")
         return
     if max_retain_rise is not None and not 0 <= max_retain_rise < math.inf:
-        raise InputError(f"`max_retain_rise` is {max_retain_rise}; it must be at least 0 nats, and finite")
+        raise InputError(f"‹max_retain_rise› is {max_retain_rise}; it must be at least 0 nats, and finite")
     if stream:
         raise InputError(
             "a streamed run cannot choose lam, since a search needs the whole model in memory; give --lam, or --choose "
@@ -79,7 +79,7 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
         )
     if allow_zero:
         raise InputError(
-            "`allow_zero` is for a given strength, since a task vector of zero has none to choose; give --lam"
+            "‹allow_zero› is for a given strength, since a task vector of zero has none to choose; give --lam"
         )
 
 
@@ -98,13 +98,13 @@ class Rescaling:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.lam):
-            raise InputError(f"`lam` is {self.lam}; it must be a finite number")
+            raise InputError(f"‹lam› is {self.lam}; it must be a finite number")
         if not (math.isfinite(self.p) and self.p > 0):
-            raise InputError(f"`p` is {self.p}; it must be finite and greater than 0")
+            raise InputError(f"‹p› is {self.p}; it must be finite and greater than 0")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise InputError(f"`alpha` is {self.alpha}; it must be finite and at least 0")
+            raise InputError(f"‹alpha› is {self.alpha}; it must be finite and at least 0")
         if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise InputError(f"`threshold` is {self.threshold}; it must be at least 0 and less than 1")
+            raise InputError(f"‹threshold› is {self.threshold}; it must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.name not in _DEFAULTS:
-            raise InputError(f"`rule` is {self.name!r}; it must be one of {', '.join(RULES)}")
+            raise InputError(f"‹rule› is {self.name!r}; it must be one of {', '.join(RULES)}")
         if self.estimator is None and self.rescaling != Rescaling(self.rescaling.lam):
             raise InputError("rule tv has no weights: p, alpha and threshold do not apply to it")
 
@@ -150,7 +150,7 @@ class Rule:
         required = {}
         for role, importance in importances.items():
             if importance is None:
-                raise InputError(f"rule {self.name} needs `{role}`; {advice}")
+                raise InputError(f"rule {self.name} needs ‹{role}›; {advice}")
             required[role] = importance
         return required
 
@@ -172,7 +172,7 @@ class Rule:
                 )
             return cls.of("tv", lam)
         if name not in RULES:
-            raise InputError(f"`rule` is {name!r}; it must be one of {', '.join(ANY_RULES)}")
+            raise InputError(f"‹rule› is {name!r}; it must be one of {', '.join(ANY_RULES)}")
         return cls.of(name, lam, p, alpha, threshold)
 
     def at(self, lam: float) -> "Rule":

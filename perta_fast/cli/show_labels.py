@@ -20,9 +20,9 @@ def show_labels(parsed: argparse.Namespace) -> int:
         raise InputError("--show-labels prints rows for a person; leave out --json")
     files = {role: getattr(parsed, role, None) for role in _FILES}
     if getattr(parsed, "suite", None):
-        raise InputError("`show_labels` is for data of your own; leave out the suite")
+        raise InputError("‹show_labels› is for data of your own; leave out the suite")
     if not any(files.values()):
-        raise InputError("`show_labels` needs data: name the file with the rows")
+        raise InputError("‹show_labels› needs data: name the file with the rows")
     with importing():
         from perta_fast.data.chat import ChatSettings
         from perta_fast.data.rows import read_data
@@ -53,7 +53,7 @@ def _measured(parsed: argparse.Namespace) -> Path:
     at_base = getattr(parsed, "model", None) is None or at == "base"
     path: Path | None = getattr(parsed, "base", None) if at_base else parsed.model
     if path is None:
-        raise InputError("`show_labels` needs the model whose tokenizer reads the rows: give --model")
+        raise InputError("‹show_labels› needs the model whose tokenizer reads the rows: give --model")
     return path
 
 

@@ -36,7 +36,7 @@ def parse_date(text: str) -> datetime.date:
         except (ValueError, AttributeError):
             continue
     raise InputError(
-        f"`date_string` is {reprlib.repr(text)}; write a date in one of the forms 2025-04-10, 10 Apr 2025, "
+        f"‹date_string› is {reprlib.repr(text)}; write a date in one of the forms 2025-04-10, 10 Apr 2025, "
         "10 April 2025, April 10, 2025"
     )
 
@@ -102,7 +102,7 @@ class ChatSettings:
             _ = system_prompt is None or system_prompt.encode()
         except (AttributeError, UnicodeEncodeError) as error:
             raise InputError(
-                f"`system_prompt` is {reprlib.repr(system_prompt)}, no text that a tokenizer can read"
+                f"‹system_prompt› is {reprlib.repr(system_prompt)}, no text that a tokenizer can read"
             ) from error
         if date_string is not None:
             parse_date(date_string)

@@ -71,7 +71,7 @@ def fields_from(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     fields = {target.strip(): source.strip() for target, _, source in pairs}
     if len(fields) < len(pairs):
-        raise InputError(f"`fields` is {text!r}; it names one thing twice")
+        raise InputError(f"‹fields› is {text!r}; it names one thing twice")
     check_fields(fields)
     return fields
 
@@ -85,16 +85,16 @@ def check_fields(fields: Fields | None) -> None:
     """Raise InputError unless ``fields`` are those of one form."""
     if fields is not None and not isinstance(fields, Mapping):
         raise InputError(
-            f"`fields` is {fields!r}; give a dictionary such as {{'question': 'prompt', 'answer': 'reply'}}"
+            f"‹fields› is {fields!r}; give a dictionary such as {{'question': 'prompt', 'answer': 'reply'}}"
         )
     for target, source in (fields or {}).items():
         if target not in TARGETS or not isinstance(source, str) or not source.strip() or set(source) & set(",="):
             raise InputError(
-                f"`fields` has {target}={source}; write it like question=prompt,answer=completion, with names of "
+                f"‹fields› has {target}={source}; write it like question=prompt,answer=completion, with names of "
                 f"fields for {', '.join(TARGETS)}"
             )
     if fields and len([form for form in PLAIN if not form.keys().isdisjoint(fields)]) > 1:
-        raise InputError(f"`fields` is {fields_text(fields)}; give question and answer, or text, or messages")
+        raise InputError(f"‹fields› is {fields_text(fields)}; give question and answer, or text, or messages")
 
 
 def rows_of_entries(entries: Iterable[tuple[str, Any]], fields: Fields | None, name: str | Path) -> list[Row]:

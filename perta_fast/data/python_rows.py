@@ -35,7 +35,7 @@ def rows_of(data: Any) -> Iterator[Any]:
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):  # it may not raise IndexError at its end
         return (data[number] for number in range(len(data)))
     raise InputError(
-        f"`data` is {type(data).__name__}; it must be a file, or have __iter__, or __len__ and __getitem__"
+        f"‹data› is {type(data).__name__}; it must be a file, or have __iter__, or __len__ and __getitem__"
     )
 
 
@@ -45,14 +45,14 @@ def _rows_of_columns(data: Mapping[Any, Any]) -> Iterator[Any]:
     if values and all(hasattr(value, "column_names") for value in values):
         if len(values) > 1:
             example = f"data[{next(iter(data))!r}]"
-            raise InputError(f"`data` has the splits {', '.join(map(str, data))}; give one of them, as in {example}")
+            raise InputError(f"‹data› has the splits {', '.join(map(str, data))}; give one of them, as in {example}")
         return rows_of(values[0])
     columns = [list(value) for value in values if hasattr(value, "__iter__") and not isinstance(value, str | Mapping)]
     if not columns or len(columns) < len(values) or any(column and _is_message(column[0]) for column in columns):
         raise InputError("sample 0: is not a JSON object; data is a dictionary, but no columns: put one row in a list")
     if len({len(column) for column in columns}) > 1:
         lengths = ", ".join(f"{name} {len(column)}" for name, column in zip(data, columns, strict=True))
-        raise InputError(f"`data` has columns of different lengths: {lengths}")
+        raise InputError(f"‹data› has columns of different lengths: {lengths}")
     return (dict(zip(data, cells, strict=True)) for cells in zip(*columns, strict=True))
 
 

@@ -25,7 +25,7 @@ def read_data(source: str | Path | GivenRows, fields: Fields | None = None) -> t
         return rows_of_entries(entries, fields, source), digest
     if isinstance(source.entries[0][1], Row):  # of tokens
         if fields is not None:
-            raise InputError("`fields` is for rows of text, and this data is tokenised already; leave it out")
+            raise InputError("‹fields› is for rows of text, and this data is tokenised already; leave it out")
         return [row for _, row in source.entries], source.digest
     return rows_of_entries(source.entries, fields, IN_WORDS), source.digest
 

@@ -41,7 +41,7 @@ def run_demo(
     Raises InputError if ``out`` exists and is not an empty directory. After an error nothing is left behind.
     """
     if model == "smollm2" and fast:
-        raise InputError("`fast` is for the small models; leave it out, or take `model` small")
+        raise InputError("‹fast› is for the small models; leave it out, or take ‹model› small")
     if save is not None:
         if out is not None or fast or model == "small":
             raise InputError("save writes SmolLM2 and its questions, and stops; leave out, fast and model small out")

@@ -124,20 +124,20 @@ def check_arguments(request: Request) -> None:
     """Raise InputError for numbers out of their range, and arguments that do not go together."""
     check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
     if not 0 < request.min_k <= 1:
-        raise InputError(f"`min_k` is {request.min_k}; it must be a share of the tokens, above 0 and at most 1")
+        raise InputError(f"‹min_k› is {request.min_k}; it must be a share of the tokens, above 0 and at most 1")
     ChatSettings.of(request.system_prompt, request.date_string)
     if request.suite == "muse" and not (request.system_prompt is request.date_string is None):
-        raise InputError("`system_prompt` and `date_string` are for a chat template, and MUSE asks without one")
+        raise InputError("‹system_prompt› and ‹date_string› are for a chat template, and MUSE asks without one")
     if not request.stream:
         for name in ("memory", "device_memory"):
             if getattr(request, name) is not None:
-                raise InputError(f"`{name}` is for streamed evaluations; give `stream` too")
+                raise InputError(f"‹{name}› is for streamed evaluations; give ‹stream› too")
         return
     if request.model is None:
-        raise InputError("`stream` is for checkpoint directories; a live module is in memory already")
+        raise InputError("‹stream› is for checkpoint directories; a live module is in memory already")
     for name in ("stress", "lm_eval"):
         if getattr(request, name):
-            raise InputError(f"`{name}` needs the whole model in memory; leave it out, or leave `stream` out")
+            raise InputError(f"‹{name}› needs the whole model in memory; leave it out, or leave ‹stream› out")
     for directory in (request.model, request.reference_model):
         if directory is not None:
             open_plain(directory)
@@ -165,15 +165,15 @@ def _check_stress(request: Request, table: MetricTable) -> None:
     if request.against is not None:
         if request.stress is None:
             raise InputError(
-                "`against` is for counting codes that have changed; name what to measure with `stress` too"
+                "‹against› is for counting codes that have changed; name what to measure with ‹stress› too"
             )
         if request.model is None:
-            raise InputError("`against` compares two checkpoints, and the model is one in memory; give its directory")
+            raise InputError("‹against› compares two checkpoints, and the model is one in memory; give its directory")
         open_plain(request.against)
     if request.stress is None:
         return
     if table.forget_file not in table.files:
-        raise InputError(f"`stress` needs the file {table.forget_file}")
+        raise InputError(f"‹stress› needs the file {table.forget_file}")
     if request.model is not None:
         open_plain(request.model)
 
@@ -184,7 +184,7 @@ def _conventions(request: Request) -> Conventions:
     if conventions.name is not None and request.suite == "muse":
         raise InputError(f"compatible {conventions.name} is for TOFU and data of your own, not for MUSE; leave it out")
     if conventions.name is not None and request.max_length is not None:
-        raise InputError(f"`max_length`: {conventions.name} has limits of its own; leave out the one or the other")
+        raise InputError(f"‹max_length›: {conventions.name} has limits of its own; leave out the one or the other")
     return conventions
 
 
@@ -192,22 +192,22 @@ def _table(request: Request, gold: EvaluationFile | None, rows: Given) -> Metric
     """Read and check all data; returns what can be measured on it."""
     suite = request.suite
     if suite not in (None, "tofu", "muse"):
-        raise InputError(f"`suite` is {suite!r}; it must be tofu or muse")
+        raise InputError(f"‹suite› is {suite!r}; it must be tofu or muse")
     given = {role: path for role in ("forget", "retain", "holdout") if (path := getattr(request, role)) is not None}
     if suite is None:
         if "forget" not in given:
-            raise InputError("`forget` is missing: give a suite with its data, or your own forget data")
+            raise InputError("‹forget› is missing: give a suite with its data, or your own forget data")
         if request.data is not None:
-            raise InputError("`data` is the directory of a suite; name the suite too")
+            raise InputError("‹data› is the directory of a suite; name the suite too")
         if gold is not None and "holdout" not in given:
             raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
         return OwnData({role: DataFile.read(path, request.fields, rows) for role, path in given.items()}, gold)
     if given:
         raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
     if request.fields is not None:
-        raise InputError("`fields` is for data of your own; the suite has its own names of fields")
+        raise InputError("‹fields› is for data of your own; the suite has its own names of fields")
     if request.data is None:
-        raise InputError("`data` is missing: the directory with the files of the suite")
+        raise InputError("‹data› is missing: the directory with the files of the suite")
     if suite == "tofu":
         return TofuMetrics(read_tofu(Path(request.data), request.split), gold)
     return MuseMetrics(read_muse(Path(request.data), partly=request.metrics is not None), gold)

@@ -53,7 +53,7 @@ class Conventions:
     def named(cls, name: str | None) -> "Conventions":
         """Raises InputError if there are none of this name."""
         if name not in _BY_NAME:
-            raise InputError(f"`compatible` is {name!r}; it must be {OPEN_UNLEARNING}")
+            raise InputError(f"‹compatible› is {name!r}; it must be {OPEN_UNLEARNING}")
         return _BY_NAME[name]
 
     def read(self, answer: str) -> str:

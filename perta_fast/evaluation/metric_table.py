@@ -112,7 +112,7 @@ class MetricTable:
             name = (named or rest)[0]
             raise InputError(
                 f"metrics: {name} needs {self._offers[name].needs}, and a model that is walked layer by layer gives "
-                "token scores alone; leave it out, or leave `stream` out"
+                "token scores alone; leave it out, or leave ‹stream› out"
             )
         return [name for name in names if name not in rest], rest
 

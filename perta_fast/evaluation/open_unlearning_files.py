@@ -38,10 +38,10 @@ def check_open_unlearning_files(request: Request, *, overwrite: bool) -> None:
     if request.open_unlearning_dir is None:
         return
     if request.suite is None:
-        raise InputError("`open_unlearning_dir` is for the results of a suite, TOFU or MUSE; leave it out")
+        raise InputError("‹open_unlearning_dir› is for the results of a suite, TOFU or MUSE; leave it out")
     if request.suite == "tofu" and request.compatible != OPEN_UNLEARNING:
         raise InputError(
-            f"`open_unlearning_dir` has numbers under the names of {OPEN_UNLEARNING}, which measures in another way; "
+            f"‹open_unlearning_dir› has numbers under the names of {OPEN_UNLEARNING}, which measures in another way; "
             f"add compatible {OPEN_UNLEARNING}"
         )
     folder = Path(request.open_unlearning_dir)

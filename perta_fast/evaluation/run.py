@@ -131,7 +131,7 @@ def _subject(
     if not isinstance(model_or_path, nn.Module):
         return load_subject(Path(model_or_path), device, dtype, tokenizer, progress=progress)
     if device is not None or dtype is not None:
-        raise InputError("`device` and `dtype` are for checkpoints; move or convert the module itself")
+        raise InputError("‹device› and ‹dtype› are for checkpoints; move or convert the module itself")
     if tokenizer is None:
         raise InputError("a tokenizer is needed with a module; pass tokenizer=")
     return Subject(model_or_path, tokenizer, "live module")

@@ -40,7 +40,7 @@ def read_tofu(folder: Path, split: str) -> dict[str, DataFile]:
     The files have the names of the data set: ``forget10_perturbed`` and so on, .jsonl or .json.
     """
     if split not in SPLITS:
-        raise InputError(f"`split` is {split!r}; it must be one of {', '.join(SPLITS)}")
+        raise InputError(f"‹split› is {split!r}; it must be one of {', '.join(SPLITS)}")
     fictitious = ("question", "answer", "paraphrased_answer")
     wrong = ("perturbed_answer",)
     files = {

@@ -50,7 +50,7 @@ def local_data(path: str | Path, download: bool = False) -> Path:
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(
-            f"`data` is {type(path).__name__}, and here it must be a file; write one, with to_json of a data set, or "
+            f"‹data› is {type(path).__name__}, and here it must be a file; write one, with to_json of a data set, or "
             'to_json(file, orient="records", lines=True) of a DataFrame'
         )
     text = os.fspath(path)

@@ -36,7 +36,7 @@ class KeptForm:
         """
         form = save_as or FORMS[0]
         if form not in FORMS:
-            raise InputError(f"`save_as` is {save_as!r}; it must be {' or '.join(FORMS)}")
+            raise InputError(f"‹save_as› is {save_as!r}; it must be {' or '.join(FORMS)}")
         as_ratio = form == "ratio"
         chosen = dtype or ("bfloat16" if as_ratio else "float32")
         stored_name(chosen)

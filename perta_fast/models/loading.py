@@ -246,7 +246,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         torch.empty(1, device=chosen).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"`device` {device!r} cannot be computed on here") from error
+        raise InputError(f"‹device› {device!r} cannot be computed on here") from error
     return chosen
 
 

@@ -28,7 +28,7 @@ def merge_importances(
     the disk fails. Then, and after Ctrl-C, nothing is left behind.
     """
     if len(importances) < 2:
-        raise InputError("`merge` takes two importances or more")
+        raise InputError("‹merge› takes two importances or more")
     combination = Combination.sum_of([Addable.open(directory_of(importance)) for importance in importances])
     return combination.write(out, overwrite=overwrite, progress=progress, description="merge importances")
 
@@ -49,7 +49,7 @@ def remove_importances(
     and squares that were not in the whole.
     """
     if not parts:
-        raise InputError("`remove` takes one importance or more")
+        raise InputError("‹remove› takes one importance or more")
     opened = [Addable.open(directory_of(importance)) for importance in (whole, *parts)]
     combination = Combination.rest_of(opened[0], opened[1:])
     return combination.write(out, overwrite=overwrite, progress=progress, description="remove importances")

@@ -65,9 +65,9 @@ def _check_module(
     module: nn.Module, stream: bool, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> None:
     if stream:
-        raise InputError("`stream` is for checkpoint directories; a live module is in memory already")
+        raise InputError("‹stream› is for checkpoint directories; a live module is in memory already")
     if device is not None or dtype is not None:
-        raise InputError("`device` and `dtype` are for checkpoints; move or convert the module itself")
+        raise InputError("‹device› and ‹dtype› are for checkpoints; move or convert the module itself")
     refuse_quantised_module(module)
 
 

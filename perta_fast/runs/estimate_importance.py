@@ -89,7 +89,7 @@ def estimate_importance(
     day = ranks.share(today())
     with ranks.together("the loading of model and data"):
         if estimator not in ESTIMATORS:
-            raise InputError(f"`estimator` is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
+            raise InputError(f"‹estimator› is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
         check_sizes(batch_size, max_length)
         check_device(device)
         if isinstance(model_or_path, str | Path):
@@ -102,7 +102,7 @@ def estimate_importance(
         rows: list[Row] | list[Sample]
         rows, digest = read_data(data, fields) if isinstance(data, str | Path) else (_checked_rows(data, fields), None)
         if stream and out is None and isinstance(model_or_path, str | Path):
-            raise InputError("`stream` needs `out`: a directory to write the importance to")
+            raise InputError("‹stream› needs ‹out›: a directory to write the importance to")
         if isinstance(model_or_path, str | Path):
             open_plain(model_or_path)
         # Imported late: what is wrong so far is said without waiting for torch.
@@ -134,7 +134,7 @@ def _checked_rows(data: Iterable[Any] | MapStyle, fields: Fields | None) -> list
     rest = rows_of(data)
     first = list(islice(rest, 1))
     if fields is not None and first and (is_tokenised(first[0]) or isinstance(first[0], Sample)):
-        raise InputError("`fields` is for rows of text, and this data is tokenised already; leave it out")
+        raise InputError("‹fields› is for rows of text, and this data is tokenised already; leave it out")
     if first and is_tokenised(first[0]):
         return samples_from(chain(first, rest))
     rows = [*first, *rest]

@@ -68,4 +68,4 @@ def check_others(model: Checkpoint, in_place: bool, leave_others: bool) -> None:
 def check_threads(threads: int | None) -> None:
     """Raise InputError unless ``threads`` is None or at least 1."""
     if threads is not None and threads < 1:
-        raise InputError(f"`threads` is {threads}; it must be at least 1")
+        raise InputError(f"‹threads› is {threads}; it must be at least 1")

@@ -56,7 +56,7 @@ class StrengthSearch:
             return None
         for role in ("forget", "retain"):
             if role not in rows:
-                raise InputError(f"choosing `lam` needs {role} data: give a file of it, or --lam")
+                raise InputError(f"choosing ‹lam› needs {role} data: give a file of it, or --lam")
         started = time.perf_counter()
         chosen = {role: [rows[role][k] for k in evenly_spread(len(rows[role]), ROWS)] for role in ("forget", "retain")}
         count, total = ({role: len(some[role]) for role in chosen} for some in (chosen, rows))

@@ -180,12 +180,12 @@ class Opened:
         rule = _rule_of(options)
         ChatSettings.of(options.system_prompt, options.date_string)
         if options.at not in PLACES:
-            raise InputError(f"`at` is {options.at!r}; it must be base or model")
+            raise InputError(f"‹at› is {options.at!r}; it must be base or model")
         check_sizes(options.batch_size, options.max_length)
         check_device(options.device)
         check_threads(options.threads)
         if options.stream and options.link_unchanged and not options.in_place:
-            raise InputError("`stream` writes every shard as it goes; leave `link_unchanged` out")
+            raise InputError("‹stream› writes every shard as it goes; leave ‹link_unchanged› out")
         final = destination(options.model, options.out, options.in_place, ranks)
         three = options.model, options.base, options.tuned
         sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
@@ -241,7 +241,7 @@ def _rule_of(options: Options) -> Rule:
         raise InputError("rule tv takes no importance, so there is none to save; leave --save-importance out")
     for name in ("mu", "save_tuned"):
         if getattr(options, name) is not None:
-            raise InputError(f"`{name}` is for rule {PRECONDITIONED}; leave it out, or take that rule")
+            raise InputError(f"‹{name}› is for rule {PRECONDITIONED}; leave it out, or take that rule")
     return rule
 
 
@@ -250,7 +250,7 @@ def _check_form(options: Options) -> None:
     form = options.kept_form  # which checks both
     if options.whole_importance is not None and form.dtype != "float32" and not form.as_ratio:
         raise InputError(
-            f"`importance_dtype` {form.dtype}: the next request takes rows out of what is kept, so it must be exact; "
+            f"‹importance_dtype› {form.dtype}: the next request takes rows out of what is kept, so it must be exact; "
             "leave it out, or keep the ratio alone"
         )
 

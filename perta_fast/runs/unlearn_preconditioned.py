@@ -128,10 +128,10 @@ def _check_apart(place: Path, opened: Opened) -> None:
     options, final = opened.options, opened.settings.destination
     for path in map(Path, (options.model, options.base, options.tuned)):
         if lies_in(place, path):
-            raise InputError(f"`save_tuned` is {place}, which is or lies in the input {path}; choose another directory")
+            raise InputError(f"‹save_tuned› is {place}, which is or lies in the input {path}; choose another directory")
     if lies_in(place, final) or lies_in(final, place):
         raise InputError(
-            f"`save_tuned` is {place}, and the result {final}; choose two directories, neither in the other"
+            f"‹save_tuned› is {place}, and the result {final}; choose two directories, neither in the other"
         )
 
 

@@ -70,7 +70,7 @@ def rule_of(estimator: Estimator) -> Rule:
 def check_metric(metric: str) -> None:
     """Raise InputError unless the metric is known and its package is installed."""
     if metric not in METRICS:
-        raise InputError(f"`metric` is {metric!r}; it must be one of {', '.join(METRICS)}")
+        raise InputError(f"‹metric› is {metric!r}; it must be one of {', '.join(METRICS)}")
     if metric == _ROUGE and find_spec("rouge_score") is None:
         raise InputError("rouge_score is not installed: pip install 'perta-fast[eval]'")
 

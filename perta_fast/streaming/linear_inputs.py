@@ -27,7 +27,7 @@ def layer_of_maps(structure: Structure, maps: Mapping[str, nn.Module]) -> list[d
     if outside:
         raise InputError(
             f"{structure.path}: {min(outside)} is a linear map outside the decoder layers, whose inputs a "
-            "streamed run does not see; leave `stream` out, or take another rule"
+            "streamed run does not see; leave ‹stream› out, or take another rule"
         )
     return found
 

@@ -47,7 +47,7 @@ def _by_role(forget: Given | None, retain: Given | None, both: Given | None) -> 
     if forget is not None or retain is not None:
         raise InputError(EITHER)
     if isinstance(both, Importance):
-        raise InputError("`importance` is of one data set; give two, as `forget_importance` and `retain_importance`")
+        raise InputError("‹importance› is of one data set; give two, as ‹forget_importance› and ‹retain_importance›")
     return {RATIO: both} if isinstance(both, ImportanceRatio) else {**ratios.located(Path(both))}
 
 
@@ -55,7 +55,7 @@ def _loaded(role: str, given: Given) -> Weighing:
     if role == RATIO:
         return given if isinstance(given, ImportanceRatio) else ImportanceRatio.load(Path(str(given)))
     if isinstance(given, ImportanceRatio):
-        raise InputError(f"`{role}` is the ratio of two importances; give it as `importance` alone")
+        raise InputError(f"‹{role}› is the ratio of two importances; give it as ‹importance› alone")
     if isinstance(given, Importance):
         return given
     directory = Path(str(given))

@@ -100,7 +100,7 @@ class Scope:
         """From one text, with commas between patterns, or a list. Raises InputError for anything else."""
         if only is not None and not isinstance(only, str) and not len(only):
             raise InputError(
-                "`only` is an empty list, which would change nothing; leave it out to change all parameters"
+                "‹only› is an empty list, which would change nothing; leave it out to change all parameters"
             )
         return cls(_listed("only", only), _listed("leave", leave))
 

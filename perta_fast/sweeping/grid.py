@@ -75,10 +75,10 @@ def curves_of(
     """
     for name, values in (("rule", rules), ("p", ps), ("alpha", alphas), ("mu", mus)):
         if not values:
-            raise InputError(f"`{name}` is empty; give at least one")
+            raise InputError(f"‹{name}› is empty; give at least one")
     given = [mu for mu in mus if mu is not None]
     if given and PRECONDITIONED not in rules:
-        raise InputError(f"`mu` is for rule {PRECONDITIONED}; leave it out, or take that rule")
+        raise InputError(f"‹mu› is for rule {PRECONDITIONED}; leave it out, or take that rule")
     for mu in given:
         check_mu(mu)
     curves: list[Curve] = []
@@ -100,11 +100,11 @@ def check_strengths(lams: Sequence[float]) -> None:
     """Raise InputError unless all are finite and different, and at least one is not 0."""
     for k, lam in enumerate(lams):
         if not math.isfinite(lam):
-            raise InputError(f"`lams` has {lam}; each must be a finite number")
+            raise InputError(f"‹lams› has {lam}; each must be a finite number")
         if lam in lams[:k]:
-            raise InputError(f"`lams` has {lam:g} twice")
+            raise InputError(f"‹lams› has {lam:g} twice")
     if not any(lams):
-        raise InputError("`lams` has no strength to try; give at least one that is not 0")
+        raise InputError("‹lams› has no strength to try; give at least one that is not 0")
 
 
 def walk(

@@ -33,9 +33,9 @@ def check_kept(opened: OpenedSweep, out: Path | None) -> None:
     if request.save_importance is not None and not opened.lacking():
         takes = any(curve.estimator is not None for curve in opened.curves)
         reason = "every importance was given" if takes else f"rules {', '.join(request.rules)} take none"
-        raise InputError(f"`save_importance` keeps what the sweep estimates, and {reason}; leave it out")
+        raise InputError(f"‹save_importance› keeps what the sweep estimates, and {reason}; leave it out")
     if request.save_tuned is not None and not opened.mus():
-        raise InputError(f"`save_tuned` is for rule {PRECONDITIONED}; leave it out, or take that rule")
+        raise InputError(f"‹save_tuned› is for rule {PRECONDITIONED}; leave it out, or take that rule")
     places = [Path(place) for place in (request.save_importance, request.save_tuned) if place is not None]
     others = [*([] if out is None else [out]), *([request.result] if request.makes_result else [])]
     for place in places:

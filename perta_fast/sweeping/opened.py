@@ -276,10 +276,10 @@ def _read_also(request: Request, given_rows: Given) -> dict[str, DataFile]:
     for path in request.also:
         role = stem_of(path)
         if not role.strip():
-            raise InputError(f"`also` has {path}, which has no name to call its scores by; give the file one")
+            raise InputError(f"‹also› has {path}, which has no name to call its scores by; give the file one")
         if role in (*_ROLES, *files):
             taken = f"is that of the {role} data" if role in _ROLES else "two files have"
-            raise InputError(f"`also` has {path}: its name, {role}, {taken}; give the file another name")
+            raise InputError(f"‹also› has {path}: its name, {role}, {taken}; give the file another name")
         files[role] = read_scored(path, request.metric, request.fields)
     return files
 

@@ -175,14 +175,14 @@ class Request:
         check_threads(self.threads)
         ChatSettings.of(self.system_prompt, self.date_string)
         if self.at not in (None, *PLACES):
-            raise InputError(f"`at` is {self.at!r}; it must be base or model")
+            raise InputError(f"‹at› is {self.at!r}; it must be base or model")
         self._check_bounds()
         if self.lams is not None:
             check_strengths(self.lams)
         elif not self.is_bounded:
             raise InputError(f"give lams, or a bound up to which to search: {', '.join(BOUNDS)}")
         if self.select not in (None, *SELECTIONS):
-            raise InputError(f"`select` is {self.select!r}; it must be one of {', '.join(SELECTIONS)}")
+            raise InputError(f"‹select› is {self.select!r}; it must be one of {', '.join(SELECTIONS)}")
         if self.select == "best-forget" and not self.is_bounded:
             raise InputError(f"select best-forget needs a bound on what is retained: {', '.join(BOUNDS)}")
         if self.select == "closest" and self.gold is None:
@@ -218,16 +218,16 @@ class Request:
             raise InputError("give either checkpoint, a directory to make, or in_place")
         name = "in_place" if self.in_place else "checkpoint"
         if self.makes_result and (self.criterion is None or self.out is None):
-            raise InputError(f"`{name}` needs `select`, which chooses what is written, and `out`, the sweep's record")
+            raise InputError(f"‹{name}› needs ‹select›, which chooses what is written, and ‹out›, the sweep's record")
 
     def _check_streamed(self) -> None:
         for name in ("memory", "device_memory"):
             if getattr(self, name) is not None and not self.stream:
-                raise InputError(f"`{name}` is for streamed sweeps; give `stream` too, or leave it out")
+                raise InputError(f"‹{name}› is for streamed sweeps; give ‹stream› too, or leave it out")
         if not self.stream:
             return
         if self.out is None:
-            raise InputError("`stream` needs `out`: importances, hidden states and the sweep's record lie there")
+            raise InputError("‹stream› needs ‹out›: importances, hidden states and the sweep's record lie there")
         if self.metric in GENERATED_METRICS:
             raise InputError(
                 f"metric {self.metric} needs answers that the model generates, and a streamed sweep only scores given "
@@ -240,13 +240,13 @@ class Request:
             raise InputError(f"give only one of {' and '.join(bounds)}")
         for name, value in bounds.items():
             if not math.isfinite(value):
-                raise InputError(f"`{name}` is {value}; it must be a finite number")
+                raise InputError(f"‹{name}› is {value}; it must be a finite number")
         for name, unit in (("max_retain_rise", "nats"), ("max_retain_increase", "percent")):
             if bounds.get(name, 0) < 0:
-                raise InputError(f"`{name}` is {bounds[name]}; it must be at least 0 {unit}")
+                raise InputError(f"‹{name}› is {bounds[name]}; it must be at least 0 {unit}")
         if self.retain_floor is not None and self.metric == LOSS:
             raise InputError(
-                "`retain_floor` is for a metric that falls as knowledge is lost, and a loss rises; "
+                "‹retain_floor› is for a metric that falls as knowledge is lost, and a loss rises; "
                 "give target_retain_loss, or another metric"
             )
 
@@ -268,7 +268,7 @@ def _number(name: str, value: Any) -> float:
     try:
         return float(value if isinstance(value, SupportsFloat) else "")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"`{name}` is {value!r}; it must be a number, or a list of numbers") from error
+        raise InputError(f"‹{name}› is {value!r}; it must be a number, or a list of numbers") from error
 
 
 def _absolute(path: str | Path) -> str:

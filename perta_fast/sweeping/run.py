@@ -247,7 +247,7 @@ def _check_several(request: Request) -> None:
     if not request.stream:
         raise InputError("a sweep on a model in memory is done by one process; start it without torchrun, or stream it")
     if request.in_place:
-        raise InputError("a model is changed in place by one process alone; give `checkpoint`, a directory to make")
+        raise InputError("a model is changed in place by one process alone; give ‹checkpoint›, a directory to make")
 
 
 def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> Begun | None:

@@ -44,15 +44,15 @@ class Request:
             1 if self.batch_size is None else self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs
         )
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"`lr` is {self.lr}; it must be a number above 0")
+            raise InputError(f"‹lr› is {self.lr}; it must be a number above 0")
         if not 0 <= self.seed < 1 << 32:  # the limit of NumPy
-            raise InputError(f"`seed` is {self.seed}; it must lie from 0 to 2^32 - 1")
+            raise InputError(f"‹seed› is {self.seed}; it must lie from 0 to 2^32 - 1")
         if len(self.sources.keys() & {FORGET, DATA}) != 1:
-            raise InputError("give either `forget`, the data to forget, or `data`, any other rows to learn")
+            raise InputError("give either ‹forget›, the data to forget, or ‹data›, any other rows to learn")
         if self.retain_kl is not None and not (math.isfinite(self.retain_kl) and self.retain_kl > 0):
-            raise InputError(f"`retain_kl` is {self.retain_kl}; it must be a number above 0")
+            raise InputError(f"‹retain_kl› is {self.retain_kl}; it must be a number above 0")
         if (self.retain_kl is None) != ("retain" not in self.sources):
-            raise InputError("`retain_kl`, a weight, and `retain`, the rows that it holds in place, need each other")
+            raise InputError("‹retain_kl›, a weight, and ‹retain›, the rows that it holds in place, need each other")
 
     @property
     def role(self) -> str:

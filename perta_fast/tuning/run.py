@@ -105,7 +105,7 @@ def tune(
     finite, RunError if ``out`` cannot be written, ``errors.Interrupted`` if it is stopped with a state kept.
     """
     if out is None:
-        raise InputError("give `out`, the directory to make")
+        raise InputError("give ‹out›, the directory to make")
     roles = {FORGET: forget, DATA: data, _RETAIN: retain}
     named, given = taken_out({**roles, "download": download}, roles)
     request = Request(
@@ -166,7 +166,7 @@ class _Run:
         check_fields(request.fields)
         device = choose_device(request.device)
         if device.index:
-            raise InputError(f"`device` is {device}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
+            raise InputError(f"‹device› is {device}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
         day = today() if begun is None else parse_date(begun.day)
         chat = ChatSettings.of(request.system_prompt, request.date_string, day)
         inputs = [Path(request.base), *(file for source in self.sources.values() for file in data_files(source))]
@@ -295,9 +295,9 @@ def _check_reporting(names: Sequence[str]) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
-            raise InputError(f"`report_to` is {name!r}; transformers reports to one of {known}")
+            raise InputError(f"‹report_to› is {name!r}; transformers reports to one of {known}")
         if name not in get_available_reporting_integrations():
-            raise InputError(f"`report_to`: {name} is not installed: pip install {name}")
+            raise InputError(f"‹report_to›: {name} is not installed: pip install {name}")
 
 
 def _trainable(model: Any, request: Request, checkpoint: Checkpoint, directory: Path) -> tuple[nn.Module, float]:

@@ -23,7 +23,7 @@ UNMARKED = re.compile(rf"({'|'.join(sorted(NAMES, key=len, reverse=True))}) (is|
 @pytest.mark.parametrize("command", ALL.values(), ids=ALL.keys())
 def test_a_message_names_each_option_as_it_is_typed(command: Command) -> None:
     for option in command.options:
-        error = InputError(f"`{option.name}` is 0; see `{option.name}`, and `neither`")
+        error = InputError(f"‹{option.name}› is 0; see ‹{option.name}›, and ‹neither›")
         text, status = _explain(error, command.spellings())
         typed = option.metavar or option.name if option.positional else f"--{option.key}"
         assert (text, status) == (f"error: {typed} is 0; see {typed}, and neither", 2)
@@ -31,9 +31,16 @@ def test_a_message_names_each_option_as_it_is_typed(command: Command) -> None:
 
 
 def test_a_message_within_another_keeps_its_marks() -> None:
-    outer = InputError(f"recipe.yaml: {InputError('`batch_size` is 0')}")
+    outer = InputError(f"recipe.yaml: {InputError('‹batch_size› is 0')}")
     assert str(outer) == "recipe.yaml: batch_size is 0"
     assert outer.spelled(lambda name: f"--{name.replace('_', '-')}") == "recipe.yaml: --batch-size is 0"
+
+
+def test_a_path_with_backticks_or_braces_comes_out_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("/tmp/`model`/{lam}", "a `lam` b"):
+        assert cli.main(["inspect", path]) == 2
+        assert path in capsys.readouterr().err
+        assert str(InputError(f"{path}: {{}}")) == f"{path}: {{}}"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,18 @@ def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
             first = first.values[0] if isinstance(first, ast.JoinedStr) else first
             if isinstance(first, ast.Constant):
                 yield node.lineno, str(first.value)
+
+
+def test_no_message_has_marks_of_another_kind() -> None:
+    package = Path(perta_fast.__file__).parent
+    backticks = [
+        f"{path.relative_to(package)}:{call.lineno}"
+        for path in package.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("InputError", "RunError", "NotFiniteError")
+        if any("`" in str(part.value) for part in ast.walk(call) if isinstance(part, ast.Constant))
+    ]
+    assert backticks == []
 
 
 def test_no_message_begins_with_a_name_that_is_not_marked() -> None:
