@@ -177,12 +177,14 @@ class _Run:
         versions = installed_versions(*_NEEDED)
         if begun is not None:
             begun.check_inputs(self.final, known, versions)
-            begun = replace(begun, resumed=begun.resumed + 1)
         elif request.full:
             check_space(self.final, tuned_size(checkpoint))
         fresh = Begun(request, known, versions, now(), day.isoformat(), self.overwrite, math.nan)
         with target, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft and the Trainer call transformers by older names
+            if begun is not None:
+                begun.check_state(target)
+                begun = replace(begun, resumed=begun.resumed + 1)
             return self._tune(target, checkpoint, begun or fresh, device, chat, read)
 
     def _tune(

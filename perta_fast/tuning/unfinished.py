@@ -13,7 +13,7 @@ import torch
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
-from perta_fast.errors import InputError, shell_command
+from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.durable import read_record, remove, sync, sync_tree, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.new_directory import (
@@ -40,7 +40,8 @@ class Begun:
     """What a tuning was begun with, and how far the kept state has come.
 
     inputs: by path or role, by what an input is known. day: for chat templates that ask for the date. checkpoint: the
-    name of the trainer's state. losses, divergences: of each step until then. seconds: spent until then.
+    name of the trainer's state, and state the hashes of its files. losses, divergences: of each step until then.
+    seconds: spent until then.
     """
 
     request: Request
@@ -51,6 +52,7 @@ class Begun:
     overwrite: bool
     loss_before: float
     checkpoint: str = ""
+    state: dict[str, str] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -94,6 +96,24 @@ class Begun:
                     f"{final}: the tuning was begun with {name} {before}, this is {now}; install that to go on with "
                     "it, or start over with --overwrite"
                 )
+
+    def check_state(self, target: OutputDirectory) -> None:
+        """Raise unless what is kept in ``target``, which is locked, is still this, byte for byte.
+
+        InputError if it is damaged, RunError if another process has gone on with it meanwhile.
+        """
+        now = Begun.load(target.final)
+        if now != self:
+            target.keep = now is not None
+            raise RunError(f"{target.final}: another run has gone on with this tuning meanwhile; see what is there now")
+        folder = target.path / TUNING_STATE / self.checkpoint
+        if not self.checkpoint or self.state != _hashes(folder):
+            raise InputError(f"{folder}: the kept state is damaged; start over with --overwrite")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """By name, of the files in ``folder``; none if it is no directory."""
+    return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def identity_of(base: Checkpoint, sources: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
@@ -142,7 +162,12 @@ class KeptState:
         seconds = self.begun.seconds + now - self._began
         self._began = now
         self.begun = replace(
-            self.begun, checkpoint=name, losses=list(losses), divergences=list(divergences), seconds=seconds
+            self.begun,
+            checkpoint=name,
+            state=_hashes(self.directory / name),
+            losses=list(losses),
+            divergences=list(divergences),
+            seconds=seconds,
         )
         content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self.begun)}
         write_record(self.directory / TUNING_RECORD, content)

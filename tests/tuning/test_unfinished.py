@@ -131,6 +131,36 @@ def test_a_record_that_is_damaged_is_refused(job: Job, tmp_path: Path) -> None:
         pf.resume(out, progress=False)
 
 
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+def test_a_state_that_is_damaged_is_refused(name: str, job: Job, tmp_path: Path) -> None:
+    """A bit would change the result unnoticed; transformers goes on without a file that is missing."""
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        tune(job, out, progress=stopping(5))
+    (path,) = (hidden(out) / ".perta-tuning").glob(f"checkpoint-*/{name}")
+    content = path.read_bytes()
+    for damaged in (content[:-9], content[:-9] + b"\0" + content[-8:], None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(pf.InputError, match="checkpoint-2: the kept state is damaged; start over with --overwrite"):
+            pf.resume(out, progress=False)
+    path.write_bytes(content)
+    pf.resume(out, progress=False)
+
+
+def test_work_that_another_process_has_finished_meanwhile(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at its record and the lock."""
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        tune(job, out, progress=stopping(5))
+    with monkeypatch.context() as patched:
+        patched.setattr(unfinished.Begun, "check_inputs", lambda *_: hidden(out).rename(out))
+        with pytest.raises(pf.RunError, match="another run has gone on with this tuning meanwhile"):
+            pf.resume(out, progress=False)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_rows_of_python_keep_nothing(job: Job, tmp_path: Path) -> None:
     """They would not be there when the run goes on."""
     with pytest.raises(KeyboardInterrupt):
