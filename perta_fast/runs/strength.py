@@ -82,7 +82,7 @@ class StrengthSearch:
         live = None
         with ranks.together(PHASE):
             if ranks.first:
-                from perta_fast.scoring.live_model import importances_in
+                from perta_fast.scoring.importances import importances_in
 
                 live, self.live = self.live or self._load(), None
                 loaded = {} if importances is None else importances_in(importances)

@@ -4,15 +4,12 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.data.forms import Fields
-from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.data.samples import Sample, prompt_of
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
@@ -20,64 +17,23 @@ from perta_fast.evaluation.examinee import Examinee, memorisation, probabilities
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.offers import ANSWER_TOKENS
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
-from perta_fast.importance.ratio import ImportanceRatio, located
-from perta_fast.importance.store import Importance, ImportanceMetadata
+from perta_fast.importance.ratio import ImportanceRatio
+from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
 from perta_fast.models.same_names import named_as_module
-from perta_fast.rules import RULES, Estimator, Rule, RuleName
-from perta_fast.scoring.criteria import LOSS, METRICS
+from perta_fast.rules import Estimator, Rule, RuleName
+from perta_fast.scoring.criteria import LOSS
+from perta_fast.scoring.importances import Importances, rule_of
+from perta_fast.scoring.scored_data import ROUGE
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.on_module import apply_to_module_, stored_name
 
-_ROUGE = "Q_A_ROUGE"
 _MEMORISATION = ("extraction_strength", "exact_memorization")
-
-Importances = Mapping[str, Importance] | ImportanceRatio  # of forget and retain; empty for rule tv
-
-
-def read_scored(path: str, metric: str, fields: Fields | None = None, given: Given = NOTHING_GIVEN) -> DataFile:
-    """Data to score, from a file or by its name in ``given``.
-
-    Raises InputError for a bad line, and for one that ``metric`` cannot measure.
-    """
-    file = DataFile.read(path, fields, given)
-    for row in file.rows:
-        if metric == _ROUGE and "question" not in row.content:
-            raise InputError(f"{row.where}: metric {_ROUGE} needs a question and its answer")
-    return file
-
-
-def importances_in(directory: Path) -> Importances:
-    """Both importances below a directory, or the ratio in it. Raises InputError if there are none."""
-    paths = located(directory)
-    if "ratio" in paths:
-        return ImportanceRatio.load(paths["ratio"])
-    return {role.removesuffix("_importance"): Importance.load(path) for role, path in paths.items()}
-
-
-def metadata_of(importances: Importances) -> dict[str, ImportanceMetadata]:
-    """Where they come from, by ``forget`` and ``retain``."""
-    if isinstance(importances, ImportanceRatio):
-        return dict(importances.metadata)
-    return {role: importance.metadata for role, importance in importances.items()}
-
-
-def rule_of(estimator: Estimator) -> Rule:
-    """A rule that needs importances of ``estimator``, at lam 0."""
-    return next(rule for name in RULES if (rule := Rule.of(name, 0.0)).estimator == estimator)
-
-
-def check_metric(metric: str) -> None:
-    """Raise InputError unless the metric is known and its package is installed."""
-    if metric not in METRICS:
-        raise InputError(f"‹metric› is {metric!r}; it must be one of {', '.join(METRICS)}")
-    if metric == _ROUGE and find_spec("rouge_score") is None:
-        raise InputError("rouge_score is not installed: pip install 'perta-fast[eval]'")
 
 
 @dataclass(frozen=True)
 class ScoredData:
-    """Tokenised data by role: forget, retain, then further files. answers: the true ones, for the metric Q_A_ROUGE."""
+    """Tokenised data by role: forget, retain, then further files. answers: the true ones, for the metric Q_AROUGE."""
 
     samples: Mapping[str, Sequence[Sample]]
     answers: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -86,7 +42,7 @@ class ScoredData:
     def of(cls, examinee: Examinee, data: Mapping[str, DataFile], metric: str) -> "ScoredData":
         """As ``examinee`` reads it. Raises InputError naming a line that its model cannot take."""
         samples = {role: examinee.tokenise(file.rows, role) for role, file in data.items()}
-        asked = metric == _ROUGE
+        asked = metric == ROUGE
         return cls(samples, {role: file.texts("answer") for role, file in data.items()} if asked else {})
 
 
@@ -114,7 +70,7 @@ class ScoredModel:
         loss = mean([-mean(sample.log_probs) for sample in scores])
         if metric == LOSS:
             return loss, loss
-        if metric == _ROUGE:
+        if metric == ROUGE:
             answers = self._examinee.answer([prompt_of(sample) for sample in samples], shown, ANSWER_TOKENS)
             return loss, self._rouge(role, answers)
         if metric in _MEMORISATION:
@@ -123,10 +79,10 @@ class ScoredModel:
 
     def notes(self) -> list[str]:
         """What to say of the metric on this data."""
-        if self._metric != _ROUGE:
+        if self._metric != ROUGE:
             return []
         return [
-            f"{_ROUGE} of the {role} data has words of any script, as {role}_{_ROUGE}{ANY_SCRIPT} in perta eval"
+            f"{ROUGE} of the {role} data has words of any script, as {role}_{ROUGE}{ANY_SCRIPT} in perta eval"
             for role, answers in self._data.answers.items()
             if not all(map(is_seen_whole, answers))
         ]
@@ -134,7 +90,7 @@ class ScoredModel:
     def _rouge(self, role: str, answers: list[str]) -> float:
         """With words of any script: a sweep must not choose by a number that cannot see the answers."""
         truth = self._data.answers[role]
-        return self._examinee.rouge(f"{role}_{_ROUGE}", truth, answers, "rougeL_recall", any_script=True).value
+        return self._examinee.rouge(f"{role}_{ROUGE}", truth, answers, "rougeL_recall", any_script=True).value
 
 
 class LiveModel(ScoredModel):

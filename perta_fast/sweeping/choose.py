@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data
 from perta_fast.errors import InputError
@@ -19,6 +17,7 @@ from perta_fast.sweeping.results import record_beside
 from perta_fast.sweeping.run import sweep
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
 PathLike = str | Path
@@ -60,8 +59,8 @@ def choose(
     max_length: int | None = None,
     system_prompt: str | None = None,
     date_string: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
     threads: int | None = None,
     common_rows: bool = False,
     leave_others: bool = False,

@@ -16,7 +16,7 @@ from perta_fast.files.reading import exists
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.progress import Progress
 from perta_fast.rules import ESTIMATORS, PRECONDITIONED, Estimator
-from perta_fast.scoring.live_model import Importances, importances_in, metadata_of
+from perta_fast.scoring.importances import Importances, importances_in, metadata_of
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.unfinished import Begun, Record
 from perta_fast.sweeping.vectors import Vectors

@@ -13,7 +13,7 @@ from perta_fast.importance.prompts import different_dates
 from perta_fast.models.loading import Subject, length_limit
 from perta_fast.records.report import data_record, read_as_lines, scope_lines, truncation_warnings
 from perta_fast.records.versions import installed_versions, now
-from perta_fast.scoring.live_model import metadata_of
+from perta_fast.scoring.importances import metadata_of
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.request import Request

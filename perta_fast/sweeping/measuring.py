@@ -5,7 +5,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from perta_fast.scoring.live_model import Importances, LiveModel
+from perta_fast.scoring.importances import Importances
+from perta_fast.scoring.live_model import LiveModel
 from perta_fast.scoring.search import search
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import Curve, walk

@@ -1,4 +1,7 @@
-"""The opened inputs of a sweep: checkpoints, data, importances that were given; and the models that it loads."""
+"""The opened inputs of a sweep: checkpoints, data, importances that were given; and the models that it loads.
+
+What is opened is checked before torch is imported.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,9 +9,7 @@ from datetime import date
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
@@ -17,26 +18,32 @@ from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files, stem_of
 from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
-from perta_fast.evaluation.examinee import Examinee
 from perta_fast.files.hashing import hash_file
 from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance
-from perta_fast.models.loading import Subject, load_subject, samples_and_told
 from perta_fast.progress import Progress
 from perta_fast.rules import PRECONDITIONED, Estimator, Place, Rule, resolved_at
-from perta_fast.runs.estimate import Estimation, estimate_on, open_skeleton
 from perta_fast.runs.precondition import check_tuned
-from perta_fast.scoring.live_model import Importances, LiveModel, ScoredData, ScoredModel, importances_in, read_scored
+from perta_fast.scoring.importances import Importances, importances_in
+from perta_fast.scoring.scored_data import read_scored
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.subtraction.inputs import IMPORTANCES, RATIO, Sources, estimators_of, open_importances
 from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.scope import Scope
 from perta_fast.subtraction.task_vector import check_task_vector
 from perta_fast.sweeping.grid import Curve, curves_of
 from perta_fast.sweeping.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from perta_fast.evaluation.examinee import Examinee
+    from perta_fast.models.loading import Subject
+    from perta_fast.scoring.live_model import LiveModel
+    from perta_fast.streaming.model.skeleton import Skeleton
 
 ByEstimator = dict[Estimator, Importances]
 _ROLES = ("forget", "retain", "holdout")  # of data, as perta eval names it
@@ -179,11 +186,14 @@ class OpenedSweep:
             return None
         return {name: importances_in(folder / name) for name in lacking}
 
-    def estimate(self, subject: Subject, folder: Path | None, skeleton: Skeleton | None = None) -> ByEstimator:
+    def estimate(self, subject: "Subject", folder: Path | None, skeleton: "Skeleton | None" = None) -> ByEstimator:
         """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory.
 
         skeleton: where the weights are read from layer by layer, for a streamed sweep.
         """
+        from perta_fast.models.loading import samples_and_told
+        from perta_fast.runs.estimate import Estimation, estimate_on
+
         tokenised = {
             role: samples_and_told(subject, file.rows, self.request.max_length, self.chat, self.progress)
             for role, file in self.data.items()
@@ -217,21 +227,28 @@ class OpenedSweep:
         return {**importances}
 
     @property
-    def dtype(self) -> torch.dtype | None:
+    def dtype(self) -> "torch.dtype | None":
         """The type to run in; None takes the checkpoint's own."""
-        return None if self.request.dtype is None else getattr(torch, self.request.dtype)
+        return None if self.request.dtype is None else torch_dtype(self.request.dtype)
 
-    def load(self, path: Path) -> Subject:
+    def load(self, path: Path) -> "Subject":
         """A model, on the device and in the type of the sweep, and its tokenizer as it is."""
+        from perta_fast.models.loading import load_subject
+
         return load_subject(path, self.request.device, self.dtype, progress=self.progress)
 
-    def structure(self, path: Path) -> tuple[Subject, Skeleton]:
+    def structure(self, path: Path) -> "tuple[Subject, Skeleton]":
         """``load``, without the weights, and what reads them layer by layer."""
+        from perta_fast.models.loading import load_subject
+        from perta_fast.runs.estimate import open_skeleton
+
         skeleton = open_skeleton(path, self.request.device, self.dtype)
         return load_subject(path, self.request.device, self.dtype, structure=skeleton.model), skeleton
 
-    def live(self) -> LiveModel:
+    def live(self) -> "LiveModel":
         """theta_full, loaded."""
+        from perta_fast.scoring.live_model import LiveModel, ScoredData
+
         model, request = self.sources.model, self.request
         examinee, directories = self._examinee(model.path), (request.base, request.tuned)
         data = ScoredData.of(examinee, self.scored, request.metric)
@@ -239,15 +256,19 @@ class OpenedSweep:
 
     def score_gold(self, path: Path) -> ScoredSetting:
         """Load the gold model and score it. Raises InputError if its scores are not finite."""
+        from perta_fast.scoring.live_model import ScoredData, ScoredModel
+
         examinee, metric = self._examinee(path), self.request.metric
         scored = ScoredModel(examinee, ScoredData.of(examinee, self.scored, metric), metric).score("gold")
         return checked_gold(scored, path)
 
-    def _examinee(self, path: Path) -> Examinee:
+    def _examinee(self, path: Path) -> "Examinee":
+        from perta_fast.evaluation.examinee import Examinee
+
         request, subject = self.request, self.told(self.load(path))
         return Examinee(subject, request.batch_size, request.max_length, self.progress)
 
-    def told(self, subject: Subject) -> Subject:
+    def told(self, subject: "Subject") -> "Subject":
         """With a tokenizer whose chat template is told what it is to be told."""
         return replace(subject, tokenizer=self.chat.given_to(subject.tokenizer))
 

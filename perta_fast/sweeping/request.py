@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from perta_fast.arguments import check_sizes
+from perta_fast.arguments import check_device, check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
@@ -19,7 +19,7 @@ from perta_fast.importance.kept_form import KeptForm
 from perta_fast.rules import PLACES
 from perta_fast.runs.settings import check_threads
 from perta_fast.scoring.criteria import GENERATED_METRICS, LOSS, SELECTIONS
-from perta_fast.scoring.live_model import check_metric
+from perta_fast.scoring.scored_data import check_metric
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.scope import Scope
 from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, check_strengths
@@ -172,6 +172,7 @@ class Request:
         """Raise InputError for what is wrong with the arguments themselves; ``curves_of`` checks the settings."""
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
+        check_device(self.device)
         check_threads(self.threads)
         ChatSettings.of(self.system_prompt, self.date_string)
         if self.at not in (None, *PLACES):

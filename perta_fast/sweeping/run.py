@@ -1,4 +1,7 @@
-"""``sweep``: check the inputs, score the settings, write the record and the chosen checkpoint."""
+"""``sweep``: check the inputs, score the settings, write the record and the chosen checkpoint.
+
+What can be wrong with arguments, data and the places of outputs is said before torch is imported.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -6,8 +9,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.chat import parse_date, today
@@ -37,16 +38,15 @@ from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
 from perta_fast.sweeping.chosen_checkpoint import check_result, finish_in_place, has_changed, write_best
 from perta_fast.sweeping.keeping import check_kept, find_kept
-from perta_fast.sweeping.measuring import measure
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import FILE_NAME, Sweep
-from perta_fast.sweeping.streamed import measure as measure_streamed
 from perta_fast.sweeping.unfinished import STATE, Begun, Record, check_unchanged, load_begun
 from perta_fast.sweeping.vectors import Vectors, temporary_folder
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
 PathLike = str | Path
@@ -100,8 +100,8 @@ def sweep(
     max_length: int | None = None,
     system_prompt: str | None = None,
     date_string: str | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
     progress: Progress = True,
     group: "ProcessGroup | None" = None,
 ) -> Sweep:
@@ -294,7 +294,12 @@ def _score_without_out(opened: OpenedSweep, begun: Begun) -> Sweep:
 
 
 def _score(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Sweep, ByEstimator]:
-    measured = (measure_streamed if opened.request.stream else measure)(opened, record, vectors)
+    # Imported late: what is wrong so far was said without waiting for torch.
+    if opened.request.stream:
+        from perta_fast.sweeping.streamed import measure
+    else:
+        from perta_fast.sweeping.measuring import measure
+    measured = measure(opened, record, vectors)
     return measured.as_sweep(opened, record.begun, vectors), measured.importances
 
 

@@ -19,9 +19,9 @@ from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.keeping import keep_importances, keep_vectors, load_kept
 from perta_fast.sweeping.measured import Measured, excess
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checked_gold
-from perta_fast.sweeping.unfinished import Record
+from perta_fast.sweeping.unfinished import Record, WalkPlan
 from perta_fast.sweeping.vectors import Vectors
-from perta_fast.sweeping.walk_plan import Planning, WalkPlan
+from perta_fast.sweeping.walk_plan import Planning
 from perta_fast.sweeping.walked_model import WalkedModel
 from perta_fast.sweeping.weighing import Setting, Weighing, named
 

@@ -15,12 +15,25 @@ from perta_fast.records.versions import this_version
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
-from perta_fast.sweeping.walk_plan import WalkPlan
 
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 _WALKS = "walks"
 _FORMAT = "perta-sweep"
 _FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class WalkPlan:
+    """How a streamed sweep walks: decided once, and kept, since a walk goes on only as it began.
+
+    batch_size, overlap: as in a ``Schedule``. most: versions of the weights in one walk, for whose hidden states the
+    disk has room. twice: whether a first walk finds strengths that need not be scored.
+    """
+
+    batch_size: int
+    overlap: bool
+    most: int
+    twice: bool = False
 
 
 @dataclass

@@ -3,19 +3,20 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import torch
+from typing import TYPE_CHECKING
 
 from perta_fast.errors import RunError, advice
 from perta_fast.files.durable import move, remove, sync_tree
 from perta_fast.files.new_directory import check_space
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.rules import PRECONDITIONED
-from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, vector_size
 from perta_fast.subtraction.scope import EVERYTHING, Scope
 from perta_fast.sweeping.opened import OpenedSweep, open_sources
 from perta_fast.sweeping.request import Request
+
+if TYPE_CHECKING:
+    from perta_fast.runs.making_tuned import Making
 
 
 class Vectors:
@@ -59,6 +60,8 @@ class Vectors:
         """
         if not self.lacking():
             return
+        from perta_fast.runs.making_tuned import Making
+
         request = opened.request
         making = Making(
             base=Path(request.base),
@@ -69,7 +72,7 @@ class Vectors:
             max_length=request.max_length,
             chat=opened.chat,
             device=request.device,
-            dtype=None if request.dtype is None else getattr(torch, request.dtype),
+            dtype=opened.dtype,
             progress=opened.progress,
             stream=request.stream,
             memory=request.memory,
@@ -84,7 +87,7 @@ class Vectors:
                 raise
             raise _no_room(error) from error
 
-    def _write(self, making: Making, opened: OpenedSweep, mus: Sequence[float]) -> None:
+    def _write(self, making: "Making", opened: OpenedSweep, mus: Sequence[float]) -> None:
         """Write those of ``mus``, from one pass over the retain data."""
         request, data = opened.request, opened.data["retain"]
         beside = self._folder.with_name(f"{self._folder.name}.partial")

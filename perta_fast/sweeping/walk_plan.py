@@ -10,20 +10,7 @@ from perta_fast.streaming.forecast.forecast import Forecast
 from perta_fast.streaming.forecast.forward_costs import ForwardEstimate
 from perta_fast.sweeping.coarse import coarse, pays
 from perta_fast.sweeping.request import Request
-
-
-@dataclass(frozen=True)
-class WalkPlan:
-    """Decided once, and kept, since a walk goes on only as it began.
-
-    batch_size, overlap: as in a ``Schedule``. most: versions of the weights in one walk, for whose hidden states the
-    disk has room. twice: whether a first walk finds strengths that need not be scored.
-    """
-
-    batch_size: int
-    overlap: bool
-    most: int
-    twice: bool = False
+from perta_fast.sweeping.unfinished import WalkPlan
 
 
 @dataclass(frozen=True)

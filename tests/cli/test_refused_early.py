@@ -27,9 +27,15 @@ _NUMBERS = {
     "precondition": ["--batch-size=0", "--mu=-1", "--device=gpu", "--memory=1GiB", "--date-string=soon"],
     "ratio": ["--importance-dtype=float64"],
     "unlearn": ["--batch-size=0", "--max-length=0", "--lam=nan", "--threads=0", "--device=gpu", "--p=0", "--as=ratio"],
+    "unlearn --choose max-retain-rise": ["--batch-size=0", "--lams=nan", "--threads=0", "--mus=-1", "--save-tuned=x"],
+    "sweep": [
+        *("--batch-size=0", "--max-length=0", "--device=gpu", "--threads=0", "--date-string=soon", "--memory=1GiB"),
+        *("--alphas=-1", "--mu=-1", "--metric=x", "--select=closest", "--retain-floor=1", "--checkpoint=kept"),
+        *("--forget-importance=nowhere", "--save-importance=kept", "--gold=nowhere", "--also=nowhere.jsonl"),
+    ],
+    "sweep --stream": ["--batch-size=0", "--lams=0", "--metric=Q_A_ROUGE", "--holdout=nowhere.jsonl", "--also=forget"],
     # These look at their data after torch.
     "tune": ["--device=gpu", "--rank=x"],
-    "sweep": ["--device=gpu", "--metric=x"],
     "eval": ["--device=gpu", "--suite=x"],
 }
 
@@ -46,8 +52,10 @@ def whole(command: str, job: Job, out: Path) -> dict[str, list[object]]:
         "precondition": {"--base": [job.base], "--tuned": [job.tuned], "--retain": [job.retain]} | made,
         "ratio": {"--forget-importance": [job.base], "--retain-importance": [job.base]} | made,
         "unlearn": weights | data | {"--rule": ["grad"], "--lam": ["1"]} | made,
-        "tune": {"--base": [job.base], "--forget": [job.forget]} | made,
+        "unlearn --choose max-retain-rise": weights | data | made,
         "sweep": weights | data | {"--lams": ["1"]} | made,
+        "sweep --stream": weights | data | {"--lams": ["1"]} | made,
+        "tune": {"--base": [job.base], "--forget": [job.forget]} | made,
         "eval": {"--model": [job.model], "--forget": [job.forget], "--out": [f"{out}.json"]},
     }[command]
 
@@ -58,7 +66,7 @@ def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     words = [str(word) for option, values in good.items() for word in (option, *values)]
     cases = [[*words, more] for more in _NUMBERS[command]]
     cases += [[*words, "--no-such-option"], words[2:]]
-    if command in ("tune", "sweep", "eval"):
+    if command in ("tune", "eval"):
         return cases
     taken, empty, wrong = folder / "taken", folder / "empty", folder / "wrong.jsonl"
     for path in (taken / "file", empty / "none"):
@@ -86,7 +94,7 @@ def assert_refused_early(commands: list[list[str]]) -> None:
 
 @pytest.mark.parametrize("command", _NUMBERS)
 def test_wrong_arguments_and_data(command: str, job: Job, tmp_path: Path) -> None:
-    assert_refused_early([[command, *words] for words in refusals(command, job, tmp_path)])
+    assert_refused_early([[*command.split(), *words] for words in refusals(command, job, tmp_path)])
     assert not (tmp_path / "out").exists()
 
 

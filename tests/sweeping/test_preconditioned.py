@@ -26,10 +26,10 @@ from perta_fast import (
     unlearn,
     verify,
 )
+from perta_fast.models import loading
 from perta_fast.runs import making_tuned
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping import vectors as sweeping_vectors
 from tests.checkpoints.test_adapters import make_adapter
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
@@ -164,7 +164,7 @@ def test_a_failure_while_it_is_made_keeps_what_was_scored(
         raise RunError("a failure")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweeping_vectors.Making, "run", fail)
+        patched.setattr(making_tuned.Making, "run", fail)
         with pytest.raises(RunError, match="a failure"):
             run(job, lams=[1], mu=[1, 2], out=tmp_path / "out")
     found = resume(tmp_path / "out", progress=False)
@@ -215,7 +215,7 @@ def test_one_model_at_a_time(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.nn.Module]] = []
 
     def watched(load: Any) -> Any:
-        def loading(*arguments: Any, **settings: Any) -> Any:
+        def watching(*arguments: Any, **settings: Any) -> Any:
             if settings.get("structure") is not None:  # without weights
                 return load(*arguments, **settings)
             assert [ref for ref in alive if ref() is not None] == []
@@ -223,9 +223,9 @@ def test_one_model_at_a_time(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
             alive.append(weakref.ref(subject.module))
             return subject
 
-        return loading
+        return watching
 
-    for module in (sweeping_opened, making_tuned):
+    for module in (loading, making_tuned):
         monkeypatch.setattr(module, "load_subject", watched(module.load_subject))
     run(job, lams=[2], mu=[1, 10])
     assert len(alive) == 3  # to score lambda 0, to see the inputs, to score the rest

@@ -17,9 +17,9 @@ from perta_fast.models import loading
 from perta_fast.models.loading import Subject
 from perta_fast.reporting.evidence import data_hashes
 from perta_fast.rules import ESTIMATORS
+from perta_fast.runs import estimate
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.streaming.forward import score_walk
-from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping import walk_plan
 from perta_fast.sweeping.coarse import coarse, pays
 from perta_fast.sweeping.grid import DEFAULT_STRENGTHS
@@ -67,7 +67,7 @@ def assert_same(found: Sweep, expected: Sweep) -> None:
 @pytest.fixture(autouse=True)
 def aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     """``from_pretrained`` leaves parameters at any address, on which last bits depend."""
-    load = sweeping_opened.load_subject
+    load = loading.load_subject
 
     def loaded(*arguments: Any, **settings: Any) -> Subject:
         subject = load(*arguments, **settings)
@@ -76,7 +76,7 @@ def aligned(monkeypatch: pytest.MonkeyPatch) -> None:
                 parameter.data = parameter.data.clone()
         return subject
 
-    monkeypatch.setattr(sweeping_opened, "load_subject", loaded)
+    monkeypatch.setattr(loading, "load_subject", loaded)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +396,7 @@ def test_refusals(
     chosen: dict[str, Any], reason: str, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweeping_opened, "estimate_on", None)  # before the first gradient
+    monkeypatch.setattr(estimate, "estimate_on", None)  # before the first gradient
     for name, rows in (("retain.jsonl", RETAIN), ("a.jsonl", FORGET)):
         write_lines(tmp_path / name, rows)
     (tmp_path / "b").mkdir()

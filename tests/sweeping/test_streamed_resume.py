@@ -15,11 +15,11 @@ import torch
 
 from perta_fast import InputError, Interrupted, RunError, Sweep, cli, resume, sweep
 from perta_fast.preconditioning.record import Preconditioning
+from perta_fast.runs import estimate, making_tuned
 from perta_fast.streaming import scratch_files
 from perta_fast.streaming.forward import score_walk
 from perta_fast.subtraction import in_place
-from perta_fast.sweeping import chosen_checkpoint, unfinished, vectors
-from perta_fast.sweeping import opened as sweeping_opened
+from perta_fast.sweeping import chosen_checkpoint, unfinished
 from perta_fast.sweeping import run as sweeping_run
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.children import perta, signal_at
@@ -109,8 +109,8 @@ class Doings:
         self.stop_at: tuple[str, int] | None = None
         self.error: BaseException = Killed()
         watched: dict[str, tuple[Any, str]] = {
-            "estimate": (sweeping_opened, "estimate_on"),
-            "make": (vectors.Making, "run"),
+            "estimate": (estimate, "estimate_on"),
+            "make": (making_tuned.Making, "run"),
             "step": (score_walk._ScoreWalk, "record"),
         }
         for kind, (owner, name) in watched.items():

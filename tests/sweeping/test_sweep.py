@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perta_fast import ImportanceRatio, InputError, Sweep, apply, cli, estimate_importance, evaluate, sweep, verify
 from perta_fast.evaluation import examinee
+from perta_fast.models import loading
 from perta_fast.runs import estimate
 from perta_fast.scoring import live_model
 from perta_fast.scoring.criteria import METRICS
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.sweeping import opened as sweeping_opened
 from tests.checkpoints.test_adapters import make_adapter
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
@@ -144,13 +144,13 @@ def test_the_scores_of_what_apply_writes(
 def estimated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Estimator and hash of the data of every importance that is estimated meanwhile."""
     calls = []
-    original = sweeping_opened.estimate_on
+    original = estimate.estimate_on
 
     def counted(how: estimate.Estimation, samples: Any, data_hash: str, **settings: Any) -> Any:
         calls.append((how.estimator, data_hash))
         return original(how, samples, data_hash, **settings)
 
-    monkeypatch.setattr(sweeping_opened, "estimate_on", counted)
+    monkeypatch.setattr(estimate, "estimate_on", counted)
     return calls
 
 
@@ -299,7 +299,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
     """While a strength is scored, there are one model, the importances, and nothing else of such a size."""
     alive: list[weakref.ref[torch.nn.Module]] = []
     held: list[int] = []
-    load, score = sweeping_opened.load_subject, examinee.score_rows
+    load, score = loading.load_subject, examinee.score_rows
 
     def watched_load(*arguments: Any, **settings: Any) -> Any:
         assert [ref for ref in alive if ref() is not None] == []
@@ -311,7 +311,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
         held.append(tensor_bytes() - before)
         return score(*arguments, **settings)
 
-    monkeypatch.setattr(sweeping_opened, "load_subject", watched_load)
+    monkeypatch.setattr(loading, "load_subject", watched_load)
     monkeypatch.setattr(examinee, "score_rows", watched_score)
     tensors = read_checkpoint(job.model).values()
     count = sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,81 @@
+"""What each walk of a streamed sweep costs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from perta_fast.checkpoints.adapters import is_adapter
+from perta_fast.distributed.ranks import Ranks
+from perta_fast.rules import PRECONDITIONED
+from perta_fast.runs.precondition import vector_size
+from perta_fast.runs.settings import threads_for
+from perta_fast.streaming.forecast.costs import Load
+from perta_fast.streaming.forecast.dry_run import Conditions, preview
+from perta_fast.streaming.forecast.forecast import Forecast
+from perta_fast.streaming.forecast.forward_costs import Compared, ForwardEstimate, stored_bytes
+from perta_fast.sweeping.opened import OpenedSweep
+from perta_fast.sweeping.walk_plan import Planning
+from perta_fast.sweeping.walked_model import WalkedModel
+
+_IMPORTANCES = 8  # bytes of a parameter: two in float32
+
+
+def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[tuple[str, Forecast]]:
+    """What each walk is of, and what it costs."""
+    request, threads = opened.request, threads_for(opened.request.threads, Ranks.ALONE)
+    place = Path(str(request.out))
+    how: dict[str, Any] = {"subtract": False, "threads": threads}
+    for estimator in opened.lacking():
+        subject = Path(request.model if request.at == "model" else request.base)
+        for role, file in opened.data.items():
+            data = {role: file.path}
+            costs = preview(subject, data, estimator, place, conditions, ranks=world, **how)
+            yield f"{role} importance, {estimator}:", costs
+    if mus := opened.mus():
+        subject = Path(request.model if opened.place(PRECONDITIONED) == "model" else request.base)
+        retain, low_rank = {"retain": opened.data["retain"].path}, is_adapter(Path(request.tuned))
+        each = f", for each of {len(mus)} mu" if len(mus) > 1 else ""
+        costs = preview(subject, retain, None, place, conditions, low_rank=low_rank, **how)
+        yield f"rule {PRECONDITIONED}{each}:", costs
+    if opened.gold is not None:
+        yield "the gold model:", _scoring(opened, opened.gold.path, 1, 0.0, threads, world)
+    every, model = _count(opened), opened.sources.model.path
+    if request.bounds_absolutely:
+        yield "the model as it is, which may break the bound:", _scoring(opened, model, 1, 0.0, threads, world)
+    yield f"{every} settings:", _scoring(opened, model, every, _beside(opened), threads, world)
+
+
+def _count(opened: OpenedSweep) -> int:
+    """All settings, and the model as it is."""
+    return 1 + len(opened.curves) * len(opened.request.strengths or ())
+
+
+def _beside(opened: OpenedSweep) -> float:
+    """Bytes that are read beside each element of the model, to change it in all ways."""
+    request, sources = opened.request, opened.sources
+    elements = sum(match.theta.count for match in sources.matches)
+    changed = [match for match in sources.matches if match.copied is None]
+    size = sum(entry.size for match in changed for number, _, entry in sources.operands(match) if number)
+    for given in opened.given.values():
+        operands = (operand for match in given.matches if match.copied is None for operand in given.operands(match))
+        size += sum(entry.size for number, _, entry in operands if number > 2)  # behind model, tuned and base
+    size += _IMPORTANCES * sum(match.theta.count for match in changed) * len(opened.lacking())
+    size += vector_size(Path(request.base), Path(request.tuned)) * len(opened.mus())
+    return size / elements
+
+
+def _scoring(opened: OpenedSweep, path: Path, count: int, beside: float, threads: int, world: int) -> Forecast:
+    """The costs of walking through the model in ``path`` for so many versions of it."""
+    walked, request = WalkedModel.open(opened, path), opened.request
+    lengths = [[len(sample.input_ids) for sample in of_set.samples] for of_set in walked.sets]
+    skeleton, load = walked.skeleton, Load(lengths).share(world)
+
+    def estimate(versions: int) -> ForwardEstimate:
+        compared = Compared(versions, beside, stored_bytes(skeleton))
+        return ForwardEstimate(skeleton, load, skeleton.device, compared, threads=threads)
+
+    curves = len(opened.curves) if request.is_bounded and count > 1 else 0
+    planning = Planning(estimate, count, curves, request, Path(str(request.out)), skeleton.first_shard, world)
+    forecast = planning.plan(announce=True)[1]
+    assert forecast is not None
+    return forecast
