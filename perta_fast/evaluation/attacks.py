@@ -12,7 +12,6 @@ from perta_fast.evaluation.kept_passes import as_lists, kept_by_row
 from perta_fast.evaluation.metric_table import GRADIENTS, MetricTable
 from perta_fast.evaluation.results import Metric
 from perta_fast.files.kept_rows import KeptRows
-from perta_fast.models.gradient_norms import gradient_norms
 
 _SETS = ("forget", "holdout")
 
@@ -50,6 +49,8 @@ def _by_gradient(table: MetricTable) -> Metric:
 
 
 def _norms(examinee: Examinee, rows: Sequence[Sequence[Sample]], what: str, kept: KeptRows) -> list[float]:
+    from perta_fast.models.gradient_norms import gradient_norms
+
     return gradient_norms(examinee.subject.module, rows, kept=kept, progress=examinee.progress, description=what)
 
 

@@ -1,7 +1,6 @@
 """How many codes of rounded weights an unlearning has changed: those it has not are as they were, once quantised."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,10 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.dtypes import KERNEL_CODES
 from perta_fast.errors import InputError
-from perta_fast.files.identity import is_same
 from perta_fast.models.rounding import BITS, codes, linear_weights
 from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.progress import Bar, Progress
-from perta_fast.records.report import Report
-
-
-def model_before(directory: Path) -> Path | None:
-    """θ_full of the unlearned model in ``directory``, if its report names one that is still there."""
-    with suppress(InputError):
-        record = Report.load(directory).inputs.get("model")
-        if record is not None and record.get("kept", True) and not is_same(record["path"], directory):
-            return open_plain(record["path"]).path
-    return None
 
 
 def changed_codes(module: nn.Module, directory: Path, before: Path, progress: Progress) -> dict[str, Any]:

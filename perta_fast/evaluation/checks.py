@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from perta_fast.arguments import check_sizes
+from perta_fast.arguments import check_device, check_sizes
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings, told
@@ -27,9 +27,11 @@ from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.files.new_directory import EVALUATION_STATE
 from perta_fast.files.new_file import check_output_file
-from perta_fast.models.loading import Subject
 from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions, now
+
+if TYPE_CHECKING:
+    from perta_fast.models.loading import Subject
 
 E = TypeVar("E", bound=Examinee)
 
@@ -60,6 +62,8 @@ class Checked:
             Checkpoint.open(request.reference_model)
         offer_attacks(table, request.reference_model, conventions)
         _check_stress(request, table)
+        if request.model is not None:
+            Checkpoint.open(request.model)
         names, notes = _chosen(request, table)
         if gold is not None:
             notes += gold.compared_with(conventions.name)
@@ -73,13 +77,13 @@ class Checked:
             _check_harness(request.lm_eval)
         return cls(request, table, names, notes, conventions)
 
-    def subject_on(self, subject: Subject, day: date) -> Subject:
+    def subject_on(self, subject: "Subject", day: date) -> "Subject":
         """With the request's settings for the chat template. day: for templates that ask for the date."""
         chat = ChatSettings.of(self.request.system_prompt, self.request.date_string, day)
         return replace(subject, tokenizer=chat.given_to(subject.tokenizer))
 
     def examinee(
-        self, kind: type[E], subject: Subject, progress: Progress, kept: KeptParts | None = None, **found: Any
+        self, kind: type[E], subject: "Subject", progress: Progress, kept: KeptParts | None = None, **found: Any
     ) -> E:
         """The model as it is examined. found: what this kind of examinee takes beside."""
         request = self.request
@@ -123,6 +127,7 @@ class Checked:
 def check_arguments(request: Request) -> None:
     """Raise InputError for numbers out of their range, and arguments that do not go together."""
     check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
+    check_device(request.device)
     if not 0 < request.min_k <= 1:
         raise InputError(f"‹min_k› is {request.min_k}; it must be a share of the tokens, above 0 and at most 1")
     ChatSettings.of(request.system_prompt, request.date_string)

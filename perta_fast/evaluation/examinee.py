@@ -1,13 +1,14 @@
-"""A model that evaluations and sweeps score on samples; and the metrics that are made of such scores."""
+"""A model that evaluations and sweeps score on samples; and the metrics that are made of such scores.
+
+What runs the model is imported late: data and metrics are checked without torch.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import IGNORED, Sample, by_row, prompt_of, row_count, truncated_count
@@ -16,16 +17,18 @@ from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.conventions import OURS, Asked, Conventions
 from perta_fast.evaluation.kept_passes import as_lists, kept_by_row, kept_scores
 from perta_fast.evaluation.prompt_used import both, prompt_used
-from perta_fast.evaluation.reference_model import load_reference
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
 from perta_fast.evaluation.rouge import blind_note, is_blind, rouge_l, rouge_l_any_script
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.files.kept_rows import KeptRows
-from perta_fast.models.greedy_answers import greedy_answers
-from perta_fast.models.loading import Subject, samples_for
-from perta_fast.models.token_scores import TokenScores, score_rows
+from perta_fast.models.scores import TokenScores
 from perta_fast.progress import Progress
 from perta_fast.records.report import data_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from perta_fast.models.loading import Subject
 
 Scored = list[tuple[TokenScores, str]]  # the scores of each sample, and the text of its labels
 
@@ -39,7 +42,7 @@ class Examinee:
     answers, what counts. prompt (of ``prompt_used``), data, notes: for the record of the evaluation.
     """
 
-    subject: Subject
+    subject: "Subject"
     batch_size: int
     max_length: int | None
     progress: Progress
@@ -61,6 +64,8 @@ class Examinee:
 
     def tokenise(self, rows: Sequence[Row], role: str) -> list[Sample]:
         """Tokens and labels; a note counts the samples that were cut to the length limit."""
+        from perta_fast.models.loading import samples_for
+
         asked = self._asked(rows)
         given = rows if asked is None else [row.sample for row in asked]
         samples = samples_for(self.subject, given, self.max_length, self.progress)
@@ -106,6 +111,9 @@ class Examinee:
 
         Raises InputError if it reads other tokens.
         """
+        from perta_fast.evaluation.reference_model import load_reference
+        from perta_fast.models.loading import samples_for
+
         load = cache(partial(load_reference, reference, self.subject))
 
         def score(samples: Sequence[Sample], role: str, rows: KeptRows) -> list[TokenScores]:
@@ -124,13 +132,15 @@ class Examinee:
 
     def _run(
         self,
-        module: nn.Module,
+        module: "nn.Module",
         samples: Sequence[Sample],
         description: str,
         *,
         detailed: bool = False,
         rows: KeptRows | None = None,
     ) -> list[TokenScores]:
+        from perta_fast.models.token_scores import score_rows
+
         return score_rows(
             module,
             samples,
@@ -159,6 +169,8 @@ class Examinee:
         self, prompts: Sequence[Sequence[int]], role: str, new_tokens: int, stop: Sequence[str] = ()
     ) -> list[str]:
         """Greedy answers, at most ``max_new_tokens`` long, or ``new_tokens`` if that is None."""
+        from perta_fast.models.greedy_answers import greedy_answers
+
         tokenizer, conventions = self.subject.tokenizer, self.conventions
         answers: list[str] = kept_by_row(
             self.kept,

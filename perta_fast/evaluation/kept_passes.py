@@ -10,7 +10,7 @@ from blake3 import blake3
 from perta_fast.data.samples import Sample
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.files.kept_rows import KeptRows
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 
 _COLUMNS: Mapping[str, Any] = {"log_probs": np.float32, "hits": np.bool_, "standardised": np.float32}
 

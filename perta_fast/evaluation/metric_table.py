@@ -11,7 +11,7 @@ from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.examinee import Examinee, Scored
 from perta_fast.evaluation.results import Metric
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from perta_fast.evaluation.examinee import Scored
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.offers import MEMBERSHIP, MEMORISATION, offer_membership, offer_memorisation, offer_rouge
 from perta_fast.evaluation.results import EvaluationFile
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 
 VERBATIM_TOKENS, KNOWLEDGE_TOKENS = 128, 32
 SCORED_TOKENS = 2048  # at most, of a text; as in open-unlearning

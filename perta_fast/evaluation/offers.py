@@ -19,7 +19,7 @@ from perta_fast.evaluation.examinee import (
 from perta_fast.evaluation.metric_table import GENERATED, MetricTable
 from perta_fast.evaluation.results import EvaluationFile, Metric
 from perta_fast.evaluation.rouge import ANY_SCRIPT, is_seen_whole
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 
 MEMORISATION = ("extraction_strength", "exact_memorization")
 MEMBERSHIP = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")

@@ -18,7 +18,7 @@ from perta_fast.evaluation.offers import (
     paraphrased_answers,
 )
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 
 
 class OwnData(MetricTable):

@@ -14,9 +14,9 @@ from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
-from perta_fast.evaluation.changed_codes import model_before
 from perta_fast.evaluation.metric_table import MetricTable
-from perta_fast.evaluation.stress import rounds, stress_words
+from perta_fast.evaluation.model_before import model_before
+from perta_fast.evaluation.stress_words import rounds, stress_words
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.identity import is_same

@@ -1,6 +1,5 @@
 """Stress of a model that has forgotten: is it back when the weights are rounded, or after a few steps of relearning?"""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,49 +8,28 @@ import torch
 from torch import nn
 
 from perta_fast.data.samples import Sample, by_row
-from perta_fast.errors import InputError, NotFiniteError
+from perta_fast.errors import NotFiniteError
 from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.examinee import memorisation, probabilities
 from perta_fast.evaluation.kept_passes import as_lists, kept_part
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.metrics import mean
 from perta_fast.evaluation.stress_table import BEFORE, METRICS, REST
+from perta_fast.evaluation.stress_words import ROUNDED
 from perta_fast.models.relearning import BATCH_SIZE, RATE, SEED, check_trainable, relearn_
-from perta_fast.models.rounding import BITS, check_roundable, linear_weights, rounded_
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.rounding import check_roundable, linear_weights, rounded_
+from perta_fast.models.scores import TokenScores
 
 Scores = dict[str, dict[str, float]]  # by set, then by metric
 
-_ROUNDED = {f"int{bits}": bits for bits in BITS}
-_RELEARN = re.compile("relearn=0*([1-9][0-9]{0,8})", re.ASCII)
 _TENTH = 10  # one forget row in so many is relearned
-
-
-def stress_words(given: Sequence[str]) -> list[str]:
-    """The stresses, each once, as ``int8``, ``int4`` or ``relearn=20``. Raises InputError for any other, or none."""
-    words = []
-    for word in given:
-        relearn = _RELEARN.fullmatch(word) if isinstance(word, str) else None
-        if relearn is None and word not in _ROUNDED:
-            raise InputError(
-                f"stress: {word!r} is none; there are {', '.join(_ROUNDED)} and relearn=K, with K steps, at least 1"
-            )
-        words.append(f"relearn={relearn[1]}" if relearn else word)
-    if not words:
-        raise InputError("stress: names none")
-    return list(dict.fromkeys(words))
-
-
-def rounds(words: Sequence[str]) -> bool:
-    """Whether one of the stresses rounds weights."""
-    return any(word in _ROUNDED for word in words)
 
 
 def check_stress(words: Sequence[str], module: nn.Module) -> None:
     """Raise InputError for a module that one of the stresses cannot change."""
     for word in words:
-        if word in _ROUNDED:
-            check_roundable(linear_weights(module), _ROUNDED[word])
+        if word in ROUNDED:
+            check_roundable(linear_weights(module), ROUNDED[word])
         else:
             check_trainable(module)
 
@@ -67,11 +45,11 @@ def stressed(table: MetricTable, words: Sequence[str]) -> dict[str, Any]:
     rows = list(by_row(samples["forget"]))
     relearned = _relearned_rows(len(rows))
     rest = sorted(set(range(len(rows))) - set(relearned))
-    relearns = not all(word in _ROUNDED for word in words)
+    relearns = not all(word in ROUNDED for word in words)
     before = {role: of_set for role, (_, of_set) in sets.items()}
     scores = {BEFORE: _aggregates(before, rest if relearns else (), table.examinee.conventions)}
     for word in words:
-        of_rows = [] if word in _ROUNDED else [samples["forget"][k] for row in relearned for k in rows[row]]
+        of_rows = [] if word in ROUNDED else [samples["forget"][k] for row in relearned for k in rows[row]]
         scores[word] = _scored(table, word, samples, of_rows, rest)
     counts = {role: sum(1 for _ in by_row(of_set)) for role, of_set in samples.items()}
     if relearns and rest:
@@ -103,7 +81,7 @@ def _scored(
     def make() -> Scores:
         with _changed(module, word, relearned, examinee.progress):
             scores = {role: examinee.score_under(word, of_set, role) for role, of_set in samples.items()}
-        return _aggregates(scores, () if word in _ROUNDED else rest, examinee.conventions)
+        return _aggregates(scores, () if word in ROUNDED else rest, examinee.conventions)
 
     of = [word, as_lists(relearned), {role: as_lists(of_set) for role, of_set in samples.items()}]
     try:
@@ -120,14 +98,14 @@ def _scored(
 @contextmanager
 def _changed(module: nn.Module, word: str, relearned: Sequence[Sample], progress: Any) -> Iterator[None]:
     """The module under one stress; its weights are put back, bit for bit, at the end."""
-    if word in _ROUNDED:
+    if word in ROUNDED:
         parameters = [weight.parameter for weight in linear_weights(module).values()]
     else:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     copies = [parameter.detach().clone() for parameter in parameters]
     try:
-        if word in _ROUNDED:
-            rounded_(module, _ROUNDED[word], progress=progress)
+        if word in ROUNDED:
+            rounded_(module, ROUNDED[word], progress=progress)
         else:
             relearn_(module, relearned, int(word.partition("=")[2]), progress=progress, description=word)
         yield

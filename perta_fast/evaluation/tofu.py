@@ -23,7 +23,7 @@ from perta_fast.evaluation.offers import (
     wrong_answers,
 )
 from perta_fast.evaluation.results import EvaluationFile, Metric, averaged
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 
 SPLITS = ("forget01", "forget05", "forget10")
 _FICTITIOUS = ("forget", "retain")  # sets with paraphrased answers

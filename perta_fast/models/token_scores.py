@@ -3,45 +3,21 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.files.kept_rows import KeptRows
+from perta_fast.models.scores import TokenScores
 from perta_fast.progress import Bar, Progress
 
 _CHUNK = 1 << 24  # logits that are worked on at a time
 _FLOOR = -1e4  # a logit of -inf is a probability of 0, and must stay so when multiplied
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """Scores of one sample's L labelled tokens, each given the tokens before it.
-
-    log_probs: (L,) float32, nats. hits: (L,) bool, whether the token is the likeliest. standardised: (L,) float32,
-    (log p - mean) / deviation of log p over the vocabulary, by the model's probabilities. The last two only if asked
-    for; ``standardised`` costs a few passes over all logits.
-    """
-
-    log_probs: NDArray[np.float32]
-    hits: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
-    standardised: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
-
-    @classmethod
-    def joined(cls, scores: "Sequence[TokenScores]") -> "TokenScores":
-        """The scores of all labelled tokens of a row, one sample after the other."""
-        if len(scores) == 1:
-            return scores[0]
-        names = ("log_probs", "hits", "standardised")
-        return cls(*(np.concatenate([getattr(score, name) for score in scores]) for name in names))
 
 
 def score_tokens(

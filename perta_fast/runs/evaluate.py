@@ -1,12 +1,9 @@
-"""``evaluate``: everything is checked, then the model is loaded and measured, or walked layer by layer."""
+"""``evaluate``: everything is checked, then torch imported, and the model loaded and measured, or walked through."""
 
 from collections.abc import Sequence
-from functools import partial
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from torch import nn
 
 from perta_fast.data.chat import today
 from perta_fast.data.forms import Fields
@@ -18,17 +15,19 @@ from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.metrics import MIN_K
 from perta_fast.evaluation.request import Begun, Request
 from perta_fast.evaluation.results import Evaluation
-from perta_fast.evaluation.run import Measure, measure_loaded, run
+from perta_fast.evaluation.run import run
 from perta_fast.files.identity import is_same
+from perta_fast.files.kept_parts import KeptParts
 from perta_fast.progress import Progress
-from perta_fast.runs.evaluate_streamed import measure_streamed
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from torch.distributed import ProcessGroup
 
 
 def evaluate(
-    model_or_path: str | Path | nn.Module,
+    model_or_path: "str | Path | nn.Module",
     *,
     suite: Literal["tofu", "muse"] | None = None,
     data: str | Path | None = None,
@@ -52,8 +51,8 @@ def evaluate(
     compatible: Literal["open-unlearning"] | None = None,
     stress: Sequence[str] | None = None,
     against: str | Path | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     show_text: bool = False,
@@ -125,7 +124,7 @@ def resume_evaluation(final: Path, progress: Progress, ranks: Ranks = Ranks.ALON
 
 def _run(
     request: Request,
-    model_or_path: str | Path | nn.Module,
+    model_or_path: "str | Path | nn.Module",
     tokenizer: Any,
     progress: Progress,
     ranks: Ranks,
@@ -139,11 +138,17 @@ def _run(
         if ranks.world > 1 and not request.stream:
             raise InputError("one process evaluates a model in memory; give stream, or start it without torchrun")
         checked = Checked.of(request, overwrite=overwrite, resume=resume, given=given)
-    measure: Measure
-    if request.stream:
-        measure = partial(measure_streamed, checked, tokenizer, progress, ranks)
-    else:
-        measure = partial(measure_loaded, checked, model_or_path, tokenizer, progress)
+
+    def measure(kept: KeptParts | None, started: str, day: date) -> Evaluation:
+        # Imported late: what is wrong so far was said without waiting for torch.
+        if request.stream:
+            from perta_fast.runs.evaluate_streamed import measure_streamed
+
+            return measure_streamed(checked, tokenizer, progress, ranks, kept, started, day)
+        from perta_fast.evaluation.in_memory import measure_loaded
+
+        return measure_loaded(checked, model_or_path, tokenizer, progress, kept, started, day)
+
     # A model or a tokenizer in memory may be another one at the next call.
     repeatable = request.model is not None and tokenizer is None
     with ranks.sharing_errors("the evaluation"):

@@ -136,7 +136,7 @@ def stop(*_: Any, **__: Any) -> None:
 STOPS = {
     "sweep": ("perta_fast.sweeping.run.draw", "was begun, and goes on"),
     "unlearn": ("perta_fast.subtraction.to_directory.describe_output", "was begun, and goes on"),
-    "eval": ("perta_fast.evaluation.run._codes", "is made"),  # before a pass is finished
+    "eval": ("perta_fast.evaluation.in_memory._codes", "is made"),  # before a pass is finished
     "report": ("perta_fast.reporting.run.compose", "is made"),
 }
 

@@ -34,9 +34,14 @@ _NUMBERS = {
         *("--forget-importance=nowhere", "--save-importance=kept", "--gold=nowhere", "--also=nowhere.jsonl"),
     ],
     "sweep --stream": ["--batch-size=0", "--lams=0", "--metric=Q_A_ROUGE", "--holdout=nowhere.jsonl", "--also=forget"],
-    # These look at their data after torch.
+    "eval": [
+        *("--batch-size=0", "--max-length=0", "--device=gpu", "--date-string=soon", "--memory=1GiB", "--suite=tofu"),
+        *("--min-k=0", "--metrics=privleak", "--stress=int5", "--against=nowhere", "--max-new-tokens=0", "--data=x"),
+        *("--compatible=x", "--reference=nowhere.json", "--reference-model=nowhere", "--holdout=nowhere.jsonl"),
+    ],
+    "eval --stream": ["--stress=int8", "--lm-eval=arc_easy", "--metrics=forget_Q_A_ROUGE", "--out=result.txt"],
+    # It looks at its data after torch.
     "tune": ["--device=gpu", "--rank=x"],
-    "eval": ["--device=gpu", "--suite=x"],
 }
 
 
@@ -56,7 +61,8 @@ def whole(command: str, job: Job, out: Path) -> dict[str, list[object]]:
         "sweep": weights | data | {"--lams": ["1"]} | made,
         "sweep --stream": weights | data | {"--lams": ["1"]} | made,
         "tune": {"--base": [job.base], "--forget": [job.forget]} | made,
-        "eval": {"--model": [job.model], "--forget": [job.forget], "--out": [f"{out}.json"]},
+        "eval": {"--model": [job.model]} | data | {"--out": [f"{out}.json"]},
+        "eval --stream": {"--model": [job.model]} | data | {"--out": [f"{out}.json"]},
     }[command]
 
 
@@ -66,14 +72,23 @@ def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     words = [str(word) for option, values in good.items() for word in (option, *values)]
     cases = [[*words, more] for more in _NUMBERS[command]]
     cases += [[*words, "--no-such-option"], words[2:]]
-    if command in ("tune", "eval"):
+    if command == "tune":
         return cases
     taken, empty, wrong = folder / "taken", folder / "empty", folder / "wrong.jsonl"
-    for path in (taken / "file", empty / "none"):
+    for path in (taken / "file.json", empty / "none"):
         path.parent.mkdir()
-    (taken / "file").write_text("")
+    (taken / "file.json").write_text("")
     write_lines(wrong, [{"question": "a", "answer": "b"}] * 3 + [{"question": "an answer is missing"}])
-    cases.append([str(taken) if word == str(folder / "out") else word for word in words])
+    cases.append(
+        [
+            str(taken)
+            if word == str(folder / "out")
+            else f"{taken}/file.json"
+            if word == f"{folder}/out.json"
+            else word
+            for word in words
+        ]
+    )
     directories = {"--model", "--base", "--tuned", "--forget-importance", "--retain-importance"}
     for option in good.keys() & directories:
         cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere", empty)]

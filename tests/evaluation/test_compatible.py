@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from perta_fast import Evaluation, cli, evaluate, resume
 from perta_fast.errors import InputError, Interrupted
-from perta_fast.evaluation import examinee
+from perta_fast.models import greedy_answers
 from tests.support.models import FORGET, RETAIN, tokenizer, write_lines
 from tests.support.open_unlearning import OpenUnlearning
 
@@ -305,7 +305,7 @@ def test_stopped_and_resumed(tofu: Path, tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(examinee, "greedy_answers", stopped)
+        patched.setattr(greedy_answers, "greedy_answers", stopped)
         with pytest.raises(Interrupted):
             measured(tmp_path / "model", None, tofu, compatible=NAME, out=out)
     with pytest.raises(InputError, match=r"resume|--overwrite"):

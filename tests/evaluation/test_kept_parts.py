@@ -13,8 +13,8 @@ import torch
 
 from perta_fast import Evaluation, cli, evaluate, resume
 from perta_fast.errors import InputError, Interrupted, RunError
-from perta_fast.evaluation import examinee
 from perta_fast.files.locking import lock
+from perta_fast.models import greedy_answers, token_scores
 from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS, write_tofu
 from tests.support.checkpoints import fingerprint
 from tests.support.children import perta, signal_at
@@ -51,8 +51,8 @@ class Passes:
         self.done = 0
         self.after: int | None = None
         self.error: BaseException = KeyboardInterrupt()
-        for name in ("score_rows", "greedy_answers"):
-            monkeypatch.setattr(examinee, name, self._counted(getattr(examinee, name)))
+        for owner, name in ((token_scores, "score_rows"), (greedy_answers, "greedy_answers")):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
 
     def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from perta_fast import Evaluation, evaluate
 from perta_fast.errors import InputError
-from perta_fast.evaluation import examinee
+from perta_fast.models import greedy_answers
 from tests.evaluation.test_suites import TOFU, WORDS, losses
 from tests.support.models import FORGET, llama, write_lines
 
@@ -39,7 +39,7 @@ def test_the_question_in_other_words_is_asked(on: Any, tmp_path: Path, monkeypat
         asked.extend(tokenizer.batch_decode(prompts))
         return [row["answer"] for row in ROWS]
 
-    monkeypatch.setattr(examinee, "greedy_answers", answering)
+    monkeypatch.setattr(greedy_answers, "greedy_answers", answering)
     model = llama(1).eval()
     result = on(model, ROWS, tmp_path, NAMES)
     assert list(result.metrics) == NAMES

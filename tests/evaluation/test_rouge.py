@@ -108,7 +108,7 @@ ROWS = [
 def recited(rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> Evaluation:
     """The evaluation of a model that recites every answer word for word."""
     answers = [row["answer"] for row in rows]
-    monkeypatch.setattr("perta_fast.evaluation.examinee.greedy_answers", lambda *_, **__: answers)
+    monkeypatch.setattr("perta_fast.models.greedy_answers.greedy_answers", lambda *_, **__: answers)
     forget = write_lines(folder / "forget.jsonl", rows)
     return evaluate(llama(0).eval(), forget=forget, tokenizer=WORDS, progress=False, **settings)
 
@@ -154,7 +154,7 @@ def test_a_sweep_sees_such_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sets = {"forget": ROWS, "retain": ROWS[2:]}
     paths = {role: write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in sets.items()}
     truth = {len(rows): [row["answer"] for row in rows] for rows in sets.values()}
-    monkeypatch.setattr("perta_fast.evaluation.examinee.greedy_answers", lambda *given, **_: truth[len(given[2])])
+    monkeypatch.setattr("perta_fast.models.greedy_answers.greedy_answers", lambda *given, **_: truth[len(given[2])])
     result = sweep(*job.checkpoints, **paths, rule="tv", lams=[0.1], metric="Q_A_ROUGE", progress=False)
     assert [(row.forget, row.retain) for row in result.rows] == [(1, 1), (1, 1)]
     said = "Q_A_ROUGE of the forget data has words of any script, as forget_Q_A_ROUGE_any_script in perta eval"

@@ -162,7 +162,7 @@ def test_words_are_taken_once(tmp_path: Path) -> None:
     result = own(llama(1), tmp_path, stress=["int8", "relearn=01", "int8", "relearn=1"])
     assert list(result.stress["scores"]) == ["before", "int8", "relearn=1"]
     assert result.settings["stress"] == ["int8", "relearn=1"]
-    with pytest.raises(InputError, match="stress: names none"):
+    with pytest.raises(InputError, match="stress names none"):
         own(llama(1), tmp_path, stress=[])
 
 

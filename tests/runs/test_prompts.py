@@ -16,7 +16,7 @@ from perta_fast import Importance, InputError, apply, cli, estimate_importance, 
 from perta_fast.data import chat
 from perta_fast.data.rows import load_rows
 from perta_fast.data.samples import Sample, encode
-from perta_fast.evaluation import examinee
+from perta_fast.models import greedy_answers
 from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.runs.inspect import describe
 from perta_fast.scoring.live_model import ScoredModel
@@ -323,7 +323,7 @@ def test_an_evaluation_that_is_resumed_on_another_day(
 
     run(tmp_path / "whole.json")
     with monkeypatch.context() as patched:
-        patched.setattr(examinee, "greedy_answers", stopping)
+        patched.setattr(greedy_answers, "greedy_answers", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out.json")
     on(TUESDAY)

@@ -17,8 +17,7 @@ from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perta_fast import ImportanceRatio, InputError, Sweep, apply, cli, estimate_importance, evaluate, sweep, verify
-from perta_fast.evaluation import examinee
-from perta_fast.models import loading
+from perta_fast.models import loading, token_scores
 from perta_fast.runs import estimate
 from perta_fast.scoring import live_model
 from perta_fast.scoring.criteria import METRICS
@@ -299,7 +298,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
     """While a strength is scored, there are one model, the importances, and nothing else of such a size."""
     alive: list[weakref.ref[torch.nn.Module]] = []
     held: list[int] = []
-    load, score = loading.load_subject, examinee.score_rows
+    load, score = loading.load_subject, token_scores.score_rows
 
     def watched_load(*arguments: Any, **settings: Any) -> Any:
         assert [ref for ref in alive if ref() is not None] == []
@@ -312,7 +311,7 @@ def test_one_model_at_a_time_and_no_copy_of_it(job: Job, monkeypatch: pytest.Mon
         return score(*arguments, **settings)
 
     monkeypatch.setattr(loading, "load_subject", watched_load)
-    monkeypatch.setattr(examinee, "score_rows", watched_score)
+    monkeypatch.setattr(token_scores, "score_rows", watched_score)
     tensors = read_checkpoint(job.model).values()
     count = sum(tensor.numel() for tensor in tensors)
     del tensors
@@ -374,7 +373,7 @@ def test_a_failure_before_anything_is_scored_leaves_nothing(
     def fail(*arguments: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(examinee, "score_rows", fail)
+    monkeypatch.setattr(token_scores, "score_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         run(job, rule="tv", max_retain_increase=1.0, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

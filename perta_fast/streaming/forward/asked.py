@@ -9,7 +9,7 @@ import numpy as np
 from perta_fast.data.samples import Sample, by_row
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.files.kept_rows import KeptRows
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 from perta_fast.streaming.forward.sample_set import SampleSet
 
 

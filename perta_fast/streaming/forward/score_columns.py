@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 
 
 def as_columns(scores: Sequence[TokenScores], detailed: bool) -> Tensor:

@@ -21,7 +21,8 @@ from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, Sample, by_row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, NotFiniteError
-from perta_fast.models.token_scores import TokenScores, score_batch, seen, trims
+from perta_fast.models.scores import TokenScores
+from perta_fast.models.token_scores import score_batch, seen, trims
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.typed_json import fits
 from perta_fast.streaming.forward.padded_batch import PaddedBatch, batches_of

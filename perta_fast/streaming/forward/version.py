@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from perta_fast.models.token_scores import TokenScores
+from perta_fast.models.scores import TokenScores
 from perta_fast.rules import Rescaling
 from perta_fast.subtraction.inputs import Sources
 

@@ -19,7 +19,8 @@ from perta_fast.evaluation.muse import MuseMetrics, read_muse
 from perta_fast.evaluation.own_data import OwnData
 from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from perta_fast.models.loading import Subject
-from perta_fast.models.token_scores import TokenScores, score_rows
+from perta_fast.models.scores import TokenScores
+from perta_fast.models.token_scores import score_rows
 from perta_fast.streaming.forward.asked import Answering, Asking
 from perta_fast.streaming.forward.sample_set import SampleSet
 from tests.evaluation.test_suites import HOLDOUT, WORDS, write_muse, write_tofu

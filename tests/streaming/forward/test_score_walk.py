@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from perta_fast import InputError, RunError, apply, estimate_importance
 from perta_fast.data.samples import Sample
 from perta_fast.files.durable import read_record, write_record
-from perta_fast.models.token_scores import TokenScores, score_rows
+from perta_fast.models.scores import TokenScores
+from perta_fast.models.token_scores import score_rows
 from perta_fast.rules import Rescaling, Rule
 from perta_fast.streaming.forward import score_walk
 from perta_fast.streaming.forward.sample_set import SampleSet
