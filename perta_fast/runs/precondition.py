@@ -132,7 +132,7 @@ def vector_size(base: Path, tuned: Path) -> int:
     """Bytes on disk that a preconditioned θ_f takes, at most."""
     if is_adapter(tuned):
         return sum(max(4 * entry.count, entry.size) for entry in Adapter.open(tuned, base).checkpoint.tensors.values())
-    from perta_fast.tuning.checkpoint import tuned_size
+    from perta_fast.tuning.size import tuned_size
 
     return tuned_size(Checkpoint.open(base))
 

@@ -16,11 +16,6 @@ from perta_fast.records.report import FILE_NAME
 from perta_fast.tuning.saving import disk_errors
 
 
-def tuned_size(base: Checkpoint) -> int:
-    """Bytes that ``write_tuned`` writes, at most."""
-    return sum(max(4 * entry.count, entry.size) for entry in base.tensors.values())
-
-
 def copy_beside(base: Checkpoint, directory: Path) -> None:
     """Copy what lies beside the weights of ``base``, but for the records of a run that has made it."""
     copy_companions(base, directory)

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perta_fast.arguments import check_sizes
+from perta_fast.arguments import check_device, check_sizes
 from perta_fast.data.given import GivenRows
 from perta_fast.errors import InputError
 
 Source = Path | GivenRows
-FORGET, DATA = "forget", "data"
+FORGET, DATA, RETAIN = "forget", "data", "retain"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Request:
         check_sizes(
             1 if self.batch_size is None else self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs
         )
+        check_device(self.device)
+        if self.device is not None and int(self.device.partition(":")[2] or 0):
+            raise InputError(f"‹device› is {self.device}, but tuning takes the first; choose by CUDA_VISIBLE_DEVICES")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"‹lr› is {self.lr}; it must be a number above 0")
         if not 0 <= self.seed < 1 << 32:  # the limit of NumPy
@@ -51,7 +54,7 @@ class Request:
             raise InputError("give either ‹forget›, the data to forget, or ‹data›, any other rows to learn")
         if self.retain_kl is not None and not (math.isfinite(self.retain_kl) and self.retain_kl > 0):
             raise InputError(f"‹retain_kl› is {self.retain_kl}; it must be a number above 0")
-        if (self.retain_kl is None) != ("retain" not in self.sources):
+        if (self.retain_kl is None) != (RETAIN not in self.sources):
             raise InputError("‹retain_kl›, a weight, and ‹retain›, the rows that it holds in place, need each other")
 
     @property

@@ -19,7 +19,7 @@ from perta_fast.tuning.request import Request
 from perta_fast.tuning.retained import Retained
 from perta_fast.tuning.saving import disk_errors
 from perta_fast.tuning.schedule import Schedule
-from perta_fast.tuning.unfinished import KeptState, trained
+from perta_fast.tuning.unfinished import KeptState
 
 _AT_A_TIME = 4  # samples of one backward pass, at most; a batch takes several passes
 _WEIGHTS = "trained.safetensors"  # in a kept state
@@ -180,3 +180,8 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._kept.written(f"checkpoint-{state.global_step}", self.losses, self.divergences)
+
+
+def trained(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
@@ -201,8 +199,3 @@ class KeptState:
         if not self._target.keep:
             return "nothing was left behind"
         return f"what was learnt is kept; go on with: {shell_command('perta', 'resume', self._target.final)}"
-
-
-def trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name."""
-    return {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}

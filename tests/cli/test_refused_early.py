@@ -40,8 +40,11 @@ _NUMBERS = {
         *("--compatible=x", "--reference=nowhere.json", "--reference-model=nowhere", "--holdout=nowhere.jsonl"),
     ],
     "eval --stream": ["--stress=int8", "--lm-eval=arc_easy", "--metrics=forget_Q_A_ROUGE", "--out=result.txt"],
-    # It looks at its data after torch.
-    "tune": ["--device=gpu", "--rank=x"],
+    "tune": [
+        *("--batch-size=0", "--max-length=0", "--device=gpu", "--device=cuda:1", "--date-string=soon", "--rank=0"),
+        *("--epochs=0", "--lr=0", "--seed=-1", "--retain-kl=1", "--retain=forget.jsonl"),
+    ],
+    "tune --full": ["--lr=nan", "--seed=x"],
 }
 
 
@@ -61,6 +64,7 @@ def whole(command: str, job: Job, out: Path) -> dict[str, list[object]]:
         "sweep": weights | data | {"--lams": ["1"]} | made,
         "sweep --stream": weights | data | {"--lams": ["1"]} | made,
         "tune": {"--base": [job.base], "--forget": [job.forget]} | made,
+        "tune --full": {"--base": [job.base], "--forget": [job.forget]} | made,
         "eval": {"--model": [job.model]} | data | {"--out": [f"{out}.json"]},
         "eval --stream": {"--model": [job.model]} | data | {"--out": [f"{out}.json"]},
     }[command]
@@ -72,23 +76,13 @@ def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     words = [str(word) for option, values in good.items() for word in (option, *values)]
     cases = [[*words, more] for more in _NUMBERS[command]]
     cases += [[*words, "--no-such-option"], words[2:]]
-    if command == "tune":
-        return cases
     taken, empty, wrong = folder / "taken", folder / "empty", folder / "wrong.jsonl"
     for path in (taken / "file.json", empty / "none"):
         path.parent.mkdir()
     (taken / "file.json").write_text("")
     write_lines(wrong, [{"question": "a", "answer": "b"}] * 3 + [{"question": "an answer is missing"}])
-    cases.append(
-        [
-            str(taken)
-            if word == str(folder / "out")
-            else f"{taken}/file.json"
-            if word == f"{folder}/out.json"
-            else word
-            for word in words
-        ]
-    )
+    places = {str(folder / "out"): str(taken), f"{folder}/out.json": f"{taken}/file.json"}
+    cases.append([places.get(word, word) for word in words])
     directories = {"--model", "--base", "--tuned", "--forget-importance", "--retain-importance"}
     for option in good.keys() & directories:
         cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere", empty)]

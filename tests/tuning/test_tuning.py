@@ -351,7 +351,7 @@ def test_a_full_disk_is_a_sentence(
     full: bool, float_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """safetensors has an error type of its own for it."""
-    where = "perta_fast.tuning.run.write_tuned" if full else "perta_fast.tuning.run.save_adapter"
+    where = f"perta_fast.tuning.tuned_model.{'write_tuned' if full else 'save_adapter'}"
     save = write_tuned if full else save_adapter
 
     def saved_to_a_full_disk(*arguments: Any) -> None:
