@@ -1,7 +1,6 @@
 """Memory: how much this process takes, how much is free; and sizes and times as text."""
 
 import contextlib
-import ctypes
 import re
 import resource
 import sys
@@ -111,6 +110,8 @@ def available_bytes() -> int | None:
 
 def return_freed_blocks() -> None:
     """Make glibc return freed blocks of 1 MiB and more to the system at once; it would keep up to 32 MiB."""
+    import ctypes  # here: few need it, and it takes its time
+
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 

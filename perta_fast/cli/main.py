@@ -1,7 +1,6 @@
 """The command line, ``perta``. Each command is a module beside this one; late imports keep help fast."""
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -174,6 +173,8 @@ def _log_shown(shown: bool) -> Iterator[None]:
     if not shown:
         yield
         return
+    import logging
+
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     logger, handler = logging.getLogger("perta_fast"), logging.StreamHandler()

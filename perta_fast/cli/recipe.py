@@ -10,7 +10,6 @@ from perta_fast.cli import unlearn
 from perta_fast.cli.options import JSON, Command, Option, Outcome, flag
 from perta_fast.cli.recipe_options import MAKE_NOTHING, alternatives, options_of, required
 from perta_fast.errors import printable
-from perta_fast.files.new_file import check_output_file, write_output_file
 
 if TYPE_CHECKING:
     from perta_fast.records.recipe import Setting
@@ -44,6 +43,8 @@ def write_template(parsed: argparse.Namespace) -> int:
     if parsed.out is None:
         print(text, end="")
         return 0
+    from perta_fast.files.new_file import check_output_file, write_output_file
+
     check_output_file(parsed.out, (".yaml", ".yml"), overwrite=parsed.overwrite)
     write_output_file(parsed.out, text.encode(), overwrite=parsed.overwrite)
     return 0

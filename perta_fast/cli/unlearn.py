@@ -12,7 +12,6 @@ from perta_fast.cli.options import Command, Option, Outcome, check_streamed, for
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import check_output
 from perta_fast.memory import format_size
 from perta_fast.rules import (
     DEFAULT_RETAIN_RISE,
@@ -36,9 +35,8 @@ def run(parsed: argparse.Namespace) -> int | Outcome:
             if ranks.first:
                 return forecast_shown(_preview(parsed, ranks.world))
         return 0
-    for place in (parsed.out, parsed.save_importance, parsed.save_tuned):
-        if parsed.recipe is not None and place is not None:
-            check_output(place, overwrite=True, inputs=[parsed.recipe])  # ``unlearn`` does not know of it
+    if parsed.recipe is not None:
+        _check_recipe_stays(parsed)
     if parsed.choose is not None:
         return choosing.choose(parsed)
     with importing():
@@ -47,6 +45,15 @@ def run(parsed: argparse.Namespace) -> int | Outcome:
     without = ("recipe", "dry_run", *(option.name for option in choosing.OPTIONS))
     report = unlearn(**keywords(parsed, without), group=parsed.group)
     return made(report.as_record(), report.summary(), parsed.out or parsed.model)
+
+
+def _check_recipe_stays(parsed: argparse.Namespace) -> None:
+    """Raise InputError if an output would replace the recipe, of which ``unlearn`` does not know."""
+    from perta_fast.files.new_directory import check_output
+
+    for place in (parsed.out, parsed.save_importance, parsed.save_tuned):
+        if place is not None:
+            check_output(place, overwrite=True, inputs=[parsed.recipe])
 
 
 def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from blake3 import blake3
-
 from perta_fast.errors import InputError
 
 IN_WORDS = "rows given in Python"
@@ -28,6 +26,8 @@ class GivenRows:
     @classmethod
     def of(cls, entries: Sequence[tuple[str, Any]]) -> "GivenRows":
         """The hash is that of the entries as JSON lines."""
+        from blake3 import blake3  # here: the command line imports this file at its start
+
         digest = blake3()
         for _, entry in entries:
             digest.update(f"{_json(entry)}\n".encode())

@@ -3,7 +3,7 @@
 Every rank calls the same methods in the same order. Torch is imported only if there is more than one rank.
 """
 
-import platform
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Ranks:
 
     def on_this_machine(self) -> int:
         """How many of the ranks run on this rank's machine."""
-        machines = self.gather(platform.node())
+        machines = self.gather(os.uname().nodename)
         return machines.count(machines[self.rank])
 
     def gather(self, value: Any) -> list[Any]:

@@ -114,3 +114,11 @@ def test_what_only_reads(job: Job, tmp_path: Path) -> None:
     commands += [["report", path, "--out", str(tmp_path / "page.html")] for path in paths]
     commands += [["recipe", "check", paths[0]], ["recipe", "run", paths[0]], ["unlearn", "--recipe", paths[0]]]
     assert_refused_early(commands)
+
+
+def test_help_imports_little() -> None:
+    """Each of these would be a part of its tenth of a second."""
+    late = ["torch", "transformers", "numpy", "blake3", "ctypes", "logging", "perta_fast.files.new_directory"]
+    said = "import sys; from perta_fast import cli; print([name for name in sys.argv[1:] if name in sys.modules])"
+    done = run_child([sys.executable, "-c", said, *late])
+    assert done.stdout == "[]\n", done.stderr
