@@ -47,7 +47,7 @@ def run(parsed: argparse.Namespace) -> int | Outcome:
 def _dry_run(parsed: argparse.Namespace) -> int | Outcome:
     with importing():
         from perta_fast.evaluation.request import Request
-        from perta_fast.runs.evaluate_streamed import preview
+        from perta_fast.runs.evaluate import preview
 
     ranks = Ranks.of(parsed.group)
     with ranks.together("the estimate"):

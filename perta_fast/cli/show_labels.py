@@ -27,15 +27,20 @@ def show_labels(parsed: argparse.Namespace) -> int:
         from perta_fast.data.chat import ChatSettings
         from perta_fast.data.rows import read_data
         from perta_fast.files.hub import local_data, local_model
-        from perta_fast.models.loading import row_samples, subject_without_weights
+        from perta_fast.files.reading import exists
 
     check_sizes(1, parsed.max_length, show_labels=parsed.show_labels)
     chat = ChatSettings.of(parsed.system_prompt, parsed.date_string)
-    subject = subject_without_weights(local_model(_measured(parsed), parsed.download), chat)
-    for role, path in files.items():
-        if path is None:
-            continue
-        rows, _ = read_data(local_data(path, parsed.download), parsed.fields)
+    model = local_model(_measured(parsed), parsed.download)
+    if not exists(model / "config.json"):
+        raise InputError(f"{model}: has no config.json; name the model whose tokenizer reads the rows")
+    given = {role: local_data(path, parsed.download) for role, path in files.items() if path is not None}
+    read = {role: read_data(path, parsed.fields)[0] for role, path in given.items()}
+    with importing():
+        from perta_fast.models.loading import row_samples, subject_without_weights
+
+    subject = subject_without_weights(model, chat)
+    for role, rows in read.items():
         chosen = rows[: parsed.show_labels]
         for row, samples in zip(chosen, row_samples(subject, chosen, parsed.max_length), strict=True):
             for number, sample in enumerate(samples, start=1):

@@ -1,6 +1,8 @@
 """``evaluate``: everything is checked, then torch imported, and the model loaded and measured, or walked through."""
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed import ProcessGroup
+
+    from perta_fast.streaming.forecast.forecast import Forecast
 
 
 def evaluate(
@@ -120,6 +124,18 @@ def resume_evaluation(final: Path, progress: Progress, ranks: Ranks = Ranks.ALON
             raise InputError(f"{final}: is finished by one process: {shell_command('perta', 'resume', final)}")
     assert begun.request.model is not None
     return _run(begun.request, begun.request.model, None, progress, ranks, overwrite=True, resume=True)
+
+
+def preview(request: Request, ranks: int = 1) -> "Forecast":
+    """What a streamed evaluation will take. Raises InputError for bad input, and if memory or disk are too small.
+
+    ranks: processes; the costs are those of one. A file is written to measure the disk, and removed.
+    """
+    checked = Checked.of(replace(request, out=None), overwrite=False, resume=False)
+    destination = Path(tempfile.gettempdir()) if request.out is None else Path(request.out).parent
+    from perta_fast.runs.evaluate_streamed import forecast
+
+    return forecast(checked, destination, ranks)
 
 
 def _run(

@@ -1,8 +1,7 @@
 """``evaluate`` layer by layer: which samples the metrics ask for, one walk over all of them, then the metrics."""
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_dtype
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.reference_model import check_same_tokens
-from perta_fast.evaluation.request import Request
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.models.loading import Subject, load_subject, samples_for
@@ -60,15 +58,14 @@ def measure_streamed(
     return result
 
 
-def preview(request: Request, ranks: int = 1) -> Forecast:
+def forecast(checked: Checked, destination: Path, ranks: int = 1) -> Forecast:
     """What the walks of a streamed evaluation will take, from the headers of the files and the data.
 
-    ranks: processes; the costs are those of one. A file is written to measure the disk, and removed. Raises InputError
-    for bad input, and if memory or disk are too small.
+    destination: a directory on the disk that is to hold the hidden states; a file is written there to measure it, and
+    removed. ranks: processes; the costs are those of one. Raises InputError if memory or disk are too small.
     """
-    checked = Checked.of(replace(request, out=None), overwrite=False, resume=False)
+    request = checked.request
     opened = _Opened.open(checked, today(), None, False)
-    destination = Path(tempfile.gettempdir()) if request.out is None else Path(request.out).parent
     walks = []
     for name, (skeleton, sets) in opened.walks.items():
         estimate = forward_estimate(skeleton, [Version(name)], sets, threads_for(None, Ranks.ALONE), ranks)

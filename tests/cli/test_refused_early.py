@@ -70,10 +70,15 @@ def whole(command: str, job: Job, out: Path) -> dict[str, list[object]]:
     }[command]
 
 
+def words_of(options: dict[str, list[object]]) -> list[str]:
+    """Options as they are typed."""
+    return [str(word) for option, values in options.items() for word in (option, *values)]
+
+
 def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     """Wrong forms of a command."""
     good = whole(command, job, folder / "out")
-    words = [str(word) for option, values in good.items() for word in (option, *values)]
+    words = words_of(good)
     cases = [[*words, more] for more in _NUMBERS[command]]
     cases += [[*words, "--no-such-option"], words[2:]]
     taken, empty, wrong = folder / "taken", folder / "empty", folder / "wrong.jsonl"
@@ -105,6 +110,17 @@ def assert_refused_early(commands: list[list[str]]) -> None:
 def test_wrong_arguments_and_data(command: str, job: Job, tmp_path: Path) -> None:
     assert_refused_early([[*command.split(), *words] for words in refusals(command, job, tmp_path)])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--dry-run", "--stream"], ["--show-labels=1"]])
+def test_what_makes_nothing(more: list[str], job: Job, tmp_path: Path) -> None:
+    commands, nowhere = [], tmp_path / "nowhere"
+    for name in ("importance", "precondition", "unlearn", "unlearn --choose max-retain-rise", "sweep", "eval"):
+        good = whole(name, job, tmp_path / "out")
+        words = [*name.split(), *words_of(good), *more]
+        commands += [[*words, f"{option}={nowhere}"] for option in ("--data", "--retain", "--forget") if option in good]
+        commands.append([*words, *(f"{option}={nowhere}" for option in ("--model", "--base") if option in good)])
+    assert_refused_early(commands)
 
 
 def test_what_only_reads(job: Job, tmp_path: Path) -> None:

@@ -1,26 +1,28 @@
-"""A streamed run's estimate from configuration, data and tokenizer, without the weights: ``--dry-run``."""
+"""A streamed run's estimate from configuration, data and tokenizer, without the weights: ``--dry-run``.
+
+Arguments and data are checked before torch is imported.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from perta_fast.arguments import check_sizes
+from perta_fast.arguments import check_device, check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import Fields
 from perta_fast.data.rows import Row, read_data
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model
-from perta_fast.models.loading import Subject, choose_device, samples_for
+from perta_fast.files.reading import exists
 from perta_fast.rules import Estimator
-from perta_fast.streaming.forecast.choice import Budget, choose_schedule, rates_for
-from perta_fast.streaming.forecast.costs import Estimate, Load
-from perta_fast.streaming.forecast.forecast import Forecast
-from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
-from perta_fast.streaming.forecast.walk_costs import WalkEstimate
-from perta_fast.streaming.model.structure import Structure
+
+if TYPE_CHECKING:
+    import torch
+
+    from perta_fast.streaming.forecast.costs import Estimate
+    from perta_fast.streaming.forecast.forecast import Forecast
+    from perta_fast.streaming.model.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Conditions:
     date_string: str | None
     batch_size: int
     max_length: int | None
-    device: str | torch.device | None
-    dtype: torch.dtype | None
+    device: "str | torch.device | None"
+    dtype: "torch.dtype | None"
     memory: int | None
     device_memory: int | None
     fields: Fields | None = None
@@ -51,7 +53,7 @@ def preview(
     low_rank: bool = False,
     threads: int = 1,
     ranks: int = 1,
-) -> Forecast:
+) -> "Forecast":
     """The costs of streaming ``data`` through the model in ``subject``/config.json.
 
     data: files by role. estimator: of importances; None is for preconditioning, and ``data`` is the retain data.
@@ -63,10 +65,22 @@ def preview(
     """
     max_length = conditions.max_length
     check_sizes(conditions.batch_size, max_length)
+    check_device(conditions.device)
     subject = local_model(subject, conditions.download)
-    structure = Structure.build(subject, conditions.dtype)
+    if not exists(subject / "config.json"):
+        raise InputError(f"{subject}: has no config.json, from which the costs of its model are estimated")
     rows = {role: read_data(local_data(path, conditions.download), conditions.fields)[0] for role, path in data.items()}
     chat = ChatSettings.of(conditions.system_prompt, conditions.date_string)
+    # Imported late: what is wrong so far was said without waiting for torch.
+    from perta_fast.models.loading import choose_device
+    from perta_fast.streaming.forecast.choice import Budget, choose_schedule, rates_for
+    from perta_fast.streaming.forecast.costs import Load
+    from perta_fast.streaming.forecast.forecast import Forecast
+    from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate
+    from perta_fast.streaming.forecast.walk_costs import WalkEstimate
+    from perta_fast.streaming.model.structure import Structure
+
+    structure = Structure.build(subject, conditions.dtype)
     tokenizer = _tokenizer(subject)
     if tokenizer is None and max_length is None:
         raise InputError(
@@ -105,10 +119,12 @@ def _tokenizer(subject: Path) -> Any:
 
 
 def _lengths(
-    structure: Structure, subject: Path, tokenizer: Any, rows: Sequence[Row], max_length: int | None
+    structure: "Structure", subject: Path, tokenizer: Any, rows: Sequence[Row], max_length: int | None
 ) -> list[int]:
     if tokenizer is None:
         assert max_length is not None
         return [max_length] * len(rows)
+    from perta_fast.models.loading import Subject, samples_for
+
     samples = samples_for(Subject(structure.model, tokenizer, str(subject)), rows, max_length)
     return [len(sample.input_ids) for sample in samples]
