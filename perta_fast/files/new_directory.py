@@ -306,7 +306,7 @@ def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     except OSError as error:
         raise InputError(f"{final}: cannot be read: {error.strerror}") from error
     if occupied and not overwrite:
-        raise InputError(f"{final}: exists and is not empty; choose another directory or pass --overwrite")
+        raise InputError(f"{final}: exists and is not empty; choose another directory or pass ‹overwrite›")
     locked = next((folder for folder, _, _ in os.walk(resolved) if not os.access(folder, os.W_OK | os.X_OK)), None)
     if occupied and locked is not None:
         raise InputError(

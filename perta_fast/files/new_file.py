@@ -44,7 +44,7 @@ def check_output_file(
         if is_same(path, source):
             raise InputError(f"{path}: is the input {source}; choose another file")
     if os.path.lexists(path) and not overwrite:
-        raise InputError(f"{path}: exists; choose another file or pass --overwrite")
+        raise InputError(f"{path}: exists; choose another file or pass ‹overwrite›")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: is not a directory")
     check_finished(path.parent)

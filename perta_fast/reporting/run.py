@@ -104,7 +104,7 @@ def _check_folder(path: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: is not a directory")
     if path.is_dir() and any(path.glob("*.png")) and not overwrite:
-        raise InputError(f"{path}: holds plots already; choose another directory or pass --overwrite")
+        raise InputError(f"{path}: holds plots already; choose another directory or pass ‹overwrite›")
     for plot in path.glob("*.png"):
         check_output_file(plot, (".png",), overwrite=overwrite, inputs=inputs)
     for beside in path.glob(".*.perta-partial"):

@@ -76,7 +76,7 @@ def assert_complete(inputs: Inputs, out: Path) -> None:
 class TestWhatIsInTheWay:
     def test_a_directory_that_is_not_empty_is_refused(self, inputs: Inputs, out: Path) -> None:
         before = old_directory(out)
-        with pytest.raises(InputError, match=r"out: exists and is not empty; .* pass --overwrite"):
+        with pytest.raises(InputError, match=r"out: exists and is not empty; .* pass overwrite"):
             run(inputs, out)
         assert fingerprint(out.parent) == before
 

@@ -58,7 +58,7 @@ def test_an_input_is_not_replaced_whatever_its_path(tmp_path: Path) -> None:
 
 def test_a_link_that_leads_nowhere_is_there(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to("nowhere.json")
-    with pytest.raises(InputError, match="exists; choose another file or pass --overwrite"):
+    with pytest.raises(InputError, match="exists; choose another file or pass overwrite"):
         check_output_file(tmp_path / "link.json", (".json",), overwrite=False)
     write_output_file(tmp_path / "link.json", b"new")
     assert (tmp_path / "link.json").read_bytes() == b"new"
