@@ -28,11 +28,11 @@ def run(parsed: argparse.Namespace) -> Outcome:
 
 COMMAND = Command(
     "apply",
-    "the subtraction, with importances estimated before",
+    "the subtraction alone, with importances estimated before",
     (
         *CHECKPOINTS,
-        Option("forget_importance", type=Path, metavar="DIR"),
-        Option("retain_importance", type=Path, metavar="DIR"),
+        Option("forget_importance", "importance on the data to forget, by perta importance", Path, "DIR"),
+        Option("retain_importance", "the same on the data to keep", Path, "DIR"),
         IMPORTANCE,
         *RULE_AND_STRENGTH,
         *SCOPE,

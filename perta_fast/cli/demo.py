@@ -28,7 +28,7 @@ COMMAND = Command(
             choices=("smollm2", "small"),
         ),
         flag("fast", "small models that learn less, seconds instead of minutes"),
-        Option("seed", type=int, default=0),
+        Option("seed", "of what is drawn at random (0)", int, "N", 0),
     ),
     run,
 )

@@ -10,7 +10,10 @@ from typing import Any, NoReturn
 from perta_fast.cli.options import Command, add_options
 from perta_fast.cli.recipe_options import RECIPE, arguments_from, settings_for
 
-_DESCRIPTION = "Unlearn by per-parameter task arithmetic: theta - lambda * w * (theta_f - theta_0)."
+_DESCRIPTION = "Make a language model forget what it was tuned on, by arithmetic on its weights."
+_FIRST_STEPS = "New here? perta demo shows the whole job; tune, unlearn, verify and report are its steps."
+_REQUIRED = "the following arguments are required: "  # as argparse begins its messages
+_ONE_REQUIRED = "one of the arguments "
 _EVERYWHERE = ("-h", "--help", "-v", "--verbose")
 
 
@@ -33,6 +36,21 @@ class CommandParser(_OneLine):
             "-v", "--verbose", action="store_true", default=verbose, help="log each phase on standard error"
         )
         self.of_paths = add_options(self, command.options)
+        self.words: set[str] = set()
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line; all that is missing is named in it, also where one of several options would do."""
+        if message.startswith(_ONE_REQUIRED):
+            message = f"{_REQUIRED}{', '.join(self._missing_choices())}"
+        elif message.startswith(_REQUIRED):
+            message = ", ".join([message, *self._missing_choices()])
+        super().error(message)
+
+    def _missing_choices(self) -> list[str]:
+        options = self.command.options
+        needed = dict.fromkeys(option.one_of for option in options if option.required and option.one_of)
+        choices = [[option.typed for option in options if option.one_of == word] for word in needed]
+        return [" or ".join(typed) for typed in choices if self.words.isdisjoint(typed)]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like argparse's own, with the arguments of a recipe before ``args``. Raises InputError for a bad recipe."""
@@ -43,6 +61,7 @@ class CommandParser(_OneLine):
             path = given.pop("recipe", None)
             if path is not None and "help" not in given:
                 args = [*arguments_from(self.command, settings_for(self.command, path), path, given), *args]
+        self.words = {argument.partition("=")[0] for argument in args}
         parsed, others = super().parse_known_args(args, namespace)
         if others:
             self.error(f"there is no place for {' '.join(others)}")
@@ -100,7 +119,7 @@ def parser_of(command: Command) -> CommandParser:
 def whole_parser(commands: Sequence[Command]) -> CommandParser:
     """The parser of ``perta`` with all its commands; what it parses has the one that was given, as ``command``."""
     top = Command("perta", _DESCRIPTION, parts=tuple(commands))
-    parser = CommandParser(prog=top.name, description=top.help, command=top, verbose=False)
+    parser = CommandParser(prog=top.name, description=top.help, epilog=_FIRST_STEPS, command=top, verbose=False)
     parser.known.add("--version")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     _add_commands(parser, commands, "COMMAND")
@@ -110,7 +129,8 @@ def whole_parser(commands: Sequence[Command]) -> CommandParser:
 def _add_commands(parser: CommandParser, commands: Iterable[Command], metavar: str) -> None:
     subparsers = parser.add_subparsers(required=True, metavar=metavar)
     for command in commands:
-        subparser = subparsers.add_parser(command.name, help=command.help, command=command)
+        described = f"{command.help[0].upper()}{command.help[1:]}."
+        subparser = subparsers.add_parser(command.name, help=command.help, description=described, command=command)
         subparser.set_defaults(command=command)
         if command.parts:
             _add_commands(subparser, command.parts, "|".join(part.name for part in command.parts))

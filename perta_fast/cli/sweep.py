@@ -136,7 +136,7 @@ def _percent(text: str) -> float:
 
 COMMAND = Command(
     "sweep",
-    "many settings from one importance pass, scored and chosen from",
+    "score many settings without writing them, and choose one",
     (
         *options.CHECKPOINTS,
         Option("forget", "data to forget", Path, "FILE", required=True),

@@ -105,7 +105,7 @@ def _after_the_walk(whole: Path) -> str:
 
 COMMAND = Command(
     "unlearn",
-    "importance on both data sets, then the subtraction",
+    "make a model forget: look at both data sets, then subtract",
     (
         RECIPE,
         *options.CHECKPOINTS,

@@ -20,7 +20,7 @@ COMMAND = Command(
     "verify",
     "recompute the hashes of a run, and its tensors by the reference",
     (
-        Option("path", type=Path, metavar="DIR", positional=True),
+        Option("path", "output directory of a run", Path, "DIR", positional=True),
         flag("full", "recompute every tensor, not a sample"),
         flag("quiet", "no progress bar"),
         JSON,

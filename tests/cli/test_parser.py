@@ -43,6 +43,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("apply --xyzzy", "perta apply: error: there is no option --xyzzy (perta apply --help)\n"),
         ("verify a b", "perta verify: error: there is no place for b (perta verify --help)\n"),
         ("verify", "perta verify: error: the following arguments are required: DIR (perta verify --help)\n"),
+        ("tune --base b", "perta tune: error: the following arguments are required: --out, --forget or --data (p"),
+        ("tune --base b --out=o", "perta tune: error: the following arguments are required: --forget or --data (p"),
+        ("tune --base b --data=d", "perta tune: error: the following arguments are required: --out (perta tune "),
         ("tune --rank x", "perta tune: error: argument --rank: invalid int value: 'x' (perta tune --help)\n"),
     ],
 )  # fmt: skip
@@ -101,3 +104,11 @@ def test_help_is_another_word_for_the_option(name: str, capsys: pytest.CaptureFi
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert shown[0].startswith(f"usage: perta {name}")
+    if name:
+        described = f"{ALL[name].help[0].upper()}{ALL[name].help[1:]}."
+        assert described in " ".join(shown[0].split())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_says_what_it_does(name: str) -> None:
+    assert [option.typed for option in ALL[name].options if not option.help] == []

@@ -146,7 +146,9 @@ def test_a_new_place_is_needed_to_repeat_a_run(done: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         run("unlearn", "--recipe", done / "out" / "perta_report.json")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("perta unlearn: error: one of the arguments --out --in-place is required")
+    assert capsys.readouterr().err.startswith(
+        "perta unlearn: error: the following arguments are required: --out or --i"
+    )
 
 
 def test_calls_from_python_are_recorded_too(job: Job, tmp_path: Path, asked: Asked) -> None:
