@@ -12,9 +12,9 @@ import pytest
 
 from perta_fast import InputError, Interrupted, PertaError, RunError, Sweep, apply, cli, resume, sweep
 from perta_fast.files.durable import read_record, write_record
+from perta_fast.runs import estimate
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.sweeping import chosen_checkpoint as writing
-from perta_fast.sweeping import opened as sweeping_opened
 from perta_fast.sweeping import run as sweeping_run
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.children import perta, signal_at
@@ -71,7 +71,7 @@ class Watch:
         self.stop_at: str | None = None
         self.estimates_left = 2
         self.error: BaseException = KeyboardInterrupt()
-        score, estimate = ScoredModel.score, sweeping_opened.estimate_on
+        score, estimate_on = ScoredModel.score, estimate.estimate_on
 
         def watched(model: ScoredModel, name: str) -> Any:
             if name == self.stop_at:
@@ -83,10 +83,10 @@ class Watch:
             if self.estimates == self.estimates_left:
                 raise self.error
             self.estimates += 1
-            return estimate(*arguments, **settings)
+            return estimate_on(*arguments, **settings)
 
         monkeypatch.setattr(ScoredModel, "score", watched)
-        monkeypatch.setattr(sweeping_opened, "estimate_on", counted)
+        monkeypatch.setattr(estimate, "estimate_on", counted)
 
     def forget(self) -> None:
         """As in a new process."""
