@@ -148,6 +148,7 @@ def sections_of(recipe: Recipe, path: Path) -> list[Section]:
 def check_inputs(sections: list[Section]) -> None:
     """Raise InputError unless all that the sections read is there, in order, or is made by an earlier section."""
     data: dict[tuple[Path, str], None] = {}
+    _check_apart(sections)
     for number, section in enumerate(sections):
         if key := next((key for key in MAKE_NOTHING if _says(section, [key])), None):
             raise InputError(f"{section.settings[key].where}: {key} makes nothing that a job could go on with")
@@ -163,6 +164,18 @@ def check_inputs(sections: list[Section]) -> None:
             if later is not None and not exists(path):
                 raise InputError(f"{where}: {path} is made by {later.name}, which does not come before {section.name}")
             _check_input(section, key, path, where, data)
+
+
+def _check_apart(sections: list[Section]) -> None:
+    """Raise InputError if a section would replace what it reads itself, or what an earlier one reads."""
+    for number, section in enumerate(sections):
+        for other in sections[: number + 1]:
+            for key, path in other.read():
+                if not section.in_place and exists(path) and _made_by(path, section):
+                    where = f"{other.settings[key].where}: {key}"
+                    raise InputError(
+                        f"{where}: {path} would be replaced by {section.name}; choose another out for that"
+                    )
 
 
 def _check_input(section: Section, key: str, path: Path, where: str, data: dict[tuple[Path, str], None]) -> None:

@@ -15,8 +15,7 @@ _RECORD = f"Hashes of all inputs and the change of every tensor are in `{FILE_NA
 def write_model_card(directory: Path, report: Report) -> None:
     """Append the section to ``README.md`` in ``directory``, or make one; what it says already stays."""
     path = directory / "README.md"
-    # Bytes that are not UTF-8 are kept as they are.
-    card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    card = _read(path) if path.exists() else ""
     section = _merged(report) if report.merged else _unlearned(report)
     _write(path, f"{with_metadata(card, directory, report).rstrip()}\n\n{section}")
 
@@ -47,12 +46,18 @@ def _unlearned(report: Report) -> str:
 
 def add_verdict(card: Path, target: Path, check: Check) -> None:
     """Write the model card with what was forgotten and kept, in words and numbers, to ``target``."""
-    text = card.read_text(encoding="utf-8", errors="surrogateescape")
+    text = _read(card)
     rows = [CheckedData.HEAD, ["---"] * len(CheckedData.HEAD), *(data.cells(role) for role, data in check.data.items())]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     _write(target, f"{text.rstrip()}\n\nMeasured on rows of the data before and after. {check.verdict()}\n\n{table}\n")
 
 
+def _read(path: Path) -> str:
+    """The text as it is: with its ends of lines, and with bytes that are not UTF-8."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return file.read()
+
+
 def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", opener=own_file) as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="", opener=own_file) as file:
         file.write(text)

@@ -307,6 +307,28 @@ def test_a_fault_in_any_section_is_refused_with_its_line(
     assert not any((home / name).exists() for name in (*RESULTS, RECORD))
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("out: unlearned", "out: model", "line 1: model: {home}/model would be replaced by unlearn"),
+        ("out: settings", "out: .", "line 1: model: {home}/model would be replaced by sweep"),
+        (
+            "out: page.html",
+            "out: page.html\n  png: retain.jsonl",
+            "line 5: retain: {home}/retain.jsonl would be replaced",
+        ),
+    ],
+)
+def test_what_the_job_reads_is_never_replaced(
+    before: str, after: str, expected: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before the first section begins."""
+    path, inputs = change(home, before, after), fingerprint(home)
+    said = refusal(capsys, "recipe", "run", path, "--overwrite")
+    assert said.startswith(f"{path}, {expected.format(home=home)}")
+    assert fingerprint(home) == inputs
+
+
 WHOLE_FAULTS = {
     "no place": ("  out: settings\n", "", "sweep: is not a whole run; it does not say: out"),
     "what does not go together": ("lam: 0.5", "lams: 0.5", "unlearn: --lams is for a choice among settings"),

@@ -137,3 +137,10 @@ def test_the_verdict_comes_with_its_numbers(tmp_path: Path) -> None:
         "| forget, 3 of 9 | 0.50 | 2.50 | 3 | 0 | 3 |\n"
         "| retain, 4 of 4 | 0.25 | 0.30 | 4 | 4 | 4 |\n"
     )
+
+
+def test_a_card_keeps_its_ends_of_lines(tmp_path: Path) -> None:
+    card = b"---\r\nlicense: mit\r\n---\r\n# A model\r\n\r\nText.\xff"
+    (tmp_path / "README.md").write_bytes(card)
+    write_model_card(tmp_path, report())
+    assert (tmp_path / "README.md").read_bytes().startswith(card + b"\n\n## Unlearned")
