@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 from perta_fast.cli import options
 from perta_fast.cli.choosing import check_choice
@@ -46,4 +47,17 @@ def _eval(parsed: argparse.Namespace) -> None:
     check_arguments(Request.of(options.keywords(parsed) | {"model_or_path": parsed.model}))
 
 
-_OWN: Mapping[str, Callable[[argparse.Namespace], None]] = {"unlearn": _unlearn, "sweep": _sweep, "eval": _eval}
+def _tune(parsed: argparse.Namespace) -> None:
+    from perta_fast.tuning.request import DATA, FORGET, RETAIN, Request
+
+    named = {role: getattr(parsed, role) for role in (FORGET, DATA, RETAIN)}
+    settings = {field.name: getattr(parsed, field.name) for field in fields(Request) if field.name != "sources"}
+    Request(**settings, sources={role: str(path) for role, path in named.items() if path is not None}).check()
+
+
+_OWN: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "unlearn": _unlearn,
+    "sweep": _sweep,
+    "eval": _eval,
+    "tune": _tune,
+}

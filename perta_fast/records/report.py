@@ -252,10 +252,17 @@ class Report:
         return sum(row.changed for row in self.tensors) / elements if elements else 0.0
 
     def __repr__(self) -> str:
-        rule = self.rule if self.preconditioned is None else f"preconditioned, mu {self.preconditioned.mu:g}"
         return printable(
-            f"<Report: rule {rule}, lambda {self.lam:.6g}, {self.changed_share:.1%} of the elements changed, "
+            f"<Report: {self._rule()}, lambda {self.lam:.6g}, {self.changed_share:.1%} of the elements changed, "
             f"{self.output['path'] or 'no output'}>"
+        )
+
+    def _rule(self) -> str:
+        """The rule as it was asked for: what a preconditioned θ_f goes through is rule tv."""
+        return (
+            f"rule {self.rule}"
+            if self.preconditioned is None
+            else f"rule preconditioned, mu {self.preconditioned.mu:g}"
         )
 
     def _repr_html_(self) -> str:
@@ -270,7 +277,9 @@ class Report:
     def summary(self) -> str:
         """A few lines for a person."""
         counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
-        how = f"rule {self.rule}, lambda {self.lam:.10g}, p {self.p:g}, alpha {self.alpha:g}"
+        how = f"{self._rule()}, lambda {self.lam:.10g}"
+        if self.rule != "tv":  # which has no weights
+            how += f", p {self.p:g}, alpha {self.alpha:g}"
         if self.merged:
             how, counts = "the base with its adapter", counts.replace("subtracted", "merged")
         lines = [how, f"tensors: {counts}"]

@@ -333,6 +333,11 @@ WHOLE_FAULTS = {
     "no place": ("  out: settings\n", "", "sweep: is not a whole run; it does not say: out"),
     "what does not go together": ("lam: 0.5", "lams: 0.5", "unlearn: --lams is for a choice among settings"),
     "a number out of range": ("max-new-tokens: 1", "max-new-tokens: 0", "eval: max_new_tokens is 0"),
+    "a number of tune out of range": (
+        "sweep:\n  rule",
+        "tune:\n  epochs: 0\n  out: made\nsweep:\n  rule",
+        "tune: epochs is 0; it must be at least 1",
+    ),
     "no strengths and no bound": ("  lams: 0.5,1\n", "", "sweep: give lams, or a bound up to which to search"),
     "one place for two": ("out: unlearned", "out: settings", "unlearn: {home}/settings is what sweep makes; choose"),
 }
