@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from perta_fast.files.new_directory import (
 )
 from perta_fast.files.own import check_own, remove_own_file
 from perta_fast.files.reading import checked_path
+
+# Of a checkpoint, an adapter or a tokenizer; their weights end otherwise than what a command writes.
+_OF_A_MODEL = re.compile(
+    r"(\w+_)?(config|tokenizer|vocab|tokens|tokens_map|index)\.json|.*\.index\.json|perta_(report|tune)\.json"
+)
 
 
 def check_output_file(
@@ -45,6 +51,8 @@ def check_output_file(
             raise InputError(f"{path}: is the input {source}; choose another file")
     if os.path.lexists(path) and not overwrite:
         raise InputError(f"{path}: exists; choose another file or pass ‹overwrite›")
+    if os.path.lexists(path) and _is_of_a_model(path.name):
+        raise InputError(f"{path}: is a file of a model, which is not replaced; choose another file")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: is not a directory")
     check_finished(path.parent)
@@ -54,6 +62,10 @@ def check_output_file(
     check_own(beside, directory=has_unfinished(path) or was_killed_early(beside))
     check_unfinished(path, overwrite=overwrite, again=again)
     check_writable(path)
+
+
+def _is_of_a_model(name: str) -> bool:
+    return _OF_A_MODEL.fullmatch(name) is not None
 
 
 def write_output_file(path: Path, content: bytes, *, overwrite: bool = False) -> None:

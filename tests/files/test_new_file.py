@@ -56,6 +56,13 @@ def test_an_input_is_not_replaced_whatever_its_path(tmp_path: Path) -> None:
     check_output_file(tmp_path / "new.json", (".json",), overwrite=True, inputs=[source])
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json", "perta_report.json"])
+def test_a_file_of_a_model_is_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"{name}: is a file of a model, which is not replaced"):
+        check_output_file(tmp_path / name, (".json",), overwrite=True)
+
+
 def test_a_link_that_leads_nowhere_is_there(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to("nowhere.json")
     with pytest.raises(InputError, match="exists; choose another file or pass overwrite"):
