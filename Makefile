@@ -19,8 +19,9 @@ LOWEST := $(addprefix tests/,checkpoints/test_adapters.py data/test_formats.py \
 
 .PHONY: demo quick test bench lint format docs cuda-check wheel-check lowest clean
 
+# make demo DEMO=--fast takes seconds.
 demo: $(VENV)/built
-	OMP_WAIT_POLICY=passive $(BIN)/perta demo
+	OMP_WAIT_POLICY=passive $(BIN)/perta demo $(DEMO)
 
 # Two files at a time. Threads that wait do not spin, as there are more of them than processors.
 test: $(VENV)/built
