@@ -222,13 +222,3 @@ def test_a_directory_that_holds_the_output_is_refused(job: Job, tmp_path: Path) 
         )
     with pytest.raises(InputError, match=r"is or contains the input .*train\.jsonl"):
         tune(job.base, tmp_path / "set", tmp_path / "set", overwrite=True)
-
-
-@pytest.mark.parametrize("data", [[{"text": "a"}], {"text": ["a"]}])
-def test_rows_in_place_of_a_file(data: object, job: Job, tmp_path: Path) -> None:
-    for call in (
-        lambda: unlearn(*job.checkpoints, data, job.retain, out=tmp_path / "out", lam=1.0, rule="fisher"),  # type: ignore[arg-type]
-        lambda: tune(job.base, data, tmp_path / "out"),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(InputError, match="and here it must be a file; write one, with to_json"):
-            call()

@@ -241,6 +241,6 @@ def test_what_is_saved_must_not_replace(job: Job, tmp_path: Path) -> None:
             run(job, tmp_path / "out", lam=1.0, save_tuned=place)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    with pytest.raises(pf.InputError, match="--overwrite"):
+    with pytest.raises(pf.InputError, match="pass overwrite"):
         run(job, tmp_path / "out", lam=1.0, save_tuned=tmp_path / "full")
     assert names(tmp_path) == ["full", "job"]
