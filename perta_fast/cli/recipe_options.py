@@ -58,8 +58,6 @@ def with_shared(
 ) -> dict[str, "Setting"]:
     """The settings of one section: its own, and those of the shared ones that it knows and does not replace."""
     known = options_of(command)
-    if "retain-kl" in known and "retain-kl" not in own:  # without it a tuning has no use for what is shared
-        known.pop("retain")
     replaced = set(own).union(*(group for group in alternatives(command) if not own.keys().isdisjoint(group)))
     taken = {key: setting for key, setting in shared.items() if key in known and key not in replaced} | dict(own)
     alone = {key for key in taken if _ONLY_BESIDE.get((command.name, key), key) not in taken and key not in own}
