@@ -237,8 +237,8 @@ def test_a_strength_is_written_so_that_it_can_be_given_again(
     Measured(monkeypatch, lambda lam: 2.0 if lam <= 2**-9 else 3.0)
     report = run(job, tmp_path / "out", rule="tv")
     assert report.lam == 0.001953125
-    lines = report.summary().splitlines()
-    assert lines[0].startswith("rule tv, lambda 0.001953125, ") and "lambda 0.001953125 was chosen" in report.summary()
+    summary = report.summary()
+    assert summary.splitlines()[0] == "rule tv, lambda 0.001953125" and "lambda 0.001953125 was chosen" in summary
     assert report.recipe["lam"] == 0.001953125 and "max-retain-rise" not in report.recipe
 
 
