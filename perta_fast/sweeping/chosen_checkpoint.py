@@ -20,6 +20,7 @@ from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checkpoints_of, open_sources
 from perta_fast.sweeping.recorded_choice import chosen_recipe, recorded_choice
+from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Begun
 from perta_fast.sweeping.vectors import Vectors
@@ -34,9 +35,7 @@ def check_result(opened: OpenedSweep, out: Path) -> None:
     if not request.makes_result:
         return
     destination = request.result
-    if lies_in(destination, out) or lies_in(out, destination):
-        what = "model" if request.in_place else "checkpoint"
-        raise InputError(f"{what} {destination} and out {out} must lie apart, neither within the other")
+    check_apart(request, out)
     if request.in_place:
         check_others(opened.sources.model, True, request.leave_others)
         check_in_place(opened.sources)
@@ -44,6 +43,13 @@ def check_result(opened: OpenedSweep, out: Path) -> None:
         return
     check_output(destination, overwrite=request.overwrite, inputs=inputs)
     check_unfinished(destination, overwrite=request.overwrite)
+
+
+def check_apart(request: Request, out: Path) -> None:
+    """Raise InputError if one of the directories of result and sweep lies in the other."""
+    if lies_in(request.result, out) or lies_in(out, request.result):
+        what = "model" if request.in_place else "checkpoint"
+        raise InputError(f"{what} {request.result} and out {out} must lie apart, neither within the other")
 
 
 def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vectors: Vectors) -> None:

@@ -8,16 +8,18 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from perta_fast.checkpoints.companions import PRECONDITIONING
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
 from perta_fast.files.identity import lies_in
-from perta_fast.files.new_directory import OutputDirectory, check_output, check_unfinished
+from perta_fast.files.new_directory import OutputDirectory, check_output, check_replaceable, check_unfinished
 from perta_fast.files.reading import exists
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.progress import Progress
 from perta_fast.rules import ESTIMATORS, PRECONDITIONED, Estimator
 from perta_fast.scoring.importances import Importances, importances_in, metadata_of
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
+from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.unfinished import Begun, Record
 from perta_fast.sweeping.vectors import Vectors
 
@@ -36,7 +38,25 @@ def check_kept(opened: OpenedSweep, out: Path | None) -> None:
         raise InputError(f"‹save_importance› keeps what the sweep estimates, and {reason}; leave it out")
     if request.save_tuned is not None and not opened.mus():
         raise InputError(f"‹save_tuned› is for rule {PRECONDITIONED}; leave it out, or take that rule")
-    places = [Path(place) for place in (request.save_importance, request.save_tuned) if place is not None]
+    _check_apart(request, out)
+    for place in _places(request):
+        check_output(place, overwrite=request.overwrite, inputs=opened.paths())
+        check_unfinished(place, overwrite=request.overwrite)
+
+
+def check_places(request: Request, out: Path) -> None:
+    """Raise InputError if a sweep that goes on from its record in ``out`` would replace what no run has written."""
+    _check_apart(request, out)
+    names = {
+        request.save_importance: (*request.kept_form.entries, *ESTIMATORS),
+        request.save_tuned: (PRECONDITIONING, *(Vectors.name(mu) for mu in request.mus if mu is not None)),
+    }
+    for place in _places(request):
+        check_replaceable(place, names[str(place)], f"the sweep to {out}")
+
+
+def _check_apart(request: Request, out: Path | None) -> None:
+    places = _places(request)
     others = [*([] if out is None else [out]), *([request.result] if request.makes_result else [])]
     for place in places:
         check_name(place)
@@ -45,8 +65,11 @@ def check_kept(opened: OpenedSweep, out: Path | None) -> None:
             final = Path(os.path.realpath(place))
             if lies_in(final, other) or lies_in(other, final):
                 raise InputError(f"{place} and {other} must lie apart, neither within the other")
-        check_output(place, overwrite=request.overwrite, inputs=opened.paths())
-        check_unfinished(place, overwrite=request.overwrite)
+
+
+def _places(request: Request) -> list[Path]:
+    """The directories of what is kept."""
+    return [Path(place) for place in (request.save_importance, request.save_tuned) if place is not None]
 
 
 def find_kept(opened: OpenedSweep, begun: Begun, vectors: Vectors) -> None:
@@ -86,7 +109,7 @@ def keep_vectors(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
     final = _final(opened.request.save_tuned)
     with opened.ranks.together("the kept θ_f"):
         if opened.ranks.first and _TUNED not in record.begun.kept:
-            with OutputDirectory(final, overwrite=opened.request.overwrite) as target:
+            with OutputDirectory(final, overwrite=opened.request.overwrite, inputs=opened.paths()) as target:
                 for mu, kept in places.items():
                     _move_into(vectors.of(mu), target.path / kept.relative_to(final))
                 target.commit()
@@ -126,7 +149,7 @@ def _write_importances(opened: OpenedSweep, importances: ByEstimator) -> None:
         (of_estimator,) = importances.values()
         _ratio(of_estimator, request.kept_form.dtype).save(final, overwrite=request.overwrite, progress=progress)
         return
-    with OutputDirectory(final, overwrite=request.overwrite) as target:
+    with OutputDirectory(final, overwrite=request.overwrite, inputs=opened.paths()) as target:
         for estimator, of_estimator in importances.items():
             folder = target.path if len(importances) == 1 else target.path / estimator
             _write(of_estimator, request.kept_form.as_ratio, request.kept_form.dtype, folder, progress)

@@ -36,8 +36,8 @@ from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, AnyRule, Place
 from perta_fast.scoring.criteria import LOSS, Metric, Selection
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
-from perta_fast.sweeping.chosen_checkpoint import check_result, finish_in_place, has_changed, write_best
-from perta_fast.sweeping.keeping import check_kept, find_kept
+from perta_fast.sweeping.chosen_checkpoint import check_apart, check_result, finish_in_place, has_changed, write_best
+from perta_fast.sweeping.keeping import check_kept, check_places, find_kept
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
@@ -178,6 +178,9 @@ def _begun_request(final: Path) -> Request:
     request = begun.request
     if request.out is None or not is_same(request.out, final):
         raise InputError(f"{final}: the sweep to finish is one to {request.out}; give the directory that name again")
+    if request.makes_result:
+        check_apart(request, final)
+    check_places(request, final)
     if request.checkpoint is not None:
         check_replaceable(request.result, [REPORT], f"the sweep to {final}")
     if request.in_place and not has_changed(begun):

@@ -366,19 +366,27 @@ def test_a_run_that_fails_keeps_what_was_scored(
     assert watch.scored == SCORED[-1:]
 
 
-@pytest.mark.parametrize("name", ["out", "checkpoint"])
 def test_a_record_cannot_make_resume_replace_what_no_run_wrote(
-    name: str, whole: tuple[Sweep, Path], stopped: Path, tmp_path_factory: pytest.TempPathFactory
+    own_job: Job, whole: tuple[Sweep, Path], stopped: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The record of a sweep that overwrites names directories, and others may have written it."""
     path = stopped / ".out.perta-partial" / ".perta-sweep" / "begun.json"
     record, mine = read_record(path), tmp_path_factory.mktemp("mine")
     (mine / "text").write_text("mine")
-    forged = {**record, "request": {**record["request"], name: str(mine), "overwrite": True}}
-    write_record(path, forged)
-    before = fingerprint(mine)
-    with pytest.raises(InputError, match=r"the sweep to finish is one to .*mine|mine.*: holds what no run has written"):
-        resume(stopped / "out", progress=False)
-    assert fingerprint(mine) == before
+    inputs = own_job.model.parent
+    (inputs / "forget").mkdir()  # as if importances had been kept there
+    before = fingerprint(mine), fingerprint(inputs)
+    for name, place, message in (
+        ("out", mine, r"the sweep to finish is one to .*mine"),
+        *((name, mine, "mine.*: holds what no run has written") for name in ("checkpoint", "save_tuned")),
+        ("save_importance", mine, "mine.*: holds what no run has written"),
+        *((name, stopped, "must lie apart, neither within the other") for name in ("checkpoint", "save_importance")),
+        ("save_importance", inputs, "is or contains the input"),
+    ):
+        write_record(path, {**record, "request": {**record["request"], name: str(place), "overwrite": True}})
+        with pytest.raises(PertaError, match=message):
+            resume(stopped / "out", progress=False)
+        assert (fingerprint(mine), fingerprint(inputs)) == before
+    (inputs / "forget").rmdir()
     write_record(path, record)
     assert_same(resume(stopped / "out", progress=False), stopped, whole)  # type: ignore[arg-type]
