@@ -95,7 +95,7 @@ def _unfinished(destination: Path) -> _Unfinished | None:
         return "sweep"
     if has_record(destination, EVALUATION_STATE):
         return "evaluation"
-    if has_record(destination, TUNING_STATE):
+    if has_record(destination, TUNING_STATE) or exists(destination / TUNING_STATE):
         return "tuning"
     if exists(destination / STATE):
         return "last steps"

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.companions import TUNING
-from perta_fast.errors import printable_lines
+from perta_fast.errors import InputError, printable_lines
+from perta_fast.files.reading import read_json
 from perta_fast.records.report import DataRecord, Scalar, read_as_lines
-from perta_fast.records.typed_json import write_readable_json
+from perta_fast.records.typed_json import typed, write_readable_json
 from perta_fast.tuning.request import FORGET
 from perta_fast.tuning.schedule import Schedule
 
@@ -48,10 +49,21 @@ class Tuning:
 
     def save(self, directory: Path) -> None:
         """Write ``perta_tune.json`` into ``directory``."""
-        write_readable_json(directory / FILE_NAME, asdict(self))
+        write_readable_json(directory / FILE_NAME, self.as_record())
+
+    @classmethod
+    def read(cls, directory: Path) -> "Tuning":
+        """The record in ``directory``. Raises InputError if it is not one that this version writes."""
+        path = directory / FILE_NAME
+        content = read_json(path)
+        try:
+            tuning: Tuning = typed(content, cls)
+        except InputError as error:
+            raise InputError(f"{path}: is not the record of a tuning: {error}") from error
+        return tuning
 
     def as_record(self) -> dict[str, Any]:
-        """As it is written."""
+        """The content of ``perta_tune.json``."""
         return asdict(self)
 
     def summary(self) -> str:

@@ -19,15 +19,21 @@ from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
 from perta_fast.files.hub import local_model
-from perta_fast.files.new_directory import OutputDirectory, check_replaceable, check_space
-from perta_fast.files.reading import checked_path
+from perta_fast.files.new_directory import (
+    TUNING_STATE,
+    OutputDirectory,
+    check_replaceable,
+    check_space,
+    unfinished_advice,
+)
+from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.tuning.prepared import Prepared
 from perta_fast.tuning.record import FILE_NAME, Tuning
 from perta_fast.tuning.request import DATA, FORGET, RETAIN, Request, Source, sources_here
 from perta_fast.tuning.size import tuned_size
-from perta_fast.tuning.unfinished import Begun, identity_of
+from perta_fast.tuning.unfinished import Begun, clear_up, identity_of
 
 if TYPE_CHECKING:
     import torch
@@ -118,17 +124,18 @@ def tune(
     if begun is not None:
         begun.check_request(final, request)
         overwrite = begun.overwrite
+    elif not overwrite and exists(final / TUNING_STATE):
+        raise InputError(unfinished_advice(final))
     return _run(request, sources_here(request, given), final, begun, overwrite, callbacks, progress)
 
 
 def resume_tuning(final: Path, progress: Progress) -> Tuning:
-    """Go on with the stopped tuning to ``final``."""
+    """Go on with the stopped tuning to ``final``; if its result is complete, only remove its state."""
     begun = Begun.load(final)
-    assert begun is not None
-    request = begun.request
-    if begun.overwrite:
-        check_replaceable(final, [FILE_NAME], "the tuning")
-    return _run(request, sources_here(request, {}), final, begun, begun.overwrite, (), progress)
+    if begun is None:
+        clear_up(final)
+        return Tuning.read(final)
+    return _run(begun.request, sources_here(begun.request, {}), final, begun, begun.overwrite, (), progress)
 
 
 def _run(
@@ -141,6 +148,8 @@ def _run(
     progress: Progress,
 ) -> Tuning:
     """Go on with what a stopped run has ``begun``, or begin."""
+    if begun is not None and begun.overwrite:
+        check_replaceable(final, [FILE_NAME], "the tuning")
     if None in map(find_spec, _NEEDED):
         raise InputError(f"{' and '.join(_NEEDED)} are needed: pip install 'perta-fast[tune]'")
     check_fields(request.fields)

@@ -30,7 +30,7 @@ from perta_fast.tuning.record import Tuning
 from perta_fast.tuning.request import RETAIN, Request
 from perta_fast.tuning.schedule import LEARNT, Schedule
 from perta_fast.tuning.training import train_, trained
-from perta_fast.tuning.unfinished import Begun, KeptState
+from perta_fast.tuning.unfinished import Begun, KeptState, clear_up
 
 _SCORED_AT_A_TIME = 8  # samples
 
@@ -90,8 +90,8 @@ def tune_model(prepared: Prepared, target: OutputDirectory, begun: Begun, device
         resumed=begun.resumed,
     )
     record.save(target.path)
-    kept.finish()
     target.commit()
+    clear_up(target.final)
     return record
 
 

@@ -18,11 +18,12 @@ from perta_fast.files.new_directory import (
     TUNING_RECORD,
     TUNING_STATE,
     OutputDirectory,
-    forget,
     has_record,
     partial_path,
+    remove_replaced,
     unfinished_advice,
 )
+from perta_fast.files.own import check_own
 from perta_fast.progress import LOGGER
 from perta_fast.records.typed_json import typed
 from perta_fast.tuning.request import Request
@@ -121,6 +122,16 @@ def identity_of(base: Checkpoint, sources: Mapping[str, Any], digests: Mapping[s
     return known | {str(sources[role]): digest for role, digest in digests.items()}
 
 
+def clear_up(final: Path) -> None:
+    """Finish a tuning whose result has got its name: what the trainer reported stays, its state goes."""
+    state = final / TUNING_STATE
+    check_own(state)
+    remove_replaced(final)
+    if (state / "runs").is_dir():
+        os.replace(state / "runs", final / "runs")
+    remove(state)
+
+
 class KeptState:
     """Keeps the trainer's state in the hidden directory of an output, where a run that goes on finds it.
 
@@ -175,15 +186,6 @@ class KeptState:
                 remove(path)
         cost, self._clock = time.monotonic() - self._clock, time.monotonic()
         self._wait = max(_LEAST_WAIT, cost / _LARGEST_SHARE)
-
-    def finish(self) -> None:
-        """Remove the state; the result is written, but has not got its name. What the trainer reported stays."""
-        sync_tree(self._target.path)
-        forget(self._target.path)
-        self._target.keep = False
-        if (self.directory / "runs").is_dir():
-            os.replace(self.directory / "runs", self._target.path / "runs")
-        remove(self.directory)
 
     @property
     def any(self) -> bool:

@@ -366,14 +366,14 @@ def test_a_record_cannot_make_resume_replace_what_no_run_wrote(job: Job, elsewhe
 def test_a_record_behind_a_link_is_not_removed(inputs: Inputs, elsewhere: Path, tmp_path: Path) -> None:
     """A run that starts over removes the records of the one before first."""
     before = content(elsewhere)
-    for state in (".perta-run", ".perta-sweep"):
+    for state in (".perta-run", ".perta-sweep", ".perta-tuning"):
         (tmp_path / ".out.perta-partial").mkdir()
         (tmp_path / ".out.perta-partial" / state).symlink_to(elsewhere)
         apply(*inputs.checkpoints, rule="tv", out=tmp_path / "out", overwrite=True, progress=False)
         assert content(elsewhere) == before
 
 
-@pytest.mark.parametrize("state", [".perta-run", ".perta-sweep"])
+@pytest.mark.parametrize("state", [".perta-run", ".perta-sweep", ".perta-tuning"])
 def test_what_a_finished_run_leaves_is_no_link(
     state: str, inputs: Inputs, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

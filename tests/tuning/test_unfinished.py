@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pytest
 
 import perta_fast as pf
 from perta_fast import cli
-from perta_fast.tuning import unfinished
+from perta_fast.files import new_directory
+from perta_fast.files.durable import read_record, write_record
+from perta_fast.resuming import is_unfinished
+from perta_fast.tuning import tuned_model, unfinished
+from tests.support.checkpoints import fingerprint
 from tests.support.models import Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,15 +27,52 @@ class Stop(BaseException):
     """As a kill: nothing of our own catches it."""
 
 
-@pytest.fixture(autouse=True)
-def at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "_LEAST_WAIT", 0.0)
-    monkeypatch.setattr(unfinished, "_LARGEST_SHARE", float("inf"))
+@pytest.fixture(scope="module", autouse=True)
+def at_every_step() -> Iterator[None]:
+    """A state is kept at every step, and progress is told at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished, "_LEAST_WAIT", 0.0)
+        patch.setattr(unfinished, "_LARGEST_SHARE", float("inf"))
+        patch.setattr("perta_fast.progress._INTERVAL", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return write_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], tuple[pf.Tuning, Path]]:
+    """A tuning that was not stopped, of an adapter or ``full``: its record and its directory."""
+
+    @cache
+    def made(full: bool) -> tuple[pf.Tuning, Path]:
+        out = tmp_path_factory.mktemp("whole") / "out"
+        return tune(job, out, full=full), out
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def stopped_once(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.raises(Stop):
+        tune(job, out, progress=stopping(5))
+    return out
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """Where the result of a tuning belongs that was stopped after its third step, which the state lacks."""
+    shutil.copytree(hidden(stopped_once), hidden(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def change_record(out: Path, **changes: Any) -> None:
+    """Change what the record of a stopped tuning says; its hash fits."""
+    path = hidden(out) / ".perta-tuning" / "begun.json"
+    write_record(path, read_record(path) | changes)
 
 
 def stopping(samples: int, phase: str = "tuning", error: BaseException | None = None) -> Callable[[pf.Event], None]:
@@ -41,11 +83,6 @@ def stopping(samples: int, phase: str = "tuning", error: BaseException | None = 
             raise error or Stop
 
     return stop
-
-
-@pytest.fixture(autouse=True)
-def told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perta_fast.progress._INTERVAL", 0.0)
 
 
 def tune(job: Job, out: Path, **settings: Any) -> pf.Tuning:
@@ -62,20 +99,59 @@ def hidden(out: Path) -> Path:
 
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "checkpoint"])
 @pytest.mark.parametrize("where", [(4, "tuning"), (5, "tuning"), (9, "tuning"), (3, "loss after tuning")])
-def test_it_goes_on_to_the_same_bytes(where: tuple[int, str], full: bool, job: Job, tmp_path: Path) -> None:
+def test_it_goes_on_to_the_same_bytes(
+    where: tuple[int, str], full: bool, job: Job, whole: Callable[[bool], tuple[pf.Tuning, Path]], tmp_path: Path
+) -> None:
     """Stopped within an epoch, at its end, and when the training is done."""
-    whole = tune(job, tmp_path / "whole", full=full)
     out = tmp_path / "out"
     with pytest.raises(Stop):
         tune(job, out, full=full, progress=stopping(*where))
-    assert sorted(tmp_path.iterdir()) == [hidden(out), tmp_path / "whole"]
-    record = pf.resume(out, progress=False)
+    assert list(tmp_path.iterdir()) == [hidden(out)]
+    is_as_whole(pf.resume(out, progress=False), out, *whole(full))
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def is_as_whole(record: object, out: Path, whole: pf.Tuning, directory: Path, stops: int = 1) -> None:
+    """A tuning that was stopped has given what an uninterrupted one gives."""
     assert isinstance(record, pf.Tuning)
-    assert weights(out) == weights(tmp_path / "whole")
-    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-    assert sorted(tmp_path.iterdir()) == [out, tmp_path / "whole"]
+    assert weights(out) == weights(directory)
+    assert {path.name for path in out.iterdir()} == {path.name for path in directory.iterdir()}
     assert (record.epoch_losses, record.loss_before) == (whole.epoch_losses, whole.loss_before)
-    assert (record.loss_after, record.resumed) == (whole.loss_after, 1)
+    assert (record.loss_after, record.resumed) == (whole.loss_after, stops)
+
+
+def test_a_stop_before_the_result_has_its_name(
+    stopped: Path, whole: Callable[[bool], tuple[pf.Tuning, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is there still; before, it was removed first, and the result with it."""
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(new_directory, "move", raising)
+        pf.resume(stopped, progress=False)
+    assert list(stopped.parent.iterdir()) == [hidden(stopped)]
+    record = pf.resume(stopped, progress=False)
+    is_as_whole(record, stopped, *whole(False), stops=2)
+    assert list(stopped.parent.iterdir()) == [stopped]
+
+
+def test_a_stop_after_the_result_has_its_name(
+    job: Job, stopped: Path, whole: Callable[[bool], tuple[pf.Tuning, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is left is to move what was reported, and to remove the state."""
+    (hidden(stopped) / ".perta-tuning" / "runs").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(tuned_model, "clear_up", raising)
+        pf.resume(stopped, progress=False)
+    assert list(stopped.parent.iterdir()) == [stopped] and is_unfinished(stopped)
+    with pytest.raises(pf.InputError, match=f"finish it with: perta resume {stopped}"):
+        tune(job, stopped)
+    record = pf.resume(stopped, progress=False)
+    assert list(stopped.glob("runs")) and not is_unfinished(stopped)
+    (stopped / "runs").rmdir()
+    is_as_whole(record, stopped, *whole(False))
+
+
+def raising(*_: object) -> None:
+    raise Stop
 
 
 def test_the_same_command_goes_on_too(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,67 +174,61 @@ def test_the_same_command_goes_on_too(job: Job, tmp_path: Path, capsys: pytest.C
     assert not hidden(out).exists()
 
 
-def test_overwrite_starts_over(job: Job, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(Stop):
-        tune(job, out, progress=stopping(9))
-    assert tune(job, out, overwrite=True, seed=3).resumed == 0
-    assert not hidden(out).exists()
+def test_overwrite_starts_over(job: Job, stopped: Path) -> None:
+    assert tune(job, stopped, overwrite=True, seed=3).resumed == 0
+    assert not hidden(stopped).exists()
 
 
-def test_inputs_that_changed_are_refused(tmp_path: Path) -> None:
-    job, out = write_job(tmp_path / "job"), tmp_path / "out"
-    with pytest.raises(Stop):
-        tune(job, out, progress=stopping(5))
-    kept = shutil.copytree(hidden(out), tmp_path / "kept")
+def test_what_no_run_has_written_is_not_replaced(job: Job, stopped: Path) -> None:
+    """The record alone says that it may be: neither resume nor the same call takes that as enough."""
+    change_record(stopped, overwrite=True)
+    stopped.mkdir()
+    (stopped / "mine").touch()
+    going_on: list[Callable[[], object]] = [lambda: tune(job, stopped), lambda: pf.resume(stopped, progress=False)]
+    for go_on in going_on:
+        with pytest.raises(pf.InputError, match="out: holds what no run has written; move it away"):
+            go_on()
+    assert [path.name for path in stopped.iterdir()] == ["mine"]
+
+
+def test_inputs_that_changed_are_refused(job: Job, stopped: Path) -> None:
+    kept = fingerprint(hidden(stopped))
     for path, content in ((job.base / "config.json", b" "), (job.forget, b'{"text": "More."}\n')):
         before = path.read_bytes()
         path.write_bytes(before + content)
-        with pytest.raises(pf.InputError, match=f"{path.name}: has changed since the tuning began"):
-            pf.resume(out, progress=False)
-        path.write_bytes(before)
-    assert {path.name for path in kept.iterdir()} == {path.name for path in hidden(out).iterdir()}
-    pf.resume(out, progress=False)
+        try:
+            with pytest.raises(pf.InputError, match=f"{path.name}: has changed since the tuning began"):
+                pf.resume(stopped, progress=False)
+        finally:
+            path.write_bytes(before)
+    assert fingerprint(hidden(stopped)) == kept
 
 
-def test_a_record_that_is_damaged_is_refused(job: Job, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(Stop):
-        tune(job, out, progress=stopping(5))
-    record = hidden(out) / ".perta-tuning" / "begun.json"
+def test_a_record_that_is_damaged_is_refused(stopped: Path) -> None:
+    record = hidden(stopped) / ".perta-tuning" / "begun.json"
     record.write_bytes(record.read_bytes()[:-9])
     with pytest.raises(pf.InputError, match=r"begun\.json"):
-        pf.resume(out, progress=False)
+        pf.resume(stopped, progress=False)
 
 
 @pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
-def test_a_state_that_is_damaged_is_refused(name: str, job: Job, tmp_path: Path) -> None:
+def test_a_state_that_is_damaged_is_refused(name: str, stopped: Path) -> None:
     """A bit would change the result unnoticed; transformers goes on without a file that is missing."""
-    out = tmp_path / "out"
-    with pytest.raises(Stop):
-        tune(job, out, progress=stopping(5))
-    (path,) = (hidden(out) / ".perta-tuning").glob(f"checkpoint-*/{name}")
+    (path,) = (hidden(stopped) / ".perta-tuning").glob(f"checkpoint-*/{name}")
     content = path.read_bytes()
     for damaged in (content[:-9], content[:-9] + b"\0" + content[-8:], None):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(pf.InputError, match="checkpoint-2: the kept state is damaged; start over with --overwrite"):
-            pf.resume(out, progress=False)
-    path.write_bytes(content)
-    pf.resume(out, progress=False)
+            pf.resume(stopped, progress=False)
 
 
-def test_work_that_another_process_has_finished_meanwhile(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_that_another_process_has_finished_meanwhile(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at its record and the lock."""
-    out = tmp_path / "out"
-    with pytest.raises(Stop):
-        tune(job, out, progress=stopping(5))
     with monkeypatch.context() as patched:
-        patched.setattr(unfinished.Begun, "check_inputs", lambda *_: hidden(out).rename(out))
+        patched.setattr(unfinished.Begun, "check_inputs", lambda *_: hidden(stopped).rename(stopped))
         with pytest.raises(pf.RunError, match="another run has gone on with this tuning meanwhile"):
-            pf.resume(out, progress=False)
-    assert list(tmp_path.iterdir()) == [out]
+            pf.resume(stopped, progress=False)
+    assert list(stopped.parent.iterdir()) == [stopped]
 
 
 def test_rows_of_python_keep_nothing(job: Job, tmp_path: Path) -> None:
