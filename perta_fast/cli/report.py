@@ -23,7 +23,7 @@ COMMAND = Command(
     "report",
     "one HTML page that shows what a run did",
     (
-        Option("run", "output directory of perta unlearn or apply", Path, "RUN", positional=True),
+        Option("run", "output directory of perta unlearn, apply or merge", Path, "RUN", positional=True),
         Option("sweep", "sweeps, for the trade-off curves", Path, "DIR", [], several=True),
         Option("eval", "evaluations, a gold model's too", Path, "FILE", [], several=True),
         Option("prompts", "questions to ask before and after", Path, "FILE"),

@@ -13,6 +13,7 @@ from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.reading import checked_path, exists
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(:.+)?", re.ASCII)
+_CACHED = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)  # a directory of the hub's cache: ORG, NAME
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md"]  # no weights of other kinds
 _DATA_FILES = ["*.json", "*.jsonl", "*.parquet", "*.csv", "*.tsv", "*.gz", "*.arrow"]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -22,6 +23,12 @@ def is_name(text: str, folder: Path) -> bool:
     """Whether ``text`` can only be a name: neither from ``folder`` nor from here does it lead towards a path."""
     name = _NAME.fullmatch(text)
     return name is not None and not any(exists(start / text.partition("/")[0]) for start in (folder, Path()))
+
+
+def hub_name(path: str | Path) -> str | None:
+    """The name on the hub of a model that lies in the hub's cache; None of any other."""
+    found = next(filter(None, map(_CACHED.fullmatch, Path(path).parts)), None)
+    return None if found is None else "/".join(filter(None, found.groups()))
 
 
 def local_model(path: str | Path, download: bool = False, *, in_place: bool = False) -> Path:

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 
 from perta_fast.errors import InputError
+from perta_fast.files.hub import hub_name
 from perta_fast.files.reading import exists, read_json
 from perta_fast.records.report import Report
 
 _FENCE = "---\n"
 _KEY = re.compile(r"([A-Za-z_][\w-]*):(?:\s|$)", re.ASCII)
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)  # a directory of the hub's cache: ORG, NAME
 _PLAIN = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 _TAGS = {False: ("unlearning", "perta_fast"), True: ("perta_fast",)}
 
@@ -44,7 +44,7 @@ def _fields(directory: Path, report: Report) -> dict[str, str | tuple[str, ...]]
     config = _config(directory)
     fields: dict[str, str | tuple[str, ...]] = {"library_name": "transformers"}
     model = report.inputs.get("model")
-    if model is not None and (name := _hub_name(model["path"])) is not None:
+    if model is not None and (name := hub_name(model["path"])) is not None:
         fields |= {"base_model": name, "base_model_relation": "finetune"}
     if isinstance(license := config.get("license"), str) and _PLAIN.fullmatch(license):
         fields["license"] = license.lower()
@@ -52,12 +52,6 @@ def _fields(directory: Path, report: Report) -> dict[str, str | tuple[str, ...]]
     if isinstance(kinds, list) and kinds and str(kinds[0]).endswith("ForCausalLM"):
         fields["pipeline_tag"] = "text-generation"
     return fields | {"tags": _TAGS[report.merged]}
-
-
-def _hub_name(path: str) -> str | None:
-    """The name on the hub of a model that was read from the hub's cache; None of any other."""
-    names = (_CACHED.fullmatch(part) for part in Path(path).parts)
-    return next((f"{name[1]}/{name[2]}" for name in names if name is not None), None)
 
 
 def _config(directory: Path) -> dict[str, object]:

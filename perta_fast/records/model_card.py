@@ -29,7 +29,7 @@ def _merged(report: Report) -> str:
 
 
 def _unlearned(report: Report) -> str:
-    settings = f"rule `{report.rule}`, λ = {report.lam:.10g}"
+    settings = f"rule {report.rule_words()}, λ = {report.lam:.10g}"
     if report.rule != "tv":
         settings += f", p = {report.p:g}, α = {report.alpha:g}"
     settings += "".join(f"; {printable(line)}" for line in scope_lines(report.only, report.leave))

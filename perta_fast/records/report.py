@@ -252,18 +252,19 @@ class Report:
         return sum(row.changed for row in self.tensors) / elements if elements else 0.0
 
     def __repr__(self) -> str:
+        how = "the base with its adapter" if self.merged else f"rule {self.rule_words()}, lambda {self.lam:.6g}"
         return printable(
-            f"<Report: {self._rule()}, lambda {self.lam:.6g}, {self.changed_share:.1%} of the elements changed, "
-            f"{self.output['path'] or 'no output'}>"
+            f"<Report: {how}, {self.changed_share:.1%} of the elements changed, {self.output['path'] or 'no output'}>"
         )
 
-    def _rule(self) -> str:
+    def rule_words(self) -> str:
         """The rule as it was asked for: what a preconditioned θ_f goes through is rule tv."""
-        return (
-            f"rule {self.rule}"
-            if self.preconditioned is None
-            else f"rule preconditioned, mu {self.preconditioned.mu:g}"
-        )
+        return self.rule if self.preconditioned is None else f"preconditioned, mu {self.preconditioned.mu:g}"
+
+    def action_counts(self) -> dict[str, int]:
+        """How many tensors each action was done to; of a merge, "merged" in place of "subtracted"."""
+        done = "merged" if self.merged else "subtracted"
+        return {done if action == "subtracted" else action: count for action, count in self.counts.items()}
 
     def _repr_html_(self) -> str:
         whole = self.check if self.check is not None and self.check.is_whole else None
@@ -276,12 +277,10 @@ class Report:
 
     def summary(self) -> str:
         """A few lines for a person."""
-        counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
-        how = f"{self._rule()}, lambda {self.lam:.10g}"
+        counts = ", ".join(f"{number} {action}" for action, number in self.action_counts().items())
+        how = "the base with its adapter" if self.merged else f"rule {self.rule_words()}, lambda {self.lam:.10g}"
         if self.rule != "tv":  # which has no weights
             how += f", p {self.p:g}, alpha {self.alpha:g}"
-        if self.merged:
-            how, counts = "the base with its adapter", counts.replace("subtracted", "merged")
         lines = [how, f"tensors: {counts}"]
         lines += [] if self.preconditioned is None else [self.preconditioned.line()]
         lines += [] if self.removal is None else [self.removal.line()]

@@ -14,7 +14,7 @@ from perta_fast.reporting.evidence import Curve, Scores, data_hashes
 from perta_fast.reporting.figures import Plot
 from perta_fast.reporting.html import Cell, templates
 from perta_fast.reporting.tensor_positions import element_count, position_of, weight_grids
-from perta_fast.reporting.verdict import has_more, model_name, rest_of, verdict
+from perta_fast.reporting.verdict import has_more, rest_of, title, verdict
 from perta_fast.reporting.verified import Verified
 from perta_fast.reporting.weight_distribution import Distribution
 from perta_fast.scoring.setting import ScoredSetting
@@ -49,7 +49,7 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
     changes = figures.relative_changes(report.tensors)
     page = templates().get_template("page.html")
     text = page.render(
-        title=f"Unlearning report: {model_name(report)}",
+        title=title(report),
         report=report,
         verdict=verdict(report, evidence.run, evidence.verified, evidence.answers),
         settings=_settings(report),
@@ -69,20 +69,19 @@ def compose(evidence: Evidence) -> tuple[bytes, list[Plot]]:
         more_answers=has_more(evidence.answers),
         provenance=_provenance(evidence),
     )
-    plots = [choice and choice.plot, trade_off and trade_off["plot"], weights["plot"], histogram, changes]
+    plots = [
+        choice and choice.plot,
+        trade_off and trade_off["plot"],
+        None if report.merged else weights["plot"],
+        histogram,
+        changes,
+    ]
     return text.encode(), [plot for plot in plots if plot]
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
     settings: dict[str, Any] = {
-        "rule": report.rule,
-        "λ": f"{report.lam:.10g}",
-        "θ_f": "as it was given" if report.preconditioned is None else report.preconditioned.line(),
-        **({} if report.removal is None else {"retain importance": report.removal.line().partition(": ")[2]}),
-        "choice of λ": _chosen(report),
-        "p": report.p,
-        "α": report.alpha,
-        "threshold": report.threshold,
+        **({} if report.merged else _rule_settings(report)),
         **{name: patterns for name, patterns in (("only", report.only), ("leave", report.leave)) if patterns},
         "started": report.started,
         "finished": report.finished,
@@ -91,6 +90,19 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     }
     settings |= {name.replace("_", " "): value for name, value in report.settings.items()}
     return [(name, _in_words(value)) for name, value in settings.items()]
+
+
+def _rule_settings(report: Report) -> dict[str, Any]:
+    return {
+        "rule": report.rule_words(),
+        "λ": f"{report.lam:.10g}",
+        "θ_f": "as it was given" if report.preconditioned is None else report.preconditioned.line(),
+        **({} if report.removal is None else {"retain importance": report.removal.line().partition(": ")[2]}),
+        "choice of λ": _chosen(report),
+        "p": report.p,
+        "α": report.alpha,
+        "threshold": report.threshold,
+    }
 
 
 def _chosen(report: Report) -> str:

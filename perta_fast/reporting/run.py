@@ -39,9 +39,9 @@ def write_report(
 ) -> None:
     """Show what a run did, in one self-contained HTML file.
 
-    run: output directory of ``unlearn`` or ``apply``. out: an .html file. sweeps: directories of ``sweep``, all on the
-    same data. evaluations: files of ``evaluate``; one with forget_loss and retain_loss on that data, such as a gold
-    model's, is a point beside the curves. prompts: data with questions for the model before and after; needs
+    run: output directory of ``unlearn``, ``apply`` or ``merge``. out: an .html file. sweeps: directories of ``sweep``,
+    all on the same data. evaluations: files of ``evaluate``; one with forget_loss and retain_loss on that data, such as
+    a gold model's, is a point beside the curves. prompts: data with questions for the model before and after; needs
     ``show_text``, as answers may be private. fields: names of its fields, as in ``unlearn``. show_text: without
     ``prompts``, ask up to three questions of the run's own data. png: directory for the plots as separate files.
     verify: hash all files again and compute a few tensors again, as ``verify`` does; the page says what was found.

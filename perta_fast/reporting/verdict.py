@@ -7,6 +7,7 @@ from pathlib import Path
 
 from perta_fast.data.given import IN_WORDS
 from perta_fast.errors import shell_command
+from perta_fast.files.hub import hub_name
 from perta_fast.records.check import outcomes
 from perta_fast.records.report import DataRecord, Report
 from perta_fast.reporting.answers import Answers, Shown
@@ -22,11 +23,11 @@ _LONG = 400  # letters of a text
 ASKED = 3  # questions at the head of the page; more come below
 _TONES = {"Forgotten": "good", "Kept": "good", "Forgotten in part": "open"}
 _VECTOR = "What the model learns from the rows to forget alone is a change of its weights (a task vector)."
-_MERGED = "An adapter was added to the model that it belongs to. Nothing was to be forgotten."
+_MERGED = "The adapter was added to its base, in float32, and each value was rounded once to the type of the base."
 _WHAT = {
     "tv": f"{_VECTOR} λ times this change was subtracted.",
-    "preconditioned": f"{_VECTOR} Of this change, what the rows to keep would feel was made small, and λ times the "
-    "rest was subtracted.",
+    "preconditioned": f"{_VECTOR} The part of this change that acts on the rows to keep was made small, and λ times "
+    "the rest was subtracted.",
     "": f"{_VECTOR} Each weight's part of it was scaled by how much the weight matters for the rows to forget rather "
     "than for those to keep, and λ times that was subtracted.",
 }
@@ -63,9 +64,9 @@ def verdict(report: Report, run: Path, verified: Verified, answers: Answers | st
     """answers: None if nobody asked to see them, a text if there is a reason why they cannot be shown."""
     found = measured(report)
     changed = sum(row.changed for row in report.tensors)
-    sentences = [found] if isinstance(found, str) else [meaning(found), f"{found.how} {CRITERIA}", _LIMIT]
+    sentences = [] if report.merged else _sentences(found)
     elements = sum(element_count(row.shape) for row in report.tensors)
-    sentences.append(f"{changed:,} of {elements:,} stored values differ from those of the model.")
+    sentences.append(f"{changed:,} of {elements:,} stored values differ from those of the {_before(report)}.")
     return Verdict(
         lead=_lead(report, changed),
         tiles=[*_tiles(report, found, changed), Tile("Files", verified.head, verified.tone, _files_line(verified))],
@@ -75,27 +76,34 @@ def verdict(report: Report, run: Path, verified: Verified, answers: Answers | st
         sentences=sentences,
         verified=verified,
         answers=list(map(_short, answers.shown()[:ASKED])) if isinstance(answers, Answers) else [],
-        no_answers=_no_answers(answers),
-        command=""
-        if answers is not None
-        else shell_command("perta", "report", run, "--show-text", "--out", "page.html"),
+        no_answers=_no_answers(answers, report.merged),
+        command="" if answers is not None else _command(report, run),
         warnings=report.warnings,
     )
 
 
-def model_name(report: Report) -> str:
-    """The name of the model that was unlearned: of its directory, or on the hub."""
+def title(report: Report) -> str:
+    """The title of the page, with the name of the model: of its directory, or on the hub."""
     path = Path(report.inputs["model"]["path"]) if "model" in report.inputs else Path("a model")
-    for part in path.parts:
-        if part.startswith("models--"):  # in the hub's cache, where the directory's own name is a hash
-            return part.removeprefix("models--").replace("--", "/")
-    return path.name or str(path)
+    what = "Report of a merge" if report.merged else "Unlearning report"
+    return f"{what}: {hub_name(path) or path.name or path}"
+
+
+def _before(report: Report) -> str:
+    """What a sentence calls the checkpoint that was changed."""
+    return "base" if report.merged else "model"
+
+
+def _sentences(found: Measurement | str) -> list[str]:
+    return [found] if isinstance(found, str) else [meaning(found), f"{found.how} {CRITERIA}", _LIMIT]
 
 
 def _lead(report: Report, changed: int) -> str:
     if not changed:
-        return "Nothing was changed: every stored value is as in the model."
+        return f"Nothing was changed: every stored value is as in the {_before(report)}."
     when = f" on {report.finished[:10]}" if report.finished else ""
+    if report.merged:
+        return f"An adapter was merged into its base{when}. Nothing was to be forgotten."
     files = {role: f"the {data['samples']:,} {_named(data)}" for role, data in report.data.items()}
     if files.keys() >= {"forget", "retain"}:
         return f"The model was changed{when}, to make it forget {files['forget']} and keep {files['retain']}."
@@ -118,6 +126,10 @@ def _files_or_none(files: dict[str, str]) -> str:
 
 def _tiles(report: Report, found: Measurement | str, changed: int) -> list[Tile]:
     titles = {"forget": "To be forgotten", "retain": "To be kept"}
+    if report.merged:
+        tensors = report.action_counts().get("merged", 0)
+        merged = Tile("Adapter", "Merged", "good", f"It changed {tensors:,} of {len(report.tensors):,} tensors.")
+        return [merged if changed else Tile("Adapter", "Nothing changed", "bad", "The result holds the base's values.")]
     if not changed:
         return [Tile(titles["forget"], "Nothing changed", "bad", "The result holds the values of the model.")]
     if isinstance(found, str):
@@ -160,16 +172,19 @@ def _numbers(found: Measurement) -> list[Sequence[str]]:
 
 
 def _asked(report: Report, run: Path) -> list[tuple[str, str]]:
+    paths = {role: record["path"] for role, record in report.inputs.items()}
+    model, result = paths.get("model", "not named"), str(run.absolute())
+    if report.merged:
+        adapter = paths.get("tuned", "not named")
+        return [("Base", model), ("Adapter", adapter), ("Result", result), ("Method", _MERGED), ("Run", _times(report))]
     rule = "preconditioned" if report.preconditioned is not None else report.rule
-    method = _MERGED if report.merged else f"{_WHAT.get(rule, _WHAT[''])} (rule {rule})"
-    model = report.inputs.get("model", {"path": "not named"})["path"]
     data = {role: f"{record['samples']:,} {_located(record)}" for role, record in report.data.items()}
     asked = [
         ("Model", model),
-        ("Result", "the model itself, changed in place" if report.in_place else str(run.absolute())),
+        ("Result", "the model itself, changed in place" if report.in_place else result),
         ("To be forgotten", data.get("forget", "no data was named")),
         ("To be kept", data.get("retain", "no data was named")),
-        ("Method", method),
+        ("Method", f"{_WHAT.get(rule, _WHAT[''])} (rule {report.rule_words()})"),
         ("Strength", f"λ = {report.lam:.6g}; {_bound(report)}"),
         ("Run", _times(report)),
     ]
@@ -228,9 +243,17 @@ def _short(row: Shown) -> Shown:
     return role, question, truth, before, after
 
 
-def _no_answers(answers: Answers | str | None) -> str:
+def _no_answers(answers: Answers | str | None, merged: bool) -> str:
     if isinstance(answers, Answers):
         return ""
     if isinstance(answers, str):
         return f"Not shown: {answers}."
+    if merged:
+        return "Not shown, as no questions were given. This puts the answers to yours here:"
     return "Not shown, as questions and answers may be private. This puts three of them here:"
+
+
+def _command(report: Report, run: Path) -> str:
+    """What shows the answers; a merge has no data whose questions could be asked."""
+    questions = ["--prompts", "questions.jsonl"] if report.merged else []
+    return shell_command("perta", "report", run, "--show-text", *questions, "--out", "page.html")

@@ -48,7 +48,8 @@ def _describe(path: Path, every_tensor: bool) -> str:
         lines += [f"  quantised: {quantisation.method} ({quantisation.places})", f"  {quantisation.advice}"]
     if (path / FILE_NAME).exists():
         report = Report.load(path)
-        lines += ["unlearned with perta_fast:", f"  {report.started} to {report.finished}"]
+        done = "merged" if report.merged else "unlearned"
+        lines += [f"{done} with perta_fast:", f"  {report.started} to {report.finished}"]
         lines += [f"  {line}" for line in report.summary().split("\n")]
         lines += [f"  {role}: {found['path']}" for role, found in report.inputs.items()]
         lines += [

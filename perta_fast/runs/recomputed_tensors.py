@@ -62,6 +62,8 @@ class RecomputedTensors:
             return None
         if not exact:
             result.unchecked.append("weights, because the importances were not kept (--save-importance)")
+        if report.preconditioned is not None:
+            result.unchecked.append(f"how θ_f was preconditioned; it was taken as it lies in {paths['tuned']}")
         output = Checkpoint.open(directory)
         problems = _layout_problems(report, sources, output)
         result.problems += problems

@@ -73,7 +73,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
 def _what(report: Report) -> str:
     if report.merged:
         return "what the base with its adapter gives"
-    return f"what rule {report.rule} with lambda {report.lam:.10g} gives"
+    return f"what rule {report.rule_words()} and lambda {report.lam:.10g} give"
 
 
 def _check_hashes(directories: dict[str, DirectoryRecord], result: Verification, progress: Progress) -> set[str]:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from perta_fast import InputError, RunError, apply, cli, estimate_importance, evaluate, sweep, tune, unlearn
 from perta_fast.data.rows import load_rows
-from perta_fast.files.hub import local_data, local_model
+from perta_fast.files.hub import hub_name, local_data, local_model
 from tests.support.models import llama, write_job
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -207,3 +207,11 @@ def test_the_cache_is_not_changed_in_place(cache: Path) -> None:
     assert command == f"cp -rL {snapshot} DIR"
     assert os.system(command) == 0
     apply("DIR", "org/base", "org/tuned", rule="tv", in_place=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("models--org--a-model.v2", "org/a-model.v2"), ("models--gpt2", "gpt2"), ("models", None), ("models-- a", None)],
+)
+def test_the_name_of_a_model_in_the_cache(part: str, name: str | None) -> None:
+    assert hub_name(f"/somewhere/hub/{part}/snapshots/{REVISION}") == name

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import perta_fast as pf
 from perta_fast import cli
+from perta_fast.reporting import figures
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
 from tests.support.checkpoints import fingerprint, read_checkpoint
@@ -90,6 +91,30 @@ def test_the_output_is_whole(job: Job, tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert cli.main(["verify", str(out)]) == 0
     assert "holds what the base with its adapter gives" in capsys.readouterr().out
+
+
+def test_what_is_said_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page, ``perta inspect`` and a notebook call it a merge: nothing was to be forgotten, and nobody gave λ."""
+    job = write_job(tmp_path, F32)
+    adapt(job.base, KINDS["LoRA"], tmp_path / "adapter")
+    out = tmp_path / "out"
+    report = pf.merge(job.base, tmp_path / "adapter", out, progress=False)
+    monkeypatch.setattr(figures, "_png", lambda figure: b"")
+    assert cli.main(["report", str(out), "--no-verify", "--out", str(tmp_path / "page.html"), "--quiet"]) == 0
+    page = (tmp_path / "page.html").read_text().replace("<wbr>", "")
+    assert f"<title>Report of a merge: {job.base.name}</title>" in page
+    assert "An adapter was merged into its base on 20" in page and "Nothing was to be forgotten." in page
+    assert f"It changed {report.counts['subtracted']} of {len(report.tensors)} tensors." in page
+    assert str(tmp_path / "adapter") in page and "--prompts questions.jsonl" in page and ">merged<" in page
+    for words in ("To be forgotten", "To be kept", "Not measured", "λ", "rule", "subtracted"):
+        assert words not in page, words
+    capsys.readouterr()
+    assert cli.main(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "\nmerged with perta_fast:\n" in said and "unlearned" not in said and "lambda" not in said
+    assert repr(report).startswith("<Report: the base with its adapter, ")
 
 
 def test_it_is_the_tuned_model_that_apply_takes(tmp_path: Path) -> None:

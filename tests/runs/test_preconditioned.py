@@ -10,6 +10,7 @@ import torch
 import perta_fast as pf
 from perta_fast import cli
 from perta_fast.records.report import Report
+from perta_fast.reporting import figures
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import fingerprint
 from tests.support.models import CHAT_TEMPLATE, Job, tokenizer, write_job
@@ -82,6 +83,19 @@ def test_what_is_saved_can_be_verified(job: Job, tmp_path: Path) -> None:
     verified = pf.verify(tmp_path / "out", full=True, progress=False)
     assert not verified.problems
     assert verified.recomputed == len(report.tensors)
+    assert verified.unchecked == [f"how θ_f was preconditioned; it was taken as it lies in {tmp_path / 'kept'}"]
+
+
+def test_all_call_the_rule_what_it_was_asked_for_as(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(job, tmp_path / "out", lam=3.0, mu=4.0, check=False)
+    assert report.rule_words() == "preconditioned, mu 4" and "rule preconditioned, mu 4, lambda 3" in report.summary()
+    assert "rule preconditioned, mu 4, λ = 3; " in (tmp_path / "out/README.md").read_text()
+    monkeypatch.setattr(figures, "_png", lambda figure: b"")
+    pf.write_report(tmp_path / "out", tmp_path / "page.html", verify=False, progress=False)
+    page = (tmp_path / "page.html").read_text()
+    assert "(rule preconditioned, mu 4)" in page and "<tr><td>rule</td><td>preconditioned, mu 4</td></tr>" in page
+    claim = pf.verify(tmp_path / "out", progress=False).claim
+    assert claim.endswith("holds what rule preconditioned, mu 4 and lambda 3 give on the inputs named")
 
 
 def test_an_adapter(job: Job, tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_other_powers_are_recomputed_up_to_rounding(inputs: Inputs, tmp_path: Pa
 
 
 def test_the_outcome_is_said_first(inputs: Inputs, out: Path) -> None:
-    claim = f"{out} holds what rule grad with lambda 0.5 gives on the inputs named"
+    claim = f"{out} holds what rule grad and lambda 0.5 give on the inputs named"
     first = verify(out, full=True).summary().splitlines()[0]
     checked = f"{FILE_COUNT} files and {TENSOR_COUNT} of {TENSOR_COUNT} tensors were checked"
     assert first == f"{claim}: {checked}, bit for bit."
