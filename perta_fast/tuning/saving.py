@@ -1,5 +1,6 @@
-"""Errors of the disk while another library writes: safetensors and tokenizers have types of their own for them."""
+"""Errors of the disk while another library writes: safetensors, tokenizers and torch have types of their own."""
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 _NUMBER = re.compile(r"\(os error (\d+)\)")  # how Rust names what the system answered
+_OF_TORCH = re.compile(r"iostream error|inline_container|PytorchStreamWriter")  # it does not say what that was
 
 
 @contextmanager
@@ -16,6 +18,8 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if type(error) is RuntimeError and _OF_TORCH.search(str(error)):
+            raise OSError(errno.EIO, "torch could not write the whole of a file") from error
         number = _NUMBER.search(str(error))
         if number is None or not (isinstance(error, SafetensorError) or type(error) is Exception):
             raise

@@ -57,7 +57,7 @@ def train_(
             module, settings, data_collator=_collate, train_dataset=samples, callbacks=[*callbacks, watch]
         )
         trainer.held = held
-        watch.trainer = trainer
+        trainer.watch, watch.trainer = watch, trainer
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=kept.checkpoint)
         # Take off the wrapper that computes in bfloat16: the model is scored in the same type before and after.
@@ -113,6 +113,7 @@ class _KeepingTrainer(Trainer):
     """
 
     held: Retained | None = None
+    watch: "_Watch"
     divergences: list[float]
 
     def compute_loss(
@@ -127,6 +128,10 @@ class _KeepingTrainer(Trainer):
         # The Trainer divides a loss by the passes of a step, unless the model has divided it by the step's tokens.
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return loss + self.held.weight * divergence / (self.current_gradient_accumulation_steps if scaled else 1)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save = super()._save_checkpoint
+        self.watch.keep(f"checkpoint-{self.state.global_step}", lambda: save(model, trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         assert output_dir is not None
@@ -178,8 +183,9 @@ class _Watch(TrainerCallback):
         if state.global_step < state.max_steps and self._kept.is_due():
             control.should_save = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._kept.written(f"checkpoint-{state.global_step}", self.losses, self.divergences)
+    def keep(self, name: str, save: Callable[[], None]) -> None:
+        """Keep the state that ``save`` writes, and how far the training has come with it."""
+        self._kept.keep(name, save, self.losses, self.divergences)
 
 
 def trained(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -115,11 +115,11 @@ def _stops_explained(kept: KeptState) -> Iterator[None]:
         kept.give_up()
         raise
     except KeyboardInterrupt:
-        if not kept.any:
+        if not kept.is_kept:
             raise
         raise Interrupted(f"interrupted; {kept.going_on()}") from None
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or not kept.any:
+        if not is_out_of_memory(error) or not kept.is_kept:
             raise
         raise RunError(f"out of memory; {kept.going_on()}") from error
 

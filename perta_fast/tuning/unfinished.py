@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
-from perta_fast.errors import InputError, RunError, shell_command
+from perta_fast.errors import InputError, RunError, advice, shell_command
 from perta_fast.files.durable import read_record, remove, sync, sync_tree, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.new_directory import (
@@ -27,6 +27,7 @@ from perta_fast.files.own import check_own
 from perta_fast.progress import LOGGER
 from perta_fast.records.typed_json import typed
 from perta_fast.tuning.request import Request
+from perta_fast.tuning.saving import disk_errors
 
 _FORMAT, _FORMAT_VERSION = "perta tuning", 1
 _LEAST_WAIT = 60.0  # seconds between two states
@@ -156,39 +157,60 @@ class KeptState:
         """Whether it is time to keep a state."""
         if not self._wanted or time.monotonic() - self._clock < self._wait:
             return False
-        self.directory.mkdir(exist_ok=True)
-        if shutil.disk_usage(self.directory).free < 2 * self._size:
-            LOGGER.warning("%s: too little disk space to keep the state of the training", self._target.final)
-            self._wanted = False
+        try:
+            self.directory.mkdir(exist_ok=True)
+            if shutil.disk_usage(self.directory).free < 2 * self._size:
+                self._keep_no_more("too little disk space")
+        except OSError as error:
+            self._keep_no_more(advice(error))
         self._clock = time.monotonic()
         return self._wanted
 
-    def written(self, name: str, losses: Iterable[float], divergences: Iterable[float]) -> None:
-        """The trainer has written its state into the directory ``name``: from here on the run goes on with that."""
-        sync_tree(self.directory / name)
-        sync(self.directory)
+    def keep(self, name: str, save: Callable[[], None], losses: Iterable[float], divergences: Iterable[float]) -> None:
+        """Keep the state that ``save`` writes into the directory ``name``: from here on the run goes on with that.
+
+        If the disk fails, the training goes on without, and the state before this one stays.
+        """
+        folder = self.directory / name
+        try:
+            with disk_errors():
+                save()
+            sync_tree(folder)
+            sync(self.directory)
+            state = _hashes(folder)
+        except OSError as error:
+            remove(folder)
+            self._keep_no_more(advice(error))
+            return
         now = time.monotonic()
-        seconds = self.begun.seconds + now - self._began
-        self._began = now
-        self.begun = replace(
+        begun = replace(
             self.begun,
             checkpoint=name,
-            state=_hashes(self.directory / name),
+            state=state,
             losses=list(losses),
             divergences=list(divergences),
-            seconds=seconds,
+            seconds=self.begun.seconds + now - self._began,
         )
-        content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self.begun)}
-        write_record(self.directory / TUNING_RECORD, content)
-        self._target.keep = True
+        content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(begun)}
+        try:
+            write_record(self.directory / TUNING_RECORD, content)
+        except OSError as error:  # both states stay: the record may name either
+            self._keep_no_more(advice(error))
+            return
+        self.begun, self._began, self._target.keep = begun, now, True
         for path in self.directory.glob("checkpoint-*"):
             if path.name != name:
                 remove(path)
         cost, self._clock = time.monotonic() - self._clock, time.monotonic()
         self._wait = max(_LEAST_WAIT, cost / _LARGEST_SHARE)
 
+    def _keep_no_more(self, reason: str) -> None:
+        """Go on with the training alone."""
+        LOGGER.warning("%s: the state of the training is no longer kept: %s", self._target.final, reason)
+        self._wanted = False
+
     @property
-    def any(self) -> bool:
+    def is_kept(self) -> bool:
         """Whether a state is kept."""
         return self._target.keep
 

@@ -371,7 +371,8 @@ def test_a_full_disk_is_a_sentence(
 
 
 def test_other_errors_of_libraries_stay_as_they_are() -> None:
-    for error in (SafetensorError("invalid header"), Exception("no model"), ValueError("(os error 28)")):
+    errors = SafetensorError("invalid header"), Exception("no model"), ValueError("(os error 28)"), RuntimeError("size")
+    for error in errors:
         with pytest.raises(type(error)) as raised, disk_errors():
             raise error
         assert raised.value is error

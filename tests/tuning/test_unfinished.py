@@ -1,13 +1,15 @@
 """A tuning that is stopped goes on, and gives the bytes of one that was not."""
 
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
 import perta_fast as pf
 from perta_fast import cli
@@ -248,6 +250,45 @@ def test_a_loss_that_is_not_finite_keeps_nothing(job: Job, tmp_path: Path) -> No
     with pytest.raises(pf.RunError, match="is not finite; nothing was written"):
         pf.tune(job.base, rows, tmp_path / "out", full=True, **SETTINGS | {"lr": 1e30})
     assert list(tmp_path.iterdir()) == [rows]
+
+
+@pytest.mark.parametrize("failing", ["weights", "optimizer", "record"])
+def test_a_state_that_cannot_be_written_does_not_end_the_training(
+    failing: str,
+    job: Job,
+    whole: Callable[[bool], tuple[pf.Tuning, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The one before it stays, and no other is written."""
+    save, write, kept = Trainer._save_checkpoint, unfinished.write_record, list[list[str]]()
+
+    def limited(function: Callable[..., None], size: int, *arguments: Any) -> None:
+        """As on a full disk once there is a state."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if kept and kept[-1]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            function(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def seen(event: pf.Event) -> None:
+        kept.append(sorted(path.name for path in hidden(tmp_path / "out").glob(".perta-tuning/checkpoint-*")))
+
+    if failing == "record":
+        monkeypatch.setattr(unfinished, "write_record", partial(limited, write, 20))
+    else:
+        size = 20_000 if failing == "weights" else 100_000
+        monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *given: limited(save, size, *given))
+    record = tune(job, tmp_path / "out", progress=seen)
+    assert kept[-1] == ["checkpoint-1"] + (["checkpoint-2"] if failing == "record" else [])
+    (said,) = [text for text in caplog.messages if "state of the training" in text]
+    assert said.startswith(f"{tmp_path / 'out'}: the state of the training is no longer kept: ")
+    assert weights(tmp_path / "out") == weights(whole(False)[1])
+    assert record.loss_after == whole(False)[0].loss_after
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_a_disk_that_is_nearly_full_keeps_no_state(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
