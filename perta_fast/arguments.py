@@ -1,7 +1,8 @@
 """Checks of arguments that many functions share; none of them needs torch."""
 
 import re
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.errors import InputError
 
@@ -17,6 +18,13 @@ def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -
     for name, value in {"batch_size": batch_size, "max_length": max_length, **others}.items():
         if value is not None and value < 1:
             raise InputError(f"‹{name}› is {value}; it must be at least 1")
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy's, or of another library, as Python's own; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_device(device: "str | torch.device | None") -> None:

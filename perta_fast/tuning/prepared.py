@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.data.chat import ChatSettings
+from perta_fast.data.given_data import Source
 from perta_fast.data.rows import Row
 from perta_fast.progress import Progress
-from perta_fast.tuning.request import Request, Source
+from perta_fast.tuning.request import Request
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is tuned, on what, and how. sources, read: by role, where rows come from; they themselves and their hash."""
+    """What is tuned, on what, and how.
+
+    sources: by role, where rows come from. read: by role, the rows and their hash.
+    """
 
     request: Request
     sources: Mapping[str, Source]

@@ -8,9 +8,10 @@ from typing import Any
 
 from perta_fast.arguments import check_device, check_sizes
 from perta_fast.data.given import GivenRows
+from perta_fast.data.given_data import Source
 from perta_fast.errors import InputError
+from perta_fast.records.typed_json import typed
 
-Source = Path | GivenRows
 FORGET, DATA, RETAIN = "forget", "data", "retain"
 
 
@@ -39,7 +40,8 @@ class Request:
     report_to: list[str]
 
     def check(self) -> None:
-        """Raise InputError, naming the argument, for a number out of its range, and for data that is missing."""
+        """Raise InputError, naming the argument, for what is of another type or out of range, and for missing data."""
+        typed(asdict(self), Request)
         check_sizes(
             1 if self.batch_size is None else self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs
         )

@@ -29,7 +29,7 @@ class Retained:
         self._order: tuple[int, list[int]] = (-1, [])  # of one pass over the rows
 
     def divergence(self, module: Any, number: int) -> Tensor:
-        """That of the rows of backward pass ``number``; which rows these are depends on the seed alone."""
+        """The divergence on the rows of backward pass ``number``; which rows these are depends on the seed alone."""
         rows = (self._row(number * self._at_a_time + k) for k in range(min(self._at_a_time, len(self._samples))))
         device = next(module.parameters()).device
         return divergence(module, self._copy, Batch.of(list(rows), device))

@@ -1,6 +1,5 @@
 """``tune``: what is wrong with arguments, data and output is said before torch is imported."""
 
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,12 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perta_fast.arguments import plain_number
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings, parse_date, today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields
 from perta_fast.data.given import is_given
-from perta_fast.data.given_data import Data, taken_out
+from perta_fast.data.given_data import Data, Source, taken_out
 from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
@@ -31,7 +31,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions, now
 from perta_fast.tuning.prepared import Prepared
 from perta_fast.tuning.record import FILE_NAME, Tuning
-from perta_fast.tuning.request import DATA, FORGET, RETAIN, Request, Source, sources_here
+from perta_fast.tuning.request import DATA, FORGET, RETAIN, Request, sources_here
 from perta_fast.tuning.size import tuned_size
 from perta_fast.tuning.unfinished import Begun, clear_up, identity_of
 
@@ -98,27 +98,33 @@ def tune(
     if out is None:
         raise InputError("give ‹out›, the directory to make")
     roles = {FORGET: forget, DATA: data, RETAIN: retain}
-    named, given = taken_out({**roles, "download": download}, roles)
     request = Request(
-        base=_absolute(local_model(base, download)),
-        sources={role: _absolute(named[role]) for role in roles if named[role] is not None},
+        base=str(base),
+        sources={role: "" for role, source in roles.items() if source is not None},
         full=full,
-        rank=rank,
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        max_length=max_length,
+        rank=plain_number(rank),
+        epochs=plain_number(epochs),
+        lr=plain_number(lr),
+        batch_size=plain_number(batch_size),
+        max_length=plain_number(max_length),
         gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
+        seed=plain_number(seed),
         fields=None if fields is None else dict(fields),
         system_prompt=system_prompt,
         date_string=date_string,
-        retain_kl=retain_kl,
+        retain_kl=plain_number(retain_kl),
         device=None if device is None else str(device),
         report_to=[report_to] if isinstance(report_to, str) else list(report_to or ()),
     )
     request.check()
     check_name(out)
+    _check_libraries()
+    named, given = taken_out({**roles, "download": download}, roles)
+    request = replace(
+        request,
+        base=_absolute(local_model(base, download)),
+        sources={role: _absolute(named[role]) for role in request.sources},
+    )
     final = Path(os.path.realpath(checked_path(out)))
     begun = None if overwrite else Begun.load(final)
     if begun is not None:
@@ -150,8 +156,7 @@ def _run(
     """Go on with what a stopped run has ``begun``, or begin."""
     if begun is not None and begun.overwrite:
         check_replaceable(final, [FILE_NAME], "the tuning")
-    if None in map(find_spec, _NEEDED):
-        raise InputError(f"{' and '.join(_NEEDED)} are needed: pip install 'perta-fast[tune]'")
+    _check_libraries()
     check_fields(request.fields)
     day = today() if begun is None else parse_date(begun.day)
     chat = ChatSettings.of(request.system_prompt, request.date_string, day)
@@ -171,7 +176,7 @@ def _run(
 
     _check_reporting(request.report_to)
     device = choose_device(request.device)
-    fresh = Begun(request, known, versions, now(), day.isoformat(), overwrite, math.nan)
+    fresh = Begun(request, known, versions, now(), day.isoformat(), overwrite)
     prepared = Prepared(request, sources, checkpoint, chat, read, callbacks, progress)
     with target, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and the Trainer call transformers by older names
@@ -179,6 +184,11 @@ def _run(
             begun.check_state(target)
             begun = replace(begun, resumed=begun.resumed + 1)
         return tune_model(prepared, target, begun or fresh, device)
+
+
+def _check_libraries() -> None:
+    if None in map(find_spec, _NEEDED):
+        raise InputError(f"{' and '.join(_NEEDED)} are needed: pip install 'perta-fast[tune]'")
 
 
 def _absolute(source: str | Path) -> str:

@@ -52,8 +52,8 @@ def tune_model(prepared: Prepared, target: OutputDirectory, begun: Begun, device
         own = samples[request.role]
         schedule = Schedule.of(len(own), request.full, request.batch_size, request.epochs, request.lr)
         module, missed = _trainable(subject.module, request, checkpoint, target.path)
-        if math.isnan(begun.loss_before):
-            begun = replace(begun, loss_before=_mean_loss(module, own, "before", progress))
+        before = _mean_loss(module, own, "before", progress) if begun.loss_before is None else begun.loss_before
+        begun = replace(begun, loss_before=before)
         keeping = all(isinstance(source, Path) for source in prepared.sources.values())
         kept = KeptState(target, begun, sum(map(torch.numel, trained(module).values())), wanted=keeping)
         with _stops_explained(kept):
@@ -73,11 +73,11 @@ def tune_model(prepared: Prepared, target: OutputDirectory, begun: Begun, device
         data=records[request.role],
         settings=request.settings() | chosen | {"device": str(subject.device), "date": told[request.role].date},
         tuned_parameters=sum(map(torch.numel, trained(module).values())),
-        loss_before=begun.loss_before,
+        loss_before=before,
         loss_after=after,
         epoch_losses=losses,
         warnings=[left_out_warning(link, target.final) for link in links]
-        + _warnings(records[request.role]["truncated"], missed, begun.loss_before, after, schedule),
+        + _warnings(records[request.role]["truncated"], missed, before, after, schedule),
         seconds=begun.seconds + time.perf_counter() - clock,
         memory=memory.as_dict() | on_device,
         versions=begun.versions,

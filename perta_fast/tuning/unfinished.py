@@ -50,7 +50,7 @@ class Begun:
     started: str
     day: str
     overwrite: bool
-    loss_before: float
+    loss_before: float | None = None
     checkpoint: str = ""
     state: dict[str, str] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)

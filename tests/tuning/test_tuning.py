@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -257,6 +258,11 @@ def refused(job: Job, out: Path, error: type[pf.PertaError], words: str, **setti
         ({"lr": math.nan}, "lr is nan"),
         ({"lr": -1.0}, "lr is -1"),
         ({"seed": -1}, "seed is -1"),
+        ({"epochs": 2.5}, "epochs is 2.5, not a whole number"),
+        ({"max_length": True}, "max_length is True, not a whole number"),
+        ({"lr": "1e-3"}, "lr is '1e-3', not a number"),
+        ({"full": np.bool_(True)}, "full is .*, not true or false"),
+        ({"epochs": 0, "base": "someone/model", "download": True}, "epochs is 0"),
         ({"device": "cuda"}, "finds no CUDA device"),
         ({"base": Path("nowhere")}, "nowhere: no such directory"),
         ({"forget": Path("nowhere.jsonl")}, "nowhere.jsonl: cannot be read"),

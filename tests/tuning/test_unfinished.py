@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import Trainer
 
@@ -157,8 +158,8 @@ def raising(*_: object) -> None:
 
 
 def test_the_same_command_goes_on_too(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Twice stopped, by Ctrl-C, with data to hold; another command is refused."""
-    held: dict[str, Any] = {"retain": job.retain, "retain_kl": 0.5}
+    """Twice stopped, by Ctrl-C, with data to hold and numbers of NumPy's; another command is refused."""
+    held: dict[str, Any] = {"retain": job.retain, "retain_kl": np.float32(0.5), "epochs": np.int64(3)}
     tune(job, tmp_path / "whole", **held)
     out = tmp_path / "out"
     for samples in (4, 9):
