@@ -52,6 +52,7 @@ def _tune(parsed: argparse.Namespace) -> None:
 
     named = {role: getattr(parsed, role) for role in (FORGET, DATA, RETAIN)}
     settings = {field.name: getattr(parsed, field.name) for field in fields(Request) if field.name != "sources"}
+    settings |= {"base": str(parsed.base), "report_to": list(parsed.report_to or ())}
     Request(**settings, sources={role: str(path) for role, path in named.items() if path is not None}).check()
 
 
