@@ -156,6 +156,9 @@ def _run(
     """Go on with what a stopped run has ``begun``, or begin."""
     if begun is not None and begun.overwrite:
         check_replaceable(final, [FILE_NAME], "the tuning")
+    names = [(callback if isinstance(callback, type) else type(callback)).__name__ for callback in callbacks]
+    if begun is not None:
+        begun.check_callbacks(final, names)
     _check_libraries()
     check_fields(request.fields)
     day = today() if begun is None else parse_date(begun.day)
@@ -175,8 +178,16 @@ def _run(
     from perta_fast.tuning.tuned_model import tune_model
 
     _check_reporting(request.report_to)
-    device = choose_device(request.device)
-    fresh = Begun(request, known, versions, now(), day.isoformat(), overwrite)
+    try:
+        device = choose_device(request.device if begun is None else begun.device)
+    except InputError as error:
+        if begun is None:
+            raise
+        raise InputError(
+            f"{final}: the tuning was begun on {begun.device}, and goes on there alone: {error}; "
+            "or start over with --overwrite"
+        ) from error
+    fresh = Begun(request, known, versions, now(), day.isoformat(), overwrite, str(device), names)
     prepared = Prepared(request, sources, checkpoint, chat, read, callbacks, progress)
     with target, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and the Trainer call transformers by older names

@@ -1,19 +1,23 @@
 """The training itself, by transformers' Trainer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
-from perta_fast.errors import NotFiniteError
+from perta_fast.errors import InputError, NotFiniteError, is_out_of_memory
 from perta_fast.progress import Bar, Progress
 from perta_fast.tuning.request import Request
 from perta_fast.tuning.retained import Retained
@@ -59,6 +63,8 @@ def train_(
         trainer.held = held
         trainer.watch, watch.trainer = watch, trainer
         trainer.remove_callback(PrinterCallback)
+        if kept.checkpoint is not None:
+            _check_progress(kept.checkpoint, len(kept.begun.losses))
         trainer.train(resume_from_checkpoint=kept.checkpoint)
         # Take off the wrapper that computes in bfloat16: the model is scored in the same type before and after.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -140,10 +146,46 @@ class _KeepingTrainer(Trainer):
             save_file({name: t.detach().contiguous() for name, t in trained(self.model).items()}, _weights(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = load_file(_weights(resume_from_checkpoint))
-        with torch.no_grad():
+        with torch.no_grad(), _fitting(resume_from_checkpoint):
+            stored = load_file(_weights(resume_from_checkpoint))
             for name, tensor in trained(self.model).items():
                 tensor.copy_(stored[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _fitting(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+# What transformers and torch raise for a state of another shape, or none at all.
+_NOT_FITTING = (
+    *(ArithmeticError, AttributeError, EOFError, FileNotFoundError, LookupError, RuntimeError),
+    *(SafetensorError, TypeError, UnpicklingError, ValueError),
+)
+
+
+@contextmanager
+def _fitting(checkpoint: str | None) -> Iterator[None]:
+    """Raise InputError for a state that its record has the hashes of, and that is still none of this model's."""
+    try:
+        yield
+    except _NOT_FITTING as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{checkpoint}: the kept state does not fit this model ({error}); start over with --overwrite"
+        ) from error
+
+
+def _check_progress(checkpoint: str, steps: int) -> None:
+    """Raise InputError unless the trainer's own state is that after so many steps."""
+    with _fitting(checkpoint):
+        made = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+        if made != steps:
+            raise ValueError(f"it is of step {made}, not {steps}")
 
 
 def _weights(directory: str) -> Path:

@@ -1,16 +1,19 @@
 """A tuning that was stopped: where its state lies, what it was begun with, and whether that is still so."""
 
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from perta_fast.arguments import check_device
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
+from perta_fast.data.chat import parse_date
 from perta_fast.errors import InputError, RunError, advice, shell_command
 from perta_fast.files.durable import read_record, remove, sync, sync_tree, write_record
 from perta_fast.files.hashing import hash_file
@@ -29,7 +32,7 @@ from perta_fast.records.typed_json import typed
 from perta_fast.tuning.request import Request
 from perta_fast.tuning.saving import disk_errors
 
-_FORMAT, _FORMAT_VERSION = "perta tuning", 1
+_FORMAT, _FORMAT_VERSION = "perta tuning", 2
 _LEAST_WAIT = 60.0  # seconds between two states
 _LARGEST_SHARE = 0.05  # of the time that keeping a state may take
 _STATE_BYTES = 12  # of a trained parameter: itself and Adam's two moments, in float32
@@ -39,9 +42,9 @@ _STATE_BYTES = 12  # of a trained parameter: itself and Adam's two moments, in f
 class Begun:
     """What a tuning was begun with, and how far the kept state has come.
 
-    inputs: by path or role, by what an input is known. day: for chat templates that ask for the date. checkpoint: the
-    name of the trainer's state, and state the hashes of its files. losses, divergences: of each step until then.
-    seconds: spent until then.
+    inputs: by path or role, by what an input is known. day: for chat templates that ask for the date. callbacks: the
+    names of their types. checkpoint: the name of the trainer's state, and state the hashes of its files. losses,
+    divergences: of each step until then. seconds: spent until then.
     """
 
     request: Request
@@ -50,6 +53,8 @@ class Begun:
     started: str
     day: str
     overwrite: bool
+    device: str
+    callbacks: list[str]
     loss_before: float | None = None
     checkpoint: str = ""
     state: dict[str, str] = field(default_factory=dict)
@@ -70,16 +75,39 @@ class Begun:
             if content.pop("format_version", None) != _FORMAT_VERSION:
                 raise InputError("format_version")
             begun: Begun = typed(content, cls)
+            begun._check()
         except InputError as error:
             raise InputError(
-                f"{final}: was begun by another version of perta_fast ({error}); start over with --overwrite"
+                f"{final}: was begun by another version of perta_fast, or its record is damaged ({error}); "
+                "start over with --overwrite"
             ) from error
         return begun
+
+    def _check(self) -> None:
+        """Raise InputError for what no tuning is begun with: whoever wrote the record, it is not believed."""
+        self.request.check()
+        parse_date(self.day)
+        check_device(self.device)
+        if self.checkpoint != f"checkpoint-{len(self.losses)}":
+            raise InputError(f"its checkpoint is {self.checkpoint!r}, of {len(self.losses)} steps")
+        if len(self.divergences) != (0 if self.request.retain_kl is None else len(self.losses)):
+            raise InputError(f"there are {len(self.divergences)} divergences of {len(self.losses)} steps")
+        for number in (*self.losses, *self.divergences, self.seconds, self.loss_before or 0.0):
+            if not math.isfinite(number):
+                raise InputError(f"holds the number {number}")
 
     def check_request(self, final: Path, request: Request) -> None:
         """Raise InputError unless ``request`` is the same."""
         if self.request != request:
             raise InputError(unfinished_advice(final))
+
+    def check_callbacks(self, final: Path, callbacks: Sequence[str]) -> None:
+        """Raise InputError unless ``callbacks`` are of the same types: no record can hold what they do."""
+        if self.callbacks != list(callbacks):
+            raise InputError(
+                f"{final}: the tuning was begun with the callbacks {', '.join(self.callbacks) or '(none)'}, and needs "
+                "them to go on: repeat the call of tune that began it, or start over with --overwrite"
+            )
 
     def check_inputs(self, final: Path, inputs: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         """Raise InputError if an input is no longer what it was, or another version would go on."""
@@ -222,4 +250,6 @@ class KeptState:
         """How to go on after a stop."""
         if not self._target.keep:
             return "nothing was left behind"
+        if self.begun.callbacks:
+            return "what was learnt is kept; go on with the same call of tune, which has the callbacks"
         return f"what was learnt is kept; go on with: {shell_command('perta', 'resume', self._target.final)}"

@@ -1,24 +1,36 @@
 """A tuning that is stopped goes on, and gives the bytes of one that was not."""
 
 import json
+import math
+import pickle
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import Trainer
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+from transformers import Trainer, TrainerCallback
 
 import perta_fast as pf
 from perta_fast import cli
 from perta_fast.files import new_directory
 from perta_fast.files.durable import read_record, write_record
+from perta_fast.files.hashing import hash_file
 from perta_fast.resuming import is_unfinished
 from perta_fast.tuning import tuned_model, unfinished
+from tests.fuzz.test_damaged_files import examples
 from tests.support.checkpoints import fingerprint
+from tests.support.json_mutation import damaged
 from tests.support.models import Job, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,8 +199,7 @@ def test_what_no_run_has_written_is_not_replaced(job: Job, stopped: Path) -> Non
     change_record(stopped, overwrite=True)
     stopped.mkdir()
     (stopped / "mine").touch()
-    going_on: list[Callable[[], object]] = [lambda: tune(job, stopped), lambda: pf.resume(stopped, progress=False)]
-    for go_on in going_on:
+    for go_on in ways_on(job, stopped):
         with pytest.raises(pf.InputError, match="out: holds what no run has written; move it away"):
             go_on()
     assert [path.name for path in stopped.iterdir()] == ["mine"]
@@ -214,13 +225,95 @@ def test_a_record_that_is_damaged_is_refused(stopped: Path) -> None:
         pf.resume(stopped, progress=False)
 
 
+@given(data=st.data())
+@examples(ordinary=25, soak=1000)
+def test_a_forged_record_is_refused_or_one_that_tune_could_have_written(
+    data: st.DataObject, stopped_once: Path
+) -> None:
+    content = read_record(hidden(stopped_once) / ".perta-tuning" / "begun.json")
+    with pytest.MonkeyPatch.context() as patch, suppress(pf.InputError):
+        patch.setattr(unfinished, "read_record", lambda _: data.draw(damaged(content)))
+        begun = unfinished.Begun.load(stopped_once)
+        assert begun is not None
+        assert begun.checkpoint == f"checkpoint-{len(begun.losses)}"
+        json.dumps(asdict(begun), allow_nan=False)
+
+
+def test_a_record_that_no_tuning_has_written_is_refused(job: Job, stopped: Path) -> None:
+    kept = read_record(hidden(stopped) / ".perta-tuning" / "begun.json")
+    words = "by another version of perta_fast, or its record is damaged"
+    for changes, expected in (
+        ({"request": kept["request"] | {"epochs": 0}}, "epochs is 0"),
+        ({"request": kept["request"] | {"lr": math.inf}}, "lr is inf"),
+        ({"day": "today"}, "is 'today'"),
+        ({"device": "moon"}, "'moon'"),
+        ({"checkpoint": "../checkpoint-2"}, "checkpoint is '../checkpoint-2'"),
+        ({"losses": [*kept["losses"][:-1], math.nan]}, "the number nan"),
+        ({"divergences": [1.0]}, "1 divergences of 2 steps"),
+    ):
+        change_record(stopped, **changes)
+        for go_on in ways_on(job, stopped):
+            with pytest.raises(pf.InputError, match=f"{words}.*{re.escape(expected)}.*start over with --overwrite"):
+                go_on()
+        change_record(stopped, **kept)
+
+
+def ways_on(job: Job, out: Path) -> list[Callable[[], object]]:
+    """To go on with a stopped tuning."""
+    return [lambda: tune(job, out), lambda: pf.resume(out, progress=False)]
+
+
+def test_a_forged_state_is_refused(stopped: Path) -> None:
+    """The record has its hashes, but it is no state of this model; pickled objects are never loaded."""
+    (folder,) = (hidden(stopped) / ".perta-tuning").glob("checkpoint-*")
+    hashes = read_record(folder.parent / "begun.json")["state"]
+    step = json.loads((folder / "trainer_state.json").read_text()) | {"global_step": 1}
+    for name, content in (
+        ("trained.safetensors", b"{}"),
+        ("trained.safetensors", save({"other": torch.zeros(1)})),
+        ("trainer_state.json", b"[]"),
+        ("trainer_state.json", json.dumps(step).encode()),
+        ("optimizer.pt", pickle.dumps(Stop, 2)),
+        ("optimizer.pt", pickle.dumps({"state": {}}, 2)),
+        ("rng_state.pth", b""),
+    ):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        change_record(stopped, state=hashes | {name: hash_file(folder / name)})
+        with pytest.raises(pf.InputError, match="checkpoint-2: the kept state does not fit this model"):
+            pf.resume(stopped, progress=False)
+        (folder / name).write_bytes(before)
+
+
+class Counting(TrainerCallback):
+    """A callback of the user's own."""
+
+
+def test_it_goes_on_with_the_callbacks_and_the_device_that_it_began_with(
+    job: Job, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_record(stopped, callbacks=["Counting"])
+    for go_on in ways_on(job, stopped):
+        with pytest.raises(pf.InputError, match=r"was begun with the callbacks Counting.* repeat the call of tune"):
+            go_on()
+    with pytest.raises(pf.Interrupted, match="go on with the same call of tune, which has the callbacks"):
+        tune(job, stopped, callbacks=[Counting()], progress=stopping(12, error=KeyboardInterrupt()))
+    change_record(stopped, device="cuda", callbacks=[])
+    with pytest.raises(pf.InputError, match=r"was begun with the callbacks \(none\)"):
+        tune(job, stopped, callbacks=[Counting])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for go_on in ways_on(job, stopped):
+        with pytest.raises(pf.InputError, match=r"was begun on cuda, and goes on there alone: .*finds no CUDA device"):
+            go_on()
+
+
 @pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
 def test_a_state_that_is_damaged_is_refused(name: str, stopped: Path) -> None:
     """A bit would change the result unnoticed; transformers goes on without a file that is missing."""
     (path,) = (hidden(stopped) / ".perta-tuning").glob(f"checkpoint-*/{name}")
     content = path.read_bytes()
-    for damaged in (content[:-9], content[:-9] + b"\0" + content[-8:], None):
-        path.unlink() if damaged is None else path.write_bytes(damaged)
+    for other in (content[:-9], content[:-9] + b"\0" + content[-8:], None):
+        path.unlink() if other is None else path.write_bytes(other)
         with pytest.raises(pf.InputError, match="checkpoint-2: the kept state is damaged; start over with --overwrite"):
             pf.resume(stopped, progress=False)
 
