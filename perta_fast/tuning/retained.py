@@ -1,7 +1,6 @@
 """What holds a model on retained rows while it is tuned: the divergence of its next tokens from the base's."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -22,8 +21,11 @@ class Retained:
     base is the model without its adapter. Of a model that is tuned whole a frozen copy is kept, 4 bytes a parameter.
     """
 
-    def __init__(self, module: Any, samples: Sequence[Sample], weight: float, at_a_time: int, seed: int) -> None:
-        self.weight = weight
+    def __init__(
+        self, module: Any, samples: Sequence[Sample], weight: float, at_a_time: int, seed: int, mixed: bool = False
+    ) -> None:
+        """mixed: whether ``module`` will compute in bfloat16, so that its frozen copy has to as well."""
+        self.weight, self._mixed = weight, mixed
         self._samples, self._at_a_time, self._seed = samples, at_a_time, seed
         self._copy = None if hasattr(module, "disable_adapter") else deepcopy(module).requires_grad_(False).eval()
         self._order: tuple[int, list[int]] = (-1, [])  # of one pass over the rows
@@ -32,7 +34,7 @@ class Retained:
         """The divergence on the rows of backward pass ``number``; which rows these are depends on the seed alone."""
         rows = (self._row(number * self._at_a_time + k) for k in range(min(self._at_a_time, len(self._samples))))
         device = next(module.parameters()).device
-        return divergence(module, self._copy, Batch.of(list(rows), device))
+        return divergence(module, self._copy, Batch.of(list(rows), device), self._mixed)
 
     def _row(self, position: int) -> Sample:
         turn, place = divmod(position, len(self._samples))
@@ -42,9 +44,15 @@ class Retained:
         return self._samples[self._order[1][place]]
 
 
-def divergence(module: Any, copy: nn.Module | None, batch: Batch) -> Tensor:
-    """KL(base ‖ tuned) in nats, the mean over labelled tokens. copy: the base, if it is not ``module`` itself."""
-    with torch.no_grad(), evaluation_mode(module), nullcontext() if copy is not None else module.disable_adapter():
+def divergence(module: Any, copy: nn.Module | None, batch: Batch, mixed: bool = False) -> Tensor:
+    """KL(base ‖ tuned) in nats, the mean over labelled tokens.
+
+    copy: the base, if it is not ``module`` itself. mixed: whether it computes in bfloat16, as accelerate wraps
+    ``module`` to do.
+    """
+    device = batch.input_ids.device.type
+    as_base = module.disable_adapter() if copy is None else torch.autocast(device, torch.bfloat16, enabled=mixed)
+    with torch.no_grad(), evaluation_mode(module), as_base:
         expected = token_logits(copy or module, batch)[0].log_softmax(-1)
     found = token_logits(module, batch)[0].log_softmax(-1)
     return functional.kl_div(found, expected, reduction="sum", log_target=True) / len(found)

@@ -52,7 +52,9 @@ def train_(
     """
     at_a_time = math.gcd(schedule.batch_size, _AT_A_TIME)
     settings = _settings(module, len(samples), request, schedule, at_a_time, kept.directory)
-    held = Retained(module, retained, request.retain_kl, at_a_time, request.seed) if request.retain_kl else None
+    held = None
+    if request.retain_kl:
+        held = Retained(module, retained, request.retain_kl, at_a_time, request.seed, settings.bf16)
     steps = math.ceil(len(samples) / schedule.batch_size)
     total, done = schedule.epochs * len(samples), _samples_of(len(kept.begun.losses), steps, len(samples), schedule)
     with Bar(total, "tuning", progress, "sample", done) as bar:

@@ -51,6 +51,19 @@ def test_the_divergence(tmp_path: Path) -> None:
     assert adapted.base_model.model.model.layers[0].self_attn.q_proj.disable_adapters is False
 
 
+@torch.no_grad()
+def test_a_frozen_copy_computes_as_the_model_does() -> None:
+    """Accelerate wraps a model on a GPU so that it computes in bfloat16: as it was, it is no distance from its copy."""
+    module, copy = llama(), llama().eval()
+    for model in (module, copy):
+        nudge_(model, 1, 0.3)
+    batch = Batch.of(draw_samples(3))
+    assert float(divergence(module, copy, batch)) == 0
+    module.forward = torch.autocast("cpu", torch.bfloat16)(module.forward)
+    assert float(divergence(module, copy, batch, mixed=True)) == 0
+    assert float(divergence(module, copy, batch)) > 1e-5
+
+
 def test_which_rows_are_taken() -> None:
     """Each row once in a pass over them, in an order that the seed alone decides."""
     samples = draw_samples(5)
