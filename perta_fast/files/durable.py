@@ -85,6 +85,21 @@ def move(source: Path, target: Path) -> None:
         sync(source.parent)
 
 
+def link_tree(source: Path, target: Path, linked: str) -> None:
+    """Copy what is in ``source`` into ``target``. linked: the ending of files that get a second name, if they can."""
+    for folder, _, names in os.walk(source):
+        below = target / Path(folder).relative_to(source)
+        below.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if name.endswith(linked):
+                try:
+                    os.link(Path(folder, name), below / name)
+                    continue
+                except OSError:  # another file system, or one without links
+                    pass
+            shutil.copyfile(Path(folder, name), below / name)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -100,6 +115,15 @@ def sync_tree(directory: Path) -> None:
         for name in names:
             sync(Path(root, name))
         sync(Path(root))
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory, if there is one. After a kill it has all its files, or its name no more."""
+    half = directory.with_name(f"{directory.name}.gone")
+    remove(half)
+    if directory.is_dir():
+        move(directory, half)
+        remove(half)
 
 
 def remove(path: Path) -> None:

@@ -4,23 +4,25 @@ It scores with what it keeps, as it is stored, so that ``apply`` finds the bits 
 """
 
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from perta_fast.checkpoints.companions import PRECONDITIONING
-from perta_fast.errors import InputError
+from perta_fast.checkpoints.fingerprint import PUT_BACK, WEIGHTS, Fingerprint, changed_file, fingerprint_files
+from perta_fast.errors import InputError, RunError
 from perta_fast.files.apart import check_name
+from perta_fast.files.durable import discard, link_tree
 from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import OutputDirectory, check_output, check_replaceable, check_unfinished
 from perta_fast.files.reading import exists
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.progress import Progress
 from perta_fast.rules import ESTIMATORS, PRECONDITIONED, Estimator
-from perta_fast.scoring.importances import Importances, importances_in, metadata_of
+from perta_fast.scoring.importances import Importances, importances_in
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.request import Request
-from perta_fast.sweeping.unfinished import Begun, Record
+from perta_fast.sweeping.unfinished import Record
 from perta_fast.sweeping.vectors import Vectors
 
 _IMPORTANCE, _TUNED = "importance", "tuned"
@@ -72,8 +74,26 @@ def _places(request: Request) -> list[Path]:
     return [Path(place) for place in (request.save_importance, request.save_tuned) if place is not None]
 
 
-def find_kept(opened: OpenedSweep, begun: Begun, vectors: Vectors) -> None:
-    """Let ``vectors`` have those that the sweep has kept before it was stopped."""
+def find_kept(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
+    """See what a stopped sweep has kept; ``vectors`` then has its θ_f there. Every rank calls it.
+
+    Raises InputError if it has changed since and the sweep has it nowhere else.
+    """
+    request, begun, ranks = opened.request, record.begun, opened.ranks
+    kept: dict[str, dict[str, Fingerprint]] = {}
+    with ranks.together("what the sweep has kept"):
+        for name, place in ((_IMPORTANCE, request.save_importance), (_TUNED, request.save_tuned)):
+            if not ranks.first or name not in begun.kept or place is None:
+                continue
+            changed = changed_file(_final(place), begun.kept[name])
+            if changed is None:
+                kept[name] = begun.kept[name]
+            elif vectors.lacking() if name == _TUNED else opened.load_kept(record.importances) is None:
+                raise InputError(
+                    f"{changed}: has changed, or is gone, since the sweep wrote it; {PUT_BACK} to go on with it, or "
+                    "start over with --overwrite"
+                )
+    begun.kept = ranks.share(kept)
     if _TUNED in begun.kept:
         vectors.kept_at(_vector_places(opened, vectors))
 
@@ -95,9 +115,10 @@ def keep_importances(opened: OpenedSweep, record: Record, importances: ByEstimat
         return importances
     with opened.ranks.together("the kept importances"):
         if opened.ranks.first and _IMPORTANCE not in record.begun.kept:
-            if not _are_there(importances, places):
-                _write_importances(opened, importances)
-            record.note_kept(_IMPORTANCE)
+            with _kept(opened, record, _IMPORTANCE, opened.request.save_importance) as folder:
+                _write_importances(opened, importances, folder)
+            if record.importances is not None:
+                discard(record.importances)
     return {estimator: importances_in(place) for estimator, place in places.items()}
 
 
@@ -109,12 +130,31 @@ def keep_vectors(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
     final = _final(opened.request.save_tuned)
     with opened.ranks.together("the kept θ_f"):
         if opened.ranks.first and _TUNED not in record.begun.kept:
-            with OutputDirectory(final, overwrite=opened.request.overwrite, inputs=opened.paths()) as target:
+            with _kept(opened, record, _TUNED, opened.request.save_tuned) as folder:
                 for mu, kept in places.items():
-                    _move_into(vectors.of(mu), target.path / kept.relative_to(final))
-                target.commit()
-            record.note_kept(_TUNED)
+                    link_tree(vectors.of(mu), folder / kept.relative_to(final), WEIGHTS)
+            vectors.discard()
     vectors.kept_at(places)
+
+
+@contextmanager
+def _kept(opened: OpenedSweep, record: Record, name: str, place: str | None) -> Iterator[Path]:
+    """A folder to fill, which then becomes ``place``.
+
+    It is noted before it has its name, so that after a kill the note shows whether it got it. Until then nothing of
+    what it is filled with is removed elsewhere.
+    """
+    request = opened.request
+    try:
+        with OutputDirectory(_final(place), overwrite=request.overwrite, inputs=opened.paths()) as target:
+            yield target.path
+            record.note_kept(name, fingerprint_files(target.path))
+            target.commit()
+    except RunError as error:
+        if record.target is None or not record.target.keep:
+            raise
+        going_on = record.begun.going_on(record.target.final)
+        raise RunError(f"{error}. What was scored is kept; go on with: {going_on}") from error
 
 
 def is_of_several(kept: Path) -> bool:
@@ -142,18 +182,15 @@ def _vector_places(opened: OpenedSweep, vectors: Vectors) -> dict[float, Path]:
     return {mu: final / vectors.name(mu) if len(mus) > 1 else final for mu in mus}
 
 
-def _write_importances(opened: OpenedSweep, importances: ByEstimator) -> None:
-    request, progress = opened.request, opened.progress
-    final = _final(request.save_importance)
-    if len(importances) == 1 and request.kept_form.as_ratio:
-        (of_estimator,) = importances.values()
-        _ratio(of_estimator, request.kept_form.dtype).save(final, overwrite=request.overwrite, progress=progress)
-        return
-    with OutputDirectory(final, overwrite=request.overwrite, inputs=opened.paths()) as target:
-        for estimator, of_estimator in importances.items():
-            folder = target.path if len(importances) == 1 else target.path / estimator
-            _write(of_estimator, request.kept_form.as_ratio, request.kept_form.dtype, folder, progress)
-        target.commit()
+def _write_importances(opened: OpenedSweep, importances: ByEstimator, folder: Path) -> None:
+    form, progress = opened.request.kept_form, opened.progress
+    for estimator, of_estimator in importances.items():
+        below = folder / estimator
+        _write(of_estimator, form.as_ratio, form.dtype, below, progress)
+        if len(importances) == 1:
+            for entry in below.iterdir():
+                entry.rename(folder / entry.name)
+            below.rmdir()
 
 
 def _write(of_estimator: Importances, as_ratio: bool, dtype: str, folder: Path, progress: Progress) -> None:
@@ -166,27 +203,10 @@ def _write(of_estimator: Importances, as_ratio: bool, dtype: str, folder: Path, 
         if importance.directory is None:
             importance.save(folder / side, dtype=dtype)
         else:  # estimated in the type that is kept
-            _move_into(importance.directory, folder / side)
+            link_tree(importance.directory, folder / side, WEIGHTS)
 
 
 def _ratio(of_estimator: Importances, dtype: str) -> ImportanceRatio:
     assert not isinstance(of_estimator, ImportanceRatio)
     forget, retain = (of_estimator[side] for side in SIDES)
     return ImportanceRatio.of(forget, retain, dtype=dtype)
-
-
-def _are_there(importances: ByEstimator, places: Mapping[Estimator, Path]) -> bool:
-    """Whether the sweep has written them before it was stopped: of the same data, taken at the same place."""
-    try:
-        found = {name: metadata_of(importances_in(place)) for name, place in places.items()}
-    except InputError:
-        return False
-    return found == {name: metadata_of(of_estimator) for name, of_estimator in importances.items()}
-
-
-def _move_into(source: Path, target: Path) -> None:
-    """What is in ``source``, in ``target``; copied if that is on another disk."""
-    target.mkdir(parents=True, exist_ok=True)
-    for entry in sorted(source.iterdir()):
-        shutil.move(entry, target / entry.name)
-    source.rmdir()

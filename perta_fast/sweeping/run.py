@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.chat import parse_date, today
 from perta_fast.data.forms import Fields
-from perta_fast.data.given import NOTHING_GIVEN, SAME_CALL, Given
+from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.data.given_data import Data, taken_out
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
-from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory, shell_command
+from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
 from perta_fast.files.apart import check_name
 from perta_fast.files.durable import remove, sync_tree
 from perta_fast.files.identity import is_same
@@ -222,11 +222,11 @@ def _run(
         target = OutputDirectory(final, overwrite=request.overwrite, inputs=opened.paths(), resume=earlier is not None)
     record = Record(begun, target, ranks.first)
     vectors = Vectors(target.path / STATE / "tuned", opened.mus())
-    find_kept(opened, begun, vectors)
+    find_kept(opened, record, vectors)
     with ExitStack() as entered, ranks.sharing_errors("the sweep"):
         with ranks.together("the output directory"):
             if ranks.first:
-                entered.enter_context(_kept_if_stopped(target, _resuming(begun, final)))
+                entered.enter_context(_kept_if_stopped(target, begun.going_on(final)))
                 entered.enter_context(target)
                 record.save()
         check_shared(target.path, ranks)
@@ -264,7 +264,7 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
         if earlier.processes != begun.processes:
             raise InputError(
                 f"{final}: the sweep was begun by {earlier.processes} processes, this is a run of {begun.processes}; "
-                f"finish it with: {_resuming(earlier, final)}"
+                f"finish it with: {earlier.going_on(final)}"
             )
         return earlier
     if not request.overwrite and has_begun(final):
@@ -281,7 +281,7 @@ def _finish_changed(request: Request, progress: Progress) -> Sweep | None:
     if begun is None or begun.request != request or not has_changed(begun):
         return None
     target = OutputDirectory(final, overwrite=request.overwrite, resume=True)
-    with _kept_if_stopped(target, _resuming(begun, final)), target:
+    with _kept_if_stopped(target, begun.going_on(final)), target:
         finish_in_place(begun, progress)
         sweep = Sweep.read(target.path / FILE_NAME)
         target.commit()
@@ -323,7 +323,7 @@ def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, fina
         if not record.has_work or (isinstance(error, NotFiniteError) and not begun.is_scored):
             raise
         # An input has gone or changed meanwhile: keep what was scored.
-        raise RunError(f"{error}. What was scored is kept; go on with: {_resuming(begun, final)}") from error
+        raise RunError(f"{error}. What was scored is kept; go on with: {begun.going_on(final)}") from error
     if not request.in_place:
         _save(sweep, record)
     return sweep
@@ -353,14 +353,3 @@ def _kept_if_stopped(target: OutputDirectory, going_on: str) -> Iterator[None]:
                 f"out of memory; what was scored is kept. Go on where more is free with: {going_on}"
             ) from error
         raise
-
-
-def _resuming(begun: Begun, final: Path) -> str:
-    """The command that goes on with the sweep to ``final``, by as many processes as began it."""
-    if begun.request.is_of_given_rows:
-        return SAME_CALL
-    if begun.request.in_place:
-        return "the same command"
-    processes = begun.processes
-    perta = ["perta"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "perta_fast"]
-    return shell_command(*perta, "resume", final)

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perta_fast.checkpoints.fingerprint import PUT_BACK
-from perta_fast.errors import InputError
+from perta_fast.checkpoints.fingerprint import PUT_BACK, Fingerprint
+from perta_fast.data.given import SAME_CALL
+from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
 from perta_fast.files.reading import exists
@@ -44,7 +45,7 @@ class Begun:
     scores, once they are known. day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in
     records of builds that did not keep it. plans: of a streamed sweep's walks, by name, once they
     are made. applying: whether the model may be changed already, in place. processes: that do it together.
-    kept: what has been written where it is to be kept (``keeping``).
+    kept: what has been written where it is to be kept, or is about to get its name there (``keeping``): its files.
     """
 
     request: Request
@@ -56,7 +57,7 @@ class Begun:
     plans: dict[str, WalkPlan] = field(default_factory=dict)
     applying: bool = False
     processes: int = 1
-    kept: list[str] = field(default_factory=list)
+    kept: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
 
     @property
     def is_scored(self) -> bool:
@@ -67,6 +68,15 @@ class Begun:
     def original(self) -> ScoredSetting | None:
         """What the model as it is has scored."""
         return next((row for row in self.rows if not row.rule), None)
+
+    def going_on(self, final: Path) -> str:
+        """The command that goes on with the sweep to ``final``, by as many processes as began it."""
+        if self.request.is_of_given_rows:
+            return SAME_CALL
+        if self.request.in_place:
+            return "the same command"
+        several = ["torchrun", "--nproc-per-node", str(self.processes), "-m", "perta_fast"]
+        return shell_command(*(["perta"] if self.processes == 1 else several), "resume", final)
 
     def find(self, curve: Curve, lam: float) -> ScoredSetting | None:
         """What a setting has scored."""
@@ -131,7 +141,7 @@ class Record:
     @property
     def has_work(self) -> bool:
         """Whether a setting is scored, or a streamed sweep has an importance or has begun to walk."""
-        if self.begun.is_scored:
+        if self.begun.is_scored or self.begun.kept:
             return True
         state = None if self.target is None or not self.begun.request.stream else self.target.path / STATE
         return state is not None and any(any(state.glob(work)) for work in ("importance/*/*", f"{_WALKS}/*"))
@@ -141,9 +151,9 @@ class Record:
         if self.target is not None:
             self.target.keep = True
 
-    def note_kept(self, what: str) -> None:
-        """Something is where it is to be kept."""
-        self.begun.kept.append(what)
+    def note_kept(self, what: str, files: dict[str, Fingerprint]) -> None:
+        """Something is complete, and gets its name next."""
+        self.begun.kept[what] = files
         self.save()
 
     def add(self, *settings: ScoredSetting) -> ScoredSetting:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from perta_fast.errors import RunError, advice
-from perta_fast.files.durable import move, remove, sync_tree
+from perta_fast.files.durable import discard, move, remove, sync_tree
 from perta_fast.files.new_directory import check_space
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.rules import PRECONDITIONED
@@ -31,7 +31,7 @@ class Vectors:
         return [mu for mu in self._mus if not self.of(mu).exists()]
 
     def of(self, mu: float) -> Path:
-        """The directory of one."""
+        """The directory of one θ_f."""
         return self._kept.get(mu, self._folder / self.name(mu))
 
     @staticmethod
@@ -42,6 +42,10 @@ class Vectors:
     def kept_at(self, places: Mapping[float, Path]) -> None:
         """From now on they are read where they are kept."""
         self._kept = dict(places)
+
+    def discard(self) -> None:
+        """Remove what was made, which is kept elsewhere now."""
+        discard(self._folder)
 
     def record(self, mu: float) -> Preconditioning:
         """What was written down of one."""

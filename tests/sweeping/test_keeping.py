@@ -1,17 +1,19 @@
 """What a sweep keeps: importances and θ_f, where the command that it prints finds them, with the bits of the choice."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from perta_fast import InputError, Interrupted, Sweep, apply, cli, sweep, verify
+from perta_fast import InputError, Interrupted, PertaError, Sweep, apply, cli, resume, sweep, verify
 from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance
-from perta_fast.runs import estimate
+from perta_fast.runs import estimate, making_tuned
 from perta_fast.scoring.live_model import ScoredModel
-from perta_fast.streaming.forward.score_walk import _ScoreWalk
+from perta_fast.sweeping import keeping
+from tests.support.checkpoints import fingerprint
 from tests.support.models import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,33 +93,95 @@ def test_settings_score_what_apply_makes_of_what_is_kept(job: Job, tmp_path: Pat
     apply(*job.checkpoints, importance=tmp_path / "ratio", rule="fisher", lam=8, out=tmp_path / "out", progress=False)
 
 
+class Stop(BaseException):
+    """In place of a signal."""
+
+
+class Unnamed(keeping.OutputDirectory):
+    """One that is stopped before it gets its name."""
+
+    def commit(self) -> None:
+        raise Stop
+
+
+def stopped_at(owner: Any, name: str, call: int, error: BaseException) -> Any:
+    """What raises ``error`` at the call of this number."""
+    whole, left = getattr(owner, name), [None] * call
+
+    def counted(*given: Any, **named: Any) -> Any:
+        if not left:
+            raise error
+        left.pop()
+        return whole(*given, **named)
+
+    return counted
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stopped_sweep_has_kept_them_and_goes_on(
+def test_what_is_stopped_while_it_keeps_loses_nothing(
     stream: bool, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen: dict[str, Any] = {"rule": ["fisher", "preconditioned"], "save_importance": tmp_path / "kept"}
-    chosen |= {"save_tuned": tmp_path / "tuned", "out": tmp_path / "sweep", "stream": stream, "max_retain_rise": 9.0}
+    """Each attempt goes on where the one before was stopped. A streamed sweep keeps the importances first."""
+    chosen: dict[str, Any] = {"rule": ["fisher", "preconditioned"], "lams": [2], "stream": stream}
+    chosen |= {"save_importance": tmp_path / "kept", "save_tuned": tmp_path / "tuned", "out": tmp_path / "sweep"}
+    made: list[str] = []
 
-    def stop(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+    def counting(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: (made.append(name), whole(*given, **named))[1])
 
-    scored: list[Any] = []
-    score = ScoredModel.score
-
-    def later(*given: Any) -> Any:
-        scored.append(given)
-        return score(*given) if len(scored) == 1 else stop()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(_ScoreWalk, "_step", stop) if stream else patched.setattr(ScoredModel, "score", later)
-        with pytest.raises(Interrupted, match="what was scored is kept"):
+    counting(estimate, "estimate_on")
+    counting(making_tuned.Making, "run")
+    full = rf"full.*is kept; go on with: perta resume {tmp_path}/sweep"
+    stops: list[tuple[Any, str, Any, str]] = [
+        (keeping, "OutputDirectory", Unnamed, "^$"),
+        (keeping, "discard" if stream else "link_tree", Stop, "^$"),
+        (keeping, "link_tree", stopped_at(keeping, "link_tree", 0 if stream else 1, OSError(28, "full")), full),
+        (keeping, "discard", Stop, "^$"),
+    ]
+    for owner, name, stand_in, words in stops[: 3 if stream else 4]:
+        with monkeypatch.context() as patched, pytest.raises((Stop, PertaError), match=words):
+            patched.setattr(owner, name, stopped_at(owner, name, 0, stand_in()) if stand_in is Stop else stand_in)
             run(job, **chosen)
-    before = [weights(tmp_path / "kept" / "forget"), weights(tmp_path / "tuned")]
-    assert all(before)
-    monkeypatch.setattr(estimate, "accumulate", None)
     found = run(job, **chosen)
-    assert len(found.rows) == 5
-    assert before == [weights(tmp_path / "kept" / "forget"), weights(tmp_path / "tuned")]
+    assert sorted(made) == ["estimate_on", "estimate_on", "run"]  # nothing twice
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "sweep", "tuned"]
+    linked = [path for folder in ("kept", "tuned") for path in (tmp_path / folder).rglob("*.safetensors")]
+    assert linked and all(path.stat().st_nlink == 1 for path in linked)
+    given = run(job, rule="fisher", lams=[2], importance=tmp_path / "kept")
+    assert [row.forget_loss for row in given.rows] == [row.forget_loss for row in found.rows[:2]]
+
+
+def test_a_sweep_does_not_go_on_with_other_importances_than_it_kept(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: dict[str, Any] = {"rule": ["fisher", "preconditioned"], "lams": [2], "out": tmp_path / "sweep"}
+    chosen |= {"save_importance": tmp_path / "kept", "save_tuned": tmp_path / "tuned"}
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(ScoredModel, "score", stopped_at(ScoredModel, "score", 1, KeyboardInterrupt()))
+        run(job, **chosen)
+    monkeypatch.setattr(estimate, "estimate_on", None)  # nothing is made again
+    monkeypatch.setattr(making_tuned.Making, "run", None)
+    shard, config = next((tmp_path / "kept" / "forget").glob("*.safetensors")), tmp_path / "tuned" / "config.json"
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    for changed, mend in (
+        (shard, lambda: os.utime(shard, ns=(0, shard.stat().st_mtime_ns - 1))),
+        (config, lambda: config.write_bytes(config.read_bytes()[:-1])),
+        (tmp_path / "tuned", lambda: (tmp_path / "away").rename(tmp_path / "tuned")),
+    ):
+        if changed == config:
+            config.write_bytes(config.read_bytes() + b" ")
+        elif changed.is_dir():
+            changed.rename(tmp_path / "away")
+        before = fingerprint(tmp_path)
+        for again in (lambda: run(job, **chosen), lambda: resume(tmp_path / "sweep", progress=False)):
+            with pytest.raises(
+                InputError, match=rf"{changed}.*: has changed, or is gone, since .*put the old file back"
+            ):
+                again()
+        assert fingerprint(tmp_path) == before
+        mend()
+    assert len(run(job, **chosen).rows) == 3
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
