@@ -19,7 +19,7 @@ COMMAND = Command(
     "demo",
     "the whole job on a real model, or on small ones made on the spot",
     (
-        Option("out", "keep data and checkpoints here", Path, "DIR"),
+        Option("out", "keep data and checkpoints here", Path, "DIR", makes=True),
         Option("save", "only write SmolLM2 and the questions there, for a run of your own", Path, "DIR"),
         Option(
             "model",

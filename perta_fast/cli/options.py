@@ -40,7 +40,8 @@ class Option:
     positional, any number.
     joined: given again, its lists are joined. spelled: on the command line, if not as the argument. one_of: at most one
     of the options with the same word can be given, and exactly one if they are required. named: a path, or a name of
-    the Hugging Face hub. may_be_empty: whether an empty text is a value in a recipe.
+    the Hugging Face hub. makes: a path, of what the command makes. may_be_empty: whether an empty text is a value in a
+    recipe.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Option:
     one_of: str = ""
     may_be_empty: bool = False
     named: bool = False
+    makes: bool = False
     spelled: str = ""
 
     @property
@@ -295,10 +297,10 @@ CHAT = (
     Option("date_string", "the date, for a chat template that tells it, as in 2025-04-10 (today's)", metavar="DATE"),
 )
 KEPT = (
-    Option("save_importance", "keep both importances here", Path, "DIR"),
+    Option("save_importance", "keep both importances here", Path, "DIR", makes=True),
     Option("save_as", "keep the two (pair, the default), or their ratio", choices=("pair", "ratio"), spelled="as"),
     Option("importance_dtype", "type to keep them in (float32; bfloat16 of a ratio)", choices=tuple(STORED_TYPES)),
-    Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR"),
+    Option("save_tuned", "keep the preconditioned θ_f here", Path, "DIR", makes=True),
 )
 BATCH_SIZE = Option("batch_size", "samples at a time (8)", int, "N", 8)
 MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)", int, "N")
@@ -308,9 +310,9 @@ ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
 QUIET = flag("quiet", "no progress bar, no summary")
 JSON = flag("json", "print the record of what was done as JSON, instead of text")
-OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True), OVERWRITE, QUIET, JSON)
+OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True, makes=True), OVERWRITE, QUIET, JSON)
 RESULT = (
-    Option("out", "directory to make", Path, "DIR", required=True, one_of="result"),
+    Option("out", "directory to make", Path, "DIR", required=True, one_of="result", makes=True),
     flag("in_place", "change the model where it lies", required=True, one_of="result"),
     OVERWRITE,
     flag("link_unchanged", "link shards that nothing changes instead of copying them"),

@@ -138,7 +138,7 @@ COMMAND = Command(
             "write a template with every option",
             (
                 flag("job", "of a whole job: tune, sweep, unlearn, eval and report"),
-                Option("out", "file to make, ending in .yaml or .yml (standard output)", Path, "FILE"),
+                Option("out", "file to make, ending in .yaml or .yml (standard output)", Path, "FILE", makes=True),
                 flag("overwrite", "replace FILE"),
             ),
             write_template,

@@ -1,16 +1,23 @@
 """What is to be done of each section of a recipe that is run, perhaps for the second time."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from perta_fast.checkpoints.companions import TEMPLATES
 from perta_fast.cli.recipe_sections import Section
+from perta_fast.data.formats import data_files
 from perta_fast.errors import InputError
 from perta_fast.files.identity import is_same, lies_in
+from perta_fast.importance.ratio import SIDES
 from perta_fast.records.recipe_record import Made, first_difference, identity_of
+from perta_fast.resuming import is_unfinished
 
+# Where more of an input lies: chat templates of a model, a pair of importances, the files of MUSE.
+_FOLDERS = (TEMPLATES, *SIDES, "knowmem", "verbmem")
 _ADVICE = "choose another out, or replace it with --overwrite"
 
 
@@ -46,7 +53,7 @@ def plan(sections: Sequence[Section], made: Mapping[str, Made], *, overwrite: bo
         changing = [other.result for other in sections[number:] if other.in_place]
 
         def inputs(section: Section = section, changing: list[Path] = changing) -> dict[str, Any]:
-            return _identities(section, changing)
+            return identities(section, changing)
 
         known = made.get(section.name)
         changed = None if known is None else first_difference(known.inputs, inputs())
@@ -58,13 +65,6 @@ def plan(sections: Sequence[Section], made: Mapping[str, Made], *, overwrite: bo
             raise InputError(f"{section.where}: {section.result}: {refusal}; {_ADVICE}")
         plans.append(Plan(way, refusal, known, inputs))
     return plans
-
-
-def is_unfinished(result: Path) -> bool:
-    """Whether a run to, or in, ``result`` was stopped with something to go on with."""
-    from perta_fast.resuming import is_unfinished
-
-    return is_unfinished(result)
 
 
 def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way, str]:
@@ -89,13 +89,20 @@ def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way
     return Way.NOT_AT_ALL, ""
 
 
-def _identities(section: Section, changing: Sequence[Path]) -> dict[str, Any]:
+def identities(section: Section, changing: Sequence[Path] = ()) -> dict[str, Any]:
     """What shows whether an input has changed, by key. changing: what is changed in place meanwhile."""
     found: dict[str, Any] = {}
     for key, path in section.read():
         if not any(is_same(path, other) for other in changing):
-            found.setdefault(key, []).append(identity_of(path))
+            found.setdefault(key, []).append(_identity(section, key, path))
     return found
+
+
+def _identity(section: Section, key: str, path: Path) -> Any:
+    files = data_files(path) if section.reads_rows(key) else [path]
+    if files == [path]:
+        return identity_of(path, _FOLDERS)
+    return {os.path.relpath(file, path.parent): identity_of(file) for file in files}
 
 
 def _lies_in(path: Path, section: Section) -> bool:

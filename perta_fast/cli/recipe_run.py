@@ -7,11 +7,12 @@ from pathlib import Path
 from perta_fast.cli import resume, unlearn
 from perta_fast.cli.options import Outcome
 from perta_fast.cli.parser import parser_of
-from perta_fast.cli.recipe_plan import Plan, Way, is_unfinished, plan
+from perta_fast.cli.recipe_plan import Plan, Way, plan
 from perta_fast.cli.recipe_sections import Section, check_inputs, sections_of
 from perta_fast.errors import PertaError, printable
 from perta_fast.records.recipe import read_recipe
 from perta_fast.records.recipe_record import Made, RecipeRecord, state_of
+from perta_fast.resuming import is_unfinished
 
 
 def run_sections(path: Path, *, overwrite: bool, quiet: bool) -> int:

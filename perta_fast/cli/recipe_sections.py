@@ -23,14 +23,8 @@ from perta_fast.records.recipe import Recipe, Setting
 from perta_fast.records.recipe_record import state_of
 
 COMMANDS = {command.name: command for command in (module.COMMAND for module in (tune, sweep, unlearn, eval, report))}
-OUTPUTS = (
-    "out",
-    "checkpoint",
-    "save-importance",
-    "save-tuned",
-    "png",
-    "open-unlearning-dir",
-)  # what sections make; the rest is read
+# What sections make; the other paths are read.
+OUTPUTS = {option.key for command in COMMANDS.values() for option in command.options if option.makes}
 _DATA = ("forget", "retain", "holdout", "also", "prompts")
 _CHECKPOINTS = ("model", "base", "tuned", "gold", "reference-model", "against")
 _NO_DIFFERENCE = ("out", "overwrite", "quiet", "download")  # to what a section makes
@@ -102,13 +96,19 @@ class Section:
 
     def made(self) -> list[Path]:
         """Everything that it writes."""
-        return [path for key in OUTPUTS for path in self._paths(key)] + ([self.result] if self.in_place else [])
+        keys = [key for key, option in options_of(self.command).items() if option.makes]
+        return [path for key in keys for path in self._paths(key)] + ([self.result] if self.in_place else [])
 
     def read(self) -> Iterator[tuple[str, Path]]:
         """Every file and directory that it reads, with the key. Names of the hub are not among them."""
         for key, option in options_of(self.command).items():
-            if option.type is Path and key not in OUTPUTS:
+            if option.type is Path and not option.makes:
                 yield from ((key, path) for path in self._paths(key, option))
+
+    def reads_rows(self, key: str) -> bool:
+        """Whether what it reads there are rows of data."""
+        is_data = key in _DATA or (key, self.command) == ("data", tune.COMMAND)
+        return is_data and self.command is not report.COMMAND
 
     def _paths(self, key: str, option: Option | None = None) -> list[Path]:
         setting = self.settings.get(key)
@@ -181,8 +181,7 @@ def _check_apart(sections: list[Section]) -> None:
 def _check_input(section: Section, key: str, path: Path, where: str, data: dict[tuple[Path, str], None]) -> None:
     """Raise InputError unless what is read is there, and is a checkpoint or data if it must be. data: read before."""
     try:
-        is_rows = key in _DATA or (key, section.command) == ("data", tune.COMMAND)
-        if is_rows and section.command is not report.COMMAND:
+        if section.reads_rows(key):
             fields = section.parsed().fields
             if (path, str(fields)) not in data:
                 read_data(local_data(path), fields)
@@ -199,10 +198,8 @@ def _check_shared(recipe: Recipe) -> None:
     """Raise InputError for a setting above the sections that none of them takes, or that each must have of its own."""
     known = {key for name in recipe.sections for key in options_of(COMMANDS[name])}
     for key, setting in recipe.settings.items():
-        if key in (*OUTPUTS, "in-place"):
+        if key in {*OUTPUTS, "in-place"}:
             raise InputError(f"{setting.where}: {key} belongs into a section, since each makes something else")
-        if key in COMMANDS:
-            raise InputError(f"{setting.where}: {key} must hold the options of perta {key}, each on a line of its own")
         if key not in known:
             near = difflib.get_close_matches(key, [*known, *COMMANDS], n=1)
             hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(recipe.sections)}"

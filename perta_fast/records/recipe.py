@@ -100,8 +100,13 @@ def _from_report(path: Path) -> dict[str, Setting]:
 
 def _from_yaml(path: Path) -> Recipe:
     root = _compose(path)
-    nodes = {key: node for key, _, node in _entries(root, path)}
-    inside = {name: node for name, node in nodes.items() if name in SECTIONS and node.tag == _TAG + "map"}
+    inside = {}
+    for name, where, node in _entries(root, path):
+        if name not in SECTIONS:
+            continue
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"{where}: {name} must hold the options of perta {name}, each on a line of its own")
+        inside[name] = node
     return Recipe(_settings(root, path, set(inside)), {name: _settings(node, path) for name, node in inside.items()})
 
 

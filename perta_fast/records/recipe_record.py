@@ -1,6 +1,6 @@
 """What the sections of a recipe have made, kept beside it: a job that is run again goes on where it was stopped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,15 @@ def state_of(result: Path) -> str | None:
     return next((hash_file(path) for path in names if exists(path) and not path.is_dir()), None)
 
 
-def identity_of(path: Path) -> Any:
-    """What shows whether an input has changed: of a directory, by the name of each file; None if it is not there."""
+def identity_of(path: Path, folders: Sequence[str] = ()) -> Any:
+    """What shows whether an input has changed; None if it is not there.
+
+    Of a directory, by the name of each file in it, and in those of its ``folders`` that it has.
+    """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        return {file.name: identity_of(file) for file in files}
+        inside = [folder for folder in (path, *(path / name for name in folders)) if folder.is_dir()]
+        files = [file for folder in inside for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+        return {str(file.relative_to(path)): identity_of(file) for file in files if file.is_file()}
     if not exists(path):
         return None
     status = path.stat()

@@ -281,6 +281,12 @@ FAULTS = {
     "a shared output": ("quiet: true", "out: here", "out belongs into a section, since each makes something else"),
     "a section misspelt": ("eval:\n  m", "evil:\n  m", "'evil' must be a single value, not a table"),
     "a section without keys": ("quiet: true", "tune: x", "tune must hold the options of perta tune, each on a line"),
+    "an empty section": ("quiet: true", "tune:", "tune must hold the options of perta tune, each on a line"),
+    "a section that is a list": (
+        "quiet: true",
+        "tune: [1]",
+        "tune must hold the options of perta tune, each on a line",
+    ),
     "a section twice": ("report:", "eval:", "'eval' stands in line 15 already"),
     "a value of the wrong kind": ("  lam: 0.5", "  lam: half", "lam is 'half'; it must be a number"),
     "a list for one value": ("  lam: 0.5", "  lam: [1, 2]", "'lam' must be a single value, not a list"),

@@ -245,6 +245,7 @@ FAULTS = {
     "a list": ("\n\nforget: [a, b]", "8: 'forget' must be a single value, not a list"),
     "a table": ("forget: {a: b}", "6: 'forget' must be a single value, not a table"),
     "a list for a key": ("? [a]\n: b", "6: a key must be a single value, not a list"),
+    "a section alone": ("tune: x", "6: tune must hold the options of perta tune, each on a line of its own"),
     "both places": ("in-place: true", "6: in-place cannot stand beside out"),
     "a tag": ("forget: !!python/object/apply:os.abort []", "6: 'forget' must be a single value, not a list"),
     "a tag on a text": ("forget: !!python/name:os.abort x", "6: 'forget' must be a plain value, not one"),

@@ -1,0 +1,53 @@
+"""What shows that an input of a section has changed, wherever in it that lies."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from perta_fast.cli.recipe_plan import identities
+from perta_fast.cli.recipe_sections import COMMANDS, Section
+from perta_fast.records.recipe import Setting
+
+
+def rows(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"text": "Some words."}\n')
+
+
+def other(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+
+
+INPUTS: dict[str, tuple[str, str, str, str, Callable[[Path], None]]] = {
+    "rows in a file": ("unlearn", "retain", "rows.jsonl", "rows.jsonl", rows),
+    "rows in a directory": ("unlearn", "retain", "rows", "rows/data/train.jsonl", rows),
+    "one file of a directory": ("unlearn", "retain", "rows:train", "rows/train.jsonl", rows),
+    "rows to tune on": ("tune", "data", "rows:train", "rows/train.jsonl", rows),
+    "a file of a model": ("unlearn", "model", "model", "model/config.json", other),
+    "a chat template": ("eval", "model", "model", "model/additional_chat_templates/tool_use.jinja", other),
+    "importances to forget": ("sweep", "importance", "both", "both/forget/importance.safetensors", other),
+    "importances to retain": ("sweep", "importance", "both", "both/retain/importance.safetensors", other),
+    "one importance": ("sweep", "forget-importance", "one", "one/importance.safetensors", other),
+    "a benchmark": ("eval", "data", "muse", "muse/knowmem/forget_qa.json", other),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_change_anywhere_in_an_input_is_seen(kind: str, tmp_path: Path) -> None:
+    name, key, given, changed, write = INPUTS[kind]
+    section = Section(COMMANDS[name], {key: Setting(given, "")}, tmp_path / "run.yaml")
+    path = tmp_path / changed
+    write(path)
+    before = identities(section)
+    assert identities(section) == before
+    path.write_bytes(path.read_bytes() * 2)
+    changed_now = identities(section)
+    assert list(changed_now) == [key] and changed_now != before
+
+
+def test_what_is_changed_in_place_meanwhile_is_left_out(tmp_path: Path) -> None:
+    other(tmp_path / "model" / "config.json")
+    section = Section(COMMANDS["unlearn"], {"model": Setting("model", "")}, tmp_path / "run.yaml")
+    assert identities(section, [tmp_path / "model"]) == {}
