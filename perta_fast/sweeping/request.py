@@ -1,6 +1,7 @@
 """The arguments of a sweep, checked; they are kept on disk, so that a resumed sweep can compare them."""
 
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -31,6 +32,9 @@ _SEVERAL_PATHS = ("forget_importance", "retain_importance", "importance", "also"
 # The argument of ``sweep`` that has one value or several.
 _SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha", "mus": "mu"}
 _NUMBERS = ("ps", "alphas", "mus")
+_SINGLE_NUMBERS = (*BOUNDS, "threshold")
+_COUNTS = ("batch_size", "max_length", "memory", "device_memory", "threads")
+_FLAGS = ("in_place", "leave_others", "overwrite", "common_rows", "stream")
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ class Request:
         if values["lams"] is not None:
             several = values["lams"] if isinstance(values["lams"], Iterable) else [values["lams"]]
             values["lams"] = [_number("lams", lam) for lam in several]
+        for name in _SINGLE_NUMBERS:
+            values[name] = None if values[name] is None else _number(name, values[name], several=False)
+        for name in _COUNTS:
+            values[name] = None if values[name] is None else _count(name, values[name])
+        for name in _FLAGS:
+            values[name] = bool(values[name])
         scope = Scope.of(values["only"], values["leave"])
         values |= {"only": list(scope.only) or None, "leave": list(scope.leave) or None}
         for name in ("device", "dtype"):
@@ -264,12 +274,19 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if several else [value]
 
 
-def _number(name: str, value: Any) -> float:
-    """Also of a number of NumPy's, which JSON cannot hold."""
+def _number(name: str, value: Any, several: bool = True) -> float:
+    """Also of a number of NumPy's, which JSON cannot hold. several: whether a list may be given."""
     try:
         return float(value if isinstance(value, SupportsFloat) else "")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"‹{name}› is {value!r}; it must be a number, or a list of numbers") from error
+        raise InputError(f"‹{name}› is {value!r}; it must be a number{', or a list of numbers' * several}") from error
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"‹{name}› is {value!r}; it must be a whole number") from error
 
 
 def _absolute(path: str | Path) -> str:

@@ -1,10 +1,12 @@
 """Rule ``preconditioned`` in a sweep: every mu is a curve of its own, scored as what ``unlearn`` writes for it."""
 
 import errno
+import inspect
+import json
 import os
 import tempfile
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from perta_fast.runs import making_tuned
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping import vectors as sweeping_vectors
+from perta_fast.sweeping.request import BOUNDS, Request
 from tests.checkpoints.test_adapters import make_adapter
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.models import Job, llama, tokenizer, write_job, write_lines
@@ -152,7 +155,7 @@ def test_what_was_made_is_not_made_again(
     assert isinstance(found, Sweep)
     assert list(map(losses, found.rows)) == list(map(losses, run(job, **how).rows))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sweep.json", "sweep.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sweep.json"]
 
 
 def test_a_failure_while_it_is_made_keeps_what_was_scored(
@@ -198,10 +201,36 @@ def test_no_room_for_temporary_files(job: Job, tmp_path: Path, monkeypatch: pyte
     assert len(run(job, rule="tv", lams=[1]).rows) == 2  # which makes nothing
 
 
-@pytest.mark.parametrize("number", [np.int64, np.float32, Fraction, torch.tensor])
-def test_numbers_of_other_kinds(number: Any, job: Job, tmp_path: Path) -> None:
-    found = run(job, rule=["preconditioned", "grad"], mu=number(3), alpha=number(2), lams=[1], out=tmp_path / "out")
-    assert [(row.mu, row.alpha) for row in found.rows] == [(None, 1.0), (3.0, 1.0), (None, 2.0)]
+def test_numbers_of_other_kinds(job: Job) -> None:
+    """The record of a sweep is JSON, which has Python's own numbers alone."""
+    arguments: dict[str, Any] = {
+        name: parameter.default for name, parameter in inspect.signature(sweep).parameters.items()
+    }
+    roles = ("model", "base", "tuned", "forget", "retain")
+    arguments |= dict(zip(roles, (*job.checkpoints, job.forget, job.retain), strict=True))
+    for number in (np.int64, np.float32, Fraction, torch.tensor):
+        request = Request.of(arguments | {"mu": number(3), "alpha": [number(2), 1], "lams": [number(1)]})
+        assert json.loads(json.dumps(asdict(request)))["mus"] == [3.0]
+        assert (request.alphas, request.lams) == ([2.0, 1.0], [1.0])
+    numbers: dict[str, Any] = {
+        "threshold": 0.5,
+        "batch_size": 4,
+        "max_length": 64,
+        "memory": 1 << 30,
+        "device_memory": 1,
+        "threads": 2,
+    }
+    numbers |= dict.fromkeys(BOUNDS, 0.25)
+    kinds = {name: np.float64 if isinstance(value, float) else np.int64 for name, value in numbers.items()}
+    given: dict[str, Any] = {name: kinds[name](value) for name, value in numbers.items()} | {
+        "overwrite": np.bool_(True)
+    }
+    request = json.loads(json.dumps(asdict(Request.of(arguments | given))))
+    assert {name: request[name] for name in given} == numbers | {"overwrite": True}
+    for name, kind in kinds.items():
+        bad, words = ("much", "a number") if kind is np.float64 else (2.5, "a whole number")
+        with pytest.raises(InputError, match=f"{name.replace('_', '.')} is {bad!r}; it must be {words}$"):
+            Request.of(arguments | {name: bad})
 
 
 def test_the_disk_is_too_small(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
