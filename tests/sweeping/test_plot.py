@@ -11,7 +11,7 @@ from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.plot import CHOSEN, draw, trade_off
 from perta_fast.sweeping.results import Sweep
 
-pytest.importorskip("matplotlib", reason="draws only where matplotlib is installed")
+pytestmark = pytest.mark.usefixtures("plots")
 
 LAMS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 LIMIT = 0.12

@@ -2,8 +2,7 @@
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,6 @@ SCORED = ["gold", "the model as it is"] + [f"{rule}, lambda {lam}" for rule in (
 def run(job: Job, folder: Path, **changes: Any) -> Sweep:
     places = {"gold": job.tuned, "out": folder / "out", "checkpoint": folder / "chosen"}
     return sweep(*job.checkpoints, job.forget, job.retain, **SETTINGS | places | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_plots() -> Iterator[None]:
-    """Drawing takes longer than scoring a model this small, and ``test_sweep`` does it."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(sys.modules, "matplotlib.figure", None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import errno
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,13 +51,6 @@ class DiskUsage(NamedTuple):
 
 class Killed(BaseException):
     """In place of a signal: nothing that catches errors catches it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_plots() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(sys.modules, "matplotlib.figure", None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -352,8 +352,8 @@ def test_what_is_written(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert content["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_plot(job: Job, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="draws only where matplotlib is installed")
     run(job, rule="tv", lams=[1, 2, 1e40], out=tmp_path / "out")
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     run(job, rule="tv", max_retain_increase=5.0, gold=job.base, out=tmp_path / "limited")
