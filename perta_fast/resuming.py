@@ -122,8 +122,11 @@ def _advice(destination: Path) -> str:
     if run is not None:
         return f"; importances of another run are kept here: finish it with: {shell_command('perta', 'resume', run)}"
     if destination.name and has_record(record_beside(destination), SWEEP_STATE):
-        finishing = shell_command("perta", "resume", record_beside(destination))
-        return f"; the settings that it is chosen from are not all scored: go on with: {finishing}"
+        from perta_fast.sweeping.unfinished import load_begun
+
+        record = record_beside(destination)
+        going_on = load_begun(record).going_on(record)
+        return f"; the settings that it is chosen from are not all scored: go on with: {going_on}"
     if destination.name and exists(partial_path(destination)):
         return "; it was stopped before there was work to keep: run the same command again"
     return ""

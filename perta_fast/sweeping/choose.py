@@ -77,7 +77,8 @@ def choose(
     tried with alpha 1 and 16. lams: the strengths on each curve; None searches for the largest within the bound, or,
     with ``stream``, tries ``grid.DEFAULT_STRENGTHS``.
     out: directory to make. in_place: change ``model`` instead. The sweep's record, ``sweep.json`` and a plot, is made
-    beside it, as OUT.sweep or MODEL.sweep: the same call, or ``resume`` of that directory, goes on with a stopped run.
+    beside it, as OUT.sweep or MODEL.sweep: the same call goes on with a stopped run, or ``resume`` of that directory;
+    in place, only once the model has begun to change.
     Other arguments as in ``sweep``.
 
     Returns the report of the result, whose ``setting_choice`` has every setting that was scored. Raises InputError for

@@ -11,7 +11,7 @@ from perta_fast.sweeping.chosen_checkpoint import check_result
 from perta_fast.sweeping.keeping import check_kept
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.request import Request
-from perta_fast.sweeping.unfinished import STATE
+from perta_fast.sweeping.unfinished import STATE, load_begun
 
 if TYPE_CHECKING:
     from perta_fast.streaming.forecast.dry_run import Conditions
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def preview_sweep(arguments: Mapping[str, Any], conditions: "Conditions", world: int = 1) -> "Forecast":
-    """The costs of each walk: of each importance that lacks, each θ_f, and all settings.
+    """The costs of each walk: of each missing importance, each θ_f, and all settings.
 
     arguments: of ``sweep``. conditions: the same, for the importances. world: processes; the costs are those of one.
     Raises InputError for bad input, and if memory or disk are too small. A file is written to measure the disk, and
@@ -35,9 +35,11 @@ def preview_sweep(arguments: Mapping[str, Any], conditions: "Conditions", world:
 
 
 def _check_places(opened: OpenedSweep) -> None:
-    """Raise InputError if the sweep could not write its record or its result; one that goes on has them."""
+    """Raise InputError if the sweep could not write its record or its result; one that goes on has its places."""
     final = Path(os.path.realpath(str(opened.request.out)))
     begun = has_record(final, STATE) and not opened.request.overwrite
+    if begun:
+        load_begun(final).check_request(opened.request, final)
     OutputDirectory(final, overwrite=opened.request.overwrite, inputs=opened.paths(), resume=begun)
     if not begun:
         check_result(opened, final)

@@ -19,7 +19,7 @@ from perta_fast.sweeping.vectors import Vectors
 
 
 def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
-    """Measure all settings that ``record`` lacks. vectors: made if they lack."""
+    """Measure all settings that ``record`` lacks. vectors: made if missing."""
     request, begun = opened.request, record.begun
     vectors.check_space(request)
     if opened.gold is not None and begun.gold is None:

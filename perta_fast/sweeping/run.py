@@ -132,7 +132,8 @@ def sweep(
     in a directory of its name in there. save_tuned: the same for the θ_f of rule ``preconditioned``; several have
     directories such as ``mu-10.0``. Settings are scored with what is kept, so ``apply`` makes the same bits of it.
     out: directory to make, with ``sweep.json`` and, if matplotlib is installed, ``sweep.png``. Each setting is kept
-    as soon as it is scored; the same call, or ``resume``, goes on with a stopped sweep. overwrite: start over.
+    as soon as it is scored; the same call, or ``resume``, goes on with a stopped sweep. In place it is the same call
+    alone, until the model has begun to change. overwrite: start over.
     stream: hold one part of the model at a time, for models larger than the memory; needs ``out``. Importances and θ_f
     are made layer by layer, then all settings go through the model in one walk, so that none can be skipped; or in two,
     if that is cheaper. Without lams, ``grid.DEFAULT_STRENGTHS`` are tried. ``scores`` has all metrics of ``evaluate``
@@ -258,8 +259,7 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
     request = begun.request
     if has_record(final, STATE) and (resumed or not request.overwrite):
         earlier = load_begun(final)
-        if earlier.request != request:
-            raise InputError(unfinished_advice(final))
+        earlier.check_request(request, final)
         check_unchanged(earlier.inputs, begun.inputs)
         if earlier.processes != begun.processes:
             raise InputError(

@@ -29,7 +29,7 @@ _ORIGINAL, _SETTINGS = "the model as it is", "settings"  # walks, and their plan
 
 
 def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
-    """Score all settings that ``record`` lacks. vectors: made if they lack. Every rank calls it."""
+    """Score all settings that ``record`` lacks. vectors: made if missing. Every rank calls it."""
     ranks, begun = opened.ranks, record.begun
     with ranks.together("the disk"):
         vectors.check_space(opened.request)

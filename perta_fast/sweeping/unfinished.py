@@ -9,7 +9,7 @@ from perta_fast.checkpoints.fingerprint import PUT_BACK, Fingerprint
 from perta_fast.data.given import SAME_CALL
 from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
-from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path
+from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path, unfinished_advice
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import this_version
@@ -77,6 +77,17 @@ class Begun:
             return "the same command"
         several = ["torchrun", "--nproc-per-node", str(self.processes), "-m", "perta_fast"]
         return shell_command(*(["perta"] if self.processes == 1 else several), "resume", final)
+
+    def check_request(self, request: Request, final: Path) -> None:
+        """Raise InputError, with what finishes this sweep to ``final``, if another one is asked for."""
+        if self.request == request:
+            return
+        if self.request.in_place:
+            raise InputError(
+                f"{final}: another sweep to this place was stopped; finish it with the command that began it, which is "
+                f"to change {self.request.model} in place, or start over with --overwrite"
+            )
+        raise InputError(unfinished_advice(final))
 
     def find(self, curve: Curve, lam: float) -> ScoredSetting | None:
         """What a setting has scored."""

@@ -94,8 +94,21 @@ def test_the_report_is_a_recipe_of_the_chosen_setting_alone(rules: list[str], jo
     assert repeated.setting_choice is None and repeated.chosen_rule() == report.chosen_rule()
 
 
-def test_in_place(job: Job, tmp_path: Path) -> None:
+def test_in_place(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(job, stream=True, out=tmp_path / "out")
+    let = stopping(monkeypatch, sweeping_run, "write_best")
+    with pytest.raises(Interrupted, match=r"what was scored is kept\. Go on with: the same command$"):
+        run(job, stream=True, in_place=True)
+    let()
+    with pytest.raises(InputError, match=r"are not all scored: go on with: the same command$"):
+        resume(job.model, progress=False)
+    other = "another sweep to this place was stopped; finish it with the command that began it, which is to change"
+    with pytest.raises(InputError, match=other):
+        run(job, stream=True, in_place=True, lams=[3])
+    assert cli.main(command(job, "--stream", "--choose", "max-retain-rise", "--in-place", "--dry-run")) == 2
+    assert other in capsys.readouterr().err
     report = run(job, stream=True, in_place=True)
     assert report.in_place and report.setting_choice is not None
     assert same(job.model, tmp_path / "out")
