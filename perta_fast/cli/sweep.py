@@ -83,9 +83,11 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
     if rule.estimator is not None:
         settings |= {"p": row.p, "alpha": row.alpha, "threshold": parsed.threshold}
     importances = _importances(parsed, rule)
-    if row.rule == PRECONDITIONED and parsed.save_tuned is not None:
+    if row.mu is not None and parsed.save_tuned is not None:
+        from perta_fast.sweeping.vectors import Vectors
+
         several = len({other.mu for other in result.rows if other.mu is not None}) > 1
-        settings |= {"rule": "tv", "mu": None, "tuned": parsed.save_tuned / (f"mu-{row.mu!r}" if several else "")}
+        settings |= {"rule": "tv", "mu": None, "tuned": parsed.save_tuned / (Vectors.name(row.mu) if several else "")}
     reads_data = settings["rule"] == PRECONDITIONED or (rule.estimator is not None and not importances)
     if reads_data:
         names = ("forget", "retain", "at", "batch_size", "max_length", "device", "dtype")

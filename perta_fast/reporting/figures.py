@@ -108,8 +108,7 @@ def setting_choice(choice: SettingChoice) -> Plot:
     marked = {"chosen": choice.after} | ({} if choice.gold is None else {"gold": choice.gold})
     points = [(label, _point(each)[1:]) for label, each in marked.items()]
     bound = choice.limit if choice.metric == LOSS else choice.floor
-    shown = None if bound is None or not is_drawable(bound) else bound
-    figure = plot.trade_off(curves, points, choice.metric, shown)
+    figure = plot.trade_off(curves, points, choice.metric, bound)
     return Plot(
         "choice",
         "Every setting that was scored, and the one that was chosen; the largest λ stands at the end of its curve.",

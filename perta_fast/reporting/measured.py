@@ -68,7 +68,7 @@ def _data(
 def chance(loss: float | None) -> str:
     """What a mean loss says: the chance, on geometric average, that the model gives to each right token."""
     if loss is None:
-        return "none"
+        return "–"
     share = 100 * math.exp(-min(max(loss, 0.0), 700.0))
     if share < 0.001:
         return "under 0.001\N{NO-BREAK SPACE}%"

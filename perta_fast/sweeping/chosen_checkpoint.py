@@ -77,8 +77,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
         report.setting_choice = recorded_choice(request, sweep)
         if rule.estimator not in opened.given:
             report.recipe = chosen_recipe(request, sweep)
-        doubts = [warning.removeprefix("warning: ") for warning in sweep.warnings()]
-        warnings = truncation_warnings(sweep.data) + ([] if made is None else made.warnings) + doubts
+        warnings = truncation_warnings(sweep.data) + ([] if made is None else made.warnings) + sweep.warnings()
         for warning in dict.fromkeys(warnings):
             report.warn(warning)
 

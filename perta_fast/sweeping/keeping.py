@@ -88,7 +88,7 @@ def find_kept(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
             changed = changed_file(_final(place), begun.kept[name])
             if changed is None:
                 kept[name] = begun.kept[name]
-            elif vectors.lacking() if name == _TUNED else opened.load_kept(record.importances) is None:
+            elif vectors.missing() if name == _TUNED else opened.load_kept(record.importances) is None:
                 raise InputError(
                     f"{changed}: has changed, or is gone, since the sweep wrote it; {PUT_BACK} to go on with it, or "
                     "start over with --overwrite"

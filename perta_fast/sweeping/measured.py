@@ -17,7 +17,7 @@ from perta_fast.scoring.importances import metadata_of
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.request import Request
-from perta_fast.sweeping.results import Sweep
+from perta_fast.sweeping.results import Sweep, as_notes
 from perta_fast.sweeping.unfinished import Begun
 from perta_fast.sweeping.vectors import Vectors
 
@@ -70,15 +70,15 @@ class Measured:
             versions=installed_versions(),
             notes=scope_lines(request.only, request.leave)
             + read_as_lines(data)
-            + [f"warning: {warning}" for warning in truncation_warnings(data)]
+            + as_notes(truncation_warnings(data))
             + [*self.notes]
-            + _notes_on_prompts(self.importances, scored),
+            + as_notes(_differing_prompts(self.importances, scored)),
             started=begun.started,
             finished=now(),
         )
         sweep.notes += _what_is_kept(request)
-        sweep.notes += [f"warning: {warning}" for record in made[:1] for warning in record.warnings]
-        sweep.notes = list(dict.fromkeys([*sweep.notes, *sweep.warnings()]))
+        doubts = [warning for record in made[:1] for warning in record.warnings] + sweep.warnings()
+        sweep.notes = list(dict.fromkeys(sweep.notes + as_notes(doubts)))
         return sweep
 
 
@@ -94,17 +94,17 @@ def excess(opened: OpenedSweep, original: ScoredSetting, setting: ScoredSetting)
     return setting.excess(limit, floor) if opened.request.is_bounded else -math.inf
 
 
-def _notes_on_prompts(importances: ByEstimator, scored: Told) -> list[str]:
+def _differing_prompts(importances: ByEstimator, scored: Told) -> list[str]:
     """Warnings where an importance was estimated with other prompts than its partner, or than the scores."""
-    notes = []
+    warnings = []
     for of_estimator in importances.values():
         estimated = {role: metadata.told for role, metadata in metadata_of(of_estimator).items()}
         if different := different_dates(estimated["forget"], estimated["retain"]):
-            notes.append(f"warning: {different}")
+            warnings.append(different)
         for role, used in estimated.items():
             dates = {used.day, scored.day} - {None}
             both = used.chat_template and scored.chat_template
             if both and (used.system_prompt != scored.system_prompt or len(dates) > 1):
                 words = [prompt.in_words() or "no system prompt" for prompt in (used, scored)]
-                notes.append(f"warning: {role} importance estimated with {words[0]}, scores taken with {words[1]}")
-    return notes
+                warnings.append(f"{role} importance estimated with {words[0]}, scores taken with {words[1]}")
+    return warnings

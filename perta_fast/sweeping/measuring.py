@@ -47,7 +47,7 @@ def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Liv
     kept = load_kept(opened, record)
     if kept is None and opened.request.at == "model":
         kept = opened.estimate(live.subject, record.importances)
-    if kept is None or vectors.lacking():
+    if kept is None or vectors.missing():
         del live
         vectors.make(opened)
         if kept is None:

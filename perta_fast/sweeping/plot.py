@@ -58,7 +58,7 @@ def trade_off(
 
     curves: by label; lam 0 is the model as it is. The largest strength is written beside it, where there is room, and
     of one curve alone the smallest. points: label, retain and forget; one whose label begins with ``CHOSEN`` is ringed.
-    bound: on retain, a dashed line. Raises ImportError without matplotlib.
+    bound: on retain, a dashed line, unless it is far too large to be drawn. Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def trade_off(
     _mark(axes, [("original (λ = 0)", point) for point in originals[:1]] + list(points))
     ringed = [point for label, point in points if label.startswith(CHOSEN) and all(map(is_drawable, point))]
     beside = [(*point, CHOSEN, "black") for point in ringed] + beside
-    if bound is not None:
+    if bound is not None and is_drawable(bound):
         axes.axvline(bound, color="0.35", linestyle=(0, (6, 3)), linewidth=1.2, label=f"limit: {bound:.4g}")
     _name_axes(axes, metric)
     # To the right of the axes, where no curve is.

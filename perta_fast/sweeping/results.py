@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Sweep:
                 if len(values) > 2 and chosen in (min(values), max(values)):
                     end, more = ("largest", "larger") if chosen == max(values) else ("smallest", "smaller")
                     lines.append(f"the chosen {name}, {chosen:g}, is the {end} that was tried; try {more} ones too")
-        return [f"{_WARNING}{line}" for line in lines]
+        return lines
 
     def _nearest(self, measured: Sequence[ScoredSetting]) -> str:
         nearest = min(measured, key=lambda setting: setting.excess(self.limit, self.floor))
@@ -279,6 +279,11 @@ class Sweep:
             "closest": self.gold is not None and self.gold.is_finite,
         }
         return has_all.get(self.select, False) and self.original.keeps(self.limit, self.floor)
+
+
+def as_notes(warnings: Iterable[str]) -> list[str]:
+    """How warnings stand among the notes of a sweep."""
+    return [f"{_WARNING}{warning}" for warning in warnings]
 
 
 def record_beside(result: str | Path) -> Path:

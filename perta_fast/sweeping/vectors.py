@@ -26,7 +26,7 @@ class Vectors:
         self._folder, self._mus = folder, tuple(mus)
         self._kept: dict[float, Path] = {}
 
-    def lacking(self) -> list[float]:
+    def missing(self) -> list[float]:
         """Those that are not there yet."""
         return [mu for mu in self._mus if not self.of(mu).exists()]
 
@@ -52,17 +52,17 @@ class Vectors:
         return Preconditioning.read(self.of(mu))
 
     def check_space(self, request: Request) -> None:
-        """Raise RunError unless the disk holds those that are lacking."""
-        if lacking := self.lacking():
+        """Raise RunError unless the disk has room for those that are missing."""
+        if missing := self.missing():
             place = self._folder if request.out is None else Path(request.out)
-            check_space(place, len(lacking) * vector_size(Path(request.base), Path(request.tuned)))
+            check_space(place, len(missing) * vector_size(Path(request.base), Path(request.tuned)))
 
     def make(self, opened: OpenedSweep) -> None:
-        """Write those that are lacking. A model is loaded for it, and is free afterwards.
+        """Write those that are missing. A model is loaded for it, and is free afterwards.
 
         A streamed sweep makes one at a time, each in a walk of its own.
         """
-        if not self.lacking():
+        if not self.missing():
             return
         from perta_fast.runs.making_tuned import Making
 
@@ -83,8 +83,8 @@ class Vectors:
             device_memory=request.device_memory,
         )
         try:
-            lacking = self.lacking()
-            for mus in [[mu] for mu in lacking] if request.stream else [lacking]:
+            missing = self.missing()
+            for mus in [[mu] for mu in missing] if request.stream else [missing]:
                 self._write(making, opened, mus)
         except OSError as error:
             if request.out is not None:  # whose directory says how to go on

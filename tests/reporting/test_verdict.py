@@ -123,7 +123,7 @@ def test_what_a_loss_means() -> None:
         "92 %",
         "0.99 %",
         "under 0.001 %",
-        "none",
+        "–",
     ]
     said = meaning(Measurement({"forget": data(0.08, 4.62)}, "")).replace("\N{NO-BREAK SPACE}", " ")
     assert "it was 0.08" in said and "a chance of 92 %" in said and "4.62: a chance of 0.99 %" in said

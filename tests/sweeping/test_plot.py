@@ -55,6 +55,8 @@ def test_the_choice_and_the_limit() -> None:
     assert ring.get_fillstyle() == "none"
     limit = next(line for line in axes.lines if str(line.get_label()).startswith("limit"))
     assert set(limit.get_xdata()) == {LIMIT}
+    (squashed,) = trade_off(FOUR, [], bound=1e9).axes  # a limit that would leave no room for the curves
+    assert squashed.get_xlim()[1] < 10 and not any("limit" in str(line.get_label()) for line in squashed.lines)
     texts = [text.get_text() for text in axes.texts]
     assert texts.count(CHOSEN) == 1
     assert texts.count("λ 32") == 4  # the end of each curve, and nothing between
