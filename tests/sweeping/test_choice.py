@@ -384,6 +384,7 @@ def test_the_checkpoint_of_what_is_chosen(handed: bool, job: Job, tmp_path: Path
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"sweep.json", "sweep.png"}
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, base, tuned = job.checkpoints
     arguments = [
