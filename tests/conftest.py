@@ -3,6 +3,7 @@
 Hypothesis draws the same examples each time. In a soak it draws new ones, and prints how to draw one again.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from unittest.mock import patch
@@ -27,6 +28,20 @@ settings.load_profile("soak" if os.environ.get("PERTA_SOAK") == "1" else "fixed"
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """model, base and tuned in bfloat16 shards, with forget and retain data; shared, so never written to."""
     return write_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="session")
+def thawed() -> Iterator[None]:
+    """At the end: triton counts then what it has lost."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen(thawed: None) -> None:
+    """Libraries and commands collect garbage: they need not walk each time through all that stays, such as modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

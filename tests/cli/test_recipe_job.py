@@ -3,11 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from perta_fast import cli
 from perta_fast.cli.options import Command, Option
@@ -28,6 +29,16 @@ REPORT = "report:\n  run: unlearned\n  sweep: [settings]\n  eval:\n    - scores.
 JOB = SHARED + SWEEP + UNLEARN + EVAL + REPORT
 RESULTS = ("settings", "unlearned", "scores.json", "page.html")
 RECORD = ".run.yaml.perta-recipe"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[Callable[..., None]]:
+    """Plots are not drawn, which takes half of a job's time; gives what draws them."""
+    savefig = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, file, **settings: file.write(b"a plot"))
+        patch.setattr(Figure, "draw_without_rendering", lambda _: None)
+        yield savefig
 
 
 def run(*arguments: object) -> int:
@@ -85,8 +96,11 @@ def ways(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return dict(lines)
 
 
-def test_a_whole_job(job: Job, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_job(
+    home: Path, undrawn: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What tune makes is read by the others; each makes what the command of its name does."""
+    monkeypatch.setattr(Figure, "savefig", undrawn)
     shutil.rmtree(home / "tuned")
     tune = "tune:\n  epochs: 1\n  rank: 2\n  out: tuned\n"
     path = change(home, SWEEP, tune + SWEEP.replace("  rule: tv\n", ""))
