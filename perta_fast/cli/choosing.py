@@ -23,16 +23,7 @@ _BOUNDS: dict[str, float | None] = {
     "retain-floor": None,
 }
 # Options of a run with one setting, which keeps or reads other things than a sweep does.
-_OF_ONE_SETTING = (
-    "whole_importance",
-    "save_importance",
-    "save_as",
-    "importance_dtype",
-    "save_tuned",
-    "link_unchanged",
-    "drop_cache",
-    "allow_zero",
-)
+_OF_ONE_SETTING = ("whole_importance", "link_unchanged", "drop_cache", "allow_zero")
 _SINGLE = {"rule": "rules", "mu": "mus", "alpha": "alphas"}  # options that give one, by those that give several
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data
@@ -52,6 +52,10 @@ def choose(
     out: PathLike | None = None,
     in_place: bool = False,
     overwrite: bool = False,
+    save_importance: PathLike | None = None,
+    save_as: Literal["pair", "ratio"] | None = None,
+    importance_dtype: Literal["float32", "bfloat16"] | None = None,
+    save_tuned: PathLike | None = None,
     stream: bool = False,
     memory: int | None = None,
     device_memory: int | None = None,
@@ -79,7 +83,7 @@ def choose(
     out: directory to make. in_place: change ``model`` instead. The sweep's record, ``sweep.json`` and a plot, is made
     beside it, as OUT.sweep or MODEL.sweep: the same call goes on with a stopped run, or ``resume`` of that directory;
     in place, only once the model has begun to change.
-    Other arguments as in ``sweep``.
+    save_importance, save_as, importance_dtype, save_tuned and all other arguments as in ``sweep``.
 
     Returns the report of the result, whose ``setting_choice`` has every setting that was scored. Raises InputError for
     bad input, before anything is scored; RunError if the run fails or no setting keeps the bound (the scores are kept,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from perta_fast import InputError, Interrupted, Report, RunError, Sweep, choose, cli, resume, verify
+from perta_fast.importance.store import Importance
 from perta_fast.records.setting_choice import SettingChoice
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.subtraction import to_directory
@@ -269,7 +270,9 @@ def command(job: Job, *arguments: object) -> list[str]:
 def test_the_command(stream: list[str], job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     chosen = ["--choose", "max-retain-increase=20%", "--rules", "tv,grad", "--alphas", "4", "--lams", "1,50,100"]
-    assert cli.main(command(job, *stream, *chosen, "--out", out)) == 0
+    keeping = ["--save-importance", tmp_path / "kept"]
+    assert cli.main(command(job, *stream, *chosen, *keeping, "--out", out)) == 0
+    assert Importance.load(tmp_path / "kept" / "forget").metadata.estimator == "grad"
     lines = capsys.readouterr().out.splitlines()
     choice = Report.load(out).setting_choice
     assert choice is not None and [line for line in lines if line in choice.lines()] == choice.lines()
@@ -289,8 +292,11 @@ def test_the_command(stream: list[str], job: Job, tmp_path: Path, capsys: pytest
         (["--choose", "max-retain-rise", "--max-retain-rise", "1"], "not allowed with argument --choose"),
         (["--choose", "max-retain-rise", "--rule", "tv", "--rules", "tv"], "not allowed with argument --rule"),
         (["--choose", "max-retain-rise=-1"], "--max-retain-rise is -1.0; it must be at least 0 nats"),
-        (["--choose", "max-retain-rise", "--save-tuned", "kept"], "--save-tuned is for a run with one setting"),
-        (["--choose", "max-retain-rise", "--as", "ratio"], "--as is for a run with one setting"),
+        (["--choose", "max-retain-rise", "--link-unchanged"], "--link-unchanged is for a run with one setting"),
+        (
+            ["--choose", "max-retain-rise", "--as", "ratio"],
+            "--as says how importances are kept; give --save-importance",
+        ),
         (["--choose", "max-retain-rise", "--no-drop-cache"], "--drop-cache is for a run with one setting"),
         (["--choose", "max-retain-rise", "--memory", "1GiB"], "--memory is for streamed runs; add --stream"),
         (["--lams", "1,2"], "--lams is for a choice among settings; add --choose BOUND"),
@@ -352,7 +358,7 @@ def test_a_choice_from_a_recipe(job: Job, tmp_path: Path, capsys: pytest.Capture
     [
         ({"choose": "most"}, "run.yaml, line 7: choose: 'most' is not a bound"),
         ({"choose": "max-retain-rise", "lam": 1}, "run.yaml, line 7: choose cannot stand beside lam"),
-        ({"choose": "max-retain-rise", "save-tuned": "kept"}, "--save-tuned is for a run with one setting"),
+        ({"choose": "max-retain-rise", "link-unchanged": True}, "--link-unchanged is for a run with one setting"),
         ({"lam": 1, "alphas": "1,2"}, "--alphas is for a choice among settings"),
     ],
 )
