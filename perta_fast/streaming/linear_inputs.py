@@ -11,7 +11,7 @@ from perta_fast.data.batches import batches_of_one_length
 from perta_fast.data.samples import Sample
 from perta_fast.errors import InputError
 from perta_fast.preconditioning.input_moments import Moments
-from perta_fast.streaming.micro_batch import MicroBatch, micro_batches
+from perta_fast.streaming.micro_batch import micro_batches
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.scratch_files import ScratchFiles
@@ -52,7 +52,7 @@ def layer_moments(
     scratch, forward = ScratchFiles(folder), skeleton.partial_forward
     with forward.installed(), skeleton.in_memory(skeleton.resident):
         with skeleton.in_memory(skeleton.vocabulary):
-            _check(skeleton, batches[-1])
+            skeleton.check_chain(samples)
             for batch in batches:
                 scratch.write("hidden-0", batch, forward.before_layers(batch.input_ids, batch.attention_mask))
                 advance(len(batch.numbers))
@@ -71,9 +71,3 @@ def layer_moments(
                 scratch.end_step().remove_discarded()
                 means = moments.means(of_layer)
             yield means
-
-
-def _check(skeleton: Skeleton, batch: MicroBatch) -> None:
-    """Raise InputError unless the layers are a chain; tried on the shortest sample."""
-    sample = batch.split()[0]
-    skeleton.partial_forward.check(sample.input_ids, sample.attention_mask, [])

@@ -1,6 +1,7 @@
 """What each walk of a streamed sweep costs."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[t
         costs = preview(subject, retain, None, place, conditions, low_rank=low_rank, **how)
         yield f"rule {PRECONDITIONED}{each}:", costs
     if opened.gold is not None:
-        yield "the gold model:", _scoring(opened, opened.gold.path, 1, 0.0, threads, world)
+        yield "the gold model:", _scoring(opened, opened.gold.path, 1, threads, world)
     every, model = _count(opened), opened.sources.model.path
     if request.bounds_absolutely:
-        yield "the model as it is, which may break the bound:", _scoring(opened, model, 1, 0.0, threads, world)
-    yield f"{every} settings:", _scoring(opened, model, every, _beside(opened), threads, world)
+        yield "the model as it is, which may break the bound:", _scoring(opened, model, 1, threads, world)
+    yield f"{every} settings:", _scoring(opened, model, every, threads, world)
 
 
 def _count(opened: OpenedSweep) -> int:
@@ -50,28 +51,25 @@ def _count(opened: OpenedSweep) -> int:
     return 1 + len(opened.curves) * len(opened.request.strengths or ())
 
 
-def _beside(opened: OpenedSweep) -> float:
-    """Bytes that are read beside each element of the model, to change it in all ways."""
-    request, sources = opened.request, opened.sources
-    elements = sum(match.theta.count for match in sources.matches)
-    changed = [match for match in sources.matches if match.copied is None]
-    size = sum(entry.size for match in changed for number, _, entry in sources.operands(match) if number)
-    for given in opened.given.values():
-        operands = (operand for match in given.matches if match.copied is None for operand in given.operands(match))
-        size += sum(entry.size for number, _, entry in operands if number > 2)  # behind model, tuned and base
-    size += _IMPORTANCES * sum(match.theta.count for match in changed) * len(opened.lacking())
-    size += vector_size(Path(request.base), Path(request.tuned)) * len(opened.mus())
-    return size / elements
+def _to_be_made(opened: OpenedSweep) -> int:
+    """Bytes of the importances and θ_f that the sweep makes, and reads to change the model."""
+    request = opened.request
+    changed = sum(match.theta.count for match in opened.sources.matches if match.copied is None)
+    vectors = vector_size(Path(request.base), Path(request.tuned)) * len(opened.mus())
+    return _IMPORTANCES * changed * len(opened.lacking()) + vectors
 
 
-def _scoring(opened: OpenedSweep, path: Path, count: int, beside: float, threads: int, world: int) -> Forecast:
-    """The costs of walking through the model in ``path`` for so many versions of it."""
+def _scoring(opened: OpenedSweep, path: Path, count: int, threads: int, world: int) -> Forecast:
+    """The costs of walking through the model in ``path`` for so many versions of it; one is the model as it is."""
     walked, request = WalkedModel.open(opened, path), opened.request
     lengths = [[len(sample.input_ids) for sample in of_set.samples] for of_set in walked.sets]
     skeleton, load = walked.skeleton, Load(lengths).share(world)
 
+    changing = (opened.sources, *opened.given.values()) if count > 1 else ()
+    every = Compared.reading(count, changing, stored_bytes(skeleton), _to_be_made(opened) if changing else 0)
+
     def estimate(versions: int) -> ForwardEstimate:
-        compared = Compared(versions, beside, stored_bytes(skeleton))
+        compared = replace(every, count=versions)
         return ForwardEstimate(skeleton, load, skeleton.device, compared, threads=threads)
 
     curves = len(opened.curves) if request.is_bounded and count > 1 else 0

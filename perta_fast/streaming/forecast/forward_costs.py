@@ -1,6 +1,6 @@
 """The costs of one forward walk that scores several versions of the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.subtraction.compute import buffer_bytes
+from perta_fast.subtraction.inputs import Sources
 
 _SCORES = 12  # bytes of a token: three numbers in float32
 _FLOAT32 = 4
@@ -37,17 +38,19 @@ class Compared:
     stored: int
 
     @classmethod
-    def of(cls, versions: Sequence[Version], stored: int) -> "Compared":
-        """What ``versions`` read, from the headers of their files. stored: bytes of an element of the model."""
-        sources = {id(version.sources): version.sources for version in versions if version.sources is not None}
+    def reading(cls, count: int, opened: Iterable[Sources], stored: int, more: float = 0) -> "Compared":
+        """So many versions that read, beside the model, what is ``opened``, from the headers of the files.
+
+        more: bytes that they read as well, of files that are still to be made.
+        """
         read: dict[tuple[object, int], int] = {}
         elements = 1
-        for each in sources.values():
-            for match in each.matches:
+        for sources in opened:
+            for match in sources.matches:
                 if match.copied is None:
-                    read |= {(entry.path, entry.begin): entry.size for k, _, entry in each.operands(match) if k}
-            elements = sum(match.theta.count for match in each.matches)
-        return cls(len(versions), sum(read.values()) / elements, stored)
+                    read |= {(entry.path, entry.begin): entry.size for k, _, entry in sources.operands(match) if k}
+            elements = sum(match.theta.count for match in sources.matches)
+        return cls(count, (sum(read.values()) + more) / elements, stored)
 
 
 class ForwardEstimate(Estimate):
@@ -191,11 +194,12 @@ def forward_estimate(
 ) -> ForwardEstimate:
     """Of ``score_versions`` with these arguments; for the rank with the most data."""
     lengths = [[len(sample.input_ids) for sample in of_set.samples] for of_set in sets if of_set.samples]
+    opened = {id(version.sources): version.sources for version in versions if version.sources is not None}
     return ForwardEstimate(
         skeleton,
         Load(lengths).share(ranks),
         skeleton.device,
-        Compared.of(versions, stored_bytes(skeleton)),
+        Compared.reading(len(versions), opened.values(), stored_bytes(skeleton)),
         detailed=any(of_set.detailed for of_set in sets),
         threads=threads,
     )

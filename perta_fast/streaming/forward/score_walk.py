@@ -18,7 +18,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from perta_fast.data.batches import Batch
-from perta_fast.data.samples import IGNORED, Sample, by_row
+from perta_fast.data.samples import IGNORED, by_row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.models.scores import TokenScores
@@ -149,7 +149,8 @@ class _ScoreWalk:
             _Behind(self, resumable, self._ranks.world == 1) as behind,
         ):
             if begin == 0:
-                self._check()
+                with skeleton.in_memory([*skeleton.vocabulary, *skeleton.resident]):
+                    skeleton.check_chain(sample for of_set in self._sets for sample in of_set.samples)
             for part in range(begin // len(self._versions), self._last + 1):
                 names = self._parameters(part)
                 self._weights.hold(names)
@@ -177,14 +178,6 @@ class _ScoreWalk:
         return [*own, *skeleton.resident]
 
     @torch.no_grad()
-    def _check(self) -> None:
-        """Raise InputError unless the layers are a chain; tried on the shortest sample."""
-        shortest = min((sample for of_set in self._sets for sample in of_set.samples), key=_length, default=None)
-        if shortest is not None:
-            batch = Batch.of([shortest], self._skeleton.device)
-            with self._skeleton.in_memory([*self._skeleton.vocabulary, *self._skeleton.resident]):
-                self._skeleton.partial_forward.check(batch.input_ids, batch.attention_mask, [])
-
     def _step(self, part: int, number: int, names: Sequence[str]) -> None:
         state = self._states[number]
         if not state["lost"]:
@@ -321,10 +314,6 @@ class _Behind:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.input_ids)
 
 
 def _digest(versions: Sequence[Version], sets: Sequence[SampleSet], batch_size: int, last: int, world: int) -> str:

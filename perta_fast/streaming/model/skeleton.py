@@ -1,6 +1,6 @@
 """A causal language model without its weights, which are read part by part."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.tied import importance_key
+from perta_fast.data.batches import Batch
+from perta_fast.data.samples import Sample
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
 from perta_fast.errors import NotStreamable
 from perta_fast.models.layouts import Run
@@ -89,6 +91,16 @@ class Skeleton(Structure):
         if self.device.type == "cuda":
             return {name: value.pin_memory() for name, value in values.items()}
         return values
+
+    def check_chain(self, samples: Iterable[Sample]) -> None:
+        """Raise InputError unless the layers are a chain; tried on the shortest sample, if there is one.
+
+        The vocabulary and what is resident must be in memory.
+        """
+        shortest = min(samples, key=lambda sample: len(sample.input_ids), default=None)
+        if shortest is not None:
+            batch = Batch.of([shortest], self.device)
+            self.partial_forward.check(batch.input_ids, batch.attention_mask, [])
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
