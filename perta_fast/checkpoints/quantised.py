@@ -87,6 +87,18 @@ def open_plain(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def open_loadable(path: str | Path) -> Checkpoint:
+    """``open_plain`` for transformers to load: raises InputError, too, if its configuration cannot be read."""
+    checkpoint = open_plain(path)
+    try:
+        config = read_json(checkpoint.path / "config.json")
+        if not isinstance(config, dict):
+            raise InputError("config.json holds no table")
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: transformers cannot load this model: {error}") from error
+    return checkpoint
+
+
 def refuse_quantised(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
     """Raise InputError, saying what to do, if the checkpoint in ``path`` is quantised."""
     quantisation = Quantisation.of(path, tensors)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from perta_fast.arguments import check_device, check_sizes
-from perta_fast.checkpoints.quantised import open_plain
+from perta_fast.checkpoints.quantised import open_loadable
 from perta_fast.data.chat import ChatSettings, today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
@@ -104,7 +104,7 @@ def estimate_importance(
         if stream and out is None and isinstance(model_or_path, str | Path):
             raise InputError("‹stream› needs ‹out›: a directory to write the importance to")
         if isinstance(model_or_path, str | Path):
-            open_plain(model_or_path)
+            open_loadable(model_or_path)
         # Imported late: what is wrong so far is said without waiting for torch.
         from perta_fast.models.loading import samples_and_told
         from perta_fast.runs.estimate import Estimation, estimate_on, opened

@@ -7,6 +7,7 @@ from perta_fast.arguments import check_device, check_sizes
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import PRECONDITIONING
+from perta_fast.checkpoints.quantised import open_loadable
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields
@@ -88,6 +89,7 @@ def precondition(
     target = OutputDirectory(out, overwrite=overwrite, inputs=[base, tuned, model, *data_files(source)])
     check_tuned(base, tuned)
     sources = Sources.open(base, base, tuned, common_rows=True)
+    open_loadable(model)
     rows, digest = read_data(source, fields)
     check_task_vector(sources)
     check_space(target.final, vector_size(base, tuned))

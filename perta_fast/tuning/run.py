@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.arguments import plain_number
-from perta_fast.checkpoints.quantised import open_plain
+from perta_fast.checkpoints.quantised import open_loadable
 from perta_fast.data.chat import ChatSettings, parse_date, today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields
@@ -166,7 +166,7 @@ def _run(
     inputs = [Path(request.base), *(file for source in sources.values() for file in data_files(source))]
     target = OutputDirectory(final, overwrite=overwrite, inputs=inputs, resume=begun is not None)
     read = {role: read_data(source, request.fields) for role, source in sources.items()}
-    checkpoint = open_plain(request.base)
+    checkpoint = open_loadable(request.base)
     known = identity_of(checkpoint, sources, {role: digest for role, (_, digest) in read.items()})
     versions = installed_versions(*_NEEDED)
     if begun is not None:

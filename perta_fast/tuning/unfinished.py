@@ -135,7 +135,7 @@ class Begun:
             target.keep = now is not None
             raise RunError(f"{target.final}: another run has gone on with this tuning meanwhile; see what is there now")
         folder = target.path / TUNING_STATE / self.checkpoint
-        if not self.checkpoint or self.state != _hashes(folder):
+        if self.state != _hashes(folder):
             raise InputError(f"{folder}: the kept state is damaged; start over with --overwrite")
 
 

@@ -1,6 +1,7 @@
 """What is wrong with arguments or data is said before torch is imported, which takes seconds."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,6 +92,10 @@ def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     directories = {"--model", "--base", "--tuned", "--forget-importance", "--retain-importance"}
     for option in good.keys() & directories:
         cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere", empty)]
+    if command in ("importance", "precondition", "tune", "tune --full"):  # which transformers loads whatever the rule
+        damaged = shutil.copytree(job.base, folder / "damaged")
+        (damaged / "config.json").write_text('{"model_type":')
+        cases += [[*words, f"{option}={damaged}"] for option in good.keys() & {"--model", "--base"}]
     for option in good.keys() & {"--forget", "--retain", "--data"}:
         cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere.jsonl", wrong)]
         cases.append([*words, "--fields=question=prompt,answer=completion"])
