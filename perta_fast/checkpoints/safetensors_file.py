@@ -18,8 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-
+from perta_fast.arrays import ByteArray, FloatArray
 from perta_fast.checkpoints.wrappers import by_plain_name, plain_name
 from perta_fast.dtypes import ITEM_SIZES, byte_count
 from perta_fast.errors import InputError, RunError
@@ -134,9 +133,15 @@ class SafetensorsFile:
         mapped.madvise(mmap.MADV_SEQUENTIAL)
         return mapped
 
+    def content(self, begin: int, end: int) -> bytes:
+        """A copy of the bytes [begin, end) of the file."""
+        return self._map[begin:end]
+
     @cached_property
-    def data(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    def data(self) -> ByteArray:
         """The file as a read-only mapped array of bytes."""
+        import numpy as np
+
         return np.frombuffer(self._map, dtype=np.uint8)
 
     @cached_property
@@ -173,8 +178,10 @@ def build_header(
     return header, {name: len(header) + offset for name, offset in offsets.items()}
 
 
-def read_values(entry: TensorEntry, begin: int, end: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+def read_values(entry: TensorEntry, begin: int, end: int) -> FloatArray:
     """Elements [begin, end) of a floating-point tensor as float32. Raises RunError if the file cannot be read."""
+    import numpy as np
+
     data = bytearray((end - begin) * ITEM_SIZES[entry.dtype])
     buffer = memoryview(data)
     for piece in entry.elements(begin, end - begin):

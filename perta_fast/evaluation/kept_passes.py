@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 
 from perta_fast.data.samples import Sample
@@ -12,7 +11,7 @@ from perta_fast.files.kept_parts import KeptParts
 from perta_fast.files.kept_rows import KeptRows
 from perta_fast.models.scores import TokenScores
 
-_COLUMNS: Mapping[str, Any] = {"log_probs": np.float32, "hits": np.bool_, "standardised": np.float32}
+_COLUMNS = {"log_probs": "float32", "hits": "bool", "standardised": "float32"}  # types of arrays
 
 
 def kept_scores(
@@ -66,4 +65,6 @@ def _columns(scores: TokenScores) -> dict[str, Sequence[float]]:
 
 
 def _scores(columns: Mapping[str, Sequence[float]]) -> TokenScores:
+    import numpy as np
+
     return TokenScores(*(np.array(columns[key], dtype=kind) for key, kind in _COLUMNS.items()))

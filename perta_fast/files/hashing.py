@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 from blake3 import blake3
 
 from perta_fast import compiled
@@ -65,6 +64,8 @@ class HashesInPassing:
 
     def add(self, path: Path, begin: int, data: memoryview) -> None:
         """Hash the bytes that lie in the file from byte ``begin`` on; those that were added before are passed over."""
+        import numpy as np
+
         if path in self._hashes:
             array = np.frombuffer(data, np.uint8)
             self._hashes[path].add(array.ctypes.data, begin, array.size)

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
@@ -28,6 +26,11 @@ from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWri
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.versions import this_version
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    Values = np.ndarray[Any, np.dtype[np.float64]]
+
 CHUNK = 1 << 17  # elements; what is at work then fits into a cache
 # How much of what is removed may be missing from the whole, as a share of it, by rounding: if the model was run in
 # float32 and the importances are stored in it, and else. A tensor with less than _NOTHING of all that is removed has no
@@ -35,9 +38,7 @@ CHUNK = 1 << 17  # elements; what is at work then fits into a cache
 _TOLERANCE, _COARSE_TOLERANCE = 1e-3, 0.1
 _NOTHING = 1e-6
 
-_LARGEST = float(np.finfo(np.float32).max)
-
-Values = np.ndarray[Any, np.dtype[np.float64]]
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 
 
 @dataclass
@@ -131,6 +132,8 @@ class Combination:
 
     def _chunk(self, name: str, entries: Sequence[TensorEntry], begin: int, end: int) -> Any:
         """Elements [begin, end) of one tensor, float32."""
+        import numpy as np
+
         total: Values = np.zeros(end - begin)
         removed = 0.0
         squares = self.terms[0][1].metadata.estimator == "empirical-fisher"

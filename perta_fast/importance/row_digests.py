@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from blake3 import blake3
 
 from perta_fast.errors import InputError
@@ -93,5 +92,5 @@ def row_digest(samples: "Iterable[Sample]") -> str:
     for sample in samples:
         digest.update(struct.pack("<Qd", len(sample.input_ids), sample.share))
         for numbers in (sample.input_ids, sample.labels):
-            digest.update(np.array(numbers, "<i8").tobytes())
+            digest.update(struct.pack(f"<{len(numbers)}q", *numbers))
     return digest.hexdigest(length=_BYTES)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perta_fast.arrays import FloatArray
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import build_header
 from perta_fast.data.chat import Told
@@ -25,7 +26,6 @@ from perta_fast.importance.row_digests import RowDigests
 from perta_fast.rules import ESTIMATORS, Estimator
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch.distributed import ProcessGroup
 
@@ -306,7 +306,7 @@ class ShardWriter:
             stored = tensor.detach().to(torch_dtype(self._dtype)).cpu().contiguous().reshape(-1)
             self._write_bytes(name, stored.view(torch.uint8).numpy().data, begin)
 
-    def write_array(self, name: str, data: "np.ndarray[Any, np.dtype[np.float32]]", begin: int = 0) -> None:
+    def write_array(self, name: str, data: FloatArray, begin: int = 0) -> None:
         """``write`` without torch, where the stored type is float32; ``data`` is float32, (n,), contiguous."""
         assert self._dtype == "F32"
         if data.size:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perta_fast.arrays import FloatArray
 from perta_fast.checkpoints.adapter_kinds import NAMING, of_another_model
 from perta_fast.checkpoints.adapter_names import PREFIX
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import is_resized
 from perta_fast.errors import InputError
@@ -100,7 +100,7 @@ class MergedByPeft:
             opened.array(next(name for name, place in places.items() if place.module == path))
         return opened
 
-    def array(self, name: str) -> Matrix:
+    def array(self, name: str) -> FloatArray:
         """The tuned values of the tensor ``name``, flat, in float32.
 
         Memory: 3 to 34 times the module in float32, by kind (docs/adapters.md). Raises InputError if the adapter's
@@ -112,7 +112,7 @@ class MergedByPeft:
                 self._last.clear()
                 self._last[place.module] = self._merged(place.module)
             merged = self._last[place.module][place.parameter]
-        values: Matrix = merged.contiguous().view(-1).numpy()[place.elements]
+        values: FloatArray = merged.contiguous().view(-1).numpy()[place.elements]
         return values
 
     @torch.no_grad()

@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def _none(dtype: str) -> "NDArray[Any]":
+    import numpy as np
+
+    return np.empty(0, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -16,13 +24,15 @@ class TokenScores:
     for; ``standardised`` costs a few passes over all logits.
     """
 
-    log_probs: NDArray[np.float32]
-    hits: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
-    standardised: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    log_probs: "NDArray[np.float32]"
+    hits: "NDArray[np.bool_]" = field(default_factory=lambda: _none("bool"))
+    standardised: "NDArray[np.float32]" = field(default_factory=lambda: _none("float32"))
 
     @classmethod
     def joined(cls, scores: "Sequence[TokenScores]") -> "TokenScores":
         """The scores of all labelled tokens of a row, one sample after the other."""
+        import numpy as np
+
         if len(scores) == 1:
             return scores[0]
         names = ("log_probs", "hits", "standardised")

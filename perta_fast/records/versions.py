@@ -1,10 +1,9 @@
-"""When a run was made, and with which versions."""
+"""When a run was made, and with which versions. What a refusal does not need is imported late."""
 
 import platform
 import re
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 
 _VERSION = re.compile(r"^Version: *(\S+) *$", re.MULTILINE)
 _VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
@@ -24,6 +23,8 @@ def installed_versions(*others: str) -> dict[str, str]:
 @cache
 def installed_version(name: str) -> str:
     """The version of a package, "" if it is not installed. To parse all of its metadata would take milliseconds."""
+    from importlib import metadata
+
     try:
         installed = metadata.distribution(name)
     except metadata.PackageNotFoundError:

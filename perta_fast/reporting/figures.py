@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from perta_fast.errors import InputError
 from perta_fast.records.report import TensorReport
 from perta_fast.records.setting_choice import SettingChoice, TriedSetting
@@ -142,6 +140,8 @@ def weight_maps(grids: Sequence[WeightGrid]) -> Plot:
 
 def weight_histogram(distribution: Distribution) -> Plot:
     """The share of parameters by w."""
+    import numpy as np
+
     figure = _figure(6.4, 3.6)
     axes = figure.subplots()
     axes.stairs(100 * distribution.counts / max(distribution.total, 1), np.linspace(0, 1, BINS + 1), fill=True)
@@ -154,6 +154,8 @@ def weight_histogram(distribution: Distribution) -> Plot:
 
 def relative_changes(tensors: Sequence[TensorReport]) -> Plot | None:
     """A dot for each tensor and a line through the medians, for at most ``STACKS`` stacks; None if nothing changed."""
+    import numpy as np
+
     by_layer: dict[str, dict[int, list[float]]] = {}
     for row in tensors:
         position, change = position_of(row.name), row.relative_change

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.safetensors_file import TensorEntry
@@ -18,6 +16,9 @@ from perta_fast.records.report import Report
 from perta_fast.reporting.evidence import why_not_as_recorded
 from perta_fast.rules import Rule
 from perta_fast.subtraction.inputs import IMPORTANCES, RATIO, stem_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BINS = 50
 _CHUNK = 1 << 20  # elements
@@ -60,6 +61,8 @@ def distribution(report: Report, progress: Progress) -> Distribution | str:
 
 
 def _count(report: Report, rule: Rule, importances: list[Checkpoint], progress: Progress) -> Distribution:
+    import numpy as np
+
     from perta_fast.ops import reference
 
     pairs = [

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perta_fast.arrays import FloatArray
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError
@@ -101,7 +101,7 @@ class RecomputedTensors:
                 return False
         return True
 
-    def _chunk_is_right(self, match: TensorMatch, made: tuple[Matrix, ...], begin: int, count: int) -> bool:
+    def _chunk_is_right(self, match: TensorMatch, made: tuple[FloatArray, ...], begin: int, count: int) -> bool:
         import torch
 
         from perta_fast.ops import reference
@@ -130,7 +130,7 @@ class RecomputedTensors:
         return bool(((low <= actual) & (actual <= high)).all())
 
 
-def _low_rank_chunk(factors: tuple[Matrix, ...], scale: float, begin: int, count: int) -> Any:
+def _low_rank_chunk(factors: tuple[FloatArray, ...], scale: float, begin: int, count: int) -> Any:
     """Consecutive elements of a task vector that is given by its factors."""
     import torch
 
@@ -146,7 +146,7 @@ def _low_rank_chunk(factors: tuple[Matrix, ...], scale: float, begin: int, count
 def _bytes(checkpoint: Checkpoint, entry: TensorEntry, begin: int, count: int) -> bytes:
     width = ITEM_SIZES[entry.dtype]
     start = entry.begin + begin * width
-    return checkpoint.file_of(entry).data[start : start + count * width].tobytes()
+    return checkpoint.file_of(entry).content(start, start + count * width)
 
 
 def _layout_problems(report: Report, sources: Sources, output: Checkpoint) -> list[str]:

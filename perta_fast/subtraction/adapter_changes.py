@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from perta_fast.arrays import FloatArray
 from perta_fast.checkpoints.adapter_kinds import ties_by_name
 from perta_fast.checkpoints.adapter_names import PREFIX
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.low_rank import LowRank, Matrix
+from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.checkpoints.tied import (
     RESIZED,
@@ -119,7 +118,8 @@ class OpenedAdapter:
         if isinstance(first, TensorEntry) and isinstance(second, TensorEntry):
             return self.adapter.checkpoint.equal(first.name, second.name)
         if isinstance(first, str) and isinstance(second, str):
-            return bool(np.array_equal(self.array(first), self.array(second)))
+            one, other = self.array(first), self.array(second)
+            return len(one) == len(other) and bool((one == other).all())
         return False
 
     def _is_tied_by_peft(self, name: str, change: Change) -> bool:
@@ -135,7 +135,7 @@ class OpenedAdapter:
         assert self.merged is not None
         return self.merged.places[name].count
 
-    def adds_to(self, name: str, base: Matrix) -> bool:
+    def adds_to(self, name: str, base: FloatArray) -> bool:
         """Whether what peft makes of a tensor is not the base, by more than the rounding of an untrained adapter.
 
         base: its first values, flat, in any type; others are not compared.
@@ -143,9 +143,9 @@ class OpenedAdapter:
         assert self.merged is not None
         made = self.array(name)
         common = min(len(made), len(base))
-        return bool(np.any(made[:common] != base[:common])) and not self.merged.is_untrained(name)
+        return bool((made[:common] != base[:common]).any()) and not self.merged.is_untrained(name)
 
-    def array(self, name: str) -> Matrix:
+    def array(self, name: str) -> FloatArray:
         """The tuned values of a tensor that peft makes, flat, in float32."""
         assert self.merged is not None
         return self.merged.array(name)

@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import numpy as np
 
 from perta_fast import compiled
-from perta_fast.checkpoints.low_rank import Matrix
+from perta_fast.arrays import ByteArray, FloatArray
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError, NotFiniteError
@@ -44,7 +41,6 @@ class Chunk:
 
 
 Statistics = dict[str, float]
-_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Store = Callable[[Chunk, memoryview, Statistics], None]
 
 
@@ -81,7 +77,7 @@ class Subtraction:
     threads: int
     chunk: int
     drop_cache: bool = False
-    held: Mapping[int, "Sequence[np.ndarray[Any, np.dtype[np.float32]]]"] = field(default_factory=dict)
+    held: Mapping[int, Sequence[FloatArray]] = field(default_factory=dict)
     hashes: HashesInPassing = NONE_IN_PASSING
     inputs: HeldInputs = NONE_HELD
     made: "MadeArrays | None" = None
@@ -141,9 +137,9 @@ class MadeArrays:
 
     def __init__(self, sources: Sources, most: int) -> None:
         self._sources, self._most, self._lock = sources, most, threading.Lock()
-        self._cache: dict[int, tuple[Matrix, ...]] = {}
+        self._cache: dict[int, tuple[FloatArray, ...]] = {}
 
-    def of(self, index: int) -> tuple[Matrix, ...]:
+    def of(self, index: int) -> tuple[FloatArray, ...]:
         """``Sources.made`` for the tensor of ``matches[index]``; tensors come in order."""
         with self._lock:
             if index not in self._cache:
@@ -161,6 +157,8 @@ class _Workspace:
     """One thread's buffers and open files."""
 
     def __init__(self, job: Subtraction, made: MadeArrays) -> None:
+        import numpy as np
+
         self._job, self._made = job, made
         width = max([_WIDEST, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
         self._buffers = [np.empty(job.chunk * width, np.uint8) for _ in range(_OPERANDS + 1)]
@@ -203,7 +201,7 @@ class _Workspace:
         result[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
         return result.data[: whole.count * width], statistics
 
-    def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> _Bytes:
+    def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> ByteArray:
         """The bytes of a chunk of a tensor: held ones, or copied or read into the operand's buffer."""
         inputs, parts = self._job.inputs, list(entry.elements(chunk.begin, chunk.count))
         if len(parts) == 1 and (held := inputs.find(parts[0])) is not None:

@@ -6,35 +6,34 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from perta_fast.arrays import ByteArray
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.files.reading import PositionReader
 
 _ALIGNMENT = 64  # bytes: a line of the cache
 _WASTE = 2  # a buffer that is this many times too large is given back
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
 
 class Arena:
     """One buffer for many arrays, used again and again: new memory costs more than to read a file from the cache."""
 
     def __init__(self) -> None:
-        self._buffer: Bytes = np.empty(0, np.uint8)
+        self._buffer: ByteArray | None = None
 
-    def arrays(self, sizes: Iterable[int]) -> Iterator[Bytes]:
+    def arrays(self, sizes: Iterable[int]) -> Iterator[ByteArray]:
         """An array of each size, in bytes, aligned; they take the place of those that were given out before."""
+        import numpy as np
+
         rounded = [(size, -(-size // _ALIGNMENT) * _ALIGNMENT) for size in sizes]
         needed = sum(room for _, room in rounded) + _ALIGNMENT
-        if not needed <= self._buffer.size <= _WASTE * needed:
-            self._buffer = np.empty(0, np.uint8)  # before the new one is made
+        if self._buffer is None or not needed <= self._buffer.size <= _WASTE * needed:
+            self._buffer = None  # before the new one is made
             self._buffer = np.empty(needed, np.uint8)
-        begin = -self._buffer.ctypes.data % _ALIGNMENT
+        buffer = self._buffer
+        begin = -buffer.ctypes.data % _ALIGNMENT
         for size, room in rounded:
-            yield self._buffer[begin : begin + size]
+            yield buffer[begin : begin + size]
             begin += room
 
 
@@ -43,7 +42,7 @@ class HeldInputs:
 
     def __init__(self) -> None:
         self._arena = Arena()
-        self._held: dict[Path, list[tuple[int, Bytes]]] = {}  # in each file, by the first byte, in order
+        self._held: dict[Path, list[tuple[int, ByteArray]]] = {}  # in each file, by the first byte, in order
 
     def hold(self, entries: Iterable[TensorEntry], threads: int) -> None:
         """Read these tensors, in place of those that were held before.
@@ -58,7 +57,7 @@ class HeldInputs:
         for entry, array in zip(stored, arrays, strict=True):
             self._held.setdefault(entry.path, []).append((entry.begin, array))
 
-    def find(self, stored: TensorEntry) -> Bytes | None:
+    def find(self, stored: TensorEntry) -> "ByteArray | None":
         """The bytes of a flat entry; None if they are not held."""
         held = self._held.get(stored.path)
         if held is None:
@@ -85,6 +84,6 @@ def _stored(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
     return [by_place[place] for place in sorted(by_place)]
 
 
-def _read(entry: TensorEntry, array: Bytes) -> None:
+def _read(entry: TensorEntry, array: ByteArray) -> None:
     with closing(PositionReader(entry.path)) as reader:
         reader.read_into(array.data, entry.begin, f"tensor {entry.name}")

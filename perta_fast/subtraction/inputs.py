@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from perta_fast.arrays import FloatArray
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import check_companions_fetched
-from perta_fast.checkpoints.low_rank import Matrix
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.data.chat import Told
@@ -90,7 +90,7 @@ class Sources:
         inputs = {role: getattr(self, role) for role in _ROLES}
         return {role: checkpoint for role, checkpoint in inputs.items() if checkpoint is not None}
 
-    def made(self, match: TensorMatch) -> tuple[Matrix, ...]:
+    def made(self, match: TensorMatch) -> tuple[FloatArray, ...]:
         """The float32 arrays of a match that no file holds as such: both factors, or what peft makes; or none."""
         if match.low_rank is not None:
             return match.low_rank.factors()

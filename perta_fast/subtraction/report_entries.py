@@ -3,9 +3,8 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
-
-import numpy as np
 
 from perta_fast import compiled
 from perta_fast.checkpoints.companions import TUNING, other_weights
@@ -154,7 +153,7 @@ def _tensor_report(match: TensorMatch, sums: Statistics) -> TensorReport:
         row.mean_weight = sums["sum_weight"] / match.common
         row.changed = int(sums["changed"])
         norm, change = sums["sum_squared_theta"] ** 0.5, sums["sum_squared_change"] ** 0.5
-        if np.isfinite(norm) and np.isfinite(change):
+        if isfinite(norm) and isfinite(change):
             row.relative_change = change / norm if norm else (0.0 if change == 0 else None)
     return row
 

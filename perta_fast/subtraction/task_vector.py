@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from perta_fast.checkpoints.low_rank import LowRank
 from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 from perta_fast.errors import InputError
@@ -141,4 +139,4 @@ def _samples(tuned: TensorEntry, base: TensorEntry) -> Iterator[tuple[int, int]]
 
 def _differ(tuned: TensorEntry, base: TensorEntry, begin: int, end: int) -> bool:
     first, second = (read_values(entry, begin, end) for entry in (tuned, base))
-    return bool(np.any(first != second))
+    return bool((first != second).any())

@@ -19,7 +19,7 @@ for arguments in json.loads(sys.argv[1]):
         status = cli.main(arguments)
     except SystemExit as stopped:
         status = stopped.code
-    print(json.dumps([status, [name for name in ("torch", "transformers") if name in sys.modules]]))
+    print(json.dumps([status, [name for name in sys.argv[2:] if name in sys.modules]]))
 """
 _NUMBERS = {
     "apply": ["--lam=nan", "--p=0", "--threads=0", "--threshold=2"],
@@ -102,9 +102,9 @@ def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     return cases
 
 
-def assert_refused_early(commands: list[list[str]]) -> None:
-    """Each command ends with status 2, one line, and without torch."""
-    done = run_child([sys.executable, "-c", _RUNS, json.dumps(commands)])
+def assert_refused_early(commands: list[list[str]], late: tuple[str, ...] = ("torch", "transformers")) -> None:
+    """Each command ends with status 2, one line, and without the modules ``late``."""
+    done = run_child([sys.executable, "-c", _RUNS, json.dumps(commands), *late])
     assert done.returncode == 0, done.stderr
     for command, line in zip(commands, done.stdout.splitlines(), strict=True):
         assert json.loads(line) == [2, []], (command, done.stderr)
@@ -115,6 +115,19 @@ def assert_refused_early(commands: list[list[str]]) -> None:
 def test_wrong_arguments_and_data(command: str, job: Job, tmp_path: Path) -> None:
     assert_refused_early([[*command.split(), *words] for words in refusals(command, job, tmp_path)])
     assert not (tmp_path / "out").exists()
+
+
+def test_numpy_waits_until_weights_are_read(job: Job, tmp_path: Path) -> None:
+    """It takes as long as all else that a refusal needs."""
+    commands, nowhere = [], str(tmp_path / "nowhere")
+    for name, wrong in _NUMBERS.items():
+        good = whole(name, job, tmp_path / "out")
+        commands.append([*name.split(), *words_of(good), wrong[0]])
+        place = good.keys() & {"--model", "--base", "--forget-importance"}
+        commands += [[*name.split(), *words_of(good), f"{option}={nowhere}"] for option in sorted(place)]
+    commands += [[name, nowhere] for name in ("inspect", "verify", "resume")]
+    commands += [["report", nowhere, "--out", f"{nowhere}.html"], ["recipe", "run", nowhere]]
+    assert_refused_early(commands, ("numpy", "importlib.metadata", "torch", "transformers"))
 
 
 @pytest.mark.parametrize("more", [["--dry-run", "--stream"], ["--show-labels=1"]])

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from perta_fast.arrays import ByteArray
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, torch_dtype
 from perta_fast.streaming.forward.version import Version
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.subtraction.compute import Chunk, MadeArrays, Statistics, Subtraction, chunk_elements, chunks_of
-from perta_fast.subtraction.held_inputs import Arena, Bytes, HeldInputs
+from perta_fast.subtraction.held_inputs import Arena, HeldInputs
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
@@ -64,7 +65,7 @@ class PartWeights:
 
         return self._skeleton.weights.made_of(parameters, tensor), changed
 
-    def _subtracted(self, version: Version) -> tuple[dict[str, Bytes], dict[str, int]]:
+    def _subtracted(self, version: Version) -> tuple[dict[str, ByteArray], dict[str, int]]:
         """The tensors that a version changes, and how many elements of each differ."""
         if version.sources is None or version.rescaling is None:
             return {}, {}
