@@ -68,18 +68,18 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
     """Raise InputError unless there is a strength, or a bound up to which this run can search for one."""
     if lam is not None:
         if max_retain_rise is not None:
-            raise InputError("give --lam, or --max-retain-rise, up to which it is searched for; not both")
+            raise InputError("give ‹lam›, or ‹max_retain_rise›, up to which it is searched for; not both")
         return
     if max_retain_rise is not None and not 0 <= max_retain_rise < math.inf:
         raise InputError(f"‹max_retain_rise› is {max_retain_rise}; it must be at least 0 nats, and finite")
     if stream:
         raise InputError(
-            "a streamed run cannot choose lam, since a search needs the whole model in memory; give --lam, or --choose "
-            "(choose in Python), which scores several"
+            "a streamed run cannot choose lam, since a search needs the whole model in memory; give ‹lam›, or score "
+            "several with --choose (choose in Python)"
         )
     if allow_zero:
         raise InputError(
-            "‹allow_zero› is for a given strength, since a task vector of zero has none to choose; give --lam"
+            "‹allow_zero› is for a given strength, since a task vector of zero has none to choose; give ‹lam›"
         )
 
 

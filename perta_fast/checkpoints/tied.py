@@ -20,8 +20,8 @@ _INPUT_EMBEDDINGS = tuple(
 
 
 RESIZED = (
-    "the vocabulary was resized. With --common-rows (common_rows=True) the rows that all have are computed, and the "
-    "others stay as the model has them"
+    "the vocabulary was resized. With ‹common_rows› the rows that all have are computed, and the others "
+    "stay as the model has them"
 )
 
 

@@ -42,6 +42,8 @@ from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_mem
 _MAKING = (demo, tune, merge, precondition, unlearn, recipe, importance, ratio, apply, sweep)
 _MODULES = (*_MAKING, eval, report, inspect, verify, resume, completion, help)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
+# For messages on a run that another command began, as those of perta resume.
+_OF_OTHERS = {option.name: option.typed for command in COMMANDS for option in command.options if option.spellings}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,7 +133,8 @@ def _explain(error: BaseException, spellings: Mapping[str, str]) -> tuple[str, i
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_MESSAGE, INTERRUPTED
     if isinstance(error, PertaError):
-        return f"error: {error.spelled(lambda name: spellings.get(name, name))}", error.exit_status
+        spelled = {**_OF_OTHERS, **spellings}
+        return f"error: {error.spelled(lambda name: spelled.get(name, name))}", error.exit_status
     if isinstance(error, OSError):
         return f"error: {error}", PertaError.exit_status
     if not is_out_of_memory(error):

@@ -195,8 +195,8 @@ def _form_of(entry: Mapping[str, Any], where: str, fields: Fields) -> Mapping[st
     if len(whole) > 1:
         first, second = whole[:2]
         raise InputError(
-            f"{where}: has {_quoted(first)}, and {_quoted(second)} too; choose with --fields {fields_text(first)} or "
-            f"--fields {fields_text(second)}"
+            f"{where}: has {_quoted(first)}, and {_quoted(second)} too; choose with ‹fields› {fields_text(first)} or "
+            f"‹fields› {fields_text(second)}"
         )
     half_asked = any(entry.get(key) is not None for key in PLAIN[0])
     if whole and not (half_asked and "text" in whole[0]):

@@ -182,7 +182,7 @@ def _failure(error: Exception) -> tuple[type[PertaError], str]:
     if isinstance(error, OSError):
         return RunError, advice(error)
     kind = next((kind for kind in (InputError, NotFiniteError) if isinstance(error, kind)), RunError)
-    return kind, str(error) if isinstance(error, PertaError) else f"{type(error).__name__}: {error}"
+    return kind, f"{error}" if isinstance(error, PertaError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

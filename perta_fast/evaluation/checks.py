@@ -226,7 +226,7 @@ def _check_reference(gold: EvaluationFile, table: MetricTable, names: Sequence[s
         gold.value("mia_min_k")
         if gold.min_k not in (None, min_k):
             raise InputError(
-                f"{gold.path}: has Min-K of {gold.min_k} of the tokens; evaluate with --min-k {gold.min_k}"
+                f"{gold.path}: has Min-K of {gold.min_k} of the tokens; evaluate with ‹min_k› {gold.min_k}"
             )
 
 

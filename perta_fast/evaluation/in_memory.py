@@ -68,7 +68,7 @@ def _codes(request: Request, examinee: Examinee) -> dict[str, Any]:
     except InputError as error:
         if request.against is not None:
             raise
-        examinee.notes.append(f"codes were not compared with {before}, which the model's report names: {error}")
+        examinee.notes.append(f"codes were not compared with {before}, which the model's report names: {error!s}")
         return {}
 
 

@@ -175,14 +175,14 @@ class Begun:
         if content is None:
             return None
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise InputError(f"{final}: its unfinished work is no evaluation's; start over with --overwrite")
+            raise InputError(f"{final}: its unfinished work is no evaluation's; start over with ‹overwrite›")
         if content.pop("format_version", None) != _FORMAT_VERSION:
-            raise InputError(f"{final}: was begun by another version of perta_fast; start over with --overwrite")
+            raise InputError(f"{final}: was begun by another version of perta_fast; start over with ‹overwrite›")
         try:
             begun: Begun = typed(content, cls)
         except InputError as error:
             raise InputError(
-                f"{final}: was begun by another version of perta_fast ({error}); start over with --overwrite"
+                f"{final}: was begun by another version of perta_fast ({error}); start over with ‹overwrite›"
             ) from error
         return begun
 
@@ -194,12 +194,12 @@ class Begun:
             if self.inputs.get(path) != other.inputs.get(path):
                 raise InputError(
                     f"{path}: has changed since the evaluation began; {PUT_BACK} to go on with it, or "
-                    "start over with --overwrite"
+                    "start over with ‹overwrite›"
                 )
         for name in sorted(self.versions.keys() | other.versions.keys()):
             before, now = self.versions.get(name), other.versions.get(name)
             if before != now:
                 raise InputError(
                     f"{final}: the evaluation was begun with {name} {before}, this is {now}; install that to go on "
-                    "with it, or start over with --overwrite"
+                    "with it, or start over with ‹overwrite›"
                 )

@@ -87,7 +87,7 @@ def _scored(
     try:
         result: Scores = kept_part(examinee.kept, f"stress {word}", of, make)
     except NotFiniteError as error:
-        examinee.notes.append(f"{word}: {error}, so there are no scores")
+        examinee.notes.append(f"{word}: {error!s}, so there are no scores")
         return {}
     for role, values in result.items():
         if any(value != value for value in values.values()):

@@ -87,8 +87,8 @@ def _snapshot(path: str | Path, name: str, kind: Literal["model", "dataset"], do
             return None
         what = "model" if kind == "model" else "data set"
         raise InputError(
-            f"{path}: is no path here, and no {what} in the Hugging Face cache; if the hub has it, add --download "
-            f"(in Python download=True), or fetch it with: {_fetch(name, kind)}"
+            f"{path}: is no path here, and no {what} in the Hugging Face cache; if the hub has it, pass ‹download›, or "
+            f"fetch it with: {_fetch(name, kind)}"
         ) from error
     except Exception as error:  # the libraries below raise errors of many kinds
         if not download:

@@ -26,7 +26,7 @@ RESULT = "result"  # the output file there, until it gets its name
 _KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
 _RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD}
 _RECORDS |= {TUNING_STATE: TUNING_RECORD, _KEPT_STATE: _KEPT_RECORD}
-_START_OVER = "start over with --overwrite"
+_START_OVER = "start over with ‹overwrite›"
 
 
 class OutputDirectory:
@@ -204,7 +204,7 @@ def unfinished_advice(final: Path, instead: str = _START_OVER) -> str:
     finishing = shell_command("perta", "resume", run or final)
     what = "to this place" if run is None else "which keeps its importances here"
     if run is not None and instead == _START_OVER:
-        instead = "give it up with --overwrite"
+        instead = "give it up with ‹overwrite›"
     return f"{final}: another run {what} was stopped; finish it with: {finishing}, or {instead}"
 
 

@@ -63,7 +63,7 @@ class Addable:
             )
         if mine.dtype != its.dtype:
             raise InputError(
-                f"{both}: the model was run in {mine.dtype} and in {its.dtype}; {AGAIN}, with the --dtype of the other"
+                f"{both}: the model was run in {mine.dtype} and in {its.dtype}; {AGAIN}, with the ‹dtype› of the other"
             )
         if reason := different_prompts(mine.told, its.told):
             raise InputError(f"{both}: {reason}; {AGAIN}, with the prompts of the other")

@@ -188,7 +188,7 @@ def check_losses(losses: Tensor, numbers: Sequence[int]) -> None:
 def check_finite(name: str, mean: Tensor) -> None:
     """Raise NotFiniteError if the importance of ``name`` is not finite."""
     if mean.numel() and not bool(torch.isfinite(torch.stack(mean.aminmax())).all()):  # a NaN is both
-        raise NotFiniteError(f"the importance of {name} is not finite; run the model in float32 or bfloat16 (--dtype)")
+        raise NotFiniteError(f"the importance of {name} is not finite; run the model in float32 or bfloat16 (‹dtype›)")
 
 
 @contextmanager

@@ -45,9 +45,9 @@ class KeptForm:
     @staticmethod
     def check_is_asked_for(save_as: str | None, dtype: str | None, is_kept: bool) -> None:
         """Raise InputError for a form or a type of importances that are not kept."""
-        for option, value in (("--as", save_as), ("--importance-dtype", dtype)):
+        for name, value in (("save_as", save_as), ("importance_dtype", dtype)):
             if value is not None and not is_kept:
-                raise InputError(f"{option} says how importances are kept; give --save-importance too, or leave it out")
+                raise InputError(f"‹{name}› says how importances are kept; give ‹save_importance› too, or leave it out")
 
     @property
     def name(self) -> str:

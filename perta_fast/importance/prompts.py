@@ -15,7 +15,7 @@ def check_system_prompts(forget: Told, retain: Told) -> None:
     raise InputError(
         f"the system prompt of the forget importance is {prompts[0]}, that of the retain importance {prompts[1]}: "
         "weights of the two would tell the prompts apart, not the data; estimate one of them again with the "
-        "--system-prompt of the other, or without one"
+        "‹system_prompt› of the other, or without one"
     )
 
 

@@ -271,7 +271,7 @@ def _holds(directory: Path, stem: str) -> bool:
 def refuse_ratio(directory: Path) -> None:
     """Raise InputError if a ratio lies where one importance is needed."""
     if is_ratio(directory):
-        raise InputError(f"{directory}: holds the ratio of two importances, not one; give it as --importance alone")
+        raise InputError(f"{directory}: holds the ratio of two importances, not one; give it as ‹importance› alone")
 
 
 def located(directory: Path) -> dict[str, Path]:
@@ -285,9 +285,9 @@ def located(directory: Path) -> dict[str, Path]:
     if all(exists(path) for path in pair.values()):
         return pair
     if _holds(directory, IMPORTANCE_STEM):
-        raise InputError(f"{directory}: holds one importance; give two, as --forget-importance and --retain-importance")
+        raise InputError(f"{directory}: holds one importance; give two, as ‹forget_importance› and ‹retain_importance›")
     raise InputError(
-        f"{directory}: holds neither a ratio nor the importances forget and retain, as --save-importance writes them"
+        f"{directory}: holds neither a ratio nor the importances forget and retain, as ‹save_importance› writes them"
     )
 
 

@@ -206,7 +206,7 @@ def _refuse_encoder(path: Path, config: Any) -> None:
     if config.is_encoder_decoder:
         raise InputError(
             f"{path}: has an encoder and a decoder; only a model that is a decoder alone can be measured, scored or "
-            "tuned (perta apply with --rule tv needs none of that)"
+            "tuned (perta apply with ‹rule› tv needs none of that)"
         )
 
 

@@ -179,5 +179,5 @@ def _squared_norm(b: Tensor, a: Tensor) -> float:
 def _not_linear(path: Path, name: str) -> InputError:
     return InputError(
         f"{path}: changes {name}, which is not plain LoRA of a linear map; only such adapters can be preconditioned, "
-        "as perta tune makes them, or whole checkpoints (perta tune --full). Other adapters need another rule"
+        "as perta tune makes them, or whole checkpoints (perta tune with ‹full›). Other adapters need another rule"
     )

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.own import check_own
@@ -45,7 +45,7 @@ class RecipeRecord:
 
     def _read(self) -> dict[str, Made]:
         content = read_record(self._path)
-        advice = f"remove it to go on without it: rm {self._path}"
+        advice = f"remove it to go on without it: {shell_command('rm', self._path)}"
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise InputError(f"{self._path}: is not the record of a recipe; {advice}")
         if content.pop("format_version", None) != _FORMAT_VERSION:

@@ -59,7 +59,7 @@ def own_questions(report: Report) -> list[tuple[str, Row]]:
             rows = [row for row in read_again(report, role, fields) if "question" in row.content]
             questions += [(role, rows[k]) for k in evenly_spread(len(rows), count)] if rows else []
     if not questions:
-        raise InputError("the run's data has no questions; give some with --prompts")
+        raise InputError("the run's data has no questions; give some with ‹prompts›")
     return questions
 
 

@@ -52,7 +52,7 @@ def write_report(
     check_matplotlib()
     run, out = Path(run), checked_path(out)
     if prompts is not None and not show_text:
-        raise InputError("prompts would put private answers into the page; pass --show-text if it may hold them")
+        raise InputError("‹prompts› would put private answers into the page; pass ‹show_text› if it may hold them")
     report = Report.load(run)
     inputs = [*map(Path, evaluations), *_files_of(report)] + ([] if prompts is None else data_files(prompts))
     check_output_file(out, (".html", ".htm"), overwrite=overwrite, inputs=inputs)

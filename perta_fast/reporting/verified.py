@@ -48,7 +48,7 @@ def verify_for_page(run: Path, progress: Progress) -> Verified:
                 "has that list and this page can check every file."
             )
     except (InputError, RunError) as error:
-        return Verified("Not verified", "bad", [f"{when} it could not be checked: {error}."])
+        return Verified("Not verified", "bad", [f"{when} it could not be checked: {error!s}."])
     problems = _shortened([f"{line}." for line in found.problems])
     limits = [f"Changed since the run, which is no fault of the result: {line}." for line in found.changed]
     limits += [f"Not checked: {line}." for line in found.unchecked]

@@ -152,7 +152,7 @@ def _run(
     """Check everything, measure, and write. resume: go on, and replace a result that is there nevertheless."""
     with ranks.together("the checks"):
         if ranks.world > 1 and not request.stream:
-            raise InputError("one process evaluates a model in memory; give stream, or start it without torchrun")
+            raise InputError("one process evaluates a model in memory; give ‹stream›, or start it without torchrun")
         checked = Checked.of(request, overwrite=overwrite, resume=resume, given=given)
 
     def measure(kept: KeptParts | None, started: str, day: date) -> Evaluation:

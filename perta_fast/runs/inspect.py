@@ -95,7 +95,7 @@ def task_vector(path: Path, base: Path, progress: Progress) -> TaskVector:
     """What ``path``, as tuned, adds to ``base``; where the two do not belong together, why not."""
     checkpoint = open_plain(base)
     if is_importance(path) or ratios.is_ratio(path):
-        raise InputError(f"{path}: an importance is not tuned from a base; leave out --base")
+        raise InputError(f"{path}: an importance is not tuned from a base; leave out ‹base›")
     try:
         sources = Sources.open(base, base, path, common_rows=True)
         total = sum(match.theta.size for match in sources.matches)
@@ -103,7 +103,7 @@ def task_vector(path: Path, base: Path, progress: Progress) -> TaskVector:
             counts = count_changes(sources, bar.update)
     except InputError as error:
         nothing = "" if is_adapter(path) or _has_any_of(path, checkpoint) else "no tensor has the same name; "
-        return TaskVector(str(base), none=f"{nothing}{error}")
+        return TaskVector(str(base), none=f"{nothing}{error!s}")
     because = zero_because(sources) if counts.same and not counts.differ else ""
     resized = [match.theta.name for match in sources.matches if match.is_resized]
     return TaskVector(str(base), "", counts.differ, counts.same, because, counts.aside, resized)

@@ -155,6 +155,6 @@ def check_scope(sources: Sources) -> None:
         check_task_vector(sources)
     except InputError as error:
         raise InputError(
-            f"--only and --leave let the run change no linear map, and rule {PRECONDITIONED} changes nothing else; "
+            f"‹only› and ‹leave› let the run change no linear map, and rule {PRECONDITIONED} changes nothing else; "
             "give other patterns, or another rule"
         ) from error

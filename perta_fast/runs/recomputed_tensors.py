@@ -58,7 +58,7 @@ class RecomputedTensors:
             three, scope = (paths["model"], paths["base"], paths["tuned"]), Scope.of(report.only or None, report.leave)
             sources = Sources.open(*three, importances, report.common_rows, scope)
         except InputError as error:  # such as a base of which an adapter needed only the headers
-            result.unchecked.append(f"tensors, because an input cannot be opened any more: {error}")
+            result.unchecked.append(f"tensors, because an input cannot be opened any more: {error!s}")
             return None
         if not exact:
             result.unchecked.append("weights, because the importances were not kept (--save-importance)")

@@ -38,9 +38,9 @@ def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks
     Raises InputError unless exactly one is named, and if many processes would change one in place.
     """
     if in_place == (out is not None):
-        raise InputError("give either out, a directory to make, or in_place")
+        raise InputError("give either ‹out›, a directory to make, or ‹in_place›")
     if in_place and ranks.world > 1:
-        raise InputError("a model is changed in place by one process alone; give out, a directory to make")
+        raise InputError("a model is changed in place by one process alone; give ‹out›, a directory to make")
     return Path(os.path.realpath(checked_path(model if out is None else out)))
 
 
@@ -52,7 +52,7 @@ def threads_for(asked: int | None, ranks: Ranks) -> int:
 def check_changes(sources: Sources, allow_zero: bool) -> None:
     """Raise InputError, with the cause, if the run would change nothing and this was not allowed."""
     if not allow_zero:
-        check_task_vector(sources, ", or add --allow-zero for a copy of the model")
+        check_task_vector(sources, ", or pass ‹allow_zero› for a copy of the model")
 
 
 def check_others(model: Checkpoint, in_place: bool, leave_others: bool) -> None:
@@ -61,7 +61,7 @@ def check_others(model: Checkpoint, in_place: bool, leave_others: bool) -> None:
     if others:
         raise InputError(
             f"{model.path}: beside its shards lie other weights, which keep what is to be forgotten: {listed(others)}; "
-            "move them away, write to a new directory with --out, or add --leave-others to leave them as they are"
+            "move them away, write to a new directory with ‹out›, or pass ‹leave_others› to leave them as they are"
         )
 
 

@@ -56,7 +56,7 @@ class StrengthSearch:
             return None
         for role in ("forget", "retain"):
             if role not in rows:
-                raise InputError(f"choosing ‹lam› needs {role} data: give a file of it, or --lam")
+                raise InputError(f"choosing ‹lam› needs {role} data: give a file of it, or ‹lam›")
         started = time.perf_counter()
         chosen = {role: [rows[role][k] for k in evenly_spread(len(rows[role]), ROWS)] for role in ("forget", "retain")}
         count, total = ({role: len(some[role]) for role in chosen} for some in (chosen, rows))
@@ -172,7 +172,7 @@ def annotate(report: Report, choice: StrengthChoice | None, seconds: float) -> N
     if choice.after.lam == LARGEST:
         report.warn(
             f"even lambda {LARGEST:g}, the largest that is tried, keeps the retain loss within the bound, so a larger "
-            "one may as well; if too little is forgotten, give --lam"
+            "one may as well; if too little is forgotten, give a strength of your own"
         )
 
 
@@ -189,7 +189,7 @@ def _why_not_finite(live: "LiveModel", dtype: str) -> str:
                 return f"tensor {name} has NaN or infinite values, so no strength can be chosen; give a sound copy"
     return (
         "its losses on the data are not finite, so no strength can be chosen; "
-        "run it in float32 or bfloat16 (--dtype), or give --lam"
+        "run it in float32 or bfloat16 (‹dtype›), or give ‹lam›"
     )
 
 
@@ -202,5 +202,5 @@ def _nothing_keeps(bound: float, original: ScoredSetting, tried: list[ScoredSett
     rise = nearest.retain_loss - original.retain_loss
     return (
         f"{start}; nearest to it is {nearest.lam!r}, where it rises by {rise:.4g}, from {original.retain_loss:.4g}. "
-        "Allow more with --max-retain-rise, or give --lam"
+        "Allow more with ‹max_retain_rise›, or give ‹lam›"
     )

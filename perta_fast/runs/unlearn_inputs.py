@@ -226,19 +226,19 @@ class Opened:
 def _rule_of(options: Options) -> Rule:
     """The rule that subtracts. Raises InputError for settings that are not for it."""
     if options.whole_importance is not None:
-        check_takes_importances(options.rule, "--whole-importance")
+        check_takes_importances(options.rule, "‹whole_importance›")
     rule = Rule.of_unlearn(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
     _check_form(options)
     if options.preconditions:
         check_mu(DEFAULT_MU if options.mu is None else options.mu)
         if options.save_importance is not None:
             raise InputError(
-                f"rule {PRECONDITIONED}, which is the default, takes no importance to save; --save-tuned keeps what it "
+                f"rule {PRECONDITIONED}, which is the default, takes no importance to save; ‹save_tuned› keeps what it "
                 "makes, or give a rule that takes importances, such as fisher"
             )
         return rule
     if rule.estimator is None and options.save_importance is not None:
-        raise InputError("rule tv takes no importance, so there is none to save; leave --save-importance out")
+        raise InputError("rule tv takes no importance, so there is none to save; leave ‹save_importance› out")
     for name in ("mu", "save_tuned"):
         if getattr(options, name) is not None:
             raise InputError(f"‹{name}› is for rule {PRECONDITIONED}; leave it out, or take that rule")

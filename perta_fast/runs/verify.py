@@ -173,7 +173,7 @@ def _check_data(report: Report, result: Verification) -> None:
             else:
                 result.changed.append(f"{role} data {path}")
         except (InputError, RunError) as error:
-            result.unchecked.append(f"{role} data: {error}")
+            result.unchecked.append(f"{role} data: {error!s}")
 
 
 def _header_problems(report: Report, output: Checkpoint) -> list[str]:

@@ -34,8 +34,8 @@ def check_retained(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     forgotten = set(map(_content, forget))
     if all(_content(row) in forgotten for row in retain):
         raise InputError(
-            f"{retain[0].where}: this and all other rows of --retain are to be forgotten, so they do not show what is "
-            "kept; give rows that are to be kept, or leave --retain out"
+            f"{retain[0].where}: this and all other rows of ‹retain› are to be forgotten, so they do not show what is "
+            "kept; give rows that are to be kept, or leave ‹retain› out"
         )
 
 
@@ -60,7 +60,7 @@ class WholeImportance:
         if weights_hash(open_plain(place)) != whole.metadata.weights_hash:
             raise InputError(
                 f"{whole.path}: was taken at {whole.metadata.evaluated_at}, which had other weights than {place}, "
-                f"where this run takes its gradients (--at {options.at}); give the same weights, or estimate it again "
+                f"where this run takes its gradients (‹at› {options.at}); give the same weights, or estimate it again "
                 "there"
             )
         return cls(whole)
@@ -74,12 +74,12 @@ class WholeImportance:
         if given is not None and given != told.system_prompt:
             had = "none" if told.system_prompt is None else shown(told.system_prompt)
             raise InputError(
-                f"{self.importance.path}: had the system prompt {had}, not {shown(given)}; leave --system-prompt out"
+                f"{self.importance.path}: had the system prompt {had}, not {shown(given)}; leave ‹system_prompt› out"
             )
         if options.date_string is not None and told.day not in (None, parse_date(options.date_string)):
             raise InputError(
                 f"{self.importance.path}: its prompts had the date {told.date}, not {options.date_string}; leave "
-                "--date-string out"
+                "‹date_string› out"
             )
         return replace(options, system_prompt=told.system_prompt, date_string=options.date_string or told.date_string)
 
@@ -94,7 +94,7 @@ class WholeImportance:
         if dtype != metadata.dtype:
             raise InputError(
                 f"{path}: was estimated in {metadata.dtype}, and this run would take its gradients in {dtype}; "
-                f"run it with --dtype {metadata.dtype}"
+                f"run it with ‹dtype› {metadata.dtype}"
             )
         left, absent = Counter(self.importance.rows.counts), []
         for row, numbers in zip(rows, by_row(samples), strict=True):
@@ -106,7 +106,7 @@ class WholeImportance:
             raise InputError(
                 f"{path}: {len(absent)} of the {len(rows)} rows to forget are not among its rows "
                 f"({listed(absent, _SHOWN)}); they are other rows or were removed before, or the tokenizer, the chat "
-                "template or --max-length differ"
+                "template or ‹max_length› differ"
             )
         if len(rows) == metadata.sample_count:
             raise InputError(

@@ -162,7 +162,7 @@ class LiveModel(ScoredModel):
         if len(made_of.intersection(left)) not in (0, len(made_of)):
             raise InputError(
                 f"{self._model.path}: in memory, {min(made_of.intersection(left))} is one tensor with "
-                f"{min(made_of.difference(left))}; let --only and --leave mean both or neither"
+                f"{min(made_of.difference(left))}; let ‹only› and ‹leave› mean both or neither"
             )
         return not made_of.isdisjoint(left)
 

@@ -103,5 +103,5 @@ def _check_kept(directory: Path, run: Path) -> None:
     """Raise InputError unless ``directory`` is the one that the run to ``run`` has begun, and nothing else."""
     if not is_kept_by(directory, run):
         raise InputError(
-            f"{directory}: does not hold the importances that the run has written; start it over with --overwrite"
+            f"{directory}: does not hold the importances that the run has written; start it over with ‹overwrite›"
         )

@@ -153,7 +153,7 @@ class ScratchFiles:
             dtype: Any = getattr(torch, record["dtype"], None)
             valid = path.name == name and isinstance(dtype, torch.dtype) and path.is_file()
             if not valid or hash_file(path, advance) != record["blake3"]:
-                raise InputError(f"{path}: is not what the run wrote; start over with --overwrite")
+                raise InputError(f"{path}: is not what the run wrote; start over with ‹overwrite›")
             self._kinds[name] = torch.Size(record["shape"]), dtype
             self._restored[name] = record["blake3"]
 

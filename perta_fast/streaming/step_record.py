@@ -50,6 +50,6 @@ def _step_back(path: Path, state: Any, done: int) -> Any:
         return None
     before = state.get("before")
     if before is None or before["done"] != done:
-        raise InputError(f"{path}: does not go with the records of the other processes; start over with --overwrite")
+        raise InputError(f"{path}: does not go with the records of the other processes; start over with ‹overwrite›")
     write_record(path, before)
     return before

@@ -94,9 +94,9 @@ class StreamedRun:
         try:
             rows = read_record(path)
         except InputError as error:
-            raise InputError(f"{error}; start over with --overwrite") from error
+            raise InputError(f"{error}; start over with ‹overwrite›") from error
         if not fits(rows, dict[str, list[list[Any]]]) or rows.keys() != settings["metadata"].keys():
-            raise InputError(f"{path}: is damaged; start over with --overwrite")
+            raise InputError(f"{path}: is damaged; start over with ‹overwrite›")
         samples = {
             role: [Sample(tuple(ids), tuple(labels), *rest) for ids, labels, *rest in stored]
             for role, stored in rows.items()
@@ -198,7 +198,7 @@ def _restore(passes: Mapping[str, DataPass], begun: WalkRecord, finished: bool, 
     """Resume the passes; a finished walk needs none of their files any more."""
     records = begun["passes"]
     if records.keys() != passes.keys():
-        raise InputError("the record of the walk is of other data; start over with --overwrite")
+        raise InputError("the record of the walk is of other data; start over with ‹overwrite›")
     size = sum(data.scratch.size for data in passes.values())
     with Bar(size, "check scratch", progress) as bar:
         for role, data in passes.items():

@@ -134,7 +134,7 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
         _check_no_other_work(sources)
     _check_mounts(model)
     _check_small_files(model)
-    instead = "put a copy in its place" if resumed else "copy the model first, or write to a new directory with --out"
+    instead = "put a copy in its place" if resumed else "copy the model first, or write to a new directory with ‹out›"
     shards = set()  # by device and inode
     for shard in model.shards.values():
         status = shard.path.lstat()
@@ -153,7 +153,7 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
             if (status.st_dev, status.st_ino) in shards:
                 raise InputError(
                     f"{match.base.path}: tensor {match.base.name} of this adapter is made from the base as a whole, "
-                    "which is the model to change; write to a new directory with --out"
+                    "which is the model to change; write to a new directory with ‹out›"
                 )
         operands = ((of, stored) for _, of, entry in sources.operands(match) for stored in entry.pieces or (entry,))
         for checkpoint, entry in operands:
@@ -164,7 +164,7 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
             if not same_bytes or not is_same(checkpoint.path, model.path):
                 raise InputError(
                     f"{entry.path}: tensor {entry.name}, which is read for {match.theta.name}, lies in a file "
-                    "that would be changed; write to a new directory with --out"
+                    "that would be changed; write to a new directory with ‹out›"
                 )
 
 
@@ -184,7 +184,7 @@ def _check_mounts(model: Checkpoint) -> None:
         if path in used:
             raise InputError(
                 f"{path}: is a mount point, which a run in place cannot replace; put a copy in its place, or write to "
-                "a new directory with --out"
+                "a new directory with ‹out›"
             )
 
 
@@ -256,7 +256,7 @@ def _explained(model: Path) -> Iterator[None]:
     except (PertaError, OSError, MemoryError) as error:
         if isinstance(error, InputError) and is_open(model):
             raise  # an input has changed, and the message says what to do
-        kind, text = type(error) if isinstance(error, PertaError) else RunError, str(error)
+        kind, text = type(error) if isinstance(error, PertaError) else RunError, f"{error}"
         if isinstance(error, OSError):
             text = f"{model}: could not be written: {advice(error)}"
         elif isinstance(error, MemoryError):

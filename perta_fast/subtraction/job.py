@@ -200,7 +200,7 @@ def _check_files(job: Job, files: Mapping[str, Mapping[str, Fingerprint]]) -> No
     """
     advice = "put the old file back to finish the run"
     if not job.in_place:
-        advice = f"{PUT_BACK} to finish the run, or start over with --overwrite"
+        advice = f"{PUT_BACK} to finish the run, or start over with ‹overwrite›"
     for role, current in files.items():
         before = job.files.get(role, {})
         for name, state in current.items():

@@ -79,7 +79,7 @@ class Shard:
                 noted[int(match[1]), int(match[2])] = self._read(note)
         bounds = [number for part in sorted(noted) for number in part]
         if bounds != sorted(bounds) or (bounds and (bounds[-1] > self.count or not self.path.exists())):
-            raise InputError(f"{self.state}: its notes on {self.path.name} do not fit; start over with --overwrite")
+            raise InputError(f"{self.state}: its notes on {self.path.name} do not fit; start over with ‹overwrite›")
         return noted
 
     def _read(self, note: Path) -> Totals:

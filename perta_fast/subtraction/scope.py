@@ -117,7 +117,7 @@ class Scope:
         )
         left = leave | (names.shapes.keys() - only if self.only else set())
         if left == names.shapes.keys():
-            given = [f"--only {','.join(self.only)}"] * bool(only) + [f"--leave {','.join(self.leave)}"] * bool(leave)
+            given = [f"‹only› {','.join(self.only)}"] * bool(only) + [f"‹leave› {','.join(self.leave)}"] * bool(leave)
             raise InputError(
                 f"{' with '.join(given)}: leaves every parameter of {names.where} alone, so nothing would change; give "
                 "patterns that stand for fewer names"
@@ -137,7 +137,7 @@ EVERYTHING = Scope()
 def _matching(option: str, pattern: str, names: Names) -> set[str]:
     found = names.matching(pattern)
     if not found:
-        raise InputError(f"--{option} {pattern}: no parameter of {names.where} is meant; {names.advice(pattern)}")
+        raise InputError(f"‹{option}› {pattern}: no parameter of {names.where} is meant; {names.advice(pattern)}")
     return found
 
 

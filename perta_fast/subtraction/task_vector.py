@@ -61,7 +61,7 @@ def check_task_vector(sources: Sources, advice: str = "") -> None:
     reasons = {match.copied for match in sources.matches}
     where = " in all tensors that the importances cover" if "not covered by the importance" in reasons else ""
     if "left alone by choice" in reasons:
-        where = " in all tensors that --only and --leave let the run change"
+        where = " in all tensors that ‹only› and ‹leave› let the run change"
     if None in reasons or sources.adapter_config is not None:
         raise InputError(f"{sources.tuned.path}: nothing would change{_cause(sources, where)}{advice}")
     raise InputError(f"{sources.model.path}: nothing would change: {_all_copied(sources)}{advice}")

@@ -114,7 +114,7 @@ def run_to_directory(
         if is_out_of_memory(error) and _can_be_resumed(target):
             raise RunError(
                 "out of memory; the inputs are untouched. Finish the run where more is free with: "
-                f"{job.resume_command}, or start over with --overwrite and a smaller --batch-size"
+                f"{job.resume_command}, or start over with ‹overwrite› and a smaller ‹batch_size›"
             ) from error
         if ranks.first and isinstance(error, RunError) and changed_input(job, sources) is not None:
             raise RunError(f"{error}. {_after_a_change(job, target)}") from error
@@ -137,7 +137,7 @@ def _after_a_change(job: Job, target: OutputDirectory) -> str:
     if not _can_be_resumed(target):
         return "Leave the inputs as they are, and run the same command again"
     advice = f"{PUT_BACK[0].upper()}{PUT_BACK[1:]}"
-    return f"{advice}, and finish the run with: {job.resume_command}; or start over with --overwrite"
+    return f"{advice}, and finish the run with: {job.resume_command}; or start over with ‹overwrite›"
 
 
 def _keep_what_is_done(target: OutputDirectory) -> None:

@@ -100,7 +100,7 @@ def as_sweep(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if all(settings.get(name) is None for name in BOUNDS):
         settings["max_retain_rise"] = DEFAULT_RETAIN_RISE
     if settings["in_place"] == (settings["out"] is not None):
-        raise InputError("give either out, a directory to make, or in_place")
+        raise InputError("give either ‹out›, a directory to make, or ‹in_place›")
     rules, mus, alphas, out = (settings.pop(name) for name in ("rules", "mus", "alphas", "out"))
     curves = {"rule": rules, "mu": mus, "alpha": _alphas(rules, alphas)}
     record = record_beside(settings["model"] if out is None else out)

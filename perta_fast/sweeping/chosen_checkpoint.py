@@ -49,7 +49,7 @@ def check_apart(request: Request, out: Path) -> None:
     """Raise InputError if one of the directories of result and sweep lies in the other."""
     if lies_in(request.result, out) or lies_in(out, request.result):
         what = "model" if request.in_place else "checkpoint"
-        raise InputError(f"{what} {request.result} and out {out} must lie apart, neither within the other")
+        raise InputError(f"‹{what}› {request.result} and ‹out› {out} must lie apart, neither within the other")
 
 
 def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vectors: Vectors) -> None:

@@ -191,13 +191,13 @@ class Request:
         if self.lams is not None:
             check_strengths(self.lams)
         elif not self.is_bounded:
-            raise InputError(f"give lams, or a bound up to which to search: {', '.join(BOUNDS)}")
+            raise InputError(f"give ‹lams›, or a bound up to which to search: {_marked(BOUNDS)}")
         if self.select not in (None, *SELECTIONS):
             raise InputError(f"‹select› is {self.select!r}; it must be one of {', '.join(SELECTIONS)}")
         if self.select == "best-forget" and not self.is_bounded:
-            raise InputError(f"select best-forget needs a bound on what is retained: {', '.join(BOUNDS)}")
+            raise InputError(f"‹select› best-forget needs a bound on what is retained: {_marked(BOUNDS)}")
         if self.select == "closest" and self.gold is None:
-            raise InputError("select closest needs gold: the model to be close to")
+            raise InputError("‹select› closest needs ‹gold›: the model to be close to")
         self._check_result()
         self._check_streamed()
         self.kept_form.check_is_asked_for(self.save_as, self.importance_dtype, self.save_importance is not None)
@@ -215,7 +215,7 @@ class Request:
         if self.criterion is None or original.keeps(limit, floor):
             return limit, floor
         if not original.is_finite:
-            reason = "what it scores is not finite; run it in float32 or bfloat16 (--dtype)"
+            reason = "what it scores is not finite; run it in float32 or bfloat16 (‹dtype›)"
         elif floor is None:
             loss = f"{original.retain_loss:.6g}"
             reason = f"with a retain loss of {loss}, it breaks the limit of {limit:.6g} on that already; allow more"
@@ -226,7 +226,7 @@ class Request:
 
     def _check_result(self) -> None:
         if self.checkpoint is not None and self.in_place:
-            raise InputError("give either checkpoint, a directory to make, or in_place")
+            raise InputError("give either ‹checkpoint›, a directory to make, or ‹in_place›")
         name = "in_place" if self.in_place else "checkpoint"
         if self.makes_result and (self.criterion is None or self.out is None):
             raise InputError(f"‹{name}› needs ‹select›, which chooses what is written, and ‹out›, the sweep's record")
@@ -248,7 +248,7 @@ class Request:
     def _check_bounds(self) -> None:
         bounds = {name: getattr(self, name) for name in BOUNDS if getattr(self, name) is not None}
         if len(bounds) > 1:
-            raise InputError(f"give only one of {' and '.join(bounds)}")
+            raise InputError(f"give only one of {_marked(bounds)}")
         for name, value in bounds.items():
             if not math.isfinite(value):
                 raise InputError(f"‹{name}› is {value}; it must be a finite number")
@@ -258,8 +258,12 @@ class Request:
         if self.retain_floor is not None and self.metric == LOSS:
             raise InputError(
                 "‹retain_floor› is for a metric that falls as knowledge is lost, and a loss rises; "
-                "give target_retain_loss, or another metric"
+                "give ‹target_retain_loss›, or another metric"
             )
+
+
+def _marked(names: Iterable[str]) -> str:
+    return ", ".join(f"‹{name}›" for name in names)
 
 
 def _local(name: str, value: Any, download: bool, in_place: bool) -> Path:

@@ -104,7 +104,7 @@ def load_begun(final: Path) -> Begun:
     if content.pop("format_version", None) != _FORMAT_VERSION or version != this_version():
         raise InputError(
             f"{path}: the sweep was begun by perta_fast {version}, this is {this_version()}; "
-            "install that version to finish it, or start over with --overwrite"
+            "install that version to finish it, or start over with ‹overwrite›"
         )
     try:
         begun: Begun = typed(content, Begun)
@@ -122,7 +122,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if before.get(path) != now.get(path) and exists(Path(path).parent):
             raise InputError(
                 f"{path}: has changed since the sweep began; {PUT_BACK} to go on with it, or start "
-                "over with --overwrite"
+                "over with ‹overwrite›"
             )
 
 

@@ -119,6 +119,6 @@ def temporary_folder() -> "TemporaryDirectory[str]":
 
 def _no_room(error: OSError) -> RunError:
     return RunError(
-        f"the directory of temporary files cannot hold what rule {PRECONDITIONED} makes: {advice(error)}. Give out, "
+        f"the directory of temporary files cannot hold what rule {PRECONDITIONED} makes: {advice(error)}. Give ‹out›, "
         "which takes its place, or set TMPDIR to another directory"
     )

@@ -61,7 +61,7 @@ def add_adapter(model: Any, rank: int, seed: int) -> Any:
 
     maps = linear_maps(model)
     if not maps:
-        raise InputError("the model has no linear map to put an adapter on; tune all of it with --full")
+        raise InputError("the model has no linear map to put an adapter on; tune all of it with ‹full›")
     settings = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -83,7 +83,7 @@ def check_adapter(adapted: Any, base: Checkpoint, directory: Path) -> None:
     except InputError as error:
         raise InputError(
             f"{base.path}: transformers gives its tensors other names than they are stored under, so an adapter "
-            "would not find them; tune all of it with --full"
+            "would not find them; tune all of it with ‹full›"
         ) from error
 
 

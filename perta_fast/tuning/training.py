@@ -220,7 +220,7 @@ class _Watch(TrainerCallback):
             self.divergences.append(fmean(self.trainer.divergences))
         if not math.isfinite(loss):
             epoch = math.ceil(state.global_step / self._steps)
-            raise NotFiniteError(f"the loss of epoch {epoch} is not finite; nothing was written. Use a lower --lr")
+            raise NotFiniteError(f"the loss of epoch {epoch} is not finite; nothing was written. Use a lower ‹lr›")
         step = state.global_step
         count = self._samples_of(step) - self._samples_of(step - 1)
         self._bar.update(count, f"step {step} of {state.max_steps}, loss {loss:.4f}")

@@ -129,7 +129,7 @@ def test_a_shard_of_old_copies_alone_becomes_zeros(tmp_path: Path) -> None:
 def test_in_place_old_copies_are_named(job: Job, tmp_path: Path) -> None:
     overlay(job.model)
     before = fingerprint(job.model)
-    with pytest.raises(InputError, match=r"old copies of tensors in model-0000.*--leave-others"):
+    with pytest.raises(InputError, match=r"old copies of tensors in model-0000.*pass leave_others"):
         apply(*job.checkpoints, rule="tv", in_place=True)
     assert fingerprint(job.model) == before
     apply(*job.checkpoints, rule="tv", out=tmp_path / "out")

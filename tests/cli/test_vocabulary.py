@@ -17,7 +17,13 @@ from tests.cli.test_parser import ALL
 # What is no argument where a message begins with it.
 OTHERS = {"eval", "model", "path", "recipe", "run", "shell", "topic"}
 NAMES = {option.name for command in ALL.values() for option in command.options} - OTHERS
-UNMARKED = re.compile(rf"({'|'.join(sorted(NAMES, key=len, reverse=True))}) (is|are|has|needs|takes|must)\b")
+_ANY = "|".join(sorted(NAMES, key=len, reverse=True))
+UNMARKED = re.compile(rf"({_ANY}) (is|are|has|needs|takes|must)\b")
+GIVEN = re.compile(rf"\b[Gg]ive (either )?(?!at least|only one)({_ANY})\b")
+OPTION = re.compile(r"--[a-z-]+")
+# Functions that have another name in Python than on the command line, which a message says.
+OPTIONS_ALLOWED = {"score several with --choose (choose in Python)"}
+ERRORS = ("InputError", "RunError", "NotFiniteError", "NotStreamable")
 
 
 @pytest.mark.parametrize("command", ALL.values(), ids=ALL.keys())
@@ -76,13 +82,41 @@ def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(first.value)
 
 
+def parts(node: ast.AST) -> Iterator[str]:
+    """The texts in an error's arguments, but for those of commands to be copied into a shell."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "shell_command"):
+        for child in ast.iter_child_nodes(node):
+            yield from parts(child)
+
+
+def test_no_message_of_python_names_an_option_or_an_argument_without_its_marks() -> None:
+    package = Path(perta_fast.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{call.lineno}: {text}"
+        for path in package.rglob("*.py")
+        if path.parent.name != "cli"
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ERRORS
+        for text in parts(call)
+        if (OPTION.search(text) or GIVEN.search(text)) and not any(allowed in text for allowed in OPTIONS_ALLOWED)
+    ]
+    assert found == []
+
+
+def test_a_message_of_another_command_s_run_names_its_options() -> None:
+    text, _ = _explain(InputError("start over with ‹overwrite›, or see ‹neither›"), {})
+    assert text == "error: start over with --overwrite, or see neither"
+
+
 def test_no_message_has_marks_of_another_kind() -> None:
     package = Path(perta_fast.__file__).parent
     backticks = [
         f"{path.relative_to(package)}:{call.lineno}"
         for path in package.rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text()))
-        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("InputError", "RunError", "NotFiniteError")
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ERRORS
         if any("`" in str(part.value) for part in ast.walk(call) if isinstance(part, ast.Constant))
     ]
     assert backticks == []

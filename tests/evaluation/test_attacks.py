@@ -155,7 +155,7 @@ def test_a_share_that_is_none(files: dict[str, Path], share: float) -> None:
 def test_privleak_needs_the_share_of_the_gold_model(files: dict[str, Path], tmp_path: Path) -> None:
     gold = tmp_path / "gold.json"
     on(llama(2).eval(), files, "mia_min_k", min_k=0.2, out=gold)
-    with pytest.raises(InputError, match=r"gold.json: has Min-K of 0.2 of the tokens; evaluate with --min-k 0.2"):
+    with pytest.raises(InputError, match=r"gold.json: has Min-K of 0.2 of the tokens; evaluate with min_k 0.2"):
         on(llama(1), files, "privleak", reference=gold)
     assert "privleak" in on(llama(1), files, "privleak", reference=gold, min_k=0.2).metrics
     content = json.loads(gold.read_text())

@@ -308,7 +308,7 @@ def test_stopped_and_resumed(tofu: Path, tmp_path: Path, monkeypatch: pytest.Mon
         patched.setattr(greedy_answers, "greedy_answers", stopped)
         with pytest.raises(Interrupted):
             measured(tmp_path / "model", None, tofu, compatible=NAME, out=out)
-    with pytest.raises(InputError, match=r"resume|--overwrite"):
+    with pytest.raises(InputError, match=r"resume|with overwrite"):
         measured(tmp_path / "model", None, tofu, out=out)  # another evaluation
     assert resume(out, progress=False)
     found = json.loads(out.read_text())

@@ -463,7 +463,7 @@ def test_unfinished_work_of_another_run_is_not_thrown_away_unasked(inputs: Input
     setup = signal_at("SIGKILL", "subtraction.to_directory.describe_inputs")
     assert perta(*arguments(inputs, out), setup=setup).returncode == -9
     before = fingerprint(out.parent)
-    with pytest.raises(InputError, match=r"another run to this place was stopped.*perta resume.*--overwrite"):
+    with pytest.raises(InputError, match=r"another run to this place was stopped.*perta resume.*with overwrite"):
         apply(*inputs.checkpoints, rule="tv", lam=2.0, out=out)
     assert fingerprint(out.parent) == before
     report = apply(*inputs.checkpoints, rule="tv", lam=2.0, out=out, overwrite=True)

@@ -208,7 +208,7 @@ def test_why_no_answers_are_shown(job: Job, tmp_path: Path, report: Report) -> N
     report.data["forget"]["blake3"] = "0" * 64
     assert "has changed since the run began" in str(answers.answer_own(report, run, False))
     report.data = {}
-    assert "has no questions; give some with --prompts" in str(answers.answer_own(report, run, False))
+    assert "has no questions; give some with prompts" in str(answers.answer_own(report, run, False))
     shown = judged(report, answers="this is why")
     assert shown.no_answers == "Not shown: this is why." and not shown.command
 

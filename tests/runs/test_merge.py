@@ -149,7 +149,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         pf.merge(job.base, job.tuned, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(job.base, dtype=F32)
     peft.get_peft_model(model, KINDS["LoRA"]).save_pretrained(tmp_path / "untrained")  # B is zero
-    with pytest.raises(pf.InputError, match="--allow-zero"):
+    with pytest.raises(pf.InputError, match="pass allow_zero"):
         pf.merge(job.base, tmp_path / "untrained", tmp_path / "out")
     with pytest.raises(pf.InputError, match="is or contains the input"):
         pf.merge(job.base, tmp_path / "untrained", job.base, overwrite=True, allow_zero=True)

@@ -77,7 +77,7 @@ def put(folder: Path, name: str) -> None:
 def test_in_place_each_is_named_and_nothing_is_changed(name: str, inputs: Inputs) -> None:
     put(inputs["model"], name)
     before = fingerprint(inputs.folder)
-    with pytest.raises(InputError, match=rf"beside its shards lie other weights.*: {name}; .*--leave-others"):
+    with pytest.raises(InputError, match=rf"beside its shards lie other weights.*: {name}; .*pass leave_others"):
         apply(*inputs.checkpoints, rule="tv", in_place=True)
     assert fingerprint(inputs.folder) == before
 

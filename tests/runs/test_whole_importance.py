@@ -208,9 +208,9 @@ def test_the_prompts_are_those_that_the_whole_had(
     arguments = ["unlearn", "--recipe", str(tmp_path / "out" / "perta_report.json"), "--out", str(tmp_path / "again")]
     assert cli.main(arguments) == 0
     assert_close(tmp_path / "again", tmp_path / "expected")
-    with pytest.raises(InputError, match=r"had the system prompt 'Be brief\.', not 'Be long\.'; leave --system-prompt"):
+    with pytest.raises(InputError, match=r"had the system prompt 'Be brief\.', not 'Be long\.'; leave system_prompt"):
         run(job, tmp_path / "more", whole_importance=whole, system_prompt="Be long.")
-    with pytest.raises(InputError, match=r"its prompts had the date .* not 2026-05-09; leave --date-string out"):
+    with pytest.raises(InputError, match=r"its prompts had the date .* not 2026-05-09; leave date_string out"):
         run(job, tmp_path / "more", whole_importance=whole, date_string="2026-05-09")
 
 
@@ -259,7 +259,7 @@ def test_verify_sees_a_whole_that_has_changed(exact: Job, wholes: Callable[[str]
     ("settings", "reason"),
     [
         ({"rule": "preconditioned"}, "rule preconditioned, which is the default, takes no importance; leave --whole-"),
-        ({"rule": "tv"}, "rule tv takes no importance; leave --whole-importance out, or give one of: grad, fisher"),
+        ({"rule": "tv"}, "rule tv takes no importance; leave whole_importance out, or give one of: grad, fisher"),
         ({"rule": "empirical-fisher"}, "holds estimator grad, rule empirical-fisher needs empirical-fisher"),
         ({"forget": None}, "rule fisher needs forget data"),
         ({"at": "model"}, r"had other weights than .*model, where this run takes its gradients \(--at model\)"),

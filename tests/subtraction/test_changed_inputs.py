@@ -141,7 +141,7 @@ def test_a_new_directory_with_work_to_keep(
             run(inputs, out=out, threads=1)
     assert str(caught.value) == (
         f"{shard}: has changed during the run. Put the old file back, with its time of change (cp -p keeps it), and "
-        f"finish the run with: perta resume {out}; or start over with --overwrite"
+        f"finish the run with: perta resume {out}; or start over with overwrite"
     )
     content, mtime = kept[0]
     shard.write_bytes(content)

@@ -65,7 +65,7 @@ def test_patterns_that_are_refused(only: Any, leave: Any, said: str) -> None:
 
 
 def test_a_group_that_a_model_lacks() -> None:
-    with pytest.raises(InputError, match=r"--leave norms: no parameter .* leave it out, or give patterns"):
+    with pytest.raises(InputError, match=r"^leave norms: no parameter .* leave it out, or give patterns"):
         Scope.of(None, "norms").left(Names({"wte.weight": (3, 3), "h.0.mlp.weight": (3, 3)}))
 
 

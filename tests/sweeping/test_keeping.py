@@ -187,7 +187,7 @@ def test_a_sweep_does_not_go_on_with_other_importances_than_it_kept(
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rules that take none": ({"rule": "tv", "save_importance": "kept"}, "keeps what the sweep estimates, and rules tv"),
     "no preconditioning": ({"rule": "tv", "save_tuned": "kept"}, "save_tuned is for rule preconditioned; leave it out"),
-    "a form of nothing": ({"rule": "grad", "save_as": "ratio"}, "--as says how importances are kept; give --save-imp"),
+    "a form of nothing": ({"rule": "grad", "save_as": "ratio"}, "save_as says how importances are kept; give save_imp"),
     "no form": ({"rule": "grad", "save_as": "rat", "save_importance": "kept"}, "save_as is 'rat'; it must be pair or"),
     "a taken place": ({"rule": "grad", "save_importance": "model"}, "model"),
     "in the sweep": ({"rule": "grad", "save_importance": "sweep/kept"}, "must lie apart, neither within the other"),

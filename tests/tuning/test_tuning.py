@@ -299,7 +299,7 @@ def test_no_adapter_that_could_not_be_applied(float_job: Job, tmp_path: Path, mo
         raise pf.InputError("adapts x, which is not in base")
 
     monkeypatch.setattr(Adapter, "meet", lost)
-    refused(float_job, tmp_path / "out", pf.InputError, "tune all of it with --full")
+    refused(float_job, tmp_path / "out", pf.InputError, "tune all of it with full")
     tune(float_job.base, float_job.forget, tmp_path / "out", full=True, epochs=1)
 
 

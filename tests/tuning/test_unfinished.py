@@ -314,7 +314,7 @@ def test_a_state_that_is_damaged_is_refused(name: str, stopped: Path) -> None:
     content = path.read_bytes()
     for other in (content[:-9], content[:-9] + b"\0" + content[-8:], None):
         path.unlink() if other is None else path.write_bytes(other)
-        with pytest.raises(pf.InputError, match="checkpoint-2: the kept state is damaged; start over with --overwrite"):
+        with pytest.raises(pf.InputError, match="checkpoint-2: the kept state is damaged; start over with overwrite"):
             pf.resume(stopped, progress=False)
 
 

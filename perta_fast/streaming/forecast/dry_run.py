@@ -84,7 +84,7 @@ def preview(
     tokenizer = _tokenizer(subject)
     if tokenizer is None and max_length is None:
         raise InputError(
-            f"{subject}: has no tokenizer, so the lengths of the samples are not known; give --max-length, and "
+            f"{subject}: has no tokenizer, so the lengths of the samples are not known; give ‹max_length›, and "
             "each will count that many tokens"
         )
     if tokenizer is not None:

@@ -131,7 +131,7 @@ class _ScoreWalk:
         with self._ranks.together("resume the walk"):
             if state is not None:
                 if state["of"] != self._of:
-                    raise InputError(f"{self._path}: is of other samples or settings; start over with --overwrite")
+                    raise InputError(f"{self._path}: is of other samples or settings; start over with ‹overwrite›")
                 if state["done"] > most or len(state["versions"]) != len(self._versions):
                     raise InputError(f"{self._path}: is not the record of a walk")
                 with Bar(self._scratch.size, "check scratch", self._ranks.first and progress) as bar:
