@@ -9,13 +9,10 @@ from perta_fast.cli.options import JSON, Command, Option, Outcome, flag
 
 def run(parsed: argparse.Namespace) -> Outcome:
     with importing():
-        from perta_fast.runs.inspect import describe
-        from perta_fast.runs.inspect_record import inspection
+        from perta_fast.runs.inspect import inspect
 
-    how = {"every_tensor": parsed.tensors, "base": parsed.base, "progress": True}
-    if parsed.json:
-        return Outcome("", inspection(parsed.path, **how))
-    return Outcome(describe(parsed.path, **how), {})
+    found = inspect(parsed.path, every_tensor=parsed.tensors, base=parsed.base, progress=True)
+    return Outcome("" if parsed.json else found.text(), found.record)
 
 
 COMMAND = Command(

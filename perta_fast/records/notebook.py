@@ -1,7 +1,7 @@
 """Records as a notebook shows them: a line, a table, and what to doubt. All texts are escaped."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from perta_fast.errors import printable
@@ -22,7 +22,7 @@ class Shown:
     rows: Sequence[Sequence[str]] = ()
     lines: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    chosen: int | None = field(default=None)
+    chosen: int | None = None
 
     def as_html(self) -> str:
         """One division, which needs no style sheet."""

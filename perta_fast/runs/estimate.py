@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 LIVE = "live module"  # where an importance of a module was taken
 
 
-def opened(
+def open_subject(
     model_or_path: str | Path | nn.Module,
     tokenizer: Any,
     text: bool,

@@ -107,11 +107,11 @@ def estimate_importance(
             open_loadable(model_or_path)
         # Imported late: what is wrong so far is said without waiting for torch.
         from perta_fast.models.loading import samples_and_told
-        from perta_fast.runs.estimate import Estimation, estimate_on, opened
+        from perta_fast.runs.estimate import Estimation, estimate_on, open_subject
 
         shown = ranks.first and progress
         text = isinstance(rows[0], Row)
-        subject, skeleton = opened(model_or_path, tokenizer, text, stream, device, dtype, shown)
+        subject, skeleton = open_subject(model_or_path, tokenizer, text, stream, device, dtype, shown)
         samples, told = samples_and_told(subject, rows, max_length, chat, shown)
         digest = digest or _hash_samples(samples)
     with ranks.together("the data"):

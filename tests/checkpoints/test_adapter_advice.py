@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from perta_fast import InputError, apply
 from perta_fast.cli import main
 from perta_fast.models.merge_adapter import merge_adapter
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from tests.checkpoints.test_adapters import gpt2
 from tests.support.adapters import (
     IDS,
@@ -242,7 +242,7 @@ def test_without_a_base_the_adapters_own_is_named(tmp_path: Path) -> None:
     write_adapter(tmp_path, llama, lora())
     change_settings(tmp_path / "adapter", peft_type="VERA", base_model_name_or_path="of/the hub")
     with pytest.raises(InputError, match=r"merge_adapter\(.*, 'of/the hub'\)"):
-        describe(tmp_path / "adapter")
+        inspect(tmp_path / "adapter").text()
     assert refusal(tmp_path, "of type VERA").endswith(f", '{tmp_path / 'base'}')\"")
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from perta_fast import ImportanceRatio, InputError, RunError, apply, apply_to_module_, unlearn, verify
 from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from perta_fast.subtraction import compute as subtraction_module
 from perta_fast.subtraction.adapter_changes import OpenedAdapter
 from perta_fast.subtraction.job import match_names
@@ -288,7 +288,7 @@ def test_names_without_their_beginning_are_found(tmp_path: Path) -> None:
 
 def test_inspect(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path, llama, {"target_modules": ["q_proj", "o_proj"], "r": 4, "lora_alpha": 2})
-    text = describe(adapter, every_tensor=True)
+    text = inspect(adapter, every_tensor=True).text()
     assert "LoRA adapter" in text and "4 matrices of rank 4, scale 0.5" in text
     assert "q_proj.lora_A.weight  F32  [4, 32]" in text
 

@@ -21,7 +21,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
 from perta_fast.models.loading import load_subject
 from perta_fast.runs.apply import apply
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from perta_fast.runs.verify import verify
 from tests.checkpoints.test_adapters import make_adapter
 from tests.support.adapters import run_advice
@@ -304,7 +304,7 @@ def test_shards_without_an_index(roles: tuple[str, ...], in_place: bool, job: Jo
     assert_loads_as(tmp_path / "out", right)
     assert weight_map(tmp_path / "out") == json.loads(index)["weight_map"]
     assert not verify(tmp_path / "out", full=True, progress=False).problems
-    assert "checkpoint" in describe(job.model)
+    assert "checkpoint" in inspect(job.model).text()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -18,7 +18,7 @@ from perta_fast import InputError, apply, apply_to_module_, cli, estimate_import
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.models.loading import load_subject
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect as found_in
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint
 from tests.support.inputs import BF16, F32, write_inputs
 from tests.support.models import Job, llama, tokenizer
@@ -114,8 +114,8 @@ def test_plain_weights_pass(content: str, tmp_path: Path) -> None:
 
 def test_inspect_shows_it(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", dict(CASES)["gptq"])
-    assert "\n  quantised: gptq (tensor " in describe(folder)
-    assert "quantised" not in describe(write_checkpoint(tmp_path / "plain", {UP: draw((8, 8))}))
+    assert "\n  quantised: gptq (tensor " in found_in(folder).text()
+    assert "quantised" not in found_in(write_checkpoint(tmp_path / "plain", {UP: draw((8, 8))})).text()
 
 
 def like_transformers(source: Path, target: Path, tensors: dict[str, Tensor], **entries: object) -> Path:

@@ -19,7 +19,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.wrappers import plain_name
 from perta_fast.importance.store import Importance
 from perta_fast.models.loading import load_subject
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from perta_fast.tuning.checkpoint import write_tuned
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.models import Job, draw_samples, llama, nudge_, write_job
@@ -90,7 +90,7 @@ def test_checkpoints_are_taken_and_the_output_keeps_the_models_names(
         assert stored.keys() == {rename(name) if number == 0 else name for name in expected}
         assert all(same_bytes(tensor, expected[plain_name(name)]) for name, tensor in stored.items())
         assert not verify(out).problems
-        shown = str(describe(out, every_tensor=True))
+        shown = str(inspect(out, every_tensor=True).text())
         assert all(name in shown for name in stored)
 
 

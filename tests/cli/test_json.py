@@ -12,7 +12,7 @@ import torch
 from perta_fast import cli, resuming
 from perta_fast.cli.options import JSON
 from perta_fast.records.report import Report
-from perta_fast.runs import inspect_record
+from perta_fast.runs import inspect
 from tests.cli.test_parser import ALL
 from tests.support.models import Job, write_job
 
@@ -159,18 +159,18 @@ def test_an_error_leaves_standard_output_empty(
     assert captured.err.startswith("perta: error: ")
 
 
-def inspected(record: dict[str, Any]) -> Callable[..., dict[str, Any]]:
-    def inspection(*_: object, **__: object) -> dict[str, Any]:
+def inspected(record: dict[str, Any]) -> Callable[..., inspect.Inspection]:
+    def found(*_: object, **__: object) -> inspect.Inspection:
         print("a library says something")
-        return record
+        return inspect.Inspection(record)
 
-    return inspection
+    return found
 
 
 def test_what_is_not_finite_is_null_and_what_others_print_is_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inspect_record, "inspection", inspected({"a": [math.nan, 1.5], "b": {"c": math.inf}}))
+    monkeypatch.setattr(inspect, "inspect", inspected({"a": [math.nan, 1.5], "b": {"c": math.inf}}))
     assert cli.main(["inspect", ".", "--json"]) == 0
     captured = capsys.readouterr()
     assert only_json(captured.out) == {"a": [None, 1.5], "b": {"c": None}}

@@ -81,11 +81,12 @@ def test_a_text_that_begins_with_two_dashes_is_a_value(capsys: pytest.CaptureFix
 def test_verbose_stands_before_or_after_the_command(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def log(path: Path, **_: object) -> str:
+    def log(path: Path, **_: object) -> inspect.Inspection:
         logging.getLogger("perta_fast").info("looked at %s", path)
-        return "described"
+        return inspect.Inspection({})
 
-    monkeypatch.setattr(inspect, "describe", log)
+    monkeypatch.setattr(inspect, "inspect", log)
+    monkeypatch.setattr(inspect.Inspection, "text", lambda _: "described")
     assert cli.main(arguments) == 0
     captured = capsys.readouterr()
     assert captured.out == "described\n"

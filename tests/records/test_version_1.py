@@ -9,7 +9,7 @@ import pytest
 from perta_fast import InputError, Report, verify
 from perta_fast.records.recipe import read_recipe
 from perta_fast.records.report_version_1 import from_version_1
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 
 WRITTEN = Path(__file__).with_name("written_by_0_1_0")
 PLACE = "/written/"  # where the files say that they lie
@@ -85,7 +85,7 @@ def test_an_output_is_verified(written: Path) -> None:
 
 
 def test_an_output_is_inspected(written: Path) -> None:
-    assert "unlearned with perta_fast:" in describe(written / "applied")
+    assert "unlearned with perta_fast:" in inspect(written / "applied").text()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from perta_fast.importance import store
 from perta_fast.importance.ratio import ratio_table
 from perta_fast.reporting.weight_distribution import BINS, Distribution, distribution
 from perta_fast.runs import recomputed_tensors
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place, to_directory
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
@@ -220,12 +220,12 @@ def test_what_is_given_must_fit(inputs: Inputs, ratio: Path) -> None:
 
 
 def test_inspect_says_where_both_come_from(inputs: Inputs, ratio: Path) -> None:
-    text = describe(ratio)
+    text = inspect(ratio).text()
     assert f"{ratio}: ratio of importances" in text
     assert "BF16" in text
     assert "forget sample_count: " in text and "retain evaluated_at: " in text
     with pytest.raises(InputError, match="an importance is not tuned from a base"):
-        describe(ratio, base=inputs["base"])
+        inspect(ratio, base=inputs["base"]).text()
 
 
 def test_the_command_that_makes_one(inputs: Inputs, ratio: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import perta_fast as pf
 from perta_fast.demo import run_demo
 from perta_fast.reporting import write_report
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from tests.support.models import Job, llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +84,7 @@ def test_others(name: str, good: dict[str, Any], tmp_path: Path) -> None:
     for action in (
         lambda: pf.verify(wrong),
         lambda: pf.resume(wrong),
-        lambda: describe(wrong),
+        lambda: inspect(wrong).text(),
         lambda: importance.save(wrong),
         lambda: pf.Importance.load(wrong),
         lambda: report.save(wrong),

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from perta_fast import cli
 from perta_fast.errors import InputError
 from perta_fast.progress import Event
 from perta_fast.runs.apply import apply
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from tests.checkpoints.test_adapters import make_adapter, rename
 from tests.support.checkpoints import draw, read_checkpoint, write_checkpoint
 from tests.support.inputs import BF16, F32, Inputs, write_inputs
 from tests.support.models import Job, llama
+
+
+def describe(path: Path, **how: Any) -> str:
+    return inspect(path, **how).text()
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,34 @@ def test_an_importance_with_its_origin(inputs: Inputs) -> None:
     assert f"elements: {elements(inputs, 'forget'):,} F32" in text
     for line in ("estimator: grad", "sample_count: 3", "evaluated_at: somewhere", "data_hash: forget"):
         assert f"\n  {line}" in text
+
+
+def test_a_ratio_with_both_origins(inputs: Inputs, tmp_path: Path) -> None:
+    roles = ("forget", "retain")
+    made = [f"--{role}-importance={inputs[role]}" for role in roles]
+    assert cli.main(["ratio", *made, f"--out={tmp_path / 'ratio'}", "--quiet"]) == 0
+    found = inspect(tmp_path / "ratio")
+    assert (found.record["kind"], list(found.record["metadata"])) == ("ratio", list(roles))
+    assert found.text().startswith(f"{tmp_path / 'ratio'}: ratio of importances\n")
+    for role in roles:
+        assert found.record["metadata"][role]["data_hash"] == role and f"\n  {role} data_hash: {role}" in found.text()
+
+
+def test_the_record_of_an_importance_and_of_each_tensor(inputs: Inputs) -> None:
+    record = inspect(inputs["forget"], every_tensor=True).record
+    assert record["kind"] == "importance" and record["path"] == str(inputs["forget"])
+    assert record["metadata"]["estimator"] == "grad" and record["metadata"]["sample_count"] == "3"
+    assert record["elements"] == {"F32": elements(inputs, "forget")}
+    assert {row["name"] for row in record["tensors"]} == inputs.tensors["forget"].keys()
+    assert "report" not in record and "task_vector" not in record and "quantised" not in record
+
+
+def test_a_quantised_model(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", {"inner": draw((2, 3))})
+    (path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    found = inspect(path)
+    assert (found.record["kind"], found.record["quantised"]) == ("checkpoint", "gptq")
+    assert f"\n  quantised: gptq (quantization_config in {path / 'config.json'})\n  " in found.text()
 
 
 def test_every_tensor_on_request(inputs: Inputs) -> None:
@@ -122,7 +155,14 @@ def test_the_task_vector_of_an_adapter(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"task vector from {base}: not zero: 2 tensors differ, 19 are the same" in capsys.readouterr().out
     other = write_checkpoint(tmp_path / "other", {"elsewhere": draw((2, 3))})
     assert f"task vector from {other}: none, {adapter}: adapts model.layers" in describe(adapter, base=other)
+    record = inspect(adapter).record
+    (factors,) = record["matrices"]
+    assert (record["kind"], record["peft_type"], record["adds_nothing"]) == ("adapter", "LORA", False)
+    assert (record["tensor_count"], factors["count"], record["whole_tensors"], record["merged_by_peft"]) == (4, 2, 0, 0)
+    assert f"\n  2 matrices of rank {factors['rank']}, scale {factors['scale']:g}" in describe(adapter)
     rename(adapter, lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})
+    assert inspect(adapter).record["adds_nothing"] is True
+    assert "\n  these add nothing: factors A or B are zero, as before training" in describe(adapter)
     assert "zero in all 21 tensors: factors A or B are all zero, as before training" in describe(adapter, base=base)
     rename(adapter, lambda tensors: {})
     assert cli.main(["inspect", str(adapter), "--base", str(base)]) == 2

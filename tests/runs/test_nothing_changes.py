@@ -15,7 +15,7 @@ from perta_fast.importance.store import Importance
 from perta_fast.models import loading
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import apply
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from perta_fast.subtraction import task_vector
 from tests.checkpoints.test_adapters import make_adapter, rename
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes, write_checkpoint, write_importance
@@ -132,14 +132,14 @@ def test_an_adapter_that_was_not_trained(which: str, tmp_path: Path) -> None:
     module = llama()
     with pytest.raises(InputError, match="the task vector is zero in all parameters"):
         apply_to_module_(module, tmp_path / "base", adapter, rule="tv")
-    assert "these add nothing" in describe(adapter)
+    assert "these add nothing" in inspect(adapter).text()
     apply(*paths, rule="tv", out=tmp_path / "out", allow_zero=True)
     found, model = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "model")
     assert all(same_bytes(found[name], model[name]) for name in model)
 
 
 def test_an_adapter_that_was_trained_is_not_said_to_add_nothing(tmp_path: Path) -> None:
-    assert "add nothing" not in describe(make_adapter(tmp_path, llama, {"target_modules": ["q_proj"]}))
+    assert "add nothing" not in inspect(make_adapter(tmp_path, llama, {"target_modules": ["q_proj"]})).text()
 
 
 def test_a_live_module(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from perta_fast.data.rows import load_rows
 from perta_fast.data.samples import Sample, encode
 from perta_fast.models import greedy_answers
 from perta_fast.reporting.answers import answer_prompts, read_prompts
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.streaming.write_behind import WriteBehind
 from tests.distributed.launch import perta_on_ranks
@@ -101,7 +101,7 @@ def test_importance(job: Job, tmp_path: Path, on: Callable[[datetime.date], None
         assert importance.metadata.told == chat.Told(True, PROMPT, TOLD["date_string"], TOLD["date_string"])
         assert same(importance, found[0])
     assert same(found[0], expected)
-    text = describe(tmp_path / "whole")
+    text = inspect(tmp_path / "whole").text()
     assert r"  system_prompt: Be \"brief\",\nplease.".replace(r"\"", '"') in text
     assert "  date: April 10, 2025" in text
 
@@ -152,7 +152,9 @@ def test_unlearn(how: dict[str, bool], job: Job, tmp_path: Path, on: Callable[[d
     line = r"""forget importance: system prompt 'Be "brief",\nplease.', date April 10, 2025"""
     directory = tmp_path / "out" if out else job.model
     assert (
-        line in report.summary() and line in describe(directory) and line in verify(directory, progress=False).summary()
+        line in report.summary()
+        and line in inspect(directory).text()
+        and line in verify(directory, progress=False).summary()
     )
 
 

@@ -18,7 +18,7 @@ from perta_fast.checkpoints.adapters import Adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.models.merged_by_peft import MergedByPeft
 from perta_fast.records.report import Report
-from perta_fast.runs.inspect import describe
+from perta_fast.runs.inspect import inspect
 from perta_fast.subtraction import compute
 from tests.checkpoints.test_adapter_kinds import KINDS
 from tests.checkpoints.test_adapters import gpt2
@@ -159,7 +159,7 @@ def test_one_module_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     checkpoints = (tmp_path / "model", tmp_path / "base", tmp_path / "adapter")
     apply(*checkpoints, rule="tv", out=tmp_path / "o", threads=1, progress=False)  # the order of two threads varies
     assert len(paths) <= 2 + 4
-    assert "LOHA adapter" in describe(tmp_path / "adapter")
+    assert "LOHA adapter" in inspect(tmp_path / "adapter").text()
 
 
 @pytest.mark.parametrize(
