@@ -91,7 +91,7 @@ def find_kept(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
             elif vectors.missing() if name == _TUNED else opened.load_kept(record.importances) is None:
                 raise InputError(
                     f"{changed}: has changed, or is gone, since the sweep wrote it; {PUT_BACK} to go on with it, or "
-                    "start over with --overwrite"
+                    "start over with ‹overwrite›"
                 )
     begun.kept = ranks.share(kept)
     if _TUNED in begun.kept:

@@ -85,7 +85,7 @@ class Begun:
         if self.request.in_place:
             raise InputError(
                 f"{final}: another sweep to this place was stopped; finish it with the command that began it, which is "
-                f"to change {self.request.model} in place, or start over with --overwrite"
+                f"to change {self.request.model} in place, or start over with ‹overwrite›"
             )
         raise InputError(unfinished_advice(final))
 

@@ -185,7 +185,7 @@ def _run(
             raise
         raise InputError(
             f"{final}: the tuning was begun on {begun.device}, and goes on there alone: {error}; "
-            "or start over with --overwrite"
+            "or start over with ‹overwrite›"
         ) from error
     fresh = Begun(request, known, versions, now(), day.isoformat(), overwrite, str(device), names)
     prepared = Prepared(request, sources, checkpoint, chat, read, callbacks, progress)

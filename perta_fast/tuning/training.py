@@ -178,7 +178,7 @@ def _fitting(checkpoint: str | None) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"{checkpoint}: the kept state does not fit this model ({error}); start over with --overwrite"
+            f"{checkpoint}: the kept state does not fit this model ({error}); start over with ‹overwrite›"
         ) from error
 
 

@@ -253,7 +253,7 @@ def test_a_record_that_no_tuning_has_written_is_refused(job: Job, stopped: Path)
     ):
         change_record(stopped, **changes)
         for go_on in ways_on(job, stopped):
-            with pytest.raises(pf.InputError, match=f"{words}.*{re.escape(expected)}.*start over with --overwrite"):
+            with pytest.raises(pf.InputError, match=f"{words}.*{re.escape(expected)}.*start over with overwrite"):
                 go_on()
         change_record(stopped, **kept)
 
