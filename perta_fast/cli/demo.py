@@ -1,14 +1,17 @@
 """``perta demo``."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
+from perta_fast.cli.libraries import bars_of_libraries
 from perta_fast.cli.options import Command, Option, flag, keywords
 
 
 def run(parsed: argparse.Namespace) -> int:
-    with importing():
+    # tqdm looks for its switch when it is imported. What reads the model's package draws a bar, and has no other.
+    with importing(), bars_of_libraries(sys.stderr.isatty()):
         from perta_fast.demo import run_demo
 
     run_demo(**keywords(parsed))

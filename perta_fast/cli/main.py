@@ -29,6 +29,7 @@ from perta_fast.cli import (
     verify,
 )
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
+from perta_fast.cli.libraries import bars_of_libraries
 from perta_fast.cli.options import Outcome
 from perta_fast.cli.parser import whole_parser
 from perta_fast.cli.show_labels import show_labels
@@ -79,7 +80,7 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spe
     parsed.parser, parsed.group = parser, ranks.group
     spellings.update(parsed.command.spellings())
     silent = getattr(parsed, "quiet", False) or not ranks.first
-    with _bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first), _kept_for_json(parsed):
+    with bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first), _kept_for_json(parsed):
         shows = getattr(parsed, "show_labels", None) is not None
         outcome: int | Outcome = show_labels(parsed) if shows else parsed.command.run(parsed)
     status = _shown(outcome, parsed) if isinstance(outcome, Outcome) else outcome
@@ -154,20 +155,6 @@ def _of_first(
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _bars_of_libraries(shown: bool) -> Iterator[None]:
-    """Tell tqdm to draw nothing, wherever it is used: a download, lm-evaluation-harness."""
-    name = "TQDM_DISABLE"
-    if shown or name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 @contextmanager

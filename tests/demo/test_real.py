@@ -1,8 +1,12 @@
 """The demo on a real model, with a tiny one in its place: what it prints is what the files say."""
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -82,3 +86,23 @@ def test_only_the_model_and_its_questions(
     for more in (["--out", str(tmp_path / "out")], ["--fast"], ["--model", "small"]):
         assert main(["demo", "--save", str(tmp_path / "other"), *more]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+@pytest.mark.parametrize(("terminal", "told"), [(False, "1"), (True, None)])
+def test_bars_of_libraries_are_for_terminals(
+    terminal: bool, told: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    class Demo(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name != "run_demo":
+                raise AttributeError(name)
+            seen.append(os.environ.get("TQDM_DISABLE"))
+            return lambda **_: seen.append(os.environ.get("TQDM_DISABLE"))
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setitem(sys.modules, "perta_fast.demo", Demo("demo"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["demo"]) == 0
+    assert seen == [told, None]  # while it is imported, and while it runs: our own lines are written then
