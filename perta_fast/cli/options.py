@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.arguments import AUTO, DEVICES, check_device
+from perta_fast.cli.option_groups import GROUP_OF, LONG, TITLES
 from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, STORED_TYPES, torch_dtype
 from perta_fast.errors import InputError, printable
@@ -143,12 +144,16 @@ def add_options(
     parser: argparse.ArgumentParser, options: Iterable[Option], *, bare: bool = False
 ) -> list[argparse.Action]:
     """Declare ``options`` to ``parser``; see ``Option.add_to``. Returns what takes a path."""
+    options = tuple(options)
+    grouped = len(options) >= LONG and not bare
+    shown = {title: parser.add_argument_group(title) for title in TITLES} if grouped else {}
     groups: dict[str, Any] = {}
     of_paths = []
     for option in options:
+        place = shown.get(GROUP_OF.get(option.name, ""), parser)
         if option.one_of and option.one_of not in groups:
-            groups[option.one_of] = parser.add_mutually_exclusive_group(required=option.required and not bare)
-        action = option.add_to(groups.get(option.one_of, parser), bare=bare)
+            groups[option.one_of] = place.add_mutually_exclusive_group(required=option.required and not bare)
+        action = option.add_to(groups.get(option.one_of, place), bare=bare)
         if option.type is Path:
             of_paths.append(action)
     return of_paths

@@ -58,7 +58,7 @@ class Verification:
         if self.problems != self.card:
             return f"Not confirmed, as something is wrong: {self.claim}."
         if self.recomputed + self.bounded == 0:
-            return f"Not recomputed: {self.claim}. Only what is listed here was checked."
+            return f"No tensor was computed again, so it is not known whether {self.claim}. This was checked:"
         if self.bounded:
             return (
                 f"Not refuted: {self.claim}. Without the weights, {self.bounded} of {self.tensors} tensors "

@@ -1,12 +1,14 @@
 """What the parser says of words that it does not know, and where it takes ``--verbose`` and ``help``."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
 from perta_fast import cli
 from perta_fast.cli.main import COMMANDS
+from perta_fast.cli.option_groups import GROUP_OF, LONG, TITLES
 from perta_fast.cli.options import Command
 from perta_fast.runs import inspect
 
@@ -113,3 +115,20 @@ def test_help_is_another_word_for_the_option(name: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("name", ALL)
 def test_every_option_says_what_it_does(name: str) -> None:
     assert [option.typed for option in ALL[name].options if not option.help] == []
+
+
+@pytest.mark.parametrize("name", [name for name, command in ALL.items() if len(command.options) >= LONG])
+def test_a_long_help_has_each_option_in_a_group(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*name.split(), "--help"])
+    _, *groups = re.split(r"^(?=[a-z ]+:$)", capsys.readouterr().out, flags=re.MULTILINE)
+    shown = {group.partition(":")[0]: re.findall(r"^  (--[a-z-]+)", group, re.MULTILINE) for group in groups}
+    assert shown.pop("options") == []  # --help and --verbose begin with their letters
+    assert list(shown) == [title for title in TITLES if title in shown]
+    listed = [option for of_group in shown.values() for option in of_group]
+    assert sorted(listed) == sorted(f"--{option.key}" for option in ALL[name].options)
+    assert shown["output"][-2:] == ["--quiet", "--json"] and "--out" in shown["output"]
+
+
+def test_every_group_is_of_options_that_there_are() -> None:
+    assert GROUP_OF.keys() <= {option.name for command in ALL.values() for option in command.options}

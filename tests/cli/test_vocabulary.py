@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,14 +73,16 @@ def test_the_same_error_in_python() -> None:
         perta_fast.estimate_importance("m", "d", batch_size=0)
 
 
-def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """The beginnings of the errors that are raised, with their lines."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("InputError", "RunError") and node.args:
-            first = node.args[0]
-            first = first.values[0] if isinstance(first, ast.JoinedStr) else first
-            if isinstance(first, ast.Constant):
-                yield node.lineno, str(first.value)
+@cache
+def errors() -> list[tuple[Path, ast.Call]]:
+    """Where the package makes an error: its file in the package, and the call."""
+    package = Path(perta_fast.__file__).parent
+    return [
+        (path.relative_to(package), call)
+        for path in package.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ERRORS
+    ]
 
 
 def parts(node: ast.AST) -> Iterator[str]:
@@ -92,13 +95,10 @@ def parts(node: ast.AST) -> Iterator[str]:
 
 
 def test_no_message_of_python_names_an_option_or_an_argument_without_its_marks() -> None:
-    package = Path(perta_fast.__file__).parent
     found = [
-        f"{path.relative_to(package)}:{call.lineno}: {text}"
-        for path in package.rglob("*.py")
-        if path.parent.name != "cli"
-        for call in ast.walk(ast.parse(path.read_text()))
-        if isinstance(call, ast.Call) and ast.unparse(call.func) in ERRORS
+        f"{path}:{call.lineno}: {text}"
+        for path, call in errors()
+        if path.parts[0] != "cli"
         for text in parts(call)
         if (OPTION.search(text) or GIVEN.search(text)) and not any(allowed in text for allowed in OPTIONS_ALLOWED)
     ]
@@ -111,23 +111,19 @@ def test_a_message_of_another_command_s_run_names_its_options() -> None:
 
 
 def test_no_message_has_marks_of_another_kind() -> None:
-    package = Path(perta_fast.__file__).parent
     backticks = [
-        f"{path.relative_to(package)}:{call.lineno}"
-        for path in package.rglob("*.py")
-        for call in ast.walk(ast.parse(path.read_text()))
-        if isinstance(call, ast.Call) and ast.unparse(call.func) in ERRORS
+        f"{path}:{call.lineno}"
+        for path, call in errors()
         if any("`" in str(part.value) for part in ast.walk(call) if isinstance(part, ast.Constant))
     ]
     assert backticks == []
 
 
 def test_no_message_begins_with_a_name_that_is_not_marked() -> None:
-    package = Path(perta_fast.__file__).parent
-    found = [
-        f"{path.relative_to(package)}:{line}: {text}"
-        for path in package.rglob("*.py")
-        for line, text in messages(ast.parse(path.read_text()))
-        if UNMARKED.match(text)
-    ]
+    found = []
+    for path, call in errors():
+        first = call.args[0] if call.args else None
+        first = first.values[0] if isinstance(first, ast.JoinedStr) else first
+        if isinstance(first, ast.Constant) and UNMARKED.match(str(first.value)):
+            found.append(f"{path}:{call.lineno}: {first.value}")
     assert found == []
