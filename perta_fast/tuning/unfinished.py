@@ -70,7 +70,7 @@ class Begun:
             return None
         content = read_record(partial_path(final) / TUNING_STATE / TUNING_RECORD)
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise InputError(f"{final}: its unfinished work is no tuning's; start over with --overwrite")
+            raise InputError(f"{final}: its unfinished work is no tuning's; start over with ‹overwrite›")
         try:
             if content.pop("format_version", None) != _FORMAT_VERSION:
                 raise InputError("format_version")
@@ -79,7 +79,7 @@ class Begun:
         except InputError as error:
             raise InputError(
                 f"{final}: was begun by another version of perta_fast, or its record is damaged ({error}); "
-                "start over with --overwrite"
+                "start over with ‹overwrite›"
             ) from error
         return begun
 
@@ -106,7 +106,7 @@ class Begun:
         if self.callbacks != list(callbacks):
             raise InputError(
                 f"{final}: the tuning was begun with the callbacks {', '.join(self.callbacks) or '(none)'}, and needs "
-                "them to go on: repeat the call of tune that began it, or start over with --overwrite"
+                "them to go on: repeat the call of tune that began it, or start over with ‹overwrite›"
             )
 
     def check_inputs(self, final: Path, inputs: Mapping[str, Any], versions: Mapping[str, str]) -> None:
@@ -115,14 +115,14 @@ class Begun:
             if self.inputs.get(name) != inputs.get(name):
                 raise InputError(
                     f"{name}: has changed since the tuning began; {PUT_BACK} to go on with it, or start over with "
-                    "--overwrite"
+                    "‹overwrite›"
                 )
         for name in sorted(self.versions.keys() | versions.keys()):
             before, now = self.versions.get(name), versions.get(name)
             if before != now:
                 raise InputError(
                     f"{final}: the tuning was begun with {name} {before}, this is {now}; install that to go on with "
-                    "it, or start over with --overwrite"
+                    "it, or start over with ‹overwrite›"
                 )
 
     def check_state(self, target: OutputDirectory) -> None:
@@ -136,7 +136,7 @@ class Begun:
             raise RunError(f"{target.final}: another run has gone on with this tuning meanwhile; see what is there now")
         folder = target.path / TUNING_STATE / self.checkpoint
         if self.state != _hashes(folder):
-            raise InputError(f"{folder}: the kept state is damaged; start over with --overwrite")
+            raise InputError(f"{folder}: the kept state is damaged; start over with ‹overwrite›")
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ _NUMBERS = {
     "precondition": ["--batch-size=0", "--mu=-1", "--device=gpu", "--memory=1GiB", "--date-string=soon"],
     "ratio": ["--importance-dtype=float64"],
     "unlearn": ["--batch-size=0", "--max-length=0", "--lam=nan", "--threads=0", "--device=gpu", "--p=0", "--as=ratio"],
-    "unlearn --choose max-retain-rise": ["--batch-size=0", "--lams=nan", "--threads=0", "--mus=-1", "--save-tuned=x"],
+    "unlearn --choose max-retain-rise": ["--batch-size=0", "--lams=nan", "--threads=0", "--mus=-1", "--link-unchanged"],
     "sweep": [
         *("--batch-size=0", "--max-length=0", "--device=gpu", "--threads=0", "--date-string=soon", "--memory=1GiB"),
         *("--alphas=-1", "--mu=-1", "--metric=x", "--select=closest", "--retain-floor=1", "--checkpoint=kept"),

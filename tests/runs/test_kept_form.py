@@ -170,7 +170,7 @@ def test_the_command(job: Job, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"save_as": "ratio"}, "save_as says how importances are kept; give save_importance too"),
-        ({"importance_dtype": "bfloat16"}, "--importance-dtype says how importances are kept"),
+        ({"importance_dtype": "bfloat16"}, "importance_dtype says how importances are kept"),
         ({"save_as": "both", "save_importance": "kept"}, "save_as is 'both'; it must be pair or ratio"),
         ({"importance_dtype": "float16", "save_importance": "kept"}, "'float16'; it must be float32 or bfloat16"),
         ({"save_as": "ratio", "save_importance": "kept", "rule": "tv"}, "rule tv takes no importance"),

@@ -142,7 +142,7 @@ def test_overwrite_starts_over(function: Callable[..., object], name: str, job: 
 def test_the_message_on_the_command_line(job: Job, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["importance", "--model", job.base, "--data", job.forget, "--out", folder / "out"]
     assert cli.main(list(map(str, asked))) == 2
-    finishing = f"finish it with: perta resume {folder / 'out'}, or start over with overwrite"
+    finishing = f"finish it with: perta resume {folder / 'out'}, or start over with --overwrite"
     assert finishing in capsys.readouterr().err
     with pytest.raises(pf.InputError, match=r"perta resume .*, or choose another directory"):
         run_demo(folder / "out", fast=True)
