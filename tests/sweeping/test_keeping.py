@@ -62,7 +62,7 @@ def test_the_printed_command_makes_the_chosen_checkpoint_of_what_was_kept(
     assert words[1] == "apply" and words[-1] == "DIR"
     more[more.index("--save-tuned" if keeping[0] == "--save-tuned" else "--save-importance") + 1] = tmp_path / "again"
     chosen = ["--out", tmp_path / "second", "--checkpoint", tmp_path / "chosen"]
-    assert cli.main(command(job, *more, *chosen)) == 0
+    assert cli.main(command(job, *more, *chosen, "--quiet")) == 0
     monkeypatch.setattr(estimate, "accumulate", None)  # nothing is estimated again
     assert cli.main([*words[1:-1], str(tmp_path / "out"), "--quiet"]) == 0
     assert weights(tmp_path / "out") == weights(tmp_path / "chosen")
