@@ -30,7 +30,7 @@ from perta_fast.cli import (
 )
 from perta_fast.cli.importing import INTERRUPTED, INTERRUPTED_MESSAGE
 from perta_fast.cli.libraries import bars_of_libraries
-from perta_fast.cli.options import Outcome
+from perta_fast.cli.options import Command, Outcome
 from perta_fast.cli.parser import whole_parser
 from perta_fast.cli.show_labels import show_labels
 from perta_fast.cli.streams import ShownStream, shown_streams
@@ -78,7 +78,7 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spe
         if ranks.world > 1 and not parsed.command.over_ranks:
             raise InputError("this command is done by one process; start it without torchrun")
     parsed.parser, parsed.group = parser, ranks.group
-    spellings.update(parsed.command.spellings())
+    spellings.update(_spellings(parsed.command))
     silent = getattr(parsed, "quiet", False) or not ranks.first
     with bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first), _kept_for_json(parsed):
         shows = getattr(parsed, "show_labels", None) is not None
@@ -86,6 +86,11 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spe
     status = _shown(outcome, parsed) if isinstance(outcome, Outcome) else outcome
     output.flush()
     return status if output.lost is None else _told(output.lost, parsed, status)
+
+
+def _spellings(command: Command) -> dict[str, str]:
+    """What messages call arguments: those of other commands too, but in a recipe all are called as its keys."""
+    return ({} if command in recipe.COMMAND.parts else _OF_OTHERS) | command.spellings()
 
 
 def _shown(outcome: Outcome, parsed: argparse.Namespace) -> int:
@@ -134,8 +139,7 @@ def _explain(error: BaseException, spellings: Mapping[str, str]) -> tuple[str, i
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_MESSAGE, INTERRUPTED
     if isinstance(error, PertaError):
-        spelled = {**_OF_OTHERS, **spellings}
-        return f"error: {error.spelled(lambda name: spelled.get(name, name))}", error.exit_status
+        return f"error: {error.spelled(lambda name: spellings.get(name, name))}", error.exit_status
     if isinstance(error, OSError):
         return f"error: {error}", PertaError.exit_status
     if not is_out_of_memory(error):

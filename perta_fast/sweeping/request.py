@@ -248,7 +248,7 @@ class Request:
     def _check_bounds(self) -> None:
         bounds = {name: getattr(self, name) for name in BOUNDS if getattr(self, name) is not None}
         if len(bounds) > 1:
-            raise InputError(f"give only one of {_marked(bounds)}")
+            raise InputError(f"give only one of {_marked(bounds, ' and ')}")
         for name, value in bounds.items():
             if not math.isfinite(value):
                 raise InputError(f"‹{name}› is {value}; it must be a finite number")
@@ -262,8 +262,8 @@ class Request:
             )
 
 
-def _marked(names: Iterable[str]) -> str:
-    return ", ".join(f"‹{name}›" for name in names)
+def _marked(names: Iterable[str], separator: str = ", ") -> str:
+    return separator.join(f"‹{name}›" for name in names)
 
 
 def _local(name: str, value: Any, download: bool, in_place: bool) -> Path:

@@ -269,7 +269,7 @@ def test_what_goes_wrong_in_a_command_is_one_line(
     def fail(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(inspect, "describe", fail)
+    monkeypatch.setattr(inspect, "inspect", fail)
     assert run("inspect", ".") == status
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -281,7 +281,7 @@ def test_a_defect_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object, **__: object) -> str:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(inspect, "describe", fail)
+    monkeypatch.setattr(inspect, "inspect", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         run("inspect", ".")
 

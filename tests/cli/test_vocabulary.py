@@ -10,7 +10,7 @@ import pytest
 
 import perta_fast
 from perta_fast import cli
-from perta_fast.cli.main import _explain
+from perta_fast.cli.main import _explain, _spellings
 from perta_fast.cli.options import Command
 from perta_fast.errors import InputError
 from tests.cli.test_parser import ALL
@@ -106,8 +106,9 @@ def test_no_message_of_python_names_an_option_or_an_argument_without_its_marks()
 
 
 def test_a_message_of_another_command_s_run_names_its_options() -> None:
-    text, _ = _explain(InputError("start over with ‹overwrite›, or see ‹neither›"), {})
-    assert text == "error: start over with --overwrite, or see neither"
+    error = InputError("give ‹lams›, or see ‹neither›")
+    assert _explain(error, _spellings(ALL["resume"]))[0] == "error: give --lams, or see neither"
+    assert _explain(error, _spellings(ALL["recipe run"]))[0] == "error: give lams, or see neither"
 
 
 def test_no_message_has_marks_of_another_kind() -> None:

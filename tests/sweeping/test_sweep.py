@@ -573,7 +573,7 @@ def test_arguments_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ([], "give lams, or a bound up to which to search"),
+        ([], "give --lams, or a bound up to which to search"),
         (["--lams", "1", "--rules", "tv,"], "rule is ''; it must be one of preconditioned, tv, grad"),
         (["--lams", "1,nan"], "lams has nan; each must be a finite number"),
         (["--lams", "1,2,1"], "lams has 1 twice"),

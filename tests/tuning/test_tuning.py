@@ -314,7 +314,7 @@ def test_missing_libraries_are_named(float_job: Job, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite(float_job: Job, tmp_path: Path) -> None:
-    words = "the loss of epoch 3 is not finite; nothing was written. Use a lower --lr"
+    words = "the loss of epoch 3 is not finite; nothing was written. Use a lower lr"
     refused(float_job, tmp_path / "out", pf.RunError, words, lr=1e30, full=True)
     broken = llama()
     broken.model.norm.weight.data.fill_(math.nan)
