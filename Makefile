@@ -23,12 +23,12 @@ LOWEST := $(addprefix tests/,checkpoints/test_adapters.py data/test_formats.py \
 demo: $(VENV)/built
 	OMP_WAIT_POLICY=passive $(BIN)/perta demo $(DEMO)
 
-# Two files at a time. Threads that wait do not spin, as there are more of them than processors.
+# Two files at a time, each with one thread for torch: its models are too small for more.
 test: $(VENV)/built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
 
 quick: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(QUICK) -m 'not slow' -n 2 --dist loadfile -p no:benchmark --durations=3
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK) -m 'not slow' -n 2 --dist loadfile -p no:benchmark --durations=3
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest bench -c bench/pytest.ini --benchmark-only --benchmark-group-by=group
@@ -58,28 +58,30 @@ cuda-check:
 	  nvcc -std=c++17 --fmad=false -Werror all-warnings -Icsrc -Icsrc/cuda -arch=sm_90 -c $$source -o /dev/null || exit 1; \
 	done
 
-# The source distribution, the wheel built from that alone, and the wheel in an environment of its own with the
-# dependencies that it asks for, run from elsewhere on a PATH without a compiler; the demo needs the CPU kernels.
-# No CUDA: cuda-check compiles that.
+# The source distribution, the wheel built from that alone, and the wheel in an environment of its own with the lowest
+# versions that it allows, of all but torch, run from elsewhere on a PATH without a compiler; the demo needs the CPU
+# kernels. It works on a copy of the tree, so that it can run beside the tests. No CUDA: cuda-check compiles that.
 wheel-check: $(VENV)/built
-	rm -rf build/wheel-check *.egg-info
-	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/wheel-check')" >/dev/null
+	rm -rf build/wheel-check && mkdir -p build/wheel-check/source
+	git ls-files -z | xargs -0 cp --parents --target-directory build/wheel-check/source
+	cd build/wheel-check/source && $(CURDIR)/$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('..')" >/dev/null
 	PERTA_CUDA=0 $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel-check build/wheel-check/*.tar.gz
 	$(PYTHON) -m venv --without-pip build/wheel-check/environment
 	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile torch==2.13.0
-	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile build/wheel-check/*.whl
+	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile build/wheel-check/*.whl \
+	  --constraint tests/lowest.txt
 	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta --version
 	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta demo --fast
 
-# Tests with the lowest versions that pyproject.toml declares, all but torch, in the wheel's environment: a few files of
-# the rooms that depend on other packages most. The newest versions are those of `make test`.
+# Tests with those lowest versions: a few files of the rooms that depend on other packages most. The newest versions are
+# those of `make test`.
 lowest: wheel-check
-	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile torch==2.13.0 \
+	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile \
 	  --requirement tests/lowest.txt pytest hypothesis psutil
 	$(BIN)/pip --python build/wheel-check/environment check
 	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 build/wheel-check/environment/bin/python -m pytest $(LOWEST) \
 	  -m 'not slow' -k 'not peak_memory' -p no:cacheprovider
-	rm -rf build/wheel-check/environment
+	rm -rf build/wheel-check/environment build/wheel-check/source
 
 $(VENV)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "perta_fast: $(PYTHON) was not found; install Python 3.11 to 3.13 or run: make PYTHON=..."; exit 1; }

@@ -15,9 +15,10 @@ from perta_fast import cli
 from perta_fast.records.report import Report
 from perta_fast.runs import inspect
 from tests.support.checkpoints import fingerprint, read_checkpoint
-from tests.support.children import HUNG, perta, run_child
+from tests.support.children import perta, run_child
 from tests.support.inputs import weights
 from tests.support.models import Job, write_job, write_lines
+from tests.support.patience import HUNG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,9 +16,10 @@ from perta_fast import cli
 from perta_fast.records.report import Report
 from perta_fast.runs.apply import apply
 from tests.support.checkpoints import read_checkpoint, write_checkpoint, write_importance
-from tests.support.children import HUNG, perta
+from tests.support.children import perta
 from tests.support.inputs import write_inputs
 from tests.support.models import Job, write_lines
+from tests.support.patience import HUNG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

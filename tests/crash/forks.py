@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.crash.shim import CHANGES, Faults, Point, points
-from tests.support.children import HUNG
+from tests.support.patience import HUNG
 
 
 class Forks:

@@ -24,8 +24,9 @@ from perta_fast.subtraction import in_place
 from perta_fast.subtraction.journal_directory import is_open
 from tests.crash.forks import Forks
 from tests.crash.shim import CHANGES, SIZED, Faults, Point, Shim
-from tests.support.children import HUNG, perta
+from tests.support.children import perta
 from tests.support.inputs import BF16, F32, write_inputs
+from tests.support.patience import HUNG
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
 SMALL = """

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.support.children import HUNG
+from tests.support.patience import HUNG
 
 _EVERYTHING = ["torch", "torch.distributed", "transformers", "perta_fast.runs.unlearn", "tests.support.models"]
 

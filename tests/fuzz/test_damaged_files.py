@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from perta_fast import cli
 from perta_fast.errors import PertaError
-from tests.fuzz.patience import patience
 from tests.fuzz.targets import COMMANDS, TARGETS, write_run
+from tests.support.patience import patience
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,9 +20,9 @@ from perta_fast.runs.apply import apply
 from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import in_place
 from tests.fuzz import mutation
-from tests.fuzz.patience import patience
 from tests.fuzz.test_damaged_files import contents, examples, perta
 from tests.support.inputs import write_inputs
+from tests.support.patience import patience
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

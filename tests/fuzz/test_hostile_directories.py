@@ -15,10 +15,10 @@ import pytest
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perta_fast import cli
-from tests.fuzz.patience import patience
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.models import Job
+from tests.support.patience import patience
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,14 +1,16 @@
 """Child processes of the tests, and ``perta`` in one whose surroundings are changed first."""
 
+import atexit
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-# Seconds after which a child process or a rank counts as hung. Tests wait for events, not for times, and pass on a
-# busy machine too: this limit only ends a test that would never end.
-HUNG = 600
+from tests.support.forked import ForkedPython
+from tests.support.patience import HUNG
 
 _MAIN = "\nimport sys\nfrom perta_fast.cli import main\nsys.exit(main(sys.argv[1:]))\n"
 
@@ -57,12 +59,22 @@ def run_child(command: Sequence[object], **settings: Any) -> subprocess.Complete
 def perta(
     *arguments: object, setup: str = "", environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``perta`` with ``arguments`` after the Python statements of ``setup``.
+    """Run ``perta`` with ``arguments`` after the Python statements of ``setup``, in a fork that has torch already.
 
-    environment: variables beside those of this process.
+    environment: variables beside those of this process, for a process that starts anew.
     """
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}  # for torch, like the fixture one_thread
-    return run_child([sys.executable, "-c", setup + _MAIN, *arguments], env=variables | (environment or {}))
+    program = setup + _MAIN
+    if environment is None:
+        return _forked().run("-c", program, *arguments, cwd=Path.cwd())
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return run_child([sys.executable, "-c", program, *arguments], env=variables)
+
+
+@cache
+def _forked() -> ForkedPython:
+    forked = ForkedPython().__enter__()
+    atexit.register(forked.__exit__, None, None, None)
+    return forked
 
 
 def signal_at(signal: str, call: str, after: bool = False, earlier: int = 0) -> str:

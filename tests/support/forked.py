@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 
-from tests.support.children import HUNG
+from tests.support.patience import HUNG
 
 IMPORTED = ("torch", "transformers.convert_slow_tokenizer", "transformers.models.llama.modeling_llama")
 
@@ -30,6 +30,7 @@ class ForkedPython:
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.support.forked"],
             cwd=Path(__file__).parents[2],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # for torch, like the fixture one_thread
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -47,7 +48,8 @@ class ForkedPython:
         command = list(map(str, arguments))
         with tempfile.TemporaryDirectory() as folder:
             assert self._server.stdin is not None and self._server.stdout is not None
-            print(json.dumps([folder, str(cwd), command]), file=self._server.stdin, flush=True)
+            order = [folder, str(cwd), command, dict(os.environ)]
+            print(json.dumps(order), file=self._server.stdin, flush=True)
             answer = self._server.stdout.readline()
             assert answer, "the process that is forked has ended"
             output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
@@ -65,9 +67,11 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _work(folder: str, cwd: str, command: list[str]) -> int:
+def _work(folder: str, cwd: str, command: list[str], environment: dict[str, str]) -> int:
     """Run the program in the child; returns its exit status."""
     signal.alarm(HUNG)
+    os.environ.clear()
+    os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o666), number)
