@@ -6,6 +6,7 @@ Hypothesis draws the same examples each time. In a soak it draws new ones, and p
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
 
+from perta_fast.streaming.forecast import rates
+from perta_fast.streaming.forecast.trial import Cost, Trial
+from perta_fast.streaming.model.structure import Structure
 from tests.support.models import Job, write_job
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -57,4 +61,27 @@ def one_thread() -> Iterator[None]:
 def environment() -> Iterator[None]:
     """A test leaves the environment as it was: making a BOFT adapter changes its compilers (peft 0.21.2)."""
     with patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_forecasts() -> Iterator[None]:
+    """Before a streamed run the disk is measured, here by a small file, and the model's parts are tried, here once."""
+    tried: dict[object, dict[tuple[str, int, int, int], Cost]] = {}
+    original = Trial.__init__
+
+    def begin(trial: Trial, structure: Structure, device: torch.device, squares: bool) -> None:
+        original(trial, structure, device, squares)
+        model: Any = structure.model
+        code = [type(module).forward for module in model.modules()]
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        config = model.config.to_dict() | {"_name_or_path": None}
+        key = str((model, code, config, model.config._attn_implementation, shapes, model.dtype, device, squares))
+        trial._known = tried.setdefault(key, {})
+
+    with (
+        patch.object(rates, "_SIZE", 1 << 20),
+        patch.object(rates, "_LONG", 0.005),
+        patch.object(Trial, "__init__", begin),
+    ):
         yield

@@ -152,7 +152,7 @@ def test_killed_at_any_point(world: World, tmp_path: Path) -> None:
     ways = [(then, at) for at in range(len(counted)) for then in ("kill before", "kill after")]
     ways += [("torn", at) for at, point in enumerate(counted) if point.kind in SIZED]
     statuses = []
-    for then, at in share(sorted(ways), 90):
+    for then, at in share(sorted(ways), 45):
         result = world.prepare(tmp_path / f"{then} {at}")
         done = world.forks.perta(*world.arguments(result), faults=Faults("/watched/", then=then, at=at))
         assert done.returncode in (0, -9), done.stderr  # threads may make a call or two less

@@ -1,7 +1,6 @@
 """A streamed run that is killed in any phase, or meets a full disk, is finished with the same result.
 
-It is killed at every file call before the walk's first record and at some of the later calls; with ``PERTA_SOAK=1`` at
-all calls.
+It is killed at some of its file calls, at more of those before the walk's first record; with ``PERTA_SOAK=1`` at all.
 """
 
 import os
@@ -118,9 +117,9 @@ def kills(points: list[Point]) -> list[tuple[str, int]]:
     return sorted([*ways, *(("kill after", at) for at in range(len(points)) if SOAK)])
 
 
-def spread(ways: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """All ways in a soak, else some, evenly spread."""
-    return ways if SOAK else [ways[(2 * k + 1) * len(ways) // (2 * SOME)] for k in range(SOME)]
+def spread(ways: list[tuple[str, int]], number: int = SOME) -> list[tuple[str, int]]:
+    """All ways in a soak, else ``number`` of them, evenly spread."""
+    return ways if SOAK else [ways[(2 * k + 1) * len(ways) // (2 * number)] for k in range(number)]
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def test_killed_before_the_first_record(calls: list[Point], struck: Struck) -> N
     """It is resumed from its inputs, or starts over; neither needs --overwrite."""
     command = arguments(struck.job, struck.out)
     begun = next(at for at, point in enumerate(calls) if point.target.endswith(JOB))
-    for then, at in kills(calls[: steps_recorded(calls)[0]]):
+    for then, at in spread(kills(calls[: steps_recorded(calls)[0]]), 3 * SOME):
         assert struck.kill(then, at, *command)
         resumed = struck.finish(again=SOAK or then == "kill before")
         assert resumed == (at > begun or (then, at) == ("kill after", begun))
