@@ -1,4 +1,4 @@
-"""Every example, run as a user would run it, and what it shows."""
+"""Every example, and what it shows."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,37 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiny")
 LOSSES = re.compile(r"^(\w[\w ]*\w) +forget loss +([\d.]+), retain loss +([\d.]+)$", re.MULTILINE)
 
 
+TRAIN = """
+import sys
+from pathlib import Path
+from perta_fast.demo.checkpoints import train_models
+from perta_fast.demo.clock import Clock
+from perta_fast.demo.files import Files
+sys.path[0] = sys.argv[1]
+import tiny
+train_models(Files(Path(sys.argv[2])), tiny._SMALL, 0, Clock())
+"""
+TRAINED = """
+import runpy, shutil, sys
+from perta_fast.demo import checkpoints
+sys.path[0], example, trained = sys.argv[1:]
+checkpoints.train_models = lambda files, *_: shutil.copytree(trained, files.directory, dirs_exist_ok=True)
+runpy.run_path(example, run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
-def finished() -> dict[str, CompletedProcess[str]]:
-    with ForkedPython() as python:
-        return {name: python.run(FOLDER / f"{name}.py", cwd=FOLDER.parent) for name in NAMES}
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
+    """The quick start as it is; the others take the same models, which are trained once."""
+    trained = tmp_path_factory.mktemp("trained")
+    with ForkedPython("peft", "transformers.trainer") as python:
+        done = python.run("-c", TRAIN, FOLDER, trained, cwd=FOLDER.parent)
+        assert done.returncode == 0, done.stderr
+        runs = {"quickstart": python.run(FOLDER / "quickstart.py", cwd=FOLDER.parent)}
+        for name in set(NAMES) - runs.keys():
+            example = FOLDER / f"{name}.py"
+            runs[name] = python.run("-c", TRAINED, FOLDER, example, trained, cwd=FOLDER.parent)
+        return runs
 
 
 def assert_forgotten(losses: dict[str, tuple[float, float]]) -> None:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python() -> Iterator[ForkedPython]:
-    with ForkedPython() as python:
+    with ForkedPython("peft", "transformers.trainer", "matplotlib.pyplot") as python:
         yield python
 
 

@@ -24,11 +24,14 @@ IMPORTED = ("torch", "transformers.convert_slow_tokenizer", "transformers.models
 
 
 class ForkedPython:
-    """The process that is forked. It has one child at a time."""
+    """The process that is forked. more: modules that it imports too. It has one child at a time."""
+
+    def __init__(self, *more: str) -> None:
+        self._more = more
 
     def __enter__(self) -> "ForkedPython":
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forked"],
+            [sys.executable, "-m", "tests.support.forked", *self._more],
             cwd=Path(__file__).parents[2],
             env=os.environ | {"OMP_NUM_THREADS": "1"},  # for torch, like the fixture one_thread
             stdin=subprocess.PIPE,
@@ -57,7 +60,7 @@ class ForkedPython:
 
 
 def _serve() -> None:
-    for name in IMPORTED:
+    for name in (*IMPORTED, *sys.argv[1:]):
         import_module(name)
     assert not any(name.split(".")[0] == "perta_fast" for name in sys.modules)
     for line in sys.stdin:

@@ -13,6 +13,7 @@ import perta_fast as pf
 from perta_fast.cli import main
 from perta_fast.preconditioning.input_moments import Moments
 from perta_fast.preconditioning.solve import preconditioned
+from perta_fast.streaming.forecast import rates
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule
 from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.preconditioning_costs import PreconditioningEstimate, solution_bytes
@@ -208,8 +209,11 @@ def test_too_little_memory_is_refused(
     assert "--memory is for streamed runs; add --stream" in capsys.readouterr().err
 
 
-def test_dry_run_of_70_billion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_of_70_billion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From config.json and the retain data; an adapter takes less."""
+    monkeypatch.setattr(rates, "_time_product", lambda *_: 1e12)  # of matrices this large it takes seconds
     model = tmp_path / "model"
     LlamaConfig(
         architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=8192, intermediate_size=28672,
