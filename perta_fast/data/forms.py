@@ -127,7 +127,7 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
     form = _form_of(entry, where, fields)
     for source in form.values():
         if _first(entry, source) not in entry:
-            has = f"; it has {_listed(entry)}, which --fields can take for these" if entry else ""
+            has = f"; it has {_listed(entry)}, which ‹fields› can take for these" if entry else ""
             raise InputError(f'{where}: {_NEEDED}; "{source}" is missing{has}')
     values = {target: _value(entry, source, where) for target, source in form.items()}
     tools_name = fields.get("tools", "tools")

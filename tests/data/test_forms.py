@@ -158,16 +158,16 @@ RECORDS_BAD: dict[str, tuple[dict[str, Any], dict[str, str] | None, list[str]]] 
     "two forms": (
         QUESTION | {"text": "x"},
         None,
-        ['"question" with "answer", and "text" too', "--fields question=question,answer=answer or --fields text=text"],
+        ['"question" with "answer", and "text" too', "fields question=question,answer=answer or fields text=text"],
     ),
     "Alpaca as it is published": (
         {"instruction": "a", "input": "", "output": "b", "text": "c"},
         None,
-        ["--fields text=text or --fields question=instruction+input,answer=output"],
+        ["fields text=text or fields question=instruction+input,answer=output"],
     ),
-    "two lists": ({"messages": TALK, "conversations": SHARED}, None, ["--fields messages=conversations"]),
+    "two lists": ({"messages": TALK, "conversations": SHARED}, None, ["fields messages=conversations"]),
     "nothing known": (
-        {"prompt": "a", "chosen": "b"}, None, ['"text" is missing; it has "prompt", "chosen"', "--fields"],
+        {"prompt": "a", "chosen": "b"}, None, ['"text" is missing; it has "prompt", "chosen"', "which fields can take"],
     ),
     "a prompt without completion": (
         {"prompt": "a", "completion": " "}, None, ['"completion" must be a text that is not empty'],
