@@ -18,6 +18,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
 
+from perta_fast import memory
 from perta_fast.streaming.forecast import rates
 from perta_fast.streaming.forecast.trial import Cost, Trial
 from perta_fast.streaming.model.structure import Structure
@@ -61,6 +62,13 @@ def one_thread() -> Iterator[None]:
 def environment() -> Iterator[None]:
     """A test leaves the environment as it was: making a BOFT adapter changes its compilers (peft 0.21.2)."""
     with patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def seldom_sampled() -> Iterator[None]:
+    """A run looks at its memory all the time; the threads of one that takes milliseconds would wait for that."""
+    with patch.object(memory, "_INTERVAL", 0.5):
         yield
 
 

@@ -110,7 +110,7 @@ def test_as_the_merged_checkpoint(kind: str, rule: str, tmp_path: Path, monkeypa
     model, settings = ADAPTERS[kind]
     adapter = make_adapter(tmp_path, MODELS[model], settings)
     importances = [] if rule == "tv" else make_importances(tmp_path, MODELS[model])
-    monkeypatch.setattr(subtraction_module, "CHUNK", 77)  # chunks begin and end within rows
+    monkeypatch.setattr(subtraction_module, "CHUNK", 509)  # chunks begin and end within rows
     how: dict[str, Any] = {"rule": rule, "lam": 1.5, "progress": False}
     for tuned in ("adapter", "merged"):
         apply(
@@ -214,7 +214,7 @@ def test_by_a_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make_adapter(tmp_path, llama, {"target_modules": "all-linear"}, torch.bfloat16)
     ImportanceRatio.of(*make_importances(tmp_path, llama)).save(tmp_path / "ratio")
     how: dict[str, Any] = {"importance": tmp_path / "ratio", "rule": "grad", "lam": 0.7}
-    monkeypatch.setattr(subtraction_module, "CHUNK", 77)
+    monkeypatch.setattr(subtraction_module, "CHUNK", 509)
     apply(tmp_path / "model", tmp_path / "base", adapter, out=tmp_path / "out", progress=False, **how)
     result = verify(tmp_path / "out", full=True, progress=False)
     assert not result.problems and not result.unchecked

@@ -39,6 +39,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subtraction, "CHUNK", 16)
 
 
+@pytest.fixture
+def larger_chunks(small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whole models: those of 16 elements take their time."""
+    monkeypatch.setattr(subtraction, "CHUNK", 509)
+
+
 def draw_role(rows: int, seed: int, dtype: torch.dtype = F32) -> Tensors:
     shapes = {EMBED: (rows, 5), HEAD: (rows, 5), BIAS: (rows,), INNER: (5, 9)}
     return {name: draw(shape, dtype, seed=10 * seed + k) for k, (name, shape) in enumerate(shapes.items())}
@@ -179,6 +185,7 @@ def write_models(folder: Path, sizes: tuple[int, int, int], tied: bool) -> list[
 @pytest.mark.parametrize("at", ["base", "model"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("sizes", [(308, 300, 304), (300, 308, 300)])
+@pytest.mark.usefixtures("larger_chunks")
 def test_unlearn(at: Any, stream: bool, tied: bool, sizes: tuple[int, int, int], tmp_path: Path) -> None:
     model, base, tuned = write_models(tmp_path, sizes, tied)
     data = [write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in (("forget", FORGET), ("retain", RETAIN))]
@@ -203,6 +210,7 @@ def test_unlearn(at: Any, stream: bool, tied: bool, sizes: tuple[int, int, int],
 
 @pytest.mark.parametrize("sizes", [(308, 300, 304), (300, 308, 300)])
 @pytest.mark.parametrize("rule", ["tv", "grad"])
+@pytest.mark.usefixtures("larger_chunks")
 def test_a_live_module_and_a_sweep_as_the_files(sizes: tuple[int, int, int], rule: str, tmp_path: Path) -> None:
     paths = write_models(tmp_path, sizes, tied=False)
     data = [write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in (("forget", FORGET), ("retain", RETAIN))]
@@ -252,6 +260,7 @@ def write_resized_adapter(folder: Path, rows: int, targets: list[str], whole: li
     [(["q_proj"], None), (["q_proj"], ["embed_tokens", "lm_head"]), (["embed_tokens", "lm_head", "q_proj"], None)],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("larger_chunks")
 def test_an_adapter_that_was_trained_on_a_resized_embedding(
     targets: list[str], whole: list[str] | None, rows: int, tmp_path: Path
 ) -> None:
@@ -328,6 +337,7 @@ TOKENS = ("tokens", "tokens by module", "tokens of both", "TRAINABLE_TOKENS")
 )
 @pytest.mark.parametrize("sizes", [(304, 300), (304, 308), (296, 300)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("larger_chunks")
 def test_trained_tokens_and_others_that_peft_merges(
     kind: str, saved: str, tied: bool, sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +375,7 @@ def test_trained_tokens_and_others_that_peft_merges(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("larger_chunks")
 def test_a_tied_model_of_another_size_can_be_untied_as_the_message_says(tmp_path: Path) -> None:
     model, base, _ = write_models(tmp_path, (308, 300, 300), tied=True)
     write_tokens_adapter(tmp_path, tokens_config("DoRA", 304), 304, "beside", tied=True)

@@ -479,7 +479,7 @@ def test_over_ranks_without_stream(home: Path) -> None:
     given.remove("--stream")
     ended = perta_on_ranks(2, *given)
     assert [one.status for one in ended] == [2, 2]
-    assert "one process evaluates a model in memory; give stream, or start it without torchrun" in ended[0].errors
+    assert "one process evaluates a model in memory; give --stream, or start it without torchrun" in ended[0].errors
     assert not ended[1].errors
 
 

@@ -61,7 +61,7 @@ def test_equal_checkpoints_are_refused_and_nothing_is_left(change: str, in_place
     where: dict[str, Any] = {"in_place": True} if in_place else {"out": tmp_path / "out"}
     with pytest.raises(
         InputError,
-        match=r"tuned: nothing would change: it has the same values as .*base, so the task vector is zero.*allow-zero",
+        match=r"tuned: nothing would change: it has the same values as .*base, so the task vector is zero.*allow_zero",
     ):
         apply(*paths, rule="tv", **where)
     assert fingerprint(tmp_path) == before

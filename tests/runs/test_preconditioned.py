@@ -195,7 +195,7 @@ def test_a_recipe_repeats_it(job: Job, tmp_path: Path) -> None:
 
 
 def test_zero_is_allowed_when_asked(job: Job, tmp_path: Path) -> None:
-    with pytest.raises(pf.InputError, match="allow-zero"):
+    with pytest.raises(pf.InputError, match="allow_zero"):
         run(Job(job.model, job.base, job.base, job.forget, job.retain), tmp_path / "out", lam=1.0)
     same = Job(job.model, job.base, job.base, job.forget, job.retain)
     assert run(same, tmp_path / "out", lam=1.0, allow_zero=True).counts == {"copied: task vector is zero": 21}
@@ -205,7 +205,7 @@ def test_zero_is_allowed_when_asked(job: Job, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"alpha": 16.0}, "rule preconditioned, which is the default, has no weights: p, alpha and threshold"),
     "p": ({"p": 2.0}, "rule preconditioned, which is the default, has no weights"),
-    "importance": ({"save_importance": "kept"}, "takes no importance to save; --save-tuned keeps what it makes"),
+    "importance": ({"save_importance": "kept"}, "takes no importance to save; save_tuned keeps what it makes"),
     "mu": ({"mu": -1.0}, "mu is -1.0; it must be a number from 0 to 10000"),
     "a huge mu": ({"mu": 1e5}, "mu is 100000.0; it must be a number from 0 to 10000"),
     "a text for mu": ({"mu": "much"}, "mu is much; it must be a number"),

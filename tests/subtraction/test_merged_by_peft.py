@@ -61,7 +61,7 @@ def test_all_ways_give_the_bits_of_the_merged_checkpoint(
     rule: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path, dtype)
-    monkeypatch.setattr(compute, "CHUNK", 77)
+    monkeypatch.setattr(compute, "CHUNK", 509)
     monkeypatch.setattr(compute, "_MADE", 1000)  # no more is kept than what is in use
     monkeypatch.setattr("perta_fast.subtraction.on_module.CHUNK", 1000)
     base, model = tmp_path / "base", tmp_path / "model"
