@@ -1,4 +1,4 @@
-"""Whole commands on a machine that is quiet otherwise, and with one busy process on each core: less than 5 minutes.
+"""Whole commands on a machine that is quiet otherwise, and with one busy process on each core: ten minutes or more.
 
 A fair share of a crowded core is half of it, so twice the quiet time is the least. One group has beside ours the same
 command with threads that spin while they wait, as OpenMP's do by default. Start it on a quiet machine. "time / ours"
