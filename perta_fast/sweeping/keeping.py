@@ -99,7 +99,7 @@ def find_kept(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
 
 
 def load_kept(opened: OpenedSweep, record: Record) -> ByEstimator | None:
-    """The lacking importances that a stopped sweep has, where they are kept or beside its record, if all are there."""
+    """The missing importances, if a stopped sweep has them all, where they are kept or beside its record."""
     if _IMPORTANCE in record.begun.kept:
         return {name: importances_in(place) for name, place in _importance_places(opened).items()}
     return opened.load_kept(record.importances)

@@ -177,7 +177,6 @@ class _ScoreWalk:
             own = skeleton.by_layer[part - 1]
         return [*own, *skeleton.resident]
 
-    @torch.no_grad()
     def _step(self, part: int, number: int, names: Sequence[str]) -> None:
         state = self._states[number]
         if not state["lost"]:

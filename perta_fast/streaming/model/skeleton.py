@@ -92,6 +92,7 @@ class Skeleton(Structure):
             return {name: value.pin_memory() for name, value in values.items()}
         return values
 
+    @torch.no_grad()
     def check_chain(self, samples: Iterable[Sample]) -> None:
         """Raise InputError unless the layers are a chain; tried on the shortest sample, if there is one.
 
