@@ -14,6 +14,8 @@ from typing import Any
 from bench.bench_adapter import CONTENDERS as ADAPTER
 from bench.bench_adapter import PHASE as ADAPTER_PHASE
 from bench.bench_adapter import WHOLE as ADAPTER_WHOLE
+from bench.bench_answers import ANSWERS
+from bench.bench_answers import CONTENDERS as ANSWERING
 from bench.bench_apply import APPLY_PHASE, BESIDE, BUILDS, PHASE, WHOLE, WHOLE_PROCESS
 from bench.bench_check import CONTENDERS as CHECK
 from bench.bench_check import GROUP as CHECKS
@@ -61,6 +63,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     CHOICE: "Sweeps",
     REQUESTS: "Deletion requests",
     CHECKS: "The check of an unlearning",
+    ANSWERS: "Help and refusals",
     CROWDED: "On a crowded machine",
     "tokenising": "Tokenising",
     "evaluation, cpu": "Evaluation",
@@ -116,6 +119,8 @@ def expected(group: str) -> dict[str, str]:
         return REQUEST
     if group.startswith(CHECKS):
         return CHECK
+    if group.startswith(ANSWERS):
+        return ANSWERING
     if group.startswith(CROWDED):
         return crowded_roles(group.removeprefix(f"{CROWDED}: perta "))
     if group.startswith(OVER_PROCESSES):
