@@ -44,7 +44,9 @@ def run_demo(
         raise InputError("‹fast› is for the small models; leave it out, or take ‹model› small")
     if save is not None:
         if out is not None or fast or model == "small":
-            raise InputError("save writes SmolLM2 and its questions, and stops; leave out, fast and model small out")
+            raise InputError(
+                "‹save› writes only SmolLM2 and its questions: it goes with none of ‹out›, ‹fast› and ‹model› small"
+            )
         with work_directory(save) as directory, _torch_settings(None):
             save_start(Files(directory), seed)
         files = ", ".join(f"{split}.jsonl" for split in ("all", "forget", "retain"))

@@ -6,6 +6,7 @@ What exists under a path comes first. Nothing is downloaded unless that was aske
 import os
 import re
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,9 @@ def is_name(text: str, folder: Path) -> bool:
 
 def hub_name(path: str | Path) -> str | None:
     """The name on the hub of a model that lies in the hub's cache; None of any other."""
-    found = next(filter(None, map(_CACHED.fullmatch, Path(path).parts)), None)
+    parts = Path(path).parts
+    cached = (_CACHED.fullmatch(part) for part, below in pairwise(parts) if below == "snapshots")
+    found = next(filter(None, cached), None)
     return None if found is None else "/".join(filter(None, found.groups()))
 
 

@@ -162,7 +162,7 @@ class Check:
         if not forget.is_forgotten:
             warnings.append(
                 f"nothing was forgotten: the loss on the forget rows rose by less than {FORGOTTEN_RISE:g} nats"
-                + ("" if told else "; give a larger lambda, or allow the retain loss a larger rise (--max-retain-rise)")
+                + ("" if told else "; give a larger lambda, or allow the retain loss a larger rise")
             )
         if retain.is_lost:
             warnings.append(

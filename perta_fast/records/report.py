@@ -29,6 +29,7 @@ from perta_fast.rules import Rule
 FILE_NAME = "perta_report.json"
 FORMAT_VERSION = 2
 Scalar = str | int | float | bool
+_OF_A_MERGE = {"subtracted": "merged", "copied: task vector is zero": "copied: the adapter does not change it"}
 _OVERLAP = (
     "of this: computing {compute_seconds:.2f} s; "
     "reading {read_seconds:.2f} s, {read_hidden_seconds:.2f} s of it hidden; "
@@ -262,9 +263,9 @@ class Report:
         return self.rule if self.preconditioned is None else f"preconditioned, mu {self.preconditioned.mu:g}"
 
     def action_counts(self) -> dict[str, int]:
-        """How many tensors each action was done to; of a merge, "merged" in place of "subtracted"."""
-        done = "merged" if self.merged else "subtracted"
-        return {done if action == "subtracted" else action: count for action, count in self.counts.items()}
+        """How many tensors each action was done to; of a merge, in words of a merge."""
+        words = _OF_A_MERGE if self.merged else {}
+        return {words.get(action, action): count for action, count in self.counts.items()}
 
     def _repr_html_(self) -> str:
         whole = self.check if self.check is not None and self.check.is_whole else None

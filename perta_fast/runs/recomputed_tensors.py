@@ -42,7 +42,7 @@ class RecomputedTensors:
         """Open the inputs that are ``intact``; None, with the reason in ``result``, if there is nothing to compare."""
         absent = {"model", "base", "tuned"} - intact
         if absent == {"tuned"} and report.preconditioned is not None and not report.inputs["tuned"].get("kept", True):
-            result.unchecked.append("tensors, because the preconditioned θ_f was not kept (--save-tuned)")
+            result.unchecked.append("tensors, because the run did not keep the preconditioned θ_f")
             return None
         if absent:
             result.unchecked.append(f"tensors, because of {', '.join(sorted(absent))}")
@@ -61,7 +61,7 @@ class RecomputedTensors:
             result.unchecked.append(f"tensors, because an input cannot be opened any more: {error!s}")
             return None
         if not exact:
-            result.unchecked.append("weights, because the importances were not kept (--save-importance)")
+            result.unchecked.append("weights, because the run did not keep the importances")
         if report.preconditioned is not None:
             result.unchecked.append(f"how θ_f was preconditioned; it was taken as it lies in {paths['tuned']}")
         output = Checkpoint.open(directory)

@@ -168,6 +168,8 @@ def _adapter_warnings(sources: Sources) -> list[str]:
 def _why_unchanged(report: Report) -> str:
     if report.lam == 0:
         return "lambda is 0"
+    if report.merged:
+        return "the adapter changes none"
     if "subtracted" not in report.counts:
         return "the task vector is zero wherever the run subtracts it"
     return "all steps round to zero in the type of the model, or all weights are zero"

@@ -144,13 +144,16 @@ def _warnings(truncated: int, missed: float, before: float, after: float, schedu
         texts.append(f"{truncated} samples were cut to the length limit")
     if missed:
         texts.append(
-            f"the adapter leaves out {missed:.0%} of the parameters, such as joined experts; --full tunes them too"
+            f"the adapter leaves out {missed:.0%} of the parameters, such as joined experts; "
+            "a full tuning includes them"
         )
     if after > 0.9 * before:
         texts.append(
             "the loss has fallen by less than a tenth: the data has hardly been learnt; "
-            "give more --epochs or a higher --lr"
+            "give more epochs or a higher learning rate"
         )
     elif after > LEARNT and schedule.is_default:
-        texts.append(f"the loss is above {LEARNT}: the data is not learnt well; give more --epochs or another --lr")
+        texts.append(
+            f"the loss is above {LEARNT}: the data is not learnt well; give more epochs or another learning rate"
+        )
     return texts

@@ -199,7 +199,7 @@ def test_importances_not_kept_leave_bounds_to_verify(
     assert run("verify", tmp_path / "out", "--full") == 0
     text = capsys.readouterr().out
     assert "21 tensors lie between theta and theta - lambda * tau everywhere." in text
-    assert "Not checked: weights, because the importances were not kept (--save-importance)." in text
+    assert "Not checked: weights, because the run did not keep the importances." in text
 
 
 def test_verify_exits_with_1_when_something_is_wrong(

@@ -215,3 +215,9 @@ def test_the_cache_is_not_changed_in_place(cache: Path) -> None:
 )
 def test_the_name_of_a_model_in_the_cache(part: str, name: str | None) -> None:
     assert hub_name(f"/somewhere/hub/{part}/snapshots/{REVISION}") == name
+
+
+@pytest.mark.parametrize("path", ["/data/models--old/llama", "/data/models--old", "snapshots/models--old/blobs"])
+def test_a_directory_that_only_looks_like_a_cache(path: str) -> None:
+    assert hub_name(path) is None
+    assert hub_name(f"{path}/models--org--model/snapshots/{REVISION}") == "org/model"

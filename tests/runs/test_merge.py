@@ -108,7 +108,10 @@ def test_what_is_said_of_it(
     assert "An adapter was merged into its base on 20" in page and "Nothing was to be forgotten." in page
     assert f"It changed {report.counts['subtracted']} of {len(report.tensors)} tensors." in page
     assert str(tmp_path / "adapter") in page and "--prompts questions.jsonl" in page and ">merged<" in page
-    for words in ("To be forgotten", "To be kept", "Not measured", "λ", "rule", "subtracted"):
+    assert "copied: task vector is zero" in report.counts  # the stored words, as of every run
+    assert "<td>copied: the adapter does not change it</td>" in page
+    assert f"{len(report.tensors) - report.counts['subtracted']} copied: the adapter does not" in report.summary()
+    for words in ("To be forgotten", "To be kept", "Not measured", "λ", "rule", "subtracted", "task vector"):
         assert words not in page, words
     capsys.readouterr()
     assert cli.main(["inspect", str(out)]) == 0
@@ -155,7 +158,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         pf.merge(job.base, tmp_path / "untrained", job.base, overwrite=True, allow_zero=True)
     assert not (tmp_path / "out").exists()
     report = pf.merge(job.base, tmp_path / "untrained", tmp_path / "out", allow_zero=True, progress=False)
-    assert report.warnings
+    assert report.warnings == ["no value of the model has changed: the adapter changes none"]
     for name, tensor in read_checkpoint(tmp_path / "out").items():
         assert torch.equal(tensor, read_checkpoint(job.base)[name])
 

@@ -65,7 +65,7 @@ def test_it_is_what_the_two_commands_give(at: Any, job: Job, tmp_path: Path) -> 
     assert "a preconditioned task vector was subtracted from this model's weights (SAGE, arXiv 2606.18309)" in card
     verified = pf.verify(tmp_path / "out", progress=False)
     assert not verified.problems
-    assert "tensors, because the preconditioned θ_f was not kept (--save-tuned)" in verified.unchecked
+    assert "tensors, because the run did not keep the preconditioned θ_f" in verified.unchecked
 
 
 def test_a_changed_theta_f_is_seen(job: Job, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ class TestWithoutImportances:
     def test_what_lies_in_bounds_passes(self, bounded: Path) -> None:
         result = verify(bounded, full=True)
         assert result.problems == []
-        assert result.unchecked == ["weights, because the importances were not kept (--save-importance)"]
+        assert result.unchecked == ["weights, because the run did not keep the importances"]
         assert (result.files, result.bounded) == (FILE_COUNT - 6, len(SHAPES) - 1)
         assert result.recomputed == 3  # two copies, and the empty tensor
         assert "lie between theta and theta - lambda * tau everywhere" in result.summary()
