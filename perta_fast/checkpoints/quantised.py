@@ -10,9 +10,9 @@ from pathlib import Path
 
 from perta_fast.checkpoints.advice import conversion_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.configuration import check_configured, read_config
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.errors import InputError
-from perta_fast.files.reading import read_json
 
 # Endings of names that only a quantised checkpoint has, and its method.
 _ENDINGS = {
@@ -81,21 +81,16 @@ class Quantisation:
 
 
 def open_plain(path: str | Path) -> Checkpoint:
-    """``Checkpoint.open`` for arithmetic: raises InputError, saying what to do, if it is quantised."""
+    """``Checkpoint.open`` for arithmetic: raises InputError if it is quantised, or its configuration is damaged."""
     checkpoint = Checkpoint.open(path)
     refuse_quantised(checkpoint.path, checkpoint.tensors)
     return checkpoint
 
 
 def open_loadable(path: str | Path) -> Checkpoint:
-    """``open_plain`` for transformers to load: raises InputError, too, if its configuration cannot be read."""
+    """``open_plain`` for transformers to load: raises InputError, too, if it has no configuration."""
     checkpoint = open_plain(path)
-    try:
-        config = read_json(checkpoint.path / "config.json")
-        if not isinstance(config, dict):
-            raise InputError("config.json holds no table")
-    except InputError as error:
-        raise InputError(f"{checkpoint.path}: transformers cannot load this model: {error}") from error
+    check_configured(checkpoint.path)
     return checkpoint
 
 
@@ -115,13 +110,9 @@ def refuse_quantised_module(module: object) -> None:
 
 
 def _configured(path: Path) -> str | None:
-    """The method that config.json names; its other readers report that it cannot be read."""
-    try:
-        config = read_json(path / "config.json")
-    except InputError:
-        return None
-    tables = [config, config.get("text_config")] if isinstance(config, dict) else []
-    for table in tables:
+    """The method that config.json names."""
+    config = read_config(path) or {}
+    for table in (config, config.get("text_config")):
         settings = table.get("quantization_config") if isinstance(table, dict) else None
         if isinstance(settings, dict) and settings:
             return str(settings.get("quant_method") or "a method without a name")

@@ -6,8 +6,9 @@ from typing import Any
 
 from perta_fast.checkpoints.advice import untie_command
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.configuration import read_config
 from perta_fast.errors import InputError
-from perta_fast.files.reading import exists, read_json
+from perta_fast.files.reading import exists
 
 # What the model families call these two matrices.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -139,9 +140,7 @@ def is_shared_by_parts(name: str, checkpoint: Checkpoint) -> bool:
 
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What config.json holds; nothing if there is none."""
-    config = checkpoint.path / "config.json"
-    settings = read_json(config) if exists(config) else {}
-    return settings if isinstance(settings, dict) else {}
+    return read_config(checkpoint.path) or {}
 
 
 def importance_key(name: str, model: Checkpoint, names: Mapping[str, object]) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from perta_fast.arguments import check_device, check_sizes
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.configuration import check_configured
 from perta_fast.checkpoints.quantised import open_plain
 from perta_fast.data.chat import ChatSettings, told
 from perta_fast.data.given import NOTHING_GIVEN, Given
@@ -59,11 +60,11 @@ class Checked:
         gold = None if request.reference is None else EvaluationFile.read(request.reference)
         table = _table(request, gold, given)
         if request.reference_model is not None:
-            Checkpoint.open(request.reference_model)
+            check_configured(Checkpoint.open(request.reference_model).path)
         offer_attacks(table, request.reference_model, conventions)
         _check_stress(request, table)
         if request.model is not None:
-            Checkpoint.open(request.model)
+            check_configured(Checkpoint.open(request.model).path)
         names, notes = _chosen(request, table)
         if gold is not None:
             notes += gold.compared_with(conventions.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from perta_fast.arguments import check_device, check_sizes
+from perta_fast.checkpoints.configuration import check_configured
 from perta_fast.data.chat import ChatSettings, Told, parse_date
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, read_as
@@ -142,6 +143,12 @@ class Options:
         whole = [] if self.whole_importance is None else [checked_path(self.whole_importance)]
         return [*map(Path, (self.model, self.base, self.tuned)), *whole, *files]
 
+    def loaded(self, rule: Rule) -> list[Path]:
+        """The checkpoints that the run cannot do without loading, once they are ``located``."""
+        places = {"model": Path(self.model), "base": Path(self.base)}
+        seen = [places[self.at]] if self.at is not None and (rule.estimator is not None or self.preconditions) else []
+        return seen if self.lam is not None else [*seen, places["model"]]
+
     @property
     def in_one_walk(self) -> bool:
         """Whether the model is weighed and written layer by layer while the importances are estimated."""
@@ -191,6 +198,8 @@ class Opened:
         sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
         check_others(sources.model, options.in_place, options.leave_others)
         check_changes(sources, options.allow_zero)
+        for path in options.loaded(rule):
+            check_configured(path)
         if options.in_place:
             check_in_place(sources)
             check_inputs_stay(final, [final / JOURNAL], options.paths)

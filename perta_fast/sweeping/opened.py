@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, companions
+from perta_fast.checkpoints.configuration import check_configured
 from perta_fast.checkpoints.fingerprint import fingerprint
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files, stem_of
@@ -85,7 +86,7 @@ class OpenedSweep:
             check_tuned(Path(request.base), Path(request.tuned))
         for opened in (sources, *given.values()):
             check_task_vector(opened)
-        return cls(
+        opened_sweep = cls(
             request,
             curves,
             sources,
@@ -100,6 +101,20 @@ class OpenedSweep:
             _read_also(request, given_rows),
             ranks,
         )
+        for path in opened_sweep.loaded:
+            check_configured(path)
+        return opened_sweep
+
+    @property
+    def loaded(self) -> list[Path]:
+        """The checkpoints that transformers loads."""
+        at = [self.sources.base.path if place == "base" else self.sources.model.path for place in self.places]
+        return [self.sources.model.path, *at, *([] if self.gold is None else [self.gold.path])]
+
+    @property
+    def places(self) -> set[Place]:
+        """Where gradients are taken, and inputs seen."""
+        return {self.place(curve.name) for curve in self.curves if curve.mu is not None or self._lacks(curve)}
 
     @property
     def scored(self) -> dict[str, DataFile]:
@@ -138,11 +153,10 @@ class OpenedSweep:
             for directory in self.inputs().values()
             for name, state in fingerprint(directory).items()
         }
-        places = {self.place(curve.name) for curve in self.curves if curve.mu is not None or self._lacks(curve)}
         beside = {
             path
             for sources in (self.sources, *self.given.values())
-            for at in places or (None,)
+            for at in self.places or (None,)
             for files in read_beside(sources, _taken_at(sources), at).values()
             for path in files.values()
         }

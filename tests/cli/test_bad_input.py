@@ -219,10 +219,10 @@ UNLEARN: dict[str, JobCase] = {
         [], 2, ["{job}/base: transformers cannot load this model"],
     ),
     "no configuration": (
-        lambda j: removed(j / "base" / "config.json"), [], 2, ["{job}/base: transformers cannot load"],
+        lambda j: removed(j / "base" / "config.json"), [], 2, ["{job}/base: has no config.json", "cannot load"],
     ),
     "damaged configuration": (
-        lambda j: (j / "base" / "config.json").write_text("{"), [], 2, ["{job}/base", "not a valid JSON file"],
+        lambda j: (j / "base" / "config.json").write_text("{"), [], 2, ["{job}/base/config.json: is not JSON"],
     ),
     "configuration of another size": (
         lambda j: edit_json(j / "base" / "config.json", hidden_size=64),

@@ -47,6 +47,16 @@ _NUMBERS = {
     ],
     "tune --full": ["--lr=nan", "--seed=x"],
 }
+# The checkpoints that transformers loads in each command of ``whole``; arithmetic needs no configuration.
+_LOADED = {
+    "importance": ["--model"],
+    "precondition": ["--base"],
+    "tune": ["--base"],
+    "unlearn": ["--base"],
+    "unlearn --choose max-retain-rise": ["--model"],
+    "sweep": ["--model"],
+    "eval": ["--model", "--reference-model"],
+}
 
 
 def whole(command: str, job: Job, out: Path) -> dict[str, list[object]]:
@@ -92,10 +102,13 @@ def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     directories = {"--model", "--base", "--tuned", "--forget-importance", "--retain-importance"}
     for option in good.keys() & directories:
         cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere", empty)]
-    if command in ("importance", "precondition", "tune", "tune --full"):  # which transformers loads whatever the rule
-        damaged = shutil.copytree(job.base, folder / "damaged")
-        (damaged / "config.json").write_text('{"model_type":')
-        cases += [[*words, f"{option}={damaged}"] for option in good.keys() & {"--model", "--base"}]
+    for name, config in (("damaged", '{"model_type":'), ("table", "[]")) if command != "ratio" else ():
+        copy = shutil.copytree(job.base, folder / name)
+        (copy / "config.json").write_text(config)
+        cases += [[*words, f"{option}={copy}"] for option in good.keys() & {"--model", "--base"}]
+    bare = shutil.copytree(job.base, folder / "bare")
+    (bare / "config.json").unlink()
+    cases += [[*words, f"{option}={bare}"] for option in _LOADED.get(command, _LOADED.get(command.split()[0], []))]
     for option in good.keys() & {"--forget", "--retain", "--data"}:
         cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere.jsonl", wrong)]
         cases.append([*words, "--fields=question=prompt,answer=completion"])

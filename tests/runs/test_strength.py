@@ -354,7 +354,7 @@ def test_a_model_that_cannot_be_scored(
         reason = "broken: tensor model.embed_tokens.weight has NaN or infinite values, .*; give a sound copy$"
     elif fault == "no config":
         (path / "config.json").unlink()
-        reason = "config.json|transformers cannot load this model"
+        reason = "has no config.json, without which transformers cannot load this model"
     elif fault == "shorter":
         config = AutoConfig.from_pretrained(path)
         config.max_position_embeddings = 8
