@@ -10,19 +10,21 @@ from perta_fast.demo.files import Files
 from perta_fast.demo.settings import Settings
 from perta_fast.demo.sweep import Samples
 from perta_fast.demo.training import MAX_LENGTH, new_model, train_, train_tokenizer
+from perta_fast.progress import Progress
 from perta_fast.tuning.saving import disk_errors
 
 
-def train_models(files: Files, settings: Settings, seed: int, clock: Clock) -> Samples:
-    """Write data and checkpoints; return the tokenised questions by split."""
+def train_models(files: Files, settings: Settings, seed: int, clock: Clock, progress: Progress = True) -> Samples:
+    """Write data and checkpoints; return the tokenised questions by split. progress: False prints nothing."""
     with clock.phase("data and tokenizer"):
         splits = make_splits(settings.forget_authors, settings.retain_authors, settings.other_authors, seed)
         files.write_questions(splits)
         tokenizer = train_tokenizer(splits["others"])
         samples = {split: encode(load_rows(files.questions(split)), tokenizer, MAX_LENGTH) for split in splits}
-    print("questions:", ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()))
     base = new_model(settings, tokenizer, seed)
-    print(f"a Llama of {base.num_parameters() / 1e6:.2f} M parameters", flush=True)
+    if progress:
+        print("questions:", ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()))
+        print(f"a Llama of {base.num_parameters() / 1e6:.2f} M parameters", flush=True)
     pretraining = (settings.pretraining_epochs, settings.pretraining_rate)
     tuning = (settings.tuning_epochs, settings.tuning_rate)
     for name, path, data, (epochs, rate) in (
@@ -33,7 +35,7 @@ def train_models(files: Files, settings: Settings, seed: int, clock: Clock) -> S
     ):
         with clock.phase(f"training {name}"):
             model = base if name == "theta_0" else copy.deepcopy(base)
-            train_(model, data, epochs, rate, settings.batch_size, seed, description=name)
+            train_(model, data, epochs, rate, settings.batch_size, seed, description=name, progress=progress)
             with disk_errors():
                 model.save_pretrained(path)
                 tokenizer.save_pretrained(path)

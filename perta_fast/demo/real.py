@@ -16,6 +16,7 @@ from perta_fast.demo.packaged import INSTALL, NEEDED, smollm2_file, write_decode
 from perta_fast.demo.scoring import score
 from perta_fast.errors import InputError, printable
 from perta_fast.models.greedy_answers import greedy_answers
+from perta_fast.progress import Progress
 from perta_fast.runs.unlearn import unlearn
 from perta_fast.tuning.run import tune
 
@@ -57,7 +58,12 @@ def save_start(files: Files, seed: int, write_base: Callable[[Path], None] | Non
 
 
 def run_real(
-    files: Files, seed: int, settings: RealSettings | None = None, write_base: Callable[[Path], None] = write_packaged
+    files: Files,
+    seed: int,
+    settings: RealSettings | None = None,
+    write_base: Callable[[Path], None] = write_packaged,
+    *,
+    progress: Progress = True,
 ) -> None:
     """Teach the model made-up authors, unlearn some of them, and print what it says before and after."""
     settings = settings or RealSettings()
@@ -69,15 +75,17 @@ def run_real(
         ("theta_full", "all", settings.epochs, files.full),
         ("theta_f", "forget", settings.forget_epochs, files.tuned),
     ):
-        print(f"tuning {name} on the {role} questions", flush=True)
+        if progress:
+            print(f"tuning {name} on the {role} questions", flush=True)
         with clock.phase(f"tuning {name}"):
             data, size = files.questions(role), settings.batch_size
-            how = {"full": True, "lr": settings.rate, "seed": seed, "device": "cpu"}
+            how = {"full": True, "lr": settings.rate, "seed": seed, "device": "cpu", "progress": progress}
             tune(files.base, data, out, epochs=epochs, batch_size=size, **how)  # type: ignore[arg-type]
     result = files.directory / "unlearned"
     with clock.phase("unlearning"):
         data_files = files.questions("forget"), files.questions("retain")
-        report = unlearn(files.full, files.base, files.tuned, *data_files, out=result, device="cpu")
+        three = files.full, files.base, files.tuned
+        report = unlearn(*three, *data_files, out=result, device="cpu", progress=progress)
     with clock.phase("scoring"):
         table, answers = _before_and_after(files, {"before": files.full, "after": result})
     print("\n".join(["", *table, "", *answers, report.summary(), "", clock.summary()]))

@@ -19,6 +19,7 @@ from perta_fast.demo.settings import FAST, FULL, Settings
 from perta_fast.demo.sweep import Run, Samples, best_run, gap_to_gold, score_checkpoint, sweep
 from perta_fast.demo.table import LEGEND, Line, explain, format_table
 from perta_fast.errors import InputError, printable, shell_command
+from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions
 from perta_fast.rules import PRECONDITIONED
 
@@ -26,7 +27,13 @@ _SPLITS = ("forget", "retain", "forget_rephrased", "retain_rephrased")
 
 
 def run_demo(
-    out: Path | None = None, *, save: Path | None = None, model: str | None = None, fast: bool = False, seed: int = 0
+    out: Path | None = None,
+    *,
+    save: Path | None = None,
+    model: str | None = None,
+    fast: bool = False,
+    seed: int = 0,
+    progress: Progress = True,
 ) -> None:
     """Teach a model made-up authors, unlearn some of them, and print the results.
 
@@ -36,7 +43,7 @@ def run_demo(
     out: directory to make, for data, float32 checkpoints, importances, the best result of each rule (see ``Files``) and
     ``demo.json``; None works in a temporary directory. save: only make this directory, with SmolLM2-135M-Instruct as
     ``base`` and the questions, for a run of one's own. fast: a smaller model that learns less, for tests. seed: the
-    same seed gives the same numbers on one machine. Everything runs on the CPU.
+    same seed gives the same numbers on one machine. progress: False shows the results alone. All runs on the CPU.
 
     Raises InputError if ``out`` exists and is not an empty directory. After an error nothing is left behind.
     """
@@ -50,24 +57,25 @@ def run_demo(
         with work_directory(save) as directory, _torch_settings(None):
             save_start(Files(directory), seed)
         files = ", ".join(f"{split}.jsonl" for split in ("all", "forget", "retain"))
-        print(printable(f"written to {save}: the model in base, and the questions in {files}"))
+        if progress:
+            print(printable(f"written to {save}: the model in base, and the questions in {files}"))
         return
     if model == "smollm2" or (model is None and not fast and is_installed()):
         with work_directory(out) as directory, _torch_settings(None):
-            run_real(Files(directory), seed)
+            run_real(Files(directory), seed, progress=progress)
         return
-    _run_small(out, FAST if fast else FULL, seed)
+    _run_small(out, FAST if fast else FULL, seed, progress)
 
 
-def _run_small(out: Path | None, settings: Settings, seed: int) -> None:
+def _run_small(out: Path | None, settings: Settings, seed: int, progress: Progress) -> None:
     clock = Clock()
     with work_directory(out) as directory, _torch_settings(settings.threads):
         files = Files(directory)
-        samples = train_models(files, settings, seed, clock)
+        samples = train_models(files, settings, seed, clock, progress)
         with clock.phase("scoring"):
             gold = score_checkpoint(files.gold, samples, _SPLITS)
         with clock.phase("importance, subtraction, scoring"):
-            runs = sweep(files, samples, gold, settings)
+            runs = sweep(files, samples, gold, settings, progress)
         with clock.phase("scoring"):
             lines = _lines(files, samples, gold, runs)
         by_name = {line.name: line for line in lines}

@@ -12,7 +12,7 @@ from perta_fast.data.samples import Sample
 from perta_fast.demo.files import Files
 from perta_fast.demo.scoring import Score, score
 from perta_fast.demo.settings import Settings
-from perta_fast.progress import Bar
+from perta_fast.progress import Bar, Progress
 from perta_fast.rules import PRECONDITIONED, RULES, AnyRule, Rule
 from perta_fast.runs.apply import apply
 from perta_fast.runs.unlearn import unlearn
@@ -47,11 +47,13 @@ def gap_to_gold(scores: Mapping[str, Score], gold: Mapping[str, Score]) -> float
     return forgetting + max(0.0, gold["retain"].accuracy - scores["retain"].accuracy)
 
 
-def sweep(files: Files, samples: Samples, gold: Mapping[str, Score], settings: Settings) -> dict[str, list[Run]]:
+def sweep(
+    files: Files, samples: Samples, gold: Mapping[str, Score], settings: Settings, progress: Progress
+) -> dict[str, list[Run]]:
     """Run all rules at all their strengths; the result of each rule's best run stays on disk."""
     runs: dict[str, list[Run]] = {}
     total = sum(len(settings.lams_of(rule)) for rule in DEMO_RULES)
-    with Bar(total, "rules and strengths", True, "sample") as bar:
+    with Bar(total, "rules and strengths", progress, "sample") as bar:
         for rule in DEMO_RULES:
             runs[rule] = []
             for lam in settings.lams_of(rule):

@@ -13,7 +13,7 @@ from perta_fast.data.samples import Sample
 from perta_fast.demo.authors import Row
 from perta_fast.demo.settings import Settings
 from perta_fast.models.losses import per_sample_losses
-from perta_fast.progress import Bar
+from perta_fast.progress import Bar, Progress
 
 MAX_LENGTH = 64  # tokens; no question with its answer is longer
 _VOCABULARY = 1280  # at most: the word lists give fewer merges
@@ -74,6 +74,7 @@ def train_(
     seed: int,
     *,
     description: str,
+    progress: Progress,
 ) -> None:
     """Train ``module`` in place: AdamW without weight decay, the rate warmed up and then lowered to 0.
 
@@ -86,7 +87,7 @@ def train_(
     def loss(numbers: list[int]) -> Tensor:
         return per_sample_losses(module, Batch.of([samples[k] for k in numbers])).mean()
 
-    with Bar(len(samples) * epochs, description, True, "sample") as bar:
+    with Bar(len(samples) * epochs, description, progress, "sample") as bar:
         for step in descend_(module, batches, loss, warmed_up(rate, len(batches))):
             bar.update(len(batches[step - 1]))
     module.eval()

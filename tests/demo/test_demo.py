@@ -52,8 +52,13 @@ def place(folder: Path, line: dict[str, Any]) -> Path:
     return folder / "unlearned" / f"{line['name']}-{line['lam']:g}"
 
 
-def test_the_same_seed_gives_the_same_numbers(tmp_path: Path, results: dict[str, Any]) -> None:
-    run_demo(tmp_path / "again", fast=True, seed=3)
+def test_the_same_seed_gives_the_same_numbers(
+    tmp_path: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quietly too: then the results are all that is printed."""
+    assert main(["demo", "--fast", "--seed=3", "--quiet", "--out", str(tmp_path / "again")]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.split()[:4] == ["forget", "retain", "forget", "retain"]  # the head of the table
     again = json.loads((tmp_path / "again" / "demo.json").read_text())
     assert again.pop("seconds").keys() == results["seconds"].keys()
     assert again == {key: value for key, value in results.items() if key != "seconds"}
@@ -144,6 +149,7 @@ def test_updates_are_those_of_the_kept_checkpoints(folder: Path, results: dict[s
 
 
 def test_what_is_printed_are_these_numbers(printed: str, results: dict[str, Any]) -> None:
+    assert printed.startswith("questions: ")
     rows = {row.split()[0]: row.split() for row in printed.splitlines() if row.endswith(tuple("0123456789"))}
     for line in results["table"]:
         numbers = [

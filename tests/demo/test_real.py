@@ -29,8 +29,9 @@ def write_tiny(folder: Path) -> None:
 
 def test_it_shows_what_was_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = Files(tmp_path)
-    run_real(files, 0, TINY, write_tiny)
-    printed = capsys.readouterr().out
+    run_real(files, 0, TINY, write_tiny, progress=False)
+    printed, shown_meanwhile = capsys.readouterr()
+    assert "tuning theta_f on" not in printed and "loss before tuning" not in shown_meanwhile
     report = Report.load(tmp_path / "unlearned")
     assert report.summary() in printed
     assert report.preconditioned is not None
@@ -54,7 +55,7 @@ def test_it_shows_what_was_forgotten(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_which_model_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     taken: list[str] = []
-    monkeypatch.setattr(run, "run_real", lambda *_: taken.append("smollm2"))
+    monkeypatch.setattr(run, "run_real", lambda *_, **__: taken.append("smollm2"))
     monkeypatch.setattr(run, "_run_small", lambda *_: taken.append("small"))
     for installed in (True, False):
         monkeypatch.setattr(run, "is_installed", lambda found=installed: found)
@@ -83,14 +84,23 @@ def test_only_the_model_and_its_questions(
     assert rows["forget"] + rows["retain"] == rows["all"]
     assert (start / "base" / "model.safetensors").exists()
     assert main(["demo", "--save", str(start)]) == 2
+    capsys.readouterr()
     for more in (["--out", str(tmp_path / "out")], ["--fast"], ["--model", "small"]):
         assert main(["demo", "--save", str(tmp_path / "other"), *more]) == 2
+        said = "--save writes only SmolLM2 and its questions: it goes with none of --out, --fast and --model small"
+        assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
-@pytest.mark.parametrize(("terminal", "told"), [(False, "1"), (True, None)])
+@pytest.mark.parametrize(
+    ("terminal", "more", "told"), [(False, [], ["1", None]), (True, [], [None, None]), (True, ["--quiet"], ["1", "1"])]
+)
 def test_bars_of_libraries_are_for_terminals(
-    terminal: bool, told: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    terminal: bool,
+    more: list[str],
+    told: list[str | None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen = []
 
@@ -104,5 +114,5 @@ def test_bars_of_libraries_are_for_terminals(
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setitem(sys.modules, "perta_fast.demo", Demo("demo"))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    assert main(["demo"]) == 0
-    assert seen == [told, None]  # while it is imported, and while it runs: our own lines are written then
+    assert main(["demo", *more]) == 0
+    assert seen == told  # while it is imported, and while it runs: our own lines are written then
