@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.arguments import AUTO, DEVICES, check_device
 from perta_fast.cli.option_groups import GROUP_OF, LONG, TITLES
-from perta_fast.data.forms import fields_from
 from perta_fast.dtypes import FLOATING, STORED_TYPES, torch_dtype
 from perta_fast.errors import InputError, printable
-from perta_fast.memory import parse_size
 from perta_fast.rules import (
     ANY_RULES,
     DEFAULT_ALPHA,
@@ -209,6 +207,13 @@ def number_list(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,1,2") from error
 
 
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The one of ``words`` that was probably meant by ``word``; "" if none is near."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, list(words), n=1)), "")
+
+
 def _path(text: str) -> Path:
     if not text:  # of a variable that is not set; to Python it would be the working directory
         raise argparse.ArgumentTypeError("the path is empty")
@@ -216,6 +221,8 @@ def _path(text: str) -> Path:
 
 
 def _size(text: str) -> int:
+    from perta_fast.memory import parse_size
+
     try:
         return parse_size(text)
     except InputError as error:
@@ -231,6 +238,8 @@ def _device(text: str) -> str | None:
 
 
 def _fields(text: str) -> dict[str, str]:
+    from perta_fast.data.forms import fields_from
+
     try:
         return fields_from(text)
     except InputError as error:

@@ -1,13 +1,12 @@
 """The parser of the command line: options in full, errors of one line that say what was meant."""
 
 import argparse
-import difflib
 import sys
 from argparse import ArgumentParser
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
-from perta_fast.cli.options import Command, add_options
+from perta_fast.cli.options import Command, add_options, nearest
 from perta_fast.cli.recipe_options import RECIPE, arguments_from, settings_for
 
 _DESCRIPTION = "Make a language model forget what it was tuned on, by arithmetic on its weights."
@@ -26,7 +25,11 @@ class _OneLine(ArgumentParser):
 
 
 class CommandParser(_OneLine):
-    """A parser of one command, which reads the file named by ``--recipe`` before it requires other options."""
+    """A parser of one command, which reads the file named by ``--recipe`` before it requires other options.
+
+    Its options are declared when it parses: the help of all commands needs those of none.
+    parts: the parsers of the commands below it. of_paths: what takes a path, once the options are declared.
+    """
 
     def __init__(self, *, command: Command, verbose: Any = argparse.SUPPRESS, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -35,8 +38,16 @@ class CommandParser(_OneLine):
         self.add_argument(
             "-v", "--verbose", action="store_true", default=verbose, help="log each phase on standard error"
         )
-        self.of_paths = add_options(self, command.options)
+        self.parts: list[CommandParser] = []
+        self.of_paths: list[argparse.Action] = []
         self.words: set[str] = set()
+        self._is_declared = False
+
+    def declare(self) -> None:
+        """Declare the options, if that has not been done."""
+        if not self._is_declared:
+            self.of_paths = add_options(self, self.command.options)
+            self._is_declared = True
 
     def error(self, message: str) -> NoReturn:
         """End with one line; all that is missing is named in it, also where one of several options would do."""
@@ -54,6 +65,7 @@ class CommandParser(_OneLine):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like argparse's own, with the arguments of a recipe before ``args``. Raises InputError for a bad recipe."""
+        self.declare()
         args = sys.argv[1:] if args is None else list(args)
         self._check_words(args)
         if RECIPE in self.command.options:
@@ -79,8 +91,8 @@ class CommandParser(_OneLine):
                 self.error(f"there is no option {name}{_meant_option(name, self.known)}")
         word = next((argument for argument in args if not argument.startswith("-")), None)
         if commands and word is not None and word not in commands:
-            near = difflib.get_close_matches(word, commands, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+            near = nearest(word, commands)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(commands)}"
             self.error(f"there is no command {word!r}; {hint}")
 
 
@@ -99,8 +111,8 @@ def _meant_option(name: str, options: Collection[str]) -> str:
     longer = sorted(option for option in options if option.startswith(name))
     if longer:
         return f"; options are written in full: {' or '.join(longer)}"
-    near = difflib.get_close_matches(name, sorted(options), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(name, sorted(options))
+    return f"; did you mean {near}?" if near else ""
 
 
 def given_options(command: Command, arguments: Iterable[str]) -> dict[str, Any]:
@@ -134,4 +146,4 @@ def _add_commands(parser: CommandParser, commands: Iterable[Command], metavar: s
         subparser.set_defaults(command=command)
         if command.parts:
             _add_commands(subparser, command.parts, "|".join(part.name for part in command.parts))
-        parser.of_paths += subparser.of_paths
+        parser.parts.append(subparser)

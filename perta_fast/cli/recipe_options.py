@@ -1,16 +1,13 @@
 """``--recipe``: options from a file, with the keys, types and choices of the command's own options."""
 
 import argparse
-import difflib
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perta_fast.cli.options import JSON, Command, Option
-from perta_fast.data.given import is_given
+from perta_fast.cli.options import JSON, Command, Option, nearest
 from perta_fast.errors import InputError
-from perta_fast.files.hub import is_name
 
 if TYPE_CHECKING:
     from perta_fast.records.recipe import Setting
@@ -84,8 +81,8 @@ def arguments_from(
     arguments: dict[str, list[str]] = {}
     for key, setting in settings.items():
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(list(options)[:12])}, … (--help)"
+            near = nearest(key, options)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(list(options)[:12])}, … (--help)"
             raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of perta {command.name}; {hint}")
         arguments[key] = _arguments(options[key], setting, path.parent)
     left_out = {key for key, option in options.items() if option.name in given}
@@ -126,7 +123,7 @@ def argument_text(option: Option, value: str | bool, where: str, folder: Path) -
         raise InputError(f"{refusal}; write it in quotes if it is a name")
     if not value and not option.may_be_empty:
         raise InputError(refusal)
-    if option.type is Path and not is_given(value) and not (option.named and is_name(value, folder)):
+    if option.type is Path and _is_place(option, value, folder):
         value = str(folder / value)
     try:
         converted = option.type(value)
@@ -137,3 +134,11 @@ def argument_text(option: Option, value: str | bool, where: str, folder: Path) -
     if option.choices is not None and converted not in option.choices:
         raise InputError(refusal)
     return value
+
+
+def _is_place(option: Option, value: str, folder: Path) -> bool:
+    """Whether ``value`` is a path, and neither a name of the hub nor what stands for rows of Python."""
+    from perta_fast.data.given import is_given
+    from perta_fast.files.hub import is_name
+
+    return not is_given(value) and not (option.named and is_name(value, folder))

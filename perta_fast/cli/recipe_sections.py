@@ -1,7 +1,6 @@
 """A recipe of a whole job: its sections, checked all together before the first one runs."""
 
 import argparse
-import difflib
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.cli import eval, report, sweep, tune, unlearn
-from perta_fast.cli.options import Command, Option
+from perta_fast.cli.options import Command, Option, nearest
 from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_checks import check_settings
 from perta_fast.cli.recipe_options import MAKE_NOTHING, arguments_from, options_of, required, with_shared
@@ -201,8 +200,8 @@ def _check_shared(recipe: Recipe) -> None:
         if key in {*OUTPUTS, "in-place"}:
             raise InputError(f"{setting.where}: {key} belongs into a section, since each makes something else")
         if key not in known:
-            near = difflib.get_close_matches(key, [*known, *COMMANDS], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(recipe.sections)}"
+            near = nearest(key, [*known, *COMMANDS])
+            hint = f"did you mean {near}?" if near else f"the sections are {', '.join(recipe.sections)}"
             raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of any section; {hint}")
 
 

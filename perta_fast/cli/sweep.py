@@ -19,7 +19,6 @@ from perta_fast.cli.options import (
     name_list,
     number_list,
 )
-from perta_fast.data.forms import fields_text
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import printable, shell_command
 from perta_fast.rules import PRECONDITIONED, Rule
@@ -90,6 +89,8 @@ def _making(parsed: argparse.Namespace, result: "Sweep", row: "ScoredSetting", l
         settings |= {"rule": "tv", "mu": None, "tuned": parsed.save_tuned / (Vectors.name(row.mu) if several else "")}
     reads_data = settings["rule"] == PRECONDITIONED or (rule.estimator is not None and not importances)
     if reads_data:
+        from perta_fast.data.forms import fields_text
+
         names = ("forget", "retain", "at", "batch_size", "max_length", "device", "dtype")
         settings |= {name: getattr(parsed, name) for name in names}
         settings["fields"] = None if parsed.fields is None else fields_text(parsed.fields)

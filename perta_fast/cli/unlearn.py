@@ -12,7 +12,6 @@ from perta_fast.cli.options import Command, Option, Outcome, check_streamed, for
 from perta_fast.cli.recipe_options import RECIPE
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.memory import format_size
 from perta_fast.rules import (
     DEFAULT_RETAIN_RISE,
     PRECONDITIONED,
@@ -95,6 +94,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
 def _after_the_walk(whole: Path) -> str:
     from perta_fast.checkpoints.checkpoint import Checkpoint
     from perta_fast.importance.store import STEM
+    from perta_fast.memory import format_size
 
     size = format_size(4 * sum(entry.count for entry in Checkpoint.open(whole, STEM).tensors.values()))
     return (

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from perta_fast.distributed.ranks import Ranks, is_shared
@@ -11,7 +10,7 @@ from perta_fast.errors import InputError, RankLost, RunError
 
 # Longer than a rank ever waits for another one's work. When a process dies, its connections close and the others see
 # that at once; when a machine stops answering, the launcher sees it.
-_TIMEOUT = timedelta(hours=12)
+_TIMEOUT_HOURS = 12
 
 
 class Launch:
@@ -31,13 +30,15 @@ class Launch:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             yield self.ranks
             return
+        from datetime import timedelta
+
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
-        backend = _choose_backend()
+        backend, timeout = _choose_backend(), timedelta(hours=_TIMEOUT_HOURS)
         try:
-            store, rank, world = next(rendezvous("env://", timeout=_TIMEOUT))
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
+            store, rank, world = next(rendezvous("env://", timeout=timeout))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         except ValueError as error:
             wrong = "WORLD_SIZE is set, but other variables of a launch are missing or wrong"
             raise InputError(f"{wrong}: {error}; use torchrun") from error

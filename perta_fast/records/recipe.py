@@ -2,24 +2,18 @@
 
 import os
 import reprlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from perta_fast.data.forms import fields_text
-from perta_fast.data.given import is_given
-from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import decode, regular_file
-from perta_fast.records.report import Report, Scalar
+from perta_fast.records.report import Report
 
-_PATHS = ("model", "base", "tuned", "forget", "retain", "out", "whole_importance", "save_importance", "save_tuned")
 # A second run must not replace the first.
 _NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance", "as", "importance-dtype", "save-tuned")
-_KEYS = {"save_as": "as"}  # which is no name in Python
 SECTIONS = ("tune", "sweep", "unlearn", "eval", "report")  # the commands that a job can have
 LISTS = ("also", "forget-importance", "retain-importance", "importance", "sweep", "eval")  # keys with several values
 _LONGEST = 1 << 16  # bytes of YAML
@@ -47,32 +41,6 @@ class Recipe:
 
     settings: dict[str, Setting]
     sections: dict[str, dict[str, Setting]]
-
-
-def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
-    """The arguments of ``unlearn`` by the names of the command's options, for its report.
-
-    Paths are absolute; rows given in Python go by their name. Arguments that are None, ``progress``, ``group`` and
-    ``download`` are left out.
-    """
-    recipe: dict[str, Scalar] = {}
-    for name, value in arguments.items():
-        if value is None or name in ("progress", "group", "download"):
-            continue
-        if isinstance(value, float):  # NumPy's own too
-            value = float(value)
-        if is_given(value):
-            value = str(value)
-        elif name in _PATHS:
-            value = os.path.abspath(value)
-        elif isinstance(value, Sequence) and not isinstance(value, str):  # of patterns
-            value = ",".join(value)
-        elif isinstance(value, Mapping):  # of names of fields
-            value = fields_text(value)
-        elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device, a number of NumPy's
-            value = torch_name(value)
-        recipe[_KEYS.get(name, name.replace("_", "-"))] = value
-    return recipe
 
 
 def read_recipe(path: Path) -> Recipe:

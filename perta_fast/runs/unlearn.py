@@ -15,14 +15,14 @@ from perta_fast.files.new_directory import check_output, check_space, check_unfi
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
-from perta_fast.records.recipe import as_recipe
+from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Report
 from perta_fast.records.versions import now
 from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, AnyRule, Place
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
-from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, data_records, read_all, streamed_on
+from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, data_records, streamed_on
 from perta_fast.runs.whole_importance import check_retained
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import begun_job, has_begun
@@ -120,7 +120,7 @@ def _run(options: Options) -> Report:
     day = ranks.share(today())
     with ranks.together("the opening of the inputs"):
         opened = Opened.open(options.located(), ranks, started)
-        contents = read_all(opened.options) if opened.rule.estimator is None else None
+        contents = opened.read_data() if opened.rule.estimator is None else None
     if contents is not None and opened.options.preconditions:
         from perta_fast.runs.unlearn_preconditioned import unlearn_preconditioned
 
@@ -173,7 +173,7 @@ def _load(opened: Opened, day: date) -> Loaded:
         for role in ("forget", "retain") if opened.whole is None else ("forget",):
             if role not in options.data:
                 raise InputError(f"rule {opened.rule.name} needs {role} data: give a file of it")
-        rows, hashes = read_all(options)
+        rows, hashes = opened.read_data()
         if opened.whole is not None and "retain" in rows:
             check_retained(rows["forget"], rows["retain"])
         if options.save_importance is not None:

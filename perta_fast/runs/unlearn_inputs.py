@@ -26,7 +26,7 @@ from perta_fast.files.own import check_own
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.kept_form import KeptForm
 from perta_fast.progress import Progress
-from perta_fast.records.recipe import as_recipe
+from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record, truncation_warnings
 from perta_fast.records.strength_choice import StrengthChoice
@@ -197,7 +197,6 @@ class Opened:
         three = options.model, options.base, options.tuned
         sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
         check_others(sources.model, options.in_place, options.leave_others)
-        check_changes(sources, options.allow_zero)
         for path in options.loaded(rule):
             check_configured(path)
         if options.in_place:
@@ -224,6 +223,12 @@ class Opened:
         whole = WholeImportance.open(options, rule)
         options = options if whole is None else whole.prompts_for(options)
         return cls(options, rule, settings, sources, ranks, whole)
+
+    def read_data(self) -> tuple[dict[str, list[Row]], dict[str, str]]:
+        """Rows and hashes of the data, by role. Raises InputError, too, if the run would change nothing."""
+        contents = _read_all(self.options)
+        check_changes(self.sources, self.options.allow_zero)  # reads weights: after the data, which needs no NumPy
+        return contents
 
     def at(self, lam: float) -> "Opened":
         """With a strength that was searched for, as if it had been given."""
@@ -391,7 +396,7 @@ def streamed_on(stream: Mapping[str, Any]) -> date | None:
     return next((parse_date(table["date"]) for table in metadata.values() if "date" in table), None)
 
 
-def read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:
+def _read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Rows and hashes of the data, by role; a file is read once, so it can be a pipe."""
     rows, hashes = {}, {}
     for role, path in options.data.items():

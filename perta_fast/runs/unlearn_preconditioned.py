@@ -23,7 +23,7 @@ from perta_fast.files.new_directory import (
 from perta_fast.files.reading import checked_path
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
-from perta_fast.records.recipe import as_recipe
+from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Report
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs import strength

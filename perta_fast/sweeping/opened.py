@@ -84,8 +84,6 @@ class OpenedSweep:
         sources, given = open_sources(request), _open_given(request, curves)
         if PRECONDITIONED in request.rules:
             check_tuned(Path(request.base), Path(request.tuned))
-        for opened in (sources, *given.values()):
-            check_task_vector(opened)
         opened_sweep = cls(
             request,
             curves,
@@ -103,6 +101,8 @@ class OpenedSweep:
         )
         for path in opened_sweep.loaded:
             check_configured(path)
+        for opened in (sources, *given.values()):  # which reads weights: after the data, which needs no NumPy
+            check_task_vector(opened)
         return opened_sweep
 
     @property

@@ -2,7 +2,7 @@
 
 import math
 
-from perta_fast.records.recipe import as_recipe
+from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Scalar
 from perta_fast.records.setting_choice import SettingChoice, TriedSetting
 from perta_fast.rules import Rule

@@ -131,16 +131,19 @@ def test_wrong_arguments_and_data(command: str, job: Job, tmp_path: Path) -> Non
 
 
 def test_numpy_waits_until_weights_are_read(job: Job, tmp_path: Path) -> None:
-    """It takes as long as all else that a refusal needs."""
+    """It takes as long as all else that a refusal needs; and only a recipe needs YAML."""
     commands, nowhere = [], str(tmp_path / "nowhere")
     for name, wrong in _NUMBERS.items():
         good = whole(name, job, tmp_path / "out")
         commands.append([*name.split(), *words_of(good), wrong[0]])
         place = good.keys() & {"--model", "--base", "--forget-importance"}
+        place |= good.keys() & {"--forget", "--retain", "--data"}
         commands += [[*name.split(), *words_of(good), f"{option}={nowhere}"] for option in sorted(place)]
     commands += [[name, nowhere] for name in ("inspect", "verify", "resume")]
-    commands += [["report", nowhere, "--out", f"{nowhere}.html"], ["recipe", "run", nowhere]]
-    assert_refused_early(commands, ("numpy", "importlib.metadata", "torch", "transformers"))
+    commands.append(["report", nowhere, "--out", f"{nowhere}.html"])
+    late = ("numpy", "importlib.metadata", "torch", "transformers")
+    assert_refused_early(commands, (*late, "yaml"))
+    assert_refused_early([["recipe", "run", nowhere]], late)
 
 
 @pytest.mark.parametrize("more", [["--dry-run", "--stream"], ["--show-labels=1"]])
@@ -165,7 +168,8 @@ def test_what_only_reads(job: Job, tmp_path: Path) -> None:
 
 def test_help_imports_little() -> None:
     """Each of these would be a part of its tenth of a second."""
-    late = ["torch", "transformers", "numpy", "blake3", "ctypes", "logging", "perta_fast.files.new_directory"]
+    late = ["torch", "transformers", "numpy", "yaml", "blake3", "ctypes", "logging", "json", "difflib", "datetime"]
+    late += [f"perta_fast.{module}" for module in ("files.new_directory", "files.hub", "data.forms", "memory")]
     said = "import sys; from perta_fast import cli; print([name for name in sys.argv[1:] if name in sys.modules])"
     done = run_child([sys.executable, "-c", said, *late])
     assert done.stdout == "[]\n", done.stderr

@@ -17,7 +17,7 @@ import torch
 from perta_fast import Report, apply, cli, unlearn
 from perta_fast.cli.recipe_options import options_of
 from perta_fast.cli.unlearn import COMMAND
-from perta_fast.records.recipe import as_recipe
+from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.runs import unlearn as unlearning
 from tests.support.inputs import write_inputs
 from tests.support.models import Job
