@@ -15,9 +15,9 @@ _RECORD = f"Hashes of all inputs and the change of every tensor are in `{FILE_NA
 def write_model_card(directory: Path, report: Report) -> None:
     """Append the section to ``README.md`` in ``directory``, or make one; what it says already stays."""
     path = directory / "README.md"
-    card = _read(path) if path.exists() else ""
+    card, line_end = _read(path) if path.exists() else ("", "\n")
     section = _merged(report) if report.merged else _unlearned(report)
-    _write(path, f"{with_metadata(card, directory, report).rstrip()}\n\n{section}")
+    _write(path, f"{with_metadata(card, directory, report).rstrip()}\n\n{section}", line_end)
 
 
 def _merged(report: Report) -> str:
@@ -46,18 +46,24 @@ def _unlearned(report: Report) -> str:
 
 def add_verdict(card: Path, target: Path, check: Check) -> None:
     """Write the model card with what was forgotten and kept, in words and numbers, to ``target``."""
-    text = _read(card)
+    text, line_end = _read(card)
     rows = [CheckedData.HEAD, ["---"] * len(CheckedData.HEAD), *(data.cells(role) for role, data in check.data.items())]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    _write(target, f"{text.rstrip()}\n\nMeasured on rows of the data before and after. {check.verdict()}\n\n{table}\n")
+    added = f"Measured on rows of the data before and after. {check.verdict()}\n\n{table}\n"
+    _write(target, f"{text.rstrip()}\n\n{added}", line_end)
 
 
-def _read(path: Path) -> str:
-    """The text as it is: with its ends of lines, and with bytes that are not UTF-8."""
+def _read(path: Path) -> tuple[str, str]:
+    """The text, also of bytes that are not UTF-8, and how its lines end; "\\n" stands for that in the text.
+
+    A text whose lines end in different ways is as it is.
+    """
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return file.read()
+        text = file.read()
+    of_dos = "\r\n" in text and text.count("\n") == text.count("\r\n")
+    return (text.replace("\r\n", "\n"), "\r\n") if of_dos else (text, "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, line_end: str) -> None:
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="", opener=own_file) as file:
-        file.write(text)
+        file.write(text.replace("\n", line_end))

@@ -139,8 +139,19 @@ def test_the_verdict_comes_with_its_numbers(tmp_path: Path) -> None:
     )
 
 
-def test_a_card_keeps_its_ends_of_lines(tmp_path: Path) -> None:
-    card = b"---\r\nlicense: mit\r\n---\r\n# A model\r\n\r\nText.\xff"
-    (tmp_path / "README.md").write_bytes(card)
+def test_a_card_whose_lines_end_in_crlf(tmp_path: Path) -> None:
+    """It gets the same, and all lines end alike; the hub's own library reads both."""
+    write(tmp_path, FIELDS, report())
+    expected = (tmp_path / "README.md").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "README.md").write_bytes(FIELDS.replace("\n", "\r\n").encode())
     write_model_card(tmp_path, report())
-    assert (tmp_path / "README.md").read_bytes().startswith(card + b"\n\n## Unlearned")
+    assert (tmp_path / "README.md").read_bytes() == expected
+    check = Check.begun("perta verify x")
+    check.data = dict.fromkeys(("forget", "retain"), CheckedData(3, 3, 3, Measured(0.1, 3), Measured(2.0, 0)))
+    add_verdict(tmp_path / "README.md", tmp_path / "measured.md", check)
+    written = (tmp_path / "measured.md").read_bytes()
+    assert written.startswith(expected.rstrip()) and written.count(b"\n") == written.count(b"\r\n")
+    mixed = FIELDS.replace("\n", "\r\n", 1).encode() + b"\r\xff"
+    (tmp_path / "README.md").write_bytes(mixed)
+    write_model_card(tmp_path, report())
+    assert (tmp_path / "README.md").read_bytes().startswith(mixed + b"\n\n## Unlearned")
