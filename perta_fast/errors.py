@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-_MARKED = re.compile(r"‹([a-z_]+)›")
+# A path may hold these signs: beside a letter, a slash and the like they are no mark.
+_MARKED = re.compile(r"(?<![\w/.-])‹([a-z_]+)›(?!\.?[\w/-])")
 
 
 class _Printable(BaseException):

@@ -41,8 +41,8 @@ def test_a_message_within_another_keeps_its_marks() -> None:
     assert outer.spelled(lambda name: f"--{name.replace('_', '-')}") == "recipe.yaml: --batch-size is 0"
 
 
-def test_a_path_with_backticks_or_braces_comes_out_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    for path in ("/tmp/`model`/{lam}", "a `lam` b"):
+def test_a_path_with_signs_comes_out_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("/tmp/`model`/{lam}", "a `lam` b", "/tmp/‹model›", "‹lam›/x", "‹lam›.jsonl", "a-‹lam›"):
         assert cli.main(["inspect", path]) == 2
         assert path in capsys.readouterr().err
         assert str(InputError(f"{path}: {{}}")) == f"{path}: {{}}"
