@@ -49,14 +49,11 @@ class StrengthSearch:
     def begin(cls, opened: "Opened", rows: Mapping[str, list[Row]], day: date) -> "StrengthSearch | None":
         """Score theta_full as it is; None if the run has a strength. Every rank calls it; they exchange nothing.
 
-        Raises InputError if data is missing, or theta_full cannot be scored on it.
+        Raises InputError if theta_full cannot be scored on the data.
         """
         options = opened.options
         if options.lam is not None:
             return None
-        for role in ("forget", "retain"):
-            if role not in rows:
-                raise InputError(f"choosing ‹lam› needs {role} data: give a file of it, or ‹lam›")
         started = time.perf_counter()
         chosen = {role: [rows[role][k] for k in evenly_spread(len(rows[role]), ROWS)] for role in ("forget", "retain")}
         count, total = ({role: len(some[role]) for role in chosen} for some in (chosen, rows))

@@ -170,9 +170,6 @@ def _load(opened: Opened, day: date) -> Loaded:
         begun = begun_job(final) if new and has_begun(final) else None
         if begun is not None and not (streamed and begun.stream):
             raise InputError(unfinished_advice(final))
-        for role in ("forget", "retain") if opened.whole is None else ("forget",):
-            if role not in options.data:
-                raise InputError(f"rule {opened.rule.name} needs {role} data: give a file of it")
         rows, hashes = opened.read_data()
         if opened.whole is not None and "retain" in rows:
             check_retained(rows["forget"], rows["retain"])

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from perta_fast.runs.estimate import Estimation
     from perta_fast.streaming.schedule import Schedule
 
+_ROLES = ["forget", "retain"]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -185,6 +187,7 @@ class Opened:
         """started: when the run began. Raises InputError if anything is wrong with arguments or checkpoints."""
         check_strength(options.lam, options.max_retain_rise, options.stream, options.allow_zero)
         rule = _rule_of(options)
+        _check_data(options, rule)
         ChatSettings.of(options.system_prompt, options.date_string)
         if options.at not in PLACES:
             raise InputError(f"‹at› is {options.at!r}; it must be base or model")
@@ -257,6 +260,20 @@ def _rule_of(options: Options) -> Rule:
         if getattr(options, name) is not None:
             raise InputError(f"‹{name}› is for rule {PRECONDITIONED}; leave it out, or take that rule")
     return rule
+
+
+def _check_data(options: Options, rule: Rule) -> None:
+    """Raise InputError if data is missing."""
+    needing = f"rule {rule.name}"
+    needed = [] if rule.estimator is None else ["forget"] if options.whole_importance is not None else _ROLES
+    if options.preconditions:
+        needing, needed = f"rule {PRECONDITIONED}, which is the default,", ["retain"]
+    for role in needed:
+        if role not in options.data:
+            raise InputError(f"{needing} needs {role} data; give a file of it as ‹{role}›")
+    for role in _ROLES if options.lam is None else []:
+        if role not in options.data:
+            raise InputError(f"choosing ‹lam› needs {role} data; give a file of it as ‹{role}›, or give ‹lam›")
 
 
 def _check_form(options: Options) -> None:

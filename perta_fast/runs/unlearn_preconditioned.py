@@ -25,7 +25,6 @@ from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Report
-from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
@@ -106,8 +105,6 @@ def _check(opened: Opened) -> None:
     """Raise InputError for what only this rule needs, RunError if the disk is too small."""
     options, final = opened.options, opened.settings.destination
     check_sizes(options.batch_size, options.max_length)
-    if "retain" not in options.data:
-        raise InputError(f"rule {PRECONDITIONED}, which is the default, needs retain data: give a file of it")
     if not options.in_place and not options.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
     if options.save_tuned is None:

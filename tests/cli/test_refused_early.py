@@ -109,6 +109,9 @@ def refusals(command: str, job: Job, folder: Path) -> list[list[str]]:
     bare = shutil.copytree(job.base, folder / "bare")
     (bare / "config.json").unlink()
     cases += [[*words, f"{option}={bare}"] for option in _LOADED.get(command, _LOADED.get(command.split()[0], []))]
+    if "--retain" in good and not command.startswith("eval"):  # which takes the one or the other
+        without = words_of({option: values for option, values in good.items() if option != "--retain"})
+        cases += [without, *([[*without, "--rule=preconditioned"]] if command == "unlearn" else [])]
     for option in good.keys() & {"--forget", "--retain", "--data"}:
         cases += [[*words, f"{option}={path}"] for path in (folder / "nowhere.jsonl", wrong)]
         cases.append([*words, "--fields=question=prompt,answer=completion"])

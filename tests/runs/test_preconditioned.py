@@ -215,7 +215,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mu of another rule": ({"rule": "tv", "mu": 1.0}, "mu is for rule preconditioned"),
     "save of another rule": ({"rule": "fisher", "save_tuned": "kept"}, "save_tuned is for rule preconditioned"),
     "no such rule": ({"rule": "sage"}, "rule is 'sage'; it must be one of preconditioned, tv, grad, fisher"),
-    "no retain": ({"retain": None}, "rule preconditioned, which is the default, needs retain data"),
+    "no retain": (
+        {"retain": None},
+        "rule preconditioned, which is the default, needs retain data; give a file of it as retain",
+    ),
     "at": ({"at": "tuned"}, "at is 'tuned'; it must be base or model"),
 }
 

@@ -290,7 +290,7 @@ def test_importances_that_were_to_be_kept_are_there_nevertheless(
         ({"max_retain_rise": -0.1}, "max_retain_rise is -0.1; it must be at least 0 nats"),
         ({"max_retain_rise": math.inf}, "max_retain_rise is inf"),
         ({"max_retain_rise": math.nan}, "max_retain_rise is nan"),
-        ({"rule": "tv", "retain": None}, "choosing lam needs retain data: give a file of it, or lam"),
+        ({"rule": "tv", "retain": None}, "choosing lam needs retain data; give a file of it as retain, or give lam"),
         ({"rule": "tv", "forget": None, "retain": None}, "choosing lam needs forget data"),
         ({"retain": None}, "rule fisher needs retain data"),
         ({"allow_zero": True}, "allow_zero is for a given strength"),
