@@ -281,7 +281,7 @@ def test_importances_that_were_to_be_kept_are_there_nevertheless(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"stream": True}, "a streamed run cannot choose lam, .*; give lam, or score several with --choose"),
+        ({"stream": True}, "a streamed run cannot choose lam, .*; give lam, or score several with choose"),
         ({"stream": True, "rule": "tv"}, "a streamed run cannot choose lam"),
         (
             {"max_retain_rise": 0.1, "lam": 1.0},
