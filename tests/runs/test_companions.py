@@ -25,7 +25,7 @@ def hub_cache(inputs: Inputs, folder: Path, *names: str) -> Path:
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for name in names:
-        (inputs["model"] / name).write_text(f"text of {name}")
+        (inputs["model"] / name).write_text(f'{{"text of": "{name}"}}')
     for number, path in enumerate(sorted(inputs["model"].iterdir())):
         shutil.copyfile(path, blobs / f"{number:064x}")
         (snapshot / path.name).symlink_to(Path("../../blobs") / f"{number:064x}")
@@ -114,9 +114,9 @@ def copied_from(model: Path, inputs: Inputs, tmp_path: Path) -> None:
     report = apply(model, inputs["base"], inputs["tuned"], rule="tv", out=tmp_path / "out", progress=False)
     assert report.warnings == []
     for name in ("config.json", "tokenizer.json"):
-        assert (tmp_path / "out" / name).read_text() == f"text of {name}"
+        assert (tmp_path / "out" / name).read_text() == f'{{"text of": "{name}"}}'
         assert not (tmp_path / "out" / name).is_symlink()
-    assert (tmp_path / "out" / "README.md").read_text().startswith("text of README.md\n\n## Unlearned")
+    assert (tmp_path / "out" / "README.md").read_text().startswith('{"text of": "README.md"}\n\n## Unlearned')
 
 
 def test_links_within_the_model_are_copied(inputs: Inputs, tmp_path: Path) -> None:

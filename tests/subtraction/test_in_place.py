@@ -666,7 +666,7 @@ def test_what_would_fail_at_the_end_is_refused_before(name: str, kind: str, inpu
 def test_a_config_that_is_no_file_is_refused(kind: str, inputs: Inputs) -> None:
     IN_THE_WAY[kind](inputs["model"] / "config.json")
     before = sorted(inputs.folder.rglob("*"))
-    with pytest.raises(InputError, match=r"config\.json: is not a file, and a run in place would move or replace it"):
+    with pytest.raises(InputError, match=r"config\.json: cannot be read: (Is a directory|Not a regular file)"):
         change(inputs)
     assert sorted(inputs.folder.rglob("*")) == before
 
