@@ -69,7 +69,8 @@ class Subtraction:
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
     held: float32 importances, forget and retain, or their ratio alone, that are in memory and not in files, by number
     of the match. hashes: gets all bytes that are read. inputs: stored tensors that are in memory already, and not read;
-    made: arrays that no file holds, of an earlier subtraction from the same sources.
+    made: arrays that no file holds, of an earlier subtraction from the same sources. writes: whether the results are
+    for files, which messages then tell the fate of.
     """
 
     sources: Sources
@@ -81,6 +82,7 @@ class Subtraction:
     hashes: HashesInPassing = NONE_IN_PASSING
     inputs: HeldInputs = NONE_HELD
     made: "MadeArrays | None" = None
+    writes: bool = True
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
         """Compute the chunks in order, on all threads; each thread passes its results to ``store``.
@@ -196,7 +198,7 @@ class _Workspace:
         result = self._buffers[_OPERANDS]
         operands = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
         statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
-        _check_finite(match, statistics)
+        _check_finite(match, statistics, self._job.writes)
         width = ITEM_SIZES[match.theta.dtype]
         result[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
         return result.data[: whole.count * width], statistics
@@ -230,7 +232,7 @@ class _Workspace:
         self._job.hashes.add(stored.path, stored.begin, buffer)
 
 
-def _check_finite(match: TensorMatch, statistics: Statistics) -> None:
+def _check_finite(match: TensorMatch, statistics: Statistics, writes: bool) -> None:
     for key, entry in (("nonfinite_forget", match.forget_importance), ("nonfinite_retain", match.retain_importance)):
         if entry is not None and statistics[key]:
             raise InputError(
@@ -245,5 +247,5 @@ def _check_finite(match: TensorMatch, statistics: Statistics) -> None:
     if statistics["nonfinite_out"]:
         raise NotFiniteError(
             f"tensor {match.theta.name}: the result would hold NaN or infinite values; look at this tensor in "
-            "model, base and tuned, or use a smaller lambda. Nothing was written"
+            f"model, base and tuned, or use a smaller lambda{'. Nothing was written' * writes}"
         )

@@ -86,6 +86,7 @@ class PartWeights:
             chunk_elements(self._threads),
             inputs=self._inputs,
             made=self._made[id(version.sources)],
+            writes=False,
         )
         chunks = chunks_of([(k, matches[k]) for k in numbers], subtraction.chunk)
         subtraction.run(chunks, store, lambda moved: None)

@@ -183,7 +183,7 @@ class _ScoreWalk:
             try:
                 values, changed = self._weights.of(self._versions[number], names)
             except NotFiniteError as error:
-                state["not_finite"], state["lost"] = str(error).removesuffix(". Nothing was written"), True
+                state["not_finite"], state["lost"] = str(error), True
             else:
                 state["changed"] += sum(changed.get(name, 0) for name in self._counted(part))
                 with torch.no_grad(), self._skeleton.holding(values):
