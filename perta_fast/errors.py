@@ -16,30 +16,32 @@ from pathlib import Path
 _MARKED = re.compile(r"(?<![\w/.-])‹([a-z_]+)›(?!\.?[\w/-])")
 
 
-class _Printable(BaseException):
-    def __str__(self) -> str:
-        return printable(super().__str__())  # it holds names and paths, which may hold anything
+class _Message(BaseException):
+    """A message that marks the names of arguments: "‹batch_size› is 0; it must be at least 1".
 
-
-class PertaError(_Printable, Exception):
-    """Base of every error that this package raises on purpose; its text is for the user.
-
-    A message marks the names of arguments: "‹batch_size› is 0; it must be at least 1". ``str`` gives it without the
-    marks, the command line with its options in their place (``spelled``). In an f-string an error keeps its marks, so
-    that they outlive a message within another. No other sign is a mark: paths and what libraries say hold backticks.
+    ``str`` gives it without the marks, the command line with its options in their place (``spelled``). In an f-string
+    an error keeps its marks, so that they outlive a message within another. No other sign is a mark: paths and what
+    libraries say hold backticks.
     """
-
-    exit_status = 1
 
     def __str__(self) -> str:
         return self.spelled(lambda name: name)
 
     def __format__(self, specification: str) -> str:
-        return format(super().__str__(), specification)
+        return format(self._printable(), specification)
 
     def spelled(self, spell: Callable[[str], str]) -> str:
         """The message with ``spell`` of each marked name."""
-        return _MARKED.sub(lambda found: spell(found[1]), super().__str__())
+        return _MARKED.sub(lambda found: spell(found[1]), self._printable())
+
+    def _printable(self) -> str:
+        return printable(super().__str__())  # it holds names and paths, which may hold anything
+
+
+class PertaError(_Message, Exception):
+    """Base of every error that this package raises on purpose; its text is for the user."""
+
+    exit_status = 1
 
 
 class InputError(PertaError, ValueError):
@@ -64,7 +66,7 @@ class RankLost(RunError):
     """Another process of the same run has ended. It has reported its own error, so this one is not shown."""
 
 
-class Interrupted(_Printable, KeyboardInterrupt):
+class Interrupted(_Message, KeyboardInterrupt):
     """Stopped by the user, with work done that can be resumed. Its text says how."""
 
 

@@ -49,6 +49,14 @@ def test_errors_are_one_printable_line(kind: type[BaseException]) -> None:
     assert str(error) == printable(str(error.args[0]))
 
 
+@pytest.mark.parametrize("kind", [InputError, Interrupted])
+def test_marked_arguments_are_spelled_at_the_end(kind: type[InputError | Interrupted]) -> None:
+    """A message within another keeps its marks."""
+    error = kind(f"it failed: {kind('leave ‹overwrite› out')}")
+    assert str(error) == "it failed: leave overwrite out"
+    assert error.spelled(lambda name: f"--{name}") == "it failed: leave --overwrite out"
+
+
 NAMES = [
     *(
         "plain",

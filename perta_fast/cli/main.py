@@ -134,12 +134,11 @@ def _only_prints(parsed: argparse.Namespace) -> bool:
 
 def _explain(error: BaseException, spellings: Mapping[str, str]) -> tuple[str, int]:
     """The message and the exit status for an error. Raises it again if it is a defect of the program."""
-    if isinstance(error, Interrupted):
-        return str(error), INTERRUPTED
+    if isinstance(error, Interrupted | PertaError):
+        text = error.spelled(lambda name: spellings.get(name, name))
+        return (text, INTERRUPTED) if isinstance(error, Interrupted) else (f"error: {text}", error.exit_status)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_MESSAGE, INTERRUPTED
-    if isinstance(error, PertaError):
-        return f"error: {error.spelled(lambda name: spellings.get(name, name))}", error.exit_status
     if isinstance(error, OSError):
         return f"error: {error}", PertaError.exit_status
     if not is_out_of_memory(error):

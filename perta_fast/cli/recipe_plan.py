@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.companions import TEMPLATES
+from perta_fast.checkpoints.fingerprint import state_of_input
 from perta_fast.cli.recipe_sections import Section
 from perta_fast.data.formats import data_files
 from perta_fast.errors import InputError
 from perta_fast.files.identity import is_same, lies_in
 from perta_fast.importance.ratio import SIDES
-from perta_fast.records.recipe_record import Made, first_difference, identity_of
-from perta_fast.resuming import is_unfinished
+from perta_fast.records.recipe_record import Made, first_difference
 
 # Where more of an input lies: chat templates of a model, a pair of importances, the files of MUSE.
 _FOLDERS = (TEMPLATES, *SIDES, "knowmem", "verbmem")
@@ -50,10 +50,10 @@ def plan(sections: Sequence[Section], made: Mapping[str, Made], *, overwrite: bo
     """
     plans: list[Plan] = []
     for number, section in enumerate(sections):
-        changing = [other.result for other in sections[number:] if other.in_place]
+        changing = [model for other in sections[number:] for model in other.changed]
 
         def inputs(section: Section = section, changing: list[Path] = changing) -> dict[str, Any]:
-            return identities(section, changing)
+            return states(section, changing)
 
         known = made.get(section.name)
         changed = None if known is None else first_difference(known.inputs, inputs())
@@ -69,7 +69,7 @@ def plan(sections: Sequence[Section], made: Mapping[str, Made], *, overwrite: bo
 
 def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way, str]:
     """How a section is done, and what speaks against it. changed: the key of an input that is another one now."""
-    there, unfinished, state = section.is_there(), is_unfinished(section.result), section.state()
+    there, unfinished, state = section.is_there(), section.is_unfinished(), section.state()
     begun = unfinished or (there and not (section.in_place and (known is None or state == known.before)))
     if not begun:
         return Way.ANEW, ""
@@ -89,20 +89,20 @@ def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way
     return Way.NOT_AT_ALL, ""
 
 
-def identities(section: Section, changing: Sequence[Path] = ()) -> dict[str, Any]:
+def states(section: Section, changing: Sequence[Path] = ()) -> dict[str, Any]:
     """What shows whether an input has changed, by key. changing: what is changed in place meanwhile."""
     found: dict[str, Any] = {}
     for key, path in section.read():
         if not any(is_same(path, other) for other in changing):
-            found.setdefault(key, []).append(_identity(section, key, path))
+            found.setdefault(key, []).append(_state(section, key, path))
     return found
 
 
-def _identity(section: Section, key: str, path: Path) -> Any:
+def _state(section: Section, key: str, path: Path) -> Any:
     files = data_files(path) if section.reads_rows(key) else [path]
     if files == [path]:
-        return identity_of(path, _FOLDERS)
-    return {os.path.relpath(file, path.parent): identity_of(file) for file in files}
+        return state_of_input(path, _FOLDERS)
+    return {os.path.relpath(file, path.parent): state_of_input(file) for file in files}
 
 
 def _lies_in(path: Path, section: Section) -> bool:

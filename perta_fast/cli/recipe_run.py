@@ -4,14 +4,15 @@ import gc
 from dataclasses import replace
 from pathlib import Path
 
-from perta_fast.cli import resume, unlearn
+from perta_fast.cli import resume, sweep, unlearn
 from perta_fast.cli.options import Outcome
 from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_plan import Plan, Way, plan
 from perta_fast.cli.recipe_sections import Section, check_inputs, sections_of
 from perta_fast.errors import PertaError, printable
+from perta_fast.files.new_directory import SWEEP_STATE, has_record
 from perta_fast.records.recipe import read_recipe
-from perta_fast.records.recipe_record import Made, RecipeRecord, state_of
+from perta_fast.records.recipe_record import Made, RecipeRecord, state_of_result
 from perta_fast.resuming import is_unfinished
 
 
@@ -28,7 +29,7 @@ def run_sections(path: Path, *, overwrite: bool, quiet: bool) -> int:
         if planned.way is not Way.NOT_AT_ALL:
             _do(section, planned, record, quiet)
         if record.made[section.name].result is None:
-            record.keep(section.name, replace(record.made[section.name], result=state_of(section.result)))
+            record.keep(section.name, replace(record.made[section.name], result=state_of_result(section.result)))
     return 0
 
 
@@ -37,7 +38,7 @@ def _do(section: Section, planned: Plan, record: RecipeRecord, quiet: bool) -> N
     before = planned.known.before if planned.way is Way.FURTHER and planned.known else section.state()
     record.keep(section.name, Made(section.told(), planned.inputs(), before))
     more = ["--quiet"] if quiet else []
-    more += ["--overwrite"] if planned.way is Way.OVER and not section.in_place else []
+    more += ["--overwrite"] if planned.way is Way.OVER and (section.chooses or not section.in_place) else []
     parsed = section.parsed(*more)
     if planned.way is Way.FURTHER and _is_resumed(section):
         more = ["--quiet"] if parsed.quiet else []
@@ -54,5 +55,7 @@ def _do(section: Section, planned: Plan, record: RecipeRecord, quiet: bool) -> N
 
 def _is_resumed(section: Section) -> bool:
     """Whether a stopped run goes on with ``perta resume`` alone, and not with the same command."""
-    by_itself = section.command is not unlearn.COMMAND or "choose" in section.settings
+    if section.command is sweep.COMMAND and has_record(section.result, SWEEP_STATE):
+        return False  # with a model to change in place, perta resume would not
+    by_itself = section.command is not unlearn.COMMAND or section.chooses
     return is_unfinished(section.result) and (not by_itself or section.is_there())

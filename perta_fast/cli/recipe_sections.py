@@ -17,9 +17,12 @@ from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.hub import is_name, local_data
 from perta_fast.files.identity import is_same, lies_in
+from perta_fast.files.new_directory import SWEEP_STATE, has_record
 from perta_fast.files.reading import exists
 from perta_fast.records.recipe import Recipe, Setting
-from perta_fast.records.recipe_record import state_of
+from perta_fast.records.recipe_record import state_of_result
+from perta_fast.resuming import is_unfinished
+from perta_fast.sweeping.results import record_beside
 
 COMMANDS = {command.name: command for command in (module.COMMAND for module in (tune, sweep, unlearn, eval, report))}
 # What sections make; the other paths are read.
@@ -74,10 +77,20 @@ class Section:
         return setting is not None and setting.value is True
 
     @property
-    def in_place(self) -> bool:
-        """Whether the model itself becomes the result."""
+    def changed(self) -> list[Path]:
+        """The model, if it is changed where it lies."""
         setting = self.settings.get("in-place")
-        return setting is not None and setting.value is True and self.command is unlearn.COMMAND
+        return self._paths("model") if setting is not None and setting.value is True else []
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the model itself becomes the result; that of a sweep is its record."""
+        return bool(self.changed) and self.command is unlearn.COMMAND
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a sweep comes first, whose record lies beside the result."""
+        return self.command is unlearn.COMMAND and "choose" in self.settings
 
     @property
     def result(self) -> Path:
@@ -89,14 +102,19 @@ class Section:
         result = self.result
         return exists(result) and not (result.is_dir() and not any(result.iterdir()))
 
+    def is_unfinished(self) -> bool:
+        """Whether it was stopped with work done that can go on."""
+        sweeping = self.chooses and has_record(record_beside(self.result), SWEEP_STATE)
+        return sweeping or is_unfinished(self.result)
+
     def state(self) -> str | None:
         """By what the result is known, as it is; None if it is not there."""
-        return state_of(self.result)
+        return state_of_result(self.result)
 
     def made(self) -> list[Path]:
         """Everything that it writes."""
         keys = [key for key, option in options_of(self.command).items() if option.makes]
-        return [path for key in keys for path in self._paths(key)] + ([self.result] if self.in_place else [])
+        return [path for key in keys for path in self._paths(key)] + self.changed
 
     def read(self) -> Iterator[tuple[str, Path]]:
         """Every file and directory that it reads, with the key. Names of the hub are not among them."""
@@ -153,7 +171,7 @@ def check_inputs(sections: list[Section]) -> None:
             raise InputError(f"{section.settings[key].where}: {key} makes nothing that a job could go on with")
         for earlier in sections[:number]:
             for path in section.made():
-                if any(is_same(path, other) for other in earlier.made()) and not section.in_place:
+                if any(is_same(path, other) for other in earlier.made()) and not section.changed:
                     raise InputError(f"{section.where}: {path} is what {earlier.name} makes; choose another out")
         for key, path in section.read():
             where = f"{section.settings[key].where}: {key}"
@@ -170,7 +188,7 @@ def _check_apart(sections: list[Section]) -> None:
     for number, section in enumerate(sections):
         for other in sections[: number + 1]:
             for key, path in other.read():
-                if not section.in_place and exists(path) and _made_by(path, section):
+                if not section.changed and exists(path) and _made_by(path, section):
                     where = f"{other.settings[key].where}: {key}"
                     raise InputError(
                         f"{where}: {path} would be replaced by {section.name}; choose another out for that"

@@ -39,12 +39,17 @@ class GivenRows:
 
 Given = Mapping[str, GivenRows]  # by their names
 NOTHING_GIVEN: Given = MappingProxyType({})
-SAME_CALL = "the same call, with the same rows"  # which goes on with what a stopped one has kept
+_SAME_CALL = "the same call, with the same rows"
 
 
 def is_given(source: object) -> bool:
     """Whether this stands for rows given in Python: they themselves, or their name in a record."""
     return isinstance(source, GivenRows) or _NAME.fullmatch(str(source)) is not None
+
+
+def same_call(overwrites: bool) -> str:
+    """The call that goes on with what a stopped one has kept; one that ``overwrites`` would start over."""
+    return f"{_SAME_CALL}, without ‹overwrite›" if overwrites else _SAME_CALL
 
 
 def no_longer_there(source: object) -> InputError:

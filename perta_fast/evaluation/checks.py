@@ -1,5 +1,6 @@
 """An evaluation whose arguments, data and reference are checked: all that is done before a model is loaded."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -22,12 +23,13 @@ from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.muse import MuseMetrics, read_muse
 from perta_fast.evaluation.open_unlearning_files import check_open_unlearning_files
 from perta_fast.evaluation.own_data import OwnData
-from perta_fast.evaluation.request import Request
+from perta_fast.evaluation.request import Begun, Request
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric, files_read
 from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.files.new_directory import EVALUATION_STATE
 from perta_fast.files.new_file import check_output_file
+from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions, now
 
@@ -55,8 +57,9 @@ class Checked:
         """
         check_arguments(request)
         conventions = _conventions(request)
-        _check_out(request, overwrite, resume)
-        check_open_unlearning_files(request, overwrite=overwrite or resume)
+        replaces = overwrite or (request.out is not None and _goes_on_to_replace(request, Path(request.out)))
+        _check_out(request, replaces, EVALUATION_STATE if resume or not overwrite else "")
+        check_open_unlearning_files(request, overwrite=replaces or resume)
         gold = None if request.reference is None else EvaluationFile.read(request.reference)
         table = _table(request, gold, given)
         if request.reference_model is not None:
@@ -149,11 +152,17 @@ def check_arguments(request: Request) -> None:
             open_plain(directory)
 
 
-def _check_out(request: Request, overwrite: bool, resume: bool) -> None:
+def _goes_on_to_replace(request: Request, out: Path) -> bool:
+    """Whether this very evaluation was stopped, and was told that it may replace ``out``."""
+    begun = Begun.load(Path(os.path.realpath(checked_path(out))))
+    return begun is not None and begun.overwrite and begun.request == request
+
+
+def _check_out(request: Request, overwrite: bool, again: str) -> None:
+    """again: the state of an unfinished evaluation that is gone on with."""
     if request.out is None:
         return
     out = Path(request.out)
-    again = "" if overwrite and not resume else EVALUATION_STATE
     inputs = files_read(request.paths(), out)
     check_output_file(out, (".json",), overwrite=overwrite, inputs=inputs, again=again)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import CARD, companions
-from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
+from perta_fast.checkpoints.fingerprint import check_inputs, input_files
 from perta_fast.data.chat import today
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import check_fields
@@ -24,11 +23,11 @@ from perta_fast.files.kept_parts import kept_record
 from perta_fast.files.new_directory import unfinished_advice
 from perta_fast.files.reading import checked_path
 from perta_fast.records.typed_json import typed
-from perta_fast.records.versions import installed_versions
+from perta_fast.records.versions import check_versions, installed_versions
 
 _OWN = ("forget", "retain", "holdout")
 _PATHS = ("data", *_OWN, "reference", "reference_model", "against")
-_FORMAT, _FORMAT_VERSION = "perta-evaluation", 1
+_FORMAT, _FORMAT_VERSION = "perta-evaluation", 2
 
 
 @dataclass(frozen=True)
@@ -129,40 +128,37 @@ class Request:
         before = model_before(Path(self.model))
         return None if before is None else str(before)
 
-    def identity(self, table: MetricTable) -> dict[str, Any]:
+    def state_of_inputs(self, table: MetricTable) -> dict[str, Any]:
         """By path, what shows whether an input has changed."""
         inputs: dict[str, Any] = {str(file.path): file.digest for file in table.files.values()}
         if self.reference is not None:
             inputs[self.reference] = hash_file(Path(self.reference))
         for directory in (self.model, self.reference_model, self.counted_against):
             if directory is not None:
-                inputs |= self._identity_of(Checkpoint.open(directory))
-        return inputs
-
-    def _identity_of(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """The weights, and what is read beside them."""
-        weights = {str(checkpoint.path / name): state for name, state in fingerprint(checkpoint).items()}
-        beside = [path for name, path in companions(checkpoint.path).items() if name != CARD]
-        return weights | {str(path): hash_file(path) for path in beside if not is_same(path, self.out or "")}
+                inputs |= input_files(Checkpoint.open(directory))
+        return {path: state for path, state in inputs.items() if self.out is None or not is_same(path, self.out)}
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a stopped evaluation was begun with. inputs: ``Request.identity``. versions: of what computes.
+    """What a stopped evaluation was begun with. inputs: ``Request.state_of_inputs``. versions: of what computes.
 
-    day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in records that do not have it.
+    day: when it began, for chat templates that ask for the date, as 2025-04-10. overwrite: whether it may
+    replace the file that is there.
     """
 
     request: Request
     inputs: dict[str, Any]
     versions: dict[str, str]
     started: str
-    day: str = ""
+    day: str
+    overwrite: bool
 
     @classmethod
-    def now(cls, request: Request, table: MetricTable, started: str) -> "Begun":
+    def now(cls, request: Request, table: MetricTable, started: str, overwrite: bool) -> "Begun":
         """That of an evaluation which begins."""
-        return cls(request, request.identity(table), installed_versions(), started, today().isoformat())
+        inputs = request.state_of_inputs(table)
+        return cls(request, inputs, installed_versions(), started, today().isoformat(), overwrite)
 
     def record(self) -> dict[str, Any]:
         """As it is written to the disk."""
@@ -190,16 +186,5 @@ class Begun:
         """Raise InputError unless ``other`` is the same evaluation of the same inputs, by the same versions."""
         if self.request != other.request:
             raise InputError(unfinished_advice(final))
-        for path in sorted(self.inputs.keys() | other.inputs.keys()):
-            if self.inputs.get(path) != other.inputs.get(path):
-                raise InputError(
-                    f"{path}: has changed since the evaluation began; {PUT_BACK} to go on with it, or "
-                    "start over with ‹overwrite›"
-                )
-        for name in sorted(self.versions.keys() | other.versions.keys()):
-            before, now = self.versions.get(name), other.versions.get(name)
-            if before != now:
-                raise InputError(
-                    f"{final}: the evaluation was begun with {name} {before}, this is {now}; install that to go on "
-                    "with it, or start over with ‹overwrite›"
-                )
+        check_inputs(self.inputs, other.inputs, "evaluation")
+        check_versions(self.versions, other.versions, "evaluation", final)

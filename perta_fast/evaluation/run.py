@@ -6,7 +6,7 @@ from datetime import date
 from pathlib import Path
 
 from perta_fast.data.chat import parse_date, today
-from perta_fast.data.given import SAME_CALL
+from perta_fast.data.given import same_call
 from perta_fast.errors import Interrupted, RunError, is_out_of_memory
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.open_unlearning_files import write_open_unlearning_files
@@ -38,12 +38,13 @@ def run(checked: Checked, measure: Measure, *, repeatable: bool, overwrite: bool
 
 def _run_kept(checked: Checked, final: Path, measure: Measure, *, overwrite: bool) -> Evaluation:
     """Keep each part that is finished beside ``final``, and go on with those that are there, unless ``overwrite``."""
-    begun, earlier = Begun.now(checked.request, checked.table, now()), None if overwrite else Begun.load(final)
+    begun = Begun.now(checked.request, checked.table, now(), overwrite)
+    earlier = None if overwrite else Begun.load(final)
     if earlier is not None:
         earlier.check_same(final, begun)
         begun = earlier
-    day = parse_date(begun.day) if begun.day else today()
-    again = SAME_CALL if checked.request.is_of_given_rows else None
+    day = parse_date(begun.day)
+    again = same_call(begun.overwrite) if checked.request.is_of_given_rows else None
     with KeptParts(final, begun.record(), resume=earlier is not None, again=again) as kept:
         try:
             result = measure(kept, begun.started, day)

@@ -1,8 +1,9 @@
 """Whether what a run reads lies apart from what it replaces and removes, whatever paths lead there."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 from perta_fast.errors import InputError
@@ -17,6 +18,13 @@ def check_name(final: str | Path) -> None:
     hidden = next((path for path in (resolved, *resolved.parents) if is_own_name(path.name)), None)
     if hidden is not None:
         raise InputError(f"{final}: runs keep unfinished work under the name {hidden}; choose another place")
+
+
+def check_apart(places: Mapping[str, Path]) -> None:
+    """Raise InputError, naming both, if one of these directories lies in another. places: by argument."""
+    for (one, first), (other, second) in combinations(places.items(), 2):
+        if lies_in(first, second) or lies_in(second, first):
+            raise InputError(f"‹{one}› {first} and ‹{other}› {second} must lie apart, neither within the other")
 
 
 def check_inputs_stay(final: Path, places: Iterable[Path], inputs: Iterable[Path]) -> None:

@@ -1,6 +1,6 @@
 """What the sections of a recipe have made, kept beside it: a job that is run again goes on where it was stopped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from perta_fast.files.own import check_own
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 
-_FORMAT, _FORMAT_VERSION = "perta-recipe", 1
-_SMALL = 1 << 20  # bytes of a file whose content is compared; a larger one is known by its size and time of change
+_FORMAT, _FORMAT_VERSION = "perta-recipe", 2
 # The record of a run, by which the directory that it has made is known.
 _RECORDS = ("perta_report.json", "perta_tune.json", "sweep.json")
 
@@ -22,8 +21,8 @@ _RECORDS = ("perta_report.json", "perta_tune.json", "sweep.json")
 class Made:
     """One section, begun or done.
 
-    settings: what it was told. inputs: by key, what shows whether one has changed. before: ``state_of`` the result when
-    it began. result: that when it was done; None if it is not.
+    settings: what it was told. inputs: by key, what shows whether one has changed. before: ``state_of_result`` when it
+    began. result: that when it was done; None if it is not.
     """
 
     settings: dict[str, Any]
@@ -63,27 +62,10 @@ class RecipeRecord:
         write_record(self._path, {"format": _FORMAT, "format_version": _FORMAT_VERSION, "made": content})
 
 
-def state_of(result: Path) -> str | None:
+def state_of_result(result: Path) -> str | None:
     """The hash of a file, or of the record of the run that made a directory; None if there is neither."""
     names = [result / name for name in _RECORDS] if result.is_dir() else [result]
     return next((hash_file(path) for path in names if exists(path) and not path.is_dir()), None)
-
-
-def identity_of(path: Path, folders: Sequence[str] = ()) -> Any:
-    """What shows whether an input has changed; None if it is not there.
-
-    Of a directory, by the name of each file in it, and in those of its ``folders`` that it has.
-    """
-    if path.is_dir():
-        inside = [folder for folder in (path, *(path / name for name in folders)) if folder.is_dir()]
-        files = [file for folder in inside for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-        return {str(file.relative_to(path)): identity_of(file) for file in files if file.is_file()}
-    if not exists(path):
-        return None
-    status = path.stat()
-    if status.st_size <= _SMALL:
-        return hash_file(path)
-    return [status.st_size, status.st_mtime_ns]
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -2,8 +2,12 @@
 
 import platform
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
+
+from perta_fast.errors import InputError
 
 _VERSION = re.compile(r"^Version: *(\S+) *$", re.MULTILINE)
 _VERSIONED = ("perta-fast", "torch", "transformers", "safetensors", "numpy", "triton")
@@ -31,6 +35,16 @@ def installed_version(name: str) -> str:
         return ""
     line = _VERSION.search(installed.read_text("METADATA") or "")
     return line[1] if line else installed.version
+
+
+def check_versions(before: Mapping[str, str], now: Mapping[str, str], run: str, final: Path) -> None:
+    """Raise InputError if the ``run`` to ``final`` was begun with other versions: its result would be of both."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise InputError(
+                f"{final}: the {run} was begun with {name} {before.get(name)}, this is {now.get(name)}; install that "
+                "to go on with it, or start over with ‹overwrite›"
+            )
 
 
 def this_version() -> str:

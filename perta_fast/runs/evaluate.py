@@ -87,8 +87,8 @@ def evaluate(
     forget rows (``models.relearning``). against: with it, the checkpoint of which codes are counted that differ; None
     takes the one that the model's report names, if that is still there and weights are rounded.
     out: file to write, ending in .json. It holds no text of any set unless ``show_text``. Of a checkpoint, finished
-    parts are kept beside it until then: the same call, or ``resume``, goes on with a stopped evaluation. overwrite:
-    replace the file, start over.
+    parts are kept beside it until then: the same call without ``overwrite``, or ``resume``, goes on with a stopped
+    evaluation. overwrite: replace the file, start over.
     stream: walk through the layers of a checkpoint that is larger than the memory, one at a time, for the metrics that
     are made of token scores; they are the same numbers. Those that need generated text or gradients are left out, and a
     note names them. Not with lm_eval or stress. memory, device_memory: bytes that this may take; None sets no limit.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data
 from perta_fast.errors import InputError
+from perta_fast.files.apart import check_apart
+from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RETAIN_RISE, PRECONDITIONED, AnyRule, Place, Rule
@@ -81,8 +83,8 @@ def choose(
     tried with alpha 1 and 16. lams: the strengths on each curve; None searches for the largest within the bound, or,
     with ``stream``, tries ``grid.DEFAULT_STRENGTHS``.
     out: directory to make. in_place: change ``model`` instead. The sweep's record, ``sweep.json`` and a plot, is made
-    beside it, as OUT.sweep or MODEL.sweep: the same call goes on with a stopped run, or ``resume`` of that directory;
-    in place, only once the model has begun to change.
+    beside it, as OUT.sweep or MODEL.sweep: the same call without ``overwrite`` goes on with a stopped run, or
+    ``resume`` of that directory; in place, only once the model has begun to change.
     save_importance, save_as, importance_dtype, save_tuned and all other arguments as in ``sweep``.
 
     Returns the report of the result, whose ``setting_choice`` has every setting that was scored. Raises InputError for
@@ -101,10 +103,17 @@ def as_sweep(arguments: Mapping[str, Any]) -> dict[str, Any]:
         settings["max_retain_rise"] = DEFAULT_RETAIN_RISE
     if settings["in_place"] == (settings["out"] is not None):
         raise InputError("give either ‹out›, a directory to make, or ‹in_place›")
+    _check_apart(settings)
     rules, mus, alphas, out = (settings.pop(name) for name in ("rules", "mus", "alphas", "out"))
     curves = {"rule": rules, "mu": mus, "alpha": _alphas(rules, alphas)}
     record = record_beside(settings["model"] if out is None else out)
     return settings | curves | {"checkpoint": out, "out": record}
+
+
+def _check_apart(settings: Mapping[str, Any]) -> None:
+    """Raise InputError, with the names of ``choose``, if a directory that it makes or changes lies in another."""
+    names = ("model" if settings["in_place"] else "out", "save_importance", "save_tuned")
+    check_apart({name: checked_path(settings[name]) for name in names if settings[name] is not None})
 
 
 def _alphas(rules: str | Sequence[str], given: float | Sequence[float] | None) -> Any:

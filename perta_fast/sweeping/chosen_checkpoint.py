@@ -6,7 +6,6 @@ from typing import Any
 
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_inputs_stay
-from perta_fast.files.identity import lies_in
 from perta_fast.files.journal import JOB, JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.progress import Progress
@@ -20,22 +19,17 @@ from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checkpoints_of, open_sources
 from perta_fast.sweeping.recorded_choice import chosen_recipe, recorded_choice
-from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.results import Sweep
 from perta_fast.sweeping.unfinished import Begun
 from perta_fast.sweeping.vectors import Vectors
 
 
-def check_result(opened: OpenedSweep, out: Path) -> None:
-    """Raise InputError, before anything is scored, if no checkpoint could be made of what is chosen.
-
-    out: the directory of the sweep.
-    """
+def check_result(opened: OpenedSweep) -> None:
+    """Raise InputError, before anything is scored, if no checkpoint could be made of what is chosen."""
     request, inputs = opened.request, opened.paths()
     if not request.makes_result:
         return
     destination = request.result
-    check_apart(request, out)
     if request.in_place:
         check_others(opened.sources.model, True, request.leave_others)
         check_in_place(opened.sources)
@@ -43,13 +37,6 @@ def check_result(opened: OpenedSweep, out: Path) -> None:
         return
     check_output(destination, overwrite=request.overwrite, inputs=inputs)
     check_unfinished(destination, overwrite=request.overwrite)
-
-
-def check_apart(request: Request, out: Path) -> None:
-    """Raise InputError if one of the directories of result and sweep lies in the other."""
-    if lies_in(request.result, out) or lies_in(out, request.result):
-        what = "model" if request.in_place else "checkpoint"
-        raise InputError(f"‹{what}› {request.result} and ‹out› {out} must lie apart, neither within the other")
 
 
 def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vectors: Vectors) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from perta_fast.data.chat import today
 from perta_fast.files.new_directory import OutputDirectory, has_record
 from perta_fast.sweeping.chosen_checkpoint import check_result
-from perta_fast.sweeping.keeping import check_kept
+from perta_fast.sweeping.keeping import check_kept, check_places
 from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.unfinished import STATE, load_begun
@@ -36,11 +36,14 @@ def preview_sweep(arguments: Mapping[str, Any], conditions: "Conditions", world:
 
 def _check_places(opened: OpenedSweep) -> None:
     """Raise InputError if the sweep could not write its record or its result; one that goes on has its places."""
-    final = Path(os.path.realpath(str(opened.request.out)))
-    begun = has_record(final, STATE) and not opened.request.overwrite
-    if begun:
-        load_begun(final).check_request(opened.request, final)
-    OutputDirectory(final, overwrite=opened.request.overwrite, inputs=opened.paths(), resume=begun)
-    if not begun:
-        check_result(opened, final)
-        check_kept(opened, final)
+    request = opened.request
+    final = Path(os.path.realpath(str(request.out)))
+    begun = load_begun(final) if has_record(final, STATE) and not request.overwrite else None
+    if begun is not None:
+        begun.check_request(request, final)
+    overwrite = (request if begun is None else begun.request).overwrite
+    OutputDirectory(final, overwrite=overwrite, inputs=opened.paths(), resume=begun is not None)
+    if begun is None:
+        check_places(request, final)
+        check_result(opened)
+        check_kept(opened)

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from perta_fast.checkpoints.companions import PRECONDITIONING
-from perta_fast.checkpoints.fingerprint import PUT_BACK, WEIGHTS, Fingerprint, changed_file, fingerprint_files
-from perta_fast.errors import InputError, RunError
-from perta_fast.files.apart import check_name
+from perta_fast.checkpoints.fingerprint import PUT_BACK, WEIGHTS, Fingerprint, changed_file, states_below
+from perta_fast.errors import InputError, RunError, advice
+from perta_fast.files.apart import check_apart, check_name
 from perta_fast.files.durable import discard, link_tree
-from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import OutputDirectory, check_output, check_replaceable, check_unfinished
 from perta_fast.files.reading import exists
 from perta_fast.importance.ratio import SIDES, ImportanceRatio
 from perta_fast.progress import Progress
+from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.rules import ESTIMATORS, PRECONDITIONED, Estimator
 from perta_fast.scoring.importances import Importances, importances_in
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
@@ -28,50 +28,49 @@ from perta_fast.sweeping.vectors import Vectors
 _IMPORTANCE, _TUNED = "importance", "tuned"
 
 
-def check_kept(opened: OpenedSweep, out: Path | None) -> None:
-    """Raise InputError, before anything is scored, if nothing is there to keep, or its place is not free.
-
-    out: the directory of the sweep.
-    """
+def check_kept(opened: OpenedSweep) -> None:
+    """Raise InputError, before anything is scored, if nothing is there to keep, or its place is not free."""
     request = opened.request
-    if request.save_importance is not None and not opened.lacking():
+    if request.save_importance is not None and not opened.estimated():
         takes = any(curve.estimator is not None for curve in opened.curves)
         reason = "every importance was given" if takes else f"rules {', '.join(request.rules)} take none"
         raise InputError(f"‹save_importance› keeps what the sweep estimates, and {reason}; leave it out")
     if request.save_tuned is not None and not opened.mus():
         raise InputError(f"‹save_tuned› is for rule {PRECONDITIONED}; leave it out, or take that rule")
-    _check_apart(request, out)
-    for place in _places(request):
+    for place in _places(request).values():
         check_output(place, overwrite=request.overwrite, inputs=opened.paths())
         check_unfinished(place, overwrite=request.overwrite)
 
 
-def check_places(request: Request, out: Path) -> None:
-    """Raise InputError if a sweep that goes on from its record in ``out`` would replace what no run has written."""
-    _check_apart(request, out)
-    names = {
-        request.save_importance: (*request.kept_form.entries, *ESTIMATORS),
-        request.save_tuned: (PRECONDITIONING, *(Vectors.name(mu) for mu in request.mus if mu is not None)),
-    }
-    for place in _places(request):
-        check_replaceable(place, names[str(place)], f"the sweep to {out}")
-
-
-def _check_apart(request: Request, out: Path | None) -> None:
+def check_places(request: Request, out: Path | None) -> None:
+    """Raise InputError if a directory that the sweep to ``out`` makes or changes lies in another."""
     places = _places(request)
-    others = [*([] if out is None else [out]), *([request.result] if request.makes_result else [])]
-    for place in places:
+    for place in places.values():
         check_name(place)
-        apart = [*others, *(other for other in places if other is not place)]
-        for other in map(Path, map(os.path.realpath, apart)):
-            final = Path(os.path.realpath(place))
-            if lies_in(final, other) or lies_in(other, final):
-                raise InputError(f"{place} and {other} must lie apart, neither within the other")
+    if out is not None:
+        places["out"] = out
+    if request.makes_result:
+        places["model" if request.in_place else "checkpoint"] = request.result
+    check_apart(places)
 
 
-def _places(request: Request) -> list[Path]:
-    """The directories of what is kept."""
-    return [Path(place) for place in (request.save_importance, request.save_tuned) if place is not None]
+def check_replaced(request: Request, out: Path) -> None:
+    """Raise InputError if a sweep that goes on from its record in ``out`` would replace what no run has written."""
+    check_places(request, out)
+    names = {
+        "save_importance": (*request.kept_form.entries, *ESTIMATORS),
+        "save_tuned": (PRECONDITIONING, *(Vectors.name(mu) for mu in request.mus if mu is not None)),
+    }
+    for name, place in _places(request).items():
+        check_replaceable(place, names[name], f"the sweep to {out}")
+    if request.checkpoint is not None:
+        check_replaceable(request.result, [REPORT], f"the sweep to {out}")
+
+
+def _places(request: Request) -> dict[str, Path]:
+    """The directories of what is kept, by argument."""
+    places = {"save_importance": request.save_importance, "save_tuned": request.save_tuned}
+    return {name: _final(place) for name, place in places.items() if place is not None}
 
 
 def find_kept(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
@@ -88,7 +87,7 @@ def find_kept(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
             changed = changed_file(_final(place), begun.kept[name])
             if changed is None:
                 kept[name] = begun.kept[name]
-            elif vectors.missing() if name == _TUNED else opened.load_kept(record.importances) is None:
+            elif not _is_beside(name, opened, record, vectors):
                 raise InputError(
                     f"{changed}: has changed, or is gone, since the sweep wrote it; {PUT_BACK} to go on with it, or "
                     "start over with ‹overwrite›"
@@ -98,8 +97,15 @@ def find_kept(opened: OpenedSweep, record: Record, vectors: Vectors) -> None:
         vectors.kept_at(_vector_places(opened, vectors))
 
 
+def _is_beside(name: str, opened: OpenedSweep, record: Record, vectors: Vectors) -> bool:
+    """Whether all that is to be kept lies beside the record too: it did not get its place."""
+    if name == _TUNED:
+        return not vectors.missing()
+    return opened.load_kept(record.importances) is not None
+
+
 def load_kept(opened: OpenedSweep, record: Record) -> ByEstimator | None:
-    """The missing importances, if a stopped sweep has them all, where they are kept or beside its record."""
+    """The importances that the sweep estimates, if a stopped one has them all: in their place, or beside its record."""
     if _IMPORTANCE in record.begun.kept:
         return {name: importances_in(place) for name, place in _importance_places(opened).items()}
     return opened.load_kept(record.importances)
@@ -148,13 +154,23 @@ def _kept(opened: OpenedSweep, record: Record, name: str, place: str | None) -> 
     try:
         with OutputDirectory(_final(place), overwrite=request.overwrite, inputs=opened.paths()) as target:
             yield target.path
-            record.note_kept(name, fingerprint_files(target.path))
+            _note(record, name, target)
             target.commit()
     except RunError as error:
         if record.target is None or not record.target.keep:
             raise
         going_on = record.begun.going_on(record.target.final)
         raise RunError(f"{error}. What was scored is kept; go on with: {going_on}") from error
+
+
+def _note(record: Record, name: str, filled: OutputDirectory) -> None:
+    """Write down what gets its name next. Raises RunError if the disk of the record fails, which may be another."""
+    files = states_below(filled.path)
+    try:
+        record.note_kept(name, files)
+    except OSError as error:
+        assert record.target is not None
+        raise RunError(f"{record.target.final}: could not be written: {advice(error)}") from error
 
 
 def is_of_several(kept: Path) -> bool:
@@ -170,8 +186,8 @@ def _importance_places(opened: OpenedSweep) -> dict[Estimator, Path]:
     """Where those of each estimator are kept, if they are; one alone takes the whole directory."""
     if opened.request.save_importance is None:
         return {}
-    final, lacking = _final(opened.request.save_importance), opened.lacking()
-    return {estimator: final / estimator if len(lacking) > 1 else final for estimator in lacking}
+    final, estimated = _final(opened.request.save_importance), opened.estimated()
+    return {estimator: final / estimator if len(estimated) > 1 else final for estimator in estimated}
 
 
 def _vector_places(opened: OpenedSweep, vectors: Vectors) -> dict[float, Path]:

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import CARD, companions
+from perta_fast.checkpoints.companions import CARD
 from perta_fast.checkpoints.configuration import check_configured
-from perta_fast.checkpoints.fingerprint import fingerprint
+from perta_fast.checkpoints.fingerprint import input_files, shard_states, state_of_file
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files, stem_of
 from perta_fast.data.given import NOTHING_GIVEN, Given
@@ -22,7 +22,6 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
-from perta_fast.files.hashing import hash_file
 from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
@@ -114,7 +113,7 @@ class OpenedSweep:
     @property
     def places(self) -> set[Place]:
         """Where gradients are taken, and inputs seen."""
-        return {self.place(curve.name) for curve in self.curves if curve.mu is not None or self._lacks(curve)}
+        return {self.place(curve.name) for curve in self.curves if curve.mu is not None or self._is_estimated(curve)}
 
     @property
     def scored(self) -> dict[str, DataFile]:
@@ -143,16 +142,13 @@ class OpenedSweep:
         tensors = [path for directory in self.inputs().values() for path in (directory.path, *directory.files())]
         return tensors + [path for file in self.scored.values() for path in data_files(file.path)]
 
-    def identity(self) -> dict[str, Any]:
+    def state_of_inputs(self) -> dict[str, Any]:
         """By path, what shows whether an input has changed."""
-        small = {str(file.path): file.digest for file in self.scored.values()}
-        if self.sources.adapter_config is not None:
-            small[str(self.sources.adapter_config)] = hash_file(self.sources.adapter_config)
-        weights = {
-            str(directory.path / name): state
-            for directory in self.inputs().values()
-            for name, state in fingerprint(directory).items()
-        }
+        states: dict[str, Any] = {str(file.path): file.digest for file in self.scored.values()}
+        for directory in self.inputs().values():
+            states |= shard_states(directory)
+        if self.gold is not None:
+            states |= input_files(self.gold)
         beside = {
             path
             for sources in (self.sources, *self.given.values())
@@ -160,11 +156,11 @@ class OpenedSweep:
             for files in read_beside(sources, _taken_at(sources), at).values()
             for path in files.values()
         }
-        if self.gold is not None:
-            beside |= set(companions(self.gold.path).values()) - {self.gold.path / CARD}
+        if self.sources.adapter_config is not None:
+            beside.add(self.sources.adapter_config)
         if not self.request.makes_result:
             beside.discard(self.sources.model.path / CARD)
-        return weights | small | {str(path): hash_file(path) for path in beside}
+        return states | {str(path): state_of_file(path) for path in beside}
 
     def load_given(self) -> ByEstimator:
         """The given importances; a tensor is read when it is asked for."""
@@ -175,9 +171,9 @@ class OpenedSweep:
             for estimator, sources in self.given.items()
         }
 
-    def lacking(self) -> list[Estimator]:
-        """The estimators that the rules need and of which no importance was given."""
-        needed = dict.fromkeys(curve.estimator for curve in self.curves if self._lacks(curve))
+    def estimated(self) -> list[Estimator]:
+        """The estimators whose importances the sweep makes itself."""
+        needed = dict.fromkeys(curve.estimator for curve in self.curves if self._is_estimated(curve))
         return [estimator for estimator in needed if estimator is not None]
 
     def mus(self) -> list[float]:
@@ -188,20 +184,20 @@ class OpenedSweep:
         """Where gradients are taken for a rule, or inputs seen."""
         return resolved_at(rule, cast(Place | None, self.request.at))
 
-    def _lacks(self, curve: Curve) -> bool:
+    def _is_estimated(self, curve: Curve) -> bool:
         return curve.estimator is not None and curve.estimator not in self.given
 
     def load_kept(self, folder: Path | None) -> ByEstimator | None:
-        """The lacking importances that a stopped sweep has kept in ``folder``, if all are there."""
-        lacking = self.lacking()
-        if not lacking:
+        """The importances of ``estimated`` that a stopped sweep has kept in ``folder``, if all are there."""
+        estimated = self.estimated()
+        if not estimated:
             return {}
-        if folder is None or not all((folder / name / role).exists() for name in lacking for role in self.data):
+        if folder is None or not all((folder / name / role).exists() for name in estimated for role in self.data):
             return None
-        return {name: importances_in(folder / name) for name in lacking}
+        return {name: importances_in(folder / name) for name in estimated}
 
     def estimate(self, subject: "Subject", folder: Path | None, skeleton: "Skeleton | None" = None) -> ByEstimator:
-        """The lacking importances; in ``folder``, where a stopped sweep may have kept some, or in the host's memory.
+        """The importances of ``estimated``; in ``folder``, where a stopped sweep has perhaps kept some, or in memory.
 
         skeleton: where the weights are read from layer by layer, for a streamed sweep.
         """
@@ -214,7 +210,7 @@ class OpenedSweep:
         }
         form = self.request.kept_form
         stored = "float32" if form.as_ratio else form.dtype
-        importances: dict[Estimator, dict[str, Importance]] = {estimator: {} for estimator in self.lacking()}
+        importances: dict[Estimator, dict[str, Importance]] = {estimator: {} for estimator in self.estimated()}
         for estimator, by_role in importances.items():
             plain = Estimation(
                 subject,

@@ -151,6 +151,13 @@ class Request:
         """Whether the bound is a number of its own, which the model as it is may break."""
         return self.target_retain_loss is not None or self.retain_floor is not None
 
+    def check_paths(self) -> None:
+        """Raise InputError for a path that no file can have; those of a record may be anything."""
+        several = [path for name in _SEVERAL_PATHS for path in getattr(self, name)]
+        for path in (*(getattr(self, name) for name in (*_PATHS, "checkpoint")), *several):
+            if path is not None:
+                checked_path(path)
+
     def settings(self) -> dict[str, Any]:
         """All but the inputs, for the record of the sweep."""
         return {name: value for name, value in asdict(self).items() if name not in (*_PATHS, *_SEVERAL_PATHS)}

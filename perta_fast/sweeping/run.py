@@ -21,23 +21,16 @@ from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError,
 from perta_fast.files.apart import check_name
 from perta_fast.files.durable import remove, sync_tree
 from perta_fast.files.identity import is_same
-from perta_fast.files.new_directory import (
-    OutputDirectory,
-    check_replaceable,
-    has_record,
-    remove_replaced,
-    unfinished_advice,
-)
+from perta_fast.files.new_directory import OutputDirectory, has_record, remove_replaced, unfinished_advice
 from perta_fast.files.own import check_own
 from perta_fast.progress import Progress
-from perta_fast.records.report import FILE_NAME as REPORT
 from perta_fast.records.versions import now
 from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, AnyRule, Place
 from perta_fast.scoring.criteria import LOSS, Metric, Selection
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import has_begun
-from perta_fast.sweeping.chosen_checkpoint import check_apart, check_result, finish_in_place, has_changed, write_best
-from perta_fast.sweeping.keeping import check_kept, check_places, find_kept
+from perta_fast.sweeping.chosen_checkpoint import check_result, finish_in_place, has_changed, write_best
+from perta_fast.sweeping.keeping import check_kept, check_places, check_replaced, find_kept
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.plot import PLOT_NAME, draw
 from perta_fast.sweeping.request import Request
@@ -132,8 +125,8 @@ def sweep(
     in a directory of its name in there. save_tuned: the same for the θ_f of rule ``preconditioned``; several have
     directories such as ``mu-10.0``. Settings are scored with what is kept, so ``apply`` makes the same bits of it.
     out: directory to make, with ``sweep.json`` and, if matplotlib is installed, ``sweep.png``. Each setting is kept
-    as soon as it is scored; the same call, or ``resume``, goes on with a stopped sweep. In place it is the same call
-    alone, until the model has begun to change. overwrite: start over.
+    as soon as it is scored; the same call without ``overwrite``, or ``resume``, goes on with a stopped sweep. In place
+    it is the call alone, until the model has begun to change. overwrite: replace what is there, start over.
     stream: hold one part of the model at a time, for models larger than the memory; needs ``out``. Importances and θ_f
     are made layer by layer, then all settings go through the model in one walk, so that none can be skipped; or in two,
     if that is cheaper. Without lams, ``grid.DEFAULT_STRENGTHS`` are tried. ``scores`` has all metrics of ``evaluate``
@@ -179,11 +172,7 @@ def _begun_request(final: Path) -> Request:
     request = begun.request
     if request.out is None or not is_same(request.out, final):
         raise InputError(f"{final}: the sweep to finish is one to {request.out}; give the directory that name again")
-    if request.makes_result:
-        check_apart(request, final)
-    check_places(request, final)
-    if request.checkpoint is not None:
-        check_replaceable(request.result, [REPORT], f"the sweep to {final}")
+    check_replaced(request, final)
     if request.in_place and not has_changed(begun):
         raise InputError(
             f"{final}: the sweep is to change {request.model} in place, and has not begun to; go on with the command "
@@ -204,13 +193,14 @@ def _run(
             if changed is not None:
                 return changed
         opened = OpenedSweep.open(request, progress, day, ranks, given)
-        inputs = opened.identity()
+        inputs = opened.state_of_inputs()
     with ranks.together("the inputs"):
         if any(others != inputs for others in ranks.gather(inputs)):
             raise InputError("not all processes see the same input files")
-    begun = Begun(request, inputs, now(), [], day=opened.day.isoformat(), processes=ranks.world)
+    begun = Begun(request, inputs, now(), opened.day.isoformat(), [], processes=ranks.world)
     if request.out is None:
-        check_kept(opened, None)
+        check_places(request, None)
+        check_kept(opened)
         return _score_without_out(opened, begun)
     with ranks.together("the unfinished sweep"):
         check_name(request.out)
@@ -218,18 +208,22 @@ def _run(
         earlier = _earlier(opened, begun, final, resumed) if ranks.first else None
     earlier = ranks.share(earlier)
     begun = ranks.share(begun) if earlier is None else earlier
-    opened = replace(opened, day=parse_date(begun.day or begun.started[:10]))
+    request = begun.request
+    opened = replace(opened, request=request, day=parse_date(begun.day))
     with ranks.together("the output directory"):
         target = OutputDirectory(final, overwrite=request.overwrite, inputs=opened.paths(), resume=earlier is not None)
     record = Record(begun, target, ranks.first)
     vectors = Vectors(target.path / STATE / "tuned", opened.mus())
-    find_kept(opened, record, vectors)
     with ExitStack() as entered, ranks.sharing_errors("the sweep"):
         with ranks.together("the output directory"):
             if ranks.first:
                 entered.enter_context(_kept_if_stopped(target, begun.going_on(final)))
                 entered.enter_context(target)
-                record.save()
+                if earlier is not None:
+                    earlier.check_record(target)
+        find_kept(opened, record, vectors)
+        with ranks.together("the record"):
+            record.save()
         check_shared(target.path, ranks)
         sweep = _score_and_write(opened, record, vectors, final)
         with ranks.together("the sweep"):
@@ -251,7 +245,7 @@ def _check_several(request: Request) -> None:
     if not request.stream:
         raise InputError("a sweep on a model in memory is done by one process; start it without torchrun, or stream it")
     if request.in_place:
-        raise InputError("a model is changed in place by one process alone; give ‹checkpoint›, a directory to make")
+        raise InputError("a model is changed in place by one process alone; start it without torchrun")
 
 
 def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> Begun | None:
@@ -260,6 +254,8 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
     if has_record(final, STATE) and (resumed or not request.overwrite):
         earlier = load_begun(final)
         earlier.check_request(request, final)
+        if earlier.request.overwrite and not request.overwrite:
+            check_replaced(earlier.request, final)
         check_unchanged(earlier.inputs, begun.inputs)
         if earlier.processes != begun.processes:
             raise InputError(
@@ -269,8 +265,9 @@ def _earlier(opened: OpenedSweep, begun: Begun, final: Path, resumed: bool) -> B
         return earlier
     if not request.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
-    check_result(opened, final)
-    check_kept(opened, final)
+    check_places(request, final)
+    check_result(opened)
+    check_kept(opened)
     return None
 
 
@@ -278,10 +275,11 @@ def _finish_changed(request: Request, progress: Progress) -> Sweep | None:
     """Finish the sweep if it was stopped while the model was changed in place; None if it was not."""
     final = Path(os.path.realpath(str(request.out)))
     begun = load_begun(final) if has_record(final, STATE) else None
-    if begun is None or begun.request != request or not has_changed(begun):
+    if begun is None or not begun.is_asked_for(request) or not has_changed(begun):
         return None
-    target = OutputDirectory(final, overwrite=request.overwrite, resume=True)
+    target = OutputDirectory(final, overwrite=begun.request.overwrite, resume=True)
     with _kept_if_stopped(target, begun.going_on(final)), target:
+        begun.check_record(target)
         finish_in_place(begun, progress)
         sweep = Sweep.read(target.path / FILE_NAME)
         target.commit()

@@ -1,15 +1,23 @@
 """What an unfinished sweep has scored, kept on disk so that it can be resumed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perta_fast.checkpoints.fingerprint import PUT_BACK, Fingerprint
-from perta_fast.data.given import SAME_CALL
-from perta_fast.errors import InputError, shell_command
+from perta_fast.checkpoints.fingerprint import Fingerprint, check_inputs
+from perta_fast.data.chat import parse_date
+from perta_fast.data.given import same_call
+from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.durable import read_record, write_record
-from perta_fast.files.new_directory import SWEEP_RECORD, SWEEP_STATE, OutputDirectory, partial_path, unfinished_advice
+from perta_fast.files.new_directory import (
+    SWEEP_RECORD,
+    SWEEP_STATE,
+    OutputDirectory,
+    has_record,
+    partial_path,
+    unfinished_advice,
+)
 from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import this_version
@@ -20,7 +28,7 @@ from perta_fast.sweeping.request import Request
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 _WALKS = "walks"
 _FORMAT = "perta-sweep"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,19 @@ class WalkPlan:
 class Begun:
     """An unfinished sweep.
 
-    inputs: what identifies the weights and data that it reads. rows: the scored settings. gold: the gold model's
-    scores, once they are known. day: when it began, for chat templates that ask for the date, as 2025-04-10; "" in
-    records of builds that did not keep it. plans: of a streamed sweep's walks, by name, once they
-    are made. applying: whether the model may be changed already, in place. processes: that do it together.
-    kept: what has been written where it is to be kept, or is about to get its name there (``keeping``): its files.
+    inputs: the states of what it reads. day: when it began, for chat templates that ask for the date, as 2025-04-10.
+    rows: the scored settings. gold: the gold model's scores, once they are known. plans: of a streamed sweep's walks,
+    by name, once they are made. applying: whether the model may be changed already, in place. processes: that do it
+    together. kept: the files of what is kept, by what it is: written down just before they get their place
+    (``keeping``).
     """
 
     request: Request
     inputs: dict[str, Any]
     started: str
+    day: str
     rows: list[ScoredSetting]
     gold: ScoredSetting | None = None
-    day: str = ""
     plans: dict[str, WalkPlan] = field(default_factory=dict)
     applying: bool = False
     processes: int = 1
@@ -72,15 +80,19 @@ class Begun:
     def going_on(self, final: Path) -> str:
         """The command that goes on with the sweep to ``final``, by as many processes as began it."""
         if self.request.is_of_given_rows:
-            return SAME_CALL
+            return same_call(self.request.overwrite)
         if self.request.in_place:
-            return "the same command"
+            return "the same command" + ", without ‹overwrite›" * self.request.overwrite
         several = ["torchrun", "--nproc-per-node", str(self.processes), "-m", "perta_fast"]
         return shell_command(*(["perta"] if self.processes == 1 else several), "resume", final)
 
+    def is_asked_for(self, request: Request) -> bool:
+        """Whether ``request`` is for this sweep. What it may replace it was told when it began."""
+        return replace(self.request, overwrite=request.overwrite) == request
+
     def check_request(self, request: Request, final: Path) -> None:
         """Raise InputError, with what finishes this sweep to ``final``, if another one is asked for."""
-        if self.request == request:
+        if self.is_asked_for(request):
             return
         if self.request.in_place:
             raise InputError(
@@ -88,6 +100,14 @@ class Begun:
                 f"to change {self.request.model} in place, or start over with ‹overwrite›"
             )
         raise InputError(unfinished_advice(final))
+
+    def check_record(self, target: OutputDirectory) -> None:
+        """Raise RunError unless ``target``, which is locked, still has the record that this was loaded from."""
+        there = has_record(target.final, STATE)
+        if there and repr(load_begun(target.final)) == repr(self):  # a score that is not a number equals no other
+            return
+        target.keep = there
+        raise RunError(f"{target.final}: another run has gone on with this sweep meanwhile; see what is there now")
 
     def find(self, curve: Curve, lam: float) -> ScoredSetting | None:
         """What a setting has scored."""
@@ -99,17 +119,24 @@ def load_begun(final: Path) -> Begun:
     path = partial_path(final) / STATE / SWEEP_RECORD
     content = read_record(path)
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-        raise InputError(f"{path}: is not the record of a sweep")
+        raise InputError(f"{path}: is not the record of a sweep; start over with ‹overwrite›")
     version = content.pop("version", None)
-    if content.pop("format_version", None) != _FORMAT_VERSION or version != this_version():
+    if version != this_version():
         raise InputError(
             f"{path}: the sweep was begun by perta_fast {version}, this is {this_version()}; "
             "install that version to finish it, or start over with ‹overwrite›"
         )
     try:
+        if content.pop("format_version", None) != _FORMAT_VERSION:
+            raise InputError("format_version")
         begun: Begun = typed(content, Begun)
+        begun.request.check_paths()
+        parse_date(begun.day)
     except InputError as error:
-        raise InputError(f"{path}: is not a record that this version understands") from error
+        raise InputError(
+            f"{path}: the sweep was begun by another build of perta_fast, or its record is damaged ({error}); "
+            "start over with ‹overwrite›"
+        ) from error
     return begun
 
 
@@ -118,12 +145,8 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
     A directory that is gone can only be one where an importance was taken: nothing more is read there.
     """
-    for path in sorted(before.keys() | now.keys()):
-        if before.get(path) != now.get(path) and exists(Path(path).parent):
-            raise InputError(
-                f"{path}: has changed since the sweep began; {PUT_BACK} to go on with it, or start "
-                "over with ‹overwrite›"
-            )
+    compared = {path: state for path, state in before.items() if path in now or exists(Path(path).parent)}
+    check_inputs(compared, now, "sweep")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[t
     request, threads = opened.request, threads_for(opened.request.threads, Ranks.ALONE)
     place = Path(str(request.out))
     how: dict[str, Any] = {"subtract": False, "threads": threads}
-    for estimator in opened.lacking():
+    for estimator in opened.estimated():
         subject = Path(request.model if request.at == "model" else request.base)
         for role, file in opened.data.items():
             data = {role: file.path}
@@ -56,7 +56,7 @@ def _to_be_made(opened: OpenedSweep) -> int:
     request = opened.request
     changed = sum(match.theta.count for match in opened.sources.matches if match.copied is None)
     vectors = vector_size(Path(request.base), Path(request.tuned)) * len(opened.mus())
-    return _IMPORTANCES * changed * len(opened.lacking()) + vectors
+    return _IMPORTANCES * changed * len(opened.estimated()) + vectors
 
 
 def _scoring(opened: OpenedSweep, path: Path, count: int, threads: int, world: int) -> Forecast:

@@ -33,7 +33,7 @@ from perta_fast.tuning.prepared import Prepared
 from perta_fast.tuning.record import FILE_NAME, Tuning
 from perta_fast.tuning.request import DATA, FORGET, RETAIN, Request, sources_here
 from perta_fast.tuning.size import tuned_size
-from perta_fast.tuning.unfinished import Begun, clear_up, identity_of
+from perta_fast.tuning.unfinished import Begun, clear_up, state_of_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +86,8 @@ def tune(
     seeded. report_to: where transformers reports loss and rate, such as wandb or tensorboard. callbacks: for
     transformers' Trainer. overwrite: replace ``out``, start over.
 
-    A run that is stopped keeps its state beside ``out``, at most once a minute: the same call, or ``resume``, goes on,
-    and on the CPU gives the bytes of an uninterrupted one.
+    A run that is stopped keeps its state beside ``out``, at most once a minute: the same call without ``overwrite``, or
+    ``resume``, goes on, and on the CPU gives the bytes of an uninterrupted one. With callbacks it is the call alone.
 
     Memory: the model in its own type, float32 if that is float16, and 16 bytes for each parameter of the adapter; if
     ``full``, 16 bytes for each parameter of the model, with retain_kl 20. Disk, if ``full``: 4 bytes for each
@@ -167,7 +167,7 @@ def _run(
     target = OutputDirectory(final, overwrite=overwrite, inputs=inputs, resume=begun is not None)
     read = {role: read_data(source, request.fields) for role, source in sources.items()}
     checkpoint = open_loadable(request.base)
-    known = identity_of(checkpoint, sources, {role: digest for role, (_, digest) in read.items()})
+    known = state_of_inputs(checkpoint, sources, {role: digest for role, (_, digest) in read.items()})
     versions = installed_versions(*_NEEDED)
     if begun is not None:
         begun.check_inputs(final, known, versions)

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
-from perta_fast.errors import InputError, NotFiniteError, is_out_of_memory
+from perta_fast.errors import InputError, NotFiniteError, RunError, is_out_of_memory
 from perta_fast.progress import Bar, Progress
 from perta_fast.tuning.request import Request
 from perta_fast.tuning.retained import Retained
@@ -171,12 +171,17 @@ _NOT_FITTING = (
 
 @contextmanager
 def _fitting(checkpoint: str | None) -> Iterator[None]:
-    """Raise InputError for a state that its record has the hashes of, and that is still none of this model's."""
+    """Raise InputError for a state that its record has the hashes of, and that is still none of this model's.
+
+    Raises RunError where the device failed: that says nothing of the state.
+    """
     try:
         yield
     except _NOT_FITTING as error:
         if is_out_of_memory(error):
             raise
+        if "CUDA error" in str(error):
+            raise RunError(f"the device failed while the kept state was loaded; the state stays: {error}") from error
         raise InputError(
             f"{checkpoint}: the kept state does not fit this model ({error}); start over with ‹overwrite›"
         ) from error

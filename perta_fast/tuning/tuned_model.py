@@ -65,34 +65,34 @@ def tune_model(prepared: Prepared, target: OutputDirectory, begun: Begun, device
                 write_tuned(module, checkpoint, target.path)
             else:
                 save_adapter(module, target.path)
-    on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
-    links = left_out_links(checkpoint) if request.full else []
-    chosen = {"batch_size": schedule.batch_size, "epochs": schedule.epochs, "lr": schedule.lr}
-    record = Tuning(
-        base=subject.origin,
-        data=records[request.role],
-        settings=request.settings() | chosen | {"device": str(subject.device), "date": told[request.role].date},
-        tuned_parameters=sum(map(torch.numel, trained(module).values())),
-        loss_before=before,
-        loss_after=after,
-        epoch_losses=losses,
-        warnings=[left_out_warning(link, target.final) for link in links]
-        + _warnings(records[request.role]["truncated"], missed, before, after, schedule),
-        seconds=begun.seconds + time.perf_counter() - clock,
-        memory=memory.as_dict() | on_device,
-        versions=begun.versions,
-        started=begun.started,
-        finished=now(),
-        role=request.role,
-        retain=records.get(RETAIN),
-        chosen=list(schedule.chosen),
-        epoch_divergences=divergences,
-        resumed=begun.resumed,
-    )
-    record.save(target.path)
-    target.commit()
-    clear_up(target.final)
-    return record
+            on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {}
+            links = left_out_links(checkpoint) if request.full else []
+            chosen = {"batch_size": schedule.batch_size, "epochs": schedule.epochs, "lr": schedule.lr}
+            record = Tuning(
+                base=subject.origin,
+                data=records[request.role],
+                settings=request.settings() | chosen | {"device": str(subject.device), "date": told[request.role].date},
+                tuned_parameters=sum(map(torch.numel, trained(module).values())),
+                loss_before=before,
+                loss_after=after,
+                epoch_losses=losses,
+                warnings=[left_out_warning(link, target.final) for link in links]
+                + _warnings(records[request.role]["truncated"], missed, before, after, schedule),
+                seconds=begun.seconds + time.perf_counter() - clock,
+                memory=memory.as_dict() | on_device,
+                versions=begun.versions,
+                started=begun.started,
+                finished=now(),
+                role=request.role,
+                retain=records.get(RETAIN),
+                chosen=list(schedule.chosen),
+                epoch_divergences=divergences,
+                resumed=begun.resumed,
+            )
+            record.save(target.path)
+            target.commit()
+            clear_up(target.final)
+            return record
 
 
 def _mean_loss(module: nn.Module, samples: Sequence[Sample], when: str, progress: Progress) -> float:

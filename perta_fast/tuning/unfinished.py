@@ -11,8 +11,7 @@ from typing import Any
 
 from perta_fast.arguments import check_device
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import CARD, companions
-from perta_fast.checkpoints.fingerprint import PUT_BACK, fingerprint
+from perta_fast.checkpoints.fingerprint import check_inputs, input_files
 from perta_fast.data.chat import parse_date
 from perta_fast.errors import InputError, RunError, advice, shell_command
 from perta_fast.files.durable import read_record, remove, sync, sync_tree, write_record
@@ -27,12 +26,14 @@ from perta_fast.files.new_directory import (
     unfinished_advice,
 )
 from perta_fast.files.own import check_own
+from perta_fast.files.reading import exists
 from perta_fast.progress import LOGGER
 from perta_fast.records.typed_json import typed
+from perta_fast.records.versions import check_versions
 from perta_fast.tuning.request import Request
 from perta_fast.tuning.saving import disk_errors
 
-_FORMAT, _FORMAT_VERSION = "perta tuning", 2
+_FORMAT, _FORMAT_VERSION = "perta tuning", 3
 _LEAST_WAIT = 60.0  # seconds between two states
 _LARGEST_SHARE = 0.05  # of the time that keeping a state may take
 _STATE_BYTES = 12  # of a trained parameter: itself and Adam's two moments, in float32
@@ -98,8 +99,14 @@ class Begun:
 
     def check_request(self, final: Path, request: Request) -> None:
         """Raise InputError unless ``request`` is the same."""
-        if self.request != request:
+        if self.request == request:
+            return
+        if not self.callbacks:
             raise InputError(unfinished_advice(final))
+        raise InputError(
+            f"{final}: another run to this place was stopped; finish it with the call of tune that began it, which has "
+            "the callbacks, or start over with ‹overwrite›"
+        )
 
     def check_callbacks(self, final: Path, callbacks: Sequence[str]) -> None:
         """Raise InputError unless ``callbacks`` are of the same types: no record can hold what they do."""
@@ -111,19 +118,8 @@ class Begun:
 
     def check_inputs(self, final: Path, inputs: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         """Raise InputError if an input is no longer what it was, or another version would go on."""
-        for name in sorted(self.inputs.keys() | inputs.keys()):
-            if self.inputs.get(name) != inputs.get(name):
-                raise InputError(
-                    f"{name}: has changed since the tuning began; {PUT_BACK} to go on with it, or start over with "
-                    "‹overwrite›"
-                )
-        for name in sorted(self.versions.keys() | versions.keys()):
-            before, now = self.versions.get(name), versions.get(name)
-            if before != now:
-                raise InputError(
-                    f"{final}: the tuning was begun with {name} {before}, this is {now}; install that to go on with "
-                    "it, or start over with ‹overwrite›"
-                )
+        check_inputs(self.inputs, inputs, "tuning")
+        check_versions(self.versions, versions, "tuning", final)
 
     def check_state(self, target: OutputDirectory) -> None:
         """Raise unless what is kept in ``target``, which is locked, is still this, byte for byte.
@@ -144,11 +140,9 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
-def identity_of(base: Checkpoint, sources: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """By what each input is known: the weights and what is read beside them, and the rows."""
-    known: dict[str, Any] = {str(base.path / name): state for name, state in fingerprint(base).items()}
-    known |= {str(path): hash_file(path) for name, path in companions(base.path).items() if name != CARD}
-    return known | {str(sources[role]): digest for role, digest in digests.items()}
+def state_of_inputs(base: Checkpoint, sources: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """By path, what shows whether an input has changed: the base's files, and the rows."""
+    return {**input_files(base), **{str(sources[role]): digest for role, digest in digests.items()}}
 
 
 def clear_up(final: Path) -> None:
@@ -239,8 +233,13 @@ class KeptState:
 
     @property
     def is_kept(self) -> bool:
-        """Whether a state is kept."""
-        return self._target.keep
+        """Whether a state is kept, or even the result."""
+        return self._target.keep or self._is_named
+
+    @property
+    def _is_named(self) -> bool:
+        """Whether the result is complete and has its name."""
+        return not exists(self._target.path)
 
     def give_up(self) -> None:
         """Keep nothing: another attempt would end as this one."""
@@ -248,8 +247,14 @@ class KeptState:
 
     def going_on(self) -> str:
         """How to go on after a stop."""
+        final = self._target.final
+        resuming = shell_command("perta", "resume", final)
+        if self._is_named:
+            left = f"; remove what is left of its state with: {resuming}" if exists(final / TUNING_STATE) else ""
+            return f"the result is complete, in {final}{left}"
         if not self._target.keep:
             return "nothing was left behind"
         if self.begun.callbacks:
-            return "what was learnt is kept; go on with the same call of tune, which has the callbacks"
-        return f"what was learnt is kept; go on with: {shell_command('perta', 'resume', self._target.final)}"
+            call = "the same call of tune" + ", without ‹overwrite›" * self.begun.overwrite
+            return f"what was learnt is kept; go on with {call}, which has the callbacks"
+        return f"what was learnt is kept; go on with: {resuming}"

@@ -16,6 +16,8 @@ from perta_fast.cli.recipe_options import options_of, with_shared
 from perta_fast.cli.recipe_sections import COMMANDS
 from perta_fast.errors import RunError
 from perta_fast.records.recipe import LISTS, SECTIONS, Setting
+from perta_fast.scoring.live_model import ScoredModel
+from perta_fast.scoring.setting import ScoredSetting
 from tests.support.checkpoints import fingerprint
 from tests.support.models import Job, write_lines
 
@@ -180,7 +182,7 @@ def test_a_section_that_ended_just_before_a_kill_is_done(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("perta_fast.cli.recipe_run.state_of", stop)
+        patched.setattr("perta_fast.cli.recipe_run.state_of_result", stop)
         assert run("recipe", "run", home / "run.yaml") == 130
     before = fingerprint(home / "settings")
     capsys.readouterr()
@@ -259,6 +261,41 @@ def test_replacing_that_was_stopped_goes_on_without_being_asked_again(
     capsys.readouterr()
     assert run("recipe", "run", done / "run.yaml", "--overwrite") == 0
     assert ways(capsys) == {"sweep": "is done already"} | dict.fromkeys(("unlearn", "eval", "report"), "is made again")
+
+
+SWEEPS = {
+    "sweep": ("  max-retain-rise: 99\n  in-place: true\n  out: settings\n", "settings"),
+    "unlearn": ("  choose: max-retain-rise=99\n  out: unlearned\n", "unlearned"),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_that_was_stopped_changed_and_stopped_again_goes_on(
+    name: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once it starts over with other strengths, it goes on without being asked again."""
+    text, result = SWEEPS[name]
+    path = home / "run.yaml"
+    path.write_text(f"{SHARED}{name}:\n  rule: tv\n  lams: 50,100\n{text}")
+    score = ScoredModel.score
+
+    def stopping(model: ScoredModel, what: str) -> ScoredSetting:
+        return stop() if what.endswith("lambda 100") else score(model, what)  # type: ignore[return-value]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ScoredModel, "score", stopping)
+        assert run("recipe", "run", path) == 130
+        change(home, "lams: 50,100", "lams: 25,100")
+        capsys.readouterr()
+        assert "was made with another value of lams; choose another out" in refusal(capsys, "recipe", "run", path)
+        assert run("recipe", "run", path, "--overwrite") == 130
+    monkeypatch.setattr(ScoredModel, "score", lambda model, what: score(model, what) if "25" not in what else stop())
+    capsys.readouterr()
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {name: "was begun, and goes on"}
+    assert (home / result).is_dir() and not list(home.rglob(".*partial"))
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {name: "is done already"}
 
 
 def test_a_run_in_place_is_done_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

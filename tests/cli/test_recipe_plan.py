@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from perta_fast.cli.recipe_plan import identities
+from perta_fast.cli.recipe_plan import states
 from perta_fast.cli.recipe_sections import COMMANDS, Section
 from perta_fast.records.recipe import Setting
 
@@ -40,14 +40,14 @@ def test_a_change_anywhere_in_an_input_is_seen(kind: str, tmp_path: Path) -> Non
     section = Section(COMMANDS[name], {key: Setting(given, "")}, tmp_path / "run.yaml")
     path = tmp_path / changed
     write(path)
-    before = identities(section)
-    assert identities(section) == before
+    before = states(section)
+    assert states(section) == before
     path.write_bytes(path.read_bytes() * 2)
-    changed_now = identities(section)
+    changed_now = states(section)
     assert list(changed_now) == [key] and changed_now != before
 
 
 def test_what_is_changed_in_place_meanwhile_is_left_out(tmp_path: Path) -> None:
     other(tmp_path / "model" / "config.json")
     section = Section(COMMANDS["unlearn"], {"model": Setting("model", "")}, tmp_path / "run.yaml")
-    assert identities(section, [tmp_path / "model"]) == {}
+    assert states(section, [tmp_path / "model"]) == {}

@@ -206,6 +206,28 @@ def test_the_result_that_is_replaced_stays_until_the_end(home: Path, passes: Pas
     assert "metrics" in content(home / "r.json")
 
 
+def test_given_rows_go_on_without_overwrite(home: Path, passes: Passes) -> None:
+    """The call that began it would start over, and without the record the file that is there would be in the way."""
+    own: dict[str, Any] = {
+        "suite": None,
+        "data": None,
+        "split": "",
+        "forget": HOLDOUT[:2],
+        "metrics": ["*_loss", "*_Q*"],
+    }
+    (home / "r.json").write_text("{}")
+    passes.after = 1
+    with pytest.raises(Interrupted, match=r"go on with: the same call, with the same rows, without overwrite$"):
+        measured(home, overwrite=True, **own)
+    passes.again()
+    with pytest.raises(InputError, match=r"r\.json: exists"):
+        measured(home, **own | {"batch_size": 3})
+    measured(home, **own)
+    assert passes.done == 1 and "forget_loss" in content(home / "r.json")["metrics"]
+    with pytest.raises(InputError, match=r"r\.json: exists"):
+        measured(home, **own)
+
+
 def test_two_at_once(home: Path, passes: Passes) -> None:
     stop(home, passes)
     descriptor = lock(home / ".r.json.perta-partial")

@@ -192,10 +192,14 @@ def test_a_setting_that_is_not_finite_is_named_and_others_go_on(job: Job, tmp_pa
         ({"out": "out", "alphas": [1, 16]}, "rule preconditioned, which is the default, has no weights"),
         ({"out": "out", "max_retain_increase": None, "retain_floor": 0.5}, "retain_floor is for a metric that falls"),
         ({"out": "out", "stream": True, "metric": "Q_A_ROUGE"}, "needs answers that the model generates"),
+        (
+            {"out": "out", "save_tuned": "out/kept"},
+            "out .*/out and save_tuned .*/out/kept must lie apart, neither within",
+        ),
     ],
 )
 def test_bad_arguments(chosen: dict[str, Any], message: str, job: Job, tmp_path: Path) -> None:
-    places = {name: tmp_path / place for name, place in chosen.items() if name == "out"}
+    places = {name: tmp_path / place for name, place in chosen.items() if name in ("out", "save_tuned")}
     with pytest.raises(InputError, match=message):
         run(job, **chosen | places)
     assert left(tmp_path) == set()

@@ -13,6 +13,7 @@ from perta_fast.importance.store import Importance
 from perta_fast.runs import estimate, making_tuned
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.sweeping import keeping
+from perta_fast.sweeping.unfinished import Record
 from tests.support.checkpoints import fingerprint
 from tests.support.models import Job
 
@@ -133,13 +134,15 @@ def test_what_is_stopped_while_it_keeps_loses_nothing(
     counting(estimate, "estimate_on")
     counting(making_tuned.Making, "run")
     full = rf"full.*is kept; go on with: perta resume {tmp_path}/sweep"
+    record = rf"{tmp_path}/sweep: could not be written: the disk is full.*is kept; go on with: perta resume"
     stops: list[tuple[Any, str, Any, str]] = [
+        (Record, "note_kept", stopped_at(Record, "note_kept", 0, OSError(28, "full")), record),
         (keeping, "OutputDirectory", Unnamed, "^$"),
         (keeping, "discard" if stream else "link_tree", Stop, "^$"),
         (keeping, "link_tree", stopped_at(keeping, "link_tree", 0 if stream else 1, OSError(28, "full")), full),
         (keeping, "discard", Stop, "^$"),
     ]
-    for owner, name, stand_in, words in stops[: 3 if stream else 4]:
+    for owner, name, stand_in, words in stops[: 4 if stream else 5]:
         with monkeypatch.context() as patched, pytest.raises((Stop, PertaError), match=words):
             patched.setattr(owner, name, stopped_at(owner, name, 0, stand_in()) if stand_in is Stop else stand_in)
             run(job, **chosen)
@@ -190,10 +193,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a form of nothing": ({"rule": "grad", "save_as": "ratio"}, "save_as says how importances are kept; give save_imp"),
     "no form": ({"rule": "grad", "save_as": "rat", "save_importance": "kept"}, "save_as is 'rat'; it must be pair or"),
     "a taken place": ({"rule": "grad", "save_importance": "model"}, "model"),
-    "in the sweep": ({"rule": "grad", "save_importance": "sweep/kept"}, "must lie apart, neither within the other"),
+    "in the sweep": (
+        {"rule": "grad", "save_importance": "sweep/kept"},
+        "save_importance .*kept and out .*sweep must lie apart, neither within the other",
+    ),
     "both in one": (
         {"rule": ["grad", "preconditioned"], "save_importance": "kept", "save_tuned": "kept/in"},
-        "must lie apart, neither within the other",
+        "save_importance .*kept and save_tuned .*in must lie apart, neither within the other",
     ),
 }
 

@@ -1,9 +1,10 @@
 """Sweeps that were stopped: what was scored is not scored again, and the outcome is that of one run."""
 
-import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,38 @@ def test_another_sweep_to_the_same_place(own_job: Job, whole: tuple[Sweep, Path]
     assert_same(found, stopped, whole)
 
 
+def test_a_sweep_of_given_rows_that_overwrites_goes_on_without(own_job: Job, tmp_path: Path, watch: Watch) -> None:
+    """The call that began it would start over."""
+    rows = [{"text": "Some words to forget."}]
+    few: dict[str, Any] = {"rule": "tv", "gold": None, "select": None, "checkpoint": None}
+    own = Job(*own_job.checkpoints, rows, own_job.retain)  # type: ignore[arg-type]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    watch.stop_at = SCORED[3]
+    with pytest.raises(Interrupted, match=r"Go on with: the same call, with the same rows, without overwrite$"):
+        run(own, tmp_path, overwrite=True, **few)
+    watch.forget()
+    assert len(run(own, tmp_path, **few).rows) == 3
+    assert watch.scored == SCORED[3:4]
+
+
+def test_a_sweep_in_place_that_overwrites_goes_on_without(
+    own_job: Job, tmp_path: Path, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(own_job.model, tmp_path / "model")
+    _, base, tuned = own_job.checkpoints
+    command: list[object] = ["sweep", "--model", model, "--base", base, "--tuned", tuned, "--rule", "tv"]
+    command += ["--forget", own_job.forget, "--retain", own_job.retain, "--max-retain-rise", 1000, "--lams", "2,8"]
+    command += ["--gold", tuned, "--select", "closest", "--quiet", "--in-place", "--out", tmp_path / "out"]
+    watch.stop_at = SCORED[3]
+    assert cli.main([*map(str, command), "--overwrite"]) == 130
+    assert "Go on with: the same command, without --overwrite\n" in capsys.readouterr().err
+    watch.forget()
+    assert cli.main(list(map(str, command))) == 0
+    assert watch.scored == SCORED[3:4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
 def test_a_stopped_sweep_that_overwrites_goes_on(
     own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch
 ) -> None:
@@ -308,24 +341,58 @@ def test_a_stopped_sweep_that_overwrites_goes_on(
     assert_same(found, tmp_path, whole)
 
 
-@pytest.mark.parametrize("damage", ["cut", "of another version", "another format", "of another shape"])
-def test_a_damaged_record_is_refused(damage: str, own_job: Job, stopped: Path) -> None:
+def test_a_damaged_record_is_refused(own_job: Job, stopped: Path) -> None:
     record = stopped / ".out.perta-partial" / ".perta-sweep" / "begun.json"
-    content = json.loads(record.read_text().split("\n", 1)[1])
-    if damage == "cut":
-        record.write_bytes(record.read_bytes()[:-20])
-    else:
-        changes = {
-            "of another version": {"version": "0"},
-            "another format": {"format": "x"},
-            "of another shape": {"rows": [1]},
-        }
-        write_record(record, content | changes[damage])
+    content = read_record(record)
+    request, damaged = content["request"], "is damaged"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"version": "0"}, "begun by perta_fast 0, this is"),
+        ({"format": "x"}, "is not the record of a sweep"),
+        ({"format_version": 1}, rf"{damaged} \(format_version\)"),
+        ({"rows": [1]}, rf"{damaged} \(rows\[0\] is 1"),
+        (
+            {"request": {**request, "save_tuned": "/tmp/\0"}},
+            f"{damaged} .*holds a character that no file name can have",
+        ),
+        ({"request": {**request, "importance": [""]}}, rf"{damaged} \(a path is empty"),
+    ]
+    whole = record.read_bytes()
+    for changes, words in cases:
+        write_record(record, content | changes)
+        for again in AGAIN.values():
+            with pytest.raises(InputError, match=rf"begun\.json: .*{words}.* start over with overwrite"):
+                again(own_job, stopped)
+    record.write_bytes(whole[:-20])
     before = fingerprint(stopped)
     for again in AGAIN.values():
         with pytest.raises(InputError, match=r"begun\.json: "):
             again(own_job, stopped)
     assert fingerprint(stopped) == before
+
+
+def test_work_that_another_process_goes_on_with_meanwhile(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at its record and the lock: one has scored a setting, another has finished."""
+    hidden = stopped / ".out.perta-partial"
+    record, vectors = hidden / ".perta-sweep" / "begun.json", sweeping_run.Vectors
+
+    def score() -> None:
+        content = read_record(record)
+        write_record(record, content | {"rows": content["rows"][:-1]})
+
+    def finish() -> None:
+        hidden.rename(stopped / "out")
+
+    def after(meanwhile: Callable[[], None], *given: Any) -> Any:
+        meanwhile()
+        return vectors(*given)
+
+    for meanwhile in (score, finish):
+        with monkeypatch.context() as patched:
+            patched.setattr(sweeping_run, "Vectors", partial(after, meanwhile))
+            with pytest.raises(RunError, match="out: another run has gone on with this sweep meanwhile"):
+                resume(stopped / "out", progress=False)
+        assert record.exists() == (meanwhile is score)
+    assert [path.name for path in stopped.iterdir()] == ["out"]
 
 
 def test_a_place_where_another_run_was_stopped(own_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +440,7 @@ def test_a_record_cannot_make_resume_replace_what_no_run_wrote(
         ("save_importance", mine, "mine.*: holds what no run has written"),
         *((name, stopped, "must lie apart, neither within the other") for name in ("checkpoint", "save_importance")),
         ("save_importance", inputs, "is or contains the input"),
+        ("save_tuned", f"{mine.parent}//{mine.name}", "mine.*: holds what no run has written"),
     ):
         write_record(path, {**record, "request": {**record["request"], name: str(place), "overwrite": True}})
         with pytest.raises(PertaError, match=message):

@@ -101,7 +101,7 @@ def test_as_many_processes_as_began_it(job: Job, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"stream": False}, "a sweep on a model in memory is done by one process"),
-        ({"in_place": True, "checkpoint": None}, "a model is changed in place by one process alone"),
+        ({"in_place": True, "checkpoint": None}, "changed in place by one process alone; start it without torchrun"),
         ({"lams": [0]}, "lams has no strength to try"),
         ({"target_retain_loss": 0.1}, "cannot be chosen against"),
     ],

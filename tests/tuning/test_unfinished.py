@@ -27,7 +27,7 @@ from perta_fast.files import new_directory
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.resuming import is_unfinished
-from perta_fast.tuning import tuned_model, unfinished
+from perta_fast.tuning import training, tuned_model, unfinished
 from tests.fuzz.test_damaged_files import examples
 from tests.support.checkpoints import fingerprint
 from tests.support.json_mutation import damaged
@@ -139,9 +139,10 @@ def test_a_stop_before_the_result_has_its_name(
     stopped: Path, whole: Callable[[bool], tuple[pf.Tuning, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state is there still; before, it was removed first, and the result with it."""
-    with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr(new_directory, "move", raising)
-        pf.resume(stopped, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(new_directory, "move", interrupted)
+        with pytest.raises(pf.Interrupted, match=f"what was learnt is kept; go on with: perta resume {stopped}$"):
+            pf.resume(stopped, progress=False)
     assert list(stopped.parent.iterdir()) == [hidden(stopped)]
     record = pf.resume(stopped, progress=False)
     is_as_whole(record, stopped, *whole(False), stops=2)
@@ -153,9 +154,11 @@ def test_a_stop_after_the_result_has_its_name(
 ) -> None:
     """All that is left is to move what was reported, and to remove the state."""
     (hidden(stopped) / ".perta-tuning" / "runs").mkdir()
-    with monkeypatch.context() as patched, pytest.raises(Stop):
-        patched.setattr(tuned_model, "clear_up", raising)
-        pf.resume(stopped, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(tuned_model, "clear_up", interrupted)
+        said = f"the result is complete, in {stopped}; remove what is left of its state with: perta resume {stopped}$"
+        with pytest.raises(pf.Interrupted, match=said):
+            pf.resume(stopped, progress=False)
     assert list(stopped.parent.iterdir()) == [stopped] and is_unfinished(stopped)
     with pytest.raises(pf.InputError, match=f"finish it with: perta resume {stopped}"):
         tune(job, stopped)
@@ -165,8 +168,8 @@ def test_a_stop_after_the_result_has_its_name(
     is_as_whole(record, stopped, *whole(False))
 
 
-def raising(*_: object) -> None:
-    raise Stop
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_same_command_goes_on_too(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +288,17 @@ def test_a_forged_state_is_refused(stopped: Path) -> None:
         (folder / name).write_bytes(before)
 
 
+def test_a_device_that_fails_says_nothing_of_the_state(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    before = fingerprint(hidden(stopped))
+    monkeypatch.setattr(training, "load_file", fail)
+    with pytest.raises(pf.RunError, match="the device failed while the kept state was loaded; the state stays"):
+        pf.resume(stopped, progress=False)
+    assert fingerprint(hidden(stopped)) == before
+
+
 class Counting(TrainerCallback):
     """A callback of the user's own."""
 
@@ -292,11 +306,14 @@ class Counting(TrainerCallback):
 def test_it_goes_on_with_the_callbacks_and_the_device_that_it_began_with(
     job: Job, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change_record(stopped, callbacks=["Counting"])
+    change_record(stopped, callbacks=["Counting"], overwrite=True)
     for go_on in ways_on(job, stopped):
         with pytest.raises(pf.InputError, match=r"was begun with the callbacks Counting.* repeat the call of tune"):
             go_on()
-    with pytest.raises(pf.Interrupted, match="go on with the same call of tune, which has the callbacks"):
+    with pytest.raises(pf.InputError, match="was stopped; finish it with the call of tune that began it, which has"):
+        tune(job, stopped, seed=3)
+    again = "the same call of tune, without overwrite, which has the callbacks"
+    with pytest.raises(pf.Interrupted, match=f"go on with {again}"):
         tune(job, stopped, callbacks=[Counting()], progress=stopping(12, error=KeyboardInterrupt()))
     change_record(stopped, device="cuda", callbacks=[])
     with pytest.raises(pf.InputError, match=r"was begun with the callbacks \(none\)"):
