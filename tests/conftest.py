@@ -61,8 +61,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """A test leaves the environment as it was: making a BOFT adapter changes its compilers (peft 0.21.2)."""
-    with patch.dict(os.environ):
-        yield
+    before = os.environ.copy()
+    yield
+    if os.environ.copy() != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -97,10 +97,10 @@ def test_checkpoints_are_taken_and_the_output_keeps_the_models_names(
 @pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
 def test_a_checkpoint_with_such_names_is_unlearned(stream: bool, tmp_path: Path) -> None:
     job = write_job(tmp_path, dtype=torch.float32)
-    how: dict[str, Any] = {"rule": "fisher", "lam": 1.0, "stream": stream, "progress": False}
-    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "plain", **{"rule": "fisher"} | how)
+    how: dict[str, Any] = {"rule": "fisher", "lam": 1.0, "stream": stream, "check": False, "progress": False}
+    unlearn(*job.checkpoints, job.forget, job.retain, out=tmp_path / "plain", **how)
     inputs = [renamed(path, NAMES["all"]) for path in job.checkpoints]
-    unlearn(*inputs, job.forget, job.retain, out=tmp_path / "out", **{"rule": "fisher"} | how)
+    unlearn(*inputs, job.forget, job.retain, out=tmp_path / "out", **how)
     expected, got = read_checkpoint(tmp_path / "plain"), read_checkpoint(tmp_path / "out")
     assert got.keys() == {NAMES["all"](name) for name in expected}
     assert all(same_bytes(got[NAMES["all"](name)], tensor) for name, tensor in expected.items())

@@ -7,6 +7,7 @@ The process that is forked has computed nothing, so a child does what a new proc
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -79,12 +80,15 @@ def _serve(library: str, setup: str, *imported: str) -> None:
     for name in imported:
         import_module(name)
     exec(setup, {})
+    gc.collect()
+    gc.freeze()
     signal.alarm(0)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             os._exit(_work(library, **json.loads(line)))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    os._exit(0)
 
 
 def _work(library: str, folder: str, arguments: list[str], environment: dict[str, str]) -> int:

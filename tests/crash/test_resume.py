@@ -33,7 +33,10 @@ SMALL = """
 from perta_fast.subtraction import compute, in_place
 compute.CHUNK, in_place.SEGMENT = 64, 700
 """
-IMPORTED = ("perta_fast.cli", "perta_fast.cli.inspect", "perta_fast.runs.apply", "perta_fast.resuming")
+IMPORTED = (
+    *("numpy", "blake3", "perta_fast._C", "perta_fast.cli", "perta_fast.cli.inspect", "perta_fast.runs.apply"),
+    *("perta_fast.subtraction.in_place", "perta_fast.subtraction.to_directory", "perta_fast.resuming"),
+)
 CONFIG = {"model_type": "llama", "hidden_size": 5}
 
 

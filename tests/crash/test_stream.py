@@ -23,6 +23,7 @@ from perta_fast.runs.verify import verify
 from perta_fast.subtraction.unfinished import STATE, WALK
 from tests.crash.forks import Forks
 from tests.crash.shim import SIZED, Faults, Point, Shim
+from tests.support import forked
 from tests.support.children import perta
 from tests.support.models import Job, write_job
 
@@ -31,15 +32,10 @@ SOME = 9  # kills in each test, if it is not a soak
 
 
 IMPORTED = (
-    "torch",
-    "transformers.convert_slow_tokenizer",
-    "transformers.models.llama.modeling_llama",
-    "perta_fast.cli",
-    "perta_fast.runs.estimate",
-    "perta_fast.resuming",
-    "perta_fast.streaming.forecast.choice",
-    "perta_fast.streaming.streamed_run",
-    "perta_fast.runs.unlearn",
+    *forked.IMPORTED,
+    *("perta_fast._C", "perta_fast.cli", "perta_fast.runs.estimate", "perta_fast.resuming"),
+    *("perta_fast.streaming.forecast.choice", "perta_fast.streaming.streamed_run"),
+    *("perta_fast.runs.unlearn", "perta_fast.runs.unlearn_streamed"),
 )
 
 

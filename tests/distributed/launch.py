@@ -11,9 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.support.forked import IMPORTED
 from tests.support.patience import HUNG
 
-_EVERYTHING = ["torch", "torch.distributed", "transformers", "perta_fast.runs.unlearn", "tests.support.models"]
+_EVERYTHING = [
+    *("pytest", "torch.distributed", *IMPORTED, "perta_fast._C", "perta_fast.cli", "perta_fast.resuming"),
+    *("perta_fast.runs.unlearn", "perta_fast.runs.unlearn_streamed", "perta_fast.runs.evaluate_streamed"),
+    *("perta_fast.streaming.forecast.choice", "perta_fast.sweeping.streamed"),
+    *("tests.support.checkpoints", "tests.support.models", "tests.families.matrix"),
+]
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_EVERYTHING)

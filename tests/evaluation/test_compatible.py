@@ -1,7 +1,9 @@
 """With ``compatible=NAME`` every number is that of a stand-in, which shares no code with the package."""
 
+import copy
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,18 +95,22 @@ def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(kind: str, words: PreTrainedTokenizerFast) -> Any:
     """A small model that half knows the answers, so that no score is at its end of the scale."""
+    rows = [*SETS["forget"], *SETS["retain"], *SETS["ra"], *SETS["wf"], *SETS["holdout"][:3]]
+    items = OpenUnlearning(None, words).items(rows)
+    return copy.deepcopy(_trained(kind, tuple((tuple(item.whole), tuple(item.labels)) for item in items)))
+
+
+@cache
+def _trained(kind: str, items: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    stand_in = OpenUnlearning(model, words)
-    rows = [*SETS["forget"], *SETS["retain"], *SETS["ra"], *SETS["wf"], *SETS["holdout"][:3]]
-    items = stand_in.items(rows)
     for _ in range(40):
         for begin in range(0, len(items), 9):
             batch = items[begin : begin + 9]
-            width = max(len(item.whole) for item in batch)
-            ids = torch.tensor([item.whole + [1] * (width - len(item.whole)) for item in batch])
-            labels = torch.tensor([item.labels + [-100] * (width - len(item.whole)) for item in batch])
+            width = max(len(whole) for whole, _ in batch)
+            ids = torch.tensor([whole + (1,) * (width - len(whole)) for whole, _ in batch])
+            labels = torch.tensor([labels + (-100,) * (width - len(labels)) for _, labels in batch])
             optimizer.zero_grad()
             model(input_ids=ids, labels=labels).loss.backward()
             optimizer.step()

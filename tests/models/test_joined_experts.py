@@ -4,6 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,27 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 Paths = dict[str, dict[str, Path]]
 
 
-def written(folder: Path, family: str | Family = "Qwen3-MoE", dtype: torch.dtype = torch.float32) -> Paths:
-    """By form and role: model, base and tuned in both forms, in more than one shard."""
-    of = BY_NAME[family] if isinstance(family, str) else family
-    paths: Paths = {"apart": {}, "joined": {}}
-    for role, seed in ROLES.items():
-        model = build(of, seed).to(dtype)
-        for form, by_role in paths.items():
-            by_role[role] = folder / form / role
-            model.save_pretrained(by_role[role], max_shard_size="20KB", save_original_format=form == "apart")
-            tokenizer().save_pretrained(by_role[role])
-    return paths
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Paths]:
+    """By form and role: model, base and tuned in both forms, in more than one shard; a named family is made once."""
+
+    @cache
+    def make(family: str | Family, dtype: torch.dtype) -> Path:
+        made = tmp_path_factory.mktemp("made")
+        for role, seed in ROLES.items():
+            model = build(BY_NAME[family] if isinstance(family, str) else family, seed).to(dtype)
+            for form in ("apart", "joined"):
+                path = made / form / role
+                model.save_pretrained(path, max_shard_size="20KB", save_original_format=form == "apart")
+                tokenizer().save_pretrained(path)
+        return made
+
+    def copied(folder: Path, family: str | Family = "Qwen3-MoE", dtype: torch.dtype = torch.float32) -> Paths:
+        made = (make if isinstance(family, str) else make.__wrapped__)(family, dtype)
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        return {form: {role: folder / form / role for role in ROLES} for form in ("apart", "joined")}
+
+    return copied
 
 
 def chosen(paths: Paths, forms: tuple[str, ...]) -> list[Path]:
@@ -94,7 +105,7 @@ def assert_same_model(first: PreTrainedModel, second: PreTrainedModel) -> None:
     [*((family, torch.float32) for family in FAMILIES), *((family, torch.bfloat16) for family in FAMILIES[2:])],
     ids=str,
 )
-def test_all_forms(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_all_forms(family: str, dtype: torch.dtype, written: Callable[..., Paths], tmp_path: Path) -> None:
     paths = written(tmp_path, family, dtype)
     assert any(name.endswith("experts.gate_up_proj") for name in read_checkpoint(paths["joined"]["model"]))
     for forms in FORMS:
@@ -109,7 +120,7 @@ def test_all_forms(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("forms", MIXED, ids="-".join)
 def test_chunks_that_begin_within_an_expert(
-    forms: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forms: tuple[str, ...], written: Callable[..., Paths], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = written(tmp_path)
     monkeypatch.setattr("perta_fast.subtraction.compute.CHUNK", 100)
@@ -120,7 +131,7 @@ def test_chunks_that_begin_within_an_expert(
 
 @pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
 @pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3, yarn"])
-def test_importances(family: str, stream: bool, tmp_path: Path) -> None:
+def test_importances(family: str, stream: bool, written: Callable[..., Paths], tmp_path: Path) -> None:
     paths = written(tmp_path, family)
     made: dict[str, list[Path]] = {}
     for form in paths:
@@ -149,24 +160,17 @@ def test_importances(family: str, stream: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
-def test_unlearning(stream: bool, tmp_path: Path) -> None:
+def test_unlearning(stream: bool, written: Callable[..., Paths], tmp_path: Path) -> None:
     paths, rows = written(tmp_path, "Qwen2-MoE"), data(tmp_path)
-    how: dict[str, Any] = {"rule": "fisher", "lam": 0.7, "stream": stream, "progress": False}
+    how: dict[str, Any] = {"rule": "fisher", "lam": 0.7, "stream": stream, "check": False, "progress": False}
     for form in paths:
-        unlearn(*chosen(paths, (form,) * 3), *rows, out=tmp_path / form / "expected", **{"rule": "fisher"} | how)
+        unlearn(*chosen(paths, (form,) * 3), *rows, out=tmp_path / form / "expected", **how)
     for at, forms in itertools.product(("base", "model"), MIXED):
         expected = tmp_path / f"expected-{at}-{forms[0]}"
         if not expected.exists():
-            unlearn(*chosen(paths, 3 * forms[:1]), *rows, at=at, out=expected, **{"rule": "fisher"} | how)
+            unlearn(*chosen(paths, 3 * forms[:1]), *rows, at=at, out=expected, **how)
         out = tmp_path / "-".join((at, *forms))
-        unlearn(
-            *chosen(paths, forms),
-            *rows,
-            at=at,
-            out=out,
-            save_importance=tmp_path / f"kept-{out.name}",
-            **{"rule": "fisher"} | how,
-        )
+        unlearn(*chosen(paths, forms), *rows, at=at, out=out, save_importance=tmp_path / f"kept-{out.name}", **how)
         assert_same(expected, out)
         assert not verify(out, full=True).problems
     assert_same_model(load(tmp_path / "expected-base-apart"), load(tmp_path / "expected-base-joined"))
@@ -194,7 +198,7 @@ WAYS = {
 @pytest.mark.parametrize("forms", MIXED[:1], ids="-".join)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_run_goes_on(
-    way: str, forms: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, forms: tuple[str, ...], written: Callable[..., Paths], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths, rows = written(tmp_path), data(tmp_path)
     inputs, expected, out = chosen(paths, forms), tmp_path / "expected", tmp_path / "out"
@@ -217,7 +221,7 @@ def test_a_stopped_run_goes_on(
 
 
 @pytest.mark.parametrize("own", ["built", "apart", "joined"])
-def test_a_live_module(own: str, tmp_path: Path) -> None:
+def test_a_live_module(own: str, written: Callable[..., Paths], tmp_path: Path) -> None:
     paths = written(tmp_path)
 
     def module(of: str = own) -> PreTrainedModel:
@@ -246,7 +250,7 @@ JOINED = "model.layers.1.mlp.experts.gate_up_proj"
 
 
 @pytest.mark.parametrize("forms", MIXED[:1], ids="-".join)
-def test_a_sweep(forms: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_sweep(forms: tuple[str, ...], written: Callable[..., Paths], tmp_path: Path) -> None:
     paths, rows = written(tmp_path), data(tmp_path)
     how: dict[str, Any] = {"rule": "fisher", "lams": [0.5, 1.0], "progress": False}
     expected = sweep(*chosen(paths, ("apart",) * 3), *rows, **how)
@@ -259,7 +263,7 @@ def test_a_sweep(forms: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("model", "base"), [("apart", "joined"), ("joined", "apart"), ("joined", "joined")])
-def test_adapters_of_experts(model: str, base: str, tmp_path: Path) -> None:
+def test_adapters_of_experts(model: str, base: str, written: Callable[..., Paths], tmp_path: Path) -> None:
     paths = written(tmp_path)
     targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     tuned = get_peft_model(load(paths["apart"]["base"]), LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
@@ -291,7 +295,9 @@ def changed(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Pa
 
 @pytest.mark.parametrize("lost", [("up_proj",), ("down_proj",), ("gate_proj", "up_proj", "down_proj")], ids="-".join)
 @pytest.mark.parametrize("role", ["model", "base", "tuned"])
-def test_a_missing_expert_is_named(role: str, lost: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_missing_expert_is_named(
+    role: str, lost: tuple[str, ...], written: Callable[..., Paths], tmp_path: Path
+) -> None:
     paths = written(tmp_path)
     inputs = {name: paths["apart" if name == role else "joined"][name] for name in ROLES}
 
@@ -307,7 +313,7 @@ def test_a_missing_expert_is_named(role: str, lost: tuple[str, ...], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_one_expert_more_is_refused(tmp_path: Path) -> None:
+def test_one_expert_more_is_refused(written: Callable[..., Paths], tmp_path: Path) -> None:
     paths = written(tmp_path)
 
     def add(tensors: dict[str, torch.Tensor]) -> None:
@@ -321,7 +327,9 @@ def test_one_expert_more_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 1)], ids=str)
-def test_two_tensors_for_one_place_are_refused(layers: tuple[int, ...], tmp_path: Path) -> None:
+def test_two_tensors_for_one_place_are_refused(
+    layers: tuple[int, ...], written: Callable[..., Paths], tmp_path: Path
+) -> None:
     paths = written(tmp_path)
     names = [f"model.layers.{layer}.mlp.experts.{name}" for layer in layers for name in ("gate_up_proj", "down_proj")]
     other = read_checkpoint(paths["joined"]["base"])
@@ -333,7 +341,7 @@ def test_two_tensors_for_one_place_are_refused(layers: tuple[int, ...], tmp_path
             apply(paths[model]["model"], both, paths[model]["tuned"], rule="tv", lam=1, out=tmp_path / "out")
 
 
-def test_both_forms_in_one_checkpoint(tmp_path: Path) -> None:
+def test_both_forms_in_one_checkpoint(written: Callable[..., Paths], tmp_path: Path) -> None:
     """The experts of one layer joined, those of the other apart."""
     paths = written(tmp_path)
     other = read_checkpoint(paths["joined"]["base"])
@@ -355,7 +363,7 @@ def test_both_forms_in_one_checkpoint(tmp_path: Path) -> None:
     assert_same_model(load(tmp_path / "expected"), load(tmp_path / "out"))
 
 
-def test_tied_embeddings(tmp_path: Path) -> None:
+def test_tied_embeddings(written: Callable[..., Paths], tmp_path: Path) -> None:
     """A matrix that one of them stores under its other name, beside experts in another form."""
     base = BY_NAME["Qwen3-MoE"]
     tied = replace(base, settings=base.settings | {"tie_word_embeddings": True})
@@ -371,14 +379,14 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         assert_same(tmp_path / "0", tmp_path / str(number))
 
 
-def test_types_that_differ_within_a_layer_are_refused(tmp_path: Path) -> None:
+def test_types_that_differ_within_a_layer_are_refused(written: Callable[..., Paths], tmp_path: Path) -> None:
     paths = written(tmp_path)
     base = changed(paths["apart"]["base"], lambda tensors: tensors.update({EXPERT: tensors[EXPERT].bfloat16()}))
     with pytest.raises(InputError, match=r"experts\.2\.up_proj\.weight is BF16, but they are one tensor"):
         apply(paths["joined"]["model"], base, paths["joined"]["tuned"], rule="tv", lam=1, out=tmp_path / "out")
 
 
-def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_experts_of_another_size_are_refused(written: Callable[..., Paths], tmp_path: Path) -> None:
     paths = written(tmp_path)
 
     def cut(tensors: dict[str, torch.Tensor]) -> None:
@@ -390,7 +398,9 @@ def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_order_is_refused_with_a_command_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_order_is_refused_with_a_command_that_helps(
+    written: Callable[..., Paths], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As experts that are stored transposed."""
     paths = written(tmp_path)
     convert = LoadedGroup.convert
@@ -413,7 +423,7 @@ def test_another_order_is_refused_with_a_command_that_helps(tmp_path: Path, monk
     assert all(same_bytes(made[name], tensor) for name, tensor in joined.items())
 
 
-def test_names_without_the_prefix_and_joined(tmp_path: Path) -> None:
+def test_names_without_the_prefix_and_joined(written: Callable[..., Paths], tmp_path: Path) -> None:
     """The whole kind at once: names of a base model, apart, against those in memory."""
     paths = written(tmp_path)
     folder = paths["apart"]["base"]

@@ -426,7 +426,8 @@ def test_killed_by_a_signal(home: Path, after: bool, earlier: int) -> None:
     streamed(home, out=home / "whole.json")
     call = "streaming.forward.score_walk.record_step"
     killed = perta(
-        *command(home, "--out", home / "r.json"), setup=signal_at("SIGKILL", call, after=after, earlier=earlier)
+        *command(home, "--out", home / "r.json", "--quiet"),
+        setup=signal_at("SIGKILL", call, after=after, earlier=earlier),
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (home / "r.json").exists()
@@ -464,7 +465,7 @@ def _full_at_the_second_layer(rank: int) -> None:
 @pytest.mark.slow
 def test_stopped_and_resumed_over_ranks(home: Path) -> None:
     streamed(home, out=home / "alone.json")
-    ended = perta_on_ranks(2, *command(home, "--out", home / "r.json"), setup=_full_at_the_second_layer)
+    ended = perta_on_ranks(2, *command(home, "--out", home / "r.json", "--quiet"), setup=_full_at_the_second_layer)
     assert [one.status for one in ended] == [1, 1]
     assert "the disk is full" in ended[0].errors + ended[1].errors
     assert "go on with: perta resume" in ended[0].errors

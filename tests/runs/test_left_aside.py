@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,26 +178,16 @@ def test_a_hub_checkpoint_with_vision_and_prediction_layers_tuned_as_text(
     nudge_(tuned, 6)
     write(tuned, tmp_path / "tuned", {})
     data = [write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in (("forget", FORGET), ("retain", RETAIN))]
-    unlearn(model, base, tmp_path / "tuned", *data, rule=rule, stream=stream, out=tmp_path / "text", lam=1.0)
+    how: dict[str, Any] = {"rule": rule, "lam": 1.0, "stream": stream, "check": False, "progress": False}
+    unlearn(model, base, tmp_path / "tuned", *data, out=tmp_path / "text", **how)
     without_vision = write(AutoModelForCausalLM.from_pretrained(base), tmp_path / "plain base", {})
-    unlearn(
-        model, without_vision, tmp_path / "tuned", *data, rule=rule, stream=stream, out=tmp_path / "expected", lam=1.0
-    )
+    unlearn(model, without_vision, tmp_path / "tuned", *data, out=tmp_path / "expected", **how)
     found, expected = read_checkpoint(tmp_path / "text"), read_checkpoint(tmp_path / "expected")
     assert found.keys() == expected.keys()
     assert all(same_bytes(found[name], expected[name]) for name in expected)
     # The hub's own files as the model: what is left aside is copied.
-    unlearn(base, base, tmp_path / "tuned", *data, rule=rule, stream=stream, out=tmp_path / "hub", lam=1.0)
-    unlearn(
-        without_vision,
-        without_vision,
-        tmp_path / "tuned",
-        *data,
-        rule=rule,
-        stream=stream,
-        out=tmp_path / "hub2",
-        lam=1.0,
-    )
+    unlearn(base, base, tmp_path / "tuned", *data, out=tmp_path / "hub", **how)
+    unlearn(without_vision, without_vision, tmp_path / "tuned", *data, out=tmp_path / "hub2", **how)
     found, expected, before = map(read_checkpoint, (tmp_path / "hub", tmp_path / "hub2", base))
     assert found.keys() == before.keys()
     assert all(same_bytes(found[name], expected.get(name, before[name])) for name in before)

@@ -91,23 +91,11 @@ def test_apply_to_a_directory_and_in_place(
 def test_unlearn(stream: bool, tied: bool, given: dict[str, Any], tmp_path: Path) -> None:
     """The importances are those of all parameters; with a tied matrix, the name of either use leaves it."""
     job = write_job(tmp_path, tie_word_embeddings=tied)
-    settings: dict[str, Any] = {"rule": "empirical-fisher", "stream": stream, "lam": 0.7, "progress": False}
-    data = job.forget, job.retain
-    unlearn(
-        *job.checkpoints,
-        *data,
-        **{"rule": "fisher"} | settings,
-        out=tmp_path / "whole",
-        save_importance=tmp_path / "first",
-    )
-    unlearn(
-        *job.checkpoints,
-        *data,
-        **{"rule": "fisher"} | settings,
-        **given,
-        out=tmp_path / "out",
-        save_importance=tmp_path / "second",
-    )
+    settings: dict[str, Any] = {"rule": "empirical-fisher", "stream": stream, "lam": 0.7}
+    settings |= {"check": False, "progress": False}
+    inputs = *job.checkpoints, job.forget, job.retain
+    unlearn(*inputs, **settings, out=tmp_path / "whole", save_importance=tmp_path / "first")
+    unlearn(*inputs, **settings, **given, out=tmp_path / "out", save_importance=tmp_path / "second")
     parts = [HEAD] if given["leave"] == "lm_head.weight" and not tied else [EMBED, HEAD]
     check(tmp_path / "out", read_checkpoint(job.model), read_checkpoint(tmp_path / "whole"), parts)
     for role in ("forget", "retain"):
@@ -179,7 +167,7 @@ def test_a_sweep_scores_and_writes_what_apply_does(at: Any, job: Job, tmp_path: 
     share = chosen.best.changed
     assert 0 < share < whole.rows[1].changed
     how: dict[str, Any] = {"rule": "grad", "lam": chosen.best.lam, "at": at, "leave": "embeddings", "progress": False}
-    unlearn(*job.checkpoints, *data, **{"rule": "fisher"} | how, out=tmp_path / "out")
+    unlearn(*job.checkpoints, *data, **how, out=tmp_path / "out")
     found, right, model = (read_checkpoint(path) for path in (tmp_path / "chosen", tmp_path / "out", job.model))
     assert all(same_bytes(found[name], right[name]) for name in right)
     assert same_bytes(found[EMBED], model[EMBED]) and same_bytes(found[HEAD], model[HEAD])
@@ -194,7 +182,7 @@ def test_a_sweep_scores_and_writes_what_apply_does(at: Any, job: Job, tmp_path: 
 def test_a_strength_that_is_chosen_is_that_of_the_rest(rule: str, job: Job, tmp_path: Path) -> None:
     how: dict[str, Any] = {"rule": rule, "leave": "embeddings", "max_retain_rise": 0.02, "progress": False}
     data = job.forget, job.retain
-    report = unlearn(*job.checkpoints, *data, **{"rule": "fisher"} | how, out=tmp_path / "out")
+    report = unlearn(*job.checkpoints, *data, **how, out=tmp_path / "out")
     swept = sweep(*job.checkpoints, *data, **how)
     assert swept.best is not None and report.lam == swept.best.lam > 0
     assert report.choice is not None and report.choice.after.retain_loss == pytest.approx(swept.best.retain_loss)
@@ -285,11 +273,11 @@ def test_a_vocabulary_that_was_resized_may_be_left(stream: bool, sizes: tuple[in
         tokenizer().save_pretrained(tmp_path / role)
         paths.append(tmp_path / role)
     data = [write_lines(tmp_path / f"{role}.jsonl", rows) for role, rows in (("forget", FORGET), ("retain", RETAIN))]
-    settings: dict[str, Any] = {"rule": "grad", "lam": 1.0, "stream": stream, "progress": False}
+    settings: dict[str, Any] = {"rule": "grad", "lam": 1.0, "stream": stream, "check": False, "progress": False}
     with pytest.raises(InputError, match="common_rows"):
-        unlearn(*paths, *data, **{"rule": "fisher"} | settings, leave="norms", out=tmp_path / "out")
-    unlearn(*paths, *data, **{"rule": "fisher"} | settings, common_rows=True, out=tmp_path / "whole")
-    unlearn(*paths, *data, **{"rule": "fisher"} | settings, leave="embeddings", out=tmp_path / "out")
+        unlearn(*paths, *data, **settings, leave="norms", out=tmp_path / "out")
+    unlearn(*paths, *data, **settings, common_rows=True, out=tmp_path / "whole")
+    unlearn(*paths, *data, **settings, leave="embeddings", out=tmp_path / "out")
     check(tmp_path / "out", read_checkpoint(paths[0]), read_checkpoint(tmp_path / "whole"), [EMBED, HEAD])
     assert not verify(tmp_path / "out", full=True, progress=False).problems
     live = AutoModelForCausalLM.from_pretrained(paths[0])
@@ -347,7 +335,7 @@ def test_a_stopped_run_keeps_its_patterns(
 
     def run(**more: Any) -> None:
         if kind == "streamed":
-            unlearn(*inputs, job.forget, job.retain, **{"rule": "fisher"} | how, **destination, stream=True, **more)
+            unlearn(*inputs, job.forget, job.retain, **how, **destination, stream=True, **more)
         else:
             apply(*inputs, *importances, **how, **destination, **more)
 

@@ -40,8 +40,8 @@ TALKS = [
 
 
 def run(job: Job, out: Path, **settings: Any) -> Report:
-    data = {"forget": job.forget, "retain": job.retain} | settings
-    return unlearn(*job.checkpoints, out=out, progress=False, **{"rule": "fisher"} | data)
+    given = {"forget": job.forget, "retain": job.retain, "rule": "fisher", "check": False} | settings
+    return unlearn(*job.checkpoints, out=out, progress=False, **given)
 
 
 def chosen(report: Report) -> StrengthChoice:
@@ -458,7 +458,7 @@ def test_one_model_at_a_time(at: str, job: Job, tmp_path: Path, monkeypatch: pyt
         return subject
 
     monkeypatch.setattr(loading, "load_subject", watched)
-    run(job, tmp_path / "out", rule="grad", at=at, check=False)
+    run(job, tmp_path / "out", rule="grad", at=at)
     assert len(alive) == 3  # to score it as it is, for the gradients, to score the rest
 
 

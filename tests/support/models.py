@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ class Job:
 
 def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 300 tokens."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template=chat_template,
+    )
+
+
+@cache
+def _trained() -> str:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -49,9 +60,7 @@ def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator([json.dumps(row) for row in FORGET + RETAIN], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", chat_template=chat_template
-    )
+    return str(bpe.to_str())
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:

@@ -153,13 +153,29 @@ def _entries(path: Path) -> list[Any]:
 STEPS = 4 * 5  # versions; embedding, three layers, head
 
 
+@pytest.fixture(scope="module")
+def whole(deep: Job, versions: list[Version], tmp_path_factory: pytest.TempPathFactory) -> list[VersionScores]:
+    """The scores of a walk that nothing stops."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = scored(deep.model, versions, tmp_path_factory.mktemp("whole") / "walk")
+    torch.set_num_threads(before)
+    return found
+
+
 @pytest.mark.parametrize("stop", range(0, STEPS, 3))
 @pytest.mark.parametrize("recorded", [True, False])
 def test_killed_and_resumed(
-    stop: int, recorded: bool, deep: Job, versions: list[Version], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    *,
+    stop: int,
+    recorded: bool,
+    deep: Job,
+    versions: list[Version],
+    whole: list[VersionScores],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At any step, before its record or after it."""
-    whole = scored(deep.model, versions, tmp_path / "whole")
     calls = 0
     record = score_walk._ScoreWalk.record
 
