@@ -23,7 +23,7 @@ def compiler() -> str:
 
 def build(target: Path, sources: list[Path], sanitizers: str) -> CompletedProcess[str]:
     optimised = "-O1" if sanitizers == "thread" else "-O0"  # what compiles and runs in the least time
-    flags = ["-std=c++17", optimised, "-g", "-ffp-contract=off", "-DPERTA_ISA=portable", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", optimised, "-g1", "-ffp-contract=off", "-DPERTA_ISA=portable", "-fno-sanitize-recover=all"]
     command = [*compiler().split(), *flags, f"-fsanitize={sanitizers}", f"-I{CSRC}", f"-I{CSRC / 'cpu'}"]
     return run_child([*command, *sources, "-o", target, "-pthread", "-ldl"])
 
