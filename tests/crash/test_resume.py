@@ -7,11 +7,10 @@ import json
 import os
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import CompletedProcess
 
 import pytest
 from blake3 import blake3
@@ -26,7 +25,6 @@ from tests.crash.forks import Forks
 from tests.crash.shim import CHANGES, SIZED, Faults, Point, Shim
 from tests.support.children import perta
 from tests.support.inputs import BF16, F32, write_inputs
-from tests.support.patience import HUNG
 
 SOAK = os.environ.get("PERTA_SOAK") == "1"
 SMALL = """
@@ -179,29 +177,20 @@ def test_killed_again_while_it_is_finished(world: World, tmp_path: Path) -> None
 
 
 def test_killed_at_any_instant(world: World, tmp_path: Path) -> None:
-    """Not at a file call, but some time after one: the child writes a dot for each and goes on."""
-    dotted = (
-        f"{SMALL}\nimport os, signal, sys\nfrom perta_fast.cli import main\nsignal.alarm({HUNG})\n"
-        "sys.addaudithook(lambda event, _: event.startswith(('open', 'os.')) and os.write(1, b'.'))\n"
-        "main(sys.argv[1:])"
-    )
+    """Not at a file call, but some time after one."""
 
-    def start(number: str) -> tuple[Path, Popen[bytes]]:
+    def killed(number: str, dots: int) -> CompletedProcess[str]:
         result = world.prepare(tmp_path / number)
-        command = [sys.executable, "-c", dotted, *map(str, world.arguments(result))]
-        return result, Popen(command, stdout=PIPE)
+        done = world.forks.perta(*world.arguments(result), dots=dots)
+        world.finish(result)
+        return done
 
-    _, whole = start("whole")
-    dots = len(whole.communicate(timeout=HUNG)[0])
+    whole = killed("whole", 1 << 20)
+    dots = len(whole.stdout)
     assert whole.returncode == 0 and dots > 50
     draw = random.Random(1)
-    for number in range(1000 if SOAK else 12):
-        result, child = start(str(number))
-        assert child.stdout is not None
-        child.stdout.read(draw.randrange(dots))
-        child.kill()
-        child.communicate(timeout=HUNG)
-        world.finish(result)
+    statuses = [killed(str(number), draw.randrange(dots)).returncode for number in range(1000 if SOAK else 12)]
+    assert statuses.count(-9) > len(statuses) / 2
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +73,7 @@ class Rows:
             _choices([row.content for row in world.rows], "answer"),
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A short hash of all rows."""
         return digest_of(asdict(self))
