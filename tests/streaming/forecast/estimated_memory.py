@@ -37,7 +37,7 @@ def write(folder: Path, hidden: int, tied: bool) -> None:
 def main(estimator: str, batch_size: int, tied: bool, folder: Path) -> None:
     """estimator: of importances, or "inputs" to precondition."""
     torch.set_num_threads(1)
-    samples = draw_samples(8, longest=200)
+    samples = draw_samples(3 if batch_size == 1 else 8, longest=200)
     data = write_lines(folder / "retain.jsonl", [{"text": "town " * 150}] * 8)
 
     def stream(name: str) -> None:
