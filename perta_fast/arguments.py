@@ -1,8 +1,9 @@
 """Checks of arguments that many functions share; none of them needs torch."""
 
 import re
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from perta_fast.errors import InputError
 
@@ -20,11 +21,25 @@ def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -
             raise InputError(f"‹{name}› is {value}; it must be at least 1")
 
 
-def plain_number(value: Any) -> Any:
-    """A number of NumPy's, or of another library, as Python's own; anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+def plain(value: Any) -> Any:
+    """Numbers, flags, texts and arrays of NumPy and others as Python's own, which JSON can hold; the rest as it is.
+
+    Within lists, tuples and mappings too. An array of no dimension is a number, of one a list.
+    """
+    if isinstance(value, bool):
         return value
-    return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass too
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        parts = map(plain, value)
+        return list(parts) if isinstance(value, list) else tuple(parts)
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, SupportsFloat) else value
 
 
 def check_device(device: "str | torch.device | None") -> None:

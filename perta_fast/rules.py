@@ -48,13 +48,13 @@ def resolved_at(rule: str, at: Place | None) -> Place:
     return at or ("model" if rule == PRECONDITIONED else "base")
 
 
-def check_takes_importances(rule: str, option: str) -> None:
-    """Raise InputError, naming the option that is for rules with importances, if ``rule`` is none."""
+def check_takes_importances(rule: str, argument: str) -> None:
+    """Raise InputError, naming the argument that is for rules with importances, if ``rule`` is none."""
     if rule in (PRECONDITIONED, "tv"):
         default = ", which is the default," if rule == PRECONDITIONED else ""
         with_importances = ", ".join(name for name in RULES if name != "tv")
         raise InputError(
-            f"rule {rule}{default} takes no importance; leave {option} out, or give one of: {with_importances}"
+            f"rule {rule}{default} takes no importance; leave ‹{argument}› out, or give one of: {with_importances}"
         )
 
 

@@ -92,13 +92,19 @@ def choose(parsed: argparse.Namespace) -> Outcome:
 
 def preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     """What the sweep takes; the result then takes what ``perta apply`` does."""
-    from perta_fast.sweeping.choose import as_sweep
     from perta_fast.sweeping.dry_run import preview_sweep
+
+    costs = preview_sweep(sweep_of(parsed), conditions(parsed), ranks)
+    return costs.followed_by("\n\nthen the result is computed from files, chunk by chunk, as by perta apply")
+
+
+def sweep_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """All arguments of the sweep that the choice is made from."""
+    from perta_fast.sweeping.choose import as_sweep
     from perta_fast.sweeping.run import sweep
 
     defaults = {name: parameter.default for name, parameter in signature(sweep).parameters.items()}
-    costs = preview_sweep(defaults | as_sweep(settings_of(parsed)), conditions(parsed), ranks)
-    return costs.followed_by("\n\nthen the result is computed from files, chunk by chunk, as by perta apply")
+    return defaults | as_sweep(settings_of(parsed))
 
 
 def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def _dry_run(parsed: argparse.Namespace) -> int | Outcome:
     with ranks.together("the estimate"):
         if ranks.first:
             request = Request.of(keywords(parsed) | {"model_or_path": parsed.model})
-            return forecast_shown(preview(request, ranks.world))
+            request.check()
+            return forecast_shown(preview(request.located(parsed.download), ranks.world))
     return 0
 
 

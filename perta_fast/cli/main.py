@@ -44,7 +44,7 @@ _MAKING = (demo, tune, merge, precondition, unlearn, recipe, importance, ratio, 
 _MODULES = (*_MAKING, eval, report, inspect, verify, resume, completion, help)
 COMMANDS = tuple(module.COMMAND for module in _MODULES)
 # For messages on a run that another command began, as those of perta resume.
-_OF_OTHERS = {option.name: option.typed for command in COMMANDS for option in command.options if option.spellings}
+_OF_OTHERS = {option.name: option for command in COMMANDS for option in command.options if option.spellings}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,8 +89,10 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spe
 
 
 def _spellings(command: Command) -> dict[str, str]:
-    """What messages call arguments: those of other commands too, but in a recipe all are called as its keys."""
-    return ({} if command in recipe.COMMAND.parts else _OF_OTHERS) | command.spellings()
+    """What messages call arguments: those of other commands too, by its keys in a recipe."""
+    in_recipe = command in recipe.COMMAND.parts
+    others = {name: option.key if in_recipe else option.typed for name, option in _OF_OTHERS.items()}
+    return others | command.spellings()
 
 
 def _shown(outcome: Outcome, parsed: argparse.Namespace) -> int:

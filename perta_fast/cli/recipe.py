@@ -35,6 +35,7 @@ _JOB: dict[str, dict[str, str]] = {
     "eval": {"model": "unlearned", "out": "scores.json"},
     "report": {"run": "unlearned", "sweep": "settings", "eval": "scores.json", "out": "page.html"},
 }
+_DATA = ("forget", "retain")  # which a run with the defaults needs too
 _WIDTH = 100
 
 
@@ -102,7 +103,7 @@ def _section(command: Command, values: Mapping[str, str]) -> str:
 
 
 def _first(command: Command) -> list[str]:
-    return [keys[0] for keys in required(command)]
+    return [*(keys[0] for keys in required(command)), *_DATA]
 
 
 def _entries(command: Command, first: Collection[str]) -> list[str]:

@@ -19,12 +19,12 @@ from perta_fast.files.hub import is_name, local_data
 from perta_fast.files.identity import is_same, lies_in
 from perta_fast.files.new_directory import SWEEP_STATE, has_record
 from perta_fast.files.reading import exists
-from perta_fast.records.recipe import Recipe, Setting
+from perta_fast.records.recipe import Recipe, Setting, command_of
 from perta_fast.records.recipe_record import state_of_result
 from perta_fast.resuming import is_unfinished
 from perta_fast.sweeping.results import record_beside
 
-COMMANDS = {command.name: command for command in (module.COMMAND for module in (tune, sweep, unlearn, eval, report))}
+COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in (tune, sweep, unlearn, eval, report)}
 # What sections make; the other paths are read.
 OUTPUTS = {option.key for command in COMMANDS.values() for option in command.options if option.makes}
 _DATA = ("forget", "retain", "holdout", "also", "prompts")
@@ -36,15 +36,12 @@ Value = str | bool | list[str]
 
 @dataclass(frozen=True)
 class Section:
-    """One command of a job. settings: as written, those that it shares among them."""
+    """One command of a job. name: the section's own. settings: as written, those that it shares among them."""
 
+    name: str
     command: Command
     settings: Mapping[str, Setting]
     path: Path
-
-    @property
-    def name(self) -> str:
-        return self.command.name
 
     @property
     def where(self) -> str:
@@ -142,11 +139,11 @@ def sections_of(recipe: Recipe, path: Path) -> list[Section]:
     Raises InputError naming file, line and key.
     """
     if not recipe.sections:
-        sections = [Section(unlearn.COMMAND, recipe.settings, path)]
+        sections = [Section(unlearn.COMMAND.name, unlearn.COMMAND, recipe.settings, path)]
     else:
         _check_shared(recipe)
         sections = [
-            Section(COMMANDS[name], with_shared(COMMANDS[name], recipe.settings, own), path)
+            Section(name, _command_of(name), with_shared(_command_of(name), recipe.settings, own), path)
             for name, own in recipe.sections.items()
         ]
     for section in sections:
@@ -213,7 +210,7 @@ def _check_input(section: Section, key: str, path: Path, where: str, data: dict[
 
 def _check_shared(recipe: Recipe) -> None:
     """Raise InputError for a setting above the sections that none of them takes, or that each must have of its own."""
-    known = {key for name in recipe.sections for key in options_of(COMMANDS[name])}
+    known = {key for name in recipe.sections for key in options_of(_command_of(name))}
     for key, setting in recipe.settings.items():
         if key in {*OUTPUTS, "in-place"}:
             raise InputError(f"{setting.where}: {key} belongs into a section, since each makes something else")
@@ -221,6 +218,10 @@ def _check_shared(recipe: Recipe) -> None:
             near = nearest(key, [*known, *COMMANDS])
             hint = f"did you mean {near}?" if near else f"the sections are {', '.join(recipe.sections)}"
             raise InputError(f"{setting.where}: {reprlib.repr(key)} is no option of any section; {hint}")
+
+
+def _command_of(section: str) -> Command:
+    return COMMANDS[command_of(section) or section]
 
 
 def _says(section: Section, keys: list[str]) -> bool:

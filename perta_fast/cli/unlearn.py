@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perta_fast import compiled
 from perta_fast.cli import choosing, options
@@ -41,9 +41,13 @@ def run(parsed: argparse.Namespace) -> int | Outcome:
     with importing():
         from perta_fast.runs.unlearn import unlearn
 
-    without = ("recipe", "dry_run", *(option.name for option in choosing.OPTIONS))
-    report = unlearn(**keywords(parsed, without), group=parsed.group)
+    report = unlearn(**arguments_of(parsed), group=parsed.group)
     return made(report.as_record(), report.summary(), parsed.out or parsed.model)
+
+
+def arguments_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Those of the Python function ``unlearn``, for a run with one setting."""
+    return keywords(parsed, ("recipe", "dry_run", *(option.name for option in choosing.OPTIONS)))
 
 
 def _check_recipe_stays(parsed: argparse.Namespace) -> None:
@@ -70,7 +74,7 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
         raise InputError(f"--dry-run has nothing to estimate for rule {parsed.rule}, which reads the weights alone")
     whole: Path | None = parsed.whole_importance
     if whole is not None:
-        check_takes_importances(parsed.rule, "--whole-importance")
+        check_takes_importances(parsed.rule, "whole_importance")
     roles = ("retain",) if preconditions else ("forget", "retain") if whole is None else ("forget",)
     data = {role: getattr(parsed, role) for role in roles}
     if None in data.values():

@@ -129,7 +129,7 @@ class ChatSettings:
 
     def refuse_for(self, what: str) -> None:
         """Raise InputError, as ``what`` goes through no chat template, if any of them is given."""
-        names = [name for name in ("system_prompt", "date_string") if getattr(self, name) is not None]
+        names = [f"‹{name}›" for name in ("system_prompt", "date_string") if getattr(self, name) is not None]
         if names:
             raise InputError(f"{' and '.join(names)}: {what}; leave it out")
 
@@ -242,10 +242,10 @@ def _check_takes_system_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str
             if not texts:
                 return  # it wants more than a question; the rows will show
             raise InputError(
-                f"system_prompt: the chat template takes none ({error}); leave it out, or begin the questions with it"
+                f"‹system_prompt›: the chat template takes none ({error}); leave it out, or begin the questions with it"
             ) from error
     if texts[0] == texts[1] and prompt.strip() not in texts[1]:
         raise InputError(
-            "system_prompt: the chat template leaves it out of what the model reads; leave it out too, or begin the "
+            "‹system_prompt›: the chat template leaves it out of what the model reads; leave it out too, or begin the "
             "questions with it"
         )

@@ -117,7 +117,7 @@ def _check_present(entries: list[tuple[str, Any]], fields: Fields, name: str | P
     for source in fields.values():
         for part in [source] if source in known else source.split("+"):
             if part not in known:
-                raise InputError(f'{name}: no row has "{part}", which fields names; they have {_listed(known)}')
+                raise InputError(f'{name}: no row has "{part}", which ‹fields› names; they have {_listed(known)}')
 
 
 def _row(entry: Any, where: str, fields: Fields) -> Row:

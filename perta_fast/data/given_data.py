@@ -22,12 +22,17 @@ def source_of(data: Data | GivenRows, download: bool, role: str) -> Source:
 
     Raises InputError for what is no data, or has no row.
     """
+    source = _rows_or_path(data, role)
+    return source if isinstance(source, GivenRows) else local_data(source, download)
+
+
+def _rows_or_path(data: Data | GivenRows, role: str) -> GivenRows | str:
     if isinstance(data, GivenRows):
         return data
     if isinstance(data, str | os.PathLike):
         if is_given(Path(data).name):
             raise no_longer_there(Path(data).name)
-        return local_data(data, download)
+        return os.fspath(data)
     try:
         rows = list(rows_of(data))
         if not rows:
@@ -56,7 +61,6 @@ def _of_samples(samples: list[Sample], role: str) -> GivenRows:
 
 def taken_out(arguments: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, GivenRows]]:
     """``arguments``, with names in place of rows that were given; and these rows by their names."""
-    download = arguments["download"]
-    sources = {name: source_of(arguments[name], download, name) for name in names if arguments[name] is not None}
+    sources = {name: _rows_or_path(arguments[name], name) for name in names if arguments[name] is not None}
     rows = {str(source): source for source in sources.values() if isinstance(source, GivenRows)}
     return {**arguments, **{name: str(source) for name, source in sources.items()}}, rows

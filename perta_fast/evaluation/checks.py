@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from perta_fast.arguments import check_device, check_sizes
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.configuration import check_configured
 from perta_fast.checkpoints.quantised import open_plain
@@ -16,6 +15,7 @@ from perta_fast.data.chat import ChatSettings, told
 from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.errors import InputError
 from perta_fast.evaluation.attacks import offer_attacks
+from perta_fast.evaluation.begun import Begun
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.examinee import Examinee
@@ -23,7 +23,7 @@ from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.muse import MuseMetrics, read_muse
 from perta_fast.evaluation.open_unlearning_files import check_open_unlearning_files
 from perta_fast.evaluation.own_data import OwnData
-from perta_fast.evaluation.request import Begun, Request
+from perta_fast.evaluation.request import ROLES, Request
 from perta_fast.evaluation.results import Evaluation, EvaluationFile, Metric, files_read
 from perta_fast.evaluation.tofu import TofuMetrics, read_tofu
 from perta_fast.files.kept_parts import KeptParts
@@ -55,8 +55,9 @@ class Checked:
 
         Raises InputError for bad arguments or data, RunError if the result could not be written.
         """
-        check_arguments(request)
-        conventions = _conventions(request)
+        request.check()
+        _check_walkable(request)
+        conventions = Conventions.named(request.compatible)
         replaces = overwrite or (request.out is not None and _goes_on_to_replace(request, Path(request.out)))
         _check_out(request, replaces, EVALUATION_STATE if resume or not overwrite else "")
         check_open_unlearning_files(request, overwrite=replaces or resume)
@@ -128,26 +129,9 @@ class Checked:
         )
 
 
-def check_arguments(request: Request) -> None:
-    """Raise InputError for numbers out of their range, and arguments that do not go together."""
-    check_sizes(request.batch_size, request.max_length, max_new_tokens=request.max_new_tokens)
-    check_device(request.device)
-    if not 0 < request.min_k <= 1:
-        raise InputError(f"‹min_k› is {request.min_k}; it must be a share of the tokens, above 0 and at most 1")
-    ChatSettings.of(request.system_prompt, request.date_string)
-    if request.suite == "muse" and not (request.system_prompt is request.date_string is None):
-        raise InputError("‹system_prompt› and ‹date_string› are for a chat template, and MUSE asks without one")
-    if not request.stream:
-        for name in ("memory", "device_memory"):
-            if getattr(request, name) is not None:
-                raise InputError(f"‹{name}› is for streamed evaluations; give ‹stream› too")
-        return
-    if request.model is None:
-        raise InputError("‹stream› is for checkpoint directories; a live module is in memory already")
-    for name in ("stress", "lm_eval"):
-        if getattr(request, name):
-            raise InputError(f"‹{name}› needs the whole model in memory; leave it out, or leave ‹stream› out")
-    for directory in (request.model, request.reference_model):
+def _check_walkable(request: Request) -> None:
+    """Raise InputError for a checkpoint that a streamed evaluation cannot walk through."""
+    for directory in (request.model, request.reference_model) if request.stream else ():
         if directory is not None:
             open_plain(directory)
 
@@ -176,14 +160,8 @@ def _chosen(request: Request, table: MetricTable) -> tuple[list[str], list[str]]
 
 
 def _check_stress(request: Request, table: MetricTable) -> None:
-    """Raise InputError for stresses that the request does not allow."""
+    """Raise InputError for stresses that data or checkpoints do not allow."""
     if request.against is not None:
-        if request.stress is None:
-            raise InputError(
-                "‹against› is for counting codes that have changed; name what to measure with ‹stress› too"
-            )
-        if request.model is None:
-            raise InputError("‹against› compares two checkpoints, and the model is one in memory; give its directory")
         open_plain(request.against)
     if request.stress is None:
         return
@@ -193,37 +171,13 @@ def _check_stress(request: Request, table: MetricTable) -> None:
         open_plain(request.model)
 
 
-def _conventions(request: Request) -> Conventions:
-    """Raises InputError for a request that they do not cover."""
-    conventions = Conventions.named(request.compatible)
-    if conventions.name is not None and request.suite == "muse":
-        raise InputError(f"compatible {conventions.name} is for TOFU and data of your own, not for MUSE; leave it out")
-    if conventions.name is not None and request.max_length is not None:
-        raise InputError(f"‹max_length›: {conventions.name} has limits of its own; leave out the one or the other")
-    return conventions
-
-
 def _table(request: Request, gold: EvaluationFile | None, rows: Given) -> MetricTable:
     """Read and check all data; returns what can be measured on it."""
-    suite = request.suite
-    if suite not in (None, "tofu", "muse"):
-        raise InputError(f"‹suite› is {suite!r}; it must be tofu or muse")
-    given = {role: path for role in ("forget", "retain", "holdout") if (path := getattr(request, role)) is not None}
-    if suite is None:
-        if "forget" not in given:
-            raise InputError("‹forget› is missing: give a suite with its data, or your own forget data")
-        if request.data is not None:
-            raise InputError("‹data› is the directory of a suite; name the suite too")
-        if gold is not None and "holdout" not in given:
-            raise InputError("without a suite, reference serves PrivLeak alone, which needs holdout")
+    if request.suite is None:
+        given = {role: path for role in ROLES if (path := getattr(request, role)) is not None}
         return OwnData({role: DataFile.read(path, request.fields, rows) for role, path in given.items()}, gold)
-    if given:
-        raise InputError(f"{', '.join(given)}: the suite has its own sets; leave out the one or the other")
-    if request.fields is not None:
-        raise InputError("‹fields› is for data of your own; the suite has its own names of fields")
-    if request.data is None:
-        raise InputError("‹data› is missing: the directory with the files of the suite")
-    if suite == "tofu":
+    assert request.data is not None
+    if request.suite == "tofu":
         return TofuMetrics(read_tofu(Path(request.data), request.split), gold)
     return MuseMetrics(read_muse(Path(request.data), partly=request.metrics is not None), gold)
 

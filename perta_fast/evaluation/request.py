@@ -1,38 +1,38 @@
-"""The arguments of an evaluation of a checkpoint, kept on disk with its finished parts, so that it can go on."""
+"""The arguments of an evaluation, checked; they are kept on disk, so that one that was stopped can go on."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from perta_fast.arguments import check_device, check_sizes, plain
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.fingerprint import check_inputs, input_files
-from perta_fast.data.chat import today
+from perta_fast.checkpoints.fingerprint import input_files
+from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
+from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.metric_table import MetricTable
 from perta_fast.evaluation.model_before import model_before
 from perta_fast.evaluation.stress_words import rounds, stress_words
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.identity import is_same
-from perta_fast.files.kept_parts import kept_record
-from perta_fast.files.new_directory import unfinished_advice
 from perta_fast.files.reading import checked_path
-from perta_fast.records.typed_json import typed
-from perta_fast.records.versions import check_versions, installed_versions
+from perta_fast.records.declared import declared
 
-_OWN = ("forget", "retain", "holdout")
-_PATHS = ("data", *_OWN, "reference", "reference_model", "against")
-_FORMAT, _FORMAT_VERSION = "perta-evaluation", 2
+ROLES = ("forget", "retain", "holdout")
+_PATHS = ("data", *ROLES, "reference", "reference_model", "against")
+_MODELS = ("model", "reference_model", "against")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of ``evaluate``, with absolute paths. model: None for one in memory."""
+    """The arguments of ``evaluate``. model: None for one in memory."""
 
     model: str | None
     suite: str | None
@@ -66,39 +66,103 @@ class Request:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """From the arguments of ``evaluate`` by name; names of the hub become paths.
+        """From the arguments of ``evaluate`` by name; names of the hub stay such until they are ``located``.
 
-        Rows given in Python are ``taken_out``.
+        Rows given in Python are ``taken_out``. Raises InputError for what is of another type.
         """
-        given, download = arguments["model_or_path"], arguments["download"]
-        values: dict[str, Any] = {"model": local_model(given, download) if isinstance(given, str | Path) else None}
-        values |= {field.name: arguments[field.name] for field in fields(cls) if field.name != "model"}
-        for name in ("data", *_OWN):
-            if values[name] is not None and not is_given(values[name]):
-                values[name] = local_data(values[name], download)
-        for name in ("reference_model", "against"):
-            values[name] = None if values[name] is None else local_model(values[name], download)
+        model = arguments["model_or_path"]
+        values: dict[str, Any] = {"model": model if isinstance(model, str | Path) else None}
+        values |= {field.name: plain(arguments[field.name]) for field in fields(cls) if field.name != "model"}
         check_fields(values["fields"])
-        values["fields"] = None if values["fields"] is None else dict(values["fields"])
-        for name in (*_PATHS, "model", "out", "open_unlearning_dir"):
-            if values[name] is not None and not is_given(values[name]):
-                values[name] = str(checked_path(values[name]).absolute())
+        for name in ("model", *_PATHS):
+            values[name] = os.fspath(values[name]) if isinstance(values[name], os.PathLike) else values[name]
+        for name in ("reference", "out", "open_unlearning_dir"):
+            values[name] = None if values[name] is None else _absolute(values[name])
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
         values["metrics"] = None if values["metrics"] is None else list(values["metrics"])
         values["lm_eval"] = list(values["lm_eval"])
         values["stress"] = None if values["stress"] is None else stress_words(values["stress"])
-        return cls(**values)
+        return declared(cls, values)
+
+    def located(self, download: bool) -> "Request":
+        """With absolute paths of models and data, also in place of names of the hub. download: fetch these first."""
+        changes: dict[str, Any] = {}
+        for name in (*_MODELS, "data", *ROLES):
+            path = getattr(self, name)
+            if path is not None and not is_given(path):
+                changes[name] = _absolute((local_model if name in _MODELS else local_data)(path, download))
+        return replace(self, **changes)
+
+    def check(self) -> None:
+        """Raise InputError for what is wrong with the arguments themselves."""
+        check_sizes(self.batch_size, self.max_length, max_new_tokens=self.max_new_tokens)
+        check_device(self.device)
+        if not 0 < self.min_k <= 1:
+            raise InputError(f"‹min_k› is {self.min_k}; it must be a share of the tokens, above 0 and at most 1")
+        ChatSettings.of(self.system_prompt, self.date_string)
+        if self.suite == "muse" and not (self.system_prompt is self.date_string is None):
+            raise InputError("‹system_prompt› and ‹date_string› are for a chat template, and MUSE asks without one")
+        self._check_streamed()
+        self._check_conventions()
+        self._check_data()
+        if self.against is None:
+            return
+        if self.stress is None:
+            raise InputError(
+                "‹against› is for counting codes that have changed; name what to measure with ‹stress› too"
+            )
+        if self.model is None:
+            raise InputError("‹against› compares two checkpoints, and the model is one in memory; give its directory")
+
+    def _check_streamed(self) -> None:
+        if not self.stream:
+            for name in ("memory", "device_memory"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"‹{name}› is for streamed evaluations; give ‹stream› too")
+            return
+        if self.model is None:
+            raise InputError("‹stream› is for checkpoint directories; a live module is in memory already")
+        for name in ("stress", "lm_eval"):
+            if getattr(self, name):
+                raise InputError(f"‹{name}› needs the whole model in memory; leave it out, or leave ‹stream› out")
+
+    def _check_conventions(self) -> None:
+        name = Conventions.named(self.compatible).name
+        if name is not None and self.suite == "muse":
+            raise InputError(f"‹compatible› {name} is for TOFU and data of your own, not for MUSE; leave it out")
+        if name is not None and self.max_length is not None:
+            raise InputError(f"‹max_length›: {name} has limits of its own; leave out the one or the other")
+
+    def _check_data(self) -> None:
+        given = [name for name in ROLES if getattr(self, name) is not None]
+        if self.suite not in (None, "tofu", "muse"):
+            raise InputError(f"‹suite› is {self.suite!r}; it must be tofu or muse")
+        if self.suite is not None:
+            if given:
+                names = ", ".join(f"‹{name}›" for name in given)
+                raise InputError(f"{names}: the suite has its own sets; leave out the one or the other")
+            if self.fields is not None:
+                raise InputError("‹fields› is for data of your own; the suite has its own names of fields")
+            if self.data is None:
+                raise InputError("‹data› is missing: the directory with the files of the suite")
+            return
+        if self.forget is None:
+            raise InputError("‹forget› is missing: give a suite with its data, or your own forget data")
+        if self.data is not None:
+            raise InputError("‹data› is the directory of a suite; name the suite too")
+        if self.reference is not None and self.holdout is None:
+            raise InputError("without a suite, ‹reference› serves PrivLeak alone, which needs ‹holdout›")
 
     @property
     def is_of_given_rows(self) -> bool:
         """Whether a data set was given in Python, which only the same call can give again."""
-        return any(is_given(getattr(self, name)) for name in _OWN)
+        return any(is_given(getattr(self, name)) for name in ROLES)
 
     def paths(self) -> list[Path]:
         """Every file and directory that is read."""
         paths = {name: path for name in ("model", *_PATHS) if (path := getattr(self, name)) is not None}
-        return [file for name, path in paths.items() for file in (data_files(path) if name in _OWN else [Path(path)])]
+        return [file for name, path in paths.items() for file in (data_files(path) if name in ROLES else [Path(path)])]
 
     def settings(self) -> dict[str, Any]:
         """For the record of the evaluation."""
@@ -139,52 +203,6 @@ class Request:
         return {path: state for path, state in inputs.items() if self.out is None or not is_same(path, self.out)}
 
 
-@dataclass(frozen=True)
-class Begun:
-    """What a stopped evaluation was begun with. inputs: ``Request.state_of_inputs``. versions: of what computes.
-
-    day: when it began, for chat templates that ask for the date, as 2025-04-10. overwrite: whether it may
-    replace the file that is there.
-    """
-
-    request: Request
-    inputs: dict[str, Any]
-    versions: dict[str, str]
-    started: str
-    day: str
-    overwrite: bool
-
-    @classmethod
-    def now(cls, request: Request, table: MetricTable, started: str, overwrite: bool) -> "Begun":
-        """That of an evaluation which begins."""
-        inputs = request.state_of_inputs(table)
-        return cls(request, inputs, installed_versions(), started, today().isoformat(), overwrite)
-
-    def record(self) -> dict[str, Any]:
-        """As it is written to the disk."""
-        return {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self)}
-
-    @classmethod
-    def load(cls, final: Path) -> "Begun | None":
-        """That of the stopped evaluation to ``final``, if there is one. Raises InputError if it is damaged."""
-        content = kept_record(final)
-        if content is None:
-            return None
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise InputError(f"{final}: its unfinished work is no evaluation's; start over with ‹overwrite›")
-        if content.pop("format_version", None) != _FORMAT_VERSION:
-            raise InputError(f"{final}: was begun by another version of perta_fast; start over with ‹overwrite›")
-        try:
-            begun: Begun = typed(content, cls)
-        except InputError as error:
-            raise InputError(
-                f"{final}: was begun by another version of perta_fast ({error}); start over with ‹overwrite›"
-            ) from error
-        return begun
-
-    def check_same(self, final: Path, other: "Begun") -> None:
-        """Raise InputError unless ``other`` is the same evaluation of the same inputs, by the same versions."""
-        if self.request != other.request:
-            raise InputError(unfinished_advice(final))
-        check_inputs(self.inputs, other.inputs, "evaluation")
-        check_versions(self.versions, other.versions, "evaluation", final)
+def _absolute(path: str | Path) -> str:
+    """The same path from any working directory; links are not followed."""
+    return str(checked_path(path).absolute())

@@ -8,9 +8,9 @@ from pathlib import Path
 from perta_fast.data.chat import parse_date, today
 from perta_fast.data.given import same_call
 from perta_fast.errors import Interrupted, RunError, is_out_of_memory
+from perta_fast.evaluation.begun import Begun
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.open_unlearning_files import write_open_unlearning_files
-from perta_fast.evaluation.request import Begun
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.records.versions import now

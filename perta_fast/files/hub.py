@@ -8,7 +8,7 @@ import re
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.reading import checked_path, exists
@@ -53,17 +53,22 @@ def local_model(path: str | Path, download: bool = False, *, in_place: bool = Fa
     return snapshot
 
 
+def path_text(path: Any, name: str = "data") -> str:
+    """The text of a path, or of a name of the hub. Raises InputError if it is neither; name: of the argument."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(
+            f"‹{name}› is {type(path).__name__}, and here it must be a file; write one, with to_json of a data set, or "
+            'to_json(file, orient="records", lines=True) of a DataFrame'
+        )
+    return os.fspath(path)
+
+
 def local_data(path: str | Path, download: bool = False) -> Path:
     """``path``, or the directory of the cache with the data set of this name, and what follows the name's colon.
 
     Raises InputError if it is neither, or no path at all; RunError if a download fails.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(
-            f"‹data› is {type(path).__name__}, and here it must be a file; write one, with to_json of a data set, or "
-            'to_json(file, orient="records", lines=True) of a DataFrame'
-        )
-    text = os.fspath(path)
+    text = path_text(path)
     there = exists(checked_path(path)) or exists(Path(text.partition(":")[0]))
     name = None if there else _NAME.fullmatch(text)
     snapshot = None if name is None else _snapshot(path, name[1], "dataset", download)

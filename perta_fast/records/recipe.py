@@ -1,6 +1,7 @@
 """Recipes: the settings of one run or of a whole job in one file, written in YAML or kept in the report of a run."""
 
 import os
+import re
 import reprlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from perta_fast.records.report import Report
 # A second run must not replace the first.
 _NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance", "as", "importance-dtype", "save-tuned")
 SECTIONS = ("tune", "sweep", "unlearn", "eval", "report")  # the commands that a job can have
+# A section's name: its command, and a word of its own if there are several of that command.
+_SECTION = re.compile(rf"({'|'.join(SECTIONS)})(?: [\w.-]+)?")
 LISTS = ("also", "forget-importance", "retain-importance", "importance", "sweep", "eval")  # keys with several values
 _LONGEST = 1 << 16  # bytes of YAML
 _TAG = "tag:yaml.org,2002:"
@@ -36,11 +39,17 @@ class Setting:
 class Recipe:
     """What a recipe says. settings: of the one run; or, of a job, those that its sections share.
 
-    sections: of a job, by name, in the order of the file; none for one run.
+    sections: of a job, by name, in the order of the file; none for one run. See ``command_of``.
     """
 
     settings: dict[str, Setting]
     sections: dict[str, dict[str, Setting]]
+
+
+def command_of(section: str) -> str | None:
+    """The command of the section of this name, ``eval`` of ``eval gold``; None for what names no section."""
+    found = _SECTION.fullmatch(section)
+    return None if found is None else found[1]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -70,10 +79,11 @@ def _from_yaml(path: Path) -> Recipe:
     root = _compose(path)
     inside = {}
     for name, where, node in _entries(root, path):
-        if name not in SECTIONS:
+        command = command_of(name)
+        if command is None:
             continue
         if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"{where}: {name} must hold the options of perta {name}, each on a line of its own")
+            raise InputError(f"{where}: {name} must hold the options of perta {command}, each on a line of its own")
         inside[name] = node
     return Recipe(_settings(root, path, set(inside)), {name: _settings(node, path) for name, node in inside.items()})
 

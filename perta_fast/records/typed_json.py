@@ -37,7 +37,7 @@ def with_nulls(content: Any) -> Any:
 
 
 def typed(value: Any, hint: Any, name: str = "") -> Any:
-    """A value from JSON as its declared type: dataclasses are made, other values are returned unchanged.
+    """A value from JSON as its declared type: dataclasses are made, and floats of whole numbers.
 
     Integers must be ones that arithmetic can take. Raises InputError naming the field that does not fit;
     name: of ``value`` itself.
@@ -59,7 +59,7 @@ def typed(value: Any, hint: Any, name: str = "") -> Any:
         allowed = hint is Any or type(value) is hint
     if not allowed:
         raise InputError(f"{name or 'the content'} is {reprlib.repr(value)}, not {_KINDS.get(origin or hint, hint)}")
-    return value
+    return float(value) if hint is float else value
 
 
 def fits(value: Any, hint: Any) -> bool:

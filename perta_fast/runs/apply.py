@@ -17,6 +17,7 @@ from perta_fast.files.new_directory import OutputDirectory, check_output, unfini
 from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
+from perta_fast.records.declared import checked_arguments
 from perta_fast.records.report import Report, listed
 from perta_fast.records.versions import now, this_version
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_LAM, DEFAULT_RULE, Rule, RuleName
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from perta_fast.streaming.streamed_run import StreamedRun
 
 
+@checked_arguments
 def apply(
     model: str | Path,
     base: str | Path,

@@ -24,6 +24,7 @@ from perta_fast.files.new_directory import check_output, check_unfinished
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.store import Importance
 from perta_fast.progress import Progress
+from perta_fast.records.declared import checked_arguments
 from perta_fast.rules import ESTIMATORS, Estimator
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@checked_arguments
 def estimate_importance(
     model_or_path: "str | Path | nn.Module",
     data: Data,

@@ -13,9 +13,10 @@ from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.data.given_data import Data, taken_out
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError, shell_command
+from perta_fast.evaluation.begun import Begun
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.metrics import MIN_K
-from perta_fast.evaluation.request import Begun, Request
+from perta_fast.evaluation.request import Request
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.evaluation.run import run
 from perta_fast.files.identity import is_same
@@ -110,6 +111,8 @@ def evaluate(
     with ranks.together("the arguments"):
         arguments, given = taken_out(arguments, ("forget", "retain", "holdout"))
         request = Request.of(arguments)
+        request.check()
+        request = request.located(download)
     model = model_or_path if request.model is None else request.model
     return _run(request, model, tokenizer, progress, ranks, overwrite=overwrite, resume=False, given=given)
 

@@ -8,6 +8,7 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_model
 from perta_fast.progress import Progress
+from perta_fast.records.declared import checked_arguments
 from perta_fast.records.report import Report
 from perta_fast.records.versions import now
 from perta_fast.rules import Rule
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _RULE = Rule.of("tv", -1.0)
 
 
+@checked_arguments
 def merge(
     base: str | Path,
     tuned: str | Path,

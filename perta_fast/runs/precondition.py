@@ -21,6 +21,7 @@ from perta_fast.files.new_directory import OutputDirectory, check_space
 from perta_fast.files.reading import exists
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.progress import Bar, Progress
+from perta_fast.records.declared import checked_arguments
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.report import describe_files
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, check_mu
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@checked_arguments
 def precondition(
     base: str | Path,
     tuned: str | Path,

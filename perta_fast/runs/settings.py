@@ -32,13 +32,18 @@ class Settings:
     progress: Progress = True
 
 
+def check_one_result(out: str | Path | None, in_place: bool) -> None:
+    """Raise InputError unless exactly one result is named."""
+    if in_place == (out is not None):
+        raise InputError("give either ‹out›, a directory to make, or ‹in_place›")
+
+
 def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks: Ranks = Ranks.ALONE) -> Path:
     """The directory that a run makes or changes, with links resolved.
 
     Raises InputError unless exactly one is named, and if many processes would change one in place.
     """
-    if in_place == (out is not None):
-        raise InputError("give either ‹out›, a directory to make, or ‹in_place›")
+    check_one_result(out, in_place)
     if in_place and ranks.world > 1:
         raise InputError("a model is changed in place by one process alone; give ‹out›, a directory to make")
     return Path(os.path.realpath(checked_path(model if out is None else out)))

@@ -15,6 +15,7 @@ from perta_fast.files.new_directory import check_output, check_space, check_unfi
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
+from perta_fast.records.declared import checked_arguments
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.report import Report
 from perta_fast.records.versions import now
@@ -22,7 +23,8 @@ from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, AnyRule, Place
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
-from perta_fast.runs.unlearn_inputs import Loaded, Opened, Options, data_records, streamed_on
+from perta_fast.runs.unlearn_inputs import Loaded, Opened, data_records, streamed_on
+from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import check_retained
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import begun_job, has_begun
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@checked_arguments
 def unlearn(
     model: str | Path,
     base: str | Path,
@@ -119,6 +122,7 @@ def _run(options: Options) -> Report:
     started, ranks = now(), Ranks.of(options.group)
     day = ranks.share(today())
     with ranks.together("the opening of the inputs"):
+        options.check_arguments()
         opened = Opened.open(options.located(), ranks, started)
         contents = opened.read_data() if opened.rule.estimator is None else None
     if contents is not None and opened.options.preconditions:

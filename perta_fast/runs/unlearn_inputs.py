@@ -1,174 +1,42 @@
-"""What a run of ``unlearn`` was asked for, and what it opens and loads before the first gradient."""
+"""What a run of ``unlearn`` opens and loads before the first gradient."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from perta_fast.arguments import check_device, check_sizes
 from perta_fast.checkpoints.configuration import check_configured
 from perta_fast.data.chat import ChatSettings, Told, parse_date
-from perta_fast.data.formats import data_files
-from perta_fast.data.forms import Fields, read_as
-from perta_fast.data.given_data import Data, Source, source_of
+from perta_fast.data.forms import read_as
 from perta_fast.data.rows import Row, read_data
 from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
-from perta_fast.errors import InputError
 from perta_fast.files.apart import check_inputs_stay
-from perta_fast.files.hub import local_model
 from perta_fast.files.journal import JOURNAL
 from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
 from perta_fast.files.own import check_own
-from perta_fast.files.reading import checked_path
-from perta_fast.importance.kept_form import KeptForm
-from perta_fast.progress import Progress
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record, truncation_warnings
 from perta_fast.records.strength_choice import StrengthChoice
 from perta_fast.records.typed_json import fits
-from perta_fast.rules import (
-    DEFAULT_MU,
-    PLACES,
-    PRECONDITIONED,
-    Place,
-    Rule,
-    check_mu,
-    check_strength,
-    check_takes_importances,
-    resolved_at,
-)
+from perta_fast.rules import Rule
 from perta_fast.runs import strength
 from perta_fast.runs.check import Checking
-from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination
+from perta_fast.runs.settings import Settings, check_changes, check_others, destination
+from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import WholeImportance
 from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.scope import Patterns, Scope
 from perta_fast.subtraction.unfinished import STATE
 
 if TYPE_CHECKING:
-    import torch
-    from torch.distributed import ProcessGroup
-
     from perta_fast.data.samples import Sample
     from perta_fast.runs.estimate import Estimation
     from perta_fast.streaming.schedule import Schedule
-
-_ROLES = ["forget", "retain"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of ``unlearn``."""
-
-    model: str | Path
-    base: str | Path
-    tuned: str | Path
-    forget: Data | Source | None
-    retain: Data | Source | None
-    fields: Fields | None
-    download: bool
-    rule: str
-    lam: float | None
-    max_retain_rise: float | None
-    mu: float | None
-    p: float | None
-    alpha: float
-    threshold: float | None
-    only: Patterns
-    leave: Patterns
-    at: Place | None
-    out: str | Path | None
-    in_place: bool
-    overwrite: bool
-    link_unchanged: bool
-    drop_cache: bool | None
-    whole_importance: str | Path | None
-    save_importance: str | Path | None
-    save_as: str | None
-    importance_dtype: str | None
-    save_tuned: str | Path | None
-    check: bool
-    stream: bool
-    memory: int | None
-    device_memory: int | None
-    batch_size: int
-    max_length: int | None
-    system_prompt: str | None
-    date_string: str | None
-    device: "str | torch.device | None"
-    dtype: "torch.dtype | None"
-    threads: int | None
-    common_rows: bool
-    allow_zero: bool
-    leave_others: bool
-    progress: Progress
-    group: "ProcessGroup | None"
-
-    @property
-    def data(self) -> dict[str, Source]:
-        """The data by role, once it is ``located``."""
-        both = {"forget": self.forget, "retain": self.retain}
-        return {role: cast(Source, data) for role, data in both.items() if data is not None}
-
-    @property
-    def preconditions(self) -> bool:
-        """Whether theta_f is preconditioned first."""
-        return self.rule == PRECONDITIONED
-
-    @property
-    def kept_form(self) -> KeptForm:
-        """How the importances are kept. Raises InputError for what is no form, or no type."""
-        return KeptForm.of(self.save_as, self.importance_dtype)
-
-    @property
-    def makes_temporary(self) -> bool:
-        """Whether importances, or a preconditioned θ_f, lie beside the result for a while."""
-        if self.preconditions:
-            return self.save_tuned is None
-        return self.save_importance is None or self.kept_form.as_ratio
-
-    @property
-    def scope(self) -> Scope:
-        """Which parameters are changed. Raises InputError for what are no patterns."""
-        return Scope.of(self.only, self.leave)
-
-    @property
-    def paths(self) -> list[Path]:
-        """Everything that is read."""
-        files = [file for path in self.data.values() for file in data_files(path)]
-        whole = [] if self.whole_importance is None else [checked_path(self.whole_importance)]
-        return [*map(Path, (self.model, self.base, self.tuned)), *whole, *files]
-
-    def loaded(self, rule: Rule) -> list[Path]:
-        """The checkpoints that the run cannot do without loading, once they are ``located``."""
-        places = {"model": Path(self.model), "base": Path(self.base)}
-        seen = [places[self.at]] if self.at is not None and (rule.estimator is not None or self.preconditions) else []
-        return seen if self.lam is not None else [*seen, places["model"]]
-
-    @property
-    def in_one_walk(self) -> bool:
-        """Whether the model is weighed and written layer by layer while the importances are estimated."""
-        return self.stream and not self.in_place and self.whole_importance is None
-
-    def located(self) -> "Options":
-        """With paths in place of names of the hub, and what the rule leaves open."""
-        data = {role: source_of(data, self.download, role) for role, data in self.data.items()}
-        return replace(
-            self,
-            at=resolved_at(self.rule, self.at),
-            mu=DEFAULT_MU if self.preconditions and self.mu is None else self.mu,
-            model=local_model(self.model, self.download, in_place=self.in_place),
-            base=local_model(self.base, self.download),
-            tuned=local_model(self.tuned, self.download),
-            forget=data.get("forget"),
-            retain=data.get("retain"),
-        )
 
 
 @dataclass(frozen=True)
@@ -184,18 +52,8 @@ class Opened:
 
     @classmethod
     def open(cls, options: Options, ranks: Ranks, started: str) -> "Opened":
-        """started: when the run began. Raises InputError if anything is wrong with arguments or checkpoints."""
-        check_strength(options.lam, options.max_retain_rise, options.stream, options.allow_zero)
-        rule = _rule_of(options)
-        _check_data(options, rule)
-        ChatSettings.of(options.system_prompt, options.date_string)
-        if options.at not in PLACES:
-            raise InputError(f"‹at› is {options.at!r}; it must be base or model")
-        check_sizes(options.batch_size, options.max_length)
-        check_device(options.device)
-        check_threads(options.threads)
-        if options.stream and options.link_unchanged and not options.in_place:
-            raise InputError("‹stream› writes every shard as it goes; leave ‹link_unchanged› out")
+        """options: checked. started: when the run began. Raises InputError if anything is wrong with checkpoints."""
+        rule = options.subtracting_rule()
         final = destination(options.model, options.out, options.in_place, ranks)
         three = options.model, options.base, options.tuned
         sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
@@ -237,52 +95,6 @@ class Opened:
         """With a strength that was searched for, as if it had been given."""
         return replace(
             self, options=replace(self.options, lam=lam, max_retain_rise=None), rule=self.rule.at(float(lam))
-        )
-
-
-def _rule_of(options: Options) -> Rule:
-    """The rule that subtracts. Raises InputError for settings that are not for it."""
-    if options.whole_importance is not None:
-        check_takes_importances(options.rule, "‹whole_importance›")
-    rule = Rule.of_unlearn(options.rule, options.lam or 0.0, options.p, options.alpha, options.threshold)
-    _check_form(options)
-    if options.preconditions:
-        check_mu(DEFAULT_MU if options.mu is None else options.mu)
-        if options.save_importance is not None:
-            raise InputError(
-                f"rule {PRECONDITIONED}, which is the default, takes no importance to save; ‹save_tuned› keeps what it "
-                "makes, or give a rule that takes importances, such as fisher"
-            )
-        return rule
-    if rule.estimator is None and options.save_importance is not None:
-        raise InputError("rule tv takes no importance, so there is none to save; leave ‹save_importance› out")
-    for name in ("mu", "save_tuned"):
-        if getattr(options, name) is not None:
-            raise InputError(f"‹{name}› is for rule {PRECONDITIONED}; leave it out, or take that rule")
-    return rule
-
-
-def _check_data(options: Options, rule: Rule) -> None:
-    """Raise InputError if data is missing."""
-    needing = f"rule {rule.name}"
-    needed = [] if rule.estimator is None else ["forget"] if options.whole_importance is not None else _ROLES
-    if options.preconditions:
-        needing, needed = f"rule {PRECONDITIONED}, which is the default,", ["retain"]
-    for role in needed:
-        if role not in options.data:
-            raise InputError(f"{needing} needs {role} data; give a file of it as ‹{role}›")
-    for role in _ROLES if options.lam is None else []:
-        if role not in options.data:
-            raise InputError(f"choosing ‹lam› needs {role} data; give a file of it as ‹{role}›, or give ‹lam›")
-
-
-def _check_form(options: Options) -> None:
-    KeptForm.check_is_asked_for(options.save_as, options.importance_dtype, options.save_importance is not None)
-    form = options.kept_form  # which checks both
-    if options.whole_importance is not None and form.dtype != "float32" and not form.as_ratio:
-        raise InputError(
-            f"‹importance_dtype› {form.dtype}: the next request takes rows out of what is kept, so it must be exact; "
-            "leave it out, or keep the ratio alone"
         )
 
 

@@ -7,7 +7,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from perta_fast.arguments import check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.rows import Row
 from perta_fast.errors import InputError
@@ -104,7 +103,6 @@ def unlearn_preconditioned(
 def _check(opened: Opened) -> None:
     """Raise InputError for what only this rule needs, RunError if the disk is too small."""
     options, final = opened.options, opened.settings.destination
-    check_sizes(options.batch_size, options.max_length)
     if not options.in_place and not options.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
     if options.save_tuned is None:

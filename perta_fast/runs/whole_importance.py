@@ -23,7 +23,7 @@ from perta_fast.records.report import describe_files, listed
 from perta_fast.rules import Rule
 
 if TYPE_CHECKING:
-    from perta_fast.runs.unlearn_inputs import Options
+    from perta_fast.runs.unlearn_options import Options
 
 PHASE = "retain importance"
 _SHOWN = 5  # rows that are named in a message

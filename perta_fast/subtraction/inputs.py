@@ -24,7 +24,7 @@ from perta_fast.subtraction.scope import EVERYTHING, Scope
 IMPORTANCES = ("forget_importance", "retain_importance")
 RATIO = "ratio"  # in place of both importances
 ADVICE = "estimate it with: perta importance"
-EITHER = "importance takes the place of forget_importance and retain_importance; give it, or them"
+EITHER = "‹importance› takes the place of ‹forget_importance› and ‹retain_importance›; give it, or them"
 _ROLES = ("model", "base", "tuned", *IMPORTANCES, RATIO)
 
 

@@ -25,7 +25,9 @@ def preview_sweep(arguments: Mapping[str, Any], conditions: "Conditions", world:
     Raises InputError for bad input, and if memory or disk are too small. A file is written to measure the disk, and
     removed; nothing else is.
     """
-    opened = OpenedSweep.open(Request.of(arguments), False, today())
+    request = Request.of(arguments)
+    request.check()
+    opened = OpenedSweep.open(request.located(arguments["download"]), False, today())
     _check_places(opened)
     # Imported late: what is wrong so far was said without waiting for torch.
     from perta_fast.streaming.forecast.forecast import Forecast

@@ -34,7 +34,7 @@ from perta_fast.subtraction.inputs import IMPORTANCES, RATIO, Sources, estimator
 from perta_fast.subtraction.read_beside import read_beside
 from perta_fast.subtraction.scope import Scope
 from perta_fast.subtraction.task_vector import check_task_vector
-from perta_fast.sweeping.grid import Curve, curves_of
+from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class OpenedSweep:
         given_rows: Given = NOTHING_GIVEN,
     ) -> "OpenedSweep":
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
-        curves = curves_of(request.rules, request.ps, request.alphas, request.threshold, request.mus)
         request.check()
+        curves = request.curves()
         sources, given = open_sources(request), _open_given(request, curves)
         if PRECONDITIONED in request.rules:
             check_tuned(Path(request.base), Path(request.tuned))

@@ -1,45 +1,42 @@
 """The arguments of a sweep, checked; they are kept on disk, so that a resumed sweep can compare them."""
 
 import math
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
-from perta_fast.arguments import check_device, check_sizes
+from perta_fast.arguments import check_device, check_sizes, plain
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
-from perta_fast.files.hub import local_data, local_model
+from perta_fast.files.hub import local_data, local_model, path_text
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.kept_form import KeptForm
+from perta_fast.records.declared import declared
 from perta_fast.rules import PLACES
 from perta_fast.runs.settings import check_threads
 from perta_fast.scoring.criteria import GENERATED_METRICS, LOSS, SELECTIONS
 from perta_fast.scoring.scored_data import check_metric
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.subtraction.scope import Scope
-from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, check_strengths
+from perta_fast.sweeping.grid import DEFAULT_STRENGTHS, Curve, check_strengths, curves_of
 
 BOUNDS = ("target_retain_loss", "max_retain_rise", "max_retain_increase", "retain_floor")
 _MODELS, _DATA = ("model", "base", "tuned", "gold"), ("forget", "retain", "holdout")
-_PATHS = (*_MODELS, *_DATA, "out", "save_importance", "save_tuned")
-_SEVERAL_PATHS = ("forget_importance", "retain_importance", "importance", "also")
+_OUTPUTS = ("out", "save_importance", "save_tuned")
+_IMPORTANCES = ("forget_importance", "retain_importance", "importance")
+_PATHS, _SEVERAL_PATHS = (*_MODELS, *_DATA, *_OUTPUTS), (*_IMPORTANCES, "also")
 # The argument of ``sweep`` that has one value or several.
 _SEVERAL = {"rules": "rule", "ps": "p", "alphas": "alpha", "mus": "mu"}
-_NUMBERS = ("ps", "alphas", "mus")
-_SINGLE_NUMBERS = (*BOUNDS, "threshold")
-_COUNTS = ("batch_size", "max_length", "memory", "device_memory", "threads")
-_FLAGS = ("in_place", "leave_others", "overwrite", "common_rows", "stream")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of ``sweep``, with absolute paths."""
+    """The arguments of ``sweep``."""
 
     model: str
     base: str
@@ -91,40 +88,40 @@ class Request:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
-        """From the arguments of ``sweep`` by name; names of the hub become paths.
+        """From the arguments of ``sweep`` by name; names of the hub stay such until they are ``located``.
 
-        Rows given in Python are ``taken_out``.
+        Rows given in Python are ``taken_out``. Raises InputError for what is of another type.
         """
-        values = {field.name: arguments[_SEVERAL.get(field.name, field.name)] for field in fields(cls)}
-        for name in (*_MODELS, *_DATA):
-            if values[name] is not None and not is_given(values[name]):
-                values[name] = _local(name, values[name], arguments["download"], arguments["in_place"])
-        values["also"] = [local_data(path, arguments["download"]) for path in _listed(values["also"])]
+        values = {field.name: plain(arguments[_SEVERAL.get(field.name, field.name)]) for field in fields(cls)}
         check_fields(values["fields"])
-        values["fields"] = None if values["fields"] is None else dict(values["fields"])
-        for name in (*_PATHS, "checkpoint"):
-            if values[name] is not None and not is_given(values[name]):
-                values[name] = _absolute(values[name])
+        for name in (*_MODELS, *_DATA):
+            values[name] = os.fspath(values[name]) if isinstance(values[name], os.PathLike) else values[name]
+        values["also"] = [path_text(path, "also") for path in _listed(values["also"])]
+        for name in (*_OUTPUTS, "checkpoint"):
+            values[name] = None if values[name] is None else _absolute(values[name])
         for name in _SEVERAL:
             values[name] = _listed(values[name])
-        for name in _SEVERAL_PATHS:
+        for name in _IMPORTANCES:
             values[name] = [_absolute(path) for path in _listed(values[name] or ())]
-        for name in _NUMBERS:
-            values[name] = [None if value is None else _number(_SEVERAL[name], value) for value in values[name]]
         if values["lams"] is not None:
-            several = values["lams"] if isinstance(values["lams"], Iterable) else [values["lams"]]
-            values["lams"] = [_number("lams", lam) for lam in several]
-        for name in _SINGLE_NUMBERS:
-            values[name] = None if values[name] is None else _number(name, values[name], several=False)
-        for name in _COUNTS:
-            values[name] = None if values[name] is None else _count(name, values[name])
-        for name in _FLAGS:
-            values[name] = bool(values[name])
+            values["lams"] = list(values["lams"]) if isinstance(values["lams"], Iterable) else [values["lams"]]
         scope = Scope.of(values["only"], values["leave"])
         values |= {"only": list(scope.only) or None, "leave": list(scope.leave) or None}
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
-        return cls(**values)
+        return declared(cls, values, _SEVERAL)
+
+    def located(self, download: bool) -> "Request":
+        """With absolute paths of models and data, also in place of names of the hub. download: fetch these first."""
+        changes: dict[str, Any] = {
+            name: _absolute(local_model(path, download, in_place=self.in_place and name == "model"))
+            for name in _MODELS
+            if (path := getattr(self, name)) is not None
+        }
+        for name in _DATA:
+            path = getattr(self, name)
+            changes[name] = path if path is None or is_given(path) else _absolute(local_data(path, download))
+        return replace(self, **changes, also=[_absolute(local_data(path, download)) for path in self.also])
 
     @property
     def kept_form(self) -> KeptForm:
@@ -160,7 +157,8 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """All but the inputs, for the record of the sweep."""
-        return {name: value for name, value in asdict(self).items() if name not in (*_PATHS, *_SEVERAL_PATHS)}
+        inputs = (*_PATHS, *_SEVERAL_PATHS)
+        return {name: value for name, value in asdict(self).items() if name not in inputs}
 
     @property
     def strengths(self) -> list[float] | None:
@@ -185,8 +183,13 @@ class Request:
         """The directory that becomes what is chosen, with links resolved."""
         return Path(os.path.realpath(self.model if self.checkpoint is None else self.checkpoint))
 
+    def curves(self) -> list[Curve]:
+        """The curves of settings that are asked for. Raises InputError for settings that are not possible."""
+        return curves_of(self.rules, self.ps, self.alphas, self.threshold, self.mus)
+
     def check(self) -> None:
-        """Raise InputError for what is wrong with the arguments themselves; ``curves_of`` checks the settings."""
+        """Raise InputError for what is wrong with the arguments themselves."""
+        self.curves()
         check_metric(self.metric)
         check_sizes(self.batch_size, self.max_length)
         check_device(self.device)
@@ -273,31 +276,9 @@ def _marked(names: Iterable[str], separator: str = ", ") -> str:
     return separator.join(f"‹{name}›" for name in names)
 
 
-def _local(name: str, value: Any, download: bool, in_place: bool) -> Path:
-    """What is on this machine under a name of the hub. in_place: the model is to be changed there."""
-    if name in _DATA:
-        return local_data(value, download)
-    return local_model(value, download, in_place=in_place and name == "model")
-
-
 def _listed(value: Any) -> list[Any]:
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return list(value) if several else [value]
-
-
-def _number(name: str, value: Any, several: bool = True) -> float:
-    """Also of a number of NumPy's, which JSON cannot hold. several: whether a list may be given."""
-    try:
-        return float(value if isinstance(value, SupportsFloat) else "")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"‹{name}› is {value!r}; it must be a number{', or a list of numbers' * several}") from error
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise InputError(f"‹{name}› is {value!r}; it must be a whole number") from error
 
 
 def _absolute(path: str | Path) -> str:

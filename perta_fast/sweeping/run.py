@@ -145,6 +145,8 @@ def sweep(
     with ranks.together("the arguments"):
         arguments, given = taken_out(arguments, ("forget", "retain", "holdout"))
         request = Request.of(arguments)
+        request.check()
+        request = request.located(download)
     return _run(request, progress, resumed=False, ranks=ranks, given=given)
 
 

@@ -1,16 +1,20 @@
 """The arguments of a tuning."""
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from perta_fast.arguments import check_device, check_sizes
-from perta_fast.data.given import GivenRows
+from perta_fast.data.chat import ChatSettings
+from perta_fast.data.forms import check_fields
+from perta_fast.data.given import GivenRows, is_given
 from perta_fast.data.given_data import Source
 from perta_fast.errors import InputError
-from perta_fast.records.typed_json import typed
+from perta_fast.files.hub import local_data, local_model
+from perta_fast.records.declared import declared
 
 FORGET, DATA, RETAIN = "forget", "data", "retain"
 
@@ -39,9 +43,33 @@ class Request:
     device: str | None
     report_to: list[str]
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], sources: Mapping[str, str]) -> "Request":
+        """From the arguments of ``tune`` by name; names of the hub stay such until they are ``located``.
+
+        sources: as the field. Raises InputError for what is of another type.
+        """
+        check_fields(arguments["fields"])
+        base, device, report_to = (arguments[name] for name in ("base", "device", "report_to"))
+        changed = {
+            "base": str(base),
+            "device": None if device is None else str(device),
+            "report_to": [report_to] if isinstance(report_to, str) else list(report_to or ()),
+        }
+        return declared(cls, {**arguments, **changed, "sources": sources})
+
+    def located(self, download: bool) -> "Request":
+        """With absolute paths, also in place of names of the hub. download: fetch these first."""
+        sources = {
+            role: source if is_given(source) else os.path.abspath(local_data(source, download))
+            for role, source in self.sources.items()
+        }
+        return replace(self, base=os.path.abspath(local_model(self.base, download)), sources=sources)
+
     def check(self) -> None:
-        """Raise InputError, naming the argument, for what is of another type or out of range, and for missing data."""
-        typed(asdict(self), Request)
+        """Raise InputError, naming the argument, for what is out of range, and for missing data."""
+        check_fields(self.fields)
+        ChatSettings.of(self.system_prompt, self.date_string)
         check_sizes(
             1 if self.batch_size is None else self.batch_size, self.max_length, rank=self.rank, epochs=self.epochs
         )

@@ -6,19 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from perta_fast.arguments import plain_number
 from perta_fast.checkpoints.quantised import open_loadable
 from perta_fast.data.chat import ChatSettings, parse_date, today
 from perta_fast.data.formats import data_files
-from perta_fast.data.forms import Fields, check_fields
-from perta_fast.data.given import is_given
+from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data, Source, taken_out
 from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
-from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import (
     TUNING_STATE,
     OutputDirectory,
@@ -97,34 +94,14 @@ def tune(
     """
     if out is None:
         raise InputError("give ‹out›, the directory to make")
-    roles = {FORGET: forget, DATA: data, RETAIN: retain}
-    request = Request(
-        base=str(base),
-        sources={role: "" for role, source in roles.items() if source is not None},
-        full=full,
-        rank=plain_number(rank),
-        epochs=plain_number(epochs),
-        lr=plain_number(lr),
-        batch_size=plain_number(batch_size),
-        max_length=plain_number(max_length),
-        gradient_checkpointing=gradient_checkpointing,
-        seed=plain_number(seed),
-        fields=None if fields is None else dict(fields),
-        system_prompt=system_prompt,
-        date_string=date_string,
-        retain_kl=plain_number(retain_kl),
-        device=None if device is None else str(device),
-        report_to=[report_to] if isinstance(report_to, str) else list(report_to or ()),
-    )
+    arguments: dict[str, Any] = locals()
+    roles = [role for role in (FORGET, DATA, RETAIN) if arguments[role] is not None]
+    request = Request.of(arguments, dict.fromkeys(roles, ""))
     request.check()
     check_name(out)
     _check_libraries()
-    named, given = taken_out({**roles, "download": download}, roles)
-    request = replace(
-        request,
-        base=_absolute(local_model(base, download)),
-        sources={role: _absolute(named[role]) for role in request.sources},
-    )
+    named, given = taken_out(arguments, roles)
+    request = replace(request, sources={role: named[role] for role in roles}).located(download)
     final = Path(os.path.realpath(checked_path(out)))
     begun = None if overwrite else Begun.load(final)
     if begun is not None:
@@ -141,6 +118,7 @@ def resume_tuning(final: Path, progress: Progress) -> Tuning:
     if begun is None:
         clear_up(final)
         return Tuning.read(final)
+    _check_libraries()
     return _run(begun.request, sources_here(begun.request, {}), final, begun, begun.overwrite, (), progress)
 
 
@@ -159,8 +137,6 @@ def _run(
     names = [(callback if isinstance(callback, type) else type(callback)).__name__ for callback in callbacks]
     if begun is not None:
         begun.check_callbacks(final, names)
-    _check_libraries()
-    check_fields(request.fields)
     day = today() if begun is None else parse_date(begun.day)
     chat = ChatSettings.of(request.system_prompt, request.date_string, day)
     inputs = [Path(request.base), *(file for source in sources.values() for file in data_files(source))]
@@ -200,11 +176,6 @@ def _run(
 def _check_libraries() -> None:
     if None in map(find_spec, _NEEDED):
         raise InputError(f"{' and '.join(_NEEDED)} are needed: pip install 'perta-fast[tune]'")
-
-
-def _absolute(source: str | Path) -> str:
-    """A path that is the same from everywhere; the name of rows that were given in Python as it is."""
-    return str(source) if is_given(source) else os.path.abspath(source)
 
 
 def _check_reporting(names: Sequence[str]) -> None:

@@ -152,7 +152,7 @@ def test_eval(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ("question=title,answer=no", 'no row has "no", which fields names; they have "title", "reply", "text"'),
+        ("question=title,answer=no", 'no row has "no", which --fields names; they have "title", "reply", "text"'),
         ("prompt=title", "argument --fields: fields has prompt=title; write it like question=prompt"),
         ("title", "argument --fields: fields has title=; write it like question=prompt"),
     ],

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from perta_fast import cli
 from perta_fast.cli.options import Command, Option
 from perta_fast.cli.recipe_options import options_of, with_shared
-from perta_fast.cli.recipe_sections import COMMANDS
+from perta_fast.cli.recipe_sections import COMMANDS, sections_of
 from perta_fast.errors import RunError
-from perta_fast.records.recipe import LISTS, SECTIONS, Setting
+from perta_fast.records.recipe import LISTS, SECTIONS, Setting, read_recipe
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.scoring.setting import ScoredSetting
 from tests.support.checkpoints import fingerprint
@@ -94,7 +94,7 @@ def change(home: Path, before: str, after: str) -> Path:
 
 def ways(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What the lines of progress say of each section."""
-    lines = re.findall(r"^step \d of \d, (\w+): \S+ (.+)$", capsys.readouterr().out, re.MULTILINE)
+    lines = re.findall(r"^step \d of \d, ([\w ]+): \S+ (.+)$", capsys.readouterr().out, re.MULTILINE)
     return dict(lines)
 
 
@@ -326,6 +326,42 @@ def test_one_run_and_one_section_of_a_job(home: Path, capsys: pytest.CaptureFixt
     assert refusal(capsys, "unlearn", "--recipe", home / "run.yaml") == expected
 
 
+def test_an_evaluation_beside_that_of_a_gold_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two sections of one command have names of their own, and the later one reads what the earlier one makes."""
+    write_lines(home / "holdout.jsonl", [{"text": "What nobody has seen."}])
+    shared = "forget: forget.jsonl\nretain: retain.jsonl\nholdout: holdout.jsonl\nmetrics: mia_min_k\n"
+    gold = "eval gold:\n  model: base\n  out: gold.json\n"
+    own = "eval:\n  model: model\n  reference: gold.json\n  metrics: privleak\n"
+    path = home / "run.yaml"
+    path.write_text(f"{shared}{own}  out: scores.json\n{gold}")
+    said = f"line 7: reference: {home}/gold.json is made by eval gold, which does not come before eval"
+    assert refusal(capsys, "recipe", "check", path) == f"{path}, {said}"
+    path.write_text(f"{shared}{gold}{own}  out: gold.json\n")
+    assert refusal(capsys, "recipe", "check", path) == (
+        f"{path}, eval: {home}/gold.json is what eval gold makes; choose another out"
+    )
+    path.write_text(f"{shared}{gold}{own}  out: scores.json\n")
+    assert run("recipe", "check", path) == 0
+    assert capsys.readouterr().out == f"{path}: a whole job: eval gold, eval\n"
+    assert run("recipe", "run", path) == 0
+    settings = json.loads((home / "scores.json").read_text())["settings"]
+    assert settings["reference"] == str(home / "gold.json")
+    capsys.readouterr()
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {"eval gold": "is done already", "eval": "is done already"}
+
+
+def test_the_recipes_of_the_page_are_whole(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    recipes = re.findall(r"^```yaml\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
+    names = []
+    for text in recipes:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        names.append([section.name for section in sections_of(read_recipe(path), path)])
+    assert names == [["unlearn"], list(SECTIONS), ["eval gold", "eval"]]
+
+
 FAULTS = {
     "a key misspelt": ("  lams: 0.5,1", "  lamz: 0.5,1", "'lamz' is no option of perta sweep; did you mean lams?"),
     "a shared key misspelt": ("retain: r", "retian: r", "'retian' is no option of any section; did you mean retain?"),
@@ -389,7 +425,7 @@ def test_what_the_job_reads_is_never_replaced(
 WHOLE_FAULTS = {
     "no place": ("  out: settings\n", "", "sweep: is not a whole run; it does not say: out"),
     "what does not go together": ("lam: 0.5", "lams: 0.5", "unlearn: --lams is for a choice among settings"),
-    "a number out of range": ("max-new-tokens: 1", "max-new-tokens: 0", "eval: max_new_tokens is 0"),
+    "a number out of range": ("max-new-tokens: 1", "max-new-tokens: 0", "eval: max-new-tokens is 0"),
     "a number of tune out of range": (
         "sweep:\n  rule",
         "tune:\n  epochs: 0\n  out: made\nsweep:\n  rule",

@@ -37,7 +37,7 @@ INPUTS: dict[str, tuple[str, str, str, str, Callable[[Path], None]]] = {
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_change_anywhere_in_an_input_is_seen(kind: str, tmp_path: Path) -> None:
     name, key, given, changed, write = INPUTS[kind]
-    section = Section(COMMANDS[name], {key: Setting(given, "")}, tmp_path / "run.yaml")
+    section = Section(name, COMMANDS[name], {key: Setting(given, "")}, tmp_path / "run.yaml")
     path = tmp_path / changed
     write(path)
     before = states(section)
@@ -49,5 +49,5 @@ def test_a_change_anywhere_in_an_input_is_seen(kind: str, tmp_path: Path) -> Non
 
 def test_what_is_changed_in_place_meanwhile_is_left_out(tmp_path: Path) -> None:
     other(tmp_path / "model" / "config.json")
-    section = Section(COMMANDS["unlearn"], {"model": Setting("model", "")}, tmp_path / "run.yaml")
+    section = Section("unlearn", COMMANDS["unlearn"], {"model": Setting("model", "")}, tmp_path / "run.yaml")
     assert states(section, [tmp_path / "model"]) == {}

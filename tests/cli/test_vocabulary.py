@@ -12,6 +12,8 @@ import perta_fast
 from perta_fast import cli
 from perta_fast.cli.main import _explain, _spellings
 from perta_fast.cli.options import Command
+from perta_fast.cli.recipe_options import options_of
+from perta_fast.cli.recipe_sections import COMMANDS
 from perta_fast.errors import InputError
 from tests.cli.test_parser import ALL
 
@@ -107,6 +109,17 @@ def test_a_message_of_another_command_s_run_names_its_options() -> None:
     error = InputError("give ‹lams›, or see ‹neither›")
     assert _explain(error, _spellings(ALL["resume"]))[0] == "error: give --lams, or see neither"
     assert _explain(error, _spellings(ALL["recipe run"]))[0] == "error: give lams, or see neither"
+
+
+@pytest.mark.parametrize("part", ["recipe run", "recipe check"])
+def test_a_message_of_a_recipe_names_its_keys(part: str) -> None:
+    """``batch-size`` and ``as``; but what the command itself has, such as --overwrite, as its option."""
+    own = {option.name for option in ALL[part].options}
+    keys = {option.name: key for command in COMMANDS.values() for key, option in options_of(command).items()}
+    assert (keys["batch_size"], keys["save_as"]) == ("batch-size", "as")
+    for name, key in keys.items():
+        text, _ = _explain(InputError(f"pass ‹{name}›"), _spellings(ALL[part]))
+        assert text == f"error: pass {f'--{key}' if name in own else key}"
 
 
 def test_no_message_has_marks_of_another_kind() -> None:

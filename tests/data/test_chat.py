@@ -279,9 +279,9 @@ def test_an_evaluation_asks_with_them(tmp_path: Path, one_thread: None) -> None:
         (["--forget", "forget.jsonl", "--date-string", "x"], "--date-string is 'x'; write a date in one of the forms"),
         (
             ["--forget", "forget.jsonl", "--date-string", "10 Apr 2025"],
-            "date_string: the tokenizer has no chat template",
+            "--date-string: the tokenizer has no chat template",
         ),
-        (["--forget", "forget.jsonl", "--system-prompt", "x"], "system_prompt: the tokenizer has no chat"),
+        (["--forget", "forget.jsonl", "--system-prompt", "x"], "--system-prompt: the tokenizer has no chat"),
         (["--suite", "muse", "--data", ".", "--system-prompt", "x"], "MUSE asks without one"),
     ],
 )

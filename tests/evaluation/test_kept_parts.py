@@ -186,7 +186,7 @@ def test_an_input_that_changed_is_refused(
 
 def test_other_versions_are_refused(home: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
     stop(home, passes)
-    monkeypatch.setattr("perta_fast.evaluation.request.installed_versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr("perta_fast.evaluation.begun.installed_versions", lambda: {"torch": "1.0"})
     with pytest.raises(InputError, match=r"was begun with .* None.*|was begun with .*, this is .*start over"):
         measured(home)
 

@@ -453,7 +453,7 @@ def test_no_input_is_replaced(tofu: Path, tmp_path: Path) -> None:
         ({"forget": job.forget}, tmp_path / "link" / "tokenizer.json"),
         ({"forget": job.forget}, forget),
         ({"forget": forget}, tmp_path / "link" / ".." / ".." / "forget.json"),
-        ({"forget": job.forget, "reference": gold}, gold),
+        ({"forget": job.forget, "holdout": job.retain, "reference": gold}, gold),
         (suite, next(data.glob("*.json"))),
     ):
         with pytest.raises(InputError, match=r"is the input .*choose another file"):

@@ -1,6 +1,7 @@
 """Names of the hub in place of paths, found in a cache that is made here; nothing goes over a network."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from perta_fast import InputError, RunError, apply, cli, estimate_importance, evaluate, sweep, tune, unlearn
+from perta_fast import InputError, RunError, apply, choose, cli, estimate_importance, evaluate, sweep, tune, unlearn
 from perta_fast.data.rows import load_rows
 from perta_fast.files.hub import hub_name, local_data, local_model
 from tests.support.models import llama, write_job
@@ -120,6 +121,60 @@ def test_a_download_that_fails(error: Exception, cache: Path, monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(RunError, match=r"org/name: cannot be downloaded: no$"):
         local_model("org/name", download=True)
+
+
+NAMES = ("org/model", "org/base", "org/tuned")
+DATA = {"forget": "org/data:forget", "retain": "org/data:retain"}
+WRONG: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any], str]] = {
+    "the rule": (unlearn, NAMES, DATA | {"rule": "fish", "lam": 1.0, "out": "o"}, "rule is 'fish'"),
+    "no data": (unlearn, NAMES, {"rule": "tv", "out": "o"}, "choosing lam needs forget data"),
+    "no result": (unlearn, NAMES, DATA | {"rule": "tv", "lam": 1.0}, "give either out, a directory to make"),
+    "the fields": (unlearn, NAMES, DATA | {"fields": "q=a", "out": "o"}, "fields is 'q=a'; give a dictionary"),
+    "lams": (sweep, NAMES, DATA | {"lams": "-"}, r"lams\[0\] is '-', not a number"),
+    "a curve": (sweep, NAMES, DATA | {"lams": [1], "rule": "fisher", "p": -1}, "p is -1"),
+    "no bound": (sweep, NAMES, DATA, "give lams, or a bound"),
+    "a choice": (choose, NAMES, DATA | {"rules": "fish", "out": "o"}, "rule is 'fish'"),
+    "the suite": (evaluate, NAMES[:1], {"suite": "tofo", "data": "org/data"}, "suite is 'tofo'"),
+    "the sets": (evaluate, NAMES[:1], {"suite": "tofu", "data": "org/data", "forget": "f"}, "forget: the suite has"),
+    "against": (evaluate, NAMES[:1], DATA | {"against": "org/base"}, "against is for counting codes"),
+    "streamed": (evaluate, NAMES[:1], DATA | {"stream": True, "stress": ["int8"]}, "stress needs the whole model"),
+    "gold": (evaluate, NAMES[:1], DATA | {"reference": "g.json"}, "reference serves PrivLeak alone, which needs hold"),
+    "of a tuning": (tune, NAMES[:1], {"forget": "org/data", "out": "o", "fields": "q=a"}, "fields is 'q=a'; give a d"),
+    "epochs": (tune, NAMES[:1], {"forget": "org/data", "out": "o", "epochs": 0}, "epochs is 0"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_said_before_anything_is_fetched(
+    what: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    function, names, settings, message = WRONG[what]
+    with pytest.raises(InputError, match=message):
+        function(*names, download=True, progress=False, **settings)
+
+
+def test_the_check_of_a_recipe_fetches_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    shared = "download: true\nmodel: org/model\nbase: org/base\ntuned: org/tuned\nforget: org/data:forget\n"
+    shared += "retain: org/data:retain\n"
+    good = "sweep:\n  lams: '1'\n  out: settings\n"
+    for wrong, said in (
+        ("sweep:\n  lams: '-'\n  out: s\n", "job.yaml, line 8: lams: '-' is not a list of numbers"),
+        ("sweep:\n  lams: 'nan'\n  out: s\n", "job.yaml, sweep: lams has nan"),
+        ("unlearn:\n  batch-size: 0\n  out: o\n", "job.yaml, unlearn: batch-size is 0; it must be at least 1"),
+        ("unlearn:\n  rule: fisher\n  lam: 1\n  as: ratio\n  out: o\n", "job.yaml, unlearn: as "),
+        ("unlearn:\n  choose: max-retain-rise\n  lams: nan\n  out: o\n", "job.yaml, unlearn: lams has nan"),
+        (
+            f"{good}eval:\n  model: m\n  stream: true\n  stress: int8\n  out: s.json\n",
+            "job.yaml, eval: stress needs the whole model",
+        ),
+    ):
+        Path("job.yaml").write_text(shared + wrong)
+        assert cli.main(["recipe", "check", "job.yaml"]) == 2
+        assert capsys.readouterr().err.startswith(f"perta: error: {said}")
 
 
 def test_data_that_is_no_path() -> None:

@@ -153,6 +153,7 @@ def test_a_new_place_is_needed_to_repeat_a_run(done: Path, capsys: pytest.Captur
 
 def test_calls_from_python_are_recorded_too(job: Job, tmp_path: Path, asked: Asked) -> None:
     how: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": np.int64(5)}
+    how |= {"threads": np.int64(2), "threshold": np.float32(0.5), "drop_cache": np.False_, "link_unchanged": np.True_}
     settings: dict[str, Any] = how | {"lam": 1.0, "progress": False}
     unlearn(*map(str, job.checkpoints), job.forget, job.retain, out=tmp_path / "a", **{"rule": "fisher"} | settings)
     unlearn(*job.checkpoints, rule="tv", lam=2, out=tmp_path / "b", progress=False)
@@ -161,6 +162,7 @@ def test_calls_from_python_are_recorded_too(job: Job, tmp_path: Path, asked: Ask
     assert (kept[1]["rule"], kept[1]["lam"], "forget" in kept[1], "progress" in kept[1]) == ("tv", 2, False, False)
     assert run("unlearn", "--recipe", tmp_path / "a" / "perta_report.json", "--out", tmp_path / "c") == 0
     assert (asked["batch_size"], asked["dtype"], asked["device"]) == (5, torch.float32, "cpu")
+    assert [asked[name] for name in ("threads", "threshold", "drop_cache", "link_unchanged")] == [2, 0.5, False, True]
 
 
 def test_a_run_in_place_is_repeated_on_another_model_only(
@@ -314,11 +316,14 @@ def test_what_is_no_recipe_is_refused(kind: str, tmp_path: Path, capsys: pytest.
 
 
 def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = recipe(tmp_path, NEEDED + "stream: true\n")
+    path = recipe(tmp_path, NEEDED + "retain: r\nstream: true\n")
     assert run("recipe", "check", path) == 0
-    assert capsys.readouterr().out == f"{path}: a whole run, 6 settings\n"
+    assert capsys.readouterr().out == f"{path}: a whole run, 7 settings\n"
     recipe(tmp_path, "model: m\nin-place: false\nbase:\n")
     expected = f"{path}: is not a whole run; it does not say: base, tuned, out or in-place"
+    assert refusal(capsys, "recipe", "check", path) == expected
+    recipe(tmp_path, NEEDED)
+    expected = f"{path}: rule preconditioned, which is the default, needs retain data; give a file of it as retain"
     assert refusal(capsys, "recipe", "check", path) == expected
     recipe(tmp_path, NEEDED.replace("lam: 1", "lam: .nan").replace(".nan", "nan"))
     assert refusal(capsys, "recipe", "check", path) == f"{path}: lam is nan; it must be a finite number"
@@ -358,14 +363,14 @@ def test_the_template_is_a_recipe_once_it_is_filled(
     blank = path.read_text()
     assert refusal(capsys, "recipe", "check", path).startswith(f"{path}: is not a whole run; it does not say: model,")
     needed = re.findall(r"^([a-z-]+):  # required$", blank, re.MULTILINE)
-    assert needed == ["model", "base", "tuned", "out"]
+    assert needed == ["model", "base", "tuned", "forget", "retain", "out"]
     filled = re.sub(r"^(?:# )?(lam:) L$", r"\1 3", blank, flags=re.MULTILINE)
     filled = re.sub(r"^([a-z-]+):  # required$", r"\1: 3", filled, flags=re.MULTILINE)
     path.write_text(filled)
     assert run("recipe", "check", path) == 0
     assert run("unlearn", "--recipe", path) == 0
     of_recipe = dict(asked)
-    places = [f"--{name}={tmp_path / '3'}" for name in ("model", "base", "tuned", "out")]
+    places = [f"--{name}={tmp_path / '3'}" for name in needed]
     assert run("unlearn", *places, "--lam", "3") == 0
     assert of_recipe == asked
 

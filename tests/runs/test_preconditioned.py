@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "importance": ({"save_importance": "kept"}, "takes no importance to save; save_tuned keeps what it makes"),
     "mu": ({"mu": -1.0}, "mu is -1.0; it must be a number from 0 to 10000"),
     "a huge mu": ({"mu": 1e5}, "mu is 100000.0; it must be a number from 0 to 10000"),
-    "a text for mu": ({"mu": "much"}, "mu is much; it must be a number"),
+    "a text for mu": ({"mu": "much"}, "mu is 'much', not a number"),
     "batch": ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
     "length": ({"max_length": -5}, "max_length is -5; it must be at least 1"),
     "no linear map": ({"only": "*norm*"}, "let the run change no linear map, and rule preconditioned changes nothing"),

@@ -453,8 +453,8 @@ def test_importances_of_two_dates_are_warned_of(
 @pytest.mark.parametrize(
     ("template", "option", "said"),
     [
-        (None, "--system-prompt=x", "system_prompt: the tokenizer has no chat template to put it in; leave it out"),
-        (None, "--date-string=2025-04-10", "date_string: the tokenizer has no chat template"),
+        (None, "--system-prompt=x", "--system-prompt: the tokenizer has no chat template to put it in; leave it out"),
+        (None, "--date-string=2025-04-10", "--date-string: the tokenizer has no chat template"),
         (REFUSING, "--system-prompt=x", "the chat template takes none (no system turn); leave it out, or begin"),
         (TEMPLATE, "--date-string=soon", "--date-string is 'soon'; write a date in one of the forms 2025-04-10, "),
     ],
@@ -478,9 +478,9 @@ def test_bad_input(
 
 def test_a_recipe_with_what_is_no_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: m\nbase: b\ntuned: t\nlam: 1\nout: o\ndate-string: soon\n")
+    recipe.write_text("model: m\nbase: b\ntuned: t\nretain: r\nlam: 1\nout: o\ndate-string: soon\n")
     assert cli.main(["recipe", "check", str(recipe)]) == 2
-    assert f"{recipe}: date_string is 'soon'; write a date in one of the forms" in capsys.readouterr().err
+    assert f"{recipe}: date-string is 'soon'; write a date in one of the forms" in capsys.readouterr().err
 
 
 def test_a_report_asks_both_models_as_the_run_did(

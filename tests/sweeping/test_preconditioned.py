@@ -229,7 +229,7 @@ def test_numbers_of_other_kinds(job: Job) -> None:
     assert {name: request[name] for name in given} == numbers | {"overwrite": True}
     for name, kind in kinds.items():
         bad, words = ("much", "a number") if kind is np.float64 else (2.5, "a whole number")
-        with pytest.raises(InputError, match=f"{name.replace('_', '.')} is {bad!r}; it must be {words}$"):
+        with pytest.raises(InputError, match=f"{name.replace('_', '.')} is {bad!r}, not {words}$"):
             Request.of(arguments | {name: bad})
 
 
@@ -280,9 +280,8 @@ def test_an_adapter_as_tuned(text_jobs: Jobs, tmp_path: Path) -> None:  # noqa: 
         ({"rule": "fisher", "mu": 1}, "mu is for rule preconditioned; leave it out, or take that rule"),
         ({"rule": ["tv", "grad"], "mu": [1, 2]}, "mu is for rule preconditioned"),
         ({"mu": -1}, r"mu is -1\.0; it must be a number from 0 to 10000"),
-        ({"mu": "3"}, "mu is '3'; it must be a number, or a list of numbers"),
-        ({"mu": np.array([1.0, 2.0])}, "mu is array"),
-        ({"mu": torch.tensor([1.0, 2.0])}, "mu is tensor"),
+        ({"mu": "3"}, r"mu\[0\] is '3', not a number"),
+        ({"mu": np.array([[1.0, 2.0]])}, r"mu\[0\] is \[1\.0, 2\.0\], not a number"),
         ({"rule": ["preconditioned", "tv"], "alpha": [1, 2]}, "rule preconditioned, .* has no weights"),
         ({"rule": ["tv", "preconditioned"], "threshold": 0.5}, "rule tv has no weights"),
         ({"mu": [1, float("nan")]}, "mu is nan"),
