@@ -13,7 +13,7 @@ from perta_fast.checkpoints.companions import CARD, companions
 from perta_fast.checkpoints.safetensors_file import SafetensorsFile
 from perta_fast.errors import InputError, PertaError, RunError
 from perta_fast.files.hashing import hash_file
-from perta_fast.files.reading import exists
+from perta_fast.files.reading import checked_path, exists
 
 WEIGHTS = ".safetensors"
 Fingerprint = dict[str, Any]
@@ -77,7 +77,7 @@ def changed_file(directory: Path, before: Mapping[str, Fingerprint]) -> Path | N
     """A file that is gone, or no longer what ``states_below`` saw; None if there is none."""
     for name, known in before.items():
         try:
-            if state_of_file(directory / name) == known:
+            if state_of_file(checked_path(directory / name)) == known:
                 continue
         except PertaError:
             pass

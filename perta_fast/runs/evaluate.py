@@ -21,6 +21,7 @@ from perta_fast.evaluation.results import Evaluation
 from perta_fast.evaluation.run import run
 from perta_fast.files.identity import is_same
 from perta_fast.files.kept_parts import KeptParts
+from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def resume_evaluation(final: Path, progress: Progress, ranks: Ranks = Ranks.ALON
     """Go on with the stopped evaluation to ``final``."""
     with ranks.together("the unfinished evaluation"):
         begun = Begun.load(final)
-        if begun is None or begun.request.out is None or not is_same(begun.request.out, final):
+        if begun is None or begun.request.out is None or not is_same(checked_path(begun.request.out), final):
             raise InputError(f"{final}: the evaluation to finish was one to another file; give it that name again")
         if ranks.world > 1 and not begun.request.stream:
             raise InputError(f"{final}: is finished by one process: {shell_command('perta', 'resume', final)}")

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from perta_fast.arguments import check_sizes
 from perta_fast.checkpoints.fingerprint import Fingerprint, check_inputs
 from perta_fast.data.chat import parse_date
 from perta_fast.data.given import same_call
@@ -66,6 +67,13 @@ class Begun:
     applying: bool = False
     processes: int = 1
     kept: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
+
+    def _check(self) -> None:
+        """Raise InputError for what no sweep is begun with: whoever wrote the record, it is not believed."""
+        self.request.check_paths()
+        parse_date(self.day)
+        for plan in self.plans.values():
+            check_sizes(plan.batch_size, None, most=plan.most, processes=self.processes)
 
     @property
     def is_scored(self) -> bool:
@@ -130,8 +138,7 @@ def load_begun(final: Path) -> Begun:
         if content.pop("format_version", None) != _FORMAT_VERSION:
             raise InputError("format_version")
         begun: Begun = typed(content, Begun)
-        begun.request.check_paths()
-        parse_date(begun.day)
+        begun._check()
     except InputError as error:
         raise InputError(
             f"{path}: the sweep was begun by another build of perta_fast, or its record is damaged ({error}); "

@@ -68,6 +68,7 @@ def test_a_file_is_known_by_its_content_unless_it_is_large(tmp_path: Path) -> No
 
 def test_the_first_file_below_a_directory_that_changed(model: Path) -> None:
     before = states_below(model)
+    assert changed_file(model, {"a\0": {}}) == model / "a\0"  # of a record that anyone may have written
     (model / "new").touch()
     assert changed_file(model, before) is None
     for path, change in ((next(model.glob("*.safetensors")), touch), (model / "notes.pdf", append)):

@@ -13,6 +13,7 @@ import torch
 
 from perta_fast import Evaluation, cli, evaluate, resume
 from perta_fast.errors import InputError, Interrupted, RunError
+from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.locking import lock
 from perta_fast.models import greedy_answers, token_scores
 from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS, write_tofu
@@ -248,7 +249,12 @@ def test_a_damaged_part_is_refused(home: Path, passes: Passes) -> None:
 
 def test_what_is_no_record_is_refused(home: Path, passes: Passes) -> None:
     stop(home, passes)
-    (home / ".r.json.perta-partial" / ".perta-evaluation" / "begun.json").write_text("x")
+    path = home / ".r.json.perta-partial" / ".perta-evaluation" / "begun.json"
+    record = read_record(path)
+    write_record(path, record | {"request": record["request"] | {"out": "\0"}})
+    with pytest.raises(InputError, match="holds a character that no file name can have"):
+        resume(home / "r.json")
+    path.write_text("x")
     with pytest.raises(InputError, match="is damaged"):
         measured(home)
     measured(home, overwrite=True)

@@ -354,6 +354,7 @@ def test_a_damaged_record_is_refused(own_job: Job, stopped: Path) -> None:
             {"request": {**request, "save_tuned": "/tmp/\0"}},
             f"{damaged} .*holds a character that no file name can have",
         ),
+        ({"plans": {"settings": {"batch_size": 0, "overlap": True, "most": 1}}}, rf"{damaged} \(batch_size is 0"),
         ({"request": {**request, "importance": [""]}}, rf"{damaged} \(a path is empty"),
     ]
     whole = record.read_bytes()
