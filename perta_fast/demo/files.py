@@ -61,8 +61,9 @@ def work_directory(out: Path | None) -> Iterator[Path]:
             yield Path(temporary)
         return
     check_name(out)
-    check_free(out, overwrite=False, inputs=[])
-    check_unfinished(out, overwrite=False, instead="choose another directory")
+    instead = "choose another directory"
+    check_free(out, overwrite=False, inputs=[], instead=instead)
+    check_unfinished(out, overwrite=False, instead=instead)
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield out

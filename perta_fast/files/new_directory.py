@@ -285,8 +285,14 @@ def _check_place(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> Non
     check_writable(resolved)
 
 
-def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """``check_output`` for a directory that is filled where it lies."""
+def check_free(
+    final: Path,
+    *,
+    overwrite: bool,
+    inputs: Iterable[Path],
+    instead: str = "choose another directory or pass ‹overwrite›",
+) -> None:
+    """``check_output`` for a directory that is filled where it lies. instead: what to do if it is not empty."""
     resolved = Path(os.path.realpath(checked_path(final)))
     if not resolved.name:
         raise InputError(f"{final}: is the root of the file system; choose another output directory")
@@ -306,7 +312,7 @@ def check_free(final: Path, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     except OSError as error:
         raise InputError(f"{final}: cannot be read: {error.strerror}") from error
     if occupied and not overwrite:
-        raise InputError(f"{final}: exists and is not empty; choose another directory or pass ‹overwrite›")
+        raise InputError(f"{final}: exists and is not empty; {instead}")
     locked = next((folder for folder, _, _ in os.walk(resolved) if not os.access(folder, os.W_OK | os.X_OK)), None)
     if occupied and locked is not None:
         raise InputError(

@@ -37,7 +37,8 @@ class Inspection:
         elements = ", ".join(f"{count:,} {dtype}" for dtype, count in record["elements"].items())
         lines = [
             f"{record['path']}: {kind}",
-            f"  {record['tensor_count']} tensors in {record['shards']} shards, {record['bytes'] / 1e9:.3f} GB",
+            f"  {_counted(record['tensor_count'], 'tensor')} in {_counted(record['shards'], 'shard')}, "
+            f"{record['bytes'] / 1e9:.3f} GB",
             f"  elements: {elements}",
         ]
         lines += _adapter_lines(record) if record["kind"] == "adapter" else []
@@ -103,6 +104,10 @@ def _of_adapter(adapter: Adapter) -> dict[str, Any]:
         "merged_by_peft": len(adapter.by_peft),
         "adds_nothing": bool(factors) and not any(map(adds, factors)),
     }
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _adapter_lines(record: dict[str, Any]) -> list[str]:

@@ -39,8 +39,9 @@ def test_a_checkpoint(inputs: Inputs) -> None:
     assert f"elements: {elements(inputs, 'model'):,} BF16, 11 I64" in text
 
 
-def test_what_transformers_wrote(job: Job) -> None:
+def test_what_transformers_wrote(job: Job, tmp_path: Path) -> None:
     assert "21 tensors in 2 shards" in describe(job.model)
+    assert "1 tensor in 1 shard, " in describe(write_checkpoint(tmp_path / "one", {"a.weight": torch.zeros(2)}))
 
 
 def test_an_importance_with_its_origin(inputs: Inputs) -> None:
