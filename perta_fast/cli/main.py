@@ -1,6 +1,7 @@
 """The command line, ``perta``. Each command is a module beside this one; late imports keep help fast."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -54,8 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     sleep_while_waiting()
-    with shown_streams() as (output, _):
-        return _run_explained(arguments, output)
+    try:
+        with shown_streams() as (output, _):
+            return _run_explained(arguments, output)
+    finally:
+        atexit.unregister(_end_quietly)
+        atexit.register(_end_quietly)  # last, so it comes before what libraries have registered
 
 
 def _run_explained(arguments: Sequence[str] | None, output: ShownStream) -> int:
@@ -156,6 +161,12 @@ def _of_first(
     """Let only the first of many processes write to ``stream``."""
     with open(os.devnull, "w") as nowhere, redirect(stream if ranks.first else nowhere):
         yield
+
+
+def _end_quietly() -> None:
+    """While the interpreter ends, all is done: an interrupt would only show a traceback of some library."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

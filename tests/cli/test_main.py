@@ -320,3 +320,13 @@ def test_apply_inspect_and_resume_do_without_torch(job: Job, tmp_path: Path) -> 
     found = perta("resume", tmp_path / "out", setup=forbidden)
     assert found.returncode == 2
     assert "there is no unfinished run to resume" in found.stderr
+
+
+def test_an_interrupt_while_the_interpreter_ends_shows_no_traceback() -> None:
+    program = (
+        "import atexit, os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); "  # as late as torch's own
+        "from perta_fast.cli import main; sys.exit(main(['help', 'verify']))"
+    )
+    done = run_child([sys.executable, "-c", program])
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: perta verify")
