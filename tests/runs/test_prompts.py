@@ -242,13 +242,11 @@ def scores(found: pf.Sweep) -> list[tuple[float, ...]]:
     return [(row.forget_loss, row.retain_loss, row.changed) for row in found.rows]
 
 
-@pytest.mark.parametrize("again", ["the same command", "resume", "a record of an older build"])
+@pytest.mark.parametrize("again", ["the same command", "resume"])
 @pytest.mark.parametrize("at", ["base", "model"])
 def test_a_sweep_that_is_resumed_on_another_day(
     again: str, at: str, job: Job, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if again == "a record of an older build":
-        on(datetime.datetime.now(datetime.UTC).date())  # of which it has only the time of the start
     whole = swept(job, tmp_path / "whole", at=at, **BOUNDED)
     score = ScoredModel.score
 
@@ -261,8 +259,6 @@ def test_a_sweep_that_is_resumed_on_another_day(
         patched.setattr(ScoredModel, "score", stopping)
         with pytest.raises(KeyboardInterrupt):
             swept(job, tmp_path / "out", at=at, **BOUNDED)
-    if again == "a record of an older build":
-        make_older(next(tmp_path.glob(".*/.*/*.json")))
     on(TUESDAY)
     found = (
         resume(tmp_path / "out", progress=False)
@@ -273,15 +269,6 @@ def test_a_sweep_that_is_resumed_on_another_day(
     assert scores(found) == scores(whole)
     assert found.settings["date"] == whole.settings["date"] != "03 Mar 2026"
     assert found.importance["grad"]["forget"].date == found.settings["date"]
-
-
-def make_older(record: Path) -> None:
-    """Take out what older builds did not write."""
-    from perta_fast.files.durable import read_record, write_record
-
-    content = read_record(record)
-    del content["day"], content["request"]["system_prompt"], content["request"]["date_string"]
-    write_record(record, content)
 
 
 def test_sweep(
