@@ -23,8 +23,6 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
     for name, value in arguments.items():
         if value is None or name in ("progress", "group", "download"):
             continue
-        if isinstance(value, float):  # NumPy's own too
-            value = float(value)
         if is_given(value):
             value = str(value)
         elif name in _PATHS:
@@ -33,7 +31,7 @@ def as_recipe(arguments: Mapping[str, Any]) -> dict[str, Scalar]:
             value = ",".join(value)
         elif isinstance(value, Mapping):  # of names of fields
             value = fields_text(value)
-        elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device, a number of NumPy's
+        elif not isinstance(value, str | int | float):  # a torch.dtype, a torch.device
             value = torch_name(value)
         recipe[_KEYS.get(name, name.replace("_", "-"))] = value
     return recipe

@@ -130,7 +130,7 @@ class Checking:
                 rows,
                 chat=ChatSettings.of(options.system_prompt, options.date_string, day),
                 max_length=options.max_length,
-                batch_size=int(options.batch_size),
+                batch_size=options.batch_size,
                 progress=options.progress,
             )
         return cls(check, checkpoints, measured, ranks)

@@ -153,7 +153,7 @@ class StrengthSearch:
         subject = load_subject(
             Path(options.model), options.device, options.dtype, text=False, progress=options.progress
         )
-        examinee = Examinee(subject, int(options.batch_size), options.max_length, options.progress)
+        examinee = Examinee(subject, options.batch_size, options.max_length, options.progress)
         assert self.data is not None
         directories = str(options.base), str(options.tuned)
         sources = self.opened.sources

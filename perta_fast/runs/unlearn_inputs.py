@@ -142,7 +142,7 @@ class Loaded:
         how = Estimation(
             subject,
             estimator,
-            int(options.batch_size),  # JSON takes no number of NumPy's
+            options.batch_size,
             options.progress,
             opened.ranks,
             skeleton,
@@ -198,7 +198,7 @@ class Loaded:
         report.settings = EstimationSettings(
             at=str(options.at),
             estimator=str(self.opened.rule.estimator),
-            batch_size=int(options.batch_size),
+            batch_size=options.batch_size,
             max_length=self.max_length,
             dtype=self.dtype,
             device=self.device,

@@ -155,7 +155,7 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
         tuned=Path(options.tuned),
         seen_at=Path(options.model if options.at == "model" else options.base),
         retain=options.data["retain"],
-        batch_size=int(options.batch_size),
+        batch_size=options.batch_size,
         max_length=None if options.max_length is None else int(options.max_length),
         chat=ChatSettings.of(options.system_prompt, options.date_string, day),
         device=options.device,

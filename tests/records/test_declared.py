@@ -1,10 +1,11 @@
 """Arguments with numbers of other libraries' kinds, checked by declared types."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from enum import IntEnum, StrEnum
 from fractions import Fraction
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from perta_fast import InputError, apply, estimate_importance, evaluate, merge, precondition, sweep, tune, unlearn
 from perta_fast.arguments import plain
+from perta_fast.evaluation.request import Request
 from perta_fast.records.declared import checked_arguments, declared
 
 
@@ -88,6 +90,16 @@ def test_what_is_of_another_type_is_refused_by_its_name(wrong: dict[str, Any], m
     good = {"lams": [1.0], "count": None, "rule": "tv", "stream": False, "fields": None}
     with pytest.raises(InputError, match=message):
         declared(Asked, good | wrong, {"lams": "lam"})
+
+
+def test_the_record_of_an_evaluation_is_json() -> None:
+    given: dict[str, Any] = {"forget": "f", "batch_size": np.int64(8), "min_k": np.float32(0.5)}
+    given |= {"show_text": np.True_, "max_length": np.int8(9), "memory": np.int64(1 << 40), "stream": np.bool_(True)}
+    arguments = {name: parameter.default for name, parameter in signature(evaluate).parameters.items()}
+    request = Request.of(arguments | given | {"model_or_path": Path("m")})
+    request.check()
+    kept = json.loads(json.dumps(asdict(request)))
+    assert {name: kept[name] for name in given} == given
 
 
 def test_a_function_whose_arguments_are_checked() -> None:
