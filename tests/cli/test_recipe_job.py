@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -326,7 +327,9 @@ def test_one_run_and_one_section_of_a_job(home: Path, capsys: pytest.CaptureFixt
     assert refusal(capsys, "unlearn", "--recipe", home / "run.yaml") == expected
 
 
-def test_an_evaluation_beside_that_of_a_gold_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_beside_that_of_a_gold_model(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two sections of one command have names of their own, and the later one reads what the earlier one makes."""
     write_lines(home / "holdout.jsonl", [{"text": "What nobody has seen."}])
     shared = "forget: forget.jsonl\nretain: retain.jsonl\nholdout: holdout.jsonl\nmetrics: mia_min_k\n"
@@ -343,9 +346,17 @@ def test_an_evaluation_beside_that_of_a_gold_model(home: Path, capsys: pytest.Ca
     path.write_text(f"{shared}{gold}{own}  out: scores.json\n")
     assert run("recipe", "check", path) == 0
     assert capsys.readouterr().out == f"{path}: a whole job: eval gold, eval\n"
+    asked = []
+
+    def evaluate(model: Path, *, reference: Path | None, out: Path, **_: Any) -> Any:
+        asked.append((model.name, reference))
+        assert reference is None or reference.exists()
+        out.write_text(model.name)
+        return SimpleNamespace(notes=[], as_record=dict, summary=str)
+
+    monkeypatch.setattr("perta_fast.runs.evaluate.evaluate", evaluate)
     assert run("recipe", "run", path) == 0
-    settings = json.loads((home / "scores.json").read_text())["settings"]
-    assert settings["reference"] == str(home / "gold.json")
+    assert asked == [("base", None), ("model", home / "gold.json")]
     capsys.readouterr()
     assert run("recipe", "run", path) == 0
     assert ways(capsys) == {"eval gold": "is done already", "eval": "is done already"}
