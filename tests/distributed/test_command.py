@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from perta_fast import Importance, apply, cli, resume, unlearn
+from perta_fast import Importance, InputError, apply, cli, resume, unlearn
 from perta_fast.cli.main import COMMANDS
 from perta_fast.cli.parser import whole_parser
 from perta_fast.subtraction import parts
@@ -118,7 +118,7 @@ def _hide_the_data(rank: int) -> None:
         from perta_fast.runs import unlearn_inputs as module
 
         def missing(path: Path, fields: Any) -> Any:
-            raise module.InputError(f"{path}: cannot be read")
+            raise InputError(f"{path}: cannot be read")
 
         module.read_data = missing
 
