@@ -22,7 +22,7 @@ from perta_fast.evaluation.stress_words import rounds, stress_words
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.identity import is_same
-from perta_fast.files.reading import checked_path
+from perta_fast.files.reading import absolute
 from perta_fast.records.declared import declared
 
 ROLES = ("forget", "retain", "holdout")
@@ -77,7 +77,7 @@ class Request:
         for name in ("model", *_PATHS):
             values[name] = os.fspath(values[name]) if isinstance(values[name], os.PathLike) else values[name]
         for name in ("reference", "out", "open_unlearning_dir"):
-            values[name] = None if values[name] is None else _absolute(values[name])
+            values[name] = None if values[name] is None else absolute(values[name])
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
         values["metrics"] = None if values["metrics"] is None else list(values["metrics"])
@@ -91,7 +91,7 @@ class Request:
         for name in (*_MODELS, "data", *ROLES):
             path = getattr(self, name)
             if path is not None and not is_given(path):
-                changes[name] = _absolute((local_model if name in _MODELS else local_data)(path, download))
+                changes[name] = absolute((local_model if name in _MODELS else local_data)(path, download))
         return replace(self, **changes)
 
     def check(self) -> None:
@@ -201,8 +201,3 @@ class Request:
             if directory is not None:
                 inputs |= input_files(Checkpoint.open(directory))
         return {path: state for path, state in inputs.items() if self.out is None or not is_same(path, self.out)}
-
-
-def _absolute(path: str | Path) -> str:
-    """The same path from any working directory; links are not followed."""
-    return str(checked_path(path).absolute())

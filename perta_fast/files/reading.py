@@ -82,6 +82,11 @@ def checked_path(path: str | Path) -> Path:
     raise InputError(f"{path}: holds a character that no file name can have")
 
 
+def absolute(path: str | Path) -> str:
+    """The same path from any working directory; links are not followed. Raises InputError as ``checked_path`` does."""
+    return str(checked_path(path).absolute())
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file or directory; False for a name that no file can have."""
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such a name)

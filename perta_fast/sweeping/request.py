@@ -14,7 +14,7 @@ from perta_fast.data.given import is_given
 from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_data, local_model, path_text
-from perta_fast.files.reading import checked_path
+from perta_fast.files.reading import absolute, checked_path
 from perta_fast.importance.kept_form import KeptForm
 from perta_fast.records.declared import declared
 from perta_fast.rules import PLACES
@@ -98,11 +98,11 @@ class Request:
             values[name] = os.fspath(values[name]) if isinstance(values[name], os.PathLike) else values[name]
         values["also"] = [path_text(path, "also") for path in _listed(values["also"])]
         for name in (*_OUTPUTS, "checkpoint"):
-            values[name] = None if values[name] is None else _absolute(values[name])
+            values[name] = None if values[name] is None else absolute(values[name])
         for name in _SEVERAL:
             values[name] = _listed(values[name])
         for name in _IMPORTANCES:
-            values[name] = [_absolute(path) for path in _listed(values[name] or ())]
+            values[name] = [absolute(path) for path in _listed(values[name] or ())]
         if values["lams"] is not None:
             values["lams"] = list(values["lams"]) if isinstance(values["lams"], Iterable) else [values["lams"]]
         scope = Scope.of(values["only"], values["leave"])
@@ -114,14 +114,14 @@ class Request:
     def located(self, download: bool) -> "Request":
         """With absolute paths of models and data, also in place of names of the hub. download: fetch these first."""
         changes: dict[str, Any] = {
-            name: _absolute(local_model(path, download, in_place=self.in_place and name == "model"))
+            name: absolute(local_model(path, download, in_place=self.in_place and name == "model"))
             for name in _MODELS
             if (path := getattr(self, name)) is not None
         }
         for name in _DATA:
             path = getattr(self, name)
-            changes[name] = path if path is None or is_given(path) else _absolute(local_data(path, download))
-        return replace(self, **changes, also=[_absolute(local_data(path, download)) for path in self.also])
+            changes[name] = path if path is None or is_given(path) else absolute(local_data(path, download))
+        return replace(self, **changes, also=[absolute(local_data(path, download)) for path in self.also])
 
     @property
     def kept_form(self) -> KeptForm:
@@ -279,8 +279,3 @@ def _marked(names: Iterable[str], separator: str = ", ") -> str:
 def _listed(value: Any) -> list[Any]:
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return list(value) if several else [value]
-
-
-def _absolute(path: str | Path) -> str:
-    """The same path from any working directory; links are not followed."""
-    return str(checked_path(path).absolute())
