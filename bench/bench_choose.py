@@ -1,9 +1,10 @@
 """12 settings of a checkpoint larger than the memory allowed: one walk, against a checkpoint written for each.
 
 The peer applies each setting to the disk and evaluates what came out, layer by layer, with the same rows. The limit
-reads all inputs once and multiplies as many numbers as 12 forward passes do, at the speed of one product of the
-model's width. ``perta unlearn --stream`` is there for its memory. All files are evicted from the page cache before
-every run. PERTA_BENCH_CHOOSE_LAYERS and PERTA_BENCH_STREAM_HIDDEN set the size of the model.
+reads all inputs once and multiplies as many numbers as 12 forward passes do, at the speed of one linear map of the
+model's width, in the type that the model runs in. ``perta unlearn --stream`` is there for its memory. All files are
+evicted from the page cache before every run. PERTA_BENCH_CHOOSE_LAYERS and PERTA_BENCH_STREAM_HIDDEN set the size of
+the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import linear
 from transformers import AutoTokenizer
 
 from bench.bench_stream import HIDDEN, MEMORY
@@ -27,6 +29,7 @@ from bench.inputs.checkpoints import IMPORTANCES, MERGED, write_importances
 from bench.inputs.stream_models import StreamJob, write_stream_job
 from perta_fast.data.rows import read_data
 from perta_fast.models.loading import Subject, samples_for
+from perta_fast.models.running_type import running_type
 from perta_fast.streaming.model.skeleton import Skeleton
 
 CHOICE = "choose: 12 settings of a checkpoint larger than the memory allowed"
@@ -118,11 +121,12 @@ def floor(job: StreamJob) -> Sample:
     parameters = job.size // 2 - 2 * 4096 * 2 * HIDDEN  # without the vocabulary, of which only the head multiplies
     flops = 12 * 2 * tokens * (parameters + 4096 * 2 * HIDDEN)
     width, rows = 2 * HIDDEN, SAMPLES * max(len(sample.input_ids) for sample in samples)  # as in a batch
-    left, right = torch.ones(rows, width, dtype=torch.bfloat16), torch.ones(width, width, dtype=torch.bfloat16)
-    left @ right
+    dtype = running_type(torch.bfloat16, torch.device("cpu"))
+    left, right = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    linear(left, right)  # as a model's maps multiply
     start = time.perf_counter()
     for _ in range(PRODUCTS):
-        left @ right
+        linear(left, right)
     seconds = (time.perf_counter() - start) / PRODUCTS
     speed = 2 * rows * width * width / seconds
     return Sample(reading + flops / speed, {"reading": reading, "products": flops / speed, "speed": speed})

@@ -319,7 +319,7 @@ KEPT = (
 BATCH_SIZE = Option("batch_size", "samples at a time (8)", int, "N", 8)
 MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)", int, "N")
 DEVICE = Option("device", f"{DEVICES} (auto: cuda if there is one)", _device, "D")
-DTYPE = Option("dtype", "type to run in (the checkpoint's)", choices=FLOATING)
+DTYPE = Option("dtype", "type to run in (the checkpoint's; float32 where that is far faster)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
 OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
 QUIET = flag("quiet", "no progress bar, no summary")

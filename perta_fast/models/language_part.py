@@ -69,10 +69,9 @@ def empty_model(
     InputError if transformers cannot build it.
     """
     import torch
-    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = _configuration(path)
         with torch.device("meta"):
             model = auto_class(config, whole=whole).from_config(
                 config, dtype=dtype or config.dtype or default, trust_remote_code=False
@@ -82,8 +81,29 @@ def empty_model(
     except MemoryError:
         raise
     except Exception as error:  # a damaged configuration raises many kinds of errors
-        raise InputError(f"{path}: transformers cannot build this model: {reason_of(error)}") from error
+        raise _cannot_build(path, error) from error
     return model
+
+
+def own_type(path: Path, default: "torch.dtype") -> "torch.dtype":
+    """The type that ``config.json`` in ``path`` names, or ``default``. Raises InputError as ``empty_model``."""
+    try:
+        dtype: torch.dtype = _configuration(path).dtype or default
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _cannot_build(path, error) from error
+    return dtype
+
+
+def _configuration(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _cannot_build(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: transformers cannot build this model: {reason_of(error)}")
 
 
 def reason_of(error: Exception) -> str:

@@ -15,12 +15,15 @@ from perta_fast.checkpoints.quantised import Quantisation
 from perta_fast.data.chat import ChatSettings, Told, told
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import IGNORED, Sample, encode_rows
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.files.reading import exists, read_json
+from perta_fast.memory import available_bytes, format_size
 from perta_fast.models.language_part import auto_class, keep_language_part_, reason_of
+from perta_fast.models.running_type import first_type, running_type
 from perta_fast.models.same_names import named_as_module, stored_under
 from perta_fast.models.stored_names import as_stored, load_tensor
-from perta_fast.progress import Bar, Progress, draws_bars
+from perta_fast.progress import LOGGER, Bar, Progress, draws_bars
 
 _WORTH_A_BAR = 2000  # rows that take about a second to tokenise
 _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download, no code that came with a model
@@ -145,6 +148,7 @@ def load_subject(
 ) -> Subject:
     """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
 
+    dtype: to run in; None takes the checkpoint's own, or float32 (``running_type``) if there is memory for that.
     structure: the model without weights, if these are read layer by layer; then no model is loaded. text: whether there
     is text to tokenise; if not, the checkpoint needs no tokenizer. progress: whether transformers may draw its bar.
     """
@@ -163,6 +167,8 @@ def load_subject(
         if structure is None:
             config = AutoConfig.from_pretrained(path, **_CLOSED)
             _refuse_encoder(path, config)
+            if dtype is None and not quantised:
+                dtype = _wider_type(checkpoint, config, chosen)
             with bars_of_transformers(progress):
                 model, loaded = _from_pretrained(checkpoint, config, dtype)
         if tokenizer is None and text:
@@ -181,6 +187,22 @@ def load_subject(
         names = as_stored(model, shapes)
         stored_under(names, named_as_module(checkpoint, model, names))
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+
+
+def _wider_type(checkpoint: Checkpoint, config: Any, device: torch.device) -> torch.dtype | None:
+    """What ``running_type`` puts in place of the checkpoint's type, if it takes half of the free memory at most."""
+    own = config.dtype or first_type(checkpoint)
+    wider = running_type(own, device)
+    if wider == own:
+        return None
+    needed, free = wider.itemsize * sum(entry.count for entry in checkpoint.tensors.values()), available_bytes()
+    if free is None or 2 * needed <= free:
+        return wider
+    LOGGER.warning(
+        "%s: runs in %s, which is slow on this processor; in float32 it would take %s, and %s are free",
+        *(checkpoint.path, torch_name(own), format_size(needed), format_size(free)),
+    )
+    return None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ FORGOTTEN_SHARE = 0.1
 LOST_RISE = 0.2
 LOST_SHARE = 0.2
 # Base and tuned were exchanged if the forget loss rises so much between them; forget and retain, if the retain loss
-# falls so much, and so many times as much as the forget loss changes.
+# falls so much, and so many times as much as the forget loss falls.
 EXCHANGED_RISE = 0.1
 EXCHANGED_TIMES = 2.0
 
@@ -134,7 +134,9 @@ class Check:
     def early_warnings(self) -> list[str]:
         """What the losses of base and tuned tell, before anything is subtracted."""
         falls = {role: _fall(self.base.get(role), self.tuned.get(role)) for role in ("forget", "retain")}
-        if falls["retain"] >= max(EXCHANGED_RISE, EXCHANGED_TIMES * abs(falls["forget"])):
+        # A loss that rose is no learning. If base and tuned are exchanged, that on the forget rows rises most.
+        forget = max(EXCHANGED_TIMES * falls["forget"], -falls["forget"])
+        if falls["retain"] >= max(EXCHANGED_RISE, forget):
             return [
                 "tuned has learnt the retain rows, not the forget rows: from base to tuned the loss fell from "
                 f"{_nats(self.base['retain'])} to {_nats(self.tuned['retain'])} on the retain rows, and went from "

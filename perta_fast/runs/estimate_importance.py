@@ -76,7 +76,8 @@ def estimate_importance(
     batch_size: samples a backward pass, however the data came. max_length: tokens a row is cut to, if that is less than
     the model's own limit; cut ones are counted. system_prompt, date_string: for the chat template (docs/data.md).
     device, dtype: where and in what type a checkpoint is run (not for modules); None takes CUDA if there is one, and
-    the checkpoint's own type. Accumulators are float32 whatever the type. out: directory to save to.
+    the checkpoint's own type, or float32 on a CPU that is slow in that. Accumulators are always float32. out: directory
+    to save to.
     stream: keep one decoder layer of a checkpoint in memory at a time, for models larger than the memory; needs
     ``out``, where the result is read from. memory, device_memory: bytes that this may take; None sets no limit.
     group: the processes that deal the samples among them. Each calls this with the same arguments and has the whole

@@ -68,9 +68,9 @@ def precondition(
     the model whose inputs are seen; θ_full is best; None takes ``base``. mu: 0, which leaves the linear maps as they
     are, to 1e4. batch_size: samples, of one length, at a time. max_length: tokens that a sample is cut to, within the
     model's own limit. system_prompt, date_string: as for ``unlearn``. device: None takes CUDA if there is one. dtype:
-    that the model runs in; None takes its own, or float32 for float16. stream: hold one decoder layer in memory at a
-    time; the result has the same values. memory, device_memory: bytes that a streamed run may take, by smaller batches;
-    None sets no limit. overwrite: replace ``out``.
+    that the model runs in; None is as for ``estimate_importance``, or float32 for float16. stream: hold one decoder
+    layer in memory at a time; the result has the same values. memory, device_memory: bytes that a streamed run may
+    take, by smaller batches; None sets no limit. overwrite: replace ``out``.
 
     Memory: the model, and 4 d_in² bytes for each different input of its linear maps; then, if ``tuned`` is a
     checkpoint, two models in float32. With ``stream`` that of one layer, and the disk holds the hidden states of all

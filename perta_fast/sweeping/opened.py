@@ -238,7 +238,7 @@ class OpenedSweep:
 
     @property
     def dtype(self) -> "torch.dtype | None":
-        """The type to run in; None takes the checkpoint's own."""
+        """The type to run in that is asked for."""
         return None if self.request.dtype is None else torch_dtype(self.request.dtype)
 
     def load(self, path: Path) -> "Subject":

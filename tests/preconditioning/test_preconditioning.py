@@ -27,7 +27,7 @@ from perta_fast.tuning.adapter import linear_maps
 from tests.families.configs import FAMILIES
 from tests.families.matrix import build, write
 from tests.support.checkpoints import fingerprint, read_checkpoint
-from tests.support.models import RETAIN, Job, draw_samples, llama, nudge_, tokenizer, write_job, write_lines
+from tests.support.models import RETAIN, Job, draw_samples, llama, nudge_, taken, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,7 +139,7 @@ def test_a_checkpoint(dtype: torch.dtype, tmp_path: Path) -> None:
     record = precondition(job, tmp_path / "out", mu=3.0)
     assert fingerprint(job.base, job.tuned) == before
     base, tuned, found = (read_checkpoint(path) for path in (job.base, job.tuned, tmp_path / "out"))
-    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=F32 if dtype == F16 else dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=F32 if dtype == F16 else taken(dtype))
     moments = input_moments(model, linear_maps(model), samples_of(job, model))
     assert len(moments) == 14
     assert found.keys() == base.keys()
@@ -175,7 +175,7 @@ def test_an_adapter_has_another_a(dtype: torch.dtype, tmp_path: Path) -> None:
     record = pf.precondition(job.base, tmp_path / "adapter", job.retain, tmp_path / "out", progress=False)
     old, new = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
     assert old.keys() == new.keys()
-    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=F32 if dtype == F16 else dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=F32 if dtype == F16 else taken(dtype))
     moments = input_moments(model, linear_maps(model), samples_of(job, model))
     for name, tensor in new.items():
         if ".lora_B." in name:

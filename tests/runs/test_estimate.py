@@ -38,7 +38,7 @@ from perta_fast.models.losses import per_sample_losses
 from perta_fast.runs import estimate
 from tests.families.configs import GPT2_SIZES, SIZES
 from tests.support.children import run_child
-from tests.support.models import CHAT_TEMPLATE, FORGET, Job, draw_samples, llama, nudge_, tokenizer, write_lines
+from tests.support.models import CHAT_TEMPLATE, FORGET, Job, draw_samples, llama, nudge_, taken, tokenizer, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -344,8 +344,7 @@ def test_cut_samples_are_counted(max_length: int | None, cut: int) -> None:
 
 def test_a_checkpoint_as_the_module_loaded_from_it(job: Job, tmp_path: Path) -> None:
     found = importance(job.base, job.forget, out=tmp_path / "saved")
-    module = AutoModelForCausalLM.from_pretrained(job.base)
-    assert module.dtype == torch.bfloat16
+    module = AutoModelForCausalLM.from_pretrained(job.base, dtype=taken(torch.bfloat16))
     assert_same(found, importance(module, job.forget, tokenizer=tokenizer()))
     assert_same(Importance.load(tmp_path / "saved"), found)
     assert found.metadata.evaluated_at == str(job.base.resolve())

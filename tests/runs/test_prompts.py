@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 import perta_fast as pf
@@ -23,7 +24,7 @@ from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.streaming.write_behind import WriteBehind
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import read_checkpoint, same_bytes
-from tests.support.models import FORGET, Job, llama, tokenizer, write_job, write_lines
+from tests.support.models import FORGET, Job, llama, taken, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +96,7 @@ def test_importance(job: Job, tmp_path: Path, on: Callable[[datetime.date], None
     assert r"""system prompt 'Be "brief",\nplease.', date April 10, 2025""" in capsys.readouterr().out
     assert cli.main([*here, str(tmp_path / "streamed"), *options(TOLD), "--stream"]) == 0
     found = [Importance.load(tmp_path / name) for name in ("whole", "streamed")]
-    model = LlamaForCausalLM.from_pretrained(job.base, dtype="auto")
+    model = LlamaForCausalLM.from_pretrained(job.base, dtype=taken(torch.bfloat16))
     found.append(estimate_importance(model, FORGET, tokenizer=tokenizer(TEMPLATE), progress=False, **TOLD))
     for importance in found:
         assert importance.metadata.told == chat.Told(True, PROMPT, TOLD["date_string"], TOLD["date_string"])

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from perta_fast.data.samples import IGNORED, Sample
+from perta_fast.models.running_type import running_type
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<eos>{% endfor %}"
@@ -80,6 +81,11 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "pad_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+
+def taken(own: torch.dtype) -> torch.dtype:
+    """The type that a checkpoint runs in on this processor, where nothing is asked for."""
+    return running_type(own, torch.device("cpu"))
 
 
 @torch.no_grad()

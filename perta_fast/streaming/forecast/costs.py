@@ -1,7 +1,7 @@
 """What a streamed run costs: memory, scratch, bytes moved, arithmetic; from the model's structure alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -113,7 +113,12 @@ class Estimate(ABC):
         return str(schedule)
 
     def _bytes(self, names: Sequence[str]) -> int:
+        """Of parameters in memory."""
         return sum(self._sizes[name] for name in names)
+
+    def _stored(self, names: Iterable[str]) -> int:
+        """Of parameters on the disk, in the checkpoint's own type."""
+        return self.structure.own.itemsize * sum(self._counts[name] for name in names)
 
     def _lengths(self, schedule: Schedule) -> list[list[list[int]]]:
         """The tokens of each sample of each batch of each data set, in order, the longest first."""

@@ -80,7 +80,8 @@ def preview(
     from perta_fast.streaming.forecast.walk_costs import WalkEstimate
     from perta_fast.streaming.model.structure import Structure
 
-    structure = Structure.build(subject, conditions.dtype)
+    device = choose_device(conditions.device)
+    structure = Structure.build(subject, conditions.dtype, device=device)
     tokenizer = _tokenizer(subject)
     if tokenizer is None and max_length is None:
         raise InputError(
@@ -90,7 +91,7 @@ def preview(
     if tokenizer is not None:
         tokenizer = chat.given_to(tokenizer)
     lengths = [_lengths(structure, subject, tokenizer, of_role, max_length) for of_role in rows.values()]
-    load, device = Load(lengths, estimator == "empirical-fisher", subtract, kept), choose_device(conditions.device)
+    load = Load(lengths, estimator == "empirical-fisher", subtract, kept)
     estimate: Estimate
     if estimator is None:
         ranks = 1  # the first one does it

@@ -37,7 +37,7 @@ class PreconditioningEstimate(Estimate):
 
     def costs(self, schedule: Schedule) -> Costs:
         host, device = self.memory(schedule)
-        stored, structure = self._bytes(list(self._sizes)), self.structure
+        stored, structure = self._stored(self._counts), self.structure
         vector = 0 if self._low_rank else 2 * stored
         subtracted = stored + (0 if self._low_rank else stored + self._vector_bytes) if self.load.subtract else 0
         layers = range(len(structure.layers))
@@ -59,7 +59,7 @@ class PreconditioningEstimate(Estimate):
 
     @property
     def result_bytes(self) -> int:
-        return self._vector_bytes + (self._bytes(list(self._sizes)) if self.load.subtract else 0)
+        return self._vector_bytes + (self._stored(self._counts) if self.load.subtract else 0)
 
     def plan(self, schedule: Schedule) -> str:
         return f"batches of {schedule.batch_size}, one walk forward, one layer at a time"

@@ -37,10 +37,10 @@ class WalkEstimate(Estimate):
             host=host,
             device=device,
             scratch=self.scratch(schedule),
-            weights_read=self._bytes([*structure.resident, *times * structure.vocabulary])
-            + sum(self._bytes(parameters_of(step, self.structure)) for step in steps),
+            weights_read=self._stored([*structure.resident, *times * structure.vocabulary])
+            + sum(self._stored(parameters_of(step, self.structure)) for step in steps),
             scratch_moved=self._scratch_moved(schedule),
-            result_read=3 * self._bytes(list(self._sizes)) if self.load.subtract else 0,
+            result_read=3 * self._stored(self._counts) if self.load.subtract else 0,
             result_written=self.result_bytes,
             flops=self._flops(schedule),
             bound=any(
@@ -53,7 +53,7 @@ class WalkEstimate(Estimate):
     @property
     def result_bytes(self) -> int:
         importance = self._sum_bytes(list(self._counts)) if self.load.kept or not self.load.subtract else 0
-        return importance + (self._bytes(list(self._sizes)) if self.load.subtract else 0)
+        return importance + (self._stored(self._counts) if self.load.subtract else 0)
 
     def _steps(self, schedule: Schedule) -> list[Step]:
         return steps_of(len(self.structure.layers), schedule)

@@ -20,6 +20,7 @@ from torch import Tensor
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import IGNORED, by_row
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.models.scores import TokenScores
 from perta_fast.models.token_scores import score_batch, seen, trims
@@ -118,7 +119,7 @@ class _ScoreWalk:
         self._path = rank_path(folder, _RECORD, ranks.rank)
         self._scratch = ScratchFiles(rank_path(folder, _SCRATCH, ranks.rank))
         self._states = [_VersionState(changed=0, not_finite="", lost=False, seconds=0.0) for _ in versions]
-        self._of = _digest(versions, sets, batch_size, self._last, ranks.world)
+        self._of = _digest(skeleton, versions, sets, batch_size, ranks.world)
         self._recorded: _State | None = None
         self._trims = trims(skeleton.model)
 
@@ -131,7 +132,10 @@ class _ScoreWalk:
         with self._ranks.together("resume the walk"):
             if state is not None:
                 if state["of"] != self._of:
-                    raise InputError(f"{self._path}: is of other samples or settings; start over with ‹overwrite›")
+                    raise InputError(
+                        f"{self._path}: is of other samples or settings, or of a model that ran in another type, as on "
+                        "another processor; start over with ‹overwrite›"
+                    )
                 if state["done"] > most or len(state["versions"]) != len(self._versions):
                     raise InputError(f"{self._path}: is not the record of a walk")
                 with Bar(self._scratch.size, "check scratch", self._ranks.first and progress) as bar:
@@ -315,14 +319,17 @@ class _Behind:
             pending.result()
 
 
-def _digest(versions: Sequence[Version], sets: Sequence[SampleSet], batch_size: int, last: int, world: int) -> str:
+def _digest(
+    skeleton: Skeleton, versions: Sequence[Version], sets: Sequence[SampleSet], batch_size: int, world: int
+) -> str:
     """By which a record knows what it is of."""
     digest = blake3()
 
     def add(*values: object) -> None:
         digest.update(json.dumps(values).encode())
 
-    add([version.name for version in versions], batch_size, last, world)
+    runs_in = torch_name(skeleton.model.dtype)
+    add([version.name for version in versions], batch_size, len(skeleton.layers), runs_in, world)
     for of_set in sets:
         add(of_set.name, of_set.detailed, of_set.hidden)
         for sample in of_set.samples:

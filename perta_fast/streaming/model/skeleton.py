@@ -14,9 +14,10 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
-from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES, torch_dtype
+from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import NotStreamable
 from perta_fast.models.layouts import Run
+from perta_fast.models.running_type import first_type
 from perta_fast.models.same_names import named_as_module
 from perta_fast.models.stored_names import as_stored
 from perta_fast.streaming.model.partial_forward import PartialForward
@@ -37,11 +38,11 @@ class Skeleton(Structure):
     def open(cls, path: Path, device: torch.device, dtype: torch.dtype | None) -> "Skeleton":
         """Build the model that ``config.json`` describes, with memory for its buffers only.
 
-        dtype: in which it runs; None takes the checkpoint's own. Raises InputError, naming what was looked for, if the
-        decoder layers or a tensor cannot be found.
+        dtype: in which it runs; None takes the checkpoint's own, or float32 (``running_type``). Raises InputError,
+        naming what was looked for, if the decoder layers or a tensor cannot be found.
         """
         checkpoint = Checkpoint.open(path)
-        structure = Structure.build(path, dtype, _first_type(checkpoint))
+        structure = Structure.build(path, dtype, first_type(checkpoint), device)
         weights = StoredWeights(structure.model, checkpoint, structure.parts)
         _fill_buffers(structure.model, device, weights, path)
         return cls(
@@ -128,12 +129,6 @@ class Skeleton(Structure):
         """Give the parameters ``names`` their values inside the context."""
         with self.holding(self.read(names)):
             yield
-
-
-def _first_type(checkpoint: Checkpoint) -> torch.dtype:
-    """The type that ``from_pretrained`` takes if the configuration names none."""
-    dtypes = (entry.dtype for entry in checkpoint.tensors.values())
-    return next((torch_dtype(dtype) for dtype in dtypes if dtype in KERNEL_CODES), torch.float32)
 
 
 def _fill_buffers(model: nn.Module, device: torch.device, weights: StoredWeights, path: Path) -> None:

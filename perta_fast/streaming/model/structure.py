@@ -9,20 +9,24 @@ from torch import nn
 
 from perta_fast.checkpoints.quantised import refuse_quantised
 from perta_fast.errors import InputError, NotStreamable
-from perta_fast.models.language_part import empty_model
+from perta_fast.models.language_part import empty_model, own_type
+from perta_fast.models.running_type import running_type
 from perta_fast.ops.backends import DTYPE_CODES
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Structure:
     """A model on the meta device and its parts, each a list of parameter names.
 
-    path: of its configuration. by_layer: the parameters of each decoder layer. embedding, head: the two matrices of
-    vocabulary size; the same name if they are tied, None if there is no head. resident: all others, which are small and
-    always in memory.
+    path: of its configuration. own: the type of its checkpoint; it may run in another. by_layer: the parameters of each
+    decoder layer. embedding, head: the two matrices of vocabulary size; the same name if they are tied, None if there
+    is no head. resident: all others, which are small and always in memory.
     """
 
     path: Path
+    own: torch.dtype
     model: nn.Module
     layers: nn.ModuleList
     by_layer: list[list[str]]
@@ -31,13 +35,22 @@ class Structure:
     resident: list[str]
 
     @classmethod
-    def build(cls, path: Path, dtype: torch.dtype | None = None, default: torch.dtype = torch.float32) -> "Structure":
+    def build(
+        cls,
+        path: Path,
+        dtype: torch.dtype | None = None,
+        default: torch.dtype = torch.float32,
+        device: torch.device = _CPU,
+    ) -> "Structure":
         """Build the model that ``config.json`` in ``path`` describes, without memory for weights or buffers.
 
-        dtype: in which it runs; None takes the configuration's own, or ``default`` if it names none. Raises InputError,
-        naming what was looked for, if the model cannot be built or its decoder layers cannot be found.
+        dtype: in which it runs; None takes what ``running_type`` makes of its own type on ``device``. default: its own
+        type if the configuration names none. Raises InputError, naming what was looked for, if the model cannot be
+        built or its decoder layers cannot be found.
         """
-        model = _build(path, dtype, default)
+        refuse_quantised(path, {})
+        own = own_type(path, default)
+        model = _build(path, dtype or running_type(own, device))
         layers, prefix = _decoder_layers(model, path)
         by_layer: list[list[str]] = [[] for _ in layers]
         outside = []
@@ -51,7 +64,7 @@ class Structure:
         output = model.get_output_embeddings()
         head = None if output is None else names[_weight(output, "output head", path)]
         resident = [name for name in outside if name not in (embedding, head)]
-        return cls(path, model, layers, by_layer, embedding, head, resident)
+        return cls(path, own, model, layers, by_layer, embedding, head, resident)
 
     @property
     def tied(self) -> bool:
@@ -76,9 +89,8 @@ class Structure:
         return module
 
 
-def _build(path: Path, dtype: torch.dtype | None, default: torch.dtype) -> Any:
-    refuse_quantised(path, {})
-    model = empty_model(path, dtype, default)
+def _build(path: Path, dtype: torch.dtype) -> Any:
+    model = empty_model(path, dtype)
     dtype, config = model.dtype, model.config
     if dtype not in DTYPE_CODES:
         raise InputError(f"{path}: would run in {dtype}; it must be float32, bfloat16 or float16")

@@ -56,6 +56,18 @@ def estimate(deep: Path) -> WalkEstimate:
     return WalkEstimate(Structure.build(deep), Load(LENGTHS), CPU)
 
 
+@pytest.mark.parametrize("subtract", [True, False])
+def test_files_have_the_type_of_the_checkpoint_whatever_it_runs_in(tmp_path: Path, subtract: bool) -> None:
+    folder = write(tmp_path / "model", llama().to(torch.bfloat16))
+    own, wider = (
+        WalkEstimate(Structure.build(folder, dtype), Load(LENGTHS, subtract=subtract), CPU).costs(Schedule(2))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    for name in ("weights_read", "result_read", "result_written"):
+        assert getattr(own, name) == getattr(wider, name)
+    assert own.host["weights"] * 2 == wider.host["weights"]
+
+
 # One batch in one layer.
 
 
