@@ -22,8 +22,8 @@ from perta_fast.models.running_type import running_type
 GROUP = "type to run in"
 OURS, OWN = "as perta takes it", "--dtype bfloat16"
 CONTENDERS = {OURS: "ours", OWN: "peer"}
-SIZE = (512, 6)  # width and layers
-ROWS, WORDS, ROUNDS = 8, 32, 2
+SIZE = (1024, 6)  # width and layers
+ROWS, WORDS, ROUNDS = 8, 32, 1
 COMMANDS = ("eval", "importance", "importance --stream")
 
 

@@ -51,15 +51,15 @@ def chunks_of(matches: Iterable[tuple[int, TensorMatch]], size: int) -> Iterator
             yield Chunk(index, begin, min(size, match.theta.count - begin))
 
 
-def chunk_elements(threads: int) -> int:
-    """The size of a chunk with which the buffers of all threads take at most ``_BUFFERS``."""
+def chunk_elements(threads: int, most: int = CHUNK) -> int:
+    """The size of a chunk, ``most`` or one with which the buffers of all threads take at most ``_BUFFERS``."""
     fitting = _BUFFERS // (threads * (_OPERANDS + 1) * _WIDEST)
-    return min(CHUNK, max(4096, fitting // 4096 * 4096))
+    return min(most, max(4096, fitting // 4096 * 4096))
 
 
-def buffer_bytes(threads: int) -> int:
+def buffer_bytes(threads: int, most: int = CHUNK) -> int:
     """Bytes of the buffers of all threads, at most."""
-    return threads * chunk_elements(threads) * (_OPERANDS + 1) * _WIDEST
+    return threads * chunk_elements(threads, most) * (_OPERANDS + 1) * _WIDEST
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Subtraction:
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
     held: float32 importances, forget and retain, or their ratio alone, that are in memory and not in files, by number
     of the match. hashes: gets all bytes that are read. inputs: stored tensors that are in memory already, and not read;
-    made: arrays that no file holds, of an earlier subtraction from the same sources. writes: whether the results are
-    for files, which messages then tell the fate of.
+    made: arrays that no file holds, of an earlier subtraction from the same sources. place: where in memory the result
+    of a chunk goes; without it, it goes to a buffer from which ``store`` takes it to a file.
     """
 
     sources: Sources
@@ -82,7 +82,7 @@ class Subtraction:
     hashes: HashesInPassing = NONE_IN_PASSING
     inputs: HeldInputs = NONE_HELD
     made: "MadeArrays | None" = None
-    writes: bool = True
+    place: Callable[[Chunk], ByteArray] | None = None
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
         """Compute the chunks in order, on all threads; each thread passes its results to ``store``.
@@ -159,11 +159,9 @@ class _Workspace:
     """One thread's buffers and open files."""
 
     def __init__(self, job: Subtraction, made: MadeArrays) -> None:
-        import numpy as np
-
         self._job, self._made = job, made
-        width = max([_WIDEST, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
-        self._buffers = [np.empty(job.chunk * width, np.uint8) for _ in range(_OPERANDS + 1)]
+        self._width = max([_WIDEST, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
+        self._buffers: dict[int, ByteArray] = {}  # by operand; the last one is for results
         self._readers: dict[int, PositionReader] = {}  # by operand
 
     def close(self) -> None:
@@ -177,7 +175,7 @@ class _Workspace:
         theta = self._read(0, match.theta, chunk)
         whole, chunk = chunk, replace(chunk, count=min(chunk.count, match.common - chunk.begin))
         if match.copied is not None or (chunk.count <= 0 < whole.count):
-            return theta.data, {}
+            return self._placed(whole, theta).data, {}
         addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0: there is no such array
         for operand, _, entry in sources.operands(match):
             data = self._read(operand, entry, chunk) if operand else theta
@@ -195,20 +193,28 @@ class _Workspace:
             left, right = arrays
             pointers = int(left.ctypes.data), int(right.ctypes.data)
             factors = (*pointers, *right.shape, match.low_rank.scale, chunk.begin)
-        result = self._buffers[_OPERANDS]
+        result = self._buffer(_OPERANDS) if self._job.place is None else self._job.place(whole)
         operands = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
         statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
-        _check_finite(match, statistics, self._job.writes)
+        _check_finite(match, statistics, writes=self._job.place is None)
         width = ITEM_SIZES[match.theta.dtype]
         result[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
         return result.data[: whole.count * width], statistics
+
+    def _placed(self, chunk: Chunk, theta: ByteArray) -> ByteArray:
+        """Theta where the result is to lie, or as it is."""
+        if self._job.place is None:
+            return theta
+        result = self._job.place(chunk)
+        result[:] = theta
+        return result
 
     def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> ByteArray:
         """The bytes of a chunk of a tensor: held ones, or copied or read into the operand's buffer."""
         inputs, parts = self._job.inputs, list(entry.elements(chunk.begin, chunk.count))
         if len(parts) == 1 and (held := inputs.find(parts[0])) is not None:
             return held
-        data = self._buffers[operand][: chunk.count * ITEM_SIZES[entry.dtype]]
+        data = self._buffer(operand)[: chunk.count * ITEM_SIZES[entry.dtype]]
         remaining = data
         for stored in parts:
             if (held := inputs.find(stored)) is not None:
@@ -217,6 +223,13 @@ class _Workspace:
                 self._read_into(remaining[: stored.size].data, operand, stored)
             remaining = remaining[stored.size :]
         return data
+
+    def _buffer(self, operand: int) -> ByteArray:
+        import numpy as np
+
+        if operand not in self._buffers:
+            self._buffers[operand] = np.empty(self._job.chunk * self._width, np.uint8)
+        return self._buffers[operand]
 
     def _read_into(self, buffer: memoryview, operand: int, stored: TensorEntry) -> None:
         """Read a flat entry from its file."""

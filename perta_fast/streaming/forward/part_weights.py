@@ -16,9 +16,11 @@ from perta_fast.subtraction.held_inputs import Arena, HeldInputs
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
+CHUNK = 1 << 20  # elements: hardly ever is anything copied to buffers, and fewer calls cost less
+
 
 class PartWeights:
-    """Holds the inputs of one part, and one changed copy of it.
+    """Holds the inputs of one part, and one changed copy of it; one more where it runs in another type.
 
     The values that it gives share memory with both, so they are valid until the next call.
     """
@@ -29,6 +31,7 @@ class PartWeights:
         self._sources = {id(version.sources): version.sources for version in versions if version.sources is not None}
         self._matches = {key: _by_name(sources) for key, sources in self._sources.items()}
         self._stored: list[str] = []
+        self._converted: dict[str, Tensor] = {}  # used again: new memory costs more than the conversion
         self._made: dict[int, MadeArrays] = {}
 
     def inputs_of(self, parameters: Iterable[str]) -> list[TensorEntry]:
@@ -44,7 +47,7 @@ class PartWeights:
     def hold(self, parameters: Sequence[str]) -> None:
         """Read the inputs of a part. Raises RunError, naming file and tensor, if that fails."""
         self._inputs.hold(self.inputs_of(parameters), self._threads)
-        self._stored = self._skeleton.weights.needed(parameters)
+        self._stored, self._converted = self._skeleton.weights.needed(parameters), {}
         self._made = {key: MadeArrays(sources, len(self._stored)) for key, sources in self._sources.items()}
 
     def of(self, version: Version, parameters: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -55,13 +58,18 @@ class PartWeights:
         copies, changed = self._subtracted(version)
         checkpoint = self._skeleton.checkpoint
 
-        def tensor(name: str) -> Tensor:
+        def tensor(name: str, dtype: torch.dtype) -> Tensor:
             entry = checkpoint.tensors[name]
             held = copies.get(name)
             if held is None:
                 held = self._inputs.find(entry)
             assert held is not None
-            return torch.frombuffer(held, dtype=torch_dtype(entry.dtype)).view(entry.shape)
+            stored = torch.frombuffer(held, dtype=torch_dtype(entry.dtype)).view(entry.shape)
+            if stored.dtype == dtype:
+                return stored
+            if name not in self._converted:
+                self._converted[name] = torch.empty(entry.shape, dtype=dtype)
+            return self._converted[name].copy_(stored)
 
         return self._skeleton.weights.made_of(parameters, tensor), changed
 
@@ -74,19 +82,21 @@ class PartWeights:
         arrays = dict(zip(numbers, self._copy.arrays(matches[k].theta.size for k in numbers), strict=True))
         counts: list[tuple[str, int]] = []  # of each chunk; threads append to it
 
+        def place(chunk: Chunk) -> ByteArray:
+            size = ITEM_SIZES[matches[chunk.index].theta.dtype]
+            return arrays[chunk.index][chunk.begin * size : (chunk.begin + chunk.count) * size]
+
         def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
-            begin = chunk.begin * ITEM_SIZES[matches[chunk.index].theta.dtype]
-            arrays[chunk.index].data[begin : begin + len(data)] = data
             counts.append((matches[chunk.index].theta.name, int(statistics.get("changed", 0))))
 
         subtraction = Subtraction(
             version.sources,
             version.rescaling,
             self._threads,
-            chunk_elements(self._threads),
+            chunk_elements(self._threads, CHUNK),
             inputs=self._inputs,
             made=self._made[id(version.sources)],
-            writes=False,
+            place=place,
         )
         chunks = chunks_of([(k, matches[k]) for k in numbers], subtraction.chunk)
         subtraction.run(chunks, store, lambda moved: None)

@@ -57,17 +57,17 @@ class StoredWeights:
         """
         with ExitStack() as stack:
             files = _OpenFiles(stack)
-            return self.made_of(names, lambda stored: files.read(self._checkpoint.tensors[stored]))
+            return self.made_of(names, lambda stored, dtype: files.read(self._checkpoint.tensors[stored]).to(dtype))
 
-    def made_of(self, names: Iterable[str], tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """``read``, with stored tensors from elsewhere. tensor: gives one, in its stored type, by its name."""
+    def made_of(self, names: Iterable[str], tensor: Callable[[str, torch.dtype], Tensor]) -> dict[str, Tensor]:
+        """``read``, with stored tensors from elsewhere. tensor: gives one by its name, in a type."""
         names = list(names)
         values: dict[str, Tensor] = {}
         for name in names:
             if name not in values:
                 group = self._group_of[name]
                 dtype = self._like[group.target].dtype
-                values |= group.convert(self._model, {stored: tensor(stored).to(dtype) for stored in group.stored})
+                values |= group.convert(self._model, {stored: tensor(stored, dtype) for stored in group.stored})
         return {name: values[name].contiguous() for name in names}
 
     def needed(self, names: Iterable[str]) -> list[str]:
