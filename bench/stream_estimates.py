@@ -61,7 +61,7 @@ def structure_of(shape: tuple[int, int, int, int]) -> Structure:
     )
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        return Structure.build(Path(folder))
+        return Structure.build(Path(folder), torch.bfloat16)
 
 
 def main() -> None:

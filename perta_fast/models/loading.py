@@ -148,7 +148,7 @@ def load_subject(
 ) -> Subject:
     """Load a checkpoint and its tokenizer with transformers. Raises InputError if either cannot be loaded.
 
-    dtype: to run in; None takes the checkpoint's own, or float32 (``running_type``) if there is memory for that.
+    dtype: to run in; None takes the checkpoint's own, or float32 (``running_type``).
     structure: the model without weights, if these are read layer by layer; then no model is loaded. text: whether there
     is text to tokenise; if not, the checkpoint needs no tokenizer. progress: whether transformers may draw its bar.
     """
@@ -168,7 +168,7 @@ def load_subject(
             config = AutoConfig.from_pretrained(path, **_CLOSED)
             _refuse_encoder(path, config)
             if dtype is None and not quantised:
-                dtype = _wider_type(checkpoint, config, chosen)
+                dtype = _type_to_load(checkpoint, config, chosen)
             with bars_of_transformers(progress):
                 model, loaded = _from_pretrained(checkpoint, config, dtype)
         if tokenizer is None and text:
@@ -189,20 +189,20 @@ def load_subject(
     return Subject(model.to(chosen), tokenizer, str(path.resolve()))
 
 
-def _wider_type(checkpoint: Checkpoint, config: Any, device: torch.device) -> torch.dtype | None:
-    """What ``running_type`` puts in place of the checkpoint's type, if it takes half of the free memory at most."""
+def _type_to_load(checkpoint: Checkpoint, config: Any, device: torch.device) -> torch.dtype | None:
+    """What ``running_type`` puts in place of the checkpoint's own type; None leaves that as it is."""
     own = config.dtype or first_type(checkpoint)
-    wider = running_type(own, device)
-    if wider == own:
+    taken = running_type(own, device)
+    if taken == own:
         return None
-    needed, free = wider.itemsize * sum(entry.count for entry in checkpoint.tensors.values()), available_bytes()
-    if free is None or 2 * needed <= free:
-        return wider
-    LOGGER.warning(
-        "%s: runs in %s, which is slow on this processor; in float32 it would take %s, and %s are free",
-        *(checkpoint.path, torch_name(own), format_size(needed), format_size(free)),
-    )
-    return None
+    needed, free = taken.itemsize * sum(entry.count for entry in checkpoint.tensors.values()), available_bytes()
+    if free is not None and needed > free:
+        LOGGER.warning(
+            "%s: takes %s in %s, in which this processor is fast, and %s are free; stream it, or run it in %s, which "
+            "takes less memory and many times as long",
+            *(checkpoint.path, format_size(needed), torch_name(taken), format_size(free), torch_name(own)),
+        )
+    return taken
 
 
 @contextmanager

@@ -134,16 +134,18 @@ class Check:
     def early_warnings(self) -> list[str]:
         """What the losses of base and tuned tell, before anything is subtracted."""
         falls = {role: _fall(self.base.get(role), self.tuned.get(role)) for role in ("forget", "retain")}
-        # A loss that rose is no learning. If base and tuned are exchanged, that on the forget rows rises most.
-        forget = max(EXCHANGED_TIMES * falls["forget"], -falls["forget"])
-        if falls["retain"] >= max(EXCHANGED_RISE, forget):
+        retain_learnt = falls["retain"] >= max(EXCHANGED_RISE, EXCHANGED_TIMES * falls["forget"])
+        forget_lost = falls["forget"] <= -EXCHANGED_RISE
+        if retain_learnt and forget_lost:  # one of the two was learnt, to the smallest loss of all
+            retain_learnt = self.tuned["retain"] < self.base["forget"]  # type: ignore[operator]
+        if retain_learnt:
             return [
                 "tuned has learnt the retain rows, not the forget rows: from base to tuned the loss fell from "
                 f"{_nats(self.base['retain'])} to {_nats(self.tuned['retain'])} on the retain rows, and went from "
                 f"{_nats(self.base['forget'])} to {_nats(self.tuned['forget'])} on the forget rows; were forget and "
                 "retain exchanged?"
             ]
-        if falls["forget"] <= -EXCHANGED_RISE:
+        if forget_lost:
             return [
                 f"the loss on the forget rows is {_nats(self.tuned['forget'])} with tuned and "
                 f"{_nats(self.base['forget'])} with base, so tuned has not learnt them; were base and tuned exchanged?"

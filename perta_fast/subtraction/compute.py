@@ -51,15 +51,15 @@ def chunks_of(matches: Iterable[tuple[int, TensorMatch]], size: int) -> Iterator
             yield Chunk(index, begin, min(size, match.theta.count - begin))
 
 
-def chunk_elements(threads: int, most: int = CHUNK) -> int:
-    """The size of a chunk, ``most`` or one with which the buffers of all threads take at most ``_BUFFERS``."""
+def chunk_elements(threads: int) -> int:
+    """The size of a chunk with which the buffers of all threads take at most ``_BUFFERS``."""
     fitting = _BUFFERS // (threads * (_OPERANDS + 1) * _WIDEST)
-    return min(most, max(4096, fitting // 4096 * 4096))
+    return min(CHUNK, max(4096, fitting // 4096 * 4096))
 
 
-def buffer_bytes(threads: int, most: int = CHUNK) -> int:
+def buffer_bytes(threads: int) -> int:
     """Bytes of the buffers of all threads, at most."""
-    return threads * chunk_elements(threads, most) * (_OPERANDS + 1) * _WIDEST
+    return threads * chunk_elements(threads) * (_OPERANDS + 1) * _WIDEST
 
 
 @dataclass
@@ -69,8 +69,9 @@ class Subtraction:
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
     held: float32 importances, forget and retain, or their ratio alone, that are in memory and not in files, by number
     of the match. hashes: gets all bytes that are read. inputs: stored tensors that are in memory already, and not read;
-    made: arrays that no file holds, of an earlier subtraction from the same sources. place: where in memory the result
-    of a chunk goes; without it, it goes to a buffer from which ``store`` takes it to a file.
+    made: arrays that no file holds, of an earlier subtraction from the same sources. place: where the result of a
+    chunk goes, in memory; without it, to a buffer, from which ``store`` takes it to a file (an error then says that
+    nothing was written).
     """
 
     sources: Sources

@@ -86,8 +86,8 @@ def tune(
     A run that is stopped keeps its state beside ``out``, at most once a minute: the same call without ``overwrite``, or
     ``resume``, goes on, and on the CPU gives the bytes of an uninterrupted one. With callbacks it is the call alone.
 
-    Memory: the model in its own type, float32 if that is float16, and 16 bytes for each parameter of the adapter; if
-    ``full``, 16 bytes for each parameter of the model, with retain_kl 20. Disk, if ``full``: 4 bytes for each
+    Memory: the model in the type that it runs in, float32 for float16, and 16 bytes for each parameter of the adapter;
+    if ``full``, 16 bytes for each parameter of the model, with retain_kl 20. Disk, if ``full``: 4 bytes for each
     parameter, and up to 24 for the state while there is space.
     Raises InputError for bad input, before the model is loaded where possible, NotFiniteError if a loss is not
     finite, RunError if ``out`` cannot be written, ``errors.Interrupted`` if it is stopped with a state kept.

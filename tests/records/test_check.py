@@ -15,6 +15,8 @@ FORGET_AND_RETAIN, BASE_AND_TUNED = "were forget and retain exchanged?", "were b
         ((5.0, 5.0), (8.0, 0.1), FORGET_AND_RETAIN),  # what was learnt harms the other rows
         ((0.1, 4.5), (5.0, 5.0), BASE_AND_TUNED),
         ((0.1, 8.0), (5.0, 5.0), BASE_AND_TUNED),
+        ((3.0, 3.0), (6.1, 0.1), FORGET_AND_RETAIN),  # harm and learning are alike: the smallest loss was learnt
+        ((0.1, 6.1), (3.0, 3.0), BASE_AND_TUNED),
         ((5.0, 5.0), (3.0, 1.5), ""),  # related rows: both were learnt
         ((5.0, 5.0), (4.0, 2.9), FORGET_AND_RETAIN),
         ((5.0, 5.0), (4.99, 4.95), ""),  # next to nothing was learnt

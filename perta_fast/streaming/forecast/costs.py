@@ -113,12 +113,16 @@ class Estimate(ABC):
         return str(schedule)
 
     def _bytes(self, names: Sequence[str]) -> int:
-        """Of parameters in memory."""
-        return sum(self._sizes[name] for name in names)
+        """Of parameters in memory; while they are read, the largest as it is stored too, if it is to be converted."""
+        converted = names and self.structure.own != self.dtype
+        return sum(self._sizes[name] for name in names) + (max(map(self._stored_size, names)) if converted else 0)
 
     def _stored(self, names: Iterable[str]) -> int:
         """Of parameters on the disk, in the checkpoint's own type."""
-        return self.structure.own.itemsize * sum(self._counts[name] for name in names)
+        return sum(map(self._stored_size, names))
+
+    def _stored_size(self, name: str) -> int:
+        return self.structure.own.itemsize * self._counts[name]
 
     def _lengths(self, schedule: Schedule) -> list[list[list[int]]]:
         """The tokens of each sample of each batch of each data set, in order, the longest first."""

@@ -10,7 +10,6 @@ from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
 from perta_fast.streaming.forecast.rates import Rates
 from perta_fast.streaming.forecast.trial import Cost, Trial
-from perta_fast.streaming.forward.part_weights import CHUNK
 from perta_fast.streaming.forward.sample_set import SampleSet
 from perta_fast.streaming.forward.version import Version
 from perta_fast.streaming.model.skeleton import Skeleton
@@ -150,7 +149,7 @@ class ForwardEstimate(Estimate):
         yield self._on({"inputs": 0}, {"weights": vocabulary})
         numbers = _NUMBERS * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
         changes, converted = self._compared.beside > 0, self._compared.stored != self.dtype.itemsize
-        buffers = buffer_bytes(self._threads, CHUNK) if changes else 0
+        buffers = buffer_bytes(self._threads) if changes else 0
         for part, names in enumerate(self._parts()):
             elements = self._elements(names)
             copy = elements * self._compared.stored if changes else 0

@@ -16,7 +16,7 @@ from perta_fast.subtraction.held_inputs import Arena, HeldInputs
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
-CHUNK = 1 << 20  # elements: hardly ever is anything copied to buffers, and fewer calls cost less
+_CHUNK = 1 << 20  # elements, where nothing is copied to buffers: fewer calls cost less
 
 
 class PartWeights:
@@ -30,6 +30,8 @@ class PartWeights:
         self._inputs, self._copy = HeldInputs(), Arena()
         self._sources = {id(version.sources): version.sources for version in versions if version.sources is not None}
         self._matches = {key: _by_name(sources) for key, sources in self._sources.items()}
+        pieced = {key: _is_pieced(sources) for key, sources in self._sources.items()}
+        self._chunk = {key: chunk_elements(threads) if pieced[key] else _CHUNK for key in pieced}
         self._stored: list[str] = []
         self._converted: dict[str, Tensor] = {}  # used again: new memory costs more than the conversion
         self._made: dict[int, MadeArrays] = {}
@@ -71,7 +73,10 @@ class PartWeights:
                 self._converted[name] = torch.empty(entry.shape, dtype=dtype)
             return self._converted[name].copy_(stored)
 
-        return self._skeleton.weights.made_of(parameters, tensor), changed
+        values = self._skeleton.weights.made_of(parameters, tensor)
+        used = {value.data_ptr() for value in values.values()}  # others were joined, and are not kept beside the result
+        self._converted = {name: each for name, each in self._converted.items() if each.data_ptr() in used}
+        return values, changed
 
     def _subtracted(self, version: Version) -> tuple[dict[str, ByteArray], dict[str, int]]:
         """The tensors that a version changes, and how many elements of each differ."""
@@ -93,7 +98,7 @@ class PartWeights:
             version.sources,
             version.rescaling,
             self._threads,
-            chunk_elements(self._threads, CHUNK),
+            self._chunk[id(version.sources)],
             inputs=self._inputs,
             made=self._made[id(version.sources)],
             place=place,
@@ -104,6 +109,11 @@ class PartWeights:
         for name, count in counts:
             changed[name] += count
         return {matches[k].theta.name: array for k, array in arrays.items()}, changed
+
+
+def _is_pieced(sources: Sources) -> bool:
+    """Whether a tensor lies in several places, so that chunks of it are put together in buffers."""
+    return any(entry.pieces for match in sources.matches for _, _, entry in sources.operands(match))
 
 
 def _by_name(sources: Sources) -> dict[str, tuple[int, TensorMatch]]:

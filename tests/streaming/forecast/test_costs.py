@@ -65,7 +65,7 @@ def test_files_have_the_type_of_the_checkpoint_whatever_it_runs_in(tmp_path: Pat
     )
     for name in ("weights_read", "result_read", "result_written"):
         assert getattr(own, name) == getattr(wider, name)
-    assert own.host["weights"] * 2 == wider.host["weights"]
+    assert 2 * own.host["weights"] < wider.host["weights"] < 3 * own.host["weights"]  # and the one that is converted
 
 
 # One batch in one layer.

@@ -116,6 +116,21 @@ def test_families(family: Family, tmp_path: Path) -> None:
     assert_same(found[1], folders[0])
 
 
+@pytest.mark.parametrize("name", ["Llama tied", "GPT-2", "Mixtral", "GPT-OSS"])
+def test_families_in_another_type_than_they_are_stored_in(name: str, tmp_path: Path) -> None:
+    """Memory for converted weights is used again, but not that of experts that are joined."""
+    family = next(family for family in FAMILIES if family.name == name)
+    folders = [tmp_path / folder for folder in ("model", "base", "tuned")]
+    for seed, folder in enumerate(folders):
+        write(build(family, seed).to(BF16), folder)
+    sources = Sources.open(*folders)
+    versions = [Version("as it is"), *(Version(f"{lam}", sources, Rescaling(lam)) for lam in (0.5, 2.0))]
+    found = scored(folders[0], versions, tmp_path / "walk", dtype=F32)
+    for one, lam in zip(found, (0.0, 0.5, 2.0), strict=True):
+        apply(*folders, rule="tv", lam=lam, out=tmp_path / f"{lam}", overwrite=True, progress=False)
+        assert_same(one, tmp_path / f"{lam}", dtype=F32)
+
+
 def test_an_adapter(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path, llama, {"target_modules": ["q_proj", "up_proj"]})
     tokenizer().save_pretrained(tmp_path / "model")
@@ -221,6 +236,8 @@ def test_another_walk_is_not_resumed(deep: Job, versions: list[Version], tmp_pat
         scored(deep.model, versions[:2], tmp_path / "walk", resumable=True)
     with pytest.raises(InputError, match="of other samples or settings"):
         scored(deep.model, versions, tmp_path / "walk", SETS[:2], resumable=True)
+    with pytest.raises(InputError, match="or of a model that ran in another type"):
+        scored(deep.model, versions, tmp_path / "walk", resumable=True, dtype=BF16)
 
 
 def test_damaged(deep: Job, versions: list[Version], tmp_path: Path) -> None:
