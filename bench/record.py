@@ -32,6 +32,8 @@ from bench.bench_ranks import OVER_PROCESSES, RANK_ROLES
 from bench.bench_reading import WAYS
 from bench.bench_requests import CONTENDERS as REQUEST
 from bench.bench_requests import GROUP as REQUESTS
+from bench.bench_running_type import CONTENDERS as RUNNING_TYPE
+from bench.bench_running_type import GROUP as RUNNING_TYPES
 from bench.bench_stream import AGAINST, BEYOND, DEPTH, LARGE, stream_roles
 from bench.bench_sweep import BUILDS as SWEEP_BUILDS
 from bench.bench_sweep import BUILDS_GROUP as SWEEPS_BESIDE
@@ -65,6 +67,7 @@ PLANNED = {  # the beginning of a group's name, and the heading of its table
     CHECKS: "The check of an unlearning",
     ANSWERS: "Help and refusals",
     CROWDED: "On a crowded machine",
+    RUNNING_TYPES: "The type that a model runs in",
     "tokenising": "Tokenising",
     "evaluation, cpu": "Evaluation",
     "evaluation, cuda": "Evaluation on a GPU",
@@ -125,6 +128,8 @@ def expected(group: str) -> dict[str, str]:
         return crowded_roles(group.removeprefix(f"{CROWDED}: perta "))
     if group.startswith(OVER_PROCESSES):
         return RANK_ROLES
+    if group.startswith(RUNNING_TYPES):
+        return RUNNING_TYPE
     if group.startswith("tokenising"):
         return TOKENISING
     if group.startswith("evaluation"):
