@@ -69,9 +69,9 @@ class Subtraction:
     drop_cache: drop pages from the page cache as soon as they are read, to leave room for other files.
     held: float32 importances, forget and retain, or their ratio alone, that are in memory and not in files, by number
     of the match. hashes: gets all bytes that are read. inputs: stored tensors that are in memory already, and not read;
-    made: arrays that no file holds, of an earlier subtraction from the same sources. place: where the result of a
-    chunk goes, in memory; without it, to a buffer, from which ``store`` takes it to a file (an error then says that
-    nothing was written).
+    made: arrays that no file holds, of an earlier subtraction from the same sources. place: where in memory the
+    result of a chunk goes; None, and where it gives None: to a buffer, from which ``store`` takes it. Without it, the
+    results are for files, which messages then tell the fate of.
     """
 
     sources: Sources
@@ -83,7 +83,7 @@ class Subtraction:
     hashes: HashesInPassing = NONE_IN_PASSING
     inputs: HeldInputs = NONE_HELD
     made: "MadeArrays | None" = None
-    place: Callable[[Chunk], ByteArray] | None = None
+    place: "Callable[[Chunk], ByteArray | None] | None" = None
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
         """Compute the chunks in order, on all threads; each thread passes its results to ``store``.
@@ -194,7 +194,8 @@ class _Workspace:
             left, right = arrays
             pointers = int(left.ctypes.data), int(right.ctypes.data)
             factors = (*pointers, *right.shape, match.low_rank.scale, chunk.begin)
-        result = self._buffer(_OPERANDS) if self._job.place is None else self._job.place(whole)
+        placed = self._place(whole)
+        result = self._buffer(_OPERANDS) if placed is None else placed
         operands = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
         statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
         _check_finite(match, statistics, writes=self._job.place is None)
@@ -204,11 +205,14 @@ class _Workspace:
 
     def _placed(self, chunk: Chunk, theta: ByteArray) -> ByteArray:
         """Theta where the result is to lie, or as it is."""
-        if self._job.place is None:
+        result = self._place(chunk)
+        if result is None:
             return theta
-        result = self._job.place(chunk)
         result[:] = theta
         return result
+
+    def _place(self, chunk: Chunk) -> "ByteArray | None":
+        return None if self._job.place is None else self._job.place(chunk)
 
     def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> ByteArray:
         """The bytes of a chunk of a tensor: held ones, or copied or read into the operand's buffer."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from perta_fast.arrays import ByteArray
+from perta_fast.arrays import ByteArray, widen
 from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, torch_dtype
 from perta_fast.streaming.forward.version import Version
@@ -20,7 +20,7 @@ _CHUNK = 1 << 20  # elements, where nothing is copied to buffers: fewer calls co
 
 
 class PartWeights:
-    """Holds the inputs of one part, and one changed copy of it; one more where it runs in another type.
+    """Holds the inputs of one part, and one changed copy of it; that is in float32 if the model runs in that.
 
     The values that it gives share memory with both, so they are valid until the next call.
     """
@@ -33,6 +33,7 @@ class PartWeights:
         pieced = {key: _is_pieced(sources) for key, sources in self._sources.items()}
         self._chunk = {key: chunk_elements(threads) if pieced[key] else _CHUNK for key in pieced}
         self._stored: list[str] = []
+        self._widened: set[str] = set()  # of these, those that the model has in float32, and that are narrower
         self._converted: dict[str, Tensor] = {}  # used again: new memory costs more than the conversion
         self._made: dict[int, MadeArrays] = {}
 
@@ -50,6 +51,9 @@ class PartWeights:
         """Read the inputs of a part. Raises RunError, naming file and tensor, if that fails."""
         self._inputs.hold(self.inputs_of(parameters), self._threads)
         self._stored, self._converted = self._skeleton.weights.needed(parameters), {}
+        plain, tensors = self._skeleton.weights.plain(parameters), self._skeleton.checkpoint.tensors
+        wide = [name for name, dtype in plain.items() if dtype == torch.float32]
+        self._widened = {name for name in wide if tensors[name].dtype in ("BF16", "F16")}
         self._made = {key: MadeArrays(sources, len(self._stored)) for key, sources in self._sources.items()}
 
     def of(self, version: Version, parameters: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -58,47 +62,60 @@ class PartWeights:
         Raises NotFiniteError, naming the tensor, if a value is not finite.
         """
         copies, changed = self._subtracted(version)
-        checkpoint = self._skeleton.checkpoint
+        tensors = self._skeleton.checkpoint.tensors
 
         def tensor(name: str, dtype: torch.dtype) -> Tensor:
-            entry = checkpoint.tensors[name]
-            held = copies.get(name)
-            if held is None:
-                held = self._inputs.find(entry)
-            assert held is not None
-            stored = torch.frombuffer(held, dtype=torch_dtype(entry.dtype)).view(entry.shape)
-            if stored.dtype == dtype:
-                return stored
-            if name not in self._converted:
-                self._converted[name] = torch.empty(entry.shape, dtype=dtype)
-            return self._converted[name].copy_(stored)
+            value = copies.get(name)
+            if value is None:
+                held = self._inputs.find(tensors[name])
+                assert held is not None
+                value = _as_tensor(held, tensors[name])
+            return value if value.dtype == dtype else self._converted_to(name, dtype).copy_(value)
 
         values = self._skeleton.weights.made_of(parameters, tensor)
         used = {value.data_ptr() for value in values.values()}  # others were joined, and are not kept beside the result
         self._converted = {name: each for name, each in self._converted.items() if each.data_ptr() in used}
         return values, changed
 
-    def _subtracted(self, version: Version) -> tuple[dict[str, ByteArray], dict[str, int]]:
+    def _converted_to(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Memory for a stored tensor in another type."""
+        if name not in self._converted:
+            self._converted[name] = torch.empty(self._skeleton.checkpoint.tensors[name].shape, dtype=dtype)
+        return self._converted[name]
+
+    def _subtracted(self, version: Version) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The tensors that a version changes, and how many elements of each differ."""
         if version.sources is None or version.rescaling is None:
             return {}, {}
         matches, by_name = version.sources.matches, self._matches[id(version.sources)]
         numbers = [by_name[name][0] for name in self._stored if name in by_name]
-        arrays = dict(zip(numbers, self._copy.arrays(matches[k].theta.size for k in numbers), strict=True))
+        wide = {
+            k: self._converted_to(matches[k].theta.name, torch.float32)
+            for k in numbers
+            if matches[k].theta.name in self._widened
+        }
+        narrow = [k for k in numbers if k not in wide]
+        arrays = dict(zip(narrow, self._copy.arrays(matches[k].theta.size for k in narrow), strict=True))
+        floats = {k: tensor.view(-1).numpy() for k, tensor in wide.items()}
         counts: list[tuple[str, int]] = []  # of each chunk; threads append to it
 
-        def place(chunk: Chunk) -> ByteArray:
+        def place(chunk: Chunk) -> "ByteArray | None":
+            if chunk.index in wide:
+                return None
             size = ITEM_SIZES[matches[chunk.index].theta.dtype]
             return arrays[chunk.index][chunk.begin * size : (chunk.begin + chunk.count) * size]
 
         def store(chunk: Chunk, data: memoryview, statistics: Statistics) -> None:
-            counts.append((matches[chunk.index].theta.name, int(statistics.get("changed", 0))))
+            theta = matches[chunk.index].theta
+            if chunk.index in wide:
+                widen(data, theta.dtype, floats[chunk.index][chunk.begin : chunk.begin + chunk.count])
+            counts.append((theta.name, int(statistics.get("changed", 0))))
 
         subtraction = Subtraction(
             version.sources,
             version.rescaling,
             self._threads,
-            self._chunk[id(version.sources)],
+            chunk_elements(self._threads) if wide else self._chunk[id(version.sources)],
             inputs=self._inputs,
             made=self._made[id(version.sources)],
             place=place,
@@ -108,7 +125,12 @@ class PartWeights:
         changed: Counter[str] = Counter()
         for name, count in counts:
             changed[name] += count
-        return {matches[k].theta.name: array for k, array in arrays.items()}, changed
+        copies = wide | {k: _as_tensor(array, matches[k].theta) for k, array in arrays.items()}
+        return {matches[k].theta.name: tensor for k, tensor in copies.items()}, changed
+
+
+def _as_tensor(held: ByteArray, entry: TensorEntry) -> Tensor:
+    return torch.frombuffer(held, dtype=torch_dtype(entry.dtype)).view(entry.shape)
 
 
 def _is_pieced(sources: Sources) -> bool:

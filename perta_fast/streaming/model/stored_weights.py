@@ -70,6 +70,12 @@ class StoredWeights:
                 values |= group.convert(self._model, {stored: tensor(stored, dtype) for stored in group.stored})
         return {name: values[name].contiguous() for name in names}
 
+    def plain(self, names: Iterable[str]) -> dict[str, torch.dtype]:
+        """The stored tensors that are one of these parameters as they are, and the type in which the model has that."""
+        groups = [self._group_of[name] for name in names]
+        plain = [group for group in groups if group.converter is None]
+        return {stored: self._like[group.target].dtype for group in plain for stored in group.stored}
+
     def needed(self, names: Iterable[str]) -> list[str]:
         """The stored tensors that these parameters or buffers are made of."""
         return list(dict.fromkeys(stored for name in names for stored in self._group_of[name].stored))
