@@ -16,7 +16,7 @@ from perta_fast.subtraction.held_inputs import Arena, HeldInputs
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.matching import TensorMatch
 
-_CHUNK = 1 << 20  # elements, where nothing is copied to buffers: fewer calls cost less
+_CHUNK = 1 << 20  # elements, where no input is copied to buffers: fewer calls cost less
 
 
 class PartWeights:
@@ -115,7 +115,7 @@ class PartWeights:
             version.sources,
             version.rescaling,
             self._threads,
-            chunk_elements(self._threads) if wide else self._chunk[id(version.sources)],
+            self._chunk[id(version.sources)],
             inputs=self._inputs,
             made=self._made[id(version.sources)],
             place=place,
