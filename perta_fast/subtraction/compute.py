@@ -198,7 +198,7 @@ class _Workspace:
         result = self._buffer(_OPERANDS) if placed is None else placed
         operands = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
         statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
-        _check_finite(match, statistics, writes=self._job.place is None)
+        _check_finite(match, statistics, self._job.place is None)
         width = ITEM_SIZES[match.theta.dtype]
         result[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
         return result.data[: whole.count * width], statistics
