@@ -18,7 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from perta_fast.arrays import ByteArray, FloatArray
+from perta_fast.arrays import ByteArray, FloatArray, widen
 from perta_fast.checkpoints.wrappers import by_plain_name, plain_name
 from perta_fast.dtypes import ITEM_SIZES, byte_count
 from perta_fast.errors import InputError, RunError
@@ -188,10 +188,11 @@ def read_values(entry: TensorEntry, begin: int, end: int) -> FloatArray:
         with closing(PositionReader(piece.path)) as reader:
             reader.read_into(buffer[: piece.size], piece.begin, f"tensor {piece.name}")
         buffer = buffer[piece.size :]
-    if entry.dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    stored = np.frombuffer(data, np.float16 if entry.dtype == "F16" else np.float32)
-    return stored.astype(np.float32, copy=False)
+    if entry.dtype == "F32":
+        return np.frombuffer(data, np.float32)
+    values = np.empty(end - begin, np.float32)
+    widen(memoryview(data), entry.dtype, values)
+    return values
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:

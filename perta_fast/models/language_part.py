@@ -1,5 +1,7 @@
 """The part of a multimodal model that text passes through; only this part is loaded, tuned and unlearned."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,40 +72,34 @@ def empty_model(
     """
     import torch
 
-    try:
-        config = _configuration(path)
+    with _reading(path) as config:
         with torch.device("meta"):
             model = auto_class(config, whole=whole).from_config(
                 config, dtype=dtype or config.dtype or default, trust_remote_code=False
             )
         if not whole:
             keep_language_part_(model)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged configuration raises many kinds of errors
-        raise _cannot_build(path, error) from error
-    return model
+        return model
 
 
 def own_type(path: Path, default: "torch.dtype") -> "torch.dtype":
     """The type that ``config.json`` in ``path`` names, or ``default``. Raises InputError as ``empty_model``."""
-    try:
-        dtype: torch.dtype = _configuration(path).dtype or default
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _cannot_build(path, error) from error
-    return dtype
+    with _reading(path) as config:
+        dtype: torch.dtype = config.dtype or default
+        return dtype
 
 
-def _configuration(path: Path) -> Any:
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """The configuration in ``path``; what goes wrong with it, or inside the context, is an InputError."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-def _cannot_build(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: transformers cannot build this model: {reason_of(error)}")
+    try:
+        yield AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged configuration raises many kinds of errors
+        raise InputError(f"{path}: transformers cannot build this model: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:

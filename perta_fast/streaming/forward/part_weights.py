@@ -30,8 +30,7 @@ class PartWeights:
         self._inputs, self._copy = HeldInputs(), Arena()
         self._sources = {id(version.sources): version.sources for version in versions if version.sources is not None}
         self._matches = {key: _by_name(sources) for key, sources in self._sources.items()}
-        pieced = {key: _is_pieced(sources) for key, sources in self._sources.items()}
-        self._chunk = {key: chunk_elements(threads) if pieced[key] else _CHUNK for key in pieced}
+        self._chunk = {key: _chunk_of(sources, threads) for key, sources in self._sources.items()}
         self._stored: list[str] = []
         self._widened: set[str] = set()  # of these, those that the model has in float32, and that are narrower
         self._converted: dict[str, Tensor] = {}  # used again: new memory costs more than the conversion
@@ -133,9 +132,10 @@ def _as_tensor(held: ByteArray, entry: TensorEntry) -> Tensor:
     return torch.frombuffer(held, dtype=torch_dtype(entry.dtype)).view(entry.shape)
 
 
-def _is_pieced(sources: Sources) -> bool:
-    """Whether a tensor lies in several places, so that chunks of it are put together in buffers."""
-    return any(entry.pieces for match in sources.matches for _, _, entry in sources.operands(match))
+def _chunk_of(sources: Sources, threads: int) -> int:
+    """The size of a chunk, in elements. Those of a tensor that lies in several places are put together in buffers."""
+    pieced = any(entry.pieces for match in sources.matches for _, _, entry in sources.operands(match))
+    return chunk_elements(threads) if pieced else _CHUNK
 
 
 def _by_name(sources: Sources) -> dict[str, tuple[int, TensorMatch]]:
