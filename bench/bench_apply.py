@@ -22,7 +22,17 @@ from safetensors.torch import load_file
 
 from bench.harness import limits
 from bench.harness.conditions import threads
-from bench.harness.contest import ROOT, Outcome, Sample, Unavailable, alternate, replay, replayed, run_child
+from bench.harness.contest import (
+    ROOT,
+    Outcome,
+    Sample,
+    Unavailable,
+    alternate,
+    another_build,
+    replay,
+    replayed,
+    run_child,
+)
 from bench.harness.tables import Row
 from bench.inputs.checkpoints import IMPORTANCES, MERGED, CheckpointSet
 from bench.peers import mergekit_task_arithmetic as mergekit
@@ -136,8 +146,10 @@ def outcomes(checkpoints: CheckpointSet, workspace: Path, rounds: int) -> dict[s
         phases.append(Sample(float(report["phases"]["apply"]["seconds"])))
         return sample
 
+    another = another_build(BUILD) if BUILD else {}
+
     def measure_build() -> Sample:
-        return run_child(ours(checkpoints, out), variables={"PYTHONPATH": BUILD})
+        return run_child(ours(checkpoints, out), variables=another)
 
     def measure_in_place() -> Sample:
         shutil.copytree(checkpoints.path("model"), out)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import perta_fast as pf
-from bench.harness.contest import Outcome, Sample, alternate, replay, replayed, run_child
+from bench.harness.contest import Outcome, Sample, alternate, another_build, replay, replayed, run_child
 from bench.harness.tables import Row
 from bench.inputs.arrays import timed
 from bench.inputs.stream_models import StreamJob, write_stream_job
@@ -137,8 +137,10 @@ def builds(workspace: Path, rounds: int) -> Iterator[Mapping[str, Outcome]]:
     settings = ["--rules", ",".join(RULES), "--lams", ",".join(map(str, LAMS)), "--batch-size", BATCH, "--overwrite"]
     command = job.perta("sweep", *job.inputs(), *settings, "--dtype", "float32", "--out", folder / "found")
 
+    variables = another_build(BUILD)
+
     def another() -> Sample:
-        return run_child(command, variables={"PYTHONPATH": BUILD})
+        return run_child(command, variables=variables)
 
     yield alternate({"perta sweep": lambda: run_child(command), "perta sweep, another build": another}, rounds)
     shutil.rmtree(folder)

@@ -133,3 +133,16 @@ def run_child(command: Sequence[str], *, variables: Mapping[str, str] | None = N
         cost = json.loads(report.read_text())
     seconds = cost.pop("seconds")
     return Sample(seconds, {name: value for name, value in cost.items() if value is not None})
+
+
+def another_build(directory: Path | str) -> dict[str, str]:
+    """The variables with which ``run_child`` runs this project as it was built in ``directory``.
+
+    Without PYTHONSAFEPATH, ``python -m`` imports what lies in the current directory. Raises RuntimeError if another
+    build is imported all the same.
+    """
+    variables = {"PYTHONPATH": str(directory), "PYTHONSAFEPATH": "1"}
+    imported = "Path(perta_fast.__file__).parents[1]"
+    proof = f"import sys, perta_fast; from pathlib import Path; assert {imported}.samefile(sys.argv[1]), {imported}"
+    run_child([sys.executable, "-c", proof, str(directory)], variables=variables)
+    return variables

@@ -2,11 +2,12 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench import record
-from bench.harness.contest import ROOT, run_child
+from bench.harness.contest import ROOT, another_build, run_child
 
 
 def test_a_command_in_a_process_of_its_own() -> None:
@@ -14,6 +15,18 @@ def test_a_command_in_a_process_of_its_own() -> None:
     assert sample.seen["peak_rss"] > 0
     with pytest.raises(RuntimeError, match=r"exit status 3 .*\n.*what went wrong"):
         run_child([sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)"])
+
+
+def test_another_build_is_run_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(RuntimeError, match="perta_fast"):
+        another_build(tmp_path)  # there is none
+    program = tmp_path / "perta_fast" / "__main__.py"
+    program.parent.mkdir()
+    program.with_name("__init__.py").touch()
+    program.write_text("raise SystemExit('the other one')\n")
+    with pytest.raises(RuntimeError, match="the other one"):
+        run_child([sys.executable, "-m", "perta_fast"], variables=another_build(tmp_path))
 
 
 def test_the_results_are_what_the_program_writes() -> None:
