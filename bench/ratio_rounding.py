@@ -1,14 +1,15 @@
-"""What a run changes if it takes the ratio of both importances in bfloat16, on files of a real model.
+"""What a run changes if it takes the ratio of both importances in bfloat16 or in 8 bits, on files of a real model.
 
     python -m bench.ratio_rounding --model M --base B --tuned T --forget-importance F --retain-importance R
 
 Takes θ in bfloat16. Prints, for several p and α at λ = 1: the largest and the mean error of w; the share of the
 elements of θ whose stored value differs from that by the pair in float32, beside the share that the run changes at all;
 and, over the norm of the step, the norm of what the steps differ by, and of what rounding θ does to the step anyway.
+Ratios in 8 bits are not offered: the table says what they would do.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,20 +23,35 @@ from perta_fast.subtraction.inputs import Sources, open_importances
 
 _CHUNK = 1 << 22  # elements at a time
 _HEAD = """\
-| p | α | w off by at most | on average | θ that differ | θ that change | step off | rounding of θ |
-|---|---|---|---|---|---|---|---|"""
+| ratio | p | α | w off by at most | on average | θ that differ | θ that change | step off | rounding of θ |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def in_bfloat16(forget: Tensor, retain: Tensor) -> Tensor:
+    """The ratio as files keep it."""
+    return ratio_of(forget, retain, torch.bfloat16)
+
+
+def in_8_bits(forget: Tensor, retain: Tensor) -> Tensor:
+    """The nearest power of 2^(1/4), in float32: from 2^-31.5 to 2^31.5, below that 0, above it infinite; 255 values."""
+    quarters = (4 * ratio_of(forget, retain, torch.float32).log2()).round()
+    return (quarters / 4).exp2().where(quarters >= -126, 0.0).where(quarters <= 126, torch.inf)
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bfloat16": in_bfloat16, "8 bits": in_8_bits}
 
 
 class Sums:
-    """Sums over elements."""
+    """Sums over elements, for one setting. way: how the ratio is rounded, of ``WAYS``."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str, how: Rescaling) -> None:
+        self._way, self._how = way, how
         self.count = self.differ = self.changed = 0
         self.largest = self.error = self.step = self.step_off = self.rounding = 0.0
 
-    def add(self, theta: Tensor, tuned: Tensor, base: Tensor, forget: Tensor, retain: Tensor, how: Rescaling) -> None:
-        """Compare both ways on elements of one tensor."""
-        ratio = ratio_of(forget, retain, torch.bfloat16)
+    def add(self, theta: Tensor, tuned: Tensor, base: Tensor, forget: Tensor, retain: Tensor) -> None:
+        """Compare the ratio with the pair on elements of one tensor."""
+        how, ratio = self._how, WAYS[self._way](forget, retain)
         w, w_of_ratio = reference.weights(forget, retain, how), reference.weights_of_ratio(ratio, how)
         settings = vars(how)
         by_pair = ops.rescaled_subtract(theta, tuned, base, forget, retain, **settings)
@@ -50,11 +66,12 @@ class Sums:
         self.step_off += float((moved * task).square().sum())
         self.rounding += float((by_pair.double() - (theta.double() - w * task)).square().sum())
 
-    def row(self, how: Rescaling) -> str:
+    def row(self) -> str:
         """A line of the table."""
+        how = self._how
         off = [(squares / self.step) ** 0.5 for squares in (self.step_off, self.rounding)]
         return (
-            f"| {how.p:g} | {how.alpha:g} | {self.largest:.1e} | {self.error / self.count:.1e} | "
+            f"| {self._way} | {how.p:g} | {how.alpha:g} | {self.largest:.1e} | {self.error / self.count:.1e} | "
             f"{self.differ / self.count:.2%} | {self.changed / self.count:.2%} | {off[0]:.1e} | {off[1]:.1e} |"
         )
 
@@ -82,13 +99,13 @@ def main() -> None:
     importances = open_importances(rule, given.forget_importance, given.retain_importance)
     sources = Sources.open(given.model, given.base, given.tuned, importances)
     settings = [Rescaling(1.0, p, alpha) for p in (0.5, 1.0, 2.0) for alpha in (1.0, 16.0)]
-    table = {how: Sums() for how in settings}
+    table = [Sums(way, how) for way in WAYS for how in settings]
     for arrays in _chunks(sources):
-        for how, sums in table.items():
-            sums.add(*arrays, how)
+        for sums in table:
+            sums.add(*arrays)
     print(_HEAD)
-    for how, sums in table.items():
-        print(sums.row(how))
+    for sums in table:
+        print(sums.row())
 
 
 if __name__ == "__main__":

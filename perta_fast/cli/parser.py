@@ -3,7 +3,7 @@
 import argparse
 import sys
 from argparse import ArgumentParser
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, NoReturn
 
 from perta_fast.cli.options import Command, add_options, nearest
@@ -13,6 +13,15 @@ _DESCRIPTION = "Make a language model forget what it was tuned on, by arithmetic
 _FIRST_STEPS = "New here? perta demo shows the whole job; tune, unlearn, verify and report are its steps."
 _REQUIRED = "the following arguments are required: "  # as argparse begins its messages
 _ONE_REQUIRED = "one of the arguments "
+# What other commands or programs call an option, and ours: the first that the command has.
+_ELSEWHERE = {
+    "--model": ("--base",),
+    "--adapter": ("--tuned",),
+    "--dataset": ("--data", "--forget"),
+    "--output-dir": ("--out",),
+    "--learning-rate": ("--lr",),
+    "--lambda": ("--lam", "--lams"),
+}
 _EVERYWHERE = ("-h", "--help", "-v", "--verbose")
 
 
@@ -106,12 +115,13 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _meant_option(name: str, options: Collection[str]) -> str:
+def _meant_option(name: str, options: Set[str]) -> str:
     """What may have been meant by an option that there is not."""
     longer = sorted(option for option in options if option.startswith(name))
     if longer:
         return f"; options are written in full: {' or '.join(longer)}"
-    near = nearest(name, sorted(options))
+    ours = [option for option in _ELSEWHERE.get(name.replace("_", "-"), ()) if option in options]
+    near = ours[0] if ours else nearest(name, sorted(options))
     return f"; did you mean {near}?" if near else ""
 
 
