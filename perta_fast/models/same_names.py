@@ -8,7 +8,8 @@ language part of a multimodal model may be a checkpoint of its own. Torch is imp
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,16 +172,31 @@ def _stored_names(base: Checkpoint) -> dict[str, str]:
     return {tensor.target: tensor.stored for tensor in loaded if tensor.converter is None}
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A model by what is in its ``config.json``. whole: with the parts for images."""
+
+    config: bytes
+    whole: bool
+    path: Path = field(compare=False)
+
+
 def _skeleton(path: Path, whole: bool = True) -> Any:
-    """The model that ``config.json`` in ``path`` describes, without weights; None if that is unknown."""
-    if not (path / "config.json").is_file():
+    """The model that ``config.json`` in ``path`` describes, without weights, not to be changed; None if unknown."""
+    config = path / "config.json"
+    if not config.is_file():
         return None
+    try:
+        return _built(_Described(config.read_bytes(), whole, path))
+    except (InputError, OSError):
+        return None
+
+
+@lru_cache(maxsize=4)  # a run asks for the same ones again, with each checkpoint and each importance
+def _built(described: _Described) -> Any:
     import torch
 
-    try:
-        return empty_model(path, default=torch.float32, whole=whole)
-    except InputError:
-        return None
+    return empty_model(described.path, default=torch.float32, whole=described.whole)
 
 
 def _placing(model: Any) -> Callable[[str], str]:
