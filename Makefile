@@ -92,6 +92,7 @@ $(VENV)/python:
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	  { echo "perta_fast: no C++ compiler was found; install g++ (Debian: apt install g++) or clang"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip  # that of Python 3.11 takes twice the time
 	@touch $@
 
 # torch comes first and exactly, so that nothing later chooses another build of it. Python compiles what is imported.
