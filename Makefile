@@ -59,8 +59,8 @@ cuda-check:
 	done
 
 # The source distribution, the wheel built from that alone, and the wheel in an environment of its own with the lowest
-# versions that it allows, of all but torch, run from elsewhere on a PATH without a compiler; the demo needs the CPU
-# kernels. It works on a copy of the tree, so that it can run beside the tests. No CUDA: cuda-check compiles that.
+# versions that it allows, of all but torch, run from elsewhere on a PATH without a compiler. It works on a copy of the
+# tree, so that it can run beside the tests. No CUDA: cuda-check compiles that.
 wheel-check: $(VENV)/built
 	rm -rf build/wheel-check && mkdir -p build/wheel-check/source
 	git ls-files -z | xargs -0 cp --parents --target-directory build/wheel-check/source
@@ -71,15 +71,16 @@ wheel-check: $(VENV)/built
 	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile build/wheel-check/*.whl \
 	  --constraint tests/lowest.txt
 	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta --version
-	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" perta demo --fast
+	cd build/wheel-check && env -i PATH="$$PWD/environment/bin" python -c "from perta_fast import compiled; compiled.kernels()"
 
-# Tests with those lowest versions: a few files of the rooms that depend on other packages most. The newest versions are
-# those of `make test`.
+# Tests of that wheel with those lowest versions: a few files of the rooms that depend on other packages most. The newest
+# versions are those of `make test`.
 lowest: wheel-check
 	$(BIN)/pip --python build/wheel-check/environment install --quiet --no-compile \
 	  --requirement tests/lowest.txt pytest hypothesis psutil
 	$(BIN)/pip --python build/wheel-check/environment check
-	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 build/wheel-check/environment/bin/python -m pytest $(LOWEST) \
+	rm -r build/wheel-check/source/perta_fast build/wheel-check/source/kernels
+	cd build/wheel-check/source && OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 ../environment/bin/python -m pytest $(LOWEST) \
 	  -m 'not slow' -k 'not peak_memory and not (test_families and (unlearn or apply))' -p no:cacheprovider
 	rm -rf build/wheel-check/environment build/wheel-check/source
 
