@@ -15,7 +15,8 @@ QUICK := $(addprefix tests/,test_rules.py checkpoints/test_checkpoint.py checkpo
 # The tests of `make lowest`.
 LOWEST := $(addprefix tests/,checkpoints/test_adapters.py data/test_formats.py \
   evaluation/test_metrics.py evaluation/test_rouge.py families/test_families.py files/test_hashing.py \
-  importance/test_per_sample.py importance/test_store.py reporting/test_figures.py streaming/test_streaming.py)
+  importance/test_per_sample.py importance/test_store.py reporting/test_figures.py runs/test_adapters_end_to_end.py \
+  streaming/test_streaming.py)
 
 .PHONY: demo quick test bench lint format docs cuda-check wheel-check lowest clean
 
