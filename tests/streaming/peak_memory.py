@@ -1,6 +1,7 @@
 """A process that prints the peak memory of a streamed estimate at 2 and 8 layers, and what one layer must take.
 
-All in bytes above what the process held before; the weights of both models are on disk.
+A line for each estimator that it is given. All in bytes above what the process held before; the weights of both models
+are on disk.
 """
 
 import sys
@@ -31,25 +32,27 @@ def write(folder: Path, hidden: int, layers: int) -> int:
     return sum(4 * parameter.numel() for parameter in model.model.layers[0].parameters())
 
 
-def main(estimator: str, folder: Path) -> None:
+def main(folder: Path, *estimators: str) -> None:
     torch.set_num_threads(1)
-
-    def stream(name: str) -> None:
-        estimate_importance(folder / name, SAMPLES, estimator, out=folder / f"{name}-out", stream=True, progress=False)
-
     write(folder / "tiny", 16, 1)
-    stream("tiny")  # what torch allocates once
     write(folder / "shallow", 512, 2)
     layer = write(folder / "deep", 512, 8)
-    peaks = []
-    for name in ("shallow", "deep"):
-        with peak_memory() as memory:
-            stream(name)
-        peaks.append(memory.anonymous)
-        if name == "shallow":
-            start = memory.baseline
-    print(*(peak - start for peak in peaks), 2 * layer)
+    for estimator in estimators:
+
+        def stream(name: str, how: str = estimator) -> None:
+            out = folder / f"{name}-{how}"
+            estimate_importance(folder / name, SAMPLES, how, out=out, stream=True, progress=False)
+
+        stream("tiny")  # what torch allocates once
+        peaks = []
+        for name in ("shallow", "deep"):
+            with peak_memory() as memory:
+                stream(name)
+            peaks.append(memory.anonymous)
+            if name == "shallow":
+                start = memory.baseline
+        print(*(peak - start for peak in peaks), 2 * layer)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
