@@ -1,4 +1,4 @@
-"""One deletion request of 8 rows of 264: from the importance of all rows, and with the retain rows estimated again.
+"""A deletion request of a tenth of the rows: from the importance of all, and with the retain rows estimated again.
 
 The limit is the same run without any estimate of retained rows: the retain importance lies there already.
 """
@@ -19,9 +19,9 @@ from bench.harness.tables import Row
 from bench.inputs.arrays import timed
 from bench.inputs.stream_models import write_stream_job
 
-GROUP = "deletion request: 8 rows of 264"
+GROUP = "deletion request: 128 rows of 1,280"
 CONTENDERS = {"forget rows, subtraction": "limit", "retain rows estimated again": "peer", "ours": "ours"}
-RETAINED, FORGOTTEN, WORDS = 256, 8, 32
+RETAINED, FORGOTTEN, WORDS = 1152, 128, 32
 SETTINGS: dict[str, Any] = {"batch_size": 8, "dtype": torch.float32, "progress": False, "overwrite": True}
 STRENGTH: dict[str, Any] = {"rule": "empirical-fisher", "lam": 1.0}
 

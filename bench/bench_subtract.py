@@ -1,6 +1,7 @@
 """The rescaled subtraction alone, on arrays in memory, in place.
 
-GB/s count each byte once: five inputs are read (three for the plain task vector) and theta is written. The limit,
+GB/s count each byte once: five inputs are read (four with the ratio of both importances, three for the plain task
+vector) and theta is written. The limit,
 a copy, moves as many bytes, and half of them are writes. The operation writes at most a quarter, and writes cost
 more than reads, so it can be faster than the limit.
 """
@@ -26,19 +27,25 @@ LAM = 1e-3  # small, as theta is updated many times and must stay finite
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Storage types, and the rule: exponent p, or the plain task vector where p is None."""
+    """Storage types, and the rule: exponent p, or the plain task vector where p is None.
+
+    by_ratio: with the ratio of both importances in their place.
+    """
 
     weights: torch.dtype
     importance: torch.dtype
     p: float | None
+    by_ratio: bool = False
 
     def __str__(self) -> str:
         weights, importance = torch_name(self.weights), torch_name(self.importance)
-        return f"{weights}, tv" if self.p is None else f"{weights}, importance {importance}, p={self.p:g}"
+        what = "ratio" if self.by_ratio else "importance"
+        return f"{weights}, tv" if self.p is None else f"{weights}, {what} {importance}, p={self.p:g}"
 
 
 STORAGE = ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))
 CASES = [Case(*storage, p) for storage in STORAGE for p in (1.0, 2.0)]
+CASES += [Case(torch.bfloat16, torch.bfloat16, p, by_ratio=True) for p in (1.0, 2.0)]
 CASES += [Case(dtype, dtype, None) for dtype in (torch.bfloat16, torch.float32)]
 
 
@@ -61,20 +68,22 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
         return torch.empty(elements, device=device).normal_(0.0, scale, generator=generator).to(dtype)
 
     theta, tuned, base = (values(case.weights, 0.02) for _ in range(3))
-    forget = retain = None
-    if case.p is not None:
-        forget, retain = (values(case.importance, 1e-4) for _ in range(2))
+    weighing: dict[str, torch.Tensor] = {}
+    if case.by_ratio:
+        weighing["ratio"] = (values(torch.float32, 1.0) / values(torch.float32, 1.0)).abs().to(case.importance)
+    elif case.p is not None:
+        weighing = {f"{side}_importance": values(case.importance, 1e-4) for side in ("forget", "retain")}
     p = case.p or 1.0
-    arrays = (theta, tuned, base, forget, retain)
-    moved = theta.nbytes + sum(array.nbytes for array in arrays if array is not None)
+    moved = sum(array.nbytes for array in (theta, theta, tuned, base, *weighing.values()))
+    forget, retain = weighing.get("forget_importance"), weighing.get("ratio", weighing.get("retain_importance"))
 
     def formula() -> None:
-        theta.copy_(reference.rescaled_subtract(*arrays, Rescaling(LAM, p)))
+        theta.copy_(reference.rescaled_subtract(theta, tuned, base, forget, retain, Rescaling(LAM, p)))
 
     compiled = torch.compile(formula)
 
     def ours(backend: str) -> None:
-        pf.ops.rescaled_subtract_(*arrays, lam=LAM, p=p, backend=backend)
+        pf.ops.rescaled_subtract_(theta, tuned, base, **weighing, lam=LAM, p=p, backend=backend)
 
     outcomes = contest(device, rounds, moved=moved, eager=formula, compiled=compiled, ours=ours)
     return Measured(case, moved, outcomes)
