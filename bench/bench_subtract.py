@@ -68,22 +68,23 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
         return torch.empty(elements, device=device).normal_(0.0, scale, generator=generator).to(dtype)
 
     theta, tuned, base = (values(case.weights, 0.02) for _ in range(3))
-    weighing: dict[str, torch.Tensor] = {}
+    forget = retain = ratio = None
     if case.by_ratio:
-        weighing["ratio"] = (values(torch.float32, 1.0) / values(torch.float32, 1.0)).abs().to(case.importance)
+        ratio = (values(torch.float32, 1.0) / values(torch.float32, 1.0)).abs().to(case.importance)
     elif case.p is not None:
-        weighing = {f"{side}_importance": values(case.importance, 1e-4) for side in ("forget", "retain")}
+        forget, retain = (values(case.importance, 1e-4) for _ in range(2))
     p = case.p or 1.0
-    moved = sum(array.nbytes for array in (theta, theta, tuned, base, *weighing.values()))
-    forget, retain = weighing.get("forget_importance"), weighing.get("ratio", weighing.get("retain_importance"))
+    arrays = [array for array in (theta, tuned, base, forget, retain, ratio) if array is not None]
+    moved = theta.nbytes + sum(array.nbytes for array in arrays)
+    last = ratio if case.by_ratio else retain
 
     def formula() -> None:
-        theta.copy_(reference.rescaled_subtract(theta, tuned, base, forget, retain, Rescaling(LAM, p)))
+        theta.copy_(reference.rescaled_subtract(theta, tuned, base, forget, last, Rescaling(LAM, p)))
 
     compiled = torch.compile(formula)
 
     def ours(backend: str) -> None:
-        pf.ops.rescaled_subtract_(theta, tuned, base, **weighing, lam=LAM, p=p, backend=backend)
+        pf.ops.rescaled_subtract_(theta, tuned, base, forget, retain, ratio=ratio, lam=LAM, p=p, backend=backend)
 
     outcomes = contest(device, rounds, moved=moved, eager=formula, compiled=compiled, ours=ours)
     return Measured(case, moved, outcomes)
