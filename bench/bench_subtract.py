@@ -1,9 +1,8 @@
 """The rescaled subtraction alone, on arrays in memory, in place.
 
 GB/s count each byte once: five inputs are read (four with the ratio of both importances, three for the plain task
-vector) and theta is written. The limit,
-a copy, moves as many bytes, and half of them are writes. The operation writes at most a quarter, and writes cost
-more than reads, so it can be faster than the limit.
+vector) and theta is written. The limit, a copy, moves as many bytes, and half of them are writes. The operation writes
+at most a quarter, and writes cost more than reads, so it can be faster than the limit.
 """
 
 from __future__ import annotations
@@ -76,10 +75,10 @@ def measured(request: pytest.FixtureRequest, device: str, elements: int, rounds:
     p = case.p or 1.0
     arrays = [array for array in (theta, tuned, base, forget, retain, ratio) if array is not None]
     moved = theta.nbytes + sum(array.nbytes for array in arrays)
-    last = ratio if case.by_ratio else retain
+    weighing = (None, ratio) if case.by_ratio else (forget, retain)  # as the reference takes them
 
     def formula() -> None:
-        theta.copy_(reference.rescaled_subtract(theta, tuned, base, forget, last, Rescaling(LAM, p)))
+        theta.copy_(reference.rescaled_subtract(theta, tuned, base, *weighing, Rescaling(LAM, p)))
 
     compiled = torch.compile(formula)
 

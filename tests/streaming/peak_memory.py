@@ -37,17 +37,17 @@ def main(folder: Path, *estimators: str) -> None:
     write(folder / "tiny", 16, 1)
     write(folder / "shallow", 512, 2)
     layer = write(folder / "deep", 512, 8)
+
+    def stream(name: str, estimator: str) -> None:
+        out = folder / f"{name}-{estimator}"
+        estimate_importance(folder / name, SAMPLES, estimator, out=out, stream=True, progress=False)
+
     for estimator in estimators:
-
-        def stream(name: str, how: str = estimator) -> None:
-            out = folder / f"{name}-{how}"
-            estimate_importance(folder / name, SAMPLES, how, out=out, stream=True, progress=False)
-
-        stream("tiny")  # what torch allocates once
+        stream("tiny", estimator)  # what torch allocates once
         peaks = []
         for name in ("shallow", "deep"):
             with peak_memory() as memory:
-                stream(name)
+                stream(name, estimator)
             peaks.append(memory.anonymous)
             if name == "shallow":
                 start = memory.baseline
