@@ -2,11 +2,15 @@
 //
 // A block is read, converted to float32, computed, rounded and stored by plain loops that the compiler vectorises. A
 // task vector given by its factors (low_rank_subtract) is made block by block first.
+// Memory, not arithmetic, is what it waits for: with four or five arrays at once a processor foresees too little, so
+// what comes next is fetched ahead, a little with every step.
 // Assumes nothing of addresses: sources may lie at any byte of a file in memory, and `out` may be `theta`.
 // Bytes: each input once, out once; factors stay in the caches. FLOPs: those of rescale.h, and 2 a rank and element.
 //
 // Compiled once per instruction set (PERTA_ISA is its name), with `static` code only: a shared inline function could
 // be linked in from the wrong set.
+
+#include <type_traits>
 
 #include "instruction_sets.h"
 #include "storage.h"
@@ -16,6 +20,7 @@ namespace {
 
 // How elements are stored; see storage.h for why pointers become unaligned ones in plain functions.
 struct F32 {
+  static constexpr size_t size = 4;
   static float load(const void* data, size_t i) { return read_f32(data, i); }
   static float round(float value) { return value; }
   static float widen(float value) { return value; }
@@ -23,6 +28,7 @@ struct F32 {
 };
 
 struct BF16 {
+  static constexpr size_t size = 2;
   static float load(const void* data, size_t i) { return read_bf16(data, i); }
   static uint16_t round(float value) { return float_to_bf16(value); }
   static float widen(uint16_t bits) { return bf16_to_float(bits); }
@@ -30,6 +36,7 @@ struct BF16 {
 };
 
 struct F16 {
+  static constexpr size_t size = 2;
   static float load(const void* data, size_t i) { return read_f16(data, i); }
   static uint16_t round(float value) { return float_to_f16(value); }
   static float widen(uint16_t bits) { return f16_to_float(bits); }
@@ -79,61 +86,136 @@ struct Block {
   size_t n;
 };
 
-// float32 sums over one block. If any value is not finite, its sum is not either. So the check costs nothing, and the
-// slow path then finds where the value is.
+constexpr size_t line = 64;     // bytes of the cache that come together; of the weights, one is a step
+constexpr size_t lanes = 32;    // elements of the longest step
+constexpr size_t ahead = 1024;  // bytes: less comes too late, much more is out of the first-level cache again
+
+// float32 sums over one block, in each lane one of its own. If any value is not finite, its sum is not either. So the
+// check costs nothing, and the slow path then finds where the value is.
 struct BlockSums {
-  float weight = 0;
-  float importance = 0;
-  float squared_theta = 0;
-  float squared_change = 0;
-  uint32_t task_bits = 0;
-  int32_t changed = 0;
-  int32_t invalid_ratio = 0;
+  float weight[lanes] = {};
+  float importance[lanes] = {};
+  float squared_theta[lanes] = {};
+  float squared_change[lanes] = {};
+  uint32_t task_bits[lanes] = {};
+  int32_t changed[lanes] = {};
+  int32_t invalid_ratio[lanes] = {};
 };
 
-// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result. If all is in the cache, the
-// sums cost as much as the result, so they are left out unless they are wanted.
-template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
-BlockSums subtract_block(Block block, Rescaling rescaling) {
-  float weight_sum = 0, importance_sum = 0, squared_theta = 0, squared_change = 0;
-  uint32_t task_bits = 0;
-  int32_t changed = 0, invalid_ratio = 0;
-#pragma omp simd reduction(+ : weight_sum, importance_sum, squared_theta, squared_change, changed, invalid_ratio) \
-    reduction(| : task_bits)
-  for (size_t i = 0; i < block.n; ++i) {
-    const float before = Weights::load(block.theta, i);
-    const float task = Weights::load(block.tuned, i) - Weights::load(block.base, i);
-    float scale = rescaling.lam;
-    if (weighted == Weighted::by_pair) {
-      const float important_to_forget = Importance::load(block.forget, i);
-      const float important_to_retain = Importance::load(block.retain, i);
-      const float w = weight<power, masked>(important_to_forget, important_to_retain, rescaling);
-      scale = rescaling.lam * w;
-      if (counted) {
-        weight_sum += w;
-        importance_sum += fabsf(important_to_forget) + fabsf(important_to_retain);
-      }
-    }
-    if (weighted == Weighted::by_ratio) {
-      const float ratio = Importance::load(block.retain, i);
-      const float w = weight_of_ratio<power, masked>(ratio, rescaling);
-      scale = rescaling.lam * w;
-      if (counted) {
-        weight_sum += w;
-        invalid_ratio += !(ratio >= 0.0f);
-      }
-    }
-    const auto stored = Result::round(subtract(before, scale * task));
-    Result::store(block.out, i, stored);
+template <class Number>
+Number total(const Number (&sums)[lanes]) {
+  Number sum = 0;
+  for (const Number of_lane : sums) sum += of_lane;
+  return sum;
+}
+
+// One element of each array as float32; what weighs is 0 where it is not read.
+struct Element {
+  float theta, tuned, base, forget, retain;
+};
+
+#define PERTA_INLINE static inline __attribute__((always_inline))
+
+// The result as it is stored. If all is in the cache, the sums cost as much as the result, so they are left out unless
+// they are wanted.
+template <class Result, bool counted, Power power, Weighted weighted, bool masked>
+PERTA_INLINE auto subtract_element(const Element& element, const Rescaling& rescaling, BlockSums& sums, size_t lane) {
+  const float task = element.tuned - element.base;
+  float scale = rescaling.lam;
+  if (weighted == Weighted::by_pair) {
+    const float w = weight<power, masked>(element.forget, element.retain, rescaling);
+    scale = rescaling.lam * w;
     if (counted) {
-      const float change = Result::widen(stored) - before;
-      squared_theta += before * before;
-      squared_change += change * change;
-      changed += change != 0.0f;
-      task_bits |= bits_of(task);
+      sums.weight[lane] += w;
+      sums.importance[lane] += fabsf(element.forget) + fabsf(element.retain);
     }
   }
-  return {weight_sum, importance_sum, squared_theta, squared_change, task_bits, changed, invalid_ratio};
+  if (weighted == Weighted::by_ratio) {
+    const float w = weight_of_ratio<power, masked>(element.retain, rescaling);
+    scale = rescaling.lam * w;
+    if (counted) {
+      sums.weight[lane] += w;
+      sums.invalid_ratio[lane] += !(element.retain >= 0.0f);
+    }
+  }
+  const auto stored = Result::round(subtract(element.theta, scale * task));
+  if (counted) {
+    const float change = Result::widen(stored) - element.theta;
+    sums.squared_theta[lane] += element.theta * element.theta;
+    sums.squared_change[lane] += change * change;
+    sums.changed[lane] += change != 0.0f;
+    sums.task_bits[lane] |= bits_of(task);
+  }
+  return stored;
+}
+
+// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result.
+// Elements [first, first + n), n <= lanes.
+template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
+PERTA_INLINE void subtract_singly(const Block& block, size_t first, size_t n, const Rescaling& rescaling,
+                                  BlockSums& sums) {
+#pragma omp simd
+  for (size_t lane = 0; lane < n; ++lane) {
+    const size_t i = first + lane;
+    const Element element{Weights::load(block.theta, i), Weights::load(block.tuned, i), Weights::load(block.base, i),
+                          weighted == Weighted::by_pair ? Importance::load(block.forget, i) : 0.0f,
+                          weighted != Weighted::no ? Importance::load(block.retain, i) : 0.0f};
+    const auto stored = subtract_element<Result, counted, power, weighted, masked>(element, rescaling, sums, lane);
+    Result::store(block.out, i, stored);
+  }
+}
+
+PERTA_INLINE float lower(uint32_t pair) { return float_of(pair << 16); }
+PERTA_INLINE float upper(uint32_t pair) { return float_of(pair & 0xFFFF0000u); }
+
+// Elements [first, first + lanes) where all arrays are bfloat16. Two neighbours are taken apart where they lie, in one
+// word. Spreading 16 bits to 32 and packing them again costs a fifth of the time where all is in the cache.
+template <bool counted, Power power, Weighted weighted, bool masked>
+PERTA_INLINE void subtract_in_pairs(const Block& block, size_t first, const Rescaling& rescaling, BlockSums& sums) {
+#pragma omp simd
+  for (size_t lane = 0; lane < lanes / 2; ++lane) {
+    const size_t i = first / 2 + lane;
+    const uint32_t theta = read_word(block.theta, i), tuned = read_word(block.tuned, i);
+    const uint32_t base = read_word(block.base, i);
+    const uint32_t forget = weighted == Weighted::by_pair ? read_word(block.forget, i) : 0;
+    const uint32_t retain = weighted != Weighted::no ? read_word(block.retain, i) : 0;
+    const Element one{lower(theta), lower(tuned), lower(base), lower(forget), lower(retain)};
+    const Element two{upper(theta), upper(tuned), upper(base), upper(forget), upper(retain)};
+    const uint32_t low = subtract_element<BF16, counted, power, weighted, masked>(one, rescaling, sums, lane);
+    const uint32_t high = subtract_element<BF16, counted, power, weighted, masked>(two, rescaling, sums, lane);
+    static_cast<UnalignedWord*>(block.out)[i] = low | high << 16;
+  }
+}
+
+// What lies `ahead` of n elements from the first on.
+template <class Storage>
+PERTA_INLINE void prefetch(const void* data, size_t first, size_t n) {
+  const char* next = static_cast<const char*>(data) + first * Storage::size + ahead;
+  for (size_t at = 0; at < n * Storage::size; at += line) __builtin_prefetch(next + at);
+}
+
+template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
+BlockSums subtract_block(Block block, Rescaling rescaling) {
+  constexpr bool bf16_importance = weighted == Weighted::no || std::is_same_v<Importance, BF16>;
+  constexpr bool all_bf16 = std::is_same_v<Weights, BF16> && std::is_same_v<Result, BF16> && bf16_importance;
+  constexpr size_t step = line / Weights::size;
+  BlockSums sums;
+  size_t i = 0;
+  for (; i + step <= block.n; i += step) {
+    prefetch<Weights>(block.theta, i, step);
+    prefetch<Weights>(block.tuned, i, step);
+    prefetch<Weights>(block.base, i, step);
+    if (weighted == Weighted::by_pair) prefetch<Importance>(block.forget, i, step);
+    if (weighted != Weighted::no) prefetch<Importance>(block.retain, i, step);
+    if constexpr (all_bf16) {
+      subtract_in_pairs<counted, power, weighted, masked>(block, i, rescaling, sums);
+    } else {
+      subtract_singly<Weights, Importance, Result, counted, power, weighted, masked>(block, i, step, rescaling, sums);
+    }
+  }
+  subtract_singly<Weights, Importance, Result, counted, power, weighted, masked>(block, i, block.n - i, rescaling,
+                                                                                 sums);
+  return sums;
 }
 
 using SubtractBlock = BlockSums (*)(Block, Rescaling);
@@ -237,16 +319,19 @@ void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, 
     }
     const BlockSums sums = subtract_block_as_asked(part, rescaling);
     if (statistics == nullptr) continue;
-    statistics->sum_weight += weighted == Weighted::no ? static_cast<double>(n) : sums.weight;
-    statistics->sum_squared_theta += sums.squared_theta;
-    statistics->sum_squared_change += sums.squared_change;
-    statistics->changed += sums.changed;
-    statistics->invalid_ratio += sums.invalid_ratio;
-    statistics->nonzero_task |= (sums.task_bits & 0x7FFFFFFFu) != 0;
-    if (!is_finite(sums.squared_change)) {
+    const float squared_change = total(sums.squared_change);
+    uint32_t task_bits = 0;
+    for (const uint32_t of_lane : sums.task_bits) task_bits |= of_lane;
+    statistics->sum_weight += weighted == Weighted::no ? static_cast<double>(n) : total(sums.weight);
+    statistics->sum_squared_theta += total(sums.squared_theta);
+    statistics->sum_squared_change += squared_change;
+    statistics->changed += total(sums.changed);
+    statistics->invalid_ratio += total(sums.invalid_ratio);
+    statistics->nonzero_task |= (task_bits & 0x7FFFFFFFu) != 0;
+    if (!is_finite(squared_change)) {
       statistics->nonfinite_out += count_nonfinite(arrays.out, arrays.theta_dtype, i, i + n);
     }
-    if (weighted == Weighted::by_pair && !is_finite(sums.importance)) {
+    if (weighted == Weighted::by_pair && !is_finite(total(sums.importance))) {
       statistics->nonfinite_forget += count_nonfinite(arrays.forget, arrays.forget_dtype, i, i + n);
       statistics->nonfinite_retain += count_nonfinite(arrays.retain, arrays.retain_dtype, i, i + n);
     }

@@ -14,6 +14,7 @@
 namespace perta {
 
 using UnalignedHalf = uint16_t __attribute__((aligned(1), may_alias));
+using UnalignedWord = uint32_t __attribute__((aligned(1), may_alias));
 using UnalignedFloat = float __attribute__((aligned(1), may_alias));
 
 constexpr size_t block = 1024;  // elements; five float32 buffers of it stay in the first-level cache
@@ -48,6 +49,11 @@ static inline float read_bf16(const void* data, size_t i) {
 
 static inline float read_f16(const void* data, size_t i) {
   return f16_to_float(static_cast<const UnalignedHalf*>(data)[i]);
+}
+
+// Two neighbouring elements of 16 bits.
+static inline uint32_t read_word(const void* data, size_t pair) {
+  return static_cast<const UnalignedWord*>(data)[pair];
 }
 
 // Elements [index, index + n) of `data` stored as `wanted`: where they lie, or else as float32 in `buffer`.
