@@ -86,9 +86,12 @@ struct Block {
   size_t n;
 };
 
-constexpr size_t line = 64;     // bytes of the cache that come together; of the weights, one is a step
+constexpr size_t line = 64;     // bytes of the cache that come together
 constexpr size_t lanes = 32;    // elements of the longest step
 constexpr size_t ahead = 1024;  // bytes: less comes too late, much more is out of the first-level cache again
+
+template <class Weights>
+constexpr size_t step = line / Weights::size;  // elements
 
 // float32 sums over one block, in each lane one of its own. If any value is not finite, its sum is not either. So the
 // check costs nothing, and the slow path then finds where the value is.
@@ -149,13 +152,11 @@ PERTA_INLINE auto subtract_element(const Element& element, const Rescaling& resc
   return stored;
 }
 
-// Parameters: storage of theta, theta_f and theta_0; of the importances; of the result.
-// Elements [first, first + n), n <= lanes.
+// Elements [first, first + step). Parameters: storage of theta, theta_f and theta_0; of the importances; of the result.
 template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
-PERTA_INLINE void subtract_singly(const Block& block, size_t first, size_t n, const Rescaling& rescaling,
-                                  BlockSums& sums) {
+PERTA_INLINE void subtract_singly(const Block& block, size_t first, const Rescaling& rescaling, BlockSums& sums) {
 #pragma omp simd
-  for (size_t lane = 0; lane < n; ++lane) {
+  for (size_t lane = 0; lane < step<Weights>; ++lane) {
     const size_t i = first + lane;
     const Element element{Weights::load(block.theta, i), Weights::load(block.tuned, i), Weights::load(block.base, i),
                           weighted == Weighted::by_pair ? Importance::load(block.forget, i) : 0.0f,
@@ -194,27 +195,25 @@ PERTA_INLINE void prefetch(const void* data, size_t first, size_t n) {
   for (size_t at = 0; at < n * Storage::size; at += line) __builtin_prefetch(next + at);
 }
 
+// A block of whole steps.
 template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
 BlockSums subtract_block(Block block, Rescaling rescaling) {
   constexpr bool bf16_importance = weighted == Weighted::no || std::is_same_v<Importance, BF16>;
   constexpr bool all_bf16 = std::is_same_v<Weights, BF16> && std::is_same_v<Result, BF16> && bf16_importance;
-  constexpr size_t step = line / Weights::size;
+  constexpr size_t n = step<Weights>;
   BlockSums sums;
-  size_t i = 0;
-  for (; i + step <= block.n; i += step) {
-    prefetch<Weights>(block.theta, i, step);
-    prefetch<Weights>(block.tuned, i, step);
-    prefetch<Weights>(block.base, i, step);
-    if (weighted == Weighted::by_pair) prefetch<Importance>(block.forget, i, step);
-    if (weighted != Weighted::no) prefetch<Importance>(block.retain, i, step);
+  for (size_t i = 0; i < block.n; i += n) {
+    prefetch<Weights>(block.theta, i, n);
+    prefetch<Weights>(block.tuned, i, n);
+    prefetch<Weights>(block.base, i, n);
+    if (weighted == Weighted::by_pair) prefetch<Importance>(block.forget, i, n);
+    if (weighted != Weighted::no) prefetch<Importance>(block.retain, i, n);
     if constexpr (all_bf16) {
       subtract_in_pairs<counted, power, weighted, masked>(block, i, rescaling, sums);
     } else {
-      subtract_singly<Weights, Importance, Result, counted, power, weighted, masked>(block, i, step, rescaling, sums);
+      subtract_singly<Weights, Importance, Result, counted, power, weighted, masked>(block, i, rescaling, sums);
     }
   }
-  subtract_singly<Weights, Importance, Result, counted, power, weighted, masked>(block, i, block.n - i, rescaling,
-                                                                                 sums);
   return sums;
 }
 
@@ -262,6 +261,19 @@ SubtractBlock choose(Weighted weighted, DType importance, const Rescaling& resca
                  : choose_importance<Weights, Result, false>(weighted, importance, rescaling);
 }
 
+// n elements of float32 or bfloat16 in `buffer`, where they are or are copied to, filled up to whole steps.
+const void* filled_up(const void* data, DType dtype, size_t n, float* buffer, float filler) {
+  if (data != buffer) memcpy(buffer, data, n * size_of(dtype));
+  for (size_t i = n; i % lanes != 0; ++i) {
+    if (dtype == DType::bf16) {
+      BF16::store(buffer, i, float_to_bf16(filler));
+    } else {
+      buffer[i] = filler;
+    }
+  }
+  return buffer;
+}
+
 int64_t count_nonfinite(const void* data, DType dtype, size_t begin, size_t end) {
   int64_t count = 0;
   float buffer[block];
@@ -293,31 +305,40 @@ void rescaled_subtract(const RescaleArrays& arrays, const Rescaling& rescaling, 
       : arrays.theta_dtype == DType::bf16 ? choose<F32, BF16>(weighted, importance, rescaling, statistics)
       : arrays.theta_dtype == DType::f16  ? choose<F32, F16>(weighted, importance, rescaling, statistics)
                                           : choose<F32, F32>(weighted, importance, rescaling, statistics);
-  alignas(64) float buffers[5][block];
+  alignas(64) float buffers[6][block];
   // A task vector given by its factors is made block by block. It takes the place of theta_f, with theta_0 = 0.
   if (low_rank != nullptr) memset(buffers[2], 0, sizeof buffers[2]);
   for (size_t i = begin; i < end; i += block) {
     const size_t n = end - i < block ? end - i : block;
-    Block part{const_cast<unsigned char*>(at(arrays.out, arrays.theta_dtype, i)),
-               stored_as(weights, arrays.theta, arrays.theta_dtype, i, n, buffers[0]),
+    const bool whole = n % lanes == 0;  // else all go through buffers, filled up with elements that change no sum
+    const auto operand = [&](DType wanted, const void* data, DType dtype, float* buffer, float filler) {
+      const void* found = stored_as(wanted, data, dtype, i, n, buffer);
+      return whole ? found : filled_up(found, wanted, n, buffer, filler);
+    };
+    unsigned char* out = const_cast<unsigned char*>(at(arrays.out, arrays.theta_dtype, i));
+    Block part{whole ? out : static_cast<void*>(buffers[5]),
+               operand(weights, arrays.theta, arrays.theta_dtype, buffers[0], 0),
                buffers[1],
                buffers[2],
                nullptr,
                nullptr,
-               n};
+               (n + lanes - 1) / lanes * lanes};
     if (low_rank != nullptr) {
       multiply_factors(*low_rank, low_rank->first + i, n, buffers[1]);
+      filled_up(buffers[1], DType::f32, n, buffers[1], 0);
     } else {
-      part.tuned = stored_as(weights, arrays.tuned, arrays.tuned_dtype, i, n, buffers[1]);
-      part.base = stored_as(weights, arrays.base, arrays.base_dtype, i, n, buffers[2]);
+      part.tuned = operand(weights, arrays.tuned, arrays.tuned_dtype, buffers[1], 0);
+      part.base = operand(weights, arrays.base, arrays.base_dtype, buffers[2], 0);
     }
     if (weighted == Weighted::by_pair) {
-      part.forget = stored_as(importance, arrays.forget, arrays.forget_dtype, i, n, buffers[3]);
+      part.forget = operand(importance, arrays.forget, arrays.forget_dtype, buffers[3], 0);
     }
     if (weighted != Weighted::no) {
-      part.retain = stored_as(importance, arrays.retain, arrays.retain_dtype, i, n, buffers[4]);
+      const float without_weight = weighted == Weighted::by_ratio ? INFINITY : 0;
+      part.retain = operand(importance, arrays.retain, arrays.retain_dtype, buffers[4], without_weight);
     }
     const BlockSums sums = subtract_block_as_asked(part, rescaling);
+    if (!whole) memcpy(out, buffers[5], n * size_of(arrays.theta_dtype));
     if (statistics == nullptr) continue;
     const float squared_change = total(sums.squared_change);
     uint32_t task_bits = 0;

@@ -15,7 +15,7 @@ from perta_fast.rules import Rescaling
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 70_001)
+SIZES = (0, 1, 3, 16, 31, 32, 33, 1023, 1024, 1025, 70_001)
 SPECIAL = (
     0.0,
     -0.0,
