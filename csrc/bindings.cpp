@@ -1,5 +1,6 @@
 // The Python module perta_fast._C: the operations rescaled_subtract (with its factors: low_rank_subtract), accumulate
-// and fisher on the CPU and, built with CUDA, as cuda_*; the choice of an instruction set; and what was built.
+// and fisher on the CPU and, built with CUDA, as cuda_*; hashes and reads of files; the choice of an instruction set;
+// and what was built.
 //
 // Takes addresses, counts and codes. Assumes that they are right: its callers, perta_fast.ops and
 // perta_fast.subtraction, check types, shapes and overlap first, and keep the memory alive during the call.
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "cpu/file_hash.h"
+#include "cpu/file_reads.h"
 #include "cpu/operations.h"
 #include "cpu/parallel.h"
 #ifdef PERTA_WITH_CUDA
@@ -62,11 +64,42 @@ perta::LowRank low_rank(const Factors& factors) {
       static_cast<const float*>(pointer(left)), static_cast<const float*>(pointer(right)), rank, columns, scale, first};
 }
 
+// (descriptor, target, begin, count, begin and count of what is wanted soon, whether to drop the pages, hash or None).
+using ReadEntry = std::tuple<int, Address, uint64_t, uint64_t, uint64_t, uint64_t, bool, perta::FileHash*>;
+
+std::vector<perta::FileRead> file_reads(const std::vector<ReadEntry>& entries) {
+  std::vector<perta::FileRead> reads;
+  for (const auto& [descriptor, target, begin, count, soon_begin, soon_count, drop_cache, hash] : entries) {
+    reads.push_back({descriptor, static_cast<unsigned char*>(pointer(target)), begin, count, soon_begin, soon_count,
+                     drop_cache, hash});
+  }
+  return reads;
+}
+
+// Raises ReadFailed with the number of a read and its errno, 0 if the file ends too early.
+void check(const std::optional<perta::FailedRead>& failed) {
+  if (!failed.has_value()) return;
+  const py::object type = py::module_::import("perta_fast._C").attr("ReadFailed");
+  PyErr_SetObject(type.ptr(), py::make_tuple(failed->number, failed->error).ptr());
+  throw py::error_already_set();
+}
+
+void read_files(const std::vector<ReadEntry>& entries) {
+  const std::vector<perta::FileRead> reads = file_reads(entries);
+  std::optional<perta::FailedRead> failed;
+  {
+    py::gil_scoped_release released;
+    failed = perta::read_files(*kernels, reads);
+  }
+  check(failed);
+}
+
 // Without forget, retain is the ratio. Returns the statistics if `counted`, else None. factors: the task vector,
-// instead of tuned and base.
+// instead of tuned and base. entries: reads that fill arrays first; in one call with them, a thread asks for the GIL
+// once for each chunk of a file.
 py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget, Address retain,
                              const py::tuple& dtypes, size_t n, const py::object& settings, int threads, bool counted,
-                             const std::optional<Factors>& factors) {
+                             const std::optional<Factors>& factors, const std::vector<ReadEntry>& entries) {
   perta::RescaleArrays all = arrays(out, theta, tuned, base, forget, retain, dtypes);
   perta::LowRank task;
   if (factors.has_value()) {
@@ -74,11 +107,17 @@ py::object rescaled_subtract(Address out, Address theta, Address tuned, Address 
     all.low_rank = &task;
   }
   const perta::Rescaling how = rescaling(settings);
+  const std::vector<perta::FileRead> reads = file_reads(entries);
+  std::optional<perta::FailedRead> failed;
   perta::RescaleStatistics statistics;
   {
     py::gil_scoped_release released;
-    perta::rescaled_subtract(*kernels, all, how, n, threads, counted ? &statistics : nullptr);
+    failed = perta::read_files(*kernels, reads);
+    if (!failed.has_value()) {
+      perta::rescaled_subtract(*kernels, all, how, n, threads, counted ? &statistics : nullptr);
+    }
   }
+  check(failed);
   if (!counted) return py::none();
   py::dict result;
   result["sum_weight"] = statistics.sum_weight;
@@ -198,7 +237,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of perta_fast; called through perta_fast.ops.";
   m.def("rescaled_subtract", &rescaled_subtract, py::arg("out"), py::arg("theta"), py::arg("tuned"), py::arg("base"),
         py::arg("forget_importance"), py::arg("retain_importance"), py::arg("dtypes"), py::arg("n"),
-        py::arg("rescaling"), py::arg("threads"), py::arg("counted"), py::arg("factors") = py::none());
+        py::arg("rescaling"), py::arg("threads"), py::arg("counted"), py::arg("factors") = py::none(),
+        py::arg("reads") = py::tuple());
   m.def("accumulate", &accumulate, py::arg("accumulator"), py::arg("gradient"), py::arg("dtype"), py::arg("squared"),
         py::arg("n"), py::arg("threads"));
   m.def("fisher", &fisher, py::arg("fisher"), py::arg("gradient"), py::arg("activations"), py::arg("output_gradients"),
@@ -209,6 +249,9 @@ PYBIND11_MODULE(_C, m) {
       .def("add", &add_to_hash, py::arg("bytes"), py::arg("begin"), py::arg("count"))
       .def("missing", &perta::FileHash::missing)
       .def("digest", &digest);
+  m.def("read_files", &read_files, py::arg("reads"));
+  m.attr("ReadFailed") =
+      py::reinterpret_steal<py::object>(PyErr_NewException("perta_fast._C.ReadFailed", PyExc_Exception, nullptr));
   m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
   m.def("build_info", &build_info);
   m.def("available_threads", &perta::available_threads);

@@ -62,6 +62,10 @@ class HashesInPassing:
     def __contains__(self, path: Path) -> bool:
         return path in self._hashes
 
+    def of(self, path: Path) -> Any | None:
+        """The kernels' hash of a file; None if it is passed over."""
+        return self._hashes.get(path)
+
     def add(self, path: Path, begin: int, data: memoryview) -> None:
         """Hash the bytes that lie in the file from byte ``begin`` on; those that were added before are passed over."""
         import numpy as np

@@ -27,15 +27,28 @@ class PositionReader:
 
         Raises RunError, with the file and ``what`` it holds there, if it cannot be read or ends too early.
         """
+        descriptor = self.descriptor(what)
         try:
-            descriptor = self._opened()
             whole = read_fully(descriptor, buffer, begin)
             if drop_cache:
                 drop_pages(descriptor, begin, len(buffer))
         except OSError as error:
-            raise RunError(f"{self.path}: {what} cannot be read: {error.strerror}") from error
+            raise self.failure(what, error.strerror) from error
         if not whole:
-            raise RunError(f"{self.path}: ends inside {what}: it was cut short during the run")
+            raise self.failure(what)
+
+    def descriptor(self, what: str) -> int:
+        """The open file. Raises RunError, with the file and ``what`` it holds, if it cannot be opened."""
+        try:
+            return self._opened()
+        except OSError as error:
+            raise self.failure(what, error.strerror) from error
+
+    def failure(self, what: str, reason: str | None = "") -> RunError:
+        """The error of a read that failed for this reason of the system; none: the file ends too early."""
+        if reason == "":
+            return RunError(f"{self.path}: ends inside {what}: it was cut short during the run")
+        return RunError(f"{self.path}: {what} cannot be read: {reason}")
 
     def fetch(self, begin: int, size: int) -> None:
         """Have the system begin to read ``size`` bytes, which will be asked for soon. Raises OSError if it cannot."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from perta_fast import compiled
 from perta_fast.arrays import ByteArray, FloatArray
@@ -17,6 +17,7 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry
 from perta_fast.dtypes import ITEM_SIZES, KERNEL_CODES
 from perta_fast.errors import InputError, NotFiniteError
 from perta_fast.files.hashing import NONE_IN_PASSING, HashesInPassing
+from perta_fast.files.read_batch import ReadBatch
 from perta_fast.files.reading import PositionReader
 from perta_fast.rules import Rescaling
 from perta_fast.subtraction.held_inputs import NONE_HELD, HeldInputs
@@ -164,6 +165,7 @@ class _Workspace:
         self._width = max([_WIDEST, *(ITEM_SIZES[match.theta.dtype] for match in job.sources.matches)])
         self._buffers: dict[int, ByteArray] = {}  # by operand; the last one is for results
         self._readers: dict[int, PositionReader] = {}  # by operand
+        self._batch = ReadBatch(job.hashes, job.drop_cache)
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -174,8 +176,9 @@ class _Workspace:
         sources = self._job.sources
         match = sources.matches[chunk.index]
         theta = self._read(0, match.theta, chunk)
-        whole, chunk = chunk, replace(chunk, count=min(chunk.count, match.common - chunk.begin))
+        whole, chunk = chunk, Chunk(chunk.index, chunk.begin, min(chunk.count, match.common - chunk.begin))
         if match.copied is not None or (chunk.count <= 0 < whole.count):
+            self._batch.run()
             return self._placed(whole, theta).data, {}
         addresses, codes = [0] * _OPERANDS, [0] * _OPERANDS  # 0: there is no such array
         for operand, _, entry in sources.operands(match):
@@ -197,7 +200,10 @@ class _Workspace:
         placed = self._place(whole)
         result = self._buffer(_OPERANDS) if placed is None else placed
         operands = (int(result.ctypes.data), *addresses, tuple(codes), chunk.count)
-        statistics: Statistics = compiled.kernels().rescaled_subtract(*operands, self._job.rescaling, 1, True, factors)
+        settings = (self._job.rescaling, 1, True, factors)
+        statistics: Statistics = self._batch.run_in(
+            lambda reads: compiled.kernels().rescaled_subtract(*operands, *settings, reads)
+        )
         _check_finite(match, statistics, self._job.place is None)
         width = ITEM_SIZES[match.theta.dtype]
         result[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
@@ -215,7 +221,7 @@ class _Workspace:
         return None if self._job.place is None else self._job.place(chunk)
 
     def _read(self, operand: int, entry: TensorEntry, chunk: Chunk) -> ByteArray:
-        """The bytes of a chunk of a tensor: held ones, or copied or read into the operand's buffer."""
+        """The bytes of a chunk of a tensor: held ones, or copied or, with the next batch, read into a buffer."""
         inputs, parts = self._job.inputs, list(entry.elements(chunk.begin, chunk.count))
         if len(parts) == 1 and (held := inputs.find(parts[0])) is not None:
             return held
@@ -225,7 +231,7 @@ class _Workspace:
             if (held := inputs.find(stored)) is not None:
                 remaining[: stored.size] = held
             else:
-                self._read_into(remaining[: stored.size].data, operand, stored)
+                self._note(remaining[: stored.size], operand, stored)
             remaining = remaining[stored.size :]
         return data
 
@@ -236,18 +242,19 @@ class _Workspace:
             self._buffers[operand] = np.empty(self._job.chunk * self._width, np.uint8)
         return self._buffers[operand]
 
-    def _read_into(self, buffer: memoryview, operand: int, stored: TensorEntry) -> None:
-        """Read a flat entry from its file."""
+    def _note(self, target: ByteArray, operand: int, stored: TensorEntry) -> None:
+        """Have the next batch read a flat entry from its file."""
         reader = self._readers.get(operand)
         if reader is None or reader.path != stored.path:
             if reader is not None:
+                self._batch.run()  # what is noted of the file that is closed now
                 reader.close()
             reader = self._readers[operand] = PositionReader(stored.path)
-        reader.read_into(buffer, stored.begin, f"tensor {stored.name}", drop_cache=self._job.drop_cache)
         # The other threads are at the chunks that follow. The disk fetches those after them, while this one is hashed
         # and computed: cold files are read 1.3 times as fast.
-        reader.fetch(stored.end + (self._job.threads - 1) * stored.size, self._job.threads * stored.size)
-        self._job.hashes.add(stored.path, stored.begin, buffer)
+        threads = self._job.threads
+        soon = (stored.end + (threads - 1) * stored.size, threads * stored.size)
+        self._batch.add(reader, stored.begin, target, f"tensor {stored.name}", soon)
 
 
 def _check_finite(match: TensorMatch, statistics: Statistics, writes: bool) -> None:

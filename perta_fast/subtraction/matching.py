@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from perta_fast.checkpoints.advice import GATHER_FIRST, conversion_command
@@ -54,14 +55,14 @@ class TensorMatch:
     merged_count: int = 0
     ratio: TensorEntry | None = None
 
-    @property
+    @cached_property
     def weighing(self) -> dict[str, TensorEntry]:
         """What w is computed from, by role: both importances, their ratio, or nothing."""
         roles = ("forget_importance", "retain_importance", "ratio")
         entries = {role: getattr(self, role) for role in roles}
         return {role: entry for role, entry in entries.items() if entry is not None}
 
-    @property
+    @cached_property
     def common(self) -> int:
         """The first elements, which all inputs have; the others, rows of a resized vocabulary, are kept as they are."""
         return min(self._counts)

@@ -1,12 +1,15 @@
-// The operations on whole arrays against plain loops, and hashes by pieces against whole ones: odd sizes and addresses,
-// every storage type, NaN and infinities. Every number of threads gives the same bits.
+// The operations on whole arrays against plain loops, hashes by pieces against whole ones, and reads of files: odd
+// sizes and addresses, every storage type, NaN and infinities. Every number of threads gives the same bits.
 #include <atomic>
+#include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <vector>
 
 #include "check.h"
 #include "file_hash.h"
+#include "file_reads.h"
 #include "operations.h"
 #include "parallel.h"
 
@@ -384,6 +387,29 @@ void hashing(const BlockKernels& kernels) {
   CHECK(empty.digest(&value) && memcmp(value.data(), of_nothing, 4) == 0);
 }
 
+// Reads fill their memory and hash it in passing, up to the first that fails.
+void reading(const BlockKernels& kernels) {
+  std::vector<unsigned char> bytes(5000), read(bytes.size());
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<unsigned char>(i * i % 251);
+  FILE* file = tmpfile();
+  CHECK(file != nullptr && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && fflush(file) == 0);
+  const int descriptor = fileno(file);
+  FileHash whole(bytes.size()), in_passing(bytes.size());
+  whole.add(kernels, bytes.data(), 0, bytes.size());
+  FileRead first{descriptor, read.data() + 1500, 1500, 3500, 0, 100, false, &in_passing};
+  FileRead second{descriptor, read.data(), 0, 1500, 0, 0, true, &in_passing};
+  CHECK(!read_files(kernels, {}).has_value());
+  CHECK(!read_files(kernels, {first, second}).has_value() && read == bytes);
+  FileHash::Value expected, found;
+  CHECK(whole.digest(&expected) && in_passing.digest(&found) && found == expected);
+  second.begin = 4000;
+  first.descriptor = -1;
+  const auto ends = read_files(kernels, {second, first}), closed = read_files(kernels, {first, second});
+  CHECK(ends.has_value() && ends->number == 0 && ends->error == 0);
+  CHECK(closed.has_value() && closed->number == 0 && closed->error == EBADF);
+  fclose(file);
+}
+
 }  // namespace
 
 int main() {
@@ -394,5 +420,6 @@ int main() {
   subtracting(*kernels);
   squaring(*kernels);
   hashing(*kernels);
+  reading(*kernels);
   return finish();
 }
