@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # No contraction and no fast-math: every instruction set must give the same bits. The other flags let the
-# compiler vectorise: errno and traps are not used, and `omp simd` marks sums whose order is free (statistics).
+# compiler vectorise: errno and traps are not used, and `omp simd` marks loops whose elements have nothing in common.
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",

@@ -2,9 +2,9 @@
 // and fisher on the CPU and, built with CUDA, as cuda_*; hashes and reads of files; the choice of an instruction set;
 // and what was built.
 //
-// Takes addresses, counts and codes. Assumes that they are right: its callers, perta_fast.ops and
+// Takes addresses, counts and codes. Assumes that they are right: its callers, perta_fast.ops, perta_fast.files and
 // perta_fast.subtraction, check types, shapes and overlap first, and keep the memory alive during the call.
-// Moves no data of its own. The GIL is released while a kernel runs.
+// Moves no data of its own. The GIL is released while a kernel, a hash or a read is at work.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -95,8 +95,8 @@ void read_files(const std::vector<ReadEntry>& entries) {
 }
 
 // Without forget, retain is the ratio. Returns the statistics if `counted`, else None. factors: the task vector,
-// instead of tuned and base. entries: reads that fill arrays first; in one call with them, a thread asks for the GIL
-// once for each chunk of a file.
+// instead of tuned and base. entries: reads that fill arrays first: in one call with them, the GIL is given back and
+// asked for once, and not once for each array.
 py::object rescaled_subtract(Address out, Address theta, Address tuned, Address base, Address forget, Address retain,
                              const py::tuple& dtypes, size_t n, const py::object& settings, int threads, bool counted,
                              const std::optional<Factors>& factors, const std::vector<ReadEntry>& entries) {

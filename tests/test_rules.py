@@ -54,13 +54,21 @@ def test_settings_out_of_range(name: str, setting: str, value: float) -> None:
         Rule.of(name, **{"lam": 1.0, setting: value})
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("lam", 1e39), ("lam", -1e300), ("p", 1e39), ("p", 1e-50), ("alpha", 3.5e38)]
+)
+def test_settings_that_float32_cannot_hold(setting: str, value: float) -> None:
+    with pytest.raises(InputError, match=rf"^{setting} is .*{str(value)[-2:]}, which float32 cannot hold"):
+        Rule.of("grad", **{"lam": 1.0, setting: value})
+
+
 @pytest.mark.parametrize("setting", [{"p": 2.0}, {"alpha": 0.5}, {"threshold": 0.0}])
 def test_a_rule_without_weights_takes_no_settings_of_weights(setting: dict[str, float]) -> None:
     with pytest.raises(InputError, match="rule tv has no weights: p, alpha and threshold do not apply"):
         Rule.of("tv", 1.0, **setting)
 
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 @given(

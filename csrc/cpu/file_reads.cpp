@@ -11,9 +11,11 @@ namespace perta {
 
 namespace {
 
-// 0, or what keeps the bytes from being read: errno, or `ends_too_early`.
+static_assert(sizeof(off_t) == 8, "files are longer than 2 GiB");
+
 constexpr int ends_too_early = -1;
 
+// 0, or what keeps the bytes from being read: errno, or `ends_too_early`.
 int read_fully(const FileRead& read) {
   for (uint64_t done = 0; done < read.count;) {
     const ssize_t n =

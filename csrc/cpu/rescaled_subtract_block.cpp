@@ -2,8 +2,8 @@
 //
 // A block is read, converted to float32, computed, rounded and stored by plain loops that the compiler vectorises. A
 // task vector given by its factors (low_rank_subtract) is made block by block first.
-// Memory, not arithmetic, is what it waits for: with four or five arrays at once a processor foresees too little, so
-// what comes next is fetched ahead, a little with every step.
+// Memory, not arithmetic, is what it waits for: with four or five arrays at once a processor foresees too little. So of
+// arrays that are read where they lie, what comes next is fetched ahead, a little with every step.
 // Assumes nothing of addresses: sources may lie at any byte of a file in memory, and `out` may be `theta`.
 // Bytes: each input once, out once; factors stay in the caches. FLOPs: those of rescale.h, and 2 a rank and element.
 //
@@ -88,7 +88,7 @@ struct Block {
 
 constexpr size_t line = 64;     // bytes of the cache that come together
 constexpr size_t lanes = 32;    // elements of the longest step
-constexpr size_t ahead = 1024;  // bytes: less comes too late, much more is out of the first-level cache again
+constexpr size_t ahead = 3072;  // bytes: less comes too late, more is out of the first-level cache again
 
 template <class Weights>
 constexpr size_t step = line / Weights::size;  // elements

@@ -17,7 +17,7 @@ using UnalignedHalf = uint16_t __attribute__((aligned(1), may_alias));
 using UnalignedWord = uint32_t __attribute__((aligned(1), may_alias));
 using UnalignedFloat = float __attribute__((aligned(1), may_alias));
 
-constexpr size_t block = 1024;  // elements; five float32 buffers of it stay in the first-level cache
+constexpr size_t block = 1024;  // elements; six float32 buffers of it stay in the first-level cache
 
 static inline const unsigned char* at(const void* data, DType dtype, size_t index) {
   return static_cast<const unsigned char*>(data) + index * size_of(dtype);
