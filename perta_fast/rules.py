@@ -6,7 +6,6 @@ p = 2. ``empirical-fisher``: I is the mean of squared per-sample gradients, p = 
 
 import math
 from collections.abc import Mapping
-from ctypes import c_float
 from dataclasses import dataclass, replace
 from typing import Final, Literal, SupportsFloat, TypeVar, get_args
 
@@ -84,12 +83,17 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
         )
 
 
+# Beyond these, rounding to float32 gives 0 and infinity.
+_SMALLEST = 2.0**-150
+_LARGEST = 2.0**128 - 2.0**103
+
+
 @dataclass(frozen=True)
 class Rescaling:
     """The numbers in the formula: theta - lam * w * (theta_f - theta_0), and w from the importances.
 
-    lam: finite. p: finite, > 0. alpha: finite, >= 0; all three as float32, in which they are used. threshold: in
-    [0, 1), makes w the hard mask w > threshold; None leaves w as it is. Raises InputError, naming the setting.
+    lam: finite. p: finite, > 0, alpha: finite, >= 0, both also as float32. threshold: in [0, 1), makes w the hard mask
+    w > threshold; None leaves w as it is. Raises InputError, naming the setting.
     """
 
     lam: float
@@ -106,10 +110,10 @@ class Rescaling:
             raise InputError(f"‹alpha› is {self.alpha}; it must be finite and at least 0")
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise InputError(f"‹threshold› is {self.threshold}; it must be at least 0 and less than 1")
-        for name, value in (("lam", self.lam), ("p", self.p), ("alpha", self.alpha)):
-            held = c_float(value).value
-            if math.isinf(held) or (name == "p" and held == 0):
-                raise InputError(f"‹{name}› is {value}, which float32 cannot hold")
+        if not _SMALLEST < self.p < _LARGEST:
+            raise InputError(f"‹p› is {self.p}, which float32 cannot hold")
+        if self.alpha >= _LARGEST:
+            raise InputError(f"‹alpha› is {self.alpha}, which float32 cannot hold")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 from dataclasses import astuple
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,11 +56,18 @@ def test_settings_out_of_range(name: str, setting: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("lam", 1e39), ("lam", -1e300), ("p", 1e39), ("p", 1e-50), ("alpha", 3.5e38)]
+    ("setting", "value"), [("p", 1e39), ("p", 1e-50), ("p", 2.0**-150), ("alpha", 3.5e38), ("alpha", 2.0**128)]
 )
 def test_settings_that_float32_cannot_hold(setting: str, value: float) -> None:
-    with pytest.raises(InputError, match=rf"^{setting} is .*{str(value)[-2:]}, which float32 cannot hold"):
+    assert torch.tensor(value).item() in (0.0, math.inf)
+    with pytest.raises(InputError, match=rf"^{setting} is .*, which float32 cannot hold"):
         Rule.of("grad", **{"lam": 1.0, setting: value})
+
+
+@pytest.mark.parametrize(("setting", "value"), [("p", 7.01e-46), ("p", 3.4028235677973362e38), ("alpha", 3.4e38)])
+def test_settings_that_float32_can_hold(setting: str, value: float) -> None:
+    assert torch.tensor(value).item() not in (0.0, math.inf)
+    Rule.of("grad", **{"lam": 1.0, setting: value})
 
 
 @pytest.mark.parametrize("setting", [{"p": 2.0}, {"alpha": 0.5}, {"threshold": 0.0}])

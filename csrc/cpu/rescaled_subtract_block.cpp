@@ -3,7 +3,7 @@
 // A block is read, converted to float32, computed, rounded and stored by plain loops that the compiler vectorises. A
 // task vector given by its factors (low_rank_subtract) is made block by block first.
 // Memory, not arithmetic, is what it waits for: with four or five arrays at once a processor foresees too little. So of
-// arrays that are read where they lie, what comes next is fetched ahead, a little with every step.
+// arrays that are read where they lie, what comes next is fetched ahead, a little with every line of the cache.
 // Assumes nothing of addresses: sources may lie at any byte of a file in memory, and `out` may be `theta`.
 // Bytes: each input once, out once; factors stay in the caches. FLOPs: those of rescale.h, and 2 a rank and element.
 //
@@ -87,11 +87,12 @@ struct Block {
 };
 
 constexpr size_t line = 64;     // bytes of the cache that come together
-constexpr size_t lanes = 32;    // elements of the longest step
+constexpr size_t lanes = 32;    // elements of the longest line
 constexpr size_t ahead = 3072;  // bytes: less comes too late, more is out of the first-level cache again
 
 template <class Weights>
-constexpr size_t step = line / Weights::size;  // elements
+constexpr size_t in_line = line / Weights::size;  // elements
+static_assert(block % lanes == 0, "only the last block of an array is filled up to whole lines");
 
 // float32 sums over one block, in each lane one of its own. If any value is not finite, its sum is not either. So the
 // check costs nothing, and the slow path then finds where the value is.
@@ -152,11 +153,12 @@ PERTA_INLINE auto subtract_element(const Element& element, const Rescaling& resc
   return stored;
 }
 
-// Elements [first, first + step). Parameters: storage of theta, theta_f and theta_0; of the importances; of the result.
+// Elements [first, first + in_line). Parameters: storage of theta, theta_f and theta_0; of the importances; of the
+// result.
 template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
 PERTA_INLINE void subtract_singly(const Block& block, size_t first, const Rescaling& rescaling, BlockSums& sums) {
 #pragma omp simd
-  for (size_t lane = 0; lane < step<Weights>; ++lane) {
+  for (size_t lane = 0; lane < in_line<Weights>; ++lane) {
     const size_t i = first + lane;
     const Element element{Weights::load(block.theta, i), Weights::load(block.tuned, i), Weights::load(block.base, i),
                           weighted == Weighted::by_pair ? Importance::load(block.forget, i) : 0.0f,
@@ -195,12 +197,12 @@ PERTA_INLINE void prefetch(const void* data, size_t first, size_t n) {
   for (size_t at = 0; at < n * Storage::size; at += line) __builtin_prefetch(next + at);
 }
 
-// A block of whole steps.
+// A block of whole lines.
 template <class Weights, class Importance, class Result, bool counted, Power power, Weighted weighted, bool masked>
 BlockSums subtract_block(Block block, Rescaling rescaling) {
   constexpr bool bf16_importance = weighted == Weighted::no || std::is_same_v<Importance, BF16>;
   constexpr bool all_bf16 = std::is_same_v<Weights, BF16> && std::is_same_v<Result, BF16> && bf16_importance;
-  constexpr size_t n = step<Weights>;
+  constexpr size_t n = in_line<Weights>;
   BlockSums sums;
   for (size_t i = 0; i < block.n; i += n) {
     prefetch<Weights>(block.theta, i, n);
@@ -261,7 +263,7 @@ SubtractBlock choose(Weighted weighted, DType importance, const Rescaling& resca
                  : choose_importance<Weights, Result, false>(weighted, importance, rescaling);
 }
 
-// n elements of float32 or bfloat16 in `buffer`, where they are or are copied to, filled up to whole steps.
+// n elements of float32 or bfloat16 in `buffer`, where they are or are copied to, filled up to whole lines.
 const void* filled_up(const void* data, DType dtype, size_t n, float* buffer, float filler) {
   if (data != buffer) memcpy(buffer, data, n * size_of(dtype));
   for (size_t i = n; i % lanes != 0; ++i) {

@@ -83,6 +83,7 @@ class ImportanceRatio:
     ) -> "ImportanceRatio":
         """The ratio of two importances, or of two directories that hold them; a tensor is made when it is asked for.
 
+        Of importances that are sharded over processes, each process makes what it holds.
         dtype: float32 or bfloat16. The rounding to bfloat16 changes w by at most p * 2^-8 * w (1 - w). Raises
         InputError if they do not belong together; when a tensor is made, if it has a value that is not finite.
         """
@@ -95,14 +96,17 @@ class ImportanceRatio:
                 f"{retain.metadata.estimator}; estimate one of them again"
             )
         check_system_prompts(forget.metadata.told, retain.metadata.told)
-        in_memory = [importance.tensors for importance in pair if importance.stored is None]
-        if any(hasattr(tensor, "device_mesh") for tensors in in_memory for tensor in tensors.values()):
-            raise InputError("an importance is sharded over processes; save both first, and give their directories")
         shapes = [_shapes(importance) for importance in pair]
         for (holder, other), side in zip((shapes, shapes[::-1]), ("retain", "forget"), strict=True):
             for tensor, shape in holder.items():
                 if other.get(tensor) != shape:
                     raise InputError(f"the {side} importance has no tensor {tensor} of shape {list(shape)}")
+        for tensor in shapes[0]:
+            if _layout(forget, tensor) != _layout(retain, tensor):
+                raise InputError(
+                    f"processes hold other parts of the forget importance of {tensor} than of the retain importance; "
+                    "save both first, and give their directories"
+                )
         metadata = dict(zip(SIDES, (forget.metadata, retain.metadata), strict=True))
         return cls(_MadeTensors(forget, retain, name), metadata)
 
@@ -138,13 +142,16 @@ class ImportanceRatio:
     ) -> None:
         """Write shards and index; the directory appears only when complete. Memory: 2^22 elements, if they are made.
 
-        progress: as in ``apply``. group: the processes that make the same ratio; all call this, and each writes its
-        share into a directory that all must see. Raises InputError if the directory exists and is not empty, or lies in
-        one that is read, RunError if it cannot be written.
+        progress: as in ``apply``. group: the processes that make the same ratio, or hold shards of it; all call this,
+        and each writes its share into a directory that all must see. Raises InputError if the directory exists and is
+        not empty, or lies in one that is read, RunError if it cannot be written.
         """
         ranks, what = Ranks.of(group), "save a ratio"
         with ExitStack() as opened:
             with ranks.together(what):
+                for source in self._sources:
+                    if isinstance(source, Importance):
+                        source.check_held_by(ranks)
                 target = OutputDirectory(directory, overwrite=overwrite, inputs=self._read)
                 check_outside(target.final, self._read)
                 if ranks.first:
@@ -163,19 +170,44 @@ class ImportanceRatio:
     def _write_shards(self, directory: Path, ranks: Ranks, progress: Progress) -> None:
         """Write this rank's share of the shards into a directory that is there, durably."""
         shapes = _shapes(self)
-        shares = {name: ranks.own_slice(prod(shape)) for name, shape in shapes.items()}
         moved = {name: ITEM_SIZES[self._dtype] + self._bytes_read(name) for name in shapes}  # for each element
-        total = sum(moved[name] * (share.stop - share.start) for name, share in shares.items())
+        counts = {name: self._own_count(name, prod(shape), ranks) for name, shape in shapes.items()}
         table = ratio_table({side: as_strings(metadata) for side, metadata in self.metadata.items()})
         writer = ShardWriter(shapes, table, directory, self._dtype, STEM)
-        with Bar(total, "ratio", ranks.first and progress) as bar:
-            for name, share in shares.items():
-                elements = _elements_of(self, name)
-                for begin in range(share.start, share.stop, _CHUNK):
-                    count = min(_CHUNK, share.stop - begin)
-                    writer.write(name, elements(begin, count), begin)
-                    bar.update(moved[name] * count)
+        with Bar(sum(moved[name] * counts[name] for name in shapes), "ratio", ranks.first and progress) as bar:
+            for name, shape in shapes.items():
+                for begin, values in self._own_parts(name, prod(shape), ranks):
+                    writer.write(name, values, begin)
+                    bar.update(moved[name] * values.numel())
         sync_tree(directory)
+
+    def _own_count(self, name: str, count: int, ranks: Ranks) -> int:
+        """How many of the ``count`` elements of a tensor this rank writes."""
+        if (shard := self._shard(name)) is None:
+            share = ranks.own_slice(count)
+            return share.stop - share.start
+        from perta_fast.distributed.sharded import held, is_first_replica
+
+        return held(shard).numel() if is_first_replica(shard) else 0
+
+    def _own_parts(self, name: str, count: int, ranks: Ranks) -> "Iterator[tuple[int, torch.Tensor]]":
+        """These elements, in runs: the number of the first, and the values, flat."""
+        if (shard := self._shard(name)) is None:
+            share, elements = ranks.own_slice(count), _elements_of(self, name)
+            for begin in range(share.start, share.stop, _CHUNK):
+                yield begin, elements(begin, min(_CHUNK, share.stop - begin))
+            return
+        from perta_fast.distributed.sharded import held, held_ranges, is_first_replica
+
+        if is_first_replica(shard):
+            values = held(self.tensors[name]).reshape(-1)
+            for first, part in held_ranges(shard):
+                yield first, values[part]
+
+    def _shard(self, name: str) -> "torch.Tensor | None":
+        """A tensor of which this process holds a part, or one that its ratio is made of; None if it has all of it."""
+        source = self._sources[0]
+        return source.tensors[name] if _layout(source, name) is not None else None
 
     def _bytes_read(self, name: str) -> int:
         """Bytes that are read from files for an element of a tensor."""
@@ -211,21 +243,26 @@ class _MadeTensors(Mapping[str, "torch.Tensor"]):
 
     def elements(self, name: str, begin: int, count: int) -> "torch.Tensor":
         """Consecutive elements, (count,). Raises InputError, naming the tensor, for values that are not finite."""
-        pair = []
-        for side, importance in zip(SIDES, (self.forget, self.retain), strict=True):
-            values = _elements_of(importance, name)(begin, count)
+        return self._ratio(name, *(_elements_of(each, name)(begin, count) for each in (self.forget, self.retain)))
+
+    def _ratio(self, name: str, forget: "torch.Tensor", retain: "torch.Tensor") -> "torch.Tensor":
+        for side, importance, values in zip(SIDES, (self.forget, self.retain), (forget, retain), strict=True):
             if not bool(values.isfinite().all()):
                 where = importance.directory or f"the {side} importance"
                 raise InputError(
                     f"{where}: tensor {name} has NaN or infinite importance; estimate it again, in float32 or bfloat16 "
                     "if the model ran in float16"
                 )
-            pair.append(values)
-        return ratio_of(pair[0], pair[1], torch_dtype(self.dtype))
+        return ratio_of(forget, retain, torch_dtype(self.dtype))
 
     def __getitem__(self, name: str) -> "torch.Tensor":
-        shape = _shapes(self.forget)[name]
-        return self.elements(name, 0, prod(shape)).view(shape)
+        if _layout(self.forget, name) is None:
+            shape = _shapes(self.forget)[name]
+            return self.elements(name, 0, prod(shape)).view(shape)
+        from perta_fast.distributed.sharded import held, sharded_as
+
+        shards = [each.tensors[name] for each in (self.forget, self.retain)]
+        return sharded_as(shards[0], self._ratio(name, *map(held, shards)))
 
     def __contains__(self, name: object) -> bool:
         return name in self.forget.tensors
@@ -246,6 +283,12 @@ def _shapes(of: "Importance | ImportanceRatio") -> dict[str, tuple[int, ...]]:
     if isinstance(of.tensors, _MadeTensors):
         return _shapes(of.tensors.forget)
     return {name: tuple(tensor.shape) for name, tensor in of.tensors.items()}
+
+
+def _layout(of: "Importance | ImportanceRatio", name: str) -> object:
+    """Which part of a tensor in memory this process holds; None for all of it."""
+    tensor = None if of.stored is not None or isinstance(of.tensors, _MadeTensors) else of.tensors[name]
+    return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "device_mesh") else None
 
 
 def _elements_of(of: "Importance | ImportanceRatio", name: str) -> Elements:

@@ -126,7 +126,7 @@ class Importance:
         what = "save an importance"
         with ExitStack() as opened:
             with ranks.together(what):
-                self._check_held_by(ranks)
+                self.check_held_by(ranks)
                 rows = self._known_rows()
                 target = OutputDirectory(directory, overwrite=overwrite)
                 if ranks.first:
@@ -142,7 +142,8 @@ class Importance:
                     target.commit()
         self.directory = target.final
 
-    def _check_held_by(self, ranks: Ranks) -> None:
+    def check_held_by(self, ranks: Ranks) -> None:
+        """Raise InputError if other processes than ``ranks`` hold shards of a tensor."""
         for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():
             mesh = getattr(tensor, "device_mesh", None)
             if mesh is not None and mesh.size() != ranks.world:

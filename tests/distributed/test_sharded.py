@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from perta_fast import Importance, InputError, apply_to_module_, estimate_importance
+from perta_fast import Importance, ImportanceRatio, InputError, apply_to_module_, estimate_importance
 from perta_fast.data.samples import Sample
 from perta_fast.errors import NotFiniteError
 from tests.distributed.launch import on_ranks
@@ -133,8 +133,12 @@ def placed(model: Any, mesh: Any, placements: Any) -> Any:
 
 
 def _apply(model: Any, folder: Path, importances: Any, group: Any = None) -> dict[str, torch.Tensor]:
+    """importances: the two, or their ratio."""
     places = folder / "base", folder / "tuned"
-    changed = apply_to_module_(model, *places, *importances, rule="grad", lam=2.0, group=group)
+    if isinstance(importances, ImportanceRatio):
+        changed = apply_to_module_(model, *places, importance=importances, rule="grad", lam=2.0, group=group)
+    else:
+        changed = apply_to_module_(model, *places, *importances, rule="grad", lam=2.0, group=group)
     assert changed > 10
     return whole(model)
 
@@ -166,6 +170,13 @@ def _applied_as_placed(group: Any, folder: Path) -> dict[str, Any]:
         ("rows, as the importances", line, [Shard(0)], in_memory),
     ):
         found[name] = _apply(placed(make("gpt2"), mesh, placements), folder, importances, group)
+    ratio = ImportanceRatio.of(*in_memory)
+    found["ratio"] = _apply(placed(make("gpt2"), line, [Shard(0)]), folder, ratio, group)
+    ratio.save(folder / "ratio", group=group, progress=False)
+    with pytest.raises(InputError, match="is held by 4 processes; pass group, all of these"):
+        ratio.save(folder / "of one alone", progress=False)
+    with pytest.raises(InputError, match=r"other parts of the forget importance of .* than of the retain importance"):
+        ImportanceRatio.of(in_memory[0], stored[1])
     columns = placed(make("gpt2"), line, [Shard(1)])
     with pytest.raises(InputError, match="sharded differently from the module"):
         _apply(columns, folder, in_memory, group)
@@ -199,5 +210,11 @@ def test_the_subtraction_on_what_each_holds(tmp_path: Path) -> None:
         assert all(same(found[family], expected[family]) for family in FAMILIES)
         for name, each in found["in memory"].items():  # importances equal but for the order of sums
             assert torch.allclose(each, expected["llama tied"][name], rtol=1e-4, atol=1e-6)
-    for found in on_ranks(4, _applied_as_placed, tmp_path / "gpt2"):
+    folder = tmp_path / "gpt2"
+    ratio = ImportanceRatio.of(folder / "forget", folder / "retain")
+    by_ratio = _apply(make("gpt2"), folder, ratio)
+    assert not same(by_ratio, expected["gpt2"])
+    for found in on_ranks(4, _applied_as_placed, folder):
+        assert same(found.pop("ratio"), by_ratio)
         assert [name for name, each in found.items() if not same(each, expected["gpt2"])] == []
+    assert same(dict(ImportanceRatio.load(folder / "ratio").tensors), dict(ratio.tensors))
