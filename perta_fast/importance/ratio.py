@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.fingerprint import check_as_opened
@@ -185,7 +185,7 @@ class ImportanceRatio:
         """How many of the ``count`` elements of a tensor this rank writes."""
         if (shard := self._shard(name)) is None:
             share = ranks.own_slice(count)
-            return share.stop - share.start
+            return int(share.stop - share.start)
         from perta_fast.distributed.sharded import held, is_first_replica
 
         return held(shard).numel() if is_first_replica(shard) else 0
@@ -287,7 +287,9 @@ def _shapes(of: "Importance | ImportanceRatio") -> dict[str, tuple[int, ...]]:
 
 def _layout(of: "Importance | ImportanceRatio", name: str) -> object:
     """Which part of a tensor in memory this process holds; None for all of it."""
-    tensor = None if of.stored is not None or isinstance(of.tensors, _MadeTensors) else of.tensors[name]
+    if of.stored is not None or isinstance(of.tensors, _MadeTensors):
+        return None
+    tensor: Any = of.tensors[name]
     return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "device_mesh") else None
 
 
