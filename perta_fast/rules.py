@@ -83,7 +83,7 @@ def check_strength(lam: float | None, max_retain_rise: float | None, stream: boo
         )
 
 
-# Beyond these, rounding to float32 gives 0 and infinity.
+# From these on, rounding to float32 gives 0 and infinity.
 _SMALLEST = 2.0**-150
 _LARGEST = 2.0**128 - 2.0**103
 

@@ -80,7 +80,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 @given(
-    finite,
+    st.floats(allow_nan=False, allow_infinity=False),
     finite.filter(lambda p: p > 0),
     finite.filter(lambda alpha: alpha >= 0),
     st.none() | st.floats(0, 1, exclude_max=True),

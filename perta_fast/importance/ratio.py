@@ -29,6 +29,7 @@ from perta_fast.importance.store import (
     StoredTensors,
     as_strings,
     check_counts,
+    check_held_by,
     lacking,
     shared_metadata,
     stored_name,
@@ -104,8 +105,8 @@ class ImportanceRatio:
         for tensor in shapes[0]:
             if _layout(forget, tensor) != _layout(retain, tensor):
                 raise InputError(
-                    f"processes hold other parts of the forget importance of {tensor} than of the retain importance; "
-                    "save both first, and give their directories"
+                    f"the forget importance of {tensor} is sharded differently from the retain importance; save both "
+                    "first, and give their directories"
                 )
         metadata = dict(zip(SIDES, (forget.metadata, retain.metadata), strict=True))
         return cls(_MadeTensors(forget, retain, name), metadata)
@@ -140,18 +141,18 @@ class ImportanceRatio:
         progress: Progress = True,
         group: "ProcessGroup | None" = None,
     ) -> None:
-        """Write shards and index; the directory appears only when complete. Memory: 2^22 elements, if they are made.
+        """Write shards and index; the directory appears only when complete.
 
-        progress: as in ``apply``. group: the processes that make the same ratio, or hold shards of it; all call this,
-        and each writes its share into a directory that all must see. Raises InputError if the directory exists and is
-        not empty, or lies in one that is read, RunError if it cannot be written.
+        Memory: 2^22 elements, if they are made; of a sharded tensor, what this process holds of it. progress: as in
+        ``apply``. group: the processes that make the same ratio, or hold shards of it; all call this, and each writes
+        its share into a directory that all must see. Raises InputError if the directory exists and is not empty, or
+        lies in one that is read, RunError if it cannot be written.
         """
         ranks, what = Ranks.of(group), "save a ratio"
         with ExitStack() as opened:
             with ranks.together(what):
                 for source in self._sources:
-                    if isinstance(source, Importance):
-                        source.check_held_by(ranks)
+                    check_held_by(source.tensors, ranks)
                 target = OutputDirectory(directory, overwrite=overwrite, inputs=self._read)
                 check_outside(target.final, self._read)
                 if ranks.first:

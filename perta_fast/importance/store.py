@@ -126,7 +126,7 @@ class Importance:
         what = "save an importance"
         with ExitStack() as opened:
             with ranks.together(what):
-                self.check_held_by(ranks)
+                check_held_by(self.tensors, ranks)
                 rows = self._known_rows()
                 target = OutputDirectory(directory, overwrite=overwrite)
                 if ranks.first:
@@ -141,15 +141,6 @@ class Importance:
                 if ranks.first:
                     target.commit()
         self.directory = target.final
-
-    def check_held_by(self, ranks: Ranks) -> None:
-        """Raise InputError if other processes than ``ranks`` hold shards of a tensor."""
-        for name, tensor in self.tensors.items() if isinstance(self.tensors, dict) else ():
-            mesh = getattr(tensor, "device_mesh", None)
-            if mesh is not None and mesh.size() != ranks.world:
-                raise InputError(
-                    f"the importance of {name} is held by {mesh.size()} processes; pass group, all of these"
-                )
 
     def _known_rows(self) -> RowDigests | None:
         stored, metadata = self.stored, self.metadata
@@ -188,6 +179,14 @@ class Importance:
         """``load``, from opened shards."""
         metadata = ImportanceMetadata.of_strings(read_metadata(checkpoint))
         return cls(StoredTensors(checkpoint), metadata, checkpoint.path)
+
+
+def check_held_by(tensors: "Mapping[str, torch.Tensor]", ranks: Ranks) -> None:
+    """Raise InputError if other processes than ``ranks`` hold shards of one of these. Stored ones are not read."""
+    for name, tensor in tensors.items() if not isinstance(tensors, StoredTensors) else ():
+        mesh = getattr(tensor, "device_mesh", None)
+        if mesh is not None and mesh.size() != ranks.world:
+            raise InputError(f"the importance of {name} is held by {mesh.size()} processes; pass group, all of these")
 
 
 def directory_of(importance: "str | Path | Importance | ImportanceRatio") -> Path:
