@@ -171,44 +171,23 @@ class ImportanceRatio:
     def _write_shards(self, directory: Path, ranks: Ranks, progress: Progress) -> None:
         """Write this rank's share of the shards into a directory that is there, durably."""
         shapes = _shapes(self)
+        shares = {name: ranks.own_slice(prod(shape)) for name, shape in shapes.items()}
         moved = {name: ITEM_SIZES[self._dtype] + self._bytes_read(name) for name in shapes}  # for each element
-        counts = {name: self._own_count(name, prod(shape), ranks) for name, shape in shapes.items()}
+        total = sum(moved[name] * (share.stop - share.start) for name, share in shares.items())
         table = ratio_table({side: as_strings(metadata) for side, metadata in self.metadata.items()})
         writer = ShardWriter(shapes, table, directory, self._dtype, STEM)
-        with Bar(sum(moved[name] * counts[name] for name in shapes), "ratio", ranks.first and progress) as bar:
-            for name, shape in shapes.items():
-                for begin, values in self._own_parts(name, prod(shape), ranks):
-                    writer.write(name, values, begin)
-                    bar.update(moved[name] * values.numel())
+        with Bar(total, "ratio", ranks.first and progress) as bar:
+            for name, share in shares.items():
+                if _layout(self._sources[0], name) is not None:
+                    writer.write_share(name, self.tensors[name], ranks)
+                    bar.update(moved[name] * (share.stop - share.start))  # about what this rank has written
+                    continue
+                elements = _elements_of(self, name)
+                for begin in range(share.start, share.stop, _CHUNK):
+                    count = min(_CHUNK, share.stop - begin)
+                    writer.write(name, elements(begin, count), begin)
+                    bar.update(moved[name] * count)
         sync_tree(directory)
-
-    def _own_count(self, name: str, count: int, ranks: Ranks) -> int:
-        """How many of the ``count`` elements of a tensor this rank writes."""
-        if (shard := self._shard(name)) is None:
-            share = ranks.own_slice(count)
-            return int(share.stop - share.start)
-        from perta_fast.distributed.sharded import held, is_first_replica
-
-        return held(shard).numel() if is_first_replica(shard) else 0
-
-    def _own_parts(self, name: str, count: int, ranks: Ranks) -> "Iterator[tuple[int, torch.Tensor]]":
-        """These elements, in runs: the number of the first, and the values, flat."""
-        if (shard := self._shard(name)) is None:
-            share, elements = ranks.own_slice(count), _elements_of(self, name)
-            for begin in range(share.start, share.stop, _CHUNK):
-                yield begin, elements(begin, min(_CHUNK, share.stop - begin))
-            return
-        from perta_fast.distributed.sharded import held, held_ranges, is_first_replica
-
-        if is_first_replica(shard):
-            values = held(self.tensors[name]).reshape(-1)
-            for first, part in held_ranges(shard):
-                yield first, values[part]
-
-    def _shard(self, name: str) -> "torch.Tensor | None":
-        """A tensor of which this process holds a part, or one that its ratio is made of; None if it has all of it."""
-        source = self._sources[0]
-        return source.tensors[name] if _layout(source, name) is not None else None
 
     def _bytes_read(self, name: str) -> int:
         """Bytes that are read from files for an element of a tensor."""

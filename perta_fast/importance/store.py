@@ -149,19 +149,12 @@ class Importance:
         return self.rows if metadata.rows_hash else None
 
     def _write_shards(self, directory: Path, dtype: str, ranks: Ranks, rows: RowDigests | None) -> None:
-        """Write this rank's share of each tensor, durably: of a sharded one, the elements that it holds."""
-        from perta_fast.distributed.sharded import held, held_ranges, is_distributed, is_first_replica
-
+        """Write this rank's share of each tensor, durably."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         metadata = self.metadata if rows is not None else replace(self.metadata, rows_hash="")
         writer = ShardWriter(shapes, as_strings(metadata), directory, dtype, rows=rows)
         for name, tensor in self.tensors.items():
-            if not is_distributed(tensor):
-                writer.write_share(name, tensor, ranks)
-            elif is_first_replica(tensor):
-                values = held(tensor).reshape(-1)
-                for first, part in held_ranges(tensor):
-                    writer.write(name, values[part], first)
+            writer.write_share(name, tensor, ranks)
         sync_tree(directory)
 
     @classmethod
@@ -294,9 +287,17 @@ class ShardWriter:
                 written.write(json.dumps(index, indent=1) + "\n")
 
     def write_share(self, name: str, tensor: "torch.Tensor", ranks: Ranks) -> None:
-        """Write the elements of a tensor that are this rank's to write."""
-        share = ranks.own_slice(tensor.numel())
-        self.write(name, tensor.reshape(-1)[share], share.start)
+        """Write the elements of a tensor that are this rank's to write: of a sharded one, those that it holds."""
+        if not hasattr(tensor, "device_mesh"):
+            share = ranks.own_slice(tensor.numel())
+            self.write(name, tensor.reshape(-1)[share], share.start)
+            return
+        from perta_fast.distributed.sharded import held, held_ranges, is_first_replica  # heavy, and rarely needed
+
+        if is_first_replica(tensor):
+            values = held(tensor).reshape(-1)
+            for first, part in held_ranges(tensor):
+                self.write(name, values[part], first)
 
     def write(self, name: str, tensor: "torch.Tensor", begin: int = 0) -> None:
         """Write a tensor, or consecutive elements of it that begin with number ``begin``."""

@@ -123,7 +123,9 @@ def describe_output(
 
     passing: has what was written of them.
     """
-    record = describe_files(_hash(report, shards, "hash output", job, ranks, passing), shards[0].parent)
+    hashes = _hash(report, shards, "hash output", job, ranks, passing)
+    with ranks.together("the output files"):  # before the first rank renames their directory
+        record = describe_files(hashes, shards[0].parent)
     report.output = DirectoryRecord(path=str(final), files=record["files"])
 
 
