@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perta_fast.dtypes import torch_dtype
+from perta_fast.dtypes import torch_dtype, torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.changed_codes import changed_codes
 from perta_fast.evaluation.checks import Checked
@@ -39,6 +39,8 @@ def measure_loaded(
     request, table = checked.request, checked.table
     dtype = None if request.dtype is None else torch_dtype(request.dtype)
     subject = checked.subject_on(_subject(model_or_path, tokenizer, request.device, dtype, progress), day)
+    if kept is not None:
+        kept.kind = torch_name(subject.module.dtype)
     if request.stress is not None:
         check_stress(request.stress, subject.module)
     examinee = checked.examinee(Examinee, subject, progress, kept)

@@ -36,7 +36,10 @@ class KeptParts:
     A context manager. With the first part, ``record`` is written, which says what the run is. Parts stay if the run is
     stopped, unless bad input has stopped one that was not resumed; ``finish`` removes them. resume: go on with the
     parts that are there; else they are given up. again: what goes on; None is ``perta resume``.
+    kind: what the parts depend on beside their names; those of another kind are not read.
     """
+
+    kind = ""
 
     def __init__(self, final: Path, record: Mapping[str, Any], *, resume: bool, again: str | None = None) -> None:
         self._final, self._record = final, record
@@ -110,4 +113,4 @@ class KeptParts:
         return RunError(f"{self._final}: could not be written: {advice(error)}; {self.going_on()}")
 
     def _path(self, name: str) -> Path:
-        return self._state / f"{blake3(name.encode()).hexdigest()[:32]}.json"
+        return self._state / f"{blake3((self.kind + name).encode()).hexdigest()[:32]}.json"

@@ -43,6 +43,13 @@ def as_stored(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, 
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(module, tensors).items()}
 
 
+def joined(module: nn.Module) -> set[str]:
+    """The parameters that are made of several stored tensors, or of one whose elements have another order."""
+    stand_ins = {name: torch.empty(tensor.shape, device="meta") for name, tensor in module.named_parameters()}
+    as_they_are = {id(tensor) for tensor in as_stored(module, stand_ins).values()}
+    return {name for name, tensor in stand_ins.items() if id(tensor) not in as_they_are}
+
+
 def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, tuple[int, torch.Size]]:
     """The stored tensors of one parameter of ``shape``: the number of each one's first element, and its shape.
 

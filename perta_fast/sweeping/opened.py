@@ -19,7 +19,7 @@ from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files, stem_of
 from perta_fast.data.given import NOTHING_GIVEN, Given
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.dtypes import torch_dtype
+from perta_fast.dtypes import torch_dtype, torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.benchmark_files import DataFile
 from perta_fast.importance.ratio import ImportanceRatio
@@ -54,7 +54,8 @@ class OpenedSweep:
     """A checked request with its inputs opened.
 
     data: forget and retain. also: further data to score, by role. given: the checkpoints with given importances. day:
-    when the sweep began. ranks: the processes that do it together; ``progress`` is the first one's.
+    when the sweep began. ranks: the processes that do it together; ``progress`` is the first one's. types: in which
+    models have run, by their paths.
     """
 
     request: Request
@@ -67,6 +68,7 @@ class OpenedSweep:
     day: date
     also: dict[str, DataFile] = field(default_factory=dict)
     ranks: Ranks = Ranks.ALONE
+    types: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -236,24 +238,30 @@ class OpenedSweep:
                 by_role[role] = importance
         return {**importances}
 
-    @property
-    def dtype(self) -> "torch.dtype | None":
-        """The type to run in that is asked for."""
-        return None if self.request.dtype is None else torch_dtype(self.request.dtype)
+    def type_of(self, path: Path) -> "torch.dtype | None":
+        """The type for a model to run in: what is asked for, or what it has run in before; None if neither is known."""
+        named = self.request.dtype or self.types.get(str(path))
+        return None if named is None else torch_dtype(named)
 
     def load(self, path: Path) -> "Subject":
         """A model, on the device and in the type of the sweep, and its tokenizer as it is."""
         from perta_fast.models.loading import load_subject
 
-        return load_subject(path, self.request.device, self.dtype, progress=self.progress)
+        return self._known(path, load_subject(path, self.request.device, self.type_of(path), progress=self.progress))
 
     def structure(self, path: Path) -> "tuple[Subject, Skeleton]":
         """``load``, without the weights, and what reads them layer by layer."""
         from perta_fast.models.loading import load_subject
         from perta_fast.runs.estimate import open_skeleton
 
-        skeleton = open_skeleton(path, self.request.device, self.dtype)
-        return load_subject(path, self.request.device, self.dtype, structure=skeleton.model), skeleton
+        skeleton = open_skeleton(path, self.request.device, self.type_of(path))
+        subject = load_subject(path, self.request.device, self.type_of(path), structure=skeleton.model)
+        return self._known(path, subject), skeleton
+
+    def _known(self, path: Path, subject: "Subject") -> "Subject":
+        """``subject``, when its type is noted down: a sweep that is stopped goes on in it on any processor."""
+        self.types[str(path)] = torch_name(subject.module.dtype)
+        return subject
 
     def live(self) -> "LiveModel":
         """theta_full, loaded."""

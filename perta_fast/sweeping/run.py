@@ -211,7 +211,7 @@ def _run(
     earlier = ranks.share(earlier)
     begun = ranks.share(begun) if earlier is None else earlier
     request = begun.request
-    opened = replace(opened, request=request, day=parse_date(begun.day))
+    opened = replace(opened, request=request, day=parse_date(begun.day), types=begun.types)
     with ranks.together("the output directory"):
         target = OutputDirectory(final, overwrite=request.overwrite, inputs=opened.paths(), resume=earlier is not None)
     record = Record(begun, target, ranks.first)

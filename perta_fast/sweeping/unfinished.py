@@ -9,6 +9,7 @@ from perta_fast.arguments import check_sizes
 from perta_fast.checkpoints.fingerprint import Fingerprint, check_inputs
 from perta_fast.data.chat import parse_date
 from perta_fast.data.given import same_call
+from perta_fast.dtypes import FLOATING
 from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import (
@@ -29,7 +30,7 @@ from perta_fast.sweeping.request import Request
 STATE = SWEEP_STATE  # holds the record, and importances estimated for the sweep
 _WALKS = "walks"
 _FORMAT = "perta-sweep"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Begun:
     rows: the scored settings. gold: the gold model's scores, once they are known. plans: of a streamed sweep's walks,
     by name, once they are made. applying: whether the model may be changed already, in place. processes: that do it
     together. kept: the files of what is kept, by what it is: written down just before they get their place
-    (``keeping``).
+    (``keeping``). types: in which models run, by their paths.
     """
 
     request: Request
@@ -67,11 +68,15 @@ class Begun:
     applying: bool = False
     processes: int = 1
     kept: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
 
     def _check(self) -> None:
         """Raise InputError for what no sweep is begun with: whoever wrote the record, it is not believed."""
         self.request.check_paths()
         parse_date(self.day)
+        for name in self.types.values():
+            if name not in FLOATING:
+                raise InputError(f"a model runs in {name!r}")
         for plan in self.plans.values():
             check_sizes(plan.batch_size, None, most=plan.most, processes=self.processes)
 

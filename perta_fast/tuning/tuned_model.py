@@ -15,6 +15,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import left_out_links, left_out_warning
 from perta_fast.data.forms import read_as
 from perta_fast.data.samples import Sample, row_count, truncated_count
+from perta_fast.dtypes import torch_dtype, torch_name
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.memory import PeakMemory
@@ -42,7 +43,7 @@ def tune_model(prepared: Prepared, target: OutputDirectory, begun: Begun, device
     with PeakMemory() as memory:
         # A step of a full tuning would be lost in bfloat16, a gradient in float16.
         widened = request.full or any(entry.dtype == "F16" for entry in checkpoint.tensors.values())
-        dtype = torch.float32 if widened else None
+        dtype = torch.float32 if widened else None if begun.dtype is None else torch_dtype(begun.dtype)
         subject = load_subject(Path(request.base).resolve(), device, dtype, progress=progress)
         samples, told, records = {}, {}, {}
         for role, (rows, digest) in prepared.read.items():
@@ -53,7 +54,7 @@ def tune_model(prepared: Prepared, target: OutputDirectory, begun: Begun, device
         schedule = Schedule.of(len(own), request.full, request.batch_size, request.epochs, request.lr)
         module, missed = _trainable(subject.module, request, checkpoint, target.path)
         before = _mean_loss(module, own, "before", progress) if begun.loss_before is None else begun.loss_before
-        begun = replace(begun, loss_before=before)
+        begun = replace(begun, loss_before=before, dtype=torch_name(subject.module.dtype))
         keeping = all(isinstance(source, Path) for source in prepared.sources.values())
         kept = KeptState(target, begun, sum(map(torch.numel, trained(module).values())), wanted=keeping)
         with _stops_explained(kept):

@@ -13,6 +13,7 @@ from perta_fast.arguments import check_device
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.fingerprint import check_inputs, input_files
 from perta_fast.data.chat import parse_date
+from perta_fast.dtypes import FLOATING
 from perta_fast.errors import InputError, RunError, advice, shell_command
 from perta_fast.files.durable import read_record, remove, sync, sync_tree, write_record
 from perta_fast.files.hashing import hash_file
@@ -33,7 +34,7 @@ from perta_fast.records.versions import check_versions
 from perta_fast.tuning.request import Request
 from perta_fast.tuning.saving import disk_errors
 
-_FORMAT, _FORMAT_VERSION = "perta tuning", 3
+_FORMAT, _FORMAT_VERSION = "perta tuning", 4
 _LEAST_WAIT = 60.0  # seconds between two states
 _LARGEST_SHARE = 0.05  # of the time that keeping a state may take
 _STATE_BYTES = 12  # of a trained parameter: itself and Adam's two moments, in float32
@@ -44,8 +45,8 @@ class Begun:
     """What a tuning was begun with, and how far the kept state has come.
 
     inputs: by path or role, by what an input is known. day: for chat templates that ask for the date. callbacks: the
-    names of their types. checkpoint: the name of the trainer's state, and state the hashes of its files. losses,
-    divergences: of each step until then. seconds: spent until then.
+    names of their types. dtype: in which the model runs. checkpoint: the name of the trainer's state, and state the
+    hashes of its files. losses, divergences: of each step until then. seconds: spent until then.
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Begun:
     overwrite: bool
     device: str
     callbacks: list[str]
+    dtype: str | None = None
     loss_before: float | None = None
     checkpoint: str = ""
     state: dict[str, str] = field(default_factory=dict)
@@ -89,6 +91,8 @@ class Begun:
         self.request.check()
         parse_date(self.day)
         check_device(self.device)
+        if self.dtype not in (None, *FLOATING):
+            raise InputError(f"the model runs in {self.dtype!r}")
         if self.checkpoint != f"checkpoint-{len(self.losses)}":
             raise InputError(f"its checkpoint is {self.checkpoint!r}, of {len(self.losses)} steps")
         if len(self.divergences) != (0 if self.request.retain_kl is None else len(self.losses)):

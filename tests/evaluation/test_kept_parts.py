@@ -20,6 +20,7 @@ from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS, write_tofu
 from tests.support.checkpoints import fingerprint
 from tests.support.children import perta, signal_at
 from tests.support.models import CHAT_TEMPLATE, llama, tokenizer, write_lines
+from tests.support.processors import have_instructions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +102,24 @@ def test_a_stopped_evaluation_goes_on(home: Path, passes: Passes, after: int, wa
     assert content(home / "r.json") == content(home / "whole.json")
     (home / "r.json").unlink()
     assert fingerprint(home) == before  # nothing is left behind
+
+
+def test_passes_of_another_processor_are_made_again(
+    home: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model ran in another type there."""
+    llama(1).to(torch.bfloat16).save_pretrained(home / "model")
+    have_instructions(monkeypatch, True)
+    passes.after = 7
+    with pytest.raises(Interrupted):
+        measured(home)
+    passes.again()
+    have_instructions(monkeypatch, False)
+    resume(home / "r.json", progress=False)
+    assert passes.done == ALL
+    measured(home, out=home / "whole.json")
+    assert content(home / "r.json") == content(home / "whole.json")
+    assert not (home / ".r.json.perta-partial").exists()
 
 
 def test_stopped_again_and_again(home: Path, passes: Passes) -> None:

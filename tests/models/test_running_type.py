@@ -17,6 +17,7 @@ from perta_fast.models.running_type import first_type
 from perta_fast.streaming.model.skeleton import Skeleton
 from tests.support.checkpoints import read_checkpoint
 from tests.support.models import Job
+from tests.support.processors import have_instructions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,8 +35,7 @@ def without_instructions(dtype: torch.dtype, device: torch.device) -> bool:
 @pytest.fixture(params=[True, False], ids=["has instructions", "has none"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether torch says that the processor multiplies bfloat16 and float16."""
-    for name in running_type._ASKED_BY.values():
-        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: request.param, raising=False)
+    have_instructions(monkeypatch, request.param)
     yield request.param
 
 

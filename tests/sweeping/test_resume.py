@@ -19,6 +19,7 @@ from perta_fast.sweeping import run as sweeping_run
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.children import perta, signal_at
 from tests.support.models import RETAIN, Job, write_job, write_lines
+from tests.support.processors import have_instructions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,6 +271,22 @@ def test_changed_inputs_are_refused(
     assert fingerprint(stopped) == before
     assert_same(run(own_job, stopped), stopped, whole)
     assert watch.scored == SCORED[-1:]
+
+
+def test_it_goes_on_in_its_type_on_a_processor_of_another_kind(
+    own_job: Job, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_instructions(monkeypatch, True)
+    whole = run(own_job, tmp_path / "whole"), tmp_path / "whole" / "chosen"
+    watch.forget()
+    watch.stop_at = SCORED[3]
+    with pytest.raises(Interrupted):
+        run(own_job, tmp_path / "stopped")
+    watch.forget()
+    have_instructions(monkeypatch, False)
+    found = resume(tmp_path / "stopped" / "out", progress=False)
+    assert watch.scored == SCORED[3:] and found.settings["dtype"] == "bfloat16"
+    assert_same(found, tmp_path / "stopped", whole)
 
 
 def test_an_input_that_goes_meanwhile(own_job: Job, whole: tuple[Sweep, Path], tmp_path: Path, watch: Watch) -> None:

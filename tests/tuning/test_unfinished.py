@@ -32,6 +32,7 @@ from tests.fuzz.test_damaged_files import examples
 from tests.support.checkpoints import fingerprint
 from tests.support.json_mutation import damaged
 from tests.support.models import Job, write_job, write_lines
+from tests.support.processors import have_instructions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -322,6 +323,19 @@ def test_it_goes_on_with_the_callbacks_and_the_device_that_it_began_with(
     for go_on in ways_on(job, stopped):
         with pytest.raises(pf.InputError, match=r"was begun on cuda, and goes on there alone: .*finds no CUDA device"):
             go_on()
+
+
+def test_it_goes_on_in_its_type_on_a_processor_of_another_kind(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the adapter lies a model in bfloat16."""
+    have_instructions(monkeypatch, True)
+    whole = tune(job, tmp_path / "whole")
+    with pytest.raises(Stop):
+        tune(job, tmp_path / "out", progress=stopping(5))
+    have_instructions(monkeypatch, False)
+    is_as_whole(pf.resume(tmp_path / "out", progress=False), tmp_path / "out", whole, tmp_path / "whole")
+    assert weights(tune(job, tmp_path / "other") and tmp_path / "other") != weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from perta_fast.distributed.ranks import deal
+from perta_fast.models.stored_names import joined
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
 
@@ -79,6 +80,7 @@ class Estimate(ABC):
         parameters = dict(structure.model.named_parameters())
         self._counts = {name: parameter.numel() for name, parameter in parameters.items()}
         self._sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
+        self._joined = joined(structure.model)
         model: Any = structure.model
         self.width: int = model.config.get_text_config().hidden_size
         self.dtype: torch.dtype = model.dtype
@@ -113,9 +115,14 @@ class Estimate(ABC):
         return str(schedule)
 
     def _bytes(self, names: Sequence[str]) -> int:
-        """Of parameters in memory; while they are read, the largest as it is stored too, if it is to be converted."""
-        converted = names and self.structure.own != self.dtype
-        return sum(self._sizes[name] for name in names) + (max(map(self._stored_size, names)) if converted else 0)
+        """Of parameters in memory, while they are read."""
+        return sum(self._sizes[name] for name in names) + max(map(self._beside, names), default=0)
+
+    def _beside(self, name: str) -> int:
+        """While a parameter is read: what it is converted from; what it is joined from, which is put together twice."""
+        if name in self._joined:
+            return 2 * self._sizes[name]
+        return self._stored_size(name) if self.structure.own != self.dtype else 0
 
     def _stored(self, names: Iterable[str]) -> int:
         """Of parameters on the disk, in the checkpoint's own type."""

@@ -148,18 +148,27 @@ class ForwardEstimate(Estimate):
         vocabulary = self._bytes([*structure.vocabulary, *structure.resident])
         yield self._on({"inputs": 0}, {"weights": vocabulary})
         numbers = _NUMBERS * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
-        changes, converted = self._compared.beside > 0, self._compared.stored != self.dtype.itemsize
-        buffers = buffer_bytes(self._threads) if changes else 0
+        buffers = buffer_bytes(self._threads) if self._compared.beside else 0
         for part, names in enumerate(self._parts()):
-            elements = self._elements(names)
-            copy = elements * self._compared.stored if changes else 0
+            copy, made = self._made(names)
             host = {"inputs": self._inputs(names), "changed copy": copy, "buffers": buffers}
-            cuda = self.device.type != "cpu"
-            weights = elements * self.dtype.itemsize if cuda or converted else 0
-            if cuda and converted:
-                host["changed copy"] += weights
+            weights = made
+            if self.device.type != "cpu":
+                host["changed copy"] += made
+                weights = self._elements(names) * self.dtype.itemsize
             most = max(self._batch_cost(part, *batches[0]).bytes for batches in self._batches(schedule) if batches)
             yield self._on(host, {"weights": weights, "activations": most + numbers})
+
+    def _made(self, names: Sequence[str]) -> tuple[int, int]:
+        """Bytes of what ``PartWeights`` makes of the inputs of a part: in the stored type, and as the model runs."""
+        stored, itemsize = self._compared.stored, self.dtype.itemsize
+        converted, widened = stored != itemsize, self.dtype == torch.float32 and stored < itemsize
+        sizes = [(self._counts[name], name in self._joined) for name in [*names, *self.structure.resident]]
+        copy = stored * sum(count for count, is_joined in sizes if is_joined or not widened)
+        made = itemsize * sum(count for count, is_joined in sizes if is_joined or converted)
+        largest = max((count for count, is_joined in sizes if is_joined), default=0)
+        joining = (1 + converted) * itemsize * largest  # it is put together twice
+        return copy if self._compared.beside else 0, made + joining
 
     def _on(self, host: dict[str, int], device: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
         return ({**host, **device}, {}) if self.device.type == "cpu" else (host, device)

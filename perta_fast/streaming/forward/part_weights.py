@@ -32,7 +32,8 @@ class PartWeights:
         self._matches = {key: _by_name(sources) for key, sources in self._sources.items()}
         self._chunk = {key: _chunk_of(sources, threads) for key, sources in self._sources.items()}
         self._stored: list[str] = []
-        self._widened: set[str] = set()  # of these, those that the model has in float32, and that are narrower
+        self._plain: dict[str, torch.dtype] = {}  # of these, those that are parameters as they are
+        self._widened: set[str] = set()  # of these, those that the model has in float32, and are narrower
         self._converted: dict[str, Tensor] = {}  # used again: new memory costs more than the conversion
         self._made: dict[int, MadeArrays] = {}
 
@@ -50,8 +51,8 @@ class PartWeights:
         """Read the inputs of a part. Raises RunError, naming file and tensor, if that fails."""
         self._inputs.hold(self.inputs_of(parameters), self._threads)
         self._stored, self._converted = self._skeleton.weights.needed(parameters), {}
-        plain, tensors = self._skeleton.weights.plain(parameters), self._skeleton.checkpoint.tensors
-        wide = [name for name, dtype in plain.items() if dtype == torch.float32]
+        self._plain, tensors = self._skeleton.weights.plain(parameters), self._skeleton.checkpoint.tensors
+        wide = [name for name, dtype in self._plain.items() if dtype == torch.float32]
         self._widened = {name for name in wide if tensors[name].dtype in ("BF16", "F16")}
         self._made = {key: MadeArrays(sources, len(self._stored)) for key, sources in self._sources.items()}
 
@@ -69,15 +70,16 @@ class PartWeights:
                 held = self._inputs.find(tensors[name])
                 assert held is not None
                 value = _as_tensor(held, tensors[name])
-            return value if value.dtype == dtype else self._converted_to(name, dtype).copy_(value)
+            if value.dtype == dtype:
+                return value
+            if name not in self._plain:  # it is joined with others, and not kept beside the result
+                return value.to(dtype)
+            return self._converted_to(name, dtype).copy_(value)
 
-        values = self._skeleton.weights.made_of(parameters, tensor)
-        used = {value.data_ptr() for value in values.values()}  # others were joined, and are not kept beside the result
-        self._converted = {name: each for name, each in self._converted.items() if each.data_ptr() in used}
-        return values, changed
+        return self._skeleton.weights.made_of(parameters, tensor), changed
 
     def _converted_to(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Memory for a stored tensor in another type."""
+        """Memory for a parameter in another type than it is stored in."""
         if name not in self._converted:
             self._converted[name] = torch.empty(self._skeleton.checkpoint.tensors[name].shape, dtype=dtype)
         return self._converted[name]

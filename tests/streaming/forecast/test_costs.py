@@ -26,7 +26,8 @@ from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.scratch_files import StepFiles
 from perta_fast.streaming.walk import Walk
-from tests.families.configs import GPT2_SIZES, SIZES
+from tests.families.configs import FAMILIES, GPT2_SIZES, SIZES
+from tests.families.matrix import build
 from tests.support.children import run_child
 from tests.support.models import draw_samples, llama, nudge_, tokenizer, write_lines
 
@@ -66,6 +67,20 @@ def test_files_have_the_type_of_the_checkpoint_whatever_it_runs_in(tmp_path: Pat
     for name in ("weights_read", "result_read", "result_written"):
         assert getattr(own, name) == getattr(wider, name)
     assert 2 * own.host["weights"] < wider.host["weights"] < 3 * own.host["weights"]  # and the one that is converted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "Qwen2-MoE"])
+def test_what_reading_a_layer_takes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tensors that are converted are read one after the other; experts that are joined lie there thrice."""
+    family = next(family for family in FAMILIES if family.name == name)
+    folder = write(tmp_path / "model", build(family, 0).to(torch.bfloat16))
+    skeleton = Skeleton.open(folder, CPU, dtype)
+    estimate = WalkEstimate(Structure.build(folder, dtype), Load(LENGTHS), CPU)
+    for names in skeleton.by_layer:
+        with LiveBytes([]) as live:
+            skeleton.weights.read(names)
+        assert live.peak <= estimate._bytes(names) <= 1.35 * live.peak
 
 
 # One batch in one layer.

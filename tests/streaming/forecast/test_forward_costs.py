@@ -1,6 +1,7 @@
 """Estimates of the forward walk, held to real parts, real scratch files and a real walk."""
 
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from perta_fast import InputError
+from perta_fast.arrays import ByteArray
 from perta_fast.data.batches import Batch
 from perta_fast.models.token_scores import score_batch
 from perta_fast.rules import Rescaling
@@ -23,6 +25,8 @@ from perta_fast.streaming.forward.version import Version
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.subtraction.inputs import Sources
+from tests.families.configs import FAMILIES
+from tests.families.matrix import build, write
 from tests.support.models import Job, draw_samples, write_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +116,43 @@ def test_memory_grows_with_the_inputs_and_not_with_the_versions(job: Job, versio
     host, _ = three.memory(Schedule(2))
     assert 3 * head <= host["inputs"] <= 3.1 * head
     assert head <= host["changed copy"] <= 1.1 * head
+
+
+class OwnMemory(LiveBytes):
+    """Counts what operations allocate, but no tensor that lies in ``arenas``."""
+
+    def __init__(self, arenas: list[ByteArray]) -> None:
+        super().__init__([])
+        self._arenas = arenas
+
+    def _count(self, storage: Any) -> None:
+        if not any(0 <= storage.data_ptr() - arena.ctypes.data < arena.size for arena in self._arenas):
+            super()._count(storage)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Mixtral", "Qwen2-MoE"])
+def test_weights_take_what_those_of_a_part_take(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whatever type the model runs in, and where experts are joined."""
+    family = next(family for family in FAMILIES if family.name == name)
+    folders = [tmp_path / folder for folder in ("model", "base", "tuned")]
+    for seed, folder in enumerate(folders):
+        write(build(family, seed).to(torch.bfloat16), folder)
+    skeleton = Skeleton.open(folders[0], CPU, dtype)
+    versions = [Version("as it is"), Version("half", Sources.open(*folders), Rescaling(0.5))]
+    parts = [[skeleton.embedding], *skeleton.by_layer, *([] if skeleton.head is None else [[skeleton.head]])]
+    for compared, own in product((versions, versions[:1]), parts):
+        names = [*own, *skeleton.resident]
+        weights = PartWeights(skeleton, compared, 1)
+        weights.hold(names)
+        weights.of(compared[-1], names)
+        arenas = [arena._buffer for arena in (weights._inputs._arena, weights._copy) if arena._buffer is not None]
+        weights._converted = {}
+        with OwnMemory(arenas) as live:
+            weights.of(compared[-1], names)
+        real = live.peak + sum(arena.nbytes for arena in arenas)
+        estimate = forward_estimate(skeleton, compared, SETS, threads=1)
+        assert real - 2048 <= estimate._inputs(own) + sum(estimate._made(own)) <= 1.35 * real
 
 
 def test_a_smaller_batch_where_memory_is_short(job: Job, versions: list[Version]) -> None:
