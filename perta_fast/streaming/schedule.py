@@ -15,9 +15,9 @@ class Schedule:
 
     batch_size: samples that run together. every: hidden states stay on disk at each ``every``-th boundary between
     layers; those in between are computed again on the way back. groups: the batches are split into this many groups;
-    the walk goes through the model once for each, with the sums of all layers on disk in between. overlap: while one
-    layer is computed, the weights of the next are read and the result of the last is written; this takes memory for
-    all of them.
+    the walk goes through the model once for each, with the sums of all layers, or the scores, on disk in between.
+    overlap: while one layer is computed, the weights of the next are read and the result of the last is written; this
+    takes memory for all of them.
     """
 
     batch_size: int = 8

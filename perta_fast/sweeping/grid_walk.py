@@ -19,6 +19,7 @@ from perta_fast.scoring.live_model import ScoredData, ScoredModel
 from perta_fast.streaming.forward.asked import Answering, Asking
 from perta_fast.streaming.forward.score_walk import score_versions
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
 from perta_fast.sweeping.unfinished import Record
 from perta_fast.sweeping.vectors import Vectors, temporary_folder
@@ -59,7 +60,7 @@ def _walk(opened: OpenedSweep, record: Record, weighing: Weighing, settings: Seq
             skeleton,
             list(map(weighing.version, settings)),
             list(asking.sets.values()),
-            batch_size=request.batch_size,
+            schedule=Schedule(request.batch_size),
             threads=threads_for(request.threads, opened.ranks),
             folder=folder,
             resumable=record.target is not None,

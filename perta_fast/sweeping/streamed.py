@@ -148,7 +148,7 @@ class _Walks:
     def _walk(self, folder: Path, versions: Sequence[Version], plan: WalkPlan) -> list[ScoredSetting]:
         self.record.keep()
         shown = versions[0].name if len(versions) == 1 else f"{len(versions)} settings"
-        found = self.walked.score(versions, folder, shown, plan.batch_size, plan.overlap)
+        found = self.walked.score(versions, folder, shown, plan.schedule)
         rows: list[ScoredSetting] = self.walked.opened.ranks.share(found)
         return rows
 

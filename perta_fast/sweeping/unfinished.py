@@ -24,6 +24,7 @@ from perta_fast.files.reading import exists
 from perta_fast.records.typed_json import typed
 from perta_fast.records.versions import this_version
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping.grid import Curve
 from perta_fast.sweeping.request import Request
 
@@ -37,14 +38,20 @@ _FORMAT_VERSION = 3
 class WalkPlan:
     """How a streamed sweep walks: decided once, and kept, since a walk goes on only as it began.
 
-    batch_size, overlap: as in a ``Schedule``. most: versions of the weights in one walk, for whose hidden states the
-    disk has room. twice: whether a first walk finds strengths that need not be scored.
+    batch_size, overlap, groups: as in a ``Schedule``. most: versions of the weights in one walk, for whose hidden
+    states the disk has room. twice: whether a first walk finds strengths that need not be scored.
     """
 
     batch_size: int
     overlap: bool
     most: int
     twice: bool = False
+    groups: int = 1
+
+    @property
+    def schedule(self) -> Schedule:
+        """How each walk is cut."""
+        return Schedule(self.batch_size, groups=self.groups, overlap=self.overlap)
 
 
 @dataclass
@@ -78,7 +85,7 @@ class Begun:
             if name not in FLOATING:
                 raise InputError(f"a model runs in {name!r}")
         for plan in self.plans.values():
-            check_sizes(plan.batch_size, None, most=plan.most, processes=self.processes)
+            check_sizes(plan.batch_size, None, most=plan.most, groups=plan.groups, processes=self.processes)
 
     @property
     def is_scored(self) -> bool:

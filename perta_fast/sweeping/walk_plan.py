@@ -39,13 +39,13 @@ class Planning:
         most = self.estimate(1).most_versions(schedule, budget.scratch // self.ranks)
         may_skip = self.curves > 0 and len(coarse(strengths)) < len(strengths)
         if not (announce or may_skip):
-            return WalkPlan(schedule.batch_size, schedule.overlap, most), None
+            return WalkPlan(schedule.batch_size, schedule.overlap, most, groups=schedule.groups), None
         estimate = self.estimate(min(most, self.count))
         chosen = choose_schedule(estimate, schedule.batch_size, budget)
         rates = rates_for(chosen, self.folder, self.shard)
-        reading, forward = estimate.seconds_to_read(rates), estimate.seconds_of_version(schedule, rates)
+        reading, forward = estimate.seconds_to_read(schedule, rates), estimate.seconds_of_version(schedule, rates)
         twice = may_skip and pays(self.curves, strengths, reading, forward, most)
-        plan = WalkPlan(schedule.batch_size, schedule.overlap, most, twice)
+        plan = WalkPlan(schedule.batch_size, schedule.overlap, most, twice, schedule.groups)
         return plan, Forecast.of(chosen, rates, self.ranks).followed_by(f"\n{self._in_words(plan)}")
 
     def _in_words(self, plan: WalkPlan) -> str:

@@ -17,6 +17,7 @@ from perta_fast.streaming.forward.sample_set import SampleSet
 from perta_fast.streaming.forward.score_walk import score_versions
 from perta_fast.streaming.forward.version import Version, VersionScores
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping.opened import OpenedSweep
 
 
@@ -61,9 +62,9 @@ class WalkedModel:
         return list(self.asking.sets.values())
 
     def score(
-        self, versions: Sequence[Version], folder: Path, description: str, batch_size: int, ahead: bool
+        self, versions: Sequence[Version], folder: Path, description: str, schedule: Schedule
     ) -> list[ScoredSetting]:
-        """Walk once for all versions; every rank calls it. folder, ahead: as in ``score_versions``.
+        """Walk for all versions together; every rank calls it. folder, schedule: as in ``score_versions``.
 
         A walk that was stopped goes on from what it left in ``folder``.
         """
@@ -72,11 +73,10 @@ class WalkedModel:
             self.skeleton,
             versions,
             self.sets,
-            batch_size=batch_size,
+            schedule=schedule,
             threads=threads_for(opened.request.threads, opened.ranks),
             folder=folder,
             resumable=True,
-            ahead=ahead,
             progress=opened.progress,
             description=description,
             ranks=opened.ranks,

@@ -19,6 +19,7 @@ from perta_fast import Evaluation, InputError, Interrupted, RunError, cli, evalu
 from perta_fast.models import loading
 from perta_fast.streaming import scratch_files
 from perta_fast.streaming.forecast import choice
+from perta_fast.streaming.forecast.forward_costs import ForwardEstimate
 from perta_fast.streaming.forward import score_walk
 from tests.distributed.launch import perta_on_ranks
 from tests.evaluation.test_suites import HOLDOUT, TOFU, WORDS, write_muse, write_tofu
@@ -145,6 +146,23 @@ def test_the_memory_chooses_the_batch(home: Path, steps: "Steps", monkeypatch: p
     assert result.settings["batch_size"] == 2
     assert steps.done == STEPS - 2
     assert result.metrics == streamed(home, batch_size=2).metrics
+
+
+def test_the_disk_has_room_for_half_of_the_samples(home: Path, steps: "Steps", monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a walk each; a stopped evaluation goes on with as many as it began with."""
+    whole = streamed(home)
+    free = {"bytes": 6}
+    monkeypatch.setattr(ForwardEstimate, "scratch", lambda _, schedule: 12 // schedule.groups)
+    monkeypatch.setattr(choice.Budget, "at", lambda *_: choice.Budget(free["bytes"]))
+    steps.again()
+    steps.after = STEPS + 2
+    with pytest.raises(Killed):
+        streamed(home, out=home / "r.json")
+    steps.again()
+    free["bytes"] = 4
+    result = streamed(home, out=home / "r.json")
+    assert steps.done == 2 * STEPS - STEPS - 2
+    assert (result.metrics, result.settings) == (whole.metrics, whole.settings)
 
 
 def test_a_memory_that_holds_no_layer(place: Path, tmp_path: Path) -> None:

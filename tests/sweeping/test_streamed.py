@@ -19,7 +19,9 @@ from perta_fast.reporting.evidence import data_hashes
 from perta_fast.rules import ESTIMATORS
 from perta_fast.runs import estimate
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.streaming.forecast import choice
 from perta_fast.streaming.forward import score_walk
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping import walk_plan
 from perta_fast.sweeping.coarse import coarse, pays
 from perta_fast.sweeping.grid import DEFAULT_STRENGTHS
@@ -309,13 +311,33 @@ def test_as_many_settings_at_once_as_the_disk_has_room_for(
     assert list(map(len, walks)) == [2, 2, 1]
 
 
+def test_a_disk_without_room_for_all_samples_of_one_setting(
+    jobs: Jobs, walks: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These are dealt into groups, with a walk each."""
+    how: dict[str, Any] = {"rule": "tv", "lams": [1, 2, 3], "batch_size": 2}
+    live = run(jobs(F32), **how)
+    walks.clear()
+    monkeypatch.setattr(choice.Budget, "at", lambda *_: choice.Budget(6))
+    monkeypatch.setattr(walk_plan.ForwardEstimate, "scratch", lambda _, schedule: 12 // schedule.groups)
+    monkeypatch.setattr(walk_plan.ForwardEstimate, "most_versions", lambda *_: 2)
+    groups: list[int] = []
+    init = score_walk._ScoreWalk.__init__
+    monkeypatch.setattr(
+        score_walk._ScoreWalk, "__init__", lambda walk, *given: (groups.append(given[4]), init(walk, *given))[1]
+    )
+    assert_same(run(jobs(F32), **how, stream=True, out=tmp_path / "out"), live)
+    assert list(map(len, walks)) == [2, 2, 2, 2]
+    assert groups == [0, 1, 0, 1]
+
+
 def test_limits_of_memory_choose_the_batch(
     jobs: Jobs, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
+    schedules: list[Schedule] = []
     init = score_walk._ScoreWalk.__init__
     monkeypatch.setattr(
-        score_walk._ScoreWalk, "__init__", lambda walk, *given: (sizes.append(given[3]), init(walk, *given))[1]
+        score_walk._ScoreWalk, "__init__", lambda walk, *given: (schedules.append(given[3]), init(walk, *given))[1]
     )
     monkeypatch.setattr(
         walk_plan.ForwardEstimate, "memory", lambda _, schedule: ({"all": schedule.batch_size << 50}, None)
@@ -323,7 +345,7 @@ def test_limits_of_memory_choose_the_batch(
     job = jobs(F32)
     how: dict[str, Any] = {"rule": "tv", "lams": [1], "stream": True}
     found = run(job, **how, out=tmp_path / "out", batch_size=4, memory=5 << 49, progress=True)
-    assert sizes == [2] and found.settings["batch_size"] == 2
+    assert schedules == [Schedule(2)] and found.settings["batch_size"] == 2
     assert "schedule: batches of 2, one walk forward for 2 versions of the weights" in capfd.readouterr().err
     with pytest.raises(InputError, match=r"memory of 1 MB cannot hold one part of the model"):
         run(job, **how, out=tmp_path / "small", memory=1_000_000)

@@ -84,8 +84,8 @@ class ForwardEstimate(Estimate):
             host=host,
             device=device,
             scratch=self.scratch(schedule),
-            weights_read=sum(self._inputs(names) for names in parts),
-            scratch_moved=2 * self._compared.count * (len(parts) - 1) * self._hidden_bytes(schedule),
+            weights_read=schedule.groups * sum(map(self._inputs, parts)),
+            scratch_moved=2 * self._compared.count * (len(parts) - 1) * sum(self._hidden_bytes(schedule)),
             result_read=0,
             result_written=0,
             flops=self._compared.count * self._flops(schedule),
@@ -98,33 +98,32 @@ class ForwardEstimate(Estimate):
         )
 
     def scratch(self, schedule: Schedule) -> int:
-        """Each version's hidden states, twice for two of them, and its scores."""
+        """Each version's hidden states of a group, twice for two of them, and its scores."""
         tokens = sum(map(sum, self.load.lengths))
-        return (self._compared.count + 2) * self._hidden_bytes(schedule) + self._compared.count * _SCORES * tokens
+        return (self._compared.count + 2) * max(self._hidden_bytes(schedule)) + self._compared.count * _SCORES * tokens
 
     @property
     def result_bytes(self) -> int:
         return 0
 
     def plan(self, schedule: Schedule) -> str:
-        count = self._compared.count
-        return (
-            f"batches of {schedule.batch_size}, one walk forward for {count} version{'s' * (count > 1)} of the weights"
-        )
+        count, groups = self._compared.count, schedule.groups
+        walks = "one walk forward" if groups == 1 else f"{groups} walks forward, each for a part of the samples,"
+        return f"batches of {schedule.batch_size}, {walks} for {count} version{'s' * (count > 1)} of the weights"
 
-    def seconds_to_read(self, rates: Rates) -> float:
-        """Of all inputs, once."""
-        return sum(self._inputs(names) for names in self._parts()) / rates.read
+    def seconds_to_read(self, schedule: Schedule, rates: Rates) -> float:
+        """Of all inputs, once for each group."""
+        return schedule.groups * sum(map(self._inputs, self._parts())) / rates.read
 
     def seconds_of_version(self, schedule: Schedule, rates: Rates) -> float:
         """Of one version, beside the reading of the inputs."""
-        moved = (len(self._parts()) - 1) * self._hidden_bytes(schedule)
+        moved = (len(self._parts()) - 1) * sum(self._hidden_bytes(schedule))
         return self._flops(schedule) / rates.flops + moved / rates.read + moved / rates.written
 
     def most_versions(self, schedule: Schedule, free: int) -> int:
         """How many versions the disk has room for at once; at least 1."""
         tokens = sum(map(sum, self.load.lengths))
-        hidden = self._hidden_bytes(schedule)
+        hidden = max(self._hidden_bytes(schedule))
         return max(1, (free - 2 * hidden) // max(1, hidden + _SCORES * tokens))
 
     def _parts(self) -> list[list[str]]:
@@ -139,9 +138,11 @@ class ForwardEstimate(Estimate):
     def _elements(self, names: Sequence[str]) -> int:
         return sum(self._counts[name] for name in [*names, *self.structure.resident])
 
-    def _hidden_bytes(self, schedule: Schedule) -> int:
-        """Those of one version at one boundary, with padding."""
-        return self._row * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
+    def _hidden_bytes(self, schedule: Schedule) -> list[int]:
+        """Of each group, those of one version at one boundary, with padding."""
+        rows = [[count * tokens for count, tokens in batches] for batches in self._batches(schedule)]
+        groups = range(schedule.groups)
+        return [self._row * sum(sum(schedule.of_group(of_set, group)) for of_set in rows) for group in groups]
 
     def _memory_by_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
         structure = self.structure

@@ -10,6 +10,7 @@ from perta_fast.data.batches import Batch, batches_by_length
 from perta_fast.data.samples import Sample
 from perta_fast.distributed.ranks import Ranks, deal
 from perta_fast.streaming.micro_batch import MicroBatch
+from perta_fast.streaming.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,15 @@ class PaddedBatch:
     mask: Tensor
 
 
-def batches_of(samples: Sequence[Sample], batch_size: int, device: torch.device, ranks: Ranks) -> list[PaddedBatch]:
-    """The batches that this rank runs: those of ``score_tokens``, whole."""
-    batches = list(batches_by_length(samples, batch_size))
+def batches_of(
+    samples: Sequence[Sample], schedule: Schedule, group: int, device: torch.device, ranks: Ranks
+) -> list[PaddedBatch]:
+    """The batches of a group that this rank runs: those of ``score_tokens``, whole."""
+    batches = list(batches_by_length(samples, schedule.batch_size))
     tokens = [sum(len(samples[k].input_ids) for k in batch) for batch in batches]
     own: list[PaddedBatch] = []
     row = 0
-    for number in deal(tokens, ranks.world)[ranks.rank]:
+    for number in schedule.of_group(deal(tokens, ranks.world)[ranks.rank], group):
         numbers = batches[number]
         batch = Batch.of([samples[k] for k in numbers], device)
         count, longest = batch.input_ids.shape

@@ -1,4 +1,4 @@
-"""One forward walk that scores several versions of a model's weights.
+"""One forward walk that scores several versions of a model's weights, or one for each group of the samples.
 
 Each part of the model is held once: the weights of one version after another are made of it, and run over that
 version's own hidden states, which lie in scratch files. A step is one version in one part.
@@ -33,6 +33,7 @@ from perta_fast.streaming.forward.score_columns import as_columns, from_columns
 from perta_fast.streaming.forward.version import Version, VersionScores
 from perta_fast.streaming.micro_batch import MicroBatch
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.scratch_files import FileRecord, ScratchFiles, StepFiles
 from perta_fast.streaming.step_record import rank_path, record_step, resume_step
 from perta_fast.subtraction.held_inputs import fetch
@@ -45,21 +46,21 @@ def score_versions(
     versions: Sequence[Version],
     sets: Sequence[SampleSet],
     *,
-    batch_size: int,
+    schedule: Schedule,
     threads: int,
     folder: Path,
     resumable: bool = False,
-    ahead: bool = True,
     progress: Progress = True,
     description: str = "scoring",
     ranks: Ranks = Ranks.ALONE,
 ) -> list[VersionScores]:
     """Run every version over every set, reading the inputs of each part of the model once for all versions.
 
-    The numbers are those of ``score_rows`` on the loaded model, the same bits in float32 on the CPU. folder: for
-    hidden states and finished scores; made here, and left for the caller to remove. resumable: keep a record there
-    after each step, from which a later call with the same arguments goes on. ahead: have the system read the next part
-    into the page cache meanwhile. ranks: each runs its share of every set's batches; all get the whole result.
+    The numbers are those of ``score_rows`` on the loaded model, the same bits in float32 on the CPU. schedule: with
+    several groups, the walk goes through the model once for each. To overlap is to have the system read the next part
+    into the page cache meanwhile. folder: for hidden states and finished scores; made here, and left for the caller to
+    remove. resumable: keep a record there after each step, from which a later call with the same arguments goes on.
+    ranks: each runs its share of every set's batches; all get the whole result.
 
     Memory: the inputs of one part of the model, one changed copy of it, the activations of one batch. Raises RunError
     if a file has changed its size, OSError if the disk is full, InputError if the record is damaged or of other
@@ -67,16 +68,22 @@ def score_versions(
     """
     with ranks.sharing_errors(description):
         with ranks.together(description):
-            walk = _ScoreWalk(skeleton, versions, sets, batch_size, threads, folder, ranks)
-        begun = walk.resume(progress) if resumable else None
-        steps = len(skeleton.layers) + 2
-        total = len(versions) * steps * walk.samples
-        done = 0 if begun is None else begun["done"]
-        with Bar(total, description, ranks.first and progress, "sample", done * walk.samples) as bar:
-            walk.run(bar.update, done, resumable, ahead)
+            weights = PartWeights(skeleton, versions, threads)
+            walks = [
+                _ScoreWalk(skeleton, versions, sets, schedule, group, weights, folder, ranks)
+                for group in range(schedule.groups)
+            ]
+        begun = [walk.resume(progress) if resumable else 0 for walk in walks]
+        total = sum(walk.steps * walk.samples for walk in walks)
+        done = sum(steps * walk.samples for steps, walk in zip(begun, walks, strict=True))
+        with Bar(total, description, ranks.first and progress, "sample", done) as bar:
+            for walk, steps in zip(walks, begun, strict=True):
+                walk.run(bar.update, steps, resumable, schedule.overlap)
         with ranks.together(description):
             pass  # until all have come to the end
-        return walk.results()
+        own = [walk.own_scores() for walk in walks]
+        states = [walk.states for walk in walks]
+        return _results(skeleton, versions, sets, ranks.gather((own, states)))
 
 
 class _VersionState(TypedDict):
@@ -106,26 +113,28 @@ class _ScoreWalk:
         skeleton: Skeleton,
         versions: Sequence[Version],
         sets: Sequence[SampleSet],
-        batch_size: int,
-        threads: int,
+        schedule: Schedule,
+        group: int,
+        weights: PartWeights,
         folder: Path,
         ranks: Ranks,
     ) -> None:
         self._skeleton, self._versions, self._sets, self._ranks = skeleton, versions, sets, ranks
-        self._weights = PartWeights(skeleton, versions, threads)
+        self._weights = weights
         self._last = len(skeleton.layers) + 1
-        self._batches = [batches_of(of_set.samples, batch_size, skeleton.device, ranks) for of_set in sets]
+        self._batches = [batches_of(of_set.samples, schedule, group, skeleton.device, ranks) for of_set in sets]
+        self.steps = len(versions) * (self._last + 1)
         self.samples = sum(len(batch.rows.numbers) for batches in self._batches for batch in batches)
+        folder = folder if schedule.groups == 1 else folder / f"group-{group}"
         self._path = rank_path(folder, _RECORD, ranks.rank)
         self._scratch = ScratchFiles(rank_path(folder, _SCRATCH, ranks.rank))
-        self._states = [_VersionState(changed=0, not_finite="", lost=False, seconds=0.0) for _ in versions]
-        self._of = _digest(skeleton, versions, sets, batch_size, ranks.world)
+        self.states = [_VersionState(changed=0, not_finite="", lost=False, seconds=0.0) for _ in versions]
+        self._of = _digest(skeleton, versions, sets, schedule, ranks.world)
         self._recorded: _State | None = None
         self._trims = trims(skeleton.model)
 
-    def resume(self, progress: Progress) -> _State | None:
-        """Go on from where an earlier call stopped; None: from the beginning."""
-        most = len(self._versions) * (self._last + 1)
+    def resume(self, progress: Progress) -> int:
+        """Go on from where an earlier call stopped; returns how many steps it has done."""
         state: _State | None = resume_step(
             self._path, lambda record: fits(record, _State) and record["done"] >= 0, self._ranks
         )
@@ -136,16 +145,18 @@ class _ScoreWalk:
                         f"{self._path}: is of other samples or settings, or of a model that ran in another type, as on "
                         "another processor; start over with ‹overwrite›"
                     )
-                if state["done"] > most or len(state["versions"]) != len(self._versions):
+                if state["done"] > self.steps or len(state["versions"]) != len(self._versions):
                     raise InputError(f"{self._path}: is not the record of a walk")
                 with Bar(self._scratch.size, "check scratch", self._ranks.first and progress) as bar:
                     self._scratch.restore(state["files"], bar.update)
-                self._states = [state.copy() for state in state["versions"]]
+                self.states = [state.copy() for state in state["versions"]]
                 self._recorded = state
-        return state
+        return 0 if state is None else state["done"]
 
     def run(self, advance: Callable[[int], Any], begin: int, resumable: bool, ahead: bool) -> None:
         """Do all steps from number ``begin`` on."""
+        if begin == self.steps:
+            return
         skeleton = self._skeleton
         with (
             skeleton.partial_forward.installed(),
@@ -165,7 +176,7 @@ class _ScoreWalk:
                     if step >= begin:
                         started = time.perf_counter()
                         self._step(part, number, names)
-                        self._states[number]["seconds"] += time.perf_counter() - started
+                        self.states[number]["seconds"] += time.perf_counter() - started
                         advance(self.samples)
                         behind.end_step(step + 1)
             behind.wait()
@@ -182,7 +193,7 @@ class _ScoreWalk:
         return [*own, *skeleton.resident]
 
     def _step(self, part: int, number: int, names: Sequence[str]) -> None:
-        state = self._states[number]
+        state = self.states[number]
         if not state["lost"]:
             try:
                 values, changed = self._weights.of(self._versions[number], names)
@@ -233,19 +244,19 @@ class _ScoreWalk:
 
     def _look(self, part: int, number: int, k: int, batch: PaddedBatch, hidden: Tensor) -> None:
         """Note where hidden states are no longer finite for the first time."""
-        if self._states[number]["not_finite"]:
+        if self.states[number]["not_finite"]:
             return
         finite = (torch.isfinite(hidden).all(2) | (batch.mask == 0)).all(1)
         if not bool(finite.all()):
             sample = batch.rows.numbers[int((~finite).nonzero()[0])]
             maker = f"layer {part - 1}" if part else "the embedding"
-            self._states[number]["not_finite"] = (
+            self.states[number]["not_finite"] = (
                 f"what {maker} makes of {self._sets[k].name} sample {sample} (counted from 0) is not finite"
             )
 
     def end_step(self, done: int) -> tuple[_State, StepFiles]:
         """What there is to record when ``done`` steps have been taken."""
-        files, states = self._scratch.end_step(), [state.copy() for state in self._states]
+        files, states = self._scratch.end_step(), [state.copy() for state in self.states]
         return _State(of=self._of, done=done, versions=states, files=files.files), files
 
     def record(self, state: _State, files: StepFiles) -> None:
@@ -258,34 +269,43 @@ class _ScoreWalk:
             self._recorded = state
         files.remove_discarded()
 
-    def results(self) -> list[VersionScores]:
-        """What all versions score, on every rank."""
-        own = [[self._own(number, k) for k in range(len(self._sets))] for number in range(len(self._versions))]
-        of_ranks = self._ranks.gather((own, self._states))
-        total = sum(math.prod(shape) for shape in self._skeleton.stored_shapes.values())
-        results = []
-        for number in range(len(self._versions)):
-            states = [states[number] for _, states in of_ranks]
-            scores = {}
-            for k, of_set in enumerate(self._sets):
-                found = {sample: score for own, _ in of_ranks for sample, score in own[number][k].items()}
-                rows = by_row(of_set.samples)
-                scores[of_set.name] = [TokenScores.joined([found[sample] for sample in row]) for row in rows]
-            where = next((state["not_finite"] for state in states if state["not_finite"]), "")
-            seconds = max(state["seconds"] for state in states)
-            results.append(VersionScores(scores, states[0]["changed"] / total, where, seconds))
-        return results
+    def own_scores(self) -> list[list[dict[int, TokenScores]]]:
+        """By version and set, the scores of this rank's samples of the group, by their numbers."""
+        return [[self._own(number, k) for k in range(len(self._sets))] for number in range(len(self._versions))]
 
     def _own(self, number: int, k: int) -> dict[int, TokenScores]:
-        """The scores of this rank's samples of a set, by their numbers."""
         of_set, numbers = self._sets[k], [sample for batch in self._batches[k] for sample in batch.rows.numbers]
         counts = [sum(label != IGNORED for label in of_set.samples[sample].labels[1:]) for sample in numbers]
-        if self._states[number]["lost"]:
+        if self.states[number]["lost"]:
             columns = np.full((3 if of_set.detailed else 1, sum(counts)), np.nan, np.float32)
         else:
             columns = self._scratch.get(_scores(number, k)).numpy()
         split = np.split(columns, np.cumsum(counts)[:-1], axis=1) if numbers else []
         return {sample: from_columns(part) for sample, part in zip(numbers, split, strict=True)}
+
+
+# Of each group, what ``own_scores`` gives, and the states of the versions.
+_OfRank = tuple[list[list[list[dict[int, TokenScores]]]], list[list[_VersionState]]]
+
+
+def _results(
+    skeleton: Skeleton, versions: Sequence[Version], sets: Sequence[SampleSet], of_ranks: Sequence[_OfRank]
+) -> list[VersionScores]:
+    """What all versions score, from what all groups of all ranks have."""
+    total = sum(math.prod(shape) for shape in skeleton.stored_shapes.values())
+    results = []
+    for number in range(len(versions)):
+        scores = {}
+        for k, of_set in enumerate(sets):
+            own = [group[number][k] for groups, _ in of_ranks for group in groups]
+            found = {sample: score for group in own for sample, score in group.items()}
+            rows = by_row(of_set.samples)
+            scores[of_set.name] = [TokenScores.joined([found[sample] for sample in row]) for row in rows]
+        states = [[group[number] for group in groups] for _, groups in of_ranks]
+        where = next((state["not_finite"] for of_rank in states for state in of_rank if state["not_finite"]), "")
+        seconds = max(sum(state["seconds"] for state in of_rank) for of_rank in states)
+        results.append(VersionScores(scores, states[0][0]["changed"] / total, where, seconds))
+    return results
 
 
 class _Behind:
@@ -320,7 +340,7 @@ class _Behind:
 
 
 def _digest(
-    skeleton: Skeleton, versions: Sequence[Version], sets: Sequence[SampleSet], batch_size: int, world: int
+    skeleton: Skeleton, versions: Sequence[Version], sets: Sequence[SampleSet], schedule: Schedule, world: int
 ) -> str:
     """By which a record knows what it is of."""
     digest = blake3()
@@ -329,7 +349,8 @@ def _digest(
         digest.update(json.dumps(values).encode())
 
     runs_in = torch_name(skeleton.model.dtype)
-    add([version.name for version in versions], batch_size, len(skeleton.layers), runs_in, world)
+    cut = schedule.batch_size, schedule.groups
+    add([version.name for version in versions], cut, len(skeleton.layers), runs_in, world)
     for of_set in sets:
         add(of_set.name, of_set.detailed, of_set.hidden)
         for sample in of_set.samples:

@@ -60,7 +60,10 @@ def test_the_bytes_that_are_read(job: Job, versions: list[Version]) -> None:
     assert estimate_of(job, versions[:1]).costs(Schedule(2)).weights_read * 3 == real
 
 
-def test_the_scratch_files(job: Job, versions: list[Version], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("schedule", [Schedule(2), Schedule(2, groups=2)], ids=str)
+def test_the_scratch_files(
+    schedule: Schedule, job: Job, versions: list[Version], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peak = moved = 0
     write, read = scratch_files.ScratchFiles._write, scratch_files.ScratchFiles._read
 
@@ -79,9 +82,9 @@ def test_the_scratch_files(job: Job, versions: list[Version], tmp_path: Path, mo
 
     monkeypatch.setattr(scratch_files.ScratchFiles, "_write", writing)
     monkeypatch.setattr(scratch_files.ScratchFiles, "_read", reading)
-    settings: dict[str, Any] = {"batch_size": 2, "threads": 1, "progress": False, "resumable": True}
+    settings: dict[str, Any] = {"schedule": schedule, "threads": 1, "progress": False, "resumable": True}
     score_versions(Skeleton.open(job.model, CPU, None), versions, SETS, folder=tmp_path / "walk", **settings)
-    costs = estimate_of(job, versions).costs(Schedule(2))
+    costs = estimate_of(job, versions).costs(schedule)
     assert moved == costs.scratch_moved
     assert peak <= costs.scratch <= 1.5 * peak
 
@@ -169,8 +172,16 @@ def test_a_smaller_batch_where_memory_is_short(job: Job, versions: list[Version]
 def test_a_small_disk(job: Job, versions: list[Version]) -> None:
     estimate = estimate_of(job, versions)
     needed = estimate.scratch(Schedule(2))
-    assert choose_schedule(estimate, 2, Budget(needed)).shortage == ""
-    assert "the disk has" in choose_schedule(estimate, 2, Budget(needed - 1)).shortage
+    assert choose_schedule(estimate, 2, Budget(needed)).schedule == Schedule(2)
+    cut = choose_schedule(estimate, 2, Budget(needed - 1))
+    assert cut.schedule == Schedule(2, groups=2) and cut.shortage == ""
+    assert cut.costs.weights_read == 2 * estimate.costs(Schedule(2)).weights_read
+    assert "batches of 2, 2 walks forward, each for a part of the samples, for 3 versions" in estimate.plan(
+        cut.schedule
+    )
+    least = estimate.scratch(Schedule(2, groups=3))
+    assert choose_schedule(estimate, 2, Budget(least)).shortage == ""
+    assert "the disk has" in choose_schedule(estimate, 2, Budget(least - 1)).shortage
     assert estimate.most_versions(Schedule(2), needed) == len(versions)
     assert estimate.most_versions(Schedule(2), needed - 1) == len(versions) - 1
     assert estimate.most_versions(Schedule(2), 0) == 1
@@ -181,7 +192,10 @@ def test_time(job: Job, versions: list[Version]) -> None:
     estimate, rates = estimate_of(job, versions), Rates(1e9, 1e8, 1e8, "given")
     costs, schedule = estimate.costs(Schedule(2)), Schedule(2)
     assert costs.flops > 0
-    forward, reading = len(versions) * estimate.seconds_of_version(schedule, rates), estimate.seconds_to_read(rates)
+    forward, reading = (
+        len(versions) * estimate.seconds_of_version(schedule, rates),
+        estimate.seconds_to_read(schedule, rates),
+    )
     assert rates.seconds(costs, overlap=True) == pytest.approx(max(forward, reading))
 
 

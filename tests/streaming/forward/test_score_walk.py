@@ -24,6 +24,7 @@ from perta_fast.streaming.forward.sample_set import SampleSet
 from perta_fast.streaming.forward.score_walk import score_versions
 from perta_fast.streaming.forward.version import Version, VersionScores
 from perta_fast.streaming.model.skeleton import Skeleton
+from perta_fast.streaming.schedule import Schedule
 from perta_fast.subtraction.inputs import Sources, open_importances
 from tests.checkpoints.test_adapters import make_adapter
 from tests.families.configs import FAMILIES, Family
@@ -48,7 +49,7 @@ def scored(
     model: Path, versions: Sequence[Version], folder: Path, sets: Sequence[SampleSet] = SETS, **how: Any
 ) -> list[VersionScores]:
     skeleton = Skeleton.open(model, torch.device("cpu"), how.pop("dtype", None))
-    settings = {"batch_size": 2, "threads": 2, "progress": False} | how
+    settings = {"schedule": Schedule(2), "threads": 2, "progress": False} | how
     return score_versions(skeleton, versions, sets, folder=folder, **settings)
 
 
@@ -218,6 +219,37 @@ def test_killed_and_resumed(
     again = scored(deep.model, versions, tmp_path / "walk", resumable=True)
     assert steps == STEPS - stop - recorded
     assert_equal(whole, again)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_samples_in_groups(
+    groups: int,
+    deep: Job,
+    versions: list[Version],
+    whole: list[VersionScores],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A walk for each has the same scores; one that is stopped in the second goes on there."""
+    cut = Schedule(2, groups=groups)
+    assert_equal(whole, scored(deep.model, versions, tmp_path / "whole", schedule=cut))
+    step, steps = score_walk._ScoreWalk._step, 0
+
+    def dying(self: Any, *what: Any) -> None:
+        nonlocal steps
+        if steps == STEPS + 5:
+            raise Killed
+        step(self, *what)
+        steps += 1
+
+    monkeypatch.setattr(score_walk._ScoreWalk, "_step", dying)
+    with pytest.raises(Killed):
+        scored(deep.model, versions, tmp_path / "walk", schedule=cut, resumable=True)
+    steps = -groups * STEPS
+    assert_equal(whole, scored(deep.model, versions, tmp_path / "walk", schedule=cut, resumable=True))
+    assert steps == -STEPS - 5
+    with pytest.raises(InputError, match="of other samples or settings"):
+        scored(deep.model, versions, tmp_path / "walk", schedule=Schedule(3, groups=groups), resumable=True)
 
 
 def assert_equal(first: list[VersionScores], second: list[VersionScores]) -> None:
