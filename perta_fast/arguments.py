@@ -1,7 +1,7 @@
 """Checks of arguments that many functions share; none of them needs torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -40,6 +40,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, SupportsFloat) else value
+
+
+def listed(value: Any) -> list[Any]:
+    """Several values as a list, and one, such as a text, as a list of it."""
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    return list(value) if several else [value]
 
 
 def check_device(device: "str | torch.device | None") -> None:

@@ -76,6 +76,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or of_torch
 
 
+def is_of_device(error: BaseException) -> bool:
+    """Whether CUDA failed: then the process can go on with nothing on that device."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+
+
+def device_failure(error: BaseException) -> str:
+    """What to say where ``is_of_device``: the lines after the first are advice for who debugs a kernel."""
+    return f"the device failed: {str(error).splitlines()[0]}"
+
+
 def advice(error: OSError) -> str:
     """What went wrong with a write, and what to do about it."""
     return {

@@ -127,7 +127,7 @@ class Rule:
         if self.name not in _DEFAULTS:
             raise InputError(f"‹rule› is {self.name!r}; it must be one of {', '.join(RULES)}")
         if self.estimator is None and self.rescaling != Rescaling(self.rescaling.lam):
-            raise InputError("rule tv has no weights: p, alpha and threshold do not apply to it")
+            raise InputError("rule tv has no weights: ‹p›, ‹alpha› and ‹threshold› do not apply to it")
 
     @classmethod
     def of(
@@ -176,8 +176,8 @@ class Rule:
         if name == PRECONDITIONED:
             if (p, alpha, threshold) != (None, DEFAULT_ALPHA, None):
                 raise InputError(
-                    f"rule {PRECONDITIONED}, which is the default, has no weights: p, alpha and threshold do not apply "
-                    "to it; give a rule that has, such as fisher or empirical-fisher"
+                    f"rule {PRECONDITIONED}, which is the default, has no weights: ‹p›, ‹alpha› and ‹threshold› do not "
+                    "apply to it; give a rule that has, such as fisher or empirical-fisher"
                 )
             return cls.of("tv", lam)
         if name not in RULES:

@@ -38,7 +38,15 @@ from perta_fast.cli.streams import ShownStream, shown_streams
 from perta_fast.cli.waiting_threads import sleep_while_waiting
 from perta_fast.distributed.launch import Launch
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import InputError, Interrupted, PertaError, is_out_of_memory, printable
+from perta_fast.errors import (
+    InputError,
+    Interrupted,
+    PertaError,
+    device_failure,
+    is_of_device,
+    is_out_of_memory,
+    printable,
+)
 
 # In the order of the help.
 _MAKING = (demo, tune, merge, precondition, unlearn, recipe, importance, ratio, apply, sweep)
@@ -88,8 +96,12 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spe
     with bars_of_libraries(not silent), _log_shown(parsed.verbose and ranks.first), _kept_for_json(parsed):
         shows = getattr(parsed, "show_labels", None) is not None
         outcome: int | Outcome = show_labels(parsed) if shows else parsed.command.run(parsed)
-    status = _shown(outcome, parsed) if isinstance(outcome, Outcome) else outcome
-    output.flush()
+    try:
+        status = _shown(outcome, parsed) if isinstance(outcome, Outcome) else outcome
+        output.flush()
+    except KeyboardInterrupt:
+        rest = "" if _only_prints(parsed) else "; what the command makes is complete"
+        raise Interrupted(f"interrupted as it was printed{rest}") from None
     return status if output.lost is None else _told(output.lost, parsed, status)
 
 
@@ -148,6 +160,8 @@ def _explain(error: BaseException, spellings: Mapping[str, str]) -> tuple[str, i
         return INTERRUPTED_MESSAGE, INTERRUPTED
     if isinstance(error, OSError):
         return f"error: {error}", PertaError.exit_status
+    if is_of_device(error):
+        return f"error: {device_failure(error)}. Run it again, or with --device cpu", PertaError.exit_status
     if not is_out_of_memory(error):
         raise error
     advice = "use a smaller --batch-size or --max-length, or --stream if the command has it"

@@ -242,8 +242,8 @@ def _fields(text: str) -> dict[str, str]:
 
     try:
         return fields_from(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    except InputError as error:  # argparse names the option
+        raise argparse.ArgumentTypeError(str(error).removeprefix("fields ")) from error
 
 
 def _patterns(text: str) -> list[str]:

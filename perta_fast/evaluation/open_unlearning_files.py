@@ -42,7 +42,7 @@ def check_open_unlearning_files(request: Request, *, overwrite: bool) -> None:
     if request.suite == "tofu" and request.compatible != OPEN_UNLEARNING:
         raise InputError(
             f"‹open_unlearning_dir› has numbers under the names of {OPEN_UNLEARNING}, which measures in another way; "
-            f"add compatible {OPEN_UNLEARNING}"
+            f"add ‹compatible› {OPEN_UNLEARNING}"
         )
     folder = Path(request.open_unlearning_dir)
     if exists(folder) and not folder.is_dir():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from perta_fast.arguments import check_device, check_sizes, plain
+from perta_fast.arguments import check_device, check_sizes, listed, plain
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.fingerprint import input_files
 from perta_fast.data.chat import ChatSettings
@@ -80,9 +80,9 @@ class Request:
             values[name] = None if values[name] is None else absolute(values[name])
         for name in ("device", "dtype"):
             values[name] = None if values[name] is None else torch_name(values[name])
-        values["metrics"] = None if values["metrics"] is None else list(values["metrics"])
-        values["lm_eval"] = list(values["lm_eval"])
-        values["stress"] = None if values["stress"] is None else stress_words(values["stress"])
+        values["metrics"] = None if values["metrics"] is None else listed(values["metrics"])
+        values["lm_eval"] = listed(values["lm_eval"])
+        values["stress"] = None if values["stress"] is None else stress_words(listed(values["stress"]))
         return declared(cls, values)
 
     def located(self, download: bool) -> "Request":

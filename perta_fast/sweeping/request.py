@@ -2,12 +2,12 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from perta_fast.arguments import check_device, check_sizes, plain
+from perta_fast.arguments import check_device, check_sizes, listed, plain
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
@@ -96,15 +96,15 @@ class Request:
         check_fields(values["fields"])
         for name in (*_MODELS, *_DATA):
             values[name] = os.fspath(values[name]) if isinstance(values[name], os.PathLike) else values[name]
-        values["also"] = [path_text(path, "also") for path in _listed(values["also"])]
+        values["also"] = [path_text(path, "also") for path in listed(values["also"])]
         for name in (*_OUTPUTS, "checkpoint"):
             values[name] = None if values[name] is None else absolute(values[name])
         for name in _SEVERAL:
-            values[name] = _listed(values[name])
+            values[name] = listed(values[name])
         for name in _IMPORTANCES:
-            values[name] = [absolute(path) for path in _listed(values[name] or ())]
+            values[name] = [absolute(path) for path in listed(values[name] or ())]
         if values["lams"] is not None:
-            values["lams"] = list(values["lams"]) if isinstance(values["lams"], Iterable) else [values["lams"]]
+            values["lams"] = listed(values["lams"])
         scope = Scope.of(values["only"], values["leave"])
         values |= {"only": list(scope.only) or None, "leave": list(scope.leave) or None}
         for name in ("device", "dtype"):
@@ -274,8 +274,3 @@ class Request:
 
 def _marked(names: Iterable[str], separator: str = ", ") -> str:
     return separator.join(f"‹{name}›" for name in names)
-
-
-def _listed(value: Any) -> list[Any]:
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    return list(value) if several else [value]

@@ -16,7 +16,15 @@ from perta_fast.checkpoints.companions import left_out_links, left_out_warning
 from perta_fast.data.forms import read_as
 from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.dtypes import torch_dtype, torch_name
-from perta_fast.errors import InputError, Interrupted, NotFiniteError, RunError, is_out_of_memory
+from perta_fast.errors import (
+    InputError,
+    Interrupted,
+    NotFiniteError,
+    RunError,
+    device_failure,
+    is_of_device,
+    is_out_of_memory,
+)
 from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.memory import PeakMemory
 from perta_fast.models.loading import load_subject, samples_and_told
@@ -120,9 +128,10 @@ def _stops_explained(kept: KeptState) -> Iterator[None]:
             raise
         raise Interrupted(f"interrupted; {kept.going_on()}") from None
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or not kept.is_kept:
+        if not kept.is_kept or not (is_out_of_memory(error) or is_of_device(error)):
             raise
-        raise RunError(f"out of memory; {kept.going_on()}") from error
+        what = "out of memory" if is_out_of_memory(error) else device_failure(error)
+        raise RunError(f"{what}; {kept.going_on()}") from error
 
 
 def _trainable(model: Any, request: Request, checkpoint: Checkpoint, directory: Path) -> tuple[nn.Module, float]:

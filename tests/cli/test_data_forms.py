@@ -153,8 +153,9 @@ def test_eval(job: Job, other: Job, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("fields", "said"),
     [
         ("question=title,answer=no", 'no row has "no", which --fields names; they have "title", "reply", "text"'),
-        ("prompt=title", "argument --fields: fields has prompt=title; write it like question=prompt"),
-        ("title", "argument --fields: fields has title=; write it like question=prompt"),
+        ("prompt=title", "argument --fields: has prompt=title; write it like question=prompt"),
+        ("question=a,question=b", "argument --fields: is 'question=a,question=b'; it names one thing twice"),
+        ("title", "argument --fields: has title=; write it like question=prompt"),
     ],
 )
 def test_bad_fields(fields: str, said: str, other: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,6 +260,11 @@ def out_of_host_memory() -> RuntimeError:
         (MemoryError(), 1, "perta: error: out of memory;"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "perta: error: out of memory;"),
         (out_of_host_memory(), 1, "perta: error: out of memory;"),
+        (
+            RuntimeError("CUDA error: an illegal access\nCompile with"),
+            1,
+            "perta: error: the device failed: CUDA error: an",
+        ),
         (KeyboardInterrupt(), 130, "perta: interrupted;"),
         (PermissionError(13, "Permission denied", "/x"), 1, "perta: error: [Errno 13] Permission denied: '/x'"),
     ],
@@ -276,6 +281,23 @@ def test_what_goes_wrong_in_a_command_is_one_line(
     assert captured.out == ""
     assert captured.err.startswith(message)
     assert captured.err.count("\n") == 1
+
+
+def test_an_interrupt_as_the_summary_is_printed(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result has its name by then."""
+
+    def stop(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["perta_fast.cli.main"], "_shown", stop)
+    out = tmp_path / "out"
+    assert run("apply", *checkpoint_arguments(job), "--rule", "tv", "--lam", 1, "--out", out, "--quiet") == 130
+    message = "perta: interrupted as it was printed; what the command makes is complete\n"
+    assert capsys.readouterr().err == message and (out / "perta_report.json").exists()
+    assert run("inspect", out) == 130
+    assert capsys.readouterr().err == "perta: interrupted as it was printed\n"
 
 
 def test_a_defect_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,12 @@ def test_no_work_that_is_not_needed(
         assert result.metrics[name] == whole.metrics[name]
 
 
+def test_one_name_need_be_no_list(tofu: Path, work: list[str]) -> None:
+    one = on_tofu(tofu, "extraction_strength")  # type: ignore[arg-type]
+    assert list(one.metrics) == ["extraction_strength"] and work == ["forget"]
+    assert one.settings["metrics"] == ["extraction_strength"]
+
+
 def test_utility_alone_has_what_it_is_made_of(tofu: Path, work: list[str]) -> None:
     result = on_tofu(tofu, ["model_utility"])
     assert list(result.metrics) == ["model_utility"]

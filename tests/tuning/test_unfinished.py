@@ -289,6 +289,14 @@ def test_a_forged_state_is_refused(stopped: Path) -> None:
         (folder / name).write_bytes(before)
 
 
+def test_a_device_that_fails_as_it_goes_on(stopped: Path) -> None:
+    failure = RuntimeError("CUDA error: unspecified launch failure\nCompile with")
+    message = r"the device failed: CUDA error: unspecified launch failure; what was learnt is kept; go on with: perta"
+    with pytest.raises(pf.RunError, match=message):
+        pf.resume(stopped, progress=stopping(9, error=failure))
+    assert pf.resume(stopped, progress=False)
+
+
 def test_a_device_that_fails_says_nothing_of_the_state(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
