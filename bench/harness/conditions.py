@@ -18,14 +18,19 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
-def processor() -> str:
-    """The processor's model name."""
-    table = Path("/proc/cpuinfo")
-    if table.exists():
-        for line in table.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+# What kernels and matrix products depend on, by the flag that the system has for it; each has those before it.
+_INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}
+
+
+def processor(table: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model name and its widest instructions, as the system says in ``table``."""
+    if not table.exists():
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in table.read_text().splitlines())
+    said = {key.strip(): value.strip() for key, _, value in pairs}
+    flags = said.get("flags", "").split()
+    widest = [name for flag, name in _INSTRUCTIONS.items() if flag in flags][-1:]
+    return " with ".join([said.get("model name", platform.machine()), *widest])
 
 
 def kernel() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import record
+from bench.harness.conditions import processor
 from bench.harness.contest import ROOT, another_build, run_child
 
 
@@ -27,6 +28,14 @@ def test_another_build_is_run_wherever_one_stands(tmp_path: Path, monkeypatch: p
     program.write_text("raise SystemExit('the other one')\n")
     with pytest.raises(RuntimeError, match="the other one"):
         run_child([sys.executable, "-m", "perta_fast"], variables=another_build(tmp_path))
+
+
+def test_the_widest_instructions_are_named(tmp_path: Path) -> None:
+    """Two processors of one model name may differ in them."""
+    table = tmp_path / "cpuinfo"
+    for flags, name in (("avx2 avx512f avx512_bf16", " with AVX-512 BF16"), ("fpu avx2", " with AVX2"), ("fpu", "")):
+        table.write_text(f"processor\t: 0\nmodel name\t: A 1\nflags\t\t: {flags}\n\nmodel name\t: A 1\n")
+        assert processor(table) == f"A 1{name}"
 
 
 def test_the_results_are_what_the_program_writes() -> None:
