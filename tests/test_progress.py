@@ -96,8 +96,13 @@ def unlearn(job: Job, out: Path, hear: Any, **settings: Any) -> None:
     )
 
 
-def sweep(job: Job, out: Path, hear: Any) -> None:
-    pf.sweep(*job.checkpoints, job.forget, job.retain, rule="tv", lams=[1], progress=hear)
+def sweep(job: Job, out: Path, hear: Any, bound: float | None = None) -> None:
+    pf.sweep(*job.checkpoints, job.forget, job.retain, rule="tv", lams=[1], max_retain_rise=bound, progress=hear)
+
+
+def bounded_sweep(job: Job, out: Path, hear: Any) -> None:
+    """Its settings are scored one by one."""
+    sweep(job, out, hear, bound=1000)
 
 
 def evaluate(job: Job, out: Path, hear: Any) -> None:
@@ -118,11 +123,15 @@ def verify(job: Job, out: Path, hear: Any) -> None:
             lambda *given: unlearn(*given, stream=True, rule="fisher"),
             {"unlearn": ((len(FORGET) + len(RETAIN)) * (2 * 3 + 1), "step")},
         ),
-        (sweep, {"tv, lambda 1, forget": (len(FORGET), "sample"), "tv, lambda 1, retain": (len(RETAIN), "sample")}),
+        (sweep, {"2 settings": (2 * 4 * (len(FORGET) + len(RETAIN)), "sample")}),  # in 4 parts of the model
+        (
+            bounded_sweep,
+            {"tv, lambda 1, forget": (len(FORGET), "sample"), "tv, lambda 1, retain": (len(RETAIN), "sample")},
+        ),
         (evaluate, {"forget": (len(FORGET), "sample"), "forget answers": (len(FORGET), "sample")}),
         (verify, {}),
     ],
-    ids=["unlearn", "stream", "sweep", "evaluate", "verify"],
+    ids=["unlearn", "stream", "sweep", "bounded sweep", "evaluate", "verify"],
 )
 def test_every_kind_of_run(
     run: Callable[..., None],

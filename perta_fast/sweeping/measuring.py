@@ -1,4 +1,7 @@
-"""The settings of a sweep, measured one after another on a live model; each is kept as soon as it is scored."""
+"""The settings of a sweep, measured one after another on a live model, where one walk cannot measure them together.
+
+Each is kept as soon as it is scored.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +13,7 @@ from perta_fast.scoring.live_model import LiveModel
 from perta_fast.scoring.search import search
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.sweeping.grid import Curve, walk
-from perta_fast.sweeping.grid_walk import score_grid
+from perta_fast.sweeping.grid_walk import measure_in_a_walk
 from perta_fast.sweeping.keeping import keep_importances, keep_vectors, load_kept
 from perta_fast.sweeping.measured import Measured, excess
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
@@ -25,8 +28,10 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
     if opened.gold is not None and begun.gold is None:
         begun.gold = opened.score_gold(opened.gold.path)
         record.save()
+    walked = measure_in_a_walk(opened, record, vectors)
+    if walked is not None:
+        return walked
     live, original, importances = _prepare(opened, record, vectors)
-    score_grid(opened, record, importances, vectors)
     beyond = partial(excess, opened, original)
     rows = [original]
     for curve in opened.curves:

@@ -193,10 +193,10 @@ class Record:
 
     @property
     def has_work(self) -> bool:
-        """Whether a setting is scored, or a streamed sweep has an importance or has begun to walk."""
+        """Whether a setting is scored, an importance is there, or a walk has begun."""
         if self.begun.is_scored or self.begun.kept:
             return True
-        state = None if self.target is None or not self.begun.request.stream else self.target.path / STATE
+        state = None if self.target is None else self.target.path / STATE
         return state is not None and any(any(state.glob(work)) for work in ("importance/*/*", f"{_WALKS}/*"))
 
     def keep(self) -> None:

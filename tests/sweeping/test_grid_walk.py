@@ -52,7 +52,7 @@ def rows(result: Sweep) -> list[Any]:
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
     def run_live(job: Job, **chosen: Any) -> Sweep:
         with monkeypatch.context() as patch:
-            patch.setattr(measuring, "score_grid", lambda *_: None)
+            patch.setattr(measuring, "measure_in_a_walk", lambda *_: None)
             return run(job, **chosen)
 
     return run_live
@@ -96,7 +96,6 @@ def test_without_out(job: Job, measured: list[str], tmp_path: Path) -> None:
     "chosen",
     [
         {"max_retain_rise": 0.5},  # beyond which strengths are skipped
-        {"lams": [1.0]},
         {"dtype": BF16},  # narrower than what is stored
     ],
     ids=str,
@@ -133,5 +132,5 @@ def test_stopped_and_resumed(job: Job, measured: list[str], tmp_path: Path, monk
     assert isinstance(resumed, Sweep)
     assert rows(resumed) == rows(whole)
     parts = len(steps) - 5
-    assert parts == 3 * 4 - 4  # versions, parts of the model; four were recorded
+    assert parts == 4 * 4 - 4  # versions, parts of the model; four were recorded
     assert measured == []

@@ -30,8 +30,9 @@ from perta_fast import (
 )
 from perta_fast.models import loading
 from perta_fast.runs import making_tuned
-from perta_fast.scoring.live_model import ScoredModel
+from perta_fast.scoring import live_model
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.sweeping import grid_walk
 from perta_fast.sweeping import vectors as sweeping_vectors
 from perta_fast.sweeping.request import BOUNDS, Request
 from tests.checkpoints.test_adapters import make_adapter
@@ -133,24 +134,23 @@ def test_without_out_what_is_made_is_removed(job: Job, tmp_path: Path, monkeypat
     assert found.rows[1].rule == "preconditioned" and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stop_at", ["the model as it is", "settings"])
+@pytest.mark.parametrize(
+    ("stop_at", "made"), [((live_model.ScoredModel, "score"), 0), ((grid_walk, "score_versions"), 1)], ids=str
+)
 def test_what_was_made_is_not_made_again(
-    stop_at: str, job: Job, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+    stop_at: tuple[Any, str], made: int, job: Job, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how: dict[str, Any] = {"mu": [1, 10], "lams": [1, 2]}
-    score = ScoredModel.score
 
-    def stopped(model: ScoredModel, name: str) -> Any:
-        if name == stop_at:
-            raise KeyboardInterrupt
-        return score(model, name)
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(ScoredModel, "score", stopped)
-        with pytest.raises(KeyboardInterrupt if stop_at == "the model as it is" else Interrupted):
+        patched.setattr(*stop_at, stop)
+        with pytest.raises(Interrupted if made else KeyboardInterrupt):
             run(job, **how, out=tmp_path / "out")
-    before = len(passes)
-    found = run(job, **how, out=tmp_path / "out") if not before else resume(tmp_path / "out", progress=False)
+    assert len(passes) == made
+    found = resume(tmp_path / "out", progress=False) if made else run(job, **how, out=tmp_path / "out")
     assert len(passes) == 1
     assert isinstance(found, Sweep)
     assert list(map(losses, found.rows)) == list(map(losses, run(job, **how).rows))
@@ -256,7 +256,7 @@ def test_one_model_at_a_time(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (loading, making_tuned):
         monkeypatch.setattr(module, "load_subject", watched(module.load_subject))
-    run(job, lams=[2], mu=[1, 10])
+    run(job, lams=[2], mu=[1, 10], max_retain_rise=1000)
     assert len(alive) == 3  # to score lambda 0, to see the inputs, to score the rest
 
 

@@ -405,7 +405,7 @@ def test_a_setting_that_is_not_finite(jobs: Jobs, tmp_path: Path) -> None:
         ({"also": ["a.jsonl", "b/a.csv"]}, r"also has .*a\.csv: its name, a, two files have"),
         ({"also": "gone.jsonl"}, r"gone\.jsonl: cannot be read"),
         ({"lams": None}, "give lams, or a bound up to which to search"),
-        ({"lams": "1,2"}, r"lams\[0\] is '1', not a number"),
+        ({"lams": "1,2"}, r"lams\[0\] is '1,2', not a number"),
         ({"lams": [None]}, r"lams\[0\] is None, not a number"),
         ({"in_place": True}, "in_place needs select, which chooses what is written"),
         ({"in_place": True, "checkpoint": "made"}, "give either checkpoint, a directory to make, or in_place"),
