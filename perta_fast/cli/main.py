@@ -100,8 +100,7 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, output: ShownStream, spe
         status = _shown(outcome, parsed) if isinstance(outcome, Outcome) else outcome
         output.flush()
     except KeyboardInterrupt:
-        rest = "" if _only_prints(parsed) else "; what the command makes is complete"
-        raise Interrupted(f"interrupted as it was printed{rest}") from None
+        raise Interrupted(f"interrupted as it printed{_rest(parsed)}") from None
     return status if output.lost is None else _told(output.lost, parsed, status)
 
 
@@ -138,13 +137,17 @@ def _told(lost: Exception, parsed: argparse.Namespace, status: int) -> int:
 
     A reader that has gone, such as head, needs no message.
     """
-    writes = getattr(parsed, "out", "") is not None or getattr(parsed, "in_place", False)
-    only_printed = _only_prints(parsed) or not writes
     if not isinstance(lost, BrokenPipeError):
         reason = getattr(lost, "strerror", None) or lost
-        rest = "" if only_printed else "; what the command makes is complete"
-        print(f"perta: standard output could not be written: {reason}{rest}", file=sys.stderr)
-    return status or (PertaError.exit_status if only_printed else 0)
+        print(f"perta: standard output could not be written: {reason}{_rest(parsed)}", file=sys.stderr)
+    return status or (0 if _rest(parsed) else PertaError.exit_status)
+
+
+def _rest(parsed: argparse.Namespace) -> str:
+    """What to say of the result where printing fails; "" if what is printed is all that there is."""
+    writes = getattr(parsed, "out", "") is not None or getattr(parsed, "in_place", False)
+    shows = getattr(parsed, "show_labels", None) is not None
+    return "; what the command makes is complete" if writes and not (shows or _only_prints(parsed)) else ""
 
 
 def _only_prints(parsed: argparse.Namespace) -> bool:

@@ -16,6 +16,7 @@ from perta_fast.evaluation.changed_codes import changed_codes
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.examinee import Examinee
 from perta_fast.evaluation.kept_passes import kept_part
+from perta_fast.evaluation.reference_model import reference_type
 from perta_fast.evaluation.request import Request
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.evaluation.stress import check_stress, stressed
@@ -40,7 +41,7 @@ def measure_loaded(
     dtype = None if request.dtype is None else torch_dtype(request.dtype)
     subject = checked.subject_on(_subject(model_or_path, tokenizer, request.device, dtype, progress), day)
     if kept is not None:
-        kept.kind = torch_name(subject.module.dtype)
+        kept.kind = _types(subject, request.reference_model)
     if request.stress is not None:
         check_stress(request.stress, subject.module)
     examinee = checked.examinee(Examinee, subject, progress, kept)
@@ -54,6 +55,12 @@ def measure_loaded(
         if request.stress is not None:
             under_stress |= stressed(table, request.stress)
     return checked.result(examinee, measured, started, general, under_stress)
+
+
+def _types(subject: Subject, reference: str | None) -> str:
+    """The types in which the model and the reference model run."""
+    types = [subject.module.dtype, *([] if reference is None else [reference_type(Path(reference), subject.device)])]
+    return " ".join(map(torch_name, types))
 
 
 def _codes(request: Request, examinee: Examinee) -> dict[str, Any]:

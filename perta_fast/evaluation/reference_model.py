@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError
+from perta_fast.models.language_part import own_type
 from perta_fast.models.loading import Subject, load_subject
+from perta_fast.models.running_type import first_type, running_type
 
 
 def load_reference(path: Path, own: Subject) -> Subject:
@@ -13,6 +18,11 @@ def load_reference(path: Path, own: Subject) -> Subject:
     check_same_tokens(path, reference.tokenizer, own.tokenizer)
     reference.module.eval()
     return reference
+
+
+def reference_type(path: Path, device: torch.device) -> torch.dtype:
+    """The type in which ``load_reference`` has the model in ``path`` run."""
+    return running_type(own_type(path, first_type(Checkpoint.open(path))), device)
 
 
 def check_same_tokens(path: Path, tokenizer: Any, own: Any) -> None:

@@ -7,4 +7,5 @@ Selection = Literal["best-forget", "closest"]
 LOSS: Final = "loss"  # it grows as a model forgets; all other metrics shrink
 METRICS: tuple[Metric, ...] = get_args(Metric)
 GENERATED_METRICS = ("Q_A_ROUGE",)  # of answers that the model generates
+ORIGINAL: Final = "the model as it is"  # what messages and progress call theta_full at lambda 0
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)

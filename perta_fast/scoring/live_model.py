@@ -22,7 +22,7 @@ from perta_fast.importance.store import Importance
 from perta_fast.models.held_tensors import held_tensors
 from perta_fast.models.same_names import named_as_module
 from perta_fast.rules import Estimator, Rule, RuleName
-from perta_fast.scoring.criteria import LOSS
+from perta_fast.scoring.criteria import LOSS, ORIGINAL
 from perta_fast.scoring.importances import Importances, rule_of
 from perta_fast.scoring.scored_data import ROUGE
 from perta_fast.scoring.setting import ScoredSetting
@@ -135,7 +135,7 @@ class LiveModel(ScoredModel):
         rules = {rule_of(estimator): by_role for estimator, by_role in importances.items()}
         for rule, by_role in (rules or {Rule.of("tv", 0.0): {}}).items():
             self.subtract_(rule, by_role)
-        return self.score("the model as it is")
+        return self.score(ORIGINAL)
 
     def subtract_(self, rule: Rule, importances: Importances, tuned: Path | None = None) -> None:
         """``apply_to_module_`` with these checkpoints. tuned: another theta_f."""

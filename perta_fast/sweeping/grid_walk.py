@@ -7,82 +7,155 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from perta_fast.dtypes import ITEM_SIZES
-from perta_fast.errors import NotStreamable
+from perta_fast.errors import InputError, NotStreamable
 from perta_fast.files.durable import remove
-from perta_fast.models.loading import Subject
+from perta_fast.models.loading import Subject, choose_device
 from perta_fast.runs.settings import threads_for
-from perta_fast.scoring.criteria import GENERATED_METRICS
+from perta_fast.scoring.criteria import GENERATED_METRICS, ORIGINAL
 from perta_fast.scoring.live_model import ScoredData, ScoredModel
 from perta_fast.scoring.setting import ScoredSetting
+from perta_fast.streaming.forecast.choice import Budget
+from perta_fast.streaming.forecast.forward_costs import forward_estimate
 from perta_fast.streaming.forward.asked import Answering, Asking
+from perta_fast.streaming.forward.sample_set import SampleSet
 from perta_fast.streaming.forward.score_walk import score_versions
-from perta_fast.streaming.forward.version import Version
+from perta_fast.streaming.forward.version import Version, VersionScores
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping.keeping import keep_importances, keep_vectors, load_kept
 from perta_fast.sweeping.measured import Measured
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
+from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.unfinished import Record
 from perta_fast.sweeping.vectors import Vectors
 from perta_fast.sweeping.weighing import Setting, Weighing, named
 
 _SHOWN = "settings"
+_NAME = "grid"  # of the walk
 
 
 def measure_in_a_walk(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured | None:
     """Measure all settings that ``record`` lacks, and the model as it is; None if one walk cannot."""
-    request, estimated = opened.request, bool(opened.estimated())
-    in_memory = estimated and record.importances is None and request.save_importance is None
+    request = opened.request
+    in_memory = bool(opened.estimated()) and record.importances is None and request.save_importance is None
     if request.is_bounded or request.metric in GENERATED_METRICS or in_memory:
+        return None
+    if choose_device(request.device).type != "cpu":
         return None
     try:
         subject, skeleton = opened.structure(opened.sources.model.path)
-        if skeleton.device.type != "cpu" or _is_narrowed(opened, skeleton):
-            return None
-        scored = _Scored.of(opened, subject)
+    except InputError:  # the live model may be less particular
+        return None
+    grid = _Grid.of(opened, record, subject, skeleton)
+    every: list[Setting | None] = [None, *((curve, lam) for curve in opened.curves for lam in _strengths(request))]
+    if _is_narrowed(opened, skeleton) or not grid.has_room(len(every)):
+        return None
+    try:
+        if request.criterion is not None:
+            grid.score([None])
+            request.bounds(grid.found(None))  # before the first gradient
         importances = _importances(opened, record, vectors)
-        every: list[Setting | None] = [None, *((curve, lam) for curve in opened.curves for lam in _strengths(opened))]
-        lacking = [setting for setting in every if _found(record, setting) is None]
-        if lacking:
-            _walk(opened, record, skeleton, scored, Weighing(opened, importances, vectors), lacking)
+        grid.score(every, Weighing(opened, importances, vectors), importances)
     except NotStreamable:
+        if record.target is not None:
+            remove(record.walk(_NAME))
         return None
     except OSError:
         if record.target is not None:
             raise
         return None  # the live model needs no temporary files
-    rows = [row for setting in every if (row := _found(record, setting)) is not None]
-    opened.request.bounds(rows[0])
-    return Measured(rows, importances, scored.asking.subject, skeleton.device, scored.data.samples, request.batch_size)
+    rows = [grid.found(setting) for setting in every]
+    return Measured(rows, importances, grid.asking.subject, skeleton.device, grid.data.samples, request.batch_size)
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """What each version is run over. asking: has the sets of it."""
+class _Grid:
+    """The model without its weights, and what each version of it is run over. asking: has the sets of ``data``."""
 
+    opened: OpenedSweep
+    record: Record
+    skeleton: Skeleton
     asking: Asking
     data: ScoredData
 
     @classmethod
-    def of(cls, opened: OpenedSweep, subject: Subject) -> "_Scored":
+    def of(cls, opened: OpenedSweep, record: Record, subject: Subject, skeleton: Skeleton) -> "_Grid":
+        """Tokenise all data. Raises InputError naming a line that the model cannot take."""
         request = opened.request
         asking = Asking(opened.told(subject), request.batch_size, request.max_length, progress=False)
         data = ScoredData.of(asking, opened.scored, request.metric)
         ScoredModel(asking, data, request.metric).score(_SHOWN)
-        return cls(asking, data)
+        return cls(opened, record, skeleton, asking, data)
+
+    @property
+    def sets(self) -> list[SampleSet]:
+        return list(self.asking.sets.values())
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.opened.request.batch_size)
+
+    def has_room(self, count: int) -> bool:
+        """Whether the disk has it for the hidden states of so many versions; the live model needs none."""
+        estimate = forward_estimate(self.skeleton, [Version("")] * count, self.sets, threads=1)
+        place = Path(gettempdir()) if self.record.target is None else self.record.folder
+        return estimate.scratch(self.schedule) <= Budget.at(place, None, None).scratch
+
+    def found(self, setting: Setting | None) -> ScoredSetting:
+        """What was scored for a setting; None is the model as it is."""
+        row = self._recorded(setting)
+        assert row is not None
+        return row
+
+    def _recorded(self, setting: Setting | None) -> ScoredSetting | None:
+        begun = self.record.begun
+        return begun.original if setting is None else begun.find(*setting)
+
+    def score(
+        self,
+        settings: Sequence[Setting | None],
+        weighing: Weighing | None = None,
+        importances: ByEstimator | None = None,
+    ) -> None:
+        """Walk for those that the record lacks, and add them to it. Raises InputError if an input is not finite."""
+        lacking = [setting for setting in settings if self._recorded(setting) is None]
+        if not lacking:
+            return
+        request, record = self.opened.request, self.record
+        with TemporaryDirectory(prefix="perta-sweep-") if record.target is None else nullcontext("") as temporary:
+            folder = Path(temporary) if record.target is None else record.walk(_NAME)
+            found = score_versions(
+                self.skeleton,
+                [Version(ORIGINAL) if each is None or weighing is None else weighing.version(each) for each in lacking],
+                self.sets,
+                schedule=self.schedule,
+                threads=threads_for(request.threads, self.opened.ranks),
+                folder=folder,
+                resumable=record.target is not None,
+                progress=self.opened.progress,
+                description=ORIGINAL if lacking == [None] else f"{len(lacking)} settings",
+            )
+            remove(folder)
+        broken = [bool(scores.not_finite) for scores, each in zip(found, lacking, strict=True) if each is not None]
+        if broken and all(broken):  # as by an input that is spoilt, which the live model names
+            self.opened.live().measure_original(importances or {})
+        record.add(*map(self._row, found, lacking))
+
+    def _row(self, found: VersionScores, setting: Setting | None) -> ScoredSetting:
+        request = self.opened.request
+        answering = Answering(
+            self.asking.subject, request.batch_size, request.max_length, progress=False, scores=found.scores
+        )
+        row = ScoredModel(answering, self.data, request.metric).score(_SHOWN)
+        return named(replace(row, changed=found.changed, seconds=found.seconds, not_finite=found.not_finite), setting)
 
 
-def _strengths(opened: OpenedSweep) -> list[float]:
-    return sorted(opened.request.strengths or ())
-
-
-def _found(record: Record, setting: Setting | None) -> ScoredSetting | None:
-    """What a setting has scored; None is the model as it is."""
-    return record.begun.original if setting is None else record.begun.find(*setting)
+def _strengths(request: Request) -> list[float]:
+    return sorted(request.strengths or ())
 
 
 def _importances(opened: OpenedSweep, record: Record, vectors: Vectors) -> ByEstimator:
@@ -92,42 +165,10 @@ def _importances(opened: OpenedSweep, record: Record, vectors: Vectors) -> ByEst
     keep_vectors(opened, record, vectors)
     kept = load_kept(opened, record)
     if kept is None:
-        checkpoint = opened.sources.model if opened.request.at == "model" else opened.sources.base
-        kept = opened.estimate(opened.load(checkpoint.path), record.importances)
+        subject = opened.load((opened.sources.model if opened.request.at == "model" else opened.sources.base).path)
+        record.save()  # the type in which it runs
+        kept = opened.estimate(subject, record.importances)
     return opened.load_given() | keep_importances(opened, record, kept)
-
-
-def _walk(
-    opened: OpenedSweep,
-    record: Record,
-    skeleton: Skeleton,
-    scored: _Scored,
-    weighing: Weighing,
-    settings: Sequence[Setting | None],
-) -> None:
-    """Score ``settings``, and add them to the record."""
-    request, asking = opened.request, scored.asking
-    with TemporaryDirectory(prefix="perta-sweep-") if record.target is None else nullcontext("") as temporary:
-        folder = Path(temporary) if record.target is None else record.walk("grid")
-        found = score_versions(
-            skeleton,
-            [Version("the model as it is") if setting is None else weighing.version(setting) for setting in settings],
-            list(asking.sets.values()),
-            schedule=Schedule(request.batch_size),
-            threads=threads_for(request.threads, opened.ranks),
-            folder=folder,
-            resumable=record.target is not None,
-            progress=opened.progress,
-            description=f"{len(settings)} settings",
-        )
-        rows = []
-        for setting, scores in zip(settings, found, strict=True):
-            answering = Answering(asking.subject, request.batch_size, request.max_length, False, scores=scores.scores)
-            row = ScoredModel(answering, scored.data, request.metric).score(_SHOWN)
-            row = replace(row, changed=scores.changed, seconds=scores.seconds, not_finite=scores.not_finite)
-            rows.append(named(row, setting))
-        record.add(*rows)
-        remove(folder)
 
 
 def _is_narrowed(opened: OpenedSweep, skeleton: Skeleton) -> bool:

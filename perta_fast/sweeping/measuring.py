@@ -56,7 +56,10 @@ def _prepare(opened: OpenedSweep, record: Record, vectors: Vectors) -> tuple[Liv
         del live
         vectors.make(opened)
         if kept is None:
-            kept = opened.estimate(opened.load(opened.sources.base.path), record.importances)
+            base = opened.load(opened.sources.base.path)
+            record.save()  # the type in which it runs
+            kept = opened.estimate(base, record.importances)
+            del base
         live = opened.live()
     keep_vectors(opened, record, vectors)
     return live, original, importances | keep_importances(opened, record, kept)

@@ -238,24 +238,29 @@ class OpenedSweep:
                 by_role[role] = importance
         return {**importances}
 
-    def type_of(self, path: Path) -> "torch.dtype | None":
+    @property
+    def asked_type(self) -> "torch.dtype | None":
+        """The type to run in that is asked for."""
+        return None if self.request.dtype is None else torch_dtype(self.request.dtype)
+
+    def _type_of(self, path: Path) -> "torch.dtype | None":
         """The type for a model to run in: what is asked for, or what it has run in before; None if neither is known."""
-        named = self.request.dtype or self.types.get(str(path))
-        return None if named is None else torch_dtype(named)
+        known = self.types.get(str(path))
+        return torch_dtype(known) if self.asked_type is None and known is not None else self.asked_type
 
     def load(self, path: Path) -> "Subject":
         """A model, on the device and in the type of the sweep, and its tokenizer as it is."""
         from perta_fast.models.loading import load_subject
 
-        return self._known(path, load_subject(path, self.request.device, self.type_of(path), progress=self.progress))
+        return self._known(path, load_subject(path, self.request.device, self._type_of(path), progress=self.progress))
 
     def structure(self, path: Path) -> "tuple[Subject, Skeleton]":
         """``load``, without the weights, and what reads them layer by layer."""
         from perta_fast.models.loading import load_subject
         from perta_fast.runs.estimate import open_skeleton
 
-        skeleton = open_skeleton(path, self.request.device, self.type_of(path))
-        subject = load_subject(path, self.request.device, self.type_of(path), structure=skeleton.model)
+        skeleton = open_skeleton(path, self.request.device, self._type_of(path))
+        subject = load_subject(path, self.request.device, self._type_of(path), structure=skeleton.model)
         return self._known(path, subject), skeleton
 
     def _known(self, path: Path, subject: "Subject") -> "Subject":

@@ -320,7 +320,10 @@ def _score_and_write(opened: OpenedSweep, record: Record, vectors: Vectors, fina
         if request.makes_result and sweep.has_choice:
             write_best(opened, sweep, importances, vectors)
     except (InputError, NotFiniteError) as error:
-        if not record.has_work or (isinstance(error, NotFiniteError) and not begun.is_scored):
+        if not record.has_work:
+            record.give_up()
+            raise
+        if isinstance(error, NotFiniteError) and not begun.is_scored:
             raise
         # An input has gone or changed meanwhile: keep what was scored.
         raise RunError(f"{error}. What was scored is kept; go on with: {begun.going_on(final)}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from perta_fast.memory import return_freed_blocks
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.runs.settings import threads_for
+from perta_fast.scoring.criteria import ORIGINAL
 from perta_fast.scoring.setting import ScoredSetting
 from perta_fast.streaming.forecast.forward_costs import ForwardEstimate, forward_estimate
 from perta_fast.streaming.forward.version import Version
@@ -25,7 +26,7 @@ from perta_fast.sweeping.walk_plan import Planning
 from perta_fast.sweeping.walked_model import WalkedModel
 from perta_fast.sweeping.weighing import Setting, Weighing, named
 
-_ORIGINAL, _SETTINGS = "the model as it is", "settings"  # walks, and their plans
+_SETTINGS = "settings"  # a walk, and its plan; another is ORIGINAL
 
 
 def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
@@ -39,7 +40,7 @@ def measure(opened: OpenedSweep, record: Record, vectors: Vectors) -> Measured:
         record.save()
     walks = _Walks(WalkedModel.open(opened, opened.sources.model.path), record)
     if opened.request.bounds_absolutely and begun.original is None:  # it may break the bound: before the first gradient
-        record.add(walks.alone(_ORIGINAL))
+        record.add(walks.alone(ORIGINAL))
         opened.request.bounds(walks.original)
     importances = opened.load_given() | keep_importances(opened, record, _estimated(opened, record))
     with ranks.together(PHASE):
@@ -62,6 +63,7 @@ def _estimated(opened: OpenedSweep, record: Record) -> ByEstimator:
     with opened.ranks.together("the loading of model and data"):
         checkpoint = opened.sources.model if opened.request.at == "model" else opened.sources.base
         subject, skeleton = opened.structure(checkpoint.path)
+        record.save()  # the type in which it runs
     return opened.estimate(subject, record.importances, skeleton)
 
 
@@ -88,7 +90,7 @@ class _Walks:
         opened, begun = self.walked.opened, self.record.begun
         strengths = sorted(opened.request.strengths or ())
         every = [(curve, lam) for curve in opened.curves for lam in strengths]
-        versions = [Version(_ORIGINAL), *map(weighing.version, every)]
+        versions = [Version(ORIGINAL), *map(weighing.version, every)]
         place = self.record.walk(_SETTINGS)
         plan = self._plan(_SETTINGS, place, versions, len(opened.curves) if opened.request.is_bounded else 0)
         if plan.twice:
@@ -117,7 +119,7 @@ class _Walks:
                 if (begun.original if setting is None else begun.find(*setting)) is None
             ]
             if some:
-                versions = [Version(_ORIGINAL) if setting is None else weighing.version(setting) for setting in some]
+                versions = [Version(ORIGINAL) if setting is None else weighing.version(setting) for setting in some]
                 found = self._walk(record.walk(f"{name}-{begin}"), versions, plan)
                 record.add(*(named(row, setting) for row, setting in zip(found, some, strict=True)))
 

@@ -188,21 +188,26 @@ class Record:
         return self.target.path
 
     def walk(self, name: str, *, alone: bool = False) -> Path:
-        """Where a streamed sweep keeps what a walk goes on from. alone: one that scores no setting."""
+        """Where what a walk goes on from is kept. alone: one that scores no setting."""
         return self.folder / STATE / ("alone" if alone else _WALKS) / name
 
     @property
     def has_work(self) -> bool:
-        """Whether a setting is scored, an importance is there, or a walk has begun."""
+        """Whether a setting is scored, an importance or a θ_f is there, or a walk has begun."""
         if self.begun.is_scored or self.begun.kept:
             return True
         state = None if self.target is None else self.target.path / STATE
-        return state is not None and any(any(state.glob(work)) for work in ("importance/*/*", f"{_WALKS}/*"))
+        return state is not None and any(any(state.glob(work)) for work in ("importance/*/*", "tuned/*", f"{_WALKS}/*"))
 
     def keep(self) -> None:
         """From now on there is work that a stopped sweep goes on with."""
         if self.target is not None:
             self.target.keep = True
+
+    def give_up(self) -> None:
+        """Nothing is there to go on with."""
+        if self.target is not None:
+            self.target.keep = False
 
     def note_kept(self, what: str, files: dict[str, Fingerprint]) -> None:
         """Something is complete, and gets its name next."""

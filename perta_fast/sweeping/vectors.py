@@ -67,17 +67,16 @@ class Vectors:
         from perta_fast.runs.making_tuned import Making
 
         request = opened.request
-        seen_at = Path(request.model if opened.place(PRECONDITIONED) == "model" else request.base)
         making = Making(
             base=Path(request.base),
             tuned=Path(request.tuned),
-            seen_at=seen_at,
+            seen_at=Path(request.model if opened.place(PRECONDITIONED) == "model" else request.base),
             retain=request.retain,
             batch_size=request.batch_size,
             max_length=request.max_length,
             chat=opened.chat,
             device=request.device,
-            dtype=opened.type_of(seen_at),
+            dtype=opened.asked_type,
             progress=opened.progress,
             stream=request.stream,
             memory=request.memory,

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
-from perta_fast.errors import InputError, NotFiniteError, RunError, is_of_device, is_out_of_memory
+from perta_fast.errors import InputError, NotFiniteError, RunError, device_failure, is_of_device, is_out_of_memory
 from perta_fast.progress import Bar, Progress
 from perta_fast.tuning.request import Request
 from perta_fast.tuning.retained import Retained
@@ -181,7 +181,7 @@ def _fitting(checkpoint: str | None) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         if is_of_device(error):
-            raise RunError(f"the device failed while the kept state was loaded; the state stays: {error}") from error
+            raise RunError(f"{device_failure(error)}; that was while the kept state was loaded, which stays") from error
         raise InputError(
             f"{checkpoint}: the kept state does not fit this model ({error}); start over with ‹overwrite›"
         ) from error

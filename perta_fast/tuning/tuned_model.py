@@ -20,6 +20,7 @@ from perta_fast.errors import (
     InputError,
     Interrupted,
     NotFiniteError,
+    PertaError,
     RunError,
     device_failure,
     is_of_device,
@@ -128,7 +129,8 @@ def _stops_explained(kept: KeptState) -> Iterator[None]:
             raise
         raise Interrupted(f"interrupted; {kept.going_on()}") from None
     except (MemoryError, RuntimeError) as error:
-        if not kept.is_kept or not (is_out_of_memory(error) or is_of_device(error)):
+        explained = isinstance(error, PertaError) or not (is_out_of_memory(error) or is_of_device(error))
+        if explained or not kept.is_kept:
             raise
         what = "out of memory" if is_out_of_memory(error) else device_failure(error)
         raise RunError(f"{what}; {kept.going_on()}") from error

@@ -294,10 +294,10 @@ def test_an_interrupt_as_the_summary_is_printed(
     monkeypatch.setattr(sys.modules["perta_fast.cli.main"], "_shown", stop)
     out = tmp_path / "out"
     assert run("apply", *checkpoint_arguments(job), "--rule", "tv", "--lam", 1, "--out", out, "--quiet") == 130
-    message = "perta: interrupted as it was printed; what the command makes is complete\n"
+    message = "perta: interrupted as it printed; what the command makes is complete\n"
     assert capsys.readouterr().err == message and (out / "perta_report.json").exists()
     assert run("inspect", out) == 130
-    assert capsys.readouterr().err == "perta: interrupted as it was printed\n"
+    assert capsys.readouterr().err == "perta: interrupted as it printed\n"
 
 
 def test_a_defect_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,20 @@ def test_passes_of_another_processor_are_made_again(
     assert not (home / ".r.json.perta-partial").exists()
 
 
+def test_the_type_of_a_reference_model_counts_too(home: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama(2).to(torch.bfloat16).save_pretrained(home / "reference")
+    WORDS.save_pretrained(home / "reference")
+    how: dict[str, Any] = {"reference_model": home / "reference", "metrics": ["mia_reference"]}
+    have_instructions(monkeypatch, True)
+    passes.after = 3  # of four: two sets, two models
+    with pytest.raises(Interrupted):
+        measured(home, **how)
+    passes.again()
+    have_instructions(monkeypatch, False)
+    resume(home / "r.json", progress=False)
+    assert passes.done == 4
+
+
 def test_stopped_again_and_again(home: Path, passes: Passes) -> None:
     for after in (2, 3, 1):
         passes.again()

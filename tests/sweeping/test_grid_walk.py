@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from perta_fast import Sweep, estimate_importance, resume, sweep
+from perta_fast import InputError, Interrupted, Sweep, estimate_importance, resume, sweep
 from perta_fast.errors import NotStreamable
+from perta_fast.runs import estimate
 from perta_fast.scoring.live_model import LiveModel
 from perta_fast.streaming.forward import score_walk
 from perta_fast.sweeping import grid_walk, measuring
-from tests.support.models import Job, write_job
+from tests.support.models import Job, tokenizer, write_job
+from tests.support.processors import have_instructions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +115,93 @@ def test_a_model_that_cannot_be_streamed(job: Job, measured: list[str], monkeypa
     monkeypatch.setattr(grid_walk, "score_versions", refuse)
     run(job, rule="tv")
     assert measured == ["tv 0.5", "tv 1", "tv 4"]
+
+
+def test_a_disk_without_room_for_hidden_states(job: Job, measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid_walk.Budget, "at", lambda *_: grid_walk.Budget(1))
+    run(job, rule="tv")
+    assert measured == ["tv 0.5", "tv 1", "tv 4"]
+
+
+def test_what_a_refused_walk_made_is_removed(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no work that could be resumed."""
+
+    def refuse(*_: Any, folder: Path, **__: Any) -> None:
+        (folder / "scratch").mkdir(parents=True)
+        raise NotStreamable("its layers are no chain")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise InputError("an input has gone")
+
+    monkeypatch.setattr(grid_walk, "score_versions", refuse)
+    monkeypatch.setattr(LiveModel, "measure", fail)
+    with pytest.raises(InputError, match=r"^an input has gone$"):
+        run(job, rule="tv", out=tmp_path / "out")
+
+
+def test_an_input_that_is_spoilt_is_named(job: Job, tmp_path: Path) -> None:
+    """And nothing is left that could be resumed."""
+    model = AutoModelForCausalLM.from_pretrained(job.tuned)
+    model.model.norm.weight.data[-1] = float("nan")
+    model.save_pretrained(tmp_path / "spoilt")
+    with pytest.raises(InputError, match=r"tensor model\.norm\.weight has NaN or infinite values in .*spoilt"):
+        sweep(
+            *(*job.checkpoints[:2], tmp_path / "spoilt", job.forget, job.retain),
+            rule="tv",
+            lams=LAMS,
+            out=tmp_path / "out",
+            progress=False,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+
+
+def test_a_model_that_scores_nothing_finite_is_refused_before_the_first_gradient(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "estimate_on", None)
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(job.model)
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(broken)
+    tokenizer().save_pretrained(broken)
+    with pytest.raises(InputError, match="cannot be chosen against: what it scores is not finite"):
+        sweep(
+            *(broken, *job.checkpoints[1:], job.forget, job.retain),
+            rule="fisher",
+            lams=LAMS,
+            select="closest",
+            gold=job.tuned,
+            out=tmp_path / "out",
+            progress=False,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("place", "earlier"), [((score_walk._ScoreWalk, "_step"), 5), ((estimate, "estimate_on"), 1)])
+def test_it_goes_on_in_its_type_on_a_processor_of_another_kind(
+    place: tuple[Any, str], earlier: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the walk, or between the two importances."""
+    job = write_job(tmp_path / "job", BF16)
+    have_instructions(monkeypatch, True)
+    whole = run(job, rule="fisher", out=tmp_path / "whole")
+    real, calls = getattr(*place), 0
+
+    def stopping(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > earlier:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(*place, stopping)
+        run(job, rule="fisher", out=tmp_path / "out")
+    have_instructions(monkeypatch, False)
+    found = resume(tmp_path / "out", progress=False)
+    assert isinstance(found, Sweep)
+    assert rows(found) == rows(whole) and found.settings["dtype"] == "bfloat16"
+    assert {side.dtype for side in found.importance["grad"].values()} == {"bfloat16"}
 
 
 def test_stopped_and_resumed(job: Job, measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from perta_fast.sweeping.request import BOUNDS, Request
 from tests.checkpoints.test_adapters import make_adapter
 from tests.support.checkpoints import fingerprint, read_checkpoint, same_bytes
 from tests.support.models import Job, llama, tokenizer, write_job, write_lines
+from tests.support.processors import have_instructions
 from tests.sweeping.test_choice import ORIGINAL, row, table
 from tests.sweeping.test_sweep import TEXTS, Jobs, losses, run, scores, text_jobs  # noqa: F401  (a fixture)
 
@@ -132,6 +133,24 @@ def test_without_out_what_is_made_is_removed(job: Job, tmp_path: Path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = run(job, lams=[1])
     assert found.rows[1].rule == "preconditioned" and list(tmp_path.iterdir()) == []
+
+
+def test_inputs_of_a_float16_checkpoint_are_seen_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``precondition`` sees them, whatever type the settings are scored in."""
+    have_instructions(monkeypatch, True)
+    job = write_job(tmp_path / "job", torch.float16)
+    seen: list[torch.dtype] = []
+    load = making_tuned.Making._load
+
+    def watched(self: Any) -> Any:
+        subject, skeleton = load(self)
+        seen.append(subject.module.dtype)
+        return subject, skeleton
+
+    monkeypatch.setattr(making_tuned.Making, "_load", watched)
+    assert run(job, lams=[1], out=tmp_path / "out").settings["dtype"] == "float16"
+    run(job, lams=[1], stream=True, out=tmp_path / "streamed")
+    assert seen == [torch.float32] * 2
 
 
 @pytest.mark.parametrize(

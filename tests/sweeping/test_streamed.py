@@ -320,7 +320,7 @@ def test_a_disk_without_room_for_all_samples_of_one_setting(
     walks.clear()
     monkeypatch.setattr(choice.Budget, "at", lambda *_: choice.Budget(6))
     monkeypatch.setattr(walk_plan.ForwardEstimate, "scratch", lambda _, schedule: 12 // schedule.groups)
-    monkeypatch.setattr(walk_plan.ForwardEstimate, "most_versions", lambda *_: 2)
+    monkeypatch.setattr(walk_plan.ForwardEstimate, "most_versions", lambda _, schedule, __: schedule.groups)
     groups: list[int] = []
     init = score_walk._ScoreWalk.__init__
     monkeypatch.setattr(

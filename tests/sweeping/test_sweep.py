@@ -455,7 +455,10 @@ def bad_inputs(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ({"lams": [1], "retain": "absent.jsonl"}, r"absent\.jsonl: cannot be read"),
         ({"lams": [1], "retain": "late.jsonl"}, r"late\.jsonl, line 2: has no token to compute a loss on"),
-        ({"lams": [1], "tuned": "spoilt"}, r"tensor model\.norm\.weight has NaN or infinite values in .*spoilt"),
+        (
+            {"rule": "tv", "lams": [1], "tuned": "spoilt"},
+            r"tensor model\.norm\.weight has NaN or infinite values in .*spoilt",
+        ),
         ({"lams": [1], "out": "full"}, "full: exists and is not empty"),
         ({"lams": [1], "out": "spoilt", "tuned": "spoilt", "overwrite": True}, "spoilt: is or contains the input"),
     ],

@@ -120,7 +120,7 @@ class _ScoreWalk:
         ranks: Ranks,
     ) -> None:
         self._skeleton, self._versions, self._sets, self._ranks = skeleton, versions, sets, ranks
-        self._weights = weights
+        self._weights, self._group = weights, group
         self._last = len(skeleton.layers) + 1
         self._batches = [batches_of(of_set.samples, schedule, group, skeleton.device, ranks) for of_set in sets]
         self.steps = len(versions) * (self._last + 1)
@@ -163,7 +163,7 @@ class _ScoreWalk:
             ThreadPoolExecutor(1) as reader,
             _Behind(self, resumable, self._ranks.world == 1) as behind,
         ):
-            if begin == 0:
+            if begin == 0 and self._group == 0:
                 with skeleton.in_memory([*skeleton.vocabulary, *skeleton.resident]):
                     skeleton.check_chain(sample for of_set in self._sets for sample in of_set.samples)
             for part in range(begin // len(self._versions), self._last + 1):
