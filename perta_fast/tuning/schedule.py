@@ -21,12 +21,12 @@ class Schedule:
     def of(cls, rows: int, full: bool, batch_size: int | None, epochs: int | None, lr: float | None) -> "Schedule":
         """What was given, and for None what ``rows`` call for.
 
-        At least 10 epochs and 60 steps for an adapter, 6 and 30 for a checkpoint. The documentation ("Tuning") has
+        At least 10 epochs and 60 steps for an adapter, 8 and 30 for a checkpoint. The documentation ("Tuning") has
         what was measured with these.
         """
         given = {"batch_size": batch_size, "epochs": epochs, "lr": lr}
         batch_size = batch_size or next((size for most, size in _BATCHES if rows <= most), _LARGEST)
-        least, steps, rate = (6, 30, 1e-4) if full else (10, 60, 5e-4)
+        least, steps, rate = (8, 30, 1e-4) if full else (10, 60, 5e-4)
         epochs = epochs or max(least, math.ceil(steps / math.ceil(rows / batch_size)))
         chosen = tuple(name for name, value in given.items() if value is None)
         return cls(batch_size, epochs, rate if lr is None else lr, chosen)

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (10, False, 4, 20),
         (10, True, 4, 10),
         (40, False, 4, 10),
-        (40, True, 4, 6),
+        (40, True, 4, 8),
         (100, False, 8, 10),
         (400, False, 16, 10),
-        (400, True, 16, 6),
+        (400, True, 16, 8),
     ],
 )
 def test_what_follows_from_the_rows(rows: int, full: bool, batch_size: int, epochs: int) -> None:
