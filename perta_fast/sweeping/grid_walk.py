@@ -29,7 +29,6 @@ from perta_fast.streaming.schedule import Schedule
 from perta_fast.sweeping.keeping import keep_importances, keep_vectors, load_kept
 from perta_fast.sweeping.measured import Measured
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep
-from perta_fast.sweeping.request import Request
 from perta_fast.sweeping.unfinished import Record
 from perta_fast.sweeping.vectors import Vectors
 from perta_fast.sweeping.weighing import Setting, Weighing, named
@@ -51,7 +50,7 @@ def measure_in_a_walk(opened: OpenedSweep, record: Record, vectors: Vectors) -> 
     except InputError:  # the live model may be less particular
         return None
     grid = _Grid.of(opened, record, subject, skeleton)
-    every: list[Setting | None] = [None, *((curve, lam) for curve in opened.curves for lam in _strengths(request))]
+    every: list[Setting | None] = [None, *opened.grid()]
     if _is_narrowed(opened, skeleton) or not grid.has_room(len(every)):
         return None
     try:
@@ -139,11 +138,19 @@ class _Grid:
                 progress=self.opened.progress,
                 description=ORIGINAL if lacking == [None] else f"{len(lacking)} settings",
             )
+            broken = [bool(scores.not_finite) for scores, each in zip(found, lacking, strict=True) if each is not None]
+            if broken and all(broken):
+                self._check_inputs(folder, importances or {})
+            record.add(*map(self._row, found, lacking))
             remove(folder)
-        broken = [bool(scores.not_finite) for scores, each in zip(found, lacking, strict=True) if each is not None]
-        if broken and all(broken):  # as by an input that is spoilt, which the live model names
-            self.opened.live().measure_original(importances or {})
-        record.add(*map(self._row, found, lacking))
+
+    def _check_inputs(self, folder: Path, importances: ByEstimator) -> None:
+        """Raise InputError if an input is spoilt, which the live model names; then no walk is left to go on with."""
+        try:
+            self.opened.live().measure_original(importances)
+        except InputError:
+            remove(folder)
+            raise
 
     def _row(self, found: VersionScores, setting: Setting | None) -> ScoredSetting:
         request = self.opened.request
@@ -152,10 +159,6 @@ class _Grid:
         )
         row = ScoredModel(answering, self.data, request.metric).score(_SHOWN)
         return named(replace(row, changed=found.changed, seconds=found.seconds, not_finite=found.not_finite), setting)
-
-
-def _strengths(request: Request) -> list[float]:
-    return sorted(request.strengths or ())
 
 
 def _importances(opened: OpenedSweep, record: Record, vectors: Vectors) -> ByEstimator:

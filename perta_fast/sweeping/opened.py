@@ -117,6 +117,11 @@ class OpenedSweep:
         """Where gradients are taken, and inputs seen."""
         return {self.place(curve.name) for curve in self.curves if curve.mu is not None or self._is_estimated(curve)}
 
+    def grid(self) -> list[tuple[Curve, float]]:
+        """All settings: the strengths of each curve, in order."""
+        strengths = sorted(self.request.strengths or ())
+        return [(curve, lam) for curve in self.curves for lam in strengths]
+
     @property
     def scored(self) -> dict[str, DataFile]:
         """All data that is scored, by role."""

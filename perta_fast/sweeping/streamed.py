@@ -89,7 +89,7 @@ class _Walks:
         """What all settings score, in order."""
         opened, begun = self.walked.opened, self.record.begun
         strengths = sorted(opened.request.strengths or ())
-        every = [(curve, lam) for curve in opened.curves for lam in strengths]
+        every = opened.grid()
         versions = [Version(ORIGINAL), *map(weighing.version, every)]
         place = self.record.walk(_SETTINGS)
         plan = self._plan(_SETTINGS, place, versions, len(opened.curves) if opened.request.is_bounded else 0)

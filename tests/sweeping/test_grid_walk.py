@@ -139,6 +139,20 @@ def test_what_a_refused_walk_made_is_removed(job: Job, tmp_path: Path, monkeypat
         run(job, rule="tv", out=tmp_path / "out")
 
 
+def test_scores_are_kept_before_their_walk_is_removed(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(grid_walk, "remove", stop)
+        run(job, rule="tv", out=tmp_path / "out")
+    monkeypatch.setattr(grid_walk, "score_versions", None)
+    found = resume(tmp_path / "out", progress=False)
+    assert isinstance(found, Sweep) and [row.lam for row in found.rows] == [0.0, *LAMS]
+
+
 def test_an_input_that_is_spoilt_is_named(job: Job, tmp_path: Path) -> None:
     """And nothing is left that could be resumed."""
     model = AutoModelForCausalLM.from_pretrained(job.tuned)
