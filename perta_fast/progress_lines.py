@@ -10,7 +10,7 @@ from perta_fast.memory import format_duration, format_size
 
 Unit = Literal["B", "sample", "step"]
 
-_FIRST, _NEXT, _LATEST = 10.0, 30.0, 600.0  # seconds after the start, at least and at most after a line
+_FIRST, _NEXT, _LATEST = 10.0, 30.0, 120.0  # seconds after the start, at least and at most after a line
 _NEXT_SHARE = 0.1  # of the phase: what is done between two lines, unless the latest time comes first
 
 
