@@ -129,6 +129,19 @@ def test_what_was_measured_can_be_reported_without_the_models(
     take_up(tmp_path / "work", tmp_path / "kept.jsonl")  # again, over what is there
 
 
+def test_a_report_has_every_size_that_has_begun(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = finished / "page.md"
+    page.write_text("<!-- results on real models -->\n<!-- end of results on real models -->\n")
+    monkeypatch.setattr(run, "PAGE", page)
+    for name, size in {"small": replace(TINY, authors=5), "middle": TINY, "large": replace(TINY, authors=6)}.items():
+        monkeypatch.setitem(settings.SIZES, name, size)
+    given = arguments(finished, "--report")
+    del given[given.index("--size") : given.index("--size") + 2]
+    monkeypatch.delitem(settings.SIZES, "tiny")
+    assert run.main(given) == 0
+    assert "### Tiny, 4 authors, rules" in page.read_text() and "5 authors" not in page.read_text()
+
+
 def test_the_strength_where_as_much_is_forgotten_as_by_gold() -> None:
     points = [Point(strength, forget, 0.0, 0.0) for strength, forget in ((0.0, 0.1), (1.0, 0.5), (3.0, 2.5))]
     assert strength_at(points, 1.5) == pytest.approx(2.0)

@@ -3,7 +3,8 @@
 Tunes SmolLM2-135M-Instruct and Gemma 3 270M on a part of TOFU (arXiv 2401.06121), unlearns it by every rule and by
 other methods, and asks what is left. You can stop or kill the command at any time: the same command goes on. If you
 start it several times, the processes share the work. ``--report`` writes the tables into docs/study.md from what is
-finished. ``--keep`` copies what was measured into the project, where a study on another machine takes it up.
+finished, of every size. ``--keep`` copies what was measured into the project, where a study on another machine takes it
+up.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from bench.study.real.methods import (
 )
 from bench.study.real.models import Models
 from bench.study.real.rivals import STEPS, rates, trained
-from bench.study.real.settings import SIZES
+from bench.study.real.settings import SIZES, SMALL
 from bench.study.real.shares import shares
 from bench.study.real.sources import SOURCES
 from bench.study.real.training_rivals import METHODS
@@ -50,16 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     try:
-        settings = SIZES[options.size]
-        rows = Rows.read(options.data, settings)
+        sizes = [options.size] if options.size else SIZES if options.report else [SMALL]
+        trials = [models for size in sizes for models in _trials(options, size)]
         options.work.mkdir(parents=True, exist_ok=True)
         if options.keep:
             print(f"{keep(options.work)} pieces are kept in {KEPT}")
             return 0
         take_up(options.work)
-        store = Store(options.work, compute=not options.report)
-        kinds = [(name, False) for name in options.models] + [(name, True) for name in UNTIED if name in options.models]
-        trials = [Models(name, rows, settings, seed, store, untied) for seed in options.seeds for name, untied in kinds]
         if options.report:
             tables.write(PAGE, trials)
             return 0
@@ -68,6 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_status
     return 0
+
+
+def _trials(options: argparse.Namespace, size: str) -> list[Models]:
+    """Every model and seed that was asked for, at a size."""
+    settings = SIZES[size]
+    rows = Rows.read(options.data, settings)
+    store = Store(options.work, compute=not options.report)
+    kinds = [(name, False) for name in options.models] + [(name, True) for name in UNTIED if name in options.models]
+    return [Models(name, rows, settings, seed, store, untied) for seed in options.seeds for name, untied in kinds]
 
 
 def _stages(trials: Sequence[Models]) -> Iterator[Stage]:
@@ -97,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1], help="0,1"
     )
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=SIZES, help=f"{SMALL}; of --report, every size")
     parser.add_argument("--report", action="store_true", help="only write the tables, from the finished pieces")
     parser.add_argument("--keep", action="store_true", help="only copy what was measured into the project")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that torch uses")

@@ -43,8 +43,9 @@ class Settings:
     few_rows: int = 8
 
 
+SMALL = "small"  # the size that is meant where none is named
 SIZES = {
-    "small": Settings(),
+    SMALL: Settings(),
     "middle": Settings(authors=60, forgotten=6, epochs=5, tuned_epochs=8, measured_forget=40, measured_retain=80),
     "large": Settings(
         authors=200, forgotten=20, batch_size=16, epochs=5, tuned_epochs=5, measured_forget=100, measured_retain=200,

@@ -25,6 +25,7 @@ from bench.study.real.methods import (
 from bench.study.real.models import Models
 from bench.study.real.parts import EVERYTHING, LINEAR
 from bench.study.real.rivals import STEPS, best_trained
+from bench.study.real.settings import SIZES, SMALL
 from bench.study.real.shares import GROUPS, shares
 from bench.study.real.sources import SOURCES
 from bench.study.real.training_rivals import METHODS
@@ -56,7 +57,7 @@ def render(trials: Trials) -> str:
     """
     by_model: dict[str, list[Models]] = {}
     for models in trials:
-        by_model.setdefault(SOURCES[models.name].title + (", untied" if models.untied else ""), []).append(models)
+        by_model.setdefault(_title(models), []).append(models)
     tables = {
         f"{title}, {part}": [each for each in lines if set(each.strip("| ").split(" | ")[1:]) != {MISSING}]
         for title, of_model in by_model.items()
@@ -64,6 +65,13 @@ def render(trials: Trials) -> str:
     }
     begun = {title: lines for title, lines in tables.items() if len(lines) > HEAD}
     return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in begun.items())
+
+
+def _title(models: Models) -> str:
+    """Of all seeds of one model at one size."""
+    authors = models.settings.authors
+    title = SOURCES[models.name].title + (", untied" if models.untied else "")
+    return title if authors == SIZES[SMALL].authors else f"{title}, {authors} authors"
 
 
 def _of_model(trials: Trials) -> dict[str, Iterator[str]]:
