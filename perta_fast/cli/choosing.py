@@ -59,7 +59,9 @@ METRIC = Option(
     "metric", "with --choose: what is chosen by, as perta eval names it (loss)", default=LOSS, choices=METRICS
 )
 ALSO = Option("also", "with --choose: further data to score", Path, "FILE", [], several=True, named=True)
-HOLDOUT = Option("holdout", "with --choose: data never trained on; streamed, for membership scores", Path, "FILE")
+HOLDOUT = Option(
+    "holdout", "with --choose: data never trained on; streamed, for membership scores", Path, "FILE", named=True
+)
 OPTIONS = (CHOOSE, RULES, MUS, ALPHAS, LAMS, METRIC, ALSO, HOLDOUT)
 
 

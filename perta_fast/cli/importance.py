@@ -110,8 +110,10 @@ COMMAND = Command(
     "importance",
     "estimate the importance of every parameter on data, or combine what was estimated",
     (
-        Option("model", "where it is taken; needed, as is --data, unless importances are combined", Path, "DIR"),
-        Option("data", "rows of text, questions or messages", Path, "FILE"),
+        Option(
+            "model", "where it is taken; needed, as is --data, unless importances are combined", Path, "DIR", named=True
+        ),
+        Option("data", "rows of text, questions or messages", Path, "FILE", named=True),
         Option("merge", "add these importances up: that of all their rows together", Path, "DIR", several=True),
         Option("whole", "take importances of some rows out of this one, see --remove", Path, "DIR"),
         Option("remove", "with --whole: what is taken out; that of the other rows remains", Path, "DIR", several=True),

@@ -9,7 +9,7 @@ from perta_fast.cli.options import Outcome
 from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_plan import Plan, Way, plan
 from perta_fast.cli.recipe_sections import Section, check_inputs, sections_of
-from perta_fast.errors import PertaError, printable
+from perta_fast.errors import InputError, PertaError, printable
 from perta_fast.files.new_directory import SWEEP_STATE, has_record
 from perta_fast.records.recipe import read_recipe
 from perta_fast.records.recipe_record import Made, RecipeRecord, state_of_result
@@ -27,20 +27,41 @@ def run_sections(path: Path, *, overwrite: bool, quiet: bool) -> int:
             text = f"step {number} of {len(sections)}, {section.name}: {section.result} {planned.way.value}"
             print(printable(text), flush=True)
         if planned.way is not Way.NOT_AT_ALL:
-            _do(section, planned, record, quiet)
+            _do(section, planned, record, overwrite or section.overwrites, quiet)
         if record.made[section.name].result is None:
             record.keep(section.name, replace(record.made[section.name], result=state_of_result(section.result)))
     return 0
 
 
-def _do(section: Section, planned: Plan, record: RecipeRecord, quiet: bool) -> None:
-    """Run one section. Raises its error, which names the section too."""
+def _do(section: Section, planned: Plan, record: RecipeRecord, overwrite: bool, quiet: bool) -> None:
+    """Run one section. Raises its error, which names the section too.
+
+    overwrite: what was begun is made again if it cannot go on.
+    """
     before = planned.known.before if planned.way is Way.FURTHER and planned.known else section.state()
     record.keep(section.name, Made(section.told(), planned.inputs(), before))
+    try:
+        outcome = _outcome(section, planned.way, quiet)
+    except InputError:
+        half_changed = section.in_place and section.result_is_unfinished()
+        if planned.way is not Way.FURTHER or half_changed or not overwrite:
+            raise
+        outcome = _outcome(section, Way.OVER, quiet)
+    if planned.way is Way.FURTHER and (other := section.differs_in()) is not None:
+        raise InputError(
+            f"{section.where}: {section.result}: was begun by another command with another value of {other}"
+        )
+    if outcome is not None:
+        print(outcome.text)
+    gc.collect()  # the next section needs the memory
+
+
+def _outcome(section: Section, way: Way, quiet: bool) -> Outcome | None:
+    """Run the command of a section, or ``perta resume``; None if there is nothing to print."""
     more = ["--quiet"] if quiet else []
-    more += ["--overwrite"] if planned.way is Way.OVER and (section.chooses or not section.in_place) else []
+    more += ["--overwrite"] if way is Way.OVER else []
     parsed = section.parsed(*more)
-    if planned.way is Way.FURTHER and _is_resumed(section):
+    if way is Way.FURTHER and _is_resumed(section):
         more = ["--quiet"] if parsed.quiet else []
         parsed = parser_of(resume.COMMAND).parse_args([*more, "--", str(section.result)])
         parsed.command, parsed.group = resume.COMMAND, None
@@ -48,9 +69,7 @@ def _do(section: Section, planned: Plan, record: RecipeRecord, quiet: bool) -> N
         outcome = parsed.command.run(parsed)
     except PertaError as error:
         raise type(error)(f"{section.where}: {error}") from error
-    if isinstance(outcome, Outcome) and not parsed.quiet:
-        print(outcome.text)
-    gc.collect()  # the next section needs the memory
+    return outcome if isinstance(outcome, Outcome) and not parsed.quiet else None
 
 
 def _is_resumed(section: Section) -> bool:

@@ -1,6 +1,7 @@
 """A recipe of a whole job: its sections, checked all together before the first one runs."""
 
 import argparse
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from perta_fast.files.identity import is_same, lies_in
 from perta_fast.files.new_directory import SWEEP_STATE, has_record
 from perta_fast.files.reading import exists
 from perta_fast.records.recipe import Recipe, Setting, command_of
-from perta_fast.records.recipe_record import state_of_result
+from perta_fast.records.recipe_record import settings_of_result, state_of_result
 from perta_fast.resuming import is_unfinished
-from perta_fast.sweeping.results import record_beside
+from perta_fast.subtraction.journal_directory import is_untouched
+from perta_fast.sweeping.results import FILE_NAME, Sweep, record_beside
 
 COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in (tune, sweep, unlearn, eval, report)}
 # What sections make; the other paths are read.
@@ -30,6 +32,9 @@ OUTPUTS = {option.key for command in COMMANDS.values() for option in command.opt
 _DATA = ("forget", "retain", "holdout", "also", "prompts")
 _CHECKPOINTS = ("model", "base", "tuned", "gold", "reference-model", "against")
 _NO_DIFFERENCE = ("out", "overwrite", "quiet", "download")  # to what a section makes
+
+# Of which a record may say what was made of them.
+_ELSEWHERE = frozenset({"batch-size", "max-length", "threads"})
 
 Value = str | bool | list[str]
 
@@ -96,22 +101,52 @@ class Section:
 
     def is_there(self) -> bool:
         """Whether there is something under the name of the result."""
-        result = self.result
-        return exists(result) and not (result.is_dir() and not any(result.iterdir()))
+        return _is_occupied(self.result)
 
     def is_unfinished(self) -> bool:
         """Whether it was stopped with work done that can go on."""
-        sweeping = self.chooses and has_record(record_beside(self.result), SWEEP_STATE)
-        return sweeping or is_unfinished(self.result)
+        return self._is_choosing() or self.result_is_unfinished()
+
+    def result_is_unfinished(self) -> bool:
+        """Whether the result itself is half made or half changed."""
+        return is_unfinished(self.result) and not (self.in_place and is_untouched(self.result))
+
+    def _is_choosing(self) -> bool:
+        """Whether the sweep that comes first was stopped."""
+        return self.chooses and has_record(record_beside(self.result), SWEEP_STATE)
 
     def state(self) -> str | None:
         """By what the result is known, as it is; None if it is not there."""
         return state_of_result(self.result)
 
+    def has_no_choice(self) -> bool:
+        """Whether it is a sweep that was to make something of its choice, and ended without one."""
+        takes = self.command is sweep.COMMAND and (self.changed or "checkpoint" in self.settings)
+        return bool(takes) and not Sweep.read(self.result / FILE_NAME).has_choice
+
+    def differs_in(self) -> str | None:
+        """The key of a setting of which the record of the result says another value; None if it says none."""
+        noted, parsed = settings_of_result(self.result), vars(self.parsed())
+        for key in self.told().keys() - _ELSEWHERE:
+            value, found = parsed.get(key.replace("-", "_")), noted.get(key.replace("-", "_"))
+            if isinstance(value, Path) and isinstance(found, str) and exists(value):
+                value, found = os.path.realpath(value), os.path.realpath(found)
+            elif not isinstance(value, int | float) or not isinstance(found, int | float):
+                continue
+            if value != found:
+                return key
+        return None
+
+    def leftover(self) -> Path | None:
+        """Something that it would make beside the result, and that is there already."""
+        beside = [path for path in self.made() if path != self.result and path not in self.changed]
+        return next((path for path in beside if _is_occupied(path)), None)
+
     def made(self) -> list[Path]:
         """Everything that it writes."""
         keys = [key for key, option in options_of(self.command).items() if option.makes]
-        return [path for key in keys for path in self._paths(key)] + self.changed
+        beside = [record_beside(self.result)] if self.chooses else []
+        return [path for key in keys for path in self._paths(key)] + beside + self.changed
 
     def read(self) -> Iterator[tuple[str, Path]]:
         """Every file and directory that it reads, with the key. Names of the hub are not among them."""
@@ -162,17 +197,19 @@ def sections_of(recipe: Recipe, path: Path) -> list[Section]:
 def check_inputs(sections: list[Section]) -> None:
     """Raise InputError unless all that the sections read is there, in order, or is made by an earlier section."""
     data: dict[tuple[Path, str], None] = {}
+    half_changed = [path for section in sections for path in section.changed if is_unfinished(path)]
     _check_apart(sections)
     for number, section in enumerate(sections):
         if key := next((key for key in MAKE_NOTHING if _says(section, [key])), None):
             raise InputError(f"{section.settings[key].where}: {key} makes nothing that a job could go on with")
         for earlier in sections[:number]:
             for path in section.made():
-                if any(is_same(path, other) for other in earlier.made()) and not section.changed:
-                    raise InputError(f"{section.where}: {path} is what {earlier.name} makes; choose another out")
+                if any(is_same(path, other) for other in earlier.made()):
+                    advice = "a job changes a model once" if path in section.changed else "choose another out"
+                    raise InputError(f"{section.where}: {path} is what {earlier.name} makes; {advice}")
         for key, path in section.read():
             where = f"{section.settings[key].where}: {key}"
-            if any(_made_by(path, earlier) for earlier in sections[:number]):
+            if path in half_changed or any(_made_by(path, earlier) for earlier in sections[:number]):
                 continue
             later = next((other for other in sections[number:] if _made_by(path, other)), None)
             if later is not None and not exists(path):
@@ -226,6 +263,10 @@ def _command_of(section: str) -> Command:
 
 def _says(section: Section, keys: list[str]) -> bool:
     return any(key in section.settings and section.settings[key].value is not False for key in keys)
+
+
+def _is_occupied(path: Path) -> bool:
+    return exists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _made_by(path: Path, section: Section) -> bool:

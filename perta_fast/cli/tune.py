@@ -34,10 +34,12 @@ COMMAND = Command(
     "tune",
     "make θ_f: tune the base on the forget data alone, or on other data",
     (
-        Option("base", "the checkpoint to tune", Path, "DIR", required=True),
-        Option("forget", "data to forget", Path, "FILE", required=True, one_of="data"),
-        Option("data", "any other data in its place, such as all of it for θ_full", Path, "FILE", one_of="data"),
-        Option("retain", "data on which --retain-kl holds the model", Path, "FILE"),
+        Option("base", "the checkpoint to tune", Path, "DIR", required=True, named=True),
+        Option("forget", "data to forget", Path, "FILE", required=True, one_of="data", named=True),
+        Option(
+            "data", "any other data in its place, such as all of it for θ_full", Path, "FILE", one_of="data", named=True
+        ),
+        Option("retain", "data on which --retain-kl holds the model", Path, "FILE", named=True),
         Option("retain_kl", "add X times the divergence from the base on the data to retain (none)", float, "X"),
         FIELDS,
         SHOW_LABELS,

@@ -9,7 +9,7 @@ from perta_fast.errors import InputError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.own import check_own
-from perta_fast.files.reading import exists
+from perta_fast.files.reading import exists, read_json
 from perta_fast.records.typed_json import typed
 
 _FORMAT, _FORMAT_VERSION = "perta-recipe", 2
@@ -64,10 +64,37 @@ class RecipeRecord:
 
 def state_of_result(result: Path) -> str | None:
     """The hash of a file, or of the record of the run that made a directory; None if there is neither."""
-    names = [result / name for name in _RECORDS] if result.is_dir() else [result]
-    return next((hash_file(path) for path in names if exists(path) and not path.is_dir()), None)
+    path = _recorded(result)
+    return None if path is None else hash_file(path)
+
+
+def settings_of_result(result: Path) -> dict[str, Any]:
+    """What the record of a result says of the run that made it, by the names of arguments; paths of data by role.
+
+    Empty for a result whose record says nothing of it. Raises InputError if there is a record that cannot be read.
+    """
+    path = _recorded(result)
+    content = None if path is None or path.suffix != ".json" else read_json(path)
+    if not isinstance(content, dict):
+        return {}
+    found = {key: content[key] for key in ("model", "base") if key in content}
+    for part in (content.get("settings"), content.get("recipe")):
+        found |= {key.replace("-", "_"): value for key, value in part.items()} if isinstance(part, dict) else {}
+    data = content.get("data")
+    records = data if isinstance(data, dict) else {}
+    if "path" in records:  # of a tuning
+        records = {str(content.get("role")): records, "retain": content.get("retain")}
+    return found | {
+        role: record["path"] for role, record in records.items() if isinstance(record, dict) and "path" in record
+    }
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first key whose values differ."""
     return next((key for key in [*now, *before] if before.get(key) != now.get(key)), None)
+
+
+def _recorded(result: Path) -> Path | None:
+    """The file by which a result is known."""
+    paths = [result / name for name in _RECORDS] if result.is_dir() else [result]
+    return next((path for path in paths if exists(path) and not path.is_dir()), None)

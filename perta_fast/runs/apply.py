@@ -30,7 +30,7 @@ from perta_fast.subtraction.read_beside import companion_records
 from perta_fast.subtraction.report_entries import begin_report
 from perta_fast.subtraction.scope import Patterns, Scope
 from perta_fast.subtraction.to_directory import Fill, run_to_directory, write_directory, write_shards
-from perta_fast.subtraction.unfinished import begun_job, has_begun
+from perta_fast.subtraction.unfinished import begun_job, has_begun, may_replace
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -190,7 +190,7 @@ def resume_directory(final: Path, progress: Progress, ranks: Ranks = Ranks.ALONE
 def _is_begun(job: Job, sources: Sources) -> bool:
     """Whether the same run was stopped and can be resumed. Raises InputError if its destination is not free."""
     final = Path(job.final)
-    check_output(final, overwrite=job.overwrite, inputs=sources.paths())
+    check_output(final, overwrite=may_replace(final, job.overwrite), inputs=sources.paths())
     if job.overwrite or not has_begun(final):
         return False
     if not job.same_work(begun_job(final)):

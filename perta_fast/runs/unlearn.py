@@ -27,7 +27,7 @@ from perta_fast.runs.unlearn_inputs import Loaded, Opened, data_records, streame
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import check_retained
 from perta_fast.subtraction.scope import Patterns
-from perta_fast.subtraction.unfinished import begun_job, has_begun
+from perta_fast.subtraction.unfinished import begun_job, has_begun, may_replace
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ def _load(opened: Opened, day: date) -> Loaded:
                 check_output(kept, overwrite=options.overwrite, inputs=[*options.paths, final])
                 check_unfinished(kept, overwrite=options.overwrite, run=final)  # which has no work to keep
             if not options.in_place:
-                check_output(final, overwrite=options.overwrite, inputs=[kept])
+                check_output(final, overwrite=may_replace(final, options.overwrite), inputs=[kept])
         if options.makes_temporary and not streamed:  # whose schedule checks the disk, as it knows the samples
             sources = opened.sources
             covered = sum(

@@ -31,7 +31,7 @@ from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import WholeImportance
 from perta_fast.subtraction.in_place import check_in_place
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.unfinished import STATE
+from perta_fast.subtraction.unfinished import STATE, may_replace
 
 if TYPE_CHECKING:
     from perta_fast.data.samples import Sample
@@ -64,7 +64,7 @@ class Opened:
             check_in_place(sources)
             check_inputs_stay(final, [final / JOURNAL], options.paths)
         else:
-            check_output(final, overwrite=options.overwrite, inputs=options.paths)
+            check_output(final, overwrite=may_replace(final, options.overwrite), inputs=options.paths)
             check_unfinished(final, overwrite=options.overwrite, again=STATE)  # ``unlearn`` looks at runs itself
         if (rule.estimator is not None or options.preconditions) and options.makes_temporary:
             check_own(importance_path(final))

@@ -68,8 +68,9 @@ class Job:
     def same_work(self, other: "Job") -> bool:
         """Whether another job makes the same output from the same inputs."""
         keys = ("final", "in_place", "rule", "files", "companions", "matches", "version")
-        # Schedule and number of ranks change only the order of sums.
-        walks = [{key: job.stream[key] for key in job.stream.keys() - {"schedule", "ranks"}} for job in (self, other)]
+        # Schedule and number of ranks change only the order of sums; what it may replace it was told when it began.
+        other_keys = {"schedule", "ranks", "overwrite_saved"}
+        walks = [{key: job.stream[key] for key in job.stream.keys() - other_keys} for job in (self, other)]
         return walks[0] == walks[1] and all(getattr(self, key) == getattr(other, key) for key in keys)
 
     @property

@@ -29,6 +29,12 @@ def is_open(model: Path) -> bool:
     return exists(model / JOURNAL / JOB)
 
 
+def is_untouched(model: Path) -> bool:
+    """Whether a run on ``model`` was killed before it changed anything there. What it has left, another run clears."""
+    journal = model / JOURNAL
+    return exists(journal / _MARK) and not exists(journal / JOB) and not exists(journal / SEALED)
+
+
 @contextmanager
 def locked_journal(model: Path) -> Iterator[Path]:
     """The journal's directory, for one process at a time; removed at the end unless it holds a job.

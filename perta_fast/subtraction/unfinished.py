@@ -20,3 +20,8 @@ def has_begun(final: Path) -> bool:
 def begun_job(final: Path) -> Job:
     """The unfinished run to ``final``."""
     return Job.load(partial_path(final) / STATE / JOB)
+
+
+def may_replace(final: Path, overwrite: bool) -> bool:
+    """``overwrite``, or what the unfinished run to ``final`` was told when it began."""
+    return overwrite or (has_begun(final) and begun_job(final).overwrite)

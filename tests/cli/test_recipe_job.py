@@ -312,6 +312,176 @@ def test_a_run_in_place_is_done_once(home: Path, capsys: pytest.CaptureFixture[s
     assert "model: was made with another value of lam" in refusal(capsys, "recipe", "run", home / "run.yaml")
 
 
+IN_PLACE = SHARED + UNLEARN.replace("out: unlearned", "in-place: true")
+
+
+@pytest.mark.parametrize("changed", [another_setting, another_row], ids=lambda change: change.__name__)
+def test_a_model_is_never_changed_twice(
+    changed: Callable[[Path], None], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even with --overwrite; with a copy of the old model in its place the job runs again."""
+    path, kept = home / "run.yaml", home / "kept"
+    shutil.copytree(home / "model", kept, copy_function=shutil.copy2)
+    path.write_text(IN_PLACE)
+    assert run("recipe", "run", path) == 0
+    changed(home)
+    before = fingerprint(home)
+    capsys.readouterr()
+    said = refusal(capsys, "recipe", "run", path, "--overwrite")
+    assert said.endswith("; it would be changed a second time: put a copy of the model as it was in its place")
+    assert fingerprint(home) == before
+    shutil.rmtree(home / "model")
+    kept.rename(home / "model")
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {"unlearn": "is made"}
+
+
+def test_a_model_half_changed_by_other_settings_is_finished_first(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "run.yaml"
+    path.write_text(IN_PLACE)
+    with monkeypatch.context() as patched:
+        patched.setattr("perta_fast.subtraction.in_place._finish", stop)
+        assert run("recipe", "run", path) == 130
+    another_setting(home)
+    capsys.readouterr()
+    said = refusal(capsys, "recipe", "run", path, "--overwrite")
+    assert f"a second time: finish that with: perta resume {home / 'model'}, or put a copy" in said
+    assert run("resume", home / "model") == 0
+
+
+def test_a_run_in_place_that_was_stopped_half_way_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "run.yaml"
+    path.write_text(SHARED + SWEEP + IN_PLACE[len(SHARED) :] + EVAL.replace("unlearned", "model"))
+    with monkeypatch.context() as patched:
+        patched.setattr("perta_fast.subtraction.in_place._finish", stop)
+        assert run("recipe", "run", path) == 130
+    capsys.readouterr()
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {"sweep": "is done already", "unlearn": "was begun, and goes on", "eval": "is made"}
+    assert run("recipe", "run", path) == 0
+    assert set(ways(capsys).values()) == {"is done already"}
+
+
+def test_a_job_changes_a_model_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "run.yaml"
+    path.write_text(IN_PLACE + IN_PLACE[len(SHARED) :].replace("unlearn:", "unlearn more:"))
+    said = f"{path}, unlearn more: {home / 'model'} is what unlearn makes; a job changes a model once"
+    assert refusal(capsys, "recipe", "check", path) == said
+
+
+def test_a_run_in_place_that_was_killed_before_it_changed_anything_begins_again(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "run.yaml"
+    path.write_text(IN_PLACE)
+    (home / "model" / ".perta-journal").mkdir()
+    (home / "model" / ".perta-journal" / "begun").touch()
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {"unlearn": "is made"}
+    assert not (home / "model" / ".perta-journal").exists()
+
+
+def test_a_sweep_without_a_choice_is_not_done(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "run.yaml"
+    path.write_text(
+        SHARED + SWEEP.replace("0.5,1", "9999").replace("  out", "  max-retain-rise: 1e-9\n  in-place: true\n  out")
+    )
+    assert run("recipe", "run", path) == 1
+    assert "not changed: no setting is better than the model as it is" in capsys.readouterr().err
+    said = f"{path}, sweep: {home / 'settings'}: is there, and has no setting that could be taken; choose another out"
+    assert refusal(capsys, "recipe", "run", path).startswith(said)
+    assert run("recipe", "run", path, "--overwrite") == 1
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["finished", "stopped"])
+def test_what_another_command_has_put_there_meanwhile(
+    stopped: bool, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run by hand after the job was stopped, with another strength, is not taken for the job's own."""
+    path = home / "run.yaml"
+    path.write_text(SHARED + UNLEARN)
+    with monkeypatch.context() as patched:
+        patched.setattr("perta_fast.runs.unlearn._run", stop)
+        assert run("recipe", "run", path) == 130
+    arguments = [f"--{role}={home / role}" for role in ("model", "base", "tuned")]
+    arguments += [f"--{role}={home / role}.jsonl" for role in ("forget", "retain")]
+    with monkeypatch.context() as patched:
+        if stopped:
+            patched.setattr("perta_fast.subtraction.to_directory.describe_output", stop)
+        status = run("unlearn", *arguments, "--rule", "tv", "--lam", "5", "--out", home / "unlearned", "--quiet")
+        assert status == (130 if stopped else 0)
+    capsys.readouterr()
+    if stopped:
+        assert run("recipe", "run", path) == 2
+        assert capsys.readouterr().err.endswith("unlearned: was begun by another command with another value of lam\n")
+    said = f"{home / 'unlearned'}: is there, made by another command with another value of lam; choose another out"
+    assert said in refusal(capsys, "recipe", "run", path)
+    assert run("recipe", "run", path, "--overwrite") == 0
+    assert json.loads((home / "unlearned" / "perta_report.json").read_text())["recipe"]["lam"] == 0.5
+
+
+def test_what_cannot_go_on_is_made_again_if_asked(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "run.yaml"
+    with monkeypatch.context() as patched:
+        patched.setattr("perta_fast.sweeping.run.draw", stop)
+        assert run("recipe", "run", path) == 130
+    (state,) = (home / ".settings.perta-partial").rglob("begun.json")
+    state.write_text("{}")
+    capsys.readouterr()
+    assert run("recipe", "run", path) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert run("recipe", "run", path, "--overwrite") == 0
+
+
+def test_what_lies_beside_the_result_is_replaced_only_if_asked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "run.yaml"
+    text = SHARED + UNLEARN.replace("rule: tv", "rule: grad").replace("  out", "  save-importance: both\n  out")
+    path.write_text(text)
+    (home / "both").mkdir()
+    (home / "both" / "file").touch()
+    assert refusal(capsys, "recipe", "run", path) == (
+        f"{path}, unlearn: {home / 'both'}: is there already; choose another out, or replace it with --overwrite"
+    )
+    assert run("recipe", "run", path, "--overwrite") == 0
+    assert ways(capsys) == {"unlearn": "is made again"}
+    path.write_text(text.replace("out: unlearned", "in-place: true"))
+    (home / "both" / "file").touch()
+    assert run("recipe", "run", path, "--overwrite") == 0
+
+
+def test_a_result_in_the_directory_of_an_input_changes_no_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = change(home, "out: scores.json", "out: unlearned/scores.json")
+    change(home, "- scores.json", "- unlearned/scores.json")
+    assert run("recipe", "run", path) == 0
+    capsys.readouterr()
+    assert run("recipe", "run", path) == 0
+    assert set(ways(capsys).values()) == {"is done already"}
+
+
+def test_names_of_the_hub_are_no_paths(home: Path) -> None:
+    """Wherever a command takes such a name, its section does."""
+    path = home / "run.yaml"
+    names = dict.fromkeys(("model", "base", "tuned", "forget", "retain"), "org/name")
+    holdout = "  holdout: org/name\n"
+    path.write_text(
+        "".join(f"{key}: {value}\n" for key, value in names.items())
+        + "tune:\n  retain-kl: 1\n  out: made\n"
+        + f"sweep:\n  lams: 1\n  gold: org/name\n{holdout}  out: settings\n"
+        + f"unlearn:\n  choose: max-retain-rise=1\n{holdout}  out: unlearned\n"
+        + f"eval:\n  reference-model: org/name\n{holdout}  out: scores.json\n"
+    )
+    sections = sections_of(read_recipe(path), path)
+    assert [list(section.read()) for section in sections] == [[]] * 4
+    for section in sections:
+        assert {str(value) for key, value in vars(section.parsed()).items() if key in names and value} == {"org/name"}
+
+
 def test_one_run_and_one_section_of_a_job(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A recipe of one run goes by the same command; a command takes its own section of a job."""
     single = home / "single.yaml"

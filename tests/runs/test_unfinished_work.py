@@ -160,6 +160,29 @@ def test_a_run_that_had_no_work_yet_is_begun_again(job: Job, tmp_path: Path, mon
     assert read_checkpoint(tmp_path / "out")
 
 
+@pytest.mark.parametrize("function", [applied, unlearning, streamed(unlearning)], ids=["apply", "unlearn", "stream"])
+def test_what_was_begun_with_overwrite_goes_on_without(
+    function: Callable[..., object], job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it may replace it was told when it began; another run is refused with the command that finishes it."""
+    out = tmp_path / "out"
+    pf.apply(*job.checkpoints, rule="tv", out=out, progress=False)
+    how = {"rule": "tv"} if function is unlearning else {}
+    function(job, tmp_path / "expected", **how)
+    before = fingerprint(out)
+    with monkeypatch.context() as patched:
+        patched.setattr("perta_fast.subtraction.to_directory.describe_output", stop)
+        with pytest.raises(pf.Interrupted):
+            function(job, out, overwrite=True, **how)
+    assert fingerprint(out) == before
+    with pytest.raises(pf.InputError, match="another run to this place was stopped; finish it with: perta resume"):
+        pf.apply(*job.checkpoints, rule="tv", lam=0.125, out=out, progress=False)
+    function(job, out, **how)
+    assert read_checkpoint(out).keys() == read_checkpoint(tmp_path / "expected").keys()
+    for name, tensor in read_checkpoint(tmp_path / "expected").items():
+        assert torch.equal(read_checkpoint(out)[name], tensor)
+
+
 def test_an_evaluation_that_is_saved_by_hand(job: Job, folder: Path) -> None:
     result = evaluation(job, folder / "other.json")
     assert isinstance(result, pf.Evaluation)
