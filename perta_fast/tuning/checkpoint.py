@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.checkpoints.companions import copy_companions
+from perta_fast.checkpoints.companions import CONFIG, copy_companions
+from perta_fast.checkpoints.configuration import read_config
 from perta_fast.checkpoints.tied import importance_key
 from perta_fast.models.stored_names import as_stored, load_tensor
 from perta_fast.records.file_hashes import HASHES
@@ -32,6 +34,7 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
     """
     tuned = as_stored(module, dict(module.named_parameters()))
     copy_beside(base, directory)
+    _name_type(directory)
     total = 0
     for shard in base.shards.values():
         tensors = {}
@@ -47,3 +50,17 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
         index["weight_map"] = {name: entry.path.name for name, entry in base.tensors.items()}
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_type(directory: Path) -> None:
+    """Let config.json say float32: transformers loads a checkpoint in the type named there, not that of its tensors."""
+
+    def named(settings: dict[str, Any]) -> dict[str, Any]:
+        types = dict.fromkeys(settings.keys() & {"dtype", "torch_dtype"}, "float32")
+        parts = {
+            key: named(value) for key, value in settings.items() if key.endswith("_config") and isinstance(value, dict)
+        }
+        return settings | parts | types
+
+    if (config := read_config(directory)) is not None:
+        (directory / CONFIG).write_text(json.dumps(named(config), indent=2) + "\n", encoding="utf-8")

@@ -138,6 +138,20 @@ def test_an_adapter_is_one_that_peft_loads(dtype: torch.dtype, tmp_path: Path) -
     assert record.loss_after < 0.99 * record.loss_before
 
 
+def test_a_tuned_checkpoint_is_loaded_in_the_type_that_it_has(tmp_path: Path) -> None:
+    """Its base names another type, above and in a part of the config."""
+    job = write_job(tmp_path, BF16)
+    config = json.loads((job.base / "config.json").read_text())
+    assert {key: config.get(key) for key in ("dtype", "torch_dtype") if key in config} == {"dtype": "bfloat16"}
+    config |= {"other_config": {"dtype": "bfloat16", "hidden_size": 3}}
+    (job.base / "config.json").write_text(json.dumps(config))
+    tune(job.base, job.forget, tmp_path / "out", full=True, epochs=1, lr=1e-5)
+    named = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert named == config | {"dtype": "float32", "other_config": {"dtype": "float32", "hidden_size": 3}}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in read_checkpoint(tmp_path / "out").items())
+
+
 def of_family(name: str) -> Callable[[], PreTrainedModel]:
     return lambda: build(next(each for each in FAMILIES if each.name == name), 1)
 
