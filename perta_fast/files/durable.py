@@ -65,16 +65,17 @@ def write_record(path: Path, content: Any) -> None:
     write_file(path, f"{blake3(text.encode()).hexdigest()}\n{text}\n".encode())
 
 
-def read_record(path: Path) -> Any:
-    """What ``write_record`` wrote. Raises InputError if the file cannot be read or is damaged."""
-    digest, _, text = read_bytes(path).partition(b"\n")
+def read_record(path: Path, advice: str = "") -> Any:
+    """What ``write_record`` wrote. Raises InputError, with ``advice``, if the file cannot be read or is damaged."""
+    hint = f"; {advice}" if advice else ""
+    digest, _, text = read_bytes(path, hint).partition(b"\n")
     text = text.removesuffix(b"\n")
     if blake3(text).hexdigest().encode() != digest:
-        raise InputError(f"{path}: is damaged: it does not have the hash that it was written with")
+        raise InputError(f"{path}: is damaged: it does not have the hash that it was written with{hint}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged: it is not JSON") from error
+        raise InputError(f"{path}: is damaged: it is not JSON{hint}") from error
 
 
 def move(source: Path, target: Path) -> None:

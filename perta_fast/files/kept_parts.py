@@ -13,6 +13,7 @@ from perta_fast.files.new_directory import (
     EVALUATION_RECORD,
     EVALUATION_STATE,
     RESULT,
+    START_OVER,
     beginning,
     forget,
     has_record,
@@ -27,7 +28,7 @@ def kept_record(final: Path) -> Any:
     """What the stopped run to ``final`` was begun with; None if there is none. Raises InputError if it is damaged."""
     if not has_record(final, EVALUATION_STATE):
         return None
-    return read_record(partial_path(final) / EVALUATION_STATE / EVALUATION_RECORD)
+    return read_record(partial_path(final) / EVALUATION_STATE / EVALUATION_RECORD, START_OVER)
 
 
 class KeptParts:
@@ -59,7 +60,7 @@ class KeptParts:
     def read(self, name: str) -> Any:
         """A part; None if it was not finished. Raises InputError if it is damaged."""
         path = self._path(name)
-        return read_record(path) if self.any and exists(path) else None
+        return read_record(path, START_OVER) if self.any and exists(path) else None
 
     def write(self, name: str, content: Any) -> None:
         """Keep a part, as JSON. Raises RunError if that fails."""

@@ -26,7 +26,7 @@ RESULT = "result"  # the output file there, until it gets its name
 _KEPT_STATE, _KEPT_RECORD = ".perta-importance", "run.json"  # importances that a run writes, and keeps: names the run
 _RECORDS = {RUN_STATE: JOB, SWEEP_STATE: SWEEP_RECORD, EVALUATION_STATE: EVALUATION_RECORD}
 _RECORDS |= {TUNING_STATE: TUNING_RECORD, _KEPT_STATE: _KEPT_RECORD}
-_START_OVER = "start over with ‹overwrite›"
+START_OVER = "start over with ‹overwrite›"
 
 
 class OutputDirectory:
@@ -187,7 +187,7 @@ def _recorded_run(directory: Path) -> Path | None:
 
 
 def check_unfinished(
-    final: Path, *, overwrite: bool, again: str = "", run: Path | None = None, instead: str = _START_OVER
+    final: Path, *, overwrite: bool, again: str = "", run: Path | None = None, instead: str = START_OVER
 ) -> None:
     """Raise InputError, with the command that finishes it, if a run or sweep to ``final`` was stopped.
 
@@ -198,12 +198,12 @@ def check_unfinished(
         raise InputError(unfinished_advice(resolved, instead))
 
 
-def unfinished_advice(final: Path, instead: str = _START_OVER) -> str:
+def unfinished_advice(final: Path, instead: str = START_OVER) -> str:
     """What to do about another run's unfinished work."""
     run = keeping_run(final)
     finishing = shell_command("perta", "resume", run or final)
     what = "to this place" if run is None else "which keeps its importances here"
-    if run is not None and instead == _START_OVER:
+    if run is not None and instead == START_OVER:
         instead = "give it up with ‹overwrite›"
     return f"{final}: another run {what} was stopped; finish it with: {finishing}, or {instead}"
 

@@ -13,6 +13,7 @@ from perta_fast.dtypes import FLOATING
 from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.durable import read_record, write_record
 from perta_fast.files.new_directory import (
+    START_OVER,
     SWEEP_RECORD,
     SWEEP_STATE,
     OutputDirectory,
@@ -137,7 +138,7 @@ class Begun:
 def load_begun(final: Path) -> Begun:
     """The unfinished sweep to ``final``. Raises InputError if its record is damaged or of another version."""
     path = partial_path(final) / STATE / SWEEP_RECORD
-    content = read_record(path)
+    content = read_record(path, START_OVER)
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         raise InputError(f"{path}: is not the record of a sweep; start over with ‹overwrite›")
     version = content.pop("version", None)

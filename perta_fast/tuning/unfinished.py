@@ -18,6 +18,7 @@ from perta_fast.errors import InputError, RunError, advice, shell_command
 from perta_fast.files.durable import read_record, remove, sync, sync_tree, write_record
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.new_directory import (
+    START_OVER,
     TUNING_RECORD,
     TUNING_STATE,
     OutputDirectory,
@@ -71,7 +72,7 @@ class Begun:
         """That of the stopped tuning to ``final``, if there is one. Raises InputError if it is damaged."""
         if not has_record(final, TUNING_STATE):
             return None
-        content = read_record(partial_path(final) / TUNING_STATE / TUNING_RECORD)
+        content = read_record(partial_path(final) / TUNING_STATE / TUNING_RECORD, START_OVER)
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise InputError(f"{final}: its unfinished work is no tuning's; start over with ‹overwrite›")
         try:

@@ -236,7 +236,7 @@ def test_a_forged_record_is_refused_or_one_that_tune_could_have_written(
 ) -> None:
     content = read_record(hidden(stopped_once) / ".perta-tuning" / "begun.json")
     with pytest.MonkeyPatch.context() as patch, suppress(pf.InputError):
-        patch.setattr(unfinished, "read_record", lambda _: data.draw(damaged(content)))
+        patch.setattr(unfinished, "read_record", lambda *_: data.draw(damaged(content)))
         begun = unfinished.Begun.load(stopped_once)
         assert begun is not None
         assert begun.checkpoint == f"checkpoint-{len(begun.losses)}"
