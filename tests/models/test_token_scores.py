@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from perta_fast.data.samples import IGNORED, Sample
 from perta_fast.errors import InputError
@@ -73,19 +74,38 @@ def test_a_plain_module_without_logits_to_keep() -> None:
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
 
 
+@torch.no_grad()
+def answered_alone(model: PreTrainedModel, prompt: tuple[int, ...], room: int) -> str:
+    """The likeliest token each time, without a cache."""
+    words, ids = tokenizer(), list(prompt)
+    for _ in range(room):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == words.eos_token_id:
+            break
+    return str(words.decode(ids[len(prompt) :], skip_special_tokens=True)).strip()
+
+
 def test_answers_are_those_of_each_prompt_alone() -> None:
-    words = tokenizer()
-    expected = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(9):
-            with torch.no_grad():
-                ids.append(int(MODEL(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == words.eos_token_id:
-                break
-        expected.append(words.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+    expected = [answered_alone(MODEL, prompt, 9) for prompt in PROMPTS]
     for batch_size in (1, 3, 7):
-        assert greedy_answers(MODEL, words, PROMPTS, batch_size=batch_size, max_new_tokens=9) == expected
+        assert greedy_answers(MODEL, tokenizer(), PROMPTS, batch_size=batch_size, max_new_tokens=9) == expected
+
+
+GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2"])
+def test_a_prompt_that_nearly_fills_the_context_cuts_its_own_answer_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    model = llama(max_position_embeddings=64).eval() if kind == "Llama" else GPT2LMHeadModel(GPT2Config(**GPT2)).eval()
+    lengths = (5, 62, 11, 59, 62, 55, 20)  # of 64 tokens; 55 leaves all the room that is asked for
+    prompts = [tuple(range(7 + k, 7 + k + length)) for k, length in enumerate(lengths)]
+    expected = [answered_alone(model, prompt, min(9, 64 - len(prompt))) for prompt in prompts]
+    assert all(expected)
+    for batch_size in (1, 3, 7):
+        assert greedy_answers(model, tokenizer(), prompts, batch_size=batch_size, max_new_tokens=9) == expected
+    answers = greedy_answers(model, tokenizer(), prompts, batch_size=7, max_new_tokens=9, as_configured=True)
+    assert answers == expected
 
 
 def test_sampling_settings_of_the_checkpoint_are_not_used() -> None:
