@@ -41,13 +41,14 @@ E = TypeVar("E", bound=Examinee)
 
 @dataclass(frozen=True)
 class Checked:
-    """What is measured, and how. names: of the metrics. notes: of the checks."""
+    """What is measured, and how. names: of the metrics. notes: of the checks. gold: results to compare with."""
 
     request: Request
     table: MetricTable
     names: list[str]
     notes: list[str]
     conventions: Conventions
+    gold: EvaluationFile | None
 
     @classmethod
     def of(cls, request: Request, *, overwrite: bool, resume: bool, given: Given = NOTHING_GIVEN) -> "Checked":
@@ -72,15 +73,13 @@ class Checked:
         names, notes = _chosen(request, table)
         if gold is not None:
             notes += gold.compared_with(conventions.name)
-            prompts = {"system_prompt": request.system_prompt, "date_string": request.date_string}
-            notes += gold.differences(prompts, {role: file.digest for role, file in table.files.items()})
             _check_reference(gold, table, names, request.min_k)
         for name in ("rouge_score", "scipy", "sklearn"):
             if find_spec(name) is None:
                 raise InputError(f"{name} is not installed: pip install 'perta-fast[eval]'")
         if request.lm_eval:
             _check_harness(request.lm_eval)
-        return cls(request, table, names, notes, conventions)
+        return cls(request, table, names, notes, conventions, gold)
 
     def subject_on(self, subject: "Subject", day: date) -> "Subject":
         """With the request's settings for the chat template. day: for templates that ask for the date."""
@@ -115,18 +114,26 @@ class Checked:
         under_stress: dict[str, Any] | None = None,
     ) -> Evaluation:
         """The record of the evaluation, which ends now."""
+        date = told(examinee.subject.tokenizer).date
         return Evaluation(
             measured,
             examinee.subject.origin,
-            self.request.settings() | {"date": told(examinee.subject.tokenizer).date, "prompt": examinee.prompt},
+            self.request.settings() | {"date": date, "prompt": examinee.prompt},
             examinee.data,
             general or {},
             installed_versions(),
-            examinee.notes,
+            [*examinee.notes, *self._differences(date)],
             started,
             now(),
             under_stress or {},
         )
+
+    def _differences(self, date: str | None) -> list[str]:
+        """Notes on what the gold model was measured with. date: what the chat template was told, if it asked."""
+        if self.gold is None:
+            return []
+        prompts = {"system_prompt": self.request.system_prompt, "date": date}
+        return self.gold.differences(prompts, {role: file.digest for role, file in self.table.files.items()})
 
 
 def _check_walkable(request: Request) -> None:

@@ -162,13 +162,14 @@ class EvaluationFile:
         return name
 
     def differences(self, told: Mapping[str, Any], data_hashes: Mapping[str, str]) -> list[str]:
-        """Notes on what was measured in another way: what the chat template was told, and the data sets."""
-        if self.foreign:
-            return []
+        """Notes on what was measured in another way: what the chat template was told, and the data sets.
+
+        What the file does not say fits anything.
+        """
         other = [
             f"{self.path}: was measured with {name} {before!r}, this evaluation has {value!r}"
             for name, value in told.items()
-            if (before := self.settings.get(name)) != value
+            if (before := self.settings.get(name, value)) != value
         ]
         return other + [
             f"{self.path}: its {role} data is another file"

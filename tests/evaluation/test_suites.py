@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,7 @@ def test_a_file_written_by_0_1_0() -> None:
     assert file.data_hashes.keys() == {"forget", "retain"}
     assert file.value("forget_loss") == file.aggregates()["forget_loss"] == 5.701959860324859
     assert len(file.values("retain_loss", "avg_loss", 7)) == 7
+    assert file.differences({"date": "01 Apr 2025"}, {}) == []  # it says nothing about a date
 
 
 @pytest.mark.parametrize(
@@ -478,6 +480,41 @@ def test_a_reference_that_was_measured_in_another_way_is_noted(tmp_path: Path, o
         "was measured with system_prompt None, this evaluation has 'Brief.'",
         "its holdout data is another file",
     ]
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+VARIABLE = "{{ date_string|default('26 Jul 2024') }}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "gold_date", "date", "dates"),
+    [
+        (CLOCK, None, None, ("'01 Apr 2025'", "'02 Apr 2025'")),
+        (CLOCK, None, "01 Apr 2025", None),
+        (CLOCK, "03 Apr 2025", "03 Apr 2025", None),
+        (VARIABLE, None, None, None),
+        (VARIABLE, None, "03 Apr 2025", ("None", "'03 Apr 2025'")),
+        (CHAT_TEMPLATE, None, None, None),
+        (CHAT_TEMPLATE, None, "03 Apr 2025", None),  # it takes no date
+    ],
+)
+def test_a_reference_whose_template_was_told_another_date_is_noted(
+    template: str,
+    gold_date: str | None,
+    date: str | None,
+    dates: tuple[str, str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sets = {"forget": write_lines(tmp_path / "f.jsonl", FORGET), "holdout": write_lines(tmp_path / "h.jsonl", HOLDOUT)}
+    gold = tmp_path / "gold.json"
+    how: dict[str, Any] = {"tokenizer": tokenizer(template), "progress": False}
+    monkeypatch.setattr("perta_fast.data.chat._clock", lambda: datetime(2025, 4, 1))
+    evaluate(llama(0), **sets, **how, metrics=["membership"], date_string=gold_date, out=gold)
+    monkeypatch.setattr("perta_fast.data.chat._clock", lambda: datetime(2025, 4, 2))
+    found = evaluate(llama(0), **sets, **how, metrics=["privleak"], date_string=date, reference=gold)
+    said = "was measured with date {}, this evaluation has {}"
+    assert found.notes == ([] if dates is None else [f"{gold}: {said.format(*dates)}"])
 
 
 def test_rows_without_rouge_are_noted(tmp_path: Path, one_thread: None) -> None:
