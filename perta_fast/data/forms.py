@@ -146,11 +146,8 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
     else:
         for target, source in form.items():
             check_text(values[target], source, where)
-        if "question" in form and entry.get(PARAPHRASED) is not None:
-            check_text(entry[PARAPHRASED], PARAPHRASED, where)
-            values[PARAPHRASED] = entry[PARAPHRASED]
         if "question" in form:
-            values |= {name: entry[name] for name, texts in _answers_beside(entry).items() if _are_texts(texts)}
+            values |= {name: entry[name] for name, texts in _texts_beside(entry).items() if _are_texts(texts)}
         return Row(values, where, _described(form))
     _check_messages(content["messages"], where)
     if _is_given(tools):
@@ -159,13 +156,14 @@ def _row(entry: Any, where: str, fields: Fields) -> Row:
     return Row(content, where, _described(form))
 
 
-def _answers_beside(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The texts of the fields for a truth ratio."""
-    return {PARAPHRASED_ANSWER: [entry.get(PARAPHRASED_ANSWER)], PERTURBED_ANSWER: entry.get(PERTURBED_ANSWER)}
+def _texts_beside(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts of the fields that evaluations read beside a question and its answer."""
+    single = {name: [entry.get(name)] for name in (PARAPHRASED, PARAPHRASED_ANSWER)}
+    return single | {PERTURBED_ANSWER: entry.get(PERTURBED_ANSWER)}
 
 
 def _are_texts(values: Any) -> bool:
-    """Whether these could be answers; another program may mean something else by the name."""
+    """Whether these could be questions or answers; another program may mean something else by the name."""
     if not isinstance(values, list):
         return False
     try:

@@ -7,6 +7,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from perta_fast import Evaluation, evaluate
+from perta_fast.data.rows import load_rows
 from perta_fast.errors import InputError
 from perta_fast.models import greedy_answers
 from tests.evaluation.test_suites import TOFU, WORDS, losses
@@ -58,10 +59,29 @@ def test_only_if_it_is_named(on: Any, tmp_path: Path) -> None:
     assert on(model, FORGET, tmp_path, None).metrics == with_questions.metrics
 
 
+LACKING = r"Prob needs a paraphrased_question in every row of the forget set"
+
+
 @pytest.mark.parametrize("on", [on_own, on_tofu])
 def test_rows_that_lack_it(on: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Prob needs a paraphrased_question in every row of the forget set"):
+    with pytest.raises(InputError, match=LACKING):
         on(llama(1), [*ROWS[:-1], FORGET[-1]], tmp_path, NAMES)
-    for bad in (3, " ", "\ud800"):
-        with pytest.raises(InputError, match=r"line 5: (\"paraphrased_question\"|has half a character)"):
-            on(llama(1), [*ROWS[:-1], {**FORGET[-1], "paraphrased_question": bad}], tmp_path, NAMES)
+
+
+BAD = [3, " ", "\ud800"]
+
+
+@pytest.mark.parametrize("bad", [None, "", [], ["Who?"], *BAD])
+def test_rows_where_it_is_no_text(bad: Any, tmp_path: Path) -> None:
+    """What else has this name in another program's data is no error, unless the field is needed."""
+    rows = [*ROWS[:-1], {**FORGET[-1], "paraphrased_question": bad}]
+    assert on_own(llama(1), rows, tmp_path, ["forget_loss"]).metrics
+    assert load_rows(tmp_path / "f.jsonl")[-1].content == FORGET[-1]
+    with pytest.raises(InputError, match=LACKING):
+        on_own(llama(1), rows, tmp_path, NAMES)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_rows_of_tofu_where_it_is_no_text(bad: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"line 5: (\"paraphrased_question\"|has half a character)"):
+        on_tofu(llama(1), [*ROWS[:-1], {**FORGET[-1], "paraphrased_question": bad}], tmp_path, NAMES)
