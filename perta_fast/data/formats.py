@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from blake3 import blake3
 from perta_fast.data.given import GivenRows, is_given, no_longer_there
 from perta_fast.errors import InputError
 from perta_fast.files.hashing import hash_file
+from perta_fast.files.hub import fetch_data_again
 from perta_fast.files.reading import check_fetched, checked_path, decode, exists, read_json
 
 Entries = Iterable[tuple[str, Any]]  # where each comes from, by file and line, and what it holds
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # of a data set, not its rows
-_SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _LONGEST_LIST = 20  # of names in a message
 
@@ -66,7 +67,8 @@ def data_files(path: str | Path | GivenRows) -> list[Path]:
 
     DIR is one that the library datasets has saved, where NAME is a split, or holds data files of any format. There NAME
     is the path of one below DIR, or the end of its path without ending and number of shard. Without NAME there must be
-    one alone. Rows given in Python have none. Raises InputError if there is none in DIR, or several.
+    one alone. Rows given in Python have none. Raises InputError if there is none in DIR, or several, or if a shard is
+    missing.
     """
     if isinstance(path, GivenRows) or is_given(path):
         return []
@@ -105,7 +107,27 @@ def _files_in(directory: Path, name: str | None) -> list[Path]:
     if len({_ending(file) for file in chosen}) > 1:
         listed = ", ".join(str(file.relative_to(directory)) for file in chosen)
         raise InputError(f"{directory}: holds {listed}; name one of them, after {directory}:")
+    _check_whole(chosen, directory)
     return chosen
+
+
+def _check_whole(files: Sequence[Path], directory: Path) -> None:
+    """Raise InputError if there is not every shard that the names of the others, as -00000-of-00002, tell of."""
+    numbers: dict[str, set[int]] = {}  # by how many there are
+    for file in files:
+        if shard := _SHARD.search(file.name.removesuffix(_ending(file))):
+            numbers.setdefault(shard[2], set()).add(int(shard[1]))
+    for total, found in numbers.items():
+        count = int(total)
+        begin = int(0 not in found and count in found)  # some programs count from 1
+        expected = range(begin, begin + count)
+        first = next((number for number in expected if number not in found), None)
+        if first is not None:
+            key = _key(files[0].relative_to(directory))
+            raise InputError(
+                f"{directory}: {key} lacks {count - sum(map(expected.__contains__, found))} of {count} shards, first "
+                f"{key}-{first:0{len(total)}}-of-{total}; {fetch_data_again(directory) or 'put back what is missing'}"
+            )
 
 
 def _chosen(files: Mapping[str, list[Path]], name: str | None, directory: Path, what: str) -> list[Path]:

@@ -14,10 +14,11 @@ from perta_fast.errors import InputError, RunError, shell_command
 from perta_fast.files.reading import checked_path, exists
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(:.+)?", re.ASCII)
-_CACHED = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)  # a directory of the hub's cache: ORG, NAME
+_CACHED = re.compile(r"(model|dataset)s--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)  # in the hub's cache: ORG, NAME
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md"]  # no weights of other kinds
 _DATA_FILES = ["*.json", "*.jsonl", "*.parquet", "*.csv", "*.tsv", "*.gz", "*.arrow"]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_Kind = Literal["model", "dataset"]
 
 
 def is_name(text: str, folder: Path) -> bool:
@@ -26,12 +27,21 @@ def is_name(text: str, folder: Path) -> bool:
     return name is not None and not any(exists(start / text.partition("/")[0]) for start in (folder, Path()))
 
 
-def hub_name(path: str | Path) -> str | None:
-    """The name on the hub of a model that lies in the hub's cache; None of any other."""
+def hub_name(path: str | Path, kind: _Kind = "model") -> str | None:
+    """The name on the hub of a model, or data set, that lies in the hub's cache; None of any other."""
     parts = Path(path).parts
     cached = (_CACHED.fullmatch(part) for part, below in pairwise(parts) if below == "snapshots")
-    found = next(filter(None, cached), None)
-    return None if found is None else "/".join(filter(None, found.groups()))
+    found = next((match for match in cached if match is not None and match[1] == kind), None)
+    return None if found is None else "/".join(filter(None, found.groups()[1:]))
+
+
+def fetch_data_again(path: Path) -> str | None:
+    """Advice for a data set in the hub's cache that lacks a file; None for any other."""
+    name = hub_name(path, "dataset")
+    if name is None:
+        return None
+    given = f"give {name} with ‹download›, or " if _NAME.fullmatch(name) else ""
+    return f"{given}fetch it with: {_fetch(name, 'dataset')}"
 
 
 def local_model(path: str | Path, download: bool = False, *, in_place: bool = False) -> Path:
@@ -80,7 +90,7 @@ def local_data(path: str | Path, download: bool = False) -> Path:
     return Path(f"{snapshot}{name[2] or ''}")
 
 
-def _snapshot(path: str | Path, name: str, kind: Literal["model", "dataset"], download: bool) -> Path | None:
+def _snapshot(path: str | Path, name: str, kind: _Kind, download: bool) -> Path | None:
     """The directory of the cache; None if it has none, and ``path`` is rather a file that is missing here."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -104,7 +114,7 @@ def _snapshot(path: str | Path, name: str, kind: Literal["model", "dataset"], do
         raise RunError(f"{path}: cannot be downloaded: {_first_line(error)}") from error
 
 
-def _fetch(name: str | Path, kind: Literal["model", "dataset"]) -> str:
+def _fetch(name: str | Path, kind: _Kind) -> str:
     return shell_command("hf", "download", *(["--repo-type", "dataset"] if kind == "dataset" else []), str(name))
 
 

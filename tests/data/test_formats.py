@@ -223,6 +223,51 @@ def test_a_directory_of_files(tmp_path: Path) -> None:
         assert contents(named)  # the advice is right
 
 
+def shards(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{{"text": "{number}"}}\n')
+    return folder
+
+
+MISSING = {
+    "the last": (["data/train-00000-of-00002"], "1 of 2 shards, first data/train-00001-of-00002"),
+    "the first": (["data/train-00001-of-00002"], "1 of 2 shards, first data/train-00000-of-00002"),
+    "several": (["data/train-0-of-12", "data/train-3-of-12"], "10 of 12 shards, first data/train-01-of-12"),
+    "with a hash": (["data/train-00000-of-00002-0a1b"], "1 of 2 shards, first data/train-00001-of-00002"),
+    "counted from 1": (["data/train-1-of-3", "data/train-3-of-3"], "1 of 3 shards, first data/train-2-of-3"),
+    "a number twice": (["data/train-0-of-2-0a", "data/train-0-of-2-1b"], "1 of 2 shards, first data/train-1-of-2"),
+    "of one of two": (["data/train-0-of-1", "data/train-00-of-02"], "1 of 2 shards, first data/train-01-of-02"),
+    "a great many": ([f"data/train-0-of-{10**99}"], f"{10**99 - 1} of {10**99} shards, first data/train-0"),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_a_shard_that_is_missing_is_named(case: str, tmp_path: Path) -> None:
+    names, lacks = MISSING[case]
+    folder = shards(tmp_path / "set", *names, "data/test-00000-of-00001")
+    for read in (load_rows, hash_data):
+        with pytest.raises(InputError) as caught:
+            read(f"{folder}:train")
+        assert str(caught.value).startswith(f"{folder}: data/train lacks {lacks}")
+        assert str(caught.value).endswith("; put back what is missing")
+    assert contents(f"{folder}:test") == [{"text": str(len(names))}]
+    assert contents(f"{folder}:{names[0]}.jsonl") == [{"text": "0"}]  # that file alone was asked for
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002", "train-00001-of-00002"],
+        ["train-1-of-2", "train-2-of-2"],
+        ["train-00000-of-00002-0a1b", "train-00001-of-00002-2c3d"],
+    ],
+)
+def test_all_shards_are_there(names: list[str], tmp_path: Path) -> None:
+    assert contents(shards(tmp_path / "set", *names)) == [{"text": "0"}, {"text": "1"}]
+
+
 def test_a_directory_of_one_file_needs_no_name(tmp_path: Path) -> None:
     assert contents(directory(tmp_path / "set", train_dot_csv=b"text\na\n")) == [{"text": "a"}]
 

@@ -81,6 +81,18 @@ def test_data_of_the_cache(cache: Path) -> None:
         load_rows(local_data("org/data"))
 
 
+@pytest.mark.parametrize(("name", "given"), [("org/data", "give org/data with download, or "), ("data", "")])
+def test_a_shard_that_the_cache_lacks(name: str, given: str, cache: Path) -> None:
+    snapshot = kept(cache, name, "dataset", **{"data__train-00000-of-00002_dot_jsonl": TEXT})
+    (snapshot / "data" / "train-00001-of-00002.jsonl").symlink_to("gone")
+    with pytest.raises(InputError) as caught:
+        load_rows(snapshot)
+    assert str(caught.value) == (
+        f"{snapshot}: data/train lacks 1 of 2 shards, first data/train-00001-of-00002; {given}fetch it with: "
+        f"hf download --repo-type dataset {name}"
+    )
+
+
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_what_the_cache_lacks_names_the_command(kind: str, cache: Path) -> None:
     local = local_model if kind == "model" else local_data
