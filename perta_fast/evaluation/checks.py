@@ -102,6 +102,7 @@ class Checked:
             request.min_k,
             self.conventions,
             notes=list(self.notes),
+            asked_type=request.asked_type,
             **found,
         )
 

@@ -26,6 +26,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import data_path
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from perta_fast.models.loading import Subject
@@ -39,7 +40,8 @@ class Examinee:
 
     max_new_tokens: None takes each benchmark's own. show_text: keep answers. kept: finished passes, if they are kept.
     min_k: share of the tokens for Min-K and Min-K++. conventions: how rows become tokens, what is masked, how the model
-    answers, what counts. prompt (of ``prompt_used``), data, notes: for the record of the evaluation.
+    answers, what counts. prompt (of ``prompt_used``), data, notes: for the record of the evaluation. asked_type: for a
+    reference model to run in; None takes its own.
     """
 
     subject: "Subject"
@@ -54,6 +56,7 @@ class Examinee:
     prompt: dict[str, Any] | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    asked_type: "torch.dtype | None" = None
 
     def note_file(self, role: str, file: DataFile) -> None:
         """Add a data file to the record."""
@@ -114,7 +117,7 @@ class Examinee:
         from perta_fast.evaluation.reference_model import load_reference
         from perta_fast.models.loading import samples_for
 
-        load = cache(partial(load_reference, reference, self.subject))
+        load = cache(partial(load_reference, reference, self.subject, self.asked_type))
 
         def score(samples: Sequence[Sample], role: str, rows: KeptRows) -> list[TokenScores]:
             known = samples_for(load(), samples, None)  # checks that it can read them

@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from perta_fast.dtypes import torch_dtype, torch_name
+from perta_fast.dtypes import torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.changed_codes import changed_codes
 from perta_fast.evaluation.checks import Checked
@@ -38,10 +37,9 @@ def measure_loaded(
 ) -> Evaluation:
     """Load the model and measure it, as a ``Measure`` does."""
     request, table = checked.request, checked.table
-    dtype = None if request.dtype is None else torch_dtype(request.dtype)
-    subject = checked.subject_on(_subject(model_or_path, tokenizer, request.device, dtype, progress), day)
+    subject = checked.subject_on(_subject(model_or_path, tokenizer, request, progress), day)
     if kept is not None:
-        kept.kind = _types(subject, request.reference_model)
+        kept.kind = _types(subject, request)
     if request.stress is not None:
         check_stress(request.stress, subject.module)
     examinee = checked.examinee(Examinee, subject, progress, kept)
@@ -57,10 +55,11 @@ def measure_loaded(
     return checked.result(examinee, measured, started, general, under_stress)
 
 
-def _types(subject: Subject, reference: str | None) -> str:
+def _types(subject: Subject, request: Request) -> str:
     """The types in which the model and the reference model run."""
-    types = [subject.module.dtype, *([] if reference is None else [reference_type(Path(reference), subject.device)])]
-    return " ".join(map(torch_name, types))
+    path = request.reference_model
+    reference = [] if path is None else [reference_type(Path(path), subject.device, request.asked_type)]
+    return " ".join(map(torch_name, [subject.module.dtype, *reference]))
 
 
 def _codes(request: Request, examinee: Examinee) -> dict[str, Any]:
@@ -81,16 +80,10 @@ def _codes(request: Request, examinee: Examinee) -> dict[str, Any]:
         return {}
 
 
-def _subject(
-    model_or_path: str | Path | nn.Module,
-    tokenizer: Any,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    progress: Progress,
-) -> Subject:
+def _subject(model_or_path: str | Path | nn.Module, tokenizer: Any, request: Request, progress: Progress) -> Subject:
     if not isinstance(model_or_path, nn.Module):
-        return load_subject(Path(model_or_path), device, dtype, tokenizer, progress=progress)
-    if device is not None or dtype is not None:
+        return load_subject(Path(model_or_path), request.device, request.asked_type, tokenizer, progress=progress)
+    if request.device is not None or request.dtype is not None:
         raise InputError("‹device› and ‹dtype› are for checkpoints; move or convert the module itself")
     if tokenizer is None:
         raise InputError("a tokenizer is needed with a module; pass tokenizer=")

@@ -12,17 +12,20 @@ from perta_fast.models.loading import Subject, load_subject
 from perta_fast.models.running_type import first_type, running_type
 
 
-def load_reference(path: Path, own: Subject) -> Subject:
-    """The reference model, on the device of ``own``. Raises InputError if it reads other tokens."""
-    reference = load_subject(path, own.device, None)
+def load_reference(path: Path, own: Subject, dtype: torch.dtype | None) -> Subject:
+    """The reference model, on the device of ``own``. dtype: as for ``load_subject``.
+
+    Raises InputError if it reads other tokens.
+    """
+    reference = load_subject(path, own.device, dtype)
     check_same_tokens(path, reference.tokenizer, own.tokenizer)
     reference.module.eval()
     return reference
 
 
-def reference_type(path: Path, device: torch.device) -> torch.dtype:
+def reference_type(path: Path, device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     """The type in which ``load_reference`` has the model in ``path`` run."""
-    return running_type(own_type(path, first_type(Checkpoint.open(path))), device)
+    return dtype or running_type(own_type(path, first_type(Checkpoint.open(path))), device)
 
 
 def check_same_tokens(path: Path, tokenizer: Any, own: Any) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perta_fast.arguments import check_device, check_sizes, listed, plain
 from perta_fast.checkpoints.checkpoint import Checkpoint
@@ -13,7 +13,7 @@ from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
-from perta_fast.dtypes import torch_name
+from perta_fast.dtypes import torch_dtype, torch_name
 from perta_fast.errors import InputError
 from perta_fast.evaluation.conventions import Conventions
 from perta_fast.evaluation.metric_table import MetricTable
@@ -24,6 +24,9 @@ from perta_fast.files.hub import local_data, local_model
 from perta_fast.files.identity import is_same
 from perta_fast.files.reading import absolute
 from perta_fast.records.declared import declared
+
+if TYPE_CHECKING:
+    import torch
 
 ROLES = ("forget", "retain", "holdout")
 _PATHS = ("data", *ROLES, "reference", "reference_model", "against")
@@ -153,6 +156,11 @@ class Request:
             raise InputError("‹data› is the directory of a suite; name the suite too")
         if self.reference is not None and self.holdout is None:
             raise InputError("without a suite, ‹reference› serves PrivLeak alone, which needs ‹holdout›")
+
+    @property
+    def asked_type(self) -> "torch.dtype | None":
+        """The type to run in, as torch has it; None takes that of each checkpoint (``running_type``)."""
+        return None if self.dtype is None else torch_dtype(self.dtype)
 
     @property
     def is_of_given_rows(self) -> bool:

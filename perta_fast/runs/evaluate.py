@@ -76,7 +76,8 @@ def evaluate(
     names. Without a suite: forget, retain, holdout, files or rows as for ``unlearn``, as are fields and download;
     forget is needed.
     reference: the result file of a gold model, for forget quality and PrivLeak. reference_model: a checkpoint with the
-    same tokens, for the membership score ``mia_reference``. min_k: share of the tokens for Min-K and Min-K++.
+    same tokens, for the membership score ``mia_reference``; it runs in ``dtype`` too. min_k: share of the tokens for
+    Min-K and Min-K++.
     metrics: names of the metrics to compute, patterns such as ``forget_*``, or groups (``metric_table.GROUPS``).
     None: all that the data allows, but those that are only computed when they are named.
     lm_eval: tasks for lm-evaluation-harness. max_new_tokens: length of greedy answers; None takes the suite's own.

@@ -10,9 +10,9 @@ import torch
 
 from perta_fast.data.chat import today
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.dtypes import torch_dtype
 from perta_fast.evaluation.checks import Checked
 from perta_fast.evaluation.reference_model import check_same_tokens
+from perta_fast.evaluation.request import Request
 from perta_fast.evaluation.results import Evaluation
 from perta_fast.files.kept_parts import KeptParts
 from perta_fast.models.loading import Subject, load_subject, samples_for
@@ -91,16 +91,14 @@ class _Opened:
         """Raises InputError if a model, or a row, cannot be taken. day: for templates that ask for the date."""
         request = checked.request
         assert request.model is not None
-        dtype = None if request.dtype is None else torch_dtype(request.dtype)
-        skeleton, subject = _structure(Path(request.model), request.device, dtype, tokenizer)
+        skeleton, subject = _structure(Path(request.model), request.device, request.asked_type, tokenizer)
         subject = checked.subject_on(subject, day)
         asking = checked.examinee(Asking, subject, progress)
         checked.table.measure(asking, checked.names)
         walks = {_MODEL: (skeleton, list(asking.sets.values()))}
         if asking.reference_sets:
-            assert request.reference_model is not None
             sets = list(asking.reference_sets.values())
-            walks[_REFERENCE] = _reference(Path(request.reference_model), skeleton.device, sets, subject), sets
+            walks[_REFERENCE] = _reference(request, skeleton.device, sets, subject), sets
         return cls(subject, walks)
 
 
@@ -111,9 +109,11 @@ def _structure(
     return skeleton, load_subject(path, device, dtype, tokenizer, structure=skeleton.model)
 
 
-def _reference(path: Path, device: torch.device, sets: Sequence[SampleSet], own: Subject) -> Skeleton:
+def _reference(request: Request, device: torch.device, sets: Sequence[SampleSet], own: Subject) -> Skeleton:
     """The reference model of ``own``. Raises InputError if it cannot read the samples."""
-    skeleton, subject = _structure(path, device, None)
+    assert request.reference_model is not None
+    path = Path(request.reference_model)
+    skeleton, subject = _structure(path, device, request.asked_type)
     check_same_tokens(path, subject.tokenizer, own.tokenizer)
     for of_set in sets:
         samples_for(subject, of_set.samples, None)  # checks that it can read them

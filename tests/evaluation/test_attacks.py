@@ -67,6 +67,20 @@ def test_the_reference_model_attack(files: dict[str, Path], tmp_path: Path) -> N
     assert all(abs(score) < 1e-6 for values in scores(own, "mia_reference").values() for score in values)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_the_reference_model_runs_in_the_type_that_was_asked_for(
+    files: dict[str, Path], tmp_path: Path, stored: torch.dtype, stream: bool
+) -> None:
+    """Of one model in two files, the scores are exactly 0, in whatever type they are stored."""
+    model = llama(1).to(torch.float16)
+    own = save(model, tmp_path / "own")
+    other = save(model.to(stored), tmp_path / "other")
+    how: dict[str, Any] = {"metrics": ["mia_reference"], "stream": stream, "dtype": torch.bfloat16, "progress": False}
+    found = scores(evaluate(own, **files, **how, reference_model=other), "mia_reference")
+    assert found == {"forget": [0.0] * len(FORGET), "holdout": [0.0] * len(HOLDOUT)}
+
+
 def norm_of(model: PreTrainedModel, sample: Sample) -> float:
     """The mean over parameters of the norm of the gradient, without the last label, by autograd."""
     labels = list(sample.labels)

@@ -136,6 +136,22 @@ def test_the_type_of_a_reference_model_counts_too(home: Path, passes: Passes, mo
     assert passes.done == 4
 
 
+def test_a_type_that_was_asked_for_is_that_of_both_models(
+    home: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any processor, so nothing is made again on another."""
+    llama(2).to(torch.bfloat16).save_pretrained(home / "reference")
+    WORDS.save_pretrained(home / "reference")
+    have_instructions(monkeypatch, True)
+    passes.after = 3  # of four: two sets, two models
+    with pytest.raises(Interrupted):
+        measured(home, reference_model=home / "reference", metrics=["mia_reference"], dtype=torch.float32)
+    passes.again()
+    have_instructions(monkeypatch, False)
+    resume(home / "r.json", progress=False)
+    assert passes.done == 1
+
+
 def test_stopped_again_and_again(home: Path, passes: Passes) -> None:
     for after in (2, 3, 1):
         passes.again()
