@@ -1,5 +1,6 @@
 """The study on real models, run on made-up data of TOFU's form and a Llama of a few thousand parameters."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -184,6 +185,17 @@ def test_rows_of_the_study_are_disjoint_and_reworded_ones_belong_to_the_forget_r
         "Book 16 it is.",
         "Book 17 it is.",
     ]
+
+
+def test_a_question_that_two_authors_share_is_used_with_both_answers(tmp_path: Path) -> None:
+    """As one of TOFU's is; the row that is not among those with reworded answers comes last."""
+    folder = write_tofu(tmp_path / "tofu")
+    path = folder / "retain90.jsonl"
+    lines = path.read_text().splitlines()
+    shared = {"question": row(1, 3)["question"], "answer": "Another answer."}
+    write_lines(path, [shared, *map(json.loads, lines[:-1])])
+    retain = Rows.read(folder, replace(TINY, authors=6)).retain
+    assert len(retain) == 100 and retain[-1] == shared
 
 
 def test_too_few_authors_are_refused(finished: Path) -> None:

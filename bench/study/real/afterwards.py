@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.study.real.compute import all_losses, fast_products, mean_loss
-from bench.study.real.curves import Point, curve, landmarks
+from bench.study.real.curves import GOLD, Point, curve, landmark
 from bench.study.real.data import Choice, spread
 from bench.study.real.directions import Method, set_
 from bench.study.real.methods import final_methods
@@ -59,7 +59,7 @@ def _asked(models: Models, name: str) -> tuple[dict[str, Any], Callable[[], Any]
     paths = {"θ_0": models.base, "θ_full": models.full, "gold": models.gold}
     if name in paths:
         return {"model": relative(paths[name](make=False))}, lambda: load_model(paths[name]())
-    forget = landmarks(models)["gold"].forget
+    forget = landmark(models, GOLD).forget
     full = {"full": relative(models.full(make=False))}
     if name in TRAINED:
         rate, step = training_to(models, name, forget)

@@ -15,6 +15,7 @@ from bench.study.real.directions import Method, set_
 from bench.study.real.models import Models, load_model
 from bench.study.store import read_json, write_json
 
+GOLD = "gold"
 _POINTS = "points.json"
 _START = 0.25
 _SHALLOW = 0.005  # rise of the retain loss up to which strengths grow fast
@@ -133,18 +134,18 @@ def read_points(piece: Path) -> list[Point]:
     return [Point(**fields) for fields in read_json(piece / _POINTS)]
 
 
-def landmarks(models: Models) -> dict[str, Point]:
-    """The points of theta_0, theta_full and gold, which only tied models have."""
-    found: dict[str, Callable[..., Path]] = {"θ_0": models.base, "θ_full": models.full}
-    if not models.untied:
-        found["gold"] = models.gold
+def landmarks(untied: bool) -> list[str]:
+    """The models that curves are compared with. A gold model is trained of tied models alone."""
+    return ["θ_0", "θ_full"] if untied else ["θ_0", "θ_full", GOLD]
 
-    def measured(name: str, path: Callable[..., Path]) -> Point:
-        def make(folder: Path) -> None:
-            write_points(folder, [Measure(models)(load_model(path()), 0.0)])
 
-        made_of: dict[str, Any] = {"model": models.store.relative(path(make=False)), "rows": models.rows.digest}
-        made_of |= {"measured": [models.settings.measured_forget, models.settings.measured_retain]}
-        return read_points(models.store.piece(f"{models.folder}/landmark/{name}", made_of, make))[0]
+def landmark(models: Models, name: str) -> Point:
+    """The losses of one of them."""
+    path: Callable[..., Path] = {"θ_0": models.base, "θ_full": models.full, GOLD: models.gold}[name]
 
-    return {name: measured(name, path) for name, path in found.items()}
+    def make(folder: Path) -> None:
+        write_points(folder, [Measure(models)(load_model(path()), 0.0)])
+
+    made_of: dict[str, Any] = {"model": models.store.relative(path(make=False)), "rows": models.rows.digest}
+    made_of |= {"measured": [models.settings.measured_forget, models.settings.measured_retain]}
+    return read_points(models.store.piece(f"{models.folder}/landmark/{name}", made_of, make))[0]

@@ -58,8 +58,9 @@ class Rows:
         forgotten, retained = (ROWS_OF_AUTHOR * n for n in (settings.forgotten, settings.authors - settings.forgotten))
         first = [row.content for row in forget.rows[:forgotten]]
         of_kept = [row.content for row in kept.rows[:retained]]
-        known = {row["question"] for row in (row.content for row in kept.rows)}
-        rest = [row.content for row in others.rows if row.content["question"] not in known]
+        answers = {row.content["question"]: row.content["answer"] for row in kept.rows}
+        more = [row.content for row in others.rows if row.content["answer"] != answers.get(row.content["question"])]
+        rest = sorted(more, key=lambda row: row["question"] in answers)  # last one that an author of TOFU shares
         of_rest = rest[: retained - len(of_kept)]
         if len(first) < forgotten or len(of_kept) + len(of_rest) < retained:
             raise InputError(f"{folder}: has fewer than {settings.authors} authors, {settings.forgotten} to forget")

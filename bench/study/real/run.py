@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from bench.study.real import tables
 from bench.study.real.afterwards import after_names, after_of
-from bench.study.real.curves import curve, landmarks
+from bench.study.real.curves import curve, landmark, landmarks
 from bench.study.real.data import Rows
 from bench.study.real.kept import KEPT, keep, take_up
 from bench.study.real.methods import (
@@ -82,18 +82,22 @@ def _stages(trials: Sequence[Models]) -> Iterator[Stage]:
     real = [models for models in trials if not models.untied]
     for models in real:
         yield from (partial(curve, models, method) for method in [*main_methods(), *other_tuned_methods()])
-        yield partial(landmarks, models)
+        yield from _landmarks(models)
     for models in real:
         yield from (partial(after_of, models, name) for name in after_names())
         yield from (partial(curve, models, method) for method in STEPS)
         for method in METHODS:
             yield from (partial(trained, models, method, rate) for rate in rates(models, method))
     for models in trials:
-        yield partial(landmarks, models)
+        yield from _landmarks(models)
         yield from (partial(shares, models, weighing) for weighing in SHARED)
         few = [] if models.untied else [*alpha_methods(), *importance_methods(models.settings.few_rows)]
         others = [*main_methods(), *part_methods(models.untied), *few]
         yield from (partial(curve, models, method) for method in others)
+
+
+def _landmarks(models: Models) -> Iterator[Stage]:
+    return (partial(landmark, models, name) for name in landmarks(models.untied))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.study.markdown import HEAD, MISSING, Thunk, cell, head, line, write_between
 from bench.study.real.afterwards import after_names, after_of
-from bench.study.real.curves import Point, crossing, curve, landmarks
+from bench.study.real.curves import Point, crossing, curve, landmark, landmarks
 from bench.study.real.directions import Method
 from bench.study.real.importances import Weighing
 from bench.study.real.methods import (
@@ -95,13 +95,9 @@ def _of_model(trials: Trials) -> dict[str, Iterator[str]]:
 
 def _landmarks(trials: Trials) -> Iterator[str]:
     yield from head(["", "forget loss", "reworded", "retain loss"])
-    for name in ("θ_0", "θ_full") if trials[0].untied else ("θ_0", "θ_full", "gold"):
-        thunks: list[Thunk] = [partial(_landmark, models, name) for models in trials]
+    for name in landmarks(trials[0].untied):
+        thunks: list[Thunk] = [partial(landmark, models, name) for models in trials]
         yield line([name, *(cell(thunks, attrgetter(of)) for of in ("forget", "reworded", "retain"))])
-
-
-def _landmark(models: Models, name: str) -> Point:
-    return landmarks(models)[name]
 
 
 def _at_limits(methods: Sequence[Method], trials: Trials) -> Iterator[str]:
