@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import perta_fast as pf
-from bench.harness.contest import Outcome, Unavailable, alternate, replay, replayed
+from bench.harness.contest import Outcome, Unavailable, alternate, replay, replayed, unavailable
 from bench.harness.tables import Row
 from bench.inputs.arrays import timed
 from bench.inputs.random_llama import LARGE, SMALL, random_llama
@@ -87,15 +87,6 @@ def by_backpack(activations: torch.Tensor, deltas: torch.Tensor) -> Callable[[],
         with torch.enable_grad(), backpack(SumGradSquared()):
             (layer(activations) * deltas).sum().backward()
         return layer.weight.sum_grad_squared
-
-    return run
-
-
-def unavailable(reason: str) -> Callable[[], object]:
-    """A contender that cannot run here."""
-
-    def run() -> object:
-        raise Unavailable(reason)
 
     return run
 

@@ -150,7 +150,7 @@ def large_layers(device: str, workspace: Path, rounds: int) -> dict[str, Outcome
         pytest.skip("measured with --bench-device cuda")
     folder, tokens, layers = workspace / "large", 512, 2
     shape = {"intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
-    job = write_stream_job(folder, 8192, layers, SAMPLES, tokens, **shape)
+    job = write_stream_job(folder, 8192, layers, SAMPLES, tokens, drawn_on=device, **shape)
 
     def streamed() -> Sample:
         run_child(job.command(folder / "out", "--stream", "--device", "cuda"))

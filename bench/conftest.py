@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bench.harness.conditions import conditions, threads
+from bench.harness.contest import NO_TIME
 from bench.harness.tables import Row, groups, table
 from bench.inputs.checkpoints import CheckpointSet, write_checkpoint_set
 
@@ -46,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     noted = conditions(config.getoption("--bench-device"))
     for name in ("params", "elements", "rounds"):
         noted[name] = f"{config.getoption(f'--bench-{name}'):,}"
+    if "PERTA_BENCH_DEADLINE" in os.environ:
+        noted["rounds"] = f"at most {noted['rounds']}, as far as the time went"
     noted["importances in files"] = config.getoption("--bench-importance")
     cold = os.environ.get("PERTA_BENCH_COLD") == "1"
     noted["input files"] = "evicted before every run" if cold else "in the page cache"
@@ -74,6 +77,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(group)
         for line in table(rows):
             terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Exit as the command ``timeout`` does (124) if some contender could not be measured before the deadline."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == 0 and any(NO_TIME in str(report.longrepr) for report in reporter.stats.get("skipped", [])):
+        session.exitstatus = 124
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from perta_fast.ops import available_backends
+
 
 def threads() -> int:
     """The number of processors that this process may run on; every contender uses as many threads."""
@@ -61,6 +63,7 @@ def conditions(device: str) -> dict[str, str]:
         result["device"] = f"{torch.cuda.get_device_name()}; host: {result['device']}"
         result["cuda"] = str(torch.version.cuda)
         result["triton"] = version("triton")
+        result["CUDA kernels"] = "compiled" if "cuda" in available_backends(device) else "not compiled"
     result |= {
         "system": kernel(),
         "python": platform.python_version(),

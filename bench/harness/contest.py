@@ -13,14 +13,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.harness.tables import seconds_text
+
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = ("limit", "reference", "peer", "ours")
+NO_TIME = "no time was left to measure it"
 
 
 class Unavailable(Exception):
@@ -39,29 +43,55 @@ Contender = Callable[[], Sample]
 Outcome = list[Sample] | Exception
 
 
-def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Outcome]:
-    """Run each contender once to warm up, then ``rounds`` times in rotating order.
+def unavailable(reason: str) -> Callable[[], Any]:
+    """What stands for a contender that cannot run here."""
 
-    Returns by name the samples, or the exception of a contender that failed or is unavailable.
+    def run() -> None:
+        raise Unavailable(reason)
+
+    return run
+
+
+def time_left() -> float:
+    """Seconds to the deadline in PERTA_BENCH_DEADLINE, which is in seconds since 1970; infinite if there is none."""
+    return float(os.environ.get("PERTA_BENCH_DEADLINE", "inf")) - time.time()
+
+
+def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Outcome]:
+    """Run each contender once to warm up, then ``rounds`` times in rotating order, and print every time as it comes.
+
+    A round that would not end before the deadline, if it took as long as the longest so far, is not begun: what was
+    measured before it is returned. Returns by name the samples, or the exception of a contender that failed or is
+    unavailable, as is one for which no time was left.
     """
-    outcomes: dict[str, Outcome] = {}
-    for name, run in contenders.items():
-        try:
-            run()
-            outcomes[name] = []
-        except Exception as error:  # the others are measured all the same
-            outcomes[name] = error
     names = list(contenders)
-    for round_number in range(rounds):
-        first = round_number % len(names)
+    outcomes: dict[str, Outcome] = {name: [] for name in names}
+    longest = 0.0
+    for number in range(rounds + 1):  # 0 is the warm-up
+        if number and time_left() < longest:
+            break
+        began = time.monotonic()
+        first = max(0, number - 1) % len(names)
         for name in names[first:] + names[:first]:
             samples = outcomes[name]
             if isinstance(samples, list):
                 try:
-                    samples.append(contenders[name]())
-                except Exception as error:
+                    sample = _measure(name, contenders[name], number)
+                except Exception as error:  # the others are measured all the same
                     outcomes[name] = error
-    return outcomes
+                else:
+                    samples += [sample] if number else []
+        longest = max(longest, time.monotonic() - began)
+    return {name: Unavailable(NO_TIME) if outcome == [] else outcome for name, outcome in outcomes.items()}
+
+
+def _measure(name: str, run: Contender, number: int) -> Sample:
+    """Run a contender in a round, and print its time."""
+    if not number and time_left() <= 0:
+        raise Unavailable(NO_TIME)
+    sample = run()
+    print(f"{name}, {f'round {number}' if number else 'warm-up'}: {seconds_text(sample.seconds)}", flush=True)
+    return sample
 
 
 class ReplayClock:
@@ -115,7 +145,7 @@ def run_child(command: Sequence[str], *, variables: Mapping[str, str] | None = N
     Peaks are of the process itself; only ``peak_rss`` also covers its children, such as those of a shell.
     Raises RuntimeError with the end of its output if it fails.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
+    environment = {**os.environ, "PYTHONPATH": _python_path(ROOT), **(variables or {})}
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(report)]
@@ -141,8 +171,13 @@ def another_build(directory: Path | str) -> dict[str, str]:
     Without PYTHONSAFEPATH, ``python -m`` imports what lies in the current directory. Raises RuntimeError if another
     build is imported all the same.
     """
-    variables = {"PYTHONPATH": str(directory), "PYTHONSAFEPATH": "1"}
+    variables = {"PYTHONPATH": _python_path(directory), "PYTHONSAFEPATH": "1"}
     imported = "Path(perta_fast.__file__).parents[1]"
     proof = f"import sys, perta_fast; from pathlib import Path; assert {imported}.samefile(sys.argv[1]), {imported}"
     run_child([sys.executable, "-c", proof, str(directory)], variables=variables)
     return variables
+
+
+def _python_path(first: Path | str) -> str:
+    """PYTHONPATH with ``first`` before what this process was given, where packages may be installed."""
+    return os.pathsep.join([str(first), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 
 import torch
 
 from bench.harness.conditions import threads
-from bench.harness.contest import Contender, Outcome, Sample, alternate
+from bench.harness.contest import Contender, Outcome, Sample, alternate, unavailable
 from bench.harness.limits import MemoryCopy
+from perta_fast.ops import available_backends
 
 Work = Callable[[], object]
 
 COPIES = {"cpu": ("torch copy_", "memmove, all threads", "memmove, one thread"), "cuda": ("torch copy_",)}
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-REPEATS = {"cpu": 1, "cuda": 10}  # calls per measurement; a kernel alone is too short to measure
+# On a GPU a kernel alone is too short to measure, so a measurement has several calls: as many as take about
+# LONG_ENOUGH seconds, at most MOST_CALLS.
+LONG_ENOUGH = 0.2
+MOST_CALLS = 10
 
 
 def roles(device: str) -> dict[str, str]:
@@ -30,19 +35,33 @@ def roles(device: str) -> dict[str, str]:
 
 
 def timed(work: Work, device: str) -> Contender:
-    """A contender that measures one call of ``work``, until the device has finished it."""
+    """A contender that measures one call of ``work``, until the device has finished it.
+
+    On a GPU its first run, the warm-up, has two calls: one that builds what is built once, and one that is measured
+    and says of how many calls each later run is the mean.
+    """
+    calls = 0 if device == "cuda" else 1  # 0: not known yet
 
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def measure() -> Sample:
+    def mean_of(count: int) -> float:
         wait()
         start = time.perf_counter()
-        for _ in range(REPEATS[device]):
+        for _ in range(count):
             work()
         wait()
-        return Sample((time.perf_counter() - start) / REPEATS[device])
+        return (time.perf_counter() - start) / count
+
+    def measure() -> Sample:
+        nonlocal calls
+        if calls:
+            return Sample(mean_of(calls))
+        mean_of(1)
+        seconds = mean_of(1)
+        calls = min(MOST_CALLS, ceil(LONG_ENOUGH / max(seconds, LONG_ENOUGH / MOST_CALLS)))
+        return Sample(seconds)
 
     return measure
 
@@ -66,6 +85,7 @@ def contest(
         "torch.compile": compiled,
     }
     for backend in BACKENDS[device]:
-        works[f"ours, {backend}"] = partial(ours, backend)
+        served = backend in available_backends(device)
+        works[f"ours, {backend}"] = partial(ours, backend) if served else unavailable(f"no backend {backend} here")
     with torch.no_grad():
         return alternate({name: timed(works[name], device) for name in roles(device)}, rounds)

@@ -132,9 +132,9 @@ def write_sharded(folder: Path, stem: str, shapes: Shapes, make: Maker, metadata
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def normal(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal values in float32; they depend only on ``seed``."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def normal(seed: int, shape: tuple[int, ...], device: str = "cpu") -> torch.Tensor:
+    """Standard normal values in float32, drawn on ``device``; they depend only on that and on ``seed``."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def write_checkpoint_set(folder: Path, parameters: int, importance: torch.dtype = torch.bfloat16) -> CheckpointSet:

@@ -26,9 +26,9 @@ LARGE = Size(32000, 2048, 5632, 20, 32)  # 1 B
 
 
 def random_llama(size: Size, tokens: int, device: str = "cpu", *, tied: bool = False) -> nn.Module:
-    """A Llama that takes up to ``tokens`` tokens: float32 on a CPU, bfloat16 on a GPU; the same weights every time.
+    """A Llama that takes up to ``tokens`` tokens: float32 on a CPU, bfloat16 on a GPU.
 
-    tied: embedding and head share one matrix.
+    Its weights are the same every time on one kind of device. tied: embedding and head share one matrix.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -41,5 +41,6 @@ def random_llama(size: Size, tokens: int, device: str = "cpu", *, tied: bool = F
         max_position_embeddings=tokens,
         tie_word_embeddings=tied,
     )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    with torch.device(device):  # on a GPU it draws a billion weights at once
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16 if device == "cuda" else torch.float32)

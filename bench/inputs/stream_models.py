@@ -45,9 +45,12 @@ class StreamJob:
         return [sys.executable, "-m", "perta_fast", command, *map(str, words), "--quiet"]
 
 
-def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words: int, **changes: int) -> StreamJob:
+def write_stream_job(
+    folder: Path, hidden: int, layers: int, samples: int, words: int, *, drawn_on: str = "cpu", **changes: int
+) -> StreamJob:
     """Write three bfloat16 checkpoints, and two data files with ``samples`` texts of ``words`` words each.
 
+    drawn_on: the device that draws the weights; for billions of them a GPU takes seconds, a processor minutes.
     changes: entries of the configuration that replace those here.
     """
     config: dict[str, Any] = {
@@ -73,8 +76,8 @@ def write_stream_job(folder: Path, hidden: int, layers: int, samples: int, words
         seeds = {tensor: number + kind * len(shapes) for number, tensor in enumerate(shapes)}
 
         def make(tensor: str, shape: tuple[int, ...], seeds: dict[str, int] = seeds) -> torch.Tensor:
-            values = normal(seeds[tensor], shape).mul_(0.02)
-            return (values + 1 if len(shape) == 1 else values).bfloat16()
+            values = normal(seeds[tensor], shape, drawn_on).mul_(0.02)
+            return (values + 1 if len(shape) == 1 else values).bfloat16().cpu()
 
         write_sharded(folder / name, "model", shapes, make, {"format": "pt"})
         (folder / name / "config.json").write_text(json.dumps(config, indent=2))
