@@ -1,90 +1,125 @@
 #!/usr/bin/env bash
-# Build, test and measure everything that runs on an NVIDIA GPU, in one call of less than nine minutes:
+# Build, test and measure what runs on an NVIDIA GPU:
 #
-#     bench/gpu.sh [FOLDER]
+#     bench/gpu.sh [FOLDER [STAGE...]]
 #
-# Uses the python3 on PATH, whose torch must see a GPU and which has what the extra [dev] names, and the CUDA
-# compiler on PATH; installs this checkout there, editable. Results go into bench/RESULTS.md and
-# bench/results.json and, with the log, into FOLDER. The last lines name what ran out of time or could not run.
-# PERTA_BENCH_ELEMENTS and PERTA_BENCH_ROUNDS change the sizes, PERTA_BENCH_SECONDS the time for everything (520).
+# Stages, what is worth most first: tests, subtract, accumulate, fisher, stream, eval, sanitizer; all, if none is named.
+# They take more than ten minutes together. Where a call must end within ten, these three have time for all:
+#
+#     bench/gpu.sh FOLDER tests subtract accumulate
+#     bench/gpu.sh FOLDER fisher stream
+#     bench/gpu.sh FOLDER eval sanitizer
+#
+# Uses the python3 on PATH, whose torch must see a GPU; the first stage, conditions, says which packages are missing.
+# Compiles with the CUDA compiler on PATH, and installs this checkout, editable. FOLDER gets the log, a JSON file for
+# each benchmark, and bench/RESULTS.md and bench/results.json with what was measured; elsewhere,
+# `python -m bench.record FOLDER/bench_*.json` adds the same. The last lines name what ran out of time, failed or could
+# not run.
+# PERTA_BENCH_SECONDS bounds everything (570); PERTA_BENCH_ELEMENTS and PERTA_BENCH_ROUNDS change the sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-seconds=${PERTA_BENCH_SECONDS:-520}
+worth=(tests subtract accumulate fisher stream eval sanitizer)
+declare -A limits=( # seconds
+    [conditions]=45 [build]=160 [build without CUDA]=60 [record]=30
+    [tests]=170 [subtract]=110 [accumulate]=55 [fisher]=160 [stream]=175 [eval]=110 [sanitizer]=220
+)
+seconds=${PERTA_BENCH_SECONDS:-570}
 folder=${1:-$(mktemp -d)}
+stages=("${@:2}")
+if ((${#stages[@]} == 0)); then stages=("${worth[@]}"); fi
+for name in "${stages[@]}"; do
+    if [[ " ${worth[*]} " != *" $name "* ]]; then
+        echo "bench/gpu.sh: no stage $name; there are ${worth[*]}" >&2
+        exit 2
+    fi
+done
 mkdir -p "$folder"
 exec > >(tee "$folder/gpu.log") 2>&1
+log=$!
 summary=()
+results=()
 failed=0
 
-# stage NAME LIMIT COMMAND...: run a command for at most LIMIT seconds, and within the time for everything.
+# stage NAME COMMAND...: run a command within the limit of that name, and within the time for everything. It is told
+# to end ten seconds early; at the limit it is interrupted, also where interrupts are ignored, as in the background.
 stage() {
-    local name=$1 limit=$2 status=0 began=$SECONDS
-    shift 2
+    local name=$1 limit=${limits[$1]} left=$((seconds - SECONDS)) status=0 began=$SECONDS
+    shift
     echo "== $name"
-    if ((limit > seconds - SECONDS)); then limit=$((seconds - SECONDS)); fi
-    if ((limit < 5)); then
-        summary+=("$name: not measured, no time left")
+    if [ "$name" != record ]; then left=$((left - limits[record])); fi
+    if ((limit > left)); then limit=$left; fi
+    if ((limit < 15)); then
+        summary+=("$name: not run, no time left")
         failed=1
         return 1
     fi
-    timeout --signal=INT --kill-after=10 "$limit" "$@" || status=$?  # pytest still writes results when interrupted
+    PERTA_BENCH_DEADLINE=$(($(date +%s) + limit - 10)) timeout --signal=INT --kill-after=10 "$limit" \
+        env --default-signal=INT "$@" || status=$?
     case $status in
         0) summary+=("$name: done in $((SECONDS - began)) s") ;;
-        124 | 137) summary+=("$name: not measured to the end, stopped after $((SECONDS - began)) s") ;;
+        124 | 137) summary+=("$name: not done, stopped after $((SECONDS - began)) s") ;;
         *) summary+=("$name: FAILED with exit status $status after $((SECONDS - began)) s") ;;
     esac
     if ((status)); then failed=1; fi
     return "$status"
 }
 
-# measure FILE LIMIT [OPTIONS]: run one benchmark and record what it measured.
+# measure NAME ROUNDS [OPTIONS]: run one benchmark.
 measure() {
-    local result="$folder/$1.json"
-    if [ ! -e "bench/$1.py" ]; then
-        summary+=("$1: not measured, there is no such benchmark")
-        return
-    fi
-    stage "$1" "$2" python3 -m pytest "bench/$1.py" "${@:3}" -q -c bench/pytest.ini --bench-device cuda \
-        --bench-rounds "${PERTA_BENCH_ROUNDS:-10}" --bench-elements "${PERTA_BENCH_ELEMENTS:-256000000}" \
+    local result="$folder/bench_$1.json"
+    stage "$1" python3 -m pytest "bench/bench_$1.py" "${@:3}" -v -c bench/pytest.ini --bench-device cuda \
+        --bench-rounds "${PERTA_BENCH_ROUNDS:-$2}" --bench-elements "${PERTA_BENCH_ELEMENTS:-256000000}" \
         --benchmark-json="$result"
-    if [ -s "$result" ]; then python3 -m bench.record "$result"; fi
+    if [ -s "$result" ]; then results+=("$result"); fi
 }
 
-stage 'conditions' 60 python3 -c '
-import torch
-assert torch.cuda.is_available(), "bench/gpu.sh needs a GPU that torch can use"
-import blake3, hypothesis, ninja, pybind11, pytest, pytest_benchmark, safetensors, transformers, triton
-print("torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
-print(torch.cuda.get_device_name(), "compute capability %d.%d" % torch.cuda.get_device_capability())' || exit 1
-nvcc --version | tail -n 1
+# Without torch's cache of device memory, so that an access beyond the end of a tensor is found.
+sanitize() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        summary+=('sanitizer: not run, compute-sanitizer is not on PATH')
+        return
+    fi
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer compute-sanitizer --tool memcheck --error-exitcode 99 \
+        python3 -m pytest -vv tests/ops/test_rescaled_subtract.py::test_cuda_many \
+        tests/ops/test_accumulate.py::test_cuda tests/ops/test_low_rank_subtract.py::test_cuda \
+        tests/ops/test_triton_fisher.py::test_types
+}
 
+install() {
+    stage "$1" python3 -m pip install --quiet --no-deps --no-build-isolation --editable .
+}
+
+finish() {
+    if ((${#results[@]})); then
+        stage record python3 -m bench.record "${results[@]}"
+        cp bench/RESULTS.md bench/results.json "$folder"/
+    fi
+    echo '== summary'
+    printf '%s\n' "${summary[@]}"
+    echo "results: $folder"
+    exec >&- 2>&-
+    wait "$log" # it may still hold the last lines
+    exit "$failed"
+}
+
+stage conditions python3 -m bench.harness.gpu_ready || finish
 # Compile for this device only, which is quicker.
 PERTA_CUDA_ARCHS=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 export PERTA_CUDA=1 PERTA_CUDA_ARCHS
-stage 'build' 180 python3 -m pip install --quiet --no-deps --no-build-isolation --editable . || exit 1
-
-stage 'tests' 170 python3 -m pytest tests/ops tests/importance tests/evaluation tests/sweeping/test_sweep.py \
-    tests/subtraction/test_on_module.py tests/subtraction/test_on_module_copies.py -q -k 'cuda or triton or live'
-if command -v compute-sanitizer >/dev/null; then
-    # Without torch's cache of device memory, so that an access beyond the end of a tensor is found.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage 'compute-sanitizer' 100 \
-        compute-sanitizer --tool memcheck --error-exitcode 99 \
-        python3 -m pytest -q tests/ops/test_rescaled_subtract.py::test_cuda_many \
-        tests/ops/test_accumulate.py::test_cuda tests/ops/test_low_rank_subtract.py::test_cuda \
-        tests/ops/test_triton_fisher.py::test_types
-else
-    summary+=('compute-sanitizer: not measured, it is not on PATH')
+if ! install build; then
+    summary+=('all that follows is without CUDA kernels, as they could not be built')
+    export PERTA_CUDA=0
+    install 'build without CUDA' || finish
 fi
 
-measure bench_subtract 110
-measure bench_accumulate 60
-measure bench_fisher 170
-measure bench_stream 150 -k large_layers
-measure bench_eval 90
-
-cp bench/RESULTS.md bench/results.json "$folder"/ 2>/dev/null
-echo '== summary'
-printf '%s\n' "${summary[@]}"
-echo "results: $folder"
-exit "$failed"
+for name in "${stages[@]}"; do
+    case $name in
+        tests) stage tests python3 -m bench.harness.gpu_tests ;;
+        subtract | accumulate | fisher) measure "$name" 5 ;;
+        stream) measure stream 2 -k large_layers ;;
+        eval) measure eval 3 ;;
+        sanitizer) sanitize ;;
+    esac
+done
+finish

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
 
 from perta_fast import Evaluation, cli, evaluate, sweep
 from perta_fast.evaluation.rouge import any_script_tokens, is_blind, is_seen_whole, rouge_l, rouge_l_any_script
 from tests.support.models import llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+RougeScorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer
 
 # What rouge-score keeps nothing of.
 BLIND = {

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 from transformers import LlamaForCausalLM
@@ -28,6 +27,7 @@ from tests.support.checkpoints import fingerprint
 from tests.support.models import CHAT_TEMPLATE, FORGET, RETAIN, llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+RougeScorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer
 
 WORDS = tokenizer()
 Row = dict[str, Any]

@@ -23,7 +23,7 @@ from perta_fast.streaming.model.skeleton import Skeleton
 from tests.runs.test_estimate import by_autograd
 from tests.support.checkpoints import fingerprint, read_checkpoint
 from tests.support.children import run_child
-from tests.support.models import Job, draw_samples, llama, nudge_, tokenizer
+from tests.support.models import Job, draw_samples, llama, nudge_, tokenizer, write_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,6 +165,24 @@ def test_command_line(job: Job, tmp_path: Path) -> None:
     assert main([*arguments, "--out", str(tmp_path / "out"), "--save-importance", str(tmp_path / "kept")]) == 0
     kept = Importance.load(tmp_path / "kept" / "forget")
     assert_close(kept, importance(job.base, job.forget, "empirical-fisher", batch_size=8), 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("rule", ESTIMATORS)
+def test_cuda(rule: str, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job", torch.float32)
+    arguments = ["unlearn", "--lam", "1", "--rule", rule, "--stream", "--quiet"]
+    for name in ("model", "base", "tuned", "forget", "retain"):
+        arguments += [f"--{name}", str(getattr(job, name))]
+    for device in ("cpu", "cuda"):
+        places = ["--out", str(tmp_path / device), "--save-importance", str(tmp_path / f"kept {device}")]
+        assert main([*arguments, "--device", device, *places]) == 0
+    for role in ("forget", "retain"):
+        expected, found = (Importance.load(tmp_path / f"kept {device}" / role) for device in ("cpu", "cuda"))
+        assert_close(found, expected, 1e-4)
+    before, after, other = map(read_checkpoint, (job.model, tmp_path / "cpu", tmp_path / "cuda"))
+    for name, tensor in before.items():
+        assert float((other[name] - after[name]).norm()) <= 1e-3 * float((after[name] - tensor).norm()), name
 
 
 # What is refused.

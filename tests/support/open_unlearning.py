@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 from sklearn.metrics import roc_auc_score
 
+RougeScorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer
 NO_LABEL = -100
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 Row = Mapping[str, Any]
