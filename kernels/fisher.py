@@ -23,6 +23,7 @@ import triton.language as tl
 from perta_fast.kernels.device import current_device, current_stream, processors
 from perta_fast.kernels.storage import as_float
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 GROUP = 8  # rows of tiles that are walked together, so that what they share stays in the second-level cache
 
@@ -111,6 +112,7 @@ TENSOR_CORE_TILES = (
 FLOAT32_TILES = (_tile(32, 32, 32, 4, 3), _tile(64, 64, 16, 4, 3), _tile(128, 64, 16, 8, 3))
 INTERPRETED_TILE = _tile(16, 32, 16, 4, 1)
 
+UNFIT = (OutOfResources, PTXASError)  # what a tile raises that is too large for the device
 Rows = tuple[tuple[int, int], ...]
 
 
@@ -227,7 +229,7 @@ def _fastest_tile(
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
     try:
         run()  # compiles
-    except triton.OutOfResources:
+    except UNFIT:
         return math.inf
     module = torch.get_device_module(device)
     begin, end = (module.Event(enable_timing=True) for _ in range(2))

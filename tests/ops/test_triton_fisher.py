@@ -15,6 +15,7 @@ if "triton" not in ops.available_backends("cuda" if torch.cuda.is_available() el
     pytest.skip("triton is not installed, or TRITON_INTERPRET is not 1", allow_module_level=True)
 
 from perta_fast.kernels import fisher as kernel
+from triton.runtime.errors import PTXASError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -208,6 +209,18 @@ def test_the_fastest_tile_is_chosen_once_for_like_arguments(monkeypatch: pytest.
     assert len(timed) == 2 * len([t for t in kernel.TENSOR_CORE_TILES if t.kwargs["BLOCK_OUT"] <= 64])
 
 
+@pytest.mark.parametrize(
+    "error", [kernel.triton.OutOfResources(1, 0, "registers"), PTXASError("too much shared data")], ids=repr
+)
+def test_a_tile_that_is_too_large_is_never_the_fastest(error: Exception) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert kernel._milliseconds(lambda: fail(error), torch.device(DEVICE)) == math.inf
+    with pytest.raises(ZeroDivisionError):
+        kernel._milliseconds(lambda: fail(ZeroDivisionError()), torch.device(DEVICE))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(16, 256, 512, 1024), (7, 100, 1000, 333), (64, 16, 96, 4096)])
@@ -221,7 +234,7 @@ def test_every_tile_on_cuda(dtype: torch.dtype, shape: tuple[int, int, int, int]
             flat = [each.flatten(0, 1) for each in case[:2]]
             try:
                 kernel._launch(fisher, gradient, *flat, rows_of(case), tile, programs)
-            except kernel.triton.OutOfResources:
+            except kernel.UNFIT:
                 continue  # a device with less shared memory
             tolerance = 1e-5 if dtype == torch.float32 else 1e-4  # tensor cores do not round to nearest
             assert_close(fisher, wanted[0], tolerance)
