@@ -1,8 +1,8 @@
 """The costs of a walk there and back, from its own list of steps, with sizes instead of tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 
@@ -74,20 +74,41 @@ class WalkEstimate(Estimate):
 
     def _memory_by_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
         steps = _of_one_group(self._steps(schedule))
+        parts = [parameters_of(step, self.structure) for step in steps]
+        ahead = [*parts[1:], parts[-1]] if schedule.overlap else [[] for _ in parts]
+        pinned = self._pinned([*part, *following] for part, following in zip(parts, ahead, strict=True))
         resident = self._bytes(self.structure.resident)
         vocabulary = resident + self._bytes(self.structure.vocabulary)
-        if self.load.squares:
-            vocabulary += self._bytes(parameters_of(steps[1], self.structure)) if len(steps) > 1 else 0
-        yield self._by_kind(vocabulary, vocabulary, 0, 0, 0)
+        beside = self._walked(parts[1], [], self._pinned([parts[1]])) if self.load.squares else 0
+        yield self._by_kind(vocabulary + beside, vocabulary, 0, 0, 0)
         ids = 8 * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
         behind = 0
-        for step, after in pairwise([*steps, steps[-1]]):
-            weights = self._bytes(parameters_of(step, self.structure))
-            ahead = self._bytes(parameters_of(after, self.structure)) if schedule.overlap else 0
+        for step, part, following in zip(steps, parts, ahead, strict=True):
+            weights, walked = self._bytes(part), self._walked(part, following, pinned)
             sums = self._sum_bytes(self._summed(step))
             activations = max(self._batch_cost(step, *batches[0]).bytes for batches in self._batches(schedule))
-            yield self._by_kind(resident + weights + ahead, resident + weights, sums, behind, activations + ids)
+            yield self._by_kind(resident + walked, resident + weights, sums, behind, activations + ids)
             behind = sums if schedule.overlap else 0
+
+    def _walked(self, part: Sequence[str], following: Sequence[str], pinned: int) -> int:
+        """Host memory of the parameters of a part, and of the next one if that is read ahead.
+
+        pinned: page-locked memory. For a GPU all parameters end there, and one more at a time is being read.
+        """
+        if self.device.type == "cpu":
+            return self._bytes(part) + self._bytes(following)
+        return pinned + max((self._sizes[name] + self._beside(name) for name in [*part, *following]), default=0)
+
+    def _pinned(self, together: Iterable[Sequence[str]]) -> int:
+        """Page-locked memory for parameters, when these lists of them have been there one after another.
+
+        Torch rounds each block up to a power of two, and keeps it for other tensors of that size
+        (``CachingHostAllocatorImpl`` in ATen/core/CachingHostAllocator.h).
+        """
+        blocks: Counter[int] = Counter()
+        for names in together:
+            blocks |= Counter(1 << (self._sizes[name] - 1).bit_length() for name in names)
+        return sum(size * count for size, count in blocks.items())
 
     def _by_kind(
         self, read: int, held: int, sums: int, behind: int, activations: int

@@ -87,11 +87,8 @@ class Skeleton(Structure):
         return as_stored(self.model, dict(means))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The values of parameters from the shards (``StoredWeights.read``), pinned if they go to a GPU."""
-        values = self.weights.read(names)
-        if self.device.type == "cuda":
-            return {name: value.pin_memory() for name, value in values.items()}
-        return values
+        """The values of parameters from the shards, pinned if they go to a GPU, where they are read ahead."""
+        return self.weights.read(names, pinned=self.device.type == "cuda")
 
     @torch.no_grad()
     def check_chain(self, samples: Iterable[Sample]) -> None:
@@ -127,7 +124,7 @@ class Skeleton(Structure):
     @contextmanager
     def in_memory(self, names: Sequence[str]) -> Iterator[None]:
         """Give the parameters ``names`` their values inside the context."""
-        with self.holding(self.read(names)):
+        with self.holding(self.weights.read(names)):
             yield
 
 

@@ -49,26 +49,40 @@ class StoredWeights:
         self._check_names(parts)
         self._check_ties()
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
         """The values of parameters or buffers in the model's types, on the CPU, from the shards.
 
-        Each group of tensors is read by position into new memory; joining it needs as much again. Raises RunError,
+        Each group of tensors is read by position into new memory; joining it needs as much again. pinned: into
+        page-locked memory, each group as soon as it is read, so that one at a time is in memory twice. Raises RunError,
         naming file and tensor, if a shard cannot be read or has become shorter.
         """
         with ExitStack() as stack:
             files = _OpenFiles(stack)
-            return self.made_of(names, lambda stored, dtype: files.read(self._checkpoint.tensors[stored]).to(dtype))
+            return self.made_of(
+                names,
+                lambda stored, dtype: files.read(self._checkpoint.tensors[stored]).to(dtype),
+                _pinned if pinned else Tensor.contiguous,
+            )
 
-    def made_of(self, names: Iterable[str], tensor: Callable[[str, torch.dtype], Tensor]) -> dict[str, Tensor]:
-        """``read``, with stored tensors from elsewhere. tensor: gives one by its name, in a type."""
-        names = list(names)
+    def made_of(
+        self,
+        names: Iterable[str],
+        tensor: Callable[[str, torch.dtype], Tensor],
+        placed: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    ) -> dict[str, Tensor]:
+        """``read``, with stored tensors from elsewhere.
+
+        tensor: gives one by its name, in a type. placed: gives each value, as soon as it is made, its place.
+        """
+        wanted = dict.fromkeys(names)
         values: dict[str, Tensor] = {}
-        for name in names:
+        for name in wanted:
             if name not in values:
                 group = self._group_of[name]
                 dtype = self._like[group.target].dtype
-                values |= group.convert(self._model, {stored: tensor(stored, dtype) for stored in group.stored})
-        return {name: values[name].contiguous() for name in names}
+                made = group.convert(self._model, {stored: tensor(stored, dtype) for stored in group.stored})
+                values |= {key: placed(made.pop(key)) for key in list(made) if key in wanted}
+        return {name: values[name] for name in wanted}
 
     def plain(self, names: Iterable[str]) -> dict[str, torch.dtype]:
         """The stored tensors that are one of these parameters as they are, and the type in which the model has that."""
@@ -148,6 +162,10 @@ class StoredWeights:
             (stored, *_), (partner, *_) = self._group_of[name].stored, self._group_of[first[parameter]].stored
             if not checkpoint.equal(stored, partner):
                 raise InputError(f"{checkpoint.path}: {stored} and {partner} differ, but config.json ties them")
+
+
+def _pinned(value: Tensor) -> Tensor:
+    return value.contiguous().pin_memory()
 
 
 class _OpenFiles:

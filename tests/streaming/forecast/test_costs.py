@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
-from math import ceil
+from contextlib import nullcontext
+from dataclasses import replace
+from math import ceil, log2
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.scratch_files import StepFiles
-from perta_fast.streaming.walk import Walk
+from perta_fast.streaming.walk import Walk, parameters_of, steps_of
 from tests.families.configs import FAMILIES, GPT2_SIZES, SIZES
 from tests.families.matrix import build
 from tests.support.children import run_child
@@ -33,7 +35,7 @@ from tests.support.models import draw_samples, llama, nudge_, tokenizer, write_l
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PLENTY = 1 << 50
 SETS = (draw_samples(9, seed=1), draw_samples(14, seed=2))
 LENGTHS = [[len(sample.input_ids) for sample in samples] for samples in SETS]
@@ -81,6 +83,82 @@ def test_what_reading_a_layer_takes(name: str, dtype: torch.dtype, tmp_path: Pat
         with LiveBytes([]) as live:
             skeleton.weights.read(names)
         assert live.peak <= estimate._bytes(names) <= 1.35 * live.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_one_parameter_at_a_time_is_pinned(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy stands for the pinned memory; it is as large as the tensor, and counted too."""
+    family = next(family for family in FAMILIES if family.name == name)
+    folder = write(tmp_path / "model", build(family, 0).to(torch.bfloat16))
+    skeleton = replace(Skeleton.open(folder, CPU, dtype), device=GPU)
+    estimate = WalkEstimate(Structure.build(folder, dtype), Load(LENGTHS), GPU)
+    pinned: list[Tensor] = []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    for names in skeleton.by_layer:
+        pinned.clear()
+        with LiveBytes([]) as live:
+            values = skeleton.read(names)
+        assert [values[name].data_ptr() for name in names] == [tensor.data_ptr() for tensor in pinned]
+        assert live.peak <= estimate._walked(names, [], sum(tensor.nbytes for tensor in pinned))
+
+
+def test_only_what_is_read_ahead_is_pinned(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = replace(Skeleton.open(deep, CPU, None), device=GPU)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pytest.fail("is pinned"))
+    held: list[str] = []
+    monkeypatch.setattr(Skeleton, "holding", lambda skeleton, values: nullcontext(held.extend(values)))
+    with skeleton.in_memory(skeleton.vocabulary):
+        assert held == skeleton.vocabulary
+
+
+class PinnedMemory:
+    """As torch allocates it: blocks of powers of two, which are kept for others of their size."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._free: list[int] = []
+
+    def allocate(self, sizes: list[int]) -> list[int]:
+        blocks = [2 ** ceil(log2(size)) for size in sizes]
+        for block in blocks:
+            if block in self._free:
+                self._free.remove(block)
+            else:
+                self.total += block
+        return blocks
+
+    def release(self, blocks: list[int]) -> None:
+        self._free += blocks
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_pinned_memory_of_a_walk(overlap: bool, squares: bool, deep: Path) -> None:
+    structure, schedule = Structure.build(deep), Schedule(2, overlap=overlap, groups=2)
+    sizes = {name: parameter.nbytes for name, parameter in structure.model.named_parameters()}
+    parts = [[sizes[name] for name in parameters_of(step, structure)] for step in steps_of(5, schedule)]
+    memory = PinnedMemory()
+    here: list[int] = memory.allocate(parts[0]) if overlap else []
+    for part, following in zip(parts, [*parts[1:], []], strict=True):
+        here = here if overlap else memory.allocate(part)
+        ahead = memory.allocate(following) if overlap else []
+        memory.release(here)
+        here = ahead
+    estimate = WalkEstimate(structure, Load(LENGTHS, squares=squares), GPU)
+    weights = [host["weights"] for host, _ in estimate._memory_by_step(schedule)]
+    resident = sum(sizes[name] for name in structure.resident)
+    assert max(weights[1:]) == resident + memory.total + max(max(part) for part in parts)
+    vocabulary = resident + sum(sizes[name] for name in structure.vocabulary)
+    read_beside = sum(PinnedMemory().allocate(parts[1])) + max(parts[1]) if squares else 0
+    assert weights[0] == vocabulary + read_beside
 
 
 # One batch in one layer.
@@ -291,7 +369,7 @@ def test_the_least_memory_is_named(estimate: WalkEstimate) -> None:
 
 
 def test_device_memory(deep: Path) -> None:
-    estimate = WalkEstimate(Structure.build(deep), Load(LENGTHS), torch.device("cuda"))
+    estimate = WalkEstimate(Structure.build(deep), Load(LENGTHS), GPU)
     whole = choose_schedule(estimate, 8, Budget(PLENTY))
     assert whole.costs.device is not None
     assert "activations" not in whole.costs.host
