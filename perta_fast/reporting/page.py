@@ -136,7 +136,7 @@ def _trade_off(evidence: Evidence) -> dict[str, Any]:
             points.append((scores.label, point))
     golds = {curve.path: curve.sweep.gold for curve in evidence.curves}
     points += [("gold", (gold.retain_loss, gold.forget_loss)) for gold in golds.values() if gold is not None]
-    run = {role: data["blake3"] for role, data in evidence.report.data.items()}
+    run = {role: data["blake3"] for role, data in evidence.report.data.items() if role in hashes}
     if run and run != hashes:
         notes.append("The sweeps were scored on other data than this run used.")
     return {

@@ -223,6 +223,22 @@ def test_how_the_setting_was_chosen(
     assert "It was given: λ was not searched for" in full.texts["choice"]
 
 
+@pytest.mark.parametrize("changed", [None, "forget", "retain"])
+def test_a_sweep_on_other_data(changed: str | None, job: Job, tmp_path: Path) -> None:
+    """Further data that a sweep scores, which the report of what it has chosen names too, makes no difference."""
+    more = {name: write_lines(tmp_path / f"{name}.jsonl", RETAIN[:2]) for name in ("also", "holdout")}
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"rules": "tv", "lams": [50], "target_retain_loss": 1000, "progress": False}
+    choose(*job.checkpoints, job.forget, job.retain, **settings, **more, stream=True, out=out)
+    report = Report.load(out)
+    assert set(report.data) == {"forget", "retain", "also", "holdout"}
+    if changed is not None:
+        report.data[changed]["blake3"] = "0" * 64
+        report.save(out)
+    page = make(job, tmp_path / "page.html", "--sweep", tmp_path / "out.sweep", run=out)
+    assert ("scored on other data than this run used" in page.texts["trade-off"]) == (changed is not None)
+
+
 def test_a_hostile_choice_is_drawn_or_left_out(job: Job, tmp_path: Path) -> None:
     before = {"rule": HOSTILE, "mu": None, "p": 1, "alpha": 1, "lam": 1e300, "forget_loss": 1e300, "retain_loss": None}
     before |= {"forget": 1e300, "retain": None, "changed": -1e300}
