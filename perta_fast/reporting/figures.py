@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _TICKS = 40  # labels beside one axis
 STACKS = 4  # stacks of layers in one figure
 _WIDE, _LARGEST_LAM = 8, 1e6  # strengths that need a logarithmic axis, and that it can hold
+_LEAST_ROOM = 1e-3  # nats; what differs by less is drawn as one
 _CHANGES = (1e-12, 1e12)  # relative changes that an axis can hold
 
 
@@ -76,7 +77,8 @@ def strength_choice(choice: StrengthChoice) -> Plot:
         axes.set_ylabel(f"{role} loss (nats)")
     if limit is not None and is_drawable(limit):
         panels[1].axhline(limit, color="tab:red", linestyle="--", label="limit")
-        panels[1].set_ylim(*_around(choice.before.retain_loss or 0.0, limit))
+        shown = [each.retain_loss for each in (choice.before, choice.after, *tried) if each.lam <= choice.after.lam]
+        panels[1].set_ylim(*_around([limit, *(loss for loss in shown if loss is not None and is_drawable(loss))]))
     lams = [each.lam for each in tried]
     if lams and 0 < lams[0] * _WIDE < lams[-1] < _LARGEST_LAM:
         panels[1].set_xscale("log", base=2)
@@ -92,9 +94,10 @@ def strength_choice(choice: StrengthChoice) -> Plot:
     )
 
 
-def _around(low: float, high: float) -> tuple[float, float]:
-    """A range that shows both, with as much room above as between them."""
-    room = max(high - low, 1e-6)
+def _around(losses: Sequence[float]) -> tuple[float, float]:
+    """A range that shows all of them, with some room below, and more above, where larger strengths lie."""
+    low, high = min(losses), max(losses)
+    room = max(high - low, _LEAST_ROOM)
     return low - 0.5 * room, high + 1.5 * room
 
 

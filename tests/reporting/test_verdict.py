@@ -232,6 +232,28 @@ def test_the_curve_has_the_limit_and_the_choice(report: Report, monkeypatch: pyt
     assert [row[0] for row in shown.rows] == sorted(row[0] for row in shown.rows)  # type: ignore[type-var]
 
 
+@pytest.mark.parametrize(
+    ("retain", "bound"),
+    [
+        ([2.0, 1.9, 1.85, 9.0], 0.05),  # it falls by three times the allowed rise
+        ([2.0, 2.6, 1.9, 9.0], 0.05),  # the first strength breaks the bound
+        ([2.0, 1.5, 1.6, 9.0], 0.0),
+        ([2.0, 2.0, 2.0, 9.0], 0.0),
+        ([2.0, 1.99, 2.04, 9.0], 0.05),
+    ],
+)
+def test_the_curve_shows_all_strengths_up_to_the_chosen(
+    retain: list[float], bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    before, *tried = (TriedStrength(float(lam), 1.0, loss) for lam, loss in enumerate(retain))
+    figures.strength_choice(StrengthChoice(bound, "loss", {}, {}, before, tried[1], tried))
+    low, high = drawn[0].axes[1].get_ylim()
+    assert all(low < loss < high for loss in (*retain[:3], 2.0 + bound))
+    assert 1e-3 < high - low < 3 and high < 9.0
+
+
 @pytest.mark.parametrize("loss", [None, 1e300, float("nan")])
 @pytest.mark.parametrize("lam", [0.0, -1e300, 1e300])
 def test_a_hostile_choice_of_strength_is_drawn_or_left_out(loss: float | None, lam: float, report: Report) -> None:
