@@ -41,12 +41,17 @@ class CheckedData:
     after: Measured | None
 
     @property
+    def is_known(self) -> bool:
+        """Whether what came of it can be told: not if the loss was not finite before."""
+        return self.before.loss is not None
+
+    @property
     def rise(self) -> float:
-        """By how much the loss rose, in nats; infinite if it is not finite afterwards."""
+        """By how much the loss rose, in nats; infinite if it is not finite afterwards, NaN if it was not before."""
         assert self.after is not None
-        if self.after.loss is None:
-            return math.inf
-        return math.nan if self.before.loss is None else self.after.loss - self.before.loss
+        if self.before.loss is None:
+            return math.nan
+        return math.inf if self.after.loss is None else self.after.loss - self.before.loss
 
     @property
     def lost_share(self) -> float:
@@ -56,13 +61,13 @@ class CheckedData:
 
     @property
     def is_forgotten(self) -> bool:
-        """Whether the loss, or the number of exact answers, has really changed."""
-        return self.rise >= FORGOTTEN_RISE or self.lost_share >= FORGOTTEN_SHARE
+        """Whether the loss, or the number of exact answers, has really changed, as far as it is known."""
+        return self.is_known and (self.rise >= FORGOTTEN_RISE or self.lost_share >= FORGOTTEN_SHARE)
 
     @property
     def is_lost(self) -> bool:
-        """Whether much was lost, if this was to be kept."""
-        return self.rise > LOST_RISE or self.lost_share > LOST_SHARE
+        """Whether much was lost, if this was to be kept, as far as it is known."""
+        return self.is_known and (self.rise > LOST_RISE or self.lost_share > LOST_SHARE)
 
     HEAD: ClassVar[tuple[str, ...]] = ("rows", "loss before", "loss after", "exact before", "exact after", "answers")
 
@@ -77,13 +82,15 @@ class CheckedData:
         """A clause with all its numbers."""
         assert self.after is not None
         before, after = self.before.loss, self.after.loss
-        verb = "is" if before is None or after is None else "rose" if after > before else "fell"
-        if before is not None and _nats(before) == _nats(after):
-            loss = f"the loss on the {role} rows stayed at {_nats(after)}"
-        elif verb == "is":
-            loss = f"the loss on the {role} rows is {_nats(after)} ({_nats(before)} before)"
+        loss = f"the loss on the {role} rows "
+        if before is None:
+            loss += f"was not finite before, and is {_nats(after)}"
+        elif after is None:
+            loss += f"is not finite ({_nats(before)} before)"
+        elif _nats(before) == _nats(after):
+            loss += f"stayed at {_nats(after)}"
         else:
-            loss = f"the loss on the {role} rows {verb} from {_nats(before)} to {_nats(after)}"
+            loss += f"{'rose' if after > before else 'fell'} from {_nats(before)} to {_nats(after)}"
         if not self.answers:
             return loss
         return f"{loss}, and {self.after.exact} of {self.answers} answers are exact ({self.before.exact} before)"
@@ -163,7 +170,7 @@ class Check:
                 "the importances), or is tuned not the base tuned on the forget rows?"
             ]
         warnings = []
-        if not forget.is_forgotten:
+        if forget.is_known and not forget.is_forgotten:
             warnings.append(
                 f"nothing was forgotten: the loss on the forget rows rose by less than {FORGOTTEN_RISE:g} nats"
                 + ("" if told else "; give a larger lambda, or allow the retain loss a larger rise")
@@ -177,7 +184,7 @@ class Check:
 
 
 def outcomes(data: Mapping[str, CheckedData]) -> dict[str, str]:
-    """In a word or three, whether the forget rows were forgotten and the retain rows kept."""
+    """In a few words, whether the forget rows were forgotten and the retain rows kept."""
     forget, retain = data["forget"], data["retain"]
     assert forget.after is not None
     heads = {"forget": "Forgotten", "retain": "Lost" if retain.is_lost else "Kept"}
@@ -185,7 +192,8 @@ def outcomes(data: Mapping[str, CheckedData]) -> dict[str, str]:
         heads["forget"] = "Not forgotten"
     elif 2 * forget.after.exact > forget.before.exact:
         heads["forget"] = "Forgotten in part"
-    return heads
+    unknown = {"forget": "Not known if forgotten", "retain": "Not known if kept"}
+    return {role: head if data[role].is_known else unknown[role] for role, head in heads.items()}
 
 
 def _fall(before: float | None, after: float | None) -> float:

@@ -12,7 +12,8 @@ from perta_fast.records.strength_choice import TriedStrength
 _FORGOTTEN, _LOST = (f"{100 * share:.0f}\N{NO-BREAK SPACE}%" for share in (FORGOTTEN_SHARE, LOST_SHARE))
 CRITERIA = (
     f"Rows count as forgotten if their loss rose by at least {FORGOTTEN_RISE:g}, or if {_FORGOTTEN} fewer answers are "
-    f"exact; as kept, unless their loss rose by more than {LOST_RISE:g}, or more than {_LOST} fewer answers are exact."
+    f"exact; as kept, unless their loss rose by more than {LOST_RISE:g}, or more than {_LOST} fewer answers are exact. "
+    "Neither is known of rows whose loss was not finite before."
 )
 
 

@@ -21,7 +21,7 @@ _LIMIT = (
 )
 _LONG = 400  # letters of a text
 ASKED = 3  # questions at the head of the page; more come below
-_TONES = {"Forgotten": "good", "Kept": "good", "Forgotten in part": "open"}
+_TONES = {"Forgotten": "good", "Kept": "good", "Not forgotten": "bad", "Lost": "bad"}
 _VECTOR = "What the model learns from the rows to forget alone is a change of its weights (a task vector)."
 _MERGED = "The adapter was added to its base, in float32, and each value was rounded once to the type of the base."
 _WHAT = {
@@ -135,7 +135,7 @@ def _tiles(report: Report, found: Measurement | str, changed: int) -> list[Tile]
     if isinstance(found, str):
         return [Tile(title, "Not measured", "open", "No number says what came of it.") for title in titles.values()]
     heads = outcomes(found.data)
-    return [Tile(titles[role], head, _TONES.get(head, "bad"), _tile_line(found, role)) for role, head in heads.items()]
+    return [Tile(titles[role], head, _TONES.get(head, "open"), _tile_line(found, role)) for role, head in heads.items()]
 
 
 def _tile_line(found: Measurement, role: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perta_fast import Report, apply, estimate_importance, evaluate, resume, unlearn, verify
@@ -225,7 +226,9 @@ def test_a_right_run_has_no_warning(learnt: Job, tmp_path: Path) -> None:
         assert not [text for text in warnings if "exchanged" in text], name
 
 
-def of(role: str, before: float, after: float | None, exact: tuple[int, int] = (0, 0), answers: int = 0) -> CheckedData:
+def of(
+    role: str, before: float | None, after: float | None, exact: tuple[int, int] = (0, 0), answers: int = 0
+) -> CheckedData:
     return CheckedData(32, 32, answers, Measured(before, exact[0]), Measured(after, exact[1]))
 
 
@@ -241,6 +244,31 @@ def test_the_verdict() -> None:
     check.data["retain"] = of("retain", 0.1, None)
     assert check.verdict().endswith("Lost: the loss on the retain rows is not finite (0.10 before).")
     assert "much was lost" in check.late_warnings()[0]
+
+
+@pytest.mark.parametrize(("after", "now"), [(None, "not finite"), (3.1, "3.10"), (0.05, "0.05")])
+def test_nothing_is_known_of_a_model_without_finite_losses(after: float | None, now: str) -> None:
+    check = Check.begun("perta eval")
+    check.data = {"forget": of("forget", None, after, (4, 0), 32), "retain": of("retain", None, after)}
+    assert check.verdict() == (
+        f"Not known if forgotten: the loss on the forget rows was not finite before, and is {now}, and 0 of 32 answers "
+        f"are exact (4 before). Not known if kept: the loss on the retain rows was not finite before, and is {now}."
+    )
+    assert check.late_warnings() == []
+
+
+def test_a_model_that_is_not_finite(tmp_path: Path) -> None:
+    """In summary, card and notebook alike, nothing is said to be forgotten, or not to be."""
+    job = write_job(tmp_path, torch.float32)
+    shard = next(path for path in job.model.glob("*.safetensors") if "lm_head.weight" in load_file(path))
+    tensors = load_file(shard)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].sign() * 3e38  # finite, but not what comes of it
+    save_file(tensors, shard, {"format": "pt"})
+    report = run(job, tmp_path / "out", rule="tv")
+    said = "Not known if forgotten: the loss on the forget rows was not finite before, and is not finite"
+    for text in (report.summary(), (tmp_path / "out" / "README.md").read_text(), report._repr_html_()):
+        assert said in text and "Not known if kept: " in text
+    assert not [warning for warning in report.warnings if "forgotten" in warning]
 
 
 # Where nothing is measured.
