@@ -49,6 +49,7 @@ class DataRecord(TypedDict):
     """One data set; samples, and how many of them were cut to the length limit.
 
     path: "" of rows that were given in Python; their hash is that of them as JSON lines.
+    tokenised: how many of the samples were, where the search for lam or the check has read some of them alone.
     read_as: which fields were taken for what, if they had other names (``forms.Row``).
     """
 
@@ -56,6 +57,7 @@ class DataRecord(TypedDict):
     blake3: str
     samples: int
     truncated: int
+    tokenised: NotRequired[int]
     read_as: NotRequired[str]
 
 
@@ -86,11 +88,14 @@ def read_as_lines(data: Mapping[str, DataRecord]) -> list[str]:
 
 def truncation_warnings(data: Mapping[str, DataRecord]) -> list[str]:
     """A warning for each data set of which samples were cut."""
-    return [
-        f"{record['truncated']} of {record['samples']} {role} samples were cut to the length limit"
-        for role, record in data.items()
-        if record["truncated"]
-    ]
+    warnings = []
+    for role, record in data.items():
+        of = f"{record['samples']} {role} samples"
+        if "tokenised" in record:
+            of = f"the {record['tokenised']} {role} samples that were tokenised"
+        if record["truncated"]:
+            warnings.append(f"{record['truncated']} of {of} were cut to the length limit")
+    return warnings
 
 
 class EstimationSettings(TypedDict):

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from perta_fast.records.file_hashes import HASHES, write_hashes
 from perta_fast.records.model_card import add_verdict
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.versions import now
+from perta_fast.runs.encoded_rows import EncodedRows
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows to measure, by role, of so many. chat, max_length: how they become tokens."""
+    """The rows to measure, by role, of so many. chat, max_length: how they become tokens. encoded: as they have."""
 
     by_role: Mapping[str, Sequence[Row]]
     totals: Mapping[str, int]
@@ -71,6 +72,7 @@ class Rows:
     max_length: int | None
     batch_size: int
     progress: Progress
+    encoded: EncodedRows = field(default_factory=EncodedRows)
 
     @classmethod
     def of(cls, data: Mapping[str, Sequence[Row]], **how: Any) -> "Rows":
@@ -85,6 +87,8 @@ class Rows:
 
         rows = self.by_role[role][:most]
         samples, _ = samples_and_told(subject, rows, self.max_length, self.chat)
+        if most is None:
+            self.encoded.note(role, samples)
         with evaluation_mode(subject.module):
             scores = score_rows(
                 subject.module,

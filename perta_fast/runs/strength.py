@@ -8,7 +8,7 @@ that the gradients are taken on.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from perta_fast.errors import InputError, RunError
 from perta_fast.records.report import Report
 from perta_fast.records.strength_choice import StrengthChoice, TriedStrength
 from perta_fast.rules import DEFAULT_RETAIN_RISE
+from perta_fast.runs.encoded_rows import EncodedRows
 from perta_fast.scoring.criteria import LOSS
 from perta_fast.scoring.search import LARGEST, search
 from perta_fast.scoring.setting import ScoredSetting
@@ -35,12 +36,16 @@ PHASE = "choice of lambda"
 
 @dataclass
 class StrengthSearch:
-    """The search of one run. original, data: on the first rank alone, which scores. live: kept for rule ``tv``."""
+    """The search of one run. live: kept for rule ``tv``.
+
+    original, data, encoded (of ``data``): on the first rank alone, which scores.
+    """
 
     opened: "Opened"
     rows: dict[str, int]
     totals: dict[str, int]
     data: "ScoredData | None" = None
+    encoded: EncodedRows = field(default_factory=EncodedRows)
     original: ScoredSetting | None = None
     live: "LiveModel | None" = None
     seconds: float = 0.0
@@ -132,6 +137,8 @@ class StrengthSearch:
         reader = subject_without_weights(Path(options.model if options.at == "model" else options.base), chat)
         samples = {role: list(chain(*row_samples(reader, some, options.max_length))) for role, some in rows.items()}
         self.data = ScoredData(samples)
+        for role, of_role in samples.items():
+            self.encoded.note(role, of_role)
         live = self._load()
         for role, of_role in samples.items():
             try:

@@ -17,13 +17,13 @@ from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.declared import checked_arguments
 from perta_fast.records.recipe_of_run import as_recipe
-from perta_fast.records.report import Report
+from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.records.versions import now
 from perta_fast.rules import DEFAULT_ALPHA, PRECONDITIONED, AnyRule, Place
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
-from perta_fast.runs.unlearn_inputs import Loaded, Opened, data_records, streamed_on
+from perta_fast.runs.unlearn_inputs import Loaded, Opened, data_records, encoded_rows, streamed_on
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import check_retained
 from perta_fast.subtraction.scope import Patterns
@@ -157,7 +157,9 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
     def annotate(report: Report) -> None:
         report.recipe = as_recipe(vars(options))
         strength.annotate(report, choice, 0.0 if search is None else search.seconds)
-        report.data = data_records(options, rows, hashes)
+        report.data = data_records(options, rows, hashes, encoded_rows(search, checking))
+        for warning in truncation_warnings(report.data):
+            report.warn(warning)
         if checking is not None:
             checking.annotate(report)
 

@@ -26,6 +26,7 @@ from perta_fast.records.typed_json import fits
 from perta_fast.rules import Rule
 from perta_fast.runs import strength
 from perta_fast.runs.check import Checking
+from perta_fast.runs.encoded_rows import EncodedRows
 from perta_fast.runs.settings import Settings, check_changes, check_others, destination
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import WholeImportance
@@ -104,8 +105,8 @@ class Loaded:
 
     hashes: of the data files. told: to the chat template. max_length: the resolved limit. device, dtype: of the
     gradients. phases: seconds so far. read_as: of the data, by role, see ``Row``. search: for lam, if none was given;
-    choice: what it has chosen. checking: the check, if there is one. other_data: the records of data that no gradient
-    is taken on. removal: of the rows to forget from the whole importance, if there is one.
+    choice: what it has chosen. checking: the check, if there is one. other_rows: those that no gradient is taken on, by
+    role. removal: of the rows to forget from the whole importance, if there is one.
     """
 
     opened: Opened
@@ -122,7 +123,7 @@ class Loaded:
     search: strength.StrengthSearch | None = None
     choice: StrengthChoice | None = None
     schedule: "Schedule | None" = None
-    other_data: dict[str, DataRecord] = field(default_factory=dict)
+    other_rows: dict[str, list[Row]] = field(default_factory=dict)
     removal: Removal | None = None
 
     @classmethod
@@ -161,7 +162,7 @@ class Loaded:
         taken = {role: read_as(rows[role]) for role in rows}
         checking = Checking.of(options, rows, day, opened.ranks)
         loaded = cls(opened, how, samples, hashes, told, max_length, str(how.device), dtype, phases, taken, checking)
-        loaded.other_data = data_records(options, {role: rows[role] for role in rows.keys() - measured.keys()}, hashes)
+        loaded.other_rows = {role: rows[role] for role in rows.keys() - measured.keys()}
         return loaded
 
     def how_for(self, role: str) -> "Estimation":
@@ -184,7 +185,7 @@ class Loaded:
 
     def annotate(self, report: Report) -> None:
         """Put in the report how, and on what, the importances are estimated."""
-        options = self.opened.options
+        options, encoded = self.opened.options, encoded_rows(self.search, self.checking)
         for name, seconds in self.phases.items():
             report.add_phase(name, seconds, 0)
         told_date = next((told.date for told in self.told.values() if told.date is not None), None)
@@ -193,7 +194,7 @@ class Loaded:
         report.data = {
             role: data_record(options.data[role], self.hashes[role], *counts[role], self.read_as[role])
             for role in self.samples
-        } | self.other_data
+        } | data_records(options, self.other_rows, self.hashes, encoded)
         report.removal = self.removal
         report.settings = EstimationSettings(
             at=str(options.at),
@@ -233,9 +234,21 @@ def _read_all(options: Options) -> tuple[dict[str, list[Row]], dict[str, str]]:
     return rows, hashes
 
 
-def data_records(options: Options, rows: Mapping[str, list[Row]], hashes: Mapping[str, str]) -> dict[str, DataRecord]:
+def encoded_rows(search: "strength.StrengthSearch | None", checking: Checking | None) -> EncodedRows:
+    """Of the search for lam, which tokenises most rows; else of the check."""
+    if search is not None:
+        return search.encoded
+    return EncodedRows() if checking is None or checking.rows is None else checking.rows.encoded
+
+
+def data_records(
+    options: Options, rows: Mapping[str, list[Row]], hashes: Mapping[str, str], encoded: EncodedRows
+) -> dict[str, DataRecord]:
     """The records of data that no gradient is taken on, by role."""
-    return {
-        role: data_record(options.data[role], hashes[role], len(of_role), read_as=read_as(of_role))
-        for role, of_role in rows.items()
-    }
+    records = {}
+    for role, of_role in rows.items():
+        total, cut = len(of_role), encoded.cut.get(role, 0)
+        records[role] = data_record(options.data[role], hashes[role], total, cut, read_as(of_role))
+        if 0 < (count := encoded.count.get(role, 0)) < total:
+            records[role]["tokenised"] = count
+    return records

@@ -23,14 +23,14 @@ from perta_fast.files.reading import checked_path
 from perta_fast.preconditioning.input_moments import PHASE
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.records.recipe_of_run import as_recipe
-from perta_fast.records.report import Report
+from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.runs import strength
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking
 from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, check_tuned, given_files, vector_size
 from perta_fast.runs.settings import threads_for
-from perta_fast.runs.unlearn_inputs import Opened, data_records
+from perta_fast.runs.unlearn_inputs import Opened, data_records, encoded_rows
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.scope import EVERYTHING
@@ -81,8 +81,8 @@ def unlearn_preconditioned(
             report.recipe = as_recipe(vars(opened.options) | as_given)
             report.preconditioned = described
             report.settings = _settings(opened, made)
-            report.data = data_records(asked, rows, hashes) | {"retain": made.retain}
-            for warning in made.warnings:
+            report.data = data_records(asked, rows, hashes, encoded_rows(search, checking)) | {"retain": made.retain}
+            for warning in dict.fromkeys(truncation_warnings(report.data) + made.warnings):
                 report.warn(warning)
             strength.annotate(report, choice, 0.0 if search is None else search.seconds)
             if checking is not None:
