@@ -3,7 +3,7 @@
 import copy
 import datetime
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -70,10 +70,19 @@ class Told:
         """``date``, whatever its form."""
         return None if self.date is None else parse_date(self.date)
 
+    def again(self) -> "ChatSettings":
+        """Settings that tell it the same on any day. Raises InputError if the date is none."""
+        return ChatSettings.of(self.system_prompt, self.date_string, self.day)
+
     def in_words(self) -> str:
         """For a person; "" if there is nothing to say."""
         prompt = None if self.system_prompt is None else f"system prompt {shown(self.system_prompt)}"
         return ", ".join(filter(None, (prompt, self.date and f"date {self.date}")))
+
+
+def told_date(told: Iterable[Told]) -> str | None:
+    """What chat templates were told as the date; None if none asked."""
+    return next((each.date for each in told if each.date is not None), None)
 
 
 def shown(prompt: str) -> str:

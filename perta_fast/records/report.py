@@ -154,7 +154,8 @@ class Report:
 
     data: by ``forget`` and ``retain``. overlap: seconds that a streamed run spent computing, reading weights and
     writing results, and how many of the last two were hidden behind computing. settings: how the run estimated the
-    importances, if it did. recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
+    importances, if it did, and what chat templates were told.
+    recipe: the arguments of ``unlearn``, by the names of the options (``recipe.as_recipe``).
     check: what was forgotten and kept; None if the run did not look. choice: how lam was chosen; None if it was given.
     setting_choice: how rule, lam and the rest were chosen, by ``choose`` or a sweep; None if they were not.
     preconditioned: what the run did to θ_f before it subtracted it, if anything. removal: how the retain importance was

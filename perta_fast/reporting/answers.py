@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from perta_fast.data.chat import ChatSettings
+from perta_fast.data.chat import ChatSettings, Told
 from perta_fast.data.forms import Fields, fields_from
 from perta_fast.data.rows import Row, evenly_spread, load_rows
 from perta_fast.errors import InputError
@@ -82,7 +82,7 @@ def answer_prompts(
     if reason := why_not_as_recorded({"path": str(run), "files": report.output["files"]}):
         raise InputError(f"{reason}; its answers would not be those of the run")
     before = report.inputs.get("model")
-    chat = ChatSettings.of(report.settings.get("system_prompt"), report.settings.get("date"))  # as in the run
+    chat = Told.read(report.settings).again()
     why = "the report names none" if before is None else why_not_as_recorded(before)
     return Answers(
         [row.content["question"] for row in prompts],

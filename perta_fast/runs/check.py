@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD
-from perta_fast.data.chat import ChatSettings
+from perta_fast.data.chat import ChatSettings, Told
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import fields_from, fields_text
 from perta_fast.data.given import IN_WORDS, is_given
@@ -86,9 +86,9 @@ class Rows:
         from perta_fast.models.token_scores import evaluation_mode, score_rows
 
         rows = self.by_role[role][:most]
-        samples, _ = samples_and_told(subject, rows, self.max_length, self.chat)
+        samples, told = samples_and_told(subject, rows, self.max_length, self.chat)
         if most is None:
-            self.encoded.note(role, samples)
+            self.encoded.note(role, samples, told)
         with evaluation_mode(subject.module):
             scores = score_rows(
                 subject.module,
@@ -216,7 +216,7 @@ def finish_resumed(report: Report, progress: Progress, ranks: Ranks) -> Report:
         fields = fields_from(given["fields"]) if "fields" in given else None
         return Rows.of(
             {role: read_again(report, role, fields) for role in _ROLES},
-            chat=ChatSettings.of(given.get("system-prompt"), given.get("date-string")),
+            chat=Told.read(report.settings).again(),
             max_length=int(given["max-length"]) if "max-length" in given else None,
             batch_size=int(given["batch-size"]),
             progress=progress,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.arguments import check_sizes
-from perta_fast.data.chat import ChatSettings
+from perta_fast.data.chat import ChatSettings, told
 from perta_fast.data.rows import Row, evenly_spread
 from perta_fast.errors import InputError, RunError
 from perta_fast.records.report import Report
@@ -138,7 +138,7 @@ class StrengthSearch:
         samples = {role: list(chain(*row_samples(reader, some, options.max_length))) for role, some in rows.items()}
         self.data = ScoredData(samples)
         for role, of_role in samples.items():
-            self.encoded.note(role, of_role)
+            self.encoded.note(role, of_role, told(reader.tokenizer))
         live = self._load()
         for role, of_role in samples.items():
             try:

@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perta_fast.data.chat import today
+from perta_fast.data.chat import Told, today, told_date
 from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data
 from perta_fast.data.rows import Row
@@ -26,6 +26,7 @@ from perta_fast.runs.check import Checking
 from perta_fast.runs.unlearn_inputs import Loaded, Opened, data_records, encoded_rows, streamed_on
 from perta_fast.runs.unlearn_options import Options
 from perta_fast.runs.whole_importance import check_retained
+from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.subtraction.unfinished import begun_job, has_begun, may_replace
 
@@ -145,6 +146,8 @@ def _run(options: Options) -> Report:
 def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[str, str], day: date) -> Report:
     """Rule tv: the data is for the report and the check, and for the search if there is no strength."""
     with opened.ranks.together(strength.PHASE):
+        begun = _begun(opened)
+        day = (begun and Told.read(begun.begun_report().settings).day) or day  # the same prompts as before
         search = strength.StrengthSearch.begin(opened, rows, day)
     choice = None if search is None else search.find(None)
     if choice is not None:
@@ -155,9 +158,13 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
         checking.before()
 
     def annotate(report: Report) -> None:
-        report.recipe = as_recipe(vars(options))
+        encoded = encoded_rows(search, checking)
+        date = told_date(encoded.told.values())
+        report.recipe = as_recipe(vars(options) | {"date_string": options.date_string or date})
+        told = {"system_prompt": options.system_prompt, "date_string": options.date_string}
+        report.settings = told | {"date": date}
         strength.annotate(report, choice, 0.0 if search is None else search.seconds)
-        report.data = data_records(options, rows, hashes, encoded_rows(search, checking))
+        report.data = data_records(options, rows, hashes, encoded)
         for warning in truncation_warnings(report.data):
             report.warn(warning)
         if checking is not None:
@@ -167,13 +174,20 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
     return report if checking is None else checking.finish(report)
 
 
+def _begun(opened: Opened) -> Job | None:
+    """The unfinished run to the same directory, if this one may go on with it."""
+    options, final = opened.options, opened.settings.destination
+    if options.overwrite or options.in_place or not has_begun(final):
+        return None
+    return begun_job(final)
+
+
 def _load(opened: Opened, day: date) -> Loaded:
     """Check everything that can be wrong before the first gradient, and load model and data. day: today."""
     options, ranks, final = opened.options, opened.ranks, opened.settings.destination
     with ranks.together("the loading of model and data"):
         streamed = options.in_one_walk
-        new = not options.overwrite and not options.in_place
-        begun = begun_job(final) if new and has_begun(final) else None
+        begun = _begun(opened)
         if begun is not None and not (streamed and begun.stream):
             raise InputError(unfinished_advice(final))
         rows, hashes = opened.read_data()

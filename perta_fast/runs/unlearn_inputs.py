@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta_fast.checkpoints.configuration import check_configured
-from perta_fast.data.chat import ChatSettings, Told, parse_date
+from perta_fast.data.chat import ChatSettings, Told, parse_date, told_date
 from perta_fast.data.forms import read_as
 from perta_fast.data.rows import Row, read_data
 from perta_fast.data.samples import row_count, truncated_count
@@ -188,8 +188,8 @@ class Loaded:
         options, encoded = self.opened.options, encoded_rows(self.search, self.checking)
         for name, seconds in self.phases.items():
             report.add_phase(name, seconds, 0)
-        told_date = next((told.date for told in self.told.values() if told.date is not None), None)
-        report.recipe = as_recipe(vars(options) | {"date_string": options.date_string or told_date})
+        date = told_date([*self.told.values(), *encoded.told.values()])
+        report.recipe = as_recipe(vars(options) | {"date_string": options.date_string or date})
         counts = {role: (row_count(samples), truncated_count(samples)) for role, samples in self.samples.items()}
         report.data = {
             role: data_record(options.data[role], self.hashes[role], *counts[role], self.read_as[role])
@@ -208,7 +208,7 @@ class Loaded:
             processes=self.opened.ranks.world,
             system_prompt=options.system_prompt,
             date_string=options.date_string,
-            date=told_date,
+            date=date,
         )
         if self.search is not None:
             strength.annotate(report, self.choice, self.search.seconds)

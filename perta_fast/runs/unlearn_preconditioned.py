@@ -5,9 +5,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-from perta_fast.data.chat import ChatSettings
+from perta_fast.data.chat import ChatSettings, told_date
 from perta_fast.data.rows import Row
 from perta_fast.errors import InputError
 from perta_fast.files.identity import lies_in
@@ -76,12 +75,13 @@ def unlearn_preconditioned(
 
         def annotate(report: Report) -> None:
             report.add_phase(PHASE, made.seconds, 0)
-            date_string = asked.date_string or made.settings["date"]
-            as_given = {"tuned": asked.tuned, "date_string": date_string}
+            encoded = encoded_rows(search, checking)
+            date = made.settings["date"] or told_date(encoded.told.values())
+            as_given = {"tuned": asked.tuned, "date_string": asked.date_string or date}
             report.recipe = as_recipe(vars(opened.options) | as_given)
             report.preconditioned = described
-            report.settings = _settings(opened, made)
-            report.data = data_records(asked, rows, hashes, encoded_rows(search, checking)) | {"retain": made.retain}
+            report.settings = {"at": asked.at, "date_string": asked.date_string, **made.settings, "date": date}
+            report.data = data_records(asked, rows, hashes, encoded) | {"retain": made.retain}
             for warning in dict.fromkeys(truncation_warnings(report.data) + made.warnings):
                 report.warn(warning)
             strength.annotate(report, choice, 0.0 if search is None else search.seconds)
@@ -170,9 +170,3 @@ def _make(opened: Opened, rows: list[Row], digest: str, day: date, directory: Pa
     )
     (record,) = making.run(rows, digest, {float(options.mu): directory}).values()
     return record
-
-
-def _settings(opened: Opened, made: Preconditioning) -> dict[str, Any]:
-    """How the inputs were seen, for the report."""
-    options = opened.options
-    return {"at": options.at, "date_string": options.date_string, **made.settings}

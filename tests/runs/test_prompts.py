@@ -22,6 +22,7 @@ from perta_fast.reporting.answers import answer_prompts, read_prompts
 from perta_fast.runs.inspect import inspect
 from perta_fast.scoring.live_model import ScoredModel
 from perta_fast.streaming.write_behind import WriteBehind
+from perta_fast.subtraction import to_directory
 from tests.distributed.launch import perta_on_ranks
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.models import FORGET, Job, llama, taken, tokenizer, write_job, write_lines
@@ -229,6 +230,60 @@ def test_a_streamed_run_that_is_resumed_on_another_day(
     assert all(same_bytes(found[name], expected[name]) for name in expected)
     report = pf.Report.load(tmp_path / "out")
     assert (report.resumed, report.settings["date"]) == (1, "02 Mar 2026")
+
+
+@pytest.mark.parametrize("how", [{"lam": None, "max_retain_rise": 1e3, "check": False}, {"lam": 1.0}], ids=str)
+@pytest.mark.parametrize("rule", ["tv", "preconditioned"])
+def test_rules_without_gradients(
+    rule: str, how: dict[str, Any], job: Job, tmp_path: Path, on: Callable[[datetime.date], None]
+) -> None:
+    """What the search, or else the check, has told is on record, and the recipe repeats it on another day."""
+    data = (*job.checkpoints, job.forget, job.retain)
+    given = unlearn(*data, out=tmp_path / "given", rule=rule, progress=False, **how, **TOLD)
+    assert {name: given.settings[name] for name in (*TOLD, "date")} == TOLD | {"date": TOLD["date_string"]}
+    assert given.recipe["system-prompt"] == PROMPT and given.recipe["date-string"] == TOLD["date_string"]
+    first = unlearn(*data, out=tmp_path / "first", rule=rule, progress=False, **how)
+    assert {name: first.settings[name] for name in (*TOLD, "date")} == dict.fromkeys(TOLD) | {"date": "02 Mar 2026"}
+    on(TUESDAY)
+    recipe = ["--recipe", str(tmp_path / "first" / "perta_report.json"), "--out", str(tmp_path / "again")]
+    assert cli.main(["unlearn", *recipe, "--quiet"]) == 0
+    again = pf.Report.load(tmp_path / "again")
+    assert again.recipe["date-string"] == "02 Mar 2026"
+    assert (again.check and again.check.data) == (first.check and first.check.data)
+
+
+def test_a_date_that_rows_to_forget_alone_ask_for(
+    job: Job, tmp_path: Path, on: Callable[[datetime.date], None]
+) -> None:
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "No template."}])
+    report = unlearn(*job.checkpoints, job.forget, texts, out=tmp_path / "out", lam=1.0, progress=False)
+    assert report.settings["date"] == report.recipe["date-string"] == "02 Mar 2026"
+
+
+@pytest.mark.parametrize(
+    ("rule", "again"),
+    [("tv", "resume"), ("tv", "the same command"), ("preconditioned", "resume"), ("fisher", "resume")],
+)
+def test_the_check_of_a_run_that_is_resumed_on_another_day(
+    rule: str, again: str, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_templated(tmp_path, dtype=torch.float32)
+
+    def run(out: Path) -> pf.Report:
+        data = (*job.checkpoints, job.forget, job.retain)
+        return unlearn(*data, out=out, rule=rule, max_retain_rise=0.01, system_prompt=PROMPT, progress=False)
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(to_directory, "describe_output", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    on(TUESDAY)
+    report = run(tmp_path / "out") if again == "the same command" else resume(tmp_path / "out", progress=False)
+    assert isinstance(report, pf.Report) and report.resumed == 1
+    assert report.check is not None and whole.check is not None
+    assert report.check.is_whole and report.check.data == whole.check.data
+    assert report.settings["date"] == "02 Mar 2026"
 
 
 BOUNDED = {"max_retain_rise": 1000.0}  # settings that may be skipped are scored one by one
@@ -471,8 +526,9 @@ def test_a_recipe_with_what_is_no_date(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{recipe}: date-string is 'soon'; write a date in one of the forms" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rule", ["fisher", "tv", "preconditioned"])
 def test_a_report_asks_both_models_as_the_run_did(
-    job: Job, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
+    rule: str, job: Job, tmp_path: Path, on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = unlearn(
         *job.checkpoints,
@@ -482,7 +538,7 @@ def test_a_report_asks_both_models_as_the_run_did(
         progress=False,
         system_prompt=PROMPT,
         lam=1.0,
-        rule="fisher",
+        rule=rule,  # type: ignore[arg-type]
     )
     on(TUESDAY)
     asked = []
