@@ -111,7 +111,7 @@ def sweep_of(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the Python function ``choose``."""
-    settings = keywords(parsed, without=("recipe", "dry_run", "lam", "choose", "check", *_OF_ONE_SETTING))
+    settings = keywords(parsed, without=("recipe", "dry_run", "lam", "choose", *_OF_ONE_SETTING))
     for one, several in _SINGLE.items():
         single = settings.pop(one)
         if settings[several] is None and (one, single) != ("alpha", DEFAULT_ALPHA):

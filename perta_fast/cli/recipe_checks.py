@@ -33,7 +33,7 @@ def _sweep(parsed: argparse.Namespace) -> None:
 def _check_sweep(arguments: Mapping[str, Any]) -> None:
     from perta_fast.sweeping.request import Request
 
-    Request.of(arguments).check()
+    Request.of(arguments).check_arguments()
 
 
 def _eval(parsed: argparse.Namespace) -> None:

@@ -185,6 +185,7 @@ COMMAND = Command(
         Option("checkpoint", "directory to make, of what was chosen", Path, "DIR", one_of="result", makes=True),
         flag("in_place", "change the model where it lies into what was chosen", one_of="result"),
         flag("leave_others", "change in place though other weight files lie beside the shards"),
+        flag("check", "measure what was forgotten and kept by what was chosen, on a few rows"),
         Option("forget_importance", "instead of estimating it; one an estimator", Path, "DIR", [], several=True),
         Option("retain_importance", "the same", Path, "DIR", [], several=True),
         Option("importance", "in place of the two: what --save-importance wrote", Path, "DIR", [], several=True),

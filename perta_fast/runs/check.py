@@ -115,7 +115,7 @@ class Checking:
 
     @classmethod
     def of(cls, options: Any, rows: Mapping[str, Sequence[Row]], day: date, ranks: Ranks) -> "Checking | None":
-        """None unless a check was asked for and there is data of both roles. options: of ``unlearn``."""
+        """None unless a check was asked for and there is data of both roles. options: named as those of ``unlearn``."""
         if not options.check or set(rows) != set(_ROLES):
             return None
         out = options.model if options.in_place else options.out
@@ -248,7 +248,7 @@ def _finish(
     report: Report, checkpoints: Checkpoints, rows: "Rows | Callable[[], Rows] | None", ranks: Ranks, seconds: float
 ) -> Report:
     check = report.check
-    if check is None or check.left_out:
+    if check is None or check.left_out or check.is_whole:
         return report
     started = time.perf_counter()
     with ranks.together(PHASE):

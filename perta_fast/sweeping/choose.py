@@ -58,6 +58,7 @@ def choose(
     save_as: Literal["pair", "ratio"] | None = None,
     importance_dtype: Literal["float32", "bfloat16"] | None = None,
     save_tuned: PathLike | None = None,
+    check: bool = True,
     stream: bool = False,
     memory: int | None = None,
     device_memory: int | None = None,
@@ -85,7 +86,8 @@ def choose(
     out: directory to make. in_place: change ``model`` instead. The sweep's record, ``sweep.json`` and a plot, is made
     beside it, as OUT.sweep or MODEL.sweep: the same call without ``overwrite`` goes on with a stopped run, or
     ``resume`` of that directory; in place, only once the model has begun to change.
-    save_importance, save_as, importance_dtype, save_tuned and all other arguments as in ``sweep``.
+    check: as in ``unlearn``. save_importance, save_as, importance_dtype, save_tuned and all other arguments as in
+    ``sweep``.
 
     Returns the report of the result, whose ``setting_choice`` has every setting that was scored. Raises InputError for
     bad input, before anything is scored; RunError if the run fails or no setting keeps the bound (the scores are kept,

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_inputs_stay
 from perta_fast.files.journal import JOB, JOURNAL
@@ -12,6 +14,7 @@ from perta_fast.progress import Progress
 from perta_fast.records.report import Report, truncation_warnings
 from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
+from perta_fast.runs.check import Checking, finish_resumed
 from perta_fast.runs.precondition import given_files
 from perta_fast.runs.settings import Settings, check_others
 from perta_fast.subtraction.in_place import check_in_place, resume_in_place
@@ -52,26 +55,34 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
     settings = sweep.settings | {"sweep": request.out, "sweep_started": sweep.started, "select": sweep.select}
     settings |= {"at": opened.place(curve.name)}
     made = None if curve.mu is None else vectors.record(curve.mu)
+    given = rule.estimator in opened.given
+    checking = None if given else _checking(opened)
     if _is_written(destination, rule, curve.mu, settings):
+        if checking is not None:
+            checking.finish(Report.load(destination))
         return
+    if checking is not None:
+        checking.before()
     described = None
     if made is not None:
-        given = given_files(Path(request.tuned), Path(request.base), 1, opened.progress)
-        described = replace(made.in_report(), files=given)
+        files = given_files(Path(request.tuned), Path(request.base), 1, opened.progress)
+        described = replace(made.in_report(), files=files)
 
     def annotate(report: Report) -> None:
         report.data, report.settings, report.preconditioned = sweep.data, settings, described
         report.setting_choice = recorded_choice(request, sweep)
-        if rule.estimator not in opened.given:
+        if not given:
             report.recipe = chosen_recipe(request, sweep)
         warnings = truncation_warnings(sweep.data) + ([] if made is None else made.warnings) + sweep.warnings()
         for warning in dict.fromkeys(warnings):
             report.warn(warning)
+        if checking is not None:
+            checking.annotate(report)
 
     tuned = None if curve.mu is None else vectors.of(curve.mu)
-    estimated = rule.estimator is not None and rule.estimator not in opened.given and request.save_importance is None
+    estimated = rule.estimator is not None and not given and request.save_importance is None
     made_for_now = tuned is not None and request.save_tuned is None
-    apply_sources(
+    report = apply_sources(
         open_sources(request, checkpoints_of(rule, importances), tuned),
         rule,
         Settings(
@@ -87,6 +98,16 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
         temporary=estimated or made_for_now,  # removed with the sweep's record
         ranks=opened.ranks,
     )
+    if checking is not None:
+        checking.finish(report)
+
+
+def _checking(opened: OpenedSweep) -> Checking | None:
+    """The check of the result, if it was asked for."""
+    request = opened.request
+    changed = {"out": request.checkpoint, "dtype": opened.asked_type, "progress": opened.progress}
+    rows = {role: file.rows for role, file in opened.data.items()}
+    return Checking.of(SimpleNamespace(**vars(request) | changed), rows, opened.day, opened.ranks)
 
 
 def has_changed(begun: Begun) -> bool:
@@ -103,10 +124,10 @@ def has_changed(begun: Begun) -> bool:
 
 
 def finish_in_place(begun: Begun, progress: Progress) -> None:
-    """Finish what ``has_changed`` has found. Raises InputError if an input is not what it was."""
+    """Finish what ``has_changed`` has found, and its check. Raises InputError if an input is not what it was."""
     model = begun.request.result
-    if is_open(model):
-        resume_in_place(model, progress)
+    report = resume_in_place(model, progress) if is_open(model) else Report.load(model)
+    finish_resumed(report, progress, Ranks.ALONE)
 
 
 def _is_written(destination: Path, rule: Rule, mu: float | None, settings: dict[str, Any]) -> bool:

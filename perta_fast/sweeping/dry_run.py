@@ -26,7 +26,7 @@ def preview_sweep(arguments: Mapping[str, Any], conditions: "Conditions", world:
     removed; nothing else is.
     """
     request = Request.of(arguments)
-    request.check()
+    request.check_arguments()
     opened = OpenedSweep.open(request.located(arguments["download"]), False, today())
     _check_places(opened)
     # Imported late: what is wrong so far was said without waiting for torch.

@@ -80,7 +80,7 @@ class OpenedSweep:
         given_rows: Given = NOTHING_GIVEN,
     ) -> "OpenedSweep":
         """Raises InputError for bad arguments and bad inputs, before a model is loaded."""
-        request.check()
+        request.check_arguments()
         curves = request.curves()
         sources, given = open_sources(request), _open_given(request, curves)
         if PRECONDITIONED in request.rules:

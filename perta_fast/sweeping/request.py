@@ -85,6 +85,7 @@ class Request:
     save_as: str | None = None
     importance_dtype: str | None = None
     save_tuned: str | None = None
+    check: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Request":
@@ -187,7 +188,7 @@ class Request:
         """The curves of settings that are asked for. Raises InputError for settings that are not possible."""
         return curves_of(self.rules, self.ps, self.alphas, self.threshold, self.mus)
 
-    def check(self) -> None:
+    def check_arguments(self) -> None:
         """Raise InputError for what is wrong with the arguments themselves."""
         self.curves()
         check_metric(self.metric)
@@ -240,6 +241,8 @@ class Request:
         name = "in_place" if self.in_place else "checkpoint"
         if self.makes_result and (self.criterion is None or self.out is None):
             raise InputError(f"‹{name}› needs ‹select›, which chooses what is written, and ‹out›, the sweep's record")
+        if self.check and not self.makes_result:
+            raise InputError("‹check› is of a result; give ‹checkpoint› or ‹in_place› too, or leave it out")
 
     def _check_streamed(self) -> None:
         for name in ("memory", "device_memory"):

@@ -82,6 +82,7 @@ def sweep(
     save_as: Literal["pair", "ratio"] | None = None,
     importance_dtype: Literal["float32", "bfloat16"] | None = None,
     save_tuned: PathLike | None = None,
+    check: bool = False,
     out: PathLike | None = None,
     overwrite: bool = False,
     common_rows: bool = False,
@@ -120,7 +121,8 @@ def sweep(
     also: further data files, which are scored too and choose nothing; in ``scores`` of a setting, under their names.
     holdout: one more, never trained on; with ``stream``, scores have the forget set's membership scores against it.
     checkpoint: directory to make of the chosen setting, as ``apply`` does; needs ``out``. in_place: change ``model``
-    into it instead, where it lies. leave_others: as in ``apply``.
+    into it instead, where it lies. leave_others: as in ``apply``. check: as in ``unlearn``, for the
+    report of that checkpoint; there is none if the importances of its rule were given.
     save_importance, save_as, importance_dtype: keep what is estimated, as ``unlearn`` does; of several estimators, each
     in a directory of its name in there. save_tuned: the same for the θ_f of rule ``preconditioned``; several have
     directories such as ``mu-10.0``. Settings are scored with what is kept, so ``apply`` makes the same bits of it.
@@ -145,7 +147,7 @@ def sweep(
     with ranks.together("the arguments"):
         arguments, given = taken_out(arguments, ("forget", "retain", "holdout"))
         request = Request.of(arguments)
-        request.check()
+        request.check_arguments()
         request = request.located(download)
     return _run(request, progress, resumed=False, ranks=ranks, given=given)
 
