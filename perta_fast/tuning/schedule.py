@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-_BATCHES = ((64, 4), (256, 8))  # up to so many rows, so many in a step
+_BATCHES = ((512, 4), (2048, 8))  # up to so many rows, so many in a step
 _LARGEST = 16
 LEARNT = 0.1  # nats: below it the mean loss of the rows should be
 

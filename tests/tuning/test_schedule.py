@@ -21,9 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (10, True, 4, 10),
         (40, False, 4, 10),
         (40, True, 4, 8),
-        (100, False, 8, 10),
-        (400, False, 16, 10),
-        (400, True, 16, 8),
+        (100, False, 4, 10),
+        (400, False, 4, 10),
+        (400, True, 4, 8),
+        (1000, False, 8, 10),
+        (4000, False, 16, 10),
     ],
 )
 def test_what_follows_from_the_rows(rows: int, full: bool, batch_size: int, epochs: int) -> None:
