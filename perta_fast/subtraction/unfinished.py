@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import RUN_STATE, partial_path
+from perta_fast.files.new_directory import RUN_STATE, has_record, partial_path
 from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.parts import begun_shards
 
@@ -24,4 +24,4 @@ def begun_job(final: Path) -> Job:
 
 def may_replace(final: Path, overwrite: bool) -> bool:
     """``overwrite``, or what the unfinished run to ``final`` was told when it began."""
-    return overwrite or (has_begun(final) and begun_job(final).overwrite)
+    return overwrite or (has_record(final, STATE) and has_begun(final) and begun_job(final).overwrite)
