@@ -36,17 +36,17 @@ def run_sections(path: Path, *, overwrite: bool, quiet: bool) -> int:
 def _do(section: Section, planned: Plan, record: RecipeRecord, overwrite: bool, quiet: bool) -> None:
     """Run one section. Raises its error, which names the section too.
 
-    overwrite: what was begun is made again if it cannot go on.
+    overwrite: other files may be replaced, and what was begun is made again if it cannot go on.
     """
     before = planned.known.before if planned.way is Way.FURTHER and planned.known else section.state()
     record.keep(section.name, Made(section.told(), planned.inputs(), before))
     try:
-        outcome = _outcome(section, planned.way, quiet)
+        outcome = _outcome(section, planned.way, overwrite, quiet)
     except InputError:
         half_changed = section.in_place and section.result_is_unfinished()
         if planned.way is not Way.FURTHER or half_changed or not overwrite:
             raise
-        outcome = _outcome(section, Way.OVER, quiet)
+        outcome = _outcome(section, Way.OVER, overwrite, quiet)
     if planned.way is Way.FURTHER and (other := section.differs_in()) is not None:
         raise InputError(
             f"{section.where}: {section.result}: was begun by another command with another value of {other}"
@@ -56,10 +56,10 @@ def _do(section: Section, planned: Plan, record: RecipeRecord, overwrite: bool, 
     gc.collect()  # the next section needs the memory
 
 
-def _outcome(section: Section, way: Way, quiet: bool) -> Outcome | None:
+def _outcome(section: Section, way: Way, overwrite: bool, quiet: bool) -> Outcome | None:
     """Run the command of a section, or ``perta resume``; None if there is nothing to print."""
     more = ["--quiet"] if quiet else []
-    more += ["--overwrite"] if way is Way.OVER else []
+    more += ["--overwrite"] if way is Way.OVER or (way is Way.ANEW and overwrite) else []
     parsed = section.parsed(*more)
     if way is Way.FURTHER and _is_resumed(section):
         more = ["--quiet"] if parsed.quiet else []

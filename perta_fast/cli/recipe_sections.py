@@ -33,6 +33,7 @@ _DATA = ("forget", "retain", "holdout", "also", "prompts")
 _CHECKPOINTS = ("model", "base", "tuned", "gold", "reference-model", "against")
 _NO_DIFFERENCE = ("out", "overwrite", "quiet", "download")  # to what a section makes
 
+_BESIDE = ("save-importance", "save-tuned", "checkpoint")  # directories that are made as a whole
 # Of which a record may say what was made of them.
 _ELSEWHERE = frozenset({"batch-size", "max-length", "threads"})
 
@@ -138,8 +139,9 @@ class Section:
         return None
 
     def leftover(self) -> Path | None:
-        """Something that it would make beside the result, and that is there already."""
-        beside = [path for path in self.made() if path != self.result and path not in self.changed]
+        """A directory that it would make beside the result, and that is there already."""
+        beside = [path for key in _BESIDE for path in self._paths(key)]
+        beside += [record_beside(self.result)] if self.chooses else []
         return next((path for path in beside if _is_occupied(path)), None)
 
     def made(self) -> list[Path]:

@@ -140,10 +140,16 @@ def test_what_is_done_is_left_as_it_is(done: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_is_missing_is_made(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other files of its section are replaced only if asked."""
     (done / "page.html").unlink()
     assert run("recipe", "run", done / "run.yaml") == 0
     assert ways(capsys)["report"] == "is made"
     assert (done / "page.html").exists()
+    path = change(done, "  out: page.html", "  png: plots\n  out: page.html")
+    assert run("recipe", "run", path, "--overwrite") == 0
+    (done / "page.html").unlink()
+    assert run("recipe", "run", path) == 2
+    assert run("recipe", "run", path, "--overwrite") == 0
 
 
 def stop(*_: Any, **__: Any) -> None:

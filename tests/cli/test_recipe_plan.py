@@ -51,3 +51,19 @@ def test_what_is_changed_in_place_meanwhile_is_left_out(tmp_path: Path) -> None:
     other(tmp_path / "model" / "config.json")
     section = Section("unlearn", COMMANDS["unlearn"], {"model": Setting("model", "")}, tmp_path / "run.yaml")
     assert states(section, [tmp_path / "model"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "refused"),
+    [
+        ("unlearn", "save-importance", True),
+        ("sweep", "checkpoint", True),
+        ("eval", "open-unlearning-dir", False),  # to which files are added
+        ("report", "png", False),
+    ],
+)
+def test_only_what_is_made_as_a_whole_is_in_the_way(name: str, key: str, refused: bool, tmp_path: Path) -> None:
+    other(tmp_path / "place" / "file")
+    settings = {key: Setting("place", ""), "out": Setting("out", "")}
+    section = Section(name, COMMANDS[name], settings, tmp_path / "run.yaml")
+    assert section.leftover() == (tmp_path / "place" if refused else None)
