@@ -22,9 +22,10 @@ from perta_fast.models import loading
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.records.check import Check, CheckedData, Measured
 from perta_fast.runs import check as checking
-from perta_fast.runs.check import PHASE, ROWS, Rows
+from perta_fast.runs.check import PHASE, ROWS
 from perta_fast.subtraction import in_place, to_directory
 from perta_fast.tuning.run import FILE_NAME
+from tests.support.checked_runs import stop_in_the_check, watch_loads
 from tests.support.models import FORGET, RETAIN, Job, llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -321,18 +322,7 @@ def test_memory_that_is_too_small(job: Job, tmp_path: Path, monkeypatch: pytest.
 
 def test_one_model_at_a_time(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is loaded for the check, the model before it has gone."""
-    import weakref
-
-    alive: list[Any] = []
-    load = loading.load_subject
-
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        assert not [module for module in alive if module() is not None]
-        subject = load(*arguments, **settings)
-        alive.append(weakref.ref(subject.module))
-        return subject
-
-    monkeypatch.setattr(loading, "load_subject", watched)
+    alive = watch_loads(monkeypatch)
     for at, count in (("base", 3), ("model", 3)):
         alive.clear()
         run(job, tmp_path / at, at=at)
@@ -355,14 +345,7 @@ class Stop(Exception):
 
 
 def test_interrupted_in_the_check(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = Rows.measure
-
-    def stopped(self: Rows, subject: Any, role: str, when: str, most: int | None = None) -> Any:
-        if when == "after":
-            raise KeyboardInterrupt
-        return measure(self, subject, role, when, most)
-
-    monkeypatch.setattr(Rows, "measure", stopped)
+    stop_in_the_check(monkeypatch)
     with pytest.raises(Interrupted, match="is complete, and only the check") as caught:
         run(job, tmp_path / "out")
     assert "perta eval --model" in str(caught.value)

@@ -1,7 +1,6 @@
 """The result of a choice is checked as that of a run with one setting, also if it was stopped."""
 
 import shlex
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ import pytest
 import torch
 
 from perta_fast import InputError, Interrupted, Report, choose, cli, resume, sweep, verify
-from perta_fast.models import loading
 from perta_fast.records.check import Check
 from perta_fast.runs.check import PHASE, Rows
 from perta_fast.subtraction import in_place, to_directory
 from perta_fast.sweeping import run as sweeping_run
+from tests.support.checked_runs import stop_in_the_check, watch_loads
 from tests.support.models import FORGET, RETAIN, Job, write_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,32 +85,12 @@ def test_a_sweep_is_checked_if_it_is_asked_to_be(job: Job, tmp_path: Path) -> No
 
 
 def test_one_model_at_a_time(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[Any] = []
-    load = loading.load_subject
-
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        assert not [module for module in alive if module() is not None]
-        subject = load(*arguments, **settings)
-        alive.append(weakref.ref(subject.module))
-        return subject
-
-    monkeypatch.setattr(loading, "load_subject", watched)
+    alive = watch_loads(monkeypatch)
     run(job, tmp_path / "out")
     assert len(alive) >= 4
 
 
 # What was stopped.
-
-
-def stopped_in_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = Rows.measure
-
-    def stopping(self: Rows, subject: Any, role: str, when: str, most: int | None = None) -> Any:
-        if when == "after":
-            raise KeyboardInterrupt
-        return measure(self, subject, role, when, most)
-
-    monkeypatch.setattr(Rows, "measure", stopping)
 
 
 def stopped_at(owner: Any, name: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -126,7 +105,7 @@ STOPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "before the check": stopped_at(Rows, "measure"),
     "as the result is made": stopped_at(to_directory, "describe_output"),
     "as the model is changed": stopped_at(in_place, "describe_output"),
-    "in the check": stopped_in_the_check,
+    "in the check": stop_in_the_check,
 }
 
 
@@ -180,7 +159,7 @@ def test_rows_given_in_python_are_there_for_the_same_call(
 ) -> None:
     given: dict[str, Any] = {"forget": FORGET, "retain": RETAIN}
     with monkeypatch.context() as patched:
-        stopped_in_the_check(patched)
+        stop_in_the_check(patched)
         with pytest.raises(Interrupted):
             run(job, tmp_path / "out", **given)
     assert checked(run(job, tmp_path / "out", **given)).is_whole
