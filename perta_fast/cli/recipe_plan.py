@@ -99,11 +99,14 @@ def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way
         return Way.FURTHER, ""
     if known.result is None and state == known.before:  # it was to be replaced, and has not been
         return Way.OVER, ""
-    if known.result not in (None, state):
+    if known.result == state:
+        return Way.NOT_AT_ALL, ""
+    if known.result is not None:
         return Way.OVER, f"{result}: is no longer what this recipe has made"
-    if known.result is None and (other := section.differs_in()) is not None:
+    # A run may have ended just before this was written down, or failed, or another command was here.
+    if (other := section.differs_in()) is not None:
         return Way.OVER, f"{result}: is there, made by another command with another value of {other}"
-    if known.result is None and section.has_no_choice():
+    if section.has_no_choice():
         return Way.OVER, f"{result}: is there, and has no setting that could be taken"
     return Way.NOT_AT_ALL, ""
 

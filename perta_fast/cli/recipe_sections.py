@@ -32,10 +32,8 @@ OUTPUTS = {option.key for command in COMMANDS.values() for option in command.opt
 _DATA = ("forget", "retain", "holdout", "also", "prompts")
 _CHECKPOINTS = ("model", "base", "tuned", "gold", "reference-model", "against")
 _NO_DIFFERENCE = ("out", "overwrite", "quiet", "download")  # to what a section makes
-
 _BESIDE = ("save-importance", "save-tuned", "checkpoint")  # directories that are made as a whole
-# Of which a record may say what was made of them.
-_ELSEWHERE = frozenset({"batch-size", "max-length", "threads"})
+_RESOLVED = frozenset({"batch-size", "max-length", "threads"})  # a record may have the value that was used instead
 
 Value = str | bool | list[str]
 
@@ -128,7 +126,7 @@ class Section:
     def differs_in(self) -> str | None:
         """The key of a setting of which the record of the result says another value; None if it says none."""
         noted, parsed = settings_of_result(self.result), vars(self.parsed())
-        for key in self.told().keys() - _ELSEWHERE:
+        for key in self.told().keys() - _RESOLVED:
             value, found = parsed.get(key.replace("-", "_")), noted.get(key.replace("-", "_"))
             if isinstance(value, Path) and isinstance(found, str) and exists(value):
                 value, found = os.path.realpath(value), os.path.realpath(found)
