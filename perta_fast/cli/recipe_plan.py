@@ -9,7 +9,16 @@ from typing import Any
 
 from perta_fast.checkpoints.companions import TEMPLATES
 from perta_fast.checkpoints.fingerprint import state_of_input
-from perta_fast.cli.recipe_sections import Section
+from perta_fast.cli.recipe_results import (
+    differs_in,
+    has_no_choice,
+    is_begun,
+    is_half_made,
+    is_there,
+    leftover,
+    state_of,
+)
+from perta_fast.cli.recipe_section import Section
 from perta_fast.data.formats import data_files
 from perta_fast.errors import InputError, shell_command
 from perta_fast.files.identity import is_same, lies_in
@@ -69,8 +78,8 @@ def plan(sections: Sequence[Section], made: Mapping[str, Made], *, overwrite: bo
 
 def _check_replaceable(section: Section, known: Made | None, refusal: str, overwrite: bool) -> None:
     """Raise InputError unless what is there may be made again. A model that was changed where it lies never may."""
-    begun = section.result_is_unfinished()
-    if section.in_place and (begun or (known is not None and section.state() != known.before)):
+    begun = is_half_made(section)
+    if section.in_place and (begun or (known is not None and state_of(section) != known.before)):
         finishing = f"finish that with: {shell_command('perta', 'resume', section.result)}, or " if begun else ""
         raise InputError(
             f"{section.where}: {refusal}; it would be changed a second time: {finishing}put a copy of the model as it "
@@ -82,10 +91,10 @@ def _check_replaceable(section: Section, known: Made | None, refusal: str, overw
 
 def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way, str]:
     """How a section is done, and what speaks against it. changed: the key of an input that is another one now."""
-    result, there, unfinished, state = section.result, section.is_there(), section.is_unfinished(), section.state()
+    result, there, unfinished, state = section.result, is_there(section), is_begun(section), state_of(section)
     begun = unfinished or (there and not (section.in_place and (known is None or state == known.before)))
     if not begun:
-        left = section.leftover()
+        left = leftover(section)
         return (Way.ANEW, "") if left is None else (Way.OVER, f"{left}: is there already")
     if known is None or (state is None and not unfinished):
         how = "is there, and not made by this recipe" if there and not unfinished else "was begun by another command"
@@ -104,9 +113,9 @@ def _way(section: Section, known: Made | None, changed: str | None) -> tuple[Way
     if known.result is not None:
         return Way.OVER, f"{result}: is no longer what this recipe has made"
     # A run may have ended just before this was written down, or failed, or another command was here.
-    if (other := section.differs_in()) is not None:
+    if (other := differs_in(section)) is not None:
         return Way.OVER, f"{result}: is there, made by another command with another value of {other}"
-    if section.has_no_choice():
+    if has_no_choice(section):
         return Way.OVER, f"{result}: is there, and has no setting that could be taken"
     return Way.NOT_AT_ALL, ""
 

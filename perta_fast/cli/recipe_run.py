@@ -8,7 +8,9 @@ from perta_fast.cli import resume, sweep, unlearn
 from perta_fast.cli.options import Outcome
 from perta_fast.cli.parser import parser_of
 from perta_fast.cli.recipe_plan import Plan, Way, plan
-from perta_fast.cli.recipe_sections import Section, check_inputs, sections_of
+from perta_fast.cli.recipe_results import differs_in, is_half_made, is_there, state_of
+from perta_fast.cli.recipe_section import Section
+from perta_fast.cli.recipe_sections import check_inputs, sections_of
 from perta_fast.errors import InputError, PertaError, printable
 from perta_fast.files.new_directory import SWEEP_STATE, has_record
 from perta_fast.records.recipe import read_recipe
@@ -38,16 +40,16 @@ def _do(section: Section, planned: Plan, record: RecipeRecord, overwrite: bool, 
 
     overwrite: other files may be replaced, and what was begun is made again if it cannot go on.
     """
-    before = planned.known.before if planned.way is Way.FURTHER and planned.known else section.state()
+    before = planned.known.before if planned.way is Way.FURTHER and planned.known else state_of(section)
     record.keep(section.name, Made(section.told(), planned.inputs(), before))
     try:
         outcome = _outcome(section, planned.way, overwrite, quiet)
     except InputError:
-        half_changed = section.in_place and section.result_is_unfinished()
+        half_changed = section.in_place and is_half_made(section)
         if planned.way is not Way.FURTHER or half_changed or not overwrite:
             raise
         outcome = _outcome(section, Way.OVER, overwrite, quiet)
-    if planned.way is Way.FURTHER and (other := section.differs_in()) is not None:
+    if planned.way is Way.FURTHER and (other := differs_in(section)) is not None:
         raise InputError(
             f"{section.where}: {section.result}: was begun by another command with another value of {other}"
         )
@@ -77,4 +79,4 @@ def _is_resumed(section: Section) -> bool:
     if section.command is sweep.COMMAND and has_record(section.result, SWEEP_STATE):
         return False  # with a model to change in place, perta resume would not
     by_itself = section.command is not unlearn.COMMAND or section.chooses
-    return is_unfinished(section.result) and (not by_itself or section.is_there())
+    return is_unfinished(section.result) and (not by_itself or is_there(section))

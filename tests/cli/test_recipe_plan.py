@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from perta_fast.cli.recipe_plan import states
-from perta_fast.cli.recipe_sections import COMMANDS, Section
+from perta_fast.cli.recipe_results import leftover
+from perta_fast.cli.recipe_section import Section
+from perta_fast.cli.recipe_sections import COMMANDS
 from perta_fast.records.recipe import Setting
 
 
@@ -66,4 +68,4 @@ def test_only_what_is_made_as_a_whole_is_in_the_way(name: str, key: str, refused
     other(tmp_path / "place" / "file")
     settings = {key: Setting("place", ""), "out": Setting("out", "")}
     section = Section(name, COMMANDS[name], settings, tmp_path / "run.yaml")
-    assert section.leftover() == (tmp_path / "place" if refused else None)
+    assert leftover(section) == (tmp_path / "place" if refused else None)
