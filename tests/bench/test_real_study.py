@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.study.real import run, sentences, settings, sources
 from bench.study.real.afterwards import right_choices, strength_at
 from bench.study.real.compute import mean_loss
-from bench.study.real.curves import Measure, Point, crossing, most_forgotten, walked
+from bench.study.real.curves import Measure, Point, crossing, is_near, most_forgotten, reaching, walked
 from bench.study.real.data import Rows
 from bench.study.real.directions import Subtraction, set_, task_vector
 from bench.study.real.importances import Weighing, drawn, weights_by_name
@@ -217,6 +217,36 @@ def test_points_are_measured_close_to_each_limit() -> None:
         crossed = crossing(points, limit)
         assert crossed is not None and crossed.strength == pytest.approx((limit / 0.01) ** 0.5, rel=0.02)
         assert crossed.retain == pytest.approx(1 + limit)
+
+
+def test_a_point_lies_near_each_limit_of_a_curve_that_rises_late_and_fast() -> None:
+    def at(strength: float) -> Point:
+        return Point(strength, strength, 2 * strength, 1 + 1e-4 * strength**5)
+
+    points, limits = walked(at, (0.05, 0.1, 0.7), 100.0), (0.05, 0.1, 0.7)
+    for limit in limits:
+        assert is_near(points, limit) and min(abs(point.retain - 1 - limit) for point in points) < limit / 2
+    assert not is_near([at(0.0), at(1.0), at(8.0)], 0.05)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 5.0])
+def test_between_points_losses_rise_by_a_power_of_the_strength(power: float) -> None:
+    def at(strength: float) -> Point:
+        return Point(strength, 0.1 + strength, 2 + 3 * strength**0.5, 1 + 0.01 * strength**power)
+
+    points = [at(0.0), at(1.0), at(4.0)]
+    crossed, reached = crossing(points, 0.01 * 2**power), reaching(points, 2.1)
+    assert crossed is not None and reached is not None
+    for point in (crossed, reached):
+        assert astuple(point) == pytest.approx(astuple(at(2.0)))
+
+
+def test_between_points_lines_are_straight_where_nothing_has_risen_before() -> None:
+    points = [Point(0.0, 0.0, 2.0, 1.0), Point(2.0, 1.0, 1.5, 0.9), Point(4.0, 4.0, 3.0, 1.2)]
+    crossed, reached = crossing(points, 0.1), reaching(points, 0.5)
+    assert crossed is not None and astuple(crossed) == pytest.approx((2 + 4 / 3, 4 ** (math.log2(5 / 3)), 2.5, 1.1))
+    assert reached is not None and astuple(reached) == pytest.approx((1.0, 0.5, 1.75, 0.95))
+    assert reaching(points, 5.0) is None
 
 
 def test_a_curve_that_never_reaches_a_limit_or_breaks_ends() -> None:

@@ -40,10 +40,10 @@ def kfade(
     over tokens, where y is the gradient by the layer's output of a sample's mean token loss, times the root of its
     number of labels. a and g are √damping times the mean eigenvalues of A and G.
 
-    With labels that are drawn from the model, A ⊗ G is K-FAC's form of the Gauss-Newton matrix of the retain loss; with
-    the data's it is that of the empirical Fisher. All layers are scaled by one number, so that at strength 1 this
-    curvature predicts a rise of the retain loss by ``PREDICTED_RISE``, and c² times that at strength c. That is a
-    unit, no forecast: the true rise on SmolLM2 was hundreds of times as large. So the strength is to be searched.
+    The labels of ``retain`` are to be drawn from the model: then A ⊗ G is K-FAC's form of the Gauss-Newton matrix of
+    the retain loss; with the data's it is that of the empirical Fisher. All layers are scaled by one number, so that at
+    strength 1 this curvature predicts a rise of the retain loss by ``PREDICTED_RISE``, and c² times that at strength c.
+    That is a unit, no forecast: the true rise is much larger. So the strength is to be searched.
 
     losses: runs its samples as one batch, padded on the right. damping: 0.1 as usual for influence functions.
 

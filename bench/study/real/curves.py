@@ -20,6 +20,8 @@ _POINTS = "points.json"
 _START = 0.25
 _SHALLOW = 0.005  # rise of the retain loss up to which strengths grow fast
 _FAST, _SLOW = 4.0, 2.0
+_NEAR = 1.5  # factor of a limit within which a point is near
+_GUESSES = 5  # of the strength near a limit
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,21 @@ def walked(at: Callable[[float], Point], limits: Sequence[float], largest: float
             break
         strength *= _FAST if points[-1].at_most(_SHALLOW, points[0]) else _SLOW
     for limit in limits:
-        guess = crossing(points, limit)
-        if guess is not None:
+        for _ in range(_GUESSES):
+            guess = crossing(points, limit)
+            if guess is None or is_near(points, limit):
+                break
             points = sorted([*points, at(guess.strength)], key=lambda point: point.strength)
     return points
+
+
+def is_near(points: Sequence[Point], rise: float, loss: str = "retain") -> bool:
+    """Whether a point lies so near to where a loss has risen by ``rise`` that little is interpolated.
+
+    Also if it has never risen so far: then nothing is.
+    """
+    rises = [getattr(point, loss) - getattr(points[0], loss) for point in points]
+    return any(rise / _NEAR <= each <= rise * _NEAR for each in rises) or max(rises) < rise
 
 
 def crossing(points: Sequence[Point], limit: float) -> Point | None:
@@ -99,8 +112,38 @@ def crossing(points: Sequence[Point], limit: float) -> Point | None:
     start = points[0]
     for before, after in pairwise(points):
         if before.at_most(limit, start) and not after.at_most(limit, start):
-            return None if math.isnan(after.retain) else _between(before, after, start.retain + limit)
+            return None if math.isnan(after.retain) else _interpolated(start, before, after, "retain", limit)
     return None
+
+
+def reaching(points: Sequence[Point], forget: float) -> Point | None:
+    """Where the forget loss first is ``forget``, interpolated between two points; None if it is nowhere."""
+    for before, after in pairwise(points):
+        if before.forget < forget <= after.forget:
+            return _interpolated(points[0], before, after, "forget", forget - points[0].forget)
+    return None
+
+
+def _interpolated(start: Point, before: Point, after: Point, loss: str, rise: float) -> Point:
+    """Where a loss has risen by so much. Each loss rises by a power of the strength between the two points.
+
+    By a straight line if it has not risen at both.
+    """
+    first, last = (getattr(point, loss) - getattr(start, loss) for point in (before, after))
+    low, high = before.strength, after.strength
+    if min(low, first, rise) > 0:
+        strength = low * (high / low) ** (math.log(rise / first) / math.log(last / first))
+    else:
+        strength = low + (rise - first) / (last - first) * (high - low)
+
+    def at(name: str) -> float:
+        begin = getattr(start, name)
+        first, last = (getattr(point, name) - begin for point in (before, after))
+        if min(low, first, last) > 0:
+            return float(begin + first * (strength / low) ** (math.log(last / first) / math.log(high / low)))
+        return float(begin + first + (strength - low) / (high - low) * (last - first))
+
+    return Point(strength, at("forget"), at("reworded"), at("retain"))
 
 
 def most_forgotten(points: Sequence[Point], limit: float) -> Point:

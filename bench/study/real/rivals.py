@@ -9,9 +9,10 @@ from typing import Any
 
 from bench.study.real.closed_form import agreeing, kfade
 from bench.study.real.compute import Direction, fast_products, sample_losses
-from bench.study.real.curves import Measure, Point, most_forgotten, read_points, write_points
+from bench.study.real.curves import Measure, Point, most_forgotten, reaching, read_points, write_points
 from bench.study.real.data import spread
 from bench.study.real.directions import task_vector
+from bench.study.real.importances import drawn
 from bench.study.real.models import FULL_TUNING, ITSELF, LORA, Models, load_model
 from bench.study.real.parts import EVERYTHING, LINEAR, limited, shape_of
 from bench.study.real.training_rivals import descend
@@ -30,12 +31,13 @@ class KFade:
 
     def made_of(self, models: Models) -> dict[str, Any]:
         """What the direction depends on, beside theta_full."""
-        return {"rows": models.rows.digest, "what": self.name}
+        return {"rows": models.rows.digest, "what": self.name, "labels drawn by": models.seed}
 
     def direction(self, models: Models) -> Direction:
         """See ``closed_form.kfade``."""
         forget, retain = (models.samples(rows) for rows in (models.rows.forget, models.rows.retain))
-        return kfade(load_model(models.full()), forget, retain, sample_losses)
+        module = load_model(models.full())
+        return kfade(module, forget, drawn(module, retain, models.seed), sample_losses)
 
 
 @dataclass(frozen=True)
@@ -181,3 +183,11 @@ def best_trained(models: Models, method: str, limit: float) -> Point:
     """Where most is forgotten while the retain loss has risen by at most ``limit``: the best rate and step."""
     curves = [trained(models, method, rate) for rate in rates(models, method)]
     return max((most_forgotten(points, limit) for points in curves), key=lambda point: point.forget)
+
+
+def trained_reaching(models: Models, method: str, forget: float) -> Point | None:
+    """The smallest retain loss where the forget loss has reached ``forget``, of all rates; None if it never has."""
+    curves = [trained(models, method, rate) for rate in rates(models, method)]
+    reached = [point for points in curves for point in points if point.forget >= forget]
+    reached += [point for points in curves if (point := reaching(points, forget)) is not None]
+    return min(reached, key=lambda point: point.retain, default=None)

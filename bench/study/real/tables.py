@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.study.markdown import HEAD, MISSING, Thunk, cell, head, line, write_between
+from bench.study.markdown import HEAD, MISSING, Thunk, cell, head, line, made, over, write_between
 from bench.study.real.afterwards import after_names, after_of
-from bench.study.real.curves import Point, crossing, curve, landmark, landmarks
+from bench.study.real.curves import GOLD, Point, crossing, curve, is_near, landmark, landmarks, reaching
 from bench.study.real.directions import Method
 from bench.study.real.importances import Weighing
 from bench.study.real.methods import (
@@ -23,8 +24,8 @@ from bench.study.real.methods import (
     part_methods,
 )
 from bench.study.real.models import Models
-from bench.study.real.parts import EVERYTHING, LINEAR
-from bench.study.real.rivals import STEPS, best_trained
+from bench.study.real.parts import EVERYTHING, LINEAR, ONLY_FORGET
+from bench.study.real.rivals import STEPS, best_trained, rates, trained, trained_reaching
 from bench.study.real.settings import SIZES, SMALL
 from bench.study.real.shares import GROUPS, shares
 from bench.study.real.sources import SOURCES
@@ -42,7 +43,15 @@ _AFTER = (
     "other sentences",
     "general text",
 )
+_FAR = "≈ "  # before a number that is interpolated between points far from it
 Trials = Sequence[Models]
+
+
+class Found(NamedTuple):
+    """A point of a curve. near: whether little is interpolated."""
+
+    point: Point
+    near: bool
 
 
 def write(page: Path, trials: Trials) -> None:
@@ -78,6 +87,7 @@ def _of_model(trials: Trials) -> dict[str, Iterator[str]]:
     untied = trials[0].untied
     both = {
         "before": _landmarks(trials),
+        **({} if untied else {"as much forgotten as by gold": _at_gold(trials)}),
         "rules": _at_limits(main_methods(), trials),
         "where w is large": _shares(trials),
         "parts of the model": _at_limits(part_methods(untied), trials),
@@ -111,20 +121,63 @@ def _at_limits(methods: Sequence[Method], trials: Trials) -> Iterator[str]:
 def _rivals(trials: Trials) -> Iterator[str]:
     yield from _at_limits(STEPS, trials)
     for method in METHODS:
-        yield line([method, *_cells(best_trained, method, trials)])
+        yield line([method, *_cells(_best_trained, method, trials)])
 
 
-def _cells(point: Callable[[Models, Any, float], Point], method: Any, trials: Trials) -> Iterator[str]:
+def _cells(found: Callable[[Models, Any, float], Found], method: Any, trials: Trials) -> Iterator[str]:
     for limit in trials[0].settings.limits:
-        thunks: list[Thunk] = [partial(point, models, method, limit) for models in trials]
-        yield cell(thunks, attrgetter("forget"), "{:.2f}")
-        yield cell(thunks, attrgetter("reworded"), "{:.2f}")
+        thunks: list[Thunk] = [partial(found, models, method, limit) for models in trials]
+        yield from (_marked(thunks, of) for of in ("forget", "reworded"))
 
 
-def _crossed(models: Models, method: Method, limit: float) -> Point:
+def _marked(thunks: Sequence[Thunk], of: str) -> str:
+    """The cell of one loss of what is found, marked if a seed's lies far from all points."""
+    mark = "" if all(found.near for found in made(thunks)) else _FAR
+    return mark + cell(thunks, attrgetter(f"point.{of}"), "{:.2f}")
+
+
+def _crossed(models: Models, method: Method, limit: float) -> Found:
     """The point at the limit; the last one if the method never gets there."""
     points = curve(models, method)
-    return crossing(points, limit) or points[-1]
+    return Found(crossing(points, limit) or points[-1], is_near(points, limit))
+
+
+def _best_trained(models: Models, method: str, limit: float) -> Found:
+    return Found(best_trained(models, method, limit), True)
+
+
+def _at_gold(trials: Trials) -> Iterator[str]:
+    """What a method costs where its forget loss is gold's, of those that get there."""
+    yield from head(["", "retain loss, risen by", "reworded"])
+    subtractions = [*main_methods(), *(each for each in part_methods(False) if ONLY_FORGET in each.name)]
+    for method in [*subtractions, *other_tuned_methods(), *STEPS, *METHODS]:
+        yield line([method if isinstance(method, str) else method.name, *_gold_cells(method, trials)])
+
+
+def _gold_cells(method: Method | str, trials: Trials) -> list[str]:
+    found: list[Found | None] = made(partial(_as_gold, models, method) for models in trials)
+    reached = [each for each in found if each is not None]
+    if len(reached) < len(found):
+        return [f"reached by {len(reached)} of {len(found)}", ""]
+    if not found:
+        return [MISSING, MISSING]
+    mark = "" if all(each.near for each in reached) else _FAR
+    seeds = "" if len(found) == len(trials) else f" ({len(found)} of {len(trials)})"
+    numbers = [each.point.retain for each in reached], [each.point.reworded for each in reached]
+    return [mark + over(of, form) + seeds for of, form in zip(numbers, ("{:.3f}", "{:.2f}"), strict=True)]
+
+
+def _as_gold(models: Models, method: Method | str) -> Found | None:
+    """Where the forget loss is gold's; ``retain`` is by how much the retain loss has risen. None if it never is."""
+    forget = landmark(models, GOLD).forget
+    if isinstance(method, str):
+        start, near = trained(models, method, rates(models, method)[0])[0], True
+        point = trained_reaching(models, method, forget)
+    else:
+        points = curve(models, method)
+        start, near = points[0], is_near(points, forget - points[0].forget, "forget")
+        point = reaching(points, forget)
+    return None if point is None else Found(replace(point, retain=point.retain - start.retain), near)
 
 
 def _alphas(trials: Trials) -> Iterator[str]:
@@ -135,7 +188,7 @@ def _alphas(trials: Trials) -> Iterator[str]:
             cells = []
             for alpha in ALPHAS:
                 thunks: list[Thunk] = [partial(_crossed, models, alpha_method(alpha, part), limit) for models in trials]
-                cells.append(cell(thunks, attrgetter("reworded"), "{:.2f}"))
+                cells.append(_marked(thunks, "reworded"))
             yield line([f"{part}, retain +{limit:.2g}", *cells])
 
 
