@@ -15,7 +15,7 @@ GROUPS = ("embedding", ONLY_FORGET, "attention", "MLP", "norms")
 
 
 def shares(models: Models, weighing: Weighing) -> Mapping[str, float]:
-    """The share of each group's parameters with w > 1/2."""
+    """The share of each group's parameters with w > 1/2. Importances are taken at theta_0, so all seeds have the same."""
 
     def make(folder: Path) -> None:
         w = weights_by_name(models, weighing)
@@ -37,6 +37,6 @@ def shares(models: Models, weighing: Weighing) -> Mapping[str, float]:
         "rows": models.rows.digest,
         "weighing": vars(weighing),
     }
-    name = f"{models.folder}/shares of {weighing.rule} α {weighing.alpha:g}"
+    name = f"{models.shared_folder}/shares of {weighing.rule} α {weighing.alpha:g}"
     found: Mapping[str, float] = read_json(models.store.piece(name, made_of, make) / _FILE)
     return found

@@ -193,10 +193,10 @@ def _alphas(trials: Trials) -> Iterator[str]:
 
 
 def _shares(trials: Trials) -> Iterator[str]:
-    """Percent of a group's parameters."""
+    """Percent of a group's parameters, which no seed changes."""
     yield from head(["w > 1/2, % of", *GROUPS])
     for weighing in SHARED:
-        thunks: list[Thunk] = [partial(_percent, models, weighing) for models in trials]
+        thunks: list[Thunk] = [partial(_percent, trials[0], weighing)]
         name = f"{weighing.rule} α {weighing.alpha:g}"
         yield line([name, *(cell(thunks, itemgetter(group), "{:.1f}") for group in GROUPS)])
 
