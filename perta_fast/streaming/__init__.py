@@ -1,1 +1,1 @@
-"""Importance of a model that does not fit in memory: one decoder layer at a time."""
+"""What a run does with a model that does not fit in memory: one decoder layer at a time."""
