@@ -23,7 +23,7 @@ from perta_fast.distributed.sharded import (
     summed_by_fsdp,
 )
 from perta_fast.errors import InputError, NotFiniteError, RunError
-from perta_fast.importance.per_sample import Plan, gradients_only_for, plan_for
+from perta_fast.importance.per_sample import Plan, embeddings_need_gradients, gradients_only_for, plan_for
 from perta_fast.importance.per_sample_modules import Target
 from perta_fast.models.held_tensors import check_dtype, check_in_memory
 from perta_fast.models.losses import per_sample_losses
@@ -110,6 +110,7 @@ def _accumulate_squares(
         with (
             ranks.together(description),
             OverlappedSum(ranks, others) as over_ranks,
+            embeddings_need_gradients(module),
             gradients_only_for(module, others),
             gradients_accumulated_into(module, others, squared=True, complete=over_ranks.complete),
         ):

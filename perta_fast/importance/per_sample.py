@@ -1,8 +1,8 @@
 """The exact per-sample Fisher of a whole model, from one backward pass for each batch.
 
 A small batch, the probe, is run through the model to see how each module is called. Each module with parameters gets
-the first ``ModuleFisher`` (``per_sample_modules``) that gives the same result as the module. Parameters without one
-take a backward pass for each sample.
+the first ``ModuleFisher`` (``per_sample_modules``) that gives the same result as the module. Parameters without one,
+and those that are also read elsewhere than in their module's own forward, take a backward pass for each sample.
 
 Shapes: N samples, T tokens of the longest of them.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from perta_fast.data.samples import Sample
@@ -42,6 +44,25 @@ def gradients_only_for(module: nn.Module, names: Collection[str]) -> Iterator[No
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def embeddings_need_gradients(module: nn.Module) -> Iterator[None]:
+    """Let the results of embeddings need a gradient when their weights do not any more.
+
+    A part that is checkpointed with ``use_reentrant`` gives its parameters gradients only if its input needs one.
+    """
+
+    def hook(_embedding: nn.Module, _arguments: Any, result: Any) -> Any:
+        return result + result.new_zeros(()).requires_grad_() if isinstance(result, Tensor) else result
+
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding) and part.weight.requires_grad]
+    handles = [embedding.register_forward_hook(hook) for embedding in embeddings]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -75,19 +96,22 @@ def plan_for(
     model: nn.Module, samples: Sequence[Sample], targets: Mapping[str, Target], run: Callable[..., Any] | None = None
 ) -> Plan:
     """Choose a ``ModuleFisher`` for each module with one of ``targets``. run: the part of ``model`` to call."""
-    names = {parameter: name for name, parameter in model.named_parameters() if name in targets}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters() if name in targets}
     uses: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in targets}
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter in names:
                 uses[names[parameter]].append((module, key))
     device = next(iter(names)).device
-    seen = _probe(run or model, device, samples, {module for using in uses.values() for module, _ in using})
+    holders = {parameter: {module for module, _ in uses[name]} for parameter, name in names.items()}
+    reads = _OutsideReads(holders)
+    seen = _probe(run or model, device, samples, set[nn.Module]().union(*holders.values()), reads)
+    read_outside = {names[parameter] for parameter in reads.found}
     fishers: dict[nn.Module, ModuleFisher] = {}
     plan = Plan()
     for name, using in uses.items():
         calls = [seen[module] for module, _ in using]
-        if not _can_be_combined(calls):
+        if name in read_outside or not _can_be_combined(calls):
             plan.one_by_one.append(name)
             continue
         for module, key in using:
@@ -133,6 +157,39 @@ class _Calls:
     kind: type[ModuleFisher] | None = None
 
 
+class _OutsideReads(TorchDispatchMode):
+    """Finds the parameters that an operation reads while no forward of a module that holds them runs.
+
+    Such are a weight that another module uses by hand, and one that a hook makes a weight of. A ``ModuleFisher`` sees
+    none of it. holders: the modules with each parameter.
+    """
+
+    def __init__(self, holders: Mapping[Tensor, set[nn.Module]]) -> None:
+        super().__init__()
+        self._holders = holders
+        self._running: list[nn.Module] = []
+        self.found: set[Tensor] = set()
+
+    def begin(self, module: nn.Module) -> None:
+        """The forward of ``module`` begins."""
+        self._running.append(module)
+
+    def end(self) -> None:
+        """The forward that began last has ended."""
+        self._running.pop()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: Any = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        if operation is not torch.ops.aten.detach.default:  # has no gradient
+            read = {leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)}
+            self.found |= {tensor for tensor in read if self._is_outside(tensor)}
+        return operation(*arguments, **(keywords or {}))
+
+    def _is_outside(self, tensor: Tensor) -> bool:
+        return tensor in self._holders and self._holders[tensor].isdisjoint(self._running)
+
+
 def probe_inputs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """The small batch of the probe: token ids (N, T), padded on the right, and lengths (N,)."""
     chosen = [samples[k % len(samples)] for k in range(PROBE_SAMPLES)]
@@ -142,14 +199,22 @@ def probe_inputs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 
 
 def _probe(
-    run: Callable[..., Any], device: torch.device, samples: Sequence[Sample], modules: set[nn.Module]
+    run: Callable[..., Any],
+    device: torch.device,
+    samples: Sequence[Sample],
+    modules: set[nn.Module],
+    reads: _OutsideReads,
 ) -> dict[nn.Module, _Calls]:
     """Run a small batch through the model; try on each module the kinds of ``ModuleFisher`` that may fit it."""
     ids, lengths = probe_inputs(samples)
     shape = BatchShape(PROBE_SAMPLES, PROBE_TOKENS, lengths)
     seen = {module: _Calls(kind=None if "forward" in module.__dict__ else LinearFisher) for module in modules}
 
-    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
+    def before(module: nn.Module, _arguments: Any) -> None:
+        reads.begin(module)
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
+        reads.end()  # what is tried below must not read the module's own parameters either
         calls = seen[module]
         calls.count += 1
         if calls.kind is None:
@@ -160,9 +225,11 @@ def _probe(
         elif calls.kind not in fitting:
             calls.kind = None
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    # The last hook before the forward and the first after it, so that the model's own hooks are outside of it.
+    handles = [module.register_forward_pre_hook(before) for module in modules]
+    handles += [module.register_forward_hook(after, with_kwargs=True, prepend=True) for module in modules]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), reads:
             run(
                 input_ids=ids.to(device),
                 attention_mask=(torch.arange(PROBE_TOKENS) < lengths[:, None]).long().to(device),
@@ -176,13 +243,15 @@ def _probe(
 
 def candidates(module: nn.Module) -> list[type[ModuleFisher]]:
     """The kinds to try on a module, the fastest first."""
-    if type(module) in (nn.Linear, Conv1D):
-        return [LinearFisher]
+    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+    if type(module) in (nn.Linear, Conv1D):  # pruned ones and the like make their weight of other parameters
+        return [LinearFisher] if {"weight"} <= own.keys() <= {"weight", "bias"} else []
     if isinstance(module, nn.Embedding):
-        return [EmbeddingFisher] if module.max_norm is None and not module.scale_grad_by_freq else []
+        plain = own.keys() == {"weight"} and module.max_norm is None and not module.scale_grad_by_freq
+        return [EmbeddingFisher] if plain else []
     if any(True for child in module.children() for _ in child.parameters()):
         return []
-    vectors = all(parameter.dim() == 1 for parameter in module._parameters.values() if parameter is not None)
+    vectors = all(parameter.dim() == 1 for parameter in own.values())
     return [ElementwiseFisher, LoopFisher] if vectors else [LoopFisher]
 
 

@@ -1,11 +1,14 @@
 """Per-sample Fisher from batches: against autograd one sample at a time, for models and for awkward modules."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import prune, weight_norm
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     DeepseekV3Config,
@@ -230,12 +233,13 @@ class Flat(Small):
 class Gated(nn.Module):
     """A scale on rows of any number."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 3) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.randn(3))
+        self.gain = nn.Parameter(torch.randn(width))
+        self.gains: list[Tensor] = []
 
     def forward(self, rows: Tensor) -> Tensor:
-        return rows * self.gain
+        return rows * (self.gains[0] if self.gains else self.gain)
 
 
 class RowsOfHeads(Small):
@@ -290,6 +294,96 @@ class CheckpointedTheOldWay(Checkpointed):
     reentrant = True
 
 
+class HeadByHand(Small):
+    """The embedding's weight as the head, without a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=functional.linear(self.embed(input_ids).cumsum(1), self.embed.weight))
+
+
+class UsedByHand(Small):
+    """A matrix and a scale that are used by their modules and by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.map(self.norm(hidden)).tanh() @ self.map.weight * self.norm.weight
+
+
+class UsedByHandInCheckpoint(UsedByHand):
+    """The same, in a part whose activations are computed again the old way."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        result = checkpoint(super().middle, hidden, use_reentrant=True)
+        assert isinstance(result, Tensor)
+        return result
+
+
+class UsedByHook(Small):
+    """A scale that a hook of its own module uses again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.norm.register_forward_hook(lambda _module, _arguments, result: result * self.norm.weight)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden)
+
+
+class CalledDirectly(Small):
+    """A linear map that is called a second time by its forward, which calls no hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(12, 12, bias=False)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.map.forward(self.map(hidden).tanh())
+
+
+class Listed(Small):
+    """A module that reads its vector from a list, where no copy can be put in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = Gated(12)
+        self.gated.gains = [self.gated.gain]
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.gated(hidden)
+
+
+class Made(Small):
+    """Weights that hooks make of other parameters: a pruned linear map, a pruned norm, a map in polar form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.norm = nn.Linear(12, 12, bias=False), nn.LayerNorm(12)
+        prune.random_unstructured(self.map, "weight", 0.3)
+        prune.random_unstructured(self.norm, "weight", 0.3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # there is a new way, and this one is still in use
+            self.polar = weight_norm(nn.Linear(12, 12, bias=False))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.polar(self.map(self.norm(hidden)).tanh())
+
+
+class PrunedEmbedding(Small):
+    """A table that a hook makes of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        prune.random_unstructured(self.embed, "weight", 0.3)
+
+
 @pytest.mark.parametrize(
     ("kind", "one_by_one"),
     [
@@ -306,6 +400,14 @@ class CheckpointedTheOldWay(Checkpointed):
         (SparseEmbedding, ()),
         (Checkpointed, ()),
         (CheckpointedTheOldWay, ()),
+        (HeadByHand, ("embed.weight",)),
+        (UsedByHand, ("map.weight", "norm.weight")),
+        (UsedByHandInCheckpoint, ("map.weight", "norm.weight")),
+        (UsedByHook, ("norm.weight",)),
+        (CalledDirectly, ("map.weight",)),
+        (Listed, ("gated.gain",)),
+        (Made, ("map.weight_orig", "norm.weight_orig", "polar.weight_g", "polar.weight_v")),
+        (PrunedEmbedding, ("embed.weight_orig",)),
     ],
 )
 def test_modules(kind: type[Small], one_by_one: tuple[str, ...]) -> None:
