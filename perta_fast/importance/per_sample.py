@@ -1,8 +1,9 @@
 """The exact per-sample Fisher of a whole model, from one backward pass for each batch.
 
-A small batch, the probe, is run through the model to see how each module is called. Each module with parameters gets
-the first ``ModuleFisher`` (``per_sample_modules``) that gives the same result as the module. Parameters without one,
-and those that are also read elsewhere than in their module's own forward, take a backward pass for each sample.
+Two small batches, the probes, are run through the model to see how each module is called. Each module with parameters
+gets the first ``ModuleFisher`` (``per_sample_modules``) that gives the same result as the module in every call.
+Parameters without one, and those that are also read elsewhere than in their module's own forward, take a backward pass
+for each sample.
 
 Shapes: N samples, T tokens of the longest of them.
 """
@@ -19,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from perta_fast.data.samples import Sample
+from perta_fast.importance.batch_shape import BatchShape
 from perta_fast.importance.per_sample_modules import (
-    BatchShape,
     ElementwiseFisher,
     EmbeddingFisher,
     LinearFisher,
@@ -29,8 +30,11 @@ from perta_fast.importance.per_sample_modules import (
     Target,
 )
 
-# Sizes of the probe: two different primes, so that a shape tells which dimension is which.
+# Sizes of the first probe: two different primes, so that a shape tells which dimension is which.
 PROBE_SAMPLES, PROBE_TOKENS = 5, 7
+# Of the second probe. A size of the model, or the number of tokens that an expert gets, may equal one of the first
+# probe's sizes, but hardly that of the second too.
+_SECOND_PROBE = 17, 2
 
 
 @contextmanager
@@ -105,7 +109,13 @@ def plan_for(
     device = next(iter(names)).device
     holders = {parameter: {module for module, _ in uses[name]} for parameter, name in names.items()}
     reads = _OutsideReads(holders)
-    seen = _probe(run or model, device, samples, set[nn.Module]().union(*holders.values()), reads)
+    holding = set[nn.Module]().union(*holders.values())
+    modules = {module: name for name, module in model.named_modules() if module in holding}
+    first, second = (
+        _probe(run or model, device, probe_inputs(samples, *sizes), modules, reads)
+        for sizes in ((PROBE_SAMPLES, PROBE_TOKENS), _SECOND_PROBE)
+    )
+    seen = {module: calls.and_of(second[module]) for module, calls in first.items()}
     read_outside = {names[parameter] for parameter in reads.found}
     fishers: dict[nn.Module, ModuleFisher] = {}
     plan = Plan()
@@ -115,9 +125,10 @@ def plan_for(
             plan.one_by_one.append(name)
             continue
         for module, key in using:
-            kind = seen[module].kind
-            assert kind is not None
-            fishers.setdefault(module, kind(module, {})).targets[key] = targets[name]
+            if module not in fishers:
+                kind, layout = seen[module].ways[0]
+                fishers[module] = kind(module, {}, layout, modules[module])
+            fishers[module].targets[key] = targets[name]
         _connect([fishers[module] for module, _ in using], sum(call.count for call in calls))
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else fishers.get(find_head())
@@ -129,9 +140,9 @@ def plan_for(
 
 def _can_be_combined(calls: Sequence["_Calls"]) -> bool:
     """Whether each sample's gradients of one parameter, from all its modules, can be summed before they are squared."""
-    kinds = [call.kind for call in calls]
-    if not calls or None in kinds or any(call.count == 0 for call in calls):
+    if not calls or any(call.count == 0 or not call.ways for call in calls):
         return False
+    kinds = [call.ways[0][0] for call in calls]
     count = sum(call.count for call in calls)
     tied = len(kinds) == count == 2 and set(kinds) == {EmbeddingFisher, LinearFisher}
     return count == 1 or kinds == [ElementwiseFisher] or set(kinds) == {LinearFisher} or tied
@@ -149,12 +160,25 @@ def _connect(fishers: Sequence[ModuleFisher], calls: int) -> None:
                 fisher.embedding = embedding
 
 
+_Way = tuple[type[ModuleFisher], Any]  # a kind, and one of its layouts
+
+
 @dataclass
 class _Calls:
-    """How often a module was called, and the ``ModuleFisher`` that gave the same result each time."""
+    """How often a probe called a module, and the ways that gave the same result each time, the fastest first."""
 
     count: int = 0
-    kind: type[ModuleFisher] | None = None
+    ways: list[_Way] = field(default_factory=list)
+
+    def add(self, ways: list[_Way]) -> None:
+        """One more call, for which these fit."""
+        self.ways = [way for way in self.ways if way in ways] if self.count else ways
+        self.count += 1
+
+    def and_of(self, other: "_Calls") -> "_Calls":
+        """Of two probes. A module that one of them does not reach counts as not called."""
+        count = max(self.count, other.count) if self.count and other.count else 0
+        return _Calls(count, [way for way in self.ways if way in other.ways])
 
 
 class _OutsideReads(TorchDispatchMode):
@@ -190,40 +214,36 @@ class _OutsideReads(TorchDispatchMode):
         return tensor in self._holders and self._holders[tensor].isdisjoint(self._running)
 
 
-def probe_inputs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """The small batch of the probe: token ids (N, T), padded on the right, and lengths (N,)."""
-    chosen = [samples[k % len(samples)] for k in range(PROBE_SAMPLES)]
-    tokens = [sample.input_ids[:PROBE_TOKENS] for sample in chosen]
-    padded = [(*ids, *[0] * (PROBE_TOKENS - len(ids))) for ids in tokens]
+def probe_inputs(
+    samples: Sequence[Sample], count: int = PROBE_SAMPLES, longest: int = PROBE_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """The small batch of a probe: token ids (N, T), padded on the right, and lengths (N,)."""
+    chosen = [samples[k % len(samples)] for k in range(count)]
+    tokens = [sample.input_ids[:longest] for sample in chosen]
+    padded = [(*ids, *[0] * (longest - len(ids))) for ids in tokens]
     return torch.tensor(padded), torch.tensor([len(ids) for ids in tokens])
 
 
 def _probe(
     run: Callable[..., Any],
     device: torch.device,
-    samples: Sequence[Sample],
-    modules: set[nn.Module],
+    inputs: tuple[Tensor, Tensor],
+    modules: Collection[nn.Module],
     reads: _OutsideReads,
 ) -> dict[nn.Module, _Calls]:
     """Run a small batch through the model; try on each module the kinds of ``ModuleFisher`` that may fit it."""
-    ids, lengths = probe_inputs(samples)
-    shape = BatchShape(PROBE_SAMPLES, PROBE_TOKENS, lengths)
-    seen = {module: _Calls(kind=None if "forward" in module.__dict__ else LinearFisher) for module in modules}
+    ids, lengths = inputs
+    shape = BatchShape(*ids.shape, lengths)
+    seen = {module: _Calls() for module in modules}
 
     def before(module: nn.Module, _arguments: Any) -> None:
         reads.begin(module)
 
     def after(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
         reads.end()  # what is tried below must not read the module's own parameters either
-        calls = seen[module]
-        calls.count += 1
-        if calls.kind is None:
-            return
-        fitting = [kind for kind in candidates(module) if _fits(kind, module, shape, arguments, keywords, result)]
-        if calls.count == 1:
-            calls.kind = next(iter(fitting), None)
-        elif calls.kind not in fitting:
-            calls.kind = None
+        kinds = [] if "forward" in module.__dict__ else candidates(module)
+        ways = [(kind, layout) for kind in kinds for layout in kind.layouts(shape, arguments, keywords)]
+        seen[module].add([way for way in ways if _fits(way, module, shape, arguments, keywords, result)])
 
     # The last hook before the forward and the first after it, so that the model's own hooks are outside of it.
     handles = [module.register_forward_pre_hook(before) for module in modules]
@@ -232,7 +252,7 @@ def _probe(
         with torch.no_grad(), reads:
             run(
                 input_ids=ids.to(device),
-                attention_mask=(torch.arange(PROBE_TOKENS) < lengths[:, None]).long().to(device),
+                attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device),
                 use_cache=False,
             )
     finally:
@@ -256,20 +276,16 @@ def candidates(module: nn.Module) -> list[type[ModuleFisher]]:
 
 
 def _fits(
-    kind: type[ModuleFisher],
-    module: nn.Module,
-    shape: BatchShape,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-    result: Any,
+    way: _Way, module: nn.Module, shape: BatchShape, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any
 ) -> bool:
     """Whether a ``ModuleFisher`` gives the same result as the module."""
-    fisher = kind(module, {key: Target.unused() for key, value in module._parameters.items() if value is not None})
+    kind, layout = way
+    if kind is LinearFisher:  # its arithmetic is known
+        return True
+    targets = {key: Target.unused() for key, value in module._parameters.items() if value is not None}
+    fisher = kind(module, targets, layout)
     fisher.batch = shape
     try:
-        if kind is LinearFisher:  # its arithmetic is known
-            shape.by_sample(arguments[0])
-            return len(arguments) == 1 and not keywords
         with torch.enable_grad():
             again = fisher.forward(*arguments, **keywords)
     except Exception:  # foreign code may fail in any way; then this kind does not fit
@@ -279,11 +295,13 @@ def _fits(
 
 
 def _close(first: Any, second: Any) -> bool:
-    """Whether two tensors are equal up to rounding."""
+    """Whether two tensors are equal up to rounding. Two without elements show nothing."""
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)) or first.dtype != second.dtype:
         return False
     # Positions may be given once for all samples; a ModuleFisher looks them up for each.
     if first.shape != second.shape and (first.shape[1:] != second.shape[1:] or len(second) != 1):
+        return False
+    if not second.numel():
         return False
     if not first.is_floating_point():
         return bool((first == second).all())

@@ -8,7 +8,7 @@ Shapes: N samples, T tokens of the longest of them, R rows of a sample, U rows o
 different token of each sample, d features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +19,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from perta_fast.errors import RunError
+from perta_fast.importance.batch_shape import BatchShape, Layout, UnexpectedCall
 from perta_fast.ops import accumulate_squared_gradients_
 
 _WORTH_GATHERING = 0.8  # share of tokens with a gradient, below which copying them costs less than their zeros
-
-
-class UnexpectedCall(Exception):
-    """A module was called in a way that its ``ModuleFisher`` cannot compute."""
 
 
 @dataclass
@@ -53,48 +51,38 @@ class Target:
 
 
 @dataclass
-class BatchShape:
-    """The batch that runs through the model: N samples, padded on the right to T tokens."""
-
-    count: int
-    tokens: int
-    lengths: Tensor  # (N,) int64 on the CPU: real tokens of each sample
-
-    def by_sample(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``tensor`` as (N, R, d), and how many of the R rows of each sample are real (None: unknown, take all).
-
-        tensor: (N, T, d), (N, T, ..., d), another (N, ..., d), or (N * T, d). Raises UnexpectedCall for other shapes.
-        """
-        if tensor.dim() >= 3 and tensor.shape[0] == self.count:
-            rows = tensor.flatten(1, -2)
-            padded_last = tensor.shape[1] == self.tokens
-            return rows, self.lengths * (rows.shape[1] // self.tokens) if padded_last else None
-        if tensor.dim() == 2 and tensor.shape[0] == self.count * self.tokens:
-            return tensor.view(self.count, self.tokens, -1), self.lengths
-        if tensor.dim() == 2 and tensor.shape[0] == self.count:
-            return tensor[:, None], None
-        raise UnexpectedCall(f"shape {tuple(tensor.shape)} in a batch of {self.count} samples of {self.tokens} tokens")
-
-    def rows_per_sample(self, value: Any) -> int:
-        """The number of leading rows of an argument for each sample; 0 if it has no sample dimension."""
-        leading = value.shape[0] if isinstance(value, Tensor) and value.dim() > 0 else 0
-        return {self.count: 1, self.count * self.tokens: self.tokens}.get(leading, 0)
-
-
-@dataclass
 class ModuleFisher:
-    """A module whose forward is replaced while ``installed``; ``targets`` by the name of its own parameters."""
+    """A module whose forward is replaced while ``installed``; ``targets`` by the name of its own parameters.
+
+    layout: one of ``layouts``, which says how arguments hold the samples. None: as the sizes of each call allow.
+    name: of the module, for messages.
+    """
 
     module: nn.Module
     targets: dict[str, Target]
+    layout: Any = None
+    name: str = ""
     batch: BatchShape = field(init=False)
 
     def __post_init__(self) -> None:
         self.original: Callable[..., Any] = self.module.forward
 
+    @classmethod
+    def layouts(cls, batch: BatchShape, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Sequence[Any]:
+        """The layouts in which a call may be meant, the best first; [None] where a kind has only one."""
+        return [None]
+
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Compute what the module computes, in a form that gives per-sample gradients."""
         raise NotImplementedError
+
+    def _checked_forward(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return self.forward(*arguments, **keywords)
+        except UnexpectedCall as error:
+            raise RunError(
+                f"module {self.name} is called otherwise than it was on trial ({error}); set ‹batch_size› to 1"
+            ) from error
 
     def finish_batch(self) -> None:
         """Accumulate what remains; called after the backward pass of a batch."""
@@ -107,7 +95,7 @@ class ModuleFisher:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the module's forward, which is its class's: the probe leaves out modules with another."""
-        self.module.forward = self.forward
+        self.module.forward = self._checked_forward
         try:
             yield
         finally:
@@ -135,7 +123,7 @@ class _Linear(torch.autograd.Function):
 
 @dataclass
 class LinearFisher(ModuleFisher):
-    """nn.Linear, and GPT-2's Conv1D, which stores its weight transposed.
+    """nn.Linear, and GPT-2's Conv1D, which stores its weight transposed. Its layout is a ``Layout``.
 
     deferred: the inputs and output gradients of every call, if the weight is used in several: the gradients of all
     calls must be summed before they are squared.
@@ -150,8 +138,12 @@ class LinearFisher(ModuleFisher):
         self.transposed = isinstance(self.module, Conv1D)
         self._bias_sums: list[Tensor] = []  # (N, d_out) of each call
 
+    @classmethod
+    def layouts(cls, batch: BatchShape, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Sequence[Layout]:
+        return batch.layouts(arguments[0]) if len(arguments) == 1 and not keywords else []
+
     def forward(self, x: Tensor) -> Tensor:
-        self.batch.by_sample(x)  # fails here if the backward pass could not accumulate
+        self._by_sample(x)  # fails here if the backward pass could not accumulate
         weight: Any = self.module.weight
         anchor = torch.zeros((), device=x.device, requires_grad=True)  # so that the output has a backward pass
         matrix = weight.T if self.transposed else weight
@@ -160,8 +152,8 @@ class LinearFisher(ModuleFisher):
 
     def accumulate(self, x: Tensor, delta: Tensor) -> None:
         """Add the gradients of one call, from its input and its output's gradient."""
-        activations, lengths = self.batch.by_sample(x)  # (N, R, d_in)
-        deltas, _ = self.batch.by_sample(delta)  # (N, R, d_out)
+        activations, lengths = self._by_sample(x)  # (N, R, d_in)
+        deltas, _ = self._by_sample(delta)  # (N, R, d_out)
         if "bias" in self.targets:
             self._bias_sums.append(deltas.float().sum(1))
         if "weight" not in self.targets:
@@ -179,6 +171,10 @@ class LinearFisher(ModuleFisher):
         complete = self.targets["weight"].complete
         if complete is not None and self.embedding is None:
             complete()
+
+    def _by_sample(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        layout = self.layout or next(iter(self.batch.layouts(tensor)), Layout.FLAT)
+        return self.batch.by_sample(tensor, layout)
 
     def _add(self, activations: Tensor, deltas: Tensor, lengths: Tensor | None) -> None:
         pair = (deltas, activations) if self.transposed else (activations, deltas)
@@ -272,11 +268,13 @@ class ElementwiseFisher(ModuleFisher):
         self._copies: dict[str, Tensor] = {}  # (N, d) by parameter name, leaves
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        rows, flat = x, x.dim() == 2 and x.shape[0] == self.batch.count * self.batch.tokens
-        if flat:
+        rows = x
+        if self.batch.count == 1 and x.shape[0] != 1:  # all rows are the sample's own
+            rows = x[None]
+        elif x.dim() == 2 and x.shape[0] == self.batch.count * self.batch.tokens:
             rows = x.view(self.batch.count, self.batch.tokens, -1)
         if rows.shape[0] != self.batch.count:
-            raise UnexpectedCall(f"shape {tuple(x.shape)}")
+            raise UnexpectedCall(self.batch.unlike(x))
         middle = [1] * (rows.dim() - 2)
         copies = {}
         for name in self.targets:
@@ -285,7 +283,7 @@ class ElementwiseFisher(ModuleFisher):
                 self._copies[name] = vector.expand(self.batch.count, *vector.shape).requires_grad_()
             copies[name] = self._copies[name].view(self.batch.count, *middle, -1)
         result = self._compute(rows, copies, *arguments, **keywords)
-        return result.view(x.shape) if flat else result
+        return result if rows is x else result.view(x.shape)
 
     def _compute(self, x: Tensor, copies: dict[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
         if isinstance(self.module, nn.LayerNorm):  # torch's kernel takes no batched scale
@@ -305,17 +303,28 @@ class ElementwiseFisher(ModuleFisher):
 
 @dataclass
 class LoopFisher(ModuleFisher):
-    """Any other module whose submodules have no parameters: it is called once for each sample, the rest is not."""
+    """Any other module whose submodules have no parameters: it is called once for each sample, the rest is not.
+
+    Its layout is the set of arguments, by number or name, that are tensors without a sample dimension.
+    """
+
+    @classmethod
+    def layouts(
+        cls, batch: BatchShape, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Sequence[frozenset[Any]]:
+        tensors = {key: value for key, value in _by_key(arguments, keywords).items() if isinstance(value, Tensor)}
+        return [frozenset(key for key, value in tensors.items() if not batch.rows_per_sample(value))]
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        def of_sample(value: Any, n: int) -> Any:
-            rows = self.batch.rows_per_sample(value)
-            return value[n * rows : (n + 1) * rows] if rows else value
-
+        (shared,) = self.layouts(self.batch, arguments, keywords) if self.layout is None else [self.layout]
+        parts = {
+            key: [value] * self.batch.count if key in shared else self.batch.parts(value)
+            for key, value in _by_key(arguments, keywords).items()
+        }
         results = []
         for n in range(self.batch.count):
-            own_arguments = [of_sample(value, n) for value in arguments]
-            own_keywords = {name: of_sample(value, n) for name, value in keywords.items()}
+            own_arguments = [parts[number][n] for number in range(len(arguments))]
+            own_keywords = {name: parts[name][n] for name in keywords}
             with _parameters_replaced(self.module, {name: self._leaf(name) for name in self.targets}):
                 results.append(self.original(*own_arguments, **own_keywords))
         return _joined(results)
@@ -330,6 +339,10 @@ class LoopFisher(ModuleFisher):
 
         leaf.register_post_accumulate_grad_hook(accumulate)
         return leaf
+
+
+def _by_key(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[Any, Any]:
+    return {**dict(enumerate(arguments)), **keywords}
 
 
 def _joined(results: list[Any]) -> Any:

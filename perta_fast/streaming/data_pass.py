@@ -154,7 +154,8 @@ class DataPass:
         hidden = self._read_hidden(0, self._probe)  # any hidden states show how the head is called
 
         def run(input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
-            return self._partial_forward.after_layers(hidden, attention_mask, input_ids)
+            states = self._probe_states(hidden, attention_mask)
+            return self._partial_forward.after_layers(states, attention_mask, input_ids)
 
         self._outside_targets = {name: Target.unused() for name in (*skeleton.vocabulary, *skeleton.resident)}
         plan = plan_for(skeleton.model, self._samples, self._outside_targets, run)
@@ -222,9 +223,20 @@ class DataPass:
         hidden = self._read_hidden(layer, self._probe)
 
         def run(attention_mask: Tensor, **inputs: Any) -> Tensor:
-            return self._partial_forward.layer(layer, hidden, attention_mask)
+            return self._partial_forward.layer(layer, self._probe_states(hidden, attention_mask), attention_mask)
 
         return plan_for(self._skeleton.model, self._samples, targets, run)
+
+    def _probe_states(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states for ``attention_mask`` (N, T), from those that the first probe has.
+
+        For the second probe these are states of any tokens: they show as well how modules are called.
+        """
+        if attention_mask.shape == hidden.shape[:2]:
+            return hidden
+        real = hidden[self._probe.attention_mask.bool()]
+        numbers = torch.arange(attention_mask.numel(), device=real.device) % len(real)
+        return real[numbers].view(*attention_mask.shape, -1)
 
     def embed_backward(self) -> Means:
         """Back through what lies before the layers. Completes all other parameters."""

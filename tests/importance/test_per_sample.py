@@ -26,17 +26,12 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from perta_fast.data.batches import Batch
 from perta_fast.data.samples import Sample
+from perta_fast.errors import RunError
 from perta_fast.importance import per_sample_modules
+from perta_fast.importance.batch_shape import BatchShape, Layout, UnexpectedCall
 from perta_fast.importance.gradients import Accumulated, accumulate
-from perta_fast.importance.per_sample import plan_for
-from perta_fast.importance.per_sample_modules import (
-    BatchShape,
-    EmbeddingFisher,
-    LinearFisher,
-    LoopFisher,
-    Target,
-    UnexpectedCall,
-)
+from perta_fast.importance.per_sample import plan_for, probe_inputs
+from perta_fast.importance.per_sample_modules import EmbeddingFisher, LinearFisher, LoopFisher, Target
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.rules import Estimator
 from tests.families.configs import SIZES
@@ -384,6 +379,54 @@ class PrunedEmbedding(Small):
         prune.random_unstructured(self.embed, "weight", 0.3)
 
 
+class HeadsFirst(Small):
+    """A linear map on (N, heads, T, d): where a batch has as many tokens as heads, its sizes do not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(3, 3, bias=False)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        heads = hidden.unflatten(-1, (4, 3)).transpose(1, 2).contiguous()
+        return self.map(heads).transpose(1, 2).flatten(2)
+
+
+class Shared(nn.Module):
+    """A scale on (N, T, d), and a table that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
+        return (hidden.unflatten(-1, (4, 3)) * self.gains * table[:, None]).flatten(2)
+
+
+class SharedTable(Small):
+    """A module that is given as many rows of a table as a batch has samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = Shared()
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.shared(hidden, torch.arange(1.0, 5.0))
+
+
+class Steps(Small):
+    """A recurrent map, called for each token on (N, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(12, 12)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        states = [torch.zeros_like(hidden[:, 0])]
+        for token in hidden.unbind(1):
+            states.append(self.map(states[-1] + token).tanh())
+        return torch.stack(states[1:], 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "one_by_one"),
     [
@@ -408,10 +451,73 @@ class PrunedEmbedding(Small):
         (Listed, ("gated.gain",)),
         (Made, ("map.weight_orig", "norm.weight_orig", "polar.weight_g", "polar.weight_v")),
         (PrunedEmbedding, ("embed.weight_orig",)),
+        (SharedTable, ()),
+        (Steps, ()),
     ],
 )
 def test_modules(kind: type[Small], one_by_one: tuple[str, ...]) -> None:
     assert_equals_loop(kind(), one_by_one=one_by_one)
+
+
+def test_as_many_tokens_as_heads() -> None:
+    model, samples = HeadsFirst(), [Sample(ids, ids) for ids in ((1, 2, 3, 4), (5, 6, 7), (8, 9))]
+    found, expected = accumulate(model, samples, "empirical-fisher", 3, progress=False), loop(model, samples)
+    assert not found.one_by_one
+    for name, mean in found.means.items():
+        assert (mean - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+class Experts(Small):
+    """Linear maps and norms, each on the tokens that choose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.RMSNorm(12), nn.Linear(12, 12)) for _ in range(4))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, 1)
+        chosen = self.choose(rows)
+        result = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            of_expert = (chosen == number).nonzero()[:, 0]
+            result = result.index_add(0, of_expert, expert(rows[of_expert]))
+        return result.view_as(hidden)
+
+    def choose(self, rows: Tensor) -> Tensor:
+        return rows[:, :4].argmax(-1)
+
+
+class ExpertsAsProbed(Experts):
+    """The first expert gets as many tokens as a probe has samples, in both probes; the second all others."""
+
+    def choose(self, rows: Tensor) -> Tensor:
+        first = {35: 5, 34: 17}.get(len(rows), len(rows) // 3)
+        return (torch.arange(len(rows)) >= first).long()
+
+
+def test_an_expert_gets_as_many_tokens_as_a_probe_has_samples() -> None:
+    model = Experts()
+    every = tuple(name for name, _ in model.named_parameters() if name.startswith("experts"))
+    counts = []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        model.embed.weight.data.normal_()
+        ids = probe_inputs(SAMPLES)[0]
+        counts.append(model.choose(model.embed(ids).flatten(0, 1)).bincount(minlength=4).tolist())
+        if 5 in counts[-1]:
+            break
+    assert 5 in counts[-1]
+    assert_equals_loop(model, one_by_one=every)
+
+
+def test_a_call_unlike_those_of_the_probes() -> None:
+    model = ExpertsAsProbed()
+    with pytest.raises(RunError, match=r"^module experts\.0\.0 is called otherwise .* set batch_size to 1$"):
+        fused(model)
+    found, expected = fused(model, batch_size=1), loop(model)
+    assert "experts.0.1.weight" not in found.one_by_one
+    for name, mean in found.means.items():
+        assert (mean - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -425,7 +531,7 @@ def test_layers_checkpoint_when_told_to(estimator: Estimator, reentrant: bool) -
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     means = accumulate(model, SAMPLES, estimator, len(SAMPLES), progress=False).means
     assert calls.count(True) >= (1 if reentrant else 2)  # the old way's first pass keeps no graph
-    assert len(calls) == (2 if estimator == "grad" else 3)  # one more for the probe
+    assert len(calls) == (2 if estimator == "grad" else 4)  # two more for the probes
     assert {part: part.training for part in model.modules()} == modes
     for name, mean in means.items():
         assert (mean - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
@@ -520,16 +626,25 @@ def test_no_gradient_of_a_sample_is_stored() -> None:
 
 def test_shapes_that_no_rule_understands() -> None:
     shape = BatchShape(3, 5, torch.tensor([5, 2, 1]))
-    rows, lengths = shape.by_sample(torch.zeros(3, 5, 7))
+    rows, lengths = shape.by_sample(torch.zeros(3, 5, 7), Layout.TOKENS)
     assert rows.shape == (3, 5, 7) and lengths is not None and lengths.tolist() == [5, 2, 1]
-    rows, lengths = shape.by_sample(torch.zeros(3, 5, 2, 7))
+    rows, lengths = shape.by_sample(torch.zeros(3, 5, 2, 7), Layout.TOKENS)
     assert rows.shape == (3, 10, 7) and lengths is not None and lengths.tolist() == [10, 4, 2]
-    assert shape.by_sample(torch.zeros(15, 7))[0].shape == (3, 5, 7)
-    assert shape.by_sample(torch.zeros(3, 7))[0].shape == (3, 1, 7)
-    assert shape.by_sample(torch.zeros(3, 4, 5, 7))[1] is None
+    rows, lengths = shape.by_sample(torch.zeros(15, 7), Layout.FLAT)
+    assert rows.shape == (3, 5, 7) and lengths is not None and lengths.tolist() == [5, 2, 1]
+    assert shape.by_sample(torch.zeros(3, 7), Layout.SAMPLES)[0].shape == (3, 1, 7)
+    assert shape.by_sample(torch.zeros(3, 5, 2, 7), Layout.SAMPLES)[1] is None
     for odd in ((5, 3, 7), (4, 7), (7,)):
-        with pytest.raises(UnexpectedCall):
-            shape.by_sample(torch.zeros(odd))
+        assert shape.layouts(torch.zeros(odd)) == []
+        for layout in Layout:
+            with pytest.raises(UnexpectedCall):
+                shape.by_sample(torch.zeros(odd), layout)
+
+
+def test_all_rows_of_a_single_sample_are_its_own() -> None:
+    shape = BatchShape(1, 5, torch.tensor([5]))
+    for layout in Layout:
+        assert shape.by_sample(torch.zeros(4, 2, 7), layout)[0].shape == (1, 8, 7)
 
 
 def test_rules_are_the_expected_ones() -> None:
