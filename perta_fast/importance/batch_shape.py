@@ -64,7 +64,7 @@ class BatchShape:
         rows = self.rows_per_sample(value)
         if not rows:
             raise UnexpectedCall(self.unlike(value))
-        return value.split(rows)
+        return list(value.split(rows))
 
     def unlike(self, tensor: Tensor) -> str:
         """What to say of a tensor of unexpected sizes."""

@@ -233,7 +233,8 @@ def _probe(
 ) -> dict[nn.Module, _Calls]:
     """Run a small batch through the model; try on each module the kinds of ``ModuleFisher`` that may fit it."""
     ids, lengths = inputs
-    shape = BatchShape(*ids.shape, lengths)
+    count, tokens = ids.shape
+    shape = BatchShape(count, tokens, lengths)
     seen = {module: _Calls() for module in modules}
 
     def before(module: nn.Module, _arguments: Any) -> None:
@@ -252,7 +253,7 @@ def _probe(
         with torch.no_grad(), reads:
             run(
                 input_ids=ids.to(device),
-                attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device),
+                attention_mask=(torch.arange(tokens) < lengths[:, None]).long().to(device),
                 use_cache=False,
             )
     finally:

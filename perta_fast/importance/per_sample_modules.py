@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from perta_fast.errors import RunError
 from perta_fast.importance.batch_shape import BatchShape, Layout, UnexpectedCall
-from perta_fast.ops import accumulate_squared_gradients_
+from perta_fast.ops import accumulate_, accumulate_square_, accumulate_squared_gradients_
 
 _WORTH_GATHERING = 0.8  # share of tokens with a gradient, below which copying them costs less than their zeros
 
@@ -334,8 +334,10 @@ class LoopFisher(ModuleFisher):
 
         def accumulate(complete: Tensor) -> None:
             assert complete.grad is not None
-            target.add(complete.grad[None])
-            complete.grad = None
+            gradient, complete.grad = complete.grad.contiguous(), None
+            accumulate_square_(target.fisher, gradient)  # no temporary tensor: it may be as large as all experts
+            if target.gradient is not None:
+                accumulate_(target.gradient, gradient)
 
         leaf.register_post_accumulate_grad_hook(accumulate)
         return leaf

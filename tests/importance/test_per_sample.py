@@ -34,6 +34,7 @@ from perta_fast.importance.per_sample import plan_for, probe_inputs
 from perta_fast.importance.per_sample_modules import EmbeddingFisher, LinearFisher, LoopFisher, Target
 from perta_fast.models.losses import per_sample_losses
 from perta_fast.rules import Estimator
+from perta_fast.streaming.forecast.trial import LiveBytes
 from tests.families.configs import SIZES
 from tests.support.models import draw_samples, llama, nudge_
 
@@ -622,6 +623,21 @@ def test_no_gradient_of_a_sample_is_stored() -> None:
     logits = len(SAMPLES) * max(len(sample.input_ids) for sample in SAMPLES) * 300
     assert max(seen) <= max(logits, largest)
     assert len(SAMPLES) * largest > logits  # so a stored gradient a sample would show
+
+
+def test_a_module_called_for_each_sample_keeps_no_second_gradient() -> None:
+    module = nn.Bilinear(64, 64, 64, bias=False)
+    sums = Target(torch.zeros_like(module.weight), torch.zeros_like(module.weight))
+    fisher = LoopFisher(module, {"weight": sums})
+    fisher.batch = BatchShape(3, 2, torch.tensor([2, 2, 2]))
+    hidden = torch.randn(3, 2, 64)
+    known = (module.weight, hidden, sums.fisher, sums.gradient)
+    with fisher.installed(), LiveBytes(tensor for tensor in known if tensor is not None) as live:
+        module(hidden, hidden).sum().backward()
+    assert live.peak < 1.5 * module.weight.nbytes
+    gradients = torch.einsum("nti,ntj->nij", hidden, hidden)[:, None].expand(-1, 64, -1, -1)
+    torch.testing.assert_close(sums.gradient, gradients.sum(0))
+    torch.testing.assert_close(sums.fisher, gradients.square().sum(0))
 
 
 def test_shapes_that_no_rule_understands() -> None:

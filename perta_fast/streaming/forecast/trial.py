@@ -277,15 +277,20 @@ class Trial:
         return nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
 
     def _bound(self, kind: str, names: list[str], count: int, tokens: int) -> Cost:
-        """For code that needs values (a router's choice of experts): every token goes through every matrix."""
+        """For code that needs values (a router's choice of experts): every token goes through every matrix.
+
+        On the way back each matrix has its gradient, and while that of one expert is added to all experts', twice more.
+        """
         parameters = dict(self._structure.model.named_parameters())
         shapes = [parameters[name].shape for name in names if parameters[name].dim() > 1]
         scores = 4 * 4 * count * tokens * tokens * self._config.num_attention_heads
         widths = sum(sum(shape[-2:]) * shape[:-2].numel() for shape in shapes)
-        passes = 1 if kind in ("forward", "inputs") else 3
+        elements = [shape.numel() for shape in shapes]
+        forward = kind in ("forward", "inputs")
+        gradients = 0 if forward else sum(elements) + 2 * max(elements, default=0)
         return Cost(
-            _BOUND * count * tokens * widths * self._dtype.itemsize + scores,
-            2 * passes * count * tokens * sum(shape.numel() for shape in shapes),
+            (_BOUND * count * tokens * widths + gradients) * self._dtype.itemsize + scores,
+            2 * (1 if forward else 3) * count * tokens * sum(elements),
             bound=True,
         )
 

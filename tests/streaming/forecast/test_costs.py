@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from perta_fast import InputError
 from perta_fast.cli import main
@@ -252,6 +261,19 @@ def test_code_that_wants_values_is_bounded(deep: Path, monkeypatch: pytest.Monke
     bound = Trial(structure, CPU, squares=False).backward(0, 4, 12)
     assert bound.bound
     assert bound.bytes >= exact.bytes
+
+
+@pytest.mark.parametrize("experts", [None, "eager"])
+def test_the_bound_holds_for_experts(experts: str | None, tmp_path: Path) -> None:
+    """With a few tokens, the gradients of the experts' matrices are what counts."""
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96}
+    folder = write(tmp_path / "model", MixtralForCausalLM(MixtralConfig(num_local_experts=8, **sizes)))
+    skeleton = Skeleton.open(folder, CPU, None)
+    if experts is not None:
+        skeleton.model.set_experts_implementation(experts)
+    bound = Trial(Structure.build(folder), CPU, squares=False).backward(0, 1, 8)
+    assert bound.bound
+    assert real_layer(skeleton, 1, 8)[0] <= bound.bytes
 
 
 def test_the_model_is_left_as_it_was(deep: Path) -> None:
