@@ -14,7 +14,7 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
-from perta_fast.dtypes import ITEM_SIZES, torch_dtype
+from perta_fast.dtypes import ITEM_SIZES, TORCH_NAMES, torch_dtype, torch_name
 from perta_fast.errors import InputError, printable
 from perta_fast.files.apart import check_outside
 from perta_fast.files.durable import sync_tree
@@ -31,6 +31,7 @@ from perta_fast.importance.store import (
     check_counts,
     check_held_by,
     lacking,
+    shapes_of,
     shared_metadata,
     stored_name,
 )
@@ -170,12 +171,12 @@ class ImportanceRatio:
 
     def _write_shards(self, directory: Path, ranks: Ranks, progress: Progress) -> None:
         """Write this rank's share of the shards into a directory that is there, durably."""
-        shapes = _shapes(self)
+        shapes, dtype = _shapes(self), self._dtype
         shares = {name: ranks.own_slice(prod(shape)) for name, shape in shapes.items()}
-        moved = {name: ITEM_SIZES[self._dtype] + self._bytes_read(name) for name in shapes}  # for each element
+        moved = {name: ITEM_SIZES[dtype] + self._bytes_read(name) for name in shapes}  # for each element
         total = sum(moved[name] * (share.stop - share.start) for name, share in shares.items())
         table = ratio_table({side: as_strings(metadata) for side, metadata in self.metadata.items()})
-        writer = ShardWriter(shapes, table, directory, self._dtype, STEM)
+        writer = ShardWriter(shapes, table, directory, dtype, STEM)
         with Bar(total, "ratio", ranks.first and progress) as bar:
             for name, share in shares.items():
                 if _layout(self._sources[0], name) is not None:
@@ -209,7 +210,10 @@ class ImportanceRatio:
         """The stored type of its tensors, by its safetensors name."""
         if isinstance(self.tensors, _MadeTensors):
             return self.tensors.dtype
-        kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}
+        if self.stored is not None:
+            kinds = {TORCH_NAMES.get(entry.dtype, entry.dtype) for entry in self.stored.tensors.values()}
+        else:
+            kinds = {torch_name(tensor.dtype) for tensor in self.tensors.values()}
         return stored_name(max(kinds, default="bfloat16"))  # float32 if they differ
 
 
@@ -258,11 +262,7 @@ Elements = Callable[[int, int], "torch.Tensor"]
 
 
 def _shapes(of: "Importance | ImportanceRatio") -> dict[str, tuple[int, ...]]:
-    if of.stored is not None:
-        return {name: entry.shape for name, entry in of.stored.tensors.items()}
-    if isinstance(of.tensors, _MadeTensors):
-        return _shapes(of.tensors.forget)
-    return {name: tuple(tensor.shape) for name, tensor in of.tensors.items()}
+    return _shapes(of.tensors.forget) if isinstance(of.tensors, _MadeTensors) else shapes_of(of.tensors)
 
 
 def _layout(of: "Importance | ImportanceRatio", name: str) -> object:

@@ -130,9 +130,8 @@ class Importance:
                 rows = self._known_rows()
                 target = OutputDirectory(directory, overwrite=overwrite)
                 if ranks.first:
-                    check_space(
-                        target.final, sum(ITEM_SIZES[stored] * tensor.numel() for tensor in self.tensors.values())
-                    )
+                    shapes = shapes_of(self.tensors).values()
+                    check_space(target.final, sum(byte_count(stored, shape) for shape in shapes))
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):
@@ -150,7 +149,7 @@ class Importance:
 
     def _write_shards(self, directory: Path, dtype: str, ranks: Ranks, rows: RowDigests | None) -> None:
         """Write this rank's share of each tensor, durably."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        shapes = shapes_of(self.tensors)
         metadata = self.metadata if rows is not None else replace(self.metadata, rows_hash="")
         writer = ShardWriter(shapes, as_strings(metadata), directory, dtype, rows=rows)
         for name, tensor in self.tensors.items():
@@ -180,6 +179,13 @@ def check_held_by(tensors: "Mapping[str, torch.Tensor]", ranks: Ranks) -> None:
         mesh = getattr(tensor, "device_mesh", None)
         if mesh is not None and mesh.size() != ranks.world:
             raise InputError(f"the importance of {name} is held by {mesh.size()} processes; pass group, all of these")
+
+
+def shapes_of(tensors: "Mapping[str, torch.Tensor]") -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor. Stored ones are not read."""
+    if isinstance(tensors, StoredTensors):
+        return {name: entry.shape for name, entry in tensors.checkpoint.tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def directory_of(importance: "str | Path | Importance | ImportanceRatio") -> Path:

@@ -22,7 +22,7 @@ from perta_fast.importance.ratio import located, ratio_of
 from perta_fast.ops import reference
 from perta_fast.progress import Bar
 from perta_fast.rules import Rescaling
-from tests.importance.test_store import METADATA, TENSORS
+from tests.importance.test_store import METADATA, TENSORS, reads_recorded
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes
 
 INFINITY = math.inf
@@ -105,6 +105,16 @@ def test_what_goes_in_comes_out(
     assert read_checkpoint(tmp_path / "again").keys() == TENSORS.keys()
     for path in (tmp_path / "ratio").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_loaded_ratio_can_be_saved_elsewhere(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ImportanceRatio.of(*pair(), dtype=dtype).save(tmp_path / "first")
+    read = reads_recorded(monkeypatch)
+    ImportanceRatio.load(tmp_path / "first").save(tmp_path / "second")
+    assert not read  # but in chunks
+    names = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()} == names
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -56,6 +56,19 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> int:
     return 170
 
 
+def reads_recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensors that are read whole from now on, in this order."""
+    read: list[str] = []
+    original = Checkpoint.tensor
+
+    def recorded(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        return original(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", recorded)
+    return read
+
+
 def assert_equal(found: Importance, tensors: dict[str, torch.Tensor]) -> None:
     assert list(found.tensors) == list(tensors)
     assert all(same_bytes(found.tensors[name], tensors[name]) for name in tensors)
@@ -123,14 +136,7 @@ def test_loading_reads_only_what_is_asked_for(
     tmp_path: Path, small_shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "importance")
-    read: list[str] = []
-    original = Checkpoint.tensor
-
-    def recorded(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-        read.append(name)
-        return original(checkpoint, name)
-
-    monkeypatch.setattr(Checkpoint, "tensor", recorded)
+    read = reads_recorded(monkeypatch)
     loaded = Importance.load(tmp_path / "importance")
     assert (len(loaded.tensors), "a.bias" in loaded.tensors) == (5, True)
     assert list(loaded.tensors) == list(TENSORS)
@@ -142,9 +148,11 @@ def test_loading_reads_only_what_is_asked_for(
     assert "absent" not in loaded.tensors
 
 
-def test_a_loaded_importance_can_be_saved_elsewhere(tmp_path: Path) -> None:
+def test_a_loaded_importance_can_be_saved_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "first")
+    read = reads_recorded(monkeypatch)
     Importance.load(tmp_path / "first").save(tmp_path / "second")
+    assert read == list(TENSORS)  # each once
     names = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()} == names
 
