@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from perta_fast import Importance, InputError, RunError, estimate_importance, unlearn
 from perta_fast.cli import main
@@ -89,6 +90,22 @@ def test_equals_autograd(tied: bool, tmp_path: Path) -> None:
         assert found.keys() == exact.keys()
         for name, tensor in exact.items():
             assert float((found[name] - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
+
+
+def test_a_weight_that_is_also_used_by_hand(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LlamaMLP.forward
+
+    def by_hand(mlp: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = original(mlp, hidden)
+        return result + hidden @ mlp.up_proj.weight.T @ mlp.up_proj.weight
+
+    monkeypatch.setattr(LlamaMLP, "forward", by_hand)
+    found = importance(model, estimator="empirical-fisher", out=tmp_path / "out", stream=True)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+    assert found.metadata.one_by_one == ", ".join(names)
+    module = LlamaForCausalLM.from_pretrained(model).eval()
+    for name, exact in by_autograd(module, SAMPLES)[1].items():
+        assert float((found.tensors[name] - exact).norm()) <= 1e-5 * float(exact.norm()), name
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
