@@ -99,6 +99,14 @@ class Adapter:
         """The file with the settings."""
         return self.checkpoint.path / ADAPTER_CONFIG
 
+    @property
+    def config_has_changed(self) -> bool:
+        """Whether it no longer says what was read of it; or is gone."""
+        try:
+            return read_settings(self.checkpoint.path, self.base) != self.settings
+        except InputError:
+            return True
+
     def meet(
         self, shapes: Mapping[str, tuple[int, ...]], where: object, common_rows: bool = False
     ) -> dict[str, dict[str, LowRank | TensorEntry]]:

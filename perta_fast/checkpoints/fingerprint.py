@@ -99,4 +99,9 @@ def check_as_opened(checkpoints: Iterable[Checkpoint]) -> None:
     """Raise RunError if a shard has changed since it was opened: what was read may be half old and half new."""
     for checkpoint in checkpoints:
         if (path := checkpoint.changed_shard) is not None:
-            raise RunError(f"{path}: has changed during the run; run the same command again")
+            raise changed_meanwhile(path)
+
+
+def changed_meanwhile(path: Path) -> RunError:
+    """Of an input that is no longer what was opened, where nothing is kept that was made of it."""
+    return RunError(f"{path}: has changed during the run; run the same command again")

@@ -25,6 +25,7 @@ from perta_fast.records.declared import checked_arguments
 from perta_fast.records.file_record import FileRecord
 from perta_fast.records.report import describe_files
 from perta_fast.rules import DEFAULT_MU, PRECONDITIONED, check_mu
+from perta_fast.subtraction.changed_inputs import check_sources_as_opened
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
 
@@ -141,14 +142,17 @@ def vector_size(base: Path, tuned: Path) -> int:
     return tuned_size(Checkpoint.open(base))
 
 
-def given_files(tuned: Path, base: Path, threads: int, progress: Progress) -> dict[str, FileRecord]:
-    """Size and hash of the files of a θ_f that is preconditioned."""
-    adapter = Adapter.open(tuned, base) if is_adapter(tuned) else None
-    checkpoint = Checkpoint.open(tuned) if adapter is None else adapter.checkpoint
-    files = [*checkpoint.files(), *([] if adapter is None else [adapter.config])]
+def given_files(given: Sources, threads: int, progress: Progress) -> dict[str, FileRecord]:
+    """Size and hash of the files of a θ_f that is preconditioned. given: it, and the other inputs, as opened.
+
+    Raises RunError if one of these has changed since then.
+    """
+    config = given.adapter_config
+    files = [*given.tuned.files(), *([] if config is None else [config])]
     with Bar(sum(path.stat().st_size for path in files), "hash tuned", progress) as bar:
         hashes = hash_files(files, threads, bar.update)
-    return describe_files(hashes, checkpoint.path)["files"]
+    check_sources_as_opened(given)
+    return describe_files(hashes, given.tuned.path)["files"]
 
 
 def check_scope(sources: Sources) -> None:

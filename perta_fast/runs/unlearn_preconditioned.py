@@ -30,6 +30,7 @@ from perta_fast.runs.making_tuned import Making
 from perta_fast.runs.precondition import check_scope, check_tuned, given_files, vector_size
 from perta_fast.runs.settings import threads_for
 from perta_fast.runs.unlearn_inputs import Opened, data_records, encoded_rows
+from perta_fast.subtraction.changed_inputs import check_sources_as_opened
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.subtraction.scope import EVERYTHING
@@ -59,7 +60,8 @@ def unlearn_preconditioned(
                 directory.mkdir(exist_ok=True)
                 record = _make(opened, rows["retain"], hashes["retain"], day, directory, threads)
         made: Preconditioning = ranks.share(record)
-        opened = _with_tuned(opened, directory)
+        given = opened.sources
+        opened = _with_tuned(opened, directory, given)
         choice = None
         if search is not None:
             search = search.on(opened)
@@ -67,11 +69,14 @@ def unlearn_preconditioned(
             opened = opened.at(choice.after.lam)
         if checking is not None:
             checking.before()
+        with ranks.together("the files of theta_f"):
+            files = given_files(given, opened.settings.threads or 1, asked.progress) if ranks.first else {}
+        described = replace(made.in_report(), files=files)
         if kept:  # only now, so that a run that is stopped earlier leaves nothing
             with ranks.together("the directory of theta_f"):
                 if ranks.first:
                     target.commit()
-            opened = _with_tuned(opened, target.final)
+            opened = _with_tuned(opened, target.final, given)
 
         def annotate(report: Report) -> None:
             report.add_phase(PHASE, made.seconds, 0)
@@ -88,8 +93,6 @@ def unlearn_preconditioned(
             if checking is not None:
                 checking.annotate(report)
 
-        given = Path(asked.tuned), Path(asked.base), opened.settings.threads or 1, asked.progress
-        described = replace(made.in_report(), files=given_files(*given) if ranks.first else {})
         try:
             report = apply_sources(
                 opened.sources, opened.rule, opened.settings, annotate=annotate, temporary=not kept, ranks=ranks
@@ -130,12 +133,18 @@ def _check_apart(place: Path, opened: Opened) -> None:
         )
 
 
-def _with_tuned(opened: Opened, directory: Path) -> Opened:
-    """With another θ_f. Every rank calls it. Raises InputError if the run would change nothing of it."""
+def _with_tuned(opened: Opened, directory: Path, given: Sources) -> Opened:
+    """With another θ_f, which was made of ``given``. Every rank calls it.
+
+    Raises InputError if the run would change nothing of it, RunError if what was given has changed meanwhile.
+    """
     options = opened.options
     with opened.ranks.together("theta_f"):
         three = options.model, options.base, directory
-        sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
+        try:
+            sources = Sources.open(*three, common_rows=options.common_rows, scope=options.scope)
+        finally:  # so that what is open now is what θ_f was made of, and an error that a change explains is explained
+            check_sources_as_opened(given)
         _check_scope(opened, sources)
     return replace(opened, options=replace(options, tuned=directory), sources=sources)
 

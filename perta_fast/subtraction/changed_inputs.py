@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from perta_fast.checkpoints.fingerprint import changed_meanwhile, check_as_opened
 from perta_fast.distributed.ranks import is_shared
 from perta_fast.errors import PertaError, RankLost, RunError
 from perta_fast.subtraction.inputs import Sources
@@ -45,6 +46,15 @@ def unchanged_inputs(job: Job, sources: Sources, *, changing: bool = False, advi
         check_unchanged(job, sources, changing=changing, advice=advice)
         raise
     check_unchanged(job, sources, changing=changing, advice=advice)
+
+
+def check_sources_as_opened(sources: Sources) -> None:
+    """Raise RunError if a weight file, or the settings of an adapter, have changed since they were opened."""
+    check_as_opened(sources.named().values())
+    if sources.adapter is not None:
+        adapter = sources.adapter.adapter
+        if adapter.config_has_changed:
+            raise changed_meanwhile(adapter.config)
 
 
 def _is_as_before(path: Path, mtime_ns: int) -> bool:

@@ -65,7 +65,7 @@ def write_best(opened: OpenedSweep, sweep: Sweep, importances: ByEstimator, vect
         checking.before()
     described = None
     if made is not None:
-        files = given_files(Path(request.tuned), Path(request.base), 1, opened.progress)
+        files = given_files(opened.sources, 1, opened.progress)
         described = replace(made.in_report(), files=files)
 
     def annotate(report: Report) -> None:

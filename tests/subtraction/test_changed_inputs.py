@@ -1,5 +1,6 @@
 """An input that someone changes while a run reads it: noticed before it does harm, with what to do."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from perta_fast import InputError, Report, RunError, apply, resume, unlearn
-from perta_fast.runs import unlearn_in_memory
+from perta_fast import InputError, Report, RunError, apply, resume, tune, unlearn
+from perta_fast.runs import unlearn_in_memory, unlearn_preconditioned
+from perta_fast.runs.making_tuned import Making
 from perta_fast.streaming import write_behind
 from perta_fast.subtraction import compute, in_place, to_directory
 from perta_fast.subtraction.parts import Part
@@ -169,6 +171,45 @@ def test_a_base_that_changes_after_its_gradients_were_taken(
             progress=False,
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("role", ["model", "base", "tuned"])
+def test_an_input_that_changes_after_theta_f_was_made_of_it(
+    role: str, kept: bool, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {name: Path(shutil.copytree(getattr(job, name), tmp_path / name)) for name in ("model", "base", "tuned")}
+    shard = shard_of(own[role])
+    after(monkeypatch, Making, "run", lambda: change(shard))
+    settings: dict[str, Any] = {"save_tuned": tmp_path / "kept"} if kept else {}
+    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+        unlearn(**own, forget=job.forget, retain=job.retain, lam=1.0, out=tmp_path / "out", progress=False, **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "tuned"]
+
+
+def test_an_input_that_changes_before_theta_f_is_subtracted(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report would have the hashes of another θ_f than the one that was preconditioned."""
+    tuned = Path(shutil.copytree(job.tuned, tmp_path / "tuned"))
+    shard = shard_of(tuned)
+    after(monkeypatch, unlearn_preconditioned, "_with_tuned", lambda: change(shard))
+    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+        unlearn(job.model, job.base, tuned, job.forget, job.retain, lam=1.0, out=tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned"]
+
+
+def test_settings_of_an_adapter_that_change_after_theta_f_was_made_of_it(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    tune(job.base, job.forget, adapter, rank=2, epochs=1, progress=False)
+    config = adapter / "adapter_config.json"
+    doubled = json.dumps(json.loads(config.read_text()) | {"lora_alpha": 64})
+    after(monkeypatch, Making, "run", lambda: config.write_text(doubled))
+    with pytest.raises(RunError, match=r"adapter_config\.json: has changed during the run"):
+        unlearn(job.model, job.base, adapter, job.forget, job.retain, lam=1.0, out=tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 @pytest.mark.usefixtures("one_thread")
