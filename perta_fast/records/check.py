@@ -122,6 +122,11 @@ class Check:
         measured = [role for role, data in self.data.items() if data.after is not None]
         return not self.left_out and sorted(measured) == ["forget", "retain"]
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the result is still to be measured."""
+        return not self.left_out and not self.is_whole
+
     def lines(self) -> list[str]:
         """For a person: the verdict and what it rests on, or what is missing."""
         if not self.is_whole:

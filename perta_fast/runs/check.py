@@ -36,6 +36,7 @@ from perta_fast.records.model_card import add_verdict
 from perta_fast.records.report import FILE_NAME, Report
 from perta_fast.records.versions import now
 from perta_fast.runs.encoded_rows import EncodedRows
+from perta_fast.subtraction.journal_directory import clear_leftover
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +201,7 @@ class Checking:
 def finish_resumed(report: Report, progress: Progress, ranks: Ranks) -> Report:
     """``Checking.finish`` for a run that ``resume`` has finished: its data is read again."""
     check = report.check
-    if check is None or check.left_out or check.is_whole:
+    if check is None or not check.is_due:
         return report
     given = {name: str(value) for name, value in report.recipe.items()}
     checkpoints = Checkpoints(
@@ -248,7 +249,7 @@ def _finish(
     report: Report, checkpoints: Checkpoints, rows: "Rows | Callable[[], Rows] | None", ranks: Ranks, seconds: float
 ) -> Report:
     check = report.check
-    if check is None or check.left_out or check.is_whole:
+    if check is None or not check.is_due:
         return report
     started = time.perf_counter()
     with ranks.together(PHASE):
@@ -266,10 +267,13 @@ def _finish(
                 report.add_phase(PHASE, seconds + time.perf_counter() - started, 0)
                 report.finished = now()
                 _save(report, directory)
+                if report.in_place:
+                    clear_leftover(directory, checked=True)
             except KeyboardInterrupt:
+                how = shell_command("perta", "resume", directory) if report.in_place else check.command
                 raise Interrupted(
                     f"interrupted; {directory} is complete, and only the check of what was forgotten and kept is not "
-                    f"done. Do it with: {check.command}"
+                    f"done. Do it with: {how}"
                 ) from None
     finished: Report = ranks.share(report)
     return finished

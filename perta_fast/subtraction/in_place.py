@@ -22,7 +22,7 @@ from perta_fast.checkpoints.companions import CARD, CONFIG, elsewhere, files_of
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
 from perta_fast.files.apart import check_inputs_stay
-from perta_fast.files.durable import move, read_record, remove, sync, write_file, write_record
+from perta_fast.files.durable import move, read_record, remove, sync, write_record
 from perta_fast.files.hashing import HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
@@ -40,7 +40,15 @@ from perta_fast.subtraction.changed_inputs import unchanged_inputs
 from perta_fast.subtraction.compute import Chunk, Statistics, Subtraction, bytes_moved, chunks_of
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.job import Job, reopen
-from perta_fast.subtraction.journal_directory import SEALED, Leftover, clear_leftover, is_open, locked_journal
+from perta_fast.subtraction.journal_directory import (
+    SEALED,
+    Leftover,
+    check_not_complete,
+    clear_leftover,
+    is_open,
+    locked_journal,
+    seal,
+)
 from perta_fast.subtraction.report_entries import add_up, describe_inputs, describe_output, describe_tensors
 
 SEGMENT = 64 << 20  # bytes of new values in a segment
@@ -90,12 +98,18 @@ def resume_in_place(model: Path, progress: Progress) -> Report:
 def finish_leftover_in_place(model: Path) -> Report | Leftover:
     """Clear what a run on ``model`` that was killed as it began or ended has left; its report, if it was complete.
 
-    Raises RunError if a run is going on there.
+    What shows that the result is still to be checked stays until it is. Raises RunError if a run is going on there.
     """
     left = clear_leftover(model)
     if left != "complete":
         return left
-    report = Report.load(model)
+    report, is_due = None, False
+    try:
+        report = Report.load(model)
+        is_due = report.check is not None and report.check.is_due
+    finally:
+        if not is_due:
+            clear_leftover(model, checked=True)
     if any(record.get("kept") is False for role, record in report.inputs.items() if role.endswith("_importance")):
         remove(scratch_path(model))
     return report
@@ -131,6 +145,7 @@ def check_in_place(sources: Sources, resumed: bool = False) -> None:
     model = sources.model
     check_own(model.path / JOURNAL)
     if not resumed:
+        check_not_complete(model.path)
         _check_no_other_work(sources)
     _check_mounts(model)
     _check_small_files(model)
@@ -302,7 +317,7 @@ def _finish(job: Job, sources: Sources, journal: Path, memory: PeakMemory) -> Re
         write_hashes(model, report, {path.name: _where_it_led(path) for path in _moved_back(journal)})
         for name in (CARD, FILE_NAME, HASHES):
             sync(journal / name)
-        write_file(journal / SEALED, b"")
+        seal(journal, awaits_check=report.check is not None and report.check.is_due)
     for path in _moved_back(journal):
         move(path, model / path.name)
     (journal / JOB).unlink()

@@ -17,7 +17,7 @@ from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.check import Checking, finish_resumed
 from perta_fast.runs.precondition import given_files
 from perta_fast.runs.settings import Settings, check_others
-from perta_fast.subtraction.in_place import check_in_place, resume_in_place
+from perta_fast.subtraction.in_place import check_in_place, finish_leftover_in_place, resume_in_place
 from perta_fast.subtraction.job import Job
 from perta_fast.subtraction.journal_directory import is_open
 from perta_fast.sweeping.opened import ByEstimator, OpenedSweep, checkpoints_of, open_sources
@@ -126,7 +126,11 @@ def has_changed(begun: Begun) -> bool:
 def finish_in_place(begun: Begun, progress: Progress) -> None:
     """Finish what ``has_changed`` has found, and its check. Raises InputError if an input is not what it was."""
     model = begun.request.result
-    report = resume_in_place(model, progress) if is_open(model) else Report.load(model)
+    if is_open(model):
+        report = resume_in_place(model, progress)
+    else:
+        left = finish_leftover_in_place(model)
+        report = left if isinstance(left, Report) else Report.load(model)
     finish_resumed(report, progress, Ranks.ALONE)
 
 

@@ -372,6 +372,23 @@ def test_a_run_in_place_that_was_stopped_half_way_goes_on(
     assert set(ways(capsys).values()) == {"is done already"}
 
 
+def test_a_run_in_place_that_was_stopped_in_its_check_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "run.yaml"
+    path.write_text(IN_PLACE)
+    with monkeypatch.context() as patched:
+        patched.setattr("perta_fast.runs.check._measure_result", stop)
+        assert run("recipe", "run", path) == 130
+    weights = {file: file.read_bytes() for file in (home / "model").glob("*.safetensors")}
+    capsys.readouterr()
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {"unlearn": "was begun, and goes on"}
+    assert {file: file.read_bytes() for file in weights} == weights
+    assert run("recipe", "run", path) == 0
+    assert ways(capsys) == {"unlearn": "is done already"}
+
+
 def test_a_job_changes_a_model_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = home / "run.yaml"
     path.write_text(IN_PLACE + IN_PLACE[len(SHARED) :].replace("unlearn:", "unlearn more:"))

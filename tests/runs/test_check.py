@@ -12,7 +12,7 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perta_fast import Report, apply, estimate_importance, evaluate, resume, unlearn, verify
+from perta_fast import InputError, Report, apply, estimate_importance, evaluate, resume, unlearn, verify
 from perta_fast.cli import main
 from perta_fast.data.batches import Batch
 from perta_fast.data.rows import evenly_spread, load_rows
@@ -26,6 +26,7 @@ from perta_fast.runs.check import PHASE, ROWS
 from perta_fast.subtraction import in_place, to_directory
 from perta_fast.tuning.run import FILE_NAME
 from tests.support.checked_runs import stop_in_the_check, watch_loads
+from tests.support.checkpoints import fingerprint
 from tests.support.models import FORGET, RETAIN, Job, llama, tokenizer, write_job, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -391,6 +392,46 @@ def test_a_resumed_run_in_place_is_checked(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(report, Report)
     assert checked(report).data == checked(whole).data
     assert not verify(job.model, progress=False).problems
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_in_place_that_was_killed_in_its_check_is_not_done_twice(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_job(tmp_path)
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    for _ in range(2):  # the second time while it is resumed
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(checking, "clear_leftover" if saved else "_measure_result", kill)
+            resume(job.model, progress=False) if (job.model / ".perta-journal").exists() else run(job, in_place=True)
+        if saved:
+            break
+    before = fingerprint(job.model)
+    with pytest.raises(InputError, match=rf"change it a second time. Do these steps with: perta resume {job.model}$"):
+        run(job, in_place=True)
+    assert fingerprint(job.model) == before
+    report = resume(job.model, progress=False)
+    assert isinstance(report, Report) and checked(report).is_whole
+    assert not (job.model / ".perta-journal").exists()
+    assert not verify(job.model, progress=False).problems
+
+
+def test_a_run_in_place_that_was_interrupted_in_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = write_job(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(checking, "_measure_result", interrupt)
+        with pytest.raises(Interrupted, match=f"only the check .* is not done. Do it with: perta resume {job.model}$"):
+            run(job, in_place=True)
+    report = resume(job.model, progress=False)
+    assert isinstance(report, Report) and checked(report).is_whole
+    run(job, in_place=True)  # another run may follow
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,6 +365,10 @@ def test_what_is_left_of_a_run_that_was_killed_when_it_was_complete(earlier: int
     kill_at("subtraction.journal_directory.remove", inputs, earlier)
     report = Report.load(inputs["model"])
     done = shards(inputs["model"])
+    with pytest.raises(
+        InputError, match=r"would change it a second time\. Do these steps with: perta resume"
+    ):
+        change(inputs)
     assert resume(inputs["model"], progress=False) == report
     assert shards(inputs["model"]) == done
     assert ".perta-journal" not in names(inputs["model"])
@@ -385,6 +389,7 @@ def test_leftovers_of_a_finished_run_are_never_replayed(
         patch.setattr(journal_directory, "remove", lambda path: None)
         change(inputs)
     assert (inputs["model"] / ".perta-journal" / "segment-0").exists()
+    resume(inputs["model"], progress=False)
     apply(*inputs.all, lam=0.3, out=tmp_path / "out", progress=False)
     seal = in_place.Segment.seal
 
