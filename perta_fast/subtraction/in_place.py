@@ -98,7 +98,7 @@ def resume_in_place(model: Path, progress: Progress) -> Report:
 def finish_leftover_in_place(model: Path) -> Report | Leftover:
     """Clear what a run on ``model`` that was killed as it began or ended has left; its report, if it was complete.
 
-    What shows that the result is still to be checked stays until it is. Raises RunError if a run is going on there.
+    If the result is still to be checked, the seal stays until it is. Raises RunError if a run is going on there.
     """
     left = clear_leftover(model)
     if left != "complete":
@@ -107,11 +107,12 @@ def finish_leftover_in_place(model: Path) -> Report | Leftover:
     try:
         report = Report.load(model)
         is_due = report.check is not None and report.check.is_due
+        made = {role for role in report.inputs if role == "tuned" or role.endswith("_importance")}
+        if any(report.inputs[role].get("kept") is False for role in made):
+            remove(scratch_path(model))
     finally:
         if not is_due:
             clear_leftover(model, checked=True)
-    if any(record.get("kept") is False for role, record in report.inputs.items() if role.endswith("_importance")):
-        remove(scratch_path(model))
     return report
 
 

@@ -61,7 +61,8 @@ def locked_journal(model: Path) -> Iterator[Path]:
                 os.close(own_file(journal / _MARK, os.O_WRONLY | os.O_CREAT))
             yield journal
         finally:
-            _clear(model, checked=False)
+            sealed = journal / SEALED
+            _clear(model, keep_seal=sealed.exists() and sealed.stat().st_size > 0)
 
 
 def seal(journal: Path, awaits_check: bool) -> None:
@@ -72,7 +73,7 @@ def seal(journal: Path, awaits_check: bool) -> None:
 def clear_leftover(model: Path, checked: bool = False) -> Leftover:
     """Remove the directory of a run that has no job there; returns what that run had done.
 
-    checked: also if the result was to be checked; otherwise its seal stays.
+    The seal of one that was complete stays until the call that says that its result is ``checked``, or is not to be.
     """
     with _locked(model) as journal:
         try:
@@ -80,7 +81,7 @@ def clear_leftover(model: Path, checked: bool = False) -> Leftover:
                 return "complete"
             return "nothing was changed" if (journal / _MARK).exists() else "unknown"
         finally:
-            _clear(model, checked)
+            _clear(model, keep_seal=not checked and (journal / SEALED).exists())
 
 
 @contextmanager
@@ -99,16 +100,12 @@ def _locked(model: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _clear(model: Path, checked: bool) -> None:
-    """Remove the directory, unless it holds a job; but for the seal of a result that is still to be ``checked``."""
-    if is_open(model):
-        return
-    journal = model / JOURNAL
-    sealed = journal / SEALED
-    kept = not checked and exists(sealed) and sealed.stat().st_size > 0
-    _empty(journal, keep_seal=kept)
-    if not kept:
-        remove(journal)
+def _clear(model: Path, keep_seal: bool) -> None:
+    """Remove the directory, or all in it but the seal; nothing if it holds a job."""
+    if not is_open(model):
+        _empty(model / JOURNAL, keep_seal)
+        if not keep_seal:
+            remove(model / JOURNAL)
 
 
 def _empty(journal: Path, keep_seal: bool = False) -> None:

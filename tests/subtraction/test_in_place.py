@@ -365,9 +365,7 @@ def test_what_is_left_of_a_run_that_was_killed_when_it_was_complete(earlier: int
     kill_at("subtraction.journal_directory.remove", inputs, earlier)
     report = Report.load(inputs["model"])
     done = shards(inputs["model"])
-    with pytest.raises(
-        InputError, match=r"would change it a second time\. Do these steps with: perta resume"
-    ):
+    with pytest.raises(InputError, match=r"would change it a second time\. Do these steps with: perta resume"):
         change(inputs)
     assert resume(inputs["model"], progress=False) == report
     assert shards(inputs["model"]) == done
@@ -490,6 +488,21 @@ def test_unlearn_in_place_is_finished_with_the_importances_it_had(
     assert verify(model, progress=False).problems == []
     importance = {role: report.importance[f"{role}_importance"] for role in ("forget", "retain")}
     assert importance["forget"]["data_hash"] == report.data["forget"]["blake3"]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rule", ["fisher", "preconditioned"])
+def test_unlearn_in_place_that_was_killed_before_its_last_removal(rule: str, job: Job, tmp_path: Path) -> None:
+    """What it had made beside the model is still there, and goes."""
+    model = shutil.copytree(job.model, tmp_path / "model")
+    given = {"model": model, "base": job.base, "tuned": job.tuned, "forget": job.forget, "retain": job.retain}
+    paths = [text for name, path in given.items() for text in (f"--{name}", path)]
+    at_the_scratch = signal_at("SIGKILL", "subtraction.in_place.remove", earlier=1)
+    killed = perta("unlearn", *paths, "--rule", rule, "--lam", "1", "--in-place", "--no-check", setup=at_the_scratch)
+    assert killed.returncode == -9
+    assert len(names(tmp_path)) == 2 and not is_open(model)
+    resume(model, progress=False)
+    assert names(tmp_path) == {"model"} and ".perta-journal" not in names(model)
 
 
 @pytest.mark.parametrize("drop_cache", [False, True])
