@@ -31,11 +31,15 @@ _CLOSED = {"local_files_only": True, "trust_remote_code": False}  # no download,
 
 @dataclass(frozen=True)
 class Subject:
-    """A module to be measured, its tokenizer, if any, and its origin: a directory, or "live module"."""
+    """A module to be measured, its tokenizer, if any, and its origin: a directory, or "live module".
+
+    checkpoint: its weights, as they were opened before they were loaded; None of a live module.
+    """
 
     module: nn.Module
     tokenizer: Any
     origin: str
+    checkpoint: Checkpoint | None = None
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +182,7 @@ def load_subject(
     except Exception as error:  # a damaged configuration shows in many ways
         raise InputError(f"{path}: transformers cannot load this model: {reason_of(error)}") from error
     if structure is not None:
-        return Subject(structure, tokenizer, str(path.resolve()))
+        return Subject(structure, tokenizer, str(path.resolve()), checkpoint)
     if loaded["missing_keys"]:  # transformers would draw them at random
         raise InputError(f"{path}: lacks tensor {min(loaded['missing_keys'])}, which its config.json calls for")
     keep_language_part_(model)
@@ -186,7 +190,7 @@ def load_subject(
     if not quantised:
         names = as_stored(model, shapes)
         stored_under(names, named_as_module(checkpoint, model, names))
-    return Subject(model.to(chosen), tokenizer, str(path.resolve()))
+    return Subject(model.to(chosen), tokenizer, str(path.resolve()), checkpoint)
 
 
 def _type_to_load(checkpoint: Checkpoint, config: Any, device: torch.device) -> torch.dtype | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.checkpoints.quantised import open_plain, refuse_quantised_module
 from perta_fast.checkpoints.weights_hash import weights_hash
 from perta_fast.checkpoints.wrappers import plain_name
@@ -98,11 +99,19 @@ class Estimation:
 
     @cached_property
     def weights_hash(self) -> str:
-        """By what the weights are known again; "" of a live module."""
-        return "" if self.subject.origin == LIVE else weights_hash(Checkpoint.open(self.subject.origin))
+        """By what the weights are known again; "" of a live module.
+
+        Raises RunError if they have changed since they were opened: what was loaded may be others.
+        """
+        checkpoint = self.subject.checkpoint
+        if checkpoint is None:
+            return ""
+        digest = weights_hash(checkpoint)
+        check_as_opened([checkpoint])
+        return digest
 
     def describe(self, samples: Sequence[Sample], data_hash: str, one_by_one: Sequence[str] = ()) -> ImportanceMetadata:
-        """What an importance on ``samples`` says of itself."""
+        """What an importance on ``samples`` says of itself. Raises RunError as ``weights_hash``."""
         versions, count, rows = installed_versions(), row_count(samples), RowDigests.of(samples)
         return ImportanceMetadata(
             estimator=self.estimator,

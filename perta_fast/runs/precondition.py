@@ -7,6 +7,7 @@ from perta_fast.arguments import check_device, check_sizes
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import PRECONDITIONING
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.checkpoints.quantised import open_loadable
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
@@ -75,8 +76,8 @@ def precondition(
 
     Memory: the model, and 4 d_in² bytes for each different input of its linear maps; then, if ``tuned`` is a
     checkpoint, two models in float32. With ``stream`` that of one layer, and the disk holds the hidden states of all
-    tokens at two layers. Raises InputError for bad input, NotFiniteError if an input of a map is not
-    finite, RunError if ``out`` cannot be written. Then, or after an interrupt, nothing is left behind.
+    tokens at two layers. Raises InputError for bad input, NotFiniteError if an input of a map is not finite, RunError
+    if ``out`` cannot be written, or an input changes meanwhile. Then, or after an interrupt, nothing is left behind.
 
     Source: SAGE (arXiv 2606.18309).
     """
@@ -92,7 +93,7 @@ def precondition(
     target = OutputDirectory(out, overwrite=overwrite, inputs=[base, tuned, model, *data_files(source)])
     check_tuned(base, tuned)
     sources = Sources.open(base, base, tuned, common_rows=True)
-    open_loadable(model)
+    seen = open_loadable(model)
     rows, digest = read_data(source, fields)
     check_task_vector(sources)
     check_space(target.final, vector_size(base, tuned))
@@ -116,6 +117,8 @@ def precondition(
     )
     with target:
         (record,) = making.run(rows, digest, {float(mu): target.path}).values()
+        check_sources_as_opened(sources)
+        check_as_opened([seen])
         target.commit()
     return record
 

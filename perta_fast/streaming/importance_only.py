@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from perta_fast.checkpoints.fingerprint import check_as_opened
 from perta_fast.data.samples import Sample
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
@@ -37,8 +38,8 @@ def write_importance(
 
     metadata: of the importance; ``one_by_one`` is filled in here. stored: its type, float32 or bfloat16. ranks: each
     runs its share of the samples, and writes its share of every tensor. The scratch files lie in the hidden directory
-    that becomes ``out``; an error or an interrupt removes both. Raises RunError if a loss or a mean is not finite, or
-    the disk is full.
+    that becomes ``out``; an error or an interrupt removes both. Raises RunError if a loss or a mean is not finite, the
+    disk is full, or a weight file has changed meanwhile.
     """
     target = OutputDirectory(out, overwrite=overwrite)
     share = share_of(samples, ranks)
@@ -74,6 +75,7 @@ def write_importance(
         with ranks.together(description):  # now that no rank removes files that another one flushes
             sync_tree(target.path)
         with ranks.together(description):
+            check_as_opened([skeleton.checkpoint])
             if ranks.first:
                 target.commit()
     return Importance.load(target.final)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from perta_fast import InputError, Report, RunError, apply, resume, tune, unlearn
-from perta_fast.runs import unlearn_in_memory, unlearn_preconditioned
+from perta_fast import InputError, Report, RunError, apply, estimate_importance, precondition, resume, tune, unlearn
+from perta_fast.runs import estimate, unlearn_in_memory, unlearn_preconditioned
 from perta_fast.runs.making_tuned import Making
-from perta_fast.streaming import write_behind
+from perta_fast.streaming import walk, write_behind
 from perta_fast.subtraction import compute, in_place, to_directory
 from perta_fast.subtraction.parts import Part
 from tests.distributed.launch import perta_on_ranks
@@ -210,6 +210,33 @@ def test_settings_of_an_adapter_that_change_after_theta_f_was_made_of_it(
     with pytest.raises(RunError, match=r"adapter_config\.json: has changed during the run"):
         unlearn(job.model, job.base, adapter, job.forget, job.retain, lam=1.0, out=tmp_path / "out", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(estimate, "load_subject"), (walk.Walk, "run")], ids=["in memory", "streamed"]
+)
+def test_a_model_that_changes_while_an_importance_is_estimated(
+    owner: Any, name: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metadata would know it by the hash of other weights."""
+    base, stream = Path(shutil.copytree(job.base, tmp_path / "base")), name == "run"
+    shard = shard_of(base)
+    after(monkeypatch, owner, name, lambda: change(shard))
+    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+        estimate_importance(base, job.forget, out=tmp_path / "out", stream=stream, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize("role", ["model", "base", "tuned"])
+def test_an_input_that_changes_while_it_is_preconditioned(
+    role: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {name: Path(shutil.copytree(getattr(job, name), tmp_path / name)) for name in ("model", "base", "tuned")}
+    shard = shard_of(own[role])
+    after(monkeypatch, Making, "run", lambda: change(shard))
+    with pytest.raises(RunError, match=f"{shard.name}: has changed during the run; run the same command again"):
+        precondition(**own, retain=job.retain, out=tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "tuned"]
 
 
 @pytest.mark.usefixtures("one_thread")
