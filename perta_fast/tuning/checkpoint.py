@@ -19,10 +19,14 @@ from perta_fast.tuning.saving import disk_errors
 
 
 def copy_beside(base: Checkpoint, directory: Path) -> None:
-    """Copy what lies beside the weights of ``base``, but for the records of a run that has made it."""
+    """Copy what lies beside the weights of ``base``, but for the records of a run that has made it.
+
+    The config says float32, in which the weights are written.
+    """
     copy_companions(base, directory)
     for name in (FILE_NAME, HASHES):
         (directory / name).unlink(missing_ok=True)
+    _name_type(directory)
 
 
 @torch.no_grad()
@@ -34,7 +38,6 @@ def write_tuned(module: nn.Module, base: Checkpoint, directory: Path) -> None:
     """
     tuned = as_stored(module, dict(module.named_parameters()))
     copy_beside(base, directory)
-    _name_type(directory)
     total = 0
     for shard in base.shards.values():
         tensors = {}

@@ -383,7 +383,8 @@ def test_streamed_it_has_the_same_values(adapted: bool, dtype: torch.dtype, tmp_
         one, other = (read_checkpoint(tmp_path / name) for name in ("whole", "streamed"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
-        AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
+        assert (tmp_path / "whole/config.json").read_bytes() == (tmp_path / "streamed/config.json").read_bytes()
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "streamed").dtype == F32
     assert streamed.kept == pytest.approx(whole.kept, rel=1e-6)
     assert not (tmp_path / "streamed/scratch").exists()
 
