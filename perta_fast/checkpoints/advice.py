@@ -45,6 +45,16 @@ def untie_command(path: Path) -> str:
     return python_command(program + _save_tokenizer(path, target))
 
 
+def resize_command(path: Path, rows: int) -> str:
+    """The shell command that saves a checkpoint with embeddings of so many rows, beside it; new rows hold anything."""
+    source, target = str(path), f"{path}-resized"
+    program = (
+        f"import transformers as t; m = t.{model_class(path)}.from_pretrained({source!r}, dtype='auto'); "
+        f"m.resize_token_embeddings({rows}, mean_resizing=False); m.save_pretrained({target!r})"
+    )
+    return python_command(program + _save_tokenizer(path, target))
+
+
 def float32_command(file: Path) -> str:
     """The shell command that saves an adapter with the tensors of ``file`` in float32, beside its directory."""
     adapter, target = str(file.parent), f"{file.parent}-float32"

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast.checkpoints.adapters import is_adapter
+from perta_fast.checkpoints.adapters import Adapter, is_adapter
+from perta_fast.checkpoints.advice import resize_command
+from perta_fast.checkpoints.tied import RESIZED, has_vocabulary_rows
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_model
@@ -15,7 +17,7 @@ from perta_fast.rules import Rule
 from perta_fast.runs.apply import apply_sources
 from perta_fast.runs.settings import Settings, destination
 from perta_fast.subtraction.inputs import Sources
-from perta_fast.subtraction.scope import Scope
+from perta_fast.subtraction.matching import COMPLEX
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,7 +56,7 @@ def merge(
         final = destination(base, out, False, ranks)
         if not is_adapter(tuned):
             raise InputError(f"{tuned}: is no adapter, so there is nothing to merge; give what peft saved")
-        sources = Sources.open(base, base, tuned, {}, False, Scope.of(None, None))
+        sources = _open(base, tuned)
     settings = Settings(
         final,
         started,
@@ -66,3 +68,24 @@ def merge(
         progress=progress,
     )
     return apply_sources(sources, _RULE, settings, merging=True, ranks=ranks)
+
+
+def _open(base: Path, tuned: Path) -> Sources:
+    """The inputs. Raises InputError with advice for a merge, which has no options for rows or tensors."""
+    try:
+        return Sources.open(base, base, tuned)
+    except InputError as error:
+        text = f"{error}"
+        if RESIZED in text:
+            changed = Adapter.open(tuned, base).whole.items()
+            rows = {entry.shape[0] for name, entry in changed if has_vocabulary_rows(name)}
+            advice = (
+                f"Give ‹base› with as many rows as the adapter has, made with: {resize_command(base, *rows)}"
+                if len(rows) == 1
+                else "Give the base as many rows (resize_token_embeddings), and merge it with peft (merge_and_unload)"
+            )
+            advice = f"the vocabulary was resized. {advice}"
+            raise InputError(text.replace(RESIZED, advice)) from error
+        if COMPLEX in text:
+            raise InputError(text.replace(COMPLEX, "there is no arithmetic for complex numbers here")) from error
+        raise

@@ -72,7 +72,7 @@ class Subtraction:
     of the match. hashes: gets all bytes that are read. inputs: stored tensors that are in memory already, and not read;
     made: arrays that no file holds, of an earlier subtraction from the same sources. place: where in memory the
     result of a chunk goes; None, and where it gives None: to a buffer, from which ``store`` takes it. Without it, the
-    results are for files, which messages then tell the fate of.
+    results are for files, which messages then tell the fate of. merging: the run has no strength to advise.
     """
 
     sources: Sources
@@ -85,6 +85,7 @@ class Subtraction:
     inputs: HeldInputs = NONE_HELD
     made: "MadeArrays | None" = None
     place: "Callable[[Chunk], ByteArray | None] | None" = None
+    merging: bool = False
 
     def run(self, chunks: Iterator[Chunk], store: Store, advance: Callable[[int], object]) -> None:
         """Compute the chunks in order, on all threads; each thread passes its results to ``store``.
@@ -204,7 +205,7 @@ class _Workspace:
         statistics: Statistics = self._batch.run_in(
             lambda reads: compiled.kernels().rescaled_subtract(*operands, *settings, reads)
         )
-        _check_finite(match, statistics, self._job.place is None)
+        _check_finite(match, statistics, self._job)
         width = ITEM_SIZES[match.theta.dtype]
         result[chunk.count * width : whole.count * width] = theta[chunk.count * width :]  # rows that are kept
         return result.data[: whole.count * width], statistics
@@ -257,7 +258,7 @@ class _Workspace:
         self._batch.add(reader, stored.begin, target, f"tensor {stored.name}", soon)
 
 
-def _check_finite(match: TensorMatch, statistics: Statistics, writes: bool) -> None:
+def _check_finite(match: TensorMatch, statistics: Statistics, job: Subtraction) -> None:
     for key, entry in (("nonfinite_forget", match.forget_importance), ("nonfinite_retain", match.retain_importance)):
         if entry is not None and statistics[key]:
             raise InputError(
@@ -270,7 +271,14 @@ def _check_finite(match: TensorMatch, statistics: Statistics, writes: bool) -> N
             "both importances"
         )
     if statistics["nonfinite_out"]:
+        name = match.theta.name
+        advice = (
+            "look at this tensor in base and tuned"
+            if job.merging
+            else f"look at this tensor in model, base and tuned, use a smaller lambda, or keep it as the model has it "
+            f"with ‹leave› {name}"
+        )
         raise NotFiniteError(
-            f"tensor {match.theta.name}: the result would hold NaN or infinite values; look at this tensor in "
-            f"model, base and tuned, or use a smaller lambda{'. Nothing was written' * writes}"
+            f"tensor {name}: the result would hold NaN or infinite values; {advice}"
+            f"{'. Nothing was written' * (job.place is None)}"
         )

@@ -90,7 +90,8 @@ class Job:
 
     def subtraction(self, sources: Sources, hashes: HashesInPassing = NONE_IN_PASSING) -> Subtraction:
         """The arithmetic of this run on its opened inputs."""
-        return Subtraction(sources, self.rule.rescaling, self.threads, self.chunk, self.drop_cache, hashes=hashes)
+        settings = (self.rule.rescaling, self.threads, self.chunk, self.drop_cache)
+        return Subtraction(sources, *settings, hashes=hashes, merging=self.report.get("merged", False))
 
     def begun_report(self) -> Report:
         """``report`` as a Report."""

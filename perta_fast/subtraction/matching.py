@@ -27,6 +27,7 @@ from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.scope import EVERYTHING, Names, Scope
 
 _FLOAT32 = "dtype='float32'"  # for a command that converts
+COMPLEX = "there is no arithmetic for complex numbers here; keep it as the model has it with ‹leave›"
 CopyReason = Literal[
     "not floating point",
     "not covered by the importance",
@@ -203,6 +204,8 @@ def _check_agrees(theta: TensorEntry, entry: TensorEntry, common_rows: bool, how
     if entry.shape != theta.shape and not (resized and common_rows):
         shapes = f"shape {list(theta.shape)} in {theta.path}, {list(entry.shape)} in {entry.path}"
         raise InputError(f"tensor {theta.name}: {shapes}; {RESIZED if resized else 'these are not of one model'}")
+    if entry.dtype == "C64":
+        raise InputError(f"tensor {entry.name} in {entry.path} is {entry.dtype}; {COMPLEX}")
     if entry.dtype not in KERNEL_CODES:
         raise InputError(
             f"tensor {entry.name} in {entry.path} is {entry.dtype}; "

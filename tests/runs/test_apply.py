@@ -248,6 +248,19 @@ def test_importance_that_is_not_finite_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == [role]
 
 
+@pytest.mark.parametrize("spoilt", [torch.tensor([-torch.inf, 0.0]), torch.ones(2, dtype=torch.complex64)])
+def test_a_buffer_without_arithmetic_is_kept_as_the_message_says(spoilt: torch.Tensor, tmp_path: Path) -> None:
+    """Infinite in all three, so that the difference is no number; or complex."""
+    three = [
+        write_checkpoint(tmp_path / role, {"w": draw((3,), seed=k), "mask": spoilt}) for k, role in enumerate("abc")
+    ]
+    with pytest.raises((RunError, InputError)) as caught:
+        apply(*three, rule="tv", lam=1e-4, out=tmp_path / "out", progress=False)
+    assert "keep it as the model has it with leave" in str(caught.value)
+    apply(*three, rule="tv", lam=1e-4, leave="mask", out=tmp_path / "out", progress=False)
+    assert torch.equal(read_checkpoint(tmp_path / "out")["mask"], spoilt)
+
+
 def test_a_result_beyond_float16_is_refused(tmp_path: Path) -> None:
     theta, one, zero = torch.full((3,), 60000.0), torch.ones(3), torch.zeros(3)
     model = write_checkpoint(tmp_path / "model", {"fine": zero.half(), "large": theta.half()})

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from perta_fast import apply_to_module_, cli, estimate_importance, sweep, unlearn
+from perta_fast import apply_to_module_, cli, estimate_importance, merge, sweep, unlearn
 from perta_fast.errors import InputError
 from perta_fast.importance.store import Importance
 from perta_fast.records.report import Report
@@ -252,6 +252,42 @@ def write_resized_adapter(folder: Path, rows: int, targets: list[str], whole: li
             parameter.data.add_(draw(tuple(parameter.shape), seed=number) * 0.05)
     adapted.save_pretrained(folder / "adapter")
     adapted.merge_and_unload().save_pretrained(folder / "merged")
+
+
+@pytest.mark.parametrize("whole", [None, ["embed_tokens", "lm_head"]])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_with_more_rows_is_merged_with_a_base_that_the_message_makes(
+    whole: list[str] | None, tmp_path: Path
+) -> None:
+    write_models(tmp_path, (300, 300, 300), tied=False)
+    write_resized_adapter(tmp_path, 304, ["q_proj"], whole)
+    with pytest.raises(
+        InputError, match=r"was resized\. Give base with as many rows as the adapter has, made with: "
+    ) as caught:
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert "common_rows" not in str(caught.value)
+    run_advice(str(caught.value))
+    merge(tmp_path / "base-resized", tmp_path / "adapter", tmp_path / "out", progress=False)
+    found, right = (read_checkpoint(tmp_path / name) for name in ("out", "merged"))
+    for name in right:
+        torch.testing.assert_close(found[name], right[name].to(found[name].dtype), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_of_an_embedding_with_more_rows_is_not_merged(tmp_path: Path) -> None:
+    """But by peft, as the message says."""
+    write_models(tmp_path, (300, 300, 300), tied=False)
+    write_resized_adapter(tmp_path, 304, ["embed_tokens", "lm_head", "q_proj"])
+    with pytest.raises(InputError, match="merge it with peft"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    from peft import PeftModel
+
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    module.resize_token_embeddings(304, mean_resizing=False)
+    merged: Any = PeftModel.from_pretrained(module, tmp_path / "adapter").merge_and_unload()
+    right = read_checkpoint(tmp_path / "merged")
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, right[name].to(tensor.dtype), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("rows", [304, 296, 32])

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import perta_fast as pf
@@ -179,3 +180,15 @@ def test_a_stopped_merge_goes_on(tmp_path: Path) -> None:
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert json.loads((tmp_path / "out/perta_report.json").read_text())["merged"] is True
+
+
+def test_what_it_refuses_names_no_option_of_other_commands(tmp_path: Path) -> None:
+    job = write_job(tmp_path, F32, max_shard_size="1GB")
+    adapt(job.base, KINDS["LoRA"], tmp_path / "adapter")
+    shard = job.base / "model.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for value, said in ((torch.inf, r"look at this tensor in base and tuned\. Nothing"), (1j, "complex numbers here$")):
+        save_file(tensors | {name: tensors[name] + value}, shard, {"format": "pt"})
+        with pytest.raises(pf.PertaError, match=said):
+            pf.merge(job.base, tmp_path / "adapter", tmp_path / "out", progress=False)
