@@ -12,6 +12,7 @@ from perta_fast.errors import InputError
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_GROUPS = Path("/sys/fs/cgroup")
 _FORGET_PEAK = "5"  # written there: the peak resident set begins again at the present one
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc
 _INTERVAL = 0.02  # seconds between two looks
@@ -89,23 +90,50 @@ def _peak_of_process() -> int:
 
 
 def available_bytes() -> int | None:
-    """Bytes that the system and its control groups still let this process take; None if unknown."""
+    """Bytes that the system and its control groups still let this process take; None if unknown.
+
+    Pages of files that were read count as free: the system drops them when it needs the space.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        limits = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
         groups = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
-    name = next((line[3:] for line in groups if line.startswith("0::")), "/")
-    folder = Path("/sys/fs/cgroup") / name.lstrip("/")
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    free += [left for line in groups if (left := _left_in_groups(*line.split(":", 2))) is not None]
+    return max(0, min(free)) if free else None
+
+
+def _left_in_groups(_: str, controllers: str, name: str) -> int | None:
+    """The least that this control group, or one that holds it, has left; None if they have no limit.
+
+    The arguments are the fields of a line in /proc/self/cgroup: without controllers it is of version 2.
+    """
+    if "memory" in controllers.split(","):
+        root, files, prefix = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+    elif not controllers:
+        root, files, prefix = _GROUPS, ("memory.max", "memory.current"), ""
+    else:
+        return None
+    folder = root / name.lstrip("/")
+    left = []
     for group in (folder, *folder.parents[: len(Path(name).parts) - 1]):  # a limit holds for all groups below
         try:
-            limit = (group / "memory.max").read_text().strip()
+            limit, used = ((group / file).read_text().strip() for file in files)
             if limit != "max":
-                limits.append(int(limit) - int((group / "memory.current").read_text()))
+                left.append(int(limit) - int(used) + _pages_of_files(group, prefix))
         except (OSError, ValueError):
             continue
-    return max(0, min(limits)) if limits else None
+    return min(left, default=None)
+
+
+def _pages_of_files(group: Path, prefix: str) -> int:
+    """Bytes of files that a control group has in memory; prefix: of the figures that include the groups below."""
+    try:
+        table = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 0
+    return sum(int(table.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def return_freed_blocks() -> None:
