@@ -2,13 +2,13 @@
 
 import errno
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from perta_fast.errors import InputError, NotFiniteError, RunError, advice, shell_command
 from perta_fast.files.apart import check_inputs_stay, check_name, input_in
+from perta_fast.files.disk_space import existing_parent
 from perta_fast.files.durable import move, read_record, remove, sync, sync_tree, write_record
 from perta_fast.files.identity import is_same, lies_in
 from perta_fast.files.journal import JOB, check_finished
@@ -140,6 +140,12 @@ def take(path: Path, locked: ExitStack, *, resume: bool) -> None:
 def partial_path(final: Path) -> Path:
     """The hidden name under which a run builds ``final``."""
     return final.with_name(f".{final.name}.perta-partial")
+
+
+def leftovers(final: Path) -> list[Path]:
+    """What a command that was killed may have left beside ``final``, which the next one empties."""
+    resolved = Path(os.path.realpath(final))
+    return [partial_path(resolved)] if resolved.name else []
 
 
 def has_record(final: Path, state: str) -> bool:
@@ -338,21 +344,6 @@ def check_writable(path: Path) -> None:
     if not os.access(holder, os.W_OK | os.X_OK):
         read_only = os.statvfs(holder).f_flag & os.ST_RDONLY
         raise RunError(f"{path}: cannot be written: {os.strerror(errno.EROFS if read_only else errno.EACCES)}")
-
-
-def existing_parent(path: Path) -> Path:
-    """``path``, or its nearest parent that is a directory."""
-    path = path.absolute()
-    return next(directory for directory in (path, *path.parents) if directory.is_dir())
-
-
-def check_space(directory: Path, needed: int) -> None:
-    """Raise RunError if the file system that will hold ``directory`` has fewer than ``needed`` bytes free."""
-    free = shutil.disk_usage(existing_parent(directory)).free
-    if free < needed:
-        raise RunError(
-            f"{directory}: needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free; nothing was written"
-        )
 
 
 def scratch_path(destination: Path) -> Path:

@@ -19,7 +19,8 @@ from perta_fast.checkpoints.safetensors_file import TensorEntry, read_values
 from perta_fast.dtypes import byte_count
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_outside
-from perta_fast.files.new_directory import OutputDirectory, check_space
+from perta_fast.files.disk_space import check_space
+from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.importance.addable import Addable, check_all_in, check_no_row_twice
 from perta_fast.importance.row_digests import RowDigests
 from perta_fast.importance.store import Importance, ImportanceMetadata, ShardWriter, as_strings
@@ -94,7 +95,7 @@ class Combination:
         written = sum(byte_count("F32", shape) for shape in shapes.values())
         target = OutputDirectory(out, overwrite=overwrite, inputs=paths)
         check_outside(target.final, paths)
-        check_space(target.final, written)
+        check_space({target.final: written}, [target.path])
         total = written + sum(importance.checkpoint.size for importance in importances)
         with target, Bar(total, description, progress) as bar:
             writer = ShardWriter(shapes, as_strings(self.metadata()), target.path, rows=self.rows)

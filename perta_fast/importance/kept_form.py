@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.checkpoint import Checkpoint
-from perta_fast.dtypes import torch_dtype
+from perta_fast.dtypes import ITEM_SIZES, torch_dtype
 from perta_fast.errors import InputError
 from perta_fast.importance import ratio
 from perta_fast.importance.row_digests import RowDigests
@@ -53,6 +53,11 @@ class KeptForm:
     def name(self) -> str:
         """As ``of`` takes it."""
         return "ratio" if self.as_ratio else "pair"
+
+    @property
+    def width(self) -> int:
+        """Bytes that are kept of a parameter."""
+        return (1 if self.as_ratio else len(ratio.SIDES)) * ITEM_SIZES[stored_name(self.dtype)]
 
     @property
     def entries(self) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES, TORCH_NAMES, torch_dtype, torch_name
 from perta_fast.errors import InputError, printable
 from perta_fast.files.apart import check_outside
+from perta_fast.files.disk_space import check_space
 from perta_fast.files.durable import sync_tree
-from perta_fast.files.new_directory import OutputDirectory, check_space
+from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.reading import exists
 from perta_fast.importance.prompts import check_system_prompts
 from perta_fast.importance.store import STEM as IMPORTANCE_STEM
@@ -158,7 +159,8 @@ class ImportanceRatio:
                 check_outside(target.final, self._read)
                 if ranks.first:
                     width = ITEM_SIZES[self._dtype]
-                    check_space(target.final, sum(width * prod(shape) for shape in _shapes(self).values()))
+                    size = sum(width * prod(shape) for shape in _shapes(self).values())
+                    check_space({target.final: size}, [target.path])
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):

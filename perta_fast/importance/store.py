@@ -17,8 +17,9 @@ from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES, STORED_TYPES, byte_count, torch_dtype
 from perta_fast.errors import InputError, printable
+from perta_fast.files.disk_space import check_space
 from perta_fast.files.durable import sync_tree, write_fully
-from perta_fast.files.new_directory import OutputDirectory, check_space
+from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.own import own_file
 from perta_fast.files.reading import exists
 from perta_fast.importance.row_digests import FILE_NAME as ROWS_FILE
@@ -131,7 +132,7 @@ class Importance:
                 target = OutputDirectory(directory, overwrite=overwrite)
                 if ranks.first:
                     shapes = shapes_of(self.tensors).values()
-                    check_space(target.final, sum(byte_count(stored, shape) for shape in shapes))
+                    check_space({target.final: sum(byte_count(stored, shape) for shape in shapes)}, [target.path])
                     opened.enter_context(target)
             check_shared(target.path, ranks)
             with ranks.together(what):

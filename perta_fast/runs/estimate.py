@@ -19,11 +19,13 @@ from perta_fast.data.chat import Told
 from perta_fast.data.samples import Sample, row_count, truncated_count
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.distributed.sharded import held
-from perta_fast.dtypes import torch_name
+from perta_fast.dtypes import ITEM_SIZES, torch_name
 from perta_fast.errors import InputError
+from perta_fast.files.disk_space import check_space
+from perta_fast.files.new_directory import leftovers
 from perta_fast.importance.gradients import accumulate, check_finite
 from perta_fast.importance.row_digests import RowDigests
-from perta_fast.importance.store import Importance, ImportanceMetadata
+from perta_fast.importance.store import Importance, ImportanceMetadata, stored_name
 from perta_fast.memory import return_freed_blocks
 from perta_fast.models.in_use import measuring
 from perta_fast.models.loading import Subject, choose_device, load_subject
@@ -196,6 +198,10 @@ def estimate_on(
             ranks=how.ranks,
         )
     module = how.subject.module
+    if out is not None:
+        with how.ranks.together(description):
+            size = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            check_space({Path(out): ITEM_SIZES[stored_name(stored)] * size}, leftovers(Path(out)))
     with ExitStack() as held_module:
         with how.ranks.together(description):
             held_module.enter_context(measuring(module))

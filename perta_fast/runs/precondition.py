@@ -16,9 +16,10 @@ from perta_fast.data.given_data import Data, source_of
 from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
+from perta_fast.files.disk_space import check_space
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.hub import local_model
-from perta_fast.files.new_directory import OutputDirectory, check_space
+from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.reading import exists
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.progress import Bar, Progress
@@ -96,7 +97,7 @@ def precondition(
     seen = open_loadable(model)
     rows, digest = read_data(source, fields)
     check_task_vector(sources)
-    check_space(target.final, vector_size(base, tuned))
+    check_space({target.final: vector_size(base, tuned)}, [target.path])
     # Imported late: what is wrong so far is said without waiting for torch.
     from perta_fast.runs.making_tuned import Making
 

@@ -11,7 +11,7 @@ from perta_fast.data.given_data import Data
 from perta_fast.data.rows import Row
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import check_output, check_space, check_unfinished, unfinished_advice
+from perta_fast.files.new_directory import check_output, check_unfinished, unfinished_advice
 from perta_fast.files.reading import checked_path
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
@@ -148,6 +148,8 @@ def _task_vector_alone(opened: Opened, rows: dict[str, list[Row]], hashes: dict[
     with opened.ranks.together(strength.PHASE):
         begun = _begun(opened)
         day = (begun and Told.read(begun.begun_report().settings).day) or day  # the same prompts as before
+        if begun is None:
+            opened.check_disk({})
         search = strength.StrengthSearch.begin(opened, rows, day)
     choice = None if search is None else search.find(None)
     if choice is not None:
@@ -201,12 +203,8 @@ def _load(opened: Opened, day: date) -> Loaded:
                 check_unfinished(kept, overwrite=options.overwrite, run=final)  # which has no work to keep
             if not options.in_place:
                 check_output(final, overwrite=may_replace(final, options.overwrite), inputs=[kept])
-        if options.makes_temporary and not streamed:  # whose schedule checks the disk, as it knows the samples
-            sources = opened.sources
-            covered = sum(
-                match.theta.count for match in sources.matches if match.copied in (None, "left alone by choice")
-            )
-            check_space(final, (0 if options.in_place else sources.model.size) + 8 * covered)
+        if not streamed:  # whose schedule checks the disk, as it knows the samples
+            opened.check_disk(opened.importance_sizes)
         day = (begun and streamed_on(begun.stream)) or day  # the same prompts as before it was stopped
         day = (opened.whole and opened.whole.day) or day  # and as the whole had
         search = strength.StrengthSearch.begin(opened, rows, day)

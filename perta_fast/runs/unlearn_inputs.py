@@ -15,9 +15,12 @@ from perta_fast.data.samples import row_count, truncated_count
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.dtypes import torch_name
 from perta_fast.files.apart import check_inputs_stay
+from perta_fast.files.disk_space import FREE_MARGIN, check_space
 from perta_fast.files.journal import JOURNAL
-from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, scratch_path
+from perta_fast.files.new_directory import check_output, check_unfinished, importance_path, leftovers, scratch_path
 from perta_fast.files.own import check_own
+from perta_fast.files.reading import checked_path
+from perta_fast.importance.kept_form import KeptForm
 from perta_fast.records.recipe_of_run import as_recipe
 from perta_fast.records.removal import Removal
 from perta_fast.records.report import DataRecord, EstimationSettings, Report, data_record, truncation_warnings
@@ -91,6 +94,25 @@ class Opened:
         contents = _read_all(self.options)
         check_changes(self.sources, self.options.allow_zero)  # reads weights: after the data, which needs no NumPy
         return contents
+
+    def check_disk(self, beside: Mapping[Path, int]) -> None:
+        """Raise RunError unless the disks have room for the result, and for so many bytes in directories beside it."""
+        needed, final = dict(beside), self.settings.destination
+        if not self.options.in_place:
+            needed[final] = self.sources.model.size + FREE_MARGIN
+        check_space(needed, [path for directory in needed for path in leftovers(directory)])
+
+    @property
+    def importance_sizes(self) -> dict[Path, int]:
+        """Bytes of the importances that are written before the subtraction, by the directory that they lie in."""
+        options, matches = self.options, self.sources.matches
+        covered = sum(match.theta.count for match in matches if match.copied in (None, "left alone by choice"))
+        sizes = {}
+        if options.makes_temporary:
+            sizes[importance_path(self.settings.destination)] = KeptForm().width * covered
+        if options.save_importance is not None:
+            sizes[checked_path(options.save_importance)] = options.kept_form.width * covered
+        return sizes
 
     def at(self, lam: float) -> "Opened":
         """With a strength that was searched for, as if it had been given."""

@@ -13,7 +13,6 @@ from perta_fast.files.identity import lies_in
 from perta_fast.files.new_directory import (
     OutputDirectory,
     check_output,
-    check_space,
     check_unfinished,
     importance_path,
     unfinished_advice,
@@ -104,7 +103,7 @@ def unlearn_preconditioned(
 
 
 def _check(opened: Opened) -> None:
-    """Raise InputError for what only this rule needs, RunError if the disk is too small."""
+    """Raise InputError for what only this rule needs, RunError if a disk is too small."""
     options, final = opened.options, opened.settings.destination
     if not options.in_place and not options.overwrite and has_begun(final):
         raise InputError(unfinished_advice(final))
@@ -118,7 +117,7 @@ def _check(opened: Opened) -> None:
         if not options.in_place:
             check_output(final, overwrite=options.overwrite, inputs=[place])
     check_tuned(Path(options.base), Path(options.tuned))
-    check_space(place, vector_size(Path(options.base), Path(options.tuned)))
+    opened.check_disk({place: vector_size(Path(options.base), Path(options.tuned))})
 
 
 def _check_apart(place: Path, opened: Opened) -> None:

@@ -22,12 +22,13 @@ from perta_fast.checkpoints.companions import CARD, CONFIG, elsewhere, files_of
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, PertaError, RunError, advice, shell_command
 from perta_fast.files.apart import check_inputs_stay
+from perta_fast.files.disk_space import check_space
 from perta_fast.files.durable import move, read_record, remove, sync, write_record
 from perta_fast.files.hashing import HashesInPassing, hash_file
 from perta_fast.files.identity import is_same
 from perta_fast.files.journal import JOB, JOURNAL, START, Segment, new_segment, valid_segments
 from perta_fast.files.mounts import mounts_in
-from perta_fast.files.new_directory import check_space, check_unfinished, partial_path, scratch_path
+from perta_fast.files.new_directory import check_unfinished, partial_path, scratch_path
 from perta_fast.files.own import check_own, check_own_tree
 from perta_fast.memory import PeakMemory
 from perta_fast.progress import Bar, Progress
@@ -62,7 +63,7 @@ def change_in_place(job: Job, sources: Sources) -> Report:
     model = Path(job.final)
     check_in_place(sources)
     changing = sum(match.theta.size for match in sources.matches if match.copied is None)
-    check_space(model, 3 * min(SEGMENT, changing) + _FREE_MARGIN)
+    check_space({model: 3 * min(SEGMENT, changing) + _FREE_MARGIN})
     with _told_if_complete(model), PeakMemory() as memory, locked_journal(model) as journal, _explained(model):
         report = job.begun_report()
         report.in_place = True

@@ -14,10 +14,11 @@ from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.distributed.shared_directory import check_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.errors import InputError, Interrupted, NotFiniteError, RankLost, RunError, is_out_of_memory
+from perta_fast.files.disk_space import FREE_MARGIN, check_space
 from perta_fast.files.durable import copy_range, remove, sync, write_fully
 from perta_fast.files.hashing import HashesInPassing
 from perta_fast.files.journal import JOB
-from perta_fast.files.new_directory import OutputDirectory, check_space, forget_run, remove_replaced, scratch_path
+from perta_fast.files.new_directory import OutputDirectory, forget_run, remove_replaced, scratch_path
 from perta_fast.files.own import check_own, own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.memory import PeakMemory
@@ -43,7 +44,6 @@ from perta_fast.subtraction.parts import (
 from perta_fast.subtraction.report_entries import add_up, added_up, describe_inputs, describe_output, describe_tensors
 from perta_fast.subtraction.unfinished import STATE, WALK, has_begun
 
-_FREE_MARGIN = 64 << 20  # bytes of disk left for small files
 _FICLONE = 0x40049409  # Linux: share the data of another file
 
 # Writes the shards of a run's directory and reports on each tensor; returns the sources to describe. The hashes get
@@ -59,9 +59,9 @@ def write_directory(
     """Do the whole run. Raises as ``apply``; Interrupted if stopped with a part done."""
     final = Path(job.final)
     with ranks.together("the output directory"):
-        if ranks.first:
-            check_space(final, sources.model.size + _FREE_MARGIN)
         target = OutputDirectory(final, overwrite=job.overwrite, inputs=sources.paths(), again=STATE)
+        if ranks.first:
+            check_space({final: sources.model.size + FREE_MARGIN}, [target.path])
     return run_to_directory(job, sources, target, fill, ranks, prepare)
 
 

@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from perta_fast.errors import RunError, advice
+from perta_fast.files.disk_space import check_space
 from perta_fast.files.durable import discard, move, remove, sync_tree
-from perta_fast.files.new_directory import check_space
 from perta_fast.preconditioning.record import Preconditioning
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.precondition import check_scope, vector_size
@@ -34,6 +34,11 @@ class Vectors:
         """The directory of one θ_f."""
         return self._kept.get(mu, self._folder / self.name(mu))
 
+    @property
+    def _beside(self) -> Path:
+        """Where those lie that are being written."""
+        return self._folder.with_name(f"{self._folder.name}.partial")
+
     @staticmethod
     def name(mu: float) -> str:
         """That of the directory of one."""
@@ -55,7 +60,8 @@ class Vectors:
         """Raise RunError unless the disk has room for those that are missing."""
         if missing := self.missing():
             place = self._folder if request.out is None else Path(request.out)
-            check_space(place, len(missing) * vector_size(Path(request.base), Path(request.tuned)))
+            size = len(missing) * vector_size(Path(request.base), Path(request.tuned))
+            check_space({place: size}, [self._beside])
 
     def make(self, opened: OpenedSweep) -> None:
         """Write those that are missing. A model is loaded for it, and is free afterwards.
@@ -94,7 +100,7 @@ class Vectors:
     def _write(self, making: "Making", opened: OpenedSweep, mus: Sequence[float]) -> None:
         """Write those of ``mus``, from one pass over the retain data."""
         request, data = opened.request, opened.data["retain"]
-        beside = self._folder.with_name(f"{self._folder.name}.partial")
+        beside = self._beside
         remove(beside)  # of a sweep that was killed
         directories = {mu: beside / self.of(mu).name for mu in mus}
         for directory in directories.values():

@@ -16,13 +16,8 @@ from perta_fast.data.given_data import Data, Source, taken_out
 from perta_fast.data.rows import read_data
 from perta_fast.errors import InputError
 from perta_fast.files.apart import check_name
-from perta_fast.files.new_directory import (
-    TUNING_STATE,
-    OutputDirectory,
-    check_replaceable,
-    check_space,
-    unfinished_advice,
-)
+from perta_fast.files.disk_space import check_space
+from perta_fast.files.new_directory import TUNING_STATE, OutputDirectory, check_replaceable, unfinished_advice
 from perta_fast.files.reading import checked_path, exists
 from perta_fast.progress import Progress
 from perta_fast.records.versions import installed_versions, now
@@ -148,7 +143,7 @@ def _run(
     if begun is not None:
         begun.check_inputs(final, known, versions)
     elif request.full:
-        check_space(final, tuned_size(checkpoint))
+        check_space({final: tuned_size(checkpoint)}, [target.path])
     # Imported late: what is wrong so far was said without waiting for torch.
     from perta_fast.models.loading import choose_device
     from perta_fast.tuning.tuned_model import tune_model

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.errors import InputError, RunError
-from perta_fast.files.new_directory import OutputDirectory
+from perta_fast.files.disk_space import FREE_MARGIN
+from perta_fast.files.new_directory import OutputDirectory, partial_path
 from perta_fast.importance.store import Importance
 from perta_fast.resuming import resume
 from perta_fast.runs.apply import apply
@@ -24,6 +26,7 @@ from perta_fast.subtraction import compute as subtraction
 from perta_fast.subtraction import to_directory
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, write_checkpoint, write_importance
 from tests.support.children import perta, run_child, signal_at
+from tests.support.disks import with_free
 from tests.support.inputs import Inputs, write_inputs
 from tests.support.models import Job
 
@@ -565,6 +568,16 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(large: Inputs, s
     with pytest.raises(RunError, match=r"out: needs 0\.07 GB of disk space, 0\.00 GB are free"):
         run(large, small_disk / "out")
     assert not names(small_disk)
+
+
+def test_what_a_killed_run_left_counts_as_free(inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free(Checkpoint.open(inputs["model"]).size + FREE_MARGIN - 4096, monkeypatch)
+    with pytest.raises(RunError, match="out: needs"):
+        run(inputs, out)
+    partial_path(out).mkdir()
+    (partial_path(out) / "model.safetensors").write_bytes(bytes(4096))
+    run(inputs, out)
+    assert_complete(inputs, out)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -1,7 +1,6 @@
 """The choice of a schedule for a streamed run, within its limits of memory and disk, and a description of its costs."""
 
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from perta_fast.errors import InputError
-from perta_fast.files.new_directory import existing_parent
+from perta_fast.files.disk_space import existing_parent, free_bytes
+from perta_fast.files.new_directory import leftovers
 from perta_fast.memory import PeakMemory, available_bytes, format_duration, format_size
 from perta_fast.streaming.forecast.costs import Costs, Estimate
 from perta_fast.streaming.forecast.rates import Rates, measure_rates
@@ -34,7 +34,7 @@ class Budget:
     @classmethod
     def at(cls, destination: Path, memory: int | None, device_memory: int | None, ranks: int = 1) -> "Budget":
         """A budget with the free disk space at ``destination``, less a margin."""
-        free = shutil.disk_usage(existing_parent(destination)).free
+        free = free_bytes(destination, leftovers(destination))
         return cls(int(free * (1 - _MARGIN)), memory, device_memory, ranks)
 
 
