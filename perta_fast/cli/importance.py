@@ -88,6 +88,7 @@ def _check_combining(parsed: argparse.Namespace) -> None:
 
 
 def _dry_run(parsed: argparse.Namespace) -> int | Outcome:
+    from perta_fast.importance.store import WIDTH
     from perta_fast.streaming.forecast.dry_run import preview
 
     ranks = Ranks.of(parsed.group)
@@ -100,6 +101,7 @@ def _dry_run(parsed: argparse.Namespace) -> int | Outcome:
                 parsed.out,
                 options.conditions(parsed),
                 subtract=False,
+                kept=WIDTH,
                 ranks=ranks.world,
             )
             return forecast_shown(forecast)

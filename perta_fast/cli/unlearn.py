@@ -64,6 +64,8 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
         return choosing.preview(parsed, ranks)
     from perta_fast.checkpoints.adapters import is_adapter
     from perta_fast.files.hub import local_model
+    from perta_fast.importance.kept_form import KeptForm
+    from perta_fast.importance.store import WIDTH
     from perta_fast.streaming.forecast.dry_run import preview
     from perta_fast.subtraction.scope import Scope
 
@@ -80,6 +82,9 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
     if None in data.values():
         raise InputError(f"--dry-run needs the data that rule {parsed.rule} reads: {' and '.join(data)}")
     Scope.of(parsed.only, parsed.leave).check(local_model(parsed.model, parsed.download))
+    KeptForm.check_is_asked_for(parsed.save_as, parsed.importance_dtype, parsed.save_importance is not None)
+    kept_at = parsed.save_importance if whole is None else None
+    form = KeptForm.of(parsed.save_as, parsed.importance_dtype)
     forecast = preview(
         parsed.model if resolved_at(parsed.rule, parsed.at) == "model" else parsed.base,
         data,
@@ -87,7 +92,8 @@ def _preview(parsed: argparse.Namespace, ranks: int) -> "Forecast":
         parsed.out or parsed.model,
         options.conditions(parsed),
         subtract=whole is None,
-        kept=whole is None and parsed.save_importance is not None,
+        kept=WIDTH if whole is not None else 0 if kept_at is None else form.width,
+        kept_at=kept_at,
         low_rank=preconditions and is_adapter(local_model(parsed.tuned, parsed.download)),
         threads=parsed.threads or compiled.kernels().available_threads(),
         ranks=ranks,

@@ -53,6 +53,11 @@ def disk_of(directory: Path) -> int:
     return existing_parent(directory).stat().st_dev
 
 
+def share_a_disk(one: Path, other: Path) -> bool:
+    """Whether one file system will hold both."""
+    return disk_of(one) == disk_of(other)
+
+
 def _size_on_disk(directory: Path) -> int:
     """Bytes that are free once ``directory`` is removed; files with other names too are not."""
     size = 0

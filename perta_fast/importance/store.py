@@ -36,6 +36,7 @@ STEM = "importance"
 FORMAT = "perta-importance"
 FORMAT_VERSION = "1"
 SHARD_BYTES = 5_000_000_000
+WIDTH = ITEM_SIZES["F32"]  # bytes of a parameter, where it is not rounded
 _COUNTS = ("sample_count", "truncated_count", "label_count")
 _REQUIRED = ("estimator", "data_hash", "sample_count", "evaluated_at")
 

@@ -139,10 +139,11 @@ class Estimation:
         destination: Path,
         *,
         subtract: bool = False,
-        kept: bool = False,
+        kept: int = 0,
+        kept_at: Path | None = None,
         threads: int = 1,
     ) -> "Schedule":
-        """How a streamed run over ``data`` to ``destination`` is cut; see ``Load``."""
+        """How a streamed run over ``data`` to ``destination`` is cut; see ``Load``. kept_at: as in ``schedule_for``."""
         from perta_fast.streaming.forecast.choice import schedule_for
         from perta_fast.streaming.forecast.costs import Load
         from perta_fast.streaming.forecast.walk_costs import WalkEstimate
@@ -163,6 +164,7 @@ class Estimation:
                     skeleton.first_shard,
                     self.progress is True,
                     ranks.world,
+                    kept_at,
                 )
         if self.memory is not None:
             return_freed_blocks()
@@ -189,7 +191,7 @@ def estimate_on(
             how.skeleton,
             samples,
             how.describe(samples, data_hash),
-            how.schedule([samples], Path(out)),
+            how.schedule([samples], Path(out), kept=ITEM_SIZES[stored_name(stored)]),
             out=out,
             overwrite=overwrite,
             description=description,

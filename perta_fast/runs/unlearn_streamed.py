@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,8 @@ def unlearn_streamed(loaded: Loaded) -> Report:
         loaded.samples.values(),
         settings.destination,
         subtract=True,
-        kept=kept is not None,
+        kept=0 if kept is None else options.kept_form.width,
+        kept_at=None if kept is None else Path(kept),
         threads=threads_for(options.threads, ranks),
     )
     walk = StreamSettings(

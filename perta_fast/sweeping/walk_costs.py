@@ -7,6 +7,7 @@ from typing import Any
 
 from perta_fast.checkpoints.adapters import is_adapter
 from perta_fast.distributed.ranks import Ranks
+from perta_fast.importance.store import WIDTH
 from perta_fast.rules import PRECONDITIONED
 from perta_fast.runs.precondition import vector_size
 from perta_fast.runs.settings import threads_for
@@ -18,7 +19,7 @@ from perta_fast.sweeping.opened import OpenedSweep
 from perta_fast.sweeping.walk_plan import Planning
 from perta_fast.sweeping.walked_model import WalkedModel
 
-_IMPORTANCES = 8  # bytes of a parameter: two in float32
+_IMPORTANCES = 2 * WIDTH  # bytes of a parameter
 
 
 def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[tuple[str, Forecast]]:
@@ -30,7 +31,7 @@ def walks(opened: OpenedSweep, conditions: Conditions, world: int) -> Iterator[t
         subject = Path(request.model if request.at == "model" else request.base)
         for role, file in opened.data.items():
             data = {role: file.path}
-            costs = preview(subject, data, estimator, place, conditions, ranks=world, **how)
+            costs = preview(subject, data, estimator, place, conditions, kept=WIDTH, ranks=world, **how)
             yield f"{role} importance, {estimator}:", costs
     if mus := opened.mus():
         subject = Path(request.model if opened.place(PRECONDITIONED) == "model" else request.base)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from perta_fast.errors import InputError
-from perta_fast.files.disk_space import existing_parent, free_bytes
+from perta_fast.files.disk_space import existing_parent, free_bytes, share_a_disk
 from perta_fast.files.new_directory import leftovers
 from perta_fast.memory import PeakMemory, available_bytes, format_duration, format_size
 from perta_fast.streaming.forecast.costs import Costs, Estimate
@@ -24,18 +24,32 @@ class Budget:
 
     scratch: disk for scratch files and the result together. memory (of the whole process), device_memory: None sets no
     limit. ranks: processes that share the disk; each is counted like the one with the most data, and has this memory.
+    kept: disk for the importances that are kept; None if they are part of the result on the same disk.
     """
 
     scratch: int
     memory: int | None = None
     device_memory: int | None = None
     ranks: int = 1
+    kept: int | None = None
 
     @classmethod
-    def at(cls, destination: Path, memory: int | None, device_memory: int | None, ranks: int = 1) -> "Budget":
-        """A budget with the free disk space at ``destination``, less a margin."""
-        free = free_bytes(destination, leftovers(destination))
-        return cls(int(free * (1 - _MARGIN)), memory, device_memory, ranks)
+    def at(
+        cls,
+        destination: Path,
+        memory: int | None,
+        device_memory: int | None,
+        ranks: int = 1,
+        kept_at: Path | None = None,
+    ) -> "Budget":
+        """A budget with the free disk space at ``destination``, less a margin, and at ``kept_at`` if that is elsewhere.
+
+        What a run that was killed has left at both counts as free.
+        """
+        emptied = [path for final in (destination, kept_at) if final is not None for path in leftovers(final)]
+        apart = kept_at is not None and not share_a_disk(kept_at, destination)
+        here, there = (int(free_bytes(path, emptied) * (1 - _MARGIN)) for path in (destination, kept_at or destination))
+        return cls(here, memory, device_memory, ranks, there if apart else None)
 
 
 @dataclass(frozen=True)
@@ -111,13 +125,15 @@ def schedule_for(
     shard: Path,
     announce: bool,
     ranks: int = 1,
+    kept_at: Path | None = None,
 ) -> Schedule:
     """The schedule of a run to ``destination`` that is about to start.
 
     estimate: for the rank with the most data. shard: of the model, whose reading is timed. announce: print the costs on
-    standard error. Raises InputError if memory or disk are too small.
+    standard error. kept_at: where importances are kept, if not in the result. Raises InputError if memory or disk are
+    too small.
     """
-    chosen = choose_schedule(estimate, batch_size, Budget.at(destination, memory, device_memory, ranks))
+    chosen = choose_schedule(estimate, batch_size, Budget.at(destination, memory, device_memory, ranks, kept_at))
     chosen.check()
     if announce:
         print(describe(chosen, rates_for(chosen, destination, shard), ranks), file=sys.stderr)
@@ -150,7 +166,13 @@ def _too_little(estimate: Estimate, budget: Budget, baseline: int) -> str:
 
 
 def _within_disk(estimate: Estimate, schedule: Schedule, budget: Budget, reasons: list[str]) -> tuple[Schedule, str]:
-    free = (budget.scratch - estimate.result_bytes) // budget.ranks
+    if budget.kept is not None and budget.kept < estimate.kept_bytes:
+        return schedule, (
+            f"the disk of ‹save_importance› has {format_size(budget.kept)} for the {format_size(estimate.kept_bytes)} "
+            "that are kept there; name a directory on a larger disk"
+        )
+    result = estimate.result_bytes - (0 if budget.kept is None else estimate.kept_bytes)
+    free = (budget.scratch - result) // budget.ranks
     layers = len(estimate.structure.layers)
     needed = {every: estimate.scratch(replace(schedule, every=every)) for every in range(1, layers + 1)}
     every = next((every for every, size in needed.items() if size <= free), None)
@@ -170,7 +192,7 @@ def _within_disk(estimate: Estimate, schedule: Schedule, budget: Budget, reasons
         scratch = budget.ranks * min(with_most, needed[least.every])
         return least, (
             f"the disk has {format_size(max(0, budget.scratch))} for the result of "
-            f"{format_size(estimate.result_bytes)} and scratch files of at least {format_size(scratch)}; write to a "
+            f"{format_size(result)} and scratch files of at least {format_size(scratch)}; write to a "
             "larger disk, or use fewer or shorter samples"
         )
     groups = most - _last(0, most - 1, lambda fewer: estimate.scratch(replace(least, groups=most - fewer)) <= free)

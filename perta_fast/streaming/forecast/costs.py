@@ -18,13 +18,13 @@ class Load:
     """The data of a run, and what the run does with it.
 
     lengths: tokens of each sample, for each data set. squares: the estimator is empirical-fisher. subtract: the run
-    unlearns, and does not only estimate an importance; kept: it then keeps the importances.
+    unlearns, and does not only estimate an importance. kept: bytes of a parameter in the importances that it writes.
     """
 
     lengths: Sequence[Sequence[int]]
     squares: bool = False
     subtract: bool = True
-    kept: bool = False
+    kept: int = 0
 
     def share(self, ranks: int) -> "Load":
         """For each data set, the largest share that a rank gets."""
@@ -108,7 +108,12 @@ class Estimate(ABC):
     @property
     @abstractmethod
     def result_bytes(self) -> int:
-        """Disk space of the result."""
+        """Disk space of the result, with what is kept."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Disk space of the importances in it."""
+        return self.load.kept * sum(self._counts.values())
 
     def plan(self, schedule: Schedule) -> str:
         """What the schedule is, in words."""

@@ -49,7 +49,8 @@ def preview(
     conditions: Conditions,
     *,
     subtract: bool,
-    kept: bool = False,
+    kept: int = 0,
+    kept_at: Path | None = None,
     low_rank: bool = False,
     threads: int = 1,
     ranks: int = 1,
@@ -57,9 +58,9 @@ def preview(
     """The costs of streaming ``data`` through the model in ``subject``/config.json.
 
     data: files by role. estimator: of importances; None is for preconditioning, and ``data`` is the retain data.
-    destination: of the result. subtract: for ``unlearn``, not for an importance or a θ_f alone; kept: ``unlearn`` keeps
-    the importances; low_rank: θ_f is an adapter. ranks: processes that the samples are dealt to; the costs are those of
-    one.
+    destination: of the result. subtract: for ``unlearn``, not for an importance or a θ_f alone. kept: bytes of a
+    parameter in the importances that are written; kept_at: where ``unlearn`` keeps them. low_rank: θ_f is an adapter.
+    ranks: processes that the samples are dealt to; the costs are those of one.
     If the directory has no tokenizer, every sample counts as ``max_length`` tokens. A file is written to measure the
     disk, and removed; nothing else is. Raises InputError for bad input, and if memory or disk are too small.
     """
@@ -98,7 +99,7 @@ def preview(
         estimate = PreconditioningEstimate(structure, load, device, low_rank=low_rank, threads=threads)
     else:
         estimate = WalkEstimate(structure, load.share(ranks), device, threads)
-    budget = Budget.at(destination, conditions.memory, conditions.device_memory, ranks)
+    budget = Budget.at(destination, conditions.memory, conditions.device_memory, ranks, kept_at)
     chosen = choose_schedule(estimate, conditions.batch_size, budget)
     shard = next(iter(sorted(subject.glob("*.safetensors"))), None)
     counts = ", ".join(

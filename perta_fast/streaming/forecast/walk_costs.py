@@ -52,8 +52,7 @@ class WalkEstimate(Estimate):
 
     @property
     def result_bytes(self) -> int:
-        importance = self._sum_bytes(list(self._counts)) if self.load.kept or not self.load.subtract else 0
-        return importance + (self._stored(self._counts) if self.load.subtract else 0)
+        return self.kept_bytes + (self._stored(self._counts) if self.load.subtract else 0)
 
     def _steps(self, schedule: Schedule) -> list[Step]:
         return steps_of(len(self.structure.layers), schedule)

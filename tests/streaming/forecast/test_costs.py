@@ -24,6 +24,7 @@ from transformers import (
 
 from perta_fast import InputError
 from perta_fast.cli import main
+from perta_fast.files.new_directory import partial_path
 from perta_fast.importance.gradients import gradients_accumulated_into
 from perta_fast.memory import format_size, parse_size
 from perta_fast.streaming.data_pass import DataPass, Means
@@ -40,6 +41,7 @@ from perta_fast.streaming.walk import Walk, parameters_of, steps_of
 from tests.families.configs import FAMILIES, GPT2_SIZES, SIZES
 from tests.families.matrix import build
 from tests.support.children import run_child
+from tests.support.disks import with_free
 from tests.support.models import draw_samples, llama, nudge_, tokenizer, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,8 +73,9 @@ def estimate(deep: Path) -> WalkEstimate:
 @pytest.mark.parametrize("subtract", [True, False])
 def test_files_have_the_type_of_the_checkpoint_whatever_it_runs_in(tmp_path: Path, subtract: bool) -> None:
     folder = write(tmp_path / "model", llama().to(torch.bfloat16))
+    load = Load(LENGTHS, subtract=subtract, kept=0 if subtract else 8)
     own, wider = (
-        WalkEstimate(Structure.build(folder, dtype), Load(LENGTHS, subtract=subtract), CPU).costs(Schedule(2))
+        WalkEstimate(Structure.build(folder, dtype), load, CPU).costs(Schedule(2))
         for dtype in (torch.bfloat16, torch.float32)
     )
     for name in ("weights_read", "result_read", "result_written"):
@@ -335,7 +338,7 @@ def test_scratch_files(schedule: Schedule, late: bool, squares: bool, tied: bool
             files.remove_discarded()
 
     Walk(skeleton, passes, schedule).run(end_step)
-    load = Load(LENGTHS, squares, subtract=late)
+    load = Load(LENGTHS, squares, subtract=late, kept=0 if late else 8)
     found = WalkEstimate(Structure.build(folder), load, CPU).scratch(schedule)
     if tied and squares:  # a token that a sample holds twice has one row
         assert max(sizes) <= found <= 1.25 * max(sizes)
@@ -405,8 +408,8 @@ def test_many_processes(deep: Path) -> None:
     """The estimate is for the rank with the most data; the scratch files of all share the disk."""
     lengths = [[9, 2, 7, 4, 4], [6]]
     assert Load(lengths).share(1).lengths == lengths
-    dealt = Load(lengths, squares=True, kept=True).share(3)
-    assert dealt == Load([[9], [6]], squares=True, kept=True)
+    dealt = Load(lengths, squares=True, kept=2).share(3)
+    assert dealt == Load([[9], [6]], squares=True, kept=2)
     structure = Structure.build(deep)
     estimate = WalkEstimate(structure, Load(LENGTHS).share(2), CPU)
     enough = estimate.result_bytes + 2 * estimate.scratch(Schedule(8))
@@ -429,6 +432,34 @@ def test_the_disk_chooses_boundaries_and_groups(deep: Path) -> None:
     short = choose_schedule(estimate, 8, Budget(result + smallest - 1))
     with pytest.raises(InputError, match=f"scratch files of at least {format_size(smallest)}"):
         short.check()
+
+
+def test_what_is_kept_is_counted_on_its_own_disk(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = Structure.build(deep)
+    alone = WalkEstimate(structure, Load(LENGTHS), CPU)
+    parameters = sum(parameter.numel() for parameter in structure.model.parameters())
+    scratch = alone.scratch(Schedule(8))
+    for width in (2, 4, 8):
+        estimate = WalkEstimate(structure, Load(LENGTHS, kept=width), CPU)
+        kept = estimate.kept_bytes
+        assert kept == width * parameters == estimate.result_bytes - alone.result_bytes
+        assert choose_schedule(estimate, 8, Budget(estimate.result_bytes + scratch)).schedule == Schedule(8)
+        assert choose_schedule(estimate, 8, Budget(estimate.result_bytes + scratch - 1)).schedule != Schedule(8)
+        apart = Budget(alone.result_bytes + scratch, kept=kept)
+        assert choose_schedule(estimate, 8, apart).schedule == Schedule(8)
+        with pytest.raises(InputError, match="the disk of save_importance has"):
+            choose_schedule(estimate, 8, replace(apart, kept=kept - 1)).check()
+    out, other = tmp_path / "out", tmp_path / "other"
+    with_free(1000, monkeypatch, {other: 2000})
+    assert Budget.at(out, None, None, kept_at=tmp_path / "kept") == Budget(950)
+    assert Budget.at(out, None, None, kept_at=other / "kept") == Budget(950, kept=1900)
+
+
+def test_what_a_killed_run_left_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free(1000, monkeypatch)
+    partial_path(tmp_path / "out").mkdir()
+    (partial_path(tmp_path / "out") / "scratch").write_bytes(bytes(8192))
+    assert Budget.at(tmp_path / "out", None, None) == Budget(int(0.95 * 9192))
 
 
 # The command line.
@@ -483,6 +514,9 @@ def test_dry_run_of_70_billion(
     assert "40 forget samples of 2560 tokens, 360 retain samples of 23040 tokens" in text
     assert "no tokenizer: each counts --max-length tokens" in text
     assert "141 GB of result" in text  # 70.6 billion parameters in bfloat16
+    ratio = ["--save-importance", str(tmp_path / "kept"), "--as", "ratio"]
+    assert main(dry_run(large, tmp_path / "out", "--max-length", "64", *ratio)) == 0
+    assert "282 GB of result" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
