@@ -48,18 +48,24 @@ FORMAT = "perta-ratio"
 FORMAT_VERSION = "1"
 SIDES = ("forget", "retain")
 _CHUNK = 1 << 22  # elements made at a time
+_DOUBLE = 1 << 18  # of these in double precision
 
 
 def ratio_of(forget: "torch.Tensor", retain: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
     """|I_r| / |I_f| as ``dtype``, infinite where I_f is 0, and only there: beyond the largest number, it is that.
 
     It is computed in double precision: in float32, numbers of any two importances may have a ratio out of range.
+    Memory beside the result: 13 MB.
     """
     import torch
 
-    numerator, denominator = retain.double().abs(), forget.double().abs()
-    finite = (numerator / denominator).clamp(max=torch.finfo(dtype).max)
-    return torch.where(denominator == 0, torch.inf, finite).to(dtype)
+    result = torch.empty(forget.shape, dtype=dtype, device=forget.device)
+    parts = (tensor.reshape(-1).split(_DOUBLE) for tensor in (result, forget, retain))
+    for made, of_forget, of_retain in zip(*parts, strict=True):
+        numerator, denominator = of_retain.double().abs(), of_forget.double().abs()
+        finite = (numerator / denominator).clamp(max=torch.finfo(dtype).max)
+        made.copy_(torch.where(denominator == 0, torch.inf, finite))
+    return result
 
 
 @dataclass

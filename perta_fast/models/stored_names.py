@@ -50,6 +50,15 @@ def joined(module: nn.Module) -> set[str]:
     return {name for name, tensor in stand_ins.items() if id(tensor) not in as_they_are}
 
 
+def copied(module: nn.Module) -> set[str]:
+    """The parameters that ``as_stored`` copies; the stored tensors of the others are views of them."""
+    stand_ins = {name: torch.empty(tensor.shape, device="meta") for name, tensor in module.named_parameters()}
+    viewed: Counter[int] = Counter()
+    for tensor in as_stored(module, stand_ins).values():
+        viewed[tensor.untyped_storage()._cdata] += tensor.numel()
+    return {name for name, tensor in stand_ins.items() if viewed[tensor.untyped_storage()._cdata] < tensor.numel()}
+
+
 def stored_places(module: nn.Module, name: str, shape: torch.Size) -> dict[str, tuple[int, torch.Size]]:
     """The stored tensors of one parameter of ``shape``: the number of each one's first element, and its shape.
 

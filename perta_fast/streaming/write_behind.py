@@ -24,6 +24,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NotRequired, TypedDict
 
+import torch
+
 from perta_fast.distributed.ranks import Ranks, is_shared
 from perta_fast.dtypes import ITEM_SIZES
 from perta_fast.files.durable import sync, write_fully
@@ -32,9 +34,10 @@ from perta_fast.files.new_directory import OutputDirectory
 from perta_fast.files.own import own_file
 from perta_fast.files.reading import drop_pages
 from perta_fast.importance.gradients import check_finite
-from perta_fast.models.layouts import Run, values_of
+from perta_fast.models.layouts import Run
 from perta_fast.records.typed_json import fits
 from perta_fast.streaming.data_pass import DataPass, Means, PassRecord, sum_over_ranks_
+from perta_fast.streaming.held_arrays import HeldArrays
 from perta_fast.streaming.kept_importance import KeptImportance
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.scratch_files import StepFiles
@@ -72,6 +75,15 @@ def resume_walk(target: OutputDirectory, steps: int, tensors: int, ranks: Ranks)
 
     state: WalkRecord | None = resume_step(rank_path(target.path / STATE, WALK, ranks.rank), is_valid, ranks)
     return state
+
+
+def _work_given_to(device: torch.device) -> "torch.cuda.Event | None":
+    """What can be waited for until the work that this thread has given to a GPU is done; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 @dataclass
@@ -129,12 +141,13 @@ class WriteBehind:
     def end_step(self, done: int, means: list[Means]) -> None:
         """Write what a step has completed, once the step before it is recorded."""
         ends = {role: data.end_step() for role, data in self.passes.items()}
+        given = _work_given_to(self.skeleton.device)
         self._wait()
         if self.overlap:
-            self._pending = self._behind.submit(self._complete, done, means, ends)
+            self._pending = self._behind.submit(self._complete, done, means, ends, given)
         else:
             started = time.perf_counter()
-            self._complete(done, means, ends)
+            self._complete(done, means, ends, given)
             self.waited_seconds += time.perf_counter() - started
 
     def _wait(self) -> None:
@@ -144,9 +157,16 @@ class WriteBehind:
             pending.result()
             self.waited_seconds += time.perf_counter() - started
 
-    def _complete(self, done: int, means: list[Means], ends: Mapping[str, tuple[PassRecord, StepFiles]]) -> None:
-        with self.ranks.together("the walk"):
-            pass  # until all have run the step
+    def _complete(
+        self,
+        done: int,
+        means: list[Means],
+        ends: Mapping[str, tuple[PassRecord, StepFiles]],
+        given: "torch.cuda.Event | None",
+    ) -> None:
+        with self.ranks.together("the walk"):  # until all have run the step
+            if given is not None:
+                given.synchronize()  # this thread has a stream of its own
         started = time.perf_counter()
         with self.ranks.together("the walk"):
             if any(means):
@@ -178,12 +198,8 @@ class WriteBehind:
         names = next(iter(stored.values())).keys()
         indices = (index for index, runs in self._importance_of.items() if runs[0].name in names)
         chunks = self._share_of_chunks(indices)
-        arrays = {
-            index: [values_of(runs, of_set).float().cpu().numpy() for of_set in stored.values()]
-            for index, runs in self._importance_of.items()
-            if index in {chunk.index for chunk in chunks}
-        }
-        self._subtract(chunks, arrays)
+        runs = {chunk.index: self._importance_of[chunk.index] for chunk in chunks}
+        self._subtract(chunks, HeldArrays(runs, list(stored.values())))
 
     def _share_of_chunks(self, indices: Iterable[int]) -> list[Chunk]:
         """This rank's share of the chunks of these matches; the shares follow each other in the shards."""

@@ -22,6 +22,7 @@ from perta_fast.importance.ratio import located, ratio_of
 from perta_fast.ops import reference
 from perta_fast.progress import Bar
 from perta_fast.rules import Rescaling
+from perta_fast.streaming.forecast.trial import LiveBytes
 from tests.importance.test_store import METADATA, TENSORS, reads_recorded
 from tests.support.checkpoints import draw, fingerprint, read_checkpoint, same_bytes
 
@@ -64,6 +65,21 @@ def test_numbers(forget: float, retain: float, ratio: float) -> None:
     found = ratio_of(torch.tensor([forget]), torch.tensor([retain]), torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert found.item() == ratio
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_ratio_is_made_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits are those of the whole, and double precision is there for a part alone."""
+    monkeypatch.setattr(ratios, "_DOUBLE", 100)
+    forget, retain = (draw((50, 101), seed=seed) for seed in (1, 2))
+    forget[0, :3], retain[0, 1] = 0.0, 0.0
+    with LiveBytes([forget, retain]) as live:
+        found = ratio_of(forget, retain, dtype)
+    whole = (retain.double() / forget.double()).abs().clamp(max=torch.finfo(dtype).max)
+    assert same_bytes(found, torch.where(forget == 0, torch.inf, whole).to(dtype))
+    assert live.peak <= found.nbytes + 48 * 100
+    assert ratio_of(forget[0, 0], retain[0, 0], dtype).shape == ()
+    assert ratio_of(forget[:0], retain[:0], dtype).shape == (0, 101)
 
 
 @settings(max_examples=80, deadline=None)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from perta_fast import Importance, InputError, RunError, resume, unlearn, verify
 from perta_fast.errors import NotFiniteError
 from perta_fast.records.report import Report
 from perta_fast.rules import RULES
+from perta_fast.streaming import write_behind
 from perta_fast.streaming.data_pass import DataPass
 from perta_fast.streaming.forecast import choice as planning
 from perta_fast.streaming.schedule import Schedule
 from perta_fast.streaming.scratch_files import ScratchFiles, StepFiles
 from perta_fast.streaming.walk import Step, steps_of, steps_per_sample
+from perta_fast.streaming.write_behind import WriteBehind
 from tests.support.checkpoints import read_checkpoint
 from tests.support.models import Job, write_job
 
@@ -86,6 +89,36 @@ def test_every_schedule(rule: str, deep: Job, scheduled: Callable[[Schedule], No
         assert_same_weights(tmp_path / "memory", tmp_path / "streamed" / str(number))
     assert {path.name for path in tmp_path.iterdir()} == {"memory", "streamed"}
     assert len(list((tmp_path / "streamed").iterdir())) == len(SCHEDULES)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_is_written_when_the_device_has_done_it(
+    overlap: bool, job: Job, scheduled: Callable[[Schedule], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the writing thread has a stream of its own."""
+    log: list[str] = []
+    write = WriteBehind._write
+
+    def written(writing: WriteBehind, means: list[Any]) -> None:
+        log.append("written")
+        write(writing, means)
+
+    monkeypatch.setattr(WriteBehind, "_write", written)
+    done = SimpleNamespace(synchronize=lambda: log.append("done"))
+    monkeypatch.setattr(write_behind, "_work_given_to", lambda device: done)
+    scheduled(Schedule(2, overlap=overlap))
+    run(job, tmp_path / "out", stream=True)
+    assert "written" in log
+    assert all(log[k - 1] == "done" for k, entry in enumerate(log) if entry == "written")
+
+
+def test_what_a_gpu_was_given_is_an_event_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert write_behind._work_given_to(torch.device("cpu")) is None
+    recorded: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    assert write_behind._work_given_to(torch.device("cuda:1")) is not None
+    assert recorded == ["the stream of cuda:1"]
 
 
 @pytest.mark.parametrize("rule", ["grad", "empirical-fisher"])

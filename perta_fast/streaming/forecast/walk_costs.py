@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from perta_fast.importance.per_sample import PROBE_SAMPLES, PROBE_TOKENS
+from perta_fast.models.stored_names import copied
 from perta_fast.streaming.forecast.costs import Costs, Estimate, Load
 from perta_fast.streaming.forecast.trial import Cost, Trial
 from perta_fast.streaming.model.structure import Structure
@@ -26,6 +27,9 @@ class WalkEstimate(Estimate):
     def __init__(self, structure: Structure, load: Load, device: torch.device, threads: int = 1) -> None:
         super().__init__(structure, load, device)
         self._threads = threads
+        self._copied = copied(structure.model) if self._joined else set()
+        shapes = {name: parameter.shape for name, parameter in structure.model.named_parameters()}
+        self._experts = {name: shapes[name][0] for name in self._joined if len(shapes[name]) == 3}
         self._trial = Trial(structure, self.here, load.squares)
 
     def costs(self, schedule: Schedule) -> Costs:
@@ -71,6 +75,19 @@ class WalkEstimate(Estimate):
 
     # Memory.
 
+    def _stored_sums(self, names: Sequence[str]) -> tuple[int, int]:
+        """What sums take, beside themselves, while they are written: where they lie, and as arrays on the host.
+
+        Those that are divided to be stored are copied. Rounded ones lie there in both types, and float32 arrays are
+        made of two tensors at a time; of experts, which θ_full is taken to store apart, of two of them.
+        """
+        kept, sets = self.load.kept, len(self.load.lengths)
+        divided = self._sum_bytes([name for name in names if name in self._copied])
+        if not self.load.subtract or kept in (0, _SUM * sets):
+            return divided, 0
+        largest = sorted((self._counts[name] // self._experts.get(name, 1) for name in names), reverse=True)
+        return divided + kept * sum(self._counts[name] for name in names), 2 * kept * sum(largest[:2])
+
     def _memory_by_step(self, schedule: Schedule) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
         steps = _of_one_group(self._steps(schedule))
         parts = [parameters_of(step, self.structure) for step in steps]
@@ -81,13 +98,18 @@ class WalkEstimate(Estimate):
         beside = self._walked(parts[1], [], self._pinned([parts[1]])) if self.load.squares else 0
         yield self._by_kind(vocabulary + beside, vocabulary, 0, 0, 0)
         ids = 8 * sum(count * tokens for batches in self._batches(schedule) for count, tokens in batches)
-        behind = 0
+        behind, stored = 0, (0, 0)
         for step, part, following in zip(steps, parts, ahead, strict=True):
             weights, walked = self._bytes(part), self._walked(part, following, pinned)
             sums = self._sum_bytes(self._summed(step))
             activations = max(self._batch_cost(step, *batches[0]).bytes for batches in self._batches(schedule))
-            yield self._by_kind(resident + walked, resident + weights, sums, behind, activations + ids)
+            yield self._by_kind(resident + walked, resident + weights, sums, behind, activations + ids, stored)
+            stored = self._stored_sums(self._summed(step))
             behind = sums if schedule.overlap else 0
+            if not schedule.overlap:
+                yield self._by_kind(resident + self._walked([], [], pinned), resident, sums, 0, 0, stored)
+                stored = 0, 0
+        yield self._by_kind(resident + self._walked([], [], pinned), resident, 0, behind, 0, stored)
 
     def _walked(self, part: Sequence[str], following: Sequence[str], pinned: int) -> int:
         """Host memory of the parameters of a part, and of the next one if that is read ahead.
@@ -110,15 +132,19 @@ class WalkEstimate(Estimate):
         return sum(size * count for size, count in blocks.items())
 
     def _by_kind(
-        self, read: int, held: int, sums: int, behind: int, activations: int
+        self, read: int, held: int, sums: int, behind: int, activations: int, stored: tuple[int, int] = (0, 0)
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Memory of host and device. read, held: weights there; behind: sums of the step that is being written."""
+        """Memory of host and device.
+
+        read, held: weights there. behind, stored: sums of the step that is being written, and their ``_stored_sums``.
+        """
         buffers = buffer_bytes(self._threads) if self.load.subtract else 0
+        there, arrays = stored
         if self.device.type == "cpu":
-            kinds = {"weights": read, "sums": sums + behind, "activations": activations, "buffers": buffers}
-            return kinds, {}
+            total = sums + behind + there + arrays
+            return {"weights": read, "sums": total, "activations": activations, "buffers": buffers}, {}
         host = {"weights": read, "sums": max(sums, behind), "buffers": buffers}
-        return host, {"weights": held, "sums": sums + behind, "activations": activations}
+        return host, {"weights": held, "sums": sums + behind + there, "activations": activations}
 
     def _batch_cost(self, step: Step, count: int, tokens: int) -> Cost:
         match step.kind:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from math import ceil, log2
@@ -25,14 +25,18 @@ from transformers import (
 from perta_fast import InputError
 from perta_fast.cli import main
 from perta_fast.files.new_directory import partial_path
+from perta_fast.importance import ratio
 from perta_fast.importance.gradients import gradients_accumulated_into
+from perta_fast.importance.kept_form import KeptForm
 from perta_fast.memory import format_size, parse_size
+from perta_fast.models.layouts import Run
 from perta_fast.streaming.data_pass import DataPass, Means
 from perta_fast.streaming.forecast import rates
 from perta_fast.streaming.forecast.choice import Budget, choose_schedule
 from perta_fast.streaming.forecast.costs import Load
 from perta_fast.streaming.forecast.trial import LiveBytes, Trial
 from perta_fast.streaming.forecast.walk_costs import WalkEstimate
+from perta_fast.streaming.held_arrays import HeldArrays
 from perta_fast.streaming.model.skeleton import Skeleton
 from perta_fast.streaming.model.structure import Structure
 from perta_fast.streaming.schedule import Schedule
@@ -95,6 +99,40 @@ def test_what_reading_a_layer_takes(name: str, dtype: torch.dtype, tmp_path: Pat
         with LiveBytes([]) as live:
             skeleton.weights.read(names)
         assert live.peak <= estimate._bytes(names) <= 1.35 * live.peak
+
+
+@pytest.mark.parametrize("form", [KeptForm(), KeptForm(dtype="bfloat16"), KeptForm(as_ratio=True, dtype="bfloat16")])
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "Qwen2-MoE"])
+def test_what_writing_a_part_takes(name: str, form: KeptForm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that are divided are copied, rounded importances are there twice, and arrays of two tensors."""
+    monkeypatch.setattr(ratio, "_DOUBLE", 16)
+    family = next(family for family in FAMILIES if family.name == name)
+    skeleton = Skeleton.open(write(tmp_path / "model", build(family, 0)), CPU, None)
+    estimate = WalkEstimate(skeleton, Load(LENGTHS, kept=form.width), CPU)
+    parameters = dict(skeleton.model.named_parameters())
+    for names in skeleton.by_layer:
+        means = {side: {name: torch.ones(parameters[name].shape) for name in names} for side in ratio.SIDES}
+        with LiveBytes([mean for of_side in means.values() for mean in of_side.values()]) as live:
+            stored = form.stored({side: skeleton.as_stored(of_side) for side, of_side in means.items()})
+            runs = {k: [Run(name, 0, each.numel())] for k, (name, each) in enumerate(first(stored).items())}
+            for index in (arrays := HeldArrays(runs, list(stored.values()))):
+                assert arrays[index][0].dtype == "float32"
+        taken = sum(estimate._stored_sums(names))
+        assert live.peak <= taken <= 1.4 * live.peak + 1000
+
+
+def first(table: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return next(iter(table.values()))
+
+
+def test_the_writing_is_part_of_the_peak(deep: Path) -> None:
+    structure = Structure.build(deep)
+    for overlap in (False, True):
+        schedule = Schedule(1, overlap=overlap)
+        plain, rounded = (
+            WalkEstimate(structure, Load([[2], [2]], kept=kept), CPU).memory(schedule)[0] for kept in (8, 4)
+        )
+        assert rounded["sums"] > 1.4 * plain["sums"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
