@@ -43,9 +43,9 @@ def resume(
     directory: what was given as ``out`` (of an evaluation, a file), or the model of an in-place run. progress: as in
     ``apply``. group: the processes that finish it, as there: any number, but for a streamed run or evaluation as many
     as began it.
-    It is so bit for bit, of a tuning on the CPU. Returns the report, or the result of the sweep, evaluation or tuning.
-    Raises InputError if there is nothing to finish, or an input is no longer what it was (nothing is written then),
-    RunError if the run fails again.
+    It is so bit for bit, of importances and of a tuning on the CPU. Returns the report, or the result of the sweep,
+    evaluation or tuning. Raises InputError if there is nothing to finish, or an input is no longer what it was (nothing
+    is written then), RunError if the run fails again.
     """
     ranks = Ranks.of(group)
     destination = Path(os.path.realpath(checked_path(directory)))

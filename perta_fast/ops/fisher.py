@@ -30,8 +30,8 @@ def accumulate_squared_gradients_(
     of consecutive rows of each sample. backend: "auto", "reference", "cpp" (CPU), "triton".
 
     Returns fisher. Sums are float32; backends agree to a relative error of 1e-5 of the norm in float32. Raises
-    TypeError or ValueError naming the argument. Memory: a few MB a thread; the reference holds the gradient of one
-    sample.
+    TypeError or ValueError naming the argument. Memory on a CPU: for each thread up to 1248 bytes for each token of the
+    longest sample, of at least 512 tokens; the reference holds the gradient of one sample.
     """
     optional = {"lengths": lengths, "gradient": gradient}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}

@@ -12,8 +12,9 @@ scratch files and its own record. After each step, every rank
 
 So the records of two ranks differ by one step at most, wherever they are killed (``step_record``). A rank that goes
 back to the step before finds its scratch files still there, as 5 comes after 4. First of all it records that step
-again, since it is about to overwrite the files of the later one. The same ranks give sums of the same bits, so what is
-written again does not change. One process alone does the same.
+again, since it is about to overwrite the files of the later one. On CPUs, the same ranks give sums of the same bits, so
+what is written again does not change; on GPUs the last bits may differ, and all ranks write the whole step again. One
+process alone does the same.
 """
 
 import os
