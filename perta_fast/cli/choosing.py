@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from perta_fast.cli.importing import importing
 from perta_fast.cli.options import Option, Outcome, conditions, keywords, made, name_list, number_list
+from perta_fast.cli.parser import given_options
 from perta_fast.errors import InputError, printable
-from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RETAIN_RISE
+from perta_fast.rules import DEFAULT_RETAIN_RISE
 from perta_fast.scoring.criteria import LOSS, METRICS
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ OPTIONS = (CHOOSE, RULES, MUS, ALPHAS, LAMS, METRIC, ALSO, HOLDOUT)
 
 def check_choice(parsed: argparse.Namespace) -> None:
     """Raise InputError for options that go with ``--choose`` alone, or not with it."""
-    given = {option.name for option in parsed.command.options if getattr(parsed, option.name) != option.default}
+    given = given_options(parsed.command, parsed.arguments)
     if parsed.choose is None:
         if name := next((option.key for option in OPTIONS if option.name in given), None):
             raise InputError(f"--{name} is for a choice among settings; add --choose BOUND, or leave it out")
@@ -112,9 +113,10 @@ def sweep_of(parsed: argparse.Namespace) -> dict[str, Any]:
 def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the Python function ``choose``."""
     settings = keywords(parsed, without=("recipe", "dry_run", "lam", "choose", *_OF_ONE_SETTING))
+    given = given_options(parsed.command, parsed.arguments)
     for one, several in _SINGLE.items():
         single = settings.pop(one)
-        if settings[several] is None and (one, single) != ("alpha", DEFAULT_ALPHA):
+        if settings[several] is None and (one == "rule" or one in given):
             settings[several] = single
     settings.update(parsed.choose)
     return settings

@@ -86,7 +86,8 @@ class CommandParser(_OneLine):
         parsed, others = super().parse_known_args(args, namespace)
         if others:
             self.error(f"there is no place for {' '.join(others)}")
-        parsed.arguments = args
+        if "arguments" not in parsed:  # those of a command below are there already, with its recipe's
+            parsed.arguments = args
         return parsed, others
 
     def _check_words(self, args: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The tables of options, against the Python functions that they are passed to."""
 
+import argparse
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -51,11 +52,17 @@ def test_an_option_is_an_argument_with_the_same_default(name: str) -> None:
     assert {key for key in shared if not same_default(options[key], parameters[key])} == OTHER_DEFAULTS.get(name, set())
 
 
-def test_what_chooses_takes_every_option_of_unlearn_but_those_of_one_setting() -> None:
+def parsed_choice(*given: str) -> argparse.Namespace:
+    """The options of ``unlearn`` with ``--choose``, and those ``given``."""
     (command,) = (command for command in COMMANDS if command.name == "unlearn")
     needed = [f"--{name}={name}" for name in ("model", "base", "tuned", "forget", "retain", "out")]
-    parsed = parser_of(command).parse_args([*needed, "--choose=max-retain-rise=0.25"])
+    parsed = parser_of(command).parse_args([*needed, "--choose=max-retain-rise=0.25", *given])
     parsed.command = command
+    return parsed
+
+
+def test_what_chooses_takes_every_option_of_unlearn_but_those_of_one_setting() -> None:
+    parsed = parsed_choice()
     found, parameters = choosing.settings_of(parsed), inspect.signature(choose).parameters
     bounds = {"target_retain_loss", "max_retain_increase", "retain_floor"}
     assert parameters.keys() - found.keys() == bounds | {"group"}
@@ -64,3 +71,9 @@ def test_what_chooses_takes_every_option_of_unlearn_but_those_of_one_setting() -
     differing = {key for key in found if (found[key] or None) != (parameters[key].default or None)}
     assert differing == given - {"rules"}
     assert (found["rules"], found["max_retain_rise"]) == (parameters["rules"].default, 0.25)
+
+
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_a_choice_tries_the_alpha_that_was_given_alone(alpha: float) -> None:
+    assert choosing.settings_of(parsed_choice("--rule=fisher", f"--alpha={alpha}"))["alphas"] == alpha
+    assert choosing.settings_of(parsed_choice("--rule=fisher"))["alphas"] is None

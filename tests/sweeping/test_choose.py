@@ -305,6 +305,7 @@ def test_the_command(stream: list[str], job: Job, tmp_path: Path, capsys: pytest
         (["--choose", "max-retain-rise", "--memory", "1GiB"], "--memory is for streamed runs; add --stream"),
         (["--lams", "1,2"], "--lams is for a choice among settings; add --choose BOUND"),
         (["--metric", "Q_A_Prob"], "--metric is for a choice among settings"),
+        (["--metric", "loss"], "--metric is for a choice among settings"),
     ],
 )
 def test_bad_options(
@@ -344,6 +345,15 @@ def recipe(job: Job, **settings: Any) -> Path:
     path = job.model.parent / "run.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items()))
     return path
+
+
+def test_an_alpha_of_a_recipe(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the only one to try, also if it is the default of one setting."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(choosing, "sweep", lambda **settings: calls.append(settings))
+    path = recipe(job, choose="max-retain-rise", rule="grad", alpha=1)
+    assert cli.main(["unlearn", "--recipe", str(path)]) == 2  # no result was made
+    assert [settings["alpha"] for settings in calls] == [1]
 
 
 def test_a_choice_from_a_recipe(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
