@@ -21,6 +21,13 @@ def check_sizes(batch_size: int, max_length: int | None, **others: int | None) -
             raise InputError(f"‹{name}› is {value}; it must be at least 1")
 
 
+def check_limits(stream: bool, memory: int | None, device_memory: int | None) -> None:
+    """Raise InputError for a limit of memory that nothing would keep, as the run is not streamed."""
+    for name, value in {"memory": memory, "device_memory": device_memory}.items():
+        if value is not None and not stream:
+            raise InputError(f"‹{name}› is for streamed runs; give ‹stream› too, or leave it out")
+
+
 def plain(value: Any) -> Any:
     """Numbers, flags, texts and arrays of NumPy and others as Python's own, which JSON can hold; the rest as it is.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perta_fast.arguments import check_device, check_sizes, listed, plain
+from perta_fast.arguments import check_device, check_limits, check_sizes, listed, plain
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.fingerprint import input_files
 from perta_fast.data.chat import ChatSettings
@@ -119,10 +119,8 @@ class Request:
             raise InputError("‹against› compares two checkpoints, and the model is one in memory; give its directory")
 
     def _check_streamed(self) -> None:
+        check_limits(self.stream, self.memory, self.device_memory)
         if not self.stream:
-            for name in ("memory", "device_memory"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"‹{name}› is for streamed evaluations; give ‹stream› too")
             return
         if self.model is None:
             raise InputError("‹stream› is for checkpoint directories; a live module is in memory already")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from perta_fast.arguments import check_device, check_sizes
+from perta_fast.arguments import check_device, check_limits, check_sizes
 from perta_fast.checkpoints.quantised import open_loadable
 from perta_fast.data.chat import ChatSettings, today
 from perta_fast.data.formats import data_files
@@ -94,6 +94,7 @@ def estimate_importance(
         if estimator not in ESTIMATORS:
             raise InputError(f"‹estimator› is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
         check_sizes(batch_size, max_length)
+        check_limits(stream, memory, device_memory)
         check_device(device)
         if isinstance(model_or_path, str | Path):
             model_or_path = local_model(model_or_path, download)

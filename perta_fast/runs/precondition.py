@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perta_fast.arguments import check_device, check_sizes
+from perta_fast.arguments import check_device, check_limits, check_sizes
 from perta_fast.checkpoints.adapters import Adapter, is_adapter
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import PRECONDITIONING
@@ -83,6 +83,7 @@ def precondition(
     Source: SAGE (arXiv 2606.18309).
     """
     check_sizes(batch_size, max_length)
+    check_limits(stream, memory, device_memory)
     check_mu(mu)
     check_fields(fields)
     check_device(device)

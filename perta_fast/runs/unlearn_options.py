@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from perta_fast.arguments import check_device, check_sizes
+from perta_fast.arguments import check_device, check_limits, check_sizes
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.formats import data_files
 from perta_fast.data.forms import Fields, check_fields
@@ -137,6 +137,7 @@ class Options:
         if self.at not in (None, *PLACES):
             raise InputError(f"‹at› is {self.at!r}; it must be base or model")
         check_sizes(self.batch_size, self.max_length)
+        check_limits(self.stream, self.memory, self.device_memory)
         check_device(self.device)
         check_threads(self.threads)
         if self.stream and self.link_unchanged and not self.in_place:

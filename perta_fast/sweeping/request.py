@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from perta_fast.arguments import check_device, check_sizes, listed, plain
+from perta_fast.arguments import check_device, check_limits, check_sizes, listed, plain
 from perta_fast.data.chat import ChatSettings
 from perta_fast.data.forms import check_fields
 from perta_fast.data.given import is_given
@@ -245,9 +245,7 @@ class Request:
             raise InputError("‹check› is of a result; give ‹checkpoint› or ‹in_place› too, or leave it out")
 
     def _check_streamed(self) -> None:
-        for name in ("memory", "device_memory"):
-            if getattr(self, name) is not None and not self.stream:
-                raise InputError(f"‹{name}› is for streamed sweeps; give ‹stream› too, or leave it out")
+        check_limits(self.stream, self.memory, self.device_memory)
         if not self.stream:
             return
         if self.out is None:

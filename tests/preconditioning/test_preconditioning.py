@@ -280,6 +280,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mu": ({"mu": -1.0}, "mu is -1.0; it must be a number from 0 to 10000"),
     "mu nan": ({"mu": math.nan}, "mu is nan"),
     "batch": ({"batch_size": 0}, "batch_size is 0"),
+    "a limit without stream": ({"memory": 1 << 30}, "memory is for streamed runs; give stream too"),
     "no retain": ({"retain": "gone.jsonl"}, "gone.jsonl"),
     "no tuned": ({"tuned": "gone"}, "gone"),
 }

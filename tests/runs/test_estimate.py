@@ -414,6 +414,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], type[Exception]
     "no batch": (llama, SAMPLES, {"batch_size": 0}, InputError, "batch_size is 0"),
     "no length": (llama, FORGET, {"max_length": 0}, InputError, "max_length is 0"),
     "negative length": (llama, FORGET, {"max_length": -1}, InputError, "max_length is -1"),
+    "a limit without stream": (llama, SAMPLES, {"device_memory": 1 << 30}, InputError, "is for streamed runs"),
     "device for a module": (llama, SAMPLES, {"device": "cpu"}, InputError, "are for checkpoints"),
     "no samples": (llama, [], {}, InputError, "there are no samples"),
     "records without a tokenizer": (llama, FORGET, {}, InputError, "pass tokenizer="),

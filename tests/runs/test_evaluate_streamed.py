@@ -205,8 +205,8 @@ def test_half_precision_is_close(place: Path) -> None:
         ({"metrics": ["mia_gradnorm"]}, "metrics: mia_gradnorm needs gradients"),
         ({"stress": ["int8"]}, "stress needs the whole model in memory"),
         ({"lm_eval": ["hellaswag"]}, "lm_eval needs the whole model in memory"),
-        ({"stream": False, "memory": 1 << 30}, "memory is for streamed evaluations; give stream too"),
-        ({"stream": False, "device_memory": 1 << 30}, "device_memory is for streamed evaluations"),
+        ({"stream": False, "memory": 1 << 30}, "memory is for streamed runs; give stream too"),
+        ({"stream": False, "device_memory": 1 << 30}, "device_memory is for streamed runs"),
     ],
 )
 def test_bad_arguments(place: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

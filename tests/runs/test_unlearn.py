@@ -362,6 +362,7 @@ LATE = {"text": "a"}  # a good line, but of a single token: found when it is tok
         ({"max_length": 1}, r"forget\.jsonl, line 1: has no token .* within the first 1 tokens"),
         ({"max_length": 0}, "max_length is 0"),
         ({"threads": 0}, "threads is 0"),
+        ({"memory": 1 << 30}, "memory is for streamed runs; give stream too, or leave it out"),
         ({"device": "tpu9"}, "device 'tpu9'"),
         ({"forget": "talk.jsonl"}, r"talk\.jsonl, line 1: has messages, but the tokenizer has no chat template"),
         ({"retain": "late.jsonl"}, r"late\.jsonl, line 2: has no token to compute a loss on"),

@@ -410,8 +410,8 @@ def test_a_setting_that_is_not_finite(jobs: Jobs, tmp_path: Path) -> None:
         ({"in_place": True}, "in_place needs select, which chooses what is written"),
         ({"in_place": True, "checkpoint": "made"}, "give either checkpoint, a directory to make, or in_place"),
         ({"target_retain_loss": 0.1}, "the model as it is, at lambda 0, cannot be chosen against"),
-        ({"stream": False, "memory": 1 << 30}, "memory is for streamed sweeps; give stream too"),
-        ({"stream": False, "device_memory": 1 << 30}, "device_memory is for streamed sweeps"),
+        ({"stream": False, "memory": 1 << 30}, "memory is for streamed runs; give stream too"),
+        ({"stream": False, "device_memory": 1 << 30}, "device_memory is for streamed runs"),
     ],
 )
 def test_refusals(
