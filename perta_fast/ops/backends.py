@@ -14,6 +14,7 @@ from torch import Tensor
 from perta_fast import compiled
 from perta_fast.dtypes import KERNEL_CODES, torch_dtype
 from perta_fast.errors import RunError
+from perta_fast.rules import EXACT_POWERS
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 DTYPE_CODES = {torch_dtype(name): code for name, code in KERNEL_CODES.items()}
@@ -40,6 +41,12 @@ def choose(backend: str, device: torch.device, serving: tuple[str, ...] = BACKEN
         others = ", ".join(name for name in available if name in serving)
         raise ValueError(f"backend {backend} cannot serve tensors on {device.type}: {why}; available: {others}")
     return backend
+
+
+def choose_for_power(backend: str, device: torch.device, p: float) -> str:
+    """``choose`` for a power of importances; "auto" leaves Triton out where it has no exact one."""
+    lacking = backend == "auto" and p not in EXACT_POWERS
+    return choose(backend, device, tuple(name for name in BACKENDS if name != "triton") if lacking else BACKENDS)
 
 
 @cache

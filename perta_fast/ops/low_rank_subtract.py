@@ -15,7 +15,7 @@ from perta_fast.ops.backends import (
     check_tensor,
     check_types,
     check_weighing,
-    choose,
+    choose_for_power,
     current_stream,
     dtype_codes,
 )
@@ -75,7 +75,7 @@ def _subtract_(
     sources = zip(_ARRAYS[1:], arrays[1:], strict=True)
     check_apart({"theta": theta}, {name: tensor for name, tensor in sources if tensor is not None})
     operands = theta, left, right, forget, retain if ratio is None else ratio  # as in rescaled_subtract.py
-    chosen = choose(backend, theta.device)
+    chosen = choose_for_power(backend, theta.device, rescaling.p)
     if chosen == "reference":
         with torch.no_grad():
             theta.copy_(reference.low_rank_subtract(*operands, scale, rescaling))

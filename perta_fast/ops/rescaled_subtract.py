@@ -16,7 +16,7 @@ from perta_fast.ops.backends import (
     check_tensor,
     check_types,
     check_weighing,
-    choose,
+    choose_for_power,
     current_stream,
     dtype_codes,
 )
@@ -192,7 +192,7 @@ def _check(tensors: list[_Arrays], settings: tuple[Any, ...]) -> Rescaling:
 
 def _run(tensors: list[_Arrays], rescaling: Rescaling, backend: str) -> None:
     device = tensors[0].theta.device
-    chosen = choose(backend, device)
+    chosen = choose_for_power(backend, device, rescaling.p)
     if chosen == "reference":
         with torch.no_grad():
             for arrays in tensors:

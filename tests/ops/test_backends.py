@@ -106,6 +106,23 @@ def test_an_operation_without_such_a_kernel() -> None:
         backends.choose("cpp", CPU, serving=("reference",))
 
 
+@pytest.mark.parametrize("p", [3.0, 0.75])
+def test_a_power_that_triton_lacks_goes_to_another_backend(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that has Triton and the reference alone, unless Triton is asked for."""
+    monkeypatch.setattr(backends, "_available", lambda kind, interpreted: ("triton", "reference"))
+    theta, *others = (torch.rand(7) for _ in range(5))
+    left, right = torch.rand(7, 2), torch.rand(2, 1)
+    for backend in ("auto", "reference"):
+        assert backends.choose_for_power(backend, CPU, p) == "reference"
+    assert backends.choose_for_power("auto", CPU, 2.0) == "triton"
+    found = ops.rescaled_subtract(theta, *others, lam=1.0, p=p)
+    assert torch.equal(found, ops.rescaled_subtract(theta, *others, lam=1.0, p=p, backend="reference"))
+    ops.low_rank_subtract_(theta.view(7, 1), left, right, scale=1.0, lam=1.0, p=p)
+    if importlib.util.find_spec("triton") is not None:
+        with pytest.raises(ValueError, match="backend triton has no exact power"):
+            ops.rescaled_subtract(theta, *others, lam=1.0, p=p, backend="triton")
+
+
 class Recorder:
     """Stands for the extension on a machine with a GPU: keeps what it is called with."""
 
@@ -126,8 +143,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(compiled, "kernels", lambda: made)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    for module in (ops.rescaled_subtract_, ops.accumulate_):
-        monkeypatch.setitem(module.__globals__, "choose", lambda backend, device: "cuda")
+    for module in (backends.choose_for_power, ops.accumulate_):
+        monkeypatch.setitem(module.__globals__, "choose", lambda backend, device, serving=(): "cuda")
     return made
 
 
