@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from perta_fast.arguments import listed
 from perta_fast.errors import InputError
 from perta_fast.importance.addable import Addable
 from perta_fast.importance.combining import Combination
@@ -27,15 +28,16 @@ def merge_importances(
     what to do, if they do not fit together, or one does not know its rows, as those of earlier versions; RunError if
     the disk fails. Then, and after Ctrl-C, nothing is left behind.
     """
-    if len(importances) < 2:
+    given = listed(importances)  # a path alone is one
+    if len(given) < 2:
         raise InputError("‹merge› takes two importances or more")
-    combination = Combination.sum_of([Addable.open(directory_of(importance)) for importance in importances])
+    combination = Combination.sum_of([Addable.open(directory_of(importance)) for importance in given])
     return combination.write(out, overwrite=overwrite, progress=progress, description="merge importances")
 
 
 def remove_importances(
     whole: "str | Path | Importance",
-    parts: "Sequence[str | Path | Importance]",
+    parts: "str | Path | Importance | Sequence[str | Path | Importance]",
     out: str | Path,
     *,
     overwrite: bool = False,
@@ -48,8 +50,9 @@ def remove_importances(
     (docs/mathematics.md). Arguments and errors as in ``merge_importances``; also refused are parts that leave nothing,
     and squares that were not in the whole.
     """
-    if not parts:
+    given = listed(parts)
+    if not given:
         raise InputError("‹remove› takes one importance or more")
-    opened = [Addable.open(directory_of(importance)) for importance in (whole, *parts)]
+    opened = [Addable.open(directory_of(importance)) for importance in (whole, *given)]
     combination = Combination.rest_of(opened[0], opened[1:])
     return combination.write(out, overwrite=overwrite, progress=progress, description="remove importances")

@@ -34,6 +34,7 @@ from perta_fast.models.wrapped import unwrapped
 from perta_fast.ops import low_rank_subtract_, rescaled_subtract_
 from perta_fast.ops.backends import DTYPE_CODES
 from perta_fast.progress import LOGGER
+from perta_fast.records.declared import checked_arguments
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_LAM, DEFAULT_RULE, Rule, RuleName, negative_strength
 from perta_fast.subtraction.adapter_changes import Change, OpenedAdapter
 from perta_fast.subtraction.inputs import IMPORTANCES, RATIO
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22  # elements: at most 64 MiB of the four sources together
 
 
+@checked_arguments
 def apply_to_module_(
     module: nn.Module,
     base: str | Path,

@@ -173,7 +173,7 @@ def test_one_request_after_the_other(tmp_path: Path) -> None:
 
 def test_a_row_that_is_there_twice_is_taken_out_as_often_as_asked(tmp_path: Path) -> None:
     whole, part = write(tmp_path / "whole", [1, 1, 2]), write(tmp_path / "part", [1])
-    found = remove_importances(whole, [part], tmp_path / "out", progress=False)
+    found = remove_importances(whole, str(part), tmp_path / "out", progress=False)
     assert_is_mean(found, [1, 2], "grad", [[1, 1, 2], [1]])
     with pytest.raises(InputError, match="1 of its 1 rows are not among those of"):
         remove_importances(whole, [part, part, part], tmp_path / "more", progress=False)
@@ -343,8 +343,9 @@ def test_rows_that_would_count_twice(tmp_path: Path) -> None:
     folders = [write(tmp_path / str(k), rows) for k, rows in enumerate((ROWS[:3], ROWS[6:], ROWS[1:5]))]
     with pytest.raises(InputError, match=r"2: 2 of its 4 rows are among those of .*0 and would count twice"):
         merge_importances(folders, tmp_path / "out", progress=False)
-    with pytest.raises(InputError, match="merge takes two importances or more"):
-        merge_importances(folders[:1], tmp_path / "out", progress=False)
+    for alone in (folders[:1], folders[0], str(folders[0]), Importance.load(folders[0])):
+        with pytest.raises(InputError, match="merge takes two importances or more"):
+            merge_importances(alone, tmp_path / "out", progress=False)  # type: ignore[arg-type]
 
 
 def test_rows_that_are_not_there(tmp_path: Path) -> None:

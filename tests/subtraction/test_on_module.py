@@ -246,6 +246,8 @@ def test_what_is_stored_in_another_order_is_refused(job: Job, monkeypatch: pytes
         (["forget", "retain"], {"rule": "tv"}, "rule tv takes no importance"),
         (["forget", "retain"], {"rule": "empirical-fisher"}, "forget_importance: holds estimator grad, rule empirical"),
         (["forget", "retain"], {"lam": float("nan")}, "lam is nan"),
+        (["forget", "retain"], {"lam": None}, "lam is None"),
+        (["forget", "retain"], {"common_rows": "no"}, "common_rows is 'no'"),
         (["forget", "absent"], {}, "absent: no such directory"),
     ],
 )
