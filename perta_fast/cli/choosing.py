@@ -68,7 +68,8 @@ OPTIONS = (CHOOSE, RULES, MUS, ALPHAS, LAMS, METRIC, ALSO, HOLDOUT)
 
 def check_choice(parsed: argparse.Namespace) -> None:
     """Raise InputError for options that go with ``--choose`` alone, or not with it."""
-    given = given_options(parsed.command, parsed.arguments)
+    # A default that is written out changes nothing: a recipe's template has them all.
+    given = {option.name for option in parsed.command.options if getattr(parsed, option.name) != option.default}
     if parsed.choose is None:
         if name := next((option.key for option in OPTIONS if option.name in given), None):
             raise InputError(f"--{name} is for a choice among settings; add --choose BOUND, or leave it out")

@@ -13,8 +13,11 @@ from perta_fast.errors import InputError
 from perta_fast.files.reading import decode, regular_file
 from perta_fast.records.report import Report
 
-# A second run must not replace the first.
-_NOT_REPEATED = ("out", "in-place", "overwrite", "save-importance", "as", "importance-dtype", "save-tuned")
+# A second run must not replace the first, and may find other files beside its model.
+_NOT_REPEATED = (
+    *("out", "in-place", "overwrite", "leave-others"),
+    *("save-importance", "as", "importance-dtype", "save-tuned"),
+)
 SECTIONS = ("tune", "sweep", "unlearn", "eval", "report")  # the commands that a job can have
 # A section's name: its command, and a word of its own if there are several of that command.
 _SECTION = re.compile(rf"({'|'.join(SECTIONS)})(?: [\w.-]+)?")

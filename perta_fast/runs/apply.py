@@ -21,7 +21,15 @@ from perta_fast.records.declared import checked_arguments
 from perta_fast.records.report import Report, listed
 from perta_fast.records.versions import now, this_version
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_LAM, DEFAULT_RULE, Rule, RuleName
-from perta_fast.runs.settings import Settings, check_changes, check_others, check_threads, destination, threads_for
+from perta_fast.runs.settings import (
+    Settings,
+    check_changes,
+    check_one_result,
+    check_others,
+    check_threads,
+    destination,
+    threads_for,
+)
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
 from perta_fast.subtraction.inputs import Sources, open_importances
@@ -96,6 +104,7 @@ def apply(
     started, ranks = now(), Ranks.of(group)
     with ranks.together("the opening of the inputs"):
         chosen, scope = Rule.of(rule, lam, p, alpha, threshold), Scope.of(only, leave)
+        check_one_result(out, in_place, leave_others)
         model = local_model(model, download, in_place=in_place)
         base, tuned = local_model(base, download), local_model(tuned, download)
         final = destination(model, out, in_place, ranks)

@@ -32,10 +32,12 @@ class Settings:
     progress: Progress = True
 
 
-def check_one_result(out: str | Path | None, in_place: bool) -> None:
-    """Raise InputError unless exactly one result is named."""
+def check_one_result(out: str | Path | None, in_place: bool, leave_others: bool = False) -> None:
+    """Raise InputError unless exactly one result is named, and others are left in a model that is changed in place."""
     if in_place == (out is not None):
         raise InputError("give either ‹out›, a directory to make, or ‹in_place›")
+    if leave_others and not in_place:
+        raise InputError("‹leave_others› is for a change in place; leave it out, or give ‹in_place› instead of ‹out›")
 
 
 def destination(model: str | Path, out: str | Path | None, in_place: bool, ranks: Ranks = Ranks.ALONE) -> Path:

@@ -142,7 +142,7 @@ class Options:
         check_threads(self.threads)
         if self.stream and self.link_unchanged and not self.in_place:
             raise InputError("‹stream› writes every shard as it goes; leave ‹link_unchanged› out")
-        check_one_result(self.out, self.in_place)
+        check_one_result(self.out, self.in_place, self.leave_others)
         Scope.of(self.only, self.leave)
         check_fields(self.fields)
 

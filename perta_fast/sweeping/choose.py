@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from perta_fast.data.forms import Fields
 from perta_fast.data.given_data import Data
-from perta_fast.errors import InputError
 from perta_fast.files.apart import check_apart
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
 from perta_fast.records.report import Report
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_RETAIN_RISE, PRECONDITIONED, AnyRule, Place, Rule
+from perta_fast.runs.settings import check_one_result
 from perta_fast.scoring.criteria import LOSS, Metric
 from perta_fast.subtraction.scope import Patterns
 from perta_fast.sweeping.request import BOUNDS
@@ -103,8 +103,7 @@ def as_sweep(arguments: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(arguments)
     if all(settings.get(name) is None for name in BOUNDS):
         settings["max_retain_rise"] = DEFAULT_RETAIN_RISE
-    if settings["in_place"] == (settings["out"] is not None):
-        raise InputError("give either ‹out›, a directory to make, or ‹in_place›")
+    check_one_result(settings["out"], settings["in_place"], leave_others=settings["leave_others"])
     _check_apart(settings)
     rules, mus, alphas, out = (settings.pop(name) for name in ("rules", "mus", "alphas", "out"))
     curves = {"rule": rules, "mu": mus, "alpha": _alphas(rules, alphas)}

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from perta_fast import cli, unlearn
+from perta_fast import choose, cli, unlearn
 from perta_fast.errors import InputError
 from perta_fast.models import loading
 from perta_fast.records.report import Report
@@ -156,6 +157,13 @@ def test_unlearn_says_so_before_it_loads_the_model(
     monkeypatch.delattr(loading, "load_subject")
     with pytest.raises(InputError, match="lie other weights"):
         unlearn(*job.checkpoints, job.forget, job.retain, stream=stream, in_place=True, lam=1.0, rule="fisher")
+
+
+@pytest.mark.parametrize("make", [apply, unlearn, choose])
+def test_it_is_for_a_run_in_place_alone(make: Callable[..., Report], tmp_path: Path) -> None:
+    strength = {"lam": 1.0} if make is not choose else {}
+    with pytest.raises(InputError, match="leave_others is for a change in place; leave it out, or give in_place"):
+        make(*"mbtfr", **strength, out=tmp_path / "out", leave_others=True)
 
 
 def test_on_the_command_line(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

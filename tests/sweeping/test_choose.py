@@ -305,7 +305,6 @@ def test_the_command(stream: list[str], job: Job, tmp_path: Path, capsys: pytest
         (["--choose", "max-retain-rise", "--memory", "1GiB"], "--memory is for streamed runs; add --stream"),
         (["--lams", "1,2"], "--lams is for a choice among settings; add --choose BOUND"),
         (["--metric", "Q_A_Prob"], "--metric is for a choice among settings"),
-        (["--metric", "loss"], "--metric is for a choice among settings"),
     ],
 )
 def test_bad_options(
