@@ -20,7 +20,7 @@ With `--json`, standard output is one JSON object: the record that the command a
 ([formats](formats.md)), and null for a number that is not finite. Whatever else is said goes to standard error.
 
 Exit status: 0 done; 1 the run failed, and the message says what, where and how to go on; 2 bad arguments or bad
-input, and nothing was done.
+input, and nothing was done; 130 it was interrupted, and the message says how to go on.
 """
 
 

@@ -80,7 +80,10 @@ COMMAND = Command(
         Option("reference_model", "a model for the membership score mia_reference", Path, "DIR", named=True),
         Option("min_k", "share of the tokens for Min-K (0.4)", float, "K", 0.4),
         Option(
-            "metrics", "the metrics to compute: names, patterns as forget_*, groups (all by default)", _names, "M,M,..."
+            "metrics",
+            "names, patterns as forget_*, or groups (default; all has more, such as mia_gradnorm)",
+            _names,
+            "M,M,...",
         ),
         Option("lm_eval", "tasks of lm-evaluation-harness too", _names, "T,T,...", ()),
         Option("max_new_tokens", "longest answer (the benchmark's own)", int, "N"),

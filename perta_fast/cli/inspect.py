@@ -19,7 +19,7 @@ COMMAND = Command(
     "inspect",
     "what a checkpoint, importance or run holds",
     (
-        Option("path", "a directory with weights, or one of their files", Path, "PATH", positional=True),
+        Option("path", "a directory with weights", Path, "PATH", positional=True),
         flag("tensors", "list every tensor"),
         Option("base", "say whether PATH, as tuned, differs from this checkpoint", Path, "DIR"),
         JSON,

@@ -57,7 +57,8 @@ _OF_OTHERS = {option.name: option for command in COMMANDS for option in command.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status: 0 done, 1 the run failed, 2 bad arguments or bad input.
+    """Run one command; return its exit status: 0 done, 1 the run failed, 2 bad arguments or bad input,
+    130 it was interrupted.
 
     Under torchrun every process calls this and does its part of the command.
     """

@@ -20,6 +20,7 @@ from perta_fast.rules import (
     DEFAULT_LAM,
     DEFAULT_MU,
     DEFAULT_RULE,
+    LARGEST_MU,
     PLACES,
     PRECONDITIONED,
     RULES,
@@ -263,21 +264,25 @@ CHECKPOINTS = (
     DOWNLOAD,
 )
 AT = Option("at", "where the gradients are taken (base)", default="base", choices=PLACES)
-AT_BY_RULE = replace(AT, help="where the gradients are taken (base), or the inputs seen (model)", default=None)
+AT_BY_RULE = replace(
+    AT, help=f"where gradients are taken, or inputs seen (base; model for rule {PRECONDITIONED})", default=None
+)
 RULE = Option("rule", f"how w is found ({DEFAULT_RULE})", default=DEFAULT_RULE, choices=RULES)
 ANY_RULE = replace(
     RULE,
-    help=f"the task vector with less of it along retained inputs, the plain one (tv), or a rescaled one "
-    f"({PRECONDITIONED})",
+    help=f"{PRECONDITIONED} (default): less of the task vector along retained inputs; tv: the plain one; grad, fisher, "
+    "empirical-fisher: rescaled by importances",
     default=PRECONDITIONED,
     choices=ANY_RULES,
 )
 IMPORTANCE = Option("importance", "what --save-importance wrote, instead of the two: both, or their ratio", Path, "DIR")
 LAM = Option("lam", f"strength lambda ({DEFAULT_LAM:g})", float, "L", DEFAULT_LAM)
-MU = Option("mu", f"how much less of the task vector along retained inputs ({DEFAULT_MU:g})", float, "X")
+MU = Option(
+    "mu", f"how much less of the task vector along retained inputs, 0 to {LARGEST_MU:,.0f} ({DEFAULT_MU:g})", float, "X"
+)
 P = Option("p", "exponent of the importances (the rule's own)", float, "P")
 ALPHA = Option("alpha", f"weight of retaining ({DEFAULT_ALPHA:g})", float, "A", DEFAULT_ALPHA)
-THRESHOLD = Option("threshold", "hard mask: w becomes 1 where w > T, else 0", float, "T")
+THRESHOLD = Option("threshold", "hard mask: w becomes 1 where w > T, else 0; T from 0 to below 1", float, "T")
 RULE_AND_STRENGTH = (RULE, LAM, P, ALPHA, THRESHOLD)
 SCOPE = (
     Option(
@@ -303,9 +308,9 @@ LIMITS = (
 STREAM = (
     flag("stream", "estimate with one decoder layer in memory at a time, for models larger than the memory"),
     *LIMITS,
-    flag("dry_run", "print what --stream will take, from config.json, and stop"),
+    flag("dry_run", "with --stream: print what it will take, from config.json, and stop"),
 )
-DRY_RUN = flag("dry_run", "print what --stream will take, and stop")
+DRY_RUN = flag("dry_run", "with --stream: print what it will take, and stop")
 CHAT = (
     Option("system_prompt", "given with every question, by the chat template", metavar="TEXT", may_be_empty=True),
     Option("date_string", "the date, for a chat template that tells it, as in 2025-04-10 (today's)", metavar="DATE"),
@@ -321,7 +326,7 @@ MAX_LENGTH = Option("max_length", "tokens a sample is cut to (the model's limit)
 DEVICE = Option("device", f"{DEVICES} (auto: cuda if there is one)", _device, "D")
 DTYPE = Option("dtype", "type to run in (the checkpoint's; float32 where that is far faster)", choices=FLOATING)
 ESTIMATION = (BATCH_SIZE, MAX_LENGTH, DEVICE, DTYPE)
-OVERWRITE = flag("overwrite", "replace DIR if it is not empty")
+OVERWRITE = flag("overwrite", "replace what is there, and start a stopped run over")
 QUIET = flag("quiet", "no progress bar, no summary")
 JSON = flag("json", "print the record of what was done as JSON, instead of text")
 OUTPUT = (Option("out", "directory to make", Path, "DIR", required=True, makes=True), OVERWRITE, QUIET, JSON)
@@ -336,7 +341,7 @@ RESULT = (
         bool,
         negatable=True,
     ),
-    Option("threads", "threads to apply with (all processors)", int, "N"),
+    Option("threads", "threads to subtract with (all processors)", int, "N"),
     flag("allow_zero", "go on if the task vector is zero, which makes a copy"),
     flag("leave_others", "change in place though other weight files lie beside the shards"),
     QUIET,

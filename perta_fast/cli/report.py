@@ -31,7 +31,7 @@ COMMAND = Command(
         flag("show_text", "put answers, which may be private, on the page; without --prompts, to rows of the run"),
         Option("out", "file to write", Path, "PAGE.html", required=True, makes=True),
         Option("png", "the plots as files too", Path, "DIR", makes=True),
-        Option("verify", "hash all files again, compute a few tensors again", bool, default=True, negatable=True),
+        Option("verify", "hash all files again, compute a few tensors again (on)", bool, default=True, negatable=True),
         flag("overwrite", "replace the page and the plots"),
         QUIET,
     ),

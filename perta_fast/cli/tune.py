@@ -1,6 +1,7 @@
 """``perta tune``."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from perta_fast.cli.importing import importing
@@ -52,8 +53,8 @@ COMMAND = Command(
         MAX_LENGTH,
         *CHAT,
         flag("gradient_checkpointing", "less memory for activations, more time"),
-        Option("seed", "order of the samples, start (0)", int, "N", 0),
-        DEVICE,
+        Option("seed", "order of the samples, and the adapter's first values (0)", int, "N", 0),
+        replace(DEVICE, help="auto, cpu or cuda (auto: cuda if there is one); CUDA_VISIBLE_DEVICES says which"),
         Option("report_to", "report loss and rate to wandb, tensorboard, … (none)", name_list, "NAME,..."),
         *OUTPUT,
     ),

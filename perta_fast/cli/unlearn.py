@@ -119,8 +119,10 @@ COMMAND = Command(
     (
         RECIPE,
         *options.CHECKPOINTS,
-        Option("forget", "data to forget", Path, "FILE", named=True),
-        Option("retain", "data to keep", Path, "FILE", named=True),
+        Option(
+            "forget", "data to forget; needed without --lam, and by rules with importances", Path, "FILE", named=True
+        ),
+        Option("retain", "data to keep; needed without --lam, and by all rules but tv", Path, "FILE", named=True),
         options.FIELDS,
         options.SHOW_LABELS,
         options.AT_BY_RULE,
@@ -131,8 +133,15 @@ COMMAND = Command(
             "DIR",
         ),
         *options.KEPT,
-        Option("check", "measure what was forgotten and kept, on a few rows", bool, default=True, negatable=True),
-        *options.STREAM,
+        Option(
+            "check",
+            "measure what was forgotten and kept, on a few rows (on; not with --stream)",
+            bool,
+            default=True,
+            negatable=True,
+        ),
+        replace(options.STREAM[0], help=f"{options.STREAM[0].help}; needs --lam or --choose"),
+        *options.STREAM[1:],
         replace(options.ANY_RULE, one_of="rules"),
         replace(
             options.LAM, help="strength lambda (searched for, see --max-retain-rise)", default=None, one_of="strength"

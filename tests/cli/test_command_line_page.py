@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from perta_fast import cli
+from perta_fast.cli.importing import INTERRUPTED
 from perta_fast.cli.main import COMMANDS
 from perta_fast.cli.options import Command
 
@@ -41,3 +42,8 @@ def test_every_option_of_the_parser_is_on_the_page(name: str, capsys: pytest.Cap
     assert {"--help"} | set(re.findall(r"^\| `(--[a-z-]+)", own, re.MULTILINE)) == set(options)
     assert ALL[name].help[1:] in own
     assert all(option.help is None or option.help in own for option in ALL[name].options)
+
+
+def test_the_status_of_an_interrupt_is_named() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert all(f"{INTERRUPTED} it was interrupted" in " ".join(text.split()) for text in (page(), readme))
