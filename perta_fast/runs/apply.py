@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perta_fast.checkpoints.companions import PRECONDITIONING
 from perta_fast.distributed.ranks import Ranks
 from perta_fast.errors import InputError
 from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import OutputDirectory, check_output, unfinished_advice
+from perta_fast.files.reading import exists
 from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
@@ -32,7 +34,7 @@ from perta_fast.runs.settings import (
 )
 from perta_fast.subtraction.compute import bytes_moved, chunk_elements
 from perta_fast.subtraction.in_place import change_in_place
-from perta_fast.subtraction.inputs import Sources, open_importances
+from perta_fast.subtraction.inputs import ADVICE, Sources, open_importances
 from perta_fast.subtraction.job import Job, fingerprints, match_names, reopen
 from perta_fast.subtraction.read_beside import companion_records
 from perta_fast.subtraction.report_entries import begin_report
@@ -110,12 +112,19 @@ def apply(
         final = destination(model, out, in_place, ranks)
         given = (forget_importance, retain_importance, importance)
         directories = (None if each is None else directory_of(each) for each in given)
-        importances = open_importances(chosen, *directories)
+        importances = open_importances(chosen, *directories, advice=_advice(tuned))
         sources = Sources.open(model, base, tuned, importances, common_rows, scope)
     settings = Settings(
         final, started, in_place, overwrite, link_unchanged, drop_cache, threads, allow_zero, leave_others, progress
     )
     return apply_sources(sources, chosen, settings, ranks=ranks)
+
+
+def _advice(tuned: Path) -> str:
+    """Where to get an importance that is missing; a preconditioned θ_f needs none."""
+    if exists(tuned / PRECONDITIONING):
+        return f"{tuned} is preconditioned: subtract it with ‹rule› tv"
+    return ADVICE
 
 
 def apply_sources(

@@ -133,14 +133,18 @@ _OPERANDS = {"model": 0, "tuned": 1, "base": 2, "forget_importance": 3, "retain_
 
 
 def open_importances(
-    rule: Rule, forget: Path | None = None, retain: Path | None = None, both: Path | None = None
+    rule: Rule,
+    forget: Path | None = None,
+    retain: Path | None = None,
+    both: Path | None = None,
+    advice: str = ADVICE,
 ) -> dict[str, Checkpoint]:
     """The importances that ``rule`` needs, or their ratio, by role.
 
-    both: a directory that holds the two, or their ratio, in place of the others. Raises InputError if they are not what
-    the rule needs, or had different system prompts.
+    both: a directory that holds the two, or their ratio, in place of the others. advice: where to get one that is
+    missing. Raises InputError if they are not what the rule needs, or had different system prompts.
     """
-    required = rule.required(_directories(forget, retain, both), ADVICE)
+    required = rule.required(_directories(forget, retain, both), advice)
     opened = {role: _open(role, path) for role, path in required.items()}
     metadata = metadata_of(opened)
     for role, table in metadata.items():

@@ -276,6 +276,12 @@ def test_unlearn_takes_the_result_and_verifies(tmp_path: Path, job: Job) -> None
     assert not pf.verify(tmp_path / "unlearned", full=True, progress=False).problems
 
 
+def test_apply_says_by_which_rule_the_result_is_subtracted(tmp_path: Path, job: Job) -> None:
+    precondition(job, tmp_path / "out")
+    with pytest.raises(pf.InputError, match=r"out is preconditioned: subtract it with rule tv$"):
+        pf.apply(job.model, job.base, tmp_path / "out", lam=8.0, out=tmp_path / "unlearned")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mu": ({"mu": -1.0}, "mu is -1.0; it must be a number from 0 to 10000"),
     "mu nan": ({"mu": math.nan}, "mu is nan"),
