@@ -183,7 +183,7 @@ def relative_changes(tensors: Sequence[TensorReport]) -> Plot | None:
             text.set_parse_math(False)
     return Plot(
         "relative-change",
-        "‖θ_out − θ‖ / ‖θ‖ of each changed tensor within the layers; the line is the median of the layer.",
+        "‖θ_out − θ_full‖ / ‖θ_full‖ of each changed tensor within the layers; the line is the median of the layer.",
         _png(figure),
     )
 

@@ -174,6 +174,7 @@ def test_every_section(job: Job, full: Page) -> None:
     assert sorted(path.read_bytes() for path in (folder / "plots").iterdir()) == sorted(images)
     report = Report.load(folder / "out")
     assert "fisher" in page.texts["run"]
+    assert "w = I_f^p / (I_f^p + α · I_r^p)" in page.texts["run"]
     assert all(name in page.texts["costs"] for name in report.phases)
     for record in [*report.inputs.values(), report.output]:
         assert record["path"] in page.texts["provenance"]
@@ -353,6 +354,13 @@ def test_hostile_names_are_nothing_but_text(job: Job, tmp_path: Path) -> None:
     assert "<img src=x onerror=alert(1)>" in page.texts["weights"]
     assert '"><script>alert(1)</script>' in page.texts["provenance"]
     assert "</section><script>alert(1)</script>" in page.texts["verdict"]
+
+
+def test_a_plain_subtraction_has_no_importances_in_its_formula(job: Job, tmp_path: Path) -> None:
+    run = changed_report(job, tmp_path / "run", lambda content: content.update(rule="tv", p=1.0))
+    page = make(job, tmp_path / "page.html", run=run)
+    assert "θ_out = θ_full − λ · w ⊙ (θ_f − θ_0), w = 1" in page.texts["run"]
+    assert "I_f^p" not in page.texts["run"]
 
 
 MISSING: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
