@@ -133,7 +133,12 @@ _OPERANDS = {"model": 0, "tuned": 1, "base": 2, "forget_importance": 3, "retain_
 
 
 def open_importances(
-    rule: Rule, forget: Path | None = None, retain: Path | None = None, both: Path | None = None, advice: str = ADVICE
+    rule: Rule,
+    forget: Path | None = None,
+    retain: Path | None = None,
+    both: Path | None = None,
+    *,
+    advice: str = ADVICE,
 ) -> dict[str, Checkpoint]:
     """The importances that ``rule`` needs, or their ratio, by role.
 
