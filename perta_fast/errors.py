@@ -114,8 +114,13 @@ def printable_lines(lines: Iterable[str]) -> str:
 
 def tensors_named(names: Sequence[str]) -> str:
     """The first of these names, and how many more there are."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{rest}"
+    return f"tensor{'s' if len(names) > 1 else ''} {names_shown(names, 3)}"
+
+
+def names_shown(names: Sequence[str], most: int = 20) -> str:
+    """The names, or the first of them and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def shell_command(*words: str | Path) -> str:

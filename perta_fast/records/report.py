@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 from perta_fast.data.chat import Told
 from perta_fast.data.given import IN_WORDS, GivenRows, is_given
-from perta_fast.errors import InputError, printable, printable_lines
+from perta_fast.errors import InputError, names_shown, printable, printable_lines
 from perta_fast.files.hashing import hash_files
 from perta_fast.files.journal import check_finished
 from perta_fast.files.reading import checked_path, exists, read_json
@@ -296,9 +296,9 @@ class Report:
         lines += scope_lines(self.only, self.leave) + read_as_lines(self.data)
         lines += self.prompts()
         if kept := [f"{row.name} {row.kept_rows}" for row in self.tensors if row.kept_rows]:
-            lines.append(f"rows kept as the model has them, as not all inputs have them: {listed(kept)}")
+            lines.append(f"rows kept as the model has them, as not all inputs have them: {names_shown(kept)}")
         if self.other_weights and not self.in_place:  # in place it is a warning
-            lines.append(f"not copied, as other weights or an adapter: {listed(self.other_weights)}")
+            lines.append(f"not copied, as other weights or an adapter: {names_shown(self.other_weights)}")
         for name, phase in self.phases.items():
             rate = f", {phase['gb_per_s']:.1f} GB/s" if phase["bytes"] else ""
             lines.append(f"{name}: {phase['seconds']:.2f} s{rate}")
@@ -322,12 +322,6 @@ def scope_lines(only: Sequence[str] | None, leave: Sequence[str] | None) -> list
     """For a person: which parameters were chosen to be changed, by their patterns."""
     said = (("changed only", only), ("left alone", leave))
     return [f"{what}: {', '.join(patterns)}" for what, patterns in said if patterns]
-
-
-def listed(names: Sequence[str], most: int = 20) -> str:
-    """The names, or the first of them and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def describe_files(hashes: Mapping[Path, str], directory: Path) -> DirectoryRecord:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from perta_fast.checkpoints.companions import PRECONDITIONING
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, names_shown
 from perta_fast.files.hub import local_model
 from perta_fast.files.new_directory import OutputDirectory, check_output, unfinished_advice
 from perta_fast.files.reading import exists
@@ -20,7 +20,7 @@ from perta_fast.importance.ratio import ImportanceRatio
 from perta_fast.importance.store import Importance, directory_of
 from perta_fast.progress import Progress
 from perta_fast.records.declared import checked_arguments
-from perta_fast.records.report import Report, listed
+from perta_fast.records.report import Report
 from perta_fast.records.versions import now, this_version
 from perta_fast.rules import DEFAULT_ALPHA, DEFAULT_LAM, DEFAULT_RULE, Rule, RuleName
 from perta_fast.runs.settings import (
@@ -151,7 +151,7 @@ def apply_sources(
     threads = threads_for(settings.threads, ranks)
     report = begin_report(sources, rule, threads, settings.started, merging)
     if settings.in_place and report.other_weights:
-        report.warn(f"left as they were, with what was to be forgotten: {listed(report.other_weights)}")
+        report.warn(f"left as they were, with what was to be forgotten: {names_shown(report.other_weights)}")
     if annotate is not None:
         annotate(report)
     moved = sum(bytes_moved(match, match.theta.count) for match in sources.matches)

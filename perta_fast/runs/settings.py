@@ -8,10 +8,9 @@ from perta_fast import compiled
 from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import other_weights
 from perta_fast.distributed.ranks import Ranks
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, names_shown
 from perta_fast.files.reading import checked_path
 from perta_fast.progress import Progress
-from perta_fast.records.report import listed
 from perta_fast.subtraction.inputs import Sources
 from perta_fast.subtraction.task_vector import check_task_vector
 
@@ -67,8 +66,9 @@ def check_others(model: Checkpoint, in_place: bool, leave_others: bool) -> None:
     others = other_weights(model) if in_place and not leave_others else []
     if others:
         raise InputError(
-            f"{model.path}: beside its shards lie other weights, which keep what is to be forgotten: {listed(others)}; "
-            "move them away, write to a new directory with ‹out›, or pass ‹leave_others› to leave them as they are"
+            f"{model.path}: beside its shards lie other weights, which keep what is to be forgotten: "
+            f"{names_shown(others)}; move them away, write to a new directory with ‹out›, or pass ‹leave_others› to "
+            "leave them as they are"
         )
 
 

@@ -8,13 +8,13 @@ from perta_fast.checkpoints.checkpoint import Checkpoint
 from perta_fast.checkpoints.companions import CARD, TEMPLATES, elsewhere, files_of, is_read, other_weights
 from perta_fast.data.formats import data_files, hash_data
 from perta_fast.data.given import IN_WORDS
-from perta_fast.errors import InputError, RunError
+from perta_fast.errors import InputError, RunError, names_shown
 from perta_fast.files.hashing import hash_file
 from perta_fast.files.own import is_own_name
 from perta_fast.files.reading import exists
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.file_hashes import HASHES, read_hashes
-from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files, listed
+from perta_fast.records.report import FILE_NAME, DirectoryRecord, Report, changed_files, gone_files
 from perta_fast.rules import EXACT_POWERS
 from perta_fast.runs.recomputed_tensors import RecomputedTensors
 from perta_fast.runs.verification import Verification
@@ -59,7 +59,7 @@ def verify(directory: str | Path, *, full: bool = False, seed: int = 0, progress
     if any(name.endswith(".index.json") for name in _check_companions(directory, report, result)):
         intact.discard("output")  # an index that was changed may not be one any more
     if "output" in intact and (others := other_weights(Checkpoint.open(directory))):
-        result.unchecked.append(f"other weights beside the shards, which the run did not change: {listed(others)}")
+        result.unchecked.append(f"other weights beside the shards, which the run did not change: {names_shown(others)}")
     if "output" in intact and report.in_place:
         result.unchecked.append("tensors, because the run changed the model in place and its old values are gone")
         result.problems += _header_problems(report, Checkpoint.open(directory))
@@ -153,7 +153,7 @@ def _name_the_rest(directory: Path, names: Collection[str], report: Report, resu
     seen = {*files_of(directory), TEMPLATES}
     others = [path for path in sorted(directory.iterdir()) if path.name not in seen and not is_own_name(path.name)]
     if others:
-        result.uncovered.append(listed([str(path) for path in others]))
+        result.uncovered.append(names_shown([str(path) for path in others]))
     for name in () if report.in_place else sorted(set(names)):  # a model that is changed in place may have links
         target = elsewhere(directory / name) if (directory / name).is_symlink() else None
         if target is not None:

@@ -12,14 +12,14 @@ from perta_fast.checkpoints.weights_hash import weights_hash
 from perta_fast.data.chat import parse_date, shown
 from perta_fast.data.rows import Row
 from perta_fast.data.samples import Sample, by_row
-from perta_fast.errors import InputError
+from perta_fast.errors import InputError, names_shown
 from perta_fast.files.hashing import hash_files
 from perta_fast.importance.addable import Addable
 from perta_fast.importance.combining import Combination
 from perta_fast.importance.row_digests import FILE_NAME, row_digest
 from perta_fast.progress import Bar, Progress
 from perta_fast.records.removal import Removal
-from perta_fast.records.report import describe_files, listed
+from perta_fast.records.report import describe_files
 from perta_fast.rules import Rule
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ class WholeImportance:
         if absent:
             raise InputError(
                 f"{path}: {len(absent)} of the {len(rows)} rows to forget are not among its rows "
-                f"({listed(absent, _SHOWN)}); they are other rows or were removed before, or the tokenizer, the chat "
-                "template or ‹max_length› differ"
+                f"({names_shown(absent, _SHOWN)}); they are other rows or were removed before, or the tokenizer, the "
+                "chat template or ‹max_length› differ"
             )
         if len(rows) == metadata.sample_count:
             raise InputError(

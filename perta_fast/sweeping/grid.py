@@ -107,7 +107,7 @@ def check_strengths(lams: Sequence[float]) -> None:
         raise InputError("‹lams› has no strength to try; give at least one that is not 0")
 
 
-def walk(
+def measure_rising(
     lams: Sequence[float],
     measure: Callable[[float], ScoredSetting],
     skip: Callable[[float], ScoredSetting],

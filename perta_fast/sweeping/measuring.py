@@ -12,7 +12,7 @@ from perta_fast.scoring.importances import Importances
 from perta_fast.scoring.live_model import LiveModel
 from perta_fast.scoring.search import search
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.sweeping.grid import Curve, walk
+from perta_fast.sweeping.grid import Curve, measure_rising
 from perta_fast.sweeping.grid_walk import measure_in_a_walk
 from perta_fast.sweeping.keeping import keep_importances, keep_vectors, load_kept
 from perta_fast.sweeping.measured import Measured, excess
@@ -87,5 +87,5 @@ def _along(
     if lams is None:
         rows = search(measure, beyond, original)
     else:
-        rows = walk(lams, measure, curve.skipped, lambda setting: beyond(setting) <= 0)
+        rows = measure_rising(lams, measure, curve.skipped, lambda setting: beyond(setting) <= 0)
     return sorted(rows, key=lambda setting: setting.lam)

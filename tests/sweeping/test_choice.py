@@ -18,7 +18,7 @@ from perta_fast.reporting.evidence import read_curves
 from perta_fast.scoring.live_model import LiveModel
 from perta_fast.scoring.search import LARGEST, SMALLEST, search
 from perta_fast.scoring.setting import ScoredSetting
-from perta_fast.sweeping.grid import curves_of, walk
+from perta_fast.sweeping.grid import curves_of, measure_rising
 from perta_fast.sweeping.results import as_notes
 from tests.support.checkpoints import read_checkpoint, same_bytes
 from tests.support.models import Job, tokenizer
@@ -83,7 +83,9 @@ def test_larger_strengths_are_skipped_once_one_is_broken(kept: dict[int, bool], 
         measured.append(lam)
         return row(lam, 1.0, 0.0 if kept[int(lam)] else 1.0)
 
-    rows = walk(lams, measure, lambda lam: row(lam, 1.0, 0.0, skipped=True), lambda each: each.keeps(0.5, None))
+    rows = measure_rising(
+        lams, measure, lambda lam: row(lam, 1.0, 0.0, skipped=True), lambda each: each.keeps(0.5, None)
+    )
     assert [each.lam for each in rows] == sorted(lams)
     for each in rows:
         after = any(lam > 0 and lam < each.lam and not kept[int(lam)] for lam in lams)
